@@ -1,0 +1,30 @@
+"""Errors meant for the person at the terminal.
+
+Every message says what was found, where (file, record, flag), what is allowed and what to do. The command line prints them
+without a traceback; anything else that is raised is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UmedError(Exception):
+    """Something the user can mend. Exit status 1."""
+
+
+class UsageError(UmedError):
+    """A wrong flag or argument. Exit status 2."""
+
+
+def did_you_mean(found: str, allowed: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` when nothing is close."""
+    close = difflib.get_close_matches(found, list(allowed), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_name(kind: str, found: str, allowed: Iterable[str]) -> str:
+    """One sentence for a name that does not exist: what was found, what is allowed, what was probably meant."""
+    names = sorted(allowed)
+    return f"unknown {kind} {found!r}.{did_you_mean(found, names)} Allowed: {', '.join(names) or 'none'}."
