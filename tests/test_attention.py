@@ -1,0 +1,84 @@
+"""Vision relevance against ``output_attentions=True`` in eager mode, with padding, grouped key heads and several rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
+
+from umed_plugin.attention import attention_on_lesion, name_token_rows
+from umed_plugin.rollout import answer_inputs, answer_logits, generate
+
+TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
+
+
+@pytest.fixture(scope="module")
+def sampled(loaded, batch):  # noqa: F811
+    tokenizer, model = loaded
+    prompts = embedded(model, batch)
+    torch.manual_seed(1)
+    candidates = generate(model, prompts, num_candidates=2, max_new_tokens=8, temperature=1.0, eos_token_id=-1)
+    rows = [[0, 3], [5], [], [1, 2, 7], [7], [4]]
+    cover = torch.rand(len(prompts.mask), prompts.n_patches, generator=torch.Generator().manual_seed(0))
+    return model, prompts, candidates, rows, cover
+
+
+def from_output_attentions(model, prompts, candidates, rows, cover, layers):
+    """The same value, the slow way: attention weights of every layer, renormalised over the image patches."""
+    attentions = model(**answer_inputs(model, prompts, candidates), output_attentions=True).attentions
+    length, values = prompts.mask.shape[1], []
+    for n, tokens in enumerate(rows):
+        q = n // 2
+        patches = slice(int(prompts.image_start[q]), int(prompts.image_start[q]) + prompts.n_patches)
+        shares = []
+        for layer in layers:
+            for token in tokens:
+                weights = attentions[layer][n, :, length + token, patches]
+                shares.append(((weights / weights.sum(-1, keepdim=True)) * cover[q]).sum(-1).mean())
+        values.append(torch.stack(shares).mean() if shares else torch.tensor(0.0))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1, 3]])
+def test_equals_the_value_from_output_attentions(sampled, layers):
+    model, prompts, candidates, rows, cover = sampled
+    with torch.no_grad():
+        expected = from_output_attentions(model, prompts, candidates, rows, cover, layers)
+    value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers)
+    torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+    assert value[2] == 0
+    assert value.max() - value[value > 0].min() > 1e-3, "random covers must give different values, or nothing was compared"
+
+
+def test_returns_the_logits_of_the_plain_pass_and_leaves_no_hook(sampled):
+    model, prompts, candidates, rows, cover = sampled
+    _, logits = attention_on_lesion(model, prompts, candidates, rows, cover, [0])
+    with torch.no_grad():
+        torch.testing.assert_close(logits, answer_logits(model, prompts, candidates))
+    assert not any(module._forward_hooks for module in model.get_model().layers.modules())
+
+
+def test_whole_cover_is_one_and_no_cover_is_zero(sampled):
+    model, prompts, candidates, rows, cover = sampled
+    ones, _ = attention_on_lesion(model, prompts, candidates, rows, torch.ones_like(cover), [0, 2])
+    named = torch.tensor([bool(tokens) for tokens in rows])
+    torch.testing.assert_close(ones, named.float())
+    zeros, _ = attention_on_lesion(model, prompts, candidates, rows, torch.zeros_like(cover), [0, 2])
+    assert zeros.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("It is consistent with a nodule.", "nodule"),
+        ("Two nodules and a NODULAR  LESION", "nodulesNODULARLESION"),
+        ("No nodule is seen; a cyst is.", "cyst"),
+        ("a nodulectomy", ""),
+    ],
+)
+def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):  # noqa: F811
+    tokenizer, _ = loaded
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    rows = name_token_rows(tokenizer, token_ids, TERMS)
+    pieces = tokenizer.convert_ids_to_tokens([token_ids[row] for row in rows])
+    assert "".join(pieces).replace("\u2581", "") == named

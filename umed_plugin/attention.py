@@ -1,0 +1,182 @@
+"""Attention of chosen answer tokens on the image patches, without ``output_attentions``.
+
+Vision relevance (the reward is in ``rewards.vision_relevance``) asks how much of the attention that a token pays to the image
+falls on the lesion. Only the rows of q for the tokens and the rows of k for the patches matter, so hooks on ``q_proj`` and
+``k_proj`` keep just these; this works the same under eager, SDPA and flash attention, where no weights are returned.
+
+For a token n, a layer l and a head h, with P all image patches and w_p in [0, 1] the part of patch p that the true boxes cover:
+
+    s(n, l, h) = sum_p w_p * softmax_{p in P}(q_n . k_p / sqrt(d))
+
+and the value of a candidate is the mean of s over its tokens, the chosen layers and all heads. The paper's transcription in
+public has the lesion's patches in the softmax's denominator too, which makes the value constant; all image patches is the
+reading that carries information (DESIGN 7). Raw attention has sinks: patches that draw attention everywhere. They lower s for
+every candidate of a query alike; comparing candidates of one query, as rewarding does, is not affected much.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umed_plugin.errors import UmedError
+from umed_plugin.rollout import Candidates, PromptBatch, answer_inputs, base_llava
+from umed_plugin.scoring import Terms, find_terms
+
+_SPACE_MARK = re.compile("[\u2581\u0120]")  # sentencepiece and byte-level BPE
+
+
+@dataclass
+class _Capture:
+    """Rows that the hooks keep, per layer: q [R, heads*d] of the R asked tokens, k [N, P, kv_heads*d] of the patches."""
+
+    query_rows: tuple[Tensor, Tensor]
+    patch_columns: Tensor
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+    def keep_queries(self, layer: int, output: Tensor) -> None:
+        self.queries[layer] = output[self.query_rows].float()
+
+    def keep_keys(self, layer: int, output: Tensor) -> None:
+        batch = torch.arange(output.shape[0], device=output.device)[:, None]
+        self.keys[layer] = output[batch, self.patch_columns].float()
+
+
+@contextmanager
+def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[None]:
+    """Attach the capture to ``q_proj`` and ``k_proj`` of the layers for one forward pass."""
+    handles = []
+    for layer in layers:
+        attention = llava.get_model().layers[layer].self_attn
+        for projection, keep in ((attention.q_proj, capture.keep_queries), (attention.k_proj, capture.keep_keys)):
+            handles.append(projection.register_forward_hook(lambda _m, _i, out, keep=keep, layer=layer: keep(layer, out)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def attention_on_lesion(
+    model: Any,
+    prompts: PromptBatch,
+    candidates: Candidates,
+    token_rows: Sequence[Sequence[int]],
+    patch_weights: Tensor,
+    layers: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Share of each candidate's attention on the image that falls on the lesion, and the logits of the same pass.
+
+    Args:
+        model: a LLaVA model with Llama-style attention, in evaluation mode.
+        prompts: Q prompts.
+        candidates: N answers.
+        token_rows: for each candidate the indices 0..T-1 of the answer tokens that name the abnormality; empty gives 0.
+            The attention is that of the token itself, at the position where it is the input.
+        patch_weights: [Q, P] part of each patch that the true boxes cover, 0-1, row-major.
+        layers: layer indices.
+
+    Returns:
+        [N] values in 0..1, float32; and [N, T, V] float32 logits of the answer tokens, so that no second pass is needed.
+    """
+    llava = base_llava(model)
+    n_rows, device = candidates.token_ids.shape[0], candidates.token_ids.device
+    repeats = n_rows // prompts.mask.shape[0]
+    length = prompts.mask.shape[1]
+    owners = torch.tensor([n for n, rows in enumerate(token_rows) for _ in rows], dtype=torch.long, device=device)
+    places = torch.tensor([length + t for rows in token_rows for t in rows], dtype=torch.long, device=device)
+    patches = torch.arange(prompts.n_patches, device=device)
+    columns = (prompts.image_start[:, None] + patches).repeat_interleave(repeats, dim=0)
+    capture = _Capture((owners, places), columns)
+    inputs = answer_inputs(llava, prompts, candidates)
+    with _hooks(llava, layers, capture):
+        logits = llava(**inputs, use_cache=False, return_dict=True).logits
+    logits = logits[:, length - 1 : length - 1 + candidates.token_ids.shape[1]].float()
+
+    value = torch.zeros(n_rows, device=device)
+    if len(owners) == 0:
+        return value, logits
+    position_ids = inputs["position_ids"]
+    token_positions = position_ids[owners, places]
+    patch_positions = position_ids.gather(1, columns)
+    weights = patch_weights.to(device).float().repeat_interleave(repeats, dim=0)[owners]
+    for layer in layers:
+        share = _attention_over_patches(llava, capture.queries[layer], capture.keys[layer], owners, token_positions, patch_positions)
+        value.index_add_(0, owners, (share * weights[:, None]).sum(dim=-1).mean(dim=-1))
+    tokens = torch.zeros(n_rows, device=device).index_add_(0, owners, torch.ones_like(places, dtype=torch.float))
+    return value / (tokens.clamp(min=1) * len(layers)), logits
+
+
+def _attention_over_patches(
+    llava: Any, queries: Tensor, keys: Tensor, owners: Tensor, token_positions: Tensor, patch_positions: Tensor
+) -> Tensor:
+    """[R, heads, P] softmax over the image patches of q.k/sqrt(d), for R tokens owned by the rows ``owners``."""
+    config = llava.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    inv_freq = rope_inverse_frequencies(llava)
+    q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
+    k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [N, P, kv_heads, d]
+    k = k.repeat_interleave(heads // kv_heads, dim=2)[owners]  # [R, P, heads, d]
+    return (torch.einsum("rhd,rphd->rhp", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
+
+
+def rope_inverse_frequencies(llava: Any) -> Tensor:
+    """[d/2] inverse frequencies of the model's rotary embedding.
+
+    Raises:
+        UmedError: the model has no rotary embedding, or a scaled one, whose angles are not position times frequency.
+    """
+    scaling = getattr(llava.config, "rope_scaling", None)
+    if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
+        raise UmedError(
+            f"vision relevance does not know the rotary scaling {scaling!r} in config.json. Leave vision_relevance out of "
+            "--umed_rewards, or use a checkpoint without rope_scaling."
+        )
+    for module in llava.get_model().modules():
+        inv_freq = getattr(module, "inv_freq", None)
+        if isinstance(inv_freq, Tensor):
+            return inv_freq.float()
+    raise UmedError(
+        f"vision relevance needs a model with rotary position embeddings (Llama, Mistral); {type(llava).__name__} has none. "
+        "Leave vision_relevance out of --umed_rewards."
+    )
+
+
+def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotary position embedding in the half-split layout of Llama and Mistral (arXiv 2104.09864).
+
+    Args:
+        x: [..., heads, d] with the leading axes of ``positions``.
+        positions: [...] token positions.
+        inv_freq: [d/2].
+    """
+    angles = positions[..., None].float() * inv_freq.to(x.device)
+    cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def name_token_rows(tokenizer: Any, token_ids: Sequence[int], terms: Terms) -> list[int]:
+    """Indices of the answer tokens that name a class of ``terms``, also where a name spans several word pieces.
+
+    Args:
+        tokenizer: a sentencepiece or byte-level BPE tokenizer, whose pieces mark a leading space.
+        token_ids: one answer.
+        terms: class -> plain name and synonyms.
+    """
+    text, ends = "", []
+    for piece in tokenizer.convert_ids_to_tokens(list(token_ids)):
+        text += _SPACE_MARK.sub(" ", piece)
+        ends.append(len(text))
+    spans = find_terms(text, terms)
+    starts = [0, *ends[:-1]]
+    return [t for t, (a, b) in enumerate(zip(starts, ends)) if any(a < end and b > start for start, end, _ in spans)]

@@ -1,0 +1,61 @@
+"""From several rewards a candidate to one: ``r = r_llm + r_loc / max r_loc + r_att / max r_att`` (the paper's eq. for r).
+
+The maxima run over the K candidates of a query. Departures from the paper, all documented in DESIGN 7: a floor under the maximum,
+so that a best IoU of 0.02 does not count as 1; a group without signal stays 0; one candidate alone is not normalised (it would
+always be 1); weights; and z-scores or raw values instead of the maximum, as options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def combine_rewards(
+    values: Mapping[str, Sequence[float | None]],
+    num_candidates: int,
+    *,
+    weights: Mapping[str, float],
+    norm: str = "max",
+    max_normalised: Collection[str] = ("localization", "vision_relevance"),
+    floor: float = 0.1,
+) -> Tensor:
+    """Sum the rewards of each candidate.
+
+    Args:
+        values: reward name -> N values, query-major; ``None`` leaves the term out for that candidate.
+        num_candidates: K; N is a multiple of it.
+        weights: reward name -> factor after normalisation.
+        norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
+            standardises every reward over them; ``none`` sums raw values.
+        max_normalised: names that ``max`` applies to.
+        floor: least value that a maximum is taken for, in the reward's own unit.
+
+    Returns:
+        [Q, K] rewards, float32.
+    """
+    total = None
+    for name, column in values.items():
+        raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
+        term = weights[name] * _normalise(raw, norm, name in max_normalised, floor).nan_to_num(0.0)
+        total = term if total is None else total + term
+    if total is None:
+        raise ValueError("no rewards to combine")
+    return total
+
+
+def _normalise(raw: Tensor, norm: str, by_maximum: bool, floor: float) -> Tensor:
+    """Normalise [Q, K] values over K; NaN is a missing value and stays NaN."""
+    if raw.shape[1] == 1 or norm == "none":
+        return raw
+    if norm == "zscore":
+        known = ~raw.isnan()
+        count = known.sum(dim=1, keepdim=True).clamp(min=1)
+        centred = raw - raw.nansum(dim=1, keepdim=True) / count
+        spread = (centred.square().nansum(dim=1, keepdim=True) / count).sqrt()
+        return torch.where(spread > 1e-6, centred / spread.clamp(min=1e-6), torch.where(known, 0.0, float("nan")))
+    if norm != "max":
+        raise ValueError(f"unknown reward norm {norm!r}. Allowed: max, none, zscore.")
+    return raw / raw.nan_to_num(0.0).amax(dim=1, keepdim=True).clamp(min=floor) if by_maximum else raw

@@ -1,0 +1,82 @@
+"""The three rewards of the paper: relevance, localization (ALR) and vision relevance (VRR)."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
+
+from umed_plugin.geometry import ImageGeometry
+from umed_plugin.registry import Registry
+from umed_plugin.scoring import score_answer
+
+Reward = Callable[..., "list[Optional[float]]"]
+REWARDS: Registry[Reward] = Registry("reward")
+
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+@REWARDS.register("relevance")
+def relevance(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    geometry: Sequence[ImageGeometry],
+    **columns: Any,
+) -> list[float | None]:
+    """Relevance by the ``lexical`` judge: mean of class F1 and word F1 against the reference diagnosis, in 0..1.
+
+    The paper asks an external LLM; this judge is local and deterministic. Class F1 asks whether the right abnormalities are
+    named; word F1 compares the words of the two texts as multisets, without numbers, so that boxes are not judged twice.
+    """
+    scores = []
+    for completion, item, place in zip(completions, record, geometry):
+        reference = item["conversations"][1]["value"]
+        class_f1 = score_answer(completion, item, place).class_f1
+        scores.append(0.5 * class_f1 + 0.5 * _word_f1(completion, reference))
+    return scores
+
+
+def _word_f1(text: str, reference: str) -> float:
+    words, wanted = (Counter(_WORD.findall(part.lower())) for part in (text, reference))
+    common = sum((words & wanted).values())
+    return 2 * common / (sum(words.values()) + sum(wanted.values())) if common else 0.0
+
+
+@REWARDS.register("localization")
+def localization(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    geometry: Sequence[ImageGeometry],
+    **columns: Any,
+) -> list[float | None]:
+    """Abnormal Localization Reward: IoU of predicted and true boxes, in 0..1.
+
+    Several lesions are matched one to one (Hungarian) and unmatched boxes count against; a study without abnormality scores 1
+    for no box and 0 otherwise.
+    """
+    return [score_answer(text, item, place).set_iou for text, item, place in zip(completions, record, geometry)]
+
+
+@REWARDS.register("vision_relevance")
+def vision_relevance(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    attention_on_lesion: Sequence[float | None],
+    **columns: Any,
+) -> list[float | None]:
+    """Vision Relevance Reward: attention on the lesion's patches by the tokens that name the abnormality, in 0..1.
+
+    0 when no token names it. ``None`` for a study without abnormality: there is no patch to look at.
+    """
+    return [value if item["objects"]["bbox"] else None for value, item in zip(attention_on_lesion, record)]
+
+
+localization.max_normalised = True  # type: ignore[attr-defined]
+vision_relevance.max_normalised = True  # type: ignore[attr-defined]

@@ -1,0 +1,229 @@
+"""Sampling answers from a LLaVA model, and the log-probabilities of answers under it.
+
+A query is an image and a question; its K candidates share both. The image is encoded once and the prompt is prefilled once
+per query; its key/value cache is expanded to the K candidates. Sampling is written out here instead of calling
+``model.generate`` for a second reason: with ``inputs_embeds``, ``generate`` of transformers 4.36 returns an artificial BOS as
+first token, which shifts every log-probability by one.
+
+Shapes: Q queries, K candidates each, N = Q*K rows in query-major order, L prompt positions (text and image patches, padded
+left), T answer tokens (padded right), H hidden size, V vocabulary. Masks: 1 is a token, 0 is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from umed_plugin.errors import UmedError
+
+IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Q embedded prompts, padded on the left so that every answer starts at position L.
+
+    Attributes:
+        embeds: [Q, L, H] input embeddings, image patches in place of the image token.
+        mask: [Q, L] 1 for a token or patch, 0 for padding.
+        image_start: [Q] index in 0..L-1 of the first image patch.
+        n_patches: number of image patches, the same for all prompts.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    image_start: Tensor
+    n_patches: int
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """N sampled answers.
+
+    Attributes:
+        token_ids: [N, T] answer tokens; padding holds the EOS id.
+        mask: [N, T] 1 up to and including the first EOS, 0 behind it.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class AnswerLogProbs:
+    """What a teacher-forced pass says of N answers.
+
+    Attributes:
+        log_probs: [N, T] log-probability (nats, <= 0) of each answer token; 0 at padding.
+        entropy: [N, T] entropy (nats, >= 0) of the distribution that each answer token was drawn from; 0 at padding.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+
+
+def base_llava(model: Any) -> Any:
+    """Return the LLaVA model inside a PEFT wrapper; its linear layers carry the adapter. Without a wrapper, the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def encode_images(model: Any, images: Tensor) -> Tensor:
+    """Run the vision tower, without its gradient: [Q, 3, S, S] preprocessed pixels -> [Q, P, D] patch features."""
+    tower = base_llava(model).get_vision_tower()
+    with torch.no_grad():
+        return tower(images.to(device=tower.device, dtype=tower.dtype))
+
+
+def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tensor) -> PromptBatch:
+    """Project the image features and put them into the embedded prompts, as LLaVA's own forward pass does.
+
+    Args:
+        model: a LLaVA model, with or without PEFT wrapper.
+        prompt_ids: Q tensors of token ids, each with ``IMAGE_TOKEN_INDEX`` exactly once.
+        image_features: [Q, P, D] from :func:`encode_images`. The gradient reaches the projector.
+
+    Raises:
+        UmedError: a prompt has no image token, or several.
+    """
+    llava = base_llava(model)
+    projector = llava.get_model().mm_projector
+    patches = projector(image_features.to(next(projector.parameters()).dtype))
+    embed_tokens = llava.get_input_embeddings()
+    rows, starts = [], []
+    for index, (ids, image) in enumerate(zip(prompt_ids, patches)):
+        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        if len(places) != 1:
+            raise UmedError(
+                f"prompt {index} of the batch has {len(places)} image tokens; rewarding needs exactly one image a question. "
+                "Put one '<image>' into the first human turn of each record."
+            )
+        text = embed_tokens(torch.cat([ids[: places[0]], ids[places[0] + 1 :]]).to(image.device))
+        rows.append(torch.cat([text[: places[0]], image.to(text.dtype), text[places[0] :]]))
+        starts.append(places[0])
+    length = max(row.shape[0] for row in rows)
+    embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - row.shape[0], 0)) for row in rows])
+    mask = torch.stack([_left_mask(length, row.shape[0], row.device) for row in rows])
+    image_start = torch.tensor([length - row.shape[0] + start for row, start in zip(rows, starts)], device=embeds.device)
+    return PromptBatch(embeds, mask, image_start, patches.shape[1])
+
+
+def _left_mask(length: int, tokens: int, device: torch.device) -> Tensor:
+    return (torch.arange(length, device=device) >= length - tokens).long()
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids of the tokens in ``mask``: counted from 0 at the first token of each row, 0 at padding before it."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: PromptBatch,
+    *,
+    num_candidates: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    eos_token_id: int,
+) -> Candidates:
+    """Sample ``num_candidates`` answers to each prompt.
+
+    Args:
+        model: a LLaVA model in evaluation mode (no dropout, no gradient checkpointing).
+        prompts: Q prompts.
+        num_candidates: K; the prompt is computed once and its cache expanded.
+        max_new_tokens: T at most; an answer that reaches it has no EOS.
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_p: nucleus; 1 keeps the whole distribution.
+        eos_token_id: ends an answer.
+
+    Returns:
+        Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
+    """
+    llava = base_llava(model)
+    embed_tokens = llava.get_input_embeddings()
+    cache = DynamicCache()
+    step = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
+    logits = llava(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
+
+    rows = torch.arange(prompts.mask.shape[0], device=logits.device).repeat_interleave(num_candidates)
+    cache.reorder_cache(rows)
+    logits, mask = logits[rows], prompts.mask[rows]
+    done = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+    token_ids, masks = [], []
+    for _ in range(max_new_tokens):
+        token = _next_token(logits, temperature, top_p).masked_fill(done, eos_token_id)
+        token_ids.append(token)
+        masks.append(~done)
+        done = done | (token == eos_token_id)
+        if done.all() or len(token_ids) == max_new_tokens:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        step = {"inputs_embeds": embed_tokens(token)[:, None], "attention_mask": mask, "position_ids": positions(mask)[:, -1:]}
+        logits = llava(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
+    return Candidates(torch.stack(token_ids, dim=1), torch.stack(masks, dim=1).long())
+
+
+def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Draw one token a row from [N, V] logits."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1.0:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
+    return torch.multinomial(probs, num_samples=1).squeeze(-1)
+
+
+def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> Tensor:
+    """Teacher-forced logits that each answer token was drawn from: each query's prompt is repeated for its K candidates.
+
+    Args:
+        model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
+        prompts: Q prompts.
+        candidates: N = Q*K answers.
+
+    Returns:
+        [N, T, V] float32.
+    """
+    inputs = answer_inputs(model, prompts, candidates)
+    logits = model(**inputs, use_cache=False, return_dict=True).logits
+    start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
+    return logits[:, start : start + candidates.token_ids.shape[1]].float()
+
+
+def answer_inputs(model: Any, prompts: PromptBatch, candidates: Candidates) -> dict[str, Tensor]:
+    """Inputs of the teacher-forced pass: prompt (padded left) and answer (padded right) in one row, [N, L+T]."""
+    repeats = candidates.token_ids.shape[0] // prompts.mask.shape[0]
+    unwrapped = getattr(model, "module", model)
+    answers = base_llava(unwrapped).get_input_embeddings()(candidates.token_ids)
+    embeds = torch.cat([prompts.embeds.repeat_interleave(repeats, dim=0), answers], dim=1)
+    mask = torch.cat([prompts.mask.repeat_interleave(repeats, dim=0), candidates.mask], dim=1)
+    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions(mask)}
+
+
+def answer_log_probs(
+    logits: Tensor, candidates: Candidates, *, temperature: float = 1.0, entropy_gradient: bool = False
+) -> AnswerLogProbs:
+    """Log-probabilities of the candidates' tokens, from the logits that they were drawn from.
+
+    Args:
+        logits: [N, T, V] from :func:`answer_logits`.
+        candidates: N answers.
+        temperature: the one that the candidates were sampled with; the logits are divided by it (0 counts as 1).
+        entropy_gradient: keep the graph of the entropy, for an entropy bonus.
+    """
+    logits = logits / (temperature or 1.0)
+    mask = candidates.mask.to(logits.dtype)
+    log_partition = logits.logsumexp(dim=-1)
+    chosen = logits.gather(-1, candidates.token_ids[..., None]).squeeze(-1)
+    with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+        entropy = log_partition - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+    return AnswerLogProbs((chosen - log_partition) * mask, entropy * mask)

@@ -1,0 +1,286 @@
+"""Stage 2, Abnormal-Aware Rewarding, as a subclass of LLaVA's own trainer.
+
+A training step takes a batch of queries, samples K candidates for each, scores them, and returns the policy objective as the
+loss; LoRA, DeepSpeed, schedules, logging and checkpoints stay the trainer's. ``per_device_train_batch_size`` counts queries.
+With ``--umed_updates_per_rollout`` above 1 the same candidates serve several optimizer steps.
+
+Run it with ``umed-run ... --umed_stage rewarding``; departures from the paper are listed in :mod:`umed_plugin.objective` and
+:mod:`umed_plugin.rewards.combine`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava.train.llava_trainer import LLaVATrainer
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from umed_plugin.attention import attention_on_lesion, name_token_rows
+from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_objective
+from umed_plugin.records import record_geometry, true_boxes
+from umed_plugin.reference import ReferencePolicy
+from umed_plugin.rewards import REWARDS, combine_rewards
+from umed_plugin.rollout import (
+    Candidates,
+    answer_log_probs,
+    answer_logits,
+    base_llava,
+    embed_prompts,
+    encode_images,
+    generate,
+)
+
+
+_MEASURES = (
+    "reward/total",
+    "policy_loss",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "groups_without_signal",
+    "answer_tokens",
+    "answers_cut_off",
+)
+
+
+class QuerySampler(Sampler):  # type: ignore[type-arg]
+    """Shuffled indices, where each chunk is repeated for the updates that share its candidates.
+
+    The order depends on the seed and the number of epochs begun alone, so that a resumed run sees the same queries however
+    many random numbers the sampling of candidates has drawn.
+
+    Args:
+        size: number of queries.
+        seed: of the shuffling.
+        chunk: queries of one optimizer step over all processes.
+        repeats: optimizer steps a chunk serves. Above 1, the queries that do not fill a chunk are left out of the epoch.
+    """
+
+    def __init__(self, size: int, seed: int, chunk: int, repeats: int) -> None:
+        self.size, self.seed, self.chunk, self.repeats = size, seed, chunk, repeats
+        self.epochs_begun = 0
+
+    def __len__(self) -> int:
+        return self.size if self.repeats == 1 else self.size // self.chunk * self.chunk * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = torch.Generator().manual_seed(self.seed + self.epochs_begun)
+        self.epochs_begun += 1
+        order = torch.randperm(self.size, generator=shuffle).tolist()
+        if self.repeats == 1:
+            return iter(order)
+        chunks = [order[i : i + self.chunk] for i in range(0, self.size - self.chunk + 1, self.chunk)]
+        return iter([index for part in chunks for _ in range(self.repeats) for index in part])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Candidates of a batch of queries and what the update needs of them; shapes as in :mod:`umed_plugin.rollout`."""
+
+    prompt_ids: list[Tensor]
+    image_features: Tensor
+    candidates: Candidates
+    old_log_probs: Tensor
+    reference_log_probs: Tensor | None
+    advantages: Tensor
+
+
+class RewardingTrainer(LLaVATrainer):
+    """LLaVA's trainer with the objective of Abnormal-Aware Rewarding.
+
+    Args:
+        model: a LLaVA model, with a LoRA adapter or without.
+        tokenizer: its tokenizer.
+        args: LLaVA's training arguments; ``args.umed`` holds the flags.
+        keywords: the data module and whatever else ``transformers.Trainer`` takes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, args: Any, **keywords: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the update must see the policy that sampled
+        super().__init__(model=model, tokenizer=tokenizer, args=args, **keywords)
+        self.flags = args.umed
+        llava = base_llava(model)
+        tower = llava.get_vision_tower().config
+        self.image_size, self.patch_size = tower.image_size, tower.patch_size
+        self.reward_functions = {name: REWARDS.get(name) for name in self.flags.reward_names()}
+        self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
+        self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
+        self.settings = ObjectiveSettings(self.flags.umed_clip_range, self.flags.umed_kl_coef, self.flags.umed_entropy_coef)
+        self.reference = ReferencePolicy(model) if self.flags.umed_kl_coef > 0 else None
+        # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
+        self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES]
+        self._measured: dict[str, list[float]] = defaultdict(list)
+        self._rollouts: dict[int, Rollout] = {}
+        self._batches_seen: int | None = None
+
+    def _get_train_sampler(self, *unused: Any) -> QuerySampler:
+        """Queries in an order that survives resuming; they are of one length, so LLaVA's grouping by length has no use here."""
+        args = self.args
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        return QuerySampler(len(self.train_dataset), seed, chunk, self.flags.umed_updates_per_rollout)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Tensor:
+        """The objective on a batch of queries; its candidates are sampled unless an earlier update has sampled them."""
+        rollout = self._rollout_for(model, inputs)
+        prompts = embed_prompts(self.accelerator.unwrap_model(model), rollout.prompt_ids, rollout.image_features)
+        answers = answer_log_probs(
+            answer_logits(model, prompts, rollout.candidates),
+            rollout.candidates,
+            temperature=self.flags.umed_temperature,
+            entropy_gradient=self.settings.entropy_coef != 0,
+        )
+        loss, terms = policy_objective(
+            answers.log_probs,
+            rollout.old_log_probs,
+            rollout.reference_log_probs,
+            answers.entropy,
+            rollout.advantages,
+            rollout.candidates.mask,
+            self.settings,
+        )
+        self._measure({name: value.item() for name, value in terms.items()})
+        return loss
+
+    def _rollout_for(self, model: Any, inputs: dict[str, Any]) -> Rollout:
+        """Sample at the first of the updates that share a rollout; after resuming in between, sample anew."""
+        steps = self.args.gradient_accumulation_steps
+        if self._batches_seen is None:
+            self._batches_seen = self.state.global_step * steps
+        slot, update = self._batches_seen % steps, self._batches_seen // steps % self.flags.umed_updates_per_rollout
+        self._batches_seen += 1
+        if update == 0 or slot not in self._rollouts:
+            self._rollouts[slot] = self.roll_out(model, inputs)
+        return self._rollouts[slot]
+
+    @torch.no_grad()
+    def roll_out(self, model: Any, inputs: dict[str, Any]) -> Rollout:
+        """Sample K candidates for each query of a batch, reward them, and keep what the update needs."""
+        policy = self.accelerator.unwrap_model(model)
+        was_training = policy.training
+        policy.eval()
+        features = encode_images(policy, inputs["images"])
+        prompts = embed_prompts(policy, inputs["prompt_ids"], features)
+        candidates = generate(
+            policy,
+            prompts,
+            num_candidates=self.flags.umed_num_candidates,
+            max_new_tokens=self.flags.umed_max_new_tokens,
+            temperature=self.flags.umed_temperature,
+            top_p=self.flags.umed_top_p,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        attention, logits = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
+        old = answer_log_probs(logits, candidates, temperature=self.flags.umed_temperature).log_probs
+        reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
+        rewards = self._reward(candidates, inputs["records"], attention)
+        policy.train(was_training)
+        advantages = group_advantages(rewards, self.flags.umed_reward_coef).flatten().to(old.device)
+        return Rollout(inputs["prompt_ids"], features, candidates, old, reference, advantages)
+
+    def _look_at_lesions(self, policy: Any, prompts: Any, candidates: Candidates, records: list[Any]) -> tuple[list[float | None], Tensor]:
+        """Attention of each candidate on its query's lesion, and the logits of the same pass."""
+        if "vision_relevance" not in self.reward_functions:
+            return [None] * len(candidates.mask), answer_logits(policy, prompts, candidates)
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
+        rows = [
+            name_token_rows(self.tokenizer, ids[: int(mask.sum())].tolist(), _terms_of_lesions(record))
+            for ids, mask, record in zip(candidates.token_ids, candidates.mask, repeated)
+        ]
+        cover = torch.stack([torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records])
+        values, logits = attention_on_lesion(policy, prompts, candidates, rows, cover, self.vrr_layers)
+        return values.tolist(), logits
+
+    def _reference_log_probs(
+        self, policy: Any, prompt_ids: list[Tensor], features: Tensor, candidates: Candidates
+    ) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with self.reference.as_reference(policy):
+            logits = answer_logits(policy, embed_prompts(policy, prompt_ids, features), candidates)
+            return answer_log_probs(logits, candidates, temperature=self.flags.umed_temperature).log_probs
+
+    def _reward(self, candidates: Candidates, records: list[Any], attention: list[float | None]) -> Tensor:
+        """[Q, K] rewards; every term is measured on its own."""
+        k = self.flags.umed_num_candidates
+        texts = [
+            self.tokenizer.decode(ids[: int(mask.sum())], skip_special_tokens=True).strip()
+            for ids, mask in zip(candidates.token_ids, candidates.mask)
+        ]
+        columns = {
+            "record": [record for record in records for _ in range(k)],
+            "geometry": [self._geometry(record) for record in records for _ in range(k)],
+            "attention_on_lesion": attention,
+        }
+        questions = [record["conversations"][0]["value"] for record in columns["record"]]
+        values = {name: reward(questions, texts, **columns) for name, reward in self.reward_functions.items()}
+        rewards = combine_rewards(
+            values,
+            k,
+            weights=self.reward_weights,
+            norm=self.flags.umed_reward_norm,
+            max_normalised=[n for n, reward in self.reward_functions.items() if getattr(reward, "max_normalised", False)],
+            floor=self.flags.umed_reward_floor,
+        )
+        self._measure_rewards(values, rewards, candidates)
+        self._write_candidates(texts, values, rewards, records[0])
+        return rewards
+
+    def _geometry(self, record: Mapping[str, Any]) -> Any:
+        return record_geometry(record, self.image_size, self.patch_size)
+
+    def _measure(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._measured[name].append(value)
+
+    def _measure_rewards(self, values: Mapping[str, list[float | None]], rewards: Tensor, candidates: Candidates) -> None:
+        for name, column in values.items():
+            known = [value for value in column if value is not None]
+            if known:
+                self._measure({f"reward/{name}": sum(known) / len(known)})
+        spread = rewards.max(dim=1).values - rewards.min(dim=1).values
+        ended = (candidates.token_ids.eq(self.tokenizer.eos_token_id) & candidates.mask.bool()).any(dim=1)
+        self._measure(
+            {
+                "reward/total": rewards.mean().item(),
+                "groups_without_signal": (spread < 1e-6).float().mean().item(),
+                "answer_tokens": candidates.mask.sum(dim=1).float().mean().item(),
+                "answers_cut_off": 1 - ended.float().mean().item(),
+            }
+        )
+
+    def _write_candidates(self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any) -> None:
+        """Append the first query's candidates to ``candidates.jsonl`` in the output folder, every so many steps."""
+        every = self.flags.umed_log_candidates
+        if not every or self.state.global_step % every or not self.is_world_process_zero():
+            return
+        group = [
+            {"text": texts[i], "reward": rewards[0, i].item(), **{name: column[i] for name, column in values.items()}}
+            for i in range(self.flags.umed_num_candidates)
+        ]
+        line = {"step": self.state.global_step, "id": record["id"], "true": record["objects"], "candidates": group}
+        with open(Path(self.args.output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """Add the means of what was measured since the last log, over all processes, to the trainer's own figures."""
+        if "loss" in logs:
+            columns = [self._measured.pop(name, None) or [float("nan")] for name in self._measures]
+            means = torch.tensor([[sum(column) / len(column) for column in columns]], device=self.args.device)
+            overall = self.accelerator.gather(means).nanmean(dim=0).tolist()
+            logs.update({name: mean for name, mean in zip(self._measures, overall) if mean == mean})
+        super().log(logs, *rest)
+
+
+def _terms_of_lesions(record: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names and synonyms of the classes that the record's lesions have."""
+    return {cls: record["terms"][cls] for cls in record["objects"]["ref"]}
