@@ -1,0 +1,103 @@
+"""Images drawn for tests: not square, not symmetric, with one bright rectangle at a known place, in every file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 97, 61
+BOX = (11, 7, 42, 19)
+IDENTITY = (1, 0, 0, 0, 1, 0)
+
+
+def scene(box: tuple[int, int, int, int] = BOX, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """0-1 float ``[height, width]``: dark, a grey corner mark at the lower right, and a white rectangle."""
+    values = np.full((height, width), 0.1)
+    values[height - 4 :, width - 6 :] = 0.4
+    x1, y1, x2, y2 = box
+    values[y1:y2, x1:x2] = 1.0
+    return values
+
+
+def bright_box(image: np.ndarray, threshold: int = 160) -> tuple[int, int, int, int]:
+    """The extent of what is bright in a uint8 image."""
+    grey = image if image.ndim == 2 else image.min(axis=2)
+    rows, columns = np.nonzero(grey > threshold)
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def write_png(path: Path, values: np.ndarray, mode: str = "L") -> Path:
+    image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    image.convert(mode).save(path)
+    return path
+
+
+def write_png16(path: Path, values: np.ndarray, offset: int = 32768) -> Path:
+    """0-1 becomes -1000 to 1000 Hounsfield units, stored with DeepLesion's offset."""
+    Image.fromarray((np.rint(values * 2000 - 1000) + offset).astype(np.uint16)).save(path)
+    return path
+
+
+def write_dicom(path: Path, stored: np.ndarray, *, orientation: Any = IDENTITY, **tags: Any) -> Path:
+    """0-1 ``[rows, columns]`` or ``[frames, rows, columns]`` becomes -1000 to 1000 after slope 2 and intercept -1000."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    header.Modality, header.PatientName, header.PatientID = "CT", "Doe^Jane", "secret-7"
+    if stored.dtype == np.uint8:
+        pixels, header.SamplesPerPixel, header.PhotometricInterpretation = stored, 3, "RGB"
+        header.PlanarConfiguration = 0
+    else:
+        pixels, header.SamplesPerPixel, header.PhotometricInterpretation = np.rint(stored * 1000), 1, "MONOCHROME2"
+        pixels = pixels.astype(np.int16)
+        header.RescaleSlope, header.RescaleIntercept = 2, -1000
+    header.Rows, header.Columns = stored.shape[1:3] if stored.ndim == 3 and stored.shape[-1] != 3 else stored.shape[:2]
+    if stored.ndim == 3 and stored.shape[-1] != 3:
+        header.NumberOfFrames = stored.shape[0]
+    bits = pixels.dtype.itemsize * 8
+    header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
+    header.PixelRepresentation = int(pixels.dtype == np.int16)
+    header.ImageOrientationPatient, header.ImagePositionPatient = list(orientation), [0, 0, 0]
+    header.PixelSpacing = [0.7, 0.7]
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.PixelData = pixels.tobytes()
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.rint(volume * 1000).astype(np.int16), affine), path)
+    return path
+
+
+RECIPE = """
+name: drawn
+description: drawn for a test
+terms: {licence: CC0, url: "https://example.org/drawn"}
+data_root: DATA
+modality: CT
+annotations: ANNOTATIONS
+classes:
+  nod: {name: nodule, synonyms: [nodular opacity]}
+  cy: {name: cyst}
+split: SPLIT
+"""
+
+
+def write_recipe(folder: Path, annotations: str, split: str = "{by: patient}", extra: str = "") -> Path:
+    """A recipe for data in ``folder``; ``extra`` is further YAML at the top level."""
+    text = RECIPE.replace("DATA", str(folder)).replace("ANNOTATIONS", annotations).replace("SPLIT", split) + extra
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path

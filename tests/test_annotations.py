@@ -1,0 +1,365 @@
+"""Every annotation format holds the same two images and must give the same boxes; then what each can get wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drawn import BOX, HEIGHT, WIDTH, scene, write_png, write_recipe
+from PIL import Image
+
+from umed_plugin.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.recipe import load_recipe
+
+X1, Y1, X2, Y2 = BOX
+SECOND = (60, 30, 70, 55)
+CSV = "{reader: csv, files: a.csv, columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion}%s}"
+
+
+def read(folder: Path, annotations: str, split: str = "{by: patient}", extra: str = "") -> AnnotationSet:
+    return read_annotations(load_recipe(write_recipe(folder, annotations, split, extra)))
+
+
+def by_name(found: AnnotationSet) -> dict[str, Annotated]:
+    assert found.faults.messages == []
+    return {item.image.name: item for item in found.items}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """pos.png with two lesions, neg.png without."""
+    write_png(tmp_path / "pos.png", scene())
+    write_png(tmp_path / "neg.png", scene() * 0.3)
+    return tmp_path
+
+
+def write_coco(folder: Path, **changes: Any) -> None:
+    content = {
+        "images": [
+            {"id": 5, "file_name": "pos.png", "width": WIDTH, "height": HEIGHT},
+            {"id": 6, "file_name": "neg.png", "width": WIDTH, "height": HEIGHT},
+        ],
+        "categories": [{"id": 1, "name": "nod"}, {"id": 2, "name": "cy"}],
+        "annotations": [
+            {"id": 1, "image_id": 5, "category_id": 1, "bbox": [X1, Y1, X2 - X1, Y2 - Y1]},
+            {"id": 2, "image_id": 5, "category_id": 2, "bbox": [60, 30, 10, 25]},
+        ],
+    }
+    (folder / "a.json").write_text(json.dumps({**content, **changes}))
+
+
+def coco(folder: Path) -> str:
+    write_coco(folder)
+    return "{reader: coco, files: a.json}"
+
+
+def voc(folder: Path) -> str:
+    """Pascal VOC counts from 1 and includes the last pixel."""
+    (folder / "xml").mkdir()
+    for name, boxes in (("pos", [("nod", BOX), ("cy", SECOND)]), ("neg", [])):
+        objects = "".join(
+            f"<object><name>{label}</name><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax>"
+            f"<ymax>{y2}</ymax></bndbox></object>"
+            for label, (x1, y1, x2, y2) in boxes
+        )
+        size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>"
+        (folder / "xml" / f"{name}.xml").write_text(
+            f"<annotation><filename>{name}.png</filename>{size}{objects}</annotation>"
+        )
+    return "{reader: voc, files: 'xml/*.xml'}"
+
+
+def yolo(folder: Path) -> str:
+    (folder / "labels").mkdir()
+    (folder / "data.yaml").write_text("names: [cy, nod]\n")
+    lines = [
+        f"1 {(X1 + X2) / 2 / WIDTH} {(Y1 + Y2) / 2 / HEIGHT} {(X2 - X1) / WIDTH} {(Y2 - Y1) / HEIGHT}",
+        # A polygon, as the segmentation variant of YOLO writes it.
+        f"0 {60 / WIDTH} {30 / HEIGHT} {70 / WIDTH} {40 / HEIGHT} {65 / WIDTH} {55 / HEIGHT}",
+    ]
+    (folder / "labels" / "pos.txt").write_text("\n".join(lines))
+    return "{reader: yolo, files: labels, image_root: '.', names: data.yaml}"
+
+
+def csv_xyxy(folder: Path) -> str:
+    (folder / "a.csv").write_text(
+        f"file,x1,y1,x2,y2,lesion\npos.png,{X1},{Y1},{X2},{Y2},nod\nneg.png,,,,,\npos.png,60,30,70,55,cy\n"
+    )
+    return CSV % ""
+
+
+def csv_xywh_by_number(folder: Path) -> str:
+    """NIH's header names one column for four."""
+    (folder / "a.csv").write_text(
+        f'Image,Label,"Bbox [x,y,w,h]",,,\npos.png,nod,{X1},{Y1},{X2 - X1},{Y2 - Y1}\npos.png,cy,60,30,10,25\nneg.png,,,,,\n'
+    )
+    return "{reader: csv, files: a.csv, convention: xywh, columns: {file: 0, box: [2, 3, 4, 5], lesion: 1}}"
+
+
+def csv_cxcywh_normalised_in_one_column(folder: Path) -> str:
+    rows = [f"{(a + c) / 2 / WIDTH}, {(b + d) / 2 / HEIGHT}, {(c - a) / WIDTH}, {(d - b) / HEIGHT}" for a, b, c, d in (BOX, SECOND)]
+    # With Excel's byte-order mark and semicolons.
+    text = f'\ufefffile;box;lesion\npos;"{rows[0]}";nod\npos;"{rows[1]}";cy\nneg;;\n'
+    (folder / "a.csv").write_text(text, encoding="utf-8")
+    return (
+        "{reader: csv, files: a.csv, convention: cxcywh, normalised: true, delimiter: ';', "
+        "rename: ['(.*)', '\\1.png'], columns: {file: file, box: box, lesion: lesion}}"
+    ).replace("['(.*)', '\\1.png']", "['^(\\w+)$', '\\1.png']")
+
+
+def mask(folder: Path) -> str:
+    (folder / "masks").mkdir()
+    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    labels[Y1:Y2, X1:X2] = 1
+    labels[30:55, 60:70] = 2
+    Image.fromarray(labels).save(folder / "masks" / "pos_mask.png")
+    Image.fromarray(labels * 0).save(folder / "masks" / "neg_mask.png")
+    return "{reader: mask, files: '*.png', masks: 'masks/{stem}_mask.png', values: {1: nod, 2: cy}}"
+
+
+FORMATS = [coco, voc, yolo, csv_xyxy, csv_xywh_by_number, csv_cxcywh_normalised_in_one_column, mask]
+
+
+@pytest.mark.parametrize("written", FORMATS)
+def test_all_formats_agree(folder: Path, written: Any) -> None:
+    items = by_name(read(folder, written(folder)))
+    assert set(items) == {"pos.png", "neg.png"}
+    positive, negative = items["pos.png"], items["neg.png"]
+    scale = np.array([WIDTH, HEIGHT] * 2 if positive.normalised else [1] * 4)
+    np.testing.assert_allclose(np.array(positive.boxes) * scale, [BOX, SECOND], atol=1e-6)
+    assert positive.classes == ["nodule", "cyst"]
+    assert negative.boxes == negative.classes == []
+    assert positive.size in (None, (WIDTH, HEIGHT))
+    assert positive.modality == "CT"
+    assert positive.image == folder / "pos.png"
+
+
+@pytest.mark.parametrize(("convention", "shift"), [("inclusive", (1, 1, 1, 1)), ("half_open", (1, 1, 0, 0))])
+def test_voc_conventions(folder: Path, convention: str, shift: tuple[int, ...]) -> None:
+    annotations = voc(folder).replace("}", f", convention: {convention}}}")
+    expected = [value + add for value, add in zip(BOX, shift)]
+    assert list(by_name(read(folder, annotations))["pos.png"].boxes[0]) == expected
+
+
+def test_voc_split_lists_leave_the_unlisted_out(folder: Path) -> None:
+    (folder / "val.txt").write_text("pos\n")
+    annotations = voc(folder).replace("}", ", split_lists: {val: val.txt}}")
+    items = by_name(read(folder, annotations, "{by: file}"))
+    assert {name: item.split for name, item in items.items()} == {"pos.png": "val"}
+
+
+def test_mask_regions_slivers_and_jpeg_noise(folder: Path) -> None:
+    """Grey values around 0 and 255 are JPEG's; touching corners are one region; 3 pixels are a sliver."""
+    values = np.full((HEIGHT, WIDTH), 20, np.uint8)
+    values[5:10, 5:10] = 240
+    values[10:15, 10:12] = 200
+    values[40, 50:53] = 255
+    values[30:36, 80:85] = 250
+    Image.fromarray(values).save(folder / "pos_m.png")
+    Image.fromarray(values * 0).save(folder / "neg_m.png")
+    annotations = "{reader: mask, files: '???.png', masks: '{stem}_m.png', only_class: nod, min_area: 4}"
+    items = by_name(read(folder, annotations))
+    assert items["pos.png"].boxes == [(5, 5, 12, 15), (80, 30, 85, 36)]
+    assert items["neg.png"].boxes == []
+
+
+def test_one_bit_masks(folder: Path) -> None:
+    values = np.zeros((HEIGHT, WIDTH), bool)
+    values[5:10, 5:11] = True
+    for name in ("pos", "neg"):
+        Image.fromarray(values if name == "pos" else ~values & False).save(folder / f"{name}_m.png")
+    found = by_name(read(folder, "{reader: mask, files: '???.png', masks: '{stem}_m.png', only_class: nod}"))
+    assert found["pos.png"].boxes == [(5, 5, 11, 10)]
+
+
+def test_csv_slices_patients_splits_and_windows(folder: Path) -> None:
+    (folder / "a.csv").write_text(
+        "file,x1,y1,x2,y2,lesion,who,set,mod,slice,win,keep\n"
+        'v.nii.gz,1,2,3,4,nod,p1,1,MR,3,"-175, 275",yes\n'
+        "v.nii.gz,5,6,7,8,nod,p1,1,MR,3,,yes\n"
+        "v.nii.gz,1,2,3,4,nod,p1,1,MR,4.0,,yes\n"
+        "v.nii.gz,1,2,3,4,nod,p1,1,MR,5,,no\n"
+        "pos.png,,,,,,p2,2,,,,yes\n"
+    )
+    (folder / "v.nii.gz").write_bytes(b"")
+    columns = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: who, split: set, modality: mod, slice: slice, window: win}"
+    annotations = f"{{reader: csv, files: a.csv, columns: {columns}, split_values: {{1: train, 2: test}}, only_rows: {{keep: ['yes']}}}}"
+    found = read(folder, annotations, "{by: column}")
+    assert found.faults.messages == []
+    told = [(i.image.name, i.slice, len(i.boxes), i.patient, i.split, i.modality, i.window) for i in found.items]
+    assert told == [
+        ("v.nii.gz", 3, 2, "p1", "train", "MR", (-175.0, 275.0)),
+        ("v.nii.gz", 4, 1, "p1", "train", "MR", None),
+        ("pos.png", None, 0, "p2", "test", "CT", None),
+    ]
+
+
+def test_csv_without_the_optional_slice_column(folder: Path) -> None:
+    csv_xyxy(folder)
+    items = by_name(read(folder, CSV.replace("lesion: lesion", "lesion: lesion, slice: slice") % ""))
+    assert items["pos.png"].slice is None
+
+
+def test_csv_faults_are_told_by_line_all_at_once(folder: Path) -> None:
+    (folder / "a.csv").write_text(
+        "file,x1,y1,x2,y2,lesion,split,slice\n"
+        "pos.png,1,2,3,4,,train,\n"
+        "neg.png,,,,,nod,train,\n"
+        "a.png,1,two,3,4,nod,train,\n"
+        "b.png,1,,3,4,nod,train,\n"
+        ",1,2,3,4,nod,train,\n"
+        "c.png,1,2,3,4,nod,tarin,\n"
+        "d.png,1,2,3,4,nod,train,x\n"
+        "e.png,1,2,3,4,nod,train,\n"
+        "e.png,,,,,,train,\n"
+        "f.png,1,2,3,4,nod,train,\n"
+        "f.png,1,2,3,4,nod,val,\n"
+        "g.png,1,2,3,4,noddule,train,\n"
+    )
+    annotations = CSV.replace("lesion: lesion", "lesion: lesion, split: split, slice: slice") % ""
+    messages = read(folder, annotations, "{by: column}").faults.messages
+    expected = {
+        2: "has a box, but column 'lesion' is empty",
+        3: "names 'nod', but has no box",
+        4: "box is ['1', 'two', '3', '4']; needed: 4 numbers",
+        5: "box is ['1', '', '3', '4']; needed: 4 numbers",
+        6: "column 'file' is empty",
+        7: "split is 'tarin'. Did you mean 'train'? Allowed: train, val, test",
+        8: "slice is 'x'; needed: a whole number from 0",
+        10: "no lesion",
+        12: "patient or split of f.png differs",
+        13: "class 'noddule' (1 boxes) is not in the recipe. Did you mean 'nod'? Allowed: nod, cy",
+    }
+    assert len(messages) == len(expected)
+    for line, words in expected.items():
+        assert any(f"a.csv:{line}: " in message and words in message for message in messages), (line, messages)
+
+
+def test_csv_missing_columns(folder: Path) -> None:
+    (folder / "a.csv").write_text("file,x1,y1,x2,y_2,lesions\n")
+    messages = read(folder, CSV % "").faults.messages
+    assert len(messages) == 2
+    assert "has no column 'y2' (annotations.columns.box). Did you mean 'y_2'? It has: file, x1" in messages[0]
+    assert "has no column 'lesion' (annotations.columns.lesion). Did you mean 'lesions'?" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"annotations": [{"id": 9, "image_id": 77, "category_id": 1, "bbox": [1, 1, 2, 2]}]}, "annotation 9: image_id 77"),
+        ({"annotations": [{"id": 9, "image_id": 5, "category_id": 4, "bbox": [1, 1, 2, 2]}]}, "category_id 4 is not among"),
+        ({"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": [1, 1]}]}, "needed: [x, y, width, height]"),
+    ],
+)
+def test_coco_faults(folder: Path, changes: dict[str, Any], words: str) -> None:
+    write_coco(folder, **changes)
+    (message,) = read(folder, "{reader: coco, files: a.json}").faults.messages
+    assert words in message
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("{}", "has no images, annotations, categories")])
+def test_coco_files_that_are_none(folder: Path, text: str, words: str) -> None:
+    (folder / "a.json").write_text(text)
+    assert words in read(folder, "{reader: coco, files: a.json}").faults.messages[0]
+
+
+def test_yolo_faults(folder: Path) -> None:
+    annotations = yolo(folder)
+    (folder / "labels" / "pos.txt").write_text("7 0.5 0.5 0.1 0.1\n0 0.5 0.5\n0 a b c d\n")
+    (folder / "labels" / "ghost.txt").write_text("")
+    messages = read(folder, annotations).faults.messages
+    assert [message.split(": ")[0].rsplit("/", 1)[1] for message in messages] == ["ghost.txt", *(f"pos.txt:{n}" for n in (1, 2, 3))]
+    assert "class 7 has no name" in messages[1]
+
+
+def test_voc_faults(folder: Path) -> None:
+    annotations = voc(folder)
+    (folder / "xml" / "neg.xml").write_text("<annotation>")
+    text = (folder / "xml" / "pos.xml").read_text()
+    (folder / "xml" / "pos.xml").write_text(text.replace("<ymin>8</ymin>", ""))
+    messages = read(folder, annotations).faults.messages
+    assert "neg.xml: not XML" in messages[0]
+    assert "pos.xml object 0: bndbox is ['12', None, '42', '19']" in messages[1]
+
+
+def test_mask_faults(folder: Path) -> None:
+    annotations = mask(folder)
+    Image.fromarray(np.full((HEIGHT, WIDTH), 9, np.uint8)).save(folder / "masks" / "pos_mask.png")
+    (folder / "masks" / "neg_mask.png").unlink()
+    messages = read(folder, annotations).faults.messages
+    assert "neg_mask.png: no such mask" in messages[0]
+    assert "pos_mask.png: holds the values [9]. Allowed: 0 (nothing)" in messages[1]
+
+
+@pytest.mark.parametrize(
+    "annotations",
+    [
+        "{reader: coco, files: nothing}", "{reader: voc, files: nothing}", "{reader: yolo, files: nothing, names: [a]}",
+        "{reader: mask, files: nothing, masks: nothing, only_class: nod}", CSV.replace("a.csv", "nothing") % "",
+    ],
+)
+def test_missing_annotation_files(tmp_path: Path, annotations: str) -> None:
+    (message,) = read(tmp_path, annotations).faults.messages
+    assert message.startswith(f"{tmp_path}/nothing: no ")
+
+
+def test_ignored_classes_leave_the_image_out(folder: Path) -> None:
+    recipe = write_recipe(folder, coco(folder), extra="ignore_classes: [cy]\n")
+    recipe.write_text(recipe.read_text().replace("  cy: {name: cyst}\n", ""))
+    found = read_annotations(load_recipe(recipe))
+    assert list(by_name(found)) == ["neg.png"]
+    assert found.left_out == {"holds an ignored class": 1}
+
+
+def test_negatives_can_be_dropped(folder: Path) -> None:
+    found = read(folder, coco(folder), extra="negatives: drop\n")
+    assert list(by_name(found)) == ["pos.png"]
+    assert found.left_out == {"negative": 1}
+
+
+def test_missing_images_are_set_aside(folder: Path) -> None:
+    (folder / "neg.png").unlink()
+    found = read(folder, coco(folder))
+    assert [item.image.name for item in found.missing] == ["neg.png"]
+    assert list(by_name(found)) == ["pos.png"]
+
+
+def write_patients(folder: Path, names: list[str]) -> str:
+    (folder / "a.csv").write_text("file,x1,y1,x2,y2,lesion\n" + "".join(f"{name},,,,,\n" for name in names))
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return CSV % ""
+
+
+def test_patients_are_dealt_out_whole_and_the_same_every_time(tmp_path: Path) -> None:
+    names = [f"{patient:02}_{image}.png" for patient in range(20) for image in range(3)]
+    rule = "{by: patient, seed: SEED, patient_pattern: '^(\\d+)_', fractions: {train: 0.7, val: 0.1, test: 0.2}}"
+
+    def splits(order: list[str], seed: int) -> dict[str, str]:
+        found = read(tmp_path, write_patients(tmp_path, order), rule.replace("SEED", str(seed)))
+        return {item.image.name: item.split for item in found.items}
+
+    first = splits(names, 0)
+    assert [list(first.values()).count(split) for split in ("train", "val", "test")] == [42, 6, 12]
+    assert all(len({first[f"{patient:02}_{image}.png"] for image in range(3)}) == 1 for patient in range(20))
+    assert splits(names[::-1], 0) == first
+    assert splits(names, 1) != first
+
+
+def test_the_patient_is_the_file_name_without_ending_when_nothing_says_it(tmp_path: Path) -> None:
+    found = read(tmp_path, write_patients(tmp_path, ["a.nii.gz", "b.rf.12.png"]))
+    assert [item.patient for item in found.items] == ["a", "b.rf.12"]
+
+
+def test_a_users_own_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "my_reader.py").write_text(
+        "from umed_plugin.annotations import Annotated\n"
+        "def read(options, root, faults):\n"
+        "    return [Annotated(root / 'pos.png', [(1, 2, 3, 4)], [options.label], 'here')]\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    items = by_name(read(folder, "{reader: 'my_reader:read', files: x, label: cy}"))
+    assert items["pos.png"].classes == ["cyst"]

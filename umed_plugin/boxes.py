@@ -1,0 +1,128 @@
+"""Boxes as numbers and as text: overlap, one-to-one matching, writing and parsing.
+
+One form inside: ``(x1, y1, x2, y2)`` floats, half-open, x to the right and y down. ``box01`` is such a box in 0-1 of the
+square that the model sees, the unit in which boxes stand in text: ``[0.61, 0.36, 0.92, 0.83]`` (LLaVA-1.5's dialect).
+Parsing is lenient about form, scoring is strict: a box that is degenerate or leaves the square stays in the list, overlaps
+nothing, and so counts against the answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Box = tuple[float, float, float, float]
+
+
+def is_degenerate(box: Sequence[float]) -> bool:
+    """True when the box has no area or a coordinate that is not a finite number."""
+    return not all(math.isfinite(value) for value in box) or box[2] <= box[0] or box[3] <= box[1]
+
+
+def is_inside(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> bool:
+    """True when a box with area lies in ``[0, width] x [0, height]`` (default: the unit square of box01)."""
+    return not is_degenerate(box) and box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
+
+
+def iou_matrix(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> np.ndarray:
+    """Intersection over union of every box of ``a`` with every box of ``b``, both in the same unit.
+
+    Returns:
+        float64 ``[len(a), len(b)]`` in 0-1; the row or column of a degenerate box is 0.
+    """
+    import numpy as np
+    import torch
+    from torchvision.ops import box_iou
+
+    result = np.zeros((len(a), len(b)))
+    rows = [i for i, box in enumerate(a) if not is_degenerate(box)]
+    columns = [j for j, box in enumerate(b) if not is_degenerate(box)]
+    if rows and columns:
+        first = torch.tensor([list(a[i]) for i in rows], dtype=torch.float64)
+        second = torch.tensor([list(b[j]) for j in columns], dtype=torch.float64)
+        result[np.ix_(rows, columns)] = box_iou(first, second).numpy()
+    return result
+
+
+def match(
+    predicted: Sequence[Sequence[float]], true: Sequence[Sequence[float]]
+) -> tuple[list[tuple[int, int]], list[float]]:
+    """Pair boxes one to one so that the sum of their IoU is largest (Hungarian method).
+
+    Returns:
+        ``pairs`` of (index in predicted, index in true) that overlap at all, in order of the first, and their ``ious``.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    overlap = iou_matrix(predicted, true)
+    chosen = zip(*linear_sum_assignment(overlap, maximize=True))
+    pairs = [(int(i), int(j)) for i, j in chosen if overlap[i, j] > 0]
+    return pairs, [float(overlap[i, j]) for i, j in pairs]
+
+
+def set_iou(predicted: Sequence[Sequence[float]], true: Sequence[Sequence[float]]) -> float:
+    """Sum of matched IoU over ``max(len(predicted), len(true))``, in 0-1: every unmatched box on either side counts against.
+
+    Both empty is 1.0 (a negative image without a box), one empty is 0.0.
+    """
+    if not predicted and not true:
+        return 1.0
+    if not predicted or not true:
+        return 0.0
+    return sum(match(predicted, true)[1]) / max(len(predicted), len(true))
+
+
+def round_box(box01: Sequence[float], decimals: int = 2) -> Box:
+    """The box on the grid that ``decimals`` allow, within 0-1; an edge pair that would fall together is set one step apart."""
+    if is_degenerate(box01):
+        raise ValueError(f"box {tuple(box01)} has no area and cannot be written")
+    scale = 10**decimals
+    edges = [round(min(max(value, 0.0), 1.0) * scale) for value in box01]
+    for low, high in ((0, 2), (1, 3)):
+        if edges[low] == edges[high]:
+            edges[low] = min(math.floor(min(max(box01[low], 0.0), 1.0) * scale), scale - 1)
+            edges[high] = edges[low] + 1
+    return (edges[0] / scale, edges[1] / scale, edges[2] / scale, edges[3] / scale)
+
+
+def format_box(box01: Sequence[float], decimals: int = 2) -> str:
+    """Write a box as LLaVA-1.5 does: ``[0.61, 0.36, 0.92, 0.83]``."""
+    return "[" + ", ".join(f"{value:.{decimals}f}" for value in round_box(box01, decimals)) + "]"
+
+
+def best_iou_for_decimals(box01: Sequence[float], decimals: int) -> float:
+    """The best IoU that an answer with this many decimals can reach: the box against its rounded self."""
+    return float(iou_matrix([box01], [round_box(box01, decimals)])[0, 0])
+
+
+_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
+_FOUR = r"[,;\s]".join([_NUMBER] * 4)
+_CORNERS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
+_BINS = r"<x(\d+)>\s*<y(\d+)>\s*<x(\d+)>\s*<y(\d+)>"
+_BOX_TEXT = re.compile(rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|({_BINS})")
+
+
+def parse_boxes(text: str) -> list[Box]:
+    """Read every box in ``text``, in order of appearance, as box01; never raises, whatever the text.
+
+    Understood: ``[a, b, c, d]``, also nested, ``(a, b, c, d)``, ``<box>..</box>`` around any of them, Qwen-VL's
+    ``(x1,y1),(x2,y2)``, MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``). Four whole numbers of which
+    one is above 1 are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and
+    `is_inside` tells.
+    """
+    boxes: list[Box] = []
+    for found in _BOX_TEXT.finditer(text):
+        written = [group for group in found.groups() if group is not None]
+        if written[0].startswith("<"):
+            values = [(int(bin_number) + 0.5) / 100 for bin_number in written[1:]]
+        else:
+            values = [float(number) for number in written]
+            if "." not in "".join(written) and max(values) > 1:
+                values = [value / 1000 for value in values]
+        boxes.append((values[0], values[1], values[2], values[3]))
+    return boxes

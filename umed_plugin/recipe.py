@@ -1,0 +1,164 @@
+"""Recipes: one YAML per data set that says where its annotations are, how to read them and under which terms.
+
+A data set whose annotations are COCO, Pascal VOC, YOLO, CSV or masks needs a YAML and no Python. ``umed recipe show`` prints
+a shipped one to start from. Every key is described at its field below; a mistake is reported with its place, what is allowed
+and what was probably meant, all mistakes at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import yaml
+from pydantic import Field, field_validator
+
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.recipe_faults import Faults, NoDuplicates, validated
+from umed_plugin.recipe_options import (
+    READER_OPTIONS,
+    AbnormalityClass,
+    FreeOptions,
+    ImageOptions,
+    ReaderOptions,
+    SplitRule,
+    StrictModel,
+    Terms,
+)
+
+
+class Recipe(StrictModel):
+    """A data set: where it is, what it holds, how it is read.
+
+    Attributes:
+        data_root: folder of the data set; ``${VARIABLE}`` is taken from the environment, ``--data-root`` goes before it.
+        classes: class in the annotations -> plain name and synonyms.
+        ignore_classes: an image that holds one of these is left out whole, as it is neither negative nor fully described.
+        negatives: ``keep`` or ``drop`` images without a lesion.
+        box_tolerance: a box that sticks out of its image by at most this many pixels is cut to it; further is a fault.
+        degenerate_boxes: ``stop`` at a box without area, or ``drop`` it (an image left without box is left out).
+        path, sha256: of the YAML file; filled in by `load_recipe`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str
+    terms: Terms
+    data_root: str = "${UMED_DATA_ROOT}"
+    modality: str = ""
+    annotations: Any
+    image: ImageOptions = ImageOptions()
+    classes: dict[str, AbnormalityClass] = Field(min_length=1)
+    ignore_classes: list[str] = []
+    split: SplitRule
+    negatives: Literal["keep", "drop"] = "keep"
+    box_tolerance: float = Field(1.0, ge=0)
+    degenerate_boxes: Literal["stop", "drop"] = "stop"
+    path: str = ""
+    sha256: str = ""
+
+    @field_validator("classes", "ignore_classes", mode="before")
+    @classmethod
+    def _classes_as_text(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): item for key, item in value.items()}
+        return [str(item) for item in value] if isinstance(value, list) else value
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Class key of records (the plain name) -> plain name, then synonyms: the ``terms`` of every record."""
+        merged: dict[str, list[str]] = {}
+        for entry in self.classes.values():
+            words = merged.setdefault(entry.name, [entry.name])
+            words += [synonym for synonym in entry.synonyms if synonym not in words]
+        return merged
+
+    def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
+        """The folder of the data set.
+
+        Raises:
+            UmedError: it is not given, its variable is not set, or it does not exist.
+        """
+        written = str(data_root) if data_root else self.data_root
+        folder = Path(os.path.expandvars(written)).expanduser()
+        get = f"Get the data ({self.terms.licence}) from {self.terms.url}"
+        if "$" in str(folder):
+            raise UmedError(f"{self.path}: data_root is {written!r} and the variable is not set. "
+                            f"Set it or give --data-root FOLDER. {get}")
+        if not folder.is_dir():
+            raise UmedError(f"{self.path}: there is no data folder {folder}. Give --data-root FOLDER. {get}")
+        return folder.resolve()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> YAML file of every recipe that comes with the plugin."""
+    from umed_plugin import data_recipes
+
+    return {path.stem: path for path in sorted(Path(data_recipes.__file__).parent.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: Union[str, Path]) -> Recipe:
+    """Load a shipped recipe by name or a YAML file by path.
+
+    Raises:
+        UsageError: there is neither a recipe nor a file of that name.
+        UmedError: the file has faults; all are named with their key.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        shipped = shipped_recipes()
+        if str(name_or_path) not in shipped:
+            raise UsageError(unknown_name("recipe", str(name_or_path), shipped) + " Or the path of a YAML file.")
+        path = shipped[str(name_or_path)]
+    raw = path.read_bytes()
+    try:
+        data = yaml.load(raw, Loader=NoDuplicates)
+    except yaml.YAMLError as error:
+        raise UmedError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UmedError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies")
+    faults = Faults()
+    for own in ("path", "sha256"):
+        if own in data:
+            faults.add(own, "is filled in by umed; take it out")
+    options = _reader_options(data.get("annotations"), faults)
+    recipe = validated(
+        Recipe,
+        {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}
+        | ({"annotations": options} if "annotations" in data else {}),
+        "",
+        faults,
+    )
+    if recipe is not None and options is not None:
+        _check_together(recipe, faults)
+    faults.raise_if_any(str(path))
+    return recipe
+
+
+def _reader_options(found: Any, faults: Faults) -> Optional[ReaderOptions]:
+    if found is None:  # a missing key is reported by Recipe itself
+        return None
+    reader = found.get("reader") if isinstance(found, dict) else None
+    if not isinstance(reader, str):
+        faults.add("annotations.reader", f"missing. Allowed: {', '.join(READER_OPTIONS)} or my_module:my_reader")
+        return None
+    if ":" not in reader and reader not in READER_OPTIONS:
+        faults.add("annotations.reader", unknown_name("reader", reader, READER_OPTIONS) + " Or my_module:my_reader.")
+        return None
+    return validated(READER_OPTIONS.get(reader, FreeOptions), found, "annotations.", faults)
+
+
+def _check_together(recipe: Recipe, faults: Faults) -> None:
+    """What one key alone cannot tell."""
+    options = recipe.annotations
+    per_split = "" not in options.files or bool(getattr(options, "split_lists", None))
+    if recipe.split.by == "file" and not per_split:
+        faults.add("split.by", "is 'file', but annotations.files is one for all. Give it per split: {train: ..., val: ...}")
+    columns = getattr(options, "columns", None)
+    if recipe.split.by == "column" and (columns is None or columns.split is None):
+        faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")
+    if recipe.image.window == "column" and (columns is None or columns.window is None):
+        faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")
+    for ignored in set(recipe.ignore_classes) & set(recipe.classes):
+        faults.add("ignore_classes", f"{ignored!r} is in classes too; keep one of them")
