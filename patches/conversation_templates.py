@@ -1,0 +1,57 @@
+"""Add the templates ``umed_v1`` and ``umed_mistral``, and refuse an unknown ``--version``.
+
+Target: the dictionary `llava.conversation.conv_templates`.
+Why: LLaVA finds templates in this dictionary alone, and trains silently with ``vicuna_v1`` when ``--version`` is not in it.
+Versions: LLaVA 1.2.x.
+Delete when: LLaVA takes a template from a file or refuses an unknown one; the templates themselves stay ours.
+"""
+
+from __future__ import annotations
+
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
+
+from umed_plugin.errors import unknown_name
+from umed_plugin.patching import Patch, Recorder, Target
+
+# train() gives these two a meaning of their own, apart from the dictionary.
+_VERSIONS_OF_TRAIN = ("v0", "v0.5")
+
+
+def change(recorder: Recorder) -> None:
+    """Put our templates beside LLaVA's."""
+    from llava.conversation import conv_templates
+
+    from umed_plugin.conversation import TEMPLATES, conversation_template
+
+    for name in TEMPLATES:
+        recorder.add_item(conv_templates, name, conversation_template(name))
+
+
+def find_faults(run: TrainingRun) -> list[str]:
+    """What is wrong with ``--version``."""
+    from llava.conversation import SeparatorStyle, conv_templates
+
+    version = run.model_args.version
+    allowed = {*conv_templates, *_VERSIONS_OF_TRAIN}
+    if version not in allowed:
+        return [f"--version: {unknown_name('template', version, allowed)} (LLaVA alone would train with vicuna_v1.)"]
+    if run.active and (version == "v0.5" or conv_templates[version].sep_style == SeparatorStyle.PLAIN):
+        return [f"--version {version} has no place for questions: use umed_v1 or umed_mistral."]
+    return []
+
+
+PATCH = Patch(
+    name="conversation_templates",
+    targets=(
+        TRAIN,
+        Target("llava.conversation:conv_templates", LLAVA, ()),
+        Target(
+            "llava.conversation:Conversation",
+            LLAVA,
+            ("5ffc2b75bb0fc67ed7bc8ee37156ca4203f802eebb7a83a41fd51bbbe3c42fd3",),
+        ),
+    ),
+    why="LLaVA knows no medical template and trains with vicuna_v1 when --version is unknown",
+    delete_when="LLaVA takes templates from a file and refuses an unknown one",
+    change=change,
+)

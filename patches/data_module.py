@@ -1,0 +1,80 @@
+"""Give LLaVA's trainer grounded records (stage 1) or queries to sample answers for (stage 2).
+
+Target: `make_supervised_data_module` in `llava.train.train`.
+Why: it can only build LLaVA's own dataset from one JSON file, with one template for all samples.
+Versions: LLaVA 1.2.x.
+Delete when: LLaVA's `train()` takes a dataset from its caller.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from umed_plugin.patches.training_run import LLAVA, TRAIN
+
+from umed_plugin.flags import REWARDING
+from umed_plugin.patching import Patch, Recorder, Target
+
+
+def change(recorder: Recorder) -> None:
+    """Rebind the function that `train()` calls."""
+    llava_train = sys.modules["llava.train.train"]
+    stock = llava_train.make_supervised_data_module
+
+    def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+        run = getattr(data_args, "umed_run", None)
+        if run is None or not run.active:
+            return stock(tokenizer=tokenizer, data_args=data_args)
+        if run.flags.umed_stage == REWARDING:
+            from umed_plugin.batch_rewarding import make_rewarding_data_module
+
+            return make_rewarding_data_module(tokenizer, data_args, run.training_args)
+        return _instruction_tuning_data(tokenizer, run)
+
+    recorder.replace(llava_train, "make_supervised_data_module", make_supervised_data_module)
+
+
+def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
+    """LLaVA's collator over our dataset, after the supervised tokens were looked at."""
+    from llava.train.train import DataCollatorForSupervisedDataset
+
+    from umed_plugin.batch import GroundedDataset, check_supervision
+
+    dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
+    samples = run.flags.umed_supervision_check_samples
+    if samples:
+        report = check_supervision(dataset, tokenizer, samples)
+        run.say(
+            f"supervision check: in {report.records} records under {' and '.join(report.templates)}, exactly the answers "
+            f"are supervised ({report.supervised_tokens} tokens)."
+        )
+    return {
+        "train_dataset": dataset,
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
+    }
+
+
+PATCH = Patch(
+    name="data_module",
+    targets=(
+        TRAIN,
+        Target(
+            "llava.train.train:make_supervised_data_module",
+            LLAVA,
+            ("1096cc70375a2cb64476a1ad95924a78f9197dcb9a1cf3c5a250bb81297c1afa",),
+        ),
+        Target(
+            "llava.train.train:LazySupervisedDataset",
+            LLAVA,
+            ("bbe4f33ff1eb9a58fbfcdaf65593b1a41550b89c9140edd4fc826de38b195307",),
+        ),
+        Target(
+            "llava.train.train:preprocess", LLAVA, ("78e406b80f5701892f0356b8f6394057349c82098f966b36186f2bfcc2619726",)
+        ),
+    ),
+    why="LLaVA builds one dataset from one JSON file under one template",
+    delete_when="LLaVA's train() takes a dataset from its caller",
+    change=change,
+)

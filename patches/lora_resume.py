@@ -1,0 +1,184 @@
+"""Resume a LoRA run with all it has trained, and any run with the order of its data.
+
+Targets: `LLaVATrainer._save_checkpoint`, `_save`, `_load_from_checkpoint` and `_get_train_sampler`.
+Why: (1) LLaVA saves what LoRA does not cover, the projector first of all, only at the very end (LLaVA #729, #1200, #1245, PR
+#1813): a run resumed from an intermediate checkpoint goes on with a trained adapter and an untrained projector. (2) The order of
+an epoch is drawn from the global random state, which dropout has moved on a CPU, so a resumed run sees other batches. (3) Any
+``checkpoint-*`` in the output folder is resumed from, even one of the other stage.
+Versions: LLaVA 1.2.x, transformers 4.36.
+Delete when: LLaVA saves ``non_lora_trainables.bin`` at every checkpoint and loads it again.
+
+Only with ``--umed_stage``. The files have LLaVA's own names and formats.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
+
+from umed_plugin.errors import UmedError
+from umed_plugin.patching import Patch, Recorder, Target
+
+NON_LORA = "non_lora_trainables.bin"
+MARKER = "umed.json"
+
+
+def change(recorder: Recorder) -> None:
+    """Wrap the methods of LLaVA's trainer; our own trainer inherits them."""
+    from llava.train.llava_trainer import LLaVATrainer
+
+    stock_save_checkpoint = LLaVATrainer._save_checkpoint
+    stock_save = LLaVATrainer._save
+    stock_load = LLaVATrainer._load_from_checkpoint
+    stock_sampler = LLaVATrainer._get_train_sampler
+
+    def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
+        if _is_lora(self):
+            # Gathering is a joint act of all processes under ZeRO-3; `_save` runs on the first alone.
+            non_lora_state = sys.modules["llava.train.train"].get_peft_state_non_lora_maybe_zero_3
+            self.umed_non_lora = non_lora_state(self.model.named_parameters())
+        try:
+            stock_save_checkpoint(self, model, trial, metrics)
+        finally:
+            self.umed_non_lora = None
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        stock_save(self, output_dir, state_dict)
+        if _has_stage(self):
+            _save_beside(self, Path(output_dir if output_dir is not None else self.args.output_dir))
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        stock_load(self, resume_from_checkpoint, model)
+        if _is_lora(self):
+            _load_non_lora(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _get_train_sampler(self: Any) -> Any:
+        grouped = self.args.group_by_modality_length or self.args.group_by_length
+        if not _has_stage(self) or self.train_dataset is None or grouped:
+            return stock_sampler(self)
+        return epoch_sampler(len(self.train_dataset), self.args.seed)
+
+    recorder.replace(LLaVATrainer, "_save_checkpoint", _save_checkpoint)
+    recorder.replace(LLaVATrainer, "_save", _save)
+    recorder.replace(LLaVATrainer, "_load_from_checkpoint", _load_from_checkpoint)
+    recorder.replace(LLaVATrainer, "_get_train_sampler", _get_train_sampler)
+
+
+def _has_stage(trainer: Any) -> bool:
+    return getattr(trainer.args, "umed_stage", None) is not None
+
+
+def _is_lora(trainer: Any) -> bool:
+    return _has_stage(trainer) and trainer.args.lora_enable
+
+
+def _save_beside(trainer: Any, folder: Path) -> None:
+    """What a checkpoint needs on top: the stage, and for LoRA the other trained weights and the model's configuration."""
+    import torch
+
+    (folder / MARKER).write_text(json.dumps({"umed_stage": trainer.args.umed_stage}))
+    if getattr(trainer, "umed_non_lora", None) is not None:
+        torch.save(trainer.umed_non_lora, folder / NON_LORA)
+        trainer.model.config.save_pretrained(folder)
+
+
+def _load_non_lora(model: Any, checkpoint: Path) -> None:
+    """Load the projector and what else was trained beside the adapter.
+
+    Raises:
+        UmedError: the checkpoint does not hold all of it.
+    """
+    import torch
+
+    file = checkpoint / NON_LORA
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    if not file.is_file():
+        if not trained:
+            return
+        raise UmedError(
+            f"{checkpoint}: has no {NON_LORA}, so the projector as trained is lost (LLaVA alone saves it only at the end). "
+            "Start again in another --output_dir, or remove the checkpoint-* folders."
+        )
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    missing = sorted(trained - set(weights))
+    unknown = model.load_state_dict(weights, strict=False).unexpected_keys
+    if missing or unknown:
+        raise UmedError(
+            f"{file}: does not fit this run: missing {missing[:3]}, unknown {unknown[:3]}. Resume with the flags that the run "
+            "was started with (--tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --model_name_or_path)."
+        )
+
+
+def epoch_sampler(length: int, seed: int) -> Any:
+    """A sampler whose order depends on seed and epoch alone; each time it is iterated over, the next epoch begins."""
+    import torch
+
+    class EpochSampler(torch.utils.data.Sampler):
+        def __init__(self) -> None:
+            self.epoch = 0
+
+        def __len__(self) -> int:
+            return length
+
+        def __iter__(self) -> Any:
+            generator = torch.Generator()
+            # Apart, so that one seed's second epoch is not the next seed's first.
+            generator.manual_seed((seed << 24) + self.epoch)
+            self.epoch += 1
+            yield from torch.randperm(length, generator=generator).tolist()
+
+    return EpochSampler()
+
+
+def find_faults(run: TrainingRun) -> list[str]:
+    """A checkpoint of the other stage in the output folder would be resumed from."""
+    if not run.active:
+        return []
+    output = Path(run.training_args.output_dir)
+    for marker in sorted(output.glob(f"checkpoint-*/{MARKER}")):
+        stage = json.loads(marker.read_text())["umed_stage"]
+        if stage != run.flags.umed_stage:
+            return [
+                f"--output_dir {output}: {marker.parent.name} belongs to --umed_stage {stage}, and LLaVA would resume from it. "
+                f"Give {run.flags.umed_stage} a folder of its own."
+            ]
+    return []
+
+
+PATCH = Patch(
+    name="lora_resume",
+    targets=(
+        Target(
+            "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
+            LLAVA,
+            ("c7c4f221acd1b64cda695e18f02eede5abbcdd82a581eb7a901d30b2590a511c",),
+        ),
+        Target(
+            "llava.train.llava_trainer:LLaVATrainer._save",
+            LLAVA,
+            ("4a2fff975c8527b0d0e2afacd3fc96fb2d93273b79b647924d8194d398e78625",),
+        ),
+        Target(
+            "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",
+            LLAVA,
+            ("283f52d877d9ba39a9aa9996c2a6c850d14aefb3ecdaf1d00dcc1eff1e6e64db",),
+        ),
+        Target(
+            "transformers.trainer:Trainer._load_from_checkpoint",
+            TRANSFORMERS,
+            ("201a2dc3b77a71b3eb462ecff3354b0cd2ba9c49405de37523c9d7d97a2e5b6c",),
+        ),
+        Target(
+            "transformers.trainer:Trainer._save_checkpoint",
+            TRANSFORMERS,
+            ("2b94f43c7b36c0427a50e423d125ded3b950d47251b955e26c296b0edd45090a",),
+        ),
+    ),
+    why="a resumed LoRA run loses its projector, and sees other batches than the run that was not interrupted",
+    delete_when="LLaVA saves non_lora_trainables.bin at every checkpoint and loads it again",
+    change=change,
+)

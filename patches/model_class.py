@@ -1,0 +1,103 @@
+"""Choose the model class by the checkpoint's ``model_type``.
+
+Target: the global `LlavaLlamaForCausalLM` of `llava.train.train`.
+Why: `train()` builds only Llama or MPT. LLaVA-Med 1.5 is ``llava_mistral``; loaded as Llama it warns, trains, and saves mixed
+configurations. LLaVA-Med 1.0 is a Llama whose ``model_type`` is ``llava``.
+Versions: LLaVA 1.2.x.
+Delete when: LLaVA's `train()` reads the configuration before it chooses a class.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
+
+from umed_plugin.patching import Patch, Recorder, Target
+
+FAMILIES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llama": "llama",
+    "llava_mistral": "mistral",
+    "mistral": "mistral",
+}
+
+
+def change(recorder: Recorder) -> None:
+    """Rebind the class that `train()` calls `from_pretrained` on."""
+    from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+
+    llava_train = sys.modules["llava.train.train"]
+    stock = llava_train.LlavaLlamaForCausalLM
+
+    class ByModelType(stock):
+        """Stands in for the Llama class; what it loads is an instance of LLaVA's own class."""
+
+        @classmethod
+        def from_pretrained(cls, name: str, *args: Any, **keywords: Any) -> Any:
+            config = read_config(name, keywords.get("cache_dir"))
+            family = FAMILIES.get(config.get("model_type"), "llama")
+            chosen = LlavaMistralForCausalLM if family == "mistral" else stock
+            return chosen.from_pretrained(name, *args, **keywords)
+
+    recorder.replace(llava_train, "LlavaLlamaForCausalLM", ByModelType)
+
+
+def read_config(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The checkpoint's ``config.json``, from a folder or the hub, without building a configuration object."""
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.get_config_dict(name, cache_dir=cache_dir)[0]
+
+
+def find_faults(run: TrainingRun) -> list[str]:
+    """What keeps the checkpoint from being trained in a stage; without a stage LLaVA takes what it takes."""
+    if not run.active:
+        return []
+    name = run.model_args.model_name_or_path
+    try:
+        config = read_config(name, run.training_args.cache_dir)
+    except (OSError, ValueError) as error:
+        return [f"--model_name_or_path {name}: has no config.json that can be read ({str(error).splitlines()[0]})"]
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        return [
+            f"--model_name_or_path {name}: model_type is {model_type!r}, which is no LLaVA checkpoint. Allowed: "
+            f"{', '.join(sorted(FAMILIES))}. Use a LLaVA-Med checkpoint, such as microsoft/llava-med-v1.5-mistral-7b."
+        ]
+    faults = []
+    has_projector = "mm_vision_tower" in config or run.model_args.pretrain_mm_mlp_adapter is not None
+    if not model_type.startswith("llava") and not has_projector:
+        faults.append(
+            f"--model_name_or_path {name}: model_type {model_type!r} without mm_vision_tower is a language model without a "
+            "projector. Use a LLaVA checkpoint, or give --pretrain_mm_mlp_adapter."
+        )
+    if "mpt" in name:
+        faults.append(
+            f"--model_name_or_path {name}: LLaVA takes any path with 'mpt' in it for an MPT model. "
+            "Rename the folder, or give the path of a link to it."
+        )
+    return faults
+
+
+PATCH = Patch(
+    name="model_class",
+    targets=(
+        TRAIN,
+        Target(
+            "llava.train.train:LlavaLlamaForCausalLM",
+            LLAVA,
+            ("8953c12ea9387cded167f8712f3dc1adec07117395acc4f5c55424050c9fc811",),
+        ),
+        Target(
+            "llava.model.language_model.llava_mistral:LlavaMistralForCausalLM",
+            LLAVA,
+            ("35ee835e96234834d2927240f971df1a874a3aca544060054805fe081137aa77",),
+        ),
+    ),
+    why="train() loads every checkpoint as Llama, LLaVA-Med 1.5 (Mistral) too",
+    delete_when="LLaVA's train() chooses the class by model_type",
+    change=change,
+)

@@ -1,0 +1,105 @@
+"""Add the ``--umed_*`` flags to LLaVA's training scripts and check all flags before the model is loaded.
+
+Target: `TrainingArguments` in `llava.train.train`, and `transformers.HfArgumentParser`, which `train()` parses with.
+Why: `train()` unpacks exactly three dataclasses and refuses any flag that they do not have.
+Versions: LLaVA 1.2.x, transformers 4.36.
+Delete when: LLaVA's `train()` takes further dataclasses or arguments from its caller.
+
+Checkpoints pickle the arguments. The class takes the name of the one it replaces, so ``training_args.bin`` loads with the
+plugin uninstalled as well: LLaVA's own class, with the flags as extra attributes.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from umed_plugin.patches import conversation_templates, lora_resume, model_class
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TRANSFORMERS, TrainingRun
+
+from umed_plugin.flags import UmedFlags, find_faults, raise_faults
+from umed_plugin.patching import Patch, Recorder, Target
+
+
+def change(recorder: Recorder) -> None:
+    """Rebind LLaVA's TrainingArguments and the parser class."""
+    import transformers
+
+    llava_train = sys.modules["llava.train.train"]
+    arguments_class = _with_flags(llava_train.TrainingArguments)
+    recorder.replace(llava_train, "TrainingArguments", arguments_class)
+    recorder.replace(transformers, "HfArgumentParser", _checking_parser(transformers.HfArgumentParser, arguments_class))
+
+
+def _with_flags(stock: type) -> type:
+    """LLaVA's dataclass and the flags in one. The flags come first in the bases, so they come last in ``__init__``."""
+
+    @dataclass
+    class TrainingArguments(UmedFlags, stock):
+        @property
+        def umed(self) -> UmedFlags:
+            return UmedFlags.of(self)
+
+    TrainingArguments.__module__ = stock.__module__
+    TrainingArguments.__qualname__ = stock.__qualname__
+    TrainingArguments.__doc__ = stock.__doc__
+    return TrainingArguments
+
+
+def _checking_parser(stock: type, arguments_class: type) -> type:
+    """A parser that checks the flags when it has parsed LLaVA's three dataclasses; for all else it is the stock one."""
+
+    class CheckingArgumentParser(stock):
+        def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple:
+            parsed = super().parse_args_into_dataclasses(*args, **kwargs)
+            if len(parsed) >= 3 and type(parsed[2]) is arguments_class:
+                start_run(*parsed[:3])
+            return parsed
+
+    return CheckingArgumentParser
+
+
+def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRun:
+    """Tie the arguments together, refuse what cannot work, all faults at once, and set the seed.
+
+    Raises:
+        UsageError: with one line for each fault; nothing has been loaded yet.
+    """
+    from transformers import set_seed
+
+    run = TrainingRun(model_args, data_args, training_args)
+    model_args.umed_run = data_args.umed_run = run
+    raise_faults(
+        [
+            *find_faults(run.flags, model_args, data_args, training_args),
+            *conversation_templates.find_faults(run),
+            *model_class.find_faults(run),
+            *lora_resume.find_faults(run),
+        ]
+    )
+    if run.active:
+        # LLaVA makes the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
+        set_seed(training_args.seed)
+    return run
+
+
+PATCH = Patch(
+    name="train_arguments",
+    targets=(
+        TRAIN,
+        Target(
+            "llava.train.train:TrainingArguments",
+            LLAVA,
+            ("e9e353c3e03975062b5f8eb65c45d209419f4c4a4b669f162d3da6427de17005",),
+        ),
+        Target(
+            "transformers:HfArgumentParser.parse_args_into_dataclasses",
+            TRANSFORMERS,
+            ("bc4c164c828c3f21b099e6e03b2983634e3521705121a372f0b3ed95320125e2",),
+        ),
+    ),
+    why="train() refuses any flag that is not in its three dataclasses",
+    delete_when="LLaVA's train() takes further arguments from its caller",
+    change=change,
+)

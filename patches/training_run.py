@@ -1,0 +1,42 @@
+"""What the patches of one training run share: LLaVA's parsed arguments, and the function whose globals they rebind.
+
+LLaVA hands its arguments on in pieces (`make_supervised_data_module` never sees the TrainingArguments), so the run hangs on
+``model_args.umed_run`` and ``data_args.umed_run``. It is not on the TrainingArguments, which every checkpoint pickles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from umed_plugin.flags import UmedFlags
+from umed_plugin.patching import Target
+
+LLAVA = ">=1.1.3,<1.3"
+TRANSFORMERS = ">=4.36,<4.37"
+# Its globals are read when it runs, so they can be rebound; each patch that does so relies on how it reads them.
+TRAIN = Target("llava.train.train:train", LLAVA, ("0ef232c0a416a4da43871d171405fcd795562314a31dbd988f4cb68d07d01dd7",))
+
+
+@dataclass
+class TrainingRun:
+    """One call of LLaVA's ``train()``."""
+
+    model_args: Any
+    data_args: Any
+    training_args: Any
+
+    @property
+    def flags(self) -> UmedFlags:
+        """The ``--umed_*`` flags."""
+        return self.training_args.umed
+
+    @property
+    def active(self) -> bool:
+        """Whether a stage was asked for; otherwise LLaVA trains as if the plugin were not there."""
+        return self.flags.umed_stage is not None
+
+    def say(self, text: str) -> None:
+        """Print once per run, not once per process."""
+        if self.training_args.process_index == 0:
+            print(f"umed: {text}", flush=True)

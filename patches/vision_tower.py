@@ -1,0 +1,219 @@
+"""Load the vision tower that the checkpoint carries, in a number format that the device can compute in.
+
+Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to`, and `find_all_linear_names` in `llava.train.train`.
+Why: (1) LLaVA builds the tower late, so the tower weights in a checkpoint (LLaVA-Med 1.5 has its own: LLaVA-Med #86, #105,
+#109) are reported as unused and the original CLIP is trained on instead. (2) Without ``--bf16`` `train()` casts the tower to
+fp16, which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint that says
+``unfreeze_mm_vision_tower`` the tower is there before LoRA, and gets adapters that are never trained.
+Versions: LLaVA 1.2.x.
+Delete when: LLaVA loads the tower of its checkpoint, casts it to the training's format, and keeps LoRA out of it.
+
+A tower that differs from the original sets ``unfreeze_mm_vision_tower`` in the configuration that training saves: that is how
+stock LLaVA is told to load tower weights from a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
+
+from umed_plugin.errors import UmedError
+from umed_plugin.patching import Patch, Recorder, Target, original
+
+PREFIX = "model.vision_tower."
+
+
+def change(recorder: Recorder) -> None:
+    """Wrap all three."""
+    from llava.model.llava_arch import LlavaMetaModel
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    llava_train = sys.modules["llava.train.train"]
+    stock_initialize = LlavaMetaModel.initialize_vision_modules
+    stock_to = CLIPVisionTower.to
+    stock_names = llava_train.find_all_linear_names
+
+    def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
+        stock_initialize(self, model_args=model_args, fsdp=fsdp)
+        run = getattr(model_args, "umed_run", None)
+        if run is not None:
+            _prepare_tower(self, run)
+
+    def to(self: Any, *args: Any, **keywords: Any) -> Any:
+        return stock_to(self, *args, **_computable(self, keywords))
+
+    def find_all_linear_names(model: Any) -> Any:
+        return _outside_the_tower(model, stock_names(model))
+
+    recorder.replace(LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
+    recorder.replace(CLIPVisionTower, "to", to)
+    recorder.replace(llava_train, "find_all_linear_names", find_all_linear_names)
+
+
+def _prepare_tower(model: Any, run: TrainingRun) -> None:
+    """Tell the data what the tower sees, and give it the checkpoint's weights if a stage asks for them."""
+    tower = model.get_vision_tower()
+    run.data_args.umed_patch_size = tower.config.patch_size
+    run.data_args.umed_num_patches = tower.num_patches + (tower.select_feature == "cls_patch")
+    if not run.active:
+        return
+    tower.umed_keep_fp32 = not (run.training_args.fp16 or run.training_args.bf16)
+    if run.flags.umed_tower_weights == "checkpoint":
+        _load_checkpoint_tower(model, tower, run)
+
+
+def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
+    """Replace the original tower weights by those in the checkpoint's weight files, and say how far apart they are."""
+    import torch
+
+    checkpoint = run.model_args.model_name_or_path
+    weights = tower_weights(checkpoint, run.training_args.cache_dir)
+    if not weights:
+        return
+    with _gathered(tower):
+        own = {name: tensor for name, tensor in tower.state_dict().items() if not name.endswith("position_ids")}
+        _refuse_other_tower(checkpoint, tower.vision_tower_name, own, weights)
+        loaded = {name: weights[name].to(own[name].dtype) for name in own}
+        differing = [name for name in own if not torch.equal(own[name].cpu(), loaded[name])]
+        distance = max((float((own[n].cpu().float() - loaded[n].float()).abs().max()) for n in differing), default=0.0)
+        tower.load_state_dict(loaded, strict=False)
+    if not differing:
+        run.say(f"vision tower: the {len(own)} tensors in {checkpoint} equal those of {tower.vision_tower_name}.")
+        return
+    model.config.unfreeze_mm_vision_tower = True
+    run.say(
+        f"vision tower: loaded {len(own)} tensors from {checkpoint}; {len(differing)} of them differ from "
+        f"{tower.vision_tower_name}, by {distance:.3g} at most. (--umed_tower_weights original keeps those instead.)"
+    )
+
+
+def tower_weights(checkpoint: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The tensors under ``model.vision_tower.`` in a checkpoint's weight files (folder or hub), without that prefix."""
+    import torch
+    from safetensors import safe_open
+
+    weights = {}
+    for file in _weight_files(checkpoint, cache_dir):
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt", device="cpu") as tensors:
+                names = [name for name in list(tensors.keys()) if name.startswith(PREFIX)]
+                weights.update({name[len(PREFIX) :]: tensors.get_tensor(name) for name in names})
+        else:
+            tensors = original(torch, "load")(str(file), map_location="cpu", weights_only=True)
+            weights.update({n[len(PREFIX) :]: tensor for n, tensor in tensors.items() if n.startswith(PREFIX)})
+    return {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+
+
+def _weight_files(checkpoint: str, cache_dir: str | None) -> list[Path]:
+    """The files that hold tower weights: one, or the shards that the index names; in transformers' order of preference."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        file = cached_file(
+            checkpoint, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if file is None else Path(file)
+
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        file = find(name)
+        if file is None:
+            continue
+        if not name.endswith(".json"):
+            return [file]
+        places = json.loads(file.read_text())["weight_map"]
+        shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(PREFIX)})
+        found = [(shard, find(shard)) for shard in shards]
+        missing = [shard for shard, path in found if path is None]
+        if missing:
+            raise UmedError(
+                f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Download the checkpoint again."
+            )
+        return [path for _, path in found]
+    return []
+
+
+def _refuse_other_tower(checkpoint: str, name: str, own: dict[str, Any], weights: dict[str, Any]) -> None:
+    """Weights of another architecture cannot be loaded: say what differs."""
+    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    shapes = [
+        f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+        for key in sorted(set(own) & set(weights))
+        if weights[key].shape != own[key].shape
+    ]
+    if missing or extra or shapes:
+        raise UmedError(
+            f"{checkpoint}: its vision-tower weights do not fit --vision_tower {name}: {len(missing)} tensors are missing, "
+            f"{len(extra)} are unknown, {len(shapes)} have another shape "
+            f"({'; '.join([*shapes, *missing, *extra][:3])}). Give the tower that the checkpoint was trained with, "
+            "or leave its weights out with --umed_tower_weights original."
+        )
+
+
+def _gathered(tower: Any) -> Any:
+    """Under DeepSpeed ZeRO-3 a process holds a slice of each parameter: put them together for the block."""
+    import contextlib
+
+    parameters = [p for p in tower.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _computable(tower: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """`train()` asks for fp16 whenever it does not train in bf16: make that fp32 on a CPU and in fp32 training."""
+    import torch
+
+    if keywords.get("dtype") != torch.float16:
+        return keywords
+    on_cpu = torch.device(keywords.get("device") or tower.device).type == "cpu"
+    if on_cpu or getattr(tower, "umed_keep_fp32", False):
+        return {**keywords, "dtype": torch.float32}
+    return keywords
+
+
+def _outside_the_tower(model: Any, names: list[str]) -> Any:
+    """LoRA targets: LLaVA's names, or, where the tower is loaded already and has layers of those names, a pattern without it."""
+    inside = {
+        name.rpartition(".")[2] for name, _ in model.named_modules() if "vision_tower" in name or "mm_projector" in name
+    }
+    if inside.isdisjoint(names):
+        return names
+    return rf"(?!.*(vision_tower|mm_projector|vision_resampler)).*\.({'|'.join(sorted(names))})"
+
+
+PATCH = Patch(
+    name="vision_tower",
+    targets=(
+        TRAIN,
+        Target(
+            "llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules",
+            LLAVA,
+            ("38e4b8eaa11d6ffef115207f0d5fffe496a6ce7f5a37e461238453e8804223d7",),
+        ),
+        Target(
+            "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower",
+            LLAVA,
+            ("c9a48b32051e29f766c7a01e03795bc5e77187cd2b74e759e08cf5fd283fc170",),
+        ),
+        Target(
+            "llava.train.train:find_all_linear_names",
+            LLAVA,
+            ("33c886f04eff61dcc01f519c018fd3b0440874853bb8a6b323245a1c28ac9513",),
+        ),
+    ),
+    why="tower weights in the checkpoint are ignored, the tower is cast to fp16 even on a CPU, and LoRA reaches into it",
+    delete_when="LLaVA loads its checkpoint's tower, in the training's number format, and keeps LoRA out of it",
+    change=change,
+)

@@ -1,0 +1,45 @@
+"""Run ``train_xformers.py`` where xformers is missing.
+
+Target: `replace_llama_attn_with_xformers_attn` in `llava.train.llama_xformers_attn_monkey_patch`.
+Why: it puts a function into Llama's attention that needs xformers, having logged only that the import failed.
+Versions: LLaVA 1.2.x.
+Delete when: the function refuses or does nothing without xformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from umed_plugin.patches.training_run import LLAVA
+
+from umed_plugin.patching import Patch, Recorder, Target
+
+_MODULE = "llava.train.llama_xformers_attn_monkey_patch"
+_FUNCTION = "replace_llama_attn_with_xformers_attn"
+
+
+def change(recorder: Recorder) -> None:
+    """Let the replacement happen only where it can work."""
+    module = sys.modules[_MODULE]
+    stock = getattr(module, _FUNCTION)
+
+    def replace_llama_attn_with_xformers_attn() -> None:
+        if importlib.util.find_spec("xformers") is None:
+            print("umed: xformers is missing: training with the attention that transformers chooses.", flush=True)
+            return
+        stock()
+
+    recorder.replace(module, _FUNCTION, replace_llama_attn_with_xformers_attn)
+
+
+PATCH = Patch(
+    name="xformers_attention",
+    targets=(
+        Target(f"{_MODULE}:{_FUNCTION}", LLAVA, ("370fa6a84f46b318f3a31b032c1bbecc8af0379d08a604ff12f962ca91770b87",)),
+    ),
+    why="train_xformers.py puts in an attention that fails where xformers is missing",
+    delete_when="LLaVA checks for xformers before it replaces the attention",
+    change=change,
+    trigger=_MODULE,
+)

@@ -1,0 +1,457 @@
+"""Every patch against the installed LLaVA: it fits, it applies once in any order, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from umed_plugin.patches import ALL, TRIGGERS, lora_resume, model_class, torch_load, vision_tower
+from umed_plugin.patches.attention_implementation import available_attention
+from umed_runs import ROOT, train_flags, write_records
+
+from umed_plugin import patching
+from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.patching import PatchMisfit
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """The patches are for training processes: the other tests get LLaVA as it is."""
+    yield
+    patching.undo_all()
+
+
+def places() -> dict[str, object]:
+    """What stands at every place that a patch can change."""
+    import llava.conversation
+    import llava.train.llama_xformers_attn_monkey_patch as xformers_patch
+    from llava.model.llava_arch import LlavaMetaModel
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from llava.train import llava_trainer
+    from llava.train import train as llava_train
+
+    owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, CLIPVisionTower, xformers_patch]
+    found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
+    found.update(llava.conversation.conv_templates)
+    found.update(load=torch.load, parser=transformers.HfArgumentParser, hook=sys.excepthook)
+    return found
+
+
+def differing(before: dict[str, object], after: dict[str, object]) -> set[str]:
+    return {name for name in {*before, *after} if before.get(name) is not after.get(name)}
+
+
+@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
+class TestEveryPatch:
+    """One contract for all patches."""
+
+    def test_it_fits_the_installed_libraries(self, patch):
+        assert patching.misfit(patch) is None
+
+    def test_it_applies_once_and_is_undone(self, patch):
+        before = places()
+        patching.apply([patch])
+        once = places()
+        changed = differing(before, once)
+        assert changed
+        patching.apply([patch])
+        assert differing(once, places()) == set()
+        patching.undo(patch)
+        assert differing(before, places()) == set()
+        patching.undo(patch)
+        patching.apply([patch])
+        assert differing(before, places()) == changed
+
+    def test_a_changed_source_is_refused(self, patch):
+        targets = [dataclasses.replace(target, sha256=("0" * 64,)) for target in patch.targets if target.sha256]
+        before = places()
+        for target in targets:
+            with pytest.raises(PatchMisfit, match=f"patch '{patch.name}' does not fit {target.path}"):
+                patching.apply([dataclasses.replace(patch, targets=(target,))])
+        assert differing(before, places()) == set()
+
+    def test_its_file_says_what_it_must(self, patch):
+        text = (ROOT / "patches" / f"{patch.name}.py").read_text()
+        for part in ("Target", "Why:", "Versions:", "Delete when:"):
+            assert part in text
+        assert patch.why
+        assert patch.delete_when
+
+
+def test_any_order_of_all_patches_is_undone():
+    before = places()
+    expected = None
+    for seed in range(5):
+        patches = random.Random(seed).sample(ALL, len(ALL))
+        for patch in patches:
+            patching.apply([patch])
+        changed = differing(before, places())
+        assert expected in (None, changed)
+        expected = changed
+        patching.undo_all()
+        assert differing(before, places()) == set()
+
+
+def test_every_file_in_patches_is_listed():
+    files = {file.stem for file in (ROOT / "patches").glob("*.py")} - {"__init__", "training_run"}
+    assert files == {patch.name for patch in ALL}
+    assert all(patch.trigger in TRIGGERS for patch in ALL)
+
+
+def test_the_command_lists_them_all_and_fails_on_a_misfit(capsys, monkeypatch):
+    from umed_plugin import patches
+    from umed_plugin.commands.patches import run
+
+    assert run(argparse.Namespace()) == 0
+    shown = capsys.readouterr().out
+    assert all(patch.name in shown for patch in ALL)
+    target = dataclasses.replace(ALL[1].targets[0], sha256=("0" * 64,))
+    monkeypatch.setattr(patches, "ALL", (ALL[0], dataclasses.replace(ALL[1], targets=(target,))))
+    assert run(argparse.Namespace()) == 1
+    assert "unknown SHA-256" in capsys.readouterr().out
+
+
+def parse(flags: list[str]):
+    """LLaVA's three argument objects, as `train()` gets them under the patches."""
+    from llava.train import train as llava_train
+
+    classes = (llava_train.ModelArguments, llava_train.DataArguments, llava_train.TrainingArguments)
+    return transformers.HfArgumentParser(classes).parse_args_into_dataclasses(flags)
+
+
+@pytest.fixture
+def flags(tiny_mistral, tmp_path):
+    records = write_records(tmp_path / "data")
+    return train_flags(tiny_mistral, records, tmp_path / "out")
+
+
+def test_flags_parse_and_survive_the_pickle_with_and_without_the_plugin(flags, tmp_path):
+    patching.apply(ALL)
+    model_args, data_args, training_args = parse([*flags, "--umed_stage", "rewarding", "--umed_num_candidates", "3"])
+    assert training_args.umed.umed_num_candidates == 3
+    assert data_args.umed_run is model_args.umed_run
+    assert training_args.output_dir == str(tmp_path / "out")
+    torch.save(training_args, tmp_path / "training_args.bin")
+    again = torch.load(tmp_path / "training_args.bin")
+    assert again.umed == training_args.umed
+    patching.undo_all()
+    stock = torch.load(tmp_path / "training_args.bin")
+    assert type(stock).__module__ == "llava.train.train"
+    assert not hasattr(stock, "umed")
+    assert stock.umed_num_candidates == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--version", "umed_mistrall"], "Did you mean 'umed_mistral'"),
+        (["--umed_stage", "instruction_tuning", "--version", "plain"], "no place for questions"),
+        (["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "2"], "from 0 to 1"),
+        (["--umed_num_candidates", "4"], "no effect without --umed_stage"),
+        (["--umed_stage", "instruction_tuning", "--model_name_or_path", "/no/checkpoint"], "no config.json"),
+    ],
+)
+def test_wrong_flags_stop_before_anything_is_loaded(flags, more, words):
+    patching.apply(ALL)
+    with pytest.raises(UsageError) as caught:
+        parse([*flags, *more])
+    assert words in str(caught.value)
+
+
+def test_all_faults_of_all_patches_come_at_once(flags):
+    patching.apply(ALL)
+    wrong = [
+        "--umed_stage",
+        "rewarding",
+        "--version",
+        "nothing",
+        "--umed_top_p",
+        "2",
+        "--model_name_or_path",
+        "/no/where",
+    ]
+    with pytest.raises(UsageError) as caught:
+        parse([*flags, *wrong])
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_a_checkpoint_of_the_other_stage_in_the_output_folder_is_refused(flags, tmp_path):
+    patching.apply(ALL)
+    marker = tmp_path / "out" / "checkpoint-5" / lora_resume.MARKER
+    marker.parent.mkdir(parents=True)
+    marker.write_text(json.dumps({"umed_stage": "instruction_tuning"}))
+    with pytest.raises(UsageError, match="checkpoint-5 belongs to --umed_stage instruction_tuning"):
+        parse([*flags, "--umed_stage", "rewarding"])
+    parse([*flags, "--umed_stage", "instruction_tuning"])
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "words"),
+    [
+        ({"model_type": "gpt2"}, "checkpoint", "'gpt2', which is no LLaVA checkpoint"),
+        ({"model_type": "mistral"}, "checkpoint", "without a projector"),
+        ({"model_type": "llava"}, "attempt", "'mpt' in it"),
+        ({"model_type": "llava"}, "checkpoint", None),
+        ({"model_type": "llava_mistral"}, "checkpoint", None),
+        ({"model_type": "mistral", "mm_vision_tower": "x"}, "checkpoint", None),
+    ],
+)
+def test_what_is_no_llava_checkpoint_is_named(tmp_path_factory, config, path, words):
+    folder = tmp_path_factory.getbasetemp() / "types" / path
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    run = SimpleNamespace(
+        active=True,
+        model_args=SimpleNamespace(model_name_or_path=str(folder), pretrain_mm_mlp_adapter=None),
+        training_args=SimpleNamespace(cache_dir=None),
+    )
+    faults = model_class.find_faults(run)
+    assert len(faults) == (words is not None)
+    assert words is None or words in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "model_type"), [("llama", "llava_llama"), ("llama", "llava"), ("mistral", "llava_mistral")]
+)
+def test_the_class_follows_the_model_type(family, model_type, request, tmp_path):
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+    from llava.train import train as llava_train
+
+    source = request.getfixturevalue(f"tiny_{family}")
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for file in (file for file in source.iterdir() if file.is_file()):
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    patching.apply(ALL)
+    # The keyword is new in transformers 4.36: None must pass through, as train() always gives it.
+    model = llava_train.LlavaLlamaForCausalLM.from_pretrained(str(checkpoint), attn_implementation=None)
+    assert type(model) is (LlavaMistralForCausalLM if family == "mistral" else LlavaLlamaForCausalLM)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--use_cpu", "True"), ("--no_cuda", "True"), ("--use_cpu", None)])
+def test_flash_attention_falls_back_on_a_cpu_and_says_so(capsys, flag, value):
+    argv = ["--output_dir", "x", flag, *([value] if value else [])]
+    assert available_attention("flash_attention_2", argv) is None
+    assert "--use_cpu was given" in capsys.readouterr().out
+
+
+def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeypatch, capsys):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    assert available_attention("flash_attention_2", ["--use_cpu", "False"]) == "flash_attention_2"
+    assert available_attention("eager", ["--use_cpu"]) == "eager"
+    assert available_attention(None, []) is None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    assert available_attention("flash_attention_2", []) is None
+    assert "flash-attn 2 or CUDA is missing" in capsys.readouterr().out
+
+
+class Hostile:
+    """A pickle that would run code."""
+
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def load_as(caller: str, file: Path):
+    """`torch.load` called from a module of that name."""
+    namespace = {"__name__": caller, "torch": torch, "file": str(file)}
+    exec("result = torch.load(file, map_location='cpu')", namespace)
+    return namespace["result"]
+
+
+def test_pickles_of_a_checkpoint_run_no_code(tmp_path, capsys):
+    patching.apply([torch_load.PATCH])
+    for name in ("mm_projector.bin", "rng_state.pth"):
+        torch.save({"a": Hostile()}, tmp_path / name)
+        for caller in ("llava.model.llava_arch", "transformers.trainer", "peft.peft_model"):
+            with pytest.raises(UmedError, match=f"{name}: holds more than plain tensors"):
+                load_as(caller, tmp_path / name)
+    assert "code ran" not in capsys.readouterr().out
+    load_as("somebody.else", tmp_path / "mm_projector.bin")
+    assert "code ran" in capsys.readouterr().out
+
+
+def test_states_of_a_real_run_load(tmp_path):
+    patching.apply([torch_load.PATCH])
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 1, 10)
+    states = {
+        "optimizer.pt": optimizer.state_dict(),
+        "scheduler.pt": scheduler.state_dict(),
+        "non_lora_trainables.bin": {"w": torch.ones(2, dtype=torch.bfloat16)},
+    }
+    for name, state in states.items():
+        torch.save(state, tmp_path / name)
+        assert str(load_as("transformers.trainer", tmp_path / name)) == str(state)
+    random_states = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
+    torch.save(random_states, tmp_path / "rng_state_0.pth")
+    loaded = load_as("transformers.trainer", tmp_path / "rng_state_0.pth")
+    np.random.set_state(loaded["numpy"])
+    random.setstate(loaded["python"])
+    assert torch.equal(loaded["cpu"], random_states["cpu"])
+    assert np.array_equal(loaded["numpy"][1], random_states["numpy"][1])
+
+
+def towered(source: Path, target: Path, *, shift: float = 0.0, drop: int = 0, shards: bool = False) -> Path:
+    """A copy of a tiny checkpoint that carries tower weights, ``shift`` away from the original ones."""
+    target.mkdir()
+    for file in (file for file in source.iterdir() if file.is_file()):
+        (target / file.name).write_bytes(file.read_bytes())
+    weights = load_file(target / "model.safetensors")
+    tower = load_file(source / "vision_tower" / "model.safetensors")
+    tower = {
+        f"model.vision_tower.vision_tower.{n}": t + shift
+        for n, t in list(tower.items())[drop:]
+        if "position_ids" not in n
+    }
+    if shards:
+        (target / "model.safetensors").unlink()
+        parts = {"pytorch_model-1.bin": weights, "pytorch_model-2.bin": tower}
+        for name, part in parts.items():
+            torch.save(part, target / name)
+        places = {tensor: name for name, part in parts.items() for tensor in part}
+        (target / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    else:
+        save_file({**weights, **tower}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def loaded_tower(checkpoint: Path, tiny: Path, flags: list[str], *more: str):
+    """The model and its tower as `train()` has them before the first step."""
+    from llava.train import train as llava_train
+
+    tower = ["--vision_tower", str(tiny / "vision_tower"), "--umed_stage", "instruction_tuning"]
+    model_args, data_args, training_args = parse([*flags, "--model_name_or_path", str(checkpoint), *tower, *more])
+    model = llava_train.LlavaLlamaForCausalLM.from_pretrained(str(checkpoint))
+    model.get_model().initialize_vision_modules(model_args=model_args, fsdp=training_args.fsdp)
+    loaded = model.get_vision_tower()
+    loaded.to(dtype=torch.float16, device=training_args.device)
+    assert (data_args.umed_patch_size, data_args.umed_num_patches) == (8, 64)
+    return model, loaded
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["safetensors", "bin-shards"])
+def test_the_checkpoints_own_tower_is_loaded_and_stock_is_told(tiny_mistral, flags, tmp_path, capsys, shards):
+    checkpoint = towered(tiny_mistral, tmp_path / "towered", shift=0.5, shards=shards)
+    original = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    patching.apply(ALL)
+    model, tower = loaded_tower(checkpoint, tiny_mistral, flags)
+    assert tower.dtype == torch.float32
+    name = "vision_model.post_layernorm.weight"
+    assert torch.allclose(tower.vision_tower.state_dict()[name], original[name].float() + 0.5)
+    assert model.config.unfreeze_mm_vision_tower is True
+    assert "by 0.5 at most" in capsys.readouterr().out
+    model, tower = loaded_tower(checkpoint, tiny_mistral, flags, "--umed_tower_weights", "original")
+    assert torch.equal(tower.vision_tower.state_dict()[name], original[name].float())
+    assert not hasattr(model.config, "unfreeze_mm_vision_tower")
+
+
+def test_an_equal_tower_is_said_to_be_equal(tiny_mistral, flags, tmp_path, capsys):
+    patching.apply(ALL)
+    model, _ = loaded_tower(towered(tiny_mistral, tmp_path / "towered"), tiny_mistral, flags)
+    assert "equal those of" in capsys.readouterr().out
+    assert not hasattr(model.config, "unfreeze_mm_vision_tower")
+
+
+def test_a_tower_that_does_not_fit_is_refused(tiny_mistral, flags, tmp_path):
+    patching.apply(ALL)
+    with pytest.raises(UmedError, match="2 tensors are missing"):
+        loaded_tower(towered(tiny_mistral, tmp_path / "towered", drop=2), tiny_mistral, flags)
+
+
+def test_lora_stays_out_of_a_tower_that_is_loaded_early(tiny_mistral, flags, tmp_path):
+    from llava.train import train as llava_train
+    from peft import LoraConfig, get_peft_model
+
+    patching.apply(ALL)
+    model, _ = loaded_tower(tiny_mistral, tiny_mistral, flags)
+    names = llava_train.find_all_linear_names(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM"))
+    places = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert places
+    assert not [name for name in places if "vision_tower" in name or "mm_projector" in name]
+    assert vision_tower._outside_the_tower(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(1, 1)}), ["q_proj"]) == [
+        "q_proj"
+    ]
+
+
+def test_without_a_stage_the_tower_is_only_made_computable(tiny_mistral, flags, tmp_path, capsys):
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    patching.apply(ALL)
+    args = SimpleNamespace(mm_vision_select_layer=-2)
+    tower = CLIPVisionTower(str(tiny_mistral / "vision_tower"), args)
+    assert tower.to(dtype=torch.float16, device="cpu").dtype == torch.float32
+    assert tower.to(dtype=torch.bfloat16, device="cpu").dtype == torch.bfloat16
+    assert vision_tower._computable(tower, {"dtype": torch.float16, "device": "cuda:0"})["dtype"] == torch.float16
+    tower.umed_keep_fp32 = True
+    assert vision_tower._computable(tower, {"dtype": torch.float16, "device": "cuda:0"})["dtype"] == torch.float32
+
+
+class Adapted(torch.nn.Module):
+    """A projector that is trained beside an adapter."""
+
+    def __init__(self):
+        super().__init__()
+        self.mm_projector = torch.nn.Linear(2, 2)
+        self.lora_A = torch.nn.Linear(2, 2)
+
+
+def test_a_lora_checkpoint_without_all_that_was_trained_is_refused(tmp_path):
+    model = Adapted()
+    with pytest.raises(UmedError, match="has no non_lora_trainables.bin"):
+        lora_resume._load_non_lora(model, tmp_path)
+    torch.save({"mm_projector.weight": torch.ones(2, 2)}, tmp_path / lora_resume.NON_LORA)
+    with pytest.raises(UmedError, match="missing \\['mm_projector.bias'\\]"):
+        lora_resume._load_non_lora(model, tmp_path)
+    weights = {f"mm_projector.{name}": torch.full_like(p, 7) for name, p in model.mm_projector.named_parameters()}
+    torch.save(weights, tmp_path / lora_resume.NON_LORA)
+    lora_resume._load_non_lora(model, tmp_path)
+    assert torch.equal(model.mm_projector.weight, torch.full((2, 2), 7.0))
+
+
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
+    first, second = lora_resume.epoch_sampler(50, 3), lora_resume.epoch_sampler(50, 3)
+    epochs = [list(first) for _ in range(3)]
+    torch.manual_seed(99)
+    next(iter(second))
+    assert list(second) == epochs[1]
+    assert sorted(epochs[2]) == list(range(50))
+    assert len({tuple(epoch) for epoch in [*epochs, list(lora_resume.epoch_sampler(50, 4))]}) == 4
+
+
+def test_the_trainer_is_chosen_by_the_stage(monkeypatch):
+    from llava.train import train as llava_train
+
+    monkeypatch.setattr(
+        llava_train, "LLaVATrainer", stock := type("LLaVATrainer", (), {"__init__": lambda s, *, args: None})
+    )
+    ours = type("RewardingTrainer", (stock,), {})
+    monkeypatch.setitem(sys.modules, "umed_plugin.trainer", SimpleNamespace(RewardingTrainer=ours))
+    from umed_plugin.patches import trainer
+
+    recorder = patching.Recorder()
+    trainer.PATCH.apply(recorder)
+    try:
+        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage=None))) is stock
+        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage="instruction_tuning"))) is stock
+        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage="rewarding"))) is ours
+    finally:
+        recorder.undo()

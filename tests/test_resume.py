@@ -1,0 +1,68 @@
+"""A stage-1 run that is interrupted and started again ends with the weights of the run that was not interrupted."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from umed_runs import train, write_records
+
+# The interrupted run stops itself: this sitecustomize, which ours hides and has to run, waits for the first checkpoint.
+INTERRUPT = """
+import os, sys, threading, time
+def wait():
+    while not os.path.isfile({state!r}):
+        time.sleep(0.002)
+    os.kill(os.getpid(), {signal})
+if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv") else [open("/proc/self/cmdline").read()]):
+    threading.Thread(target=wait, daemon=True).start()
+"""
+STEPS = ("--max_steps", "16", "--save_steps", "6")
+LORA = ("--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.3")
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """All weights that a run has saved at its end."""
+    found: dict[str, torch.Tensor] = {}
+    for name in ("adapter_model.bin", "non_lora_trainables.bin"):
+        if (output / name).is_file():
+            found.update(torch.load(output / name, weights_only=True))
+    for file in output.glob("*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "flags", "stop"),
+    [("llama", (), signal.SIGINT), ("mistral", LORA, signal.SIGKILL)],
+    ids=["full-ctrl-c", "lora-kill"],
+)
+def test_interrupted_and_resumed_ends_with_the_same_weights(family, flags, stop, request, tmp_path):
+    checkpoint = request.getfixturevalue(f"tiny_{family}")
+    records = write_records(tmp_path / "data")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+
+    run = train(checkpoint, records, whole, *STEPS, *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    state = str(resumed / "checkpoint-6" / "trainer_state.json")
+    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=state, signal=int(stop)))
+    stopped = train(checkpoint, records, resumed, *STEPS, *flags, pythonpath=hook)
+    assert stopped.returncode in (-stop, 128 + stop, 1)
+    assert (resumed / "checkpoint-6").is_dir()
+    assert not (resumed / "trainer_state.json").exists(), "the run was over before it was interrupted"
+
+    run = train(checkpoint, records, resumed, *STEPS, *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+    expected, found = weights(whole), weights(resumed)
+    assert set(found) == set(expected)
+    assert any("mm_projector" in name for name in expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )

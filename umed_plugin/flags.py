@@ -1,0 +1,287 @@
+"""The ``--umed_*`` flags of LLaVA's training scripts: one dataclass, and one check that runs before the model is loaded.
+
+The paper (arXiv 2501.01377) publishes no hyper-parameters, so every default here is our own choice and not the paper's.
+Where a default comes from other work, its help text says from which.
+
+How to run: ``umed-run bash finetune.sh --umed_stage instruction_tuning --umed_recipe NAME`` (see `umed_plugin.launch`).
+Without ``--umed_stage`` LLaVA trains as if the plugin were not there, and any other ``--umed_*`` flag is refused.
+
+Departures from the paper: the algorithm is GRPO (no value network), and the reward terms carry weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from umed_plugin.errors import UsageError, unknown_name
+
+STAGES = ("instruction_tuning", "rewarding")
+REWARDS = ("relevance", "localization", "vision_relevance")
+TUNING, REWARDING = STAGES
+
+
+# Flags that act in one stage alone; the others act in both.
+_ONLY_TUNING = ("umed_supervision_check_samples",)
+_ONLY_REWARDING = (
+    "umed_algorithm",
+    "umed_num_candidates",
+    "umed_rewards",
+    "umed_reward_weights",
+    "umed_reward_norm",
+    "umed_reward_floor",
+    "umed_judge",
+    "umed_reward_coef",
+    "umed_kl_coef",
+    "umed_clip_range",
+    "umed_entropy_coef",
+    "umed_updates_per_rollout",
+    "umed_vrr_layers",
+    "umed_max_new_tokens",
+    "umed_temperature",
+    "umed_top_p",
+    "umed_log_candidates",
+)
+STAGES_OF = {**dict.fromkeys(_ONLY_TUNING, (TUNING,)), **dict.fromkeys(_ONLY_REWARDING, (REWARDING,))}
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    """A dataclass field with help text (transformers hands all metadata on to argparse)."""
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class UmedFlags:
+    """Flags that `umed_plugin.patches.train_arguments` adds to LLaVA's TrainingArguments; ``args.umed`` gives them back."""
+
+    umed_stage: Optional[str] = _flag(
+        None, "instruction_tuning (stage 1) or rewarding (stage 2). Not given: plain LLaVA."
+    )
+    umed_recipe: Optional[str] = _flag(
+        None, "Recipe name or YAML file to build the records from, instead of --data_path or added to it."
+    )
+    umed_data_root: Optional[str] = _flag(None, "Folder that holds the recipe's data set. Needs --umed_recipe.")
+    umed_box_decimals: int = _flag(2, "Decimals of box coordinates in built records: 2 (LLaVA-1.5) or 3.")
+    umed_stock_template_share: float = _flag(
+        0.5,
+        "Share of records, 0-1, trained under the stock template of --version, so that stock LLaVA can ask them.",
+    )
+    umed_on_bad_image: str = _flag("stop", "stop, or skip: report an image that cannot be read and take the next one.")
+    umed_tower_weights: str = _flag(
+        "checkpoint",
+        "Vision tower: checkpoint (its own tower weights if it has any) or original (as stock LLaVA).",
+    )
+    umed_supervision_check_samples: int = _flag(
+        64, "Records per template whose supervised tokens are verified before training; 0 checks none."
+    )
+    umed_algorithm: str = _flag("grpo", "grpo: group-normalised advantages, clipped, without a value network.")
+    umed_num_candidates: int = _flag(8, "Answers sampled per question (K), at least 2.")
+    umed_rewards: str = _flag(",".join(REWARDS), f"Comma list of {', '.join(REWARDS)}, or my_module:my_function.")
+    umed_reward_weights: Optional[str] = _flag(
+        None, "Comma list of numbers, one for each reward, all at least 0. Not given: 1 for each."
+    )
+    umed_reward_norm: str = _flag(
+        "max", "max (paper: term over its maximum in the group), none, or zscore over the group."
+    )
+    umed_reward_floor: float = _flag(
+        0.1, "Least value of the maximum that max divides by, 0-1, so that a best IoU of 0.02 is not 1."
+    )
+    umed_judge: str = _flag("lexical", "Who scores relevance: lexical (local word overlap with the reference).")
+    umed_reward_coef: float = _flag(1.0, "Weight of the advantage in the loss (c1 of the paper), above 0.")
+    umed_kl_coef: float = _flag(
+        0.04,
+        "Weight of the per-token KL to the reference (DeepSeekMath's GRPO: 0.04; LLaVA-RLHF's PPO: 0.1).",
+    )
+    umed_clip_range: float = _flag(0.2, "Half width of the clipped probability ratio, 0-1 (LLaVA-RLHF: 0.2).")
+    umed_entropy_coef: float = _flag(0.0, "Weight of the entropy bonus (c3 of the paper).")
+    umed_updates_per_rollout: int = _flag(1, "Optimizer steps taken on each set of sampled answers.")
+    umed_vrr_layers: str = _flag(
+        "all",
+        "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
+    )
+    umed_max_new_tokens: int = _flag(128, "Longest sampled answer, in tokens.")
+    umed_temperature: float = _flag(1.0, "Sampling temperature, above 0.")
+    umed_top_p: float = _flag(1.0, "Nucleus of the sampled distribution, above 0 up to 1.")
+    umed_log_candidates: int = _flag(
+        0, "Write the sampled answers with their rewards to candidates.jsonl every this many steps; 0: never."
+    )
+
+    @classmethod
+    def of(cls, args: Any) -> UmedFlags:
+        """Copy the flags out of an object that has them as attributes (LLaVA's TrainingArguments)."""
+        return cls(**{flag.name: getattr(args, flag.name) for flag in dataclasses.fields(cls)})
+
+    def reward_names(self) -> list[str]:
+        """``--umed_rewards`` as a list."""
+        return [name.strip() for name in self.umed_rewards.split(",")]
+
+    def reward_weights(self) -> list[float]:
+        """``--umed_reward_weights`` as floats, one per reward."""
+        if self.umed_reward_weights is None:
+            return [1.0] * len(self.reward_names())
+        return [float(weight) for weight in self.umed_reward_weights.split(",")]
+
+    def vrr_layer_indices(self, num_layers: int) -> list[int]:
+        """``--umed_vrr_layers`` as sorted indices in ``range(num_layers)``.
+
+        Raises:
+            UsageError: an index is outside the model's layers.
+        """
+        if self.umed_vrr_layers == "all":
+            return list(range(num_layers))
+        if self.umed_vrr_layers == "last_half":
+            return list(range(num_layers // 2, num_layers))
+        indices = [int(part) for part in self.umed_vrr_layers.split(",")]
+        outside = [index for index in indices if not -num_layers <= index < num_layers]
+        if outside:
+            raise UsageError(
+                f"--umed_vrr_layers {self.umed_vrr_layers}: the model has {num_layers} layers, so {outside} do not exist. "
+                f"Allowed: {-num_layers} to {num_layers - 1}, all, last_half."
+            )
+        return sorted({index % num_layers for index in indices})
+
+
+# What a number may be: flag -> (test, words for the error message).
+_AT_LEAST_0 = (lambda value: value >= 0, "0 or more")
+_AT_LEAST_1 = (lambda value: value >= 1, "1 or more")
+_ABOVE_0 = (lambda value: value > 0, "above 0")
+_SHARE = (lambda value: 0 <= value <= 1, "from 0 to 1")
+_RANGES = {
+    "umed_stock_template_share": _SHARE,
+    "umed_supervision_check_samples": _AT_LEAST_0,
+    "umed_num_candidates": (lambda value: value >= 2, "2 or more (a group of one has no advantage)"),
+    "umed_reward_floor": _SHARE,
+    "umed_reward_coef": _ABOVE_0,
+    "umed_kl_coef": _AT_LEAST_0,
+    "umed_clip_range": (lambda value: 0 < value < 1, "above 0 and below 1"),
+    "umed_entropy_coef": _AT_LEAST_0,
+    "umed_updates_per_rollout": _AT_LEAST_1,
+    "umed_max_new_tokens": _AT_LEAST_1,
+    "umed_temperature": _ABOVE_0,
+    "umed_top_p": (lambda value: 0 < value <= 1, "above 0 up to 1"),
+    "umed_log_candidates": _AT_LEAST_0,
+    "umed_box_decimals": (lambda value: value in (2, 3), "2 or 3"),
+}
+_CHOICES = {
+    "umed_on_bad_image": ("stop", "skip"),
+    "umed_tower_weights": ("checkpoint", "original"),
+    "umed_algorithm": ("grpo",),
+    "umed_reward_norm": ("max", "none", "zscore"),
+    "umed_judge": ("lexical",),
+}
+
+
+def find_faults(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
+    """Everything that is wrong with the flags, as sentences; empty when they fit together."""
+    if flags.umed_stage is not None and flags.umed_stage not in STAGES:
+        return [f"--umed_stage: {unknown_name('stage', flags.umed_stage, STAGES)}"]
+    return [
+        *_flags_without_effect(flags),
+        *_values(flags),
+        *_reward_lists(flags),
+        *(_inputs(flags, model_args, data_args, training_args) if flags.umed_stage else []),
+    ]
+
+
+def check(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> None:
+    """Refuse flags that cannot work, all faults at once.
+
+    Raises:
+        UsageError: with one line for each fault.
+    """
+    raise_faults(find_faults(flags, model_args, data_args, training_args))
+
+
+def raise_faults(faults: list[str]) -> None:
+    """Raise one UsageError that lists ``faults``, unless there are none."""
+    if faults:
+        raise UsageError("the training flags cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _flags_without_effect(flags: UmedFlags) -> list[str]:
+    """A flag that was set and would be ignored in this stage is a misunderstanding, so it is a fault."""
+    faults = []
+    for flag in dataclasses.fields(flags):
+        stages = STAGES_OF.get(flag.name, STAGES)
+        changed = getattr(flags, flag.name) != flag.default
+        if not changed or flags.umed_stage in stages:
+            continue
+        if flags.umed_stage is None:
+            faults.append(f"--{flag.name} has no effect without --umed_stage. Add --umed_stage {' or '.join(stages)}.")
+        else:
+            faults.append(
+                f"--{flag.name} has no effect in --umed_stage {flags.umed_stage}, only in "
+                f"{' and '.join(stages)}. Leave it out."
+            )
+    return faults
+
+
+def _values(flags: UmedFlags) -> list[str]:
+    faults = []
+    for name, allowed in _CHOICES.items():
+        if getattr(flags, name) not in allowed:
+            faults.append(f"--{name}: {unknown_name('value', str(getattr(flags, name)), allowed)}")
+    for name, (fits, words) in _RANGES.items():
+        value = getattr(flags, name)
+        if not math.isfinite(value) or not fits(value):
+            faults.append(f"--{name} {value}: must be {words}.")
+    parts = flags.umed_vrr_layers.split(",")
+    if flags.umed_vrr_layers not in ("all", "last_half") and not all(
+        part.strip().lstrip("-").isdigit() for part in parts
+    ):
+        faults.append(
+            f"--umed_vrr_layers {flags.umed_vrr_layers!r}: must be all, last_half, or indices such as 16,20,-1."
+        )
+    return faults
+
+
+def _reward_lists(flags: UmedFlags) -> list[str]:
+    names = flags.reward_names()
+    faults = [
+        f"--umed_rewards: {unknown_name('reward', name, REWARDS)} Your own: 'my_module:my_function'."
+        for name in names
+        if name not in REWARDS and ":" not in name
+    ]
+    faults += [f"--umed_rewards names {name!r} twice." for name in sorted(set(names)) if names.count(name) > 1]
+    try:
+        weights = flags.reward_weights()
+    except ValueError:
+        return [*faults, f"--umed_reward_weights {flags.umed_reward_weights!r}: must be numbers such as 1,0.5,1."]
+    if len(weights) != len(names):
+        faults.append(
+            f"--umed_reward_weights has {len(weights)} numbers for the {len(names)} rewards {', '.join(names)}."
+        )
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
+        faults.append(f"--umed_reward_weights {flags.umed_reward_weights}: must be 0 or more, and one of them above 0.")
+    return faults
+
+
+def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
+    """Faults between our flags and LLaVA's own."""
+    faults = []
+    if flags.umed_recipe is None and data_args.data_path is None:
+        faults.append("there is nothing to train on: give --umed_recipe or --data_path.")
+    if data_args.data_path is not None and not os.path.isfile(data_args.data_path):
+        faults.append(f"--data_path {data_args.data_path}: there is no such file.")
+    if data_args.image_folder is not None and not os.path.isdir(data_args.image_folder):
+        faults.append(f"--image_folder {data_args.image_folder}: there is no such folder.")
+    if flags.umed_recipe is None and flags.umed_data_root is not None:
+        faults.append("--umed_data_root has no effect without --umed_recipe.")
+    if flags.umed_recipe is None and flags.umed_box_decimals != 2:
+        faults.append(
+            "--umed_box_decimals has no effect without --umed_recipe: the records of --data_path are written already."
+        )
+    if flags.umed_data_root is not None and not os.path.isdir(flags.umed_data_root):
+        faults.append(f"--umed_data_root {flags.umed_data_root}: there is no such folder.")
+    if model_args.vision_tower is None:
+        faults.append(
+            "--vision_tower is missing: both stages train on images. LLaVA-Med 1.5: openai/clip-vit-large-patch14-336."
+        )
+    if data_args.image_aspect_ratio not in ("pad", "square"):
+        faults.append(
+            f"--image_aspect_ratio {data_args.image_aspect_ratio}: boxes are defined for pad and square (LLaVA's default)."
+        )
+    return faults
