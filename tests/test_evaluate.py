@@ -1,0 +1,160 @@
+"""Metrics on cases worked out by hand, and the whole way from records to a table."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umed_plugin.cli import main
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluate import Case, Evaluation, compare, evaluate, mean_interval, metrics
+from umed_plugin.report import draw_case, draw_cases, stages_table
+
+
+def case(name, accuracy, iou, relevance=0.5, negative=False):
+    true = [] if negative else [[10, 10, 20, 20]]
+    return Case(name, "", "", "", [], true, [], accuracy, iou, None if negative else relevance)
+
+
+def evaluation(*cases):
+    return Evaluation("checkpoint", "template", list(cases), metrics(cases))
+
+
+def test_metrics_by_hand():
+    found = metrics(
+        [
+            case("a", 1.0, 0.50, 0.2),
+            case("b", 0.0, 0.49, 0.4),
+            case("c", 1.0, 0.00, 0.0),
+            case("d", 1.0, 1.0, negative=True),
+        ]
+    )
+    assert found["n"] == 4 and found["n_with_lesion"] == 3
+    assert found["accuracy"] == pytest.approx(3 / 4)
+    assert found["mean_iou"] == pytest.approx(0.99 / 3), "a study without a lesion is not asked where it is"
+    assert found["acc_at_50"] == pytest.approx(1 / 3), "an IoU of exactly 0.5 counts"
+    assert found["vision_relevance"] == pytest.approx(0.2)
+    for name in ("accuracy", "mean_iou", "acc_at_50", "vision_relevance"):
+        low, high = found[f"{name}_ci95"]
+        assert 0 <= low <= found[name] <= high <= 1
+
+
+def test_metrics_that_nothing_answers_are_none_and_equal_values_have_no_width():
+    found = metrics([case("a", 1.0, 1.0, negative=True)])
+    assert found["mean_iou"] is None and found["mean_iou_ci95"] is None
+    assert found["accuracy_ci95"] == [1.0, 1.0]
+    assert mean_interval([]) is None
+
+
+def test_the_interval_covers_the_mean_as_the_normal_approximation_does_and_is_repeatable():
+    values = list(np.random.default_rng(3).random(400))
+    low, high = mean_interval(values)
+    half = 1.96 * np.std(values) / 20
+    assert low == pytest.approx(np.mean(values) - half, abs=0.1 * half)
+    assert high == pytest.approx(np.mean(values) + half, abs=0.1 * half)
+    assert mean_interval(values) == [low, high]
+
+
+def test_compare_pairs_studies_by_id_and_not_by_order():
+    before = evaluation(case("a", 0.0, 0.1), case("b", 1.0, 0.5), case("n", 0.0, 0.0, negative=True))
+    after = evaluation(case("n", 1.0, 1.0, negative=True), case("b", 1.0, 0.6), case("a", 0.0, 0.4))
+    found = compare(before, after)
+    assert found["accuracy"]["difference"] == pytest.approx(1 / 3)
+    assert found["mean_iou"]["difference"] == pytest.approx(0.2) and found["mean_iou"]["n"] == 2
+    assert found["acc_at_50"]["difference"] == 0.0
+    low, high = found["mean_iou"]["ci95"]
+    assert 0.1 - 1e-9 <= low < high <= 0.3 + 1e-9, "a paired interval lies within the differences seen"
+
+
+def test_compare_refuses_other_studies():
+    with pytest.raises(UmedError, match="same studies"):
+        compare(evaluation(case("a", 1.0, 1.0)), evaluation(case("b", 1.0, 1.0)))
+
+
+def records(folder, count=3, mode="pad"):
+    made = []
+    for index in range(count):
+        Image.fromarray(np.full((40, 60), 50 * index, np.uint8)).save(folder / f"{index}.png")
+        made.append(
+            {
+                "id": f"r{index}",
+                "image": f"{index}.png",
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat is it?"},
+                    {"from": "gpt", "value": "A nodule at [0.10, 0.30, 0.40, 0.60]."},
+                ],
+                "objects": {"ref": ["nodule"], "bbox": [[6, 8, 24, 26]], "bbox_type": "real"},
+                "image_size": [60, 40],
+                "terms": {"nodule": ["nodule"], "cyst": ["cyst"]},
+                "source": "test",
+                "modality": "CT",
+                "patient": f"p{index}",
+                "split": "test",
+                "answer_type": "grounded",
+                "provenance": {"image_aspect_ratio": mode},
+            }
+        )
+    return made
+
+
+def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_path):
+    made = records(tmp_path)
+    together = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=3, max_new_tokens=6)
+    alone = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=1, max_new_tokens=6)
+    assert together.template == "umed_mistral"
+    assert [case.answer for case in together.cases] == [case.answer for case in alone.cases]
+    assert together.metrics["n"] == 3
+
+
+def test_records_for_another_aspect_ratio_are_refused(tiny_mistral, tmp_path):
+    with pytest.raises(UmedError, match="--image-aspect-ratio pad"):
+        evaluate(tiny_mistral, records(tmp_path, mode="square"), image_folder=tmp_path)
+
+
+def test_an_image_that_cannot_be_read_is_named(tiny_mistral, tmp_path):
+    made = records(tmp_path)
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    with pytest.raises(UmedError, match=r"1\.png: cannot be read"):
+        evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=2)
+
+
+def test_the_evaluate_command_writes_metrics_and_every_case(tiny_llama, tmp_path, capsys):
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(records(tmp_path)))
+    out = tmp_path / "out"
+    command = ["evaluate", str(tiny_llama), "--benchmark", str(file), "--out", str(out), "--limit", "2"]
+    assert main([*command, "--max-new-tokens", "4"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert summary["n"] == 2 and summary["template"] == "umed_v1"
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["r0", "r1"]
+    assert main([*command, "--split", "val"]) == 1
+    assert "--split" in capsys.readouterr().err
+
+
+def test_drawing_puts_a_box_where_it_is_in_the_image(tmp_path):
+    Image.new("L", (130, 65)).save(tmp_path / "wide.png")
+    picture = draw_case(tmp_path / "wide.png", [[0, 0, 65, 32.5]], {"rewarding": [[9, 9, 5, 5]]}, tmp_path / "out.png")
+    assert picture.size == (260, 260)
+    assert picture.getpixel((65, 65)) == (0, 230, 0), "the upper edge, below the padding of a wide image"
+    assert picture.getpixel((130, 100)) == (0, 230, 0), "the right edge"
+    assert (tmp_path / "out.png").is_file()
+
+
+def test_the_table_and_the_sheet_hold_every_stage(tmp_path):
+    from rich.console import Console
+
+    Image.new("L", (32, 32)).save(tmp_path / "x.png")
+    cases = [Case("a", str(tmp_path / "x.png"), "", "", ["cyst"], [[1, 1, 9, 9]], [[2, 2, 8, 8]], 1.0, 0.5, 0.1)]
+    stages = {"base": evaluation(*cases), "rewarding": evaluation(*cases)}
+    draw_cases({name: found.cases for name, found in stages.items()}, tmp_path / "cases.png")
+    assert (tmp_path / "cases.png").is_file()
+    console = Console(record=True, width=160, file=open(tmp_path / "table", "w"))  # noqa: SIM115
+    console.print(stages_table({n: e.metrics for n, e in stages.items()}, compare(*stages.values())))
+    text = console.export_text()
+    assert "rewarding - " in text.replace("\n", " ") or "rewarding -" in text
+    assert "0.500 [0.500, 0.500]" in text and "+0.000" in text

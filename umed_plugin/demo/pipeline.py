@@ -1,0 +1,297 @@
+"""The whole job on an embedded default: a checkpoint that names abnormalities learns to show where they are.
+
+Steps: generated studies, a small checkpoint and its prior, records by the shipped recipe ``demo_studies``, stage 1 (full
+fine-tuning) and stage 2 (LoRA) through ``umed-run`` with LLaVA's own training script, merge, evaluation on held-out studies
+before, between and after, export. Runs on a CPU in float32, without network. What lies in the folder afterwards:
+
+- ``checkpoint/llava-mistral-umed/``: the upgraded checkpoint. Stock LLaVA chooses its loader by a folder's name, hence this one.
+- ``summary.json``: metrics of ``base``, ``instruction_tuning``, ``rewarding`` with intervals, ``comparison`` (stage 2 minus
+  stage 1, paired), ``seconds``; ``evaluation/<stage>/``: every answer; ``cases.png``: studies with boxes.
+- ``data/``: studies and records; ``runs/``: base checkpoint and both stages; ``logs/``: what training printed.
+
+How to run: ``umed demo --out DIR``. The same seed gives the same summary, ``seconds`` aside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UmedError
+
+STAGES = ("base", "instruction_tuning", "rewarding")
+NAME = "llava-mistral-umed"
+# Sums are rounded differently with another number of threads, so a fixed number keeps a seed's summary the same.
+THREADS = 2
+_STEP = re.compile(r"(\d+)/(\d+) \[")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demo; the defaults take less than 10 minutes on two cores."""
+
+    train: int = 2000
+    val: int = 40
+    test: int = 200
+    prior_epochs: float = 3
+    prior_lr: float = 2e-3
+    tuning_epochs: float = 6
+    tuning_lr: float = 3e-3
+    rewarding_steps: int = 120
+    rewarding_lr: float = 5e-4
+    queries: int = 12
+    candidates: int = 8
+    max_new_tokens: int = 112
+
+
+def run_demo(out: Path | str, seed: int = 0, settings: DemoSettings | None = None, console: Any = None) -> dict[str, Any]:
+    """Do the whole job under ``out``, write ``summary.json`` and return it.
+
+    Args:
+        out: a folder that does not exist or is empty.
+        seed: of studies, weights and training.
+        settings: sizes.
+        console: a rich console for progress and the table; by default the terminal.
+
+    Raises:
+        UmedError: the folder holds something already, or a training run failed (its log is named).
+    """
+    from rich.console import Console
+
+    out = Path(out).resolve()
+    if out.exists() and any(out.iterdir()):
+        raise UmedError(f"{out}: is not empty and is left as it is. Choose another --out, or remove the folder first.")
+    import torch
+
+    torch.set_num_threads(THREADS)
+    with _Steps(console or Console()) as steps:
+        return _Demo(out, seed, settings or DemoSettings(), steps).run()
+
+
+class _Steps:
+    """One progress bar for each step, with what is being done."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = console
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> _Steps:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def begin(self, description: str) -> None:
+        """Close the bar of the step before and open one of unknown length."""
+        self.end()
+        self.task = self.progress.add_task(description, total=None)
+
+    def update(self, done: int, total: int) -> None:
+        """Set the open bar."""
+        self.progress.update(self.task, completed=done, total=total)
+
+    def end(self) -> None:
+        """Fill the open bar, if any."""
+        if self.task is not None:
+            task = self.progress.tasks[self.task]
+            self.progress.update(self.task, total=task.total or 1, completed=task.total or 1)
+            self.progress.stop_task(self.task)
+
+
+class _Demo:
+    """The steps of one demo, in the order of `run`."""
+
+    def __init__(self, out: Path, seed: int, settings: DemoSettings, steps: _Steps) -> None:
+        self.out, self.seed, self.settings, self.steps = out, seed, settings, steps
+        self.data, self.runs = out / "data", out / "runs"
+        self.tiny, self.base = self.runs / "untrained-llava-mistral", self.runs / "base-llava-mistral"
+        self.tuned, self.merged = self.runs / "tuned-llava-mistral", self.runs / "merged-llava-mistral"
+        self.exported = out / "checkpoint" / NAME
+
+    def run(self) -> dict[str, Any]:
+        """Do every step; returns the summary."""
+        began = time.monotonic()
+        records = self._records()
+        self._base_checkpoint(records)
+        self._instruction_tuning()
+        self._rewarding()
+        evaluations = {
+            "base": self._evaluate("base", self.base, records),
+            "instruction_tuning": self._evaluate("instruction_tuning", self.tuned, records),
+            "rewarding": self._evaluate("rewarding", self.exported, records),
+        }
+        return self._summarise(evaluations, began)
+
+    def _records(self) -> list[dict[str, Any]]:
+        """Draw the studies and build records of all splits with the shipped recipe."""
+        from umed_plugin.build import build_records
+        from umed_plugin.demo.studies import make_studies
+        from umed_plugin.recipe import load_recipe
+        from umed_plugin.records import save_records
+
+        sizes = self.settings
+        self.steps.begin("drawing DICOM, NIfTI and PNG studies")
+        studies = self.data / "studies"
+        make_studies(
+            studies, seed=self.seed, train=sizes.train, val=sizes.val, test=sizes.test, progress=self.steps.update
+        )
+        self.steps.begin("building records with recipe demo_studies")
+        records = build_records(
+            load_recipe("demo_studies"), out_dir=self.data, image_aspect_ratio="pad", seed=self.seed, data_root=studies
+        )
+        save_records(records, self.data / "records.json")
+        return records
+
+    def _base_checkpoint(self, records: Sequence[dict[str, Any]]) -> None:
+        """Make the small checkpoint and teach it captions: what a medical LLaVA knows before the plugin is used."""
+        from umed_plugin.checkpoint import export
+        from umed_plugin.demo.prior import caption_records, corpus
+        from umed_plugin.demo.tiny_checkpoint import make_checkpoint
+
+        self.steps.begin("base checkpoint: captions without boxes")
+        make_checkpoint(self.tiny, seed=self.seed, corpus=corpus(self.seed))
+        captions = self.data / "captions.json"
+        known = caption_records([record for record in records if record["split"] == "train"], self.seed)
+        captions.write_text(json.dumps(known), encoding="utf-8")
+        taught = self.runs / "captions-llava-mistral"
+        self._train(
+            "prior",
+            ["--model_name_or_path", self.tiny, "--output_dir", taught, "--data_path", captions]
+            + ["--version", "mistral_instruct", "--num_train_epochs", self.settings.prior_epochs]
+            + ["--learning_rate", self.settings.prior_lr, "--per_device_train_batch_size", 16],
+        )
+        export(taught, self.base, like=self.tiny)
+
+    def _instruction_tuning(self) -> None:
+        self.steps.begin("stage 1: instruction tuning")
+        self._train(
+            "instruction_tuning",
+            ["--model_name_or_path", self.base, "--output_dir", self.tuned, "--data_path", self.data / "records.json"]
+            + ["--version", "umed_mistral", "--umed_stage", "instruction_tuning"]
+            + ["--num_train_epochs", self.settings.tuning_epochs, "--learning_rate", self.settings.tuning_lr]
+            + ["--per_device_train_batch_size", 16],
+        )
+
+    def _rewarding(self) -> None:
+        """Stage 2 on stage 1's checkpoint, merged, and exported in the layout of the base."""
+        from umed_plugin.checkpoint import export, merge
+
+        sizes = self.settings
+        self.steps.begin("stage 2: rewarding")
+        adapter = self.runs / "rewarded-llava-mistral-lora"
+        self._train(
+            "rewarding",
+            ["--model_name_or_path", self.tuned, "--output_dir", adapter, "--data_path", self.data / "records.json"]
+            + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
+            + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
+            + ["--lora_enable", True, "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0]
+            + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
+            + ["--per_device_train_batch_size", sizes.queries],
+        )
+        self.steps.begin("merging and exporting")
+        merge(adapter, self.tuned, self.merged)
+        export(self.merged, self.exported, like=self.base, with_tower=True)
+
+    def _train(self, name: str, arguments: Sequence[Any]) -> None:
+        """Run LLaVA's training script under umed-run; what it prints goes to ``logs/NAME.log``, its steps to the bar."""
+        command = [sys.executable, "-m", "umed_plugin.launch", sys.executable, "-m", "llava.train.train_mem"]
+        command += [str(argument) for argument in [*arguments, *self._common_arguments()]]
+        log = self.out / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "wb") as stream:
+            # cwd is the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=_environment())
+            try:
+                while process.poll() is None:
+                    time.sleep(0.5)
+                    steps = _STEP.findall(_tail(log))
+                    if steps:
+                        self.steps.update(int(steps[-1][0]), int(steps[-1][1]))
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                    process.wait()
+        if process.returncode:
+            last = "\n".join(_tail(log).splitlines()[-15:])
+            raise UmedError(f"training ({name}) ended with status {process.returncode}; the end of {log}:\n{last}")
+
+    def _common_arguments(self) -> list[Any]:
+        return [
+            *("--vision_tower", self.tiny / "vision_tower", "--image_folder", self.data),
+            *("--mm_projector_type", "mlp2x_gelu", "--mm_vision_select_layer", -2, "--image_aspect_ratio", "pad"),
+            *("--mm_use_im_start_end", False, "--mm_use_im_patch_token", False, "--model_max_length", 512),
+            *("--lr_scheduler_type", "cosine", "--warmup_ratio", 0.03, "--weight_decay", 0.0),
+            *("--use_cpu", True, "--dataloader_num_workers", 0, "--lazy_preprocess", True, "--seed", self.seed),
+            *("--logging_steps", 10, "--save_strategy", "no", "--report_to", "none"),
+        ]
+
+    def _evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
+        from umed_plugin.evaluate import evaluate
+
+        self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}")
+        held_out = [record for record in records if record["split"] == "test"]
+        found = evaluate(
+            checkpoint,
+            held_out,
+            image_folder=self.data,
+            batch_size=50,
+            max_new_tokens=self.settings.max_new_tokens,
+            device="cpu",
+            progress=self.steps.update,
+        )
+        found.save(self.out / "evaluation" / stage)
+        return found
+
+    def _summarise(self, evaluations: dict[str, Any], began: float) -> dict[str, Any]:
+        from umed_plugin.evaluate import compare
+        from umed_plugin.report import draw_cases, stages_table
+
+        self.steps.end()
+        stages = {stage: evaluations[stage].metrics for stage in STAGES}
+        comparison = compare(evaluations["instruction_tuning"], evaluations["rewarding"])
+        draw_cases({stage: evaluations[stage].cases for stage in STAGES}, self.out / "cases.png")
+        summary = {**stages, "comparison": comparison, "seconds": round(time.monotonic() - began, 1)}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self.steps.console.print(stages_table(stages, comparison))
+        self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}")
+        return summary
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, with the plugin importable from a checkout, a fixed number of threads and no network."""
+    import umed_plugin
+
+    root = str(Path(umed_plugin.__file__).resolve().parent.parent)
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(THREADS),
+        # Threads that wait by spinning make training ten times slower on a machine that does something else too.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _tail(log: Path, size: int = 6000) -> str:
+    """The last bytes of a log, as text; tqdm's carriage returns become line ends."""
+    with open(log, "rb") as stream:
+        stream.seek(max(0, log.stat().st_size - size))
+        return stream.read().decode("utf-8", "replace").replace("\r", "\n")

@@ -1,0 +1,210 @@
+"""A LLaVA checkpoint of about a million parameters, made from LLaVA's own classes, for the demo and the tests.
+
+It has everything that a real one has: ``config.json`` with the ``mm_*`` keys, a sentencepiece tokenizer, half-precision
+weights, and a CLIP vision tower in a folder of its own. Only its size and its knowledge are small. The tower's
+weights are not inside the checkpoint (as in LLaVA-1.5), and ``config.mm_vision_tower`` names ``PATH/vision_tower`` as
+an absolute path, because LLaVA resolves a relative one against the working folder: whoever moves the folder edits that
+one line of ``config.json``.
+
+How to run: ``make_checkpoint(Path("somewhere/tiny-llava-mistral"), corpus=[...])``. Stock LLaVA chooses its loader by
+the folder's name, so the last part of the path should hold ``llava``, and ``mistral`` for that family.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UsageError, unknown_name
+
+FAMILIES = ("mistral", "llama")
+IMAGE_SIZE = 64
+PATCH_SIZE = 8
+TOWER_WIDTH = 96
+TOWER_LAYERS = 2
+CONTEXT = 1024
+# A sentencepiece model with byte fallback spends 256 entries on bytes and 3 on the special ones.
+VOCABULARY = 768
+
+DEFAULT_CORPUS = (
+    "[INST] What abnormality can be seen in this image? Give its location as a box. [/INST] There is an abnormality.",
+    "It is located at [0.12, 0.34, 0.56, 0.78]. The finding is a nodule. The image shows no abnormality.",
+    "A chat between a curious human and an artificial intelligence assistant. USER: ASSISTANT: describe the lesion",
+)
+
+
+def make_checkpoint(
+    path: Path | str,
+    *,
+    family: str = "mistral",
+    seed: int = 0,
+    hidden_size: int = 128,
+    layers: int = 4,
+    corpus: Sequence[str] = DEFAULT_CORPUS,
+) -> Path:
+    """Write a small checkpoint with random weights under ``path`` and return the absolute path.
+
+    Args:
+        path: the folder to make; files of an earlier checkpoint in it are overwritten.
+        family: ``mistral`` (``model_type: llava_mistral``, LLaVA-Med 1.5's) or ``llama`` (``llava_llama``, LLaVA-1.5's).
+        seed: decides every weight.
+        hidden_size: width of the language model, a multiple of 64.
+        layers: its number of layers.
+        corpus: texts that the tokenizer is trained on: its words become single tokens, all else falls back to bytes.
+    """
+    if family not in FAMILIES:
+        raise UsageError(unknown_name("checkpoint family", family, FAMILIES))
+    import torch
+
+    path = Path(path).resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _make_tokenizer(path, corpus, legacy=family == "mistral")
+        tower = _make_tower(path / "vision_tower")
+        model = _make_model(family, len(tokenizer), hidden_size, layers, tower)
+        model.half().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def train_sentencepiece(corpus: Sequence[str], vocabulary: int = VOCABULARY) -> bytes:
+    """Return a Llama-style BPE model (UNK 0, BOS 1, EOS 2, no PAD; digits split, byte fallback) trained on ``corpus``."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = [line for text in corpus for line in text.split("\n") if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        split_digits=True,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _make_tokenizer(path: Path, corpus: Sequence[str], legacy: bool) -> Any:
+    from transformers import LlamaTokenizer
+
+    # Every character that a prompt can hold needs a piece of its own, or box digits would become bytes.
+    alphabet = " ".join(chr(code) for code in range(33, 127))
+    (path / "tokenizer.model").write_bytes(train_sentencepiece([*corpus, alphabet]))
+    # LLaVA-Med 1.5 ships a legacy tokenizer, LLaVA-1.5 a non-legacy one; LLaVA's masking treats the two differently.
+    return LlamaTokenizer(str(path / "tokenizer.model"), legacy=legacy, model_max_length=CONTEXT, padding_side="right")
+
+
+def _make_tower(path: Path) -> Path:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    config = CLIPVisionConfig(
+        hidden_size=TOWER_WIDTH,
+        intermediate_size=2 * TOWER_WIDTH,
+        num_hidden_layers=TOWER_LAYERS,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=TOWER_WIDTH,
+    )
+    tower = CLIPVisionModel(config)
+    _give_filters(tower)
+    _give_positions(tower)
+    tower.half().save_pretrained(path)
+    # (122, 116, 104)/255 is CLIP's own mean; it is also the colour of the padding.
+    CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ).save_pretrained(path)
+    return path
+
+
+def _give_filters(tower: Any) -> None:
+    """Make the frozen tower see brightness, edges and texture, as a trained one does: cosine waves over each patch.
+
+    With random filters the mean grey of a patch drowns all else, and learning to find a lesion takes several times longer.
+    """
+    import torch
+
+    line = torch.arange(PATCH_SIZE) + 0.5
+    waves = [torch.cos(math.pi * k * line / PATCH_SIZE) for k in range(PATCH_SIZE)]
+    low_first = sorted((u + v, u, v) for u in range(PATCH_SIZE) for v in range(PATCH_SIZE))[: TOWER_WIDTH // 3]
+    filters = torch.zeros(TOWER_WIDTH, 3, PATCH_SIZE, PATCH_SIZE)
+    for index, (order, u, v) in enumerate(low_first):
+        wave = waves[u][:, None] * waves[v][None, :]
+        gain = 0.25 if order == 0 else 0.75 / (1 + 0.3 * order)
+        filters[index] = gain * wave / wave.norm()
+    mixing = torch.linalg.qr(torch.randn(TOWER_WIDTH, TOWER_WIDTH))[0]
+    tower.vision_model.embeddings.patch_embedding.weight.data = torch.einsum("ij,jchw->ichw", mixing, filters)
+
+
+def _give_positions(tower: Any) -> None:
+    """Make the frozen tower say where a patch is, as a trained one does: waves over the row and over the column."""
+    import torch
+
+    grid = IMAGE_SIZE // PATCH_SIZE
+    place = (torch.arange(grid) + 0.5) / grid
+    waves = [torch.sin(place * math.pi * k + shift) for k in (0.5, 1, 2, 4) for shift in (0.0, math.pi / 2)]
+    along = torch.stack(waves, dim=1)  # [grid, 8]
+    rows = along[:, None, :].expand(grid, grid, -1)
+    columns = along[None, :, :].expand(grid, grid, -1)
+    code = torch.cat([rows, columns], dim=-1).reshape(grid * grid, -1)
+    mixing = torch.randn(code.shape[1], TOWER_WIDTH) / code.shape[1] ** 0.5
+    embeddings = tower.vision_model.embeddings
+    embeddings.position_embedding.weight.data[1:] = 0.3 * code @ mixing
+
+
+def _make_model(family: str, vocabulary: int, hidden_size: int, layers: int, tower: Path) -> Any:
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": hidden_size // 64,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.04,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    multimodal = {
+        "mm_vision_tower": str(tower),
+        "mm_hidden_size": TOWER_WIDTH,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad",
+        "tune_mm_mlp_adapter": False,
+        "freeze_mm_mlp_adapter": False,
+        "tokenizer_padding_side": "right",
+        "tokenizer_model_max_length": CONTEXT,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        if family == "mistral":
+            from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+
+            model = LlavaMistralForCausalLM(LlavaMistralConfig(**shape, sliding_window=None, **multimodal))
+        else:
+            from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+            model = LlavaLlamaForCausalLM(LlavaConfig(**shape, **multimodal))
+    model.generation_config.pad_token_id = 0
+    return model
