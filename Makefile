@@ -1,0 +1,45 @@
+# `make demo` and `make test` set up all they need: an environment in .venv with LLaVA's pins and this plugin.
+# VENV=/path/to/environment uses one that you have, as it is. PYTHON=/path/to/python3.11 names the Python to make .venv with.
+
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean environment
+
+OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
+PYTEST_ARGS ?=
+ENVIRONMENT := $(or $(VENV),.venv)
+RUN := $(ENVIRONMENT)/bin/python
+
+help:
+	@echo "make demo    train and evaluate a small checkpoint end to end, in a new folder below runs/ (or OUT=folder)"
+	@echo "make test    the tests (PYTEST_ARGS='tests/test_cli.py -k help' for some of them)"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make clean   remove environments, runs and what tools leave"
+
+environment:
+ifeq ($(VENV),)
+	@bash constraints/environment.sh pinned .venv
+endif
+
+demo: environment
+	@$(RUN) -m umed_plugin.cli demo --out "$(OUT)"
+	@echo
+	@cd "$(OUT)" && for made in report.html cases.png summary.json checkpoint/*; do \
+	  [ ! -e "$$made" ] || echo "$$PWD/$$made"; done
+
+test: environment
+	@$(RUN) -m pytest $(PYTEST_ARGS)
+
+# mypy and import-linter see the package as it is installed: with patches/ and data_recipes/ inside.
+lint: TREE := .venv-lint/tree
+lint:
+	@bash constraints/environment.sh lint .venv-lint
+	@.venv-lint/bin/ruff check .
+	@.venv-lint/bin/ruff format --check --diff . 2>/dev/null || { echo "ruff format wants changes: .venv-lint/bin/ruff format ."; exit 1; }
+	@rm -rf $(TREE) && mkdir -p $(TREE) && cp -R umed_plugin $(TREE)/ && cp -R patches data_recipes $(TREE)/umed_plugin/
+	@cd $(TREE) && ../bin/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p umed_plugin
+	@cd $(TREE) && ../bin/lint-imports --config "$(CURDIR)/.importlinter" --no-cache
+
+clean:
+	rm -rf .venv .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""The ``umed`` command from outside: help, exit statuses, suggestions, and what it leaves unimported."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from umed_plugin import __version__, cli
+from umed_plugin.commands import COMMANDS
+from umed_plugin.errors import UmedError, UsageError
+
+
+def subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Every parser below ``parser``, at any depth."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield child
+                yield from subcommands(child)
+
+
+def leaves() -> list[Any]:
+    parsers = [parser for parser in subcommands(cli.build_parser()) if not list(subcommands(parser))]
+    return [pytest.param(parser, id=parser.prog) for parser in parsers]
+
+
+def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit status of a command that raises ``error``."""
+
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "add_commands", lambda parsers: parsers.add_parser("work").set_defaults(run=run))
+    return cli.main(["work"])
+
+
+def test_alone_it_prints_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n    {name}" in shown for name in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"umed-plugin {__version__}\n"
+
+
+@pytest.mark.parametrize("parser", leaves())
+def test_help_has_a_description_and_an_example(parser: argparse.ArgumentParser) -> None:
+    assert parser.description
+    assert parser.epilog and f"  {parser.prog}" in parser.epilog, "an example that can be copied"
+
+
+@pytest.mark.parametrize("parser", leaves())
+def test_every_argument_is_explained_and_a_function_is_set(parser: argparse.ArgumentParser) -> None:
+    assert not [action.dest for action in parser._actions if not action.help]
+    assert callable(parser.get_default("run"))
+
+
+def test_a_misspelt_command_is_wrong_usage_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["dmeo"]) == 2
+    assert "Did you mean 'demo'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["demo", "--no-such-flag"], ["evaluate"], ["recipe", "lst"], ["merge", "x"]])
+def test_wrong_arguments_are_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("umed: ") and "--help" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (UmedError("a.yaml: broken"), 1, "umed: a.yaml: broken\n"),
+        (UsageError("--seed: no"), 2, "umed: --seed: no\n"),
+        (KeyboardInterrupt(), 130, "umed: interrupted\n"),
+    ],
+)
+def test_what_a_person_can_mend_has_no_traceback(
+    error: BaseException,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fails_with(error, monkeypatch) == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fails_with(ZeroDivisionError(), monkeypatch)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from umed_plugin import cli; cli.main([]);"
+        "print(sorted({'torch', 'transformers', 'llava', 'monai', 'scipy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "[]"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = f"{sys.executable} -u -m umed_plugin.cli --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.stderr == ""

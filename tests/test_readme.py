@@ -1,0 +1,251 @@
+"""The README's commands run, its scripts' flags exist, its recipe is valid, and its tables are what the code says.
+
+``UMED_WRITE_README=1 python -m pytest tests/test_readme.py`` writes the tables anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from umed_plugin import cli
+from umed_plugin.flags import UmedFlags
+from umed_plugin.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+
+# Commands that take long or change the environment, and the tests that run them or what they call.
+RUN_ELSEWHERE = {
+    "make demo": "test_demo.py",
+    "make test": "test_readme.py",
+    "pip install .": "test_packaging.py",
+    "umed patches": "test_patches.py",
+    "umed merge": "test_export.py",
+    "umed evaluate": "test_evaluate.py",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def between(name: str) -> tuple[str, str, str]:
+    """The README up to and with the first of a pair of marks, inside, and from the second on."""
+    first, second = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, rest = README.read_text().split(first)
+    inside, after = rest.split(second)
+    return before + first, inside, second + after
+
+
+def check_table(name: str, rows: list[list[str]]) -> None:
+    """Compare the README's table called ``name`` with ``rows``, the first of which is its head."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    before, inside, after = between(name)
+    if os.environ.get("UMED_WRITE_README"):
+        README.write_text(before + table + after)
+    else:
+        assert inside == table, "the table is out of date: UMED_WRITE_README=1 python -m pytest tests/test_readme.py"
+
+
+def test_the_table_of_flags_is_what_the_code_has() -> None:
+    rows = [["flag", "default", "what it does"]]
+    for flag in dataclasses.fields(UmedFlags):
+        default = "" if flag.default is None else f"`{flag.default}`"
+        rows.append([f"`--{flag.name}`", default, flag.metadata["help"]])
+    check_table("flags", rows)
+
+
+def test_the_table_of_patches_is_what_the_code_has() -> None:
+    from umed_plugin.patches import ALL
+
+    rows = [["patch", "changes or relies on", "of", "without it", "can go when"]]
+    for patch in ALL:
+        targets = "<br>".join(dict.fromkeys(f"`{target.path.partition(':')[2]}`" for target in patch.targets))
+        libraries = "<br>".join(sorted({f"{target.library} {target.versions}" for target in patch.targets}))
+        rows.append([f"`{patch.name}`", targets, libraries, patch.why, patch.delete_when])
+    check_table("patches", rows)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_valid_and_has_a_test(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Valid: `make` has the target, `umed` takes the arguments. What is not run below is run by the test file named above."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    if words[0] == "umed":
+        cli.build_parser().parse_args(words[1:])
+    tests = [file for start, file in RUN_ELSEWHERE.items() if command.startswith(start)]
+    assert (words[:2] == ["umed", "recipe"]) != bool(tests), f"no test runs {command!r}"
+    assert all((ROOT / "tests" / file).is_file() for file in tests)
+
+
+def test_the_recipe_commands_run(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every ``umed recipe`` command as it stands, with the README's own recipe, on the real images."""
+    data = real_data / "brain_tumor_coco"
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = blocks("yaml")
+    Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
+    Path("my_tumors").mkdir()
+    ran = [command for command in commands() if command.startswith("umed recipe")]
+    for command in ran:
+        assert cli.main(shlex.split(command.replace("/data/brain_tumor_coco", str(data)))[1:]) == 0, command
+    assert len(ran) == 4
+    assert Path("my_tumors/train.json").stat().st_size > 1000
+
+
+def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
+    (recipe,) = blocks("yaml")
+    assert len(recipe.splitlines()) <= 10
+    (tmp_path / "my_tumors.yaml").write_text(recipe)
+    load_recipe(str(tmp_path / "my_tumors.yaml"))
+
+
+def applied(script: list[str], diff: str) -> list[str]:
+    """``script`` after ``diff``; the lines that the diff keeps or removes must stand in it in this order."""
+    script, at = list(script), 0
+    for line in diff.splitlines():
+        mark, text = line[0], line[1:]
+        if mark == "+":
+            script.insert(at, text)
+            at += 1
+            continue
+        at = script.index(text, at)
+        if mark == "-":
+            del script[at]
+        else:
+            at += 1
+    return script
+
+
+def flags_of(script: list[str]) -> list[str]:
+    """The arguments after the script's Python file."""
+    words = shlex.split(" ".join(line.rstrip("\\") for line in script))
+    return words[words.index("llava/train/train_mem.py") + 1 :]
+
+
+# LLaVA's scripts/v1_5/finetune_task_lora.sh: the wheel of LLaVA does not hold it.
+SCRIPT = [
+    "deepspeed llava/train/train_mem.py \\",
+    "    --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \\",
+    "    --deepspeed ./scripts/zero3.json \\",
+    "    --model_name_or_path liuhaotian/llava-v1.5-13b \\",
+    "    --version v1 \\",
+    "    --data_path ./playground/data/llava_v1_5_mix665k.json \\",
+    "    --image_folder ./playground/data \\",
+    "    --vision_tower openai/clip-vit-large-patch14-336 \\",
+    "    --mm_projector_type mlp2x_gelu \\",
+    "    --mm_vision_select_layer -2 \\",
+    "    --mm_use_im_start_end False \\",
+    "    --mm_use_im_patch_token False \\",
+    "    --image_aspect_ratio pad \\",
+    "    --group_by_modality_length True \\",
+    "    --bf16 True \\",
+    "    --output_dir ./checkpoints/llava-v1.5-13b-task-lora \\",
+    "    --num_train_epochs 1 \\",
+    "    --per_device_train_batch_size 16 \\",
+    "    --per_device_eval_batch_size 4 \\",
+    "    --gradient_accumulation_steps 1 \\",
+    '    --evaluation_strategy "no" \\',
+    '    --save_strategy "steps" \\',
+    "    --save_steps 50000 \\",
+    "    --save_total_limit 1 \\",
+    "    --learning_rate 2e-4 \\",
+    "    --weight_decay 0. \\",
+    "    --warmup_ratio 0.03 \\",
+    '    --lr_scheduler_type "cosine" \\',
+    "    --logging_steps 1 \\",
+    "    --tf32 True \\",
+    "    --model_max_length 2048 \\",
+    "    --gradient_checkpointing True \\",
+    "    --dataloader_num_workers 4 \\",
+    "    --lazy_preprocess True \\",
+    "    --report_to wandb",
+]
+# Without a GPU, DeepSpeed and an account: the last of a flag given twice counts, but for --deepspeed, which is taken out.
+ON_THIS_MACHINE = ["--use_cpu", "True", "--tf32", "False", "--report_to", "none"]
+
+
+@pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
+def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(stage: str, tmp_path: Path) -> None:
+    from llava.train.train import DataArguments, ModelArguments, TrainingArguments
+    from transformers import HfArgumentParser
+
+    from umed_plugin.flags import find_faults
+
+    first, second = blocks("diff")
+    script = applied(SCRIPT, first)
+    if stage == "rewarding":
+        script = applied(script, second)
+    script = [line for line in script if "--deepspeed" not in line]
+    words = [word.replace("/data/brain_tumor_coco", str(tmp_path)) for word in flags_of(script)] + ON_THIS_MACHINE
+
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, UmedFlags))
+    model_args, data_args, training_args, umed = parser.parse_args_into_dataclasses(words)
+
+    assert umed.umed_stage == stage and umed.umed_recipe == "brain_tumor_coco"
+    assert model_args.version == "umed_mistral" and training_args.lora_r == 128
+    assert find_faults(umed, model_args, data_args, training_args) == []
+
+
+def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path) -> str:
+    """The README's script of a stage with model, data and device swapped, and two steps long."""
+    first, second = blocks("diff")
+    script = applied(SCRIPT, first)
+    if stage == "rewarding":
+        script = applied(script, second)
+    swapped = {
+        "deepspeed llava/train/train_mem.py": f"{sys.executable} -m llava.train.train_mem",
+        "./checkpoints/llava-med-v1.5-mistral-7b": str(model),
+        "./checkpoints/llava-mistral-stage1": str(model),
+        "openai/clip-vit-large-patch14-336": str(tower),
+        "/data/brain_tumor_coco": str(data),
+    }
+    text = "\n".join(line for line in script if "--deepspeed" not in line)
+    for old, new in swapped.items():
+        text = text.replace(old, new)
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
+    short += ["--umed_num_candidates", "2", "--umed_max_new_tokens", "12"] if stage == "rewarding" else []
+    return f"{text} {shlex.join([*ON_THIS_MACHINE, *short, '--output_dir', str(out)])}\n"
+
+
+def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
+    real_data: Path, tiny_mistral: Path, tmp_path: Path
+) -> None:
+    """Both stages through ``umed-run bash SCRIPT``, each merged, and the result evaluated, on the real images."""
+    data, model = real_data / "brain_tumor_coco", tiny_mistral
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def umed(module: str, *arguments: str | Path) -> None:
+        command = [sys.executable, "-m", f"umed_plugin.{module}", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+    for number, stage in enumerate(("instruction_tuning", "rewarding"), start=1):
+        script = tmp_path / f"{stage}.sh"
+        script.write_text(
+            script_for(stage, model, tiny_mistral / "vision_tower", data, tmp_path / f"stage{number}-lora")
+        )
+        umed("launch", "bash", script)
+        merged = tmp_path / f"llava-mistral-stage{number}"
+        umed("cli", "merge", tmp_path / f"stage{number}-lora", "--base", model, "--out", merged)
+        model = merged
+
+    benchmark = ("--benchmark", "brain_tumor_coco", "--data-root", data)
+    umed(
+        "cli", "evaluate", model, *benchmark, "--limit", "4", "--max-new-tokens", "12", "--out", tmp_path / "evaluation"
+    )
+    assert (tmp_path / "evaluation" / "evaluation.json").is_file()

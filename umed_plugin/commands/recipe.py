@@ -1,0 +1,127 @@
+"""``umed recipe list | show R | check R | build R --out FILE``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``recipe`` and its four actions."""
+    parser = subparsers.add_parser(
+        "recipe",
+        help="list, show, check and build data recipes",
+        description="Recipes say where a data set's annotations are, how to read them and under which terms.",
+        epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
+    )
+    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    _add_list(actions)
+    _add_show(actions)
+    _add_check(actions)
+    _add_build(actions)
+
+
+def _add_list(actions: argparse._SubParsersAction[Any]) -> None:
+    parser = actions.add_parser(
+        "list", help="the recipes that come with the plugin", description="List the shipped recipes.",
+        epilog="example:\n  umed recipe list",
+    )
+    parser.set_defaults(run=_list)
+
+
+def _add_show(actions: argparse._SubParsersAction[Any]) -> None:
+    parser = actions.add_parser(
+        "show", help="print a recipe's YAML, to read or to start one's own from",
+        description="Print a recipe's YAML after checking it.",
+        epilog="example:\n  umed recipe show demo_studies > my_data.yaml",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
+    parser.set_defaults(run=_show)
+
+
+def _add_check(actions: argparse._SubParsersAction[Any]) -> None:
+    parser = actions.add_parser(
+        "check", help="whether the files on disk fit a recipe, and what is in them",
+        description="Read every annotation and image; count images, lesions and negatives, and name every fault.",
+        epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
+    )
+    _add_recipe_and_root(parser)
+    parser.set_defaults(run=_check)
+
+
+def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
+    parser = actions.add_parser(
+        "build", help="write the training JSON (and PNGs of what LLaVA cannot read)",
+        description="Write records as LLaVA's JSON. Images that LLaVA cannot read are rendered beside it, in images/; "
+                    "train with --data_path FILE --image_folder FOLDER_OF_FILE.",
+        epilog="example:\n  umed recipe build brain_tumor_coco --data-root data/brain_tumor_coco --split train "
+               "--out built/train.json",
+    )
+    _add_recipe_and_root(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"),
+                        help="as in the training: boxes are written in 0-1 of that square (default: pad)")
+    parser.add_argument("--box-decimals", default=2, type=int, choices=(2, 3), help="of coordinates in text (default: 2)")
+    parser.add_argument("--split", choices=("train", "val", "test"), help="only this split (default: all)")
+    parser.add_argument("--seed", default=0, type=int, help="of the wording (default: 0)")
+    parser.add_argument("--on-bad-image", default="stop", choices=("stop", "skip"),
+                        help="stop at missing or unreadable images, or skip and report them (default: stop)")
+    parser.set_defaults(run=_build)
+
+
+def _add_recipe_and_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
+    parser.add_argument("--data-root", metavar="FOLDER", help="folder of the data set (default: the recipe's data_root)")
+
+
+def _list(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from umed_plugin.recipe import load_recipe, shipped_recipes
+
+    table = Table("recipe", "classes", "terms", "description")
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        table.add_row(name, ", ".join(recipe.names), recipe.terms.licence, recipe.description)
+    Console().print(table)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from umed_plugin.recipe import load_recipe
+
+    print(Path(load_recipe(args.recipe).path).read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from umed_plugin.check import check_recipe, print_check
+    from umed_plugin.recipe import load_recipe
+
+    check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, progress=True)
+    print_check(check, Console())
+    return 0 if check.ok else 1
+
+
+def _build(args: argparse.Namespace) -> int:
+    from collections import Counter
+
+    from umed_plugin.build import build_records
+    from umed_plugin.recipe import load_recipe
+    from umed_plugin.records import save_records
+
+    records = build_records(
+        load_recipe(args.recipe), out_dir=args.out.parent, image_aspect_ratio=args.image_aspect_ratio,
+        box_decimals=args.box_decimals, seed=args.seed, split=args.split, data_root=args.data_root,
+        on_bad_image=args.on_bad_image, progress=True,
+    )
+    save_records(records, args.out)
+    counts = Counter(record["answer_type"] for record in records)
+    print(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
+    print(f"Train with: --data_path {args.out} --image_folder {args.out.parent} "
+          f"--image_aspect_ratio {args.image_aspect_ratio}")
+    return 0
