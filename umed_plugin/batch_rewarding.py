@@ -1,7 +1,7 @@
 """Stage 2's data: questions with ground truth instead of supervised tokens.
 
-A query is the prompt up to where the answer begins, under the umed template or, for the same share of records as in stage 1,
-the stock one. The image goes through LLaVA's own loading, so both stages and stock inference see the same pixels.
+A query is a training sample of stage 1 cut off where its answer begins, so both stages, and stock inference, ask the same
+question about the same pixels; the same share of records comes under the stock template.
 """
 
 from __future__ import annotations
@@ -10,41 +10,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from llava.mm_utils import tokenizer_image_token
-from llava.train.train import preprocess_multimodal
-from torch import Tensor
+from llava.constants import IGNORE_INDEX
 
 from umed_plugin.batch import GroundedDataset
-from umed_plugin.conversation import question_prompt
-from umed_plugin.geometry import ImageGeometry
-from umed_plugin.records import record_geometry
+from umed_plugin.errors import UmedError
 
 
 class QueryDataset(GroundedDataset):
-    """Records as queries: ``prompt_ids`` [L] with one image token, ``image`` [3, S, S], ``record`` and ``geometry``."""
+    """Records as queries: ``prompt_ids`` [L] with one image token, ``image`` [3, S, S] and the ``record`` itself."""
 
     def sample(self, index: int) -> dict[str, Any]:
         """The query of record ``index``; raises what reading its image raises."""
-        record = self.list_data_dict[index]
-        turns = preprocess_multimodal([[dict(record["conversations"][0])]], self.data_args)
-        prompt = question_prompt(turns[0][0]["value"], self.template_of(index))
-        return {
-            "prompt_ids": tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt"),
-            "image": self.load_image(index),
-            "record": record,
-            "geometry": self.geometry_of(record),
-        }
-
-    def geometry_of(self, record: dict[str, Any]) -> ImageGeometry:
-        """The geometry of a record's image under the model's own image processor and patches."""
-        return record_geometry(record, self.data_args.image_processor.crop_size["height"], self.data_args.umed_patch_size)
+        item, record = super().sample(index), self.list_data_dict[index]
+        supervised = (item["labels"] != IGNORE_INDEX).nonzero()
+        if not len(supervised):
+            raise UmedError(
+                f"record {record.get('id')}: LLaVA masks its answer whole under template {self.template_of(index)}, so the "
+                "place where an answer begins is not known. The template must fit the checkpoint's tokenizer: see --version."
+            )
+        return {"prompt_ids": item["input_ids"][: int(supervised[0])], "image": item["image"], "record": record}
 
 
-def collate_queries(queries: Sequence[dict[str, Any]]) -> dict[str, list[Any] | Tensor]:
+def collate_queries(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Q queries as one batch; prompts stay a list because they are padded after embedding."""
     return {
         "prompt_ids": [query["prompt_ids"] for query in queries],
         "images": torch.stack([query["image"] for query in queries]),
         "records": [query["record"] for query in queries],
-        "geometries": [query["geometry"] for query in queries],
     }
+
+
+def make_rewarding_data_module(tokenizer: Any, data_args: Any, training_args: Any) -> dict[str, Any]:
+    """What LLaVA's ``make_supervised_data_module`` returns, for stage 2."""
+    dataset = QueryDataset(tokenizer, data_args, training_args)
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collate_queries}
