@@ -7,7 +7,7 @@ import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 
 from umed_plugin.attention import attention_on_lesion, name_token_rows
-from umed_plugin.rollout import answer_inputs, answer_logits, generate
+from umed_plugin.rollout import repeated_inputs, answer_logits, generate
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
 
@@ -25,7 +25,7 @@ def sampled(loaded, batch):  # noqa: F811
 
 def from_output_attentions(model, prompts, candidates, rows, cover, layers):
     """The same value, the slow way: attention weights of every layer, renormalised over the image patches."""
-    attentions = model(**answer_inputs(model, prompts, candidates), output_attentions=True).attentions
+    attentions = model(**repeated_inputs(model, prompts, candidates), output_attentions=True).attentions
     length, values = prompts.mask.shape[1], []
     for n, tokens in enumerate(rows):
         q = n // 2

@@ -85,6 +85,31 @@ def test_greedy_tokens_are_the_argmax_of_the_teacher_forced_pass(loaded, batch):
     assert torch.equal(logits.argmax(dim=-1)[kept], greedy.token_ids[kept])
 
 
+def test_shared_prompt_gives_the_logits_and_gradients_of_the_repeated_one(loaded, batch):
+    tokenizer, model = loaded
+    torch.manual_seed(0)
+    candidates = generate(
+        model, embedded(model, batch), num_candidates=3, max_new_tokens=6, temperature=1.0, eos_token_id=tokenizer.eos_token_id
+    )
+    kept = candidates.mask.bool()
+    model.requires_grad_(True)
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.train()
+        model.zero_grad()
+        prompts = embedded(model, batch)
+        prompts.embeds.retain_grad()
+        logits = answer_logits(model, prompts, candidates)
+        logits[kept].logsumexp(dim=-1).sum().backward()
+        results.append((logits[kept].detach(), prompts.embeds.grad.clone(), model.lm_head.weight.grad.clone()))
+    model.gradient_checkpointing_disable()
+    model.eval()
+    for shared, repeated in zip(*results):
+        torch.testing.assert_close(shared, repeated, atol=2e-4, rtol=1e-3)
+
+
 def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded, batch):
     tokenizer, model = loaded
     prompts, images = batch

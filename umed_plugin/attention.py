@@ -17,16 +17,17 @@ every candidate of a query alike; comparing candidates of one query, as rewardin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rollout import Candidates, PromptBatch, answer_inputs, base_llava
+from umed_plugin.rollout import Candidates, PromptBatch, answer_logits, base_llava, positions, query_of_row
 from umed_plugin.scoring import Terms, find_terms
 
 _SPACE_MARK = re.compile("[\u2581\u0120]")  # sentencepiece and byte-level BPE
@@ -34,34 +35,44 @@ _SPACE_MARK = re.compile("[\u2581\u0120]")  # sentencepiece and byte-level BPE
 
 @dataclass
 class _Capture:
-    """Rows that the hooks keep, per layer: q [R, heads*d] of the R asked tokens, k [N, P, kv_heads*d] of the patches."""
+    """Rows that the hooks keep, per layer: k [Q, P, kv_heads*d] of the patches, q [R, heads*d] of the asked tokens.
 
-    query_rows: tuple[Tensor, Tensor]
+    The prompts pass first and hold the patches; the answers pass second and hold the tokens.
+    """
+
     patch_columns: Tensor
-    queries: dict[int, Tensor] = field(default_factory=dict)
+    token_rows: tuple[Tensor, Tensor]
     keys: dict[int, Tensor] = field(default_factory=dict)
-
-    def keep_queries(self, layer: int, output: Tensor) -> None:
-        self.queries[layer] = output[self.query_rows].float()
+    queries: dict[int, Tensor] = field(default_factory=dict)
 
     def keep_keys(self, layer: int, output: Tensor) -> None:
-        batch = torch.arange(output.shape[0], device=output.device)[:, None]
-        self.keys[layer] = output[batch, self.patch_columns].float()
+        if layer not in self.keys:
+            batch = torch.arange(output.shape[0], device=output.device)[:, None]
+            self.keys[layer] = output[batch, self.patch_columns].float()
+
+    def keep_queries(self, layer: int, output: Tensor) -> None:
+        prompts_have_passed = layer in self.queries
+        self.queries[layer] = output[self.token_rows].float() if prompts_have_passed else output[:0]
 
 
 @contextmanager
 def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[None]:
-    """Attach the capture to ``q_proj`` and ``k_proj`` of the layers for one forward pass."""
+    """Attach the capture to ``q_proj`` and ``k_proj`` of the layers."""
     handles = []
     for layer in layers:
         attention = llava.get_model().layers[layer].self_attn
         for projection, keep in ((attention.q_proj, capture.keep_queries), (attention.k_proj, capture.keep_keys)):
-            handles.append(projection.register_forward_hook(lambda _m, _i, out, keep=keep, layer=layer: keep(layer, out)))
+            hook = partial(_call_with_output, keep, layer)
+            handles.append(projection.register_forward_hook(hook))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _call_with_output(keep: Callable[[int, Tensor], None], layer: int, _module: Any, _inputs: Any, output: Tensor) -> None:
+    keep(layer, output)
 
 
 @torch.no_grad()
@@ -88,44 +99,41 @@ def attention_on_lesion(
         [N] values in 0..1, float32; and [N, T, V] float32 logits of the answer tokens, so that no second pass is needed.
     """
     llava = base_llava(model)
-    n_rows, device = candidates.token_ids.shape[0], candidates.token_ids.device
-    repeats = n_rows // prompts.mask.shape[0]
-    length = prompts.mask.shape[1]
+    device = candidates.token_ids.device
     owners = torch.tensor([n for n, rows in enumerate(token_rows) for _ in rows], dtype=torch.long, device=device)
-    places = torch.tensor([length + t for rows in token_rows for t in rows], dtype=torch.long, device=device)
-    patches = torch.arange(prompts.n_patches, device=device)
-    columns = (prompts.image_start[:, None] + patches).repeat_interleave(repeats, dim=0)
-    capture = _Capture((owners, places), columns)
-    inputs = answer_inputs(llava, prompts, candidates)
+    places = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
+    columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=device)
+    capture = _Capture(columns, (owners, places))
     with _hooks(llava, layers, capture):
-        logits = llava(**inputs, use_cache=False, return_dict=True).logits
-    logits = logits[:, length - 1 : length - 1 + candidates.token_ids.shape[1]].float()
+        logits = answer_logits(llava, prompts, candidates)
 
-    value = torch.zeros(n_rows, device=device)
+    value = torch.zeros(len(candidates.mask), device=device)
     if len(owners) == 0:
         return value, logits
-    position_ids = inputs["position_ids"]
-    token_positions = position_ids[owners, places]
-    patch_positions = position_ids.gather(1, columns)
-    weights = patch_weights.to(device).float().repeat_interleave(repeats, dim=0)[owners]
+    queries = query_of_row(prompts, candidates)[owners]
+    prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
+    token_positions = prompt_length[queries] + places
+    patch_positions = positions(prompts.mask).gather(1, columns)
+    weights = patch_weights.to(device).float()[queries]
     for layer in layers:
-        share = _attention_over_patches(llava, capture.queries[layer], capture.keys[layer], owners, token_positions, patch_positions)
+        q, k = capture.queries[layer], capture.keys[layer]
+        share = _attention_over_patches(llava, q, k, queries, token_positions, patch_positions)
         value.index_add_(0, owners, (share * weights[:, None]).sum(dim=-1).mean(dim=-1))
-    tokens = torch.zeros(n_rows, device=device).index_add_(0, owners, torch.ones_like(places, dtype=torch.float))
+    tokens = torch.zeros_like(value).index_add_(0, owners, torch.ones_like(places, dtype=torch.float))
     return value / (tokens.clamp(min=1) * len(layers)), logits
 
 
 def _attention_over_patches(
-    llava: Any, queries: Tensor, keys: Tensor, owners: Tensor, token_positions: Tensor, patch_positions: Tensor
+    llava: Any, queries: Tensor, keys: Tensor, query_index: Tensor, token_positions: Tensor, patch_positions: Tensor
 ) -> Tensor:
-    """[R, heads, P] softmax over the image patches of q.k/sqrt(d), for R tokens owned by the rows ``owners``."""
+    """[R, heads, P] softmax over the image patches of q.k/sqrt(d), for R tokens that answer the queries ``query_index``."""
     config = llava.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     inv_freq = rope_inverse_frequencies(llava)
     q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
-    k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [N, P, kv_heads, d]
-    k = k.repeat_interleave(heads // kv_heads, dim=2)[owners]  # [R, P, heads, d]
+    k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [Q, P, kv_heads, d]
+    k = k.repeat_interleave(heads // kv_heads, dim=2)[query_index]  # [R, P, heads, d]
     return (torch.einsum("rhd,rphd->rhp", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 

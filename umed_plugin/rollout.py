@@ -121,6 +121,14 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def prefill(model: Any, prompts: PromptBatch) -> tuple[Tensor, DynamicCache]:
+    """Run the prompts once: ([Q, V] logits of the first answer token, their key/value cache of Q rows)."""
+    cache = DynamicCache()
+    inputs = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
+    logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    return logits[:, -1], cache
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -148,10 +156,7 @@ def generate(
     """
     llava = base_llava(model)
     embed_tokens = llava.get_input_embeddings()
-    cache = DynamicCache()
-    step = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
-    logits = llava(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
-
+    logits, cache = prefill(llava, prompts)
     rows = torch.arange(prompts.mask.shape[0], device=logits.device).repeat_interleave(num_candidates)
     cache.reorder_cache(rows)
     logits, mask = logits[rows], prompts.mask[rows]
@@ -183,7 +188,10 @@ def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> Tensor:
-    """Teacher-forced logits that each answer token was drawn from: each query's prompt is repeated for its K candidates.
+    """Teacher-forced logits that each answer token was drawn from.
+
+    The K answers of a query share one pass over its prompt: its cache is expanded to them, and the gradient flows back through
+    it. Gradient checkpointing keeps no cache; then the prompt is repeated for each answer.
 
     Args:
         model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
@@ -193,19 +201,36 @@ def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> T
     Returns:
         [N, T, V] float32.
     """
-    inputs = answer_inputs(model, prompts, candidates)
-    logits = model(**inputs, use_cache=False, return_dict=True).logits
-    start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
-    return logits[:, start : start + candidates.token_ids.shape[1]].float()
+    unwrapped = base_llava(getattr(model, "module", model))
+    if unwrapped.training and unwrapped.is_gradient_checkpointing:
+        inputs = repeated_inputs(unwrapped, prompts, candidates)
+        logits = model(**inputs, use_cache=False, return_dict=True).logits
+        start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
+        return logits[:, start:-1].float()
+    first, cache = prefill(model, prompts)
+    rows = query_of_row(prompts, candidates)
+    cache.reorder_cache(rows)
+    mask = torch.cat([prompts.mask[rows], candidates.mask], dim=1)
+    inputs = {
+        "inputs_embeds": unwrapped.get_input_embeddings()(candidates.token_ids),
+        "attention_mask": mask,
+        "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
+    }
+    logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    return torch.cat([first[rows][:, None], logits[:, :-1]], dim=1).float()
 
 
-def answer_inputs(model: Any, prompts: PromptBatch, candidates: Candidates) -> dict[str, Tensor]:
-    """Inputs of the teacher-forced pass: prompt (padded left) and answer (padded right) in one row, [N, L+T]."""
-    repeats = candidates.token_ids.shape[0] // prompts.mask.shape[0]
-    unwrapped = getattr(model, "module", model)
-    answers = base_llava(unwrapped).get_input_embeddings()(candidates.token_ids)
-    embeds = torch.cat([prompts.embeds.repeat_interleave(repeats, dim=0), answers], dim=1)
-    mask = torch.cat([prompts.mask.repeat_interleave(repeats, dim=0), candidates.mask], dim=1)
+def query_of_row(prompts: PromptBatch, candidates: Candidates) -> Tensor:
+    """[N] index of the query that each row answers."""
+    queries = torch.arange(len(prompts.mask), device=prompts.mask.device)
+    return queries.repeat_interleave(len(candidates.mask) // len(prompts.mask))
+
+
+def repeated_inputs(llava: Any, prompts: PromptBatch, candidates: Candidates) -> dict[str, Tensor]:
+    """Inputs of a pass over prompt (padded left) and answer (padded right) in one row: [N, L+T]."""
+    rows = query_of_row(prompts, candidates)
+    embeds = torch.cat([prompts.embeds[rows], llava.get_input_embeddings()(candidates.token_ids)], dim=1)
+    mask = torch.cat([prompts.mask[rows], candidates.mask], dim=1)
     return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions(mask)}
 
 
