@@ -44,7 +44,7 @@ install() {  # pip in the new environment; temporary files inside it, as /tmp is
 }
 
 show_growth() {
-  while sleep 15; do
+  while sleep 15 >/dev/null 2>&1; do  # a sleep that outlives this script must not hold the terminal or a pipe
     echo "      ... $(du -sm "$folder" 2>/dev/null | cut -f1) MB so far"
   done
 }

@@ -27,7 +27,6 @@ from umed_plugin.patching import Patch, apply
 ALL: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
-        main_script,
         train_arguments,
         conversation_templates,
         data_module,
@@ -41,13 +40,17 @@ ALL: tuple[Patch, ...] = tuple(
         lora_resume,
     )
 )
-TRIGGERS = frozenset(patch.trigger for patch in ALL)
+TRIGGERS = frozenset({main_script.TRIGGER, *(patch.trigger for patch in ALL)})
 
 
 def after_import(module: str) -> None:
     """Apply the patches that wait for ``module``.
 
     Raises:
+        UsageError: LLaVA was started in the one way that cannot be patched.
         PatchMisfit: one of them does not fit; none was applied.
     """
+    main_script.report_errors_plainly()
+    if module == main_script.TRIGGER:
+        main_script.refuse_main_script()
     apply([patch for patch in ALL if patch.trigger == module])

@@ -1,6 +1,8 @@
 """Refuse the one way of starting LLaVA that no patch can reach, and report our errors without a traceback.
 
-Target: the run of ``llava/train/train.py`` as ``__main__``, by file or by ``-m llava.train.train``; and `sys.excepthook`.
+This is a guard and no patch: it changes nothing in another library, so ``umed patches`` does not list it.
+
+Target: the run of ``llava/train/train.py`` as ``__main__``, by file or by ``-m llava.train.train``.
 Why: as ``__main__`` the file is executed under another name, so that whatever is rebound in `llava.train.train` has no
 effect, and training would go on as plain LLaVA.
 Versions: all of LLaVA.
@@ -14,13 +16,8 @@ from pathlib import Path
 from types import TracebackType
 
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.patching import Patch, Recorder
 
-
-def change(recorder: Recorder) -> None:
-    """Refuse first; then let uncaught UmedErrors speak for themselves."""
-    refuse_main_script()
-    recorder.replace(sys, "excepthook", _plain_errors(sys.excepthook))
+TRIGGER = "llava.train.llava_trainer"
 
 
 def refuse_main_script() -> None:
@@ -41,7 +38,12 @@ def refuse_main_script() -> None:
         )
 
 
-def _plain_errors(stock: object) -> object:
+def report_errors_plainly() -> None:
+    """Let an uncaught UmedError be printed without a traceback, with its exit status; once per process."""
+    stock = sys.excepthook
+    if getattr(stock, "__module__", None) == __name__:
+        return
+
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, UmedError):
             stock(kind, error, trace)
@@ -50,14 +52,4 @@ def _plain_errors(stock: object) -> object:
         # Python leaves with the status of a SystemExit that the hook raises.
         raise SystemExit(2 if isinstance(error, UsageError) else 1)
 
-    return excepthook
-
-
-PATCH = Patch(
-    name="main_script",
-    targets=(),
-    why="python llava/train/train.py runs under another name, where no patch has an effect",
-    delete_when="LLaVA's train.py imports itself when it is the main script",
-    change=change,
-    trigger="llava.train.llava_trainer",
-)
+    sys.excepthook = excepthook

@@ -32,13 +32,13 @@ def change(recorder: Recorder) -> None:
     llava_train = sys.modules["llava.train.train"]
     stock = llava_train.LlavaLlamaForCausalLM
 
-    class ByModelType(stock):
+    class ByModelType(stock):  # type: ignore[valid-type, misc]
         """Stands in for the Llama class; what it loads is an instance of LLaVA's own class."""
 
         @classmethod
         def from_pretrained(cls, name: str, *args: Any, **keywords: Any) -> Any:
             config = read_config(name, keywords.get("cache_dir"))
-            family = FAMILIES.get(config.get("model_type"), "llama")
+            family = FAMILIES.get(str(config.get("model_type")), "llama")
             chosen = LlavaMistralForCausalLM if family == "mistral" else stock
             return chosen.from_pretrained(name, *args, **keywords)
 

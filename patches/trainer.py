@@ -22,12 +22,12 @@ def change(recorder: Recorder) -> None:
     llava_train = sys.modules["llava.train.train"]
     stock = llava_train.LLaVATrainer
 
-    def choose_trainer(*positional: Any, args: Any, **keywords: Any) -> Any:
-        if args.umed_stage != REWARDING:
-            return stock(*positional, args=args, **keywords)
+    def choose_trainer(*positional: Any, **keywords: Any) -> Any:
+        if keywords["args"].umed_stage != REWARDING:
+            return stock(*positional, **keywords)
         from umed_plugin.trainer import RewardingTrainer
 
-        return RewardingTrainer(*positional, args=args, **keywords)
+        return RewardingTrainer(*positional, **keywords)
 
     recorder.replace(llava_train, "LLaVATrainer", choose_trainer)
 

@@ -77,10 +77,11 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
     with _gathered(tower):
         own = {name: tensor for name, tensor in tower.state_dict().items() if not name.endswith("position_ids")}
         _refuse_other_tower(checkpoint, tower.vision_tower_name, own, weights)
-        loaded = {name: weights[name].to(own[name].dtype) for name in own}
-        differing = [name for name in own if not torch.equal(own[name].cpu(), loaded[name])]
-        distance = max((float((own[n].cpu().float() - loaded[n].float()).abs().max()) for n in differing), default=0.0)
-        tower.load_state_dict(loaded, strict=False)
+        # Training in bf16 saves a rounded tower: that is the original one, not another.
+        differing = [name for name in own if not torch.equal(own[name].cpu().to(weights[name].dtype), weights[name])]
+        distance = max((float((own[n].cpu().float() - weights[n].float()).abs().max()) for n in differing), default=0.0)
+        if differing:
+            tower.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, strict=False)
     if not differing:
         run.say(f"vision tower: the {len(own)} tensors in {checkpoint} equal those of {tower.vision_tower_name}.")
         return
@@ -132,13 +133,13 @@ def _weight_files(checkpoint: str, cache_dir: str | None) -> list[Path]:
             return [file]
         places = json.loads(file.read_text())["weight_map"]
         shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(PREFIX)})
-        found = [(shard, find(shard)) for shard in shards]
-        missing = [shard for shard, path in found if path is None]
+        found = {shard: find(shard) for shard in shards}
+        missing = [shard for shard, path in found.items() if path is None]
         if missing:
             raise UmedError(
                 f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Download the checkpoint again."
             )
-        return [path for _, path in found]
+        return [path for path in found.values() if path is not None]
     return []
 
 

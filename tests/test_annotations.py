@@ -100,14 +100,17 @@ def csv_xywh_by_number(folder: Path) -> str:
 
 
 def csv_cxcywh_normalised_in_one_column(folder: Path) -> str:
-    rows = [f"{(a + c) / 2 / WIDTH}, {(b + d) / 2 / HEIGHT}, {(c - a) / WIDTH}, {(d - b) / HEIGHT}" for a, b, c, d in (BOX, SECOND)]
+    rows = [
+        f"{(x1 + x2) / 2 / WIDTH}, {(y1 + y2) / 2 / HEIGHT}, {(x2 - x1) / WIDTH}, {(y2 - y1) / HEIGHT}"
+        for x1, y1, x2, y2 in (BOX, SECOND)
+    ]
     # With Excel's byte-order mark and semicolons.
     text = f'\ufefffile;box;lesion\npos;"{rows[0]}";nod\npos;"{rows[1]}";cy\nneg;;\n'
     (folder / "a.csv").write_text(text, encoding="utf-8")
     return (
         "{reader: csv, files: a.csv, convention: cxcywh, normalised: true, delimiter: ';', "
-        "rename: ['(.*)', '\\1.png'], columns: {file: file, box: box, lesion: lesion}}"
-    ).replace("['(.*)', '\\1.png']", "['^(\\w+)$', '\\1.png']")
+        "rename: ['^(\\w+)$', '\\1.png'], columns: {file: file, box: box, lesion: lesion}}"
+    )
 
 
 def mask(folder: Path) -> str:
@@ -185,8 +188,9 @@ def test_csv_slices_patients_splits_and_windows(folder: Path) -> None:
         "pos.png,,,,,,p2,2,,,,yes\n"
     )
     (folder / "v.nii.gz").write_bytes(b"")
-    columns = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: who, split: set, modality: mod, slice: slice, window: win}"
-    annotations = f"{{reader: csv, files: a.csv, columns: {columns}, split_values: {{1: train, 2: test}}, only_rows: {{keep: ['yes']}}}}"
+    further = "patient: who, split: set, modality: mod, slice: slice, window: win"
+    rules = "split_values: {1: train, 2: test}, only_rows: {keep: ['yes']}"
+    annotations = CSV.replace("lesion: lesion", f"lesion: lesion, {further}") % f", {rules}"
     found = read(folder, annotations, "{by: column}")
     assert found.faults.messages == []
     told = [(i.image.name, i.slice, len(i.boxes), i.patient, i.split, i.modality, i.window) for i in found.items]
@@ -249,9 +253,18 @@ def test_csv_missing_columns(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"annotations": [{"id": 9, "image_id": 77, "category_id": 1, "bbox": [1, 1, 2, 2]}]}, "annotation 9: image_id 77"),
-        ({"annotations": [{"id": 9, "image_id": 5, "category_id": 4, "bbox": [1, 1, 2, 2]}]}, "category_id 4 is not among"),
-        ({"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": [1, 1]}]}, "needed: [x, y, width, height]"),
+        (
+            {"annotations": [{"id": 9, "image_id": 77, "category_id": 1, "bbox": [1, 1, 2, 2]}]},
+            "annotation 9: image_id 77",
+        ),
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": 4, "bbox": [1, 1, 2, 2]}]},
+            "category_id 4 is not among",
+        ),
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": [1, 1]}]},
+            "needed: [x, y, width, height]",
+        ),
     ],
 )
 def test_coco_faults(folder: Path, changes: dict[str, Any], words: str) -> None:
@@ -271,7 +284,8 @@ def test_yolo_faults(folder: Path) -> None:
     (folder / "labels" / "pos.txt").write_text("7 0.5 0.5 0.1 0.1\n0 0.5 0.5\n0 a b c d\n")
     (folder / "labels" / "ghost.txt").write_text("")
     messages = read(folder, annotations).faults.messages
-    assert [message.split(": ")[0].rsplit("/", 1)[1] for message in messages] == ["ghost.txt", *(f"pos.txt:{n}" for n in (1, 2, 3))]
+    places = [message.split(": ")[0].rsplit("/", 1)[1] for message in messages]
+    assert places == ["ghost.txt", "pos.txt:1", "pos.txt:2", "pos.txt:3"]
     assert "class 7 has no name" in messages[1]
 
 
@@ -297,8 +311,11 @@ def test_mask_faults(folder: Path) -> None:
 @pytest.mark.parametrize(
     "annotations",
     [
-        "{reader: coco, files: nothing}", "{reader: voc, files: nothing}", "{reader: yolo, files: nothing, names: [a]}",
-        "{reader: mask, files: nothing, masks: nothing, only_class: nod}", CSV.replace("a.csv", "nothing") % "",
+        "{reader: coco, files: nothing}",
+        "{reader: voc, files: nothing}",
+        "{reader: yolo, files: nothing, names: [a]}",
+        "{reader: mask, files: nothing, masks: nothing, only_class: nod}",
+        CSV.replace("a.csv", "nothing") % "",
     ],
 )
 def test_missing_annotation_files(tmp_path: Path, annotations: str) -> None:

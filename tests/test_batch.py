@@ -239,5 +239,38 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"id": 1}]'])
 def test_a_data_file_that_is_none_is_named(records, tokenizer, content):
     records.write_text(content)
-    with pytest.raises(UmedError, match="records.json: not"):
+    with pytest.raises(UmedError, match=r"records\.json: not"):
         make_dataset(records, tokenizer)
+
+
+def test_a_recipe_is_built_once_and_again_when_something_changes(records, tokenizer, monkeypatch):
+    from umed_plugin import batch
+
+    recipe = records.parent / "recipe.yaml"
+    recipe.write_text("name: x")
+    built = json.loads(records.read_text())
+    calls = []
+
+    def build_records(loaded, **options):
+        calls.append(options)
+        return [dict(record) for record in built]
+
+    monkeypatch.setattr(batch, "load_recipe", lambda name: name)
+    monkeypatch.setattr(batch, "load_records", lambda path: json.loads(path.read_text()))
+    monkeypatch.setattr(batch.build, "build_records", build_records)
+    for content, decimals in (("name: x", 2), ("name: x", 2), ("name: x", 3), ("name: y", 3)):
+        recipe.write_text(content)
+        dataset = make_dataset(records, tokenizer, umed_recipe=str(recipe), umed_box_decimals=decimals)
+        assert len(dataset) == 16, "the recipe's records and those of --data_path"
+    assert [call["box_decimals"] for call in calls] == [2, 3, 3]
+    assert {(call["split"], call["image_aspect_ratio"]) for call in calls} == {("train", "pad")}
+    assert dataset.list_data_dict[0]["image"] == str(records.parent / "out" / "umed_data" / "0.png")
+
+
+def test_rewards_need_true_boxes(records, tokenizer):
+    from umed_plugin.batch import training_records
+
+    dataset = make_dataset(records, tokenizer)
+    args = SimpleNamespace(umed=UmedFlags(umed_stage="rewarding"))
+    with pytest.raises(UmedError, match="objects"):
+        training_records(dataset.data_args, args)

@@ -58,7 +58,9 @@ def test_best_iou_per_number_of_decimals(recipe_file: Path) -> None:
     found = check_recipe(load_recipe(recipe_file)).classes["cyst"].best_iou
     edges = (70 / 97, 28 / 97, 95 / 97, 68 / 97)
     rounded = (0.72, 0.29, 0.98, 0.70)
-    shared = (min(edges[2], rounded[2]) - max(edges[0], rounded[0])) * (min(edges[3], rounded[3]) - max(edges[1], rounded[1]))
+    shared = (min(edges[2], rounded[2]) - max(edges[0], rounded[0])) * (
+        min(edges[3], rounded[3]) - max(edges[1], rounded[1])
+    )
     both = (edges[2] - edges[0]) * (edges[3] - edges[1]) + (0.98 - 0.72) * (0.70 - 0.29) - shared
     assert found[2] == [pytest.approx(shared / both)]
     assert found[2][0] < found[3][0] < 1
@@ -66,7 +68,8 @@ def test_best_iou_per_number_of_decimals(recipe_file: Path) -> None:
 
 def test_the_tables(recipe_file: Path) -> None:
     text = printed(recipe_file)
-    lines = {line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in text.splitlines() if "│" in line}
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
+    lines = {name: cells for name, *cells in rows}
     assert lines["train"] == ["3", "1", "3", "3"]
     assert lines["test"] == ["1", "0", "1", "1"]
     assert lines["nodule"][:5] == ["2", "1", "1", "16 x 18", "1 / 0"]

@@ -50,7 +50,9 @@ def write_lora(base: Path, folder: Path) -> Path:
                 parameter.copy_(torch.randn_like(parameter) * 0.1)
     model.config.save_pretrained(folder)
     # The lines at the end of LLaVA's train(), whose helpers for ZeRO-3 need deepspeed.
-    state = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     model.save_pretrained(folder, state_dict={name: tensor for name, tensor in state.items() if "lora_" in name})
     torch.save({n: t for n, t in state.items() if "lora_" not in n}, folder / "non_lora_trainables.bin")
     return folder
@@ -84,7 +86,10 @@ def test_a_checkpoint_is_loaded_by_what_it_is_and_not_by_its_name(family, reques
     source = request.getfixturevalue(family)
     misnamed = shutil.copytree(source, tmp_path / "my-mpt-lora", ignore=shutil.ignore_patterns("vision_tower"))
     tokenizer, model, processor = load_checkpoint(misnamed, device="cpu")
-    assert type(model).__name__ == {"tiny_mistral": "LlavaMistralForCausalLM", "tiny_llama": "LlavaLlamaForCausalLM"}[family]
+    assert (
+        type(model).__name__
+        == {"tiny_mistral": "LlavaMistralForCausalLM", "tiny_llama": "LlavaLlamaForCausalLM"}[family]
+    )
     assert processor.crop_size == {"height": 64, "width": 64}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training

@@ -136,7 +136,8 @@ def test_templates_are_stock_but_for_the_system_text(name: str) -> None:
     ours, stock = vars(conversation_template(name)), vars(conv_templates[TEMPLATES[name].stock])
     assert ours.pop("system") == TEMPLATES[name].system != stock["system"]
     assert {**ours, "messages": list(ours["messages"])} == {
-        **{key: value for key, value in stock.items() if key != "system"}, "messages": list(stock["messages"])
+        **{key: value for key, value in stock.items() if key != "system"},
+        "messages": list(stock["messages"]),
     }
     assert 5 <= len(TEMPLATES[name].system.split()) <= 20
 

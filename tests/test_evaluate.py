@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from umed_plugin.cli import main
+from umed_plugin.demo.studies import make_studies
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluate import Case, Evaluation, compare, evaluate, mean_interval, metrics
 from umed_plugin.report import draw_case, draw_cases, stages_table
@@ -134,6 +135,15 @@ def test_the_evaluate_command_writes_metrics_and_every_case(tiny_llama, tmp_path
     assert [line["id"] for line in lines] == ["r0", "r1"]
     assert main([*command, "--split", "val"]) == 1
     assert "--split" in capsys.readouterr().err
+
+
+def test_the_evaluate_command_builds_a_recipe_for_the_checkpoint(tiny_mistral, tmp_path, capsys):
+    make_studies(tmp_path / "studies", train=4, val=0, test=4)
+    command = ["evaluate", str(tiny_mistral), "--benchmark", "demo_studies", "--data-root", str(tmp_path / "studies")]
+    out = tmp_path / "out"
+    assert main([*command, "--max-new-tokens", "2", "--out", str(out), "--template", "mistral_instruct"]) == 0
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert summary["n"] == 4 and summary["template"] == "mistral_instruct"
 
 
 def test_drawing_puts_a_box_where_it_is_in_the_image(tmp_path):

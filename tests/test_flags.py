@@ -20,7 +20,6 @@ def llava_args(**changes):
         "image_folder": None,
         "image_aspect_ratio": "pad",
         "vision_tower": "tower",
-        "group_by_modality_length": False,
     }
     return [SimpleNamespace(**{**stock, **changes})] * 3
 
@@ -47,6 +46,7 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_temperature": 0.0}, "above 0"),
         ({"umed_top_p": 1.5}, "up to 1"),
         ({"umed_clip_range": 1.0}, "below 1"),
+        ({"umed_vrr_layers": "--1"}, "must be all, last_half, or indices"),
         ({"umed_vrr_layers": "first"}, "must be all, last_half, or indices"),
         ({"umed_stock_template_share": 1.1}, "from 0 to 1"),
         ({"umed_box_decimals": 3}, "no effect without --umed_recipe"),
@@ -69,7 +69,6 @@ def test_each_fault_is_named(changes, words):
         ({"image_folder": "/no/folder"}, "no such folder"),
         ({"vision_tower": None}, "--vision_tower is missing"),
         ({"image_aspect_ratio": "anyres"}, "pad and square"),
-        ({"group_by_modality_length": True}, "leave it out"),
     ],
 )
 def test_faults_between_our_flags_and_llavas(changes, words):

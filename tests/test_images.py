@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,10 +58,16 @@ def test_dicom_uses_slope_intercept_and_its_own_first_window(tmp_path: Path) -> 
     assert image[-1, -1].tolist() == [204] * 3
 
 
-def test_dicom_without_window_shows_the_full_range(tmp_path: Path) -> None:
-    image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene()))
+@pytest.mark.parametrize("tags", [{}, {"WindowCenter": "", "WindowWidth": ""}, {"WindowCenter": 40, "WindowWidth": 0}])
+def test_dicom_without_window_shows_the_full_range(tmp_path: Path, tags: dict[str, Any]) -> None:
+    image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene(), **tags))
     assert (image.min(), image.max()) == (0, 255)
     assert image[-1, -1, 0] == round(255 * 0.3 / 0.9)
+
+
+def test_a_dicom_window_around_zero_is_a_window(tmp_path: Path) -> None:
+    image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=4000))
+    assert image[0, 0, 0] == round(255 * 0.3)
 
 
 def test_dicom_monochrome1_is_inverted(tmp_path: Path) -> None:
@@ -79,7 +86,7 @@ def test_dicom_frames(tmp_path: Path) -> None:
     assert bright_box(load_image(path, slice=2)[0]) == (50, 20, 60, 50)
     with pytest.raises(UmedError, match="holds 3 frames and none is chosen"):
         load_image(path)
-    with pytest.raises(UmedError, match="frame 3 does not exist. Allowed: 0 to 2"):
+    with pytest.raises(UmedError, match=r"frame 3 does not exist\. Allowed: 0 to 2"):
         load_image(path, slice=3)
 
 
@@ -92,7 +99,7 @@ def test_dicom_in_colour(tmp_path: Path) -> None:
 
 def test_dicom_with_unknown_colours_is_refused(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", scene(), PhotometricInterpretation="PALETTE COLOR")
-    with pytest.raises(UmedError, match="PALETTE COLOR. Allowed: MONOCHROME1"):
+    with pytest.raises(UmedError, match=r"PALETTE COLOR\. Allowed: MONOCHROME1"):
         load_image(path)
 
 
@@ -128,9 +135,7 @@ def test_slightly_tilted_slices_are_turned_like_straight_ones(tmp_path: Path) ->
 
 
 ORIENTATIONS = [
-    "".join(code)
-    for order in itertools.permutations(["LR", "PA", "SI"])
-    for code in itertools.product(*order)
+    "".join(code) for order in itertools.permutations(["LR", "PA", "SI"]) for code in itertools.product(*order)
 ]
 
 
@@ -167,7 +172,7 @@ def test_nifti_slice_axes(tmp_path: Path, axis: int, name: str) -> None:
     np.moveaxis(ras, axis, 2)[:, :, 3] = scene()[::-1, ::-1].T
     path = write_nifti(tmp_path / "a.nii", ras, np.eye(4))
     assert bright_box(load_image(path, slice=3, slice_axis=axis)[0]) == BOX
-    with pytest.raises(UmedError, match="slice 4 does not exist. Allowed: 0 to 3"):
+    with pytest.raises(UmedError, match=r"slice 4 does not exist\. Allowed: 0 to 3"):
         load_image(path, slice=4, slice_axis=axis)
 
 

@@ -21,6 +21,7 @@ from umed_runs import ROOT, train_flags, write_records
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.flags import UmedFlags
 from umed_plugin.patching import PatchMisfit
 
 
@@ -43,7 +44,7 @@ def places() -> dict[str, object]:
     owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, CLIPVisionTower, xformers_patch]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
-    found.update(load=torch.load, parser=transformers.HfArgumentParser, hook=sys.excepthook)
+    found.update(load=torch.load, parser=transformers.HfArgumentParser)
     return found
 
 
@@ -103,7 +104,7 @@ def test_any_order_of_all_patches_is_undone():
 
 
 def test_every_file_in_patches_is_listed():
-    files = {file.stem for file in (ROOT / "patches").glob("*.py")} - {"__init__", "training_run"}
+    files = {file.stem for file in (ROOT / "patches").glob("*.py")} - {"__init__", "training_run", "main_script"}
     assert files == {patch.name for patch in ALL}
     assert all(patch.trigger in TRIGGERS for patch in ALL)
 
@@ -166,6 +167,24 @@ def test_wrong_flags_stop_before_anything_is_loaded(flags, more, words):
     with pytest.raises(UsageError) as caught:
         parse([*flags, *more])
     assert words in str(caught.value)
+
+
+def test_every_flag_is_in_the_help_of_llavas_script(capsys):
+    patching.apply(ALL)
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert [flag.name for flag in dataclasses.fields(UmedFlags) if f"--{flag.name} " not in shown] == []
+
+
+def test_without_a_stage_the_data_is_llavas_own(flags):
+    from llava.train import train as llava_train
+
+    patching.apply(ALL)
+    _, data_args, training_args = parse(flags)
+    assert training_args.umed == UmedFlags()
+    module = llava_train.make_supervised_data_module(tokenizer=None, data_args=data_args)
+    assert type(module["train_dataset"]) is llava_train.LazySupervisedDataset
 
 
 def test_all_faults_of_all_patches_come_at_once(flags):
@@ -309,7 +328,7 @@ def test_states_of_a_real_run_load(tmp_path):
     assert np.array_equal(loaded["numpy"][1], random_states["numpy"][1])
 
 
-def towered(source: Path, target: Path, *, shift: float = 0.0, drop: int = 0, shards: bool = False) -> Path:
+def towered(source: Path, target: Path, *, shift=0.0, drop=0, shards=False, dtype=torch.float32) -> Path:
     """A copy of a tiny checkpoint that carries tower weights, ``shift`` away from the original ones."""
     target.mkdir()
     for file in (file for file in source.iterdir() if file.is_file()):
@@ -317,7 +336,7 @@ def towered(source: Path, target: Path, *, shift: float = 0.0, drop: int = 0, sh
     weights = load_file(target / "model.safetensors")
     tower = load_file(source / "vision_tower" / "model.safetensors")
     tower = {
-        f"model.vision_tower.vision_tower.{n}": t + shift
+        f"model.vision_tower.vision_tower.{n}": (t + shift).to(dtype)
         for n, t in list(tower.items())[drop:]
         if "position_ids" not in n
     }
@@ -363,9 +382,10 @@ def test_the_checkpoints_own_tower_is_loaded_and_stock_is_told(tiny_mistral, fla
     assert not hasattr(model.config, "unfreeze_mm_vision_tower")
 
 
-def test_an_equal_tower_is_said_to_be_equal(tiny_mistral, flags, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_equal_tower_is_said_to_be_equal_rounded_or_not(tiny_mistral, flags, tmp_path, capsys, dtype):
     patching.apply(ALL)
-    model, _ = loaded_tower(towered(tiny_mistral, tmp_path / "towered"), tiny_mistral, flags)
+    model, _ = loaded_tower(towered(tiny_mistral, tmp_path / "towered", dtype=dtype), tiny_mistral, flags)
     assert "equal those of" in capsys.readouterr().out
     assert not hasattr(model.config, "unfreeze_mm_vision_tower")
 
@@ -416,10 +436,10 @@ class Adapted(torch.nn.Module):
 
 def test_a_lora_checkpoint_without_all_that_was_trained_is_refused(tmp_path):
     model = Adapted()
-    with pytest.raises(UmedError, match="has no non_lora_trainables.bin"):
+    with pytest.raises(UmedError, match=r"has no non_lora_trainables\.bin"):
         lora_resume._load_non_lora(model, tmp_path)
     torch.save({"mm_projector.weight": torch.ones(2, 2)}, tmp_path / lora_resume.NON_LORA)
-    with pytest.raises(UmedError, match="missing \\['mm_projector.bias'\\]"):
+    with pytest.raises(UmedError, match=r"missing \['mm_projector.bias'\]"):
         lora_resume._load_non_lora(model, tmp_path)
     weights = {f"mm_projector.{name}": torch.full_like(p, 7) for name, p in model.mm_projector.named_parameters()}
     torch.save(weights, tmp_path / lora_resume.NON_LORA)

@@ -80,14 +80,18 @@ def test_deeplesion_is_rendered_in_its_window(real_data: Path, tmp_path: Path) -
 def test_deeplesions_own_windows_can_be_taken_from_the_csv(real_data: Path, tmp_path: Path) -> None:
     text = Path(load_recipe("deeplesion_liver").path).read_text().replace("window: abdomen", "window: column")
     (tmp_path / "own.yaml").write_text(text)
-    (first, *_) = build_records(load_recipe(tmp_path / "own.yaml"), out_dir=tmp_path, data_root=real_data / "deeplesion")
+    (first, *_) = build_records(
+        load_recipe(tmp_path / "own.yaml"), out_dir=tmp_path, data_root=real_data / "deeplesion"
+    )
     stored = np.asarray(Image.open(real_data / "deeplesion" / first["provenance"]["original"])).astype(float) - 32768
     shown = np.asarray(Image.open(tmp_path / first["image"]))[:, :, 0]
     assert np.abs(shown - np.clip((stored + 175) / 450, 0, 1) * 255).max() <= 0.51
 
 
-@pytest.mark.parametrize(("name", "folder"), [("brain_tumor_coco", "brain_tumor_coco"), ("kvasir_seg", "kvasir_seg"),
-                                              ("deeplesion_liver", "deeplesion")])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("brain_tumor_coco", "brain_tumor_coco"), ("kvasir_seg", "kvasir_seg"), ("deeplesion_liver", "deeplesion")],
+)
 def test_checks_pass(real_data: Path, name: str, folder: str) -> None:
     check = check_recipe(load_recipe(name), data_root=real_data / folder)
     assert check.ok, check.faults
@@ -103,7 +107,9 @@ def test_excerpt_of_deeplesions_own_table_names_what_is_missing(real_data: Path,
     check = check_recipe(load_recipe(tmp_path / "own.yaml"), data_root=real_data / "deeplesion")
     assert check.annotations.faults.messages == []
     assert {item.image.name: len(item.boxes) for item in check.annotations.missing} == {
-        "000090_01_01_115.png": 1, "000090_02_01_056.png": 1, "000091_03_01_093.png": 2
+        "000090_01_01_115.png": 1,
+        "000090_02_01_056.png": 1,
+        "000091_03_01_093.png": 2,
     }
     assert check.annotations.left_out == {"holds an ignored class": 10}
     assert not check.ok
@@ -128,7 +134,9 @@ def test_a_series_of_volumes_is_refused(real_data: Path) -> None:
         load_image(real_data / "nifti" / "example4d.nii.gz", slice=3)
 
 
-@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"])
+@pytest.mark.parametrize(
+    "name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"]
+)
 def test_real_dicom_files_in_several_transfer_syntaxes(name: str) -> None:
     """These come with pydicom."""
     pydicom_data = pytest.importorskip("pydicom.data")
@@ -138,7 +146,9 @@ def test_real_dicom_files_in_several_transfer_syntaxes(name: str) -> None:
     if path is None:
         pytest.skip(f"this pydicom has no {name}")
     header = pydicom.dcmread(path)
-    values = header.pixel_array * float(getattr(header, "RescaleSlope", 1)) + float(getattr(header, "RescaleIntercept", 0))
+    values = header.pixel_array * float(getattr(header, "RescaleSlope", 1)) + float(
+        getattr(header, "RescaleIntercept", 0)
+    )
     low, high = float(values.min()), float(values.max())
     shown, _ = load_image(path, window=(low, high), orientation="as_stored")
     assert np.abs(shown[:, :, 0] - (values - low) / (high - low) * 255).max() <= 0.51

@@ -52,7 +52,9 @@ def test_files_per_split(tmp_path: Path) -> None:
 def test_classes_with_the_same_plain_name_are_one(tmp_path: Path) -> None:
     extra = "ignore_classes: [7]\n"
     path = write_recipe(tmp_path, CSV, extra=extra)
-    path.write_text(path.read_text().replace("cy: {name: cyst}", "8: {name: nodule, synonyms: [spot, nodular opacity]}"))
+    path.write_text(
+        path.read_text().replace("cy: {name: cyst}", "8: {name: nodule, synonyms: [spot, nodular opacity]}")
+    )
     recipe = load_recipe(path)
     assert recipe.names == {"nodule": ["nodule", "nodular opacity", "spot"]}
     assert recipe.classes["8"].name == "nodule"
@@ -95,7 +97,12 @@ split: {by: patients, fractions: {train: .5}}
 @pytest.mark.parametrize(
     ("annotations", "split", "extra", "words"),
     [
-        ("{reader: cocoo, files: a}", "{by: patient}", "", "annotations.reader: unknown reader 'cocoo'. Did you mean 'coco'?"),
+        (
+            "{reader: cocoo, files: a}",
+            "{by: patient}",
+            "",
+            "annotations.reader: unknown reader 'cocoo'. Did you mean 'coco'?",
+        ),
         ("{files: a}", "{by: patient}", "", "annotations.reader: missing. Allowed: coco, csv, mask, voc, yolo"),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),
         ("{reader: coco, files: a}", "{by: file}", "", "split.by: is 'file', but annotations.files is one for all"),
@@ -131,9 +138,11 @@ def test_a_file_that_holds_no_mapping(tmp_path: Path) -> None:
 def test_data_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("brain_tumor_coco")
     monkeypatch.delenv("UMED_DATA_ROOT", raising=False)
-    with pytest.raises(UmedError, match=r"variable is not set. Set it or give --data-root FOLDER. Get the data .*https://"):
+    with pytest.raises(
+        UmedError, match=r"variable is not set. Set it or give --data-root FOLDER. Get the data .*https://"
+    ):
         recipe.root()
     monkeypatch.setenv("UMED_DATA_ROOT", str(tmp_path))
     assert recipe.root() == tmp_path
-    with pytest.raises(UmedError, match="there is no data folder .*nowhere. Give --data-root"):
+    with pytest.raises(UmedError, match=r"there is no data folder .*nowhere\. Give --data-root"):
         recipe.root(tmp_path / "nowhere")

@@ -265,7 +265,8 @@ def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) ->
             f"({masked} of them masked whole), for example:\n"
             + "\n".join(f"  - {fault}" for fault in faults[:_EXAMPLES])
             + "\n  remedy: the template must fit the checkpoint (--version umed_mistral for LLaVA-Med 1.5, umed_v1 for "
-            "LLaVA-1.5), with the tokenizer that came with it, and --model_max_length must hold image and text."
+            "LLaVA-1.5), with the tokenizer that came with it, and --model_max_length must hold image and text. Where only "
+            "records with several questions fail, make one record of each question."
         )
     if truncated:
         print(

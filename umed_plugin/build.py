@@ -92,8 +92,10 @@ def build_records(
             records.append(record)
     _report(found, bad_images, tally, recipe, on_bad_image)
     if not records:
-        raise UmedError(f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {found.root}. "
-                        f"Look with: umed recipe check {recipe.name} --data-root {found.root}")
+        raise UmedError(
+            f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {found.root}. "
+            f"Look with: umed recipe check {recipe.name} --data-root {found.root}"
+        )
     return records
 
 
@@ -139,13 +141,20 @@ def _prepare_one(item: Annotated, recipe: Recipe, faults: Faults) -> Optional[Pr
             return None
         window = item.window if options.window == "column" and item.window else options.window
         pixels, turned = load_image(
-            item.image, window=window, offset=options.offset, orientation=options.orientation, slice=item.slice,
+            item.image,
+            window=window,
+            offset=options.offset,
+            orientation=options.orientation,
+            slice=item.slice,
             slice_axis=options.slice_axis,
         )
     frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
     if item.size is not None and tuple(item.size) != tuple(frame):
-        faults.add(item.where, f"says that {item.image.name} is {item.size[0]}x{item.size[1]}, but the file is "
-                   f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version")
+        faults.add(
+            item.where,
+            f"says that {item.image.name} is {item.size[0]}x{item.size[1]}, but the file is "
+            f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version",
+        )
         return None
     boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame) for box in item.boxes]
     fitted = [_fit(box, frame, item, recipe, faults) for box in boxes]
@@ -171,15 +180,21 @@ def _fit(box: Box, frame: tuple[int, int], item: Annotated, recipe: Recipe, faul
     outside = max(-box[0], -box[1], box[2] - width, box[3] - height)
     rounded = [round(value, 2) for value in box]
     if not is_degenerate(box) and outside > recipe.box_tolerance:
-        faults.add(item.where, f"box {rounded} leaves {item.image.name} ({width}x{height}) by {outside:.1f} px. "
-                   f"Allowed: {recipe.box_tolerance:g} (box_tolerance). Is annotations.convention right?")
+        faults.add(
+            item.where,
+            f"box {rounded} leaves {item.image.name} ({width}x{height}) by {outside:.1f} px. "
+            f"Allowed: {recipe.box_tolerance:g} (box_tolerance). Is annotations.convention right?",
+        )
         return None
     x1, y1, x2, y2 = box
     fitted = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
     if is_degenerate(fitted):
         if recipe.degenerate_boxes == "stop":
-            faults.add(item.where, f"box {rounded} of {item.image.name} has no area. Is annotations.convention right? "
-                       "Slivers can be left out with: degenerate_boxes: drop")
+            faults.add(
+                item.where,
+                f"box {rounded} of {item.image.name} has no area. Is annotations.convention right? "
+                "Slivers can be left out with: degenerate_boxes: drop",
+            )
         return None
     return fitted
 
@@ -208,7 +223,9 @@ def _record(
     name = original if item.slice is None else f"{original}#{item.slice}"
     return {
         "id": f"{recipe.name}/{name}",
-        "image": str(item.image) if prepared.pixels is None else _render(prepared, recipe, name, out_dir),
+        "image": (
+            str(item.image) if prepared.pixels is None else _render(prepared.pixels, f"{recipe.name}/{name}", out_dir)
+        ),
         "conversations": [],
         "objects": {
             "ref": prepared.classes,
@@ -235,14 +252,14 @@ def _record(
     }
 
 
-def _render(prepared: Prepared, recipe: Recipe, name: str, out_dir: Path) -> str:
+def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
     """Write the pixels as PNG, whole or not at all; the path relative to ``out_dir``."""
-    relative = Path("images") / recipe.name / (name.replace("../", "").replace("#", "_slice") + ".png")
+    relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
     target = out_dir / relative
     target.parent.mkdir(parents=True, exist_ok=True)
     # Every rank of a distributed run may build: each writes its own file aside.
     aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    Image.fromarray(prepared.pixels).save(aside, format="PNG")
+    Image.fromarray(pixels).save(aside, format="PNG")
     os.replace(aside, target)
     return relative.as_posix()
 
@@ -264,5 +281,8 @@ def _report(
         _log.warning(
             "%s: LLaVA's centre crop (image_aspect_ratio square) cuts %d lesions off, which are not trained on, and trims %d; "
             "%d images are left out, as no lesion is left. `--image-aspect-ratio pad` keeps all.",
-            recipe.name, tally["lost"], tally["cut"], tally["emptied"],
+            recipe.name,
+            tally["lost"],
+            tally["cut"],
+            tally["emptied"],
         )

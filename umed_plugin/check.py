@@ -123,13 +123,18 @@ def print_check(check: RecipeCheck, console: Console) -> None:
         console.print(f"{count} images left out: {reason}")
     shared = check.shared_patients
     if shared:
-        console.print(f"[yellow]{len(shared)} patients are in more than one split[/yellow] "
-                      f"({escape(', '.join(shared[:_SHOWN]))}): results on test will look better than they are.")
+        console.print(
+            f"[yellow]{len(shared)} patients are in more than one split[/yellow] "
+            f"({escape(', '.join(shared[:_SHOWN]))}): results on test will look better than they are."
+        )
     missing = check.annotations.missing
     if missing:
         total = len(missing) + len(check.annotations.items)
-        console.print(f"[red]{len(missing)} of {total} images are missing on disk.[/red] Get them from "
-                      f"{escape(recipe.terms.url)}. The first:", soft_wrap=True)
+        console.print(
+            f"[red]{len(missing)} of {total} images are missing on disk.[/red] Get them from "
+            f"{escape(recipe.terms.url)}. The first:",
+            soft_wrap=True,
+        )
         for item in missing[:_SHOWN]:
             console.print(f"  {escape(str(item.image))}", highlight=False, soft_wrap=True)
     if check.faults:
@@ -158,7 +163,9 @@ def _splits_table(check: RecipeCheck) -> object:
 def _classes_table(check: RecipeCheck) -> object:
     from rich.table import Table
 
-    table = Table(title="Lesions", caption="cut: by LLaVA's centre crop (square). IoU: best that the decimals allow (pad).")
+    table = Table(
+        title="Lesions", caption="cut: by LLaVA's centre crop (square). IoU: best that the decimals allow (pad)."
+    )
     titles = ["class", *SPLITS, "median box px", "lost / cut", *(f"IoU {d} decimals" for d in DECIMALS)]
     for title in titles:
         table.add_column(title, justify="left" if title == "class" else "right")

@@ -139,7 +139,9 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
             "was trained on with --base."
         )
     if is_lora(named):
-        raise UmedError(f"--base {named} is a LoRA folder itself. Merge it first: umed merge {named} --base CKPT --out DIR")
+        raise UmedError(
+            f"--base {named} is a LoRA folder itself. Merge it first: umed merge {named} --base CKPT --out DIR"
+        )
     return Path(named)
 
 
@@ -181,7 +183,9 @@ def _tower_tensors(file: Path) -> dict[str, Any]:
 def _check_tower(path: Path, config: dict[str, Any]) -> None:
     tower = config.get("mm_vision_tower", config.get("vision_tower"))
     if tower is None:
-        raise UmedError(f"{path}/config.json: has no mm_vision_tower, so this model sees no images. Needed: a LLaVA checkpoint.")
+        raise UmedError(
+            f"{path}/config.json: has no mm_vision_tower, so this model sees no images. Needed: a LLaVA checkpoint."
+        )
     if os.path.isabs(tower) and not os.path.isdir(tower):
         raise UmedError(
             f"{path}/config.json: mm_vision_tower is {tower}, and there is no such folder. If the tower was moved, write its "
@@ -208,7 +212,9 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     adapter, others = _adapter_tensors(lora_dir)
     unknown = model.load_state_dict(others, strict=False).unexpected_keys
     if unknown:
-        raise UmedError(f"{lora_dir / NON_LORA}: holds {unknown[0]!r}, which the base does not have. Is --base the right one?")
+        raise UmedError(
+            f"{lora_dir / NON_LORA}: holds {unknown[0]!r}, which the base does not have. Is --base the right one?"
+        )
     config = LoraConfig.from_pretrained(lora_dir)
     with torch.no_grad():
         model = get_peft_model(model, config)
@@ -218,7 +224,9 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
 
 def _adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the adapter's tensors under PEFT's names, the other trained tensors under the base's names) of a LoRA folder."""
-    files = [lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()]
+    files = [
+        lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()
+    ]
     if not files:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
     if not (lora_dir / NON_LORA).is_file():
@@ -278,7 +286,8 @@ def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, ove
     lora_dir, out = Path(lora_dir), Path(out)
     if not is_lora(lora_dir):
         raise UmedError(
-            f"{lora_dir}: no LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with --lora_enable True."
+            f"{lora_dir}: no LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with "
+            "--lora_enable True."
         )
     trained_config = read_config(lora_dir)
     base = find_base(lora_dir, base)
@@ -294,7 +303,9 @@ def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, ove
             _write_tensors(_merged_tensors(read_tensors(file), deltas, others, lora_dir), folder / file.name)
         left = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
         if left:
-            raise UmedError(f"{lora_dir}: trained {left[0]!r} ({len(left)} in all), which {base} does not have. Is --base right?")
+            raise UmedError(
+                f"{lora_dir}: trained {left[0]!r} ({len(left)} in all), which {base} does not have. Is --base right?"
+            )
         _write_config(config, folder)
     return out
 
@@ -349,7 +360,9 @@ def export(
             missing = [name for name in old if name not in trained]
             if missing:
                 raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has.")
-            _write_tensors({name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name)
+            _write_tensors(
+                {name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name
+            )
         tower = config.get("mm_vision_tower", "")
         if with_tower and os.path.isdir(tower):
             shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
@@ -374,7 +387,9 @@ def stock_name_fault(path: Path | str, model_type: str) -> str | None:
 def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when the block ends well and is removed when it does not."""
     if out.exists() and not overwrite:
-        raise UmedError(f"{out}: exists already and is left as it is. Choose another --out, or replace it with --overwrite.")
+        raise UmedError(
+            f"{out}: exists already and is left as it is. Choose another --out, or replace it with --overwrite."
+        )
     aside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)

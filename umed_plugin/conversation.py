@@ -167,7 +167,12 @@ def write_conversation(
 
 
 def _grounded_answer(
-    names: Sequence[str], boxes01: Sequence[Box], rng: random.Random, terms: Sequence[str], decimals: int, record: Record
+    names: Sequence[str],
+    boxes01: Sequence[Box],
+    rng: random.Random,
+    terms: Sequence[str],
+    decimals: int,
+    record: Record,
 ) -> str:
     usable = _without([" ".join(vars(phrasing).values()) for phrasing in PHRASINGS], terms, record)
     phrasing = rng.choice([one for one in PHRASINGS if " ".join(vars(one).values()) in usable])

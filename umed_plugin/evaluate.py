@@ -108,14 +108,19 @@ def evaluate(
         batch_size: studies at a time.
         max_new_tokens: longest answer.
         base: of a LoRA folder.
-        device: see `umed_plugin.checkpoint.load_checkpoint`.
+        device: ``cuda`` (float16) where there is one, else ``cpu`` (float32).
         progress: called with (studies done, studies in all).
     """
+    import torch
+
     from umed_plugin.checkpoint import load_checkpoint
 
     if not records:
         raise UmedError("there is nothing to evaluate on: no records. Is it the right --split?")
-    tokenizer, model, processor = load_checkpoint(checkpoint, base, device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Stock LLaVA answers in half precision, which a CPU cannot compute.
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    tokenizer, model, processor = load_checkpoint(checkpoint, base, device, dtype)
     template = template or TEMPLATES_BY_TYPE[model.config.model_type]
     _check_aspect_ratio(records, getattr(model.config, "image_aspect_ratio", "square"), checkpoint)
     cases: list[Case] = []
@@ -156,9 +161,7 @@ def _ask(
     ids = [tokenizer_image_token(question_prompt(q, template), tokenizer, return_tensors="pt") for q in questions]
     with torch.no_grad():
         prompts = embed_prompts(model, ids, encode_images(model, pixels))
-        answers = generate(
-            model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=tokenizer.eos_token_id
-        )
+        answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
         relevance = _vision_relevance(model, tokenizer, prompts, answers, records)
     texts = [
         tokenizer.decode(row[: int(mask.sum())], skip_special_tokens=True).strip()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -230,7 +231,7 @@ def _values(flags: UmedFlags) -> list[str]:
             faults.append(f"--{name} {value}: must be {words}.")
     parts = flags.umed_vrr_layers.split(",")
     if flags.umed_vrr_layers not in ("all", "last_half") and not all(
-        part.strip().lstrip("-").isdigit() for part in parts
+        re.fullmatch(r"\s*-?\d+\s*", part) for part in parts
     ):
         faults.append(
             f"--umed_vrr_layers {flags.umed_vrr_layers!r}: must be all, last_half, or indices such as 16,20,-1."

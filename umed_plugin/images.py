@@ -91,9 +91,7 @@ def load_image(
     return np.ascontiguousarray(rgb, dtype=np.uint8), turned
 
 
-def read_stored(
-    path: Path, *, offset: float = 0.0, slice: Optional[int] = None, slice_axis: int = 2
-) -> StoredSlice:
+def read_stored(path: Path, *, offset: float = 0.0, slice: Optional[int] = None, slice_axis: int = 2) -> StoredSlice:
     """Read one slice as it lies in the file; arguments as in `load_image`."""
     if not path.is_file():
         raise UmedError(f"{path}: no such image file")
@@ -169,8 +167,10 @@ def _read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
         header = reader.read(path)
         photometric = str(getattr(header, "PhotometricInterpretation", "none"))
         if photometric not in _PHOTOMETRIC:
-            raise UmedError(f"{path}: photometric interpretation is {photometric}. Allowed: {', '.join(_PHOTOMETRIC)}. "
-                            "Convert the file, or export it as PNG.")
+            raise UmedError(
+                f"{path}: photometric interpretation is {photometric}. Allowed: {', '.join(_PHOTOMETRIC)}. "
+                "Convert the file, or export it as PNG."
+            )
         values, _ = reader.get_data(header)
         values = np.asarray(values)
         colour = int(getattr(header, "SamplesPerPixel", 1)) == 3
@@ -195,12 +195,17 @@ def _dicom_directions(header: Any) -> Optional[tuple[np.ndarray, np.ndarray]]:
 
 
 def _dicom_window(header: Any) -> Optional[tuple[float, float]]:
-    centre, width = getattr(header, "WindowCenter", None), getattr(header, "WindowWidth", None)
     # A file may offer several windows; the first one is the default view.
-    centre, width = (value[0] if hasattr(value, "__len__") and len(value) else value for value in (centre, width))
-    if centre is None or width is None or not float(width) > 0:
+    centre, width = (_first(getattr(header, name, None)) for name in ("WindowCenter", "WindowWidth"))
+    if centre is None or width is None or width <= 0:
         return None
-    return float(centre) - float(width) / 2, float(centre) + float(width) / 2
+    return centre - width / 2, centre + width / 2
+
+
+def _first(value: Any) -> Optional[float]:
+    """The number in a DICOM element that may be missing, empty, one number or several."""
+    values = [] if value is None else list(value) if hasattr(value, "__iter__") else [value]
+    return float(values[0]) if values else None
 
 
 def _read_nifti(path: Path, index: Optional[int], axis: int) -> StoredSlice:
@@ -209,8 +214,10 @@ def _read_nifti(path: Path, index: Optional[int], axis: int) -> StoredSlice:
     if volume.ndim == 2:
         volume = volume[:, :, None]
     if volume.ndim != 3 or volume.dtype.fields:
-        raise UmedError(f"{path}: holds an array of shape {values.shape}, type {values.dtype}. Allowed: one grey volume, "
-                        "3-D. Take one volume out (nibabel.four_to_three).")
+        raise UmedError(
+            f"{path}: holds an array of shape {values.shape}, type {values.dtype}. Allowed: one grey volume, "
+            "3-D. Take one volume out (nibabel.four_to_three)."
+        )
     plane = np.take(volume, _checked_index(path, index, volume.shape[axis], "slice"), axis=axis)
     # Stored x is the first remaining array axis, y the second; RAS to LPS turns the first two patient axes round.
     vectors = affine[:3, :3] * np.array([[-1.0], [-1.0], [1.0]])
@@ -238,7 +245,9 @@ def _checked_index(path: Path, index: Optional[int], count: int, what: str) -> i
     if index is None and count == 1:
         return 0
     if index is None:
-        raise UmedError(f"{path}: holds {count} {what}s and none is chosen. Name the column that says it: columns.slice")
+        raise UmedError(
+            f"{path}: holds {count} {what}s and none is chosen. Name the column that says it: columns.slice"
+        )
     if not 0 <= index < count:
         raise UmedError(f"{path}: {what} {index} does not exist. Allowed: 0 to {count - 1}.")
     return index
@@ -268,8 +277,10 @@ def _windowed(stored: StoredSlice, window: Window, path: Path) -> np.ndarray:
     finite = np.isfinite(stored.values)
     if not finite.any():
         raise UmedError(f"{path}: holds no finite value")
-    low, high = window_range(window) or (stored.window if window == "file" else None) or (
-        float(stored.values[finite].min()), float(stored.values[finite].max())
+    low, high = (
+        window_range(window)
+        or (stored.window if window == "file" else None)
+        or (float(stored.values[finite].min()), float(stored.values[finite].max()))
     )
     values = np.where(finite, stored.values, low)
     span = high - low if high > low else 1.0

@@ -200,8 +200,10 @@ def version_fits(version: str, versions: str) -> bool:
     if not found:
         return True
     for clause in versions.split(","):
-        sign, bound = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*([\d.]+)\s*", clause).groups()
-        wanted = _release(bound)
+        parts = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*([\d.]+)\s*", clause)
+        if parts is None:
+            raise ValueError(f"{versions!r} is no version range such as >=1.1.3,<1.3")
+        sign, wanted = parts.group(1), _release(parts.group(2))
         width = max(len(found), len(wanted))
         pad = [part + (0,) * (width - len(part)) for part in (found, wanted)]
         if not _OPERATORS[sign](*pad):
@@ -317,7 +319,9 @@ class _PatchingLoader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         # The module must show its own loader afterwards: inspect and pkgutil ask it for the source.
-        module.__loader__ = module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
         self._loader.exec_module(module)
         self._after(module.__name__)
 

@@ -84,8 +84,10 @@ class Recipe(StrictModel):
         folder = Path(os.path.expandvars(written)).expanduser()
         get = f"Get the data ({self.terms.licence}) from {self.terms.url}"
         if "$" in str(folder):
-            raise UmedError(f"{self.path}: data_root is {written!r} and the variable is not set. "
-                            f"Set it or give --data-root FOLDER. {get}")
+            raise UmedError(
+                f"{self.path}: data_root is {written!r} and the variable is not set. "
+                f"Set it or give --data-root FOLDER. {get}"
+            )
         if not folder.is_dir():
             raise UmedError(f"{self.path}: there is no data folder {folder}. Give --data-root FOLDER. {get}")
         return folder.resolve()
@@ -117,7 +119,9 @@ def load_recipe(name_or_path: Union[str, Path]) -> Recipe:
     except yaml.YAMLError as error:
         raise UmedError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UmedError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies")
+        raise UmedError(
+            f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
+        )
     faults = Faults()
     for own in ("path", "sha256"):
         if own in data:
@@ -154,7 +158,9 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
     options = recipe.annotations
     per_split = "" not in options.files or bool(getattr(options, "split_lists", None))
     if recipe.split.by == "file" and not per_split:
-        faults.add("split.by", "is 'file', but annotations.files is one for all. Give it per split: {train: ..., val: ...}")
+        faults.add(
+            "split.by", "is 'file', but annotations.files is one for all. Give it per split: {train: ..., val: ...}"
+        )
     columns = getattr(options, "columns", None)
     if recipe.split.by == "column" and (columns is None or columns.split is None):
         faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")

@@ -38,7 +38,7 @@ class Faults:
 _NOT_KEYS = ("", "int", "str", "WindowRange", "[key]", "list[union[int,str]]")
 
 
-def validated(model: type, data: Any, prefix: str, faults: Faults) -> Any:
+def validated(model: type[BaseModel], data: Any, prefix: str, faults: Faults) -> Any:
     """The model (a pydantic class) made of ``data``, or None with every mistake noted."""
     try:
         return model.model_validate(data)
@@ -49,7 +49,7 @@ def validated(model: type, data: Any, prefix: str, faults: Faults) -> Any:
     return None
 
 
-def _in_words(error: Any, model: type) -> str:
+def _in_words(error: Any, model: type[BaseModel]) -> str:
     found = repr(error["input"]) if not isinstance(error["input"], (dict, list)) else type(error["input"]).__name__
     if error["type"] == "extra_forbidden":
         allowed = [name for name in _fields_at(model, error["loc"][:-1]) if name not in ("path", "sha256")]
@@ -58,13 +58,15 @@ def _in_words(error: Any, model: type) -> str:
         return "missing. " + _first_sentence(model, error["loc"])
     if error["type"] == "value_error":
         return str(error["ctx"]["error"])
-    allowed = [part.strip(" '") for part in str(error.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")]
+    allowed = [
+        part.strip(" '") for part in str(error.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")
+    ]
     close = did_you_mean(str(error["input"]), allowed) if error["type"] == "literal_error" else ""
     said = error["msg"].replace("'', ", "")  # "" is how one file for all splits is kept
     return f"found {found}. {said}.{close}"
 
 
-def _fields_at(model: type, place: tuple[Any, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], place: tuple[Any, ...]) -> list[str]:
     """Names of the keys allowed at a place of the model, found by walking its annotations."""
     current: Any = model
     for part in place:
@@ -81,7 +83,7 @@ def _model_in(annotation: Any) -> Any:
     return next((inner for inner in found if inner is not None), None)
 
 
-def _first_sentence(model: type, place: tuple[Any, ...]) -> str:
+def _first_sentence(model: type[BaseModel], place: tuple[Any, ...]) -> str:
     """What the docstring says about a field, as help beside "missing"."""
     text = model.__doc__ or ""
     described = re.search(rf"^\s+{re.escape(str(place[-1]))}: (.+)$", text, re.MULTILINE)

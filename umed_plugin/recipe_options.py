@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from umed_plugin.errors import unknown_name
 
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 # Centre and width in Hounsfield units, as radiologists set them.
 WINDOW_PRESETS = {
     "abdomen": (50.0, 400.0),
@@ -87,7 +88,7 @@ class VocOptions(ReaderOptions):
     """
 
     convention: Literal["one_based", "inclusive", "half_open"] = "one_based"
-    split_lists: dict[Literal["train", "val", "test"], str] = {}
+    split_lists: dict[Split, str] = {}
 
 
 class YoloOptions(ReaderOptions):
@@ -144,7 +145,7 @@ class CsvOptions(ReaderOptions):
     normalised: bool = False
     delimiter: str = ","
     only_class: Optional[str] = None
-    split_values: dict[str, Literal["train", "val", "test"]] = {}
+    split_values: dict[str, Split] = {}
     only_rows: dict[str, list[str]] = {}
     rename: Optional[tuple[str, str]] = None
 
@@ -260,7 +261,7 @@ class SplitRule(StrictModel):
 
     by: Literal["file", "column", "patient"]
     seed: int = 0
-    fractions: dict[Literal["train", "val", "test"], float] = {"train": 0.8, "val": 0.1, "test": 0.1}
+    fractions: dict[Split, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
     patient_pattern: Optional[str] = None
 
     @field_validator("fractions")

@@ -47,9 +47,14 @@ def record_faults(record: Any) -> list[str]:
     if not isinstance(refs, list) or not isinstance(boxes, list) or len(refs) != len(boxes):
         faults.append("'objects' needs lists 'ref' and 'bbox' of the same length")
     else:
-        faults += [f"objects.ref {ref!r} is not in 'terms' ({', '.join(record['terms'])})" for ref in refs
-                   if ref not in record["terms"]]
-        faults += [f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)]
+        faults += [
+            f"objects.ref {ref!r} is not in 'terms' ({', '.join(record['terms'])})"
+            for ref in refs
+            if ref not in record["terms"]
+        ]
+        faults += [
+            f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)
+        ]
     if len(record["image_size"]) != 2:
         faults.append("'image_size' is not [width, height]")
     if "image_aspect_ratio" not in record["provenance"]:

@@ -11,7 +11,12 @@ from typing import Any
 
 from umed_plugin.evaluate import METRICS, Case
 
-COLOURS = {"true": (0, 230, 0), "base": (150, 150, 150), "instruction_tuning": (255, 170, 0), "rewarding": (70, 150, 255)}
+COLOURS = {
+    "true": (0, 230, 0),
+    "base": (150, 150, 150),
+    "instruction_tuning": (255, 170, 0),
+    "rewarding": (70, 150, 255),
+}
 SIDE, FOOT = 260, 34
 
 Boxes = Sequence[Sequence[float]]
@@ -70,7 +75,9 @@ def draw_case(image: Path | str, true: Boxes, predicted: Mapping[str, Boxes], pa
             x1, y1, x2, y2 = (value * scale for value in box)
             # A malformed or inverted box cannot be drawn; the caption still gives the answer's score.
             if x2 > x1 and y2 > y1:
-                pen.rectangle((left + x1, top + y1, left + x2, top + y2), outline=COLOURS.get(name, (255, 0, 255)), width=2)
+                pen.rectangle(
+                    (left + x1, top + y1, left + x2, top + y2), outline=COLOURS.get(name, (255, 0, 255)), width=2
+                )
     if path is not None:
         canvas.save(path)
     return canvas
@@ -99,7 +106,9 @@ def draw_cases(stages: Mapping[str, Sequence[Case]], path: Path | str, *, count:
     for place, index in enumerate(chosen):
         x, y = place % columns * SIDE, FOOT + place // columns * (SIDE + FOOT)
         case = first[index]
-        sheet.paste(draw_case(case.image, case.true_boxes, {n: cases[index].boxes for n, cases in stages.items()}), (x, y))
+        sheet.paste(
+            draw_case(case.image, case.true_boxes, {n: cases[index].boxes for n, cases in stages.items()}), (x, y)
+        )
         pen.text((x + 6, y + SIDE + 3), f"{', '.join(case.true_classes) or 'no abnormality'}", fill=COLOURS["true"])
         overlaps = "  ".join(f"{cases[index].set_iou:.2f}" for cases in stages.values())
         pen.text((x + 6, y + SIDE + 17), f"IoU {overlaps}", fill=(200, 200, 200))

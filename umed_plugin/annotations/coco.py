@@ -43,7 +43,12 @@ def _items(content: Any, path: Path, split: str, folder: Path, faults: Faults) -
     names = {category["id"]: str(category["name"]) for category in content["categories"]}
     by_id = {
         image["id"]: Annotated(
-            folder / image["file_name"], [], [], f"{path} image {image['id']}", (image["width"], image["height"]), split=split
+            folder / image["file_name"],
+            [],
+            [],
+            f"{path} image {image['id']}",
+            (image["width"], image["height"]),
+            split=split,
         )
         for image in content["images"]
     }

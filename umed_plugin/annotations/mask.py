@@ -24,7 +24,9 @@ def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotate
             values = _values(mask, faults)
             if values is not None:
                 boxes, classes = _regions(values, options, mask, faults)
-                items.append(Annotated(image, boxes, classes, str(mask), values.shape[1::-1], split=split))
+                items.append(
+                    Annotated(image, boxes, classes, str(mask), (values.shape[1], values.shape[0]), split=split)
+                )
     return items
 
 

@@ -37,13 +37,17 @@ def _columns_exist(options: CsvOptions, header: list[str], path: Path, faults: F
     """Note every column that the recipe names and the file lacks; the slice column may be absent."""
     wanted: list[tuple[str, Column]] = [("only_rows", title) for title in options.only_rows]
     for role, given in options.columns:
-        wanted += [(f"columns.{role}", one) for one in (given if isinstance(given, list) else [given]) if one is not None]
+        wanted += [
+            (f"columns.{role}", one) for one in (given if isinstance(given, list) else [given]) if one is not None
+        ]
     good = True
     for role, column in wanted:
         missing = column not in header if isinstance(column, str) else not 0 <= column < len(header)
         if missing and role != "columns.slice":
             close = did_you_mean(str(column), header)
-            faults.add(path, f"has no column {column!r} (annotations.{role}).{close} It has: {', '.join(header) or 'none'}")
+            faults.add(
+                path, f"has no column {column!r} (annotations.{role}).{close} It has: {', '.join(header) or 'none'}"
+            )
             good = False
     return good
 
@@ -69,8 +73,11 @@ class _Table:
             if known is found:
                 continue
             if not found.boxes or not known.boxes:
-                self.faults.add(found.where, f"says that {found.image.name} has no lesion, or no box, but so does not "
-                                f"{known.where}. Take out one of the two rows")
+                self.faults.add(
+                    found.where,
+                    f"says that {found.image.name} has no lesion, or no box, but so does not "
+                    f"{known.where}. Take out one of the two rows",
+                )
             if (found.split, found.patient) != (known.split, known.patient):
                 self.faults.add(found.where, f"patient or split of {found.image.name} differs from {known.where}")
             known.boxes += found.boxes
@@ -103,12 +110,21 @@ class _Table:
             self.faults.add(where, f"has a box, but column {columns.lesion!r} is empty")
             return None
         if not box and columns.lesion is not None and lesion:
-            self.faults.add(where, f"names {lesion!r}, but has no box. Give the box, or empty the lesion for a negative")
+            self.faults.add(
+                where, f"names {lesion!r}, but has no box. Give the box, or empty the lesion for a negative"
+            )
             return None
         return Annotated(
-            self.folder / file, box, [lesion] * len(box), where, normalised=self.options.normalised,
-            patient=self._cell(row, columns.patient), split=self._split(row, where),
-            modality=self._cell(row, columns.modality), slice=self._slice(row, where), window=self._window(row, where),
+            self.folder / file,
+            box,
+            [lesion] * len(box),
+            where,
+            normalised=self.options.normalised,
+            patient=self._cell(row, columns.patient),
+            split=self._split(row, where),
+            modality=self._cell(row, columns.modality),
+            slice=self._slice(row, where),
+            window=self._window(row, where),
         )
 
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
@@ -133,8 +149,11 @@ class _Table:
         split = self.options.split_values.get(text, text)
         if split not in SPLITS:
             allowed = ", ".join(self.options.split_values or SPLITS)
-            self.faults.add(where, f"split is {text!r}.{did_you_mean(text, SPLITS)} Allowed: {allowed} "
-                            "(map others with annotations.split_values)")
+            self.faults.add(
+                where,
+                f"split is {text!r}.{did_you_mean(text, SPLITS)} Allowed: {allowed} "
+                "(map others with annotations.split_values)",
+            )
         return split
 
     def _slice(self, row: list[str], where: str) -> Optional[int]:

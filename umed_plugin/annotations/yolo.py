@@ -58,7 +58,9 @@ def _item(image: Path, label: Path, split: str, names: dict[int, str], faults: F
         box = _box(line.split()[1:])
         index = line.split()[0]
         if box is None:
-            faults.add(f"{label}:{number}", f"found {line!r}; needed: class cx cy w h, or class and a polygon, all in 0-1")
+            faults.add(
+                f"{label}:{number}", f"found {line!r}; needed: class cx cy w h, or class and a polygon, all in 0-1"
+            )
         elif not index.isdigit() or int(index) not in names:
             faults.add(f"{label}:{number}", f"class {index} has no name. Allowed: {names}")
         else:

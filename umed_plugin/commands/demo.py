@@ -18,7 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="example:\n  umed demo --out runs/demo --seed 0",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of studies, weights and training (default: 0)")
     parser.set_defaults(run=run)
 

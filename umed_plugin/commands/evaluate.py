@@ -15,17 +15,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="metrics of a checkpoint with confidence intervals",
         description="Ask a checkpoint the questions of a recipe's records, greedily, and score the answers: accuracy, mean IoU, "
         "share of studies with IoU of at least 0.5, vision relevance; each with its 95 % bootstrap interval over studies.",
-        epilog="example:\n  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out runs/evaluation",
+        epilog="example:\n  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
     parser.add_argument(
-        "--benchmark", metavar="RECIPE_OR_JSON", required=True,
+        "--benchmark",
+        metavar="RECIPE_OR_JSON",
+        required=True,
         help="a recipe (name or YAML), or records that `umed recipe build` wrote",
     )
-    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="of the records (default: test)")
+    parser.add_argument(
+        "--split", default="test", choices=("train", "val", "test"), help="of the records (default: test)"
+    )
     parser.add_argument("--limit", metavar="N", type=int, help="only the first N records")
-    parser.add_argument("--template", help="of the prompt, e.g. mistral_instruct to ask as stock LLaVA does (default: by model)")
+    parser.add_argument(
+        "--template", help="of the prompt, e.g. mistral_instruct to ask as stock LLaVA does (default: by model)"
+    )
     parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the recipe's data set")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write evaluation.json and predictions.jsonl here")

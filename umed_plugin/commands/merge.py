@@ -19,7 +19,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("lora_dir", metavar="LORA_DIR", type=Path, help="what training with --lora_enable True wrote")
-    parser.add_argument("--base", metavar="CKPT", type=Path, help="checkpoint it was trained on (default: as the adapter says)")
+    parser.add_argument(
+        "--base", metavar="CKPT", type=Path, help="checkpoint it was trained on (default: as the adapter says)"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the full checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.set_defaults(run=run)

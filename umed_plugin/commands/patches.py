@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _targets(patch: Patch) -> str:
-    return "\n".join(target.path for target in patch.targets) or "the main script"
+    return "\n".join(target.path for target in patch.targets)
 
 
 def _known(patch: Patch) -> str:
     """Version ranges, one for each library."""
     ranges = {target.library: target.versions for target in patch.targets}
-    return "\n".join(f"{library} {versions}" for library, versions in ranges.items()) or "any"
+    return "\n".join(f"{library} {versions}" for library, versions in ranges.items())
 
 
 def _installed(patch: Patch) -> str:
@@ -62,4 +62,4 @@ def _installed(patch: Patch) -> str:
     from umed_plugin.patching import installed
 
     libraries = dict.fromkeys(target.library for target in patch.targets)
-    return "\n".join(" ".join(installed(library)) for library in libraries) or "-"
+    return "\n".join(" ".join(installed(library)) for library in libraries)

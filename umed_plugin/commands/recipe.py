@@ -24,7 +24,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _add_list(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
-        "list", help="the recipes that come with the plugin", description="List the shipped recipes.",
+        "list",
+        help="the recipes that come with the plugin",
+        description="List the shipped recipes.",
         epilog="example:\n  umed recipe list",
     )
     parser.set_defaults(run=_list)
@@ -32,7 +34,8 @@ def _add_list(actions: argparse._SubParsersAction[Any]) -> None:
 
 def _add_show(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
-        "show", help="print a recipe's YAML, to read or to start one's own from",
+        "show",
+        help="print a recipe's YAML, to read or to start one's own from",
         description="Print a recipe's YAML after checking it.",
         epilog="example:\n  umed recipe show demo_studies > my_data.yaml",
     )
@@ -42,7 +45,8 @@ def _add_show(actions: argparse._SubParsersAction[Any]) -> None:
 
 def _add_check(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
-        "check", help="whether the files on disk fit a recipe, and what is in them",
+        "check",
+        help="whether the files on disk fit a recipe, and what is in them",
         description="Read every annotation and image; count images, lesions and negatives, and name every fault.",
         epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
     )
@@ -52,27 +56,40 @@ def _add_check(actions: argparse._SubParsersAction[Any]) -> None:
 
 def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
-        "build", help="write the training JSON (and PNGs of what LLaVA cannot read)",
+        "build",
+        help="write the training JSON (and PNGs of what LLaVA cannot read)",
         description="Write records as LLaVA's JSON. Images that LLaVA cannot read are rendered beside it, in images/; "
-                    "train with --data_path FILE --image_folder FOLDER_OF_FILE.",
+        "train with --data_path FILE --image_folder FOLDER_OF_FILE.",
         epilog="example:\n  umed recipe build brain_tumor_coco --data-root data/brain_tumor_coco --split train "
-               "--out built/train.json",
+        "--out built/train.json",
     )
     _add_recipe_and_root(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON file to write")
-    parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"),
-                        help="as in the training: boxes are written in 0-1 of that square (default: pad)")
-    parser.add_argument("--box-decimals", default=2, type=int, choices=(2, 3), help="of coordinates in text (default: 2)")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        default="pad",
+        choices=("pad", "square"),
+        help="as in the training: boxes are written in 0-1 of that square (default: pad)",
+    )
+    parser.add_argument(
+        "--box-decimals", default=2, type=int, choices=(2, 3), help="of coordinates in text (default: 2)"
+    )
     parser.add_argument("--split", choices=("train", "val", "test"), help="only this split (default: all)")
     parser.add_argument("--seed", default=0, type=int, help="of the wording (default: 0)")
-    parser.add_argument("--on-bad-image", default="stop", choices=("stop", "skip"),
-                        help="stop at missing or unreadable images, or skip and report them (default: stop)")
+    parser.add_argument(
+        "--on-bad-image",
+        default="stop",
+        choices=("stop", "skip"),
+        help="stop at missing or unreadable images, or skip and report them (default: stop)",
+    )
     parser.set_defaults(run=_build)
 
 
 def _add_recipe_and_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
-    parser.add_argument("--data-root", metavar="FOLDER", help="folder of the data set (default: the recipe's data_root)")
+    parser.add_argument(
+        "--data-root", metavar="FOLDER", help="folder of the data set (default: the recipe's data_root)"
+    )
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -115,13 +132,21 @@ def _build(args: argparse.Namespace) -> int:
     from umed_plugin.records import save_records
 
     records = build_records(
-        load_recipe(args.recipe), out_dir=args.out.parent, image_aspect_ratio=args.image_aspect_ratio,
-        box_decimals=args.box_decimals, seed=args.seed, split=args.split, data_root=args.data_root,
-        on_bad_image=args.on_bad_image, progress=True,
+        load_recipe(args.recipe),
+        out_dir=args.out.parent,
+        image_aspect_ratio=args.image_aspect_ratio,
+        box_decimals=args.box_decimals,
+        seed=args.seed,
+        split=args.split,
+        data_root=args.data_root,
+        on_bad_image=args.on_bad_image,
+        progress=True,
     )
     save_records(records, args.out)
     counts = Counter(record["answer_type"] for record in records)
     print(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
-    print(f"Train with: --data_path {args.out} --image_folder {args.out.parent} "
-          f"--image_aspect_ratio {args.image_aspect_ratio}")
+    print(
+        f"Train with: --data_path {args.out} --image_folder {args.out.parent} "
+        f"--image_aspect_ratio {args.image_aspect_ratio}"
+    )
     return 0

@@ -45,14 +45,16 @@ class DemoSettings:
     prior_lr: float = 2e-3
     tuning_epochs: float = 6
     tuning_lr: float = 3e-3
-    rewarding_steps: int = 120
-    rewarding_lr: float = 5e-4
-    queries: int = 12
+    rewarding_steps: int = 150
+    rewarding_lr: float = 2e-3
+    queries: int = 6
     candidates: int = 8
-    max_new_tokens: int = 112
+    max_new_tokens: int = 104
 
 
-def run_demo(out: Path | str, seed: int = 0, settings: DemoSettings | None = None, console: Any = None) -> dict[str, Any]:
+def run_demo(
+    out: Path | str, seed: int = 0, settings: DemoSettings | None = None, console: Any = None
+) -> dict[str, Any]:
     """Do the whole job under ``out``, write ``summary.json`` and return it.
 
     Args:
@@ -198,6 +200,8 @@ class _Demo:
             ["--model_name_or_path", self.tuned, "--output_dir", adapter, "--data_path", self.data / "records.json"]
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
+            # Few steps on a model that names well and localises badly: weigh the boxes more, and save the reference's pass.
+            + ["--umed_reward_weights", "1,3,0.5", "--umed_kl_coef", 0.0]
             + ["--lora_enable", True, "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
             + ["--per_device_train_batch_size", sizes.queries],
@@ -214,7 +218,9 @@ class _Demo:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as stream:
             # cwd is the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
-            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=_environment())
+            process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=_environment()
+            )
             try:
                 while process.poll() is None:
                     time.sleep(0.5)

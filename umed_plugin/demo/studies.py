@@ -137,7 +137,9 @@ def _place_lesion(
         grey, edge = 0.40, 1.5
     for _ in range(50):
         cx, cy = rng.uniform(0.15, 0.85) * width, rng.uniform(0.15, 0.85) * height
-        inside = np.hypot((abs(cx - width / 2) + rx) / (0.46 * width), (abs(cy - height / 2) + ry) / (0.46 * height)) < 1
+        inside = (
+            np.hypot((abs(cx - width / 2) + rx) / (0.46 * width), (abs(cy - height / 2) + ry) / (0.46 * height)) < 1
+        )
         clear = all(
             cx + rx + 4 < x1 or cx - rx - 4 > x2 or cy + ry + 4 < y1 or cy - ry - 4 > y2 for x1, y1, x2, y2 in taken
         )
@@ -152,7 +154,9 @@ def _place_lesion(
     return _ellipse(width, height, cx, cy, rx, ry, edge), grey
 
 
-def _write_study(folder: Path, patient: str, split: str, index: int, rng: np.random.Generator) -> list[dict[str, object]]:
+def _write_study(
+    folder: Path, patient: str, split: str, index: int, rng: np.random.Generator
+) -> list[dict[str, object]]:
     modality = FORMATS[index % len(FORMATS)]
     picture, lesions = draw_study(rng)
     row = {"patient": patient, "split": split, "modality": modality, "slice": ""}
@@ -168,9 +172,7 @@ def _write_study(folder: Path, patient: str, split: str, index: int, rng: np.ran
         _write_png(folder / str(row["file"]), picture)
     if not lesions:
         return [{**row, "x1": "", "y1": "", "x2": "", "y2": "", "lesion": ""}]
-    return [
-        {**row, "lesion": lesion.name, **dict(zip(("x1", "y1", "x2", "y2"), lesion.box))} for lesion in lesions
-    ]
+    return [{**row, "lesion": lesion.name, **dict(zip(("x1", "y1", "x2", "y2"), lesion.box))} for lesion in lesions]
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
