@@ -60,7 +60,9 @@ def change(recorder: Recorder) -> None:
         grouped = self.args.group_by_modality_length or self.args.group_by_length
         if not _has_stage(self) or self.train_dataset is None or grouped:
             return stock_sampler(self)
-        return epoch_sampler(len(self.train_dataset), self.args.seed)
+        from umed_plugin.sampler import EpochSampler
+
+        return EpochSampler(len(self.train_dataset), self.args.seed)
 
     recorder.replace(LLaVATrainer, "_save_checkpoint", _save_checkpoint)
     recorder.replace(LLaVATrainer, "_save", _save)
@@ -111,27 +113,6 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
             f"{file}: does not fit this run: missing {missing[:3]}, unknown {unknown[:3]}. Resume with the flags that the run "
             "was started with (--tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --model_name_or_path)."
         )
-
-
-def epoch_sampler(length: int, seed: int) -> Any:
-    """A sampler whose order depends on seed and epoch alone; each time it is iterated over, the next epoch begins."""
-    import torch
-
-    class EpochSampler(torch.utils.data.Sampler):
-        def __init__(self) -> None:
-            self.epoch = 0
-
-        def __len__(self) -> int:
-            return length
-
-        def __iter__(self) -> Any:
-            generator = torch.Generator()
-            # Apart, so that one seed's second epoch is not the next seed's first.
-            generator.manual_seed((seed << 24) + self.epoch)
-            self.epoch += 1
-            yield from torch.randperm(length, generator=generator).tolist()
-
-    return EpochSampler()
 
 
 def find_faults(run: TrainingRun) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 
 from umed_plugin.attention import attention_on_lesion, name_token_rows
-from umed_plugin.rollout import repeated_inputs, answer_logits, generate
+from umed_plugin.rollout import answer_logits, generate, repeated_inputs
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
 
@@ -47,7 +47,9 @@ def test_equals_the_value_from_output_attentions(sampled, layers):
     value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers)
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
     assert value[2] == 0
-    assert value.max() - value[value > 0].min() > 1e-3, "random covers must give different values, or nothing was compared"
+    assert value.max() - value[value > 0].min() > 1e-3, (
+        "random covers must give different values, or nothing was compared"
+    )
 
 
 def test_returns_the_logits_of_the_plain_pass_and_leaves_no_hook(sampled):

@@ -447,16 +447,6 @@ def test_a_lora_checkpoint_without_all_that_was_trained_is_refused(tmp_path):
     assert torch.equal(model.mm_projector.weight, torch.full((2, 2), 7.0))
 
 
-def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone():
-    first, second = lora_resume.epoch_sampler(50, 3), lora_resume.epoch_sampler(50, 3)
-    epochs = [list(first) for _ in range(3)]
-    torch.manual_seed(99)
-    next(iter(second))
-    assert list(second) == epochs[1]
-    assert sorted(epochs[2]) == list(range(50))
-    assert len({tuple(epoch) for epoch in [*epochs, list(lora_resume.epoch_sampler(50, 4))]}) == 4
-
-
 def test_the_trainer_is_chosen_by_the_stage(monkeypatch):
     from llava.train import train as llava_train
 

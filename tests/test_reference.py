@@ -31,7 +31,9 @@ def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batc
     model = copy.deepcopy(loaded[1])
     model.requires_grad_(not lora)
     model.get_vision_tower().requires_grad_(False)
-    candidates = generate(model, embedded(model, batch), num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=-1)
+    candidates = generate(
+        model, embedded(model, batch), num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=-1
+    )
     before = logits_of(model, batch, candidates)
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
@@ -42,7 +44,9 @@ def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batc
     trained = logits_of(model, batch, candidates)
     assert (trained - before).abs().max() > 1e-2
     with reference.as_reference(model) as frozen:
-        torch.testing.assert_close(answer_logits(frozen, embedded(frozen, batch), candidates), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            answer_logits(frozen, embedded(frozen, batch), candidates), before, atol=1e-5, rtol=1e-5
+        )
     torch.testing.assert_close(logits_of(model, batch, candidates), trained, atol=0, rtol=0)
 
 

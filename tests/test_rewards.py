@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from umed_plugin.errors import UsageError
+from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.rewards import REWARDS, combine_rewards, localization, relevance, vision_relevance
 
@@ -55,9 +55,7 @@ def test_sum_of_the_paper():
 
 def test_maxima_are_those_of_the_query():
     values = {"localization": [0.2, 0.4, 0.5, 1.0]}
-    torch.testing.assert_close(
-        combine_rewards(values, 2, weights=WEIGHTS), torch.tensor([[0.5, 1.0], [0.5, 1.0]])
-    )
+    torch.testing.assert_close(combine_rewards(values, 2, weights=WEIGHTS), torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
 
 
 def test_floor_keeps_a_tiny_maximum_from_scoring_one():
@@ -71,12 +69,16 @@ def test_group_of_zeros_stays_zero():
 
 
 def test_one_candidate_is_not_normalised():
-    torch.testing.assert_close(combine_rewards({"localization": [0.3, 0.6]}, 1, weights=WEIGHTS), torch.tensor([[0.3], [0.6]]))
+    torch.testing.assert_close(
+        combine_rewards({"localization": [0.3, 0.6]}, 1, weights=WEIGHTS), torch.tensor([[0.3], [0.6]])
+    )
 
 
 @pytest.mark.parametrize("norm", ["max", "none", "zscore"])
 def test_none_leaves_the_term_out(norm):
-    with_none = combine_rewards({"relevance": [0.5, 0.9], "vision_relevance": [None, None]}, 2, weights=WEIGHTS, norm=norm)
+    with_none = combine_rewards(
+        {"relevance": [0.5, 0.9], "vision_relevance": [None, None]}, 2, weights=WEIGHTS, norm=norm
+    )
     without = combine_rewards({"relevance": [0.5, 0.9]}, 2, weights=WEIGHTS, norm=norm)
     torch.testing.assert_close(with_none, without)
 
@@ -86,7 +88,8 @@ def test_zscore_and_none():
         combine_rewards({"localization": [0.0, 1.0]}, 2, weights=WEIGHTS, norm="zscore"), torch.tensor([[-1.0, 1.0]])
     )
     torch.testing.assert_close(
-        combine_rewards({"localization": [0.2, 0.4]}, 2, weights={"localization": 2.0}, norm="none"), torch.tensor([[0.4, 0.8]])
+        combine_rewards({"localization": [0.2, 0.4]}, 2, weights={"localization": 2.0}, norm="none"),
+        torch.tensor([[0.4, 0.8]]),
     )
     assert combine_rewards({"localization": [0.5, 0.5]}, 2, weights=WEIGHTS, norm="zscore").eq(0).all()
 
@@ -101,3 +104,16 @@ def test_a_users_own_reward_is_found_by_module_and_name(tmp_path, monkeypatch):
         REWARDS.get("my_rewards:long")
     with pytest.raises(UsageError, match="Did you mean 'localization'"):
         REWARDS.get("localisation")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": [0.1, 0.2], "b": [0.1]}, "one value for each candidate"),
+        ({"a": [0.1, 0.2, 0.3]}, "one value for each candidate"),
+        ({"a": [0.1, float("nan")]}, "reward 'a' gave nan"),
+    ],
+)
+def test_a_reward_that_gives_too_few_values_or_no_number_is_an_error(values, message):
+    with pytest.raises(UmedError, match=message):
+        combine_rewards(values, 2, weights=dict.fromkeys(values, 1.0))

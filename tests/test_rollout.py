@@ -33,10 +33,8 @@ def batch(loaded):
     size = model.get_vision_tower().config.image_size
     shuffle = torch.Generator().manual_seed(0)
     lengths = [(3, 9), (5, 2), (1, 14)]
-    prompts = [
-        torch.cat([torch.tensor([tokenizer.bos_token_id]), ids(a, tokenizer, shuffle), torch.tensor([IMAGE_TOKEN_INDEX]), ids(b, tokenizer, shuffle)])
-        for a, b in lengths
-    ]
+    bos, image = torch.tensor([tokenizer.bos_token_id]), torch.tensor([IMAGE_TOKEN_INDEX])
+    prompts = [torch.cat([bos, ids(a, tokenizer, shuffle), image, ids(b, tokenizer, shuffle)]) for a, b in lengths]
     return prompts, torch.randn(len(prompts), 3, size, size, generator=shuffle)
 
 
@@ -64,7 +62,9 @@ def test_prompts_are_embedded_as_llava_does(loaded, batch):
 def test_greedy_tokens_are_those_of_llavas_generate(loaded, batch):
     tokenizer, model = loaded
     prompts, images = batch
-    ours = generate(model, embedded(model, batch), max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id)
+    ours = generate(
+        model, embedded(model, batch), max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id
+    )
     for q, prompt in enumerate(prompts):
         theirs = model.generate(
             prompt[None], images=images[q : q + 1], do_sample=False, max_new_tokens=13, pad_token_id=0, use_cache=True
@@ -89,7 +89,12 @@ def test_shared_prompt_gives_the_logits_and_gradients_of_the_repeated_one(loaded
     tokenizer, model = loaded
     torch.manual_seed(0)
     candidates = generate(
-        model, embedded(model, batch), num_candidates=3, max_new_tokens=6, temperature=1.0, eos_token_id=tokenizer.eos_token_id
+        model,
+        embedded(model, batch),
+        num_candidates=3,
+        max_new_tokens=6,
+        temperature=1.0,
+        eos_token_id=tokenizer.eos_token_id,
     )
     kept = candidates.mask.bool()
     model.requires_grad_(True)
@@ -147,7 +152,12 @@ def test_log_probs_are_those_of_one_answer_alone_without_padding(loaded, batch):
     prompts, images = batch
     torch.manual_seed(0)
     candidates = generate(
-        model, embedded(model, batch), num_candidates=2, max_new_tokens=9, temperature=1.0, eos_token_id=tokenizer.eos_token_id
+        model,
+        embedded(model, batch),
+        num_candidates=2,
+        max_new_tokens=9,
+        temperature=1.0,
+        eos_token_id=tokenizer.eos_token_id,
     )
     with torch.no_grad():
         ours = answer_log_probs(answer_logits(model, embedded(model, batch), candidates), candidates, temperature=0.7)

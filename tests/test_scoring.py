@@ -74,4 +74,6 @@ def test_negative_study(text, accuracy, set_iou):
 
 def test_a_box_that_is_none_counts_against():
     true = record(["nodule"], [[50, 25, 100, 75]])
-    assert score_answer("[0.25, 0.375, 0.5, 0.625] [0.9, 0.9, 0.1, 0.1] nodule", true, GEOMETRY).set_iou == pytest.approx(0.5)
+    assert score_answer(
+        "[0.25, 0.375, 0.5, 0.625] [0.9, 0.9, 0.1, 0.1] nodule", true, GEOMETRY
+    ).set_iou == pytest.approx(0.5)

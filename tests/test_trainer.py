@@ -12,7 +12,16 @@ from test_resume import INTERRUPT, weights
 from umed_runs import train_flags, umed_run, write_records
 
 FLAGS = (
-    *("--umed_stage", "rewarding", "--umed_num_candidates", "4", "--umed_max_new_tokens", "12", "--learning_rate", "1e-3"),
+    *(
+        "--umed_stage",
+        "rewarding",
+        "--umed_num_candidates",
+        "4",
+        "--umed_max_new_tokens",
+        "12",
+        "--learning_rate",
+        "1e-3",
+    ),
     *("--max_steps", "8", "--save_steps", "3", "--umed_rewards", "relevance,localization,vision_relevance,half:half"),
     *("--umed_reward_weights", "1,1,1,0.5", "--gradient_checkpointing", "True"),
 )
@@ -78,5 +87,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert set(found) == set(expected)
     if flags is LORA:  # with two updates a rollout, a run resumed in between samples anew
         for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert any(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name or flags is TWICE)

@@ -71,7 +71,9 @@ def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[Non
             handle.remove()
 
 
-def _call_with_output(keep: Callable[[int, Tensor], None], layer: int, _module: Any, _inputs: Any, output: Tensor) -> None:
+def _call_with_output(
+    keep: Callable[[int, Tensor], None], layer: int, _module: Any, _inputs: Any, output: Tensor
+) -> None:
     keep(layer, output)
 
 

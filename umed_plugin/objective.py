@@ -88,7 +88,9 @@ def policy_objective(
         A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl``.
     """
     mask = mask.to(log_probs.dtype)
-    policy_loss = mean_over_answers(clipped_policy_loss(log_probs, old_log_probs, advantages, settings.clip_range), mask)
+    policy_loss = mean_over_answers(
+        clipped_policy_loss(log_probs, old_log_probs, advantages, settings.clip_range), mask
+    )
     entropy = mean_over_answers(entropy, mask)
     loss = policy_loss - settings.entropy_coef * entropy
     outside = ((log_probs - old_log_probs).exp() - 1).abs() > settings.clip_range

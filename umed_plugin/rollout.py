@@ -108,7 +108,9 @@ def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tens
     length = max(row.shape[0] for row in rows)
     embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - row.shape[0], 0)) for row in rows])
     mask = torch.stack([_left_mask(length, row.shape[0], row.device) for row in rows])
-    image_start = torch.tensor([length - row.shape[0] + start for row, start in zip(rows, starts)], device=embeds.device)
+    image_start = torch.tensor(
+        [length - row.shape[0] + start for row, start in zip(rows, starts)], device=embeds.device
+    )
     return PromptBatch(embeds, mask, image_start, patches.shape[1])
 
 
@@ -170,7 +172,11 @@ def generate(
         if done.all() or len(token_ids) == max_new_tokens:
             break
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        step = {"inputs_embeds": embed_tokens(token)[:, None], "attention_mask": mask, "position_ids": positions(mask)[:, -1:]}
+        step = {
+            "inputs_embeds": embed_tokens(token)[:, None],
+            "attention_mask": mask,
+            "position_ids": positions(mask)[:, -1:],
+        }
         logits = llava(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
     return Candidates(torch.stack(token_ids, dim=1), torch.stack(masks, dim=1).long())
 

@@ -18,7 +18,9 @@ from umed_plugin.geometry import ImageGeometry
 Terms = Mapping[str, Sequence[str]]
 
 # A class behind one of these, within the same clause, is ruled out by the answer and not named by it.
-_NEGATION = re.compile(r"\b(?:no|not|without|absence of|free of|negative for|rather than|exclud\w*|rules? out)\b[^.;:,]*$", re.I)
+_NEGATION = re.compile(
+    r"\b(?:no|not|without|absence of|free of|negative for|rather than|exclud\w*|rules? out)\b[^.;:,]*$", re.I
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 from llava.train.llava_trainer import LLaVATrainer
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 
 from umed_plugin.attention import attention_on_lesion, name_token_rows
+from umed_plugin.geometry import ImageGeometry
 from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_objective
-from umed_plugin.records import record_geometry, true_boxes
+from umed_plugin.records import Record, record_geometry, true_boxes
 from umed_plugin.reference import ReferencePolicy
 from umed_plugin.rewards import REWARDS, combine_rewards
 from umed_plugin.rollout import (
     Candidates,
+    PromptBatch,
     answer_log_probs,
     answer_logits,
     base_llava,
@@ -36,7 +37,7 @@ from umed_plugin.rollout import (
     encode_images,
     generate,
 )
-
+from umed_plugin.sampler import EpochSampler
 
 _MEASURES = (
     "reward/total",
@@ -48,36 +49,6 @@ _MEASURES = (
     "answer_tokens",
     "answers_cut_off",
 )
-
-
-class QuerySampler(Sampler):  # type: ignore[type-arg]
-    """Shuffled indices, where each chunk is repeated for the updates that share its candidates.
-
-    The order depends on the seed and the number of epochs begun alone, so that a resumed run sees the same queries however
-    many random numbers the sampling of candidates has drawn.
-
-    Args:
-        size: number of queries.
-        seed: of the shuffling.
-        chunk: queries of one optimizer step over all processes.
-        repeats: optimizer steps a chunk serves. Above 1, the queries that do not fill a chunk are left out of the epoch.
-    """
-
-    def __init__(self, size: int, seed: int, chunk: int, repeats: int) -> None:
-        self.size, self.seed, self.chunk, self.repeats = size, seed, chunk, repeats
-        self.epochs_begun = 0
-
-    def __len__(self) -> int:
-        return self.size if self.repeats == 1 else self.size // self.chunk * self.chunk * self.repeats
-
-    def __iter__(self) -> Iterator[int]:
-        shuffle = torch.Generator().manual_seed(self.seed + self.epochs_begun)
-        self.epochs_begun += 1
-        order = torch.randperm(self.size, generator=shuffle).tolist()
-        if self.repeats == 1:
-            return iter(order)
-        chunks = [order[i : i + self.chunk] for i in range(0, self.size - self.chunk + 1, self.chunk)]
-        return iter([index for part in chunks for _ in range(self.repeats) for index in part])
 
 
 @dataclass(frozen=True)
@@ -114,7 +85,9 @@ class RewardingTrainer(LLaVATrainer):
         self.reward_functions = {name: REWARDS.get(name) for name in self.flags.reward_names()}
         self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
         self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
-        self.settings = ObjectiveSettings(self.flags.umed_clip_range, self.flags.umed_kl_coef, self.flags.umed_entropy_coef)
+        self.settings = ObjectiveSettings(
+            self.flags.umed_clip_range, self.flags.umed_kl_coef, self.flags.umed_entropy_coef
+        )
         self.reference = ReferencePolicy(model) if self.flags.umed_kl_coef > 0 else None
         # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
         self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES]
@@ -122,12 +95,12 @@ class RewardingTrainer(LLaVATrainer):
         self._rollouts: dict[int, Rollout] = {}
         self._batches_seen: int | None = None
 
-    def _get_train_sampler(self, *unused: Any) -> QuerySampler:
+    def _get_train_sampler(self, *unused: Any) -> EpochSampler:
         """Queries in an order that survives resuming; they are of one length, so LLaVA's grouping by length has no use here."""
         args = self.args
         seed = args.data_seed if args.data_seed is not None else args.seed
         chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        return QuerySampler(len(self.train_dataset), seed, chunk, self.flags.umed_updates_per_rollout)
+        return EpochSampler(len(self.train_dataset), seed, chunk, self.flags.umed_updates_per_rollout)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Tensor:
         """The objective on a batch of queries; its candidates are sampled unless an earlier update has sampled them."""
@@ -187,7 +160,9 @@ class RewardingTrainer(LLaVATrainer):
         advantages = group_advantages(rewards, self.flags.umed_reward_coef).flatten().to(old.device)
         return Rollout(inputs["prompt_ids"], features, candidates, old, reference, advantages)
 
-    def _look_at_lesions(self, policy: Any, prompts: Any, candidates: Candidates, records: list[Any]) -> tuple[list[float | None], Tensor]:
+    def _look_at_lesions(
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any]
+    ) -> tuple[Sequence[float | None], Tensor]:
         """Attention of each candidate on its query's lesion, and the logits of the same pass."""
         if "vision_relevance" not in self.reward_functions:
             return [None] * len(candidates.mask), answer_logits(policy, prompts, candidates)
@@ -196,7 +171,9 @@ class RewardingTrainer(LLaVATrainer):
             name_token_rows(self.tokenizer, ids[: int(mask.sum())].tolist(), _terms_of_lesions(record))
             for ids, mask, record in zip(candidates.token_ids, candidates.mask, repeated)
         ]
-        cover = torch.stack([torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records])
+        cover = torch.stack(
+            [torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records]
+        )
         values, logits = attention_on_lesion(policy, prompts, candidates, rows, cover, self.vrr_layers)
         return values.tolist(), logits
 
@@ -209,7 +186,7 @@ class RewardingTrainer(LLaVATrainer):
             logits = answer_logits(policy, embed_prompts(policy, prompt_ids, features), candidates)
             return answer_log_probs(logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
-    def _reward(self, candidates: Candidates, records: list[Any], attention: list[float | None]) -> Tensor:
+    def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
         k = self.flags.umed_num_candidates
         texts = [
@@ -228,21 +205,25 @@ class RewardingTrainer(LLaVATrainer):
             k,
             weights=self.reward_weights,
             norm=self.flags.umed_reward_norm,
-            max_normalised=[n for n, reward in self.reward_functions.items() if getattr(reward, "max_normalised", False)],
+            max_normalised=[
+                n for n, reward in self.reward_functions.items() if getattr(reward, "max_normalised", False)
+            ],
             floor=self.flags.umed_reward_floor,
         )
         self._measure_rewards(values, rewards, candidates)
         self._write_candidates(texts, values, rewards, records[0])
         return rewards
 
-    def _geometry(self, record: Mapping[str, Any]) -> Any:
+    def _geometry(self, record: Record) -> ImageGeometry:
         return record_geometry(record, self.image_size, self.patch_size)
 
     def _measure(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._measured[name].append(value)
 
-    def _measure_rewards(self, values: Mapping[str, list[float | None]], rewards: Tensor, candidates: Candidates) -> None:
+    def _measure_rewards(
+        self, values: Mapping[str, list[float | None]], rewards: Tensor, candidates: Candidates
+    ) -> None:
         for name, column in values.items():
             known = [value for value in column if value is not None]
             if known:
@@ -258,7 +239,9 @@ class RewardingTrainer(LLaVATrainer):
             }
         )
 
-    def _write_candidates(self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any) -> None:
+    def _write_candidates(
+        self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any
+    ) -> None:
         """Append the first query's candidates to ``candidates.jsonl`` in the output folder, every so many steps."""
         every = self.flags.umed_log_candidates
         if not every or self.state.global_step % every or not self.is_world_process_zero():
@@ -274,7 +257,7 @@ class RewardingTrainer(LLaVATrainer):
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the means of what was measured since the last log, over all processes, to the trainer's own figures."""
         if "loss" in logs:
-            columns = [self._measured.pop(name, None) or [float("nan")] for name in self._measures]
+            columns = [self._measured.pop(name, [float("nan")]) for name in self._measures]
             means = torch.tensor([[sum(column) / len(column) for column in columns]], device=self.args.device)
             overall = self.accelerator.gather(means).nanmean(dim=0).tolist()
             logs.update({name: mean for name, mean in zip(self._measures, overall) if mean == mean})

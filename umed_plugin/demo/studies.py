@@ -159,14 +159,14 @@ def _write_study(
 ) -> list[dict[str, object]]:
     modality = FORMATS[index % len(FORMATS)]
     picture, lesions = draw_study(rng)
-    row = {"patient": patient, "split": split, "modality": modality, "slice": ""}
+    row: dict[str, object] = {"patient": patient, "split": split, "modality": modality, "slice": ""}
     if modality == "CT":
         row["file"] = f"ct/{patient}_{index}.dcm"
         _write_dicom(folder / str(row["file"]), picture, patient, index)
     elif modality == "MR":
         row["file"] = f"mr/{patient}_{index}.nii.gz"
-        row["slice"] = int(rng.integers(SLICES))
-        _write_nifti(folder / str(row["file"]), picture, int(row["slice"]), rng)
+        row["slice"] = lesion_slice = int(rng.integers(SLICES))
+        _write_nifti(folder / str(row["file"]), picture, lesion_slice, rng)
     else:
         row["file"] = f"xray/{patient}_{index}.png"
         _write_png(folder / str(row["file"]), picture)

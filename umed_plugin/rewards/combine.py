@@ -7,10 +7,13 @@ always be 1); weights; and z-scores or raw values instead of the maximum, as opt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from umed_plugin.errors import UmedError
 
 
 def combine_rewards(
@@ -35,7 +38,11 @@ def combine_rewards(
 
     Returns:
         [Q, K] rewards, float32.
+
+    Raises:
+        UmedError: a reward gave another number of values than the others, or one that is no finite number.
     """
+    _check(values, num_candidates)
     total = None
     for name, column in values.items():
         raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
@@ -44,6 +51,21 @@ def combine_rewards(
     if total is None:
         raise ValueError("no rewards to combine")
     return total
+
+
+def _check(values: Mapping[str, Sequence[float | None]], num_candidates: int) -> None:
+    """Refuse what a reward of the user's own can get wrong, before it turns into a zero."""
+    lengths = {name: len(column) for name, column in values.items()}
+    if len(set(lengths.values())) > 1 or any(length % num_candidates for length in lengths.values()):
+        raise UmedError(
+            f"rewards must give one value for each candidate ({num_candidates} a question), but gave {lengths}."
+        )
+    for name, column in values.items():
+        bad = [value for value in column if value is not None and not math.isfinite(value)]
+        if bad:
+            raise UmedError(
+                f"reward {name!r} gave {bad[0]}. Allowed: finite numbers, or None for a candidate that it cannot score."
+            )
 
 
 def _normalise(raw: Tensor, norm: str, by_maximum: bool, floor: float) -> Tensor:

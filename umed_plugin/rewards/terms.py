@@ -31,7 +31,7 @@ def relevance(
     The paper asks an external LLM; this judge is local and deterministic. Class F1 asks whether the right abnormalities are
     named; word F1 compares the words of the two texts as multisets, without numbers, so that boxes are not judged twice.
     """
-    scores = []
+    scores: list[float | None] = []
     for completion, item, place in zip(completions, record, geometry):
         reference = item["conversations"][1]["value"]
         class_f1 = score_answer(completion, item, place).class_f1
