@@ -22,30 +22,7 @@ ANSWERS = (
 )
 QUESTION = "What abnormality can be seen in this image?"
 
-# Stock code on a CPU: only the device is swapped, which LLaVA's evaluation hard-codes as CUDA and half precision.
-STOCK = """
-import argparse, json, sys
-sys.modules["umed_plugin"] = None
-try:
-    import umed_plugin
-except ImportError:
-    pass
-else:
-    raise SystemExit("the plugin can be imported")
-import torch
-from llava.eval import model_vqa
-from llava.model.builder import load_pretrained_model
-
-def on_cpu(*arguments):
-    tokenizer, model, processor, length = load_pretrained_model(*arguments, device="cpu")
-    return tokenizer, model.float(), processor, length
-
-model_vqa.load_pretrained_model = on_cpu
-torch.Tensor.cuda = lambda self, *_: self
-torch.Tensor.half = lambda self: self.float()
-model_vqa.eval_model(argparse.Namespace(model_base=None, num_chunks=1, chunk_idx=0, temperature=0, top_p=None, num_beams=1,
-    conv_mode="mistral_instruct", **json.loads(sys.argv[1])))
-"""
+STOCK = Path(__file__).resolve().parent.parent / "benchmarks" / "stock_vqa.py"
 
 
 def study_records(folder: Path) -> list[dict]:
@@ -122,7 +99,7 @@ def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path)
     }
     # -I leaves out PYTHONPATH and the working folder, from which the plugin could come.
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STOCK, json.dumps(arguments)],
+        [sys.executable, "-I", str(STOCK), json.dumps(arguments)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -222,6 +223,18 @@ def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path) -> s
     return f"{text} {shlex.join([*ON_THIS_MACHINE, *short, '--output_dir', str(out)])}\n"
 
 
+def stock_answers(checkpoint: Path, images: Path, folder: Path) -> list[str]:
+    """What stock LLaVA, with the plugin not importable, answers about the first image of a folder."""
+    image = sorted(images.glob("*.jpg"))[0].name
+    question = {"question_id": 0, "image": image, "text": "Is there anything abnormal?"}
+    (folder / "questions.jsonl").write_text(json.dumps(question))
+    files = {"question_file": folder / "questions.jsonl", "answers_file": folder / "answers.jsonl"}
+    arguments = {"model_path": checkpoint, "image_folder": images, **files}
+    script = [str(ROOT / "benchmarks" / "stock_vqa.py"), json.dumps({key: str(v) for key, v in arguments.items()})]
+    subprocess.run([sys.executable, "-I", *script], cwd=folder, check=True, timeout=300)
+    return [json.loads(line)["text"] for line in files["answers_file"].read_text().splitlines()]
+
+
 def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
     real_data: Path, tiny_mistral: Path, tmp_path: Path
 ) -> None:
@@ -249,3 +262,4 @@ def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
         "cli", "evaluate", model, *benchmark, "--limit", "4", "--max-new-tokens", "12", "--out", tmp_path / "evaluation"
     )
     assert (tmp_path / "evaluation" / "evaluation.json").is_file()
+    assert len(stock_answers(model, data / "test", tmp_path)) == 1

@@ -55,8 +55,12 @@ def reward(checkpoint, records, output, *more, hook=None):
     return umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=folder)
 
 
-@pytest.mark.parametrize(("family", "flags"), [("mistral", LORA), ("llama", TWICE)], ids=["lora", "full-two-updates"])
-def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, request, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "flags", "stop"),
+    [("mistral", LORA, signal.SIGKILL), ("llama", TWICE, signal.SIGINT)],
+    ids=["lora-kill", "full-two-updates-ctrl-c"],
+)
+def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, request, tmp_path):
     checkpoint = request.getfixturevalue(f"tiny_{family}")
     records = grounded_records(tmp_path / "data")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -75,11 +79,11 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     hook = tmp_path / "hook"
     hook.mkdir()
     state = str(resumed / "checkpoint-3" / "trainer_state.json")
-    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=state, signal=int(signal.SIGKILL)))
+    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=state, signal=int(stop)))
     stopped = reward(checkpoint, records, resumed, *flags, hook=hook)
     assert stopped.returncode != 0
     assert (resumed / "checkpoint-3").is_dir()
-    assert not (resumed / "trainer_state.json").exists(), "the run was over before it was killed"
+    assert not (resumed / "trainer_state.json").exists(), "the run was over before it was stopped"
     run = reward(checkpoint, records, resumed, *flags)
     assert run.returncode == 0, run.stderr[-3000:]
 

@@ -46,7 +46,7 @@ class DemoSettings:
     tuning_epochs: float = 6
     tuning_lr: float = 3e-3
     rewarding_steps: int = 150
-    rewarding_lr: float = 2e-3
+    rewarding_lr: float = 7e-4
     queries: int = 6
     candidates: int = 8
     max_new_tokens: int = 104
