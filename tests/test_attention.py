@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
@@ -69,6 +72,24 @@ def test_whole_cover_is_one_and_no_cover_is_zero(sampled):
     assert zeros.eq(0).all()
 
 
+def test_in_bfloat16_far_tokens_keep_their_angles(sampled):
+    """A cast to bfloat16 rounds the model's own inverse frequencies; 600 positions on, that is half a radian."""
+    model, prompts, candidates, rows, cover = sampled
+    far = replace(prompts, embeds=torch.cat([prompts.embeds] * 6, dim=1), mask=torch.cat([prompts.mask] * 6, dim=1))
+    value, _ = attention_on_lesion(model, far, candidates, rows, cover, [0, 3])
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    rounded, _ = attention_on_lesion(half, replace(far, embeds=far.embeds.bfloat16()), candidates, rows, cover, [0, 3])
+    torch.testing.assert_close(rounded, value, atol=2e-3, rtol=0)
+
+
+def test_a_longer_name_of_another_class_is_not_this_ones(loaded):  # noqa: F811
+    tokenizer, _ = loaded
+    terms = {"nodule": ["nodule"], "calcified": ["calcified nodule"]}
+    token_ids = tokenizer("a calcified nodule", add_special_tokens=False).input_ids
+    assert name_token_rows(tokenizer, token_ids, terms, ["nodule"]) == []
+    assert name_token_rows(tokenizer, token_ids, terms, ["calcified"]) != []
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
@@ -81,6 +102,6 @@ def test_whole_cover_is_one_and_no_cover_is_zero(sampled):
 def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):  # noqa: F811
     tokenizer, _ = loaded
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = name_token_rows(tokenizer, token_ids, TERMS)
+    rows = name_token_rows(tokenizer, token_ids, TERMS, TERMS)
     pieces = tokenizer.convert_ids_to_tokens([token_ids[row] for row in rows])
     assert "".join(pieces).replace("\u2581", "") == named

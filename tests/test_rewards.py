@@ -83,6 +83,14 @@ def test_none_leaves_the_term_out(norm):
     torch.testing.assert_close(with_none, without)
 
 
+@pytest.mark.parametrize("norm", ["max", "none", "zscore"])
+def test_none_is_the_mean_of_the_others_and_not_the_worst(norm):
+    mixed = combine_rewards({"localization": [0.8, None, 0.4, 0.6]}, 4, weights=WEIGHTS, norm=norm)
+    known = combine_rewards({"localization": [0.8, 0.4, 0.6]}, 3, weights=WEIGHTS, norm=norm)
+    torch.testing.assert_close(mixed[:, [0, 2, 3]], known)
+    torch.testing.assert_close(mixed[0, 1], known.mean())
+
+
 def test_zscore_and_none():
     torch.testing.assert_close(
         combine_rewards({"localization": [0.0, 1.0]}, 2, weights=WEIGHTS, norm="zscore"), torch.tensor([[-1.0, 1.0]])

@@ -10,14 +10,14 @@ For a token n, a layer l and a head h, with P all image patches and w_p in [0, 1
 
 and the value of a candidate is the mean of s over its tokens, the chosen layers and all heads. The paper's transcription in
 public has the lesion's patches in the softmax's denominator too, which makes the value constant; all image patches is the
-reading that carries information (DESIGN 7). Raw attention has sinks: patches that draw attention everywhere. They lower s for
-every candidate of a query alike; comparing candidates of one query, as rewarding does, is not affected much.
+reading that carries information. Raw attention has sinks, patches that draw attention whatever the question; they are part of
+the denominator here and are not masked.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,7 +107,7 @@ def attention_on_lesion(
     columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=device)
     capture = _Capture(columns, (owners, places))
     with _hooks(llava, layers, capture):
-        logits = answer_logits(llava, prompts, candidates)
+        logits = answer_logits(model, prompts, candidates)
 
     value = torch.zeros(len(candidates.mask), device=device)
     if len(owners) == 0:
@@ -132,33 +132,33 @@ def _attention_over_patches(
     config = llava.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inv_freq = rope_inverse_frequencies(llava)
+    inv_freq = rope_inverse_frequencies(config, queries.shape[-1] // heads)
     q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
     k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [Q, P, kv_heads, d]
     k = k.repeat_interleave(heads // kv_heads, dim=2)[query_index]  # [R, P, heads, d]
     return (torch.einsum("rhd,rphd->rhp", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
-def rope_inverse_frequencies(llava: Any) -> Tensor:
-    """[d/2] inverse frequencies of the model's rotary embedding.
+def rope_inverse_frequencies(config: Any, head_size: int) -> Tensor:
+    """[d/2] inverse frequencies of the model's rotary embedding, ``theta^(-2i/d)``, in float32.
+
+    The model's own buffer is not used: a cast of the model to bfloat16 rounds it, which turns far tokens by half a radian.
 
     Raises:
         UmedError: the model has no rotary embedding, or a scaled one, whose angles are not position times frequency.
     """
-    scaling = getattr(llava.config, "rope_scaling", None)
+    scaling = getattr(config, "rope_scaling", None)
     if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
         raise UmedError(
             f"vision relevance does not know the rotary scaling {scaling!r} in config.json. Leave vision_relevance out of "
             "--umed_rewards, or use a checkpoint without rope_scaling."
         )
-    for module in llava.get_model().modules():
-        inv_freq = getattr(module, "inv_freq", None)
-        if isinstance(inv_freq, Tensor):
-            return inv_freq.float()
-    raise UmedError(
-        f"vision relevance needs a model with rotary position embeddings (Llama, Mistral); {type(llava).__name__} has none. "
-        "Leave vision_relevance out of --umed_rewards."
-    )
+    if not hasattr(config, "rope_theta"):
+        raise UmedError(
+            f"vision relevance needs rotary position embeddings (Llama, Mistral), and the config of this {config.model_type} "
+            "model has no rope_theta. Leave vision_relevance out of --umed_rewards."
+        )
+    return config.rope_theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -175,18 +175,27 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def name_token_rows(tokenizer: Any, token_ids: Sequence[int], terms: Terms) -> list[int]:
-    """Indices of the answer tokens that name a class of ``terms``, also where a name spans several word pieces.
+def name_token_rows(tokenizer: Any, token_ids: Sequence[int], terms: Terms, classes: Collection[str]) -> list[int]:
+    """Indices of the answer tokens that name one of ``classes``, also where a name spans several word pieces.
 
     Args:
         tokenizer: a sentencepiece or byte-level BPE tokenizer, whose pieces mark a leading space.
         token_ids: one answer.
-        terms: class -> plain name and synonyms.
+        terms: class -> plain name and synonyms, of all classes: the longer name of another class is not this one's.
+        classes: those that count.
     """
     text, ends = "", []
     for piece in tokenizer.convert_ids_to_tokens(list(token_ids)):
         text += _SPACE_MARK.sub(" ", piece)
         ends.append(len(text))
-    spans = find_terms(text, terms)
+    spans = [(start, end) for start, end, cls in find_terms(text, terms) if cls in classes]
     starts = [0, *ends[:-1]]
-    return [t for t, (a, b) in enumerate(zip(starts, ends)) if any(a < end and b > start for start, end, _ in spans)]
+    return [t for t, (a, b) in enumerate(zip(starts, ends)) if any(a < end and b > start for start, end in spans)]
+
+
+def lesion_name_rows(tokenizer: Any, candidates: Candidates, records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """For each of N answers the indices of the tokens that name a lesion of its record; one record for each answer."""
+    return [
+        name_token_rows(tokenizer, ids[: int(mask.sum())].tolist(), record["terms"], set(record["objects"]["ref"]))
+        for ids, mask, record in zip(candidates.token_ids, candidates.mask, records)
+    ]

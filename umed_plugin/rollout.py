@@ -156,9 +156,8 @@ def generate(
     Returns:
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
-    llava = base_llava(model)
-    embed_tokens = llava.get_input_embeddings()
-    logits, cache = prefill(llava, prompts)
+    embed_tokens = base_llava(model).get_input_embeddings()
+    logits, cache = prefill(model, prompts)
     rows = torch.arange(prompts.mask.shape[0], device=logits.device).repeat_interleave(num_candidates)
     cache.reorder_cache(rows)
     logits, mask = logits[rows], prompts.mask[rows]
@@ -177,7 +176,7 @@ def generate(
             "attention_mask": mask,
             "position_ids": positions(mask)[:, -1:],
         }
-        logits = llava(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
+        logits = model(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
     return Candidates(torch.stack(token_ids, dim=1), torch.stack(masks, dim=1).long())
 
 
@@ -216,14 +215,16 @@ def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> T
     first, cache = prefill(model, prompts)
     rows = query_of_row(prompts, candidates)
     cache.reorder_cache(rows)
-    mask = torch.cat([prompts.mask[rows], candidates.mask], dim=1)
+    # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are dropped.
+    token_ids = torch.nn.functional.pad(candidates.token_ids, (0, 1))
+    mask = torch.cat([prompts.mask[rows], candidates.mask, candidates.mask.new_ones(len(rows), 1)], dim=1)
     inputs = {
-        "inputs_embeds": unwrapped.get_input_embeddings()(candidates.token_ids),
+        "inputs_embeds": unwrapped.get_input_embeddings()(token_ids),
         "attention_mask": mask,
         "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
     }
     logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
-    return torch.cat([first[rows][:, None], logits[:, :-1]], dim=1).float()
+    return torch.cat([first[rows][:, None], logits[:, :-2]], dim=1).float()
 
 
 def query_of_row(prompts: PromptBatch, candidates: Candidates) -> Tensor:
@@ -258,3 +259,11 @@ def answer_log_probs(
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         entropy = log_partition - (logits.softmax(dim=-1) * logits).sum(dim=-1)
     return AnswerLogProbs((chosen - log_partition) * mask, entropy * mask)
+
+
+def decode_answers(tokenizer: Any, candidates: Candidates) -> list[str]:
+    """The N answers as text, without special tokens and padding."""
+    return [
+        tokenizer.decode(ids[: int(mask.sum())], skip_special_tokens=True).strip()
+        for ids, mask in zip(candidates.token_ids, candidates.mask)
+    ]

@@ -21,7 +21,8 @@ import torch
 from llava.train.llava_trainer import LLaVATrainer
 from torch import Tensor, nn
 
-from umed_plugin.attention import attention_on_lesion, name_token_rows
+from umed_plugin.attention import attention_on_lesion, lesion_name_rows
+from umed_plugin.errors import UmedError
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_objective
 from umed_plugin.records import Record, record_geometry, true_boxes
@@ -33,6 +34,7 @@ from umed_plugin.rollout import (
     answer_log_probs,
     answer_logits,
     base_llava,
+    decode_answers,
     embed_prompts,
     encode_images,
     generate,
@@ -100,6 +102,12 @@ class RewardingTrainer(LLaVATrainer):
         args = self.args
         seed = args.data_seed if args.data_seed is not None else args.seed
         chunk = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if self.flags.umed_updates_per_rollout > 1 and len(self.train_dataset) < chunk:
+            raise UmedError(
+                f"{len(self.train_dataset)} records do not fill one optimizer step of {chunk} questions (batch size x processes "
+                "x accumulation steps), which --umed_updates_per_rollout above 1 needs. Lower --per_device_train_batch_size "
+                "or --gradient_accumulation_steps."
+            )
         return EpochSampler(len(self.train_dataset), seed, chunk, self.flags.umed_updates_per_rollout)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Tensor:
@@ -157,6 +165,9 @@ class RewardingTrainer(LLaVATrainer):
         reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
         rewards = self._reward(candidates, inputs["records"], attention)
         policy.train(was_training)
+        # Under CPU autocast the passes above have left half-precision copies of the weights without a graph: the update would
+        # use them, and LoRA would get no gradient.
+        torch.clear_autocast_cache()
         advantages = group_advantages(rewards, self.flags.umed_reward_coef).flatten().to(old.device)
         return Rollout(inputs["prompt_ids"], features, candidates, old, reference, advantages)
 
@@ -167,10 +178,7 @@ class RewardingTrainer(LLaVATrainer):
         if "vision_relevance" not in self.reward_functions:
             return [None] * len(candidates.mask), answer_logits(policy, prompts, candidates)
         repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
-        rows = [
-            name_token_rows(self.tokenizer, ids[: int(mask.sum())].tolist(), _terms_of_lesions(record))
-            for ids, mask, record in zip(candidates.token_ids, candidates.mask, repeated)
-        ]
+        rows = lesion_name_rows(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records]
         )
@@ -189,10 +197,7 @@ class RewardingTrainer(LLaVATrainer):
     def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
         k = self.flags.umed_num_candidates
-        texts = [
-            self.tokenizer.decode(ids[: int(mask.sum())], skip_special_tokens=True).strip()
-            for ids, mask in zip(candidates.token_ids, candidates.mask)
-        ]
+        texts = decode_answers(self.tokenizer, candidates)
         columns = {
             "record": [record for record in records for _ in range(k)],
             "geometry": [self._geometry(record) for record in records for _ in range(k)],
@@ -262,8 +267,3 @@ class RewardingTrainer(LLaVATrainer):
             overall = self.accelerator.gather(means).nanmean(dim=0).tolist()
             logs.update({name: mean for name, mean in zip(self._measures, overall) if mean == mean})
         super().log(logs, *rest)
-
-
-def _terms_of_lesions(record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names and synonyms of the classes that the record's lesions have."""
-    return {cls: record["terms"][cls] for cls in record["objects"]["ref"]}

@@ -1,6 +1,6 @@
 """From several rewards a candidate to one: ``r = r_llm + r_loc / max r_loc + r_att / max r_att`` (the paper's eq. for r).
 
-The maxima run over the K candidates of a query. Departures from the paper, all documented in DESIGN 7: a floor under the maximum,
+The maxima run over the K candidates of a query. Departures from the paper: a floor under the maximum,
 so that a best IoU of 0.02 does not count as 1; a group without signal stays 0; one candidate alone is not normalised (it would
 always be 1); weights; and z-scores or raw values instead of the maximum, as options.
 """
@@ -28,7 +28,8 @@ def combine_rewards(
     """Sum the rewards of each candidate.
 
     Args:
-        values: reward name -> N values, query-major; ``None`` leaves the term out for that candidate.
+        values: reward name -> N values, query-major; ``None`` leaves the term out for that candidate: it takes the mean of
+            the query's other candidates, which moves no advantage. A query without any value gets 0 from that term.
         num_candidates: K; N is a multiple of it.
         weights: reward name -> factor after normalisation.
         norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
@@ -46,7 +47,7 @@ def combine_rewards(
     total = None
     for name, column in values.items():
         raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
-        term = weights[name] * _normalise(raw, norm, name in max_normalised, floor).nan_to_num(0.0)
+        term = weights[name] * _fill_missing(_normalise(raw, norm, name in max_normalised, floor))
         total = term if total is None else total + term
     if total is None:
         raise ValueError("no rewards to combine")
@@ -66,6 +67,11 @@ def _check(values: Mapping[str, Sequence[float | None]], num_candidates: int) ->
             raise UmedError(
                 f"reward {name!r} gave {bad[0]}. Allowed: finite numbers, or None for a candidate that it cannot score."
             )
+
+
+def _fill_missing(term: Tensor) -> Tensor:
+    """[Q, K] with the mean of its query in place of NaN."""
+    return torch.where(term.isnan(), term.nanmean(dim=1, keepdim=True).nan_to_num(0.0), term)
 
 
 def _normalise(raw: Tensor, norm: str, by_maximum: bool, floor: float) -> Tensor:
