@@ -233,13 +233,34 @@ def test_csv_faults_are_told_by_line_all_at_once(folder: Path) -> None:
         6: "column 'file' is empty",
         7: "split is 'tarin'. Did you mean 'train'? Allowed: train, val, test",
         8: "slice is 'x'; needed: a whole number from 0",
-        10: "no lesion",
+        10: f"gives e.png no box, and {folder}/a.csv:9 gives it a box. A row with no box says that the image has no lesion",
         12: "patient or split of f.png differs",
         13: "class 'noddule' (1 boxes) is not in the recipe. Did you mean 'nod'? Allowed: nod, cy",
     }
     assert len(messages) == len(expected)
     for line, words in expected.items():
         assert any(f"a.csv:{line}: " in message and words in message for message in messages), (line, messages)
+
+
+def test_csv_windows_of_one_image_must_agree(folder: Path) -> None:
+    (folder / "a.csv").write_text(
+        "file,x1,y1,x2,y2,lesion,win\n"
+        "pos.png,1,2,3,4,nod,\n"
+        'pos.png,1,2,3,5,nod,"-10, 20"\n'
+        'pos.png,1,2,3,6,nod,"-10,20"\n'
+        'pos.png,1,2,3,7,nod,"-10, 30"\n'
+    )
+    found = read(folder, CSV.replace("lesion: lesion", "lesion: lesion, window: win") % "")
+    (message,) = found.faults.messages
+    assert f"a.csv:5: window of pos.png is (-10.0, 30.0), but (-10.0, 20.0) in {folder}/a.csv:2. An image" in message
+
+
+def test_a_csv_that_is_not_utf8(folder: Path) -> None:
+    text = "file,x1,y1,x2,y2,lesion\npos.png,1,2,3,4,nod\nl\xe4sion.png,1,2,3,4,nod\n"
+    (folder / "a.csv").write_bytes(text.encode("latin-1"))
+    (message,) = read(folder, CSV % "").faults.messages
+    assert f"{folder}/a.csv:3: byte 0xe4 is not UTF-8. Save the file as UTF-8" in message
+    assert "iconv -f LATIN1 -t UTF-8 a.csv" in message
 
 
 def test_csv_missing_columns(folder: Path) -> None:
@@ -265,6 +286,26 @@ def test_csv_missing_columns(folder: Path) -> None:
             {"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": [1, 1]}]},
             "needed: [x, y, width, height]",
         ),
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": [1, None, 2, 2]}]},
+            "a.json annotation 9: bbox is [1, None, 2, 2]; needed: [x, y, width, height], numbers",
+        ),
+        (
+            {"annotations": [{"id": 9, "image_id": 5, "category_id": 1, "bbox": None}]},
+            "a.json annotations[0]: bbox is None; needed: list",
+        ),
+        (
+            {"annotations": [{"image_id": [5], "category_id": 1, "bbox": []}]},
+            "annotations[0]: image_id is [5]; needed: int",
+        ),
+        ({"annotations": [7]}, "a.json annotations[0]: is 7; needed: an object with image_id, category_id, bbox"),
+        (
+            {"images": [{"id": 5, "file_name": "pos.png", "height": 3}]},
+            "images[0]: width is 'missing'; needed: int or float",
+        ),
+        ({"images": [{"id": 5, "width": 3, "height": 3}]}, "a.json images[0]: file_name is 'missing'; needed: str"),
+        ({"categories": [{"name": "nod"}]}, "a.json categories[0]: id is 'missing'; needed: int or str"),
+        ({"images": None}, "a.json: has no images; it holds images, categories, annotations"),
     ],
 )
 def test_coco_faults(folder: Path, changes: dict[str, Any], words: str) -> None:
@@ -273,7 +314,14 @@ def test_coco_faults(folder: Path, changes: dict[str, Any], words: str) -> None:
     assert words in message
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("{}", "has no images, annotations, categories")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("{}", "has no images, annotations, categories"),
+        ("[1]", "a.json: holds a list; needed: an object with lists images, annotations, categories"),
+    ],
+)
 def test_coco_files_that_are_none(folder: Path, text: str, words: str) -> None:
     (folder / "a.json").write_text(text)
     assert words in read(folder, "{reader: coco, files: a.json}").faults.messages[0]
@@ -297,6 +345,25 @@ def test_voc_faults(folder: Path) -> None:
     messages = read(folder, annotations).faults.messages
     assert "neg.xml: not XML" in messages[0]
     assert "pos.xml object 0: bndbox is ['12', None, '42', '19']" in messages[1]
+
+
+@pytest.mark.parametrize(
+    ("width", "size"), [(f"{WIDTH}.0", (WIDTH, HEIGHT)), (f" {WIDTH} ", (WIDTH, HEIGHT)), ("0", None), ("", None)]
+)
+def test_voc_sizes_are_read_leniently(folder: Path, width: str, size: Any) -> None:
+    annotations = voc(folder)
+    for path in (folder / "xml").iterdir():
+        path.write_text(path.read_text().replace(f"<width>{WIDTH}<", f"<width>{width}<"))
+    assert by_name(read(folder, annotations))["pos.png"].size == size
+
+
+@pytest.mark.parametrize("width", ["wide", "5.5", "-5", "nan"])
+def test_voc_sizes_that_are_none_are_faults(folder: Path, width: str) -> None:
+    annotations = voc(folder)
+    path = folder / "xml" / "pos.xml"
+    path.write_text(path.read_text().replace(f"<width>{WIDTH}<", f"<width>{width}<"))
+    (message,) = read(folder, annotations).faults.messages
+    assert f"pos.xml: size is ['{width}', '{HEIGHT}']; needed: whole numbers" in message
 
 
 def test_mask_faults(folder: Path) -> None:

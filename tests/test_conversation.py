@@ -114,6 +114,14 @@ def test_frames_never_hold_a_name_of_the_source() -> None:
             assert not re.search(r"\b(finding|abnormal area)s?\b", question + answer, re.IGNORECASE)
 
 
+def test_frames_hold_no_name_that_ends_in_a_parenthesis_and_no_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = ("Is it TB (old)?", "Are there spots?", "What is it?")
+    monkeypatch.setattr("umed_plugin.conversation.QUESTIONS", frames)
+    record = record_with(terms={"TB (old)": ["TB (old)"], "spot": ["spot"]})
+    asked = {write_conversation(record, GEOMETRY, random.Random(i))[0]["value"] for i in range(30)}
+    assert asked == {"<image>\nWhat is it?"}
+
+
 def test_a_name_in_every_wording_is_an_error() -> None:
     with pytest.raises(UmedError, match="every wording of the writer holds one of the source's names"):
         write_conversation(record_with(terms={"x": ["image", "is", "no"]}), GEOMETRY, random.Random(0))

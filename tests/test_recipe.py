@@ -125,6 +125,21 @@ def test_mistakes(tmp_path: Path, annotations: str, split: str, extra: str, word
     assert any(words in line for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("second", "word", "owner"),
+    [
+        ("{name: cyst, synonyms: [Nodular  Opacity]}", "Nodular  Opacity", "cyst"),
+        ("{name: cyst, synonyms: [nodule]}", "nodule", "cyst"),
+        ("{name: Nodule}", "Nodule", "Nodule"),
+    ],
+)
+def test_a_word_for_two_classes_is_a_mistake(tmp_path: Path, second: str, word: str, owner: str) -> None:
+    path = write_recipe(tmp_path, CSV)
+    path.write_text(path.read_text().replace("{name: cyst}", second))
+    (_, line) = faults_of(path)
+    assert f"classes: {word!r} stands for 'nodule' and for {owner!r}" in line
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'brain_tumor_coco'\?.*Or the path of a YAML file"):
         load_recipe("brain_tumour_coco")

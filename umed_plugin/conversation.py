@@ -210,7 +210,8 @@ def _region(box01: Box) -> str:
 
 def _without(wordings: Iterable[str], terms: Sequence[str], record: Record) -> list[str]:
     """The wordings that hold none of the terms: a class named by the frame would be counted as said by the model."""
-    named = re.compile("|".join(rf"\b{re.escape(term)}\b" for term in terms) or r"(?!)", re.IGNORECASE)
+    # The same words as `scoring.find_terms` takes for a name.
+    named = re.compile("|".join(rf"(?<!\w){re.escape(term)}(?:s|es)?(?!\w)" for term in terms) or "(?!)", re.IGNORECASE)
     free = [wording for wording in wordings if not named.search(wording)]
     if not free:
         raise UmedError(

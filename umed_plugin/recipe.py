@@ -168,3 +168,9 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
         faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")
     for ignored in set(recipe.ignore_classes) & set(recipe.classes):
         faults.add("ignore_classes", f"{ignored!r} is in classes too; keep one of them")
+    owners: dict[str, str] = {}
+    for name, words in recipe.names.items():
+        for word in words:
+            owner = owners.setdefault(" ".join(word.lower().split()), name)
+            if owner != name:
+                faults.add("classes", f"{word!r} stands for {owner!r} and for {name!r}; an answer must tell them apart")

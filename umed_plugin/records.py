@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.geometry import ImageGeometry
+from umed_plugin.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
 
@@ -55,11 +55,21 @@ def record_faults(record: Any) -> list[str]:
         faults += [
             f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)
         ]
-    if len(record["image_size"]) != 2:
-        faults.append("'image_size' is not [width, height]")
-    if "image_aspect_ratio" not in record["provenance"]:
-        faults.append("'provenance' has no 'image_aspect_ratio' (pad or square)")
+    size, mode = record["image_size"], record["provenance"].get("image_aspect_ratio")
+    if len(size) != 2 or not all(type(value) is int and value > 0 for value in size):
+        faults.append(f"'image_size' is {size!r}; needed: [width, height], whole numbers above 0")
+    if mode not in MODES:
+        faults.append(f"provenance.image_aspect_ratio is {mode!r}; allowed: {', '.join(MODES)}")
+    if not _is_asked_and_answered(record["conversations"]):
+        faults.append(
+            "'conversations' needs a turn from 'human' and then one from 'gpt', each with its text as 'value'"
+        )
     return faults
+
+
+def _is_asked_and_answered(turns: list[Any]) -> bool:
+    written = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
+    return written and [turn.get("from") for turn in turns[:2]] == ["human", "gpt"]
 
 
 def _is_box(box: Any) -> bool:

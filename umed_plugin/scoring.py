@@ -1,7 +1,8 @@
 """One scorer for rewards and evaluation: which classes an answer names, and how its boxes fit.
 
 The paper does not say how its accuracy matches an answer. Here an answer is right when the set of classes that it names equals
-the record's set; for a study without abnormality, when it names none and gives no box.
+the record's set; for a study without abnormality, when it names none and gives no box. A class that the answer rules out ("no
+nodule") is not named by it; that is told by a few cue words in the manner of NegEx (Chapman et al. 2001), not by a parser.
 """
 
 from __future__ import annotations
@@ -12,14 +13,45 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from umed_plugin.boxes import Box, parse_boxes, set_iou
+from umed_plugin.boxes import Box, is_degenerate, is_inside, parse_boxes, set_iou
 from umed_plugin.geometry import ImageGeometry
 
 Terms = Mapping[str, Sequence[str]]
 
-# A class behind one of these, within the same clause, is ruled out by the answer and not named by it.
-_NEGATION = re.compile(
-    r"\b(?:no|not|without|absence of|free of|negative for|rather than|exclud\w*|rules? out)\b[^.;:,]*$", re.I
+_BOX_THAT_IS_NONE: Box = (0.0, 0.0, 0.0, 0.0)
+
+# Words that rule classes out, and words at which that ends. At one place the first group that fits is taken.
+_NOT = r"(?:\b(?:can)?not|n['\u2019]t)"
+_BE = r"(?:is|are|was|were)"
+_CUES = re.compile(
+    rf"""
+    (?P<pseudo>  # looks like a negation, but rules nothing out
+        {_NOT}\s+(?:only|just|without|free\s+of|(?:be\s+|been\s+)?(?:absent|rul\w+\s+out|exclud\w+))\b
+        | {_NOT}\s+(?:\w+\s+){{0,2}}normal\b
+        | \b(?:no|without(?:\s+a)?)\s+(?:doubt|question)\b
+        | \bno\s*,
+    )
+    | (?P<behind>  # rules out what the clause has named: "a nodule is absent"
+        \b(?:{_BE}|ha(?:s|ve)\s+been)\s+(?:ruled\s+out|excluded|absent|unlikely)\b
+        | \b(?:{_BE}|has|have|can?|could)(?:\s*not|n['\u2019]t)\s+(?:be\s+|been\s+)?
+          (?:seen|present|visible|found|identified|detected|evident|likely)\b
+    )
+    | (?P<ahead>  # rules out what follows, a whole list of names: "no nodule, cyst or mass"
+        (?:\bno|{_NOT})\s+\w+\s+(?:that\s+)?(?:it|this|there)\s+{_BE}\b
+        | {_NOT}(?:\s+\w+ly)?\b
+        | \b(?:no|never|nothing|neither|nor|without|absence\s+of|lack\s+of|free\s+of|negative\s+for)\b
+        | \b(?:rather\s+than|instead\s+of|exclud(?:es?|ed|ing)|rul(?:es?|ed|ing)\s+out)\b
+    )
+    | (?P<verb> \b(?<!to\ )(?:{_BE}|has|have|(?:show|reveal|demonstrate|contain|lie)s?)\b )
+    | (?P<end>
+        \.(?!\d) | [!?;:)\n]
+        | \b(?:but|however|although|though|yet|while|whereas|except|apart\s+from|other\s+than|only|rather|instead)\b
+        | \b(?:(?:more|most)\s+likely|there|it|we|they|,\s*I)\b
+        | (?:,\s+(?:and\s+)?|\band\s+)  # a new clause: ", a cyst is", but not ", a cyst or a mass is"
+          (?=(?:an?|the)\s+(?:(?!(?:or|nor|and)\b)[\w-]+\s+){{1,4}}?(?:is|was|has|shows|lies)\b)
+    )
+    """,
+    re.I | re.X,
 )
 
 
@@ -32,7 +64,7 @@ class AnswerScore:
         class_f1: F1 in 0..1 of the named classes against the record's; 1.0 when both are empty.
         set_iou: IoU in 0..1 of predicted and true boxes, matched one to one; a negative scores 1.0 for no box, else 0.0.
         boxes: predicted boxes in pixels of the record's image, in the order of the answer.
-        n_true: number of true boxes.
+        n_true: number of true boxes that the model can see.
     """
 
     accuracy: float
@@ -43,27 +75,50 @@ class AnswerScore:
 
 
 @lru_cache(maxsize=256)
-def _pattern(terms: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """A pattern that finds the longest term at each place, and the class of each term in lower case."""
-    owner = {name.lower(): cls for cls, names in terms for name in names}
-    words = sorted(owner, key=len, reverse=True)
-    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in words)
-    return re.compile(rf"\b({alternatives})(?:s|es)?\b", re.I), owner
+def _pattern(terms: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern[str], list[str]]:
+    """A pattern that finds the longest term at each place, and the class of each of its groups."""
+    words = sorted(((name, cls) for cls, names in terms for name in names), key=lambda word: len(word[0]), reverse=True)
+    alternatives = "|".join(f"({re.escape(name)})".replace(r"\ ", r"\s+") for name, _ in words)
+    # Not \b, which asks for a letter on one side: a name may end in a parenthesis.
+    return re.compile(rf"(?<!\w)(?:{alternatives})(?:s|es)?(?!\w)", re.I), [cls for _, cls in words]
 
 
 def find_terms(text: str, terms: Terms) -> list[tuple[int, int, str]]:
     """Places where ``text`` names a class: (start, end, class), in order, whole words, longest term first.
 
-    A name that the same clause negates ("no nodule") is left out.
+    A name that the text rules out ("no nodule", "a nodule is absent") is left out.
     """
     if not terms:
         return []
-    pattern, owner = _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))
-    return [
-        (match.start(), match.end(), owner[" ".join(match.group(1).lower().split())])
-        for match in pattern.finditer(text)
-        if not _NEGATION.search(text, 0, match.start())
-    ]
+    pattern, owners = _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))
+    places = [(match.start(), match.end(), owners[(match.lastindex or 1) - 1]) for match in pattern.finditer(text)]
+    if not places:
+        return []
+    # Names are blotted out before cues are looked for: "mass without calcification" may be a class.
+    blotted = list(text)
+    for start, end, _ in places:
+        blotted[start:end] = "x" * (end - start)
+    ruled_out = _ruled_out("".join(blotted))
+    return [place for place in places if not any(start <= place[0] < end for start, end in ruled_out)]
+
+
+def _ruled_out(text: str) -> list[tuple[int, int]]:
+    """Stretches ``[start, end)`` of the text in which a name is given only to say that it is not there."""
+    stretches: list[tuple[int, int]] = []
+    clause, opened = 0, None
+    for cue in _CUES.finditer(text):
+        kind = cue.lastgroup
+        # A verb right after its negator belongs to it: "does not show", "nor is".
+        own_verb = kind == "verb" and opened is not None and not text[opened : cue.start()].strip()
+        if kind == "pseudo" or own_verb:
+            continue
+        if kind == "behind":
+            stretches.append((clause, cue.start()))
+        elif opened is not None:
+            stretches.append((opened, cue.start()))
+        opened = cue.end() if kind == "ahead" else None
+        clause = clause if kind == "ahead" else cue.end()
+    return stretches if opened is None else [*stretches, (opened, len(text))]
 
 
 def named_classes(text: str, terms: Terms) -> set[str]:
@@ -74,16 +129,21 @@ def named_classes(text: str, terms: Terms) -> set[str]:
 def score_answer(text: str, record: Mapping[str, Any], geometry: ImageGeometry) -> AnswerScore:
     """Score an answer against its record.
 
-    Boxes are compared as the model sees them, in the square; a true box that the square crop has cut away is not asked for.
+    Boxes are compared as the model sees them, in the square. A lesion that LLaVA's centre crop has cut away whole is not asked
+    for, nor is its class unless another lesion has it. A predicted box that has no area or leaves the square overlaps nothing and
+    counts as wrong.
 
     Args:
         text: the model's answer.
-        record: ``objects`` and ``terms`` of DESIGN 6.
+        record: of it ``objects`` (``ref`` classes and ``bbox`` in pixels of the image file) and ``terms``.
         geometry: of the record's image.
     """
     predicted = parse_boxes(text)
-    true = geometry.to_square(record["objects"]["bbox"])
-    wanted, named = set(record["objects"]["ref"]), named_classes(text, record["terms"])
+    in_square = geometry.to_square(record["objects"]["bbox"])
+    seen = [(ref, box) for ref, box in zip(record["objects"]["ref"], in_square) if not is_degenerate(box)]
+    true = [box for _, box in seen]
+    wanted, named = {ref for ref, _ in seen}, named_classes(text, record["terms"])
     right = named == wanted and (bool(wanted) or not predicted)
     f1 = 2 * len(named & wanted) / (len(named) + len(wanted)) if named or wanted else 1.0
-    return AnswerScore(float(right), f1, set_iou(predicted, true), geometry.from_square(predicted), len(true))
+    compared = [box if is_inside(box) else _BOX_THAT_IS_NONE for box in predicted]
+    return AnswerScore(float(right), f1, set_iou(compared, true), geometry.from_square(predicted), len(true))

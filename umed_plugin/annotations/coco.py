@@ -10,6 +10,13 @@ from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, image_fo
 from umed_plugin.recipe_faults import Faults
 from umed_plugin.recipe_options import CocoOptions
 
+# What a reader needs of each entry, and its type in JSON.
+_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
+    "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
+    "categories": {"id": (int, str), "name": (str, int)},
+}
+
 
 @ANNOTATION_READERS.register("coco")
 def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotated]:
@@ -32,11 +39,34 @@ def _content(path: Path, faults: Faults) -> Any:
     except ValueError as error:
         faults.add(path, f"not JSON: {error}")
         return None
-    missing = [key for key in ("images", "annotations", "categories") if key not in content]
+    if not isinstance(content, dict):
+        faults.add(
+            path, f"holds a {type(content).__name__}; needed: an object with lists {', '.join(_FIELDS)}. Is it COCO?"
+        )
+        return None
+    missing = [key for key in _FIELDS if not isinstance(content.get(key), list)]
     if missing:
         faults.add(path, f"has no {', '.join(missing)}; it holds {', '.join(content) or 'nothing'}. Is it COCO?")
         return None
-    return content
+    wrong = [
+        (f"{path} {key}[{number}]", fault)
+        for key, fields in _FIELDS.items()
+        for number, entry in enumerate(content[key])
+        for fault in _entry_faults(entry, fields)
+    ]
+    for where, fault in wrong:
+        faults.add(where, fault)
+    return None if wrong else content
+
+
+def _entry_faults(entry: Any, fields: dict[str, tuple[type, ...]]) -> list[str]:
+    if not isinstance(entry, dict):
+        return [f"is {entry!r}; needed: an object with {', '.join(fields)}"]
+    return [
+        f"{name} is {entry.get(name, 'missing')!r}; needed: {' or '.join(kind.__name__ for kind in kinds)}"
+        for name, kinds in fields.items()
+        if not isinstance(entry.get(name), kinds)
+    ]
 
 
 def _items(content: Any, path: Path, split: str, folder: Path, faults: Faults) -> list[Annotated]:
@@ -54,13 +84,13 @@ def _items(content: Any, path: Path, split: str, folder: Path, faults: Faults) -
     }
     for annotation in content["annotations"]:
         where = f"{path} annotation {annotation.get('id')}"
-        box = annotation.get("bbox")
-        if annotation.get("image_id") not in by_id:
-            faults.add(where, f"image_id {annotation.get('image_id')!r} is not among the images")
-        elif annotation.get("category_id") not in names:
-            faults.add(where, f"category_id {annotation.get('category_id')!r} is not among {sorted(names)}")
-        elif not isinstance(box, list) or len(box) != 4:
-            faults.add(where, f"bbox is {box!r}; needed: [x, y, width, height]")
+        box = annotation["bbox"]
+        if annotation["image_id"] not in by_id:
+            faults.add(where, f"image_id {annotation['image_id']!r} is not among the images")
+        elif annotation["category_id"] not in names:
+            faults.add(where, f"category_id {annotation['category_id']!r} is not among {list(names)}")
+        elif len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+            faults.add(where, f"bbox is {box!r}; needed: [x, y, width, height], numbers in pixels")
         else:
             item = by_id[annotation["image_id"]]
             x, y, width, height = (float(value) for value in box)

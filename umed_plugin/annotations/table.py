@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from pathlib import Path
 from typing import Optional
@@ -24,13 +25,28 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
             faults.add(path, "no such annotation file")
             continue
         folder = image_folder(options, root, split, path.parent)
-        # utf-8-sig: a byte-order mark from Excel would hide in the first header.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file, delimiter=options.delimiter))
+        rows = _rows(path, options.delimiter, faults)
+        if rows is None:
+            continue
         header = [title.strip() for title in rows[0]] if rows else []
         if _columns_exist(options, header, path, faults):
             items += _Table(options, header, path, folder, split, faults).items(rows[1:])
     return items
+
+
+def _rows(path: Path, delimiter: str, faults: Faults) -> Optional[list[list[str]]]:
+    try:
+        # utf-8-sig: a byte-order mark from Excel would hide in the first header.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        faults.add(
+            f"{path}:{line}",
+            f"byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8; if it is Latin-1 (Western Europe), "
+            f"with: iconv -f LATIN1 -t UTF-8 {path.name} > new.csv",
+        )
+        return None
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
 
 
 def _columns_exist(options: CsvOptions, header: list[str], path: Path, faults: Faults) -> bool:
@@ -73,13 +89,21 @@ class _Table:
             if known is found:
                 continue
             if not found.boxes or not known.boxes:
+                here, there = ("a box" if item.boxes else "no box" for item in (found, known))
                 self.faults.add(
                     found.where,
-                    f"says that {found.image.name} has no lesion, or no box, but so does not "
-                    f"{known.where}. Take out one of the two rows",
+                    f"gives {found.image.name} {here}, and {known.where} gives it {there}. A row with no box says that the "
+                    "image has no lesion and must be its only row. Take out one of the two",
                 )
             if (found.split, found.patient) != (known.split, known.patient):
                 self.faults.add(found.where, f"patient or split of {found.image.name} differs from {known.where}")
+            if found.window and known.window and found.window != known.window:
+                self.faults.add(
+                    found.where,
+                    f"window of {found.image.name} is {found.window}, but {known.window} in {known.where}. "
+                    "An image is shown in one window: give all its rows the same, or leave the others empty",
+                )
+            known.window = known.window or found.window
             known.boxes += found.boxes
             known.classes += found.classes
         return list(gathered.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Optional
@@ -55,9 +56,7 @@ def _item(path: Path, folder: Path, options: VocOptions, faults: Faults) -> Opti
     if not name:
         faults.add(path, "has no <filename>")
         return None
-    width, height = tree.findtext("size/width"), tree.findtext("size/height")
-    size = (int(width), int(height)) if width and height and int(width) and int(height) else None
-    item = Annotated(folder / name, [], [], str(path), size)
+    item = Annotated(folder / name, [], [], str(path), _size(tree, path, faults))
     for number, entry in enumerate(tree.findall("object")):
         texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         try:
@@ -68,3 +67,13 @@ def _item(path: Path, folder: Path, options: VocOptions, faults: Faults) -> Opti
         item.boxes.append((x1, y1, x2, y2))
         item.classes.append(entry.findtext("name") or "")
     return item
+
+
+def _size(tree: ElementTree.Element, path: Path, faults: Faults) -> Optional[tuple[int, int]]:
+    """Width and height in pixels; None where they are missing or 0, as some tools write them, and after a fault."""
+    texts = [(tree.findtext(f"size/{key}") or "0").strip() for key in ("width", "height")]
+    if not all(re.fullmatch(r"\d+(\.0*)?", text) for text in texts):
+        faults.add(path, f"size is {texts}; needed: whole numbers <width> and <height>, or no <size>")
+        return None
+    width, height = (int(float(text)) for text in texts)
+    return (width, height) if width and height else None
