@@ -36,7 +36,12 @@ def ask_stock_llava(checkpoint: Path, data: Path, records: list[dict[str, Any]],
     processes, files = [], []
     for chunk in range(CHUNKS):
         files.append(work / f"answers-{chunk}.jsonl")
-        arguments = {"model_path": checkpoint, "image_folder": data, "question_file": questions, "answers_file": files[-1]}
+        arguments = {
+            "model_path": checkpoint,
+            "image_folder": data,
+            "question_file": questions,
+            "answers_file": files[-1],
+        }
         settings = {**{key: str(value) for key, value in arguments.items()}, "num_chunks": CHUNKS, "chunk_idx": chunk}
         script = Path(__file__).resolve().with_name("stock_vqa.py")
         with open(work / f"stock-{chunk}.log", "wb") as log:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 
 from umed_plugin.errors import unknown_name
+from umed_plugin.flags import UmedFlags
 from umed_plugin.patching import Patch, Recorder, Target
 
 # train() gives these two a meaning of their own, apart from the dictionary.
@@ -31,12 +32,22 @@ def find_faults(run: TrainingRun) -> list[str]:
     """What is wrong with ``--version``."""
     from llava.conversation import SeparatorStyle, conv_templates
 
+    from umed_plugin.conversation import TEMPLATES
+
     version = run.model_args.version
     allowed = {*conv_templates, *_VERSIONS_OF_TRAIN}
     if version not in allowed:
         return [f"--version: {unknown_name('template', version, allowed)} (LLaVA alone would train with vicuna_v1.)"]
     if run.active and (version == "v0.5" or conv_templates[version].sep_style == SeparatorStyle.PLAIN):
         return [f"--version {version} has no place for questions: use umed_v1 or umed_mistral."]
+    if (
+        run.active
+        and version not in TEMPLATES
+        and run.flags.umed_stock_template_share != UmedFlags.umed_stock_template_share
+    ):
+        return [
+            f"--umed_stock_template_share has no effect with --version {version}, only with {' and '.join(TEMPLATES)}."
+        ]
     return []
 
 

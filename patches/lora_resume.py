@@ -1,10 +1,11 @@
 """Resume a LoRA run with all it has trained, and any run with the order of its data.
 
-Targets: `LLaVATrainer._save_checkpoint`, `_save`, `_load_from_checkpoint` and `_get_train_sampler`.
+Targets: `LLaVATrainer._save_checkpoint`, `_save`, `save_state`, `_load_from_checkpoint` and `_get_train_sampler`.
 Why: (1) LLaVA saves what LoRA does not cover, the projector first of all, only at the very end (LLaVA #729, #1200, #1245, PR
 #1813): a run resumed from an intermediate checkpoint goes on with a trained adapter and an untrained projector. (2) The order of
 an epoch is drawn from the global random state, which dropout has moved on a CPU, so a resumed run sees other batches. (3) Any
-``checkpoint-*`` in the output folder is resumed from, even one of the other stage.
+``checkpoint-*`` in the output folder is resumed from, even one of the other stage, and what the other stage left there is
+written over.
 Versions: LLaVA 1.2.x, transformers 4.36.
 Delete when: LLaVA saves ``non_lora_trainables.bin`` at every checkpoint and loads it again.
 
@@ -15,15 +16,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 
+from umed_plugin.checkpoint import NON_LORA
 from umed_plugin.errors import UmedError
 from umed_plugin.patching import Patch, Recorder, Target
 
-NON_LORA = "non_lora_trainables.bin"
 MARKER = "umed.json"
 
 
@@ -33,6 +35,7 @@ def change(recorder: Recorder) -> None:
 
     stock_save_checkpoint = LLaVATrainer._save_checkpoint
     stock_save = LLaVATrainer._save
+    stock_save_state = LLaVATrainer.save_state
     stock_load = LLaVATrainer._load_from_checkpoint
     stock_sampler = LLaVATrainer._get_train_sampler
 
@@ -51,21 +54,30 @@ def change(recorder: Recorder) -> None:
         if _has_stage(self):
             _save_beside(self, Path(output_dir if output_dir is not None else self.args.output_dir))
 
+    def save_state(self: Any) -> None:
+        stock_save_state(self)
+        # At the end of a LoRA run LLaVA writes the folder without `_save`.
+        if _has_stage(self) and self.args.should_save:
+            _mark(self, Path(self.args.output_dir))
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         stock_load(self, resume_from_checkpoint, model)
         if _is_lora(self):
             _load_non_lora(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _get_train_sampler(self: Any) -> Any:
-        grouped = self.args.group_by_modality_length or self.args.group_by_length
-        if not _has_stage(self) or self.train_dataset is None or grouped:
+        if not _has_stage(self) or self.train_dataset is None:
             return stock_sampler(self)
         from umed_plugin.sampler import EpochSampler
 
-        return EpochSampler(len(self.train_dataset), self.args.seed)
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        if self.args.group_by_modality_length or self.args.group_by_length:
+            return SeededOrder(stock_sampler(self), seed)
+        return EpochSampler(len(self.train_dataset), seed)
 
     recorder.replace(LLaVATrainer, "_save_checkpoint", _save_checkpoint)
     recorder.replace(LLaVATrainer, "_save", _save)
+    recorder.replace(LLaVATrainer, "save_state", save_state)
     recorder.replace(LLaVATrainer, "_load_from_checkpoint", _load_from_checkpoint)
     recorder.replace(LLaVATrainer, "_get_train_sampler", _get_train_sampler)
 
@@ -78,11 +90,43 @@ def _is_lora(trainer: Any) -> bool:
     return _has_stage(trainer) and trainer.args.lora_enable
 
 
+class SeededOrder:
+    """The order of a sampler that draws from the global random state, made to depend on seed and epochs begun alone.
+
+    LLaVA's grouping by length takes a generator but does not hand it on to all of its draws.
+
+    Args:
+        sampler: what gives the order.
+        seed: of its draws.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed = sampler, seed
+        self.epochs_begun = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the GPUs too, whose state is not put back here.
+            torch.default_generator.manual_seed(self.seed + self.epochs_begun)
+            self.epochs_begun += 1
+            return iter(list(self.sampler))
+
+
+def _mark(trainer: Any, folder: Path) -> None:
+    """Note the stage in a folder that holds its weights."""
+    (folder / MARKER).write_text(json.dumps({"umed_stage": trainer.args.umed_stage}))
+
+
 def _save_beside(trainer: Any, folder: Path) -> None:
     """What a checkpoint needs on top: the stage, and for LoRA the other trained weights and the model's configuration."""
     import torch
 
-    (folder / MARKER).write_text(json.dumps({"umed_stage": trainer.args.umed_stage}))
+    _mark(trainer, folder)
     if getattr(trainer, "umed_non_lora", None) is not None:
         torch.save(trainer.umed_non_lora, folder / NON_LORA)
         trainer.model.config.save_pretrained(folder)
@@ -116,16 +160,17 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
 
 
 def find_faults(run: TrainingRun) -> list[str]:
-    """A checkpoint of the other stage in the output folder would be resumed from."""
+    """A checkpoint of the other stage in the output folder would be resumed from, its final weights written over."""
     if not run.active:
         return []
     output = Path(run.training_args.output_dir)
-    for marker in sorted(output.glob(f"checkpoint-*/{MARKER}")):
-        stage = json.loads(marker.read_text())["umed_stage"]
+    for marker in (*sorted(output.glob(f"checkpoint-*/{MARKER}")), output / MARKER):
+        stage = json.loads(marker.read_text())["umed_stage"] if marker.is_file() else run.flags.umed_stage
         if stage != run.flags.umed_stage:
+            found = "what lies in it" if marker.parent == output else marker.parent.name
             return [
-                f"--output_dir {output}: {marker.parent.name} belongs to --umed_stage {stage}, and LLaVA would resume from it. "
-                f"Give {run.flags.umed_stage} a folder of its own."
+                f"--output_dir {output}: {found} belongs to --umed_stage {stage}, and LLaVA would resume from it or write over "
+                f"it. Give {run.flags.umed_stage} a folder of its own."
             ]
     return []
 
@@ -157,6 +202,11 @@ PATCH = Patch(
             "transformers.trainer:Trainer._save_checkpoint",
             TRANSFORMERS,
             ("2b94f43c7b36c0427a50e423d125ded3b950d47251b955e26c296b0edd45090a",),
+        ),
+        Target(
+            "transformers.trainer:Trainer.save_state",
+            TRANSFORMERS,
+            ("ea6f492cd722900bca129b8eaed731bb1972d98591b795a8166058b1e1611af0",),
         ),
     ),
     why="a resumed LoRA run loses its projector, and sees other batches than the run that was not interrupted",

@@ -14,15 +14,11 @@ from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 
+from umed_plugin.checkpoint import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.patching import Patch, Recorder, Target
 
-FAMILIES = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llama": "llama",
-    "llava_mistral": "mistral",
-    "mistral": "mistral",
-}
+# train() also takes language models, to which it adds the projector.
+FAMILIES = {**LLAVA_FAMILIES, "llama": LLAVA_FAMILIES["llava_llama"], "mistral": LLAVA_FAMILIES["llava_mistral"]}
 
 
 def change(recorder: Recorder) -> None:
@@ -38,8 +34,8 @@ def change(recorder: Recorder) -> None:
         @classmethod
         def from_pretrained(cls, name: str, *args: Any, **keywords: Any) -> Any:
             config = read_config(name, keywords.get("cache_dir"))
-            family = FAMILIES.get(str(config.get("model_type")), "llama")
-            chosen = LlavaMistralForCausalLM if family == "mistral" else stock
+            _, class_name = FAMILIES.get(str(config.get("model_type")), FAMILIES["llama"])
+            chosen = LlavaMistralForCausalLM if class_name == LlavaMistralForCausalLM.__name__ else stock
             return chosen.from_pretrained(name, *args, **keywords)
 
     recorder.replace(llava_train, "LlavaLlamaForCausalLM", ByModelType)

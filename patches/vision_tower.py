@@ -14,17 +14,14 @@ stock LLaVA is told to load tower weights from a checkpoint.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 
+from umed_plugin.checkpoint import tower_misfit, tower_tensors
 from umed_plugin.errors import UmedError
-from umed_plugin.patching import Patch, Recorder, Target, original
-
-PREFIX = "model.vision_tower."
+from umed_plugin.patching import Patch, Recorder, Target
 
 
 def change(recorder: Recorder) -> None:
@@ -71,12 +68,18 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
     import torch
 
     checkpoint = run.model_args.model_name_or_path
-    weights = tower_weights(checkpoint, run.training_args.cache_dir)
+    weights = tower_tensors(checkpoint, run.training_args.cache_dir)
     if not weights:
         return
     with _gathered(tower):
-        own = {name: tensor for name, tensor in tower.state_dict().items() if not name.endswith("position_ids")}
-        _refuse_other_tower(checkpoint, tower.vision_tower_name, own, weights)
+        state = tower.state_dict()
+        misfit = tower_misfit(state, weights)
+        if misfit:
+            raise UmedError(
+                f"{checkpoint}: its vision-tower weights do not fit --vision_tower {tower.vision_tower_name}: {misfit}. Give the "
+                "tower that the checkpoint was trained with, or leave its weights out with --umed_tower_weights original."
+            )
+        own = {name: state[name] for name in weights}
         # Training in bf16 saves a rounded tower: that is the original one, not another.
         differing = [name for name in own if not torch.equal(own[name].cpu().to(weights[name].dtype), weights[name])]
         distance = max((float((own[n].cpu().float() - weights[n].float()).abs().max()) for n in differing), default=0.0)
@@ -90,74 +93,6 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
         f"vision tower: loaded {len(own)} tensors from {checkpoint}; {len(differing)} of them differ from "
         f"{tower.vision_tower_name}, by {distance:.3g} at most. (--umed_tower_weights original keeps those instead.)"
     )
-
-
-def tower_weights(checkpoint: str, cache_dir: str | None = None) -> dict[str, Any]:
-    """The tensors under ``model.vision_tower.`` in a checkpoint's weight files (folder or hub), without that prefix."""
-    import torch
-    from safetensors import safe_open
-
-    weights = {}
-    for file in _weight_files(checkpoint, cache_dir):
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt", device="cpu") as tensors:
-                names = [name for name in list(tensors.keys()) if name.startswith(PREFIX)]
-                weights.update({name[len(PREFIX) :]: tensors.get_tensor(name) for name in names})
-        else:
-            tensors = original(torch, "load")(str(file), map_location="cpu", weights_only=True)
-            weights.update({n[len(PREFIX) :]: tensor for n, tensor in tensors.items() if n.startswith(PREFIX)})
-    return {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
-
-
-def _weight_files(checkpoint: str, cache_dir: str | None) -> list[Path]:
-    """The files that hold tower weights: one, or the shards that the index names; in transformers' order of preference."""
-    from transformers.utils import cached_file
-
-    def find(name: str) -> Path | None:
-        file = cached_file(
-            checkpoint, name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        return None if file is None else Path(file)
-
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        file = find(name)
-        if file is None:
-            continue
-        if not name.endswith(".json"):
-            return [file]
-        places = json.loads(file.read_text())["weight_map"]
-        shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(PREFIX)})
-        found = {shard: find(shard) for shard in shards}
-        missing = [shard for shard, path in found.items() if path is None]
-        if missing:
-            raise UmedError(
-                f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Download the checkpoint again."
-            )
-        return [path for path in found.values() if path is not None]
-    return []
-
-
-def _refuse_other_tower(checkpoint: str, name: str, own: dict[str, Any], weights: dict[str, Any]) -> None:
-    """Weights of another architecture cannot be loaded: say what differs."""
-    missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [
-        f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
-        for key in sorted(set(own) & set(weights))
-        if weights[key].shape != own[key].shape
-    ]
-    if missing or extra or shapes:
-        raise UmedError(
-            f"{checkpoint}: its vision-tower weights do not fit --vision_tower {name}: {len(missing)} tensors are missing, "
-            f"{len(extra)} are unknown, {len(shapes)} have another shape "
-            f"({'; '.join([*shapes, *missing, *extra][:3])}). Give the tower that the checkpoint was trained with, "
-            "or leave its weights out with --umed_tower_weights original."
-        )
 
 
 def _gathered(tower: Any) -> Any:

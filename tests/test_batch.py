@@ -11,6 +11,7 @@ import pytest
 import sentencepiece
 import torch
 from llava import conversation as llava_conversation
+from PIL import Image
 from transformers import CLIPImageProcessor, LlamaTokenizer
 from umed_runs import write_records
 
@@ -243,28 +244,72 @@ def test_a_data_file_that_is_none_is_named(records, tokenizer, content):
         make_dataset(records, tokenizer)
 
 
-def test_a_recipe_is_built_once_and_again_when_something_changes(records, tokenizer, monkeypatch):
+def write_coco_recipe(folder):
+    """Two images with a box each in COCO form, and a recipe that reads them."""
+    data = folder / "coco"
+    data.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40)).save(data / name)
+    content = {
+        "images": [{"id": i, "file_name": f"{n}.png", "width": 60, "height": 40} for i, n in enumerate("ab")],
+        "annotations": [{"id": i, "image_id": i, "category_id": 0, "bbox": [5, 6, 20, 12]} for i in range(2)],
+        "categories": [{"id": 0, "name": "nod"}],
+    }
+    (data / "train.json").write_text(json.dumps(content))
+    (folder / "recipe.yaml").write_text(
+        f"{{name: x, description: x, terms: {{licence: CC0, url: x}}, data_root: {data}, split: {{by: file}},\n"
+        "annotations: {reader: coco, files: {train: train.json}}, classes: {nod: {name: nodule}}}\n"
+    )
+    return folder / "recipe.yaml", data
+
+
+def test_a_recipe_is_built_once_and_again_when_anything_it_is_made_from_changes(
+    records, tokenizer, monkeypatch, capsys
+):
     from umed_plugin import batch
 
-    recipe = records.parent / "recipe.yaml"
-    recipe.write_text("name: x")
-    built = json.loads(records.read_text())
-    calls = []
+    recipe, data = write_coco_recipe(records.parent)
 
-    def build_records(loaded, **options):
-        calls.append(options)
-        return [dict(record) for record in built]
+    def built(**flags):
+        """Whether making the dataset builds the records."""
+        dataset = make_dataset(records, tokenizer, umed_recipe=str(recipe), **flags)
+        assert len(dataset) == 10, "the recipe's records and those of --data_path"
+        assert dataset.list_data_dict[0]["image"] == str(data / "a.png")
+        shown = capsys.readouterr().out
+        assert ("umed: built 2 records" in shown) != ("are used again" in shown)
+        return "umed: built" in shown
 
-    monkeypatch.setattr(batch, "load_recipe", lambda name: name)
-    monkeypatch.setattr(batch, "load_records", lambda path: json.loads(path.read_text()))
-    monkeypatch.setattr(batch.build, "build_records", build_records)
-    for content, decimals in (("name: x", 2), ("name: x", 2), ("name: x", 3), ("name: y", 3)):
-        recipe.write_text(content)
-        dataset = make_dataset(records, tokenizer, umed_recipe=str(recipe), umed_box_decimals=decimals)
-        assert len(dataset) == 16, "the recipe's records and those of --data_path"
-    assert [call["box_decimals"] for call in calls] == [2, 3, 3]
-    assert {(call["split"], call["image_aspect_ratio"]) for call in calls} == {("train", "pad")}
-    assert dataset.list_data_dict[0]["image"] == str(records.parent / "out" / "umed_data" / "0.png")
+    assert built() and not built()
+    assert built(umed_box_decimals=3) and not built(umed_box_decimals=3)
+    assert built(umed_box_decimals=3, umed_on_bad_image="skip")
+    assert built() and not built()
+    content = json.loads((data / "train.json").read_text())
+    content["annotations"][0]["bbox"][2] = 21
+    (data / "train.json").write_text(json.dumps(content))
+    assert built() and not built()
+    Image.new("RGB", (60, 40), (9, 9, 9)).save(data / "b.png")
+    assert built() and not built()
+    recipe.write_text(recipe.read_text().replace("nodule", "node"))
+    assert built() and not built()
+    monkeypatch.setattr(batch.build, "WRITER", "another")
+    assert built() and not built()
+
+
+def test_an_interrupted_build_leaves_no_stamp(records, tokenizer, monkeypatch):
+    from umed_plugin import batch
+
+    recipe, _ = write_coco_recipe(records.parent)
+    make_dataset(records, tokenizer, umed_recipe=str(recipe))
+    stamp = records.parent / "out" / "umed_data" / "build.json"
+    assert stamp.is_file()
+
+    def interrupted(*args, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch.build, "build_records", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(records, tokenizer, umed_recipe=str(recipe), umed_box_decimals=3)
+    assert not stamp.exists()
 
 
 def test_rewards_need_true_boxes(records, tokenizer):

@@ -11,17 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from umed_plugin.checkpoint import (
-    TOWER,
-    export,
-    load_checkpoint,
-    merge,
-    read_tensors,
-    stock_name_fault,
-    weight_files,
-)
+from umed_plugin import merging
+from umed_plugin.checkpoint import TOWER, load_checkpoint, read_tensors, weight_files
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
+from umed_plugin.merging import export, merge, stock_name_fault
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +106,7 @@ def test_the_adapter_names_its_base_when_none_is_given(lora, float32_base):
 def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, tiny_mistral, tmp_path, shards):
     base = tmp_path / "base-llava-mistral"
     shutil.copytree(tiny_mistral, base, ignore=shutil.ignore_patterns("vision_tower"))
+    (base / "umed.json").write_text("{}")
     if shards == "bin":
         tokenizer, model, _ = load_checkpoint(tiny_mistral, device="cpu", dtype=torch.float16)
         (base / "model.safetensors").unlink()
@@ -123,6 +118,7 @@ def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, tiny_mistral, tmp_
     assert json.loads((merged / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     assert (merged / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
     assert not (merged / "adapter_config.json").exists()
+    assert not (merged / "umed.json").exists()
     changed = [n for n, t in tensors_of(merged).items() if not torch.equal(t, tensors_of(base)[n])]
     assert "model.mm_projector.0.weight" in changed
     assert "model.layers.0.self_attn.q_proj.weight" in changed
@@ -132,7 +128,7 @@ def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, tiny_mistral, tmp_
 def test_tower_weights_inside_a_checkpoint_are_used_and_stay_inside(float32_base, lora, tmp_path):
     base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
     tensors = tensors_of(base)
-    name = TOWER + "vision_model.embeddings.class_embedding"
+    name = TOWER + "vision_tower.vision_model.embeddings.class_embedding"
     assert name in tensors, "a full checkpoint that was saved with its tower holds the tower's tensors"
     tensors[name] = tensors[name] + 1.0
     from safetensors.torch import save_file
@@ -167,6 +163,46 @@ def test_an_existing_folder_is_replaced_only_when_asked(lora, float32_base, tmp_
     merge(lora, float32_base, out, overwrite=True)
     assert not (out / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
+
+
+def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "llava-mistral-merged"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    stock = os.replace
+
+    def full_disk(source, target):
+        if Path(source).name.endswith(".partial"):
+            raise OSError("no space left")
+        stock(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"), merging._written_aside(out, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert (out / "mine").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A"])
+def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    adapter = torch.load(other / "adapter_model.bin")
+    adapter[f"base_model.model.model.{name}"] = torch.ones(4)
+    torch.save(adapter, other / "adapter_model.bin")
+    with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
+        merge(other, float32_base, tmp_path / "llava-mistral-merged")
+
+
+def test_tower_weights_that_do_not_fit_are_refused(float32_base, tmp_path):
+    from safetensors.torch import save_file
+
+    base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
+    tensors = tensors_of(base)
+    gone = next(name for name in tensors if name.startswith(TOWER) and "position_ids" not in name)
+    tensors[TOWER + "unknown"] = tensors.pop(gone)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UmedError, match="1 tensors are missing, 1 are unknown, 0 have another shape"):
+        load_checkpoint(base, device="cpu")
 
 
 def test_a_merge_that_fails_leaves_nothing_behind(lora, float32_base, tmp_path):

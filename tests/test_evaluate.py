@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 from umed_plugin.cli import main
 from umed_plugin.demo.studies import make_studies
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluate import Case, Evaluation, compare, evaluate, mean_interval, metrics
+from umed_plugin.evaluate import Case, Evaluation, compare, evaluate, mean_interval, metrics, prompt_ids
 from umed_plugin.report import draw_case, draw_cases, stages_table
 
 
@@ -108,6 +110,58 @@ def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_
     assert together.template == "umed_mistral"
     assert [case.answer for case in together.cases] == [case.answer for case in alone.cases]
     assert together.metrics["n"] == 3
+
+
+@pytest.mark.parametrize("start_end", [False, True])
+@pytest.mark.parametrize(
+    ("family", "template"),
+    [("tiny_llama", "umed_v1"), ("tiny_llama", "llava_v1"), ("tiny_mistral", "mistral_instruct")],
+)
+def test_the_prompt_is_the_one_of_training_and_of_stock_llava(family, template, start_end, request, tmp_path):
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+    from llava.mm_utils import tokenizer_image_token
+    from transformers import AutoTokenizer
+
+    from umed_plugin.batch import IGNORE_INDEX, tokenize_record
+    from umed_plugin.conversation import conversation_template
+
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(family), use_fast=False)
+    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    config = SimpleNamespace(mm_use_im_start_end=start_end)
+    ours = prompt_ids("What is it?", template, tokenizer, config).tolist()
+
+    # As llava.eval.model_vqa writes it.
+    question = DEFAULT_IMAGE_TOKEN + "\n" + "What is it?"
+    if start_end:
+        question = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN + "\n" + "What is it?"
+    conversation = conversation_template(template)
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    assert ours == tokenizer_image_token(conversation.get_prompt(), tokenizer)
+
+    data_args = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=start_end)
+    dataset = SimpleNamespace(list_data_dict=records(tmp_path, 1), tokenizer=tokenizer, data_args=data_args)
+    ids, labels = tokenize_record(dataset, 0, template)
+    assert ours == ids[: int((labels != IGNORE_INDEX).nonzero()[0])].tolist()
+    assert start_end == (tokenizer.convert_tokens_to_ids(DEFAULT_IM_START_TOKEN) in ours)
+
+
+def test_the_model_is_asked_as_its_config_says(tiny_llama, tmp_path, monkeypatch):
+    """LLaVA-Med 1.0 has tokens around the image."""
+    from umed_plugin import rollout
+
+    config = json.loads((tiny_llama / "config.json").read_text())
+    checkpoint = shutil.copytree(tiny_llama, tmp_path / "v1", ignore=shutil.ignore_patterns("vision_tower"))
+    (checkpoint / "config.json").write_text(json.dumps({**config, "mm_use_im_start_end": True}))
+    asked, stock = [], rollout.embed_prompts
+    monkeypatch.setattr(
+        rollout, "embed_prompts", lambda model, ids, features: asked.extend(ids) or stock(model, ids, features)
+    )
+    evaluate(checkpoint, records(tmp_path, 1), image_folder=tmp_path, max_new_tokens=2)
+    place = asked[0].tolist().index(-200)
+    vocabulary = config["vocab_size"]
+    assert (asked[0][place - 1], asked[0][place + 1]) == (vocabulary, vocabulary + 1)
 
 
 def test_records_for_another_aspect_ratio_are_refused(tiny_mistral, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_checkpoint import write_lora
 
-from umed_plugin.checkpoint import export, load_checkpoint
+from umed_plugin.checkpoint import TOWER, load_checkpoint
 from umed_plugin.evaluate import evaluate
+from umed_plugin.merging import export, merge
 
 ANSWERS = (
     "One area is abnormal, at [0.12, 0.34, 0.56, 0.78]. It is a nodule.",
@@ -84,6 +88,45 @@ def exported(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     learn_by_heart(tiny_mistral, records, folder / "images", folder / "trained")
     out = export(folder / "trained", folder / "llava-mistral-umed", like=tiny_mistral, with_tower=True)
     return out, folder / "images", records
+
+
+@pytest.mark.parametrize("written_by", ["merge", "export"])
+def test_stock_llava_answers_with_the_tower_that_was_trained_with(written_by, tiny_mistral, tmp_path):
+    """LLaVA-Med 1.5 holds a tower of its own, and its config does not say so to stock LLaVA."""
+    from llava.model.builder import load_pretrained_model
+
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral", ignore=shutil.ignore_patterns("vision_tower"))
+    name = "vision_tower.vision_model.post_layernorm.weight"
+    tower = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    tensors = {TOWER + "vision_tower." + n: t.half() for n, t in tower.items()}
+    tensors[TOWER + name] += 0.5
+    weights = {**load_file(base / "model.safetensors"), **tensors}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    told = {"unfreeze_mm_vision_tower": True}  # by patches/vision_tower.py
+    out = tmp_path / f"llava-mistral-{written_by}"
+    if written_by == "merge":
+        lora = write_lora(base, tmp_path / "llava-mistral-lora")
+        tell(lora, told)
+        merge(lora, base, out)
+    else:
+        trained = shutil.copytree(base, tmp_path / "trained-llava-mistral")
+        tell(trained, told)
+        export(trained, out, like=base)
+    _, model, _, _ = load_pretrained_model(str(out), None, out.name, device="cpu")
+    assert torch.equal(model.get_vision_tower().state_dict()[name].float(), tensors[TOWER + name].float())
+    assert "unfreeze_mm_vision_tower" not in json.loads((base / "config.json").read_text())
+
+
+def test_without_a_tower_inside_stock_llava_is_not_told_to_look_for_one(tiny_mistral, tmp_path):
+    trained = shutil.copytree(tiny_mistral, tmp_path / "trained", ignore=shutil.ignore_patterns("vision_tower"))
+    tell(trained, {"unfreeze_mm_vision_tower": True})
+    out = export(trained, tmp_path / "llava-mistral-out", like=tiny_mistral)
+    assert "unfreeze_mm_vision_tower" not in json.loads((out / "config.json").read_text())
+
+
+def tell(folder: Path, values: dict) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
 
 
 def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path):

@@ -20,6 +20,8 @@ def llava_args(**changes):
         "image_folder": None,
         "image_aspect_ratio": "pad",
         "vision_tower": "tower",
+        "deepspeed": None,
+        "fsdp": [],
     }
     return [SimpleNamespace(**{**stock, **changes})] * 3
 
@@ -52,6 +54,12 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_box_decimals": 3}, "no effect without --umed_recipe"),
         ({"umed_data_root": "/"}, "no effect without --umed_recipe"),
         ({"umed_supervision_check_samples": 3}, "no effect in --umed_stage rewarding"),
+        ({"umed_reward_floor": 0.2, "umed_reward_norm": "none"}, "no effect without --umed_reward_norm max"),
+        ({"umed_vrr_layers": "last_half", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
+        ({"umed_clip_range": 0.3}, "no effect without --umed_updates_per_rollout above 1"),
+        ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
+        ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
+        ({"umed_rewards": "math:pi"}, "is float and no function"),
     ],
 )
 def test_each_fault_is_named(changes, words):
@@ -75,6 +83,27 @@ def test_faults_between_our_flags_and_llavas(changes, words):
     faults = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(**changes))
     assert len(faults) == 1
     assert words in faults[0]
+
+
+def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
+    check(
+        UmedFlags(
+            umed_stage="rewarding",
+            umed_reward_floor=0.2,
+            umed_vrr_layers="last_half",
+            umed_updates_per_rollout=2,
+            umed_clip_range=0.3,
+            umed_rewards="vision_relevance,math:fsum",
+        ),
+        *llava_args(),
+    )
+
+
+@pytest.mark.parametrize("changes", [{"deepspeed": "zero3.json"}, {"fsdp": ["full_shard"]}])
+def test_stage_2_refuses_sharded_weights_and_says_how_to_start(changes):
+    (fault,) = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(**changes))
+    assert f"--{next(iter(changes))}" in fault and "python or torchrun" in fault
+    assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(**changes)) == []
 
 
 def test_all_faults_come_at_once():

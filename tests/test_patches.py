@@ -214,6 +214,67 @@ def test_a_checkpoint_of_the_other_stage_in_the_output_folder_is_refused(flags, 
     parse([*flags, "--umed_stage", "instruction_tuning"])
 
 
+def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_path):
+    """A LoRA run that saved no checkpoint on its way leaves its mark when it saves its state at the end."""
+    from llava.train.llava_trainer import LLaVATrainer
+
+    patching.apply(ALL)
+    _, _, training_args = parse([*flags, "--umed_stage", "instruction_tuning"])
+    (tmp_path / "out").mkdir()
+    state = SimpleNamespace(save_to_json=lambda path: None)
+    LLaVATrainer.save_state(SimpleNamespace(args=training_args, state=state, is_world_process_zero=lambda: True))
+    with pytest.raises(UsageError, match="what lies in it belongs to --umed_stage instruction_tuning"):
+        parse([*flags, "--umed_stage", "rewarding"])
+    parse([*flags, "--umed_stage", "instruction_tuning"])
+
+
+def test_a_share_of_stock_templates_needs_a_template_of_ours(flags):
+    patching.apply(ALL)
+    stage = ["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "0.2"]
+    parse([*flags, *stage])
+    with pytest.raises(UsageError, match="--umed_stock_template_share has no effect with --version mistral_instruct"):
+        parse([*flags, *stage, "--version", "mistral_instruct"])
+
+
+class Lengths(list):
+    """A data set of which the trainer needs the lengths alone; below 0: without an image."""
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        return self
+
+
+@pytest.mark.parametrize("grouped", ["--group_by_modality_length", "--group_by_length", "--remove_unused_columns"])
+@pytest.mark.parametrize("signs", [(1,), (1, -1)], ids=["images", "mixed"])
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(flags, grouped, signs):
+    from llava.train.llava_trainer import LLaVATrainer
+
+    patching.apply(ALL)
+    lengths = Lengths(sign * (i % 7 + 1) for i in range(20) for sign in signs)
+    items = [{"input_ids": [0] * abs(length)} for length in lengths]
+
+    def epochs(moved: int, *more: str) -> list[list[int]]:
+        _, _, args = parse([*flags, "--umed_stage", "instruction_tuning", grouped, "True", *more])
+        data = lengths if args.group_by_modality_length else items
+        trainer = LLaVATrainer.__new__(LLaVATrainer)
+        trainer.args, trainer.train_dataset, trainer.tokenizer = args, data, None
+        sampler = trainer._get_train_sampler()
+        found = []
+        for _ in range(2):
+            torch.rand(moved)
+            before = torch.random.get_rng_state()
+            found.append([int(index) for index in sampler])
+            assert torch.equal(torch.random.get_rng_state(), before)
+        assert sorted(found[0]) == list(range(len(sampler))) == sorted(found[1])
+        return found
+
+    first, second = epochs(0)
+    assert first != second
+    assert epochs(5) == [first, second]
+    assert epochs(0, "--seed", "7") != [first, second]
+    assert epochs(0, "--seed", "7", "--data_seed", "42") == [first, second]
+
+
 @pytest.mark.parametrize(
     ("config", "path", "words"),
     [

@@ -191,6 +191,7 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(st
     script = applied(SCRIPT, first)
     if stage == "rewarding":
         script = applied(script, second)
+    assert (stage == "instruction_tuning") == any("deepspeed" in line for line in script)
     script = [line for line in script if "--deepspeed" not in line]
     words = [word.replace("/data/brain_tumor_coco", str(tmp_path)) for word in flags_of(script)] + ON_THIS_MACHINE
 
@@ -199,6 +200,9 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(st
 
     assert umed.umed_stage == stage and umed.umed_recipe == "brain_tumor_coco"
     assert model_args.version == "umed_mistral" and training_args.lora_r == 128
+    # Where the README's merge looks for it.
+    assert training_args.output_dir == f"./checkpoints/stage{1 if stage == 'instruction_tuning' else 2}-lora"
+    assert any(f"{training_args.output_dir} " in command for command in commands()) or stage == "rewarding"
     assert find_faults(umed, model_args, data_args, training_args) == []
 
 
@@ -210,17 +214,19 @@ def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path) -> s
         script = applied(script, second)
     swapped = {
         "deepspeed llava/train/train_mem.py": f"{sys.executable} -m llava.train.train_mem",
+        "python llava/train/train_mem.py": f"{sys.executable} -m llava.train.train_mem",
         "./checkpoints/llava-med-v1.5-mistral-7b": str(model),
         "./checkpoints/llava-mistral-stage1": str(model),
         "openai/clip-vit-large-patch14-336": str(tower),
         "/data/brain_tumor_coco": str(data),
+        "./checkpoints/stage": str(out.parent / "stage"),
     }
     text = "\n".join(line for line in script if "--deepspeed" not in line)
     for old, new in swapped.items():
         text = text.replace(old, new)
     short = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"]
     short += ["--umed_num_candidates", "2", "--umed_max_new_tokens", "12"] if stage == "rewarding" else []
-    return f"{text} {shlex.join([*ON_THIS_MACHINE, *short, '--output_dir', str(out)])}\n"
+    return f"{text} {shlex.join([*ON_THIS_MACHINE, *short])}\n"
 
 
 def stock_answers(checkpoint: Path, images: Path, folder: Path) -> list[str]:

@@ -21,7 +21,8 @@ if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv"
     threading.Thread(target=wait, daemon=True).start()
 """
 STEPS = ("--max_steps", "16", "--save_steps", "6")
-LORA = ("--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.3")
+# Grouped as in LLaVA's own scripts.
+LORA = ("--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.3", "--group_by_modality_length", "True")
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

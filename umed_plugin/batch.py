@@ -31,10 +31,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from umed_plugin import build
+from umed_plugin.annotations import read_annotations
 from umed_plugin.conversation import TEMPLATES, conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import REWARDING
-from umed_plugin.recipe import load_recipe, shipped_recipes
+from umed_plugin.recipe import Recipe, load_recipe
 from umed_plugin.records import load_records, save_records
 
 _EXAMPLES = 3
@@ -99,37 +100,52 @@ def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) 
 
 def _recipe_records(data_args: Any, training_args: Any) -> list[dict[str, Any]]:
     """Build the recipe's records into ``output_dir/umed_data``, by one process, unless the same build lies there already."""
-    flags = training_args.umed
     folder = Path(training_args.output_dir).resolve() / "umed_data"
+    with training_args.main_process_first(local=False, desc="building the records"):
+        if training_args.process_index == 0:
+            _build_or_reuse(folder, data_args.image_aspect_ratio, training_args)
+    return load_records(folder / "records.json")
+
+
+def _build_or_reuse(folder: Path, image_aspect_ratio: str, training_args: Any) -> None:
+    """Write ``records.json`` and a stamp of all that it was made from, unless both are there and the stamp still holds."""
+    flags = training_args.umed
+    recipe = load_recipe(flags.umed_recipe)
     file, stamp_file = folder / "records.json", folder / "build.json"
-    recipe_file = Path(shipped_recipes().get(flags.umed_recipe, flags.umed_recipe))
-    stamp = {
-        "recipe": str(recipe_file),
-        "recipe_sha256": hashlib.sha256(recipe_file.read_bytes()).hexdigest() if recipe_file.is_file() else None,
-        "data_root": flags.umed_data_root,
-        "image_aspect_ratio": data_args.image_aspect_ratio,
+    options = {
+        "image_aspect_ratio": image_aspect_ratio,
         "box_decimals": flags.umed_box_decimals,
         "seed": training_args.seed,
+        "on_bad_image": flags.umed_on_bad_image,
     }
-    with training_args.main_process_first(local=False, desc="building the records"):
-        built = stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp
-        if not built and training_args.process_index == 0:
-            records = build.build_records(
-                load_recipe(flags.umed_recipe),
-                out_dir=folder,
-                image_aspect_ratio=data_args.image_aspect_ratio,
-                box_decimals=flags.umed_box_decimals,
-                seed=training_args.seed,
-                split="train",
-                data_root=flags.umed_data_root,
-                on_bad_image=flags.umed_on_bad_image,
-            )
-            for record in records:
-                record["image"] = str(folder / record["image"])
-            save_records(records, file)
-            stamp_file.write_text(json.dumps(stamp, indent=1))
-            print(f"umed: built {len(records)} records of {flags.umed_recipe} into {file}", flush=True)
-    return load_records(file)
+    stamp = {
+        "recipe": recipe.path,
+        "recipe_sha256": recipe.sha256,
+        "writer": build.WRITER,
+        **_data_stamp(recipe, flags.umed_data_root),
+        **options,
+    }
+    if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
+        print(f"umed: recipe and data have not changed: the records in {file} are used again.", flush=True)
+        return
+    # A build that is interrupted must not leave a stamp beside records or images that it has replaced.
+    stamp_file.unlink(missing_ok=True)
+    records = build.build_records(recipe, out_dir=folder, split="train", data_root=flags.umed_data_root, **options)
+    for record in records:
+        record["image"] = str(folder / record["image"])
+    save_records(records, file)
+    stamp_file.write_text(json.dumps(stamp, indent=1))
+    print(f"umed: built {len(records)} records of {flags.umed_recipe} into {file}", flush=True)
+
+
+def _data_stamp(recipe: Recipe, data_root: str | None) -> dict[str, str]:
+    """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
+    found = read_annotations(recipe, data_root)
+    digest = hashlib.sha256(repr((found.faults.messages, found.missing)).encode())
+    for item in found.items:
+        status = item.image.stat()
+        digest.update(repr((item, status.st_size, status.st_mtime_ns)).encode())
+    return {"data_root": str(found.root), "data_sha256": digest.hexdigest()}
 
 
 @contextmanager

@@ -1,12 +1,8 @@
-"""Checkpoints: load one by what it is, merge a LoRA folder into its base, export one that stock LLaVA loads.
+"""Checkpoints: what lies in one, and loading it by what it is.
 
 Stock LLaVA decides by the folder's name how to load a checkpoint; this module reads ``model_type`` from ``config.json``.
 Vision-tower weights that lie inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is
-set). Merging works tensor by tensor in float32 on the base's own files, so that names, shapes and dtypes stay the base's and
-no more than one weight file is in memory. Everything is written aside and renamed; pickles are loaded with
-``weights_only=True``.
-
-How to run: ``umed merge LORA_DIR --base CKPT --out DIR``.
+set). Pickles are loaded with ``weights_only=True``. `umed_plugin.merging` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,9 +24,9 @@ FAMILIES = {
     "llava": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
 }
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
-TOWER = "model.vision_tower.vision_tower."
+TOWER = "model.vision_tower."
 # What LLaVA reads from config.json when it answers; training may have set it anew, so it goes along into a merged checkpoint.
-_READ_WHEN_ANSWERING = (
+READ_WHEN_ANSWERING = (
     "image_aspect_ratio",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
@@ -39,7 +34,6 @@ _READ_WHEN_ANSWERING = (
     "mm_use_im_start_end",
     "mm_use_im_patch_token",
 )
-_LEFT_BEHIND = ("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
@@ -72,17 +66,48 @@ def is_lora(path: Path | str) -> bool:
     return (Path(path) / ADAPTER).is_file()
 
 
-def weight_files(path: Path | str) -> list[Path]:
-    """The files that hold a full checkpoint's weights: safetensors if there are any, else ``pytorch_model*.bin``.
+def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None = None) -> list[Path]:
+    """The files that hold a full checkpoint's weights: one, or the shards of its index; in transformers' order of preference.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face hub.
+        prefix: leave out the shards in which no tensor's name begins with it.
+        cache_dir: where files of the hub are kept.
 
     Raises:
-        UmedError: there are none.
+        UmedError: there are none, or a shard is missing.
     """
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        files = sorted(Path(path).glob(pattern))
-        if files:
-            return files
-    raise UmedError(f"{path}: holds no weights. Needed: model*.safetensors or pytorch_model*.bin.")
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        file = cached_file(
+            str(checkpoint), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if file is None else Path(file)
+
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        file = find(name)
+        if file is not None and not name.endswith(".json"):
+            return [file]
+        if file is not None:
+            places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(prefix)})
+            found = {shard: find(shard) for shard in shards}
+            missing = [shard for shard, path in found.items() if path is None]
+            if missing:
+                raise UmedError(
+                    f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Get the checkpoint again."
+                )
+            return [path for path in found.values() if path is not None]
+    raise UmedError(
+        f"{checkpoint}: holds no weights. Needed: model.safetensors or pytorch_model.bin, or their shards with the index."
+    )
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
@@ -152,8 +177,7 @@ def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, A
     from transformers import AutoTokenizer
 
     own = read_config(path)
-    files = weight_files(path)
-    changes = {key: config[key] for key in _READ_WHEN_ANSWERING if key in config} if config else {}
+    changes = {key: config[key] for key in READ_WHEN_ANSWERING if key in config} if config else {}
     _check_tower(path, own)
     module, name = FAMILIES[own["model_type"]]
     model_class = getattr(importlib.import_module(module), name)
@@ -165,19 +189,53 @@ def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, A
         if not tower.is_loaded:
             tower.load_model()
     _add_image_tokens(tokenizer, model)
-    inside = {name: tensor for file in files for name, tensor in _tower_tensors(file).items()}
+    inside = tower_tensors(path)
     if inside:
-        tower.vision_tower.load_state_dict(inside, strict=False)
+        misfit = tower_misfit(tower.state_dict(), inside)
+        if misfit:
+            raise UmedError(
+                f"{path}: its vision-tower weights do not fit {tower.vision_tower_name}, which its config.json names as "
+                f"mm_vision_tower: {misfit}. Name the tower there that the checkpoint was trained with."
+            )
+        tower.load_state_dict(inside, strict=False)
     return tokenizer, model
 
 
-def _tower_tensors(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
+def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The vision tower's weights inside a checkpoint (folder or hub), under the names of LLaVA's tower; empty without any."""
+    tensors = {}
+    for file in weight_files(checkpoint, TOWER, cache_dir):
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
 
-        with safe_open(file, framework="pt") as stream:
-            return {name[len(TOWER) :]: stream.get_tensor(name) for name in stream.keys() if name.startswith(TOWER)}  # noqa: SIM118
-    return {name[len(TOWER) :]: tensor for name, tensor in read_tensors(file).items() if name.startswith(TOWER)}
+            with safe_open(str(file), framework="pt", device="cpu") as stream:
+                names = [name for name in list(stream.keys()) if name.startswith(TOWER)]
+                tensors.update({name[len(TOWER) :]: stream.get_tensor(name) for name in names})
+        else:
+            tensors.update({n[len(TOWER) :]: t for n, t in read_tensors(file).items() if n.startswith(TOWER)})
+    return {name: tensor for name, tensor in tensors.items() if not _is_counter(name)}
+
+
+def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
+    """What keeps ``inside`` from replacing the weights ``own`` of a tower, in words; None when it fits."""
+    own = {name: tensor for name, tensor in own.items() if not _is_counter(name)}
+    missing, unknown = sorted(set(own) - set(inside)), sorted(set(inside) - set(own))
+    shapes = [
+        f"{name} is {tuple(inside[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(inside))
+        if inside[name].shape != own[name].shape
+    ]
+    if not (missing or unknown or shapes):
+        return None
+    return (
+        f"{len(missing)} tensors are missing, {len(unknown)} are unknown, {len(shapes)} have another shape "
+        f"({'; '.join([*shapes, *missing, *unknown][:3])})"
+    )
+
+
+def _is_counter(name: str) -> bool:
+    """``position_ids`` is 0, 1, 2, ... and no weight: older transformers save it, newer ones do not."""
+    return name.endswith("position_ids")
 
 
 def _check_tower(path: Path, config: dict[str, Any]) -> None:
@@ -209,7 +267,7 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    adapter, others = _adapter_tensors(lora_dir)
+    adapter, others = adapter_tensors(lora_dir)
     unknown = model.load_state_dict(others, strict=False).unexpected_keys
     if unknown:
         raise UmedError(
@@ -222,7 +280,7 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     return model
 
 
-def _adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the adapter's tensors under PEFT's names, the other trained tensors under the base's names) of a LoRA folder."""
     files = [
         lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()
@@ -248,180 +306,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
-    """Name of a base tensor -> (A [r, in], B [out, r], scaling, whether the base holds it transposed)."""
-    config = json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8"))
-    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported:
-        raise UmedError(
-            f"{lora_dir / ADAPTER}: peft_type {config.get('peft_type')!r}, uses {', '.join(unsupported) or 'nothing special'}. "
-            "Only plain LoRA, as LLaVA's --lora_enable writes it, can be merged."
-        )
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    tensors, _ = _adapter_tensors(lora_dir)
-    deltas = {}
-    for name, a in tensors.items():
-        if ".lora_A." not in name:
-            continue
-        target = name.removeprefix("base_model.model.").replace(".lora_A", "").replace(".default", "")
-        b = tensors[name.replace(".lora_A.", ".lora_B.")]
-        deltas[target] = (a, b, scaling, bool(config.get("fan_in_fan_out")))
-    return deltas
-
-
-def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, overwrite: bool = False) -> Path:
-    """Write the full checkpoint that a LoRA folder and its base make together; return its path.
-
-    Weight files, tensor names, shapes and dtypes are the base's; so are the keys of ``config.json`` and the tokenizer.
-
-    Args:
-        lora_dir: what LLaVA's training wrote with ``--lora_enable True``.
-        base: the checkpoint it was trained on; None takes the one that the adapter names.
-        out: must not exist, unless ``overwrite``.
-        overwrite: replace ``out``.
-    """
-    lora_dir, out = Path(lora_dir), Path(out)
-    if not is_lora(lora_dir):
-        raise UmedError(
-            f"{lora_dir}: no LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with "
-            "--lora_enable True."
-        )
-    trained_config = read_config(lora_dir)
-    base = find_base(lora_dir, base)
-    config = read_config(base)
-    config.update({key: trained_config[key] for key in _READ_WHEN_ANSWERING if key in trained_config and key in config})
-    if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
-        config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]
-    deltas = _lora_deltas(lora_dir)
-    _, others = _adapter_tensors(lora_dir)
-    with _written_aside(out, overwrite) as folder:
-        _copy_small_files(base, folder)
-        for file in weight_files(base):
-            _write_tensors(_merged_tensors(read_tensors(file), deltas, others, lora_dir), folder / file.name)
-        left = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
-        if left:
-            raise UmedError(
-                f"{lora_dir}: trained {left[0]!r} ({len(left)} in all), which {base} does not have. Is --base right?"
-            )
-        _write_config(config, folder)
-    return out
-
-
-def _merged_tensors(
-    tensors: dict[str, Any], deltas: dict[str, Any], others: dict[str, Any], lora_dir: Path
-) -> dict[str, Any]:
-    """One weight file's tensors with what training changed; what was used is taken out of ``deltas`` and ``others``."""
-    merged = {}
-    for name, old in tensors.items():
-        new, change = others.pop(name, old).float(), None
-        if name in deltas:
-            a, b, scaling, transposed = deltas.pop(name)
-            change = (b.float() @ a.float()) * scaling
-            change = change.T if transposed else change
-        for trained in (new, change):
-            if trained is not None and trained.shape != old.shape:
-                raise UmedError(
-                    f"{lora_dir}: {name} is {tuple(trained.shape)}, in the base {tuple(old.shape)}. Is --base the checkpoint "
-                    "that it was trained on?"
-                )
-        merged[name] = (new if change is None else new + change).to(old.dtype).contiguous()
-    return merged
-
-
-def export(
-    checkpoint: Path | str, out: Path | str, *, like: Path | str, with_tower: bool = False, overwrite: bool = False
-) -> Path:
-    """Write a full checkpoint in the layout of the one it came from; return its path.
-
-    LLaVA's full fine-tuning saves float32 tensors, those of the frozen tower too, and files that only a trainer reads. The
-    export holds exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files.
-
-    Args:
-        checkpoint: the trained one.
-        out: must not exist, unless ``overwrite``; see `stock_name_fault` for its name.
-        like: the checkpoint that training began with.
-        with_tower: copy the vision tower's folder into ``out`` and name it in ``config.json`` (by absolute path), when it
-            is a folder on this machine: ``out`` then does not need the folder of ``like``.
-        overwrite: replace ``out``.
-    """
-    checkpoint, out, like = Path(checkpoint), Path(out), Path(like)
-    trained_config, config = read_config(checkpoint), read_config(like)
-    if trained_config["model_type"] != config["model_type"]:
-        raise UmedError(f"{checkpoint} is {trained_config['model_type']}, but {like} is {config['model_type']}.")
-    config.update({key: trained_config[key] for key in _READ_WHEN_ANSWERING if key in trained_config})
-    trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
-    with _written_aside(out, overwrite) as folder:
-        _copy_small_files(like, folder)
-        for file in weight_files(like):
-            old = read_tensors(file)
-            missing = [name for name in old if name not in trained]
-            if missing:
-                raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has.")
-            _write_tensors(
-                {name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name
-            )
-        tower = config.get("mm_vision_tower", "")
-        if with_tower and os.path.isdir(tower):
-            shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
-            config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
-        _write_config(config, folder)
-    return out
-
-
-def stock_name_fault(path: Path | str, model_type: str) -> str | None:
-    """What stock LLaVA would get wrong about a folder because of its name; None when it loads it right."""
-    path = Path(path).resolve()
-    name = f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
-    lowered, wanted = name.lower(), "llava and mistral" if model_type == "llava_mistral" else "llava"
-    wrong = [word for word in ("mpt", "mistral", "lora") if word in lowered and word not in wanted]
-    if all(word in lowered for word in wanted.split(" and ")) and not wrong:
-        return None
-    advice = f"its name should hold {wanted}" + (f" and not {wrong[0]}" if wrong else "")
-    return f"stock LLaVA chooses its loader by the folder's name; to load {path.name!r} as {model_type}, {advice}."
-
-
-@contextmanager
-def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well and is removed when it does not."""
-    if out.exists() and not overwrite:
-        raise UmedError(
-            f"{out}: exists already and is left as it is. Choose another --out, or replace it with --overwrite."
-        )
-    aside, old = out.with_name(out.name + ".partial"), out.with_name(out.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if out.exists():
-            os.replace(out, old)
-        os.replace(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _copy_small_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, weight index: all files but weights, config.json and a trainer's own."""
-    weights = {file.name for file in weight_files(source)}
-    for file in sorted(source.iterdir()):
-        other_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.name not in weights
-        if file.is_file() and file.name not in weights and not other_weights and file.name not in _LEFT_BEHIND:
-            shutil.copy2(file, folder / file.name)
-
-
-def _write_tensors(tensors: dict[str, Any], file: Path) -> None:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(tensors, file, metadata={"format": "pt"})
-    else:
-        import torch
-
-        torch.save(tensors, file)
-
-
-def _write_config(config: dict[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -148,25 +148,21 @@ def _ask(
 ) -> list[Case]:
     """Greedy answers of one batch of records, scored."""
     import torch
-    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.mm_utils import process_images
 
-    from umed_plugin.conversation import question_prompt
-    from umed_plugin.rollout import base_llava, embed_prompts, encode_images, generate
+    from umed_plugin.rollout import base_llava, decode_answers, embed_prompts, encode_images, generate
     from umed_plugin.scoring import score_answer
 
     llava = base_llava(model)
     paths = [os.path.join(image_folder, record["image"]) for record in records]
     pixels = process_images([_open(path) for path in paths], processor, llava.config)
     questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in records]
-    ids = [tokenizer_image_token(question_prompt(q, template), tokenizer, return_tensors="pt") for q in questions]
+    ids = [prompt_ids(question, template, tokenizer, llava.config) for question in questions]
     with torch.no_grad():
         prompts = embed_prompts(model, ids, encode_images(model, pixels))
         answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
         relevance = _vision_relevance(model, tokenizer, prompts, answers, records)
-    texts = [
-        tokenizer.decode(row[: int(mask.sum())], skip_special_tokens=True).strip()
-        for row, mask in zip(answers.token_ids, answers.mask)
-    ]
+    texts = decode_answers(tokenizer, answers)
     cases = []
     for record, path, question, text, looked in zip(records, paths, questions, texts, relevance):
         score = score_answer(text, record, _geometry(llava, record))
@@ -186,6 +182,19 @@ def _ask(
             )
         )
     return cases
+
+
+def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any:
+    """Token ids [L] of a question about an image, with LLaVA's image token in it, as training and stock LLaVA write it."""
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+    from llava.mm_utils import tokenizer_image_token
+
+    from umed_plugin.conversation import question_prompt
+
+    image = DEFAULT_IMAGE_TOKEN
+    if getattr(config, "mm_use_im_start_end", False):
+        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    return tokenizer_image_token(question_prompt(f"{image}\n{question}", template), tokenizer, return_tensors="pt")
 
 
 def _open(path: str) -> Any:
@@ -208,18 +217,11 @@ def _vision_relevance(model: Any, tokenizer: Any, prompts: Any, answers: Any, re
     """Attention of each answer's naming tokens on the lesion's patches, 0-1, over all layers and heads."""
     import torch
 
-    from umed_plugin.attention import attention_on_lesion, name_token_rows
+    from umed_plugin.attention import attention_on_lesion, lesion_name_rows
     from umed_plugin.rollout import base_llava
 
     llava = base_llava(model)
-    rows = [
-        name_token_rows(
-            tokenizer,
-            ids[: int(mask.sum())].tolist(),
-            {name: record["terms"][name] for name in record["objects"]["ref"]},
-        )
-        for ids, mask, record in zip(answers.token_ids, answers.mask, records)
-    ]
+    rows = lesion_name_rows(tokenizer, answers, records)
     cover = torch.stack(
         [torch.from_numpy(_geometry(llava, record).patch_cover(record["objects"]["bbox"])) for record in records]
     )

@@ -15,15 +15,18 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError, unknown_name
+from umed_plugin.registry import Registry
 
 STAGES = ("instruction_tuning", "rewarding")
 REWARDS = ("relevance", "localization", "vision_relevance")
 TUNING, REWARDING = STAGES
-
+# The plugin's own rewards need torch, so this one holds none and only imports what is named module:function.
+_OWN_REWARDS: Registry[Any] = Registry("reward")
 
 # Flags that act in one stage alone; the others act in both.
 _ONLY_TUNING = ("umed_supervision_check_samples",)
@@ -46,6 +49,22 @@ _ONLY_REWARDING = (
     "umed_top_p",
     "umed_log_candidates",
 )
+# Flags that act only under another flag's value: flag -> (test of the flags, what the test needs, in words).
+_NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
+    "umed_reward_floor": (lambda flags: flags.umed_reward_norm == "max", "--umed_reward_norm max"),
+    "umed_judge": (lambda flags: "relevance" in flags.reward_names(), "relevance in --umed_rewards"),
+    "umed_vrr_layers": (
+        lambda flags: "vision_relevance" in flags.reward_names(),
+        "vision_relevance in --umed_rewards",
+    ),
+    # On the first update the probability ratio is 1, whatever the range.
+    "umed_clip_range": (lambda flags: flags.umed_updates_per_rollout > 1, "--umed_updates_per_rollout above 1"),
+    "umed_data_root": (lambda flags: flags.umed_recipe is not None, "--umed_recipe"),
+    "umed_box_decimals": (
+        lambda flags: flags.umed_recipe is not None,
+        "--umed_recipe: the records of --data_path are written already",
+    ),
+}
 STAGES_OF = {**dict.fromkeys(_ONLY_TUNING, (TUNING,)), **dict.fromkeys(_ONLY_REWARDING, (REWARDING,))}
 
 
@@ -203,14 +222,18 @@ def raise_faults(faults: list[str]) -> None:
 
 
 def _flags_without_effect(flags: UmedFlags) -> list[str]:
-    """A flag that was set and would be ignored in this stage is a misunderstanding, so it is a fault."""
+    """A flag that was set and would be ignored is a misunderstanding, so it is a fault."""
     faults = []
     for flag in dataclasses.fields(flags):
         stages = STAGES_OF.get(flag.name, STAGES)
         changed = getattr(flags, flag.name) != flag.default
-        if not changed or flags.umed_stage in stages:
+        if not changed:
             continue
-        if flags.umed_stage is None:
+        if flags.umed_stage in stages:
+            acts, needed = _NEEDS.get(flag.name, (None, ""))
+            if acts is not None and not acts(flags):
+                faults.append(f"--{flag.name} has no effect without {needed}.")
+        elif flags.umed_stage is None:
             faults.append(f"--{flag.name} has no effect without --umed_stage. Add --umed_stage {' or '.join(stages)}.")
         else:
             faults.append(
@@ -257,7 +280,18 @@ def _reward_lists(flags: UmedFlags) -> list[str]:
         )
     if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
         faults.append(f"--umed_reward_weights {flags.umed_reward_weights}: must be 0 or more, and one of them above 0.")
+    if flags.umed_stage == REWARDING:
+        faults += [fault for name in names if ":" in name and (fault := _own_reward_fault(name))]
     return faults
+
+
+def _own_reward_fault(name: str) -> str | None:
+    """What keeps ``module:function`` from being a reward, found before the model is loaded."""
+    try:
+        function = _OWN_REWARDS.get(name)
+    except UsageError as error:
+        return f"--umed_rewards: {error}"
+    return None if callable(function) else f"--umed_rewards: {name!r} is {type(function).__name__} and no function."
 
 
 def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
@@ -269,12 +303,6 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
         faults.append(f"--data_path {data_args.data_path}: there is no such file.")
     if data_args.image_folder is not None and not os.path.isdir(data_args.image_folder):
         faults.append(f"--image_folder {data_args.image_folder}: there is no such folder.")
-    if flags.umed_recipe is None and flags.umed_data_root is not None:
-        faults.append("--umed_data_root has no effect without --umed_recipe.")
-    if flags.umed_recipe is None and flags.umed_box_decimals != 2:
-        faults.append(
-            "--umed_box_decimals has no effect without --umed_recipe: the records of --data_path are written already."
-        )
     if flags.umed_data_root is not None and not os.path.isdir(flags.umed_data_root):
         faults.append(f"--umed_data_root {flags.umed_data_root}: there is no such folder.")
     if model_args.vision_tower is None:
@@ -285,4 +313,11 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
         faults.append(
             f"--image_aspect_ratio {data_args.image_aspect_ratio}: boxes are defined for pad and square (LLaVA's default)."
         )
+    if flags.umed_stage == REWARDING:
+        faults += [
+            f"--{name} does not work with --umed_stage rewarding yet: sampling answers needs whole weights in every process. "
+            f"Leave --{name} out and start the script with python or torchrun."
+            for name in ("deepspeed", "fsdp")
+            if getattr(training_args, name)
+        ]
     return faults

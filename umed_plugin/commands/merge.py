@@ -29,7 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, and say what stock LLaVA would make of the folder's name."""
-    from umed_plugin.checkpoint import merge, read_config, stock_name_fault
+    from umed_plugin.checkpoint import read_config
+    from umed_plugin.merging import merge, stock_name_fault
 
     out = merge(args.lora_dir, args.base, args.out, overwrite=args.overwrite)
     print(f"merged checkpoint: {out}")

@@ -40,14 +40,14 @@ class DemoSettings:
 
     train: int = 2000
     val: int = 40
-    test: int = 200
+    test: int = 400
     prior_epochs: float = 3
     prior_lr: float = 2e-3
-    tuning_epochs: float = 6
+    tuning_epochs: float = 4
     tuning_lr: float = 3e-3
-    rewarding_steps: int = 150
-    rewarding_lr: float = 7e-4
-    queries: int = 6
+    rewarding_steps: int = 120
+    rewarding_lr: float = 6e-4
+    queries: int = 8
     candidates: int = 8
     max_new_tokens: int = 104
 
@@ -160,9 +160,9 @@ class _Demo:
 
     def _base_checkpoint(self, records: Sequence[dict[str, Any]]) -> None:
         """Make the small checkpoint and teach it captions: what a medical LLaVA knows before the plugin is used."""
-        from umed_plugin.checkpoint import export
         from umed_plugin.demo.prior import caption_records, corpus
         from umed_plugin.demo.tiny_checkpoint import make_checkpoint
+        from umed_plugin.merging import export
 
         self.steps.begin("base checkpoint: captions without boxes")
         make_checkpoint(self.tiny, seed=self.seed, corpus=corpus(self.seed))
@@ -190,7 +190,7 @@ class _Demo:
 
     def _rewarding(self) -> None:
         """Stage 2 on stage 1's checkpoint, merged, and exported in the layout of the base."""
-        from umed_plugin.checkpoint import export, merge
+        from umed_plugin.merging import export, merge
 
         sizes = self.settings
         self.steps.begin("stage 2: rewarding")
@@ -201,8 +201,8 @@ class _Demo:
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
             # Few steps on a model that names well and localises badly: weigh the boxes more, and save the reference's pass.
-            + ["--umed_reward_weights", "1,3,0.5", "--umed_kl_coef", 0.0]
-            + ["--lora_enable", True, "--lora_r", 16, "--lora_alpha", 32, "--lora_dropout", 0]
+            + ["--umed_kl_coef", 0.02]
+            + ["--lora_enable", True, "--lora_r", 64, "--lora_alpha", 128, "--lora_dropout", 0]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
             + ["--per_device_train_batch_size", sizes.queries],
         )
