@@ -158,26 +158,29 @@ def generate(
     """
     embed_tokens = base_llava(model).get_input_embeddings()
     logits, cache = prefill(model, prompts)
-    rows = torch.arange(prompts.mask.shape[0], device=logits.device).repeat_interleave(num_candidates)
-    cache.reorder_cache(rows)
-    logits, mask = logits[rows], prompts.mask[rows]
-    done = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
-    token_ids, masks = [], []
-    for _ in range(max_new_tokens):
-        token = _next_token(logits, temperature, top_p).masked_fill(done, eos_token_id)
-        token_ids.append(token)
-        masks.append(~done)
-        done = done | (token == eos_token_id)
-        if done.all() or len(token_ids) == max_new_tokens:
+    going = torch.arange(len(prompts.mask), device=logits.device).repeat_interleave(num_candidates)
+    cache.reorder_cache(going)
+    logits, mask = logits[going], prompts.mask[going]
+    token_ids = torch.full((len(going), max_new_tokens), eos_token_id, device=logits.device)
+    answered = torch.zeros_like(token_ids)
+    going = torch.arange(len(going), device=logits.device)  # rows of the result that have not ended
+    for step in range(max_new_tokens):
+        token = _next_token(logits, temperature, top_p)
+        token_ids[going, step], answered[going, step] = token, 1
+        goes_on = (token != eos_token_id).nonzero().flatten()
+        if len(goes_on) == 0 or step + 1 == max_new_tokens:
             break
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        step = {
+        if len(goes_on) < len(going):  # an answer that has ended costs nothing more
+            cache.reorder_cache(goes_on)
+            going, token, mask = going[goes_on], token[goes_on], mask[goes_on]
+        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+        inputs = {
             "inputs_embeds": embed_tokens(token)[:, None],
             "attention_mask": mask,
             "position_ids": positions(mask)[:, -1:],
         }
-        logits = model(**step, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
-    return Candidates(torch.stack(token_ids, dim=1), torch.stack(masks, dim=1).long())
+        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
+    return Candidates(token_ids[:, : step + 1], answered[:, : step + 1])
 
 
 def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
