@@ -44,7 +44,7 @@ class DemoSettings:
     test: int = 400
     prior_epochs: float = 2
     prior_lr: float = 2e-3
-    tuning_epochs: float = 4
+    tuning_epochs: float = 3
     tuning_lr: float = 3e-3
     rewarding_steps: int = 110
     rewarding_lr: float = 3e-4
@@ -198,9 +198,19 @@ class _Demo:
         # Full fine-tuning: on a model as narrow as this one, an adapter costs as much as the weights that it spares.
         self._train(
             "rewarding",
-            ["--model_name_or_path", self.tuned, "--output_dir", self.rewarded, "--data_path", self.data / "records.json"]
+            [
+                "--model_name_or_path",
+                self.tuned,
+                "--output_dir",
+                self.rewarded,
+                "--data_path",
+                self.data / "records.json",
+            ]
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
+            # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
+            # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
+            + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.01]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
             + ["--per_device_train_batch_size", sizes.queries // PROCESSES],
         )
