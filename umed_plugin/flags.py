@@ -123,7 +123,10 @@ class UmedFlags:
         "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
     )
     umed_max_new_tokens: int = _flag(128, "Longest sampled answer, in tokens.")
-    umed_temperature: float = _flag(1.0, "Sampling temperature, above 0.")
+    umed_temperature: float = _flag(
+        1.0,
+        "Sampling temperature, above 0. At 1, a model unsure of its boxes may learn to hedge with large ones: lower it then.",
+    )
     umed_top_p: float = _flag(1.0, "Nucleus of the sampled distribution, above 0 up to 1.")
     umed_log_candidates: int = _flag(
         0, "Write the sampled answers with their rewards to candidates.jsonl every this many steps; 0: never."
