@@ -107,6 +107,7 @@ def test_a_broken_plugin_does_not_let_training_start(tmp_path):
     checkout = tmp_path / "umed_plugin"
     shutil.copytree(ROOT / "umed_plugin" / "site", checkout / "site")
     (checkout / "__init__.py").write_text("")
+    (checkout / "patches.py").write_text("raise ImportError('half an installation')")
     run = subprocess.run(
         [sys.executable, "-c", "print('started'); import llava.train.llava_trainer"],
         env={**environment(), "PYTHONPATH": str(checkout / "site")},
@@ -117,7 +118,7 @@ def test_a_broken_plugin_does_not_let_training_start(tmp_path):
     )
     assert run.returncode == 1
     assert run.stdout.startswith("started")
-    assert "training must not start" in run.stderr
+    assert "training must not start: ImportError: half an installation" in run.stderr
 
 
 @pytest.mark.parametrize("how", ["module", "file"])

@@ -32,6 +32,8 @@ CHANGED = SOURCE.replace("41", "40")
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """A module ``fakelib`` that can be imported; whatever was applied or installed is gone afterwards."""
+    # A file written twice within a second keeps its time stamp, and then an old .pyc would be taken for the new source.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "fakelib.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     hooks = [finder for finder in sys.meta_path if isinstance(finder, patching.PostImportFinder)]

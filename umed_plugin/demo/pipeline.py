@@ -44,7 +44,7 @@ class DemoSettings:
     test: int = 400
     prior_epochs: float = 2
     prior_lr: float = 2e-3
-    tuning_epochs: float = 3
+    tuning_epochs: float = 5
     tuning_lr: float = 3e-3
     rewarding_steps: int = 110
     rewarding_lr: float = 3e-4
@@ -210,7 +210,7 @@ class _Demo:
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
             # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
             # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
-            + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.01]
+            + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.03, "--umed_reward_weights", "2,1,1"]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
             + ["--per_device_train_batch_size", sizes.queries // PROCESSES],
         )
