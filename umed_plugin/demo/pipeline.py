@@ -219,9 +219,9 @@ class _Demo:
 
     def _train(self, name: str, arguments: Sequence[Any]) -> None:
         """Run LLaVA's training script under umed-run; what it prints goes to ``logs/NAME.log``, its steps to the bar."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", PROCESSES]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
         command = [sys.executable, "-m", "umed_plugin.launch", *torchrun, "-m", "llava.train.train_mem"]
-        command = [str(argument) for argument in [*command, *arguments, *self._common_arguments()]]
+        command += [str(argument) for argument in [*arguments, *self._common_arguments()]]
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as stream:
