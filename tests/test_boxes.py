@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from umed_plugin.boxes import (
+    DISTANCE_SHARE,
     best_iou_for_decimals,
     format_box,
     iou_matrix,
@@ -21,6 +22,7 @@ from umed_plugin.boxes import (
     parse_boxes,
     round_box,
     set_iou,
+    shaped_iou_matrix,
 )
 
 
@@ -101,6 +103,53 @@ def test_matching_prefers_the_sum_over_the_first_choice() -> None:
     predicted = [(0, 0, 10, 9), (0, 0, 10, 12)]
     pairs, _ = match(predicted, true)
     assert pairs == [(0, 1), (1, 0)]
+
+
+def shaped_by_hand(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    distance = sum(((a[i] + a[i + 2]) / 2 - (b[i] + b[i + 2]) / 2) ** 2 for i in (0, 1))
+    diagonal = sum((max(a[i + 2], b[i + 2]) - min(a[i], b[i])) ** 2 for i in (0, 1))
+    areas = sorted((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (a, b))
+    return 0.75 * iou_by_hand(a, b) + 0.25 * areas[0] / areas[1] * (1 - distance / diagonal)
+
+
+def test_shaped_iou_is_its_formula_and_stays_in_0_to_1() -> None:
+    rng = random.Random(7)
+    a, b = random_boxes(rng, 40), random_boxes(rng, 40)
+    found, overlap = shaped_iou_matrix(a, b), iou_matrix(a, b)
+    np.testing.assert_allclose(found, [[shaped_by_hand(x, y) for y in b] for x in a], atol=1e-5)
+    assert (found > 0).all()
+    assert (found <= 1).all()
+    apart = overlap == 0
+    assert apart.sum() > 50
+    assert (found[apart] < DISTANCE_SHARE).all()
+    assert np.diag(shaped_iou_matrix(a, a)) == pytest.approx(np.ones(40))
+
+
+def test_shaped_iou_tells_near_misses_from_far_ones_and_rewards_no_hedging() -> None:
+    true = (0.1, 0.1, 0.3, 0.3)
+    far, near, touching = ((0.1 + by, 0.1, 0.3 + by, 0.3) for by in (0.6, 0.3, 0.2))
+    values = shaped_iou_matrix([far, near, touching, true], [true])[:, 0]
+    assert (np.diff(values) > 0.01).all()
+    around = [(0.1 - by, 0.1 - by, 0.3 + by * 3, 0.3 + by * 3) for by in (0.02, 0.05, 0.1)] + [(0.0, 0.0, 1.0, 1.0)]
+    assert (shaped_iou_matrix(around, [true]) <= iou_matrix(around, [true]) + 1e-12).all()
+    concentric = [(0.15, 0.15, 0.25, 0.25), (0.0, 0.0, 0.4, 0.4)]
+    np.testing.assert_allclose(shaped_iou_matrix(concentric, [true]), iou_matrix(concentric, [true]), atol=1e-6)
+    whole, missed = shaped_iou_matrix([(0.0, 0.0, 1.0, 1.0), touching], [true])[:, 0]
+    assert whole < missed
+
+
+def test_shaped_boxes_are_matched_on_the_same_measure() -> None:
+    """No box overlaps another, so IoU cannot match them."""
+    true = [(0.1, 0.1, 0.2, 0.2), (0.8, 0.8, 0.9, 0.9)]
+    predicted = [(0.65, 0.8, 0.75, 0.9), (0.25, 0.1, 0.35, 0.2)]
+    assert match(predicted, true) == ([], [])
+    pairs, values = match(predicted, true, shaped_iou_matrix)
+    assert pairs == [(0, 1), (1, 0)]
+    assert set_iou(predicted, true, shaped_iou_matrix) == pytest.approx(sum(values) / 2)
+    assert set_iou([predicted[0]], true, shaped_iou_matrix) == pytest.approx(values[0] / 2)
+    assert set_iou([], [], shaped_iou_matrix) == 1.0
+    assert set_iou([], true, shaped_iou_matrix) == set_iou(predicted, [], shaped_iou_matrix) == 0.0
+    assert set_iou([(0.5, 0.5, 0.1, 0.1)], [true[0]], shaped_iou_matrix) == 0.0
 
 
 @pytest.mark.parametrize(

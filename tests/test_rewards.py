@@ -6,8 +6,16 @@ import pytest
 import torch
 
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.flags import REWARDS as NAMES
 from umed_plugin.geometry import ImageGeometry
-from umed_plugin.rewards import REWARDS, combine_rewards, localization, relevance, vision_relevance
+from umed_plugin.rewards import (
+    REWARDS,
+    combine_rewards,
+    localization,
+    localization_diou,
+    relevance,
+    vision_relevance,
+)
 
 GEOMETRY = ImageGeometry(100, 100, "pad", 336, 14)
 TERMS = {"nodule": ["nodule"], "cyst": ["cyst"]}
@@ -30,6 +38,39 @@ def test_localization_is_the_iou():
     answers = ["[0.20, 0.20, 0.60, 0.60]", "[0.20, 0.20, 0.40, 0.60]", "[0.7, 0.7, 0.9, 0.9]", "no box"]
     assert call(localization, answers, NODULE) == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert call(localization, ["no box", "[0.1, 0.1, 0.2, 0.2]"], NEGATIVE) == [1.0, 0.0]
+
+
+def test_shaped_localization_ranks_misses_and_keeps_the_rest():
+    answers = [
+        "[0.20, 0.20, 0.60, 0.60]",
+        "[0.60, 0.20, 1.00, 0.60]",
+        "[0.60, 0.60, 1.00, 1.00]",
+        "no box",
+        "[2, 2, 1, 1]",
+    ]
+    right, beside, across, *wrong = call(localization_diou, answers, NODULE)
+    # Centres 0.4 apart, the box around both 0.8 x 0.4; then 0.4 x 0.4 apart, 0.8 x 0.8.
+    assert (right, beside, across) == pytest.approx((1.0, 0.25 * (1 - 0.16 / 0.8), 0.25 * (1 - 0.32 / 1.28)), abs=1e-5)
+    assert wrong == [0.0, 0.0]
+    assert call(localization_diou, ["no box", "[0.1, 0.1, 0.2, 0.2]"], NEGATIVE) == [1.0, 0.0]
+
+
+def test_a_group_that_misses_whole_is_not_raised_to_one():
+    values = call(localization_diou, ["[0.60, 0.20, 1.00, 0.60]", "[0.60, 0.60, 1.00, 1.00]"], NODULE)
+    least = {"localization_diou": localization_diou.least_maximum}
+    keywords = {"weights": {"localization_diou": 1.0}, "max_normalised": ["localization_diou"]}
+    shaped = combine_rewards({"localization_diou": values}, 2, least_maxima=least, **keywords)
+    torch.testing.assert_close(shaped, torch.tensor([values]) / 0.5)
+    assert shaped.max() < 0.5
+    assert combine_rewards({"localization_diou": values}, 2, **keywords).max() == 1, (
+        "what the least maximum is there for"
+    )
+    hit = combine_rewards({"localization_diou": [0.8, values[0]]}, 2, least_maxima=least, **keywords)
+    torch.testing.assert_close(hit, torch.tensor([[1.0, values[0] / 0.8]]))
+
+
+def test_the_flags_know_every_reward():
+    assert set(NAMES) == set(REWARDS)
 
 
 def test_relevance_of_the_reference_is_one_and_falls_with_class_and_words():

@@ -13,11 +13,11 @@ from test_export import learn_by_heart, study_records
 from test_resume import INTERRUPT, weights
 from umed_runs import train_flags, umed_run, write_records
 
-from umed_plugin.rewards import REWARDS
+from umed_plugin.flags import PAPER_REWARDS, REWARDS
 
 FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
-    " --umed_rewards relevance,localization,vision_relevance,half:half --umed_reward_weights 1,1,1,0.5"
+    " --umed_rewards relevance,localization,vision_relevance,localization_diou,half:half --umed_reward_weights 1,1,1,1,0.5"
 )
 LORA = shlex.split("--lora_enable True --lora_r 4 --group_by_modality_length True --bf16 True")
 TWICE = shlex.split(
@@ -65,7 +65,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert run.returncode == 0, run.stderr[-3000:]
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
     assert len([line for line in history if "loss" in line]) == 8
-    terms = {"reward/localization", "reward/relevance", "reward/vision_relevance", "reward/half:half", "reward/total"}
+    terms = {f"reward/{name}" for name in (*REWARDS, "half:half", "total")}
     assert terms <= {name for line in history for name in line}
     assert ("kl" in history[0]) == ("--umed_kl_coef" not in flags)
     groups = [json.loads(line) for line in (whole / "candidates.jsonl").read_text().splitlines()]
@@ -130,6 +130,6 @@ def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_pa
     assert history[0]["reward/relevance"] > 0.5
     assert 0 < history[0]["reward/vision_relevance"] < 1
     (group, *_) = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
-    assert all(set(candidate) == {"text", "reward", *REWARDS} for candidate in group["candidates"])
+    assert all(set(candidate) == {"text", "reward", *PAPER_REWARDS} for candidate in group["candidates"])
     changed = weights(tmp_path / "out")
     assert all(tensor.abs().max() > 0 for name, tensor in changed.items() if "lora_B" in name)

@@ -23,7 +23,8 @@ from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.registry import Registry
 
 STAGES = ("instruction_tuning", "rewarding")
-REWARDS = ("relevance", "localization", "vision_relevance")
+PAPER_REWARDS = ("relevance", "localization", "vision_relevance")
+REWARDS = (*PAPER_REWARDS, "localization_diou")
 TUNING, REWARDING = STAGES
 # The plugin's own rewards need torch, so this one holds none and only imports what is named module:function.
 _OWN_REWARDS: Registry[Any] = Registry("reward")
@@ -99,7 +100,11 @@ class UmedFlags:
     )
     umed_algorithm: str = _flag("grpo", "grpo: group-normalised advantages, clipped, without a value network.")
     umed_num_candidates: int = _flag(8, "Answers sampled per question (K), at least 2.")
-    umed_rewards: str = _flag(",".join(REWARDS), f"Comma list of {', '.join(REWARDS)}, or my_module:my_function.")
+    umed_rewards: str = _flag(
+        ",".join(PAPER_REWARDS),
+        f"Comma list of {', '.join(PAPER_REWARDS)}, localization_diou (instead of localization: also tells near misses from far "
+        "ones), or my_module:my_function.",
+    )
     umed_reward_weights: Optional[str] = _flag(
         None, "Comma list of numbers, one for each reward, all at least 0. Not given: 1 for each."
     )

@@ -64,14 +64,21 @@ class AnswerScore:
         class_f1: F1 in 0..1 of the named classes against the record's; 1.0 when both are empty.
         set_iou: IoU in 0..1 of predicted and true boxes, matched one to one; a negative scores 1.0 for no box, else 0.0.
         boxes: predicted boxes in pixels of the record's image, in the order of the answer.
-        n_true: number of true boxes that the model can see.
+        predicted01: the same boxes as they are compared, in 0-1 of the square; one that is malformed has no area.
+        true01: the true boxes that the model can see, in 0-1 of the square.
     """
 
     accuracy: float
     class_f1: float
     set_iou: float
     boxes: list[Box]
-    n_true: int
+    predicted01: list[Box]
+    true01: list[Box]
+
+    @property
+    def n_true(self) -> int:
+        """Number of true boxes that the model can see."""
+        return len(self.true01)
 
 
 @lru_cache(maxsize=256)
@@ -146,4 +153,4 @@ def score_answer(text: str, record: Mapping[str, Any], geometry: ImageGeometry) 
     right = named == wanted and (bool(wanted) or not predicted)
     f1 = 2 * len(named & wanted) / (len(named) + len(wanted)) if named or wanted else 1.0
     compared = [box if is_inside(box) else _BOX_THAT_IS_NONE for box in predicted]
-    return AnswerScore(float(right), f1, set_iou(compared, true), geometry.from_square(predicted), len(true))
+    return AnswerScore(float(right), f1, set_iou(compared, true), geometry.from_square(predicted), compared, true)

@@ -214,6 +214,7 @@ class RewardingTrainer(LLaVATrainer):
                 n for n, reward in self.reward_functions.items() if getattr(reward, "max_normalised", False)
             ],
             floor=self.flags.umed_reward_floor,
+            least_maxima={n: getattr(reward, "least_maximum", 0.0) for n, reward in self.reward_functions.items()},
         )
         self._measure_rewards(values, rewards, candidates)
         self._write_candidates(texts, values, rewards, records[0])

@@ -24,6 +24,7 @@ def combine_rewards(
     norm: str = "max",
     max_normalised: Collection[str] = ("localization", "vision_relevance"),
     floor: float = 0.1,
+    least_maxima: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Sum the rewards of each candidate.
 
@@ -36,6 +37,7 @@ def combine_rewards(
             standardises every reward over them; ``none`` sums raw values.
         max_normalised: names that ``max`` applies to.
         floor: least value that a maximum is taken for, in the reward's own unit.
+        least_maxima: reward name -> a higher floor of its own.
 
     Returns:
         [Q, K] rewards, float32.
@@ -47,7 +49,8 @@ def combine_rewards(
     total = None
     for name, column in values.items():
         raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
-        term = weights[name] * _fill_missing(_normalise(raw, norm, name in max_normalised, floor))
+        least = max(floor, (least_maxima or {}).get(name, 0.0))
+        term = weights[name] * _fill_missing(_normalise(raw, norm, name in max_normalised, least))
         total = term if total is None else total + term
     if total is None:
         raise ValueError("no rewards to combine")
