@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from umed_plugin.errors import UmedError
 from umed_plugin.rollout import (
     IMAGE_TOKEN_INDEX,
     answer_log_probs,
     answer_logits,
+    answer_pass,
     embed_prompts,
     encode_images,
     generate,
+    repeated_inputs,
 )
 
 
@@ -113,6 +116,29 @@ def test_shared_prompt_gives_the_logits_and_gradients_of_the_repeated_one(loaded
     model.eval()
     for shared, repeated in zip(*results):
         torch.testing.assert_close(shared, repeated, atol=2e-4, rtol=1e-3)
+
+
+def test_hidden_states_are_those_that_the_logits_are_made_from(loaded, batch):
+    tokenizer, model = loaded
+    prompts = embedded(model, batch)
+    candidates = generate(
+        model, prompts, num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=tokenizer.eos_token_id
+    )
+    with torch.no_grad():
+        passed = answer_pass(model, prompts, candidates)
+        expected = model(**repeated_inputs(model, prompts, candidates), output_hidden_states=True).hidden_states[-1]
+    kept = candidates.mask.bool()
+    torch.testing.assert_close(passed.hidden[kept], expected[:, prompts.mask.shape[1] - 1 : -1][kept])
+    torch.testing.assert_close(model.lm_head(passed.hidden), passed.logits)
+
+
+def test_logits_made_around_the_output_layer_are_an_error(loaded, batch, monkeypatch):
+    _, model = loaded
+    if model.config.model_type != "llava_llama":
+        pytest.skip("Mistral has no pretraining_tp")
+    monkeypatch.setattr(model.config, "pretraining_tp", 2)
+    with pytest.raises(UmedError, match="pretraining_tp above 1"):
+        generate(model, embedded(model, batch), max_new_tokens=2, temperature=0, eos_token_id=-1)
 
 
 def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded, batch):

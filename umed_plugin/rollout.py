@@ -11,7 +11,8 @@ left), T answer tokens (padded right), H hidden size, V vocabulary. Masks: 1 is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,20 @@ class Candidates:
 
     token_ids: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class AnswerPass:
+    """What one teacher-forced pass makes of N answers; both with the pass's graph, arbitrary at padding.
+
+    Attributes:
+        logits: [N, T, V] float32 logits that each answer token was drawn from.
+        hidden: [N, T, H] float32 last hidden states (behind the final norm) that the logits were made from: those of the
+            position before each token, where a value head sees all that came before the token and not the token itself.
+    """
+
+    logits: Tensor
+    hidden: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,12 +138,41 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def prefill(model: Any, prompts: PromptBatch) -> tuple[Tensor, DynamicCache]:
-    """Run the prompts once: ([Q, V] logits of the first answer token, their key/value cache of Q rows)."""
+@contextmanager
+def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """Give the output layer ``select`` of the last hidden states: the logits of other positions are never made.
+
+    Yields:
+        A list that the selected states of each pass are put into, with their graph.
+
+    Raises:
+        UmedError: a pass went around the output layer.
+    """
+    selected: list[Tensor] = []
+
+    def hook(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        selected.append(select(inputs[0]))
+        return (selected[-1], *inputs[1:])
+
+    handle = llava.get_output_embeddings().register_forward_pre_hook(hook)
+    try:
+        yield selected
+    finally:
+        handle.remove()
+    if not selected:
+        raise UmedError(
+            "the model computed its logits without calling its output layer, so their positions could not be chosen. With "
+            "pretraining_tp above 1 in config.json, set it to 1: the results are the same."
+        )
+
+
+def prefill(model: Any, prompts: PromptBatch) -> tuple[AnswerPass, DynamicCache]:
+    """Run the prompts once: the first answer token's logits and hidden state (N = Q, T = 1), and the cache of Q rows."""
     cache = DynamicCache()
     inputs = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
-    logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
-    return logits[:, -1], cache
+    with _output_layer_sees(_unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
+        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    return AnswerPass(logits, hidden[0]), cache
 
 
 @torch.no_grad()
@@ -157,13 +201,13 @@ def generate(
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
     embed_tokens = base_llava(model).get_input_embeddings()
-    logits, cache = prefill(model, prompts)
-    going = torch.arange(len(prompts.mask), device=logits.device).repeat_interleave(num_candidates)
+    first, cache = prefill(model, prompts)
+    going = torch.arange(len(prompts.mask), device=prompts.mask.device).repeat_interleave(num_candidates)
     cache.reorder_cache(going)
-    logits, mask = logits[going], prompts.mask[going]
-    token_ids = torch.full((len(going), max_new_tokens), eos_token_id, device=logits.device)
+    logits, mask = first.logits[going, -1], prompts.mask[going]
+    token_ids = torch.full((len(going), max_new_tokens), eos_token_id, device=going.device)
     answered = torch.zeros_like(token_ids)
-    going = torch.arange(len(going), device=logits.device)  # rows of the result that have not ended
+    going = torch.arange(len(going), device=going.device)  # rows of the result that have not ended
     for step in range(max_new_tokens):
         token = _next_token(logits, temperature, top_p)
         token_ids[going, step], answered[going, step] = token, 1
@@ -195,8 +239,8 @@ def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return torch.multinomial(probs, num_samples=1).squeeze(-1)
 
 
-def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> Tensor:
-    """Teacher-forced logits that each answer token was drawn from.
+def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+    """Teacher-forced logits that each answer token was drawn from, and the hidden states that they were made from.
 
     The K answers of a query share one pass over its prompt: its cache is expanded to them, and the gradient flows back through
     it. Gradient checkpointing keeps no cache; then the prompt is repeated for each answer.
@@ -205,29 +249,49 @@ def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> T
         model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
         prompts: Q prompts.
         candidates: N = Q*K answers.
-
-    Returns:
-        [N, T, V] float32.
     """
-    unwrapped = base_llava(getattr(model, "module", model))
-    if unwrapped.training and unwrapped.is_gradient_checkpointing:
-        inputs = repeated_inputs(unwrapped, prompts, candidates)
-        logits = model(**inputs, use_cache=False, return_dict=True).logits
-        start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
-        return logits[:, start:-1].float()
+    llava = _unwrapped(model)
+    if llava.training and llava.is_gradient_checkpointing:
+        return _repeated_pass(model, prompts, candidates)
+    return _shared_prefix_pass(model, prompts, candidates)
+
+
+def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> Tensor:
+    """[N, T, V] logits of :func:`answer_pass`."""
+    return answer_pass(model, prompts, candidates).logits
+
+
+def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+    llava = _unwrapped(model)
+    start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
+    with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden:
+        logits = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
+    return AnswerPass(logits.float(), hidden[0].float())
+
+
+def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+    llava = _unwrapped(model)
     first, cache = prefill(model, prompts)
     rows = query_of_row(prompts, candidates)
     cache.reorder_cache(rows)
-    # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are dropped.
+    # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are not made.
     token_ids = torch.nn.functional.pad(candidates.token_ids, (0, 1))
     mask = torch.cat([prompts.mask[rows], candidates.mask, candidates.mask.new_ones(len(rows), 1)], dim=1)
     inputs = {
-        "inputs_embeds": unwrapped.get_input_embeddings()(token_ids),
+        "inputs_embeds": llava.get_input_embeddings()(token_ids),
         "attention_mask": mask,
         "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
     }
-    logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
-    return torch.cat([first[rows][:, None], logits[:, :-2]], dim=1).float()
+    with _output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden:
+        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    return AnswerPass(
+        torch.cat([first.logits[rows], logits], dim=1).float(),
+        torch.cat([first.hidden[rows], hidden[0]], dim=1).float(),
+    )
+
+
+def _unwrapped(model: Any) -> Any:
+    return base_llava(getattr(model, "module", model))
 
 
 def query_of_row(prompts: PromptBatch, candidates: Candidates) -> Tensor:
@@ -250,7 +314,7 @@ def answer_log_probs(
     """Log-probabilities of the candidates' tokens, from the logits that they were drawn from.
 
     Args:
-        logits: [N, T, V] from :func:`answer_logits`.
+        logits: [N, T, V] from :func:`answer_pass`.
         candidates: N answers.
         temperature: the one that the candidates were sampled with; the logits are divided by it (0 counts as 1).
         entropy_gradient: keep the graph of the entropy, for an entropy bonus.
