@@ -14,6 +14,7 @@ from test_resume import INTERRUPT, weights
 from umed_runs import train_flags, umed_run, write_records
 
 from umed_plugin.flags import PAPER_REWARDS, REWARDS
+from umed_plugin.guards import GUARDS
 
 FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
@@ -129,6 +130,8 @@ def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_pa
     assert history[0]["reward/localization"] > 0.5
     assert history[0]["reward/relevance"] > 0.5
     assert 0 < history[0]["reward/vision_relevance"] < 1
+    assert set(GUARDS) <= set(history[0])
+    assert 0.5 < history[0]["guard/box_area_ratio"] < 2
     (group, *_) = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
     assert all(set(candidate) == {"text", "reward", *PAPER_REWARDS} for candidate in group["candidates"])
     changed = weights(tmp_path / "out")

@@ -109,6 +109,11 @@ def find_terms(text: str, terms: Terms) -> list[tuple[int, int, str]]:
     return [place for place in places if not any(start <= place[0] < end for start, end in ruled_out)]
 
 
+def replace_terms(text: str, terms: Terms, filler: str) -> str:
+    """``text`` with ``filler`` in place of every name of a class, ruled out or not."""
+    return _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))[0].sub(filler, text) if terms else text
+
+
 def _ruled_out(text: str) -> list[tuple[int, int]]:
     """Stretches ``[start, end)`` of the text in which a name is given only to say that it is not there."""
     stretches: list[tuple[int, int]] = []

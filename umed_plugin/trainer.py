@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from umed_plugin.attention import attention_on_lesion, lesion_name_rows
 from umed_plugin.errors import UmedError
 from umed_plugin.geometry import ImageGeometry
+from umed_plugin.guards import GUARDS, Guards
 from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_objective
 from umed_plugin.records import Record, record_geometry, true_boxes
 from umed_plugin.reference import ReferencePolicy
@@ -40,6 +41,7 @@ from umed_plugin.rollout import (
     generate,
 )
 from umed_plugin.sampler import EpochSampler
+from umed_plugin.scoring import score_answer
 
 _MEASURES = (
     "reward/total",
@@ -92,8 +94,9 @@ class RewardingTrainer(LLaVATrainer):
         )
         self.reference = ReferencePolicy(model) if self.flags.umed_kl_coef > 0 else None
         # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
-        self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES]
+        self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES, *GUARDS]
         self._measured: dict[str, list[float]] = defaultdict(list)
+        self.guards = Guards()
         self._rollouts: dict[int, Rollout] = {}
         self._batches_seen: int | None = None
 
@@ -217,6 +220,7 @@ class RewardingTrainer(LLaVATrainer):
             least_maxima={n: getattr(reward, "least_maximum", 0.0) for n, reward in self.reward_functions.items()},
         )
         self._measure_rewards(values, rewards, candidates)
+        self._watch(texts, columns)
         self._write_candidates(texts, values, rewards, records[0])
         return rewards
 
@@ -245,6 +249,15 @@ class RewardingTrainer(LLaVATrainer):
             }
         )
 
+    def _watch(self, texts: list[str], columns: Mapping[str, list[Any]]) -> None:
+        """Show the candidates of each query to the guards."""
+        k = self.flags.umed_num_candidates
+        seen = [texts, columns["record"], columns["geometry"]]
+        scores = [score_answer(text, record, geometry) for text, record, geometry in zip(*seen)]
+        for first in range(0, len(texts), k):
+            group = slice(first, first + k)
+            self.guards.see(texts[group], scores[group], columns["record"][group], columns["geometry"][group])
+
     def _write_candidates(
         self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any
     ) -> None:
@@ -263,8 +276,12 @@ class RewardingTrainer(LLaVATrainer):
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the means of what was measured since the last log, over all processes, to the trainer's own figures."""
         if "loss" in logs:
+            self._measure(self.guards.figures())
             columns = [self._measured.pop(name, [float("nan")]) for name in self._measures]
             means = torch.tensor([[sum(column) / len(column) for column in columns]], device=self.args.device)
             overall = self.accelerator.gather(means).nanmean(dim=0).tolist()
             logs.update({name: mean for name, mean in zip(self._measures, overall) if mean == mean})
+            if self.is_world_process_zero():
+                for warning in self.guards.warnings(logs):
+                    print(f"umed: WARNING: step {self.state.global_step}: {warning}", flush=True)
         super().log(logs, *rest)
