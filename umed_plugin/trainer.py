@@ -249,7 +249,7 @@ class RewardingTrainer(LLaVATrainer):
             }
         )
 
-    def _watch(self, texts: list[str], columns: Mapping[str, list[Any]]) -> None:
+    def _watch(self, texts: list[str], columns: Mapping[str, Sequence[Any]]) -> None:
         """Show the candidates of each query to the guards."""
         k = self.flags.umed_num_candidates
         seen = [texts, columns["record"], columns["geometry"]]
