@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from umed_plugin.patches import (
     attention_implementation,
+    attention_mask,
     conversation_templates,
     data_module,
     lora_resume,
@@ -33,6 +34,7 @@ ALL: tuple[Patch, ...] = tuple(
         trainer,
         model_class,
         attention_implementation,
+        attention_mask,
         xformers_attention,
         vision_tower,
         torch_load,

@@ -40,8 +40,11 @@ def places() -> dict[str, object]:
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
     from llava.train import llava_trainer
     from llava.train import train as llava_train
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
 
     owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, CLIPVisionTower, xformers_patch]
+    owners += [modeling_llama, modeling_mistral]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
     found.update(load=torch.load, parser=transformers.HfArgumentParser)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
+from umed_plugin.packing import PADDING, Columns, RoomyCache, block_mask, pack, sliding_window
 
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
 
@@ -166,13 +167,12 @@ def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterat
         )
 
 
-def prefill(model: Any, prompts: PromptBatch) -> tuple[AnswerPass, DynamicCache]:
-    """Run the prompts once: the first answer token's logits and hidden state (N = Q, T = 1), and the cache of Q rows."""
-    cache = DynamicCache()
+def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass:
+    """Run the prompts once into ``cache``: the first answer token's logits and hidden state (N = Q, T = 1)."""
     inputs = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
     with _output_layer_sees(_unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
-    return AnswerPass(logits, hidden[0]), cache
+    return AnswerPass(logits, hidden[0])
 
 
 @torch.no_grad()
@@ -185,46 +185,74 @@ def generate(
     temperature: float,
     top_p: float = 1.0,
     eos_token_id: int,
+    packed: bool = False,
 ) -> Candidates:
     """Sample ``num_candidates`` answers to each prompt.
 
     Args:
         model: a LLaVA model in evaluation mode (no dropout, no gradient checkpointing).
-        prompts: Q prompts.
-        num_candidates: K; the prompt is computed once and its cache expanded.
+        prompts: Q prompts, each computed once.
+        num_candidates: K.
         max_new_tokens: T at most; an answer that reaches it has no EOS.
         temperature: 0 is greedy; 1 samples from the model's own distribution.
         top_p: nucleus; 1 keeps the whole distribution.
         eos_token_id: ends an answer.
+        packed: the K answers of a query grow side by side in one row and read one cache of its prompt, for a model without
+            :func:`umed_plugin.packing.packing_fault`; otherwise each has a copy.
 
     Returns:
-        Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
+        Candidates for N = Q*K rows: row q*K + k is candidate k of query q. An answer that has ended costs nothing more.
     """
-    embed_tokens = base_llava(model).get_input_embeddings()
-    first, cache = prefill(model, prompts)
-    going = torch.arange(len(prompts.mask), device=prompts.mask.device).repeat_interleave(num_candidates)
-    cache.reorder_cache(going)
-    logits, mask = first.logits[going, -1], prompts.mask[going]
-    token_ids = torch.full((len(going), max_new_tokens), eos_token_id, device=going.device)
+    llava = _unwrapped(model)
+    in_a_row = num_candidates if packed else 1
+    cache = RoomyCache(in_a_row * max_new_tokens)
+    first = prefill(model, prompts, cache)
+    answer_rows = torch.arange(len(prompts.mask), device=prompts.mask.device).repeat_interleave(num_candidates)
+    if not packed:
+        cache.take_rows(answer_rows)
+    logits = first.logits[answer_rows, -1]
+    token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=logits.device)
     answered = torch.zeros_like(token_ids)
-    going = torch.arange(len(going), device=going.device)  # rows of the result that have not ended
+    writing = torch.arange(len(answer_rows), device=logits.device).view(
+        -1, in_a_row
+    )  # the answers of each row; -1: none
+    prompt_length = prompts.mask.sum(dim=1)[answer_rows]
+    columns = Columns.of_prompts(prompts.mask).take_rows(answer_rows[::in_a_row])
     for step in range(max_new_tokens):
-        token = _next_token(logits, temperature, top_p)
-        token_ids[going, step], answered[going, step] = token, 1
-        goes_on = (token != eos_token_id).nonzero().flatten()
-        if len(goes_on) == 0 or step + 1 == max_new_tokens:
+        going = writing[writing >= 0]
+        token_ids[going, step], answered[going, step] = _next_token(logits, temperature, top_p), 1
+        writing = writing.masked_fill(token_ids[:, step][writing] == eos_token_id, -1)
+        kept, writing = _close_gaps(writing)
+        if len(kept) == 0 or step + 1 == max_new_tokens:
             break
-        if len(goes_on) < len(going):  # an answer that has ended costs nothing more
-            cache.reorder_cache(goes_on)
-            going, token, mask = going[goes_on], token[goes_on], mask[goes_on]
-        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-        inputs = {
-            "inputs_embeds": embed_tokens(token)[:, None],
-            "attention_mask": mask,
-            "position_ids": positions(mask)[:, -1:],
-        }
-        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[:, -1]
+        if len(kept) < len(columns.segments):
+            cache.take_rows(kept)
+            columns = columns.take_rows(kept)
+        there, writing = writing >= 0, writing.clamp(min=0)
+        new = Columns(
+            torch.where(there, writing % in_a_row + 1, PADDING), torch.where(there, prompt_length[writing] + step, 0)
+        )
+        columns = columns.then(new)
+        embeds = llava.get_input_embeddings()(token_ids[writing, step])
+        mask = (
+            block_mask(new, columns, sliding_window(llava), embeds.dtype)
+            if packed
+            else (columns.segments != PADDING).long()
+        )
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": new.positions}
+        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[there]
+        writing = torch.where(there, writing, -1)
     return Candidates(token_ids[:, : step + 1], answered[:, : step + 1])
+
+
+def _close_gaps(writing: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows that still hold an answer, and those rows with their answers moved to the front."""
+    there = writing >= 0
+    kept = there.any(dim=1).nonzero().flatten()
+    if len(kept) == 0:
+        return kept, writing[kept]
+    to_front = (~there[kept]).long().sort(dim=1, stable=True).indices
+    return kept, writing[kept].gather(1, to_front)[:, : int(there.sum(dim=1).max())]
 
 
 def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -239,26 +267,41 @@ def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return torch.multinomial(probs, num_samples=1).squeeze(-1)
 
 
-def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> AnswerPass:
     """Teacher-forced logits that each answer token was drawn from, and the hidden states that they were made from.
 
-    The K answers of a query share one pass over its prompt: its cache is expanded to them, and the gradient flows back through
-    it. Gradient checkpointing keeps no cache; then the prompt is repeated for each answer.
+    Packed, the K answers of a query stand behind its prompt in one row. Otherwise its cache is expanded to them, and the gradient
+    flows back through it; gradient checkpointing keeps no cache, so there the prompt is repeated for each answer.
 
     Args:
         model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
         prompts: Q prompts.
         candidates: N = Q*K answers.
+        packed: for a model without :func:`umed_plugin.packing.packing_fault`.
     """
     llava = _unwrapped(model)
+    if packed:
+        return _packed_pass(model, prompts, candidates)
     if llava.training and llava.is_gradient_checkpointing:
         return _repeated_pass(model, prompts, candidates)
     return _shared_prefix_pass(model, prompts, candidates)
 
 
-def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates) -> Tensor:
+def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> Tensor:
     """[N, T, V] logits of :func:`answer_pass`."""
-    return answer_pass(model, prompts, candidates).logits
+    return answer_pass(model, prompts, candidates, packed=packed).logits
+
+
+def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+    llava = _unwrapped(model)
+    rows = pack(prompts.mask, candidates.mask)
+    answers = llava.get_input_embeddings()(rows.put(candidates.token_ids, candidates.mask))
+    embeds = torch.cat([prompts.embeds, answers], dim=1)
+    mask = block_mask(rows.columns, rows.columns, sliding_window(llava), embeds.dtype)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": rows.columns.positions}
+    with _output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden:
+        logits = model(**inputs, use_cache=False, return_dict=True).logits
+    return AnswerPass(logits.float(), hidden[0].float())
 
 
 def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
@@ -271,7 +314,8 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> 
 
 def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
     llava = _unwrapped(model)
-    first, cache = prefill(model, prompts)
+    cache = DynamicCache()
+    first = prefill(model, prompts, cache)
     rows = query_of_row(prompts, candidates)
     cache.reorder_cache(rows)
     # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are not made.

@@ -1,0 +1,67 @@
+"""Let a ready 4-D attention mask through to the layers of Llama and Mistral.
+
+Targets: `_prepare_4d_causal_attention_mask` in transformers' `modeling_llama` and `modeling_mistral`, and
+`_prepare_4d_causal_attention_mask_for_sdpa` in the former.
+Why: they take a 2-D mask alone and fail on another, so answers that share a row with their prompt cannot be kept apart.
+Versions: transformers 4.36. (4.37 takes a 4-D mask of ones and zeros, 5 the ready one that is passed here.)
+Delete when: LLaVA's pins reach a transformers that takes the mask as it is added to the scores.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from umed_plugin.patches.training_run import TRANSFORMERS
+
+from umed_plugin.patching import Patch, Recorder, Target
+
+_EAGER = "_prepare_4d_causal_attention_mask"
+_SDPA = f"{_EAGER}_for_sdpa"
+_LLAMA = "transformers.models.llama.modeling_llama"
+_MISTRAL = "transformers.models.mistral.modeling_mistral"
+
+
+def change(recorder: Recorder) -> None:
+    """Rebind the functions where the models look them up."""
+    for module_name, function in ((_LLAMA, _EAGER), (_LLAMA, _SDPA), (_MISTRAL, _EAGER)):
+        module = sys.modules[module_name]
+        recorder.replace(module, function, _ready_mask_passes(getattr(module, function)))
+
+
+def _ready_mask_passes(stock: Any) -> Any:
+    def prepare(attention_mask: Any, *args: Any, **keywords: Any) -> Any:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        return stock(attention_mask, *args, **keywords)
+
+    return prepare
+
+
+PATCH = Patch(
+    name="attention_mask",
+    targets=(
+        Target(
+            f"{_LLAMA}:{_EAGER}", TRANSFORMERS, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
+        ),
+        Target(
+            f"{_LLAMA}:{_SDPA}", TRANSFORMERS, ("11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",)
+        ),
+        Target(
+            f"{_MISTRAL}:{_EAGER}", TRANSFORMERS, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
+        ),
+        Target(
+            f"{_LLAMA}:LlamaModel.forward",
+            TRANSFORMERS,
+            ("625665ff77a5292da56c5059a53d2985b8c6511b5b25f06db3f2c881828d625c",),
+        ),
+        Target(
+            f"{_MISTRAL}:MistralModel.forward",
+            TRANSFORMERS,
+            ("7beb8f273fe15eecdccaac5d98f751eee9cc4d28c1de9fbec1a46147d3b8b2c3",),
+        ),
+    ),
+    why="Llama and Mistral fail on an attention mask that keeps the answers of one row apart",
+    delete_when="LLaVA's pins reach a transformers that takes a ready 4-D mask",
+    change=change,
+)
