@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
+from umed_plugin.patches import attention_mask
 
+from umed_plugin import patching
 from umed_plugin.attention import attention_on_lesion, name_token_rows
-from umed_plugin.rollout import answer_logits, generate, repeated_inputs
+from umed_plugin.rollout import answer_pass, generate, repeated_inputs
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
 
@@ -42,12 +44,21 @@ def from_output_attentions(model, prompts, candidates, rows, cover, layers):
     return torch.stack(values)
 
 
+@pytest.fixture
+def patched():
+    patching.apply([attention_mask.PATCH])
+    yield
+    patching.undo(attention_mask.PATCH)
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1, 3]])
-def test_equals_the_value_from_output_attentions(sampled, layers):
+def test_equals_the_value_from_output_attentions(sampled, layers, packed):
     model, prompts, candidates, rows, cover = sampled
     with torch.no_grad():
         expected = from_output_attentions(model, prompts, candidates, rows, cover, layers)
-    value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers)
+    value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers, packed=packed)
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
     assert value[2] == 0
     assert value.max() - value[value > 0].min() > 1e-3, (
@@ -57,9 +68,11 @@ def test_equals_the_value_from_output_attentions(sampled, layers):
 
 def test_returns_the_logits_of_the_plain_pass_and_leaves_no_hook(sampled):
     model, prompts, candidates, rows, cover = sampled
-    _, logits = attention_on_lesion(model, prompts, candidates, rows, cover, [0])
+    _, passed = attention_on_lesion(model, prompts, candidates, rows, cover, [0])
     with torch.no_grad():
-        torch.testing.assert_close(logits, answer_logits(model, prompts, candidates))
+        plain = answer_pass(model, prompts, candidates)
+    torch.testing.assert_close(passed.logits, plain.logits)
+    torch.testing.assert_close(passed.hidden, plain.hidden)
     assert not any(module._forward_hooks for module in model.get_model().layers.modules())
 
 

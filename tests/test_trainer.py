@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
 
     run = reward(checkpoint, records, whole, *flags, "--umed_log_candidates", "4")
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "computed apart" not in run.stdout
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
     assert len([line for line in history if "loss" in line]) == 8
     terms = {f"reward/{name}" for name in (*REWARDS, "half:half", "total")}
@@ -93,6 +95,22 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
             )
         # Without gradient checkpointing, CPU autocast would hand the update weights that have lost their graph.
         assert all(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)
+
+
+def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    checkpoint = tmp_path / "tiny-llava-llama"
+    shutil.copytree(tiny_llama, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    flags = ["--max_steps", "2", "--umed_rewards", "half:half", "--umed_reward_weights", "1", "--umed_kl_coef", "0"]
+    run = reward(checkpoint, records, tmp_path / "out", *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("each answer is computed apart") == 1
+    again = reward(checkpoint, records, tmp_path / "again", *flags, "--umed_packed", "False")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "computed apart" not in again.stdout
 
 
 def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_path):

@@ -27,32 +27,58 @@ import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rollout import Candidates, PromptBatch, answer_logits, base_llava, positions, query_of_row
+from umed_plugin.packing import pack
+from umed_plugin.rollout import (
+    AnswerPass,
+    Candidates,
+    PromptBatch,
+    answer_pass,
+    base_llava,
+    positions,
+    query_of_row,
+)
 from umed_plugin.scoring import Terms, find_terms
 
 _SPACE_MARK = re.compile("[\u2581\u0120]")  # sentencepiece and byte-level BPE
 
 
-@dataclass
-class _Capture:
-    """Rows that the hooks keep, per layer: k [Q, P, kv_heads*d] of the patches, q [R, heads*d] of the asked tokens.
+@dataclass(frozen=True)
+class _Places:
+    """Where the patches of Q queries and R asked tokens stand in what ``q_proj`` and ``k_proj`` put out.
 
-    The prompts pass first and hold the patches; the answers pass second and hold the tokens.
+    Attributes:
+        patches: row [Q, 1] and column [Q, P] of each image patch, in the first pass through the layers.
+        tokens: row [R] and column [R] of each asked token, in the last pass.
+        passes: 1 when prompts and answers stand in the same rows; 2 when the prompts go first.
     """
 
-    patch_columns: Tensor
-    token_rows: tuple[Tensor, Tensor]
+    patches: tuple[Tensor, Tensor]
+    tokens: tuple[Tensor, Tensor]
+    passes: int
+
+
+@dataclass
+class _Capture:
+    """Keeps from each layer k [Q, P, kv_heads*d] of the patches and q [R, heads*d] of the tokens, until both are there.
+
+    Then ``measure`` gets q and k in float32, and they are dropped: in a single pass the rows of one layer at most are held.
+    """
+
+    places: _Places
+    measure: Callable[[Tensor, Tensor], None]
     keys: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
 
+    def keep_queries(self, layer: int, output: Tensor) -> None:
+        """Llama and Mistral call ``q_proj`` before ``k_proj``."""
+        if self.places.passes == 1 or layer in self.keys:
+            self.queries[layer] = output[self.places.tokens].float()
+
     def keep_keys(self, layer: int, output: Tensor) -> None:
         if layer not in self.keys:
-            batch = torch.arange(output.shape[0], device=output.device)[:, None]
-            self.keys[layer] = output[batch, self.patch_columns].float()
-
-    def keep_queries(self, layer: int, output: Tensor) -> None:
-        prompts_have_passed = layer in self.queries
-        self.queries[layer] = output[self.token_rows].float() if prompts_have_passed else output[:0]
+            self.keys[layer] = output[self.places.patches]
+        if layer in self.queries:
+            self.measure(self.queries.pop(layer), self.keys.pop(layer).float())
 
 
 @contextmanager
@@ -85,8 +111,10 @@ def attention_on_lesion(
     token_rows: Sequence[Sequence[int]],
     patch_weights: Tensor,
     layers: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Share of each candidate's attention on the image that falls on the lesion, and the logits of the same pass.
+    *,
+    packed: bool = False,
+) -> tuple[Tensor, AnswerPass]:
+    """Share of each candidate's attention on the image that falls on the lesion, and what else the same pass gives.
 
     Args:
         model: a LLaVA model with Llama-style attention, in evaluation mode.
@@ -96,33 +124,43 @@ def attention_on_lesion(
             The attention is that of the token itself, at the position where it is the input.
         patch_weights: [Q, P] part of each patch that the true boxes cover, 0-1, row-major.
         layers: layer indices.
+        packed: as in :func:`umed_plugin.rollout.answer_pass`.
 
     Returns:
-        [N] values in 0..1, float32; and [N, T, V] float32 logits of the answer tokens, so that no second pass is needed.
+        [N] values in 0..1, float32; and the pass's logits and hidden states, so that no second pass is needed.
     """
     llava = base_llava(model)
     device = candidates.token_ids.device
-    owners = torch.tensor([n for n, rows in enumerate(token_rows) for _ in rows], dtype=torch.long, device=device)
-    places = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
-    columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=device)
-    capture = _Capture(columns, (owners, places))
-    with _hooks(llava, layers, capture):
-        logits = answer_logits(model, prompts, candidates)
-
     value = torch.zeros(len(candidates.mask), device=device)
+    owners = torch.tensor([n for n, rows in enumerate(token_rows) for _ in rows], dtype=torch.long, device=device)
     if len(owners) == 0:
-        return value, logits
+        return value, answer_pass(model, prompts, candidates, packed=packed)
+    steps = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
     queries = query_of_row(prompts, candidates)[owners]
+    places = _places(prompts, candidates, owners, steps, packed)
     prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
-    token_positions = prompt_length[queries] + places
-    patch_positions = positions(prompts.mask).gather(1, columns)
+    token_positions = prompt_length[queries] + steps
+    patch_positions = positions(prompts.mask).gather(1, places.patches[1])
     weights = patch_weights.to(device).float()[queries]
-    for layer in layers:
-        q, k = capture.queries[layer], capture.keys[layer]
+
+    def measure(q: Tensor, k: Tensor) -> None:
         share = _attention_over_patches(llava, q, k, queries, token_positions, patch_positions)
         value.index_add_(0, owners, (share * weights[:, None]).sum(dim=-1).mean(dim=-1))
-    tokens = torch.zeros_like(value).index_add_(0, owners, torch.ones_like(places, dtype=torch.float))
-    return value / (tokens.clamp(min=1) * len(layers)), logits
+
+    with _hooks(llava, layers, _Capture(places, measure)):
+        passed = answer_pass(model, prompts, candidates, packed=packed)
+    tokens = torch.zeros_like(value).index_add_(0, owners, torch.ones_like(owners, dtype=torch.float))
+    return value / (tokens.clamp(min=1) * len(layers)), passed
+
+
+def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps: Tensor, packed: bool) -> _Places:
+    """Places of the patches and of the answer tokens ``steps`` of the candidates ``owners``."""
+    columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=owners.device)
+    patches = torch.arange(len(columns), device=owners.device)[:, None], columns
+    if not packed:
+        return _Places(patches, (owners, steps), passes=2)
+    rows = pack(prompts.mask, candidates.mask)
+    return _Places(patches, (rows.row[owners, 0], rows.column[owners, steps]), passes=1)
 
 
 def _attention_over_patches(
@@ -135,8 +173,12 @@ def _attention_over_patches(
     inv_freq = rope_inverse_frequencies(config, queries.shape[-1] // heads)
     q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
     k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [Q, P, kv_heads, d]
-    k = k.repeat_interleave(heads // kv_heads, dim=2)[query_index]  # [R, P, heads, d]
-    return (torch.einsum("rhd,rphd->rhp", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
+    q = q.unflatten(1, (kv_heads, -1)) / q.shape[-1] ** 0.5  # heads that share a key stand side by side
+    scores = q.new_empty(len(q), heads, k.shape[1])
+    for query in query_index.unique().tolist():  # by query, or its keys would be copied for each of its tokens
+        asked = query_index == query
+        scores[asked] = torch.einsum("rgsd,pgd->rgsp", q[asked], k[query]).flatten(1, 2)
+    return scores.softmax(dim=-1)
 
 
 def rope_inverse_frequencies(config: Any, head_size: int) -> Tensor:

@@ -45,6 +45,7 @@ _ONLY_REWARDING = (
     "umed_entropy_coef",
     "umed_updates_per_rollout",
     "umed_vrr_layers",
+    "umed_packed",
     "umed_max_new_tokens",
     "umed_temperature",
     "umed_top_p",
@@ -126,6 +127,10 @@ class UmedFlags:
     umed_vrr_layers: str = _flag(
         "all",
         "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
+    )
+    umed_packed: bool = _flag(
+        True,
+        "Compute a question's answers beside one copy of its prompt. False, or an attention without block masks: apart.",
     )
     umed_max_new_tokens: int = _flag(128, "Longest sampled answer, in tokens.")
     umed_temperature: float = _flag(

@@ -26,14 +26,16 @@ from umed_plugin.errors import UmedError
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.guards import GUARDS, Guards
 from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_objective
+from umed_plugin.packing import packing_fault
 from umed_plugin.records import Record, record_geometry, true_boxes
 from umed_plugin.reference import ReferencePolicy
 from umed_plugin.rewards import REWARDS, combine_rewards
 from umed_plugin.rollout import (
+    AnswerPass,
     Candidates,
     PromptBatch,
     answer_log_probs,
-    answer_logits,
+    answer_pass,
     base_llava,
     decode_answers,
     embed_prompts,
@@ -88,6 +90,7 @@ class RewardingTrainer(LLaVATrainer):
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
         self.reward_functions = {name: REWARDS.get(name) for name in self.flags.reward_names()}
         self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
+        self.packed = self._can_pack(llava)
         self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
         self.settings = ObjectiveSettings(
             self.flags.umed_clip_range, self.flags.umed_kl_coef, self.flags.umed_entropy_coef
@@ -99,6 +102,19 @@ class RewardingTrainer(LLaVATrainer):
         self.guards = Guards()
         self._rollouts: dict[int, Rollout] = {}
         self._batches_seen: int | None = None
+
+    def _can_pack(self, llava: Any) -> bool:
+        """Whether answers are computed beside one copy of their prompt; says so when the model cannot."""
+        if not self.flags.umed_packed:
+            return False
+        fault = packing_fault(llava)
+        if fault is not None and self.args.process_index == 0:
+            print(
+                f"umed: {fault}: each answer is computed apart, which costs several times more. Another attention (eager, sdpa) "
+                "can share the prompt; --umed_packed False takes this as it is.",
+                flush=True,
+            )
+        return fault is None
 
     def _get_train_sampler(self, *unused: Any) -> EpochSampler:
         """Queries in an order that survives resuming; they are of one length, so LLaVA's grouping by length has no use here."""
@@ -118,7 +134,7 @@ class RewardingTrainer(LLaVATrainer):
         rollout = self._rollout_for(model, inputs)
         prompts = embed_prompts(self.accelerator.unwrap_model(model), rollout.prompt_ids, rollout.image_features)
         answers = answer_log_probs(
-            answer_logits(model, prompts, rollout.candidates),
+            answer_pass(model, prompts, rollout.candidates, packed=self.packed).logits,
             rollout.candidates,
             temperature=self.flags.umed_temperature,
             entropy_gradient=self.settings.entropy_coef != 0,
@@ -162,9 +178,10 @@ class RewardingTrainer(LLaVATrainer):
             temperature=self.flags.umed_temperature,
             top_p=self.flags.umed_top_p,
             eos_token_id=self.tokenizer.eos_token_id,
+            packed=self.packed,
         )
-        attention, logits = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
-        old = answer_log_probs(logits, candidates, temperature=self.flags.umed_temperature).log_probs
+        attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
+        old = answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
         reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
         rewards = self._reward(candidates, inputs["records"], attention)
         policy.train(was_training)
@@ -176,17 +193,19 @@ class RewardingTrainer(LLaVATrainer):
 
     def _look_at_lesions(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any]
-    ) -> tuple[Sequence[float | None], Tensor]:
-        """Attention of each candidate on its query's lesion, and the logits of the same pass."""
+    ) -> tuple[Sequence[float | None], AnswerPass]:
+        """Attention of each candidate on its query's lesion, and what else the same pass gives."""
         if "vision_relevance" not in self.reward_functions:
-            return [None] * len(candidates.mask), answer_logits(policy, prompts, candidates)
+            return [None] * len(candidates.mask), answer_pass(policy, prompts, candidates, packed=self.packed)
         repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
         rows = lesion_name_rows(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records]
         )
-        values, logits = attention_on_lesion(policy, prompts, candidates, rows, cover, self.vrr_layers)
-        return values.tolist(), logits
+        values, passed = attention_on_lesion(
+            policy, prompts, candidates, rows, cover, self.vrr_layers, packed=self.packed
+        )
+        return values.tolist(), passed
 
     def _reference_log_probs(
         self, policy: Any, prompt_ids: list[Tensor], features: Tensor, candidates: Candidates
@@ -194,8 +213,8 @@ class RewardingTrainer(LLaVATrainer):
         if self.reference is None:
             return None
         with self.reference.as_reference(policy):
-            logits = answer_logits(policy, embed_prompts(policy, prompt_ids, features), candidates)
-            return answer_log_probs(logits, candidates, temperature=self.flags.umed_temperature).log_probs
+            passed = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
+            return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
     def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
