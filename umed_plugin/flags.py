@@ -50,6 +50,7 @@ _ONLY_REWARDING = (
     "umed_temperature",
     "umed_top_p",
     "umed_log_candidates",
+    "umed_feature_cache",
 )
 # Flags that act only under another flag's value: flag -> (test of the flags, what the test needs, in words).
 _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
@@ -95,6 +96,10 @@ class UmedFlags:
     umed_tower_weights: str = _flag(
         "checkpoint",
         "Vision tower: checkpoint (its own tower weights if it has any) or original (as stock LLaVA).",
+    )
+    umed_feature_cache: Optional[str] = _flag(
+        None,
+        "Folder that keeps the frozen vision tower's features, so that later epochs and runs do not open the image.",
     )
     umed_supervision_check_samples: int = _flag(
         64, "Records per template whose supervised tokens are verified before training; 0 checks none."
@@ -318,6 +323,10 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
         faults.append(f"--image_folder {data_args.image_folder}: there is no such folder.")
     if flags.umed_data_root is not None and not os.path.isdir(flags.umed_data_root):
         faults.append(f"--umed_data_root {flags.umed_data_root}: there is no such folder.")
+    if flags.umed_feature_cache is not None and os.path.isfile(flags.umed_feature_cache):
+        faults.append(
+            f"--umed_feature_cache {flags.umed_feature_cache}: is a file. Give a folder; it is made if need be."
+        )
     if model_args.vision_tower is None:
         faults.append(
             "--vision_tower is missing: both stages train on images. LLaVA-Med 1.5: openai/clip-vit-large-patch14-336."

@@ -92,12 +92,17 @@ class RewardingTrainer(LLaVATrainer):
         self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
         self.packed = self._can_pack(llava)
         self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
+        if self.flags.umed_feature_cache is not None:
+            said = self.train_dataset.use_cache(self.flags.umed_feature_cache, llava.get_vision_tower())
+            if self.args.process_index == 0:
+                print(f"umed: {said}", flush=True)
         self.settings = ObjectiveSettings(
             self.flags.umed_clip_range, self.flags.umed_kl_coef, self.flags.umed_entropy_coef
         )
         self.reference = ReferencePolicy(model) if self.flags.umed_kl_coef > 0 else None
         # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
         self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES, *GUARDS]
+        self._measures += ["feature_cache_hits"] if self.train_dataset.cache is not None else []
         self._measured: dict[str, list[float]] = defaultdict(list)
         self.guards = Guards()
         self._rollouts: dict[int, Rollout] = {}
@@ -168,7 +173,7 @@ class RewardingTrainer(LLaVATrainer):
         policy = self.accelerator.unwrap_model(model)
         was_training = policy.training
         policy.eval()
-        features = encode_images(policy, inputs["images"])
+        features = self._encode(policy, inputs)
         prompts = embed_prompts(policy, inputs["prompt_ids"], features)
         candidates = generate(
             policy,
@@ -190,6 +195,14 @@ class RewardingTrainer(LLaVATrainer):
         torch.clear_autocast_cache()
         advantages = group_advantages(rewards, self.flags.umed_reward_coef).flatten().to(old.device)
         return Rollout(inputs["prompt_ids"], features, candidates, old, reference, advantages)
+
+    def _encode(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
+        """[Q, P, D] patch features of the queries' images, read from the cache where it has them."""
+        cache, found = self.train_dataset.cache, inputs["features"]
+        if cache is None:
+            return encode_images(policy, inputs["images"])
+        self._measure({"feature_cache_hits": sum(features is not None for features in found) / len(found)})
+        return cache.complete(found, inputs["features_names"], lambda: encode_images(policy, inputs["images"]))
 
     def _look_at_lesions(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any]
