@@ -38,8 +38,13 @@ def history(output):
     """Losses and rewards of every step, and the candidates; times and what only a cache logs are left out."""
     lines = json.loads((output / "trainer_state.json").read_text())["log_history"]
     hits = [line.pop("feature_cache_hits", None) for line in lines if "loss" in line]
-    steps = [{name: value for name, value in line.items() if "policy_loss" in line} for line in lines]
-    return [line for line in steps if line], (output / "candidates.jsonl").read_text().splitlines(), hits
+    # The guards look back over steps, and a resumed run has seen fewer.
+    steps = [
+        {name: value for name, value in line.items() if not name.startswith("guard/")}
+        for line in lines
+        if "policy_loss" in line
+    ]
+    return steps, (output / "candidates.jsonl").read_text().splitlines(), hits
 
 
 def spoil(image):
