@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,9 @@ import pytest
 
 from umed_plugin.errors import UsageError
 from umed_plugin.flags import STAGES_OF, UmedFlags, check, find_faults
+
+# A judge that is right by itself, so that one fault is left to find.
+JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
 
 
 def llava_args(**changes):
@@ -42,7 +46,24 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_reward_weights": "0,0,0"}, "one of them above 0"),
         ({"umed_reward_norm": "maxx"}, "Did you mean 'max'"),
         ({"umed_algorithm": "ppo"}, "Allowed: grpo"),
-        ({"umed_judge": "openai:gpt"}, "Allowed: lexical"),
+        ({"umed_judge": "gpt"}, "allowed are lexical, openai:MODEL and replay:FILE"),
+        ({"umed_judge": "openai:"}, "allowed are lexical, openai:MODEL and replay:FILE"),
+        ({"umed_judge": "replay:/no/file.jsonl"}, "there is no such file"),
+        ({"umed_judge_retries": 2}, "no effect without --umed_judge openai:MODEL"),
+        ({"umed_judge_prompt": "prompt.txt"}, "no effect without --umed_judge openai:MODEL or replay:FILE"),
+        ({"umed_judge_base_url": "localhost:8000", "umed_judge": "openai:gpt"}, "must be an address such as"),
+        ({"umed_judge_base_url": "http://me:secret@host/v1", "umed_judge": "openai:gpt"}, "user name or password"),
+        ({"umed_judge_prompt": "/no/prompt.txt", **JUDGED}, "there is no such file"),
+        ({"umed_judge_prompt": os.__file__, **JUDGED}, "has no {reference}"),
+        ({"umed_judge_options": "[1]", **JUDGED}, "must be a JSON object"),
+        ({"umed_judge_options": '{"n": 2}', **JUDGED}, "sets n, which is not for it to set"),
+        ({"umed_judge_budget": "5", **JUDGED}, "a number above 0 and a unit"),
+        ({"umed_judge_budget": "5eur", **JUDGED}, "a number above 0 and a unit"),
+        ({"umed_judge_budget": "5usd", **JUDGED}, "needs --umed_judge_prices"),
+        ({"umed_judge_prices": "1", **JUDGED}, "must be two numbers"),
+        ({"umed_judge_timeout": 0.0, **JUDGED}, "above 0"),
+        ({"umed_judge_max_score": float("nan"), **JUDGED}, "above 0"),
+        ({"umed_judge_patience": 0, **JUDGED}, "1 or more"),
         ({"umed_kl_coef": -0.1}, "0 or more"),
         ({"umed_kl_coef": float("nan")}, "0 or more"),
         ({"umed_temperature": 0.0}, "above 0"),
@@ -60,6 +81,8 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
         ({"umed_rewards": "math:pi"}, "is float and no function"),
+        ({"umed_rewards": "fractions:Fraction"}, "class whose objects cannot be called"),
+        ({"umed_rewards": "json:dumps"}, "does not take what it is given"),
     ],
 )
 def test_each_fault_is_named(changes, words):
@@ -85,6 +108,56 @@ def test_faults_between_our_flags_and_llavas(changes, words):
     assert words in faults[0]
 
 
+OWN_REWARDS = """
+class Made:
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+class Weighted(Made):
+    def __init__(self, weight):
+        self.weight = weight
+
+class Narrow:
+    def __call__(self, prompts, completions):
+        return [0.0] * len(completions)
+
+def with_columns(prompts, completions, record, **columns):
+    return [0.0] * len(completions)
+
+an_object, weighted, narrow = Made(), Weighted(2), Narrow()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("Made", None),
+        ("an_object", None),
+        ("weighted", None),
+        ("with_columns", None),
+        ("Weighted", "needs arguments to be made"),
+        ("Narrow", "does not take what it is given"),
+        ("narrow", "does not take what it is given"),
+    ],
+)
+def test_a_reward_of_ones_own_is_a_function_an_object_or_a_class_that_takes_columns(name, fault, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    faults = find_faults(UmedFlags(umed_stage="rewarding", umed_rewards=f"own_rewards:{name}"), *llava_args())
+    assert [fault in found for found in faults] == ([True] if fault else []), faults
+
+
+def test_the_key_of_the_judge_is_in_the_environment_or_the_server_is_ones_own(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    flags = UmedFlags(umed_stage="rewarding", umed_judge="openai:gpt")
+    (fault,) = find_faults(flags, *llava_args())
+    assert "OPENAI_API_KEY is not set" in fault
+    assert find_faults(dataclasses.replace(flags, umed_judge_base_url="http://localhost:8000/v1"), *llava_args()) == []
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert find_faults(flags, *llava_args()) == []
+
+
 def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
     check(
         UmedFlags(
@@ -93,7 +166,7 @@ def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
             umed_vrr_layers="last_half",
             umed_updates_per_rollout=2,
             umed_clip_range=0.3,
-            umed_rewards="vision_relevance,math:fsum",
+            umed_rewards="vision_relevance,unittest.mock:Mock",
         ),
         *llava_args(),
     )

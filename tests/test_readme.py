@@ -115,6 +115,61 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     load_recipe(str(tmp_path / "my_tumors.yaml"))
 
 
+def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: Path) -> None:
+    """The README's file as it stands, in a run: its values are written beside the answers that they are for."""
+    from test_trainer import grounded_records
+    from umed_runs import train_flags, umed_run
+
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line]) <= 10
+    (rewards,) = re.findall(r"`--umed_rewards (\S*my_rewards:\S+)`", README.read_text())
+    own = rewards.split(",")[-1]
+    assert f"`reward/{own}`" in README.read_text()
+    file = grounded_records(tmp_path / "data")
+    records = json.loads(file.read_text())
+    for record in records[::2]:
+        record["conversations"][1]["value"] += " On the Left."
+    file.write_text(json.dumps(records))
+    (tmp_path / "my_rewards.py").write_text(code)
+
+    flags = (
+        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 12 --max_steps 4 --umed_log_candidates 1"
+    )
+    run = umed_run(
+        [
+            *("python", "-m", "llava.train.train_mem"),
+            *train_flags(tiny_mistral, file, tmp_path / "out", *flags.split(), "--umed_rewards", rewards),
+        ],
+        cwd=tmp_path,
+        pythonpath=tmp_path,
+    )
+
+    assert run.returncode == 0, run.stderr[-3000:]
+    groups = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
+    assert len(groups) == 4
+    for group in groups:
+        with_side = int(group["id"].split("-")[1]) % 2 == 0
+        assert [answer[own] for answer in group["candidates"]] == ([0.0] * 2 if with_side else [None] * 2)
+    assert f"reward/{own}" in (tmp_path / "out" / "trainer_state.json").read_text()
+
+
+def test_the_judge_of_the_readme_has_flags_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_flags import llava_args
+    from transformers import HfArgumentParser
+
+    from umed_plugin.flags import find_faults
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    (line,) = blocks("text")
+    (flags,) = HfArgumentParser(UmedFlags).parse_args_into_dataclasses(
+        ["--umed_stage", "rewarding", *shlex.split(line)]
+    )
+    assert flags.umed_judge.startswith("openai:") and flags.umed_judge_budget
+    assert find_faults(flags, *llava_args()) == []
+    names = re.findall(r"--umed_judge\w*", README.read_text())
+    assert set(names) <= {f"--{flag.name}" for flag in dataclasses.fields(UmedFlags)}
+
+
 def applied(script: list[str], diff: str) -> list[str]:
     """``script`` after ``diff``; the lines that the diff keeps or removes must stand in it in this order."""
     script, at = list(script), 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.flags import REWARDS as NAMES
 from umed_plugin.geometry import ImageGeometry
+from umed_plugin.reward_flags import REWARDS as NAMES
 from umed_plugin.rewards import (
     REWARDS,
     combine_rewards,

@@ -14,8 +14,8 @@ from test_export import learn_by_heart, study_records
 from test_resume import INTERRUPT, weights
 from umed_runs import train_flags, umed_run, write_records
 
-from umed_plugin.flags import PAPER_REWARDS, REWARDS
 from umed_plugin.guards import GUARDS
+from umed_plugin.reward_flags import PAPER_REWARDS, REWARDS
 
 FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"

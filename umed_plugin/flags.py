@@ -20,14 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError, unknown_name
-from umed_plugin.registry import Registry
+from umed_plugin.reward_flags import DEFAULT_OPTIONS, PAPER_REWARDS, find_judge_faults, find_reward_faults, judge_kind
 
 STAGES = ("instruction_tuning", "rewarding")
-PAPER_REWARDS = ("relevance", "localization", "vision_relevance")
-REWARDS = (*PAPER_REWARDS, "localization_diou")
 TUNING, REWARDING = STAGES
-# The plugin's own rewards need torch, so this one holds none and only imports what is named module:function.
-_OWN_REWARDS: Registry[Any] = Registry("reward")
 
 # Flags that act in one stage alone; the others act in both.
 _ONLY_TUNING = ("umed_supervision_check_samples",)
@@ -39,6 +35,17 @@ _ONLY_REWARDING = (
     "umed_reward_norm",
     "umed_reward_floor",
     "umed_judge",
+    "umed_judge_base_url",
+    "umed_judge_prompt",
+    "umed_judge_options",
+    "umed_judge_max_score",
+    "umed_judge_ledger",
+    "umed_judge_concurrency",
+    "umed_judge_timeout",
+    "umed_judge_retries",
+    "umed_judge_budget",
+    "umed_judge_prices",
+    "umed_judge_patience",
     "umed_reward_coef",
     "umed_kl_coef",
     "umed_clip_range",
@@ -56,6 +63,22 @@ _ONLY_REWARDING = (
 _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
     "umed_reward_floor": (lambda flags: flags.umed_reward_norm == "max", "--umed_reward_norm max"),
     "umed_judge": (lambda flags: "relevance" in flags.reward_names(), "relevance in --umed_rewards"),
+    **dict.fromkeys(
+        ("umed_judge_prompt", "umed_judge_options", "umed_judge_max_score", "umed_judge_patience"),
+        (lambda flags: judge_kind(flags) != "lexical", "--umed_judge openai:MODEL or replay:FILE"),
+    ),
+    **dict.fromkeys(
+        (
+            "umed_judge_base_url",
+            "umed_judge_ledger",
+            "umed_judge_concurrency",
+            "umed_judge_timeout",
+            "umed_judge_retries",
+            "umed_judge_budget",
+            "umed_judge_prices",
+        ),
+        (lambda flags: judge_kind(flags) == "openai", "--umed_judge openai:MODEL"),
+    ),
     "umed_vrr_layers": (
         lambda flags: "vision_relevance" in flags.reward_names(),
         "vision_relevance in --umed_rewards",
@@ -120,7 +143,40 @@ class UmedFlags:
     umed_reward_floor: float = _flag(
         0.1, "Least value of the maximum that max divides by, 0-1, so that a best IoU of 0.02 is not 1."
     )
-    umed_judge: str = _flag("lexical", "Who scores relevance: lexical (local word overlap with the reference).")
+    umed_judge: str = _flag(
+        "lexical",
+        "Who scores relevance: lexical (names and words, on this machine), openai:MODEL (sends texts, no images, to an "
+        "OpenAI-compatible server), or replay:FILE (replies kept by an earlier run).",
+    )
+    umed_judge_base_url: Optional[str] = _flag(
+        None, "Address of the judge's server, such as http://localhost:8000/v1. Not given: OpenAI's."
+    )
+    umed_judge_prompt: Optional[str] = _flag(
+        None,
+        "Text file with the judge's prompt, with {reference}, {answer} and {question}. Not given: judges/prompt.txt.",
+    )
+    umed_judge_options: str = _flag(
+        DEFAULT_OPTIONS,
+        "Further fields of the judge's requests, as JSON; some models take no temperature or max_tokens.",
+    )
+    umed_judge_max_score: float = _flag(
+        10.0, "Score that the judge's prompt gives the best answer, above 0; 0 the worst."
+    )
+    umed_judge_ledger: Optional[str] = _flag(
+        None, "File that keeps the judge's replies; runs may share one. Not given: judge.jsonl in --output_dir."
+    )
+    umed_judge_concurrency: int = _flag(16, "Questions that each process has with the judge at the same time.")
+    umed_judge_timeout: float = _flag(60.0, "Seconds that the judge has for one try, above 0.")
+    umed_judge_retries: int = _flag(5, "Further tries with the judge after one that failed.")
+    umed_judge_budget: Optional[str] = _flag(
+        None,
+        "What the replies in the ledger may take together: 5000requests, 2000000tokens or 20usd. After the step in which it is "
+        "spent the run saves a checkpoint and ends.",
+    )
+    umed_judge_prices: Optional[str] = _flag(
+        None, "US dollars for a million tokens that the judge reads, comma, and writes: 0.15,0.60. Logs judge/usd."
+    )
+    umed_judge_patience: int = _flag(3, "Batches in a row without one score from the judge after which the run ends.")
     umed_reward_coef: float = _flag(1.0, "Weight of the advantage in the loss (c1 of the paper), above 0.")
     umed_kl_coef: float = _flag(
         0.04,
@@ -201,6 +257,11 @@ _RANGES = {
     "umed_temperature": _ABOVE_0,
     "umed_top_p": (lambda value: 0 < value <= 1, "above 0 up to 1"),
     "umed_log_candidates": _AT_LEAST_0,
+    "umed_judge_max_score": _ABOVE_0,
+    "umed_judge_concurrency": _AT_LEAST_1,
+    "umed_judge_timeout": _ABOVE_0,
+    "umed_judge_retries": _AT_LEAST_0,
+    "umed_judge_patience": _AT_LEAST_1,
     "umed_box_decimals": (lambda value: value in (2, 3), "2 or 3"),
 }
 _CHOICES = {
@@ -208,7 +269,6 @@ _CHOICES = {
     "umed_tower_weights": ("checkpoint", "original"),
     "umed_algorithm": ("grpo",),
     "umed_reward_norm": ("max", "none", "zscore"),
-    "umed_judge": ("lexical",),
 }
 
 
@@ -219,7 +279,8 @@ def find_faults(flags: UmedFlags, model_args: Any, data_args: Any, training_args
     return [
         *_flags_without_effect(flags),
         *_values(flags),
-        *_reward_lists(flags),
+        *find_reward_faults(flags, imported=flags.umed_stage == REWARDING),
+        *(find_judge_faults(flags) if flags.umed_stage == REWARDING else []),
         *(_inputs(flags, model_args, data_args, training_args) if flags.umed_stage else []),
     ]
 
@@ -278,38 +339,6 @@ def _values(flags: UmedFlags) -> list[str]:
             f"--umed_vrr_layers {flags.umed_vrr_layers!r}: must be all, last_half, or indices such as 16,20,-1."
         )
     return faults
-
-
-def _reward_lists(flags: UmedFlags) -> list[str]:
-    names = flags.reward_names()
-    faults = [
-        f"--umed_rewards: {unknown_name('reward', name, REWARDS)} Your own: 'my_module:my_function'."
-        for name in names
-        if name not in REWARDS and ":" not in name
-    ]
-    faults += [f"--umed_rewards names {name!r} twice." for name in sorted(set(names)) if names.count(name) > 1]
-    try:
-        weights = flags.reward_weights()
-    except ValueError:
-        return [*faults, f"--umed_reward_weights {flags.umed_reward_weights!r}: must be numbers such as 1,0.5,1."]
-    if len(weights) != len(names):
-        faults.append(
-            f"--umed_reward_weights has {len(weights)} numbers for the {len(names)} rewards {', '.join(names)}."
-        )
-    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
-        faults.append(f"--umed_reward_weights {flags.umed_reward_weights}: must be 0 or more, and one of them above 0.")
-    if flags.umed_stage == REWARDING:
-        faults += [fault for name in names if ":" in name and (fault := _own_reward_fault(name))]
-    return faults
-
-
-def _own_reward_fault(name: str) -> str | None:
-    """What keeps ``module:function`` from being a reward, found before the model is loaded."""
-    try:
-        function = _OWN_REWARDS.get(name)
-    except UsageError as error:
-        return f"--umed_rewards: {error}"
-    return None if callable(function) else f"--umed_rewards: {name!r} is {type(function).__name__} and no function."
 
 
 def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:

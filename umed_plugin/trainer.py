@@ -29,7 +29,14 @@ from umed_plugin.objective import ObjectiveSettings, group_advantages, policy_ob
 from umed_plugin.packing import packing_fault
 from umed_plugin.records import Record, record_geometry, true_boxes
 from umed_plugin.reference import ReferencePolicy
-from umed_plugin.rewards import REWARDS, combine_rewards
+from umed_plugin.rewards import (
+    StopForReward,
+    combine_rewards,
+    make_rewards,
+    measured_by,
+    measures_of,
+    start_rewards,
+)
 from umed_plugin.rollout import (
     AnswerPass,
     Candidates,
@@ -88,7 +95,8 @@ class RewardingTrainer(LLaVATrainer):
         llava = base_llava(model)
         tower = llava.get_vision_tower().config
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
-        self.reward_functions = {name: REWARDS.get(name) for name in self.flags.reward_names()}
+        self.reward_functions = make_rewards(self.flags, args.output_dir)
+        self.add_callback(StopForReward(self.reward_functions, self._in_any_process))
         self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
         self.packed = self._can_pack(llava)
         self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
@@ -101,7 +109,8 @@ class RewardingTrainer(LLaVATrainer):
         )
         self.reference = ReferencePolicy(model) if self.flags.umed_kl_coef > 0 else None
         # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
-        self._measures = [*(f"reward/{name}" for name in self.reward_functions), *_MEASURES, *GUARDS]
+        rewards = [f"reward/{name}" for name in self.reward_functions]
+        self._measures = [*rewards, *measures_of(self.reward_functions), *_MEASURES, *GUARDS]
         self._measures += ["feature_cache_hits"] if self.train_dataset.cache is not None else []
         self._measured: dict[str, list[float]] = defaultdict(list)
         self.guards = Guards()
@@ -185,6 +194,8 @@ class RewardingTrainer(LLaVATrainer):
             eos_token_id=self.tokenizer.eos_token_id,
             packed=self.packed,
         )
+        questions, texts, columns = self._answered(candidates, inputs["records"])
+        start_rewards(self.reward_functions, questions, texts, **columns)
         attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
         old = answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
         reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
@@ -229,17 +240,22 @@ class RewardingTrainer(LLaVATrainer):
             passed = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
             return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
+    def _answered(
+        self, candidates: Candidates, records: list[Any]
+    ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+        """What a reward is given, one entry a candidate: questions, answers and columns."""
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
+        columns = {"record": repeated, "geometry": [self._geometry(record) for record in repeated]}
+        questions = [record["conversations"][0]["value"] for record in repeated]
+        return questions, decode_answers(self.tokenizer, candidates), columns
+
     def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
         k = self.flags.umed_num_candidates
-        texts = decode_answers(self.tokenizer, candidates)
-        columns = {
-            "record": [record for record in records for _ in range(k)],
-            "geometry": [self._geometry(record) for record in records for _ in range(k)],
-            "attention_on_lesion": attention,
-        }
-        questions = [record["conversations"][0]["value"] for record in columns["record"]]
+        questions, texts, columns = self._answered(candidates, records)
+        columns["attention_on_lesion"] = list(attention)
         values = {name: reward(questions, texts, **columns) for name, reward in self.reward_functions.items()}
+        self._measure(measured_by(self.reward_functions))
         rewards = combine_rewards(
             values,
             k,
@@ -255,6 +271,10 @@ class RewardingTrainer(LLaVATrainer):
         self._watch(texts, columns)
         self._write_candidates(texts, values, rewards, records[0])
         return rewards
+
+    def _in_any_process(self, said: bool) -> bool:
+        told = torch.tensor([float(said)], device=self.args.device)
+        return bool(self.accelerator.gather(told).max())
 
     def _geometry(self, record: Record) -> ImageGeometry:
         return record_geometry(record, self.image_size, self.patch_size)

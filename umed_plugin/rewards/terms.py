@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from umed_plugin.boxes import DISTANCE_SHARE, set_iou, shaped_iou_matrix
 from umed_plugin.geometry import ImageGeometry
+from umed_plugin.judges.lexical import lexical_relevance
 from umed_plugin.registry import Registry
 from umed_plugin.scoring import score_answer
 
 Reward = Callable[..., "list[Optional[float]]"]
 REWARDS: Registry[Reward] = Registry("reward")
 
-_WORD = re.compile(r"[^\W\d_]+")
-
-
-@REWARDS.register("relevance")
-def relevance(
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    *,
-    record: Sequence[Mapping[str, Any]],
-    geometry: Sequence[ImageGeometry],
-    **columns: Any,
-) -> list[float | None]:
-    """Relevance by the ``lexical`` judge: mean of class F1 and word F1 against the reference diagnosis, in 0..1.
-
-    The paper asks an external LLM; this judge is local and deterministic. Class F1 asks whether the right abnormalities are
-    named; word F1 compares the words of the two texts as multisets, without numbers, so that boxes are not judged twice.
-    """
-    scores: list[float | None] = []
-    for completion, item, place in zip(completions, record, geometry):
-        reference = item["conversations"][1]["value"]
-        class_f1 = score_answer(completion, item, place).class_f1
-        scores.append(0.5 * class_f1 + 0.5 * _word_f1(completion, reference))
-    return scores
-
-
-def _word_f1(text: str, reference: str) -> float:
-    words, wanted = (Counter(_WORD.findall(part.lower())) for part in (text, reference))
-    common = sum((words & wanted).values())
-    return 2 * common / (sum(words.values()) + sum(wanted.values())) if common else 0.0
+relevance = REWARDS.register("relevance")(lexical_relevance)
 
 
 @REWARDS.register("localization")

@@ -1,0 +1,11 @@
+"""Judges: who says how relevant an answer is to the reference diagnosis (``r_llm`` of the paper), chosen by ``--umed_judge``.
+
+- ``lexical``: :mod:`umed_plugin.judges.lexical`, the words of the two texts, on this machine.
+- ``openai:MODEL``: :mod:`umed_plugin.judges.relevance`, a language model behind any OpenAI-compatible server. What leaves the
+  machine is text: question, reference diagnosis and answer, boxes blotted out; never pixels, never a header.
+- ``replay:FILE``: the same from the ledger of an earlier run alone, without a network.
+
+In the order in which things happen: :mod:`~umed_plugin.judges.question` writes what is asked and reads the reply,
+:mod:`~umed_plugin.judges.ledger` keeps every reply that was paid for, :mod:`~umed_plugin.judges.client` asks the server,
+:mod:`~umed_plugin.judges.relevance` is the reward.
+"""

@@ -1,0 +1,187 @@
+"""Asks a judge on an OpenAI-compatible server, many questions at a time, in a thread of its own.
+
+Retries are the ``openai`` package's: connection errors, timeouts, 408, 409, 429 and 5xx, with growing pauses that jitter, or for
+as long as the server's ``Retry-After`` says. On top of it, what one reply tells about the rate limit holds for all questions that
+wait (:class:`_Gate`). The key comes from the environment, is handed to the package and to nothing else, and is blotted out of
+every text that the server sends.
+
+A thread with an event loop, and a daemon: at the end of the process, by error or Ctrl-C too, questions that were not sent are
+dropped, and replies that are on their way are waited for and kept, as they are paid for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletion
+
+from umed_plugin.judges.question import Answer, Failure, Reply
+
+_LONGEST_PAUSE = 60.0  # seconds; what servers ask for beyond it is asked again then
+_LAST_WAIT = 10.0  # seconds that the end of the process waits for replies on their way
+_SHOWN = 300  # characters of an error in a message
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+class JudgeClient:
+    """Sends questions to one model.
+
+    Args:
+        model: its name on the server.
+        base_url: of the server; ``None`` is OpenAI's, or what ``OPENAI_BASE_URL`` says.
+        options: further fields of each request.
+        concurrency: questions that are with the server at the same time.
+        timeout: seconds for one try.
+        retries: further tries after the first.
+        on_reply: called in the client's thread with the question's key and its reply, before the reply counts.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        base_url: str | None,
+        options: Mapping[str, Any],
+        concurrency: int,
+        timeout: float,
+        retries: int,
+        on_reply: Callable[[str, Reply], None],
+    ) -> None:
+        self._model, self._options, self._on_reply = model, dict(options), on_reply
+        self._concurrency = concurrency
+        # A server of one's own often wants no key; the package wants one.
+        self._key = os.environ.get("OPENAI_API_KEY") or "none"
+        self._deadline = (retries + 1) * (timeout + _LONGEST_PAUSE)  # for a server that trickles
+        self._gate = _Gate()
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=base_url,
+            timeout=timeout,
+            max_retries=retries,
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [self._gate.wait], "response": [self._gate.learn]}
+            ),
+        )
+        self._sent: set[asyncio.Task[Any]] = set()
+        self._waiting: set[asyncio.Task[Any]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._process = os.getpid()
+        threading.Thread(target=self._run, name="umed-judge", daemon=True).start()
+        atexit.register(self.close)
+
+    def ask(self, key: str, text: str) -> Future[Answer]:
+        """Send ``text`` as soon as there is a place; the result is never an exception of the network."""
+        return asyncio.run_coroutine_threadsafe(self._ask(key, text), self._loop)
+
+    def close(self) -> None:
+        """Drop what was not sent, wait a little for what was, and end the thread."""
+        if os.getpid() == self._process and not self._loop.is_closed() and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._slots = asyncio.Semaphore(self._concurrency)  # made here: in Python 3.9 it belongs to its thread's loop
+        self._loop.run_forever()
+
+    async def _ask(self, key: str, text: str) -> Answer:
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            async with self._slots:
+                self._waiting.discard(task)
+                self._sent.add(task)
+                answer = await self._request(text)
+                if isinstance(answer, Reply):
+                    self._on_reply(key, answer)
+                return answer
+        finally:
+            self._waiting.discard(task)
+            self._sent.discard(task)
+
+    async def _request(self, text: str) -> Answer:
+        request = self._client.chat.completions.create(
+            model=self._model, messages=[{"role": "user", "content": text}], extra_body=self._options
+        )
+        try:
+            return self._read(await asyncio.wait_for(request, self._deadline))
+        except asyncio.TimeoutError:
+            return Failure(f"no reply within {self._deadline:g} s, retries included")
+        except openai.APIStatusError as error:
+            return self._failure(f"HTTP {error.status_code}: {error.message}")
+        except (openai.OpenAIError, httpx.HTTPError) as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            return self._failure(f"{error}{cause}")
+        except ValueError as error:
+            return self._failure(f"the server's reply is not JSON: {error}")
+
+    def _read(self, completion: Any) -> Answer:
+        """The first choice of a completion; the package lets through whatever JSON a server sends."""
+        choices = completion.choices if isinstance(completion, ChatCompletion) else None
+        if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+            return self._failure(f"the server's reply is no chat completion: {completion!r}")
+        text = choices[0].message.content
+        usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+        counted = {name: count for name, count in usage.items() if isinstance(count, int)}
+        finish = self._blot(str(choices[0].finish_reason))
+        return Reply(self._blot(text) if isinstance(text, str) and text else None, counted, finish)
+
+    def _failure(self, reason: str) -> Failure:
+        return Failure(self._blot(" ".join(reason.split()))[:_SHOWN])
+
+    def _blot(self, text: str) -> str:
+        return text if self._key == "none" else text.replace(self._key, "***")
+
+    async def _finish(self) -> None:
+        for task in self._waiting:
+            task.cancel()
+        if self._sent:
+            await asyncio.wait(set(self._sent), timeout=_LAST_WAIT)
+        await self._client.close()
+
+
+class _Gate:
+    """Holds all requests back until the time that the server has named, spread a little so that they do not come at once."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    async def wait(self, request: httpx.Request) -> None:
+        """Before a request is sent."""
+        left = self._until - time.monotonic()
+        if left > 0:
+            await asyncio.sleep(left * random.uniform(1.0, 1.1))
+
+    async def learn(self, response: httpx.Response) -> None:
+        """From the head of a response."""
+        pauses = [0.0]
+        headers = response.headers
+        if response.status_code in (429, 503):
+            pauses.append(
+                _seconds(headers.get("retry-after-ms", "")) / 1000 or _seconds(headers.get("retry-after", ""))
+            )
+        for kind in ("requests", "tokens"):
+            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
+                pauses.append(_seconds(headers.get(f"x-ratelimit-reset-{kind}", "")))
+        self._until = max(self._until, time.monotonic() + min(max(pauses), _LONGEST_PAUSE))
+
+
+def _seconds(text: str) -> float:
+    """``2``, ``1.5``, ``20ms`` or ``6m0s`` in seconds; anything else, a date for instance, is 0."""
+    parts = _DURATION.findall(text)
+    if "".join(number + unit for number, unit in parts) != text.strip():
+        return 0.0
+    return sum(float(number) * _SECONDS[unit or None] for number, unit in parts)
