@@ -6,9 +6,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +20,7 @@ from PIL import Image
 from test_batch import make_tokenizer
 from test_resume import INTERRUPT, weights
 from test_trainer import grounded_records
-from umed_runs import train_flags, umed_run
+from umed_runs import ROOT, environment, train_flags, umed_run
 
 from umed_plugin.batch_rewarding import QueryDataset, collate_queries
 from umed_plugin.errors import UmedError
@@ -339,3 +342,25 @@ def test_a_bad_image_is_bad_in_every_epoch(tokenizer, tower, tmp_path):
     dataset.flags.umed_on_bad_image = "stop"
     with pytest.raises(UmedError, match=r"record-2.*--umed_on_bad_image skip"):
         epoch(dataset, tower)
+
+
+def test_the_benchmark_prints_both_sides_and_what_is_saved():
+    """Small sizes; that the losses agree is checked by the benchmark itself."""
+    sizes = "--images 4 --candidates 2 --new-tokens 6 --tower 64 2 56 --model 64 1 --cpu-seconds"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "feature_cache.py"), *sizes.split()],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    (table,) = re.findall(r"median of 2 steps.*", run.stdout, re.DOTALL)
+    rows = {
+        line[:16].strip(): [float(cell.rstrip("%")) for cell in line[16:].split()] for line in table.splitlines()[2:]
+    }
+    assert list(rows) == ["data", "tower", "rest", "data + tower", "step"]
+    for without, with_cache, saved in rows.values():
+        assert saved == pytest.approx(100 * (1 - with_cache / without), abs=1)
+    assert rows["data + tower"][2] > 0
