@@ -29,9 +29,7 @@ from umed_plugin.errors import UmedError
 
 STAGES = ("base", "instruction_tuning", "rewarding")
 NAME = "llava-mistral-umed"
-# Two processes of one thread each train such small tensors nearly twice as fast as two threads do. A fixed number keeps a
-# seed's summary the same: another one rounds sums differently.
-PROCESSES = 2
+TUNING_BATCH = 16
 _STEP = re.compile(r"(\d+)/(\d+) \[")
 
 
@@ -51,6 +49,9 @@ class DemoSettings:
     queries: int = 12
     candidates: int = 8
     max_new_tokens: int = 104
+    # Two processes of one thread each train such small tensors nearly twice as fast as two threads do. A fixed number keeps a
+    # seed's summary the same: another one rounds sums differently.
+    processes: int = 2
 
 
 def run_demo(
@@ -74,12 +75,13 @@ def run_demo(
         raise UmedError(f"{out}: is not empty and is left as it is. Choose another --out, or remove the folder first.")
     import torch
 
-    torch.set_num_threads(PROCESSES)
-    with _Steps(console or Console()) as steps:
-        return _Demo(out, seed, settings or DemoSettings(), steps).run()
+    settings = settings or DemoSettings()
+    torch.set_num_threads(settings.processes)
+    with Steps(console or Console()) as steps:
+        return DemoRun(out, seed, settings, steps).run()
 
 
-class _Steps:
+class Steps:
     """One progress bar for each step, with what is being done."""
 
     def __init__(self, console: Any) -> None:
@@ -91,7 +93,7 @@ class _Steps:
         )
         self.task: Any = None
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> Steps:
         self.progress.start()
         return self
 
@@ -115,31 +117,38 @@ class _Steps:
             self.progress.stop_task(self.task)
 
 
-class _Demo:
-    """The steps of one demo, in the order of `run`."""
+class DemoRun:
+    """One folder's demo: its steps in the order of `run`; the benchmarks call them one by one.
 
-    def __init__(self, out: Path, seed: int, settings: DemoSettings, steps: _Steps) -> None:
+    Args:
+        out: folder of everything that is made.
+        seed: of studies, weights and training.
+        settings: sizes.
+        steps: shows the progress.
+    """
+
+    def __init__(self, out: Path, seed: int, settings: DemoSettings, steps: Steps) -> None:
         self.out, self.seed, self.settings, self.steps = out, seed, settings, steps
         self.data, self.runs = out / "data", out / "runs"
         self.tiny, self.base = self.runs / "untrained-llava-mistral", self.runs / "base-llava-mistral"
-        self.tuned, self.rewarded = self.runs / "tuned-llava-mistral", self.runs / "rewarded-llava-mistral"
         self.exported = out / "checkpoint" / NAME
 
     def run(self) -> dict[str, Any]:
         """Do every step; returns the summary."""
+        from umed_plugin.merging import export
+
         began = time.monotonic()
-        records = self._records()
-        self._base_checkpoint(records)
-        self._instruction_tuning()
-        self._rewarding()
-        evaluations = {
-            "base": self._evaluate("base", self.base, records),
-            "instruction_tuning": self._evaluate("instruction_tuning", self.tuned, records),
-            "rewarding": self._evaluate("rewarding", self.exported, records),
-        }
+        records = self.records()
+        self.base_checkpoint(records)
+        tuned = self.instruction_tuning()
+        rewarded = self.rewarding(tuned)
+        self.steps.begin("exporting")
+        export(rewarded, self.exported, like=self.base, with_tower=True)
+        checkpoints = (self.base, tuned, self.exported)
+        evaluations = {name: self.evaluate(name, path, records) for name, path in zip(STAGES, checkpoints)}
         return self._summarise(evaluations, began)
 
-    def _records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
         """Draw the studies and build records of all splits with the shipped recipe."""
         from umed_plugin.build import build_records
         from umed_plugin.demo.studies import make_studies
@@ -159,7 +168,7 @@ class _Demo:
         save_records(records, self.data / "records.json")
         return records
 
-    def _base_checkpoint(self, records: Sequence[dict[str, Any]]) -> None:
+    def base_checkpoint(self, records: Sequence[dict[str, Any]]) -> None:
         """Make the small checkpoint and teach it captions: what a medical LLaVA knows before the plugin is used."""
         from umed_plugin.demo.prior import caption_records, corpus
         from umed_plugin.demo.tiny_checkpoint import make_checkpoint
@@ -170,64 +179,57 @@ class _Demo:
         captions = self.data / "captions.json"
         known = caption_records([record for record in records if record["split"] == "train"], self.seed)
         captions.write_text(json.dumps(known), encoding="utf-8")
-        taught = self.runs / "captions-llava-mistral"
-        self._train(
-            "prior",
-            ["--model_name_or_path", self.tiny, "--output_dir", taught, "--data_path", captions]
-            + ["--version", "mistral_instruct", "--num_train_epochs", self.settings.prior_epochs]
-            + ["--learning_rate", self.settings.prior_lr, "--per_device_train_batch_size", 16 // PROCESSES],
+        sizes = self.settings
+        taught = self._train(
+            "captions",
+            ["--model_name_or_path", self.tiny, "--data_path", captions, "--version", "mistral_instruct"]
+            + ["--num_train_epochs", sizes.prior_epochs, "--learning_rate", sizes.prior_lr]
+            + ["--per_device_train_batch_size", TUNING_BATCH // sizes.processes],
         )
         export(taught, self.base, like=self.tiny)
 
-    def _instruction_tuning(self) -> None:
+    def instruction_tuning(self, name: str = "tuned", start: Path | None = None, flags: Sequence[Any] = ()) -> Path:
+        """Stage 1 from ``start``, the base unless given; ``flags`` come last and win. Returns the checkpoint."""
+        sizes = self.settings
         self.steps.begin("stage 1: instruction tuning")
-        self._train(
-            "instruction_tuning",
-            ["--model_name_or_path", self.base, "--output_dir", self.tuned, "--data_path", self.data / "records.json"]
+        return self._train(
+            name,
+            ["--model_name_or_path", start or self.base, "--data_path", self.data / "records.json"]
             + ["--version", "umed_mistral", "--umed_stage", "instruction_tuning"]
-            + ["--num_train_epochs", self.settings.tuning_epochs, "--learning_rate", self.settings.tuning_lr]
-            + ["--per_device_train_batch_size", 16 // PROCESSES],
+            + ["--num_train_epochs", sizes.tuning_epochs, "--learning_rate", sizes.tuning_lr]
+            + ["--per_device_train_batch_size", TUNING_BATCH // sizes.processes, *flags],
         )
 
-    def _rewarding(self) -> None:
-        """Stage 2 on stage 1's checkpoint, exported in the layout of the base."""
-        from umed_plugin.merging import export
-
+    def rewarding(self, start: Path, name: str = "rewarded", flags: Sequence[Any] = ()) -> Path:
+        """Stage 2 on a checkpoint of stage 1; ``flags`` come last and win. Returns the checkpoint."""
         sizes = self.settings
         self.steps.begin("stage 2: rewarding")
         # Full fine-tuning: on a model as narrow as this one, an adapter costs as much as the weights that it spares.
-        self._train(
-            "rewarding",
-            [
-                "--model_name_or_path",
-                self.tuned,
-                "--output_dir",
-                self.rewarded,
-                "--data_path",
-                self.data / "records.json",
-            ]
+        return self._train(
+            name,
+            ["--model_name_or_path", start, "--data_path", self.data / "records.json"]
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
             # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
             # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
             + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.03, "--umed_reward_weights", "2,1,1"]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
-            + ["--per_device_train_batch_size", sizes.queries // PROCESSES],
+            + ["--per_device_train_batch_size", sizes.queries // sizes.processes, *flags],
         )
-        self.steps.begin("exporting")
-        export(self.rewarded, self.exported, like=self.base, with_tower=True)
 
-    def _train(self, name: str, arguments: Sequence[Any]) -> None:
+    def _train(self, name: str, arguments: Sequence[Any]) -> Path:
         """Run LLaVA's training script under umed-run; what it prints goes to ``logs/NAME.log``, its steps to the bar."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-        command = [sys.executable, "-m", "umed_plugin.launch", *torchrun, "-m", "llava.train.train_mem"]
-        command += [str(argument) for argument in [*arguments, *self._common_arguments()]]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.settings.processes]
+        # The folder's name decides by which class stock LLaVA loads it.
+        output = self.runs / f"{name}-llava-mistral"
+        command = [sys.executable, "-m", "umed_plugin.launch", sys.executable, *torchrun, "-m", "llava.train.train_mem"]
+        command = [str(part) for part in [*command, *self._common_arguments(), "--output_dir", output, *arguments]]
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as stream:
             # cwd is the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
             process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=_environment()
+                command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=environment()
             )
             try:
                 while process.poll() is None:
@@ -242,6 +244,7 @@ class _Demo:
         if process.returncode:
             last = "\n".join(_tail(log).splitlines()[-15:])
             raise UmedError(f"training ({name}) ended with status {process.returncode}; the end of {log}:\n{last}")
+        return output
 
     def _common_arguments(self) -> list[Any]:
         return [
@@ -253,7 +256,8 @@ class _Demo:
             *("--logging_steps", 10, "--save_strategy", "no", "--report_to", "none"),
         ]
 
-    def _evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
+    def evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
+        """Ask a checkpoint about the held-out studies; the answers are kept under ``evaluation/STAGE``."""
         from umed_plugin.evaluate import evaluate
 
         self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}")
@@ -285,7 +289,7 @@ class _Demo:
         return summary
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's environment, with the plugin importable from a checkout, a fixed number of threads and no network."""
     import umed_plugin
 

@@ -1,0 +1,216 @@
+"""The paper's Table 6 on the demo's studies, and the control that it lacks: stage 1 continued for stage 2's wall time.
+
+Each seed draws its own studies and trains its own base and two checkpoints of stage 1, an early one and a converged one; each
+row of the table goes on from one of them. All rows of a seed answer the same held-out studies, so they are compared with
+their start pair by pair; intervals over several seeds resample studies within each seed.
+
+    python benchmarks/ablation.py runs/ablation --seeds 0,1,2
+
+Finished steps are not done again, so an interrupted benchmark goes on with the same command. ``--jobs`` runs side by side what
+does not wait for one another. Writes ``table.md`` and ``results.json`` to the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from subprocess import DEVNULL
+from typing import Any
+
+from umed_plugin.demo.pipeline import DemoRun, DemoSettings, Steps, environment
+from umed_plugin.evaluate import mean_interval
+
+EARLY, CONVERGED = "early", "converged"
+SHOWN = {"accuracy": "accuracy", "mean IoU": "set_iou", "vision relevance": "vision_relevance"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Args:
+        name: as the table shows it.
+        start: which checkpoint of stage 1 it goes on from.
+        flags: stage 2's flags that differ from the demo's; ``None`` continues stage 1 for the wall time of ``like``.
+        like: for a continued stage 1, the row whose wall time it gets.
+    """
+
+    name: str
+    start: str = CONVERGED
+    flags: tuple[Any, ...] | None = ()
+    like: str = ""
+
+
+PPO = ("--umed_algorithm", "ppo", "--umed_kl_coef", 0.03)
+ROWS = (
+    Row("full, GRPO"),
+    Row("full, PPO", flags=PPO),
+    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "2,1")),
+    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "2,1")),
+    Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "2")),
+    Row("stage 1 continued", flags=None, like="full, GRPO"),
+    Row("early: full, GRPO", start=EARLY),
+    Row("early: stage 1 continued", start=EARLY, flags=None, like="early: full, GRPO"),
+)
+
+
+class SeedRun:
+    """One seed's checkpoints and evaluations under a folder; each is made once."""
+
+    def __init__(self, folder: Path, seed: int, settings: DemoSettings, early_epochs: float) -> None:
+        from rich.console import Console
+
+        self.folder, self.seed, self.early_epochs = folder, seed, early_epochs
+        self.demo = DemoRun(folder, seed, settings, Steps(Console(quiet=True)))
+        self._times = folder / "seconds"
+        self._times.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """Studies, records and the base checkpoint."""
+        self._once("base", lambda: self.demo.base_checkpoint(self.demo.records()))
+
+    def tune(self, start: str) -> None:
+        """Stage 1, early or converged."""
+        epochs = self.early_epochs if start == EARLY else self.demo.settings.tuning_epochs
+        self._once(start, lambda: self.demo.instruction_tuning(start, flags=["--num_train_epochs", epochs]))
+
+    def row(self, row: Row) -> None:
+        """Train one row from its start."""
+        start, name = self._checkpoint(row.start), folder_name(row.name)
+        if row.flags is not None:
+            flags = row.flags
+            self._once(name, lambda: self.demo.rewarding(start, name, flags))
+            return
+        pace = self.seconds(row.start) / steps_taken(start)
+        steps = round(self.seconds(folder_name(row.like)) / pace)
+        self._once(name, lambda: self.demo.instruction_tuning(name, start, ["--max_steps", steps]))
+
+    def evaluate(self, name: str) -> None:
+        """Ask the checkpoint about the held-out studies, in a process of its own."""
+        command = [sys.executable, "-m", "umed_plugin.cli", "evaluate", self._checkpoint(name), "--batch-size", 50]
+        command += ["--benchmark", self.folder / "data" / "records.json", "--out", self.folder / "evaluation" / name]
+        command += ["--max-new-tokens", self.demo.settings.max_new_tokens]
+        words = [str(word) for word in command]
+        self._once(f"evaluation-{name}", lambda: subprocess.run(words, check=True, env=environment(), stdout=DEVNULL))
+
+    def cases(self, name: str) -> list[dict[str, Any]]:
+        """The evaluated studies of a checkpoint, in the order of the records."""
+        lines = (self.folder / "evaluation" / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def seconds(self, name: str) -> float:
+        """Wall time of a finished step."""
+        return float((self._times / name).read_text())
+
+    def _checkpoint(self, name: str) -> Path:
+        return self.demo.base if name == "base" else self.demo.runs / f"{name}-llava-mistral"
+
+    def _once(self, name: str, work: Callable[[], object]) -> None:
+        if (self._times / name).exists():
+            return
+        began = time.monotonic()
+        work()
+        (self._times / name).write_text(str(time.monotonic() - began))
+
+
+def folder_name(row_name: str) -> str:
+    """A row's name as a folder's."""
+    return "".join(letter if letter.isalnum() else "-" for letter in row_name)
+
+
+def steps_taken(checkpoint: Path) -> int:
+    """Optimizer steps of a finished training run."""
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def run_all(runs: Sequence[SeedRun], rows: Sequence[Row], jobs: int) -> None:
+    """Do everything, ``jobs`` at a time, each step after what it needs."""
+    with ThreadPoolExecutor(jobs) as pool:
+        _wait([pool.submit(run.prepare) for run in runs])
+        starts = {row.start for row in rows}
+        _wait([pool.submit(run.tune, start) for start in sorted(starts) for run in runs])
+        rewarding = [row for row in rows if row.flags is not None]
+        _wait([pool.submit(run.row, row) for row in rewarding for run in runs])
+        _wait([pool.submit(run.row, row) for row in rows if row.flags is None for run in runs])
+        names = ["base", *sorted(starts), *(folder_name(row.name) for row in rows)]
+        _wait([pool.submit(run.evaluate, name) for name in names for run in runs])
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def results(runs: Sequence[SeedRun], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One entry a line of the table: its figures over all seeds, paired with its start, and each seed's own difference."""
+    lines = [("base", "", ""), *((f"stage 1, {start}", start, "") for start in (EARLY, CONVERGED))]
+    lines = [line for line in lines if line[1] == "" or any(row.start == line[1] for row in rows)]
+    lines += [(row.name, folder_name(row.name), row.start) for row in rows]
+    return [_line(title, name or "base", start, runs) for title, name, start in lines]
+
+
+def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"name": title, "start": start}
+    for metric, key in SHOWN.items():
+        by_seed = [_values(run.cases(name), key) for run in runs]
+        figures[metric] = fmean(value for values in by_seed for value in values)
+        if start:
+            pairs = zip(by_seed, (_values(run.cases(start), key) for run in runs))
+            differences = [[new - old for old, new in zip(before, after)] for after, before in pairs]
+            figures[f"{metric}_difference"] = fmean(value for seed in differences for value in seed)
+            figures[f"{metric}_ci95"] = mean_interval([value for seed in differences for value in seed])
+            figures[f"{metric}_by_seed"] = [[fmean(seed), *(mean_interval(seed) or [])] for seed in differences]
+    return figures
+
+
+def _values(cases: Sequence[dict[str, Any]], key: str) -> list[float]:
+    """Accuracy counts all studies, the others those with a lesion, as `umed evaluate` has it."""
+    return [case[key] for case in cases if key == "accuracy" or case["true_boxes"]]
+
+
+def markdown(entries: Sequence[dict[str, Any]]) -> str:
+    """The table: each figure, and in brackets the paired difference from the row's start with its 95 % interval."""
+    lines = [f"| | {' | '.join(SHOWN)} |", f"|---|{'---|' * len(SHOWN)}"]
+    lines += [f"| {entry['name']} | {' | '.join(_cell(entry, metric) for metric in SHOWN)} |" for entry in entries]
+    return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any], metric: str) -> str:
+    if not entry["start"]:
+        return f"{entry[metric]:.3f}"
+    low, high = entry[f"{metric}_ci95"]
+    return f"{entry[metric]:.3f} ({entry[f'{metric}_difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="training runs side by side")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes of one training run")
+    parser.add_argument("--early-epochs", type=float, default=2.5, help="epochs of the early stage 1")
+    options = parser.parse_args(arguments)
+    settings = DemoSettings(processes=options.processes)
+    runs = [
+        SeedRun(options.out.resolve() / f"seed{seed}", int(seed), settings, options.early_epochs)
+        for seed in options.seeds.split(",")
+    ]
+    run_all(runs, ROWS, options.jobs)
+    entries = results(runs, ROWS)
+    (options.out / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    (options.out / "table.md").write_text(markdown(entries) + "\n", encoding="utf-8")
+    print(markdown(entries))
+
+
+if __name__ == "__main__":
+    main()
