@@ -222,8 +222,9 @@ class DemoRun:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self.settings.processes]
         # The folder's name decides by which class stock LLaVA loads it.
         output = self.runs / f"{name}-llava-mistral"
-        command = [sys.executable, "-m", "umed_plugin.launch", sys.executable, *torchrun, "-m", "llava.train.train_mem"]
-        command = [str(part) for part in [*command, *self._common_arguments(), "--output_dir", output, *arguments]]
+        script = [sys.executable, *torchrun, "-m", "llava.train.train_mem", "--output_dir", output]
+        parts = [sys.executable, "-m", "umed_plugin.launch", *script, *self._common_arguments(), *arguments]
+        command = [str(part) for part in parts]
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as stream:
