@@ -7,6 +7,8 @@ import torch
 
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.geometry import ImageGeometry
+from umed_plugin.judges.lexical import LOCAL_JUDGES
+from umed_plugin.reward_flags import LOCAL_JUDGES as JUDGE_NAMES
 from umed_plugin.reward_flags import REWARDS as NAMES
 from umed_plugin.rewards import (
     REWARDS,
@@ -38,6 +40,14 @@ def test_localization_is_the_iou():
     answers = ["[0.20, 0.20, 0.60, 0.60]", "[0.20, 0.20, 0.40, 0.60]", "[0.7, 0.7, 0.9, 0.9]", "no box"]
     assert call(localization, answers, NODULE) == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert call(localization, ["no box", "[0.1, 0.1, 0.2, 0.2]"], NEGATIVE) == [1.0, 0.0]
+
+
+def test_the_judge_of_classes_does_not_hear_the_wording():
+    answers = ["A nodule.", "One area at [0.20, 0.20, 0.60, 0.60] is a cyst.", "A nodule and a cyst."]
+    assert call(LOCAL_JUDGES["classes"], answers, NODULE) == pytest.approx([1.0, 0.0, 2 / 3])
+    lexical = call(LOCAL_JUDGES["lexical"], answers, NODULE)
+    assert lexical[0] < 1 and lexical[1] > 0
+    assert tuple(LOCAL_JUDGES) == JUDGE_NAMES
 
 
 def test_shaped_localization_ranks_misses_and_keeps_the_rest():

@@ -20,7 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError, unknown_name
-from umed_plugin.reward_flags import DEFAULT_OPTIONS, PAPER_REWARDS, find_judge_faults, find_reward_faults, judge_kind
+from umed_plugin.reward_flags import (
+    DEFAULT_OPTIONS,
+    LOCAL_JUDGES,
+    PAPER_REWARDS,
+    find_judge_faults,
+    find_reward_faults,
+    judge_kind,
+)
 
 STAGES = ("instruction_tuning", "rewarding")
 TUNING, REWARDING = STAGES
@@ -65,7 +72,7 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
     "umed_judge": (lambda flags: "relevance" in flags.reward_names(), "relevance in --umed_rewards"),
     **dict.fromkeys(
         ("umed_judge_prompt", "umed_judge_options", "umed_judge_max_score", "umed_judge_patience"),
-        (lambda flags: judge_kind(flags) != "lexical", "--umed_judge openai:MODEL or replay:FILE"),
+        (lambda flags: judge_kind(flags) not in LOCAL_JUDGES, "--umed_judge openai:MODEL or replay:FILE"),
     ),
     **dict.fromkeys(
         (
@@ -145,8 +152,8 @@ class UmedFlags:
     )
     umed_judge: str = _flag(
         "lexical",
-        "Who scores relevance: lexical (names and words, on this machine), openai:MODEL (sends texts, no images, to an "
-        "OpenAI-compatible server), or replay:FILE (replies kept by an earlier run).",
+        "Who scores relevance: lexical (names and words) or classes (names alone), both local; openai:MODEL (sends texts, "
+        "no images, to an OpenAI-compatible server), or replay:FILE (replies kept by an earlier run).",
     )
     umed_judge_base_url: Optional[str] = _flag(
         None, "Address of the judge's server, such as http://localhost:8000/v1. Not given: OpenAI's."

@@ -27,6 +27,7 @@ REWARDS = (*PAPER_REWARDS, "localization_diou")
 # The plugin's own rewards need torch, so this one holds none and only imports what is named module:attribute.
 _OWN_REWARDS: Registry[Any] = Registry("reward")
 
+LOCAL_JUDGES = ("lexical", "classes")
 OPENAI, REPLAY = "openai", "replay"
 DEFAULT_PROMPT = Path(__file__).parent / "judges" / "prompt.txt"
 # What every OpenAI-compatible server knows and a plain chat model needs to be short and the same each time.
@@ -95,12 +96,12 @@ def _takes(function: Any, *positional: Any, **keywords: Any) -> bool:
 
 
 def judge_kind(flags: UmedFlags) -> str:
-    """``lexical``, ``openai`` or ``replay``: the part of ``--umed_judge`` before the colon."""
+    """``lexical``, ``classes``, ``openai`` or ``replay``: the part of ``--umed_judge`` before the colon."""
     return flags.umed_judge.partition(":")[0]
 
 
 def judge_target(flags: UmedFlags) -> str:
-    """The model of ``openai:MODEL``, the file of ``replay:FILE``; empty for ``lexical``."""
+    """The model of ``openai:MODEL``, the file of ``replay:FILE``; empty for the local ones."""
     return flags.umed_judge.partition(":")[2]
 
 
@@ -140,10 +141,10 @@ def prices(flags: UmedFlags) -> tuple[float, float] | None:
 def find_judge_faults(flags: UmedFlags, environment: Mapping[str, str] = os.environ) -> list[str]:
     """What is wrong with the judge's flags, as sentences; whether each of them acts at all is checked with all other flags."""
     kind, target = judge_kind(flags), judge_target(flags)
-    if flags.umed_judge == "lexical":
+    if flags.umed_judge in LOCAL_JUDGES:
         return []
     if kind not in (OPENAI, REPLAY) or not target:
-        return [f"--umed_judge {flags.umed_judge!r}: allowed are lexical, openai:MODEL and replay:FILE."]
+        return [f"--umed_judge {flags.umed_judge!r}: allowed are lexical, classes, openai:MODEL and replay:FILE."]
     server = _server_faults(flags, environment) if kind == OPENAI else _replay_faults(target)
     return [*server, *_prompt_faults(flags), *_number_faults(flags)]
 

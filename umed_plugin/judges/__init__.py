@@ -1,6 +1,6 @@
 """Judges: who says how relevant an answer is to the reference diagnosis (``r_llm`` of the paper), chosen by ``--umed_judge``.
 
-- ``lexical``: :mod:`umed_plugin.judges.lexical`, the words of the two texts, on this machine.
+- ``lexical`` and ``classes``: :mod:`umed_plugin.judges.lexical`, names and words of the two texts, or names alone; local.
 - ``openai:MODEL``: :mod:`umed_plugin.judges.relevance`, a language model behind any OpenAI-compatible server. What leaves the
   machine is text: question, reference diagnosis and answer, boxes blotted out; never pixels, never a header.
 - ``replay:FILE``: the same from the ledger of an earlier run alone, without a network.

@@ -1,8 +1,10 @@
-"""The ``lexical`` judge: relevance by the words of answer and reference, local, deterministic and free. The default.
+"""The local judges, deterministic and free: ``lexical``, the words of answer and reference, the default; and ``classes``.
 
 ``score = CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1``, in 0..1. Class F1 asks whether the right abnormalities are
 named; word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets, without numbers, so
-that boxes are not judged twice. Departure from the paper: it asks an external LLM (:mod:`umed_plugin.judges.relevance`).
+that boxes are not judged twice. Where references say the same in phrases chosen at random, as a template writer's do, word F1
+mostly tells which phrase was guessed, and learning it draws all answers to one wording: ``classes`` is the class F1 alone.
+Departure from the paper: it asks an external LLM (:mod:`umed_plugin.judges.relevance`).
 """
 
 from __future__ import annotations
@@ -36,6 +38,21 @@ def lexical_relevance(
         word_f1 = _word_f1(completion, item["conversations"][1]["value"])
         scores.append(CLASS_WEIGHT * class_f1 + (1 - CLASS_WEIGHT) * word_f1)
     return scores
+
+
+def class_relevance(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    geometry: Sequence[ImageGeometry],
+    **columns: Any,
+) -> list[float | None]:
+    """F1 of the abnormalities that each completion names against its record's, in 0..1; never ``None``."""
+    return [score_answer(text, item, place).class_f1 for text, item, place in zip(completions, record, geometry)]
+
+
+LOCAL_JUDGES = {"lexical": lexical_relevance, "classes": class_relevance}
 
 
 def _word_f1(text: str, reference: str) -> float:

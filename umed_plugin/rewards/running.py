@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import UmedFlags
+from umed_plugin.judges.lexical import LOCAL_JUDGES
 from umed_plugin.judges.relevance import JudgedRelevance
 from umed_plugin.rewards.terms import REWARDS, Reward
 
@@ -26,8 +27,9 @@ def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
     """
     rewards: dict[str, Reward] = {}
     for name in flags.reward_names():
-        if name == "relevance" and flags.umed_judge != "lexical":
-            rewards[name] = JudgedRelevance.of(flags, Path(output_dir))
+        if name == "relevance":
+            local = LOCAL_JUDGES.get(flags.umed_judge)
+            rewards[name] = local or JudgedRelevance.of(flags, Path(output_dir))
         else:
             entry = REWARDS.get(name)
             rewards[name] = entry() if isinstance(entry, type) else entry
