@@ -55,7 +55,7 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def make_dataset(records, tokenizer, version="umed_v1", image_aspect_ratio="pad", **flags):
+def make_dataset(records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", **flags):
     """A GroundedDataset as a run would make it, with a 64 px image processor and 8 px patches."""
     data_args = SimpleNamespace(
         data_path=str(records),
@@ -74,7 +74,7 @@ def make_dataset(records, tokenizer, version="umed_v1", image_aspect_ratio="pad"
         process_index=0,
         main_process_first=lambda **_: contextlib.nullcontext(),
     )
-    return GroundedDataset(tokenizer, data_args, training_args)
+    return GroundedDataset(tokenizer, data_args, training_args, split)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
     assert len(make_dataset(records, tokenizer)) == 6
     assert "2 records of other splits" in capsys.readouterr().out
     records.write_text(json.dumps(content[:2]))
-    with pytest.raises(UmedError, match="no record of the training split"):
+    with pytest.raises(UmedError, match="no record of the split 'train'"):
         make_dataset(records, tokenizer)
 
 
@@ -293,6 +293,28 @@ def test_a_recipe_is_built_once_and_again_when_anything_it_is_made_from_changes(
     assert built() and not built()
     monkeypatch.setattr(batch.build, "WRITER", "another")
     assert built() and not built()
+
+
+def test_held_out_records_come_from_recipe_and_file_and_lie_beside_those_for_training(records, tokenizer):
+    recipe, data = write_coco_recipe(records.parent)
+    held_out = json.loads((data / "train.json").read_text())
+    Image.new("RGB", (60, 40)).save(data / "c.png")
+    held_out["images"] = [{"id": 0, "file_name": "c.png", "width": 60, "height": 40}]
+    held_out["annotations"] = held_out["annotations"][:1]
+    (data / "held_out.json").write_text(json.dumps(held_out))
+    recipe.write_text(recipe.read_text().replace("train: train.json", "train: train.json, val: held_out.json"))
+    content = json.loads(records.read_text())
+    content[3]["split"] = "val"
+    records.write_text(json.dumps(content))
+
+    for _ in range(2):  # built, and used again
+        trained = make_dataset(records, tokenizer, umed_recipe=str(recipe)).list_data_dict
+        assert [record["split"] for record in trained] == ["train"] * 9
+        held_out = make_dataset(records, tokenizer, umed_recipe=str(recipe), split="val").list_data_dict
+        assert [record["id"] for record in held_out] == ["x/c.png", "record-3"]
+        assert held_out[0]["image"] == str(data / "c.png")
+    with pytest.raises(UmedError, match="no images in split 'test'"):
+        make_dataset(records, tokenizer, umed_recipe=str(recipe), split="test")
 
 
 def test_an_interrupted_build_leaves_no_stamp(records, tokenizer, monkeypatch):

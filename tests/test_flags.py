@@ -78,6 +78,8 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_reward_floor": 0.2, "umed_reward_norm": "none"}, "no effect without --umed_reward_norm max"),
         ({"umed_vrr_layers": "last_half", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
         ({"umed_clip_range": 0.3}, "no effect without --umed_updates_per_rollout above 1"),
+        ({"umed_val_every": -1}, "0 or more"),
+        ({"umed_val_records": 8}, "no effect without --umed_val_every"),
         ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
         ({"umed_rewards": "math:pi"}, "is float and no function"),

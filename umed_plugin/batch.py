@@ -41,8 +41,8 @@ from umed_plugin.records import load_records, save_records
 _EXAMPLES = 3
 
 
-def training_records(data_args: Any, training_args: Any) -> list[dict[str, Any]]:
-    """The records of ``--umed_recipe`` and of ``--data_path``, training split only, fit for this run.
+def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
+    """The records of ``--umed_recipe`` and of ``--data_path``, of one split only, fit for this run.
 
     Raises:
         UmedError: a file cannot be read, nothing is left, or records were written for another ``--image_aspect_ratio``.
@@ -50,17 +50,15 @@ def training_records(data_args: Any, training_args: Any) -> list[dict[str, Any]]
     flags = training_args.umed
     records: list[dict[str, Any]] = []
     if flags.umed_recipe is not None:
-        records += _recipe_records(data_args, training_args)
+        records += _recipe_records(data_args, training_args, split)
     if data_args.data_path is not None:
         records += _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
-    kept = [record for record in records if record.get("split", "train") == "train"]
-    if len(kept) < len(records):
-        print(
-            f"umed: {len(records) - len(kept)} records of other splits (val, test) are left out of training.",
-            flush=True,
-        )
+    kept = [record for record in records if record.get("split", "train") == split]
+    if len(kept) < len(records) and split == "train":
+        others = len(records) - len(kept)
+        print(f"umed: {others} records of other splits (val, test) are left out of training.", flush=True)
     if not kept:
-        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: holds no record of the training split.")
+        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: holds no record of the split {split!r}.")
     _check_aspect_ratio(kept, data_args.image_aspect_ratio)
     if data_args.image_folder is None:
         # Paths of built records are absolute; os.path.join keeps them, but not with None before them.
@@ -98,16 +96,16 @@ def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) 
         )
 
 
-def _recipe_records(data_args: Any, training_args: Any) -> list[dict[str, Any]]:
+def _recipe_records(data_args: Any, training_args: Any, split: str) -> list[dict[str, Any]]:
     """Build the recipe's records into ``output_dir/umed_data``, by one process, unless the same build lies there already."""
-    folder = Path(training_args.output_dir).resolve() / "umed_data"
+    folder = Path(training_args.output_dir).resolve() / "umed_data" / ("" if split == "train" else split)
     with training_args.main_process_first(local=False, desc="building the records"):
         if training_args.process_index == 0:
-            _build_or_reuse(folder, data_args.image_aspect_ratio, training_args)
+            _build_or_reuse(folder, split, data_args.image_aspect_ratio, training_args)
     return load_records(folder / "records.json")
 
 
-def _build_or_reuse(folder: Path, image_aspect_ratio: str, training_args: Any) -> None:
+def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_args: Any) -> None:
     """Write ``records.json`` and a stamp of all that it was made from, unless both are there and the stamp still holds."""
     flags = training_args.umed
     recipe = load_recipe(flags.umed_recipe)
@@ -130,7 +128,7 @@ def _build_or_reuse(folder: Path, image_aspect_ratio: str, training_args: Any) -
         return
     # A build that is interrupted must not leave a stamp beside records or images that it has replaced.
     stamp_file.unlink(missing_ok=True)
-    records = build.build_records(recipe, out_dir=folder, split="train", data_root=flags.umed_data_root, **options)
+    records = build.build_records(recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, **options)
     for record in records:
         record["image"] = str(folder / record["image"])
     save_records(records, file)
@@ -166,16 +164,17 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         tokenizer: the model's.
         data_args: LLaVA's, with ``umed_run`` on it (see `patches/train_arguments.py`).
         training_args: LLaVA's, with the flags in ``umed``.
+        split: whose records.
     """
 
-    def __init__(self, tokenizer: Any, data_args: Any, training_args: Any) -> None:
+    def __init__(self, tokenizer: Any, data_args: Any, training_args: Any, split: str = "train") -> None:
         # LLaVA's own __init__ only reads the one JSON file.
         Dataset.__init__(self)
         self.tokenizer = tokenizer
         self.data_args = data_args
         self.flags = training_args.umed
         self.template = data_args.umed_run.model_args.version
-        self.list_data_dict = training_records(data_args, training_args)
+        self.list_data_dict = training_records(data_args, training_args, split)
         self._reported: set[int] = set()
 
     def template_of(self, index: int) -> str:

@@ -81,6 +81,12 @@ def collate_queries(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_rewarding_data_module(tokenizer: Any, data_args: Any, training_args: Any) -> dict[str, Any]:
-    """What LLaVA's ``make_supervised_data_module`` returns, for stage 2."""
-    dataset = QueryDataset(tokenizer, data_args, training_args)
-    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collate_queries}
+    """What LLaVA's ``make_supervised_data_module`` returns, for stage 2, and the held-out queries if they are asked for."""
+    data = {
+        "train_dataset": QueryDataset(tokenizer, data_args, training_args),
+        "eval_dataset": None,
+        "data_collator": collate_queries,
+    }
+    if training_args.umed.umed_val_every:
+        data["val_dataset"] = QueryDataset(tokenizer, data_args, training_args, "val")
+    return data

@@ -65,6 +65,8 @@ _ONLY_REWARDING = (
     "umed_top_p",
     "umed_log_candidates",
     "umed_feature_cache",
+    "umed_val_every",
+    "umed_val_records",
 )
 # Flags that act only under another flag's value: flag -> (test of the flags, what the test needs, in words).
 _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
@@ -92,6 +94,7 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
     ),
     # On the first update the probability ratio is 1, whatever the range.
     "umed_clip_range": (lambda flags: flags.umed_updates_per_rollout > 1, "--umed_updates_per_rollout above 1"),
+    "umed_val_records": (lambda flags: flags.umed_val_every > 0, "--umed_val_every"),
     "umed_data_root": (lambda flags: flags.umed_recipe is not None, "--umed_recipe"),
     "umed_box_decimals": (
         lambda flags: flags.umed_recipe is not None,
@@ -210,6 +213,13 @@ class UmedFlags:
         0, "Write the sampled answers with their rewards to candidates.jsonl every this many steps; 0: never."
     )
 
+    umed_val_every: int = _flag(
+        0,
+        "Answer held-out records (split val) greedily before the first step and every this many steps, and log val/iou, "
+        "val/accuracy and val/box_area_ratio; 0: never.",
+    )
+    umed_val_records: int = _flag(64, "Held-out records that --umed_val_every answers each time, at most.")
+
     @classmethod
     def of(cls, args: Any) -> UmedFlags:
         """Copy the flags out of an object that has them as attributes (LLaVA's TrainingArguments)."""
@@ -269,6 +279,8 @@ _RANGES = {
     "umed_judge_timeout": _ABOVE_0,
     "umed_judge_retries": _AT_LEAST_0,
     "umed_judge_patience": _AT_LEAST_1,
+    "umed_val_every": _AT_LEAST_0,
+    "umed_val_records": _AT_LEAST_1,
     "umed_box_decimals": (lambda value: value in (2, 3), "2 or 3"),
 }
 _CHOICES = {

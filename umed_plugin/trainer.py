@@ -51,6 +51,7 @@ from umed_plugin.rollout import (
 )
 from umed_plugin.sampler import EpochSampler
 from umed_plugin.scoring import score_answer
+from umed_plugin.validation import HeldOutCurve
 
 _MEASURES = (
     "reward/total",
@@ -83,10 +84,11 @@ class RewardingTrainer(LLaVATrainer):
         model: a LLaVA model, with a LoRA adapter or without.
         tokenizer: its tokenizer.
         args: LLaVA's training arguments; ``args.umed`` holds the flags.
-        keywords: the data module and whatever else ``transformers.Trainer`` takes.
+        val_dataset: held-out queries for ``--umed_val_every``.
+        keywords: the rest of the data module and whatever else ``transformers.Trainer`` takes.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, args: Any, **keywords: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, args: Any, val_dataset: Any = None, **keywords: Any) -> None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the update must see the policy that sampled
@@ -116,6 +118,8 @@ class RewardingTrainer(LLaVATrainer):
         self.guards = Guards()
         self._rollouts: dict[int, Rollout] = {}
         self._batches_seen: int | None = None
+        if val_dataset is not None:
+            self.add_callback(HeldOutCurve(self, val_dataset))
 
     def _can_pack(self, llava: Any) -> bool:
         """Whether answers are computed beside one copy of their prompt; says so when the model cannot."""
