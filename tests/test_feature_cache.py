@@ -20,7 +20,7 @@ from PIL import Image
 from test_batch import make_tokenizer
 from test_resume import INTERRUPT, weights
 from test_trainer import grounded_records
-from umed_runs import ROOT, environment, train_flags, umed_run
+from umed_runs import ROOT, TWO_PROCESSES, environment, train_flags, umed_run
 
 from umed_plugin.batch_rewarding import QueryDataset, collate_queries
 from umed_plugin.errors import UmedError
@@ -33,7 +33,6 @@ FLAGS = shlex.split(
     " --umed_entropy_coef 0.01"  # answers of random weights earn nothing: something has to move the weights
 )
 NO_CHECKPOINTS = ["--save_strategy", "no"]
-LAUNCHER = shlex.split("torchrun --nproc_per_node 2 --standalone -m llava.train.train_mem")
 LORA = shlex.split("--lora_enable True --lora_r 4 --dataloader_num_workers 1")
 
 
@@ -68,7 +67,10 @@ def test_two_processes_give_the_same_numbers_without_a_cache_with_an_empty_and_w
             for image in records.parent.glob("*.png"):
                 spoil(image)
         run = umed_run(
-            [*LAUNCHER, *train_flags(tiny_mistral, records, tmp_path / name, *FLAGS, *NO_CHECKPOINTS, *LORA, *more)]
+            [
+                *TWO_PROCESSES,
+                *train_flags(tiny_mistral, records, tmp_path / name, *FLAGS, *NO_CHECKPOINTS, *LORA, *more),
+            ]
         )
         assert run.returncode == 0, run.stderr[-3000:]
         if more:

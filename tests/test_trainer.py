@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_export import learn_by_heart, study_records
 from test_resume import INTERRUPT, weights
-from umed_runs import train_flags, umed_run, write_records
+from umed_runs import TWO_PROCESSES, train_flags, umed_run, write_records
 
 from umed_plugin.guards import GUARDS
 from umed_plugin.reward_flags import PAPER_REWARDS, REWARDS
@@ -141,8 +141,7 @@ def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_pa
         "--umed_stock_template_share",
         "1",
     ]
-    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", "29517", "-m", "llava.train.train_mem"]
-    run = umed_run([*launcher, *flags])
+    run = umed_run([*TWO_PROCESSES, *flags])
     assert run.returncode == 0, run.stderr[-3000:]
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert history[0]["reward/localization"] > 0.5

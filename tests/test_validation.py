@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_export import learn_by_heart, study_records
 from test_resume import weights
-from umed_runs import train_flags, umed_run
+from umed_runs import TWO_PROCESSES, train_flags, umed_run
 
 from umed_plugin.evaluate import evaluate
 from umed_plugin.geometry import ImageGeometry
@@ -54,10 +54,9 @@ def taught(tiny_mistral, tmp_path_factory):
     return checkpoint, file, [record for record in every if record["split"] == "val"]
 
 
-def rewarding(checkpoint, file, output, *more, processes=1):
+def rewarding(checkpoint, file, output, *more, launcher=("python", "-m", "llava.train.train_mem")):
     flags = train_flags(checkpoint, file, output, *FLAGS, *more)
-    launcher = ["torchrun", "--nproc_per_node", str(processes), "--master_port", "29531", "-m"]
-    run = umed_run([*(launcher if processes > 1 else ["python", "-m"]), "llava.train.train_mem", *flags])
+    run = umed_run([*launcher, *flags])
     assert run.returncode == 0, run.stderr[-3000:]
     return run
 
@@ -111,7 +110,7 @@ def test_a_resumed_run_goes_on_with_the_same_curve(taught, with_curve, tmp_path)
 
 def test_two_processes_answer_each_record_once(taught, with_curve, tmp_path):
     """Five records do not divide by two, and one process has a batch more."""
-    rewarding(*taught[:2], tmp_path / "two", "--umed_val_every", "9", "--max_steps", "1", processes=2)
+    rewarding(*taught[:2], tmp_path / "two", "--umed_val_every", "9", "--max_steps", "1", launcher=TWO_PROCESSES)
     assert curve(tmp_path / "two")[0] == pytest.approx(curve(with_curve)[0], abs=1e-6)
 
 

@@ -11,6 +11,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+# LLaVA's script in two processes. With --standalone torch 2.0 takes a fixed port, and two runs at a time would meet there.
+TWO_PROCESSES = [
+    *("torchrun", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node", "2"),
+    *("-m", "llava.train.train_mem"),
+]
 ROOT = Path(__file__).resolve().parent.parent
 
 
