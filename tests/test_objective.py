@@ -1,4 +1,4 @@
-"""Advantages, losses and KL against values worked by hand and against autograd."""
+"""GRPO's advantages, losses and KL against values worked by hand and against autograd; PPO's are in test_ppo_oracle.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
+from umed_plugin.advantages import group_advantages
 from umed_plugin.objective import (
     ObjectiveSettings,
     clipped_policy_loss,
-    group_advantages,
+    grpo_objective,
     kl_to_reference,
     mean_over_answers,
-    policy_objective,
 )
 
 
@@ -25,7 +25,7 @@ def test_advantages_are_standardised_within_the_query():
 
 def test_ratio_is_clipped_on_the_side_that_the_advantage_pushes_to():
     new = torch.tensor([[math.log(1.5)], [math.log(0.5)], [math.log(1.5)], [math.log(0.5)]])
-    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    advantages = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])
     loss = clipped_policy_loss(new, torch.zeros_like(new), advantages, 0.2)
     torch.testing.assert_close(loss[:, 0], torch.tensor([-1.2, -0.5, 1.5, 0.8]))
 
@@ -48,11 +48,12 @@ def objective(log_probs, **changes):
         "old_log_probs": torch.full((2, 2), -1.0),
         "reference_log_probs": torch.full((2, 2), -1.2),
         "entropy": torch.full((2, 2), 0.5),
-        "advantages": torch.tensor([1.0, -1.0]),
+        "advantages": torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
         "mask": torch.tensor([[1, 1], [1, 0]]),
-        "settings": ObjectiveSettings(clip_range=0.2, kl_coef=0.1, entropy_coef=0.01),
+        "settings": ObjectiveSettings(clip_range=0.2, entropy_coef=0.01),
+        "kl_coef": 0.1,
     }
-    return policy_objective(log_probs, **{**inputs, **changes})
+    return grpo_objective(log_probs, **{**inputs, **changes})
 
 
 def test_loss_is_the_sum_of_its_terms():

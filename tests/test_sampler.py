@@ -22,3 +22,7 @@ def test_chunks_are_repeated_in_a_row_and_the_rest_is_left_out():
     assert order[:4] == order[4:8] == order[8:12]
     assert order[12:16] == order[16:20] == order[20:24]
     assert len({*order[:4], *order[12:16]}) == 8
+    assert [sampler.rollout(n) for n in (0, 1)] == [order[:4], order[12:16]]
+    assert sampler.rollout(2) == sampler.order(1)[:4]
+    assert sampler.order(1) != order
+    assert len(list(EpochSampler(10, seed=0, chunk=4))) == 8, "rollouts are whole also when they are passed over once"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_export import learn_by_heart, study_records
 from test_resume import INTERRUPT, weights
 from umed_runs import TWO_PROCESSES, train_flags, umed_run, write_records
@@ -24,6 +26,11 @@ FLAGS = shlex.split(
 LORA = shlex.split("--lora_enable True --lora_r 4 --group_by_modality_length True --bf16 True")
 TWICE = shlex.split(
     "--gradient_checkpointing True --umed_updates_per_rollout 2 --gradient_accumulation_steps 2 --umed_kl_coef 0"
+)
+# 9 records fill two rollouts of 4; a checkpoint at step 3 falls between the updates of one.
+PPO = shlex.split(
+    "--umed_algorithm ppo --umed_updates_per_rollout 2 --umed_minibatches_per_rollout 2"
+    " --umed_kl_target 0.05 --umed_kl_horizon 50 --umed_value_learning_rate 1e-2 --umed_entropy_coef 0.01"
 )
 # A reward that differs between candidates of a model with random weights, where IoU and relevance are mostly 0.
 OWN_REWARD = """
@@ -53,17 +60,61 @@ def reward(checkpoint, records, output, *more, hook=None):
     return umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=folder)
 
 
+def steps_of_a_rollout(flags):
+    """Optimizer steps between one sampling and the next."""
+    words = ["--umed_updates_per_rollout", "--umed_minibatches_per_rollout"]
+    return math.prod(int(flags[flags.index(word) + 1]) for word in words if word in flags)
+
+
+def sampled(output: Path) -> dict[int, dict]:
+    """The candidates that a run has written, by step; of a step sampled twice, the later ones."""
+    lines = (output / "candidates.jsonl").read_text().splitlines()
+    return {group["step"]: group for group in map(json.loads, lines)}
+
+
+def check_ppo(whole: Path, resumed: Path) -> None:
+    """What PPO logs and saves, and that nothing of it is where a stock reader would find it."""
+    history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
+    again = json.loads((resumed / "trainer_state.json").read_text())["log_history"]
+    lines = [line for line in history if "loss" in line]
+    assert all({"value_loss", "value_clip_fraction"} <= set(line) for line in lines)
+    rollouts = [line for line in lines if "explained_variance" in line]
+    assert [line["step"] for line in rollouts] == [1, 5]
+    assert all({"returns_mean", "advantage_std", "kl_per_answer"} <= set(line) for line in rollouts)
+    # The coefficient has moved, and the resumed run went on with it: the last rollout was sampled after resuming.
+    assert rollouts[0]["kl_coef"] == pytest.approx(0.1)
+    assert rollouts[1]["kl_coef"] != pytest.approx(0.1, rel=1e-3)
+    assert {line["step"]: line for line in again if "kl_coef" in line}[5]["kl_coef"] == rollouts[1]["kl_coef"]
+
+    head = load_file(whole / "value_head.safetensors")
+    assert head["linear.weight"].abs().max() > 0
+    checkpoint = whole / "checkpoint-6"
+    error = min(max(rollouts[1]["kl_per_answer"] / 0.05 - 1, -0.2), 0.2)
+    reached = rollouts[1]["kl_coef"] * (1 + error * 16 / 50)  # 4 questions, 4 answers each
+    assert json.loads((checkpoint / "rewarding_state.json").read_text())["kl_coef"] == pytest.approx(reached)
+    groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[-1]["initial_lr"] == 1e-2 and len(groups[-1]["params"]) == len(head)
+    names = {name for folder in (whole, checkpoint) for name in weights(folder) if name not in head}
+    assert names and not [name for name in names if "value" in name or "linear." in name]
+    assert not [key for key in json.loads((whole / "config.json").read_text()) if key.startswith(("umed", "value"))]
+
+
 @pytest.mark.parametrize(
     ("family", "flags", "stop"),
-    [("mistral", LORA, signal.SIGKILL), ("llama", TWICE, signal.SIGINT)],
-    ids=["lora-kill", "full-two-updates-ctrl-c"],
+    [
+        ("mistral", LORA, signal.SIGKILL),
+        ("llama", TWICE, signal.SIGINT),
+        ("mistral", [*LORA, *PPO], signal.SIGKILL),
+        ("llama", PPO, signal.SIGKILL),
+    ],
+    ids=["lora-kill", "full-two-updates-ctrl-c", "ppo-lora-kill", "ppo-full-kill"],
 )
 def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, request, tmp_path):
     checkpoint = request.getfixturevalue(f"tiny_{family}")
     records = grounded_records(tmp_path / "data")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
 
-    run = reward(checkpoint, records, whole, *flags, "--umed_log_candidates", "4")
+    run = reward(checkpoint, records, whole, *flags, "--umed_log_candidates", "1")
     assert run.returncode == 0, run.stderr[-3000:]
     assert "computed apart" not in run.stdout
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
@@ -71,9 +122,9 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     terms = {f"reward/{name}" for name in (*REWARDS, "half:half", "total")}
     assert terms <= {name for line in history for name in line}
     assert ("kl" in history[0]) == ("--umed_kl_coef" not in flags)
-    groups = [json.loads(line) for line in (whole / "candidates.jsonl").read_text().splitlines()]
-    assert {group["step"] for group in groups} == {0, 4}
-    assert all(len(group["candidates"]) == 4 and "half:half" in group["candidates"][0] for group in groups)
+    groups = sampled(whole)
+    assert set(groups) == set(range(0, 8, steps_of_a_rollout(flags)))
+    assert all(len(group["candidates"]) == 4 and "half:half" in group["candidates"][0] for group in groups.values())
 
     hook = tmp_path / "hook"
     hook.mkdir()
@@ -83,18 +134,23 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert stopped.returncode != 0
     assert (resumed / "checkpoint-3").is_dir()
     assert not (resumed / "trainer_state.json").exists(), "the run was over before it was stopped"
-    run = reward(checkpoint, records, resumed, *flags)
+    run = reward(checkpoint, records, resumed, *flags, "--umed_log_candidates", "1")
     assert run.returncode == 0, run.stderr[-3000:]
 
+    assert sampled(resumed).keys() <= groups.keys()
+    assert sampled(resumed)
+    for step, group in sampled(resumed).items():
+        assert group == groups[step], f"other answers or rewards in step {step}"
     expected, found = weights(whole), weights(resumed)
     assert set(found) == set(expected)
-    if flags is LORA:  # with two updates a rollout, a run resumed in between samples anew
-        for name, tensor in expected.items():
-            torch.testing.assert_close(
-                found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
-        # Without gradient checkpointing, CPU autocast would hand the update weights that have lost their graph.
-        assert all(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    # Without gradient checkpointing, CPU autocast would hand the update weights that have lost their graph.
+    assert all(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)
+    if "ppo" in flags:
+        check_ppo(whole, resumed)
 
 
 def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny_llama, tmp_path):

@@ -6,7 +6,7 @@ Where a default comes from other work, its help text says from which.
 How to run: ``umed-run bash finetune.sh --umed_stage instruction_tuning --umed_recipe NAME`` (see `umed_plugin.launch`).
 Without ``--umed_stage`` LLaVA trains as if the plugin were not there, and any other ``--umed_*`` flag is refused.
 
-Departures from the paper: the algorithm is GRPO (no value network), and the reward terms carry weights.
+Departures from the paper: the algorithm is GRPO unless asked for (PPO is the paper's), and the reward terms carry weights.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ TUNING, REWARDING = STAGES
 
 # Flags that act in one stage alone; the others act in both.
 _ONLY_TUNING = ("umed_supervision_check_samples",)
+_ONLY_PPO = (
+    "umed_value_coef",
+    "umed_value_clip_range",
+    "umed_value_learning_rate",
+    "umed_gamma",
+    "umed_gae_lambda",
+)
 _ONLY_REWARDING = (
     "umed_algorithm",
     "umed_num_candidates",
@@ -58,6 +65,10 @@ _ONLY_REWARDING = (
     "umed_clip_range",
     "umed_entropy_coef",
     "umed_updates_per_rollout",
+    "umed_minibatches_per_rollout",
+    "umed_kl_target",
+    "umed_kl_horizon",
+    *_ONLY_PPO,
     "umed_vrr_layers",
     "umed_packed",
     "umed_max_new_tokens",
@@ -92,8 +103,20 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
         lambda flags: "vision_relevance" in flags.reward_names(),
         "vision_relevance in --umed_rewards",
     ),
-    # On the first update the probability ratio is 1, whatever the range.
-    "umed_clip_range": (lambda flags: flags.umed_updates_per_rollout > 1, "--umed_updates_per_rollout above 1"),
+    **dict.fromkeys(_ONLY_PPO, (lambda flags: flags.umed_algorithm == "ppo", "--umed_algorithm ppo")),
+    # On the first update the probability ratio is 1 and the value the old one, whatever the range.
+    "umed_clip_range": (
+        lambda flags: flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout > 1,
+        "--umed_updates_per_rollout or --umed_minibatches_per_rollout above 1",
+    ),
+    "umed_value_clip_range": (
+        lambda flags: (
+            flags.umed_algorithm == "ppo" and flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout > 1
+        ),
+        "--umed_algorithm ppo, and --umed_updates_per_rollout or --umed_minibatches_per_rollout above 1",
+    ),
+    "umed_kl_target": (lambda flags: flags.kl_coef() > 0, "--umed_kl_coef above 0"),
+    "umed_kl_horizon": (lambda flags: flags.umed_kl_target is not None, "--umed_kl_target"),
     "umed_val_records": (lambda flags: flags.umed_val_every > 0, "--umed_val_every"),
     "umed_data_root": (lambda flags: flags.umed_recipe is not None, "--umed_recipe"),
     "umed_box_decimals": (
@@ -137,8 +160,11 @@ class UmedFlags:
     umed_supervision_check_samples: int = _flag(
         64, "Records per template whose supervised tokens are verified before training; 0 checks none."
     )
-    umed_algorithm: str = _flag("grpo", "grpo: group-normalised advantages, clipped, without a value network.")
-    umed_num_candidates: int = _flag(8, "Answers sampled per question (K), at least 2.")
+    umed_algorithm: str = _flag(
+        "grpo",
+        "grpo: advantages within a question's answers, no value network; or ppo: the paper's, with a value network.",
+    )
+    umed_num_candidates: int = _flag(8, "Answers sampled per question (K), at least 2; with ppo at least 1.")
     umed_rewards: str = _flag(
         ",".join(PAPER_REWARDS),
         f"Comma list of {', '.join(PAPER_REWARDS)}, localization_diou (instead of localization: also tells near misses from far "
@@ -187,14 +213,41 @@ class UmedFlags:
         None, "US dollars for a million tokens that the judge reads, comma, and writes: 0.15,0.60. Logs judge/usd."
     )
     umed_judge_patience: int = _flag(3, "Batches in a row without one score from the judge after which the run ends.")
-    umed_reward_coef: float = _flag(1.0, "Weight of the advantage in the loss (c1 of the paper), above 0.")
-    umed_kl_coef: float = _flag(
-        0.04,
-        "Weight of the per-token KL to the reference (DeepSeekMath's GRPO: 0.04; LLaVA-RLHF's PPO: 0.1).",
+    umed_reward_coef: float = _flag(
+        1.0, "c1 of the paper, above 0: weight of the advantage (grpo), of the reward beside the KL penalty (ppo)."
+    )
+    umed_kl_coef: Optional[float] = _flag(
+        None,
+        "Weight of the per-token KL to the reference: a term of the loss (grpo; not given: 0.04, DeepSeekMath's) or a penalty "
+        "in the tokens' rewards (ppo; not given: 0.1, LLaVA-RLHF's). 0: no reference.",
+    )
+    umed_kl_target: Optional[float] = _flag(
+        None,
+        "KL of an answer, in nats, that the weight is steered to (Ziegler et al. 2019). Not given: the weight is fixed.",
+    )
+    umed_kl_horizon: float = _flag(
+        10000.0, "Answers over which --umed_kl_target may change the weight by about a fifth."
     )
     umed_clip_range: float = _flag(0.2, "Half width of the clipped probability ratio, 0-1 (LLaVA-RLHF: 0.2).")
     umed_entropy_coef: float = _flag(0.0, "Weight of the entropy bonus (c3 of the paper).")
-    umed_updates_per_rollout: int = _flag(1, "Optimizer steps taken on each set of sampled answers.")
+    umed_value_coef: float = _flag(0.1, "ppo: weight of the value loss (c2 of the paper; LLaVA-RLHF: 0.1), above 0.")
+    umed_value_clip_range: float = _flag(
+        0.2, "ppo: farthest that an update may take a value from the old one, in rewards (LLaVA-RLHF: 0.2)."
+    )
+    umed_value_learning_rate: float = _flag(
+        1e-4, "ppo: learning rate of the value network's layer, which begins at 0; scheduled as --learning_rate."
+    )
+    umed_gamma: float = _flag(1.0, "ppo: discount of later rewards, 0-1 (LLaVA-RLHF: 1).")
+    umed_gae_lambda: float = _flag(
+        0.95, "ppo: 0 (one step ahead) to 1 (whole return) of the advantages (LLaVA-RLHF: 0.95)."
+    )
+    umed_updates_per_rollout: int = _flag(
+        1, "Passes over each rollout: optimizer steps that each sampled answer is in."
+    )
+    umed_minibatches_per_rollout: int = _flag(
+        1,
+        "Optimizer steps that one pass over a rollout takes: it is sampled whole, then shuffled into so many minibatches.",
+    )
     umed_vrr_layers: str = _flag(
         "all",
         "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
@@ -235,6 +288,12 @@ class UmedFlags:
             return [1.0] * len(self.reward_names())
         return [float(weight) for weight in self.umed_reward_weights.split(",")]
 
+    def kl_coef(self) -> float:
+        """``--umed_kl_coef``, or the algorithm's own default."""
+        if self.umed_kl_coef is not None:
+            return self.umed_kl_coef
+        return 0.1 if self.umed_algorithm == "ppo" else 0.04
+
     def vrr_layer_indices(self, num_layers: int) -> list[int]:
         """``--umed_vrr_layers`` as sorted indices in ``range(num_layers)``.
 
@@ -263,12 +322,20 @@ _SHARE = (lambda value: 0 <= value <= 1, "from 0 to 1")
 _RANGES = {
     "umed_stock_template_share": _SHARE,
     "umed_supervision_check_samples": _AT_LEAST_0,
-    "umed_num_candidates": (lambda value: value >= 2, "2 or more (a group of one has no advantage)"),
+    "umed_num_candidates": _AT_LEAST_1,
     "umed_reward_floor": _SHARE,
     "umed_reward_coef": _ABOVE_0,
     "umed_kl_coef": _AT_LEAST_0,
     "umed_clip_range": (lambda value: 0 < value < 1, "above 0 and below 1"),
     "umed_entropy_coef": _AT_LEAST_0,
+    "umed_kl_target": _ABOVE_0,
+    "umed_kl_horizon": _ABOVE_0,
+    "umed_value_coef": _ABOVE_0,
+    "umed_value_clip_range": _ABOVE_0,
+    "umed_value_learning_rate": _ABOVE_0,
+    "umed_gamma": _SHARE,
+    "umed_gae_lambda": _SHARE,
+    "umed_minibatches_per_rollout": _AT_LEAST_1,
     "umed_updates_per_rollout": _AT_LEAST_1,
     "umed_max_new_tokens": _AT_LEAST_1,
     "umed_temperature": _ABOVE_0,
@@ -286,7 +353,7 @@ _RANGES = {
 _CHOICES = {
     "umed_on_bad_image": ("stop", "skip"),
     "umed_tower_weights": ("checkpoint", "original"),
-    "umed_algorithm": ("grpo",),
+    "umed_algorithm": ("grpo", "ppo"),
     "umed_reward_norm": ("max", "none", "zscore"),
 }
 
@@ -348,8 +415,10 @@ def _values(flags: UmedFlags) -> list[str]:
             faults.append(f"--{name}: {unknown_name('value', str(getattr(flags, name)), allowed)}")
     for name, (fits, words) in _RANGES.items():
         value = getattr(flags, name)
-        if not math.isfinite(value) or not fits(value):
+        if value is not None and not (math.isfinite(value) and fits(value)):
             faults.append(f"--{name} {value}: must be {words}.")
+    if flags.umed_algorithm == "grpo" and flags.umed_num_candidates == 1:
+        faults.append("--umed_num_candidates 1: must be 2 or more with grpo (a group of one has no advantage).")
     parts = flags.umed_vrr_layers.split(",")
     if flags.umed_vrr_layers not in ("all", "last_half") and not all(
         re.fullmatch(r"\s*-?\d+\s*", part) for part in parts

@@ -1,7 +1,11 @@
 """The objective of Abnormal-Aware Rewarding as pure functions: ``E[L_CLIP + c1 r - c2 L_VF + c3 entropy]`` and KL.
 
-Here with group-relative advantages (GRPO, arXiv 2402.03300) in place of a value network. A sampled reward has no gradient of
-its own, so ``c1`` scales the advantage. Shapes: Q queries, K candidates, N = Q*K rows, T answer tokens; masks are 1 on tokens.
+PPO (arXiv 1707.06347) has all of these terms, with its KL in the rewards of the tokens (see `umed_plugin.advantages`). GRPO
+(arXiv 2402.03300) has no value network, and its KL is a term of the loss. A sampled reward has no gradient of its own, so ``c1``
+acts through the advantage. PPO averages over tokens, as TRL 0.9 and LLaVA-RLHF do; GRPO over the tokens of an answer, then over
+answers.
+
+Shapes: N answers, T tokens; masks are 1 on tokens and 0 on padding behind them.
 """
 
 from __future__ import annotations
@@ -11,29 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from umed_plugin.advantages import masked_mean
+
+Terms = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Coefficients of the objective; the flags of the same names say what they do."""
+    """Coefficients of the objective; the flags of the same names say what they do. GRPO has no use for the value's two."""
 
     clip_range: float
-    kl_coef: float
-    entropy_coef: float
-
-
-def group_advantages(rewards: Tensor, reward_coef: float = 1.0) -> Tensor:
-    """Advantages of the candidates within their query: ``c1 * (r - mean) / std``.
-
-    Args:
-        rewards: [Q, K].
-        reward_coef: c1 of the paper.
-
-    Returns:
-        [Q, K]; 0 for a group whose rewards are all equal: it carries no signal.
-    """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    spread = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return reward_coef * torch.where(spread > 1e-6, centred / (spread + 1e-4), torch.zeros_like(centred))
+    entropy_coef: float = 0.0
+    value_coef: float = 0.0
+    value_clip_range: float = 0.0
 
 
 def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -42,7 +36,7 @@ def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     Args:
         log_probs: [N, T] under the policy, with gradient.
         old_log_probs: [N, T] under the policy that sampled.
-        advantages: [N].
+        advantages: [N, T].
         clip_range: e.
 
     Returns:
@@ -50,7 +44,23 @@ def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     """
     ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantages[:, None], clipped * advantages[:, None])
+    return -torch.min(ratio * advantages, clipped * advantages)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Per-token value loss ``max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) / 2``.
+
+    Args:
+        values: [N, T] of the value network, with gradient.
+        old_values: [N, T] when the answers were sampled.
+        returns: [N, T].
+        clip_range: e, in the unit of the rewards.
+
+    Returns:
+        [N, T] losses >= 0, not masked.
+    """
+    clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
+    return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
 def kl_to_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -64,7 +74,7 @@ def mean_over_answers(values: Tensor, mask: Tensor) -> Tensor:
     return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
-def policy_objective(
+def grpo_objective(
     log_probs: Tensor,
     old_log_probs: Tensor,
     reference_log_probs: Tensor | None,
@@ -72,17 +82,19 @@ def policy_objective(
     advantages: Tensor,
     mask: Tensor,
     settings: ObjectiveSettings,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise, and its terms for the log.
+    kl_coef: float,
+) -> tuple[Tensor, Terms]:
+    """GRPO's loss to minimise, and its terms for the log.
 
     Args:
         log_probs: [N, T] under the policy, with gradient.
         old_log_probs: [N, T] at sampling.
         reference_log_probs: [N, T] under the reference policy; ``None`` leaves the KL term out.
         entropy: [N, T]; with gradient when an entropy bonus is asked for.
-        advantages: [N].
+        advantages: [N, T], an answer's own at each of its tokens.
         mask: [N, T].
         settings: coefficients.
+        kl_coef: weight of the KL term.
 
     Returns:
         A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl``.
@@ -98,5 +110,51 @@ def policy_objective(
     terms = {"policy_loss": policy_loss, "entropy": entropy, "clip_fraction": clip_fraction}
     if reference_log_probs is not None:
         terms["kl"] = mean_over_answers(kl_to_reference(log_probs, reference_log_probs), mask)
-        loss = loss + settings.kl_coef * terms["kl"]
+        loss = loss + kl_coef * terms["kl"]
+    return loss, {name: value.detach() for name, value in terms.items()}
+
+
+def ppo_objective(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    reference_log_probs: Tensor | None,
+    entropy: Tensor,
+    advantages: Tensor,
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    settings: ObjectiveSettings,
+) -> tuple[Tensor, Terms]:
+    """PPO's loss to minimise, ``L_policy + c2 L_value - c3 entropy``, and its terms for the log.
+
+    Args:
+        log_probs: [N, T] under the policy, with gradient.
+        old_log_probs: [N, T] at sampling.
+        reference_log_probs: [N, T] under the reference policy, for the log alone: PPO's KL is in the advantages.
+        entropy: [N, T]; with gradient when an entropy bonus is asked for.
+        advantages: [N, T], whitened.
+        values: [N, T] of the value network, with gradient.
+        old_values: [N, T] at sampling.
+        returns: [N, T].
+        mask: [N, T].
+        settings: coefficients.
+
+    Returns:
+        A scalar loss, and detached scalars ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction`` (tokens where the
+        clipped loss is the larger one), ``value_clip_fraction`` and, with a reference, ``kl`` (k3).
+    """
+    unclipped = -(log_probs - old_log_probs).exp() * advantages
+    policy_losses = clipped_policy_loss(log_probs, old_log_probs, advantages, settings.clip_range)
+    value_losses = clipped_value_loss(values, old_values, returns, settings.value_clip_range)
+    terms = {
+        "policy_loss": masked_mean(policy_losses, mask),
+        "value_loss": masked_mean(value_losses, mask),
+        "entropy": masked_mean(entropy, mask),
+        "clip_fraction": masked_mean((policy_losses > unclipped).float(), mask),
+        "value_clip_fraction": masked_mean((value_losses > (values - returns).square() / 2).float(), mask),
+    }
+    loss = terms["policy_loss"] + settings.value_coef * terms["value_loss"] - settings.entropy_coef * terms["entropy"]
+    if reference_log_probs is not None:
+        terms["kl"] = masked_mean(kl_to_reference(log_probs, reference_log_probs), mask)
     return loss, {name: value.detach() for name, value in terms.items()}

@@ -17,22 +17,35 @@ class EpochSampler(Sampler):
     Args:
         size: number of samples.
         seed: of the shuffling.
-        chunk: samples of one optimizer step over all processes.
-        repeats: optimizer steps that each chunk serves in a row. Above 1, what does not fill a chunk is left out of the epoch.
+        chunk: samples of one rollout over all processes; what does not fill one is left out of the epoch. ``None``: no rollouts
+            that go over several steps, and nothing is left out.
+        repeats: passes over each chunk, in a row.
     """
 
-    def __init__(self, size: int, seed: int, chunk: int = 1, repeats: int = 1) -> None:
+    def __init__(self, size: int, seed: int, chunk: int | None = None, repeats: int = 1) -> None:
         self.size, self.seed, self.chunk, self.repeats = size, seed, chunk, repeats
         self.epochs_begun = 0
 
     def __len__(self) -> int:
-        return self.size if self.repeats == 1 else self.size // self.chunk * self.chunk * self.repeats
+        return self.size if self.chunk is None else self.size // self.chunk * self.chunk * self.repeats
 
     def __iter__(self) -> Iterator[int]:
-        shuffle = torch.Generator().manual_seed(self.seed + self.epochs_begun)
         self.epochs_begun += 1
+        return iter(self.order(self.epochs_begun - 1))
+
+    def order(self, epoch: int) -> list[int]:
+        """The indices of an epoch, counted from 0."""
+        shuffle = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(self.size, generator=shuffle).tolist()
-        if self.repeats == 1:
-            return iter(order)
+        if self.chunk is None:
+            return order
         chunks = [order[i : i + self.chunk] for i in range(0, self.size - self.chunk + 1, self.chunk)]
-        return iter([index for part in chunks for _ in range(self.repeats) for index in part])
+        return [index for part in chunks for _ in range(self.repeats) for index in part]
+
+    def rollout(self, number: int) -> list[int]:
+        """The indices of a rollout, counted from 0 over all epochs."""
+        if self.chunk is None:
+            raise ValueError("this order has no rollouts")
+        epoch, place = divmod(number, self.size // self.chunk)
+        start = place * self.chunk * self.repeats
+        return self.order(epoch)[start : start + self.chunk]

@@ -1,0 +1,130 @@
+"""From rewards to advantages, as pure functions: within a group (GRPO), or by a value network (PPO), and the weight of the KL.
+
+PPO for language models rewards every token: ``r_t = -beta (log p - log p_ref)`` and, at the answer's last token, the sampled
+reward times c1 (Ziegler et al. 2019, arXiv 1909.08593, eq. 2). GRPO has no per-token reward; its KL is a term of the loss.
+Generalised advantage estimation, whitening and the adaptive coefficient are those of TRL 0.9's PPOTrainer, which the tests call.
+
+Shapes: Q queries, K candidates, N = Q*K rows, T answer tokens. A mask [N, T] is 1 on tokens and 0 on padding behind them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, reward_coef: float = 1.0) -> Tensor:
+    """Advantages of the candidates within their query: ``c1 * (r - mean) / std`` (GRPO, arXiv 2402.03300).
+
+    Args:
+        rewards: [Q, K].
+        reward_coef: c1 of the paper.
+
+    Returns:
+        [Q, K]; 0 for a group whose rewards are all equal: it carries no signal.
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    spread = centred.square().mean(dim=1, keepdim=True).sqrt()
+    return reward_coef * torch.where(spread > 1e-6, centred / (spread + 1e-4), torch.zeros_like(centred))
+
+
+def token_rewards(
+    scores: Tensor, log_probs: Tensor, reference_log_probs: Tensor | None, mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Rewards of the tokens: ``-kl_coef * (log p - log p_ref)`` each, and the answer's score at its last token.
+
+    Args:
+        scores: [N] sampled rewards, already times c1.
+        log_probs: [N, T] under the policy that sampled.
+        reference_log_probs: [N, T]; ``None`` leaves the penalty out.
+        mask: [N, T], at least one token a row.
+        kl_coef: beta.
+
+    Returns:
+        [N, T], 0 at padding.
+    """
+    mask = mask.to(log_probs.dtype)
+    if reference_log_probs is None:
+        rewards = torch.zeros_like(log_probs)
+    else:
+        rewards = -kl_coef * (log_probs - reference_log_probs) * mask
+    last = mask.sum(dim=1, keepdim=True).long() - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def generalised_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16): ``A_t = delta_t + gamma * lambda * A_{t+1}``.
+
+    ``delta_t = r_t + gamma * V_{t+1} - V_t``, where V_t is the value of the state before token t, and 0 behind the last token.
+
+    Args:
+        rewards: [N, T].
+        values: [N, T] of the policy that sampled.
+        mask: [N, T].
+        gamma: discount, 0-1.
+        gae_lambda: 0 (one step, low variance) to 1 (the whole return, no bias).
+
+    Returns:
+        [N, T] advantages, not whitened, and [N, T] returns ``A_t + V_t``, what the value network learns; both 0 at padding.
+    """
+    mask = mask.to(values.dtype)
+    values, rewards = values * mask, rewards * mask
+    behind = torch.zeros_like(values[:, 0])
+    next_value, advantage, columns = behind, behind, []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = delta + gamma * gae_lambda * advantage
+        next_value = values[:, t]
+        columns.append(advantage)
+    advantages = torch.stack(columns[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of [N, T] over all tokens in the mask: a scalar. Every token weighs the same."""
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum()
+
+
+def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
+    """Unbiased variance of [N, T] over all tokens in the mask; 0 where there is but one."""
+    count = mask.sum()
+    return masked_mean((values - masked_mean(values, mask)).square(), mask) * count / (count - 1).clamp(min=1)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """[N, T] moved and scaled to mean 0 and variance 1 over all tokens in the mask; 0 at padding."""
+    scaled = (values - masked_mean(values, mask)) * torch.rsqrt(masked_variance(values, mask) + 1e-8)
+    return scaled * mask.to(values.dtype)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """``1 - Var(R - V) / Var(R)`` over the tokens: 1 is a perfect value network, 0 a constant one, below 0 worse than that."""
+    return 1 - masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
+
+
+@dataclass
+class KLCoefficient:
+    """Weight beta of the KL to the reference, fixed or steered towards a target (Ziegler et al. 2019, section 2.2).
+
+    ``e = clip(KL / target - 1, -0.2, 0.2)`` and ``beta <- beta (1 + e n / horizon)`` after n answers.
+
+    Attributes:
+        value: beta now, 0 or more.
+        target: KL of an answer in nats, summed over its tokens; ``None`` keeps beta as it is.
+        horizon: number of answers over which beta changes by a factor of about e^0.2 at most.
+    """
+
+    value: float
+    target: float | None = None
+    horizon: float = 10_000.0
+
+    def update(self, kl: float, answers: int) -> None:
+        """Take note of the mean KL, in nats an answer, of so many ``answers``."""
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * answers / self.horizon
