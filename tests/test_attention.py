@@ -11,7 +11,7 @@ from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
-from umed_plugin.attention import attention_on_lesion, name_token_rows
+from umed_plugin.attention import attention_on_lesion, attention_sinks, name_token_rows
 from umed_plugin.rollout import answer_pass, generate, repeated_inputs
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
@@ -28,9 +28,14 @@ def sampled(loaded, batch):  # noqa: F811
     return model, prompts, candidates, rows, cover
 
 
-def from_output_attentions(model, prompts, candidates, rows, cover, layers):
-    """The same value, the slow way: attention weights of every layer, renormalised over the image patches."""
-    attentions = model(**repeated_inputs(model, prompts, candidates), output_attentions=True).attentions
+def from_output_attentions(model, prompts, candidates, rows, cover, layers, heads=slice(None), sink_ratio=0.0):
+    """The same value, the slow way: attention weights of every layer, renormalised over the image patches that are no sinks."""
+    inputs = repeated_inputs(model, prompts, candidates)
+    output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    attentions, sinks = output.attentions, []
+    for states in output.hidden_states[:-1]:
+        ratio = states.abs().amax(-1) / states.square().mean(-1).sqrt()
+        sinks.append(ratio >= sink_ratio if sink_ratio else torch.zeros_like(ratio, dtype=torch.bool))
     length, values = prompts.mask.shape[1], []
     for n, tokens in enumerate(rows):
         q = n // 2
@@ -38,7 +43,7 @@ def from_output_attentions(model, prompts, candidates, rows, cover, layers):
         shares = []
         for layer in layers:
             for token in tokens:
-                weights = attentions[layer][n, :, length + token, patches]
+                weights = attentions[layer][n, heads, length + token, patches] * ~sinks[layer][n, patches]
                 shares.append(((weights / weights.sum(-1, keepdim=True)) * cover[q]).sum(-1).mean())
         values.append(torch.stack(shares).mean() if shares else torch.tensor(0.0))
     return torch.stack(values)
@@ -64,6 +69,39 @@ def test_equals_the_value_from_output_attentions(sampled, layers, packed):
     assert value.max() - value[value > 0].min() > 1e-3, (
         "random covers must give different values, or nothing was compared"
     )
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("packed", [False, True])
+def test_heads_and_sinks_equal_the_value_from_output_attentions(sampled, packed):
+    model, prompts, candidates, rows, cover = sampled
+    plain, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], packed=packed)
+    # A small model has no sinks at the published ratio: this one makes sinks of some of its patches.
+    for heads, ratio in (([0], 0.0), ([1, 2], 2.6), (None, 2.6)):
+        with torch.no_grad():
+            chosen = slice(None) if heads is None else heads
+            expected = from_output_attentions(model, prompts, candidates, rows, cover, [1, 3], chosen, ratio)
+        value, _ = attention_on_lesion(
+            model, prompts, candidates, rows, cover, [1, 3], heads=heads, sink_ratio=ratio, packed=packed
+        )
+        torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
+        assert (value - plain).abs().max() > 1e-3
+    unmasked, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], sink_ratio=20.0, packed=packed)
+    assert torch.equal(unmasked, plain)
+    # Where all patches are sinks, masking them would leave nothing.
+    every, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], sink_ratio=1.01, packed=packed)
+    torch.testing.assert_close(every, plain)
+
+
+def test_a_sink_is_a_value_far_above_the_root_mean_square():
+    states = torch.ones(3, 1024)
+    states[1, 7], states[2, 7] = 40.0, 10.0  # root mean squares 1.6 and 1.05: ratios 25 and 9.5
+    weight = torch.linspace(0.1, 2.0, 1024)
+    normed = states / states.square().mean(-1, keepdim=True).sqrt() * weight
+    assert attention_sinks(normed, weight, 20.0).tolist() == [False, True, False]
+    assert attention_sinks(normed, weight, 9.0).tolist() == [False, True, True]
+    weight[3] = 0.0
+    assert attention_sinks(normed * (weight > 0), weight, 20.0).tolist() == [False, True, False]
 
 
 def test_returns_the_logits_of_the_plain_pass_and_leaves_no_hook(sampled):
@@ -118,3 +156,49 @@ def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):  # noqa: 
     rows = name_token_rows(tokenizer, token_ids, TERMS, TERMS)
     pieces = tokenizer.convert_ids_to_tokens([token_ids[row] for row in rows])
     assert "".join(pieces).replace("\u2581", "") == named
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """A byte-level BPE as GPT-2, Llama 3 and Qwen have it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    corpus = ["It is consistent with a nodule.", "a nodular lesion and a small cyst", "an \u00d6dem of the lung"] * 20
+    made.train_from_iterator(corpus, vocab_size=330, min_frequency=2)
+    return PreTrainedTokenizerFast(tokenizer_object=made._tokenizer)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_with_bytes(tmp_path_factory):
+    """A sentencepiece BPE that falls back to bytes, as Llama 2 and Mistral have it; it knows no umlaut and no line break."""
+    from test_batch import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece_with_bytes"])
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("It is consistent with a nodule.", ["nodule"]),
+        ("nodule", ["nodule"]),
+        ("Finding:\nnodule\nand a cyst", ["nodule", "cyst"]),
+        ("Two NODULES, one\tnodular lesion", ["NODULES", "nodular lesion"]),
+        ("an \u00d6dem, and \u00e9tat du cyst", ["\u00d6dem", "cyst"]),
+        ("No nodule is seen; a nodulectomy was done.", []),
+    ],
+)
+def test_names_are_found_across_pieces_of_both_kinds_of_tokenizer(kind, text, named, request):
+    tokenizer = request.getfixturevalue(kind)
+    token_ids = tokenizer(text, add_special_tokens=False).input_ids
+    rows = name_token_rows(tokenizer, token_ids, TERMS | {"oedema": ["\u00f6dem"]}, [*TERMS, "oedema"])
+    if kind == "byte_level":  # it knows itself which characters a token stands for
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        places = [(text.index(name), text.index(name) + len(name)) for name in named]
+        assert rows == [t for t, (a, b) in enumerate(offsets) if any(a < end and b > start for start, end in places)]
+    else:
+        shown = tokenizer.decode([token_ids[row] for row in rows], clean_up_tokenization_spaces=False)
+        # The first of the two bytes of a character is not yet a character.
+        assert "".join(shown.split()).replace("\ufffd", "") == "".join("".join(named).split()).replace("\u00d6", "")

@@ -9,7 +9,7 @@ import pytest
 from umed_plugin.boxes import format_box
 from umed_plugin.conversation import write_conversation
 from umed_plugin.geometry import ImageGeometry
-from umed_plugin.guards import GUARDS, WINDOW, Guards, skeleton
+from umed_plugin.guards import GUARDS, VISION_RELEVANCE, WINDOW, Guards, skeleton, vision_relevance_figures
 from umed_plugin.scoring import score_answer
 
 SQUARE = ImageGeometry(100, 100)
@@ -126,6 +126,25 @@ def test_the_area_ratio_weighs_half_and_double_alike():
     guards = Guards()
     see(guards, ["[0.1, 0.1, 0.3, 0.5] nodule", "[0.1, 0.1, 0.5, 0.9] nodule"], make_record([[10, 10, 50, 50]]))
     assert guards.figures()["guard/box_area_ratio"] == pytest.approx(1.0)
+
+
+def test_vision_relevance_against_the_area_and_the_iou():
+    attention, covers = [0.3, 0.2, 0.1, None, 0.0], [0.1, 0.1, 0.1, 0.0, 0.2]
+    figures = vision_relevance_figures(attention, covers, [0.9, 0.5, 0.1, 1.0, 1.0])
+    assert figures == pytest.approx(dict(zip(VISION_RELEVANCE, (2.0, 1.0))))
+    assert vision_relevance_figures(attention, covers, [0.1, 0.5, 0.9, 1.0, 1.0])[VISION_RELEVANCE[1]] == -1
+    # A large lesion draws more without being looked at: attention in proportion to the area is no correlation.
+    assert set(vision_relevance_figures([0.1, 0.4, 0.2], [0.1, 0.4, 0.2], [0.1, 0.9, 0.5])) == {VISION_RELEVANCE[0]}
+
+
+@pytest.mark.parametrize(
+    ("attention", "overlaps"),
+    [([0.1, 0.2], [0.1, 0.2]), ([0.1, 0.2, 0.3], [0.5, 0.5, 0.5]), ([0.2, 0.2, 0.2], [0.1, 0.2, 0.3])],
+    ids=["two", "equal IoU", "equal attention"],
+)
+def test_no_correlation_is_made_up(attention, overlaps):
+    assert list(vision_relevance_figures(attention, [0.1] * len(attention), overlaps)) == [VISION_RELEVANCE[0]]
+    assert vision_relevance_figures([None, 0.0], [0.1, 0.1], [0.0, 1.0]) == {}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
     " --umed_rewards relevance,localization,vision_relevance,localization_diou,half:half --umed_reward_weights 1,1,1,1,0.5"
 )
-LORA = shlex.split("--lora_enable True --lora_r 4 --group_by_modality_length True --bf16 True")
+LORA = shlex.split(
+    "--umed_vrr_heads 0,2 --umed_vrr_mask_sinks 2.5 --lora_enable True --lora_r 4 --group_by_modality_length True --bf16 True"
+)
 TWICE = shlex.split(
     "--gradient_checkpointing True --umed_updates_per_rollout 2 --gradient_accumulation_steps 2 --umed_kl_coef 0"
 )
@@ -203,7 +205,7 @@ def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_pa
     assert history[0]["reward/localization"] > 0.5
     assert history[0]["reward/relevance"] > 0.5
     assert 0 < history[0]["reward/vision_relevance"] < 1
-    assert set(GUARDS) <= set(history[0])
+    assert {*GUARDS, "vision_relevance/over_uniform"} <= set(history[0])
     assert 0.5 < history[0]["guard/box_area_ratio"] < 2
     (group, *_) = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
     assert all(set(candidate) == {"text", "reward", *PAPER_REWARDS} for candidate in group["candidates"])

@@ -8,14 +8,24 @@ For a token n, a layer l and a head h, with P all image patches and w_p in [0, 1
 
     s(n, l, h) = sum_p w_p * softmax_{p in P}(q_n . k_p / sqrt(d))
 
-and the value of a candidate is the mean of s over its tokens, the chosen layers and all heads. The paper's transcription in
-public has the lesion's patches in the softmax's denominator too, which makes the value constant; all image patches is the
-reading that carries information. Raw attention has sinks, patches that draw attention whatever the question; they are part of
-the denominator here and are not masked.
+and the value of a candidate is the mean of s over its tokens, the chosen layers and the chosen heads. The paper's transcription
+in public has the lesion's patches in the softmax's denominator too, which makes the value constant; all image patches is the
+reading that carries information.
+
+Raw attention has sinks: patches that draw attention whatever is asked and carry little of the image. They are known by the hidden
+state x [D] with which a patch enters the layer, not by the attention that they get, which a lesion shall get too (Kang et al.,
+"See what you are told", arXiv 2503.03321, eq. 3, with tau = 20):
+
+    max_d |x_d| / sqrt(mean_d x_d^2) >= tau
+
+Where sinks are masked they are left out of P, in numerator and denominator. Departure: the maximum runs over all D values and not
+over two known ones of Llama 2. The ratio is at most sqrt(D), so a small model has none at 20. Patches stand before the question,
+so which ones are sinks does not depend on it or on the answer.
 """
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +35,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from umed_plugin.errors import UmedError
 from umed_plugin.packing import pack
@@ -39,7 +50,8 @@ from umed_plugin.rollout import (
 )
 from umed_plugin.scoring import Terms, find_terms
 
-_SPACE_MARK = re.compile("[\u2581\u0120]")  # sentencepiece and byte-level BPE
+_SPACE_MARK = "\u2581"  # of sentencepiece
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # what sentencepiece makes of a character that it does not know
 
 
 @dataclass(frozen=True)
@@ -61,24 +73,30 @@ class _Places:
 class _Capture:
     """Keeps from each layer k [Q, P, kv_heads*d] of the patches and q [R, heads*d] of the tokens, until both are there.
 
-    Then ``measure`` gets q and k in float32, and they are dropped: in a single pass the rows of one layer at most are held.
+    Then ``measure`` gets q and k in float32 and the sinks, bool [Q, P], and they are dropped: in a single pass the rows of one
+    layer at most are held. ``norms`` holds the weight [D] of the RMS norm before each layer's attention.
     """
 
     places: _Places
-    measure: Callable[[Tensor, Tensor], None]
+    measure: Callable[[Tensor, Tensor, Tensor | None], None]
+    norms: dict[int, Tensor]
+    sink_ratio: float
     keys: dict[int, Tensor] = field(default_factory=dict)
     queries: dict[int, Tensor] = field(default_factory=dict)
+    sinks: dict[int, Tensor] = field(default_factory=dict)
 
-    def keep_queries(self, layer: int, output: Tensor) -> None:
+    def keep_queries(self, layer: int, states: Tensor, output: Tensor) -> None:
         """Llama and Mistral call ``q_proj`` before ``k_proj``."""
         if self.places.passes == 1 or layer in self.keys:
             self.queries[layer] = output[self.places.tokens].float()
 
-    def keep_keys(self, layer: int, output: Tensor) -> None:
+    def keep_keys(self, layer: int, states: Tensor, output: Tensor) -> None:
         if layer not in self.keys:
             self.keys[layer] = output[self.places.patches]
+            if self.sink_ratio:
+                self.sinks[layer] = attention_sinks(states[self.places.patches], self.norms[layer], self.sink_ratio)
         if layer in self.queries:
-            self.measure(self.queries.pop(layer), self.keys.pop(layer).float())
+            self.measure(self.queries.pop(layer), self.keys.pop(layer).float(), self.sinks.pop(layer, None))
 
 
 @contextmanager
@@ -88,7 +106,7 @@ def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[Non
     for layer in layers:
         attention = llava.get_model().layers[layer].self_attn
         for projection, keep in ((attention.q_proj, capture.keep_queries), (attention.k_proj, capture.keep_keys)):
-            hook = partial(_call_with_output, keep, layer)
+            hook = partial(_call_with_states_and_output, keep, layer)
             handles.append(projection.register_forward_hook(hook))
     try:
         yield
@@ -97,10 +115,26 @@ def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[Non
             handle.remove()
 
 
-def _call_with_output(
-    keep: Callable[[int, Tensor], None], layer: int, _module: Any, _inputs: Any, output: Tensor
+def _call_with_states_and_output(
+    keep: Callable[[int, Tensor, Tensor], None], layer: int, _module: Any, inputs: tuple[Tensor], output: Tensor
 ) -> None:
-    keep(layer, output)
+    keep(layer, inputs[0], output)
+
+
+def attention_sinks(normed: Tensor, norm_weight: Tensor, ratio: float) -> Tensor:
+    """Which positions are attention sinks: one value of the hidden state is at least ``ratio`` times its root mean square.
+
+    Args:
+        normed: [..., D] hidden states after the layer's RMS norm, as its attention gets them: x / rms(x) * weight.
+        norm_weight: [D] weight of that norm.
+        ratio: tau, 1 to sqrt(D).
+
+    Returns:
+        bool [...].
+    """
+    weight = norm_weight.float()
+    scaled = normed.float() / torch.where(weight == 0, torch.ones_like(weight), weight)
+    return scaled.abs().amax(dim=-1) >= ratio
 
 
 @torch.no_grad()
@@ -112,6 +146,8 @@ def attention_on_lesion(
     patch_weights: Tensor,
     layers: Sequence[int],
     *,
+    heads: Sequence[int] | None = None,
+    sink_ratio: float = 0.0,
     packed: bool = False,
 ) -> tuple[Tensor, AnswerPass]:
     """Share of each candidate's attention on the image that falls on the lesion, and what else the same pass gives.
@@ -124,6 +160,8 @@ def attention_on_lesion(
             The attention is that of the token itself, at the position where it is the input.
         patch_weights: [Q, P] part of each patch that the true boxes cover, 0-1, row-major.
         layers: layer indices.
+        heads: head indices; None takes all.
+        sink_ratio: masks attention sinks (:func:`attention_sinks`); 0 masks none.
         packed: as in :func:`umed_plugin.rollout.answer_pass`.
 
     Returns:
@@ -143,11 +181,17 @@ def attention_on_lesion(
     patch_positions = positions(prompts.mask).gather(1, places.patches[1])
     weights = patch_weights.to(device).float()[queries]
 
-    def measure(q: Tensor, k: Tensor) -> None:
-        share = _attention_over_patches(llava, q, k, queries, token_positions, patch_positions)
-        value.index_add_(0, owners, (share * weights[:, None]).sum(dim=-1).mean(dim=-1))
+    def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
+        scores = _scores_of_patches(llava, q, k, queries, token_positions, patch_positions)
+        if heads is not None:
+            scores = scores[:, list(heads)]
+        if sinks is not None:
+            masked = sinks & ~sinks.all(dim=1, keepdim=True)  # nothing would be left to look at
+            scores = scores.masked_fill(masked[queries][:, None], float("-inf"))
+        value.index_add_(0, owners, (scores.softmax(dim=-1) * weights[:, None]).sum(dim=-1).mean(dim=-1))
 
-    with _hooks(llava, layers, _Capture(places, measure)):
+    norms = {layer: llava.get_model().layers[layer].input_layernorm.weight for layer in layers}
+    with _hooks(llava, layers, _Capture(places, measure, norms, sink_ratio)):
         passed = answer_pass(model, prompts, candidates, packed=packed)
     tokens = torch.zeros_like(value).index_add_(0, owners, torch.ones_like(owners, dtype=torch.float))
     return value / (tokens.clamp(min=1) * len(layers)), passed
@@ -163,10 +207,10 @@ def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps:
     return _Places(patches, (rows.row[owners, 0], rows.column[owners, steps]), passes=1)
 
 
-def _attention_over_patches(
+def _scores_of_patches(
     llava: Any, queries: Tensor, keys: Tensor, query_index: Tensor, token_positions: Tensor, patch_positions: Tensor
 ) -> Tensor:
-    """[R, heads, P] softmax over the image patches of q.k/sqrt(d), for R tokens that answer the queries ``query_index``."""
+    """[R, heads, P] values of q.k/sqrt(d) for the image patches, of R tokens that answer the queries ``query_index``."""
     config = llava.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -178,7 +222,7 @@ def _attention_over_patches(
     for query in query_index.unique().tolist():  # by query, or its keys would be copied for each of its tokens
         asked = query_index == query
         scores[asked] = torch.einsum("rgsd,pgd->rgsp", q[asked], k[query]).flatten(1, 2)
-    return scores.softmax(dim=-1)
+    return scores
 
 
 def rope_inverse_frequencies(config: Any, head_size: int) -> Tensor:
@@ -221,18 +265,34 @@ def name_token_rows(tokenizer: Any, token_ids: Sequence[int], terms: Terms, clas
     """Indices of the answer tokens that name one of ``classes``, also where a name spans several word pieces.
 
     Args:
-        tokenizer: a sentencepiece or byte-level BPE tokenizer, whose pieces mark a leading space.
+        tokenizer: a sentencepiece or byte-level BPE tokenizer.
         token_ids: one answer.
         terms: class -> plain name and synonyms, of all classes: the longer name of another class is not this one's.
         classes: those that count.
     """
     text, ends = "", []
-    for piece in tokenizer.convert_ids_to_tokens(list(token_ids)):
-        text += _SPACE_MARK.sub(" ", piece)
+    characters = codecs.getincrementaldecoder("utf-8")("replace")  # pieces may end inside a character
+    for piece in _piece_bytes(tokenizer, token_ids):
+        text += characters.decode(piece)
         ends.append(len(text))
     spans = [(start, end) for start, end, cls in find_terms(text, terms) if cls in classes]
     starts = [0, *ends[:-1]]
     return [t for t, (a, b) in enumerate(zip(starts, ends)) if any(a < end and b > start for start, end in spans)]
+
+
+def _piece_bytes(tokenizer: Any, token_ids: Sequence[int]) -> list[bytes]:
+    """The bytes of the text that each token stands for, with the space before a word (``decode`` drops it at the start)."""
+    pieces = tokenizer.convert_ids_to_tokens(list(token_ids))
+    if tokenizer.convert_tokens_to_ids(_SPACE_MARK) not in (None, tokenizer.unk_token_id):
+        found = [_BYTE_PIECE.fullmatch(piece) for piece in pieces]
+        return [
+            bytes.fromhex(byte[1]) if byte else piece.replace(_SPACE_MARK, " ").encode()
+            for byte, piece in zip(found, pieces)
+        ]
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    return [
+        bytes(byte_of[c] for c in piece) if all(c in byte_of for c in piece) else piece.encode() for piece in pieces
+    ]
 
 
 def lesion_name_rows(tokenizer: Any, candidates: Candidates, records: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -70,6 +70,8 @@ _ONLY_REWARDING = (
     "umed_kl_horizon",
     *_ONLY_PPO,
     "umed_vrr_layers",
+    "umed_vrr_heads",
+    "umed_vrr_mask_sinks",
     "umed_packed",
     "umed_max_new_tokens",
     "umed_temperature",
@@ -99,10 +101,13 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
         ),
         (lambda flags: judge_kind(flags) == "openai", "--umed_judge openai:MODEL"),
     ),
-    "umed_vrr_layers": (
-        lambda flags: "vision_relevance" in flags.reward_names(),
-        "vision_relevance in --umed_rewards",
-    ),
+    **{
+        f"umed_vrr_{name}": (
+            lambda flags: "vision_relevance" in flags.reward_names(),
+            "vision_relevance in --umed_rewards",
+        )
+        for name in ("layers", "heads", "mask_sinks")
+    },
     **dict.fromkeys(_ONLY_PPO, (lambda flags: flags.umed_algorithm == "ppo", "--umed_algorithm ppo")),
     # On the first update the probability ratio is 1 and the value the old one, whatever the range.
     "umed_clip_range": (
@@ -256,6 +261,12 @@ class UmedFlags:
         True,
         "Compute a question's answers beside one copy of its prompt. False, or an attention without block masks: apart.",
     )
+    umed_vrr_heads: str = _flag("all", "Heads averaged by vision_relevance: all, or a comma list of indices.")
+    umed_vrr_mask_sinks: float = _flag(
+        0.0,
+        "Keep attention sinks out of vision_relevance: patches with a hidden value of at least this many times their root mean "
+        "square (arXiv 2503.03321: 20; a model of width D has none above sqrt(D)); 0: mask none.",
+    )
     umed_max_new_tokens: int = _flag(128, "Longest sampled answer, in tokens.")
     umed_temperature: float = _flag(
         1.0,
@@ -313,6 +324,23 @@ class UmedFlags:
             )
         return sorted({index % num_layers for index in indices})
 
+    def vrr_head_indices(self, num_heads: int) -> list[int] | None:
+        """``--umed_vrr_heads`` as sorted indices in ``range(num_heads)``; None for all.
+
+        Raises:
+            UsageError: an index is outside the model's heads.
+        """
+        if self.umed_vrr_heads == "all":
+            return None
+        indices = [int(part) for part in self.umed_vrr_heads.split(",")]
+        outside = [index for index in indices if not 0 <= index < num_heads]
+        if outside:
+            raise UsageError(
+                f"--umed_vrr_heads {self.umed_vrr_heads}: the model has {num_heads} heads, so {outside} do not exist. "
+                f"Allowed: 0 to {num_heads - 1}, or all."
+            )
+        return sorted(set(indices))
+
 
 # What a number may be: flag -> (test, words for the error message).
 _AT_LEAST_0 = (lambda value: value >= 0, "0 or more")
@@ -346,6 +374,7 @@ _RANGES = {
     "umed_judge_timeout": _ABOVE_0,
     "umed_judge_retries": _AT_LEAST_0,
     "umed_judge_patience": _AT_LEAST_1,
+    "umed_vrr_mask_sinks": (lambda value: value == 0 or value > 1, "0, or above 1"),
     "umed_val_every": _AT_LEAST_0,
     "umed_val_records": _AT_LEAST_1,
     "umed_box_decimals": (lambda value: value in (2, 3), "2 or 3"),
@@ -426,6 +455,8 @@ def _values(flags: UmedFlags) -> list[str]:
         faults.append(
             f"--umed_vrr_layers {flags.umed_vrr_layers!r}: must be all, last_half, or indices such as 16,20,-1."
         )
+    if flags.umed_vrr_heads != "all" and not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", flags.umed_vrr_heads):
+        faults.append(f"--umed_vrr_heads {flags.umed_vrr_heads!r}: must be all, or indices such as 0,3,17.")
     return faults
 
 

@@ -21,6 +21,13 @@ Each is logged as ``guard/<name>``; after the dash stands what a bad trend looks
 - ``distinct_coordinates``: number of different coordinates in all boxes - falls far below ``distinct_coordinates_reference``:
   a few stock boxes. Seen in this project's stage 2.
 
+Two figures ask what the vision relevance reward is worth, over the candidates of one step that name the lesion:
+
+- ``vision_relevance/over_uniform``: mean attention on the lesion over the mean share of the image that it covers. 1 is no better
+  than looking everywhere alike; a reward that rises while this stays near 1 rewards large lesions.
+- ``vision_relevance/iou_correlation``: Spearman's rank correlation of that ratio with the IoU of the same candidate, -1 to 1. At
+  0 or below, looking at the lesion has nothing to do with finding it, and the term pulls elsewhere than localization.
+
 The first time that a figure crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning.
 0.8 of the image is above any lesion seen: among 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays (NIH) the
 largest covers 0.56. What is visible counts and not the square, half of which may be padding. ``groups_without_signal`` and
@@ -56,6 +63,8 @@ GUARDS = (
     "guard/distinct_coordinates",
     "guard/distinct_coordinates_reference",
 )
+
+VISION_RELEVANCE = ("vision_relevance/over_uniform", "vision_relevance/iou_correlation")
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _SPACE = re.compile(r"\s+")
@@ -173,6 +182,29 @@ class Guards:
         ]
         self._warned.update(crossed)
         return [f"{name} is {figures[name]:.3g}, {_LIMITS[name][1]}." for name in crossed]
+
+
+def vision_relevance_figures(
+    attention: Sequence[float | None], covers: Sequence[float], overlaps: Sequence[float]
+) -> dict[str, float]:
+    """The figures in `VISION_RELEVANCE`; one that the candidates cannot give is left out.
+
+    Args:
+        attention: of N candidates, on the lesion, 0-1; 0 where the lesion is not named, None where it was not computed.
+        covers: share of the image's patches that the true boxes cover, 0-1; 0 for a study without a lesion.
+        overlaps: set IoU, 0-1.
+    """
+    from scipy.stats import spearmanr
+
+    named = [(a, c, o) for a, c, o in zip(attention, covers, overlaps) if a is not None and a > 0 and c > 0]
+    if not named:
+        return {}
+    figures = {VISION_RELEVANCE[0]: sum(a for a, _, _ in named) / sum(c for _, c, _ in named)}
+    ratios, ious = [a / c for a, c, _ in named], [o for _, _, o in named]
+    # Ranks of two candidates always agree or disagree in full, and those of equal values say nothing.
+    if len(named) > 2 and len(set(ratios)) > 1 and len(set(ious)) > 1:
+        figures[VISION_RELEVANCE[1]] = float(spearmanr(ratios, ious).statistic)
+    return figures
 
 
 def box_area_ratio(predicted01: Sequence[Box], true01: Sequence[Box]) -> float | None:

@@ -42,7 +42,7 @@ from umed_plugin.experience import (
     ppo_experience,
 )
 from umed_plugin.geometry import ImageGeometry
-from umed_plugin.guards import GUARDS, Guards
+from umed_plugin.guards import GUARDS, VISION_RELEVANCE, Guards, vision_relevance_figures
 from umed_plugin.objective import ObjectiveSettings, grpo_objective, ppo_objective
 from umed_plugin.packing import packing_fault
 from umed_plugin.records import Record, record_geometry, true_boxes
@@ -117,6 +117,7 @@ class RewardingTrainer(LLaVATrainer):
         self.reward_weights = dict(zip(self.reward_functions, self.flags.reward_weights()))
         self.packed = self._can_pack(llava)
         self.vrr_layers = self.flags.vrr_layer_indices(llava.config.num_hidden_layers)
+        self.vrr_heads = self.flags.vrr_head_indices(llava.config.num_attention_heads)
         flags = self.flags
         if flags.umed_feature_cache is not None:
             said = self.train_dataset.use_cache(flags.umed_feature_cache, llava.get_vision_tower())
@@ -130,7 +131,7 @@ class RewardingTrainer(LLaVATrainer):
         self.value_head = ValueHead(llava.config.hidden_size).to(args.device) if flags.umed_algorithm == "ppo" else None
         # Every process logs the same names, also one whose batches had nothing to measure, or gathering would hang.
         rewards = [f"reward/{name}" for name in self.reward_functions]
-        self._measures = [*rewards, *measures_of(self.reward_functions), *_MEASURES, *GUARDS]
+        self._measures = [*rewards, *measures_of(self.reward_functions), *_MEASURES, *GUARDS, *VISION_RELEVANCE]
         self._measures += ["feature_cache_hits"] if self.train_dataset.cache is not None else []
         self._measures += _PPO_MEASURES if self.value_head is not None else ()
         self._measured: dict[str, list[float]] = defaultdict(list)
@@ -367,7 +368,15 @@ class RewardingTrainer(LLaVATrainer):
             [torch.from_numpy(self._geometry(record).patch_cover(true_boxes(record))) for record in records]
         )
         values, passed = attention_on_lesion(
-            policy, prompts, candidates, rows, cover, self.vrr_layers, packed=self.packed
+            policy,
+            prompts,
+            candidates,
+            rows,
+            cover,
+            self.vrr_layers,
+            heads=self.vrr_heads,
+            sink_ratio=self.flags.umed_vrr_mask_sinks,
+            packed=self.packed,
         )
         return values.tolist(), passed
 
@@ -449,6 +458,10 @@ class RewardingTrainer(LLaVATrainer):
         for first in range(0, len(texts), k):
             group = slice(first, first + k)
             self.guards.see(texts[group], scores[group], columns["record"][group], columns["geometry"][group])
+        if "vision_relevance" in self.reward_functions:
+            covers = [place.patch_cover(true_boxes(record)).mean() for record, place in zip(*seen[1:])]
+            overlaps = [score.set_iou for score in scores]
+            self._measure(vision_relevance_figures(columns["attention_on_lesion"], covers, overlaps))
 
     def _write_candidates(
         self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any
