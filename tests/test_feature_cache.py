@@ -90,7 +90,7 @@ def test_two_processes_give_the_same_numbers_without_a_cache_with_an_empty_and_w
 
 def test_a_run_that_is_killed_and_resumed_reads_what_it_has_written(tiny_llama, tmp_path):
     records, resumed = grounded_records(tmp_path / "data"), tmp_path / "resumed"
-    flags = [*FLAGS, "--save_steps", "3"]
+    flags = [*FLAGS, "--save_steps", "3", "--bf16", "True"]
     cached = [*flags, "--umed_feature_cache", str(tmp_path / "cache")]
     command = ["python", "-m", "llava.train.train_mem"]
     run = umed_run([*command, *train_flags(tiny_llama, records, tmp_path / "whole", *flags)])

@@ -352,7 +352,8 @@ class RewardingTrainer(LLaVATrainer):
         """[Q, P, D] patch features of the queries' images, read from the cache where it has them."""
         cache, found = self.train_dataset.cache, inputs["features"]
         if cache is None:
-            return encode_images(policy, inputs["images"])
+            # The tower's output lies in memory otherwise than what is read from a cache, and bf16 kernels round by that.
+            return encode_images(policy, inputs["images"]).contiguous()
         self._measure({"feature_cache_hits": sum(features is not None for features in found) / len(found)})
         return cache.complete(found, inputs["features_names"], lambda: encode_images(policy, inputs["images"]))
 
