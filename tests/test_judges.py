@@ -464,8 +464,11 @@ def test_a_budget_that_cannot_be_counted_is_an_error_and_the_reply_is_kept(tmp_p
 
 def test_a_ledger_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with judge_server(by_length) as server, pytest.raises(UmedError, match="ledger cannot be opened"):
-        judge_of(server, tmp_path, umed_judge_ledger=str(tmp_path / "file" / "judge.jsonl"))
+    with judge_server(by_length) as server:
+        with pytest.raises(UmedError, match="ledger cannot be opened"):
+            judge_of(server, tmp_path, umed_judge_ledger=str(tmp_path / "file" / "judge.jsonl"))
+        with pytest.raises(UmedError, match="cannot be written .No space left"):
+            call(judge_of(server, tmp_path, umed_judge_ledger="/dev/full"), "a")
 
 
 # The key ---------------------------------------------------------------------------------------------------------------------

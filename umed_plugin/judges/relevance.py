@@ -149,6 +149,7 @@ class JudgedRelevance:
         if self._prices is not None:
             self._measured["judge/usd"] = self._cost(self._new)
         self._asked.clear()
+        self._texts.clear()
         self._new.clear()
         self._look_after(scores, failures)
         return scores
