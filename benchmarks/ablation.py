@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -90,8 +89,9 @@ class SeedRun:
             flags = row.flags
             self._once(name, lambda: self.demo.rewarding(start, name, flags))
             return
-        pace = self.seconds(row.start) / steps_taken(start)
-        steps = round(self.seconds(folder_name(row.like)) / pace)
+        # Training time alone: a run's start takes as long as many small steps, and would make the control too short.
+        pace = training_seconds(start) / steps_taken(start)
+        steps = max(round(training_seconds(self._checkpoint(folder_name(row.like))) / pace), 1)
         self._once(name, lambda: self.demo.instruction_tuning(name, start, ["--max_steps", steps]))
 
     def evaluate(self, name: str) -> None:
@@ -106,10 +106,6 @@ class SeedRun:
         """The evaluated studies of a checkpoint, in the order of the records."""
         lines = (self.folder / "evaluation" / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
-
-    def seconds(self, name: str) -> float:
-        """Wall time of a finished step."""
-        return float((self._times / name).read_text())
 
     def _checkpoint(self, name: str) -> Path:
         return self.demo.base if name == "base" else self.demo.runs / f"{name}-llava-mistral"
@@ -129,7 +125,16 @@ def folder_name(row_name: str) -> str:
 
 def steps_taken(checkpoint: Path) -> int:
     """Optimizer steps of a finished training run."""
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    return int(_trainer_state(checkpoint)["global_step"])
+
+
+def training_seconds(checkpoint: Path) -> float:
+    """Wall time of a finished training run from its first step to its last, without loading the model."""
+    return float(_trainer_state(checkpoint)["log_history"][-1]["train_runtime"])
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
 
 
 def run_all(runs: Sequence[SeedRun], rows: Sequence[Row], jobs: int) -> None:
@@ -197,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="training runs side by side")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="processes of one training run")
+    parser.add_argument("--processes", type=int, default=2, help="processes of one training run, at most 12")
     parser.add_argument("--early-epochs", type=float, default=2.5, help="epochs of the early stage 1")
     options = parser.parse_args(arguments)
     settings = DemoSettings(processes=options.processes)
