@@ -11,7 +11,7 @@ from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
 from umed_plugin.packing import Columns, RoomyCache, block_mask, pack, packing_fault
-from umed_plugin.rollout import Candidates, answer_pass, base_llava, generate, repeated_inputs
+from umed_plugin.rollout import Candidates, answer_pass, base_llava, generate, repeated_inputs, takes_one_row
 
 
 @pytest.fixture
@@ -22,12 +22,13 @@ def patched():
 
 
 def drawn_answers(tokenizer, queries, each, longest=7):
-    """Answers of different lengths, 1 to ``longest`` tokens."""
+    """Answers of different lengths, 1 to ``longest`` tokens, so much so that they are packed."""
     shuffle = torch.Generator().manual_seed(1)
     count = queries * each
-    lengths = torch.randint(1, longest + 1, (count,), generator=shuffle)
+    lengths = torch.randint(1, longest // 2 + 1, (count,), generator=shuffle)
     lengths[0] = longest
     mask = (torch.arange(longest) < lengths[:, None]).long()
+    assert mask.numel() > 1.5 * mask.sum()
     return Candidates(ids(count * longest, tokenizer, shuffle).view(count, longest), mask)
 
 
@@ -87,6 +88,20 @@ def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, wa
     assert ("lora" in way) == any("lora_" in name for name in gradients)
     for name, expected in expected_gradients.items():
         assert (gradients[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.usefixtures("patched")
+def test_answers_of_one_length_read_the_prompts_cache_unless_nothing_is_cached(loaded, batch):  # noqa: F811
+    tokenizer, model = loaded
+    model = copy.deepcopy(model).train()
+    ragged = drawn_answers(tokenizer, 3, 2)
+    even = Candidates(ragged.token_ids, torch.ones_like(ragged.mask))
+    assert [takes_one_row(model, c, packed=True) for c in (ragged, even)] == [True, False]
+    assert not takes_one_row(model, ragged, packed=False)
+    found, expected = (outcome(model, batch, even, run) for run in (packed_run, plain_run))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    model.gradient_checkpointing_enable()
+    assert takes_one_row(model, even, packed=True)
 
 
 @pytest.mark.usefixtures("patched")

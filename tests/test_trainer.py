@@ -118,7 +118,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
 
     run = reward(checkpoint, records, whole, *flags, "--umed_log_candidates", "1")
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "computed apart" not in run.stdout
+    assert "not packed" not in run.stdout
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
     assert len([line for line in history if "loss" in line]) == 8
     terms = {f"reward/{name}" for name in (*REWARDS, "half:half", "total")}
@@ -165,10 +165,10 @@ def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny
     flags = ["--max_steps", "2", "--umed_rewards", "half:half", "--umed_reward_weights", "1", "--umed_kl_coef", "0"]
     run = reward(checkpoint, records, tmp_path / "out", *flags)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("each answer is computed apart") == 1
+    assert run.stdout.count("answers are not packed") == 1
     again = reward(checkpoint, records, tmp_path / "again", *flags, "--umed_packed", "False")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert "computed apart" not in again.stdout
+    assert "not packed" not in again.stdout
 
 
 def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_path):

@@ -47,6 +47,7 @@ from umed_plugin.rollout import (
     base_llava,
     positions,
     query_of_row,
+    takes_one_row,
 )
 from umed_plugin.scoring import Terms, find_terms
 
@@ -175,7 +176,7 @@ def attention_on_lesion(
         return value, answer_pass(model, prompts, candidates, packed=packed)
     steps = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
     queries = query_of_row(prompts, candidates)[owners]
-    places = _places(prompts, candidates, owners, steps, packed)
+    places = _places(prompts, candidates, owners, steps, one_row=takes_one_row(llava, candidates, packed))
     prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
     token_positions = prompt_length[queries] + steps
     patch_positions = positions(prompts.mask).gather(1, places.patches[1])
@@ -197,11 +198,11 @@ def attention_on_lesion(
     return value / (tokens.clamp(min=1) * len(layers)), passed
 
 
-def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps: Tensor, packed: bool) -> _Places:
+def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps: Tensor, one_row: bool) -> _Places:
     """Places of the patches and of the answer tokens ``steps`` of the candidates ``owners``."""
     columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=owners.device)
     patches = torch.arange(len(columns), device=owners.device)[:, None], columns
-    if not packed:
+    if not one_row:
         return _Places(patches, (owners, steps), passes=2)
     rows = pack(prompts.mask, candidates.mask)
     return _Places(patches, (rows.row[owners, 0], rows.column[owners, steps]), passes=1)

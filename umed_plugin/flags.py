@@ -259,7 +259,7 @@ class UmedFlags:
     )
     umed_packed: bool = _flag(
         True,
-        "Compute a question's answers beside one copy of its prompt. False, or an attention without block masks: apart.",
+        "Let a question's answers grow, and under gradient checkpointing be trained, in one row behind its prompt.",
     )
     umed_vrr_heads: str = _flag("all", "Heads averaged by vision_relevance: all, or a comma list of indices.")
     umed_vrr_mask_sinks: float = _flag(

@@ -213,6 +213,28 @@ class RoomyCache(DynamicCache):
         self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
 
 
+class PrefixCache(DynamicCache):
+    """Keeps the keys and values of Q prompts, and shows them to the K answers of each, layer by layer.
+
+    The first pass fills it; later ones read it and leave nothing in it. The gradient flows back into the prompts.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take [Q, kv_heads, L, d] keys and values of the prompts, or [N, kv_heads, T, d] of answers, which get those before."""
+        if layer_idx == len(self.key_cache):
+            return super().update(key_states, value_states, layer_idx, cache_kwargs)
+        return _behind(self.key_cache[layer_idx], key_states), _behind(self.value_cache[layer_idx], value_states)
+
+
+def _behind(prompts: Tensor, answers: Tensor) -> Tensor:
+    """[N, heads, L+T, d] from [Q, heads, L, d] and [N, heads, T, d], with one copy."""
+    queries = len(prompts)
+    answers = answers.unflatten(0, (queries, -1))
+    return torch.cat([prompts[:, None].expand(-1, answers.shape[1], -1, -1, -1), answers], dim=-2).flatten(0, 1)
+
+
 def _with_room(states: Tensor, room: int) -> Tensor:
     rows, heads, columns, size = states.shape
     return states.new_empty(rows, heads, columns + room, size)

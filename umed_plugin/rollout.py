@@ -1,7 +1,7 @@
 """Sampling answers from a LLaVA model, and the log-probabilities of answers under it.
 
-A query is an image and a question; its K candidates share both. The image is encoded once and the prompt is prefilled once
-per query; its key/value cache is expanded to the K candidates. Sampling is written out here instead of calling
+A query is an image and a question; its K candidates share both. The image is encoded once and the prompt is computed once
+per query and pass; :mod:`umed_plugin.packing` says how. Sampling is written out here instead of calling
 ``model.generate`` for a second reason: with ``inputs_embeds``, ``generate`` of transformers 4.36 returns an artificial BOS as
 first token, which shifts every log-probability by one.
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
-from umed_plugin.packing import PADDING, Columns, RoomyCache, block_mask, pack, sliding_window
+from umed_plugin.packing import PADDING, Columns, PrefixCache, RoomyCache, block_mask, pack, sliding_window
 
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
 
@@ -270,8 +270,9 @@ def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> AnswerPass:
     """Teacher-forced logits that each answer token was drawn from, and the hidden states that they were made from.
 
-    Packed, the K answers of a query stand behind its prompt in one row. Otherwise its cache is expanded to them, and the gradient
-    flows back through it; gradient checkpointing keeps no cache, so there the prompt is repeated for each answer.
+    The K answers of a query share one pass over its prompt: they stand behind it in one row (:func:`takes_one_row`), or read its
+    cache, through which the gradient flows back. Without block masks, gradient checkpointing can do neither: then the prompt is
+    repeated for each answer.
 
     Args:
         model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
@@ -280,11 +281,26 @@ def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, pac
         packed: for a model without :func:`umed_plugin.packing.packing_fault`.
     """
     llava = _unwrapped(model)
-    if packed:
+    if takes_one_row(llava, candidates, packed):
         return _packed_pass(model, prompts, candidates)
-    if llava.training and llava.is_gradient_checkpointing:
+    if _keeps_no_cache(llava):
         return _repeated_pass(model, prompts, candidates)
     return _shared_prefix_pass(model, prompts, candidates)
+
+
+def takes_one_row(llava: Any, candidates: Candidates, packed: bool) -> bool:
+    """Whether :func:`answer_pass` puts the answers of a query into one row.
+
+    A row has no padding between answers, but the attention computes all of its square, most of which is masked. With a cache the
+    answers are padded to the longest, and that costs more when it adds half of their tokens.
+    """
+    if not packed:
+        return False
+    return _keeps_no_cache(llava) or candidates.mask.numel() > 1.5 * int(candidates.mask.sum())
+
+
+def _keeps_no_cache(llava: Any) -> bool:
+    return llava.training and llava.is_gradient_checkpointing
 
 
 def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> Tensor:
@@ -314,10 +330,9 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> 
 
 def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
     llava = _unwrapped(model)
-    cache = DynamicCache()
+    cache = PrefixCache()
     first = prefill(model, prompts, cache)
     rows = query_of_row(prompts, candidates)
-    cache.reorder_cache(rows)
     # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are not made.
     token_ids = torch.nn.functional.pad(candidates.token_ids, (0, 1))
     mask = torch.cat([prompts.mask[rows], candidates.mask, candidates.mask.new_ones(len(rows), 1)], dim=1)
@@ -363,13 +378,15 @@ def answer_log_probs(
         temperature: the one that the candidates were sampled with; the logits are divided by it (0 counts as 1).
         entropy_gradient: keep the graph of the entropy, for an entropy bonus.
     """
-    logits = logits / (temperature or 1.0)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    log_probs = logits.log_softmax(dim=-1)
     mask = candidates.mask.to(logits.dtype)
-    log_partition = logits.logsumexp(dim=-1)
-    chosen = logits.gather(-1, candidates.token_ids[..., None]).squeeze(-1)
+    chosen = log_probs.gather(-1, candidates.token_ids[..., None]).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        entropy = log_partition - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-    return AnswerLogProbs((chosen - log_partition) * mask, entropy * mask)
+        # One answer at a time: what lies between is as large as its logits.
+        entropy = torch.stack([-(answer.exp() * answer).sum(dim=-1) for answer in log_probs])
+    return AnswerLogProbs(chosen * mask, entropy * mask)
 
 
 def decode_answers(tokenizer: Any, candidates: Candidates) -> list[str]:

@@ -148,8 +148,9 @@ class RewardingTrainer(LLaVATrainer):
         fault = packing_fault(llava)
         if fault is not None and self.args.process_index == 0:
             print(
-                f"umed: {fault}: each answer is computed apart, which costs several times more. Another attention (eager, sdpa) "
-                "can share the prompt; --umed_packed False takes this as it is.",
+                f"umed: {fault}: answers are not packed. Sampling copies the prompt's cache for each answer, and under gradient "
+                "checkpointing the update repeats the prompt for each. Another attention (eager, sdpa) can pack; --umed_packed "
+                "False takes this as it is.",
                 flush=True,
             )
         return fault is None
