@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import json
-import os
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -64,7 +64,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient-checkpointing", type=int, choices=(0, 1), default=1)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -203,46 +202,37 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_with_relevance(work: Work, how: str) -> Any:
-    """A packed scoring pass with vision relevance of 4 tokens of each answer: by hooks, by returned attentions, or without."""
+    """The packed side's scoring pass: with attention of 4 tokens of each answer by hooks, with all returned, or with none."""
     from umed_plugin.attention import attention_on_lesion
-    from umed_plugin.packing import block_mask, pack
     from umed_plugin.rollout import answer_pass, base_llava
 
     work.model.eval()
     prompts, layers = embedded(work), list(range(work.options.layers))
     if how == "hooks":
-        rows = [[3, 4, 5, 6]] * work.options.candidates
-        return attention_on_lesion(
-            work.model, prompts, work.answers, rows, torch.rand(1, prompts.n_patches), layers, packed=True
-        )
-    if how == "without":
+        named = [list(range(work.options.answer_tokens))[-4:]] * work.options.candidates
+        cover = torch.rand(1, prompts.n_patches)
+        return attention_on_lesion(work.model, prompts, work.answers, named, cover, layers, packed=True)
+    config = base_llava(work.model).config
+    config.output_attentions = how == "output_attentions"
+    try:
         return answer_pass(work.model, prompts, work.answers, packed=True)
-    packed = pack(prompts.mask, work.answers.mask)
-    answers = base_llava(work.model).get_input_embeddings()(packed.put(work.answers.token_ids, work.answers.mask))
-    embeds = torch.cat([prompts.embeds, answers], dim=1)
-    mask = block_mask(packed.columns, packed.columns, None, embeds.dtype)
-    return work.model(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        position_ids=packed.columns.positions,
-        use_cache=False,
-        output_attentions=True,
-    )
+    finally:
+        config.output_attentions = False
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(run: Callable[[], Any]) -> Tensor:
+    """[2] wall time and processor time of one call. The latter is what a machine that is shared with others leaves comparable."""
+    start, used = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - start
+    return torch.tensor([time.perf_counter() - start, time.process_time() - used])
 
 
-def measure_times(work: Work) -> dict[str, dict[str, list[float]]]:
+def measure_times(work: Work) -> dict[str, dict[str, list[Tensor]]]:
     """Seconds of every phase and side, in runs that take turns."""
     from rich.progress import track
 
     old = score(work, "packed")
-    times: dict[str, dict[str, list[float]]] = {phase: {side: [] for side in SIDES} for phase in PHASES}
+    times: dict[str, dict[str, list[Tensor]]] = {phase: {side: [] for side in SIDES} for phase in PHASES}
     times["vision relevance"] = {how: [] for how in RELEVANCE}
     for _ in track(range(work.options.repetitions), "timing", disable=not sys.stderr.isatty()):
         for side in SIDES:
@@ -261,63 +251,79 @@ def measure_times(work: Work) -> dict[str, dict[str, list[float]]]:
     return times
 
 
-def measure_memory(options: argparse.Namespace, what: str) -> int:
-    """Peak bytes of ``what``, above the loaded model, in a process of its own."""
-    arguments = [sys.executable, __file__, "--memory-of", what]
-    for name, value in vars(options).items():
-        if name not in ("json", "memory_of"):
-            arguments += [f"--{name.replace('_', '-')}", str(value)]
-    # Freed tensors go back to the system at once, so that the peak is that of what was alive.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"measuring the memory of {what} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout.splitlines()[-1])
+def measure_memory(work: Work, what: str) -> int:
+    """Peak bytes of a step's side or of a scoring pass, above the loaded model, in a process of its own.
+
+    To be called before anything has run on several threads, which a fork would not have.
+    """
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send_peak, args=(work, what, sender))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise SystemExit(f"measuring the memory of {what} failed; see above.") from None
+    finally:
+        child.join()
 
 
-def print_memory(work: Work, what: str) -> None:
-    """The child's side of `measure_memory`."""
+def _send_peak(work: Work, what: str, sender: Any) -> None:
+    # Freed tensors go back to the system at once, so that the peak is that of what was alive (malloc.h).
+    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
+    libc.mallopt(trim_threshold, 0)
+    libc.mallopt(mmap_threshold, 65536)
+    torch.set_num_threads(work.options.threads)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     if what in SIDES:
         sample(work, what)
         update(work, what, score(work, what))
     else:
         score_with_relevance(work, what)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
-def summary(work: Work, times: dict[str, dict[str, list[float]]], memory: dict[str, int]) -> dict[str, Any]:
+def summary(work: Work, times: dict[str, dict[str, list[Tensor]]], memory: dict[str, int]) -> dict[str, Any]:
     """All figures: medians of seconds, medians of ratios, bytes."""
     options = work.options
     prefix = (options.image_size // 14) ** 2 + options.prompt_tokens
     k, steps = options.candidates, options.answer_tokens
     phases = {}
     for phase in PHASES:
-        plain, packed = (times[phase][side] for side in SIDES)
-        ratios = sorted(a / b for a, b in zip(plain, packed))
+        plain, packed = (torch.stack(times[phase][side]) for side in SIDES)
+        ratios = plain / packed
         phases[phase] = {
-            "plain_s": statistics.median(plain),
-            "packed_s": statistics.median(packed),
-            "ratio": statistics.median(ratios),
-            "ratio_range": [ratios[0], ratios[-1]],
+            "plain_s": median(plain[:, 0]),
+            "packed_s": median(packed[:, 0]),
+            "ratio": median(ratios[:, 0]),
+            "ratio_range": [ratios[:, 0].min().item(), ratios[:, 0].max().item()],
+            "processor_ratio": median(ratios[:, 1]),
         }
     relevance = {}
     for how in RELEVANCE:
-        column, without = times["vision relevance"][how], times["vision relevance"]["without"]
+        column, without = (torch.stack(times["vision relevance"][name]) for name in (how, "without"))
         relevance[how] = {
-            "s": statistics.median(column),
-            "time_ratio": statistics.median(a / b for a, b in zip(column, without)),
+            "s": median(column[:, 0]),
+            "time_ratio": median(column[:, 0] / without[:, 0]),
+            "processor_ratio": median(column[:, 1] / without[:, 1]),
             "bytes": memory[how],
             "memory_ratio": memory[how] / memory["without"],
         }
     return {
-        "options": {name: value for name, value in vars(options).items() if name not in ("json", "memory_of")},
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
         "token_limit": k * (prefix + steps) / (prefix + k * steps),
         "prefix_tokens": prefix,
         "phases": phases,
+        "same_log_probs": (score(work, "plain") - score(work, "packed")).abs().max().item(),
         "step_bytes": {side: memory[side] for side in SIDES},
         "vision_relevance": relevance,
     }
+
+
+def median(values: Tensor) -> float:
+    """The middle one, or the mean of the two."""
+    return statistics.median(values.tolist())
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -327,44 +333,36 @@ def show(figures: dict[str, Any]) -> None:
 
     console = Console(width=None if Console().is_terminal else 120)
     limit = figures["token_limit"]
-    table = Table("", "plain", "packed", "ratio", "lowest - highest", "share of limit", title="a step of stage 2")
+    head = ("plain", "packed", "ratio", "of limit", "lowest - highest", "processor time")
+    table = Table("", *head, title="a step of stage 2")
     for phase, row in figures["phases"].items():
         spread = " - ".join(f"{ratio:.1f}" for ratio in row["ratio_range"])
-        table.add_row(
-            phase,
-            f"{row['plain_s']:.2f} s",
-            f"{row['packed_s']:.2f} s",
-            f"{row['ratio']:.2f}x",
-            spread,
-            f"{row['ratio'] / limit:.0%}",
-        )
-    plain, packed = (figures["step_bytes"][side] for side in SIDES)
-    table.add_row(
-        "peak memory", f"{plain / 2**20:.0f} MiB", f"{packed / 2**20:.0f} MiB", f"{plain / packed:.2f}x", "", ""
-    )
+        medians = f"{row['plain_s']:.2f} s", f"{row['packed_s']:.2f} s", f"{row['ratio']:.2f}x"
+        table.add_row(phase, *medians, f"{row['ratio'] / limit:.0%}", spread, f"{row['processor_ratio']:.2f}x")
+    plain, packed = (figures["step_bytes"][side] / 2**20 for side in SIDES)
+    table.add_row("peak memory", f"{plain:.0f} MiB", f"{packed:.0f} MiB", f"{plain / packed:.2f}x", "", "", "")
     console.print(table)
     console.print(
-        f"The count of tokens alone allows {limit:.2f}x; the logits of the prompt, which packing leaves out, more."
+        f"The count of tokens alone allows {limit:.2f}x; the logits of the prompt, which packing leaves out, more. The "
+        f"log-probabilities of both sides differ by {figures['same_log_probs']:.0e} at most."
     )
-    table = Table("", "time", "", "peak memory", "", title="vision relevance in a packed scoring pass")
+    head = ("time", "", "processor time", "peak memory", "")
+    table = Table("", *head, title="vision relevance in a scoring pass")
     for how, row in figures["vision_relevance"].items():
-        changes = [
-            f"{ratio - 1:+.1%}" if how != "without" else "" for ratio in (row["time_ratio"], row["memory_ratio"])
-        ]
-        table.add_row(how, f"{row['s']:.2f} s", changes[0], f"{row['bytes'] / 2**20:.0f} MiB", changes[1])
+        names = ("time_ratio", "processor_ratio", "memory_ratio")
+        wall, processor, memory = ("" if how == "without" else f"{row[name] - 1:+.1%}" for name in names)
+        table.add_row(how, f"{row['s']:.2f} s", wall, processor, f"{row['bytes'] / 2**20:.0f} MiB", memory)
     console.print(table)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     options = parse(argv)
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     work = build(options)
-    if options.memory_of:
-        print_memory(work, options.memory_of)
-        return
+    memory = {what: measure_memory(work, what) for what in (*SIDES, *RELEVANCE)}
+    torch.set_num_threads(options.threads)
     times = measure_times(work)
-    memory = {what: measure_memory(options, what) for what in (*SIDES, *RELEVANCE)}
     figures = summary(work, times, memory)
     show(figures)
     if options.json:
