@@ -274,7 +274,9 @@ class UmedFlags:
     )
     umed_top_p: float = _flag(1.0, "Nucleus of the sampled distribution, above 0 up to 1.")
     umed_log_candidates: int = _flag(
-        0, "Write the sampled answers with their rewards to candidates.jsonl every this many steps; 0: never."
+        0,
+        "Write the sampled answers with their rewards to candidates.jsonl, and to TensorBoard or W&B under --report_to, every "
+        "this many steps; 0: never.",
     )
 
     umed_val_every: int = _flag(

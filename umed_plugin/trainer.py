@@ -31,6 +31,7 @@ from transformers.trainer_callback import TrainerState
 
 from umed_plugin.advantages import KLCoefficient
 from umed_plugin.attention import attention_on_lesion, lesion_name_rows
+from umed_plugin.candidate_table import log_candidates
 from umed_plugin.errors import UmedError
 from umed_plugin.experience import (
     Experience,
@@ -468,17 +469,20 @@ class RewardingTrainer(LLaVATrainer):
     def _write_candidates(
         self, texts: list[str], values: Mapping[str, list[float | None]], rewards: Tensor, record: Any
     ) -> None:
-        """Append the first query's candidates to ``candidates.jsonl`` in the output folder, every so many steps."""
+        """Show the first query's candidates, every so many steps."""
         every = self.flags.umed_log_candidates
         if not every or self.state.global_step % every or not self.is_world_process_zero():
             return
-        group = [
-            {"text": texts[i], "reward": rewards[0, i].item(), **{name: column[i] for name, column in values.items()}}
-            for i in range(self.flags.umed_num_candidates)
-        ]
-        line = {"step": self.state.global_step, "id": record["id"], "true": record["objects"], "candidates": group}
-        with open(Path(self.args.output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        terms = {name: column[: self.flags.umed_num_candidates] for name, column in values.items()}
+        log_candidates(
+            self.state.global_step,
+            record,
+            texts[: self.flags.umed_num_candidates],
+            rewards[0].tolist(),
+            terms,
+            self.args.output_dir,
+            self.callback_handler.callbacks,
+        )
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the means of what was measured since the last log, over all processes, to the trainer's own figures."""

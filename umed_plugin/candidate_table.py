@@ -1,0 +1,77 @@
+"""A table of sampled answers with their rewards, every so many steps, where the run's other figures go.
+
+``candidates.jsonl`` in the output folder always; beside it a table of W&B and a text of TensorBoard where ``--report_to`` names
+them: these are reached through the trainer's own callbacks, so project, run and folder are those of its other figures.
+
+How to run: ``--umed_log_candidates 50`` in stage 2, with ``--report_to tensorboard`` or ``wandb``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations import TensorBoardCallback, WandbCallback
+
+NAME = "candidates"
+
+
+def log_candidates(
+    step: int,
+    record: Mapping[str, Any],
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    terms: Mapping[str, Sequence[float | None]],
+    output_dir: str | Path,
+    callbacks: Iterable[Any],
+) -> None:
+    """Write the K candidates of one query.
+
+    Args:
+        step: optimizer steps done.
+        record: of the query.
+        texts: K answers.
+        rewards: their K rewards, as the objective has them.
+        terms: reward name -> K values before normalisation and weights, None where a reward could not score.
+        output_dir: of the run, where ``candidates.jsonl`` gets a line.
+        callbacks: the trainer's; those of TensorBoard and W&B get the table too.
+    """
+    group = [
+        {"text": text, "reward": reward, **{name: column[i] for name, column in terms.items()}}
+        for i, (text, reward) in enumerate(zip(texts, rewards))
+    ]
+    line = {"step": step, "id": record["id"], "true": record["objects"], "candidates": group}
+    with open(Path(output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_text(NAME, as_markdown(line), step)
+        if isinstance(callback, WandbCallback):
+            _to_wandb(line)
+
+
+def as_markdown(line: Mapping[str, Any]) -> str:
+    """The table of one line of ``candidates.jsonl``, under the query's id and what is true of it."""
+    columns = list(line["candidates"][0])
+    rows = [columns, ["---"] * len(columns), *([_cell(row[name]) for name in columns] for row in line["candidates"])]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"`{line['id']}`, true: `{json.dumps(line['true'], ensure_ascii=False)}`\n\n{table}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else " ".join(str(value).replace("|", "\\|").split())
+
+
+def _to_wandb(line: Mapping[str, Any]) -> None:
+    import wandb
+
+    if wandb.run is None:  # the callback opens a run in the main process alone
+        return
+    columns = ["id", *line["candidates"][0]]
+    table = wandb.Table(columns=columns, data=[[line["id"], *row.values()] for row in line["candidates"]])
+    # Without a step of its own, as the trainer's callback logs: W&B refuses steps that go back.
+    wandb.log({NAME: table, "train/global_step": line["step"]})
