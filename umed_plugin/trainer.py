@@ -342,7 +342,12 @@ class RewardingTrainer(LLaVATrainer):
         if self.value_head is not None:
             self.value_head.load(folder)
         if self.kl_coef.target is not None:
-            self.kl_coef.value = state.get("kl_coef", self.kl_coef.value)
+            if "kl_coef" not in state:
+                raise UmedError(
+                    f"{folder}: has no {_STATE}, so the KL weight that --umed_kl_target had reached is lost. Resume without "
+                    "--umed_kl_target, or give another --output_dir."
+                )
+            self.kl_coef.value = state["kl_coef"]
         if (folder / TRAINER_STATE_NAME).is_file():
             steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
             self._batches_seen = steps * self.args.gradient_accumulation_steps
