@@ -53,7 +53,7 @@ PPO = ("--umed_algorithm", "ppo", "--umed_kl_coef", 0.03)
 ROWS = (
     Row("full, GRPO"),
     Row("full, PPO", flags=PPO),
-    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "2,1")),
+    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "2,2")),
     Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "2,1")),
     Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "2")),
     Row("stage 1 continued", flags=None, like="full, GRPO"),
