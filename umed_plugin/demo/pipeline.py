@@ -223,7 +223,7 @@ class DemoRun:
         """Run LLaVA's training script under umed-run; what it prints goes to ``logs/NAME.log``, its steps to the bar."""
         # Not --standalone: before torch 2.1 it takes one fixed port, and two demos at a time would meet there.
         torchrun = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        torchrun += ["--nproc_per_node", self.settings.processes]
+        torchrun += ["--nproc_per_node", str(self.settings.processes)]
         # The folder's name decides by which class stock LLaVA loads it.
         output = self.runs / f"{name}-llava-mistral"
         script = [sys.executable, *torchrun, "-m", "llava.train.train_mem", "--output_dir", output]
