@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -49,15 +50,18 @@ def from_output_attentions(model, prompts, candidates, rows, cover, layers, head
     return torch.stack(values)
 
 
-def ended(model, candidates, rows, packed):
-    """Answers that end behind their last named token differ enough in length to be put into one row."""
-    if not packed:
-        return candidates
-    last = torch.tensor([max(tokens, default=0) for tokens in rows])
-    token_ids = torch.nn.functional.pad(candidates.token_ids, (0, 4))
-    candidates = replace(candidates, token_ids=token_ids, mask=(torch.arange(12) <= last[:, None]).long())
-    assert takes_one_row(model, candidates, packed)
-    return candidates
+@contextmanager
+def rows_shared(model, packed):
+    """Answers share a row with their prompt where gradient checkpointing keeps no cache."""
+    if packed:
+        model.train()
+        model.gradient_checkpointing_enable()
+    assert takes_one_row(model, packed) == packed
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
 
 
 @pytest.fixture
@@ -74,8 +78,8 @@ def test_equals_the_value_from_output_attentions(sampled, layers, packed):
     model, prompts, candidates, rows, cover = sampled
     with torch.no_grad():
         expected = from_output_attentions(model, prompts, candidates, rows, cover, layers)
-    candidates = ended(model, candidates, rows, packed)
-    value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers, packed=packed)
+    with rows_shared(model, packed):
+        value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers, packed=packed)
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
     assert value[2] == 0
     assert value.max() - value[value > 0].min() > 1e-3, (
@@ -87,23 +91,23 @@ def test_equals_the_value_from_output_attentions(sampled, layers, packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_heads_and_sinks_equal_the_value_from_output_attentions(sampled, packed):
     model, prompts, candidates, rows, cover = sampled
-    candidates = ended(model, candidates, rows, packed)
-    plain, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], packed=packed)
+
+    def value(**options):
+        with rows_shared(model, packed):
+            return attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], packed=packed, **options)[0]
+
+    plain = value()
     # A small model has no sinks at the published ratio: this one makes sinks of some of its patches.
     for heads, ratio in (([0], 0.0), ([1, 2], 2.6), (None, 2.6)):
         with torch.no_grad():
             chosen = slice(None) if heads is None else heads
             expected = from_output_attentions(model, prompts, candidates, rows, cover, [1, 3], chosen, ratio)
-        value, _ = attention_on_lesion(
-            model, prompts, candidates, rows, cover, [1, 3], heads=heads, sink_ratio=ratio, packed=packed
-        )
-        torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
-        assert (value - plain).abs().max() > 1e-3
-    unmasked, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], sink_ratio=20.0, packed=packed)
-    assert torch.equal(unmasked, plain)
+        found = value(heads=heads, sink_ratio=ratio)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert (found - plain).abs().max() > 1e-3
+    assert torch.equal(value(sink_ratio=20.0), plain)
     # Where all patches are sinks, masking them would leave nothing.
-    every, _ = attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], sink_ratio=1.01, packed=packed)
-    torch.testing.assert_close(every, plain)
+    torch.testing.assert_close(value(sink_ratio=1.01), plain)
 
 
 def test_a_sink_is_a_value_far_above_the_root_mean_square():

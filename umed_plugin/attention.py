@@ -176,7 +176,7 @@ def attention_on_lesion(
         return value, answer_pass(model, prompts, candidates, packed=packed)
     steps = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
     queries = query_of_row(prompts, candidates)[owners]
-    places = _places(prompts, candidates, owners, steps, one_row=takes_one_row(llava, candidates, packed))
+    places = _places(prompts, candidates, owners, steps, one_row=takes_one_row(llava, packed))
     prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
     token_positions = prompt_length[queries] + steps
     patch_positions = positions(prompts.mask).gather(1, places.patches[1])

@@ -281,22 +281,21 @@ def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, pac
         packed: for a model without :func:`umed_plugin.packing.packing_fault`.
     """
     llava = _unwrapped(model)
-    if takes_one_row(llava, candidates, packed):
+    if takes_one_row(llava, packed):
         return _packed_pass(model, prompts, candidates)
     if _keeps_no_cache(llava):
         return _repeated_pass(model, prompts, candidates)
     return _shared_prefix_pass(model, prompts, candidates)
 
 
-def takes_one_row(llava: Any, candidates: Candidates, packed: bool) -> bool:
+def takes_one_row(llava: Any, packed: bool) -> bool:
     """Whether :func:`answer_pass` puts the answers of a query into one row.
 
-    A row has no padding between answers, but the attention computes all of its square, most of which is masked. With a cache the
-    answers are padded to the longest, and that costs more when it adds half of their tokens.
+    A row has no padding between answers, but the attention computes all of its square, most of which is masked: reading the
+    prompt's cache is cheaper where a cache can be kept. The answers must have no say in it: processes whose passes call the model
+    a different number of times wait for one another for ever.
     """
-    if not packed:
-        return False
-    return _keeps_no_cache(llava) or candidates.mask.numel() > 1.5 * int(candidates.mask.sum())
+    return packed and _keeps_no_cache(llava)
 
 
 def _keeps_no_cache(llava: Any) -> bool:
