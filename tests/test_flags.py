@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from umed_plugin.errors import UsageError
-from umed_plugin.flags import STAGES_OF, UmedFlags, check, find_faults
+from umed_plugin.flag_checks import STAGES_OF, check, find_faults
+from umed_plugin.flags import UmedFlags
 
 # A judge that is right by itself, so that one fault is left to find.
 JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
@@ -26,6 +27,7 @@ def llava_args(**changes):
         "vision_tower": "tower",
         "deepspeed": None,
         "fsdp": [],
+        "evaluation_strategy": "no",
     }
     return [SimpleNamespace(**{**stock, **changes})] * 3
 
@@ -190,6 +192,16 @@ def test_stage_2_refuses_sharded_weights_and_says_how_to_start(changes):
     assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(**changes)) == []
 
 
+def test_stage_2_refuses_evaluations_that_it_has_no_data_for():
+    from transformers.trainer_utils import IntervalStrategy
+
+    for strategy in ("steps", IntervalStrategy.STEPS):
+        (fault,) = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=strategy))
+        assert "--evaluation_strategy steps" in fault and "--umed_val_every" in fault
+        assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(evaluation_strategy=strategy)) == []
+    assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
+
+
 def test_all_faults_come_at_once():
     flags = UmedFlags(umed_stage="rewarding", umed_num_candidates=0, umed_top_p=0.0, umed_kl_coef=-1.0)
     assert len(find_faults(flags, *llava_args(vision_tower=None))) == 4
@@ -224,7 +236,7 @@ def test_lists_are_parsed():
 
 def test_importing_flags_patching_and_patches_imports_no_heavy_library():
     code = (
-        "import sys, umed_plugin.flags, umed_plugin.patches, umed_plugin.patching; "
+        "import sys, umed_plugin.flag_checks, umed_plugin.patches, umed_plugin.patching; "
         "print([m for m in ('torch', 'transformers', 'llava', 'numpy', 'monai') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

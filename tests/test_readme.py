@@ -157,7 +157,7 @@ def test_the_judge_of_the_readme_has_flags_that_work(monkeypatch: pytest.MonkeyP
     from test_flags import llava_args
     from transformers import HfArgumentParser
 
-    from umed_plugin.flags import find_faults
+    from umed_plugin.flag_checks import find_faults
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     (line,) = blocks("text")
@@ -240,7 +240,7 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(st
     from llava.train.train import DataArguments, ModelArguments, TrainingArguments
     from transformers import HfArgumentParser
 
-    from umed_plugin.flags import find_faults
+    from umed_plugin.flag_checks import find_faults
 
     first, second = blocks("diff")
     script = applied(SCRIPT, first)

@@ -22,7 +22,7 @@ def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
     """The rewards that ``--umed_rewards`` names, in its order.
 
     Args:
-        flags: checked by :func:`umed_plugin.flags.check`.
+        flags: checked by :func:`umed_plugin.flag_checks.check`.
         output_dir: where a reward may keep files, such as a judge's ledger.
     """
     rewards: dict[str, Reward] = {}
