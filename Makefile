@@ -28,7 +28,7 @@ demo: environment
 	  [ ! -e "$$made" ] || echo "$$PWD/$$made"; done
 
 test: environment
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # mypy and import-linter see the package as it is installed: with patches/ and data_recipes/ inside.
 lint: TREE := .venv-lint/tree
