@@ -53,8 +53,8 @@ PPO = ("--umed_algorithm", "ppo", "--umed_kl_coef", 0.03)
 ROWS = (
     Row("full, GRPO"),
     Row("full, PPO", flags=PPO),
-    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "2,2")),
-    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "2,1")),
+    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "4,2")),
+    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "4,1")),
     Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "2")),
     Row("stage 1 continued", flags=None, like="full, GRPO"),
     Row("early: full, GRPO", start=EARLY),
@@ -75,7 +75,7 @@ class SeedRun:
 
     def prepare(self) -> None:
         """Studies, records and the base checkpoint."""
-        self._once("base", lambda: self.demo.base_checkpoint(self.demo.records()))
+        self._once("base", lambda: (self.demo.records(), self.demo.base_checkpoint()))
 
     def tune(self, start: str) -> None:
         """Stage 1, early or converged."""
@@ -92,7 +92,8 @@ class SeedRun:
         # Training time alone: a run's start takes as long as many small steps, and would make the control too short.
         pace = training_seconds(start) / steps_taken(start)
         steps = max(round(training_seconds(self._checkpoint(folder_name(row.like))) / pace), 1)
-        self._once(name, lambda: self.demo.instruction_tuning(name, start, ["--max_steps", steps]))
+        flags = ["--max_steps", steps, "--data_path", self.demo.rewarding_records]
+        self._once(name, lambda: self.demo.instruction_tuning(name, start, flags))
 
     def evaluate(self, name: str) -> None:
         """Ask the checkpoint about the held-out studies, in a process of its own."""

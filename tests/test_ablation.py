@@ -10,7 +10,8 @@ import pytest
 from umed_plugin.demo.pipeline import DemoSettings
 
 SETTINGS = DemoSettings(
-    train=16,
+    tuning=16,
+    rewarding=8,
     val=0,
     test=4,
     prior_epochs=1,

@@ -105,7 +105,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 def test_the_demo_runs_from_start_to_end(tmp_path):
     settings = DemoSettings(
-        train=16,
+        tuning=16,
+        rewarding=8,
         val=4,
         test=8,
         prior_epochs=1,

@@ -37,7 +37,8 @@ _STEP = re.compile(r"(\d+)/(\d+) \[")
 class DemoSettings:
     """Sizes of the demo; the defaults take less than 10 minutes on two cores."""
 
-    train: int = 2000
+    tuning: int = 2000
+    rewarding: int = 1000
     val: int = 40
     test: int = 400
     prior_epochs: float = 2
@@ -131,6 +132,7 @@ class DemoRun:
         self.out, self.seed, self.settings, self.steps = out, seed, settings, steps
         self.data, self.runs = out / "data", out / "runs"
         self.tiny, self.base = self.runs / "untrained-llava-mistral", self.runs / "base-llava-mistral"
+        self.tuning_records, self.rewarding_records = self.data / "tuning.json", self.data / "rewarding.json"
         self.exported = out / "checkpoint" / NAME
 
     def run(self) -> dict[str, Any]:
@@ -139,7 +141,7 @@ class DemoRun:
 
         began = time.monotonic()
         records = self.records()
-        self.base_checkpoint(records)
+        self.base_checkpoint()
         tuned = self.instruction_tuning()
         rewarded = self.rewarding(tuned)
         self.steps.begin("exporting")
@@ -158,26 +160,31 @@ class DemoRun:
         sizes = self.settings
         self.steps.begin("drawing DICOM, NIfTI and PNG studies")
         studies = self.data / "studies"
-        make_studies(
-            studies, seed=self.seed, train=sizes.train, val=sizes.val, test=sizes.test, progress=self.steps.update
-        )
+        train = sizes.tuning + sizes.rewarding
+        make_studies(studies, seed=self.seed, train=train, val=sizes.val, test=sizes.test, progress=self.steps.update)
         self.steps.begin("building records with recipe demo_studies")
         records = build_records(
             load_recipe("demo_studies"), out_dir=self.data, image_aspect_ratio="pad", seed=self.seed, data_root=studies
         )
         save_records(records, self.data / "records.json")
+        # Stage 1 knows its studies by heart; on others its answers go wrong as often as on held-out ones, and can be rewarded
+        # for being right.
+        learnt = [record for record in records if record["split"] == "train"]
+        save_records(learnt[: sizes.tuning], self.tuning_records)
+        save_records(learnt[sizes.tuning :], self.rewarding_records)
         return records
 
-    def base_checkpoint(self, records: Sequence[dict[str, Any]]) -> None:
+    def base_checkpoint(self) -> None:
         """Make the small checkpoint and teach it captions: what a medical LLaVA knows before the plugin is used."""
         from umed_plugin.demo.prior import caption_records, corpus
         from umed_plugin.demo.tiny_checkpoint import make_checkpoint
         from umed_plugin.merging import export
+        from umed_plugin.records import load_records
 
         self.steps.begin("base checkpoint: captions without boxes")
         make_checkpoint(self.tiny, seed=self.seed, corpus=corpus(self.seed))
         captions = self.data / "captions.json"
-        known = caption_records([record for record in records if record["split"] == "train"], self.seed)
+        known = caption_records(load_records(self.tuning_records), self.seed)
         captions.write_text(json.dumps(known), encoding="utf-8")
         sizes = self.settings
         taught = self._train(
@@ -194,7 +201,7 @@ class DemoRun:
         self.steps.begin("stage 1: instruction tuning")
         return self._train(
             name,
-            ["--model_name_or_path", start or self.base, "--data_path", self.data / "records.json"]
+            ["--model_name_or_path", start or self.base, "--data_path", self.tuning_records]
             + ["--version", "umed_mistral", "--umed_stage", "instruction_tuning"]
             + ["--num_train_epochs", sizes.tuning_epochs, "--learning_rate", sizes.tuning_lr]
             + ["--per_device_train_batch_size", TUNING_BATCH // sizes.processes, *flags],
@@ -207,15 +214,15 @@ class DemoRun:
         # Full fine-tuning: on a model as narrow as this one, an adapter costs as much as the weights that it spares.
         return self._train(
             name,
-            ["--model_name_or_path", start, "--data_path", self.data / "records.json"]
+            ["--model_name_or_path", start, "--data_path", self.rewarding_records]
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
             # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
             # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
             + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.03]
             # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
-            + ["--umed_judge", "classes", "--umed_reward_weights", "2,2,1"]
-            + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr]
+            + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
+            + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
             + ["--per_device_train_batch_size", sizes.queries // sizes.processes, *flags],
         )
 
