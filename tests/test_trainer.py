@@ -34,6 +34,8 @@ PPO = shlex.split(
     "--umed_algorithm ppo --umed_updates_per_rollout 2 --umed_minibatches_per_rollout 2"
     " --umed_kl_target 0.05 --umed_kl_horizon 50 --umed_value_learning_rate 1e-2 --umed_entropy_coef 0.01"
 )
+# Files of the run that is stopped as soon as they are there: the last of a checkpoint, and one in the middle of the next.
+WRITTEN, HALF_WRITTEN = "checkpoint-3/trainer_state.json", "tmp-checkpoint-6/optimizer.pt"
 # A reward that differs between candidates of a model with random weights, where IoU and relevance are mostly 0.
 OWN_REWARD = """
 def half(prompts, completions, **columns):
@@ -102,16 +104,16 @@ def check_ppo(whole: Path, resumed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "flags", "stop"),
+    ("family", "flags", "stop", "when_there"),
     [
-        ("mistral", LORA, signal.SIGKILL),
-        ("llama", TWICE, signal.SIGINT),
-        ("mistral", [*LORA, *PPO], signal.SIGKILL),
-        ("llama", PPO, signal.SIGKILL),
+        ("mistral", LORA, signal.SIGKILL, WRITTEN),
+        ("llama", TWICE, signal.SIGINT, WRITTEN),
+        ("mistral", [*LORA, *PPO], signal.SIGKILL, WRITTEN),
+        ("llama", PPO, signal.SIGKILL, HALF_WRITTEN),
     ],
-    ids=["lora-kill", "full-two-updates-ctrl-c", "ppo-lora-kill", "ppo-full-kill"],
+    ids=["lora-kill", "full-two-updates-ctrl-c", "ppo-lora-kill", "ppo-full-cached-kill-in-a-write"],
 )
-def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, request, tmp_path):
+def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, when_there, request, tmp_path):
     checkpoint = request.getfixturevalue(f"tiny_{family}")
     records = grounded_records(tmp_path / "data")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -130,17 +132,24 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
 
     hook = tmp_path / "hook"
     hook.mkdir()
-    state = str(resumed / "checkpoint-3" / "trainer_state.json")
-    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=state, signal=int(stop)))
-    stopped = reward(checkpoint, records, resumed, *flags, hook=hook)
+    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=str(resumed / when_there), signal=int(stop)))
+    in_a_write = when_there == HALF_WRITTEN
+    cached = [*flags, "--umed_feature_cache", str(tmp_path / "cache")] if in_a_write else flags
+    stopped = reward(checkpoint, records, resumed, *cached, hook=hook)
     assert stopped.returncode != 0
     assert (resumed / "checkpoint-3").is_dir()
     assert not (resumed / "trainer_state.json").exists(), "the run was over before it was stopped"
-    run = reward(checkpoint, records, resumed, *flags, "--umed_log_candidates", "1")
+    if in_a_write:
+        there = {file.name for file in (resumed / "tmp-checkpoint-6").iterdir()}
+        assert "optimizer.pt" in there and "trainer_state.json" not in there, "it was not stopped inside the write"
+        assert not (resumed / "checkpoint-6").exists()
+    run = reward(checkpoint, records, resumed, *cached, "--umed_log_candidates", "1")
     assert run.returncode == 0, run.stderr[-3000:]
+    assert (resumed / "checkpoint-6").is_dir() and not list(resumed.glob("tmp-*"))
+    assert not in_a_write or "8 of 9 images are there" in run.stdout
 
     assert sampled(resumed).keys() <= groups.keys()
-    assert sampled(resumed)
+    assert min(sampled(resumed)) >= 3, "it began anew"
     for step, group in sampled(resumed).items():
         assert group == groups[step], f"other answers or rewards in step {step}"
     expected, found = weights(whole), weights(resumed)
