@@ -21,8 +21,8 @@ class Slow:
     def start(self, prompts, completions, **columns):
         assert "attention_on_lesion" not in columns and len(columns["record"]) == len(completions)
         if not self.started:
-            import umed_plugin.trainer as trainer
-            self.counted, trainer.answer_log_probs = trainer.answer_log_probs, self.count
+            import umed_plugin.experience_maker as maker
+            self.counted, maker.answer_log_probs = maker.answer_log_probs, self.count
         self.started.append((list(prompts), list(completions)))
         self.passes = 0
 

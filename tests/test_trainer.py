@@ -91,7 +91,7 @@ def check_ppo(whole: Path, resumed: Path) -> None:
     assert {line["step"]: line for line in again if "kl_coef" in line}[5]["kl_coef"] == rollouts[1]["kl_coef"]
 
     head = load_file(whole / "value_head.safetensors")
-    assert head["linear.weight"].abs().max() > 0
+    assert head["linear.weight"].abs().max() > 1e-3
     checkpoint = whole / "checkpoint-6"
     error = min(max(rollouts[1]["kl_per_answer"] / 0.05 - 1, -0.2), 0.2)
     reached = rollouts[1]["kl_coef"] * (1 + error * 16 / 50)  # 4 questions, 4 answers each
@@ -147,6 +147,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert run.returncode == 0, run.stderr[-3000:]
     assert (resumed / "checkpoint-6").is_dir() and not list(resumed.glob("tmp-*"))
     assert not in_a_write or "8 of 9 images are there" in run.stdout
+    assert "sample the rollout anew" not in run.stdout
 
     assert sampled(resumed).keys() <= groups.keys()
     assert min(sampled(resumed)) >= 3, "it began anew"
@@ -164,13 +165,47 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
         check_ppo(whole, resumed)
 
 
+def with_config(checkpoint: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a checkpoint with entries of its configuration changed."""
+    copy = folder / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_the_update_sees_the_policy_that_sampled_whatever_dropout_the_checkpoint_has(family, request, tmp_path):
+    """Before the first step the policy is its reference, whose log-probabilities are those of sampling: KL 0 in the update."""
+    checkpoint = with_config(request.getfixturevalue(f"tiny_{family}"), tmp_path / "checkpoint", attention_dropout=0.5)
+    records = grounded_records(tmp_path / "data")
+    run = reward(checkpoint, records, tmp_path / "out", "--max_steps", "1")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["attention_dropout"] == 0.5
+    first, *_ = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert abs(first["kl"]) < 1e-9
+
+
+def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sampled_anew(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    flags = [*PPO, "--save_steps", "1", "--umed_log_candidates", "1"]
+    run = reward(tiny_llama, records, tmp_path / "out", *flags, "--max_steps", "2", "--max_grad_norm", "1e-12")
+    assert run.returncode == 0, run.stderr[-3000:]
+    # A gradient of this norm vanishes beside Adam's epsilon of 1e-8; without the bound each step is the learning rate of 1e-2.
+    assert 0 < load_file(tmp_path / "out" / "value_head.safetensors")["linear.weight"].abs().max() < 1e-5
+
+    lost = tmp_path / "lost"
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", lost / "checkpoint-1")
+    (lost / "checkpoint-1" / "rollout_0.pt").unlink()
+    run = reward(tiny_llama, records, lost, *flags, "--max_steps", "2")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("not each of the 1 processes finds its rollout_N.pt") == 1
+    assert set(sampled(lost)) == {1}
+
+
 def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny_llama, tmp_path):
     records = grounded_records(tmp_path / "data")
-    checkpoint = tmp_path / "tiny-llava-llama"
-    shutil.copytree(tiny_llama, checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    checkpoint = with_config(tiny_llama, tmp_path / "checkpoint", rope_scaling={"type": "dynamic", "factor": 2.0})
     flags = ["--max_steps", "2", "--umed_rewards", "half:half", "--umed_reward_weights", "1", "--umed_kl_coef", "0"]
     run = reward(checkpoint, records, tmp_path / "out", *flags)
     assert run.returncode == 0, run.stderr[-3000:]

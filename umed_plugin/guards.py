@@ -31,7 +31,7 @@ Two figures ask what the vision relevance reward is worth, over the candidates o
 The first time that a figure crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning.
 0.8 of the image is above any lesion seen: among 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays (NIH) the
 largest covers 0.56. What is visible counts and not the square, half of which may be padding. ``groups_without_signal`` and
-``answers_cut_off`` of the trainer belong to the same family. The paper has no such figures; figures and limits are ours.
+``answers_cut_off`` of `umed_plugin.measures` are of the same family. The paper has no such figures; figures and limits are ours.
 """
 
 from __future__ import annotations

@@ -28,7 +28,6 @@ from transformers import TrainerCallback
 from umed_plugin.batch_rewarding import collate_queries
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.guards import box_area_ratio
-from umed_plugin.records import record_geometry
 from umed_plugin.rollout import decode_answers, embed_prompts, encode_images, generate
 from umed_plugin.scoring import AnswerScore, score_answer
 
@@ -69,9 +68,7 @@ class HeldOutCurve(TrainerCallback):
         with trainer.compute_loss_context_manager():
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
-                geometries = [
-                    record_geometry(query["record"], trainer.image_size, trainer.patch_size) for query in queries
-                ]
+                geometries = [trainer.maker.geometry(query["record"]) for query in queries]
                 scores += greedy_scores(
                     policy, trainer.tokenizer, queries, geometries, trainer.flags.umed_max_new_tokens
                 )

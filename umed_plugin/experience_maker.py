@@ -1,0 +1,219 @@
+"""A rollout from its queries to its advantages: sample K candidates each, look at lesions, ask the reference, reward, compare.
+
+The first half of a step of stage 2, without a gradient; `umed_plugin.trainer` learns from what comes out. What works beside the
+candidates is started as soon as they are there, so that a judge behind a network answers while the passes go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from umed_plugin.advantages import KLCoefficient
+from umed_plugin.attention import attention_on_lesion, lesion_name_rows
+from umed_plugin.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
+from umed_plugin.flags import UmedFlags
+from umed_plugin.geometry import ImageGeometry
+from umed_plugin.measures import Measures
+from umed_plugin.packing import packing_fault
+from umed_plugin.records import Record, record_geometry, true_boxes
+from umed_plugin.reference import ReferencePolicy
+from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
+from umed_plugin.rollout import (
+    AnswerPass,
+    Candidates,
+    PromptBatch,
+    answer_log_probs,
+    answer_pass,
+    base_llava,
+    decode_answers,
+    embed_prompts,
+    encode_images,
+    generate,
+)
+from umed_plugin.value_head import ValueHead
+
+
+class ExperienceMaker:
+    """Turns batches of queries into what the updates learn from.
+
+    Args:
+        model: the policy as stage 2 begins with it, for its shapes and, where a KL is wanted, its reference.
+        tokenizer: of the policy.
+        flags: of the run.
+        args: LLaVA's training arguments.
+        rewards: by name, see :mod:`umed_plugin.rewards`.
+        value_head: of PPO, or None.
+        cache: features of the frozen vision tower, or None.
+        measures: takes in what is logged.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        flags: UmedFlags,
+        args: Any,
+        rewards: dict[str, Any],
+        value_head: ValueHead | None,
+        cache: Any,
+        measures: Measures,
+    ) -> None:
+        self.tokenizer, self.flags, self.args, self.rewards = tokenizer, flags, args, rewards
+        self.value_head, self.cache, self.measures = value_head, cache, measures
+        llava = base_llava(model)
+        tower = llava.get_vision_tower().config
+        self.image_size, self.patch_size = tower.image_size, tower.patch_size
+        self.reward_weights = dict(zip(rewards, flags.reward_weights()))
+        self.packed = self._can_pack(llava)
+        self.vrr_layers = flags.vrr_layer_indices(llava.config.num_hidden_layers)
+        self.vrr_heads = flags.vrr_head_indices(llava.config.num_attention_heads)
+        self.kl_coef = KLCoefficient(flags.kl_coef(), flags.umed_kl_target, flags.umed_kl_horizon)
+        self.reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
+
+    def _can_pack(self, llava: Any) -> bool:
+        """Whether answers are computed beside one copy of their prompt; says so when the model cannot."""
+        if not self.flags.umed_packed:
+            return False
+        fault = packing_fault(llava)
+        if fault is not None and self.args.process_index == 0:
+            print(
+                f"umed: {fault}: answers are not packed. Sampling copies the prompt's cache for each answer, and under gradient "
+                "checkpointing the update repeats the prompt for each. Another attention (eager, sdpa) can pack; --umed_packed "
+                "False takes this as it is.",
+                flush=True,
+            )
+        return fault is None
+
+    def make(self, policy: Any, batches: Iterable[dict[str, Any]]) -> Experience:
+        """Sample a rollout of one or several batches, and turn its rewards into advantages.
+
+        Args:
+            policy: unwrapped.
+            batches: of `umed_plugin.batch_rewarding.collate_queries`, on the policy's device.
+        """
+        samples = join([self.roll_out(policy, batch) for batch in batches])
+        flags, kl_coef = self.flags, self.kl_coef.value
+        if self.value_head is None:
+            experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef)
+        else:
+            experience, figures = ppo_experience(
+                samples, kl_coef, flags.umed_reward_coef, flags.umed_gamma, flags.umed_gae_lambda
+            )
+            self.measures.add(figures)
+        if self.reference is not None:
+            kl = self.measures.mean_of_processes(kl_per_answer(samples))
+            self.measures.add({"kl_per_answer": kl, "kl_coef": kl_coef})
+            self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
+        return experience
+
+    @torch.no_grad()
+    def roll_out(self, policy: Any, inputs: dict[str, Any]) -> Samples:
+        """Sample K candidates for each query of a batch, reward them, and keep what the update needs."""
+        was_training = policy.training
+        policy.eval()
+        features = self._encode(policy, inputs)
+        prompts = embed_prompts(policy, inputs["prompt_ids"], features)
+        candidates = generate(
+            policy,
+            prompts,
+            num_candidates=self.flags.umed_num_candidates,
+            max_new_tokens=self.flags.umed_max_new_tokens,
+            temperature=self.flags.umed_temperature,
+            top_p=self.flags.umed_top_p,
+            eos_token_id=self.tokenizer.eos_token_id,
+            packed=self.packed,
+        )
+        questions, texts, columns = self._answered(candidates, inputs["records"])
+        start_rewards(self.rewards, questions, texts, **columns)
+        attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
+        values = None if self.value_head is None else self.value_head(passed.hidden)
+        old = answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
+        reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
+        rewards = self._reward(candidates, inputs["records"], attention)
+        policy.train(was_training)
+        # Under CPU autocast the passes above have left half-precision copies of the weights without a graph: the update would
+        # use them, and LoRA would get no gradient.
+        torch.clear_autocast_cache()
+        return Samples(
+            inputs["prompt_ids"], features, candidates.token_ids, candidates.mask, old, reference, values, rewards
+        )
+
+    def _encode(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
+        """[Q, P, D] patch features of the queries' images, read from the cache where it has them."""
+        cache, found = self.cache, inputs["features"]
+        if cache is None:
+            # The tower's output lies in memory otherwise than what is read from a cache, and bf16 kernels round by that.
+            return encode_images(policy, inputs["images"]).contiguous()
+        self.measures.add({"feature_cache_hits": sum(features is not None for features in found) / len(found)})
+        return cache.complete(found, inputs["features_names"], lambda: encode_images(policy, inputs["images"]))
+
+    def _answered(
+        self, candidates: Candidates, records: list[Any]
+    ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
+        """What a reward is given, one entry a candidate: questions, answers and columns."""
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
+        columns = {"record": repeated, "geometry": [self.geometry(record) for record in repeated]}
+        questions = [record["conversations"][0]["value"] for record in repeated]
+        return questions, decode_answers(self.tokenizer, candidates), columns
+
+    def _look_at_lesions(
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any]
+    ) -> tuple[Sequence[float | None], AnswerPass]:
+        """Attention of each candidate on its query's lesion, and what else the same pass gives."""
+        if "vision_relevance" not in self.rewards:
+            return [None] * len(candidates.mask), answer_pass(policy, prompts, candidates, packed=self.packed)
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
+        rows = lesion_name_rows(self.tokenizer, candidates, repeated)
+        cover = torch.stack(
+            [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
+        )
+        values, passed = attention_on_lesion(
+            policy,
+            prompts,
+            candidates,
+            rows,
+            cover,
+            self.vrr_layers,
+            heads=self.vrr_heads,
+            sink_ratio=self.flags.umed_vrr_mask_sinks,
+            packed=self.packed,
+        )
+        return values.tolist(), passed
+
+    def _reference_log_probs(
+        self, policy: Any, prompt_ids: list[Tensor], features: Tensor, candidates: Candidates
+    ) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with self.reference.as_reference(policy):
+            passed = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
+            return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
+
+    def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
+        """[Q, K] rewards; every term is measured on its own."""
+        k = self.flags.umed_num_candidates
+        questions, texts, columns = self._answered(candidates, records)
+        columns["attention_on_lesion"] = list(attention)
+        values = {name: reward(questions, texts, **columns) for name, reward in self.rewards.items()}
+        self.measures.add(measured_by(self.rewards))
+        rewards = combine_rewards(
+            values,
+            k,
+            weights=self.reward_weights,
+            norm=self.flags.umed_reward_norm,
+            max_normalised=[n for n, reward in self.rewards.items() if getattr(reward, "max_normalised", False)],
+            floor=self.flags.umed_reward_floor,
+            least_maxima={n: getattr(reward, "least_maximum", 0.0) for n, reward in self.rewards.items()},
+        )
+        self.measures.add_rewards(values, rewards, candidates, self.tokenizer.eos_token_id)
+        self.measures.watch(texts, columns)
+        self.measures.show_candidates(texts, values, rewards, records[0])
+        return rewards
+
+    def geometry(self, record: Record) -> ImageGeometry:
+        """Where a record's image lies in the square that the vision tower sees."""
+        return record_geometry(record, self.image_size, self.patch_size)
