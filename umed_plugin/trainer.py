@@ -154,7 +154,7 @@ class RewardingTrainer(LLaVATrainer):
         if head is not None and self.accelerator.sync_gradients:
             for parameter in head.parameters():
                 parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-            if self.args.max_grad_norm:
+            if self.args.max_grad_norm is not None and self.args.max_grad_norm > 0:
                 # Under fp16 the gradients are still multiplied by the scale of the loss.
                 scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
                 nn.utils.clip_grad_norm_(head.parameters(), self.args.max_grad_norm * scale)
