@@ -138,7 +138,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     import torch
 
     seconds = {}
-    stock = trainer._encode
+    stock = trainer.maker._encode
 
     def timed(*positional: Any) -> Any:
         began = clock()
@@ -147,7 +147,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
         return features
 
     torch.manual_seed(0)
-    trainer.train_dataset.cache, trainer._encode = cache, timed
+    trainer.train_dataset.cache, trainer.maker._encode = cache, timed
     began = clock()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in indices])
     seconds["data"] = clock() - began
@@ -157,7 +157,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     trainer.optimizer.step()
     trainer.model.zero_grad()
     seconds["rest"] = clock() - began - seconds["data"] - seconds["tower"]
-    trainer._encode = stock
+    trainer.maker._encode = stock
     return {**seconds, "loss": loss.item()}
 
 

@@ -185,17 +185,16 @@ def score(work: Work, side: str) -> Any:
 
 def update(work: Work, side: str, old: Tensor) -> Tensor:
     """Gradients of the objective; returns the loss. The optimizer is the same for both sides and left out."""
-    from umed_plugin.objective import ObjectiveSettings, policy_objective
+    from umed_plugin.objective import ObjectiveSettings, grpo_objective
     from umed_plugin.rollout import answer_log_probs
 
     work.model.train()
     work.model.zero_grad()
     passed = answer_log_probs(logits_of(work, side), work.answers)
-    advantages = torch.linspace(-1, 1, len(old))
+    advantages = torch.linspace(-1, 1, len(old))[:, None].expand_as(old)
     mask = work.answers.mask
-    loss, _ = policy_objective(
-        passed.log_probs, old, old, passed.entropy, advantages, mask, ObjectiveSettings(0.2, 0.04, 0.0)
-    )
+    settings = ObjectiveSettings(clip_range=0.2)
+    loss, _ = grpo_objective(passed.log_probs, old, old, passed.entropy, advantages, mask, settings, kl_coef=0.04)
     loss.backward()
     return loss
 

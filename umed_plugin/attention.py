@@ -183,7 +183,8 @@ def attention_on_lesion(
     weights = patch_weights.to(device).float()[queries]
 
     def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
-        scores = _scores_of_patches(llava, q, k, queries, token_positions, patch_positions)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+            scores = _scores_of_patches(llava, q, k, queries, token_positions, patch_positions)
         if heads is not None:
             scores = scores[:, list(heads)]
         if sinks is not None:

@@ -46,7 +46,7 @@ class DemoSettings:
     tuning_epochs: float = 5
     tuning_lr: float = 3e-3
     rewarding_steps: int = 130
-    rewarding_lr: float = 3e-4
+    rewarding_lr: float = 1e-4
     queries: int = 12
     candidates: int = 8
     max_new_tokens: int = 104
