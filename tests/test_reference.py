@@ -7,12 +7,12 @@ import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 
 from umed_plugin.reference import ReferencePolicy
-from umed_plugin.rollout import answer_logits, generate
+from umed_plugin.rollout import answer_pass, generate
 
 
 def logits_of(model, batch, candidates):  # noqa: F811
     with torch.no_grad():
-        return answer_logits(model, embedded(model, batch), candidates)
+        return answer_pass(model, embedded(model, batch), candidates).logits
 
 
 def disturb(model):
@@ -45,7 +45,7 @@ def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batc
     assert (trained - before).abs().max() > 1e-2
     with reference.as_reference(model) as frozen:
         torch.testing.assert_close(
-            answer_logits(frozen, embedded(frozen, batch), candidates), before, atol=1e-5, rtol=1e-5
+            answer_pass(frozen, embedded(frozen, batch), candidates).logits, before, atol=1e-5, rtol=1e-5
         )
     torch.testing.assert_close(logits_of(model, batch, candidates), trained, atol=0, rtol=0)
 

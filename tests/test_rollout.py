@@ -9,7 +9,6 @@ from umed_plugin.errors import UmedError
 from umed_plugin.rollout import (
     IMAGE_TOKEN_INDEX,
     answer_log_probs,
-    answer_logits,
     answer_pass,
     embed_prompts,
     encode_images,
@@ -83,7 +82,7 @@ def test_greedy_tokens_are_the_argmax_of_the_teacher_forced_pass(loaded, batch):
     prompts = embedded(model, batch)
     greedy = generate(model, prompts, max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id)
     with torch.no_grad():
-        logits = answer_logits(model, prompts, greedy)
+        logits = answer_pass(model, prompts, greedy).logits
     kept = greedy.mask.bool()
     assert torch.equal(logits.argmax(dim=-1)[kept], greedy.token_ids[kept])
 
@@ -109,7 +108,7 @@ def test_shared_prompt_gives_the_logits_and_gradients_of_the_repeated_one(loaded
         model.zero_grad()
         prompts = embedded(model, batch)
         prompts.embeds.retain_grad()
-        logits = answer_logits(model, prompts, candidates)
+        logits = answer_pass(model, prompts, candidates).logits
         logits[kept].logsumexp(dim=-1).sum().backward()
         results.append((logits[kept].detach(), prompts.embeds.grad.clone(), model.lm_head.weight.grad.clone()))
     model.gradient_checkpointing_disable()
@@ -186,7 +185,9 @@ def test_log_probs_are_those_of_one_answer_alone_without_padding(loaded, batch):
         eos_token_id=tokenizer.eos_token_id,
     )
     with torch.no_grad():
-        ours = answer_log_probs(answer_logits(model, embedded(model, batch), candidates), candidates, temperature=0.7)
+        ours = answer_log_probs(
+            answer_pass(model, embedded(model, batch), candidates).logits, candidates, temperature=0.7
+        )
         for n, prompt in enumerate(p for p in prompts for _ in range(2)):
             answer = candidates.token_ids[n][candidates.mask[n].bool()]
             logits = model(input_ids=torch.cat([prompt, answer])[None], images=images[n // 2][None]).logits[0] / 0.7

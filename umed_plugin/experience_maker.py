@@ -129,11 +129,12 @@ class ExperienceMaker:
         )
         questions, texts, columns = self._answered(candidates, inputs["records"])
         start_rewards(self.rewards, questions, texts, **columns)
-        attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"])
+        attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"], columns["record"])
         values = None if self.value_head is None else self.value_head(passed.hidden)
         old = answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
         reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
-        rewards = self._reward(candidates, inputs["records"], attention)
+        columns["attention_on_lesion"] = list(attention)
+        rewards = self._reward(candidates, questions, texts, columns)
         policy.train(was_training)
         # Under CPU autocast the passes above have left half-precision copies of the weights without a graph: the update would
         # use them, and LoRA would get no gradient.
@@ -161,12 +162,11 @@ class ExperienceMaker:
         return questions, decode_answers(self.tokenizer, candidates), columns
 
     def _look_at_lesions(
-        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any]
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any], repeated: list[Any]
     ) -> tuple[Sequence[float | None], AnswerPass]:
-        """Attention of each candidate on its query's lesion, and what else the same pass gives."""
+        """Attention of each candidate on its query's lesion, and what else the same pass gives; ``repeated``: one a candidate."""
         if "vision_relevance" not in self.rewards:
             return [None] * len(candidates.mask), answer_pass(policy, prompts, candidates, packed=self.packed)
-        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
         rows = lesion_name_rows(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
@@ -193,16 +193,15 @@ class ExperienceMaker:
             passed = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
             return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
-    def _reward(self, candidates: Candidates, records: list[Any], attention: Sequence[float | None]) -> Tensor:
+    def _reward(
+        self, candidates: Candidates, questions: list[str], texts: list[str], columns: dict[str, list[Any]]
+    ) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
-        k = self.flags.umed_num_candidates
-        questions, texts, columns = self._answered(candidates, records)
-        columns["attention_on_lesion"] = list(attention)
         values = {name: reward(questions, texts, **columns) for name, reward in self.rewards.items()}
         self.measures.add(measured_by(self.rewards))
         rewards = combine_rewards(
             values,
-            k,
+            self.flags.umed_num_candidates,
             weights=self.reward_weights,
             norm=self.flags.umed_reward_norm,
             max_normalised=[n for n, reward in self.rewards.items() if getattr(reward, "max_normalised", False)],
@@ -211,7 +210,7 @@ class ExperienceMaker:
         )
         self.measures.add_rewards(values, rewards, candidates, self.tokenizer.eos_token_id)
         self.measures.watch(texts, columns)
-        self.measures.show_candidates(texts, values, rewards, records[0])
+        self.measures.show_candidates(texts, values, rewards, columns["record"][0])
         return rewards
 
     def geometry(self, record: Record) -> ImageGeometry:

@@ -25,6 +25,16 @@ _ONLY_PPO = (
     "umed_gamma",
     "umed_gae_lambda",
 )
+_ONLY_MODEL_JUDGE = ("umed_judge_prompt", "umed_judge_options", "umed_judge_max_score", "umed_judge_patience")
+_ONLY_SERVER = (
+    "umed_judge_base_url",
+    "umed_judge_ledger",
+    "umed_judge_concurrency",
+    "umed_judge_timeout",
+    "umed_judge_retries",
+    "umed_judge_budget",
+    "umed_judge_prices",
+)
 _ONLY_REWARDING = (
     "umed_algorithm",
     "umed_num_candidates",
@@ -33,17 +43,8 @@ _ONLY_REWARDING = (
     "umed_reward_norm",
     "umed_reward_floor",
     "umed_judge",
-    "umed_judge_base_url",
-    "umed_judge_prompt",
-    "umed_judge_options",
-    "umed_judge_max_score",
-    "umed_judge_ledger",
-    "umed_judge_concurrency",
-    "umed_judge_timeout",
-    "umed_judge_retries",
-    "umed_judge_budget",
-    "umed_judge_prices",
-    "umed_judge_patience",
+    *_ONLY_MODEL_JUDGE,
+    *_ONLY_SERVER,
     "umed_reward_coef",
     "umed_kl_coef",
     "umed_clip_range",
@@ -70,19 +71,11 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
     "umed_reward_floor": (lambda flags: flags.umed_reward_norm == "max", "--umed_reward_norm max"),
     "umed_judge": (lambda flags: "relevance" in flags.reward_names(), "relevance in --umed_rewards"),
     **dict.fromkeys(
-        ("umed_judge_prompt", "umed_judge_options", "umed_judge_max_score", "umed_judge_patience"),
+        _ONLY_MODEL_JUDGE,
         (lambda flags: judge_kind(flags) not in LOCAL_JUDGES, "--umed_judge openai:MODEL or replay:FILE"),
     ),
     **dict.fromkeys(
-        (
-            "umed_judge_base_url",
-            "umed_judge_ledger",
-            "umed_judge_concurrency",
-            "umed_judge_timeout",
-            "umed_judge_retries",
-            "umed_judge_budget",
-            "umed_judge_prices",
-        ),
+        _ONLY_SERVER,
         (lambda flags: judge_kind(flags) == "openai", "--umed_judge openai:MODEL"),
     ),
     **{

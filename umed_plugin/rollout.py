@@ -302,11 +302,6 @@ def _keeps_no_cache(llava: Any) -> bool:
     return llava.training and llava.is_gradient_checkpointing
 
 
-def answer_logits(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> Tensor:
-    """[N, T, V] logits of :func:`answer_pass`."""
-    return answer_pass(model, prompts, candidates, packed=packed).logits
-
-
 def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
     llava = _unwrapped(model)
     rows = pack(prompts.mask, candidates.mask)
