@@ -179,7 +179,7 @@ def report(steps: list[dict[str, dict[str, float]]]) -> None:
 def main() -> None:
     """Print the table."""
     sizes = arguments()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory(prefix="umed-") as temporary:
         work = Path(temporary)
         make_data(work / "studies", sizes.images)
         checkpoint = make_model(work / "bench-llava-mistral", sizes.tower, sizes.model)

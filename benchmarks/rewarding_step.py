@@ -101,7 +101,7 @@ def _llava(options: argparse.Namespace) -> Any:
         image_size=options.image_size,
         patch_size=14,
     )
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory(prefix="umed-") as folder, contextlib.redirect_stdout(io.StringIO()):
         CLIPVisionModel(tower).save_pretrained(folder)
         CLIPImageProcessor().save_pretrained(folder)
         config = LlavaConfig(
