@@ -23,6 +23,13 @@ def test_advantages_are_standardised_within_the_query():
     torch.testing.assert_close(group_advantages(rewards, 3.0), 3 * group_advantages(rewards))
 
 
+def test_one_spread_for_all_queries_keeps_their_proportion():
+    rewards = torch.tensor([[0.0, 2.0], [1.0, 1.2], [5.0, 5.0]])
+    advantages = group_advantages(rewards, 1.0, torch.tensor(0.5))
+    torch.testing.assert_close(advantages, torch.tensor([[-2.0, 2.0], [-0.2, 0.2], [0, 0]]), atol=1e-3, rtol=0)
+    assert group_advantages(rewards[2:], 1.0, torch.tensor(0.0)).tolist() == [[0, 0]]
+
+
 def test_ratio_is_clipped_on_the_side_that_the_advantage_pushes_to():
     new = torch.tensor([[math.log(1.5)], [math.log(0.5)], [math.log(1.5)], [math.log(0.5)]])
     advantages = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]])

@@ -15,18 +15,27 @@ import torch
 from torch import Tensor
 
 
-def group_advantages(rewards: Tensor, reward_coef: float = 1.0) -> Tensor:
-    """Advantages of the candidates within their query: ``c1 * (r - mean) / std`` (GRPO, arXiv 2402.03300).
+def centre_groups(rewards: Tensor) -> Tensor:
+    """Rewards [Q, K] less the mean of their query's candidates."""
+    return rewards - rewards.mean(dim=1, keepdim=True)
+
+
+def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor | None = None) -> Tensor:
+    """Advantages of the candidates within their query: ``c1 * (r - mean) / spread`` (GRPO, arXiv 2402.03300).
 
     Args:
         rewards: [Q, K].
         reward_coef: c1 of the paper.
+        spread: what the centred rewards are divided by, a scalar; ``None``: each query's own standard deviation, as in GRPO.
+            One for all queries keeps those whose answers are nearly equal from weighing as much as those that tell right from
+            wrong (Dr. GRPO, arXiv 2503.20783, divides by nothing at all).
 
     Returns:
         [Q, K]; 0 for a group whose rewards are all equal: it carries no signal.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    spread = centred.square().mean(dim=1, keepdim=True).sqrt()
+    centred = centre_groups(rewards)
+    if spread is None:
+        spread = centred.square().mean(dim=1, keepdim=True).sqrt()
     return reward_coef * torch.where(spread > 1e-6, centred / (spread + 1e-4), torch.zeros_like(centred))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umed_plugin.advantages import KLCoefficient
+from umed_plugin.advantages import KLCoefficient, centre_groups
 from umed_plugin.attention import attention_on_lesion, lesion_name_rows
 from umed_plugin.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
 from umed_plugin.flags import UmedFlags
@@ -98,7 +98,7 @@ class ExperienceMaker:
         samples = join([self.roll_out(policy, batch) for batch in batches])
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
-            experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef)
+            experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples.rewards))
         else:
             experience, figures = ppo_experience(
                 samples, kl_coef, flags.umed_reward_coef, flags.umed_gamma, flags.umed_gae_lambda
@@ -109,6 +109,13 @@ class ExperienceMaker:
             self.measures.add({"kl_per_answer": kl, "kl_coef": kl_coef})
             self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
         return experience
+
+    def _common_spread(self, rewards: Tensor) -> Tensor | None:
+        """The standard deviation of all processes' rewards around their queries' means; None if each query has its own."""
+        if self.flags.umed_advantage_scale == "group":
+            return None
+        variance = self.measures.mean_of_processes(centre_groups(rewards).square().mean().item())
+        return rewards.new_tensor(variance).sqrt()
 
     @torch.no_grad()
     def roll_out(self, policy: Any, inputs: dict[str, Any]) -> Samples:

@@ -46,6 +46,7 @@ _ONLY_REWARDING = (
     *_ONLY_MODEL_JUDGE,
     *_ONLY_SERVER,
     "umed_reward_coef",
+    "umed_advantage_scale",
     "umed_kl_coef",
     "umed_clip_range",
     "umed_entropy_coef",
@@ -86,6 +87,7 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
         for name in ("layers", "heads", "mask_sinks")
     },
     **dict.fromkeys(_ONLY_PPO, (lambda flags: flags.umed_algorithm == "ppo", "--umed_algorithm ppo")),
+    "umed_advantage_scale": (lambda flags: flags.umed_algorithm == "grpo", "--umed_algorithm grpo"),
     # On the first update the probability ratio is 1 and the value the old one, whatever the range.
     "umed_clip_range": (
         lambda flags: flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout > 1,
@@ -150,6 +152,7 @@ _CHOICES = {
     "umed_tower_weights": ("checkpoint", "original"),
     "umed_algorithm": ("grpo", "ppo"),
     "umed_reward_norm": ("max", "none", "zscore"),
+    "umed_advantage_scale": ("group", "batch"),
 }
 
 

@@ -111,6 +111,11 @@ class UmedFlags:
     umed_reward_coef: float = _flag(
         1.0, "c1 of the paper, above 0: weight of the advantage (grpo), of the reward beside the KL penalty (ppo)."
     )
+    umed_advantage_scale: str = _flag(
+        "group",
+        "grpo: what an answer's distance from its question's mean reward is divided by: the standard deviation within this question "
+        "(group) or within all of the batch (batch: a question whose answers are nearly equal then weighs little).",
+    )
     umed_kl_coef: Optional[float] = _flag(
         None,
         "Weight of the per-token KL to the reference: a term of the loss (grpo; not given: 0.04, DeepSeekMath's) or a penalty "
