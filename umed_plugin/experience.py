@@ -123,9 +123,7 @@ def join(parts: Sequence[Samples]) -> Samples:
     )
 
 
-def grpo_experience(
-    samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None
-) -> Experience:
+def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None) -> Experience:
     """Samples with the advantages within each question's candidates; ``spread`` as in `group_advantages`."""
     advantages = group_advantages(samples.rewards, reward_coef, spread).flatten().to(samples.log_probs)
     return Experience(samples, advantages[:, None].expand_as(samples.log_probs), None, kl_coef)

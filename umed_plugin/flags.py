@@ -113,8 +113,8 @@ class UmedFlags:
     )
     umed_advantage_scale: str = _flag(
         "group",
-        "grpo: what an answer's distance from its question's mean reward is divided by: the standard deviation within this question "
-        "(group) or within all of the batch (batch: a question whose answers are nearly equal then weighs little).",
+        "grpo: what an answer's distance from its question's mean reward is divided by: the standard deviation within this "
+        "question (group) or within all of the batch (batch: a question whose answers are nearly equal then weighs little).",
     )
     umed_kl_coef: Optional[float] = _flag(
         None,
