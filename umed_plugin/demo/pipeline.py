@@ -220,6 +220,9 @@ class DemoRun:
             # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
             # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
             + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.03]
+            # Scaled for each question, two boxes that differ by the noise of their digits would weigh as much as a right and a
+            # wrong diagnosis, and diagnoses are unlearnt.
+            + ["--umed_advantage_scale", "batch"]
             # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
             + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
