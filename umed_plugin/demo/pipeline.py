@@ -45,7 +45,7 @@ class DemoSettings:
     prior_lr: float = 2e-3
     tuning_epochs: float = 5
     tuning_lr: float = 3e-3
-    rewarding_steps: int = 130
+    rewarding_steps: int = 100
     rewarding_lr: float = 1e-4
     queries: int = 12
     candidates: int = 8
