@@ -177,7 +177,7 @@ def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_pat
         stock(source, target)
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space left"), merging._written_aside(out, overwrite=True) as folder:
+    with pytest.raises(OSError, match="no space left"), merging.written_aside(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert (out / "mine").read_text() == "keep"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]

@@ -31,6 +31,7 @@ RUN_ELSEWHERE = {
     "umed patches": "test_patches.py",
     "umed merge": "test_export.py",
     "umed evaluate": "test_evaluate.py",
+    "umed convert": "test_convert.py",
 }
 
 

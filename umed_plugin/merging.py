@@ -58,7 +58,7 @@ def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, ove
     holds_tower = False
     deltas = _lora_deltas(lora_dir)
     _, others = adapter_tensors(lora_dir)
-    with _written_aside(out, overwrite) as folder:
+    with written_aside(out, overwrite) as folder:
         _copy_small_files(base, folder)
         for file in weight_files(base):
             merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
@@ -159,7 +159,7 @@ def export(
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
     holds_tower = False
-    with _written_aside(out, overwrite) as folder:
+    with written_aside(out, overwrite) as folder:
         _copy_small_files(like, folder)
         for file in weight_files(like):
             old = read_tensors(file)
@@ -192,7 +192,7 @@ def stock_name_fault(path: Path | str, model_type: str) -> str | None:
 
 
 @contextmanager
-def _written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
+def written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place when the block ends well and is removed when it does not."""
     if out.exists() and not overwrite:
         raise UmedError(
