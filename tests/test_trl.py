@@ -1,0 +1,187 @@
+"""Our rewards inside TRL's own ``GRPOTrainer``, on a tiny LLaVA in transformers' form."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_trainer import grounded_records
+from umed_runs import ROOT, environment
+
+from umed_plugin.attention import name_token_rows
+from umed_plugin.cli import main
+from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.records import load_records, true_boxes
+from umed_plugin.rewards import REWARDS, combine_rewards, localization_diou
+from umed_plugin.to_transformers import to_transformers
+from umed_plugin.trl_rewards import CombinedReward, LesionAttention, trl_dataset
+
+trl = pytest.importorskip("trl", minversion="1.0", reason="needs TRL 1.x, which runs on the current stack alone")
+prepare_multimodal_messages = pytest.importorskip("trl.data_utils").prepare_multimodal_messages
+Dataset = pytest.importorskip("datasets").Dataset
+
+
+@pytest.fixture(scope="module")
+def converted(tiny_mistral, tmp_path_factory) -> Path:
+    return to_transformers(tiny_mistral, tmp_path_factory.mktemp("trl") / "hf", template="umed_mistral")
+
+
+def test_the_example_trains_and_its_model_goes_back_to_llava(converted, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    flags = [
+        "--steps",
+        "2",
+        "--candidates",
+        "2",
+        "--questions",
+        "3",
+        "--answer-tokens",
+        "12",
+        "--learning-rate",
+        "1e-3",
+    ]
+    command = [sys.executable, ROOT / "examples" / "trl_grpo.py", converted, records, "--image-folder", records.parent]
+    done = subprocess.run(
+        [*map(str, command), "--out", str(tmp_path / "trained"), *flags],
+        env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = [line for line in done.stdout.splitlines() if "reward/localization" in line]
+    assert len(steps) == 2, done.stdout
+    back = tmp_path / "llava-mistral-trl"
+    assert main(["convert", str(tmp_path / "trained"), "--out", str(back)]) == 0
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def processor(converted):
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(converted)
+
+
+@pytest.fixture(scope="module")
+def examples(model, tmp_path_factory) -> list[dict]:
+    """Two studies with lesions and one without, as the trainer gives them to rewards."""
+    file = grounded_records(tmp_path_factory.mktemp("data"))
+    records = load_records(file)
+    records[1]["conversations"][0]["value"] += (
+        " Mark all of it."  # prompts of different lengths, so that padding is at work
+    )
+    return list(trl_dataset(records, file.parent, model).select([1, 2, 0]))
+
+
+def columns_of(examples: list[dict], k: int) -> dict:
+    """Columns as TRL repeats them, K in a row for each question."""
+    repeated = [example for example in examples for _ in range(k)]
+    conversations = [prepare_multimodal_messages(one["prompt"], images=[one["image"]]) for one in repeated]
+    return {"prompts": conversations, **{name: [one[name] for one in repeated] for name in ("record", "geometry")}}
+
+
+ANSWERS = (
+    "There is a nodule at [0.10, 0.20, 0.40, 0.50].",
+    "No nodule, but two cysts and nodules.",
+    "A cyst.",
+    "Nothing here.",
+    "One nodule and one cyst",
+    "The nodule is a nodule.",
+)
+
+
+def from_output_attentions(model, processor, columns: dict, answers: list[list[int]], layers: list[int]) -> list[float]:
+    """Vision relevance the slow way: one candidate at a time, weights of all layers, renormalised over the image patches."""
+    values = []
+    for prompt, record, geometry, answer in zip(*(columns[n] for n in ("prompts", "record", "geometry")), answers):
+        inputs = processor.apply_chat_template(
+            [prompt], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+        with torch.no_grad():
+            found = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_attentions=True).attentions
+        named = name_token_rows(processor.tokenizer, answer, record["terms"], set(record["objects"]["ref"]))
+        patches = (ids[0] == model.config.image_token_id).nonzero().flatten()
+        cover = torch.from_numpy(geometry.patch_cover(true_boxes(record))).float()
+        rows = [
+            found[layer][0, :, inputs["input_ids"].shape[1] + token][:, patches] for layer in layers for token in named
+        ]
+        shares = [((row / row.sum(-1, keepdim=True)) * cover).sum(-1).mean() for row in rows]
+        values.append(float(torch.stack(shares).mean()) if shares else 0.0)
+    return values
+
+
+def test_lesion_attention_is_what_output_attentions_gives(model, processor, examples):
+    columns = columns_of(examples, 2)
+    answers = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in ANSWERS]
+    layers = [1, 3]
+    wanted = from_output_attentions(model, processor, columns, answers, layers)
+    model.train()
+    found = LesionAttention(model, processor, layers=layers)(
+        columns["prompts"], answers, columns["record"], columns["geometry"], 2
+    )
+    assert model.training
+    model.eval()
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert [value > 0 for value in found] == [True, True, True, False, False, False]
+    assert len({round(value, 4) for value in found[:3]}) == 3, "different values, or nothing was compared"
+
+
+def test_a_combined_reward_is_what_stage_2_makes_of_the_rewards(examples):
+    columns, logged = columns_of(examples, 2), {}
+    chats = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ANSWERS]
+    rewards = {name: REWARDS.get(name) for name in ("relevance", "localization_diou")}
+    combined = CombinedReward(rewards, 2, weights={"relevance": 3.0})
+    found = combined(
+        completions=chats, completion_ids=[[5]] * 6, log_metric=logged.__setitem__, trainer_state=None, **columns
+    )
+    values = {name: reward(completions=list(ANSWERS), **columns) for name, reward in rewards.items()}
+    least = {"localization_diou": localization_diou.least_maximum}
+    wanted = combine_rewards(
+        values,
+        2,
+        weights={"relevance": 3.0, "localization_diou": 1.0},
+        max_normalised=["localization_diou"],
+        least_maxima=least,
+    )
+    assert found == pytest.approx(wanted.flatten().tolist())
+    assert logged["reward/relevance"] == pytest.approx(sum(values["relevance"]) / 6)
+
+
+def test_groups_that_are_cut_are_refused(examples):
+    columns = columns_of(examples, 3)
+    combined = CombinedReward({"localization": REWARDS.get("localization")}, 2)
+    with pytest.raises(UmedError, match="not 2 in a row"):
+        combined(completions=["text"] * 9, completion_ids=[[5]] * 9, log_metric=print, **columns)
+    with pytest.raises(UsageError, match="LesionAttention"):
+        CombinedReward({"vision_relevance": REWARDS.get("vision_relevance")}, 2)
+
+
+def test_a_reward_is_a_reward_function_of_trl_as_it_stands(model, processor, examples, tmp_path):
+    """With text prompts: TRL's completions are texts then, and its further columns go by."""
+    texts = [{"prompt": "[INST] Where is it? [/INST]", "line": index} for index in range(3)]
+
+    def with_columns(batch: dict) -> dict:
+        found = [examples[index] for index in batch["line"]]
+        return {"prompt": batch["prompt"], **{name: [one[name] for one in found] for name in ("record", "geometry")}}
+
+    config = trl.GRPOConfig(
+        str(tmp_path), max_steps=1, num_generations=2, per_device_train_batch_size=6, max_completion_length=4, use_cpu=True,
+        bf16=False, report_to="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    functions = [REWARDS.get("localization"), REWARDS.get("relevance")]
+    data = Dataset.from_list(texts).with_transform(with_columns)
+    trainer = trl.GRPOTrainer(copy.deepcopy(model), functions, config, data, processing_class=processor)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "reward" in line]
+    # No answer of four tokens has a box, which is right for one of the three studies.
+    assert line["rewards/localization/mean"] == pytest.approx(1 / 3)
+    assert 0 <= line["rewards/lexical_relevance/mean"] < 1
