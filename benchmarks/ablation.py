@@ -54,9 +54,9 @@ PPO = ("--umed_algorithm", "ppo", "--umed_advantage_scale", "group", "--umed_kl_
 ROWS = (
     Row("full, GRPO"),
     Row("full, PPO", flags=PPO),
-    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "4,2")),
-    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "4,1")),
-    Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "4")),
+    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "8,2")),
+    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "8,1")),
+    Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "8")),
     Row("stage 1 continued", flags=None, like="full, GRPO"),
     Row("early: full, GRPO", start=EARLY),
     Row("early: stage 1 continued", start=EARLY, flags=None, like="early: full, GRPO"),

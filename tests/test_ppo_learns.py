@@ -104,7 +104,8 @@ def test_the_policy_finds_how_long_an_answer_pays(rollouts):
 def test_the_value_network_finds_what_an_answer_will_pay_once_its_letter_is_there(rollouts):
     lines = rollouts(POLICY_STAYS)
     explained = [line["explained_variance"] for line in lines]
-    assert explained[0] == pytest.approx(0, abs=1e-6)  # the value network begins at 0
-    # Returns are 0 or 1 and values 0; the padding behind the answers would make the mean smaller.
-    assert lines[0]["value_loss"] == pytest.approx(lines[0]["returns_mean"] / 2, rel=1e-3)
+    assert explained[0] == pytest.approx(0, abs=1e-6)  # the value network begins at a constant
+    # Returns are 0 or 1 and values the answers' mean reward; the padding behind the answers would change the mean over tokens.
+    returns, begin = lines[0]["returns_mean"], lines[0]["reward/total"]
+    assert lines[0]["value_loss"] == pytest.approx((returns * (1 - 2 * begin) + begin**2) / 2, rel=1e-3)
     assert 0.35 < sum(explained[-3:]) / 3 < 0.65

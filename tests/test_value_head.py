@@ -38,6 +38,13 @@ def test_values_begin_at_zero_and_the_gradient_moves_the_head_first():
     assert hidden.grad.eq(0).all(), "a head of zeros hands no gradient on"
 
 
+def test_it_begins_at_a_constant_once():
+    head = ValueHead(8)
+    assert head.is_new()
+    head.begin_at(-1.5)
+    assert not head.is_new() and head(torch.randn(2, 3, 8)).eq(-1.5).all()
+
+
 def test_values_are_float32_under_autocast_too():
     head, hidden = learnt(64), torch.randn(2, 3, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

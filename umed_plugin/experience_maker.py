@@ -7,6 +7,7 @@ candidates is started as soon as they are there, so that a judge behind a networ
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ class ExperienceMaker:
         """
         samples = join([self.roll_out(policy, batch) for batch in batches])
         flags, kl_coef = self.flags, self.kl_coef.value
+        if self.value_head is not None and self.value_head.is_new():
+            samples = self._begin_values(samples, self.value_head)
         if self.value_head is None:
             experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples.rewards))
         else:
@@ -109,6 +112,12 @@ class ExperienceMaker:
             self.measures.add({"kl_per_answer": kl, "kl_coef": kl_coef})
             self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
         return experience
+
+    def _begin_values(self, samples: Samples, value_head: ValueHead) -> Samples:
+        """Let a new value network predict the mean reward of all processes, in these samples too."""
+        mean = self.flags.umed_reward_coef * self.measures.mean_of_processes(samples.rewards.mean().item())
+        value_head.begin_at(mean)
+        return replace(samples, values=torch.full_like(samples.log_probs, mean))
 
     def _common_spread(self, rewards: Tensor) -> Tensor | None:
         """The standard deviation of all processes' rewards around their queries' means; None if each query has its own."""

@@ -135,7 +135,9 @@ class UmedFlags:
         0.2, "ppo: farthest that an update may take a value from the old one, in rewards (LLaVA-RLHF: 0.2)."
     )
     umed_value_learning_rate: float = _flag(
-        1e-4, "ppo: learning rate of the value network's layer, which begins at 0; scheduled as --learning_rate."
+        1e-4,
+        "ppo: learning rate of the value network's layer, which begins at the first rollout's mean reward; scheduled as "
+        "--learning_rate.",
     )
     umed_gamma: float = _flag(1.0, "ppo: discount of later rewards, 0-1 (LLaVA-RLHF: 1).")
     umed_gae_lambda: float = _flag(

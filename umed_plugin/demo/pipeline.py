@@ -224,7 +224,7 @@ class DemoRun:
             # wrong diagnosis, and diagnoses are unlearnt.
             + ["--umed_advantage_scale", "batch"]
             # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
-            + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
+            + ["--umed_judge", "classes", "--umed_reward_weights", "8,2,1"]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
             + ["--per_device_train_batch_size", sizes.queries // sizes.processes, *flags],
         )
