@@ -15,7 +15,7 @@ from umed_plugin.conversation import conversation_template
 from umed_plugin.errors import UmedError
 
 IMAGE = "<image>"
-IMAGE_WITH_ENDS = "<im_start><image><im_end>"  # what LLaVA's callers write where mm_use_im_start_end is set
+START, END = "<im_start>", "<im_end>"  # what LLaVA's callers write around it where mm_use_im_start_end is set
 
 _FRAME = """\
 {%- macro words(message) -%}
@@ -64,7 +64,7 @@ class _Parts:
     answer_begins: str = ""
 
 
-def jinja_template(name: str, *, gap: str, image: str = IMAGE) -> str:
+def jinja_template(name: str, *, gap: str, image: str) -> str:
     """The chat template for a conversation template of LLaVA's or ours.
 
     It begins with BOS, so its text is tokenized without adding special tokens, as ``apply_chat_template(tokenize=True)`` and vLLM
@@ -72,8 +72,8 @@ def jinja_template(name: str, *, gap: str, image: str = IMAGE) -> str:
 
     Args:
         name: such as ``umed_mistral``.
-        gap: what gives a space to the tokens behind BOS and behind an image: ``""`` or ``" "``.
-        image: what stands for an image in the text.
+        gap: what gives a space to the tokens behind BOS: ``""`` or ``" "``.
+        image: what stands for an image in the text, with a gap of its own.
 
     Raises:
         UsageError: there is no such template.
@@ -81,8 +81,7 @@ def jinja_template(name: str, *, gap: str, image: str = IMAGE) -> str:
     """
     conversation = conversation_template(name)
     words = {key.upper(): value for key, value in vars(_parts(conversation, name)).items()}
-    # An image's end token is special itself, and no word follows it.
-    words.update(SYSTEM=conversation.system, GAP=gap, IMAGE=image + gap if image == IMAGE else image)
+    words.update(SYSTEM=conversation.system, GAP=gap, IMAGE=image)
     # Jinja reads JSON's strings and true/false.
     return "".join(f"{{%- set {key} = {json.dumps(value)} -%}}\n" for key, value in words.items()) + _FRAME
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.chat_template import IMAGE, IMAGE_WITH_ENDS, jinja_template
+from umed_plugin.chat_template import END, IMAGE, START, jinja_template
 from umed_plugin.conversation import question_prompt
 from umed_plugin.errors import UmedError
 
@@ -79,18 +79,20 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
 
     source = sentencepiece_file(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    ends = bool(config.get("mm_use_im_start_end"))
     if config.get("mm_use_im_patch_token", True):  # LLaVA's loader adds what the config asks for
         tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
-    if ends:
-        tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    marked = START + IMAGE + END if config.get("mm_use_im_start_end") else IMAGE
+    if marked != IMAGE:
+        tokenizer.add_tokens([START, END], special_tokens=True)
     old = read_json(checkpoint / "tokenizer_config.json")
     legacy = old.get("legacy") in (None, True)  # a tokenizer from before the key is legacy
     added = {int(key): token for key, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = Vocabulary(len(tokenizer), _pad_id(tokenizer))
     tokens = [_added_token(key, token.content, token.special) for key, token in sorted(added.items())]
     tokens.append(_added_token(vocabulary.image, IMAGE, special=True))
-    text = jinja_template(template, gap="" if legacy else " ", image=IMAGE_WITH_ENDS if ends else IMAGE)
+    gap = "" if legacy else " "
+    image = IMAGE + gap if marked == IMAGE else START + IMAGE + _gap_before_end(tokenizer) + END
+    text = jinja_template(template, gap=gap, image=image)
     shutil.copy2(source, folder / source.name)
     write_json(_tokenizer_json(source, tokens, tokenizer, legacy), folder / "tokenizer.json")
     new = {key: old[key] for key in _TOKENIZER_KEYS if key in old}
@@ -102,7 +104,7 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
     )  # fmt: skip
     write_json(new, folder / "tokenizer_config.json")
     write_json({"chat_template": text}, folder / "chat_template.json")
-    _compare(tokenizer, folder, text, template, ends)
+    _compare(tokenizer, folder, text, template, marked)
     return vocabulary
 
 
@@ -110,6 +112,11 @@ def _pad_id(tokenizer: Any) -> int:
     """LLaVA pads with UNK where a tokenizer has no token for it; padding is masked, so no new token is needed."""
     pad = tokenizer.pad_token_id
     return tokenizer.unk_token_id if pad is None else pad
+
+
+def _gap_before_end(tokenizer: Any) -> str:
+    """What a part of the prompt that begins with the end mark has before it; not all tokenizers put a space there."""
+    return "" if tokenizer(END, add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids(END)] else " "
 
 
 def _added_token(index: int, content: str, special: bool) -> dict[str, Any]:
@@ -151,19 +158,18 @@ def _tokenizer_json(source: Path, added: list[dict[str, Any]], tokenizer: Any, l
     }  # fmt: skip
 
 
-def _compare(tokenizer: Any, folder: Path, text: str, template: str, ends: bool) -> None:
+def _compare(tokenizer: Any, folder: Path, text: str, template: str, marked: str) -> None:
     """Refuse a result that gives other ids to a question than LLaVA does."""
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import tokenizer_image_token
     from transformers import PreTrainedTokenizerFast
 
     question = "Is anything abnormal? [0.12, 0.5]"
-    image = IMAGE_WITH_ENDS if ends else IMAGE
     ours = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.bos_token)
     chat = [{"role": "user", "content": f"{IMAGE}\n{question}"}]
     prompt = ours.apply_chat_template(chat, chat_template=text, tokenize=False, add_generation_prompt=True)
     found = ours(prompt, add_special_tokens=False).input_ids
-    wanted = tokenizer_image_token(question_prompt(f"{image}\n{question}", template), tokenizer)
+    wanted = tokenizer_image_token(question_prompt(f"{marked}\n{question}", template), tokenizer)
     image_id = ours.convert_tokens_to_ids(IMAGE)
     wanted = [image_id if index == IMAGE_TOKEN_INDEX else index for index in wanted]
     if found != wanted:
