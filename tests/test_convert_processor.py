@@ -13,7 +13,9 @@ from test_checkpoint import write_lora
 from test_convert import (
     QUESTION,
     add_tokens,
+    check_both_ways,
     config_of,
+    linear_projector,
     llava_logits,
     loaded_by_transformers,
     picture,
@@ -224,9 +226,37 @@ def test_what_llavas_classes_cannot_express_is_refused(tiny_mistral, tmp_path):
         to_llava(there, tmp_path / "llava-back")
 
 
+def test_a_tower_of_a_whole_clip(tiny_mistral, tmp_path):
+    """As openai/clip-vit-large-patch14-336, whose folder holds the text part too."""
+    from transformers import CLIPModel
+
+    tower = tiny_mistral / "vision_tower"
+    vision = {key: value for key, value in config_of(tower).items() if key not in ("architectures", "model_type")}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
+    whole = CLIPModel.config_class(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(whole).half().save_pretrained(tmp_path / "clip")
+    shutil.copy2(tower / "preprocessor_config.json", tmp_path / "clip")
+    changed = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_vision_tower": str(tmp_path / "clip")}, dict)
+    check_both_ways(changed, "mistral_instruct", tmp_path)
+
+
+def test_a_linear_projector_is_told_of(tiny_mistral, tmp_path, capsys):
+    checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_projector_type": "linear"}, linear_projector)
+    assert main(["convert", str(checkpoint), "--out", str(tmp_path / "hf")]) == 0
+    assert "note: the projector is linear" in capsys.readouterr().out
+
+
 def test_a_template_for_the_way_back_is_wrong_usage(tiny_mistral, tmp_path, capsys):
     assert main(["convert", str(tiny_mistral), "--out", str(tmp_path / "hf"), "--template", "umed_mistral"]) == 0
-    assert "chat template: umed_mistral" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "chat template: umed_mistral" in printed
+    assert "note:" not in printed
     command = ["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "back")]
     assert main([*command, "--template", "umed_mistral"]) == 2
     assert main(command) == 0

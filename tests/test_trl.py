@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_convert import variant
 from test_trainer import grounded_records
 from umed_runs import ROOT, environment
 
@@ -23,6 +24,7 @@ from umed_plugin.trl_rewards import CombinedReward, LesionAttention, trl_dataset
 trl = pytest.importorskip("trl", minversion="1.0", reason="needs TRL 1.x, which runs on the current stack alone")
 prepare_multimodal_messages = pytest.importorskip("trl.data_utils").prepare_multimodal_messages
 Dataset = pytest.importorskip("datasets").Dataset
+peft = pytest.importorskip("peft")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,9 @@ ANSWERS = (
 )
 
 
-def from_output_attentions(model, processor, columns: dict, answers: list[list[int]], layers: list[int]) -> list[float]:
+def from_output_attentions(
+    model, processor, columns: dict, answers: list[list[int]], layers: list[int], heads=slice(None)
+) -> list[float]:
     """Vision relevance the slow way: one candidate at a time, weights of all layers, renormalised over the image patches."""
     values = []
     for prompt, record, geometry, answer in zip(*(columns[n] for n in ("prompts", "record", "geometry")), answers):
@@ -109,10 +113,14 @@ def from_output_attentions(model, processor, columns: dict, answers: list[list[i
         with torch.no_grad():
             found = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_attentions=True).attentions
         named = name_token_rows(processor.tokenizer, answer, record["terms"], set(record["objects"]["ref"]))
-        patches = (ids[0] == model.config.image_token_id).nonzero().flatten()
+        patches = (
+            (ids[0] == model.config.image_token_id).nonzero().flatten()[-64:]
+        )  # the class token stands before them
         cover = torch.from_numpy(geometry.patch_cover(true_boxes(record))).float()
         rows = [
-            found[layer][0, :, inputs["input_ids"].shape[1] + token][:, patches] for layer in layers for token in named
+            found[layer][0, heads, inputs["input_ids"].shape[1] + token][:, patches]
+            for layer in layers
+            for token in named
         ]
         shares = [((row / row.sum(-1, keepdim=True)) * cover).sum(-1).mean() for row in rows]
         values.append(float(torch.stack(shares).mean()) if shares else 0.0)
@@ -133,6 +141,34 @@ def test_lesion_attention_is_what_output_attentions_gives(model, processor, exam
     assert found == pytest.approx(wanted, abs=1e-4)
     assert [value > 0 for value in found] == [True, True, True, False, False, False]
     assert len({round(value, 4) for value in found[:3]}) == 3, "different values, or nothing was compared"
+
+
+@pytest.mark.parametrize("case", ["adapter", "class token", "one head", "cached prompt"])
+def test_lesion_attention_of_other_models(case, model, processor, examples, tiny_mistral, tmp_path, monkeypatch):
+    heads, looked_at = None, model
+    if case == "adapter":
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+        looked_at = peft.get_peft_model(copy.deepcopy(model), config)
+    if case == "class token":
+        checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_vision_select_feature": "cls_patch"}, dict)
+        there = to_transformers(checkpoint, tmp_path / "hf", template="umed_mistral")
+        looked_at = type(model).from_pretrained(there, dtype=torch.float32, attn_implementation="eager")
+        processor = type(processor).from_pretrained(there)
+    if case == "one head":
+        heads = [2]
+    if case == "cached prompt":  # what a model does that takes no block mask, such as with flash attention
+        monkeypatch.setattr("umed_plugin.trl_rewards.packing_fault", lambda language: "takes no block mask")
+    columns = columns_of(examples, 2)
+    answers = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in ANSWERS]
+    wanted = from_output_attentions(looked_at, processor, columns, answers, [2, 3], heads or slice(None))
+    attention = LesionAttention(looked_at, processor, heads=heads)
+    assert attention.layers == [2, 3]
+    found = attention(columns["prompts"], answers, columns["record"], columns["geometry"], 2)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    usual = LesionAttention(model, processor) if case == "adapter" else None
+    if usual is not None:
+        other = usual(columns["prompts"], answers, columns["record"], columns["geometry"], 2)
+        assert other != pytest.approx(found, abs=1e-3), "the adapter changes the attention, or it was not looked at"
 
 
 def test_a_combined_reward_is_what_stage_2_makes_of_the_rewards(examples):

@@ -10,6 +10,7 @@ How to run: ``umed convert FOLDER --out DIR``.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from umed_plugin.to_transformers import (
     bare_tower_name,
     old_rope,
 )
-from umed_plugin.weight_shards import ShardWriter, stream
+from umed_plugin.weight_shards import ShardWriter, of_all_bytes, stream
 
 _CLASSES = {"mistral": ("llava_mistral", "LlavaMistralForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
 _PROJECTOR = "multi_modal_projector."
@@ -39,7 +40,13 @@ def is_transformers_form(path: Path | str) -> bool:
     return config.get("model_type") == "llava" and "text_config" in config
 
 
-def to_llava(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False) -> Path:
+def to_llava(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
     """Write transformers' form of a LLaVA model in LLaVA's layout; return the folder.
 
     Args:
@@ -47,6 +54,7 @@ def to_llava(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False
         out: must not exist, unless ``overwrite``. Stock LLaVA chooses its loader by the folder's name:
             `merging.stock_name_fault`.
         overwrite: replace ``out``.
+        progress: called with the bytes done and in all.
 
     Raises:
         UmedError: LLaVA's classes cannot express the model, or a file of it is missing.
@@ -60,8 +68,9 @@ def to_llava(checkpoint: Path | str, out: Path | str, *, overwrite: bool = False
         image_id = config["image_token_index"] if "image_token_index" in config else config["image_token_id"]
         rows = write_llava_tokenizer(checkpoint, folder, original.get("tokenizer_config", {}), image_id)
         processor, ratio = read_image_processor(checkpoint)
-        writer = ShardWriter(folder)
-        for file in weight_files(checkpoint):
+        files = weight_files(checkpoint)
+        writer = ShardWriter(folder, of_all_bytes(files, progress))
+        for file in files:
             for name, tensor in stream(file):
                 known = _old_name(name, checkpoint)
                 if known.startswith("vision_tower."):

@@ -17,7 +17,7 @@ How to run: ``umed convert CKPT --out DIR``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from umed_plugin.checkpoint import TOWER, is_lora, read_config, tower_tensors, w
 from umed_plugin.errors import UmedError
 from umed_plugin.hf_processor import read_json, write_image_processor, write_json, write_tokenizer
 from umed_plugin.merging import written_aside
-from umed_plugin.weight_shards import ShardWriter, stream
+from umed_plugin.weight_shards import ShardWriter, of_all_bytes, stream
 
 STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 ORIGINAL = "llava_checkpoint"
@@ -56,7 +56,12 @@ OF_THE_FILE = (
 
 
 def to_transformers(
-    checkpoint: Path | str, out: Path | str, *, template: str | None = None, overwrite: bool = False
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    template: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a LLaVA checkpoint as ``LlavaForConditionalGeneration`` with its processor; return the folder.
 
@@ -65,6 +70,7 @@ def to_transformers(
         out: must not exist, unless ``overwrite``.
         template: conversation template that becomes the chat template; by default the one that stock LLaVA asks with.
         overwrite: replace ``out``.
+        progress: called with the bytes done and in all.
 
     Raises:
         UmedError: transformers' class cannot express the checkpoint, or a file of it is missing.
@@ -87,7 +93,7 @@ def to_transformers(
         generation = read_json(checkpoint / "generation_config.json")
         generation.update(pad_token_id=vocabulary.pad, suppress_tokens=[vocabulary.image])
         write_json(generation, folder / "generation_config.json")
-        writer = ShardWriter(folder)
+        writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         _write_tower(writer, inside or _tensors_of_tower(tower), vision, checkpoint)
         for llava_name, tensor in _language_tensors(checkpoint):
             if llava_name in (EMBEDDING, HEAD):

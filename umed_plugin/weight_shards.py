@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoint import read_tensors
 
-_SHARD_BYTES = 5_000_000_000
+# Writing a file needs its size once more, so twice this much is in memory.
+_SHARD_BYTES = 2_000_000_000
 
 
 def stream(file: Path) -> Iterator[tuple[str, Any]]:
@@ -17,11 +18,19 @@ def stream(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
-        with safe_open(str(file), framework="pt", device="cpu") as stream:
-            for name in list(stream.keys()):
-                yield name, stream.get_tensor(name)
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            for name in list(opened.keys()):
+                yield name, opened.get_tensor(name)
     else:
         yield from read_tensors(file).items()
+
+
+def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
+    """``progress(done, total)`` as a function of what is done, for the size of ``files`` as the total."""
+    if progress is None:
+        return None
+    total = sum(file.stat().st_size for file in files)
+    return lambda done: progress(min(done, total), total)
 
 
 class ShardWriter:
@@ -29,11 +38,11 @@ class ShardWriter:
 
     Args:
         folder: to write ``model.safetensors``, or shards and their index, into.
-        limit: bytes from which a file is full.
+        progress: called with the number of bytes taken so far.
     """
 
-    def __init__(self, folder: Path, limit: int | None = None) -> None:
-        self._folder, self._limit = folder, limit or _SHARD_BYTES
+    def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        self._folder, self._progress = folder, progress
         self._waiting: dict[str, Any] = {}
         self._bytes = self._total = 0
         self._shards: list[list[str]] = []
@@ -45,8 +54,10 @@ class ShardWriter:
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         self._waiting[name] = tensor if whole else tensor.clone()
         self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= self._limit:
+        if self._bytes >= _SHARD_BYTES:
             self._flush()
+        if self._progress is not None:
+            self._progress(self._total + self._bytes)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file

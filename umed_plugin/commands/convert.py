@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +35,56 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what the next program has to know."""
+    from umed_plugin.to_llava import is_transformers_form
+
+    return _back(args) if is_transformers_form(args.checkpoint) else _there(args)
+
+
+def _there(args: argparse.Namespace) -> int:
+    from umed_plugin.checkpoint import read_config
+    from umed_plugin.to_transformers import STOCK_TEMPLATES, to_transformers
+
+    with _bar("writing transformers' form") as progress:
+        out = to_transformers(
+            args.checkpoint, args.out, template=args.template, overwrite=args.overwrite, progress=progress
+        )
+    config = read_config(args.checkpoint)
+    print(f"transformers' form: {out}\nchat template: {args.template or STOCK_TEMPLATES[config['model_type']]}")
+    if config.get("mm_projector_type", "linear") == "linear":
+        print(
+            "note: the projector is linear, which transformers reads (projector_hidden_act: linear) and vLLM does not: it "
+            "refuses the activation. Other programs may take GELU whatever config.json says."
+        )
+    return 0
+
+
+def _back(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoint import read_config
     from umed_plugin.errors import UsageError
     from umed_plugin.merging import stock_name_fault
-    from umed_plugin.to_llava import is_transformers_form, to_llava
-    from umed_plugin.to_transformers import STOCK_TEMPLATES, to_transformers
+    from umed_plugin.to_llava import to_llava
 
-    if not is_transformers_form(args.checkpoint):
-        out = to_transformers(args.checkpoint, args.out, template=args.template, overwrite=args.overwrite)
-        asked = args.template or STOCK_TEMPLATES[read_config(args.checkpoint)["model_type"]]
-        print(f"transformers' form: {out}\nchat template: {asked}")
-        return 0
     if args.template:
         raise UsageError(
             f"--template {args.template}: {args.checkpoint} is in transformers' form already, and LLaVA's layout holds no "
             "template. Leave it out."
         )
-    out = to_llava(args.checkpoint, args.out, overwrite=args.overwrite)
+    with _bar("writing LLaVA's layout") as progress:
+        out = to_llava(args.checkpoint, args.out, overwrite=args.overwrite, progress=progress)
     print(f"LLaVA's layout: {out}")
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         print(f"note: {fault}")
     return 0
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over bytes, on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
