@@ -9,7 +9,7 @@ from typing import Any
 
 from umed_plugin.checkpoint import read_tensors
 
-# Writing a file needs its size once more, so twice this much is in memory.
+# What waits to be written stays in memory, unless it is mapped from a safetensors file.
 _SHARD_BYTES = 2_000_000_000
 
 
