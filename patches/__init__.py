@@ -10,24 +10,47 @@ from __future__ import annotations
 from umed_plugin.patches import (
     attention_implementation,
     attention_mask,
+    config_layout,
     conversation_templates,
     data_module,
+    full_precision,
+    image_processor,
+    layer_norms,
     lora_resume,
     main_script,
     model_class,
+    old_flags,
+    resumed_order,
     torch_load,
+    tower_layout,
     train_arguments,
     trainer,
+    trainer_signatures,
     vision_tower,
     xformers_attention,
     zero_3,
 )
 
-from umed_plugin.patching import Patch, apply
+from umed_plugin.patching import Patch, apply, install
 
-ALL: tuple[Patch, ...] = tuple(
+# Without these LLaVA does not run, or not to the same numbers, on newer libraries than its own: for every process that uses it.
+STACK: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
+        layer_norms,
+        trainer_signatures,
+        resumed_order,
+        full_precision,
+        tower_layout,
+        image_processor,
+        config_layout,
+    )
+)
+# These make of LLaVA's training what this plugin is for: for training processes alone.
+TRAINING: tuple[Patch, ...] = tuple(
+    module.PATCH
+    for module in (
+        old_flags,
         train_arguments,
         conversation_templates,
         data_module,
@@ -42,11 +65,12 @@ ALL: tuple[Patch, ...] = tuple(
         lora_resume,
     )
 )
+ALL = (*STACK, *TRAINING)
 TRIGGERS = frozenset({main_script.TRIGGER, *(patch.trigger for patch in ALL)})
 
 
 def after_import(module: str) -> None:
-    """Apply the patches that wait for ``module``.
+    """Apply the patches that wait for ``module``, in a training process.
 
     Raises:
         UsageError: LLaVA was started in the one way that cannot be patched.
@@ -56,3 +80,16 @@ def after_import(module: str) -> None:
     if module == main_script.TRIGGER:
         main_script.refuse_main_script()
     apply([patch for patch in ALL if patch.trigger == module])
+
+
+def prepare_llava() -> None:
+    """Let LLaVA run on the installed libraries, in a process that does not train. To be called before `llava` is imported.
+
+    Raises:
+        PatchMisfit: at once or when LLaVA is imported: one of the patches does not fit.
+    """
+    install({patch.trigger for patch in STACK}, _after_import_without_training)
+
+
+def _after_import_without_training(module: str) -> None:
+    apply([patch for patch in STACK if patch.trigger == module])

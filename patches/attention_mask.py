@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.patches.training_run import TRANSFORMERS
+from umed_plugin.patches.training_run import BEFORE_5, TRANSFORMERS_4
 
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -42,26 +42,27 @@ PATCH = Patch(
     name="attention_mask",
     targets=(
         Target(
-            f"{_LLAMA}:{_EAGER}", TRANSFORMERS, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
+            f"{_LLAMA}:{_EAGER}", TRANSFORMERS_4, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
         ),
         Target(
-            f"{_LLAMA}:{_SDPA}", TRANSFORMERS, ("11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",)
+            f"{_LLAMA}:{_SDPA}", TRANSFORMERS_4, ("11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",)
         ),
         Target(
-            f"{_MISTRAL}:{_EAGER}", TRANSFORMERS, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
+            f"{_MISTRAL}:{_EAGER}", TRANSFORMERS_4, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
         ),
         Target(
             f"{_LLAMA}:LlamaModel.forward",
-            TRANSFORMERS,
+            TRANSFORMERS_4,
             ("625665ff77a5292da56c5059a53d2985b8c6511b5b25f06db3f2c881828d625c",),
         ),
         Target(
             f"{_MISTRAL}:MistralModel.forward",
-            TRANSFORMERS,
+            TRANSFORMERS_4,
             ("7beb8f273fe15eecdccaac5d98f751eee9cc4d28c1de9fbec1a46147d3b8b2c3",),
         ),
     ),
     why="Llama and Mistral fail on an attention mask that keeps the answers of one row apart",
     delete_when="LLaVA's pins reach a transformers that takes a ready 4-D mask",
     change=change,
+    needed=BEFORE_5,
 )

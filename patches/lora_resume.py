@@ -65,14 +65,14 @@ def change(recorder: Recorder) -> None:
         if _is_lora(self):
             _load_non_lora(self.model if model is None else model, Path(resume_from_checkpoint))
 
-    def _get_train_sampler(self: Any) -> Any:
+    def _get_train_sampler(self: Any, *data: Any) -> Any:
         if not _has_stage(self) or self.train_dataset is None:
-            return stock_sampler(self)
+            return stock_sampler(self, *data)
         from umed_plugin.sampler import EpochSampler
 
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.args.group_by_modality_length or self.args.group_by_length:
-            return SeededOrder(stock_sampler(self), seed)
+            return SeededOrder(stock_sampler(self, *data), seed)
         return EpochSampler(len(self.train_dataset), seed)
 
     recorder.replace(LLaVATrainer, "_save_checkpoint", _save_checkpoint)
@@ -196,17 +196,26 @@ PATCH = Patch(
         Target(
             "transformers.trainer:Trainer._load_from_checkpoint",
             TRANSFORMERS,
-            ("201a2dc3b77a71b3eb462ecff3354b0cd2ba9c49405de37523c9d7d97a2e5b6c",),
+            (
+                "201a2dc3b77a71b3eb462ecff3354b0cd2ba9c49405de37523c9d7d97a2e5b6c",  # 4.36
+                "a2804e8d93a297e30d11e1589e707793302c872fc3ab89cddefc6cb2762e3a24",  # 5.23
+            ),
         ),
         Target(
             "transformers.trainer:Trainer._save_checkpoint",
             TRANSFORMERS,
-            ("2b94f43c7b36c0427a50e423d125ded3b950d47251b955e26c296b0edd45090a",),
+            (
+                "2b94f43c7b36c0427a50e423d125ded3b950d47251b955e26c296b0edd45090a",  # 4.36
+                "a9111e30faa9933986e022e56b5af81fd990356db64d727b4c320c852283bf3b",  # 5.23
+            ),
         ),
         Target(
             "transformers.trainer:Trainer.save_state",
             TRANSFORMERS,
-            ("ea6f492cd722900bca129b8eaed731bb1972d98591b795a8166058b1e1611af0",),
+            (
+                "ea6f492cd722900bca129b8eaed731bb1972d98591b795a8166058b1e1611af0",  # 4.36
+                "df50efbfb935e1ea576f79ecc2021aa73768fc41b99c98162b7f6d840ee2437d",  # 5.23
+            ),
         ),
     ),
     why="a resumed LoRA run loses its projector, and sees other batches than the run that was not interrupted",

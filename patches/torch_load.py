@@ -84,4 +84,5 @@ PATCH = Patch(
     why="checkpoint pickles (projector, non-LoRA weights, optimizer) can run any code when loaded",
     delete_when="LLaVA's torch is 2.6 or newer",
     change=change,
+    needed=("torch", "<2.6"),
 )

@@ -54,7 +54,7 @@ def _checking_parser(stock: type, arguments_class: type) -> type:
     class CheckingArgumentParser(stock):
         def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple:
             parsed = super().parse_args_into_dataclasses(*args, **kwargs)
-            if len(parsed) >= 3 and type(parsed[2]) is arguments_class:
+            if len(parsed) >= 3 and isinstance(parsed[2], arguments_class):
                 start_run(*parsed[:3])
             return parsed
 
@@ -97,7 +97,10 @@ PATCH = Patch(
         Target(
             "transformers:HfArgumentParser.parse_args_into_dataclasses",
             TRANSFORMERS,
-            ("bc4c164c828c3f21b099e6e03b2983634e3521705121a372f0b3ed95320125e2",),
+            (
+                "bc4c164c828c3f21b099e6e03b2983634e3521705121a372f0b3ed95320125e2",  # 4.36
+                "852d4a0631f064d23a448871e6c6abcf32c3338f2c83f03e7af98058c97b56a0",  # 5.23
+            ),
         ),
     ),
     why="train() refuses any flag that is not in its three dataclasses",

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from umed_plugin.patches import prepare_llava
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell that starts the tests in the background ignores Ctrl-C for them and all their children; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+prepare_llava()
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,12 @@ import sentencepiece
 import torch
 from llava import conversation as llava_conversation
 from PIL import Image
-from transformers import CLIPImageProcessor, LlamaTokenizer
+from transformers import CLIPImageProcessor
 from umed_runs import write_records
 
 from umed_plugin.batch import GroundedDataset, check_supervision, tokenize_record, using_template
 from umed_plugin.conversation import TEMPLATES, question_prompt
+from umed_plugin.demo.tiny_checkpoint import write_tokenizer
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import UmedFlags
 
@@ -28,7 +29,7 @@ CORPUS = [
 
 
 def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
-    """A slow LlamaTokenizer over a sentencepiece model trained here; like Llama's it has a piece USER but no ▁USER."""
+    """A LlamaTokenizer over a sentencepiece model trained here; like Llama's it has a piece USER but no ▁USER."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -43,9 +44,9 @@ def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
         user_defined_symbols=list(symbols),
         minloglevel=2,
     )
-    file = folder / f"{legacy}-{len(symbols)}.model"
-    file.write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizer(str(file), legacy=legacy, model_max_length=512, padding_side="right")
+    path = folder / f"{legacy}-{len(symbols)}"
+    path.mkdir(exist_ok=True)
+    tokenizer = write_tokenizer(path, model.getvalue(), legacy=legacy, longest=512)
     tokenizer.pad_token = tokenizer.unk_token
     return tokenizer
 

@@ -43,18 +43,31 @@ def iou_by_hand(a: tuple[float, ...], b: tuple[float, ...]) -> float:
 
 
 @pytest.mark.parametrize("scale", [1.0, 512.0])
-def test_iou_equals_torchvision_and_the_formula(scale: float) -> None:
-    import torch
-    from torchvision.ops import box_iou
-
+def test_iou_is_its_formula(scale: float) -> None:
     rng = random.Random(3)
     a, b = random_boxes(rng, 25, scale), random_boxes(rng, 31, scale)
     found = iou_matrix(a, b)
     assert found.shape == (25, 31)
+    assert found.dtype == np.float64
     assert (found > 0.05).sum() > 50
     np.testing.assert_allclose(found, [[iou_by_hand(x, y) for y in b] for x in a], atol=1e-12)
-    theirs = box_iou(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64))
-    np.testing.assert_allclose(found, theirs.numpy(), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 512.0])
+def test_iou_and_its_distance_term_equal_torchvisions(scale: float) -> None:
+    ops = pytest.importorskip("torchvision.ops", reason="the current stack has no torchvision; the pinned one compares")
+    import torch
+
+    rng = random.Random(3)
+    a, b = random_boxes(rng, 25, scale), random_boxes(rng, 31, scale)
+    first, second = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    iou = ops.box_iou(first, second).numpy()
+    np.testing.assert_allclose(iou_matrix(a, b), iou, atol=1e-12)
+    one, other = ops.box_area(first)[:, None].numpy(), ops.box_area(second).numpy()
+    alike = np.minimum(one, other) / np.maximum(one, other)
+    nearness = 1 + ops.distance_box_iou(first, second, eps=0).numpy() - iou
+    shaped = (1 - DISTANCE_SHARE) * iou + DISTANCE_SHARE * alike * nearness
+    np.testing.assert_allclose(shaped_iou_matrix(a, b), shaped, atol=1e-12)
 
 
 def test_identical_boxes_in_0_to_1_have_iou_1() -> None:
@@ -116,7 +129,7 @@ def test_shaped_iou_is_its_formula_and_stays_in_0_to_1() -> None:
     rng = random.Random(7)
     a, b = random_boxes(rng, 40), random_boxes(rng, 40)
     found, overlap = shaped_iou_matrix(a, b), iou_matrix(a, b)
-    np.testing.assert_allclose(found, [[shaped_by_hand(x, y) for y in b] for x in a], atol=1e-5)
+    np.testing.assert_allclose(found, [[shaped_by_hand(x, y) for y in b] for x in a], atol=1e-12)
     assert (found > 0).all()
     assert (found <= 1).all()
     apart = overlap == 0

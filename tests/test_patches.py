@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from umed_plugin.patches import ALL, TRIGGERS, lora_resume, model_class, torch_load, vision_tower
+from umed_plugin.patches import ALL, STACK, TRIGGERS, lora_resume, model_class, torch_load, vision_tower
 from umed_plugin.patches.attention_implementation import available_attention
 from umed_runs import ROOT, train_flags, write_records
 
@@ -27,24 +27,30 @@ from umed_plugin.patching import PatchMisfit
 
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
-    """The patches are for training processes: the other tests get LLaVA as it is."""
+    """The patches are for training processes: the other tests get LLaVA as it is, but for those that let it run (conftest.py)."""
+    patching.undo_all()
     yield
     patching.undo_all()
+    patching.apply(STACK)
 
 
 def places() -> dict[str, object]:
     """What stands at every place that a patch can change."""
     import llava.conversation
     import llava.train.llama_xformers_attn_monkey_patch as xformers_patch
+    from llava.model.language_model import llava_llama, llava_mistral
     from llava.model.llava_arch import LlavaMetaModel
-    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+    from llava.model.multimodal_encoder import clip_encoder
     from llava.train import llava_trainer
     from llava.train import train as llava_train
+    from transformers import trainer as transformers_trainer
     from transformers.models.llama import modeling_llama
     from transformers.models.mistral import modeling_mistral
 
-    owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, CLIPVisionTower, xformers_patch]
-    owners += [modeling_llama, modeling_mistral]
+    owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, xformers_patch]
+    owners += [clip_encoder, clip_encoder.CLIPVisionTower, llava_llama.LlavaLlamaForCausalLM, llava_llama.LlavaConfig]
+    owners += [llava_mistral.LlavaMistralForCausalLM, llava_mistral.LlavaMistralConfig]
+    owners += [transformers_trainer, transformers_trainer.Trainer, modeling_llama, modeling_mistral]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
     found.update(load=torch.load, parser=transformers.HfArgumentParser)
@@ -55,9 +61,12 @@ def differing(before: dict[str, object], after: dict[str, object]) -> set[str]:
     return {name for name in {*before, *after} if before.get(name) is not after.get(name)}
 
 
-@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
+NEEDED = [patch for patch in ALL if patch.not_needed() is None]
+
+
+@pytest.mark.parametrize("patch", NEEDED, ids=lambda patch: patch.name)
 class TestEveryPatch:
-    """One contract for all patches."""
+    """One contract for all patches that the installed libraries want; both stacks together try them all."""
 
     def test_it_fits_the_installed_libraries(self, patch):
         assert patching.misfit(patch) is None
@@ -84,12 +93,23 @@ class TestEveryPatch:
                 patching.apply([dataclasses.replace(patch, targets=(target,))])
         assert differing(before, places()) == set()
 
-    def test_its_file_says_what_it_must(self, patch):
-        text = (ROOT / "patches" / f"{patch.name}.py").read_text()
-        for part in ("Target", "Why:", "Versions:", "Delete when:"):
-            assert part in text
-        assert patch.why
-        assert patch.delete_when
+
+@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
+def test_its_file_says_what_it_must(patch):
+    text = (ROOT / "patches" / f"{patch.name}.py").read_text()
+    for part in ("Target", "Why:", "Versions:", "Delete when:"):
+        assert part in text
+    assert patch.why
+    assert patch.delete_when
+
+
+@pytest.mark.parametrize("patch", [patch for patch in ALL if patch not in NEEDED], ids=lambda patch: patch.name)
+def test_a_patch_for_other_libraries_changes_nothing(patch):
+    before = places()
+    assert patching.misfit(patch) is None
+    patching.apply([patch])
+    assert not patching.is_applied(patch)
+    assert differing(before, places()) == set()
 
 
 def test_any_order_of_all_patches_is_undone():
@@ -119,10 +139,16 @@ def test_the_command_lists_them_all_and_fails_on_a_misfit(capsys, monkeypatch):
     assert run(argparse.Namespace()) == 0
     shown = capsys.readouterr().out
     assert all(patch.name in shown for patch in ALL)
-    target = dataclasses.replace(ALL[1].targets[0], sha256=("0" * 64,))
-    monkeypatch.setattr(patches, "ALL", (ALL[0], dataclasses.replace(ALL[1], targets=(target,))))
+    idle = len(ALL) - len(NEEDED)
+    assert f"{len(NEEDED)} are in force under umed-run, {idle} are not needed" in shown
+    assert shown.count("not needed: ") == idle > 0
+    patch = model_class.PATCH
+    target = dataclasses.replace(patch.targets[0], sha256=("0" * 64,))
+    monkeypatch.setattr(patches, "ALL", (ALL[0], dataclasses.replace(patch, targets=(target,))))
     assert run(argparse.Namespace()) == 1
-    assert "unknown SHA-256" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "unknown SHA-256" in shown
+    assert "1 do not fit. Training would stop before it starts." in shown
 
 
 def parse(flags: list[str]):

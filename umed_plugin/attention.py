@@ -35,7 +35,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from umed_plugin.errors import UmedError
 from umed_plugin.packing import pack
@@ -291,10 +290,17 @@ def _piece_bytes(tokenizer: Any, token_ids: Sequence[int]) -> list[bytes]:
             bytes.fromhex(byte[1]) if byte else piece.replace(_SPACE_MARK, " ").encode()
             for byte, piece in zip(found, pieces)
         ]
-    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    byte_of = byte_level_alphabet()
     return [
         bytes(byte_of[c] for c in piece) if all(c in byte_of for c in piece) else piece.encode() for piece in pieces
     ]
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Character -> byte, as byte-level BPE writes bytes: those that can be printed as themselves, the others from 256 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {**{chr(byte): byte for byte in printed}, **{chr(256 + i): byte for i, byte in enumerate(others)}}
 
 
 def lesion_name_rows(tokenizer: Any, candidates: Candidates, records: Sequence[Mapping[str, Any]]) -> list[list[int]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,9 +40,7 @@ def iou_matrix(a: Boxes, b: Boxes) -> np.ndarray:
     Returns:
         float64 ``[len(a), len(b)]`` in 0-1; the row or column of a degenerate box is 0.
     """
-    from torchvision.ops import box_iou
-
-    return _of_proper_boxes(box_iou, a, b)
+    return _of_proper_boxes(_iou, a, b)
 
 
 def shaped_iou_matrix(a: Boxes, b: Boxes) -> np.ndarray:
@@ -61,31 +59,43 @@ def shaped_iou_matrix(a: Boxes, b: Boxes) -> np.ndarray:
     Returns:
         float64 ``[len(a), len(b)]`` in 0-1, below w without overlap; the row or column of a degenerate box is 0.
     """
-    import torch
-    from torchvision.ops import box_area, box_iou, distance_box_iou
-
-    def shaped(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        iou = box_iou(first, second)
-        nearness = 1 + distance_box_iou(first, second) - iou
-        one, other = box_area(first)[:, None], box_area(second)
-        alike = torch.minimum(one, other) / torch.maximum(one, other)
-        return (1 - DISTANCE_SHARE) * iou + DISTANCE_SHARE * alike * nearness
-
-    return _of_proper_boxes(shaped, a, b)
+    return _of_proper_boxes(_shaped_iou, a, b)
 
 
-def _of_proper_boxes(measure: Callable[..., Any], a: Boxes, b: Boxes) -> np.ndarray:
-    """``measure`` of float64 tensors [N, 4] and [M, 4] for the boxes that have an area, 0 for the others."""
+def _iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     import numpy as np
-    import torch
+
+    shared = np.minimum(first[:, None, 2:], second[:, 2:]) - np.maximum(first[:, None, :2], second[:, :2])
+    intersection = shared.clip(min=0).prod(axis=-1)
+    return intersection / (_area(first)[:, None] + _area(second) - intersection)
+
+
+def _shaped_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    around = np.maximum(first[:, None, 2:], second[:, 2:]) - np.minimum(first[:, None, :2], second[:, :2])
+    apart = (first[:, None, :2] + first[:, None, 2:] - second[:, :2] - second[:, 2:]) / 2
+    nearness = 1 - (apart**2).sum(axis=-1) / (around**2).sum(axis=-1)
+    one, other = _area(first)[:, None], _area(second)
+    alike = np.minimum(one, other) / np.maximum(one, other)
+    return (1 - DISTANCE_SHARE) * _iou(first, second) + DISTANCE_SHARE * alike * nearness
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).prod(axis=-1)
+
+
+def _of_proper_boxes(measure: Callable[[np.ndarray, np.ndarray], np.ndarray], a: Boxes, b: Boxes) -> np.ndarray:
+    """``measure`` of float64 arrays [N, 4] and [M, 4] for the boxes that have an area, 0 for the others."""
+    import numpy as np
 
     result = np.zeros((len(a), len(b)))
     rows = [i for i, box in enumerate(a) if not is_degenerate(box)]
     columns = [j for j, box in enumerate(b) if not is_degenerate(box)]
     if rows and columns:
-        first = torch.tensor([list(a[i]) for i in rows], dtype=torch.float64)
-        second = torch.tensor([list(b[j]) for j in columns], dtype=torch.float64)
-        result[np.ix_(rows, columns)] = measure(first, second).numpy()
+        first = np.array([list(a[i]) for i in rows], dtype=float)
+        second = np.array([list(b[j]) for j in columns], dtype=float)
+        result[np.ix_(rows, columns)] = measure(first, second)
     return result
 
 

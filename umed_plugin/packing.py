@@ -177,7 +177,19 @@ def packing_fault(llava: Any) -> str | None:
     return None
 
 
-class RoomyCache(DynamicCache):
+class _OwnCache(DynamicCache):
+    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors themselves."""
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns written so far."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns that a mask for ``query_length`` new ones spans, and the first of them."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+
+class RoomyCache(_OwnCache):
     """A key/value cache with room for tokens to come: a step writes its keys into place instead of copying all before it.
 
     Args:
@@ -190,9 +202,7 @@ class RoomyCache(DynamicCache):
         self._buffers: list[tuple[Tensor, Tensor]] = []  # a layer's [R, kv_heads, columns + room, d] keys and values
         self._columns: list[int] = []  # written so far, by layer
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
         """Write [R, kv_heads, n, d] keys and values of new columns; returns those of all columns, as views."""
         if layer_idx == len(self._buffers):
             self._buffers.append((_with_room(key_states, self.room), _with_room(value_states, self.room)))
@@ -213,19 +223,28 @@ class RoomyCache(DynamicCache):
         self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
 
 
-class PrefixCache(DynamicCache):
+class PrefixCache(_OwnCache):
     """Keeps the keys and values of Q prompts, and shows them to the K answers of each, layer by layer.
 
     The first pass fills it; later ones read it and leave nothing in it. The gradient flows back into the prompts.
     """
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompts: list[tuple[Tensor, Tensor]] = []  # a layer's [Q, kv_heads, L, d] keys and values
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
         """Take [Q, kv_heads, L, d] keys and values of the prompts, or [N, kv_heads, T, d] of answers, which get those before."""
-        if layer_idx == len(self.key_cache):
-            return super().update(key_states, value_states, layer_idx, cache_kwargs)
-        return _behind(self.key_cache[layer_idx], key_states), _behind(self.value_cache[layer_idx], value_states)
+        if layer_idx == len(self._prompts):
+            self._prompts.append((key_states, value_states))
+            return key_states, value_states
+        keys, values = self._prompts[layer_idx]
+        return _behind(keys, key_states), _behind(values, value_states)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns of the prompts."""
+        layer = layer_idx or 0
+        return self._prompts[layer][0].shape[-2] if layer < len(self._prompts) else 0
 
 
 def _behind(prompts: Tensor, answers: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ class Target:
 
     Args:
         path: ``module:attribute.path``, for example ``llava.train.train:train``.
-        versions: range of the library's version, for example ``>=1.1.3,<1.3``. Version strings do not prove much (LLaVA's
-            tag 1.2.0 says 1.1.3), so the hash decides as well.
+        versions: ranges of the library's version, for example ``>=4.36,<4.37 || >=5.23,<5.24``. Version strings do not prove
+            much (LLaVA's tag 1.2.0 says 1.1.3), so the hash decides as well.
         sha256: accepted hashes of ``inspect.getsource`` of the object; empty where an object has no source of its own
             (a dictionary, a module).
     """
@@ -72,6 +72,8 @@ class Patch:
         delete_when: what has to happen so that the file can go.
         change: does the change through the recorder that it gets.
         trigger: module after whose import the patch is applied.
+        needed: library and range of its versions that want this change, for example ``("transformers", ">=5")``. With others
+            there is nothing to do, and nothing to fit. None: with all versions.
     """
 
     name: str
@@ -80,6 +82,15 @@ class Patch:
     delete_when: str
     change: Callable[[Recorder], None]
     trigger: str = "llava.train.train"
+    needed: tuple[str, str] | None = None
+
+    def not_needed(self) -> str | None:
+        """Why the installed libraries do without this patch, in words; None when it is needed."""
+        if self.needed is None:
+            return None
+        library, versions = self.needed
+        version = installed(library)[1]
+        return None if version_fits(version, versions) else f"{library} {version} is not {versions}"
 
     def apply(self, recorder: Recorder) -> None:
         """Make the change; every replacement is noted in ``recorder``."""
@@ -127,6 +138,17 @@ class Recorder:
             raise PatchMisfit(f"nothing to replace: {getattr(owner, '__name__', owner)!r} has no {name!r}.")
         old = inspect.getattr_static(owner, name) if name in vars(owner) else _ABSENT
         self.done.append(Replacement(owner, name, old, new, is_item=False))
+        setattr(owner, name, new)
+
+    def add(self, owner: Any, name: str, new: Any) -> None:
+        """Set ``owner.name``, which must not exist.
+
+        Raises:
+            PatchMisfit: there is something already.
+        """
+        if hasattr(owner, name):
+            raise PatchMisfit(f"nothing to add: {getattr(owner, '__name__', owner)!r} has {name!r} already.")
+        self.done.append(Replacement(owner, name, _ABSENT, new, is_item=False))
         setattr(owner, name, new)
 
     def add_item(self, owner: dict, name: str, new: Any) -> None:
@@ -195,14 +217,19 @@ _OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "<": oper
 
 
 def version_fits(version: str, versions: str) -> bool:
-    """Whether ``version`` lies in a range such as ``>=1.1.3,<1.3``; an unknown version is left to the hash."""
+    """Whether ``version`` lies in a range such as ``>=1.1.3,<1.3``, or in one of several apart by ``||``.
+
+    An unknown version is left to the hash.
+    """
     found = _release(version)
-    if not found:
-        return True
-    for clause in versions.split(","):
+    return not found or any(_in_range(found, clauses) for clauses in versions.split("||"))
+
+
+def _in_range(found: tuple[int, ...], clauses: str) -> bool:
+    for clause in clauses.split(","):
         parts = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*([\d.]+)\s*", clause)
         if parts is None:
-            raise ValueError(f"{versions!r} is no version range such as >=1.1.3,<1.3")
+            raise ValueError(f"{clauses!r} is no version range such as >=1.1.3,<1.3")
         sign, wanted = parts.group(1), _release(parts.group(2))
         width = max(len(found), len(wanted))
         pad = [part + (0,) * (width - len(part)) for part in (found, wanted)]
@@ -212,7 +239,12 @@ def version_fits(version: str, versions: str) -> bool:
 
 
 def misfit(patch: Patch) -> str | None:
-    """Why ``patch`` does not fit what is installed, as one message; None when it fits. Imports the targets' modules."""
+    """Why ``patch`` does not fit what is installed, as one message; None when it fits or is not needed.
+
+    Imports the targets' modules.
+    """
+    if patch.not_needed():
+        return None
     for target in patch.targets:
         reason = _target_misfit(target)
         if reason:
@@ -235,6 +267,8 @@ def _target_misfit(target: Target) -> str | None:
         found = original(owner, name)
     except (ImportError, AttributeError) as error:
         return f"the target is missing ({error})."
+    except PatchMisfit as error:
+        return f"importing it applies another patch, and {error}"
     version = installed(target.library)[1]
     if not version_fits(version, target.versions):
         return f"version {version} is outside the known range."
@@ -245,13 +279,15 @@ def _target_misfit(target: Target) -> str | None:
 
 
 def apply(patches: Sequence[Patch]) -> None:
-    """Verify all of ``patches``, then apply those that are not in place yet.
+    """Verify all of ``patches``, then apply those that are needed and not in place yet.
 
     Raises:
         PatchMisfit: one does not fit; then none of them has been applied.
     """
     pending = []
     for patch in patches:
+        if patch.not_needed():
+            continue
         module = importlib.import_module(patch.trigger)
         if patch.name in _applied:
             if _applied[patch.name][2] is module:

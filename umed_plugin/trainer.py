@@ -145,7 +145,7 @@ class RewardingTrainer(LLaVATrainer):
             self.value_head.save(Path(self.args.output_dir))
         return output
 
-    def training_step(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *unused: Any) -> Tensor:
         """One batch forth and back; the value network's gradient begins a step at 0 and ends as the processes' mean, clipped."""
         head = self.value_head
         if head is not None and self._batches_seen % self.args.gradient_accumulation_steps == 0:

@@ -1,4 +1,4 @@
-"""``umed patches``: every change to another library, and whether it fits what is installed."""
+"""``umed patches``: every change to another library, and whether it is in force here, not needed, or does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "patches",
         help="list the changes to LLaVA and say whether they fit the installed libraries",
         description="List every change that umed-run makes to another library, with the reason, the versions it knows, and "
-        "whether it fits what is installed here. Exit status 1 when one does not fit: training would refuse to start.",
+        "whether it is in force with what is installed here, not needed, or does not fit. Exit status 1 when one does not fit: "
+        "training would refuse to start.",
         epilog="example:\n  umed patches",
     )
     parser.set_defaults(run=run)
@@ -26,24 +27,29 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from umed_plugin.patches import ALL
+    from umed_plugin.patches import ALL, prepare_llava
     from umed_plugin.patching import misfit
 
-    table = Table("patch", "target", "known", "installed", "fits", "why", "delete when", show_lines=True)
-    misfits = []
+    prepare_llava()  # LLaVA's training code cannot be looked at where it cannot be imported
+    table = Table("patch", "target", "known", "installed", "here", "why", "delete when", show_lines=True)
+    idle, misfits = 0, []
     for patch in ALL:
-        message = misfit(patch)
-        if message:
-            misfits.append(message)
-        row = [patch.name, _targets(patch), _known(patch), _installed(patch), "no" if message else "yes"]
-        table.add_row(*row, patch.why, patch.delete_when)
+        spared, message = patch.not_needed(), misfit(patch)
+        idle += spared is not None
+        misfits += [message] if message else []
+        here = "DOES NOT FIT" if message else f"not needed: {spared}" if spared else "in force"
+        table.add_row(
+            patch.name, _targets(patch), _known(patch), _installed(patch), here, patch.why, patch.delete_when
+        )
     # Piped into a file there is no terminal to fit into, and wrapped names could not be searched for.
     console = Console(width=None if Console().is_terminal else 250)
     console.print(table)
     for message in misfits:
         console.print(message, markup=False, highlight=False)
-    fitting = len(ALL) - len(misfits)
-    console.print(f"{fitting} of {len(ALL)} patches fit." + (" Training under umed-run would stop." if misfits else ""))
+    console.print(
+        f"{len(ALL)} patches: {len(ALL) - idle - len(misfits)} are in force under umed-run, {idle} are not needed with these "
+        f"libraries, {len(misfits)} do not fit." + (" Training would stop before it starts." if misfits else "")
+    )
     return 1 if misfits else 0
 
 

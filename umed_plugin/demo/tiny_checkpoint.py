@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,6 @@ def make_checkpoint(
         tower = _make_tower(path / "vision_tower")
         model = _make_model(family, len(tokenizer), hidden_size, layers, tower)
         model.half().save_pretrained(path)
-    tokenizer.save_pretrained(path)
     return path
 
 
@@ -101,17 +101,49 @@ def train_sentencepiece(corpus: Sequence[str], vocabulary: int = VOCABULARY) -> 
 
 
 def _make_tokenizer(path: Path, corpus: Sequence[str], legacy: bool) -> Any:
-    from transformers import LlamaTokenizer
-
     # Every character that a prompt can hold needs a piece of its own, or box digits would become bytes.
     alphabet = " ".join(chr(code) for code in range(33, 127))
-    (path / "tokenizer.model").write_bytes(train_sentencepiece([*corpus, alphabet]))
     # LLaVA-Med 1.5 ships a legacy tokenizer, LLaVA-1.5 a non-legacy one; LLaVA's masking treats the two differently.
-    return LlamaTokenizer(str(path / "tokenizer.model"), legacy=legacy, model_max_length=CONTEXT, padding_side="right")
+    return write_tokenizer(path, train_sentencepiece([*corpus, alphabet]), legacy=legacy)
+
+
+def write_tokenizer(path: Path, model: bytes, *, legacy: bool, longest: int = CONTEXT) -> Any:
+    """Write the files of a Llama tokenizer as LLaVA's checkpoints hold them, and load them.
+
+    By hand, as what a library writes depends on its version.
+
+    Args:
+        path: an existing folder.
+        model: a sentencepiece model with UNK 0, BOS 1, EOS 2.
+        legacy: whether a text behind a special token begins with a space, as in LLaVA-Med 1.5.
+        longest: ``model_max_length``.
+    """
+    from transformers import LlamaTokenizer
+
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    entries = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    settings = {
+        **special,
+        "pad_token": None,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "added_tokens_decoder": {str(i): {"content": token, **entries} for i, token in enumerate(special.values())},
+        "clean_up_tokenization_spaces": False,
+        "legacy": legacy,
+        "model_max_length": longest,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    (path / "tokenizer.model").write_bytes(model)
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (path / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    return LlamaTokenizer.from_pretrained(path)
 
 
 def _make_tower(path: Path) -> Path:
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPVisionConfig
 
     config = CLIPVisionConfig(
         hidden_size=TOWER_WIDTH,
@@ -164,8 +196,7 @@ def _give_positions(tower: Any) -> None:
     columns = along[None, :, :].expand(grid, grid, -1)
     code = torch.cat([rows, columns], dim=-1).reshape(grid * grid, -1)
     mixing = torch.randn(code.shape[1], TOWER_WIDTH) / code.shape[1] ** 0.5
-    embeddings = tower.vision_model.embeddings
-    embeddings.position_embedding.weight.data[1:] = 0.3 * code @ mixing
+    tower.vision_model.embeddings.position_embedding.weight.data[1:] = 0.3 * code @ mixing
 
 
 def _make_model(family: str, vocabulary: int, hidden_size: int, layers: int, tower: Path) -> Any:
