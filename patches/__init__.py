@@ -14,7 +14,6 @@ from umed_plugin.patches import (
     conversation_templates,
     data_module,
     full_precision,
-    image_processor,
     layer_norms,
     lora_resume,
     main_script,
@@ -42,7 +41,6 @@ STACK: tuple[Patch, ...] = tuple(
         resumed_order,
         full_precision,
         tower_layout,
-        image_processor,
         config_layout,
     )
 )

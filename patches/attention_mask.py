@@ -48,7 +48,9 @@ PATCH = Patch(
             f"{_LLAMA}:{_SDPA}", TRANSFORMERS_4, ("11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",)
         ),
         Target(
-            f"{_MISTRAL}:{_EAGER}", TRANSFORMERS_4, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
+            f"{_MISTRAL}:{_EAGER}",
+            TRANSFORMERS_4,
+            ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",),
         ),
         Target(
             f"{_LLAMA}:LlamaModel.forward",

@@ -52,9 +52,21 @@ def _in_llavas_keys(stock: Any) -> Any:
 PATCH = Patch(
     name="config_layout",
     targets=(
-        Target("llava.model.language_model.llava_llama:LlavaConfig", LLAVA, ("67dd6cdab1e35599f03f1dc363a0f4652948f5d6359cbd15cfcfa9c0299d864d",)),
-        Target("llava.model.language_model.llava_mistral:LlavaMistralConfig", LLAVA, ("2ec56aca37837b3865cfabaf6785f200390b05585a4258a124928278b0482d90",)),
-        Target("transformers.configuration_utils:PreTrainedConfig.to_diff_dict", TRANSFORMERS_5, ("ca25a17722e6dc8c1782243d81ec7fdeda80e2775d4d47ca486cc63196207ea1",)),
+        Target(
+            "llava.model.language_model.llava_llama:LlavaConfig",
+            LLAVA,
+            ("67dd6cdab1e35599f03f1dc363a0f4652948f5d6359cbd15cfcfa9c0299d864d",),
+        ),
+        Target(
+            "llava.model.language_model.llava_mistral:LlavaMistralConfig",
+            LLAVA,
+            ("2ec56aca37837b3865cfabaf6785f200390b05585a4258a124928278b0482d90",),
+        ),
+        Target(
+            "transformers.configuration_utils:PreTrainedConfig.to_diff_dict",
+            TRANSFORMERS_5,
+            ("ca25a17722e6dc8c1782243d81ec7fdeda80e2775d4d47ca486cc63196207ea1",),
+        ),
         Target(
             "transformers.modeling_rope_utils:RotaryEmbeddingConfigMixin.convert_rope_params_to_dict",
             TRANSFORMERS_5,

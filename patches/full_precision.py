@@ -25,9 +25,9 @@ def change(recorder: Recorder) -> None:
         recorder.replace(model_class, "from_pretrained", classmethod(_from_pretrained(model_class)))
 
 
-def _from_pretrained(owner: type) -> Any:
+def _from_pretrained(owner: Any) -> Any:
     def from_pretrained(cls: Any, *args: Any, **keywords: Any) -> Any:
-        return super(owner, cls).from_pretrained(*args, **in_float32(keywords))  # type: ignore[misc]
+        return super(owner, cls).from_pretrained(*args, **in_float32(keywords))
 
     return from_pretrained
 

@@ -28,12 +28,12 @@ def _old(default: Any, now: str) -> Any:
 class OldFlags:
     """The flags, with the defaults of transformers 4.36; ``now`` says what they do."""
 
-    evaluation_strategy: Optional[str] = _old(None, "--eval_strategy")  # noqa: UP045 (the parser reads the type)
+    evaluation_strategy: Optional[str] = _old(None, "--eval_strategy")
     warmup_ratio: float = _old(0.0, "--warmup_steps below 1")
     group_by_length: bool = _old(False, "--train_sampling_strategy group_by_length")
     no_cuda: bool = _old(False, "--use_cpu")
     overwrite_output_dir: bool = _old(False, "LLaVA's train() never asked for it")
-    logging_dir: Optional[str] = _old(None, "the environment variable TENSORBOARD_LOGGING_DIR")  # noqa: UP045
+    logging_dir: Optional[str] = _old(None, "the environment variable TENSORBOARD_LOGGING_DIR")
     save_safetensors: bool = _old(True, "always")
 
 
@@ -82,7 +82,11 @@ PATCH = Patch(
             LLAVA,
             ("e9e353c3e03975062b5f8eb65c45d209419f4c4a4b669f162d3da6427de17005",),
         ),
-        Target("transformers.training_args:TrainingArguments.__post_init__", TRANSFORMERS_5, ("f3f6772df914c89a7964a377591a379ee65e7bfdee82e6d5c4c6f3aaa40f3c3c",)),
+        Target(
+            "transformers.training_args:TrainingArguments.__post_init__",
+            TRANSFORMERS_5,
+            ("f3f6772df914c89a7964a377591a379ee65e7bfdee82e6d5c4c6f3aaa40f3c3c",),
+        ),
     ),
     why="transformers 5 refuses flags that every script of LLaVA's has",
     delete_when="LLaVA's scripts are written for transformers 5",

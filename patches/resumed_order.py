@@ -1,8 +1,8 @@
 """Let a resumed run go on with the order of the epoch that it was stopped in.
 
 Target: `Trainer._run_epoch` of transformers 5.
-Why: transformers 4 began the sampler anew for each epoch that was trained before the run was stopped; transformers 5 does not, so a
-sampler whose order depends on the epochs begun (ours) gives the resumed run the batches of another epoch.
+Why: transformers 4 began the sampler anew for each epoch that was trained before the run was stopped; transformers 5 does not, so
+a sampler whose order depends on the epochs begun (ours) gives the resumed run the batches of another epoch.
 Versions: transformers 5.
 Delete when: transformers tells every sampler which epoch begins, also behind skipped batches and in several processes.
 """
@@ -26,10 +26,10 @@ def change(recorder: Recorder) -> None:
         if epoch == epochs_trained:
             sampler = _sampler(train_dataloader)
             for _ in range(epochs_trained):
-                iter(sampler)  # no more than begun: PyTorch's own samplers draw nothing until they are asked for an index
-        return stock(
-            self, epoch=epoch, train_dataloader=train_dataloader, epochs_trained=epochs_trained, **keywords
-        )
+                iter(
+                    sampler
+                )  # no more than begun: PyTorch's own samplers draw nothing until they are asked for an index
+        return stock(self, epoch=epoch, train_dataloader=train_dataloader, epochs_trained=epochs_trained, **keywords)
 
     recorder.replace(Trainer, "_run_epoch", _run_epoch)
 
@@ -44,8 +44,16 @@ def _sampler(loader: Any) -> Any:
 PATCH = Patch(
     name="resumed_order",
     targets=(
-        Target("transformers.trainer:Trainer._run_epoch", TRANSFORMERS_5, ("31aff00f34c302a241b458727e59ae4befab906c51632831b90f6dac4357b823",)),
-        Target("transformers.trainer:Trainer._inner_training_loop", TRANSFORMERS_5, ("20ec4276e99fe7aee4db57e6d2dbe9455982362f051a96c9a1be3e6190d7a90a",)),
+        Target(
+            "transformers.trainer:Trainer._run_epoch",
+            TRANSFORMERS_5,
+            ("31aff00f34c302a241b458727e59ae4befab906c51632831b90f6dac4357b823",),
+        ),
+        Target(
+            "transformers.trainer:Trainer._inner_training_loop",
+            TRANSFORMERS_5,
+            ("20ec4276e99fe7aee4db57e6d2dbe9455982362f051a96c9a1be3e6190d7a90a",),
+        ),
     ),
     why="transformers 5 does not begin the trained epochs' order, so a resumed run sees the batches of another epoch",
     delete_when="transformers tells every sampler which epoch begins",

@@ -79,7 +79,11 @@ class _ArraysOnly:
 PATCH = Patch(
     name="torch_load",
     targets=(
-        Target("torch:load", ">=2.0,<2.1", ("e0a4e1a1c1f02b08932343adbc63aae006b769a4cf9fdf47490cdf156663a1ac",)),
+        Target(
+            "torch:load",
+            ">=2.0,<2.1",
+            ("e0a4e1a1c1f02b08932343adbc63aae006b769a4cf9fdf47490cdf156663a1ac",),
+        ),
     ),
     why="checkpoint pickles (projector, non-LoRA weights, optimizer) can run any code when loaded",
     delete_when="LLaVA's torch is 2.6 or newer",

@@ -25,9 +25,8 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 def change(recorder: Recorder) -> None:
     """Rebind LLaVA's TrainingArguments and the parser class."""
-    import transformers
-
     llava_train = sys.modules["llava.train.train"]
+    transformers = llava_train.transformers  # transformers 5 may have replaced itself in sys.modules since
     arguments_class = _with_flags(llava_train.TrainingArguments)
     recorder.replace(llava_train, "TrainingArguments", arguments_class)
     recorder.replace(transformers, "HfArgumentParser", _checking_parser(transformers.HfArgumentParser, arguments_class))

@@ -3,8 +3,8 @@
 Targets: `LLaVATrainer.__init__` and `_get_train_sampler`, and `Trainer._save_checkpoint` of transformers.
 Why: (1) LLaVA gives its tokenizer as ``tokenizer``, transformers 5 wants it as ``processing_class``. (2) transformers 5 gives the
 data set to `_get_train_sampler`, LLaVA's takes none. (3) LLaVA gives metrics to `_save_checkpoint`, transformers 5 takes none.
-(4) transformers 4.36 writes a checkpoint into ``tmp-checkpoint-N`` and renames it; transformers 5 writes into its place, so that a
-run that is killed in the write goes on from half a checkpoint, or not at all.
+(4) transformers 4.36 writes a checkpoint into ``tmp-checkpoint-N`` and renames it; transformers 5 writes into its place, so that
+a run that is killed in the write goes on from half a checkpoint, or not at all.
 Versions: LLaVA 1.2.x, transformers 5.
 Delete when: LLaVA's trainer has the signatures of transformers 5, and transformers writes checkpoints aside.
 """
@@ -91,7 +91,11 @@ PATCH = Patch(
             ("c7c4f221acd1b64cda695e18f02eede5abbcdd82a581eb7a901d30b2590a511c",),
         ),
         Target("transformers.trainer:Trainer.__init__", TRANSFORMERS_5, ()),
-        Target("transformers.trainer:Trainer._save_checkpoint", TRANSFORMERS_5, ("a9111e30faa9933986e022e56b5af81fd990356db64d727b4c320c852283bf3b",)),
+        Target(
+            "transformers.trainer:Trainer._save_checkpoint",
+            TRANSFORMERS_5,
+            ("a9111e30faa9933986e022e56b5af81fd990356db64d727b4c320c852283bf3b",),
+        ),
         Target("transformers.trainer:rotate_checkpoints", TRANSFORMERS_5, ()),
     ),
     why="LLaVA's trainer and transformers 5 give one another arguments that the other does not take, and a checkpoint that was "

@@ -28,7 +28,6 @@ from umed_plugin.patching import PatchMisfit
 @pytest.fixture(autouse=True)
 def nothing_left_behind():
     """The patches are for training processes: the other tests get LLaVA as it is, but for those that let it run (conftest.py)."""
-    patching.undo_all()
     yield
     patching.undo_all()
     patching.apply(STACK)
@@ -53,7 +52,7 @@ def places() -> dict[str, object]:
     owners += [transformers_trainer, transformers_trainer.Trainer, modeling_llama, modeling_mistral]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
-    found.update(load=torch.load, parser=transformers.HfArgumentParser)
+    found.update(load=torch.load, parser=llava_train.transformers.HfArgumentParser)
     return found
 
 
@@ -67,6 +66,11 @@ NEEDED = [patch for patch in ALL if patch.not_needed() is None]
 @pytest.mark.parametrize("patch", NEEDED, ids=lambda patch: patch.name)
 class TestEveryPatch:
     """One contract for all patches that the installed libraries want; both stacks together try them all."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_in_place(self):
+        places()  # LLaVA can be imported only while the patches for its libraries are in place
+        patching.undo_all()
 
     def test_it_fits_the_installed_libraries(self, patch):
         assert patching.misfit(patch) is None
@@ -113,6 +117,8 @@ def test_a_patch_for_other_libraries_changes_nothing(patch):
 
 
 def test_any_order_of_all_patches_is_undone():
+    places()
+    patching.undo_all()
     before = places()
     expected = None
     for seed in range(5):
@@ -156,7 +162,7 @@ def parse(flags: list[str]):
     from llava.train import train as llava_train
 
     classes = (llava_train.ModelArguments, llava_train.DataArguments, llava_train.TrainingArguments)
-    return transformers.HfArgumentParser(classes).parse_args_into_dataclasses(flags)
+    return llava_train.transformers.HfArgumentParser(classes).parse_args_into_dataclasses(flags)
 
 
 @pytest.fixture
@@ -286,7 +292,8 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(flags, grouped, s
         _, _, args = parse([*flags, "--umed_stage", "instruction_tuning", grouped, "True", *more])
         data = lengths if args.group_by_modality_length else items
         trainer = LLaVATrainer.__new__(LLaVATrainer)
-        trainer.args, trainer.train_dataset, trainer.tokenizer = args, data, None
+        trainer.args, trainer.train_dataset = args, data
+        trainer.tokenizer = trainer.processing_class = None
         sampler = trainer._get_train_sampler()
         found = []
         for _ in range(2):
@@ -382,6 +389,12 @@ def load_as(caller: str, file: Path):
     return namespace["result"]
 
 
+without_torch_load = pytest.mark.skipif(
+    torch_load.PATCH.not_needed() is not None, reason="this torch loads nothing but tensors by itself"
+)
+
+
+@without_torch_load
 def test_pickles_of_a_checkpoint_run_no_code(tmp_path, capsys):
     patching.apply([torch_load.PATCH])
     for name in ("mm_projector.bin", "rng_state.pth"):
@@ -394,6 +407,7 @@ def test_pickles_of_a_checkpoint_run_no_code(tmp_path, capsys):
     assert "code ran" in capsys.readouterr().out
 
 
+@without_torch_load
 def test_states_of_a_real_run_load(tmp_path):
     patching.apply([torch_load.PATCH])
     model = torch.nn.Linear(2, 2)

@@ -27,9 +27,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo."""
-    from umed_plugin.patches import prepare_llava
-
     from umed_plugin.demo.pipeline import run_demo
+    from umed_plugin.patches import prepare_llava
 
     prepare_llava()
     run_demo(args.out, args.seed)

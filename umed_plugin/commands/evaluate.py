@@ -50,9 +50,8 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from umed_plugin.patches import prepare_llava
-
     from umed_plugin.evaluate import evaluate
+    from umed_plugin.patches import prepare_llava
     from umed_plugin.report import stages_table
 
     prepare_llava()

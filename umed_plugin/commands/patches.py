@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
         idle += spared is not None
         misfits += [message] if message else []
         here = "DOES NOT FIT" if message else f"not needed: {spared}" if spared else "in force"
-        table.add_row(
-            patch.name, _targets(patch), _known(patch), _installed(patch), here, patch.why, patch.delete_when
-        )
+        table.add_row(patch.name, _targets(patch), _known(patch), _installed(patch), here, patch.why, patch.delete_when)
     # Piped into a file there is no terminal to fit into, and wrapped names could not be searched for.
     console = Console(width=None if Console().is_terminal else 250)
     console.print(table)
