@@ -178,10 +178,10 @@ def test_flags_parse_and_survive_the_pickle_with_and_without_the_plugin(flags, t
     assert data_args.umed_run is model_args.umed_run
     assert training_args.output_dir == str(tmp_path / "out")
     torch.save(training_args, tmp_path / "training_args.bin")
-    again = torch.load(tmp_path / "training_args.bin")
+    again = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert again.umed == training_args.umed
     patching.undo_all()
-    stock = torch.load(tmp_path / "training_args.bin")
+    stock = torch.load(tmp_path / "training_args.bin", weights_only=False)
     assert type(stock).__module__ == "llava.train.train"
     assert not hasattr(stock, "umed")
     assert stock.umed_num_candidates == 3
