@@ -50,13 +50,15 @@ class Row:
 
 
 # The demo's scale of GRPO's advantages is taken back: PPO whitens its own.
-PPO = ("--umed_algorithm", "ppo", "--umed_advantage_scale", "group", "--umed_kl_coef", 0.03)
+PPO = ("--umed_algorithm", "ppo", "--umed_advantage_scale", "group", "--umed_kl_coef", 0.03, "--umed_gae_lambda", 1)
+# The default suits states of a few thousand values; these have 128.
+PPO = (*PPO, "--umed_value_learning_rate", 1e-3)
 ROWS = (
     Row("full, GRPO"),
     Row("full, PPO", flags=PPO),
-    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "8,2")),
-    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "8,1")),
-    Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "8")),
+    Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "4,2")),
+    Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "4,1")),
+    Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "4")),
     Row("stage 1 continued", flags=None, like="full, GRPO"),
     Row("early: full, GRPO", start=EARLY),
     Row("early: stage 1 continued", start=EARLY, flags=None, like="early: full, GRPO"),

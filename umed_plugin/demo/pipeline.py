@@ -45,7 +45,7 @@ class DemoSettings:
     prior_lr: float = 2e-3
     tuning_epochs: float = 5
     tuning_lr: float = 3e-3
-    rewarding_steps: int = 100
+    rewarding_steps: int = 130
     rewarding_lr: float = 1e-4
     queries: int = 12
     candidates: int = 8
@@ -219,12 +219,12 @@ class DemoRun:
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
             # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
             # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
-            + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.03]
+            + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.015]
             # Scaled for each question, two boxes that differ by the noise of their digits would weigh as much as a right and a
             # wrong diagnosis, and diagnoses are unlearnt.
             + ["--umed_advantage_scale", "batch"]
             # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
-            + ["--umed_judge", "classes", "--umed_reward_weights", "8,2,1"]
+            + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
             + ["--per_device_train_batch_size", sizes.queries // sizes.processes, *flags],
         )
