@@ -1,4 +1,5 @@
-# `make demo` and `make test` set up all they need: an environment in .venv with LLaVA's pins and this plugin.
+# `make demo` and `make test` set up all they need: an environment in .venv with LLaVA's pins and this plugin, or with
+# STACK=current one in .venv-current on today's torch and transformers (STACK=repository: the pins of LLaVA's repository).
 # VENV=/path/to/environment uses one that you have, as it is. PYTHON=/path/to/python3.11 names the Python to make .venv with.
 
 SHELL := bash
@@ -7,18 +8,21 @@ SHELL := bash
 
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 PYTEST_ARGS ?=
-ENVIRONMENT := $(or $(VENV),.venv)
+STACK ?= pinned
+FOLDER := .venv$(if $(filter-out pinned,$(STACK)),-$(STACK))
+ENVIRONMENT := $(or $(VENV),$(FOLDER))
 RUN := $(ENVIRONMENT)/bin/python
 
 help:
 	@echo "make demo    train and evaluate a small checkpoint end to end, in a new folder below runs/ (or OUT=folder)"
 	@echo "make test    the tests (PYTEST_ARGS='tests/test_cli.py -k help' for some of them)"
+	@echo "             both: STACK=current for today's torch and transformers instead of LLaVA's pins"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make clean   remove environments, runs and what tools leave"
 
 environment:
 ifeq ($(VENV),)
-	@bash constraints/environment.sh pinned .venv
+	@bash constraints/environment.sh $(STACK) $(FOLDER)
 endif
 
 demo: environment
@@ -41,5 +45,5 @@ lint:
 	@cd $(TREE) && ../bin/lint-imports --config "$(CURDIR)/.importlinter" --no-cache
 
 clean:
-	rm -rf .venv .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current .venv-repository .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Makes one of the project's environments, or brings it up to date:  bash constraints/environment.sh pinned|lint FOLDER
+# Makes one of the project's environments, or brings it up to date:
+#   bash constraints/environment.sh pinned|current|repository|lint FOLDER
 # FOLDER is relative to the checkout. A second run with nothing changed does nothing. `make` calls this; CONTRIBUTING.md says
 # how to use an environment of your own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 kind=$1 folder=$PWD/$2
 done_mark=$folder/.complete
-lowest=3.9 highest=3.11  # torch 2.0.1, which LLaVA pins, has no builds outside
+case $kind in
+  current) lowest=3.10 highest=3.13 needs="today's libraries need" ;;
+  pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
+  *) echo "$kind is no environment of this project: pinned, current, repository, lint" >&2; exit 2 ;;
+esac
 
 fits() {
   "$1" -c "import ensurepip, sys, venv; v = sys.version_info[:2]; sys.exit(not (3, ${lowest#3.}) <= v <= (3, ${highest#3.}))" \
@@ -20,15 +25,15 @@ find_python() {  # prints the first Python that fits; a name on PATH may be a st
     echo "PYTHON=$PYTHON does not fit: Python $lowest to $highest with venv is needed." >&2
     return 1
   fi
-  for name in python3.11 python3.10 python3.9 python3 python; do
+  for name in python3.11 python3.10 python3.9 python3.12 python3.13 python3 python; do
     while read -r path; do
       if fits "$path"; then echo "$path"; return; fi
     done < <(type -ap "$name")
   done
-  for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{11,10,9}.*/bin/python; do
+  for path in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.{11,10,9,12,13}.*/bin/python; do
     if fits "$path"; then echo "$path"; return; fi
   done
-  echo "No fitting Python found: LLaVA's torch 2.0.1 needs Python $lowest to $highest, with the venv module." >&2
+  echo "No fitting Python found: $needs Python $lowest to $highest, with the venv module." >&2
   echo "Install one (Debian: apt-get install python3.11 python3.11-venv; pyenv install 3.11; conda create -n py311 python=3.11)" >&2
   echo "and, if it is not on PATH, name it: make PYTHON=/path/to/python3.11 ..." >&2
   return 1
@@ -66,11 +71,22 @@ rm -f "$done_mark"  # from here on, whatever stops this leaves an environment th
 show_growth & growth=$!
 trap 'kill $growth 2>/dev/null || true' EXIT
 trap 'exit 130' INT TERM
+version=$("$folder/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $kind in
   pinned)
     echo "Installing LLaVA 1.2.2 with its pins and the plugin (5.5 GB on disk; two minutes on a fast line)"
-    lock=constraints/lock-$("$folder/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
+    lock=constraints/lock-$version.txt
     install -c constraints/pinned.txt $([ ! -f "$lock" ] || echo "-c $lock") llava-torch -e '.[test]' ;;
+  current)
+    echo "Installing LLaVA 1.2.2 without its pins, torch 2.13, transformers 5 and the plugin (2 GB on disk without CUDA)"
+    lock=constraints/lock-current-$version.txt
+    install torch==2.13.0
+    install -r constraints/current.txt $([ ! -f "$lock" ] || echo "-c $lock")
+    install --no-deps llava-torch==1.2.2.post1 -e . ;;
+  repository)
+    echo "Installing LLaVA 1.2.2 with the pins of its repository and the plugin (5.5 GB on disk)"
+    install -r constraints/repository.txt
+    install --no-deps llava-torch==1.2.2.post1 -e . ;;
   lint)
     echo "Installing the linters"
     install -r constraints/lint.txt ;;

@@ -32,7 +32,10 @@ def sampled(loaded, batch):  # noqa: F811
 def from_output_attentions(model, prompts, candidates, rows, cover, layers, heads=slice(None), sink_ratio=0.0):
     """The same value, the slow way: attention weights of every layer, renormalised over the image patches that are no sinks."""
     inputs = repeated_inputs(model, prompts, candidates)
+    chosen = model.config._attn_implementation
+    model.config._attn_implementation = "eager"  # the one that gives the weights
     output = model(**inputs, output_attentions=True, output_hidden_states=True)
+    model.config._attn_implementation = chosen
     attentions, sinks = output.attentions, []
     for states in output.hidden_states[:-1]:
         ratio = states.abs().amax(-1) / states.square().mean(-1).sqrt()

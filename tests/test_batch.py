@@ -31,8 +31,11 @@ CORPUS = [
 def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
     """A LlamaTokenizer over a sentencepiece model trained here; like Llama's it has a piece USER but no ▁USER."""
     model = io.BytesIO()
+    inside_words = [f"super{symbol} in a{symbol}" for symbol in symbols] * 100
+    # Where it is no piece, its letters are single.
+    corpus = [line.replace("USER", "USER" if symbols else "U S E R") for line in CORPUS]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
+        sentence_iterator=iter([*corpus, *inside_words]),
         model_writer=model,
         vocab_size=420,
         model_type="bpe",
@@ -41,7 +44,6 @@ def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
-        user_defined_symbols=list(symbols),
         minloglevel=2,
     )
     path = folder / f"{legacy}-{len(symbols)}"

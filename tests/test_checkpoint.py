@@ -186,9 +186,10 @@ def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_pat
 @pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A"])
 def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
     other = shutil.copytree(lora, tmp_path / "llava-lora")
-    adapter = torch.load(other / "adapter_model.bin")
-    adapter[f"base_model.model.model.{name}"] = torch.ones(4)
-    torch.save(adapter, other / "adapter_model.bin")
+    (file,) = other.glob("adapter_model.*")  # newer versions of PEFT write safetensors
+    adapter = read_tensors(file)
+    file.unlink()
+    torch.save({**adapter, f"base_model.model.model.{name}": torch.ones(4)}, other / "adapter_model.bin")
     with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
         merge(other, float32_base, tmp_path / "llava-mistral-merged")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import write_lora
+from umed_runs import python_of_llavas_pins
 
 from umed_plugin.checkpoint import TOWER, load_checkpoint
 from umed_plugin.evaluate import evaluate
@@ -130,6 +130,9 @@ def tell(folder: Path, values: dict) -> None:
 
 
 def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path):
+    python = python_of_llavas_pins()
+    if python is None:
+        pytest.skip("LLaVA runs as it is on its pins alone: UMED_OTHER_PYTHON names a Python that has them")
     checkpoint, images, records = exported
     ours = evaluate(checkpoint, records, image_folder=images, template="mistral_instruct", max_new_tokens=200)
     lines = [{"question_id": r["id"], "image": r["image"], "text": QUESTION} for r in records]
@@ -142,7 +145,7 @@ def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path)
     }
     # -I leaves out PYTHONPATH and the working folder, from which the plugin could come.
     done = subprocess.run(
-        [sys.executable, "-I", str(STOCK), json.dumps(arguments)],
+        [python, "-I", str(STOCK), json.dumps(arguments)],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -151,6 +151,9 @@ def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch
         assert len(set(answers[1].mask.sum(dim=1).tolist())) > 1, "all answers ended at the same step"
 
 
+@pytest.mark.skipif(
+    attention_mask.PATCH.not_needed() is not None, reason="this transformers takes a ready mask by itself"
+)
 def test_without_the_patch_the_model_refuses_and_with_it_takes_a_block_mask(loaded):  # noqa: F811
     _, model = loaded
     before = torch.random.get_rng_state()

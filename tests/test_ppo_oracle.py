@@ -6,9 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trl import PPOConfig, PPOTrainer
-from trl.core import masked_var, masked_whiten
-from trl.trainer.utils import AdaptiveKLController
 
 from umed_plugin.advantages import (
     KLCoefficient,
@@ -19,6 +16,13 @@ from umed_plugin.advantages import (
     whiten,
 )
 from umed_plugin.objective import ObjectiveSettings, ppo_objective
+
+core = pytest.importorskip(
+    "trl.core", reason="TRL's classic PPO, the oracle, is in TRL below 0.10: in the pinned stack alone"
+)
+from trl import PPOConfig, PPOTrainer  # noqa: E402
+from trl.core import masked_var, masked_whiten  # noqa: E402
+from trl.trainer.utils import AdaptiveKLController  # noqa: E402
 
 ROWS, TOKENS, VOCABULARY = 6, 9, 13
 SETTINGS = ObjectiveSettings(clip_range=0.2, value_coef=0.1, value_clip_range=0.2)

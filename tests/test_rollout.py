@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from umed_plugin.patches import attention_mask
 
 from umed_plugin.errors import UmedError
 from umed_plugin.rollout import (
@@ -135,6 +136,8 @@ def test_logits_made_around_the_output_layer_are_an_error(loaded, batch, monkeyp
     _, model = loaded
     if model.config.model_type != "llava_llama":
         pytest.skip("Mistral has no pretraining_tp")
+    if attention_mask.PATCH.not_needed():
+        pytest.skip("transformers 5 calls the output layer whatever pretraining_tp is")
     monkeypatch.setattr(model.config, "pretraining_tp", 2)
     with pytest.raises(UmedError, match="pretraining_tp above 1"):
         generate(model, embedded(model, batch), max_new_tokens=2, temperature=0, eos_token_id=-1)

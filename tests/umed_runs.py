@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def environment(pythonpath: Path | None = None) -> dict[str, str]:
     entries = [str(ROOT), *([str(pythonpath)] if pythonpath else [])]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return {**os.environ, **offline, "PATH": path, "PYTHONPATH": os.pathsep.join(entries)}
+
+
+def other_python() -> str | None:
+    """The Python of another stack, which ``.ci/run`` names; None where there is none."""
+    return os.environ.get("UMED_OTHER_PYTHON")
+
+
+def python_of_llavas_pins() -> str | None:
+    """A Python in which LLaVA runs as it is, without the plugin: this one, else the other stack's."""
+    return sys.executable if version("transformers").startswith("4.") else other_python()
 
 
 def train(checkpoint: Path, records: Path, output: Path, *more: str, **keywords: object) -> subprocess.CompletedProcess:
