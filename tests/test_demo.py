@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 
+import demo_table
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -103,7 +104,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def test_the_demo_runs_from_start_to_end(tmp_path):
+def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
     settings = DemoSettings(
         tuning=16,
         rewarding=8,
@@ -120,7 +121,7 @@ def test_the_demo_runs_from_start_to_end(tmp_path):
     returned = run_demo(out, seed=0, settings=settings)
     summary = json.loads((out / "summary.json").read_text())
     assert summary == returned
-    assert list(summary) == [*STAGES, "comparison", "seconds"]
+    assert list(summary) == [*STAGES, "comparison", "seed", "seconds"]
     for stage in STAGES:
         assert summary[stage]["n"] == 8
         for metric in ("accuracy", "mean_iou", "acc_at_50", "vision_relevance"):
@@ -130,3 +131,11 @@ def test_the_demo_runs_from_start_to_end(tmp_path):
     assert set(summary["comparison"]["mean_iou"]) == {"difference", "ci95", "n"}
     assert (out / "checkpoint" / "llava-mistral-umed" / "config.json").is_file()
     assert (out / "cases.png").is_file()
+
+    # A study depends on the seed and its number alone: of more held-out studies the first are the demo's own.
+    demo_table.main([str(out), "--studies", "10"])
+    more = (out / "held-out-10" / "evaluation" / "rewarding" / "predictions.jsonl").read_text().splitlines()
+    own = (out / "evaluation" / "rewarding" / "predictions.jsonl").read_text().splitlines()
+    seen = [[(study["true_boxes"], study["boxes"]) for study in map(json.loads, lines)] for lines in (more, own)]
+    assert len(more) == 10 and seen[0][:8] == seen[1]
+    assert f"| {out.name} |" in capsys.readouterr().out

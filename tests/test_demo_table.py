@@ -1,4 +1,4 @@
-"""README's table of the demo: each folder's own summary, and the paired differences of all of them together."""
+"""README's table of the demo: each folder's own figures, and the paired differences of all of them together."""
 
 from __future__ import annotations
 
@@ -12,32 +12,34 @@ LESION, NONE = [[0, 0, 8, 8]], []
 
 
 def demo_folder(folder, ious_before, ious_after):
-    """What `umed demo` writes, of four studies of which the last has no lesion; accuracy is 1 before and 0.75 after."""
+    """What `umed demo` writes, of four studies of which the last has no lesion; accuracy is 1 but 0.75 after stage 2."""
     boxes = [LESION, LESION, LESION, NONE]
-    for stage, ious, right in (("instruction_tuning", ious_before, 1.0), ("rewarding", ious_after, 0.0)):
+    stages = {"base": [0.0] * 4, "instruction_tuning": ious_before, "rewarding": ious_after}
+    for stage, ious in stages.items():
+        first_is_right = float(stage != "rewarding")
         studies = [
-            {"set_iou": iou, "accuracy": 1.0 if number else right, "true_boxes": true}
+            {"set_iou": iou, "accuracy": 1.0 if number else first_is_right, "true_boxes": true}
             for number, (iou, true) in enumerate(zip(ious, boxes))
         ]
         (folder / "evaluation" / stage).mkdir(parents=True)
         lines = "\n".join(json.dumps(study) for study in studies)
         (folder / "evaluation" / stage / "predictions.jsonl").write_text(lines)
-    summary = {stage: {"mean_iou": 0.25, "accuracy": 0.5} for stage in ("base", "instruction_tuning", "rewarding")}
-    summary["comparison"] = {key: {"difference": 0.1, "ci95": [-0.05, 0.2]} for key in ("mean_iou", "accuracy")}
-    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
-def test_all_folders_together_count_lesions_for_iou_and_every_study_for_accuracy(tmp_path, capsys):
-    first = demo_folder(tmp_path / "seed0", [0.0, 0.1, 0.2, 1.0], [0.5, 0.1, 0.2, 0.0])
-    second = demo_folder(tmp_path / "seed1", [0.0, 0.0, 0.0, 0.0], [0.1, 0.0, 0.0, 1.0])
+def interval(differences):
+    low, high = mean_interval(differences)
+    return f"[{low:+.3f}, {high:+.3f}]"
+
+
+def test_iou_counts_lesions_and_accuracy_every_study(tmp_path, capsys):
+    first = demo_folder(tmp_path / "seed0", [0.0, 0.1, 0.2, 1.0], [0.6, 0.1, 0.2, 0.0])
+    second = demo_folder(tmp_path / "seed1", [0.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.0, 1.0])
     demo_table.main([str(first), str(second)])
-    _, _, *folders, together = capsys.readouterr().out.strip().splitlines()
-    difference = "+0.100 [-0.050, +0.200]"
-    found = [cell.strip() for cell in folders[0].split("|")[1:-1]]
-    assert found == ["seed0", *["0.250"] * 3, difference, *["0.500"] * 3, difference]
-    ious = [0.5, 0.0, 0.0, 0.1, 0.0, 0.0]
-    low, high = mean_interval(ious)
-    cells = [cell.strip() for cell in together.split("|")]
-    assert cells[5] == f"+0.100 [{low:+.3f}, {high:+.3f}]"
-    assert cells[9].startswith("-0.250 [")
+    _, _, *lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.strip().splitlines()]
+    of_first, of_second, of_all = [[cell.strip() for cell in line] for line in lines]
+    assert of_first[:5] == ["seed0", "0.000", "0.100", "0.300", f"+0.200 {interval([0.6, 0.0, 0.0])}"]
+    assert of_first[5:] == ["1.000", "1.000", "0.750", f"-0.250 {interval([-1.0, 0.0, 0.0, 0.0])}"]
+    assert of_second[:2] == ["seed1", "0.000"]
+    assert of_all[4] == f"+0.150 {interval([0.6, 0.0, 0.0, 0.3, 0.0, 0.0])}"
+    assert of_all[8] == f"-0.250 {interval([-1.0, 0.0, 0.0, 0.0] * 2)}"

@@ -6,7 +6,7 @@ and after, export. Runs on a CPU in float32, without network. What lies in the f
 
 - ``checkpoint/llava-mistral-umed/``: the upgraded checkpoint. Stock LLaVA chooses its loader by a folder's name, hence this one.
 - ``summary.json``: metrics of ``base``, ``instruction_tuning``, ``rewarding`` with intervals, ``comparison`` (stage 2 minus
-  stage 1, paired), ``seconds``; ``evaluation/<stage>/``: every answer; ``cases.png``: studies with boxes.
+  stage 1, paired), ``seed`` and ``seconds``; ``evaluation/<stage>/``: every answer; ``cases.png``: studies with boxes.
 - ``data/``: studies and records; ``runs/``: base checkpoint and both stages; ``logs/``: what training printed.
 
 How to run: ``umed demo --out DIR``. The same seed gives the same summary, ``seconds`` aside.
@@ -133,6 +133,7 @@ class DemoRun:
         self.data, self.runs = out / "data", out / "runs"
         self.tiny, self.base = self.runs / "untrained-llava-mistral", self.runs / "base-llava-mistral"
         self.tuning_records, self.rewarding_records = self.data / "tuning.json", self.data / "rewarding.json"
+        self.tuned = self.runs / "tuned-llava-mistral"
         self.exported = out / "checkpoint" / NAME
 
     def run(self) -> dict[str, Any]:
@@ -297,7 +298,7 @@ class DemoRun:
         stages = {stage: evaluations[stage].metrics for stage in STAGES}
         comparison = compare(evaluations["instruction_tuning"], evaluations["rewarding"])
         draw_cases({stage: evaluations[stage].cases for stage in STAGES}, self.out / "cases.png")
-        summary = {**stages, "comparison": comparison, "seconds": round(time.monotonic() - began, 1)}
+        summary = {**stages, "comparison": comparison, "seed": self.seed, "seconds": round(time.monotonic() - began, 1)}
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.steps.console.print(stages_table(stages, comparison))
         self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}")
