@@ -1,9 +1,11 @@
 """What packing saves in a step of stage 2: K answers beside one prompt against the prompt repeated for each.
 
 Plain is LLaVA's own ``generate(num_return_sequences=K)``, and passes over K rows of prompt and answer. Packed is what
-``--umed_stage rewarding`` does. Both have the same weights (random, LLaVA's own class), the same image and question, and answers
-of exactly T tokens. A step is: sample, score under the policy, score under the reference, update. Times are medians of the ratios
+``--umed_stage rewarding`` does. Both have the same weights (random, LLaVA's own class), images and questions, and answers of
+exactly T tokens. A step is: sample, score under the policy, score under the reference, update. Times are medians of the ratios
 of runs that take turns; memory is the peak of a process of its own for each side, above what the loaded model takes.
+
+It runs on LLaVA's pins and on transformers 5; the title of the table says which it was.
 
     python benchmarks/rewarding_step.py
     python benchmarks/rewarding_step.py --tuning full --gradient-checkpointing 0 --json step.json
@@ -13,36 +15,36 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import io
 import json
-import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Seconds, add, peak_bytes, ratios, seconds, stack
 from torch import Tensor
 
 SIDES = ("plain", "packed")
 PHASES = ("sampling", "scoring", "update", "scoring + update", "whole step")
-RELEVANCE = ("without", "hooks", "output_attentions")
+# Ways to score by attention; SDPA returns no attention that could be asked for.
+RELEVANCE = {"eager": ("without", "hooks", "output_attentions"), "sdpa": ("without", "hooks")}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One model and one query, for both sides."""
+    """One model and Q queries, for both sides."""
 
     model: Any
-    prompt: Tensor  # [L - patches + 1] token ids with the image token
-    image: Tensor  # [1, 3, S, S]
+    prompts: Tensor  # [Q, L - patches + 1] token ids with the image token
+    images: Tensor  # [Q, 3, S, S]
     answers: Any  # Candidates, T tokens each
+    packs: (
+        bool  # whether the model computes packed rows; otherwise the packed side's answers read a cache of their prompt
+    )
     options: argparse.Namespace
 
 
@@ -56,6 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("image-size", 336),
         ("prompt-tokens", 64),
         ("answer-tokens", 100),
+        ("questions", 1),
         ("candidates", 8),
         ("repetitions", 5),
         ("threads", 2),
@@ -63,35 +66,47 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{flag}", type=int, default=default)
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient-checkpointing", type=int, choices=(0, 1), default=1)
+    parser.add_argument(
+        "--attention", choices=tuple(RELEVANCE), default="eager", help="sdpa is not to be had on LLaVA's pins"
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     return parser.parse_args(argv)
 
 
 def build(options: argparse.Namespace) -> Work:
-    """Make the model and the query from a seed, so that every process has the same."""
-    from umed_plugin.patches import attention_mask
+    """Make the model and the queries from a seed."""
+    from umed_plugin.patches import attention_mask, prepare_llava
 
     from umed_plugin import patching
     from umed_plugin.packing import packing_fault
-    from umed_plugin.rollout import IMAGE_TOKEN_INDEX, Candidates
 
+    prepare_llava()
     patching.apply([attention_mask.PATCH])
     torch.manual_seed(0)
     model = _llava(options)
     fault = packing_fault(model)
     if fault is not None:
         raise SystemExit(f"this model cannot be packed: {fault}")
-    model = _for_training(model, options)
-    text = torch.randint(5, options.vocabulary, (options.prompt_tokens,))
-    prompt = torch.cat([text[:8], torch.tensor([IMAGE_TOKEN_INDEX]), text[8:]])
-    shape = (options.candidates, options.answer_tokens)
-    answers = Candidates(torch.randint(5, options.vocabulary, shape), torch.ones(shape, dtype=torch.long))
-    return Work(model, prompt, torch.randn(1, 3, options.image_size, options.image_size), answers, options)
+    return queries(_for_training(model, options), options, packs=True)
+
+
+def queries(model: Any, options: argparse.Namespace, packs: bool) -> Work:
+    """Random questions, images and answers for a model, on its device."""
+    from umed_plugin.rollout import IMAGE_TOKEN_INDEX, Candidates
+
+    text = torch.randint(5, options.vocabulary, (options.questions, options.prompt_tokens))
+    image = torch.full((options.questions, 1), IMAGE_TOKEN_INDEX)
+    prompts = torch.cat([text[:, :8], image, text[:, 8:]], dim=1).to(model.device)
+    shape = (options.questions * options.candidates, options.answer_tokens)
+    token_ids = torch.randint(5, options.vocabulary, shape).to(model.device)
+    images = torch.randn(options.questions, 3, options.image_size, options.image_size)
+    return Work(model, prompts, images, Candidates(token_ids, torch.ones_like(token_ids)), packs, options)
 
 
 def _llava(options: argparse.Namespace) -> Any:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPVisionConfig
 
     tower = CLIPVisionConfig(
         hidden_size=256,
@@ -119,6 +134,7 @@ def _llava(options: argparse.Namespace) -> Any:
             mm_use_im_start_end=False,
             use_mm_proj=True,
             tune_mm_mlp_adapter=False,
+            attn_implementation=options.attention,
         )
         model = LlavaLlamaForCausalLM(config)
         model.get_vision_tower().load_model()
@@ -141,14 +157,14 @@ def _for_training(model: Any, options: argparse.Namespace) -> Any:
 
 
 def embedded(work: Work) -> Any:
-    """The query as a PromptBatch, its image encoded anew."""
+    """The queries as a PromptBatch, their images encoded anew."""
     from umed_plugin.rollout import embed_prompts, encode_images
 
-    return embed_prompts(work.model, [work.prompt], encode_images(work.model, work.image))
+    return embed_prompts(work.model, list(work.prompts), encode_images(work.model, work.images))
 
 
 def sample(work: Work, side: str) -> Any:
-    """K answers of T tokens: their ids."""
+    """K answers of T tokens to each query: their ids."""
     from umed_plugin.rollout import base_llava, generate
 
     work.model.eval()
@@ -157,19 +173,19 @@ def sample(work: Work, side: str) -> Any:
         with torch.no_grad():
             prompts = embedded(work)
         settings = {"max_new_tokens": steps, "temperature": 1.0, "eos_token_id": -1}
-        return generate(work.model, prompts, num_candidates=k, **settings, packed=True).token_ids
+        return generate(work.model, prompts, num_candidates=k, **settings, packed=work.packs).token_ids
     return base_llava(work.model).generate(
-        work.prompt[None], images=work.image, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=steps
+        work.prompts, images=work.images, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=steps
     )
 
 
 def logits_of(work: Work, side: str) -> Tensor:
-    """[K, T, V] teacher-forced logits of the answers."""
+    """[N, T, V] teacher-forced logits of the answers."""
     from umed_plugin.rollout import answer_pass, base_llava, repeated_inputs
 
     prompts = embedded(work)
     if side == "packed":
-        return answer_pass(work.model, prompts, work.answers, packed=True).logits
+        return answer_pass(work.model, prompts, work.answers, packed=work.packs).logits
     inputs = repeated_inputs(base_llava(work.model), prompts, work.answers)
     return work.model(**inputs, use_cache=False, return_dict=True).logits[:, prompts.mask.shape[1] - 1 : -1]
 
@@ -191,7 +207,7 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
     work.model.train()
     work.model.zero_grad()
     passed = answer_log_probs(logits_of(work, side), work.answers)
-    advantages = torch.linspace(-1, 1, len(old))[:, None].expand_as(old)
+    advantages = torch.linspace(-1, 1, len(old), device=old.device)[:, None].expand_as(old)
     mask = work.answers.mask
     settings = ObjectiveSettings(clip_range=0.2)
     loss, _ = grpo_objective(passed.log_probs, old, old, passed.entropy, advantages, mask, settings, kl_coef=0.04)
@@ -208,31 +224,25 @@ def score_with_relevance(work: Work, how: str) -> Any:
     work.model.eval()
     prompts, layers = embedded(work), list(range(work.options.layers))
     if how == "hooks":
-        named = [list(range(work.options.answer_tokens))[-4:]] * work.options.candidates
-        cover = torch.rand(1, prompts.n_patches)
-        return attention_on_lesion(work.model, prompts, work.answers, named, cover, layers, packed=True)
+        named = [list(range(work.options.answer_tokens))[-4:]] * len(work.answers.mask)
+        cover = torch.rand(len(work.prompts), prompts.n_patches, generator=torch.Generator().manual_seed(0))
+        return attention_on_lesion(work.model, prompts, work.answers, named, cover, layers, packed=work.packs)
     config = base_llava(work.model).config
-    config.output_attentions = how == "output_attentions"
+    if how == "output_attentions":
+        config.output_attentions = True
     try:
-        return answer_pass(work.model, prompts, work.answers, packed=True)
+        return answer_pass(work.model, prompts, work.answers, packed=work.packs)
     finally:
         config.output_attentions = False
 
 
-def seconds(run: Callable[[], Any]) -> Tensor:
-    """[2] wall time and processor time of one call. The latter is what a machine that is shared with others leaves comparable."""
-    start, used = time.perf_counter(), time.process_time()
-    run()
-    return torch.tensor([time.perf_counter() - start, time.process_time() - used])
-
-
-def measure_times(work: Work) -> dict[str, dict[str, list[Tensor]]]:
+def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
     """Seconds of every phase and side, in runs that take turns."""
     from rich.progress import track
 
     old = score(work, "packed")
-    times: dict[str, dict[str, list[Tensor]]] = {phase: {side: [] for side in SIDES} for phase in PHASES}
-    times["vision relevance"] = {how: [] for how in RELEVANCE}
+    times: dict[str, dict[str, list[Seconds]]] = {phase: {side: [] for side in SIDES} for phase in PHASES}
+    times["vision relevance"] = {how: [] for how in RELEVANCE[work.options.attention]}
     for _ in track(range(work.options.repetitions), "timing", disable=not sys.stderr.isatty()):
         for side in SIDES:
             times["sampling"][side].append(seconds(lambda side=side: sample(work, side)))
@@ -240,89 +250,55 @@ def measure_times(work: Work) -> dict[str, dict[str, list[Tensor]]]:
             times["scoring"][side].append(seconds(lambda side=side: score(work, side)))
         for side in SIDES:
             times["update"][side].append(seconds(lambda side=side: update(work, side, old)))
-        for how in RELEVANCE:
+        for how in RELEVANCE[work.options.attention]:
             times["vision relevance"][how].append(seconds(lambda how=how: score_with_relevance(work, how)))
     for side in SIDES:
         sampling, scoring, updating = (times[phase][side] for phase in PHASES[:3])
         # Policy and reference are scored.
-        times["scoring + update"][side] = [2 * s + u for s, u in zip(scoring, updating)]
-        times["whole step"][side] = [a + b for a, b in zip(sampling, times["scoring + update"][side])]
+        times["scoring + update"][side] = [add(s, s, u) for s, u in zip(scoring, updating)]
+        times["whole step"][side] = [add(a, b) for a, b in zip(sampling, times["scoring + update"][side])]
     return times
 
 
 def measure_memory(work: Work, what: str) -> int:
-    """Peak bytes of a step's side or of a scoring pass, above the loaded model, in a process of its own.
+    """Peak bytes of a step's side or of a scoring pass, above the loaded model."""
 
-    To be called before anything has run on several threads, which a fork would not have.
-    """
-    fork = multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_send_peak, args=(work, what, sender))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise SystemExit(f"measuring the memory of {what} failed; see above.") from None
-    finally:
-        child.join()
+    def run() -> None:
+        torch.set_num_threads(work.options.threads)
+        if what in SIDES:
+            sample(work, what)
+            update(work, what, score(work, what))
+        else:
+            score_with_relevance(work, what)
+
+    return peak_bytes(run)
 
 
-def _send_peak(work: Work, what: str, sender: Any) -> None:
-    # Freed tensors go back to the system at once, so that the peak is that of what was alive (malloc.h).
-    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
-    libc.mallopt(trim_threshold, 0)
-    libc.mallopt(mmap_threshold, 65536)
-    torch.set_num_threads(work.options.threads)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    if what in SIDES:
-        sample(work, what)
-        update(work, what, score(work, what))
-    else:
-        score_with_relevance(work, what)
-    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-
-
-def summary(work: Work, times: dict[str, dict[str, list[Tensor]]], memory: dict[str, int]) -> dict[str, Any]:
+def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict[str, int]) -> dict[str, Any]:
     """All figures: medians of seconds, medians of ratios, bytes."""
     options = work.options
     prefix = (options.image_size // 14) ** 2 + options.prompt_tokens
     k, steps = options.candidates, options.answer_tokens
-    phases = {}
-    for phase in PHASES:
-        plain, packed = (torch.stack(times[phase][side]) for side in SIDES)
-        ratios = plain / packed
-        phases[phase] = {
-            "plain_s": median(plain[:, 0]),
-            "packed_s": median(packed[:, 0]),
-            "ratio": median(ratios[:, 0]),
-            "ratio_range": [ratios[:, 0].min().item(), ratios[:, 0].max().item()],
-            "processor_ratio": median(ratios[:, 1]),
-        }
     relevance = {}
-    for how in RELEVANCE:
-        column, without = (torch.stack(times["vision relevance"][name]) for name in (how, "without"))
+    for how, taken in times["vision relevance"].items():
+        compared = ratios(taken, times["vision relevance"]["without"])
         relevance[how] = {
-            "s": median(column[:, 0]),
-            "time_ratio": median(column[:, 0] / without[:, 0]),
-            "processor_ratio": median(column[:, 1] / without[:, 1]),
+            "s": statistics.median(wall for wall, _ in taken),
+            "time_ratio": compared["ratio"],
+            "processor_ratio": compared["processor_ratio"],
             "bytes": memory[how],
             "memory_ratio": memory[how] / memory["without"],
         }
     return {
         "options": {name: value for name, value in vars(options).items() if name != "json"},
+        "stack": stack(),
         "token_limit": k * (prefix + steps) / (prefix + k * steps),
         "prefix_tokens": prefix,
-        "phases": phases,
+        "phases": {phase: ratios(times[phase]["plain"], times[phase]["packed"]) for phase in PHASES},
         "same_log_probs": (score(work, "plain") - score(work, "packed")).abs().max().item(),
         "step_bytes": {side: memory[side] for side in SIDES},
         "vision_relevance": relevance,
     }
-
-
-def median(values: Tensor) -> float:
-    """The middle one, or the mean of the two."""
-    return statistics.median(values.tolist())
 
 
 def show(figures: dict[str, Any]) -> None:
@@ -333,10 +309,10 @@ def show(figures: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 120)
     limit = figures["token_limit"]
     head = ("plain", "packed", "ratio", "of limit", "lowest - highest", "processor time")
-    table = Table("", *head, title="a step of stage 2")
+    table = Table("", *head, title=f"a step of stage 2, {figures['stack']}")
     for phase, row in figures["phases"].items():
         spread = " - ".join(f"{ratio:.1f}" for ratio in row["ratio_range"])
-        medians = f"{row['plain_s']:.2f} s", f"{row['packed_s']:.2f} s", f"{row['ratio']:.2f}x"
+        medians = f"{row['slow_s']:.2f} s", f"{row['fast_s']:.2f} s", f"{row['ratio']:.2f}x"
         table.add_row(phase, *medians, f"{row['ratio'] / limit:.0%}", spread, f"{row['processor_ratio']:.2f}x")
     plain, packed = (figures["step_bytes"][side] / 2**20 for side in SIDES)
     table.add_row("peak memory", f"{plain:.0f} MiB", f"{packed:.0f} MiB", f"{plain / packed:.2f}x", "", "", "")
@@ -359,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(1)
     work = build(options)
-    memory = {what: measure_memory(work, what) for what in (*SIDES, *RELEVANCE)}
+    memory = {what: measure_memory(work, what) for what in (*SIDES, *RELEVANCE[options.attention])}
     torch.set_num_threads(options.threads)
     times = measure_times(work)
     figures = summary(work, times, memory)

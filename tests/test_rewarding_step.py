@@ -39,7 +39,7 @@ def test_a_small_step_is_measured_on_both_sides(tmp_path):
     assert figures["prefix_tokens"] == 14
     assert figures["token_limit"] == pytest.approx(3 * 18 / 26)
     assert set(figures["phases"]) == {"sampling", "scoring", "update", "scoring + update", "whole step"}
-    assert all(row["plain_s"] > 0 and row["packed_s"] > 0 for row in figures["phases"].values())
+    assert all(row["slow_s"] > 0 and row["fast_s"] > 0 for row in figures["phases"].values())
     assert figures["same_log_probs"] < 1e-4
     assert all(size > 0 for size in figures["step_bytes"].values())
     assert "of limit" in run.stdout
