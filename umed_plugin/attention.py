@@ -179,11 +179,12 @@ def attention_on_lesion(
     prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
     token_positions = prompt_length[queries] + steps
     patch_positions = positions(prompts.mask).gather(1, places.patches[1])
-    weights = patch_weights.to(device).float()[queries]
+    weights = patch_weights.float().to(device)[queries]
+    asked = _tokens_of_queries(token_rows, len(prompts.mask))
 
     def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
         with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            scores = _scores_of_patches(llava, q, k, queries, token_positions, patch_positions)
+            scores = _scores_of_patches(llava, q, k, asked, token_positions, patch_positions)
         if heads is not None:
             scores = scores[:, list(heads)]
         if sinks is not None:
@@ -208,25 +209,31 @@ def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps:
     return _Places(patches, (rows.row[owners, 0], rows.column[owners, steps]), passes=1)
 
 
+def _tokens_of_queries(token_rows: Sequence[Sequence[int]], queries: int) -> dict[int, slice]:
+    """Which of R asked tokens answer each query; they stand candidate by candidate. Queries without any are left out."""
+    each = len(token_rows) // queries
+    counts = [sum(map(len, token_rows[query * each : (query + 1) * each])) for query in range(queries)]
+    return {query: slice(sum(counts[:query]), sum(counts[: query + 1])) for query in range(queries) if counts[query]}
+
+
 def _scores_of_patches(
-    llava: Any, queries: Tensor, keys: Tensor, query_index: Tensor, token_positions: Tensor, patch_positions: Tensor
+    llava: Any, queries: Tensor, keys: Tensor, asked: dict[int, slice], token_positions: Tensor, patch_positions: Tensor
 ) -> Tensor:
-    """[R, heads, P] values of q.k/sqrt(d) for the image patches, of R tokens that answer the queries ``query_index``."""
+    """[R, heads, P] values of q.k/sqrt(d) for the image patches, of R tokens that answer the queries that ``asked`` says."""
     config = llava.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inv_freq = rope_inverse_frequencies(config, queries.shape[-1] // heads)
+    inv_freq = rope_inverse_frequencies(config, queries.shape[-1] // heads, queries.device)
     q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
     k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [Q, P, kv_heads, d]
     q = q.unflatten(1, (kv_heads, -1)) / q.shape[-1] ** 0.5  # heads that share a key stand side by side
     scores = q.new_empty(len(q), heads, k.shape[1])
-    for query in query_index.unique().tolist():  # by query, or its keys would be copied for each of its tokens
-        asked = query_index == query
-        scores[asked] = torch.einsum("rgsd,pgd->rgsp", q[asked], k[query]).flatten(1, 2)
+    for query, tokens in asked.items():  # by query, or its keys would be copied for each of its tokens
+        scores[tokens] = torch.einsum("rgsd,pgd->rgsp", q[tokens], k[query]).flatten(1, 2)
     return scores
 
 
-def rope_inverse_frequencies(config: Any, head_size: int) -> Tensor:
+def rope_inverse_frequencies(config: Any, head_size: int, device: torch.device) -> Tensor:
     """[d/2] inverse frequencies of the model's rotary embedding, ``theta^(-2i/d)``, in float32.
 
     The model's own buffer is not used: a cast of the model to bfloat16 rounds it, which turns far tokens by half a radian.
@@ -245,7 +252,7 @@ def rope_inverse_frequencies(config: Any, head_size: int) -> Tensor:
             f"vision relevance needs rotary position embeddings (Llama, Mistral), and the config of this {config.model_type} "
             "model has no rope_theta. Leave vision_relevance out of --umed_rewards."
         )
-    return config.rope_theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    return config.rope_theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -256,7 +263,7 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
         positions: [...] token positions.
         inv_freq: [d/2].
     """
-    angles = positions[..., None].float() * inv_freq.to(x.device)
+    angles = positions[..., None].float() * inv_freq
     cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -306,6 +313,6 @@ def byte_level_alphabet() -> dict[str, int]:
 def lesion_name_rows(tokenizer: Any, candidates: Candidates, records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """For each of N answers the indices of the tokens that name a lesion of its record; one record for each answer."""
     return [
-        name_token_rows(tokenizer, ids[: int(mask.sum())].tolist(), record["terms"], set(record["objects"]["ref"]))
-        for ids, mask, record in zip(candidates.token_ids, candidates.mask, records)
+        name_token_rows(tokenizer, ids, record["terms"], set(record["objects"]["ref"]))
+        for ids, record in zip(candidates.answers(), records)
     ]

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from umed_plugin.errors import UmedError
 from umed_plugin.packing import PADDING, Columns, PrefixCache, RoomyCache, block_mask, pack, sliding_window
 
+_LOOK_EVERY = 16
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
 
 
@@ -54,6 +55,11 @@ class Candidates:
 
     token_ids: Tensor
     mask: Tensor
+
+    def answers(self) -> list[list[int]]:
+        """The token ids of each answer, without padding."""
+        lengths = self.mask.sum(dim=1).tolist()
+        return [ids[:length] for ids, length in zip(self.token_ids.tolist(), lengths)]
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ def generate(
     top_p: float = 1.0,
     eos_token_id: int,
     packed: bool = False,
+    look_every: int | None = None,
 ) -> Candidates:
     """Sample ``num_candidates`` answers to each prompt.
 
@@ -199,50 +206,63 @@ def generate(
         eos_token_id: ends an answer.
         packed: the K answers of a query grow side by side in one row and read one cache of its prompt, for a model without
             :func:`umed_plugin.packing.packing_fault`; otherwise each has a copy.
+        look_every: tokens from one look at which answers have ended to the next; until then they are computed on in vain. None:
+            every token on a CPU, and every 16 elsewhere, as a look makes the processor wait for the accelerator.
 
     Returns:
-        Candidates for N = Q*K rows: row q*K + k is candidate k of query q. An answer that has ended costs nothing more.
+        Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
     llava = _unwrapped(model)
+    device = prompts.mask.device
+    look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
     in_a_row = num_candidates if packed else 1
     cache = RoomyCache(in_a_row * max_new_tokens)
     first = prefill(model, prompts, cache)
-    answer_rows = torch.arange(len(prompts.mask), device=prompts.mask.device).repeat_interleave(num_candidates)
+    answer_rows = torch.arange(len(prompts.mask), device=device).repeat_interleave(num_candidates)
     if not packed:
         cache.take_rows(answer_rows)
     logits = first.logits[answer_rows, -1]
-    token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=logits.device)
+    token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=device)
     answered = torch.zeros_like(token_ids)
-    writing = torch.arange(len(answer_rows), device=logits.device).view(
-        -1, in_a_row
-    )  # the answers of each row; -1: none
+    ended = torch.zeros(len(answer_rows), dtype=torch.bool, device=device)
+    writing = torch.arange(len(answer_rows), device=device).view(-1, in_a_row)  # the answers of each row; -1: none
+    going, places = (
+        writing.flatten(),
+        torch.arange(writing.numel(), device=device),
+    )  # answers, and where they stand in the rows
     prompt_length = prompts.mask.sum(dim=1)[answer_rows]
     columns = Columns.of_prompts(prompts.mask).take_rows(answer_rows[::in_a_row])
     for step in range(max_new_tokens):
-        going = writing[writing >= 0]
-        token_ids[going, step], answered[going, step] = _next_token(logits, temperature, top_p), 1
-        writing = writing.masked_fill(token_ids[:, step][writing] == eos_token_id, -1)
-        kept, writing = _close_gaps(writing)
-        if len(kept) == 0 or step + 1 == max_new_tokens:
+        tokens = _next_token(logits, temperature, top_p).masked_fill(ended[going], eos_token_id)
+        token_ids[going, step], answered[going, step] = tokens, (~ended[going]).long()
+        ended[going] |= tokens == eos_token_id
+        if step + 1 == max_new_tokens:
             break
-        if len(kept) < len(columns.segments):
-            cache.take_rows(kept)
-            columns = columns.take_rows(kept)
-        there, writing = writing >= 0, writing.clamp(min=0)
+        if (step + 1) % look_every == 0:
+            writing = torch.where((writing >= 0) & ~ended[writing], writing, -1)
+            kept, writing = _close_gaps(writing)
+            if len(kept) == 0:
+                break
+            if len(kept) < len(columns.segments):
+                cache.take_rows(kept)
+                columns = columns.take_rows(kept)
+            places = (writing >= 0).flatten().nonzero().flatten()
+            going = writing.flatten()[places]
+        there, written = writing >= 0, writing.clamp(min=0)
         new = Columns(
-            torch.where(there, writing % in_a_row + 1, PADDING), torch.where(there, prompt_length[writing] + step, 0)
+            torch.where(there, written % in_a_row + 1, PADDING), torch.where(there, prompt_length[written] + step, 0)
         )
         columns = columns.then(new)
-        embeds = llava.get_input_embeddings()(token_ids[writing, step])
+        embeds = llava.get_input_embeddings()(token_ids[written, step])
         mask = (
             block_mask(new, columns, sliding_window(llava), embeds.dtype)
             if packed
             else (columns.segments != PADDING).long()
         )
         inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": new.positions}
-        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[there]
-        writing = torch.where(there, writing, -1)
-    return Candidates(token_ids[:, : step + 1], answered[:, : step + 1])
+        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits.flatten(0, 1)[places]
+    longest = int(answered.sum(dim=1).max())
+    return Candidates(token_ids[:, :longest], answered[:, :longest])
 
 
 def _close_gaps(writing: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,7 +405,4 @@ def answer_log_probs(
 
 def decode_answers(tokenizer: Any, candidates: Candidates) -> list[str]:
     """The N answers as text, without special tokens and padding."""
-    return [
-        tokenizer.decode(ids[: int(mask.sum())], skip_special_tokens=True).strip()
-        for ids, mask in zip(candidates.token_ids, candidates.mask)
-    ]
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in candidates.answers()]

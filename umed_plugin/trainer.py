@@ -179,7 +179,7 @@ class RewardingTrainer(LLaVATrainer):
             values = self.value_head(passed.hidden)
             of_values = (values, samples.values, part.returns)
             loss, terms = ppo_objective(*of_policy, part.advantages, *of_values, samples.mask, self.settings)
-        self.measures.add({name: value.item() for name, value in terms.items()})
+        self.measures.add(dict(zip(terms, torch.stack(list(terms.values())).tolist())))
         return loss
 
     def _minibatch(self, model: Any, inputs: dict[str, Any]) -> Experience:
