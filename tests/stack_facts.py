@@ -75,9 +75,8 @@ def trained(checkpoint: Path, records: Path, out: Path) -> dict[str, Any]:
         raise SystemExit(run.stderr[-3000:])
     state = json.loads((out / "trained-llava-mistral" / "trainer_state.json").read_text())
     losses = [line["loss"] for line in state["log_history"] if "loss" in line]
-    rates = [line["learning_rate"] for line in state["log_history"] if "loss" in line]
     exported = export(out / "trained-llava-mistral", out / "llava-mistral-exported", like=checkpoint, with_tower=True)
-    return {"losses": losses, "rates": rates, "exported": outputs(exported)}
+    return {"losses": losses, "exported": outputs(exported)}
 
 
 def main(args: SimpleNamespace) -> None:

@@ -14,6 +14,8 @@ import pytest
 import torch
 from umed_runs import environment, other_python, write_records
 
+pytestmark = pytest.mark.timeout(1800)  # two stacks, one after the other
+
 FACTS = Path(__file__).with_name("stack_facts.py")
 FAMILIES = ("mistral", "llama")
 
@@ -24,7 +26,7 @@ def run(python: str, *words: object) -> dict:
     out.mkdir(parents=True)
     paths = {**environment(), "PYTHONPATH": f"{environment()['PYTHONPATH']}:{FACTS.parent}"}
     done = subprocess.run(
-        [python, str(FACTS), *map(str, words)], env=paths, capture_output=True, text=True, timeout=600, check=False
+        [python, str(FACTS), *map(str, words)], env=paths, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "facts.pt", weights_only=True)
@@ -39,7 +41,7 @@ def stacks(tiny_mistral, tiny_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stacks")
     for checkpoint in (tiny_mistral, tiny_llama):
         (folder / checkpoint.name).symlink_to(checkpoint)
-    records = write_records(folder / "data", questions=2)
+    records = write_records(folder / "data")
     outs = folder / "this", folder / "other"
     here, there = (run(python, "compute", folder, records, out) for python, out in zip((sys.executable, other), outs))
     return here, there, outs
@@ -55,17 +57,16 @@ def test_the_same_tokens_are_supervised(stacks, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_checkpoint_gives_the_same_logits_and_greedy_answers(stacks, family):
     here, there, _ = (stack[family] if isinstance(stack, dict) else stack for stack in stacks)
-    torch.testing.assert_close(here["logits"], there["logits"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(here["logits"], there["logits"], rtol=0, atol=1e-5)
     assert here["answer"] == there["answer"] != ""
     assert here["answer"] == here["stock answer"] == there["stock answer"]
 
 
 def test_stage_1_has_the_same_loss_curve(stacks):
-    """To the four decimals that transformers 4 logs."""
+    """To the four decimals that transformers 4 logs: it rounds them, so they may differ by 5e-5 (measured: 4.5e-5)."""
     here, there, _ = stacks
     assert len(here["trained"]["losses"]) == 12
-    assert here["trained"]["rates"] == pytest.approx(there["trained"]["rates"], rel=1e-6)
-    assert here["trained"]["losses"] == pytest.approx(there["trained"]["losses"], abs=1e-4)
+    assert here["trained"]["losses"] == pytest.approx(there["trained"]["losses"], abs=6e-5)
     assert here["trained"]["losses"][0] - here["trained"]["losses"][-1] > 0.5, "nothing was learnt, so nothing compared"
 
 
@@ -74,5 +75,5 @@ def test_each_stack_loads_what_the_other_exports(stacks, tmp_path):
     by_them = run(other_python(), "load", ours / "llava-mistral-exported", tmp_path / "by-them")
     by_us = run(sys.executable, "load", theirs / "llava-mistral-exported", tmp_path / "by-us")
     for found, expected in ((by_them, here["trained"]["exported"]), (by_us, there["trained"]["exported"])):
-        torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-4)
+        torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=1e-5)
         assert found["answer"] == expected["answer"]
