@@ -13,6 +13,7 @@ from umed_plugin.patches import (
     config_layout,
     conversation_templates,
     data_module,
+    deepspeed_save,
     full_precision,
     layer_norms,
     lora_resume,
@@ -20,6 +21,7 @@ from umed_plugin.patches import (
     model_class,
     old_flags,
     resumed_order,
+    shared_memory_build,
     torch_load,
     tower_layout,
     train_arguments,
@@ -60,6 +62,8 @@ TRAINING: tuple[Patch, ...] = tuple(
         vision_tower,
         torch_load,
         zero_3,
+        shared_memory_build,
+        deepspeed_save,
         lora_resume,
     )
 )

@@ -51,7 +51,7 @@ def change(recorder: Recorder) -> None:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         stock_save(self, output_dir, state_dict)
-        if _has_stage(self):
+        if _has_stage(self) and self.args.should_save:
             _save_beside(self, Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def save_state(self: Any) -> None:

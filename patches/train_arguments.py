@@ -78,10 +78,27 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *lora_resume.find_faults(run),
         ]
     )
+    if training_args.deepspeed:
+        _join_processes(training_args)
     if run.active:
         # LLaVA makes the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
         set_seed(training_args.seed)
     return run
+
+
+def _join_processes(training_args: Any) -> None:
+    """Let DeepSpeed know the other processes before the model is loaded: ZeRO-3 slices its weights as they come in.
+
+    On a CPU, transformers 5 opens torch's process group alone. DeepSpeed then counts one process while it reads its
+    configuration, and refuses the batch size of all.
+    """
+    training_args.device  # opens it
+    import torch
+
+    if torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed()
 
 
 PATCH = Patch(

@@ -35,6 +35,7 @@ from umed_plugin.rollout import (
     encode_images,
     generate,
 )
+from umed_plugin.sharding import whole_parameters
 from umed_plugin.value_head import ValueHead
 
 
@@ -96,7 +97,8 @@ class ExperienceMaker:
             policy: unwrapped.
             batches: of `umed_plugin.batch_rewarding.collate_queries`, on the policy's device.
         """
-        samples = join([self.roll_out(policy, batch) for batch in batches])
+        with whole_parameters(policy):
+            samples = join([self.roll_out(policy, batch) for batch in batches])
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is not None and self.value_head.is_new():
             samples = self._begin_values(samples, self.value_head)

@@ -253,12 +253,16 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
             f"--image_aspect_ratio {data_args.image_aspect_ratio}: boxes are defined for pad and square (LLaVA's default)."
         )
     if flags.umed_stage == REWARDING:
-        faults += [
-            f"--{name} does not work with --umed_stage rewarding yet: sampling answers needs whole weights in every process. "
-            f"Leave --{name} out and start the script with python or torchrun."
-            for name in ("deepspeed", "fsdp")
-            if getattr(training_args, name)
-        ]
+        if training_args.fsdp:
+            faults.append(
+                "--fsdp does not work with --umed_stage rewarding: sampling answers needs whole weights in every process. Leave "
+                "--fsdp out, or use --deepspeed with ZeRO-3, which slices the weights as well."
+            )
+        if training_args.deepspeed and flags.umed_algorithm == "ppo":
+            faults.append(
+                "--deepspeed does not work with --umed_algorithm ppo: the value network lies outside of the model that DeepSpeed "
+                "trains. Use --umed_algorithm grpo, or leave --deepspeed out and start the script with torchrun."
+            )
         strategy = training_args.evaluation_strategy  # an enumeration of texts
         if strategy != "no":
             faults.append(

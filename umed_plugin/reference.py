@@ -2,7 +2,8 @@
 
 With LoRA it is the policy with its adapter switched off. The projector is trained beside the adapter, so its first weights are
 kept too. In full fine-tuning nothing is switched off and the first weights of everything trainable are kept: a frozen copy,
-less the parts that never change (the vision tower). The weights are swapped in for one pass, which costs no time.
+less the parts that never change (the vision tower). The weights are swapped in for one pass, which costs no time. Under
+ZeRO-3 too the copy is of whole weights in each process.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from umed_plugin.sharding import whole_parameters
 
 
 class ReferencePolicy:
@@ -25,11 +28,12 @@ class ReferencePolicy:
 
     def __init__(self, model: Any) -> None:
         self._has_adapter = hasattr(model, "disable_adapter")
-        self._first_values = {
-            name: parameter.detach().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and not (self._has_adapter and "lora_" in name)
-        }
+        with whole_parameters(model):
+            self._first_values = {
+                name: parameter.detach().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad and not (self._has_adapter and "lora_" in name)
+            }
 
     @contextmanager
     def as_reference(self, model: Any) -> Iterator[Any]:
@@ -39,7 +43,8 @@ class ReferencePolicy:
         adapter_off = model.disable_adapter() if self._has_adapter else nullcontext()
         try:
             for name, parameter in parameters.items():
-                parameter.data = self._first_values[name]
+                # DeepSpeed moves and casts the model once the trainer has been made.
+                parameter.data = self._first_values[name].to(device=parameter.device, dtype=parameter.dtype)
             with torch.no_grad(), adapter_off:
                 yield model
         finally:

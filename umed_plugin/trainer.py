@@ -37,6 +37,7 @@ from umed_plugin.objective import ObjectiveSettings, grpo_objective, ppo_objecti
 from umed_plugin.rewards import StopForReward, make_rewards
 from umed_plugin.rollout import answer_log_probs, answer_pass, base_llava, embed_prompts
 from umed_plugin.sampler import EpochSampler
+from umed_plugin.sharding import whole_parameters
 from umed_plugin.validation import HeldOutCurve
 from umed_plugin.value_head import ValueHead
 
@@ -76,7 +77,8 @@ class RewardingTrainer(LLaVATrainer):
         self.measures = Measures(self, flags, measured_names(flags, rewards))
         self.add_callback(StopForReward(rewards, self.measures.in_any_process))
         if flags.umed_feature_cache is not None:
-            said = self.train_dataset.use_cache(flags.umed_feature_cache, llava.get_vision_tower())
+            with whole_parameters(llava.get_vision_tower()):
+                said = self.train_dataset.use_cache(flags.umed_feature_cache, llava.get_vision_tower())
             if self.args.process_index == 0:
                 print(f"umed: {said}", flush=True)
         self.value_head = ValueHead(llava.config.hidden_size).to(args.device) if flags.umed_algorithm == "ppo" else None
@@ -224,10 +226,12 @@ class RewardingTrainer(LLaVATrainer):
         if self._experience is not None and self._batches_seen % self._batches_per_rollout:
             self._experience.save(folder / _PENDING.format(args.process_index))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The model's weights, and what `_save_rng_state` wrote."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder, algorithm = Path(resume_from_checkpoint), self.flags.umed_algorithm
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Optimizer and schedule, and what `_save_rng_state` wrote; every resumed run comes here, under DeepSpeed too."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        folder, algorithm = Path(checkpoint), self.flags.umed_algorithm
         state = json.loads((folder / _STATE).read_text()) if (folder / _STATE).is_file() else {}
         if state.get("umed_algorithm", algorithm) != algorithm:
             raise UmedError(

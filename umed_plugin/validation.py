@@ -30,6 +30,7 @@ from umed_plugin.geometry import ImageGeometry
 from umed_plugin.guards import box_area_ratio
 from umed_plugin.rollout import decode_answers, embed_prompts, encode_images, generate
 from umed_plugin.scoring import AnswerScore, score_answer
+from umed_plugin.sharding import whole_parameters
 
 FIGURES = ("val/iou", "val/accuracy", "val/box_area_ratio")
 
@@ -65,7 +66,7 @@ class HeldOutCurve(TrainerCallback):
         was_training = policy.training
         policy.eval()
         scores: list[AnswerScore] = []
-        with trainer.compute_loss_context_manager():
+        with whole_parameters(policy), trainer.compute_loss_context_manager():
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
                 geometries = [trainer.maker.geometry(query["record"]) for query in queries]
