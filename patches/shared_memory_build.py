@@ -29,7 +29,7 @@ PATCH = Patch(
             ("2bf3cff9e3d1f05863cf534d298028210a541824eb8b9832ca37877183d60395",),
         ),
     ),
-    why="on a CPU DeepSpeed compiles an extension that training never calls; an interrupted build makes later starts wait for ever",
+    why="on a CPU DeepSpeed compiles an extension that training never calls, and once interrupted in it waits for ever",
     delete_when="DeepSpeed builds the extension where it is first called",
     change=change,
     trigger="deepspeed.comm.torch",

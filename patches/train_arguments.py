@@ -92,8 +92,9 @@ def _join_processes(training_args: Any) -> None:
     On a CPU, transformers 5 opens torch's process group alone. DeepSpeed then counts one process while it reads its
     configuration, and refuses the batch size of all.
     """
-    training_args.device  # opens it
     import torch
+
+    _device = training_args.device  # opens it
 
     if torch.distributed.is_initialized():
         import deepspeed

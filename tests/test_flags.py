@@ -185,11 +185,15 @@ def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
     )
 
 
-@pytest.mark.parametrize("changes", [{"deepspeed": "zero3.json"}, {"fsdp": ["full_shard"]}])
-def test_stage_2_refuses_sharded_weights_and_says_how_to_start(changes):
-    (fault,) = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(**changes))
-    assert f"--{next(iter(changes))}" in fault and "python or torchrun" in fault
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "remedy"),
+    [("grpo", {"fsdp": ["full_shard"]}, "--deepspeed"), ("ppo", {"deepspeed": "zero2.json"}, "--umed_algorithm grpo")],
+)
+def test_stage_2_refuses_what_it_cannot_shard_and_says_what_works(algorithm, changes, remedy):
+    (fault,) = find_faults(UmedFlags(umed_stage="rewarding", umed_algorithm=algorithm), *llava_args(**changes))
+    assert f"--{next(iter(changes))}" in fault and remedy in fault
     assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(**changes)) == []
+    assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(deepspeed="zero3.json")) == []
 
 
 def test_stage_2_refuses_evaluations_that_it_has_no_data_for():

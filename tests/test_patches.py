@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import random
 import sys
@@ -15,7 +16,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from umed_plugin.patches import ALL, STACK, TRIGGERS, lora_resume, model_class, torch_load, vision_tower
+from umed_plugin.patches import (
+    ALL,
+    STACK,
+    TRIGGERS,
+    lora_resume,
+    model_class,
+    shared_memory_build,
+    torch_load,
+    vision_tower,
+)
 from umed_plugin.patches.attention_implementation import available_attention
 from umed_runs import ROOT, train_flags, write_records
 
@@ -52,6 +62,8 @@ def places() -> dict[str, object]:
     owners += [transformers_trainer, transformers_trainer.Trainer, modeling_llama, modeling_mistral]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
+    if shared_memory_build.PATCH.not_needed() is None:
+        found.update(build_shm_op=importlib.import_module("deepspeed.comm.torch").build_shm_op)
     found.update(load=torch.load, parser=llava_train.transformers.HfArgumentParser)
     return found
 

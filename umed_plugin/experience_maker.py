@@ -80,7 +80,8 @@ class ExperienceMaker:
         """Whether answers are computed beside one copy of their prompt; says so when the model cannot."""
         if not self.flags.umed_packed:
             return False
-        fault = packing_fault(llava)
+        with whole_parameters(llava):
+            fault = packing_fault(llava)
         if fault is not None and self.args.process_index == 0:
             print(
                 f"umed: {fault}: answers are not packed. Sampling copies the prompt's cache for each answer, and under gradient "

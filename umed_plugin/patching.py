@@ -73,7 +73,7 @@ class Patch:
         change: does the change through the recorder that it gets.
         trigger: module after whose import the patch is applied.
         needed: library and range of its versions that want this change, for example ``("transformers", ">=5")``. With others
-            there is nothing to do, and nothing to fit. None: with all versions.
+            there is nothing to do, and nothing to fit, and so without the library. None: with all versions.
     """
 
     name: str
@@ -89,6 +89,8 @@ class Patch:
         if self.needed is None:
             return None
         library, versions = self.needed
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed"
         version = installed(library)[1]
         return None if version_fits(version, versions) else f"{library} {version} is not {versions}"
 

@@ -1,16 +1,16 @@
 """Whole weights where DeepSpeed's ZeRO-3 leaves each process a slice of them.
 
-Under ZeRO-3 each module's forward pass puts its weights together and lets them go again, with all processes taking part: processes
+Under ZeRO-3 each module's forward pass puts its weights together and lets them go again, with all processes taking part: those
 that sample answers of different lengths make different numbers of passes and would wait for one another for ever. So a rollout
-gathers all of them once (`whole_parameters`) and then each process works alone. That takes the memory of the whole model for its
+gathers all weights once (`whole_parameters`) and then each process works alone. That takes the memory of the whole model for its
 length. Where nothing is sliced, nothing happens.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -38,16 +38,21 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_deepspeeds_hooks(model: nn.Module) -> Iterator[None]:
-    """Take off what would let the weights of a module go behind its forward pass; other hooks stay."""
-    kept = [(module, module._forward_pre_hooks, module._forward_hooks) for module in model.modules()]
+    """Take off what lets the weights of a module go behind its forward pass; other hooks stay, those made inside too."""
+    places = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [dict(hooks) for hooks in places]
     try:
-        for module, before, behind in kept:
-            module._forward_pre_hooks, module._forward_hooks = _others(before), _others(behind)
+        for hooks, those in zip(places, before):
+            for key in filter(lambda key: _is_deepspeeds(those[key]), those):
+                del hooks[key]
         yield
     finally:
-        for module, before, behind in kept:
-            module._forward_pre_hooks, module._forward_hooks = before, behind
+        for hooks, those in zip(places, before):
+            back = {key: hook for key, hook in those.items() if key in hooks or _is_deepspeeds(hook)}
+            made_inside = {key: hook for key, hook in hooks.items() if key not in those}
+            hooks.clear()
+            hooks.update({**back, **made_inside})
 
 
-def _others(hooks: OrderedDict) -> OrderedDict:
-    return OrderedDict((key, hook) for key, hook in hooks.items() if not hook.__module__.startswith("deepspeed."))
+def _is_deepspeeds(hook: Callable[..., Any]) -> bool:
+    return hook.__module__.startswith("deepspeed.")
