@@ -18,6 +18,7 @@ from typing import Any
 from umed_plugin.patches import conversation_templates, lora_resume, model_class
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 
+from umed_plugin.errors import UsageError
 from umed_plugin.flag_checks import find_faults, raise_faults
 from umed_plugin.flags import UmedFlags
 from umed_plugin.patching import Patch, Recorder, Target
@@ -78,7 +79,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *lora_resume.find_faults(run),
         ]
     )
-    if training_args.deepspeed:
+    if run.active and training_args.deepspeed:
         _join_processes(training_args)
     if run.active:
         # LLaVA makes the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
@@ -91,14 +92,22 @@ def _join_processes(training_args: Any) -> None:
 
     On a CPU, transformers 5 opens torch's process group alone. DeepSpeed then counts one process while it reads its
     configuration, and refuses the batch size of all.
+
+    Raises:
+        UsageError: DeepSpeed takes another kind of device than the trainer.
     """
+    import deepspeed
     import torch
+    from deepspeed.accelerator import get_accelerator
 
-    _device = training_args.device  # opens it
-
+    device, deepspeeds = training_args.device.type, get_accelerator().device_name()  # the first opens torch's group
+    if device != deepspeeds:
+        raise UsageError(
+            f"--deepspeed {training_args.deepspeed}: training runs on {device}, and the installed DeepSpeed on {deepspeeds}. "
+            "Leave --deepspeed out and start the script with python or torchrun. On a CPU, DeepSpeed 0.12 (LLaVA's pins) cannot "
+            "train, newer ones can (constraints/current.txt); beside a GPU the environment needs DS_ACCELERATOR=cpu for it."
+        )
     if torch.distributed.is_initialized():
-        import deepspeed
-
         deepspeed.init_distributed()
 
 

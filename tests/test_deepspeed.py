@@ -62,7 +62,8 @@ REWARDING = [
 LORA = shlex.split("--lora_enable True --lora_r 4 --lora_dropout 0")
 
 # Sampling without chance, so that one process samples what two do: candidate k begins with the k-th likeliest token. Answers to
-# odd records end after two tokens, the others after six: then the processes make different numbers of passes.
+# odd records end after two tokens, the others after six: then the processes make different numbers of passes. At each token all
+# weights are whole.
 UNEQUAL = """
 import torch
 import umed_plugin.experience_maker as maker
@@ -76,9 +77,11 @@ class Pays:
             self_k = self.flags.umed_num_candidates
             odd = [int(record["patient"]) % 2 for record in inputs["records"] for _ in range(self_k)]
             state.update(step=0, k=self_k, eos=self.tokenizer.eos_token_id, odd=torch.tensor(odd, dtype=torch.bool))
+            state["weights"] = list(policy.parameters())
             return roll_out(self, policy, inputs)
 
         def next_token(logits, temperature, top_p):
+            assert all(weight.numel() == getattr(weight, "ds_numel", weight.numel()) for weight in state["weights"])
             step = state["step"]
             state["step"] += 1
             if step == 0:
