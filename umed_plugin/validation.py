@@ -71,7 +71,7 @@ class HeldOutCurve(TrainerCallback):
                 queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
                 geometries = [trainer.maker.geometry(query["record"]) for query in queries]
                 scores += greedy_scores(
-                    policy, trainer.tokenizer, queries, geometries, trainer.flags.umed_max_new_tokens
+                    policy, trainer.maker.tokenizer, queries, geometries, trainer.flags.umed_max_new_tokens
                 )
         policy.train(was_training)
         totals = sums_and_counts(scores)[None].to(args.device)
