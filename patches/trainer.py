@@ -13,7 +13,6 @@ from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 
-from umed_plugin.errors import UsageError
 from umed_plugin.flags import REWARDING
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -24,31 +23,13 @@ def change(recorder: Recorder) -> None:
     stock = llava_train.LLaVATrainer
 
     def choose_trainer(*positional: Any, **keywords: Any) -> Any:
-        trainer_class = stock
-        if keywords["args"].umed_stage == REWARDING:
-            from umed_plugin.trainer import RewardingTrainer
+        if keywords["args"].umed_stage != REWARDING:
+            return stock(*positional, **keywords)
+        from umed_plugin.trainer import RewardingTrainer
 
-            trainer_class = RewardingTrainer
-        trainer = trainer_class(*positional, **keywords)
-        if keywords["args"].umed_stage is not None:
-            _refuse_to_go_without_deepspeed(trainer)
-        return trainer
+        return RewardingTrainer(*positional, **keywords)
 
     recorder.replace(llava_train, "LLaVATrainer", choose_trainer)
-
-
-def _refuse_to_go_without_deepspeed(trainer: Any) -> None:
-    """An accelerate that cannot use DeepSpeed on the device trains without it, and says nothing.
-
-    Raises:
-        UsageError: this happened.
-    """
-    if trainer.args.deepspeed and not trainer.is_deepspeed_enabled:
-        raise UsageError(
-            f"--deepspeed {trainer.args.deepspeed}: the installed accelerate does not use DeepSpeed on {trainer.args.device}, "
-            "and would train without it. Leave --deepspeed out, or install the `current` libraries "
-            "(constraints/current.txt), which train with it on CPUs too."
-        )
 
 
 PATCH = Patch(

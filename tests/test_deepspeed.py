@@ -217,3 +217,15 @@ def test_stage_2_under_zero_3_samples_unequal_answers_and_equals_one_process(fla
     check_equal(whole, tmp_path / "alone", load_file(tiny_mistral / "model.safetensors"))
     if flags:
         check_exact(resumed(3, whole, tiny_mistral, records, *REWARDING, *flags), whole)
+
+
+def test_a_deepspeed_for_another_device_is_refused_before_the_model_is_loaded(
+    tiny_llama, records, tmp_path, monkeypatch
+):
+    """As on LLaVA's pins, whose DeepSpeed takes any machine for one with CUDA."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    (tmp_path / "zero2.json").write_text(json.dumps({**CONFIG, "zero_optimization": PARTS[2]}))
+    more = [*TUNING, "--deepspeed", str(tmp_path / "zero2.json")]
+    run = umed_run(["python", script(), *train_flags(tiny_llama, records, tmp_path / "out", *more)])
+    assert run.returncode == 2
+    assert "training runs on cpu, and the installed DeepSpeed on cuda" in run.stderr and "torchrun" in run.stderr
