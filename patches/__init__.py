@@ -15,6 +15,7 @@ from umed_plugin.patches import (
     data_module,
     deepspeed_save,
     full_precision,
+    late_weights,
     layer_norms,
     lora_resume,
     main_script,
@@ -63,6 +64,7 @@ TRAINING: tuple[Patch, ...] = tuple(
         torch_load,
         zero_3,
         shared_memory_build,
+        late_weights,
         deepspeed_save,
         lora_resume,
     )

@@ -64,6 +64,8 @@ def places() -> dict[str, object]:
     found.update(llava.conversation.conv_templates)
     if shared_memory_build.PATCH.not_needed() is None:
         found.update(build_shm_op=importlib.import_module("deepspeed.comm.torch").build_shm_op)
+        engine = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+        found.update(cast=engine._cast_module_mixed_precision)
     found.update(load=torch.load, parser=llava_train.transformers.HfArgumentParser)
     return found
 
