@@ -22,6 +22,7 @@ checkpointing; the optimizer is AdamW.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -87,17 +88,23 @@ class Stopwatch:
     def measure(self, run: Callable[[], Any], tokens: int) -> Figures | None:
         """Figures of a call that works on ``tokens`` tokens; None where the device has too little memory for it."""
         try:
-            with FlopCounterMode(display=False) as counter:
-                run()
-            self.wait()
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
-            taken = [self._seconds(run) for _ in range(self.repetitions)]
+            return self._measured(run, tokens)
         except torch.OutOfMemoryError:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return None
-        seconds, operations = statistics.median(taken), counter.get_total_flops()
+            pass
+        # Behind the handler, as the error holds on to what the call had made.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _measured(self, run: Callable[[], Any], tokens: int) -> Figures:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        self.wait()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = statistics.median(self._seconds(run) for _ in range(self.repetitions))
+        operations = counter.get_total_flops()
         return {
             "s": seconds,
             "tokens_per_s": tokens / seconds,
@@ -189,15 +196,17 @@ def one_attention(model: Llava, attention: str, options: argparse.Namespace, wat
     work = queries(model, options, packs=fault is None)
     stage_2 = {side: rewarding(work, side, optimizer, watch) for side in ("plain", "packed")}
     looks = {
-        how: watch.measure(lambda how=how: score_with_relevance(work, how), tokens) for how in ("without", "hooks")
+        how: watch.measure(lambda how=how: score_with_relevance(work, how), work.answers.token_ids.numel())
+        for how in ("without", "hooks")
     }
-    values, _ = score_with_relevance(work, "hooks")
+    # What ran out of memory above would do so here.
+    fits = stage_2["plain"]["scoring"] and stage_2["packed"]["scoring"] and looks["hooks"]
     return {
         "packing_fault": fault,
         "stage_1": stage_1,
         "stage_2": stage_2,
-        "vision_relevance": {**looks, "mean": values.mean().item()},
-        "log_probs_differ_by": (score(work, "plain") - score(work, "packed")).abs().max().item(),
+        "vision_relevance": {**looks, "mean": score_with_relevance(work, "hooks")[0].mean().item() if fits else None},
+        "log_probs_differ_by": (score(work, "plain") - score(work, "packed")).abs().max().item() if fits else None,
     }
 
 
@@ -250,7 +259,7 @@ def show(figures: Figures) -> None:
                 )
                 print(f"{phase:12}{_cells(row)}{ratio}")
         look = found["vision_relevance"]
-        if look["without"] and look["hooks"]:
+        if look["without"] and look["mean"] is not None:
             print(
                 f"vision relevance by hooks: {look['hooks']['s'] / look['without']['s'] - 1:+.1%} of a scoring pass, mean "
                 f"{look['mean']:.4f}; log-probabilities of plain and packed differ by {found['log_probs_differ_by']:.0e} at most"

@@ -187,7 +187,7 @@ def logits_of(work: Work, side: str) -> Tensor:
     if side == "packed":
         return answer_pass(work.model, prompts, work.answers, packed=work.packs).logits
     inputs = repeated_inputs(base_llava(work.model), prompts, work.answers)
-    return work.model(**inputs, use_cache=False, return_dict=True).logits[:, prompts.mask.shape[1] - 1 : -1]
+    return work.model(**inputs, use_cache=False, return_dict=True).logits[:, prompts.mask.shape[1] - 1 : -1].float()
 
 
 @torch.no_grad()
