@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("prompt-tokens", 64, "of text, template and BOS among them"),
         ("answer-tokens", 100, "T"),
         ("candidates", 8, "K answers to each question"),
-        ("questions", 1, "in a step"),
+        ("questions", 2, "in a step"),
         ("repetitions", 3, "turns of each side"),
         ("threads", 2, "of both sides"),
     ):
