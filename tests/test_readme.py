@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "umed merge": "test_export.py",
     "umed evaluate": "test_evaluate.py",
     "umed convert": "test_convert.py",
+    "umed-run deepspeed": "test_deepspeed.py",
 }
 
 
