@@ -203,8 +203,9 @@ def would_install(python: str | Path, wheel: Path, report: Path) -> dict[str, st
 def llava_has_its_pins() -> bool:
     from packaging.requirements import Requirement
 
-    (torch,) = (line for line in metadata.requires("llava-torch") or [] if line.startswith("torch=="))
-    return Requirement(torch).specifier.contains(metadata.version("torch"))
+    wanted = map(Requirement, metadata.requires("llava-torch") or [])  # written torch==2.0.1 or torch (==2.0.1)
+    (torch,) = (requirement for requirement in wanted if requirement.name == "torch")
+    return torch.specifier.contains(metadata.version("torch"))
 
 
 beside_llavas_pins = pytest.mark.skipif(
