@@ -226,10 +226,8 @@ def generate(
     answered = torch.zeros_like(token_ids)
     ended = torch.zeros(len(answer_rows), dtype=torch.bool, device=device)
     writing = torch.arange(len(answer_rows), device=device).view(-1, in_a_row)  # the answers of each row; -1: none
-    going, places = (
-        writing.flatten(),
-        torch.arange(writing.numel(), device=device),
-    )  # answers, and where they stand in the rows
+    going = writing.flatten()  # the answers that go on
+    places = torch.arange(writing.numel(), device=device)  # where each of them stands in the rows
     prompt_length = prompts.mask.sum(dim=1)[answer_rows]
     columns = Columns.of_prompts(prompts.mask).take_rows(answer_rows[::in_a_row])
     for step in range(max_new_tokens):
