@@ -87,20 +87,20 @@ class SeedRun:
 
     def row(self, row: Row) -> None:
         """Train one row from its start."""
-        start, name = self._checkpoint(row.start), folder_name(row.name)
+        start, name = self.demo.checkpoint(row.start), folder_name(row.name)
         if row.flags is not None:
             flags = row.flags
             self._once(name, lambda: self.demo.rewarding(start, name, flags))
             return
         # Training time alone: a run's start takes as long as many small steps, and would make the control too short.
         pace = training_seconds(start) / steps_taken(start)
-        steps = max(round(training_seconds(self._checkpoint(folder_name(row.like))) / pace), 1)
+        steps = max(round(training_seconds(self.demo.checkpoint(folder_name(row.like))) / pace), 1)
         flags = ["--max_steps", steps, "--data_path", self.demo.rewarding_records]
         self._once(name, lambda: self.demo.instruction_tuning(name, start, flags))
 
     def evaluate(self, name: str) -> None:
         """Ask the checkpoint about the held-out studies, in a process of its own."""
-        command = [sys.executable, "-m", "umed_plugin.cli", "evaluate", self._checkpoint(name), "--batch-size", 50]
+        command = [sys.executable, "-m", "umed_plugin.cli", "evaluate", self.demo.checkpoint(name), "--batch-size", 50]
         command += ["--benchmark", self.folder / "data" / "records.json", "--out", self.folder / "evaluation" / name]
         command += ["--max-new-tokens", self.demo.settings.max_new_tokens]
         words = [str(word) for word in command]
@@ -108,11 +108,7 @@ class SeedRun:
 
     def cases(self, name: str) -> list[dict[str, Any]]:
         """The evaluated studies of a checkpoint, in the order of the records."""
-        lines = (self.folder / "evaluation" / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-
-    def _checkpoint(self, name: str) -> Path:
-        return self.demo.base if name == "base" else self.demo.runs / f"{name}-llava-mistral"
+        return read_cases(self.folder, name)
 
     def _once(self, name: str, work: Callable[[], object]) -> None:
         if (self._times / name).exists():
@@ -120,6 +116,12 @@ class SeedRun:
         began = time.monotonic()
         work()
         (self._times / name).write_text(str(time.monotonic() - began))
+
+
+def read_cases(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The studies of ``evaluation/NAME`` in a demo's folder, in the order of the records."""
+    lines = (folder / "evaluation" / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def folder_name(row_name: str) -> str:
@@ -170,10 +172,10 @@ def results(runs: Sequence[SeedRun], rows: Sequence[Row]) -> list[dict[str, Any]
 def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[str, Any]:
     figures: dict[str, Any] = {"name": title, "start": start}
     for metric, key in SHOWN.items():
-        by_seed = [_values(run.cases(name), key) for run in runs]
+        by_seed = [values_of(run.cases(name), key) for run in runs]
         figures[metric] = fmean(value for values in by_seed for value in values)
         if start:
-            pairs = zip(by_seed, (_values(run.cases(start), key) for run in runs))
+            pairs = zip(by_seed, (values_of(run.cases(start), key) for run in runs))
             differences = [[new - old for old, new in zip(before, after)] for after, before in pairs]
             figures[f"{metric}_difference"] = fmean(value for seed in differences for value in seed)
             figures[f"{metric}_ci95"] = mean_interval([value for seed in differences for value in seed])
@@ -181,7 +183,7 @@ def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[st
     return figures
 
 
-def _values(cases: Sequence[dict[str, Any]], key: str) -> list[float]:
+def values_of(cases: Sequence[dict[str, Any]], key: str) -> list[float]:
     """Accuracy counts all studies, the others those with a lesion, as `umed evaluate` has it."""
     return [case[key] for case in cases if key == "accuracy" or case["true_boxes"]]
 

@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from ablation import SHOWN, read_cases, values_of
+
 from umed_plugin.demo.pipeline import STAGES, DemoRun, DemoSettings, Steps
 from umed_plugin.evaluate import mean_interval
 
-# Title, key of a study in predictions.jsonl, whether studies without a lesion count.
-METRICS = (("mean IoU", "set_iou", False), ("accuracy", "accuracy", True))
+METRICS = ("mean IoU", "accuracy")
 
 
 def ask_more(folder: Path, studies: int, steps: Steps) -> Path:
@@ -31,28 +32,22 @@ def ask_more(folder: Path, studies: int, steps: Steps) -> Path:
     demo = DemoRun(folder, seed, DemoSettings(), steps)
     asked = DemoRun(made, seed, DemoSettings(tuning=0, rewarding=0, val=0, test=studies), steps)
     records = asked.records()
-    for stage, checkpoint in zip(STAGES, (demo.base, demo.tuned, demo.exported)):
+    for stage, checkpoint in zip(STAGES, (demo.base, demo.checkpoint("tuned"), demo.exported)):
         asked.evaluate(stage, checkpoint, records)
     (made / "done").touch()
     return made
 
 
-def values(folder: Path, stage: str, key: str, negatives: bool) -> list[float]:
-    """One figure of each held-out study, in the order of the records."""
-    lines = (folder / "evaluation" / stage / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    studies = [json.loads(line) for line in lines]
-    return [study[key] for study in studies if negatives or study["true_boxes"]]
-
-
 def table(folders: Mapping[str, Path]) -> str:
     """Markdown of named folders with answers: a line each, and one with the paired differences of all of them."""
-    heads = [f"{title}: base | stage 1 | stage 2 | difference" for title, *_ in METRICS]
+    heads = [f"{title}: base | stage 1 | stage 2 | difference" for title in METRICS]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * (4 * len(METRICS))}"]
-    together: dict[str, list[float]] = {title: [] for title, *_ in METRICS}
+    together: dict[str, list[float]] = {title: [] for title in METRICS}
     for name, folder in folders.items():
         cells = [name]
-        for title, key, negatives in METRICS:
-            base, before, after = (values(folder, stage, key, negatives) for stage in STAGES)
+        cases = [read_cases(folder, stage) for stage in STAGES]
+        for title in METRICS:
+            base, before, after = (values_of(answered, SHOWN[title]) for answered in cases)
             differences = [new - old for old, new in zip(before, after)]
             together[title] += differences
             cells += [f"{fmean(found):.3f}" for found in (base, before, after)] + [_with_interval(differences)]

@@ -17,11 +17,7 @@ TRANSFORMERS_4, TRANSFORMERS_5 = ">=4.36,<4.37", ">=5.23,<5.24"
 TRANSFORMERS = f"{TRANSFORMERS_4} || {TRANSFORMERS_5}"
 BEFORE_5, ON_5 = ("transformers", "<5"), ("transformers", ">=5")
 # Its globals are read when it runs, so they can be rebound; each patch that does so relies on how it reads them.
-TRAIN = Target(
-    "llava.train.train:train",
-    LLAVA,
-    ("0ef232c0a416a4da43871d171405fcd795562314a31dbd988f4cb68d07d01dd7",),
-)
+TRAIN = Target("llava.train.train:train", LLAVA, ("0ef232c0a416a4da43871d171405fcd795562314a31dbd988f4cb68d07d01dd7",))
 
 
 @dataclass

@@ -36,11 +36,7 @@ def change(recorder: Recorder) -> None:
 PATCH = Patch(
     name="xformers_attention",
     targets=(
-        Target(
-            f"{_MODULE}:{_FUNCTION}",
-            LLAVA,
-            ("370fa6a84f46b318f3a31b032c1bbecc8af0379d08a604ff12f962ca91770b87",),
-        ),
+        Target(f"{_MODULE}:{_FUNCTION}", LLAVA, ("370fa6a84f46b318f3a31b032c1bbecc8af0379d08a604ff12f962ca91770b87",)),
     ),
     why="train_xformers.py puts in an attention that fails where xformers is missing",
     delete_when="LLaVA checks for xformers before it replaces the attention",

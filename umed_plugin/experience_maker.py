@@ -101,11 +101,11 @@ class ExperienceMaker:
         with whole_parameters(policy):
             samples = join([self.roll_out(policy, batch) for batch in batches])
         flags, kl_coef = self.flags, self.kl_coef.value
-        if self.value_head is not None and self.value_head.is_new():
-            samples = self._begin_values(samples, self.value_head)
         if self.value_head is None:
             experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples.rewards))
         else:
+            if self.value_head.is_new():
+                samples = self._begin_values(samples, self.value_head)
             experience, figures = ppo_experience(
                 samples, kl_coef, flags.umed_reward_coef, flags.umed_gamma, flags.umed_gae_lambda
             )

@@ -178,11 +178,7 @@ def packing_fault(llava: Any) -> str | None:
 
 
 class _OwnCache(DynamicCache):
-    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors themselves."""
-
-    def get_seq_length(self, layer_idx: int | None = 0) -> int:
-        """Columns written so far."""
-        raise NotImplementedError
+    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors and say how many."""
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns that a mask for ``query_length`` new ones spans, and the first of them."""

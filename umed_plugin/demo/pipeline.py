@@ -131,10 +131,13 @@ class DemoRun:
     def __init__(self, out: Path, seed: int, settings: DemoSettings, steps: Steps) -> None:
         self.out, self.seed, self.settings, self.steps = out, seed, settings, steps
         self.data, self.runs = out / "data", out / "runs"
-        self.tiny, self.base = self.runs / "untrained-llava-mistral", self.runs / "base-llava-mistral"
+        self.tiny, self.base = self.checkpoint("untrained"), self.checkpoint("base")
         self.tuning_records, self.rewarding_records = self.data / "tuning.json", self.data / "rewarding.json"
-        self.tuned = self.runs / "tuned-llava-mistral"
         self.exported = out / "checkpoint" / NAME
+
+    def checkpoint(self, name: str) -> Path:
+        """Where the checkpoint of a training run lies; the folder's name decides by which class stock LLaVA loads it."""
+        return self.runs / f"{name}-llava-mistral"
 
     def run(self) -> dict[str, Any]:
         """Do every step; returns the summary."""
@@ -235,8 +238,7 @@ class DemoRun:
         # Not --standalone: before torch 2.1 it takes one fixed port, and two demos at a time would meet there.
         torchrun = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         torchrun += ["--nproc_per_node", str(self.settings.processes)]
-        # The folder's name decides by which class stock LLaVA loads it.
-        output = self.runs / f"{name}-llava-mistral"
+        output = self.checkpoint(name)
         script = [sys.executable, *torchrun, "-m", "llava.train.train_mem", "--output_dir", output]
         parts = [sys.executable, "-m", "umed_plugin.launch", *script, *self._common_arguments(), *arguments]
         command = [str(part) for part in parts]
