@@ -22,7 +22,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-import httpx
 import openai
 from openai.types.chat import ChatCompletion
 
@@ -122,7 +121,7 @@ class JudgeClient:
             return Failure(f"no reply within {self._deadline:g} s, retries included")
         except openai.APIStatusError as error:
             return self._failure(f"HTTP {error.status_code}: {error.message}")
-        except (openai.OpenAIError, httpx.HTTPError) as error:
+        except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             return self._failure(f"{error}{cause}")
         except ValueError as error:
@@ -159,13 +158,13 @@ class _Gate:
     def __init__(self) -> None:
         self._until = 0.0
 
-    async def wait(self, request: httpx.Request) -> None:
+    async def wait(self, request: Any) -> None:
         """Before a request is sent."""
         left = self._until - time.monotonic()
         if left > 0:
             await asyncio.sleep(left * random.uniform(1.0, 1.1))
 
-    async def learn(self, response: httpx.Response) -> None:
+    async def learn(self, response: Any) -> None:
         """From the head of a response."""
         pauses = [0.0]
         headers = response.headers
