@@ -239,11 +239,14 @@ def test_square_mode_loses_and_cuts_lesions_and_says_so(folder: Path, caplog: py
 
 
 def test_one_split(folder: Path) -> None:
-    for i in range(10):
+    for i in range(30):
         write_png(folder / f"{i}.png", scene())
-    rows = [row(f"{i}.png") for i in range(10)]
-    sizes = {split: len(build(folder, *rows, split=split)) for split in ("train", "val", "test")}
-    assert sizes == {"train": 8, "val": 1, "test": 1}
+    rows = [row(f"{i}.png") for i in range(30)]
+    split_of = {record["image"]: record["split"] for record in build(folder, *rows)}
+    for split in ("train", "val", "test"):
+        wanted = [image for image, its in split_of.items() if its == split]
+        assert wanted
+        assert [record["image"] for record in build(folder, *rows, split=split)] == wanted
     with pytest.raises(UsageError, match="Did you mean 'train'"):
         build(folder, *rows, split="trian")
     with pytest.raises(UmedError, match="no images in split 'val'"):

@@ -8,8 +8,8 @@ import pytest
 from drawn import write_recipe
 
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.reader_options import CocoOptions, CsvOptions
 from umed_plugin.recipe import load_recipe, shipped_recipes
-from umed_plugin.recipe_options import CocoOptions, CsvOptions
 
 CSV = "{reader: csv, files: a.csv, columns: {file: f, box: [a, b, c, d], lesion: l}}"
 
@@ -103,7 +103,7 @@ split: {by: patients, fractions: {train: .5}}
             "",
             "annotations.reader: unknown reader 'cocoo'. Did you mean 'coco'?",
         ),
-        ("{files: a}", "{by: patient}", "", "annotations.reader: missing. Allowed: coco, csv, mask, voc, yolo"),
+        ("{files: a}", "{by: patient}", "", "annotations.reader: missing. Allowed: coco, csv, json, mask, voc, yolo"),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),
         ("{reader: coco, files: a}", "{by: file}", "", "split.by: is 'file', but annotations.files is one for all"),
         (CSV, "{by: column}", "", "split.by: is 'column', but annotations.columns.split names none"),
@@ -113,6 +113,32 @@ split: {by: patients, fractions: {train: .5}}
         (CSV, "{by: patient}", "ignore_classes: [nod]", "ignore_classes: 'nod' is in classes too"),
         (CSV, "{by: patient, patient_pattern: abc}", "", "split.patient_pattern: needs a group in parentheses"),
         (CSV, "{by: patient, patient_pattern: '('}", "", "split.patient_pattern: is no regular expression"),
+        (CSV, "{by: patient, copy_pattern: '.rf.'}", "", "split.copy_pattern: needs a group in parentheses"),
+        (CSV, "{by: patient}", "negatives: {only: '('}", "negatives.only: is no regular expression"),
+        (
+            CSV,
+            "{by: patient}",
+            "negatives: {use: drop, only: a}",
+            "negatives: use is 'drop', so only would have no effect",
+        ),
+        (
+            CSV,
+            "{by: patient}",
+            "negatives: kep",
+            "negatives.use: found 'kep'. Input should be 'keep' or 'drop'. Did you mean",
+        ),
+        (
+            "{reader: json, files: a, image: b, boxes: c, box: [d]}",
+            "{by: patient}",
+            "",
+            "box: 1 fields given; needed: 4",
+        ),
+        (
+            "{reader: json, files: a, image: b, boxes: c, box: d}",
+            "{by: patient}",
+            "",
+            "give either lesion or only_class",
+        ),
         (CSV, "{by: patient}", "sha256: abc", "sha256: is filled in by umed"),
         (CSV.replace("lesion: l", "file: f"), "{by: patient}", "", "the key 'file' stands twice"),
         (CSV.replace(", lesion: l", ""), "{by: patient}", "", "annotations: give either columns.lesion or only_class"),

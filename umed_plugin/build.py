@@ -25,7 +25,6 @@ from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.geometry import ImageGeometry, Orientation
 from umed_plugin.images import load_image, read_by_llava
 from umed_plugin.recipe import Recipe
-from umed_plugin.recipe_faults import Faults
 from umed_plugin.recipe_options import SPLITS
 from umed_plugin.records import Record
 
@@ -80,13 +79,13 @@ def build_records(
     _check_arguments(split, on_bad_image)
     found = read_annotations(recipe, data_root)
     keep = [item for item in found.items if split in (None, item.split)]
-    bad_images = [missing_image(item, recipe) for item in found.missing if split in (None, item.split)]
+    bad_images = [missing_image(item) for item in found.missing if split in (None, item.split)]
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
-    for prepared in prepare(keep, recipe, found.faults, bad_images, progress):
+    for prepared in prepare(keep, found, bad_images, recipe.name if progress else None):
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
-            record = _record(prepared, recipe, found.root, Path(out_dir), geometry, box_decimals, seed)
+            record = _record(prepared, Path(out_dir), geometry, box_decimals, seed)
             rng = random.Random(f"{seed}:{record['id']}")
             record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
             records.append(record)
@@ -106,22 +105,28 @@ def _check_arguments(split: Optional[str], on_bad_image: str) -> None:
         raise UsageError(unknown_name("on_bad_image", on_bad_image, ("stop", "skip")))
 
 
-def missing_image(item: Annotated, recipe: Recipe) -> UmedError:
+def missing_image(item: Annotated) -> UmedError:
     """The error for an annotated image that is not on disk."""
-    return UmedError(f"{item.image}: no such image, but {item.where} names it. Get it from {recipe.terms.url}")
+    return UmedError(f"{item.image}: no such image, but {item.where} names it. Get it from {item.recipe.terms.url}")
 
 
 def prepare(
-    items: Sequence[Annotated], recipe: Recipe, faults: Faults, bad_images: list[UmedError], progress: bool = False
+    items: Sequence[Annotated], found: AnnotationSet, bad_images: list[UmedError], title: Optional[str] = None
 ) -> Iterator[Prepared]:
-    """Read every image and fit its boxes; wrong boxes are noted in ``faults``, unreadable images in ``bad_images``."""
+    """Read every image and fit its boxes.
+
+    Wrong boxes are noted in ``found.faults``, what was dropped in ``found.left_out``, unreadable images in ``bad_images``.
+
+    Args:
+        title: of a progress bar; None shows none.
+    """
     from rich.console import Console
     from rich.progress import track
 
-    shown = track(items, f"{recipe.name}: images", console=Console(stderr=True), disable=not progress, transient=True)
+    shown = track(items, f"{title}: images", console=Console(stderr=True), disable=title is None, transient=True)
     for item in shown:
         try:
-            prepared = _prepare_one(item, recipe, faults)
+            prepared = _prepare_one(item, found)
         except UmedError as error:
             bad_images.append(error)
             continue
@@ -129,15 +134,15 @@ def prepare(
             yield prepared
 
 
-def _prepare_one(item: Annotated, recipe: Recipe, faults: Faults) -> Optional[Prepared]:
-    options = recipe.image
+def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
+    options = item.recipe.image
     if read_by_llava(item.image):
         # Decoding is the only way to find a truncated file before training does.
         width, height = load_image(item.image)[1].size
         pixels, turned = None, Orientation(width, height)
     else:
         if options.window == "column" and item.window is None:
-            faults.add(item.where, "the window column is empty, and image.window is 'column'")
+            found.faults.add(item.where, "the window column is empty, and image.window is 'column'")
             return None
         window = item.window if options.window == "column" and item.window else options.window
         pixels, turned = load_image(
@@ -149,17 +154,20 @@ def _prepare_one(item: Annotated, recipe: Recipe, faults: Faults) -> Optional[Pr
             slice_axis=options.slice_axis,
         )
     frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
-    if item.size is not None and tuple(item.size) != tuple(frame):
-        faults.add(
+    claimed = tuple(item.size or frame)
+    if claimed != tuple(frame) and options.other_size == "stop":
+        found.faults.add(
             item.where,
-            f"says that {item.image.name} is {item.size[0]}x{item.size[1]}, but the file is "
-            f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version",
+            f"says that {item.image.name} is {claimed[0]}x{claimed[1]}, but the file is "
+            f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version. "
+            "If only the size differs: image: {other_size: scale}",
         )
         return None
-    boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame) for box in item.boxes]
-    fitted = [_fit(box, frame, item, recipe, faults) for box in boxes]
+    boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame, claimed) for box in item.boxes]
+    fitted = [_fit(box, frame, item, found) for box in boxes]
     kept = [(box, name) for box, name in zip(fitted, item.classes) if box is not None]
     if item.boxes and not kept:
+        found.left_out["only degenerate boxes"] += 1
         return None  # what had lesions must not turn into a negative
     turned_boxes = [box for box, _ in kept]
     if options.box_frame == "stored":
@@ -168,14 +176,16 @@ def _prepare_one(item: Annotated, recipe: Recipe, faults: Faults) -> Optional[Pr
     return Prepared(item, turned.size, [turned_boxes[i] for i in order], [kept[i][1] for i in order], pixels)
 
 
-def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int]) -> Box:
+def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int], claimed: tuple[int, ...]) -> Box:
+    """A box of the annotations in pixels of the file, of the size ``frame``; they may have been drawn on another size."""
     x1, y1, x2, y2 = (box[1], box[0], box[3], box[2]) if swapped else box
-    width, height = frame if normalised else (1, 1)
+    width, height = frame if normalised else (frame[0] / claimed[0], frame[1] / claimed[1])
     return (x1 * width, y1 * height, x2 * width, y2 * height)
 
 
-def _fit(box: Box, frame: tuple[int, int], item: Annotated, recipe: Recipe, faults: Faults) -> Optional[Box]:
+def _fit(box: Box, frame: tuple[int, int], item: Annotated, found: AnnotationSet) -> Optional[Box]:
     """The box cut to its image when it sticks out by no more than the tolerance; None after a fault or when dropped."""
+    recipe, faults = item.recipe, found.faults
     width, height = frame
     outside = max(-box[0], -box[1], box[2] - width, box[3] - height)
     rounded = [round(value, 2) for value in box]
@@ -188,13 +198,16 @@ def _fit(box: Box, frame: tuple[int, int], item: Annotated, recipe: Recipe, faul
         return None
     x1, y1, x2, y2 = box
     fitted = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-    if is_degenerate(fitted):
+    if is_degenerate(fitted) or min(fitted[2] - fitted[0], fitted[3] - fitted[1]) < recipe.least_box_side:
         if recipe.degenerate_boxes == "stop":
+            thin = f"is thinner than least_box_side {recipe.least_box_side:g}" if not is_degenerate(fitted) else ""
             faults.add(
                 item.where,
-                f"box {rounded} of {item.image.name} has no area. Is annotations.convention right? "
+                f"box {rounded} of {item.image.name} {thin or 'has no area'}. Is annotations.convention right? "
                 "Slivers can be left out with: degenerate_boxes: drop",
             )
+        else:
+            found.dropped_boxes += 1
         return None
     return fitted
 
@@ -215,11 +228,9 @@ def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict
     return bool(seen)
 
 
-def _record(
-    prepared: Prepared, recipe: Recipe, root: Path, out_dir: Path, geometry: ImageGeometry, decimals: int, seed: int
-) -> Record:
-    item = prepared.item
-    original = os.path.relpath(item.image, root)
+def _record(prepared: Prepared, out_dir: Path, geometry: ImageGeometry, decimals: int, seed: int) -> Record:
+    item, recipe = prepared.item, prepared.item.recipe
+    original = os.path.relpath(item.image, item.root)
     name = original if item.slice is None else f"{original}#{item.slice}"
     return {
         "id": f"{recipe.name}/{name}",
@@ -275,6 +286,8 @@ def _report(
         _log.warning("%s: %d images skipped, the first:\n  %s", recipe.name, len(bad_images), shown)
     hint = f"{recipe.path} with data in {found.root}"
     found.faults.raise_if_any(hint + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
+    if found.dropped_boxes:
+        _log.warning("%s: %d degenerate boxes left out", recipe.name, found.dropped_boxes)
     for reason, count in found.left_out.items():
         _log.warning("%s: %d images left out (%s)", recipe.name, count, reason)
     if tally["lost"] or tally["cut"]:

@@ -87,7 +87,9 @@ def check_recipe(
     """
     check = RecipeCheck(recipe, read_annotations(recipe, data_root))
     check.classes = {name: ClassCheck() for name in recipe.names}
-    for prepared in prepare(check.annotations.items, recipe, check.annotations.faults, check.bad_images, progress):
+    for prepared in prepare(
+        check.annotations.items, check.annotations, check.bad_images, recipe.name if progress else None
+    ):
         _count(prepared, check)
     return check
 
@@ -121,6 +123,8 @@ def print_check(check: RecipeCheck, console: Console) -> None:
     console.print(_classes_table(check))
     for reason, count in check.annotations.left_out.items():
         console.print(f"{count} images left out: {reason}")
+    if check.annotations.dropped_boxes:
+        console.print(f"{check.annotations.dropped_boxes} degenerate boxes left out")
     shared = check.shared_patients
     if shared:
         console.print(

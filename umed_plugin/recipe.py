@@ -1,8 +1,8 @@
 """Recipes: one YAML per data set that says where its annotations are, how to read them and under which terms.
 
-A data set whose annotations are COCO, Pascal VOC, YOLO, CSV or masks needs a YAML and no Python. ``umed recipe show`` prints
-a shipped one to start from. Every key is described at its field below; a mistake is reported with its place, what is allowed
-and what was probably meant, all mistakes at once.
+A data set whose annotations are COCO, Pascal VOC, YOLO, CSV, JSON by image or masks needs a YAML and no Python.
+``umed recipe show`` prints a shipped one to start from. Every key is described at its field below; a mistake is reported with
+its place, what is allowed and what was probably meant, all mistakes at once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import yaml
 from pydantic import Field, field_validator
 
 from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.reader_options import READER_OPTIONS, FreeOptions, ReaderOptions
 from umed_plugin.recipe_faults import Faults, NoDuplicates, validated
 from umed_plugin.recipe_options import (
-    READER_OPTIONS,
     AbnormalityClass,
-    FreeOptions,
     ImageOptions,
-    ReaderOptions,
+    NegativeRule,
     SplitRule,
     StrictModel,
     Terms,
@@ -36,9 +35,10 @@ class Recipe(StrictModel):
         data_root: folder of the data set; ``${VARIABLE}`` is taken from the environment, ``--data-root`` goes before it.
         classes: class in the annotations -> plain name and synonyms.
         ignore_classes: an image that holds one of these is left out whole, as it is neither negative nor fully described.
-        negatives: ``keep`` or ``drop`` images without a lesion.
+        negatives: ``keep`` or ``drop`` images without a lesion, or which of them and from where (`NegativeRule`).
         box_tolerance: a box that sticks out of its image by at most this many pixels is cut to it; further is a fault.
-        degenerate_boxes: ``stop`` at a box without area, or ``drop`` it (an image left without box is left out).
+        least_box_side: a box that is narrower or lower than this many pixels is degenerate. Default: it has no area.
+        degenerate_boxes: ``stop`` at a degenerate box, or ``drop`` it (an image left without box is left out).
         path, sha256: of the YAML file; filled in by `load_recipe`.
     """
 
@@ -52,8 +52,9 @@ class Recipe(StrictModel):
     classes: dict[str, AbnormalityClass] = Field(min_length=1)
     ignore_classes: list[str] = []
     split: SplitRule
-    negatives: Literal["keep", "drop"] = "keep"
+    negatives: NegativeRule = NegativeRule()
     box_tolerance: float = Field(1.0, ge=0)
+    least_box_side: float = Field(0.0, ge=0)
     degenerate_boxes: Literal["stop", "drop"] = "stop"
     path: str = ""
     sha256: str = ""
@@ -64,6 +65,11 @@ class Recipe(StrictModel):
         if isinstance(value, dict):
             return {str(key): item for key, item in value.items()}
         return [str(item) for item in value] if isinstance(value, list) else value
+
+    @field_validator("negatives", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
 
     @property
     def names(self) -> dict[str, list[str]]:

@@ -1,11 +1,11 @@
-"""The keys of a recipe's parts: annotation readers, image options, split rule. `recipe.Recipe` puts them together."""
+"""The keys of a recipe's parts: terms, classes, image options, splits, negatives. `recipe.Recipe` puts them together."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from umed_plugin.errors import unknown_name
 
@@ -29,16 +29,6 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _by_split(value: Any) -> Any:
-    return {"": value} if isinstance(value, (str, int)) else value
-
-
-# A path for all, or one per split; "" is the key of the former.
-FilesBySplit = Annotated[
-    dict[Literal["", "train", "val", "test"], str], BeforeValidator(_by_split), Field(min_length=1)
-]
-
-
 class Terms(StrictModel):
     """Terms of use: nothing is redistributed, so the user must know where to get the data and under which licence."""
 
@@ -57,146 +47,6 @@ class AbnormalityClass(StrictModel):
 
     name: str = Field(min_length=1)
     synonyms: list[str] = []
-
-
-class ReaderOptions(StrictModel):
-    """What every reader takes.
-
-    Attributes:
-        reader: coco, voc, yolo, csv, mask, or ``my_module:my_reader`` (then all further keys are handed to it).
-        files: annotation file, folder or pattern under the data root, or one per split (train, val, test).
-        image_root: folder of the images under the data root; ``{split}`` stands for the split. Default: the folder of the
-            annotation file (coco, csv) or the data root (the others).
-    """
-
-    reader: str
-    files: FilesBySplit
-    image_root: Optional[str] = None
-
-
-class CocoOptions(ReaderOptions):
-    """COCO JSON: ``images``, ``annotations`` with ``bbox`` [x, y, width, height], ``categories``."""
-
-
-class VocOptions(ReaderOptions):
-    """Pascal VOC: ``files`` is a pattern of XML files, such as ``Annotations/*.xml``.
-
-    Attributes:
-        convention: ``one_based`` is Pascal VOC's own (first pixel is 1, last pixel belongs to the box), ``inclusive`` counts
-            from 0 and includes the last pixel, ``half_open`` counts from 0 and does not.
-        split_lists: text file per split that lists file stems (``ImageSets/Main/train.txt``).
-    """
-
-    convention: Literal["one_based", "inclusive", "half_open"] = "one_based"
-    split_lists: dict[Split, str] = {}
-
-
-class YoloOptions(ReaderOptions):
-    """YOLO: ``files`` is the folder of label files, ``image_root`` that of the images; an image without one is negative.
-
-    Attributes:
-        names: class names in order, or the YAML file (``data.yaml``) that holds them under ``names``.
-    """
-
-    names: Union[str, list[str]]
-
-
-class CsvColumns(StrictModel):
-    """Which column holds what, by its header or by its number from 0.
-
-    Attributes:
-        file: image file, relative to ``image_root``.
-        box: four columns, or one that holds four numbers ("12.5, 30, 44, 71"). An empty box marks a negative image.
-        lesion: class; leave out when the file has one class, given as ``only_class``.
-        patient, split, modality, slice, window: optional; ``window`` holds "low, high".
-    """
-
-    file: Column
-    box: Union[Column, list[Column]]
-    lesion: Optional[Column] = None
-    patient: Optional[Column] = None
-    split: Optional[Column] = None
-    modality: Optional[Column] = None
-    slice: Optional[Column] = None
-    window: Optional[Column] = None
-
-    @field_validator("box")
-    @classmethod
-    def _four(cls, value: Any) -> Any:
-        if isinstance(value, list) and len(value) != 4:
-            raise ValueError(f"{len(value)} columns given; needed: 4, or one column that holds 4 numbers")
-        return value
-
-
-class CsvOptions(ReaderOptions):
-    """CSV with a header line; rows of the same image (and slice) belong together.
-
-    Attributes:
-        convention: ``xyxy``, ``xywh`` (corner and size) or ``cxcywh`` (middle and size).
-        normalised: coordinates are 0-1 of the image instead of pixels.
-        only_class: class of every row, where no column says it.
-        split_values: value of the split column -> train, val or test; without it the column must say these.
-        only_rows: column header -> values to keep; other rows are left out.
-        rename: ``[pattern, replacement]`` applied to the file column (regular expression), to get from name to path.
-    """
-
-    columns: CsvColumns
-    convention: Literal["xyxy", "xywh", "cxcywh"] = "xyxy"
-    normalised: bool = False
-    delimiter: str = ","
-    only_class: Optional[str] = None
-    split_values: dict[str, Split] = {}
-    only_rows: dict[str, list[str]] = {}
-    rename: Optional[tuple[str, str]] = None
-
-    @field_validator("split_values", mode="before")
-    @classmethod
-    def _keys_as_text(cls, value: Any) -> Any:
-        return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _one_class_source(self) -> CsvOptions:
-        if (self.columns.lesion is None) == (self.only_class is None):
-            raise ValueError("give either columns.lesion or only_class")
-        return self
-
-
-class MaskOptions(ReaderOptions):
-    """Mask images: ``files`` is a pattern of the images, each connected region of its mask is a lesion.
-
-    Attributes:
-        masks: path of an image's mask, with ``{stem}`` for the image's name without ending, ``{split}`` for the split.
-        values: grey value -> class, for label masks.
-        only_class: the class of everything at or above ``threshold`` (JPEG masks have grey levels), for yes/no masks.
-        min_area: regions of fewer pixels are slivers and are left out.
-    """
-
-    masks: str
-    values: dict[int, str] = {}
-    only_class: Optional[str] = None
-    threshold: int = 128
-    min_area: int = 1
-
-    @model_validator(mode="after")
-    def _one_class_source(self) -> MaskOptions:
-        if bool(self.values) == (self.only_class is not None):
-            raise ValueError("give either values (label masks) or only_class (yes/no masks)")
-        return self
-
-
-class FreeOptions(ReaderOptions):
-    """Options of a user's own reader: every further key is allowed and handed on."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-READER_OPTIONS: dict[str, type[ReaderOptions]] = {
-    "coco": CocoOptions,
-    "csv": CsvOptions,
-    "mask": MaskOptions,
-    "voc": VocOptions,
-    "yolo": YoloOptions,
-}
 
 
 class WindowRange(StrictModel):
@@ -230,6 +80,8 @@ class ImageOptions(StrictModel):
         box_frame: ``displayed``, boxes are pixels of the image as turned by ``orientation``, or ``stored``, of the slice as
             it lies in the file (NIfTI: x along its first remaining axis, y along the second); these move along.
         box_axes: ``xy``; ``yx`` when boxes were read off the array by row and column.
+        other_size: ``stop`` where the annotations claim another size than the file has, or ``scale``: they were drawn on the
+            same picture at that size, and their boxes are scaled along with it (TBX11K's XML).
     """
 
     window: Union[str, WindowRange] = "file"
@@ -238,6 +90,7 @@ class ImageOptions(StrictModel):
     slice_axis: Literal[0, 1, 2] = 2
     box_frame: Literal["displayed", "stored"] = "displayed"
     box_axes: Literal["xy", "yx"] = "xy"
+    other_size: Literal["stop", "scale"] = "stop"
 
     @field_validator("window", mode="before")
     @classmethod
@@ -252,17 +105,21 @@ class SplitRule(StrictModel):
     """Who goes to train, val and test.
 
     Attributes:
-        by: ``file`` (``files`` or ``split_lists`` say it), ``column`` (the CSV's split column), or ``patient``: patients are
-            dealt out by a hash of ``seed`` and their name, so the same patient is never in two splits.
-        fractions: for ``patient``.
-        patient_pattern: regular expression on the image's file name whose first group is the patient, where no column says it
-            (also to keep augmented copies of one image together). Default: the file name without ending.
+        by: ``file`` (``files`` or ``split_lists`` say it), ``column`` (the CSV's split column), or ``patient``: a hash of
+            ``seed`` and the patient's name says the split. So a patient is never in two, and stays where they are when
+            further images are downloaded.
+        fractions: for ``patient``; they are met on average, the closer the more patients there are.
+        patient_pattern: regular expression on the image's file name whose first group is the patient, where no column says it.
+            Default: the first group of ``copy_pattern``, else the file name without ending.
+        copy_pattern: regular expression on the image's file name whose first group is the picture that it is an augmented
+            copy of. All copies are trained on; val and test keep the first by name, as copies say nothing new there.
     """
 
     by: Literal["file", "column", "patient"]
     seed: int = 0
     fractions: dict[Split, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
     patient_pattern: Optional[str] = None
+    copy_pattern: Optional[str] = None
 
     @field_validator("fractions")
     @classmethod
@@ -271,13 +128,62 @@ class SplitRule(StrictModel):
             raise ValueError(f"sum to {sum(value.values()):g}; needed: 1, none below 0")
         return value
 
-    @field_validator("patient_pattern")
+    @field_validator("patient_pattern", "copy_pattern")
     @classmethod
     def _has_group(cls, value: Optional[str]) -> Optional[str]:
-        try:
-            groups = re.compile(value or "()").groups
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
-        if not groups:
-            raise ValueError("needs a group in parentheses around what names the patient")
+        if not _compiled(value).groups and value is not None:
+            raise ValueError("needs a group in parentheses around what names the patient or picture")
         return value
+
+
+def _compiled(pattern: Optional[str]) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}") from error
+
+
+class NegativeList(StrictModel):
+    """A CSV that lists images without a lesion, beside annotations that know only images with one.
+
+    Attributes:
+        files: the CSV under the data root; a pattern stands for the one file that it matches.
+        file, patient: its columns, by header or by number from 0.
+        only_rows: column header -> values to keep; other rows are left out.
+    """
+
+    files: str
+    file: Column
+    patient: Optional[Column] = None
+    only_rows: dict[str, list[str]] = {}
+    delimiter: str = ","
+
+
+class NegativeRule(StrictModel):
+    """Which images without a lesion are taken. ``negatives: keep`` and ``negatives: drop`` are short for ``use`` alone.
+
+    Attributes:
+        use: ``keep`` or ``drop`` them.
+        only: regular expression on the image's path under the data root; an image without a lesion that it does not match is
+            left out, since it may show one that nobody marked.
+        listed: a CSV of further images without a lesion; those that are not on disk are left out.
+        per_positive: at most so many, in each split, for one image with a lesion; a hash of ``split.seed`` and the path picks.
+    """
+
+    use: Literal["keep", "drop"] = "keep"
+    only: Optional[str] = None
+    listed: Optional[NegativeList] = None
+    per_positive: Optional[float] = Field(None, ge=0)
+
+    @field_validator("only")
+    @classmethod
+    def _is_pattern(cls, value: Optional[str]) -> Optional[str]:
+        _compiled(value)
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> NegativeRule:
+        given = [name for name in ("only", "listed", "per_positive") if getattr(self, name) is not None]
+        if self.use == "drop" and given:
+            raise ValueError(f"use is 'drop', so {', '.join(given)} would have no effect; take out one or the other")
+        return self

@@ -5,19 +5,20 @@ A new format is a function registered here (or ``my_module:my_reader`` in a reci
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
 
-from umed_plugin.annotations import coco, mask, table, voc, yolo  # noqa: F401  (they register themselves)
+from umed_plugin.annotations import by_image, coco, mask, voc, yolo  # noqa: F401  (they register themselves)
 from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated
+from umed_plugin.annotations.splits import deal_out, picked_by_hash, set_patients, without_copies_held_out
+from umed_plugin.annotations.table import read_negative_list
 from umed_plugin.errors import did_you_mean
 from umed_plugin.recipe import Recipe
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import SPLITS
 
 __all__ = ["ANNOTATION_READERS", "Annotated", "AnnotationSet", "read_annotations"]
 
@@ -31,6 +32,7 @@ class AnnotationSet:
         items: images that are on disk, with plain class names, patient and split.
         missing: items whose image is not on disk.
         left_out: reason -> number of images left out on purpose.
+        dropped_boxes: degenerate boxes left out, once images are read.
         faults: what is wrong; nothing may be built while there are any.
     """
 
@@ -38,6 +40,7 @@ class AnnotationSet:
     items: list[Annotated] = field(default_factory=list)
     missing: list[Annotated] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: int = 0
     faults: Faults = field(default_factory=Faults)
 
 
@@ -49,15 +52,28 @@ def read_annotations(recipe: Recipe, data_root: Optional[Union[str, Path]] = Non
     """
     found = AnnotationSet(recipe.root(data_root))
     reader = ANNOTATION_READERS.get(recipe.annotations.reader)
-    items = reader(recipe.annotations, found.root, found.faults)
-    items = _with_plain_names(items, recipe, found)
-    _set_patients(items, recipe)
+    read = reader(recipe.annotations, found.root, found.faults)
+    items = _with_plain_names(_without_left_out(read, found), recipe, found)
+    items += _listed_negatives({item.image for item in read}, recipe, found)
+    set_patients(items, recipe.split)
     if recipe.split.by == "patient":
-        _deal_out(items, recipe)
+        deal_out(items, recipe.split)
+    items, copies = without_copies_held_out(items)
+    found.left_out["augmented copy in val or test"] += copies
     for item in items:
         item.modality = item.modality or recipe.modality
+        item.recipe, item.root = recipe, found.root
         (found.items if item.image.is_file() else found.missing).append(item)
+    _choose_negatives(recipe, found)
+    found.left_out = +found.left_out
     return found
+
+
+def _without_left_out(items: list[Annotated], found: AnnotationSet) -> list[Annotated]:
+    for item in items:
+        if item.left_out:
+            found.left_out[item.left_out] += 1
+    return [item for item in items if not item.left_out]
 
 
 def _with_plain_names(items: list[Annotated], recipe: Recipe, found: AnnotationSet) -> list[Annotated]:
@@ -71,8 +87,10 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, found: AnnotationS
                 first.setdefault(name, item.where)
         if any(name in recipe.ignore_classes for name in item.classes):
             found.left_out["holds an ignored class"] += 1
-        elif not item.classes and recipe.negatives == "drop":
+        elif not item.classes and recipe.negatives.use == "drop":
             found.left_out["negative"] += 1
+        elif not item.classes and not _may_be_negative(item, recipe, found.root):
+            found.left_out["without a lesion, but not one of negatives.only"] += 1
         elif all(name in recipe.classes for name in item.classes):
             item.classes = [recipe.classes[name].name for name in item.classes]
             kept.append(item)
@@ -85,26 +103,39 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, found: AnnotationS
     return kept
 
 
-def _set_patients(items: list[Annotated], recipe: Recipe) -> None:
-    pattern = recipe.split.patient_pattern
-    for item in items:
-        stem = item.image.name.split(".nii")[0] if ".nii" in item.image.name else item.image.stem
-        named = re.search(pattern, item.image.name) if pattern else None
-        item.patient = item.patient or (named.group(1) if named else stem)
+def _may_be_negative(item: Annotated, recipe: Recipe, root: Path) -> bool:
+    pattern = recipe.negatives.only
+    return pattern is None or re.search(pattern, os.path.relpath(item.image, root)) is not None
 
 
-def _deal_out(items: list[Annotated], recipe: Recipe) -> None:
-    """Give every patient a split: in the order of a hash, the first share is train, the next val, the rest test."""
+def _listed_negatives(annotated: set[Path], recipe: Recipe, found: AnnotationSet) -> list[Annotated]:
+    """Images of the list that are on disk; one that the annotations know is what they say."""
+    listed = recipe.negatives.listed
+    if listed is None:
+        return []
+    kept: list[Annotated] = []
+    for item in read_negative_list(listed, recipe.annotations, found.root, found.faults):
+        if item.image in annotated:
+            found.left_out["listed as negative, but annotated"] += 1
+        elif not item.image.is_file():
+            found.left_out["listed as negative, not on disk"] += 1
+        elif _may_be_negative(item, recipe, found.root):
+            kept.append(item)
+        else:
+            found.left_out["listed as negative, but not one of negatives.only"] += 1
+    return kept
 
-    def rank(patient: str) -> str:
-        return hashlib.sha256(f"{recipe.split.seed}:{patient}".encode()).hexdigest()
 
-    patients = sorted({item.patient for item in items}, key=rank)
-    split_of: dict[str, str] = {}
-    end, share = 0, 0.0
-    for split in SPLITS:
-        share += recipe.split.fractions.get(split, 0.0)
-        start, end = end, round(share * len(patients))
-        split_of.update(dict.fromkeys(patients[start:end], split))
-    for item in items:
-        item.split = split_of[item.patient]
+def _choose_negatives(recipe: Recipe, found: AnnotationSet) -> None:
+    """Leave as many negatives in each split as ``per_positive`` allows."""
+    if recipe.negatives.per_positive is None:
+        return
+    positives = Counter(item.split for item in found.items if item.boxes)
+    chosen = [item for item in found.items if item.boxes]
+    for split in sorted({item.split for item in found.items}):
+        negatives = [item for item in found.items if not item.boxes and item.split == split]
+        wanted = round(recipe.negatives.per_positive * positives[split])
+        chosen += picked_by_hash(negatives, wanted, recipe.split.seed)
+    found.left_out["negative above negatives.per_positive"] += len(found.items) - len(chosen)
+    kept = {id(item) for item in chosen}
+    found.items = [item for item in found.items if id(item) in kept]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from umed_plugin.boxes import Box
+from umed_plugin.recipe import Recipe
 from umed_plugin.recipe_faults import Faults
 from umed_plugin.registry import Registry
 
@@ -24,6 +26,9 @@ class Annotated:
         size: width and height that the annotations claim, or None.
         slice: index from 0 in a volume, or None.
         window: low and high that the annotations give, or None.
+        left_out: why the recipe leaves the image out; empty for one that it takes.
+        copy_of: the picture that the image is an augmented copy of, or empty.
+        recipe, root: of the data set that the image belongs to, and its folder; set by `read_annotations`.
     """
 
     image: Path
@@ -37,7 +42,11 @@ class Annotated:
     modality: str = ""
     slice: Optional[int] = None
     window: Optional[tuple[float, float]] = None
-    extras: dict[str, Any] = field(default_factory=dict)
+    left_out: str = ""
+    copy_of: str = ""
+    # Recipes are long, and the same for thousands of images.
+    recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
+    root: Path = Path()
 
 
 # A reader takes its options (recipe.annotations), the data root and the place to note faults.
@@ -45,9 +54,46 @@ Reader = Callable[[Any, Path, Faults], list[Annotated]]
 ANNOTATION_READERS: Registry[Reader] = Registry("annotation reader")
 
 
-def image_folder(options: Any, root: Path, split: str, default: Path) -> Path:
-    """The folder of a split's images: ``image_root`` under the data root, or ``default``."""
-    return root / options.image_root.format(split=split) if options.image_root is not None else default
+class ImageFolders:
+    """Where the images of a split are: the folders that match ``image_root``, looked through in order.
+
+    Folders are listed once: asking for each of 100,000 images in each of NIH's 12 folders takes minutes on a network disk.
+    """
+
+    def __init__(self, options: Any, root: Path, split: str, default: Path) -> None:
+        self._listed: dict[Path, set[str]] = {}
+        patterns = options.image_roots(split)
+        self.folders = [folder for pattern in patterns for folder in _matching_folders(root, pattern)] or [default]
+
+    def find(self, names: Sequence[str]) -> Path:
+        """The first file that is there under one of the names; where none is, the path at which the first was looked for."""
+        for name in names:
+            for folder in self.folders:
+                path = folder / name
+                if path.name in self._names_in(path.parent):
+                    return path
+        return self.folders[0] / names[0]
+
+    def images(self, endings: Iterable[str]) -> list[Path]:
+        """All files with one of the endings (lower case), sorted."""
+        return sorted(
+            folder / name
+            for folder in self.folders
+            for name in self._names_in(folder)
+            if os.path.splitext(name)[1].lower() in endings
+        )
+
+    def _names_in(self, folder: Path) -> set[str]:
+        if folder not in self._listed:
+            self._listed[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        return self._listed[folder]
+
+
+def _matching_folders(root: Path, pattern: str) -> list[Path]:
+    """A pattern that matches nothing stays as it is written, so that a message can name it."""
+    if "*" not in pattern:
+        return [root / pattern]
+    return sorted(path for path in root.glob(pattern) if path.is_dir()) or [root / pattern]
 
 
 def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
@@ -56,3 +102,23 @@ def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
     if not found:
         faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
     return found
+
+
+def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
+    """The file of that name, or the one file that a pattern matches; None after a fault."""
+    found = sorted(path for path in root.glob(name) if path.is_file()) if "*" in name else [root / name]
+    if len(found) > 1:
+        faults.add(root / name, f"matches {', '.join(path.name for path in found)}; needed: one. Name it in the recipe")
+        return None
+    if not found or not found[0].is_file():
+        faults.add(root / name, "no such annotation file")
+        return None
+    return found[0]
+
+
+def as_xyxy(values: Sequence[float], convention: str) -> Box:
+    """Four numbers of a convention (``xyxy``, ``xywh``, ``cxcywh``) as corners, in the same unit."""
+    a, b, c, d = values
+    if convention == "xywh":
+        return (a, b, a + c, b + d)
+    return (a - c / 2, b - d / 2, a + c / 2, b + d / 2) if convention == "cxcywh" else (a, b, c, d)

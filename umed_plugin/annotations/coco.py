@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, image_folder
+from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file
+from umed_plugin.reader_options import CocoOptions
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import CocoOptions
 
 # What a reader needs of each entry, and its type in JSON.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
@@ -23,17 +23,14 @@ def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotate
     """Read one COCO file per split."""
     items: list[Annotated] = []
     for split, name in options.files.items():
-        path = root / name
-        content = _content(path, faults)
-        if content is not None:
-            items += _items(content, path, split, image_folder(options, root, split, path.parent), faults)
+        path = annotation_file(root, name, faults)
+        content = _content(path, faults) if path is not None else None
+        if path is not None and content is not None:
+            items += _items(content, path, split, ImageFolders(options, root, split, path.parent), faults)
     return items
 
 
 def _content(path: Path, faults: Faults) -> Any:
-    if not path.is_file():
-        faults.add(path, "no such annotation file")
-        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -69,11 +66,11 @@ def _entry_faults(entry: Any, fields: dict[str, tuple[type, ...]]) -> list[str]:
     ]
 
 
-def _items(content: Any, path: Path, split: str, folder: Path, faults: Faults) -> list[Annotated]:
+def _items(content: Any, path: Path, split: str, folders: ImageFolders, faults: Faults) -> list[Annotated]:
     names = {category["id"]: str(category["name"]) for category in content["categories"]}
     by_id = {
         image["id"]: Annotated(
-            folder / image["file_name"],
+            folders.find([image["file_name"]]),
             [],
             [],
             f"{path} image {image['id']}",

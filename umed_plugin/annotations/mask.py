@@ -10,8 +10,8 @@ from PIL import Image
 
 from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, matching_files
 from umed_plugin.boxes import Box
+from umed_plugin.reader_options import MaskOptions
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import MaskOptions
 
 
 @ANNOTATION_READERS.register("mask")

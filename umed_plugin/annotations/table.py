@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import Optional
 
-from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, image_folder
+from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file, as_xyxy
 from umed_plugin.boxes import Box
 from umed_plugin.errors import did_you_mean
+from umed_plugin.reader_options import CsvOptions, ReaderOptions
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import SPLITS, Column, CsvOptions
+from umed_plugin.recipe_options import SPLITS, Column, NegativeList
 
 
 @ANNOTATION_READERS.register("csv")
@@ -20,17 +21,14 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
     """Read the rows of every file and gather those of the same image and slice."""
     items: list[Annotated] = []
     for split, name in options.files.items():
-        path = root / name
-        if not path.is_file():
-            faults.add(path, "no such annotation file")
-            continue
-        folder = image_folder(options, root, split, path.parent)
-        rows = _rows(path, options.delimiter, faults)
-        if rows is None:
+        path = annotation_file(root, name, faults)
+        rows = _rows(path, options.delimiter, faults) if path is not None else None
+        if path is None or rows is None:
             continue
         header = [title.strip() for title in rows[0]] if rows else []
-        if _columns_exist(options, header, path, faults):
-            items += _Table(options, header, path, folder, split, faults).items(rows[1:])
+        if _columns_exist(_wanted_columns(options), header, path, faults):
+            folders = ImageFolders(options, root, split, path.parent)
+            items += _Table(options, header, path, folders, split, faults).items(rows[1:])
     return items
 
 
@@ -49,33 +47,43 @@ def _rows(path: Path, delimiter: str, faults: Faults) -> Optional[list[list[str]
     return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
 
 
-def _columns_exist(options: CsvOptions, header: list[str], path: Path, faults: Faults) -> bool:
-    """Note every column that the recipe names and the file lacks; the slice column may be absent."""
-    wanted: list[tuple[str, Column]] = [("only_rows", title) for title in options.only_rows]
+def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
+    """(key of the recipe, column) of every column that must be there; the slice column may be absent."""
+    wanted: list[tuple[str, Column]] = [("annotations.only_rows", title) for title in options.only_rows]
+    wanted += [("annotations.leave_out_images", title) for title in options.leave_out_images]
     for role, given in options.columns:
-        wanted += [
-            (f"columns.{role}", one) for one in (given if isinstance(given, list) else [given]) if one is not None
-        ]
+        columns = given if isinstance(given, list) else [given]
+        wanted += [(f"annotations.columns.{role}", one) for one in columns if one is not None and role != "slice"]
+    return wanted
+
+
+def _columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
+    """Note every column that the recipe names and the file lacks."""
     good = True
     for role, column in wanted:
-        missing = column not in header if isinstance(column, str) else not 0 <= column < len(header)
-        if missing and role != "columns.slice":
+        if column not in header if isinstance(column, str) else not 0 <= column < len(header):
             close = did_you_mean(str(column), header)
-            faults.add(
-                path, f"has no column {column!r} (annotations.{role}).{close} It has: {', '.join(header) or 'none'}"
-            )
+            faults.add(path, f"has no column {column!r} ({role}).{close} It has: {', '.join(header) or 'none'}")
             good = False
     return good
+
+
+def _cell(row: list[str], header: list[str], column: Optional[Column]) -> str:
+    """Text of a cell; empty where the recipe names no column or the row is too short."""
+    if column is None or (isinstance(column, str) and column not in header):
+        return ""
+    index = header.index(column) if isinstance(column, str) else column
+    return row[index].strip() if index < len(row) else ""
 
 
 class _Table:
     """One CSV file with its header, for reading row by row."""
 
     def __init__(
-        self, options: CsvOptions, header: list[str], path: Path, folder: Path, split: str, faults: Faults
+        self, options: CsvOptions, header: list[str], path: Path, folders: ImageFolders, split: str, faults: Faults
     ) -> None:
         self.options, self.header, self.path = options, header, path
-        self.folder, self.split, self.faults = folder, split, faults
+        self.folders, self.split, self.faults = folders, split, faults
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
         gathered: dict[tuple[Path, Optional[int]], Annotated] = {}
@@ -104,19 +112,25 @@ class _Table:
                     "An image is shown in one window: give all its rows the same, or leave the others empty",
                 )
             known.window = known.window or found.window
+            known.left_out = known.left_out or found.left_out
             known.boxes += found.boxes
             known.classes += found.classes
         return list(gathered.values())
 
     def _cell(self, row: list[str], column: Optional[Column]) -> str:
-        """Text of a cell; empty where the recipe names no column or the row is too short."""
-        if column is None or (isinstance(column, str) and column not in self.header):
-            return ""
-        index = self.header.index(column) if isinstance(column, str) else column
-        return row[index].strip() if index < len(row) else ""
+        return _cell(row, self.header, column)
 
     def _wanted(self, row: list[str]) -> bool:
         return all(self._cell(row, title) in values for title, values in self.options.only_rows.items())
+
+    def _left_out(self, row: list[str]) -> str:
+        """Why the row's image is left out whole, or nothing."""
+        reasons = (
+            f"{title} is {self._cell(row, title)}"
+            for title, values in self.options.leave_out_images.items()
+            if self._cell(row, title) in values
+        )
+        return next(reasons, "")
 
     def _item(self, row: list[str], where: str) -> Optional[Annotated]:
         columns = self.options.columns
@@ -124,8 +138,7 @@ class _Table:
         if not file:
             self.faults.add(where, f"column {columns.file!r} is empty; needed: an image file")
             return None
-        if self.options.rename is not None:
-            file = re.sub(*self.options.rename, file)
+        names = [re.sub(*self.options.rename, file), file] if self.options.rename is not None else [file]
         lesion = self.options.only_class or self._cell(row, columns.lesion)
         box = self._box(row, where)
         if box is None:
@@ -139,7 +152,7 @@ class _Table:
             )
             return None
         return Annotated(
-            self.folder / file,
+            self.folders.find(names),
             box,
             [lesion] * len(box),
             where,
@@ -149,6 +162,7 @@ class _Table:
             modality=self._cell(row, columns.modality),
             slice=self._slice(row, where),
             window=self._window(row, where),
+            left_out=self._left_out(row),
         )
 
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
@@ -162,9 +176,7 @@ class _Table:
         except ValueError:
             self.faults.add(where, f"box is {texts}; needed: 4 numbers, or all empty for an image without a lesion")
             return None
-        if self.options.convention == "xywh":
-            return [(a, b, a + c, b + d)]
-        return [(a - c / 2, b - d / 2, a + c / 2, b + d / 2)] if self.options.convention == "cxcywh" else [(a, b, c, d)]
+        return [as_xyxy((a, b, c, d), self.options.convention)]
 
     def _split(self, row: list[str], where: str) -> str:
         text = self._cell(row, self.options.columns.split)
@@ -203,3 +215,24 @@ class _Table:
 
 def _numbers(text: str) -> list[str]:
     return [part for part in re.split(r"[,;\s]+", text.strip(" []()")) if part]
+
+
+def read_negative_list(listed: NegativeList, options: ReaderOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """The images that a CSV lists as being without a lesion; they lie where the annotated ones do."""
+    path = annotation_file(root, listed.files, faults)
+    rows = _rows(path, listed.delimiter, faults) if path is not None else None
+    if path is None or not rows:
+        return []
+    header = [title.strip() for title in rows[0]]
+    named = [("file", listed.file), ("patient", listed.patient), *(("only_rows", title) for title in listed.only_rows)]
+    wanted = [(f"negatives.listed.{role}", column) for role, column in named if column is not None]
+    if not _columns_exist(wanted, header, path, faults):
+        return []
+    folders = ImageFolders(options, root, "", path.parent)
+    items: dict[str, Annotated] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        file = _cell(row, header, listed.file)
+        if file and all(_cell(row, header, title) in values for title, values in listed.only_rows.items()):
+            patient = _cell(row, header, listed.patient)
+            items.setdefault(file, Annotated(folders.find([file]), [], [], f"{path}:{number}", patient=patient))
+    return list(items.values())

@@ -7,9 +7,9 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Optional
 
-from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, image_folder, matching_files
+from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, matching_files
+from umed_plugin.reader_options import VocOptions
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import VocOptions
 
 # What to add to xmin, ymin, xmax, ymax to count from 0 and leave the last pixel's far edge outside.
 _SHIFTS = {"one_based": (-1, -1, 0, 0), "inclusive": (0, 0, 1, 1), "half_open": (0, 0, 0, 0)}
@@ -21,10 +21,10 @@ def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]
     splits = _listed_splits(options, root, faults)
     items: list[Annotated] = []
     for split, pattern in options.files.items():
-        folder = image_folder(options, root, split, root)
+        folders = ImageFolders(options, root, split, root)
         for path in matching_files(root, pattern, faults):
             if splits is None or path.stem in splits:
-                item = _item(path, folder, options, faults)
+                item = _item(path, folders, options, faults)
                 if item is not None:
                     item.split = splits[path.stem] if splits is not None else split
                     items.append(item)
@@ -46,7 +46,7 @@ def _listed_splits(options: VocOptions, root: Path, faults: Faults) -> Optional[
     return splits
 
 
-def _item(path: Path, folder: Path, options: VocOptions, faults: Faults) -> Optional[Annotated]:
+def _item(path: Path, folders: ImageFolders, options: VocOptions, faults: Faults) -> Optional[Annotated]:
     try:
         tree = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
@@ -56,7 +56,7 @@ def _item(path: Path, folder: Path, options: VocOptions, faults: Faults) -> Opti
     if not name:
         faults.add(path, "has no <filename>")
         return None
-    item = Annotated(folder / name, [], [], str(path), _size(tree, path, faults))
+    item = Annotated(folders.find([name]), [], [], str(path), _size(tree, path, faults))
     for number, entry in enumerate(tree.findall("object")):
         texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         try:

@@ -7,10 +7,10 @@ from typing import Optional, Union
 
 import yaml
 
-from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, image_folder
+from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders
 from umed_plugin.boxes import Box
+from umed_plugin.reader_options import YoloOptions
 from umed_plugin.recipe_faults import Faults
-from umed_plugin.recipe_options import YoloOptions
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
@@ -21,11 +21,12 @@ def read_yolo(options: YoloOptions, root: Path, faults: Faults) -> list[Annotate
     names = _class_names(options.names, root, faults)
     items: list[Annotated] = []
     for split, label_folder in options.files.items():
-        folder = image_folder(options, root, split, root)
+        folders = ImageFolders(options, root, split, root)
         if not (root / label_folder).is_dir():
             faults.add(root / label_folder, "no such label folder (annotations.files)")
             continue
-        images = sorted(path for path in folder.glob("*") if path.suffix.lower() in _IMAGES)
+        images = folders.images(_IMAGES)
+        folder = ", ".join(map(str, folders.folders))
         if not images:
             faults.add(folder, f"holds no image ({', '.join(_IMAGES)}); check annotations.image_root")
         stems = {path.stem for path in images}
