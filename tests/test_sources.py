@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from umed_plugin.annotations import read_annotations
 from umed_plugin.boxes import iou_matrix
 from umed_plugin.build import build_records
 from umed_plugin.check import check_recipe
-from umed_plugin.recipe import load_recipe
+from umed_plugin.recipe import Recipe, load_recipe
 from umed_plugin.records import true_boxes
 
 DL_HEADER = (
@@ -22,6 +23,20 @@ DL_HEADER = (
     "Lesion_diameters_Pixel_,Normalized_lesion_location,Coarse_lesion_type,Possibly_noisy,Slice_range,Spacing_mm_px_,"
     "Image_size,DICOM_windows,Patient_gender,Patient_age,Train_Val_Test\n"
 )
+
+
+# In the few images of a test, a split may hold negatives alone, and would keep none of them.
+ALL_IN_TRAIN = (("per_positive: 0.5", "per_positive: 9"), ("  seed: 0\n", "  seed: 0\n  fractions: {train: 1.0}\n"))
+
+
+def own_recipe(name: str, folder: Path, *changes: tuple[str, str]) -> Recipe:
+    """A shipped recipe with some of its text changed, as a user would."""
+    text = Path(load_recipe(name).path).read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / f"{name}.yaml").write_text(text)
+    return load_recipe(folder / f"{name}.yaml")
 
 
 def dl_row(name: str, box: str, kind: int, window: str = "-175, 275", noisy: int = 0) -> str:
@@ -148,7 +163,8 @@ def test_nihs_folders_header_and_negatives(tmp_path: Path) -> None:
         "00000501_000.png,No Finding,0,501\n"
         "00000777_000.png,No Finding,0,777\n"
     )
-    found = read_annotations(_all_negatives(load_recipe("nih_cxr14"), tmp_path), tmp_path)
+    recipe = own_recipe("nih_cxr14", tmp_path, *ALL_IN_TRAIN)
+    found = read_annotations(recipe, tmp_path)
     assert found.faults.messages == []
     told = {item.image.name: item for item in found.items}
     assert {name: item.classes for name, item in told.items()} == {
@@ -160,13 +176,7 @@ def test_nihs_folders_header_and_negatives(tmp_path: Path) -> None:
     assert told["00000013_002.png"].boxes == [(225.5, 547.25, 312.25, 626.25), (10, 20, 40, 60)]
     assert told["00000013_000.png"].patient == told["00000013_002.png"].patient == "00000013"
     assert found.left_out == {"listed as negative, not on disk": 1}
-    assert check_recipe(found.items[0].recipe, data_root=tmp_path).ok
-
-
-def _all_negatives(recipe, folder):  # type: ignore[no-untyped-def]
-    text = Path(recipe.path).read_text()
-    (folder / "own.yaml").write_text(re.sub(r"per_positive: \S+", "per_positive: 99", text))
-    return load_recipe(folder / "own.yaml")
+    assert check_recipe(recipe, data_root=tmp_path).ok
 
 
 def test_kvasirs_real_boxes_and_masks_agree(real_data: Path, tmp_path: Path) -> None:
@@ -202,3 +212,132 @@ def test_kvasirs_slivers_and_grey_masks(tmp_path: Path) -> None:
     assert check.classes["polyp"].sides == [(40, 30)]
     assert check.annotations.dropped_boxes == 2
     assert check.annotations.left_out == {"only degenerate boxes": 1}
+
+
+TBX_NAMES = ("ActiveTuberculosis", "ObsoletePulmonaryTuberculosis", "PulmonaryTuberculosis")
+
+
+def write_tbx11k(root: Path) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
+    """Image -> (class, box in 512 x 512). JSON in pixels of 512, XML in those of the original, as the archive has them."""
+    boxes = {
+        "tb/tb0003.png": [("ActiveTuberculosis", (51.2, 100.0, 153.6, 260.0))],
+        "tb/tb0004.png": [
+            ("ObsoletePulmonaryTuberculosis", (300.0, 40.0, 360.0, 100.0)),
+            ("ActiveTuberculosis", (10.0, 20.0, 200.0, 300.0)),
+        ],
+        "tb/tb1199.png": [],
+        "health/h0001.png": [],
+        "sick/s0001.png": [],
+        "health/h0002.png": [],
+    }
+    original = (2048, 2560)
+    (root / "annotations" / "json").mkdir(parents=True)
+    (root / "annotations" / "xml").mkdir()
+    for split, names in (("train", list(boxes)[:4]), ("val", list(boxes)[4:])):
+        images = [{"id": i, "file_name": name, "width": 512, "height": 512} for i, name in enumerate(names)]
+        found = [
+            {
+                "image_id": i,
+                "category_id": TBX_NAMES.index(label) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": 0,
+            }
+            for i, name in enumerate(names)
+            for label, (x1, y1, x2, y2) in boxes[name]
+        ]
+        categories = [{"id": i + 1, "name": name, "supercategory": "Tuberculosis"} for i, name in enumerate(TBX_NAMES)]
+        content = {"images": images, "annotations": [{"id": i, **one} for i, one in enumerate(found)]}
+        (root / "annotations" / "json" / f"TBX11K_{split}.json").write_text(
+            json.dumps({**content, "categories": categories, "info": {}, "licenses": []})
+        )
+    for name, found_boxes in boxes.items():
+        path = root / "imgs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((512, 512), 70, np.uint8)
+        objects = ""
+        for label, (x1, y1, x2, y2) in found_boxes:
+            pixels[round(y1) : round(y2), round(x1) : round(x2)] = 220
+            corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 * 4, y1 * 5, x2 * 4, y2 * 5))
+            numbers = "".join(f"<{key}>{value:.0f}</{key}>" for key, value in corners)
+            objects += f"<object><name>{label}</name><bndbox>{numbers}</bndbox></object>"
+        Image.fromarray(pixels).save(path)
+        size = f"<size><width>{original[0]}</width><height>{original[1]}</height></size>"
+        (root / "annotations" / "xml" / f"{path.stem}.xml").write_text(
+            f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+        )
+    return boxes
+
+
+def test_tbx11k(tmp_path: Path) -> None:
+    """Test labels are withheld, so train and val are dealt out anew; only an X-ray of a healthy person is a negative."""
+    boxes = write_tbx11k(tmp_path)
+    recipe = own_recipe("tbx11k", tmp_path, *ALL_IN_TRAIN)
+    found = read_annotations(recipe, tmp_path)
+    assert found.faults.messages == []
+    told = {str(item.image.relative_to(tmp_path / "imgs")): item for item in found.items}
+    assert set(told) == {"tb/tb0003.png", "tb/tb0004.png", *(name for name in boxes if name.startswith("health"))}
+    assert found.left_out["without a lesion, but not one of negatives.only"] == 2
+    assert told["tb/tb0004.png"].classes == ["obsolete pulmonary tuberculosis", "active tuberculosis"]
+    np.testing.assert_allclose(told["tb/tb0003.png"].boxes, [boxes["tb/tb0003.png"][0][1]])
+    assert check_recipe(recipe, data_root=tmp_path).ok
+
+
+def test_tbx11ks_xml_is_in_another_resolution_than_its_images(tmp_path: Path) -> None:
+    boxes = write_tbx11k(tmp_path)
+    text = Path(load_recipe("tbx11k").path).read_text()
+    start, end = text.index("annotations:"), text.index("classes:")
+    xml = "annotations: {reader: voc, convention: half_open, files: 'annotations/xml/*.xml', image_root: imgs}\n"
+    (tmp_path / "xml.yaml").write_text(text[:start] + xml + text[end:])
+    faults = check_recipe(load_recipe(tmp_path / "xml.yaml"), data_root=tmp_path).faults
+    assert all("is 2048x2560, but the file is 512x512" in fault for fault in faults)
+    assert "If only the size differs: image: {other_size: scale}" in faults[0]
+    (tmp_path / "xml.yaml").write_text(text[:start] + xml + "image: {other_size: scale}\n" + text[end:])
+    records = build_records(load_recipe(tmp_path / "xml.yaml"), out_dir=tmp_path / "out", data_root=tmp_path)
+    by_name = {record["provenance"]["original"]: record for record in records}
+    for name, expected in boxes.items():
+        if expected:
+            record = by_name[f"imgs/{name}"]
+            in_order = sorted((box for _, box in expected), key=lambda box: box[1])
+            np.testing.assert_allclose(true_boxes(record), in_order, atol=0.25)
+
+
+def write_kidney_stones(root: Path, stems: int = 60) -> None:
+    """Copies of one slice, which Roboflow tells apart by what follows `.rf.`, stand in several of its splits."""
+    (root / "data.yaml").parent.mkdir(parents=True, exist_ok=True)
+    (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['Tas_Var']\n")
+    for folder in ("train", "valid", "test"):
+        for kind in ("images", "labels"):
+            (root / folder / kind).mkdir(parents=True)
+    for stem in range(stems):
+        for copy, folder in (("ab1", "train"), ("cd2", "train"), ("ef3", ("train", "valid", "test")[stem % 3])):
+            name = f"1-3-46-670589-33-1-{stem:03}_png_jpg.rf.{copy}{stem}"
+            left, top = 40 + 4 * stem, 30 + 3 * stem
+            pixels = np.full((320, 391), 60, np.uint8)
+            pixels[top : top + 9, left : left + 11] = 250
+            Image.fromarray(pixels).convert("RGB").save(root / folder / "images" / f"{name}.jpg", quality=95)
+            numbers = ((left + 5.5) / 391, (top + 4.5) / 320, 11 / 391, 9 / 320)
+            (root / folder / "labels" / f"{name}.txt").write_text("0 " + " ".join(f"{one:.7f}" for one in numbers))
+
+
+def test_kidney_stones(tmp_path: Path) -> None:
+    write_kidney_stones(tmp_path)
+    found = read_annotations(load_recipe("kidney_stone"), tmp_path)
+    assert found.faults.messages == []
+    slices: dict[str, set[str]] = {}
+    for item in found.items:
+        slices.setdefault(item.patient, set()).add(item.split)
+    assert set(slices) == {f"1-3-46-670589-33-1-{stem:03}_png" for stem in range(60)}
+    assert all(len(splits) == 1 for splits in slices.values())
+    per_split = {split: [item.patient for item in found.items if item.split == split] for split in ("train", "test")}
+    assert len(per_split["train"]) == 3 * len(set(per_split["train"]))
+    assert len(per_split["test"]) == len(set(per_split["test"])) > 0
+    check = check_recipe(load_recipe("kidney_stone"), data_root=tmp_path)
+    assert check.ok
+    sides = np.array(check.classes["kidney stone"].sides)
+    np.testing.assert_allclose(sides, np.broadcast_to([11, 9], sides.shape), atol=1e-3)
+    assert sum(check.negatives.values()) == 0
+    for item in found.items[:10]:
+        x1, y1, x2, y2 = (np.array(item.boxes[0]) * [391, 320, 391, 320]).round().astype(int)
+        shown = np.asarray(Image.open(item.image))[:, :, 0]
+        assert shown[y1:y2, x1:x2].min() > 200
+        assert shown[y1 - 3 : y2 + 3, x1 - 3 : x2 + 3].max(axis=1)[0] < 120
