@@ -74,6 +74,44 @@ def write_dicom(path: Path, stored: np.ndarray, *, orientation: Any = IDENTITY, 
     return path
 
 
+def write_dicom_as(path: Path, values: np.ndarray, syntax: str, **tags: Any) -> Path:
+    """Whole numbers ``[rows, columns]``, ``[rows, columns, 3]`` or ``[frames, ...]`` as they are, in any uncompressed syntax.
+
+    ``tags`` go over the header; one that is None is taken out.
+    """
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+    meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    is_implicit, is_little = meta.TransferSyntaxUID.is_implicit_VR, meta.TransferSyntaxUID.is_little_endian
+    header = FileDataset(str(path), {}, b"\0" * 128, meta, is_implicit, is_little)
+    header.SOPClassUID, header.SOPInstanceUID = SecondaryCaptureImageStorage, meta.MediaStorageSOPInstanceUID
+    colour = values.shape[-1] == 3
+    header.SamplesPerPixel, header.PhotometricInterpretation = (3, "RGB") if colour else (1, "MONOCHROME2")
+    if colour:
+        header.PlanarConfiguration = 0
+    plane = values.shape[:-1] if colour else values.shape
+    header.Rows, header.Columns = plane[-2:]
+    if len(plane) == 3:
+        header.NumberOfFrames = plane[0]
+    bits = values.dtype.itemsize * 8
+    header.BitsAllocated, header.BitsStored, header.HighBit = bits, bits, bits - 1
+    header.PixelRepresentation = int(values.dtype.kind == "i")
+    for name, value in tags.items():
+        if value is None:
+            delattr(header, name)
+        else:
+            setattr(header, name, value)
+    order = "<" if is_little else ">"
+    header.PixelData = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    header["PixelData"].VR = "OB" if bits == 8 else "OW"
+    header.save_as(path, enforce_file_format=True)
+    return path
+
+
 def write_nifti(path: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
     import nibabel
 

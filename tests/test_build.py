@@ -253,6 +253,21 @@ def test_one_split(folder: Path) -> None:
         build(folder, row("a.png"), split="val")
 
 
+def test_three_windows_become_the_channels(folder: Path) -> None:
+    from drawn import write_png16
+
+    write_png16(folder / "deep.png", scene())
+    (folder / "a.csv").write_text('file,box,lesion\ndeep.png,"11, 7, 42, 19",nod\n')
+    annotations = "{reader: csv, files: a.csv, columns: {file: file, box: box, lesion: lesion}}"
+    windows = "[lung, soft_tissue, {low: -1000, high: 1000}]"
+    recipe = load_recipe(write_recipe(folder, annotations, extra=f"image: {{window: {windows}, offset: 32768}}\n"))
+    (record,) = build_records(recipe, out_dir=folder / "out")
+    with Image.open(folder / "out" / record["image"]) as image:
+        assert image.mode == "RGB"
+        # -800 HU: lung shows -1350 to 150, soft tissue black, the range a tenth.
+        assert np.asarray(image)[0, 0].tolist() == [round(550 / 1500 * 255), 0, round(0.1 * 255)]
+
+
 def test_windows_by_column(folder: Path) -> None:
     write_png16(folder / "b.png", scene())
     (folder / "a.csv").write_text(f'file,box,lesion,win\nb.png,"{BOX}",nod,"-1000, 0"\n')

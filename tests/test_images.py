@@ -67,7 +67,7 @@ def test_dicom_without_window_shows_the_full_range(tmp_path: Path, tags: dict[st
 
 def test_a_dicom_window_around_zero_is_a_window(tmp_path: Path) -> None:
     image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=4000))
-    assert image[0, 0, 0] == round(255 * 0.3)
+    assert image[0, 0, 0] == round(255 * ((-800 + 0.5) / 3999 + 0.5))
 
 
 def test_dicom_monochrome1_is_inverted(tmp_path: Path) -> None:
@@ -98,8 +98,8 @@ def test_dicom_in_colour(tmp_path: Path) -> None:
 
 
 def test_dicom_with_unknown_colours_is_refused(tmp_path: Path) -> None:
-    path = write_dicom(tmp_path / "a.dcm", scene(), PhotometricInterpretation="PALETTE COLOR")
-    with pytest.raises(UmedError, match=r"PALETTE COLOR\. Allowed: MONOCHROME1"):
+    path = write_dicom(tmp_path / "a.dcm", scene(), PhotometricInterpretation="CMYK")
+    with pytest.raises(UmedError, match=r"CMYK\. Allowed: MONOCHROME1"):
         load_image(path)
 
 

@@ -96,9 +96,21 @@ def test_an_anatomical_volume_is_turned_as_nibabel_says(real_data: Path) -> None
         assert np.abs(shown[:, :, 0] - expected).max() <= 0.51
 
 
-def test_a_series_of_volumes_is_refused(real_data: Path) -> None:
-    with pytest.raises(UmedError, match=r"shape \(128, 96, 24, 2\).* Allowed: one grey volume"):
-        load_image(real_data / "nifti" / "example4d.nii.gz", slice=3)
+def test_one_volume_of_a_series_is_shown(real_data: Path) -> None:
+    """What nibabel itself reads, in all three planes."""
+    import nibabel
+
+    path = real_data / "nifti" / "example4d.nii.gz"
+    series = nibabel.load(path).get_fdata()
+    assert series.shape == (128, 96, 24, 2)
+    for axis in range(3):
+        middle = series.shape[axis] // 2
+        shown, _ = load_image(path, slice=middle, slice_axis=axis, volume=1, window="full", orientation="as_stored")
+        expected = np.take(series[..., 1], middle, axis=axis).T
+        expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
+        assert np.abs(shown[:, :, 0] - expected).max() <= 0.51
+    with pytest.raises(UmedError, match=r"holds 2 volumes and none is chosen.*image\.volume"):
+        load_image(path, slice=3)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ split: {by: patients, fractions: {train: .5}}
         (CSV, "{by: column}", "", "split.by: is 'column', but annotations.columns.split names none"),
         (CSV, "{by: patient}", "image: {window: column}", "image.window: is 'column', but annotations.columns.window"),
         (CSV, "{by: patient}", "image: {window: lnug}", "image.window: unknown window 'lnug'. Did you mean 'lung'?"),
+        (CSV, "{by: patient}", "image: {window: [lung, bone]}", "image.window: 2 windows given; needed: one, or three"),
+        (CSV, "{by: patient}", "image: {window: [lung, bone, column]}", "image.window: unknown window 'column'"),
         (CSV, "{by: patient}", "image: {window: {low: 5, high: 1}}", "image.window: low 5.0 is not below high 1.0"),
         (CSV, "{by: patient}", "ignore_classes: [nod]", "ignore_classes: 'nod' is in classes too"),
         (CSV, "{by: patient, patient_pattern: abc}", "", "split.patient_pattern: needs a group in parentheses"),

@@ -152,6 +152,7 @@ def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
             orientation=options.orientation,
             slice=item.slice,
             slice_axis=options.slice_axis,
+            volume=options.volume,
         )
     frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
     claimed = tuple(item.size or frame)

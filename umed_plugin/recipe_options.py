@@ -19,6 +19,7 @@ WINDOW_PRESETS = {
     "liver": (60.0, 160.0),
     "lung": (-600.0, 1500.0),
     "mediastinum": (50.0, 350.0),
+    "soft_tissue": (40.0, 400.0),
 }
 Column = Union[int, str]
 
@@ -72,11 +73,13 @@ class ImageOptions(StrictModel):
 
     Attributes:
         window: ``file`` (DICOM's own window, else the full range), ``full`` (smallest to largest value of the slice),
-            ``column`` (the CSV's window column), a preset (abdomen, bone, brain, liver, lung, mediastinum) or a range.
+            ``column`` (the CSV's window column), a preset (abdomen, bone, brain, liver, lung, mediastinum, soft_tissue; CT
+            alone) or a range. A list of three of these, without ``column``, gives the red, green and blue channel.
         offset: subtracted from the values of 16-bit PNGs (DeepLesion: 32768 gives Hounsfield units).
         orientation: ``as_stored``, or ``canonical``: DICOM and NIfTI slices are turned as a radiologist sees them (patient's
             right on the image's left, front or head up), by their affine or ImageOrientationPatient.
         slice_axis: stored axis of a NIfTI volume along which ``slice`` counts from 0.
+        volume: index from 0 of the volume that is shown of a 4-D NIfTI file.
         box_frame: ``displayed``, boxes are pixels of the image as turned by ``orientation``, or ``stored``, of the slice as
             it lies in the file (NIfTI: x along its first remaining axis, y along the second); these move along.
         box_axes: ``xy``; ``yx`` when boxes were read off the array by row and column.
@@ -84,21 +87,29 @@ class ImageOptions(StrictModel):
             same picture at that size, and their boxes are scaled along with it (TBX11K's XML).
     """
 
-    window: Union[str, WindowRange] = "file"
+    window: Union[str, WindowRange, list[Union[str, WindowRange]]] = "file"
     offset: float = 0
     orientation: Literal["canonical", "as_stored"] = "canonical"
     slice_axis: Literal[0, 1, 2] = 2
+    volume: Optional[int] = Field(None, ge=0)
     box_frame: Literal["displayed", "stored"] = "displayed"
     box_axes: Literal["xy", "yx"] = "xy"
     other_size: Literal["stop", "scale"] = "stop"
 
     @field_validator("window", mode="before")
     @classmethod
-    def _known_window(cls, value: Any) -> Any:
-        allowed = ["file", "full", "column", *WINDOW_PRESETS]
-        if isinstance(value, str) and value not in allowed:
-            raise ValueError(unknown_name("window", value, allowed) + " Or a range: {centre: 40, width: 400}")
-        return WindowRange.model_validate(value) if isinstance(value, dict) else value
+    def _known_windows(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return _known_window(value, ["file", "full", "column", *WINDOW_PRESETS])
+        if len(value) != 3:
+            raise ValueError(f"{len(value)} windows given; needed: one, or three for red, green and blue")
+        return [_known_window(one, ["file", "full", *WINDOW_PRESETS]) for one in value]
+
+
+def _known_window(value: Any, allowed: list[str]) -> Any:
+    if isinstance(value, str) and value not in allowed:
+        raise ValueError(unknown_name("window", value, allowed) + " Or a range: {centre: 40, width: 400}")
+    return WindowRange.model_validate(value) if isinstance(value, dict) else value
 
 
 class SplitRule(StrictModel):
