@@ -1,8 +1,9 @@
 """The paper's Table 6 on the demo's studies, and the control that it lacks: stage 1 continued for stage 2's wall time.
 
-Each seed draws its own studies and trains its own base and two checkpoints of stage 1, an early one and a converged one; each
-row of the table goes on from one of them. All rows of a seed answer the same held-out studies, so they are compared with
-their start pair by pair; intervals over several seeds resample studies within each seed.
+Each seed draws its own studies and trains its own base and an early checkpoint of stage 1, the demo's, from which the paper's
+rows go on. Stage 1 continued is the converged one, from which stage 2 and stage 1 go on once more. All rows of a seed answer the
+same held-out studies, so they are compared with their start pair by pair; intervals over several seeds resample studies within
+each seed.
 
     python benchmarks/ablation.py runs/ablation --seeds 0,1,2
 
@@ -28,7 +29,7 @@ from typing import Any
 from umed_plugin.demo.pipeline import DemoRun, DemoSettings, Steps, environment
 from umed_plugin.evaluate import mean_interval
 
-EARLY, CONVERGED = "early", "converged"
+EARLY = "early"
 SHOWN = {"accuracy": "accuracy", "mean IoU": "set_iou", "vision relevance": "vision_relevance"}
 
 
@@ -38,15 +39,13 @@ class Row:
 
     Args:
         name: as the table shows it.
-        start: which checkpoint of stage 1 it goes on from.
-        flags: stage 2's flags that differ from the demo's; ``None`` continues stage 1 for the wall time of ``like``.
-        like: for a continued stage 1, the row whose wall time it gets.
+        start: the row that it goes on from, or ``EARLY``.
+        flags: stage 2's flags that differ from the demo's; ``None`` continues stage 1 for the wall time of the first row.
     """
 
     name: str
-    start: str = CONVERGED
+    start: str = EARLY
     flags: tuple[Any, ...] | None = ()
-    like: str = ""
 
 
 # The demo's scale of GRPO's advantages is taken back: PPO whitens its own.
@@ -59,44 +58,36 @@ ROWS = (
     Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "4,2")),
     Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "4,1")),
     Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "4")),
-    Row("stage 1 continued", flags=None, like="full, GRPO"),
-    Row("early: full, GRPO", start=EARLY),
-    Row("early: stage 1 continued", start=EARLY, flags=None, like="early: full, GRPO"),
+    Row("stage 1 continued", flags=None),
+    Row("stage 1 continued, then full, GRPO", start="stage 1 continued"),
+    Row("stage 1 continued, then once more", start="stage 1 continued", flags=None),
 )
 
 
 class SeedRun:
     """One seed's checkpoints and evaluations under a folder; each is made once."""
 
-    def __init__(self, folder: Path, seed: int, settings: DemoSettings, early_epochs: float) -> None:
+    def __init__(self, folder: Path, seed: int, settings: DemoSettings) -> None:
         from rich.console import Console
 
-        self.folder, self.seed, self.early_epochs = folder, seed, early_epochs
+        self.folder, self.seed = folder, seed
         self.demo = DemoRun(folder, seed, settings, Steps(Console(quiet=True)))
         self._times = folder / "seconds"
         self._times.mkdir(parents=True, exist_ok=True)
 
     def prepare(self) -> None:
-        """Studies, records and the base checkpoint."""
+        """Studies, records, the base checkpoint and the early stage 1."""
         self._once("base", lambda: (self.demo.records(), self.demo.base_checkpoint()))
+        self._once(EARLY, lambda: self.demo.instruction_tuning(EARLY))
 
-    def tune(self, start: str) -> None:
-        """Stage 1, early or converged."""
-        epochs = self.early_epochs if start == EARLY else self.demo.settings.tuning_epochs
-        self._once(start, lambda: self.demo.instruction_tuning(start, flags=["--num_train_epochs", epochs]))
-
-    def row(self, row: Row) -> None:
-        """Train one row from its start."""
-        start, name = self.demo.checkpoint(row.start), folder_name(row.name)
-        if row.flags is not None:
-            flags = row.flags
-            self._once(name, lambda: self.demo.rewarding(start, name, flags))
-            return
-        # Training time alone: a run's start takes as long as many small steps, and would make the control too short.
-        pace = training_seconds(start) / steps_taken(start)
-        steps = max(round(training_seconds(self.demo.checkpoint(folder_name(row.like))) / pace), 1)
-        flags = ["--max_steps", steps, "--data_path", self.demo.rewarding_records]
-        self._once(name, lambda: self.demo.instruction_tuning(name, start, flags))
+    def row(self, row: Row, steps: int) -> None:
+        """Train one row from its start; a continued stage 1 takes ``steps`` optimizer steps."""
+        start, name = self.demo.checkpoint(folder_name(row.start)), folder_name(row.name)
+        if row.flags is None:
+            flags = ["--max_steps", steps, "--data_path", self.demo.rewarding_records]
+            self._once(name, lambda: self.demo.instruction_tuning(name, start, flags))
+        else:
+            self._once(name, lambda: self.demo.rewarding(start, name, row.flags or ()))
 
     def evaluate(self, name: str) -> None:
         """Ask the checkpoint about the held-out studies, in a process of its own."""
@@ -129,13 +120,23 @@ def folder_name(row_name: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in row_name)
 
 
+def steps_of_the_same_time(runs: Sequence[SeedRun], like: Row) -> int:
+    """How many steps of stage 1 take as long as ``like``.
+
+    All seeds' runs do the same work, and what else a machine does only slows them: the fastest of each kind are compared.
+    """
+    tuned = [run.demo.checkpoint(EARLY) for run in runs]
+    pace = min(training_seconds(checkpoint) / steps_taken(checkpoint) for checkpoint in tuned)
+    return max(round(min(training_seconds(run.demo.checkpoint(folder_name(like.name))) for run in runs) / pace), 1)
+
+
 def steps_taken(checkpoint: Path) -> int:
     """Optimizer steps of a finished training run."""
     return int(_trainer_state(checkpoint)["global_step"])
 
 
 def training_seconds(checkpoint: Path) -> float:
-    """Wall time of a finished training run from its first step to its last, without loading the model."""
+    """Wall time of a finished training run from its first step to its last: a start takes as long as many small steps."""
     return float(_trainer_state(checkpoint)["log_history"][-1]["train_runtime"])
 
 
@@ -144,16 +145,15 @@ def _trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def run_all(runs: Sequence[SeedRun], rows: Sequence[Row], jobs: int) -> None:
-    """Do everything, ``jobs`` at a time, each step after what it needs."""
+    """Do everything, ``jobs`` at a time, each step after what it needs; the first row sets the time of a continued stage 1."""
     with ThreadPoolExecutor(jobs) as pool:
         _wait([pool.submit(run.prepare) for run in runs])
-        starts = {row.start for row in rows}
-        _wait([pool.submit(run.tune, start) for start in sorted(starts) for run in runs])
-        rewarding = [row for row in rows if row.flags is not None]
-        _wait([pool.submit(run.row, row) for row in rewarding for run in runs])
-        _wait([pool.submit(run.row, row) for row in rows if row.flags is None for run in runs])
-        names = ["base", *sorted(starts), *(folder_name(row.name) for row in rows)]
-        _wait([pool.submit(run.evaluate, name) for name in names for run in runs])
+        _wait([pool.submit(run.row, rows[0], 0) for run in runs])
+        steps = steps_of_the_same_time(runs, rows[0])
+        _wait([pool.submit(run.row, row, steps) for row in rows if row.start == EARLY for run in runs])
+        _wait([pool.submit(run.row, row, steps) for row in rows if row.start != EARLY for run in runs])
+        names = ["base", EARLY, *(row.name for row in rows)]
+        _wait([pool.submit(run.evaluate, folder_name(name)) for name in names for run in runs])
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
@@ -163,10 +163,9 @@ def _wait(futures: Sequence[Future[None]]) -> None:
 
 def results(runs: Sequence[SeedRun], rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One entry a line of the table: its figures over all seeds, paired with its start, and each seed's own difference."""
-    lines = [("base", "", ""), *((f"stage 1, {start}", start, "") for start in (EARLY, CONVERGED))]
-    lines = [line for line in lines if line[1] == "" or any(row.start == line[1] for row in rows)]
-    lines += [(row.name, folder_name(row.name), row.start) for row in rows]
-    return [_line(title, name or "base", start, runs) for title, name, start in lines]
+    lines = [("base", "base", ""), ("stage 1", EARLY, "")]
+    lines += [(row.name, folder_name(row.name), folder_name(row.start)) for row in rows]
+    return [_line(title, name, start, runs) for title, name, start in lines]
 
 
 def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[str, Any]:
@@ -209,13 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="training runs side by side")
     parser.add_argument("--processes", type=int, default=2, help="processes of one training run, at most 12")
-    parser.add_argument("--early-epochs", type=float, default=2.5, help="epochs of the early stage 1")
     options = parser.parse_args(arguments)
     settings = DemoSettings(processes=options.processes)
-    runs = [
-        SeedRun(options.out.resolve() / f"seed{seed}", int(seed), settings, options.early_epochs)
-        for seed in options.seeds.split(",")
-    ]
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    runs = [SeedRun(options.out.resolve() / f"seed{seed}", seed, settings) for seed in seeds]
     run_all(runs, ROWS, options.jobs)
     entries = results(runs, ROWS)
     (options.out / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

@@ -72,7 +72,8 @@ def make_model(folder: Path, tower: tuple[int, int, int], model: tuple[int, int]
     """A checkpoint with random weights and a tower of these sizes, from LLaVA's own classes."""
     import torch
     from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+    from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
+    from transformers import CLIPVisionConfig
 
     from umed_plugin.demo.tiny_checkpoint import make_checkpoint
 
@@ -92,11 +93,6 @@ def make_model(folder: Path, tower: tuple[int, int, int], model: tuple[int, int]
 
 def train_and_measure(flags: list[str], clock: Clock) -> list[dict[str, dict[str, float]]]:
     """Run LLaVA's ``train()`` for an epoch and then `measure`; seconds by side and part for each step."""
-    from umed_plugin.patches import TRIGGERS, after_import
-
-    from umed_plugin.patching import install
-
-    install(TRIGGERS, after_import)
     from llava.train import train as llava_train
 
     from umed_plugin.trainer import RewardingTrainer
@@ -178,7 +174,12 @@ def report(steps: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     """Print the table."""
+    from umed_plugin.patches import TRIGGERS, after_import
+
+    from umed_plugin.patching import install
+
     sizes = arguments()
+    install(TRIGGERS, after_import)
     with tempfile.TemporaryDirectory(prefix="umed-") as temporary:
         work = Path(temporary)
         make_data(work / "studies", sizes.images)

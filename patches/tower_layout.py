@@ -5,7 +5,8 @@ Why: (1) transformers 5 has no ``vision_model`` level. It translates the names o
 inside a LLaVA checkpoint: its weights would fit no tower, and those that training saves would be unknown to stock LLaVA.
 (2) Unasked it loads the tower in the number format of its file, where transformers 4 took float32. (3) It resizes images
 with torchvision where that is installed, and says so with a warning where it is not; its pixels differ slightly from those of
-Pillow, on which every checkpoint was trained.
+Pillow, on which every checkpoint was trained. (4) It builds a checkpoint's model without memory and refuses to load another one
+inside it, which LLaVA does for a tower whose weights the checkpoint holds.
 Versions: LLaVA 1.2.x, transformers 5.
 Delete when: no LLaVA checkpoint with ``vision_model`` in its names is of interest.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from umed_plugin.patches.full_precision import in_float32
 from umed_plugin.patches.training_run import LLAVA, ON_5, TRANSFORMERS_5
 
+from umed_plugin.errors import UsageError
 from umed_plugin.patching import Patch, Recorder, Target
 
 
@@ -31,9 +33,23 @@ def change(recorder: Recorder) -> None:
 
 def _with_the_level(stock: Any) -> type:
     """The class with ``vision_model`` between itself and its layers."""
+    import torch
 
     class VisionModel(stock):
         """A class of its own: transformers translates the names of its own classes alone."""
+
+        weights_follow = False  # built without memory, for a checkpoint's own weights
+
+        def _init_weights(self, module: Any) -> None:
+            own = module.named_parameters(recurse=False)
+            missing = [key for key, weight in own if not getattr(weight, "_is_hf_initialized", False)]
+            if self.weights_follow and missing:
+                raise UsageError(
+                    "config.json says unfreeze_mm_vision_tower, so the checkpoint should hold the vision tower's weights, but it "
+                    f"lacks {', '.join(missing)} of a {type(module).__name__}. Take the setting out of config.json to load the "
+                    "tower that mm_vision_tower names, or use a checkpoint with the tower."
+                )
+            super()._init_weights(module)
 
     class CLIPVisionModel(stock.__base__):
         config_class = stock.config_class
@@ -52,8 +68,12 @@ def _with_the_level(stock: Any) -> type:
             return self.vision_model(pixel_values, **keywords)
 
         @classmethod
-        def from_pretrained(cls, *args: Any, **keywords: Any) -> Any:
-            return super().from_pretrained(*args, **in_float32(keywords))
+        def from_pretrained(cls, name: Any, *args: Any, **keywords: Any) -> Any:
+            if torch.empty(0).device.type != "meta":
+                return super().from_pretrained(name, *args, **in_float32(keywords))
+            tower = cls(cls.config_class.from_pretrained(name))
+            tower.vision_model.weights_follow = True
+            return tower
 
     return CLIPVisionModel
 

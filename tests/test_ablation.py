@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 
 import ablation
 import pytest
@@ -29,37 +31,44 @@ def test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_ti
         ablation.Row(
             "without ALR", flags=("--umed_rewards", "relevance", "--umed_reward_weights", "1", "--logging_steps", 1)
         ),
-        ablation.Row("stage 1 continued", flags=None, like="without ALR"),
+        ablation.Row("stage 1 continued", flags=None),
+        ablation.Row("once more", start="stage 1 continued", flags=None),
     ]
-    run = ablation.SeedRun(tmp_path, 0, SETTINGS, early_epochs=1)
+    run = ablation.SeedRun(tmp_path, 0, SETTINGS)
     ablation.run_all([run], rows, jobs=2)
-    runs = tmp_path / "runs"
-    state = json.loads((runs / "without-ALR-llava-mistral" / "trainer_state.json").read_text())
-    assert any("reward/relevance" in entry for entry in state["log_history"])
-    assert not any("reward/localization" in entry for entry in state["log_history"])
-    config = json.loads((runs / "stage-1-continued-llava-mistral" / "config.json").read_text())
-    assert config["_name_or_path"] == str(runs / "converged-llava-mistral")
-    tuned, rewarded = (
-        json.loads((runs / f"{name}-llava-mistral" / "trainer_state.json").read_text())
-        for name in ("converged", "without-ALR")
-    )
+    state = {name: trainer_state(tmp_path, name) for name in ("early", "without-ALR", "stage-1-continued", "once-more")}
+    logged = {name for entry in state["without-ALR"]["log_history"] for name in entry}
+    assert "reward/relevance" in logged and "reward/localization" not in logged
+    assert started_from(tmp_path, "without-ALR") == started_from(tmp_path, "stage-1-continued") == "early-llava-mistral"
+    assert started_from(tmp_path, "once-more") == "stage-1-continued-llava-mistral"
+    tuned, rewarded = state["early"], state["without-ALR"]
     seconds_a_step = tuned["log_history"][-1]["train_runtime"] / tuned["global_step"]
-    continued = ablation.steps_taken(runs / "stage-1-continued-llava-mistral")
-    assert continued == max(round(rewarded["log_history"][-1]["train_runtime"] / seconds_a_step), 1)
+    steps = max(round(rewarded["log_history"][-1]["train_runtime"] / seconds_a_step), 1)
+    assert state["stage-1-continued"]["global_step"] == state["once-more"]["global_step"] == steps
 
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     ablation.run_all([run], rows, jobs=2)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
 
     entries = ablation.results([run], rows)
-    assert [entry["name"] for entry in entries] == ["base", "stage 1, converged", "without ALR", "stage 1 continued"]
-    assert ablation.markdown(entries).count("\n") == 5
+    assert [entry["name"] for entry in entries] == ["base", "stage 1", *(row.name for row in rows)]
+    assert ablation.markdown(entries).count("\n") == 6
+
+
+def trainer_state(folder, name) -> dict:
+    return json.loads((folder / "runs" / f"{name}-llava-mistral" / "trainer_state.json").read_text())
+
+
+def started_from(folder, name) -> str:
+    """The folder of the checkpoint that a run was given, from the command at the head of its log."""
+    words = shlex.split((folder / "logs" / f"{name}.log").read_text().splitlines()[0])
+    return Path(words[words.index("--model_name_or_path") + 1]).name
 
 
 def test_differences_are_paired_with_the_start_and_pooled_over_seeds(tmp_path):
     class Seed:
         def __init__(self, before, after):
-            self.answers = {"converged": before, "row": after, "base": before}
+            self.answers = {"early": before, "row": after, "base": before}
 
         def cases(self, name):
             return [

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import write_lora
+from umed_plugin.patches import tower_layout
 from umed_runs import python_of_llavas_pins
 
 from umed_plugin.checkpoint import TOWER, load_checkpoint
+from umed_plugin.errors import UsageError
 from umed_plugin.evaluate import evaluate
 from umed_plugin.merging import export, merge
 
@@ -115,6 +117,16 @@ def test_stock_llava_answers_with_the_tower_that_was_trained_with(written_by, ti
     _, model, _, _ = load_pretrained_model(str(out), None, out.name, device="cpu")
     assert torch.equal(model.get_vision_tower().state_dict()[name].float(), tensors[TOWER + name].float())
     assert "unfreeze_mm_vision_tower" not in json.loads((base / "config.json").read_text())
+
+
+@pytest.mark.skipif(tower_layout.PATCH.not_needed(), reason="on its pins LLaVA is not changed where nothing is trained")
+def test_a_tower_that_a_checkpoint_lacks_is_no_tower_of_random_weights(tiny_mistral, tmp_path):
+    from llava.model.builder import load_pretrained_model
+
+    lying = shutil.copytree(tiny_mistral, tmp_path / "lying-llava-mistral")
+    tell(lying, {"unfreeze_mm_vision_tower": True})
+    with pytest.raises(UsageError, match="unfreeze_mm_vision_tower.*lacks "):
+        load_pretrained_model(str(lying), None, lying.name, device="cpu")
 
 
 def test_without_a_tower_inside_stock_llava_is_not_told_to_look_for_one(tiny_mistral, tmp_path):

@@ -12,11 +12,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from umed_plugin.patches import old_flags
 
-from umed_plugin import cli
+from umed_plugin import cli, patching
 from umed_plugin.flags import UmedFlags
 from umed_plugin.recipe import load_recipe
 
@@ -237,9 +240,20 @@ SCRIPT = [
 ON_THIS_MACHINE = ["--use_cpu", "True", "--tf32", "False", "--report_to", "none"]
 
 
+@pytest.fixture
+def patched_llava() -> Iterator[ModuleType]:
+    """`llava.train.train` with the flags that a training process knows."""
+    from llava.train import train
+
+    patching.apply([old_flags.PATCH])
+    yield train
+    patching.undo(old_flags.PATCH)
+
+
 @pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
-def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(stage: str, tmp_path: Path) -> None:
-    from llava.train.train import DataArguments, ModelArguments, TrainingArguments
+def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(
+    stage: str, patched_llava: ModuleType, tmp_path: Path
+) -> None:
     from transformers import HfArgumentParser
 
     from umed_plugin.flag_checks import find_faults
@@ -252,7 +266,8 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(st
     script = [line for line in script if "--deepspeed" not in line]
     words = [word.replace("/data/brain_tumor_coco", str(tmp_path)) for word in flags_of(script)] + ON_THIS_MACHINE
 
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, UmedFlags))
+    of_llava = patched_llava.ModelArguments, patched_llava.DataArguments, patched_llava.TrainingArguments
+    parser = HfArgumentParser((*of_llava, UmedFlags))
     model_args, data_args, training_args, umed = parser.parse_args_into_dataclasses(words)
 
     assert umed.umed_stage == stage and umed.umed_recipe == "brain_tumor_coco"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -234,7 +235,7 @@ class DemoRun:
         )
 
     def _train(self, name: str, arguments: Sequence[Any]) -> Path:
-        """Run LLaVA's training script under umed-run; what it prints goes to ``logs/NAME.log``, its steps to the bar."""
+        """Run LLaVA's training script under umed-run; the command and what it prints go to ``logs/NAME.log``."""
         # Not --standalone: before torch 2.1 it takes one fixed port, and two demos at a time would meet there.
         torchrun = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         torchrun += ["--nproc_per_node", str(self.settings.processes)]
@@ -245,6 +246,8 @@ class DemoRun:
         log = self.out / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as stream:
+            stream.write(f"{shlex.join(command)}\n".encode())
+            stream.flush()
             # cwd is the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
             process = subprocess.Popen(
                 command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=environment()
