@@ -119,7 +119,9 @@ def test_stock_llava_answers_with_the_tower_that_was_trained_with(written_by, ti
     assert "unfreeze_mm_vision_tower" not in json.loads((base / "config.json").read_text())
 
 
-@pytest.mark.skipif(tower_layout.PATCH.not_needed(), reason="on its pins LLaVA is not changed where nothing is trained")
+@pytest.mark.skipif(
+    bool(tower_layout.PATCH.not_needed()), reason="on its pins LLaVA is not changed where nothing is trained"
+)
 def test_a_tower_that_a_checkpoint_lacks_is_no_tower_of_random_weights(tiny_mistral, tmp_path):
     from llava.model.builder import load_pretrained_model
 
