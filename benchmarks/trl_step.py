@@ -6,9 +6,9 @@ tokens for each at temperature 1, score them by the plugin's rewards ``relevance
 reference, and make one AdamW step; float32, the same attention, threads, LoRA layers and gradient checkpointing. A step runs from
 fetching its batch to the new weights, and the two sides take turns.
 
-What differs: ours encodes each image once and computes each prompt once, TRL once for each answer. Ours scores the answers under
-the policy before the update, for which TRL takes the update's own pass, and with LoRA trains the projector too, as LLaVA does.
-TRL samples by ``generate``, and not by vLLM, which needs a GPU.
+What differs: ours encodes each image once and computes each prompt once, TRL once for each answer. With LoRA ours trains the
+projector too, as LLaVA does. TRL samples by ``generate``, and not by vLLM, which needs a GPU. For the policy's log-probabilities
+both take the update's own pass; with vision relevance, which TRL has no counterpart of, ours would have one before it.
 
     python benchmarks/trl_step.py
     python benchmarks/trl_step.py --tuning full --gradient-checkpointing 0 --json trl.json

@@ -101,7 +101,7 @@ def test_kl_is_summed_over_an_answers_tokens():
         sum((s.log_probs[n, t] - s.reference_log_probs[n, t]).item() for t in range(int(s.mask[n].sum())))
         for n in range(2 * K)
     ]
-    assert abs(kl_per_answer(s) - sum(expected) / len(expected)) < 1e-5
+    assert abs(kl_per_answer(s.log_probs, s.reference_log_probs, s.mask) - sum(expected) / len(expected)) < 1e-5
 
 
 def test_a_saved_rollout_is_loaded_as_it_was(tmp_path):

@@ -174,6 +174,23 @@ def with_config(checkpoint: Path, folder: Path, **changes: object) -> Path:
     return copy
 
 
+@pytest.mark.parametrize("checkpointing", ["True", "False"])
+def test_what_is_learnt_from_once_is_scored_by_the_update_and_teaches_the_same(checkpointing, tiny_mistral, tmp_path):
+    """Vision relevance has a pass over the answers before the update, here for a reward of weight 0."""
+    records = grounded_records(tmp_path / "data")
+    found = {}
+    for terms, coefficients in (("half:half", "1"), ("half:half,vision_relevance", "1,0")):
+        flags = ["--umed_rewards", terms, "--umed_reward_weights", coefficients, "--max_steps", "3"]
+        run = reward(tiny_mistral, records, tmp_path / terms, *flags, "--gradient_checkpointing", checkpointing)
+        assert run.returncode == 0, run.stderr[-3000:]
+        history = json.loads((tmp_path / terms / "trainer_state.json").read_text())["log_history"]
+        found[terms] = weights(tmp_path / terms), [line["kl_per_answer"] for line in history if "loss" in line]
+    (once, kl), (twice, expected) = found.values()
+    assert kl == pytest.approx(expected, abs=1e-4) and expected[-1] > 1e-3
+    for name, tensor in twice.items():
+        torch.testing.assert_close(once[name], tensor, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_update_sees_the_policy_that_sampled_whatever_dropout_the_checkpoint_has(family, request, tmp_path):
     """Before the first step the policy is its reference, whose log-probabilities are those of sampling: KL 0 in the update."""

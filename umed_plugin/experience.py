@@ -36,7 +36,8 @@ class Samples:
         image_features: [Q, P, D] of the vision tower.
         token_ids: [N, T]; at padding any id.
         mask: [N, T].
-        log_probs: [N, T] under the policy that sampled.
+        log_probs: [N, T] under the policy that sampled; None where the update's own pass gives them, as nothing has been learnt
+            between the two.
         reference_log_probs: [N, T], or None without a KL.
         values: [N, T] of the states before each token, or None without a value network.
         rewards: [Q, K].
@@ -46,7 +47,7 @@ class Samples:
     image_features: Tensor
     token_ids: Tensor
     mask: Tensor
-    log_probs: Tensor
+    log_probs: Tensor | None
     reference_log_probs: Tensor | None
     values: Tensor | None
     rewards: Tensor
@@ -125,16 +126,16 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None) -> Experience:
     """Samples with the advantages within each question's candidates; ``spread`` as in `group_advantages`."""
-    advantages = group_advantages(samples.rewards, reward_coef, spread).flatten().to(samples.log_probs)
-    return Experience(samples, advantages[:, None].expand_as(samples.log_probs), None, kl_coef)
+    advantages = group_advantages(samples.rewards, reward_coef, spread).flatten().to(samples.mask.device, torch.float32)
+    return Experience(samples, advantages[:, None].expand(samples.mask.shape), None, kl_coef)
 
 
 def ppo_experience(
     samples: Samples, kl_coef: float, reward_coef: float, gamma: float, gae_lambda: float
 ) -> tuple[Experience, dict[str, float]]:
     """Samples with whitened advantages over all of them, and figures for the log."""
-    if samples.values is None:
-        raise ValueError("PPO needs the values of the samples")
+    if samples.values is None or samples.log_probs is None:
+        raise ValueError("PPO needs the values and log-probabilities of the samples")
     mask = samples.mask
     scores = reward_coef * samples.rewards.flatten().to(samples.log_probs)
     rewards = token_rewards(scores, samples.log_probs, samples.reference_log_probs, mask, kl_coef)
@@ -147,11 +148,9 @@ def ppo_experience(
     return Experience(samples, whiten(advantages, mask), returns, kl_coef), figures
 
 
-def kl_per_answer(samples: Samples) -> float:
-    """Mean over the answers of ``sum_t log p - log p_ref``, in nats; 0 without a reference."""
-    if samples.reference_log_probs is None:
-        return 0.0
-    return ((samples.log_probs - samples.reference_log_probs) * samples.mask).sum(dim=1).mean().item()
+def kl_per_answer(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
+    """Mean over the answers of ``sum_t log p - log p_ref``, in nats, from [N, T] of the policy that sampled."""
+    return ((log_probs - reference_log_probs) * mask).sum(dim=1).mean().item()
 
 
 def minibatch_order(questions: int, minibatches: int, seed: Sequence[int]) -> list[int]:

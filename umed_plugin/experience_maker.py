@@ -66,6 +66,7 @@ class ExperienceMaker:
     ) -> None:
         self.tokenizer, self.flags, self.args, self.rewards = tokenizer, flags, args, rewards
         self.value_head, self.cache, self.measures = value_head, cache, measures
+        self.learnt_from_once = flags.rollout_is_one_batch()
         llava = base_llava(model)
         tower = llava.get_vision_tower().config
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
@@ -110,17 +111,23 @@ class ExperienceMaker:
                 samples, kl_coef, flags.umed_reward_coef, flags.umed_gamma, flags.umed_gae_lambda
             )
             self.measures.add(figures)
-        if self.reference is not None:
-            kl = self.measures.mean_of_processes(kl_per_answer(samples))
-            self.measures.add({"kl_per_answer": kl, "kl_coef": kl_coef})
-            self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
+        if samples.log_probs is not None:
+            self.steer_kl(samples, samples.log_probs)
         return experience
+
+    def steer_kl(self, samples: Samples, log_probs: Tensor) -> None:
+        """Measure the KL of the policy that sampled, [N, T] ``log_probs``, and let its weight follow its target."""
+        if samples.reference_log_probs is not None:
+            found = kl_per_answer(log_probs, samples.reference_log_probs, samples.mask)
+            kl = self.measures.mean_of_processes(found)
+            self.measures.add({"kl_per_answer": kl, "kl_coef": self.kl_coef.value})
+            self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
 
     def _begin_values(self, samples: Samples, value_head: ValueHead) -> Samples:
         """Let a new value network predict the mean reward of all processes, in these samples too."""
         mean = self.flags.umed_reward_coef * self.measures.mean_of_processes(samples.rewards.mean().item())
         value_head.begin_at(mean)
-        return replace(samples, values=torch.full_like(samples.log_probs, mean))
+        return replace(samples, values=torch.full(samples.mask.shape, mean, device=samples.mask.device))
 
     def _common_spread(self, rewards: Tensor) -> Tensor | None:
         """The standard deviation of all processes' rewards around their queries' means; None if each query has its own."""
@@ -149,8 +156,8 @@ class ExperienceMaker:
         questions, texts, columns = self._answered(candidates, inputs["records"])
         start_rewards(self.rewards, questions, texts, **columns)
         attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"], columns["record"])
-        values = None if self.value_head is None else self.value_head(passed.hidden)
-        old = answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
+        values = None if self.value_head is None or passed is None else self.value_head(passed.hidden)
+        old = None if passed is None else self._log_probs(passed, candidates)
         reference = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
         columns["attention_on_lesion"] = list(attention)
         rewards = self._reward(candidates, questions, texts, columns)
@@ -182,10 +189,14 @@ class ExperienceMaker:
 
     def _look_at_lesions(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any], repeated: list[Any]
-    ) -> tuple[Sequence[float | None], AnswerPass]:
-        """Attention of each candidate on its query's lesion, and what else the same pass gives; ``repeated``: one a candidate."""
+    ) -> tuple[Sequence[float | None], AnswerPass | None]:
+        """Attention of each candidate on its query's lesion, and what else the same pass gives; ``repeated``: one a candidate.
+
+        There is no pass where the update's own would give all that it does.
+        """
         if "vision_relevance" not in self.rewards:
-            return [None] * len(candidates.mask), answer_pass(policy, prompts, candidates, packed=self.packed)
+            passed = None if self.learnt_from_once else answer_pass(policy, prompts, candidates, packed=self.packed)
+            return [None] * len(candidates.mask), passed
         rows = lesion_name_rows(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
@@ -210,7 +221,10 @@ class ExperienceMaker:
             return None
         with self.reference.as_reference(policy):
             passed = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
-            return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
+            return self._log_probs(passed, candidates)
+
+    def _log_probs(self, passed: AnswerPass, candidates: Candidates) -> Tensor:
+        return answer_log_probs(passed.logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
     def _reward(
         self, candidates: Candidates, questions: list[str], texts: list[str], columns: dict[str, list[Any]]

@@ -204,6 +204,11 @@ class UmedFlags:
             return self.umed_kl_coef
         return 0.1 if self.umed_algorithm == "ppo" else 0.04
 
+    def rollout_is_one_batch(self) -> bool:
+        """Whether each batch is a rollout of its own: GRPO compares within a query, and with one update nothing is kept."""
+        passes = self.umed_updates_per_rollout * self.umed_minibatches_per_rollout
+        return self.umed_algorithm == "grpo" and passes == 1
+
     def vrr_layer_indices(self, num_layers: int) -> list[int]:
         """``--umed_vrr_layers`` as sorted indices in ``range(num_layers)``.
 

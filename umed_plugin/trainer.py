@@ -98,7 +98,7 @@ class RewardingTrainer(LLaVATrainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         rollout = step * flags.umed_minibatches_per_rollout
-        if self._one_batch_rollouts:
+        if self.flags.rollout_is_one_batch():
             return EpochSampler(len(self.train_dataset), seed)
         if len(self.train_dataset) < rollout:
             raise UmedError(
@@ -111,18 +111,11 @@ class RewardingTrainer(LLaVATrainer):
 
     def get_train_dataloader(self) -> Any:
         """LLaVA's; where a rollout is more than the batch at hand, its batches only count, and no image is read for them."""
-        if self._one_batch_rollouts:
+        if self.flags.rollout_is_one_batch():
             return super().get_train_dataloader()
         indices = range(len(self.train_dataset))
         size, sampler = self.args.train_batch_size, self._get_train_sampler()
         return self.accelerator.prepare(DataLoader(indices, size, sampler=sampler, collate_fn=_as_indices))
-
-    @property
-    def _one_batch_rollouts(self) -> bool:
-        """Whether each batch is a rollout of its own: GRPO compares within a query, and with one update nothing is kept."""
-        flags = self.flags
-        passes = flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout
-        return flags.umed_algorithm == "grpo" and passes == 1
 
     @property
     def _batches_per_rollout(self) -> int:
@@ -174,7 +167,11 @@ class RewardingTrainer(LLaVATrainer):
             temperature=self.flags.umed_temperature,
             entropy_gradient=self.settings.entropy_coef != 0,
         )
-        of_policy = (answers.log_probs, samples.log_probs, samples.reference_log_probs, answers.entropy)
+        old = samples.log_probs
+        if old is None:
+            old = answers.log_probs.detach()
+            self.maker.steer_kl(samples, old)
+        of_policy = (answers.log_probs, old, samples.reference_log_probs, answers.entropy)
         if self.value_head is None:
             loss, terms = grpo_objective(*of_policy, part.advantages, samples.mask, self.settings, part.kl_coef)
         else:
@@ -189,7 +186,7 @@ class RewardingTrainer(LLaVATrainer):
         flags, seen = self.flags, self._batches_seen
         policy = self.accelerator.unwrap_model(model)
         self._batches_seen += 1
-        if self._one_batch_rollouts:
+        if self.flags.rollout_is_one_batch():
             return self.maker.make(policy, [inputs])
         batches = self.args.gradient_accumulation_steps * flags.umed_minibatches_per_rollout
         rollout, place = divmod(seen, self._batches_per_rollout)
