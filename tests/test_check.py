@@ -9,7 +9,8 @@ from drawn import scene, write_png, write_recipe
 from rich.console import Console
 
 from umed_plugin import cli
-from umed_plugin.check import check_recipe, print_check
+from umed_plugin.check import check_recipe
+from umed_plugin.check_report import print_check
 from umed_plugin.recipe import load_recipe
 
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: patient, split: split}"
@@ -50,7 +51,7 @@ def test_counts(recipe_file: Path) -> None:
     # 97 x 61: the centre crop keeps x from 18 to 79.
     assert (nodule.lost, nodule.cut) == (1, 0)
     assert (cyst.lost, cyst.cut) == (0, 1)
-    assert check.shared_patients == ["p1"]
+    assert check.shared_patients == ["drawn p1"]
 
 
 def test_best_iou_per_number_of_decimals(recipe_file: Path) -> None:
@@ -75,7 +76,7 @@ def test_the_tables(recipe_file: Path) -> None:
     assert lines["nodule"][:5] == ["2", "1", "1", "16 x 18", "1 / 0"]
     assert lines["cyst"][3:5] == ["25 x 40", "0 / 1"]
     assert "Terms: CC0. https://example.org/drawn" in text
-    assert "1 patients are in more than one split (p1)" in text
+    assert "1 patients are in more than one split (drawn p1)" in text
     assert "The recipe fits the data." in text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from drawn import write_recipe
 
+from umed_plugin.check_report import sources_of
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.reader_options import CocoOptions, CsvOptions
 from umed_plugin.recipe import load_recipe, shipped_recipes
@@ -21,15 +22,19 @@ def faults_of(path: Path) -> list[str]:
 
 
 def test_the_expected_recipes_are_shipped() -> None:
-    assert {"brain_tumor_coco", "demo_studies", "kvasir_seg", "deeplesion_liver"} <= set(shipped_recipes())
+    assert set(shipped_recipes()) == {
+        *("brain_tumor_coco", "deeplesion", "deeplesion_liver", "demo_studies", "kidney_stone", "kvasir_seg"),
+        *("kvasir_seg_masks", "mau", "nih_cxr14", "tbx11k"),
+    }
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load_and_name_their_terms(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.terms.licence
-    assert recipe.terms.url
+    for source in sources_of(recipe):
+        assert source.terms.licence
+        assert source.terms.url
     assert all(names[0] == key for key, names in recipe.names.items())
     assert len(recipe.sha256) == 64
 

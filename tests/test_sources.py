@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from drawn import scene, write_png16
 from PIL import Image
+from source_files import DL_HEADER, dl_row, write_kidney_stones, write_tbx11k
 
 from umed_plugin.annotations import read_annotations
 from umed_plugin.boxes import iou_matrix
@@ -17,13 +17,6 @@ from umed_plugin.build import build_records
 from umed_plugin.check import check_recipe
 from umed_plugin.recipe import Recipe, load_recipe
 from umed_plugin.records import true_boxes
-
-DL_HEADER = (
-    "File_name,Patient_index,Study_index,Series_ID,Key_slice_index,Measurement_coordinates,Bounding_boxes,"
-    "Lesion_diameters_Pixel_,Normalized_lesion_location,Coarse_lesion_type,Possibly_noisy,Slice_range,Spacing_mm_px_,"
-    "Image_size,DICOM_windows,Patient_gender,Patient_age,Train_Val_Test\n"
-)
-
 
 # In the few images of a test, a split may hold negatives alone, and would keep none of them.
 ALL_IN_TRAIN = (("per_positive: 0.5", "per_positive: 9"), ("  seed: 0\n", "  seed: 0\n  fractions: {train: 1.0}\n"))
@@ -37,13 +30,6 @@ def own_recipe(name: str, folder: Path, *changes: tuple[str, str]) -> Recipe:
         text = text.replace(old, new)
     (folder / f"{name}.yaml").write_text(text)
     return load_recipe(folder / f"{name}.yaml")
-
-
-def dl_row(name: str, box: str, kind: int, window: str = "-175, 275", noisy: int = 0) -> str:
-    return (
-        f'{name},{int(name[:6])},1,1,{int(name[-7:-4])},"1, 2","{box}","3, 4","0.1, 0.2, 0.3",{kind},{noisy},"1, 9",'
-        f'"0.7, 0.7, 5","512, 512","{window}",F,50,3\n'
-    )
 
 
 def test_deeplesions_real_rows(real_data: Path) -> None:
@@ -214,60 +200,6 @@ def test_kvasirs_slivers_and_grey_masks(tmp_path: Path) -> None:
     assert check.annotations.left_out == {"only degenerate boxes": 1}
 
 
-TBX_NAMES = ("ActiveTuberculosis", "ObsoletePulmonaryTuberculosis", "PulmonaryTuberculosis")
-
-
-def write_tbx11k(root: Path) -> dict[str, list[tuple[str, tuple[float, ...]]]]:
-    """Image -> (class, box in 512 x 512). JSON in pixels of 512, XML in those of the original, as the archive has them."""
-    boxes = {
-        "tb/tb0003.png": [("ActiveTuberculosis", (51.2, 100.0, 153.6, 260.0))],
-        "tb/tb0004.png": [
-            ("ObsoletePulmonaryTuberculosis", (300.0, 40.0, 360.0, 100.0)),
-            ("ActiveTuberculosis", (10.0, 20.0, 200.0, 300.0)),
-        ],
-        "tb/tb1199.png": [],
-        "health/h0001.png": [],
-        "sick/s0001.png": [],
-        "health/h0002.png": [],
-    }
-    original = (2048, 2560)
-    (root / "annotations" / "json").mkdir(parents=True)
-    (root / "annotations" / "xml").mkdir()
-    for split, names in (("train", list(boxes)[:4]), ("val", list(boxes)[4:])):
-        images = [{"id": i, "file_name": name, "width": 512, "height": 512} for i, name in enumerate(names)]
-        found = [
-            {
-                "image_id": i,
-                "category_id": TBX_NAMES.index(label) + 1,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "iscrowd": 0,
-            }
-            for i, name in enumerate(names)
-            for label, (x1, y1, x2, y2) in boxes[name]
-        ]
-        categories = [{"id": i + 1, "name": name, "supercategory": "Tuberculosis"} for i, name in enumerate(TBX_NAMES)]
-        content = {"images": images, "annotations": [{"id": i, **one} for i, one in enumerate(found)]}
-        (root / "annotations" / "json" / f"TBX11K_{split}.json").write_text(
-            json.dumps({**content, "categories": categories, "info": {}, "licenses": []})
-        )
-    for name, found_boxes in boxes.items():
-        path = root / "imgs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.full((512, 512), 70, np.uint8)
-        objects = ""
-        for label, (x1, y1, x2, y2) in found_boxes:
-            pixels[round(y1) : round(y2), round(x1) : round(x2)] = 220
-            corners = zip(("xmin", "ymin", "xmax", "ymax"), (x1 * 4, y1 * 5, x2 * 4, y2 * 5))
-            numbers = "".join(f"<{key}>{value:.0f}</{key}>" for key, value in corners)
-            objects += f"<object><name>{label}</name><bndbox>{numbers}</bndbox></object>"
-        Image.fromarray(pixels).save(path)
-        size = f"<size><width>{original[0]}</width><height>{original[1]}</height></size>"
-        (root / "annotations" / "xml" / f"{path.stem}.xml").write_text(
-            f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
-        )
-    return boxes
-
-
 def test_tbx11k(tmp_path: Path) -> None:
     """Test labels are withheld, so train and val are dealt out anew; only an X-ray of a healthy person is a negative."""
     boxes = write_tbx11k(tmp_path)
@@ -301,24 +233,6 @@ def test_tbx11ks_xml_is_in_another_resolution_than_its_images(tmp_path: Path) ->
             np.testing.assert_allclose(true_boxes(record), in_order, atol=0.25)
 
 
-def write_kidney_stones(root: Path, stems: int = 60) -> None:
-    """Copies of one slice, which Roboflow tells apart by what follows `.rf.`, stand in several of its splits."""
-    (root / "data.yaml").parent.mkdir(parents=True, exist_ok=True)
-    (root / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnc: 1\nnames: ['Tas_Var']\n")
-    for folder in ("train", "valid", "test"):
-        for kind in ("images", "labels"):
-            (root / folder / kind).mkdir(parents=True)
-    for stem in range(stems):
-        for copy, folder in (("ab1", "train"), ("cd2", "train"), ("ef3", ("train", "valid", "test")[stem % 3])):
-            name = f"1-3-46-670589-33-1-{stem:03}_png_jpg.rf.{copy}{stem}"
-            left, top = 40 + 4 * stem, 30 + 3 * stem
-            pixels = np.full((320, 391), 60, np.uint8)
-            pixels[top : top + 9, left : left + 11] = 250
-            Image.fromarray(pixels).convert("RGB").save(root / folder / "images" / f"{name}.jpg", quality=95)
-            numbers = ((left + 5.5) / 391, (top + 4.5) / 320, 11 / 391, 9 / 320)
-            (root / folder / "labels" / f"{name}.txt").write_text("0 " + " ".join(f"{one:.7f}" for one in numbers))
-
-
 def test_kidney_stones(tmp_path: Path) -> None:
     write_kidney_stones(tmp_path)
     found = read_annotations(load_recipe("kidney_stone"), tmp_path)
@@ -340,4 +254,4 @@ def test_kidney_stones(tmp_path: Path) -> None:
         x1, y1, x2, y2 = (np.array(item.boxes[0]) * [391, 320, 391, 320]).round().astype(int)
         shown = np.asarray(Image.open(item.image))[:, :, 0]
         assert shown[y1:y2, x1:x2].min() > 200
-        assert shown[y1 - 3 : y2 + 3, x1 - 3 : x2 + 3].max(axis=1)[0] < 120
+        assert shown[y1 - 6 : y1 - 3, x1 - 6 : x2 + 6].max() < 160

@@ -35,7 +35,7 @@ from umed_plugin.annotations import read_annotations
 from umed_plugin.conversation import TEMPLATES, conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import REWARDING
-from umed_plugin.recipe import Recipe, load_recipe
+from umed_plugin.recipe import AnyRecipe, load_recipe
 from umed_plugin.records import load_records, save_records
 
 _EXAMPLES = 3
@@ -136,7 +136,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
     print(f"umed: built {len(records)} records of {flags.umed_recipe} into {file}", flush=True)
 
 
-def _data_stamp(recipe: Recipe, data_root: str | None) -> dict[str, str]:
+def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
     """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
     found = read_annotations(recipe, data_root)
     digest = hashlib.sha256(repr((found.faults.messages, found.missing)).encode())

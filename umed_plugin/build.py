@@ -22,9 +22,9 @@ from umed_plugin.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.boxes import Box, is_degenerate
 from umed_plugin.conversation import write_conversation
 from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.geometry import ImageGeometry, Orientation
+from umed_plugin.geometry import ImageGeometry
 from umed_plugin.images import load_image, read_by_llava
-from umed_plugin.recipe import Recipe
+from umed_plugin.recipe import AnyRecipe
 from umed_plugin.recipe_options import SPLITS
 from umed_plugin.records import Record
 
@@ -42,18 +42,20 @@ class Prepared:
     Attributes:
         size: width and height of the image as the model will get it, in pixels.
         boxes, classes: of its lesions, in pixels of that image, from top to bottom.
-        pixels: uint8 RGB ``[height, width, 3]`` to be written, or None when LLaVA reads the file itself.
+        shown: uint8 RGB ``[height, width, 3]``, as the model gets it.
+        by_llava: LLaVA reads the file itself as ``shown``; else that is written as PNG.
     """
 
     item: Annotated
     size: tuple[int, int]
     boxes: list[Box]
     classes: list[str]
-    pixels: Optional[np.ndarray] = None
+    shown: np.ndarray
+    by_llava: bool
 
 
 def build_records(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     *,
     out_dir: Union[str, Path],
     image_aspect_ratio: str = "pad",
@@ -136,16 +138,16 @@ def prepare(
 
 def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
     options = item.recipe.image
-    if read_by_llava(item.image):
+    by_llava = read_by_llava(item.image)
+    if by_llava:
         # Decoding is the only way to find a truncated file before training does.
-        width, height = load_image(item.image)[1].size
-        pixels, turned = None, Orientation(width, height)
+        shown, turned = load_image(item.image)
     else:
         if options.window == "column" and item.window is None:
             found.faults.add(item.where, "the window column is empty, and image.window is 'column'")
             return None
         window = item.window if options.window == "column" and item.window else options.window
-        pixels, turned = load_image(
+        shown, turned = load_image(
             item.image,
             window=window,
             offset=options.offset,
@@ -174,7 +176,7 @@ def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
     if options.box_frame == "stored":
         turned_boxes = turned.apply_boxes(turned_boxes)
     order = sorted(range(len(kept)), key=lambda i: (turned_boxes[i][1], turned_boxes[i][0]))
-    return Prepared(item, turned.size, [turned_boxes[i] for i in order], [kept[i][1] for i in order], pixels)
+    return Prepared(item, turned.size, [turned_boxes[i] for i in order], [kept[i][1] for i in order], shown, by_llava)
 
 
 def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int], claimed: tuple[int, ...]) -> Box:
@@ -235,9 +237,7 @@ def _record(prepared: Prepared, out_dir: Path, geometry: ImageGeometry, decimals
     name = original if item.slice is None else f"{original}#{item.slice}"
     return {
         "id": f"{recipe.name}/{name}",
-        "image": (
-            str(item.image) if prepared.pixels is None else _render(prepared.pixels, f"{recipe.name}/{name}", out_dir)
-        ),
+        "image": (str(item.image) if prepared.by_llava else _render(prepared.shown, f"{recipe.name}/{name}", out_dir)),
         "conversations": [],
         "objects": {
             "ref": prepared.classes,
@@ -254,6 +254,7 @@ def _record(prepared: Prepared, out_dir: Path, geometry: ImageGeometry, decimals
         "provenance": {
             "recipe": recipe.name,
             "recipe_sha256": recipe.sha256,
+            **({"mixture": recipe.mixture} if recipe.mixture else {}),
             "writer": WRITER,
             "seed": seed,
             "image_aspect_ratio": geometry.mode,
@@ -277,7 +278,7 @@ def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
 
 
 def _report(
-    found: AnnotationSet, bad_images: list[UmedError], tally: dict[str, int], recipe: Recipe, on_bad_image: str
+    found: AnnotationSet, bad_images: list[UmedError], tally: dict[str, int], recipe: AnyRecipe, on_bad_image: str
 ) -> None:
     """Raise what must stop the build, log what was left out."""
     if on_bad_image == "stop":
@@ -287,6 +288,8 @@ def _report(
         _log.warning("%s: %d images skipped, the first:\n  %s", recipe.name, len(bad_images), shown)
     hint = f"{recipe.path} with data in {found.root}"
     found.faults.raise_if_any(hint + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
+    if found.wanted is not None and len(found.items) < found.wanted:
+        _log.warning("%s: %d images wanted, %d found", recipe.name, found.wanted, len(found.items))
     if found.dropped_boxes:
         _log.warning("%s: %d degenerate boxes left out", recipe.name, found.dropped_boxes)
     for reason, count in found.left_out.items():

@@ -1,26 +1,27 @@
-"""Does a recipe fit the files on disk, and what is in them: ``umed recipe check R --data-root FOLDER``."""
+"""Does a recipe fit the files on disk, and what is in them: ``umed recipe check R --data-root FOLDER``.
+
+`check_report` prints what is found here and writes it as a page with a contact sheet.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, median
-from typing import TYPE_CHECKING, Optional, Union
+from typing import Optional, Union
 
-from umed_plugin.annotations import AnnotationSet, read_annotations
+from umed_plugin.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.boxes import best_iou_for_decimals
 from umed_plugin.build import LEAST_VISIBLE, Prepared, prepare
+from umed_plugin.contact_sheet import ContactSheets
 from umed_plugin.errors import UmedError
 from umed_plugin.geometry import ImageGeometry
-from umed_plugin.recipe import Recipe
-from umed_plugin.recipe_options import SPLITS
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from umed_plugin.leaks import Leak, Pictures, evaluation_pictures
+from umed_plugin.recipe import AnyRecipe
 
 DECIMALS = (2, 3)
-_SHOWN = 10
 
 
 @dataclass
@@ -42,22 +43,48 @@ class ClassCheck:
 
 
 @dataclass
+class SourceCheck:
+    """One data set of a mixture, or the only one.
+
+    Attributes:
+        images: with and without a lesion; ``negatives`` are those without.
+        missing: annotated images that are not on disk.
+    """
+
+    images: int = 0
+    negatives: int = 0
+    lesions: int = 0
+    missing: int = 0
+    patients: set[str] = field(default_factory=set)
+
+
+@dataclass
 class RecipeCheck:
     """What `check_recipe` found.
 
     Attributes:
         images, negatives: split -> number of images, and of those without a lesion.
-        patients: split -> patients; ``shared_patients`` are in more than one.
+        patients: split -> patients, with their source; ``shared_patients`` are in more than one.
+        sources: data set -> what of it is there.
         classes: plain name -> its lesions.
+        pictures: split -> small versions of its images, by name.
+        split_leaks: pictures of val and test that are in train, and of test that are in val, too.
+        evaluation_leaks: pictures of train and val that are in an evaluation set too; None when none was given.
+        sheets: pictures with their boxes, for `check_report`.
         bad_images: what is missing on disk (first) or cannot be read.
     """
 
-    recipe: Recipe
+    recipe: AnyRecipe
     annotations: AnnotationSet
     images: Counter[str] = field(default_factory=Counter)
     negatives: Counter[str] = field(default_factory=Counter)
     patients: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    sources: dict[str, SourceCheck] = field(default_factory=lambda: defaultdict(SourceCheck))
     classes: dict[str, ClassCheck] = field(default_factory=dict)
+    pictures: dict[str, Pictures] = field(default_factory=lambda: defaultdict(Pictures))
+    split_leaks: list[Leak] = field(default_factory=list)
+    evaluation_leaks: Optional[list[Leak]] = None
+    sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
     bad_images: list[UmedError] = field(default_factory=list)
 
     @property
@@ -78,27 +105,51 @@ class RecipeCheck:
 
 
 def check_recipe(
-    recipe: Recipe, *, data_root: Optional[Union[str, Path]] = None, progress: bool = False
+    recipe: AnyRecipe,
+    *,
+    data_root: Optional[Union[str, Path]] = None,
+    against: Sequence[Union[str, Path]] = (),
+    progress: bool = False,
 ) -> RecipeCheck:
     """Read all annotations and images of a recipe and count.
 
+    Args:
+        against: folders with the images of evaluation sets, which must not be trained on.
+
     Raises:
-        UmedError: there is no data folder.
+        UmedError: there is no data folder, or a folder of ``against`` holds no image.
     """
+    evaluated = evaluation_pictures(against)
     check = RecipeCheck(recipe, read_annotations(recipe, data_root))
     check.classes = {name: ClassCheck() for name in recipe.names}
-    for prepared in prepare(
-        check.annotations.items, check.annotations, check.bad_images, recipe.name if progress else None
-    ):
+    check.sheets = ContactSheets(check.annotations.items)
+    items = check.annotations.items
+    for prepared in prepare(items, check.annotations, check.bad_images, recipe.name if progress else None):
         _count(prepared, check)
+    for item in check.annotations.missing:
+        check.sources[item.recipe.name].missing += 1
+    for held_out, others in (("val", ["train"]), ("test", ["train", "val"])):
+        for other in others:
+            check.split_leaks += check.pictures[held_out].also_in(check.pictures[other])
+    if against:
+        trained = [check.pictures[split].also_in(evaluated) for split in ("train", "val")]
+        check.evaluation_leaks = [leak for leaks in trained for leak in leaks]
     return check
 
 
 def _count(prepared: Prepared, check: RecipeCheck) -> None:
-    split = prepared.item.split
+    item = prepared.item
+    split, patient = item.split, f"{item.recipe.name} {item.patient}"
     check.images[split] += 1
     check.negatives[split] += not prepared.boxes
-    check.patients[split].add(prepared.item.patient)
+    check.patients[split].add(patient)
+    source = check.sources[item.recipe.name]
+    source.images += 1
+    source.negatives += not prepared.boxes
+    source.lesions += len(prepared.boxes)
+    source.patients.add(patient)
+    check.pictures[split].add(picture_name(item), prepared.shown)
+    check.sheets.add(prepared)
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, name in zip(prepared.boxes, prepared.classes):
         found = check.classes[name]
@@ -111,73 +162,7 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
             values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
 
 
-def print_check(check: RecipeCheck, console: Console) -> None:
-    """Print the check as tables, faults last so that they are on the screen at the end."""
-    from rich.markup import escape
-
-    recipe = check.recipe
-    console.print(f"[bold]{recipe.name}[/bold]: {escape(recipe.description)}", highlight=False)
-    console.print(f"Terms: {escape(recipe.terms.licence)}. {escape(recipe.terms.url)}", highlight=False)
-    console.print(f"Data:  {escape(str(check.annotations.root))}", highlight=False, soft_wrap=True)
-    console.print(_splits_table(check))
-    console.print(_classes_table(check))
-    for reason, count in check.annotations.left_out.items():
-        console.print(f"{count} images left out: {reason}")
-    if check.annotations.dropped_boxes:
-        console.print(f"{check.annotations.dropped_boxes} degenerate boxes left out")
-    shared = check.shared_patients
-    if shared:
-        console.print(
-            f"[yellow]{len(shared)} patients are in more than one split[/yellow] "
-            f"({escape(', '.join(shared[:_SHOWN]))}): results on test will look better than they are."
-        )
-    missing = check.annotations.missing
-    if missing:
-        total = len(missing) + len(check.annotations.items)
-        console.print(
-            f"[red]{len(missing)} of {total} images are missing on disk.[/red] Get them from "
-            f"{escape(recipe.terms.url)}. The first:",
-            soft_wrap=True,
-        )
-        for item in missing[:_SHOWN]:
-            console.print(f"  {escape(str(item.image))}", highlight=False, soft_wrap=True)
-    if check.faults:
-        console.print(f"[red]{len(check.faults)} faults:[/red]")
-        for fault in check.faults[:_SHOWN]:
-            console.print(f"  {escape(fault)}", highlight=False, soft_wrap=True)
-        if len(check.faults) > _SHOWN:
-            console.print(f"  ... and {len(check.faults) - _SHOWN} more")
-    if check.ok:
-        console.print("[green]The recipe fits the data.[/green]")
-
-
-def _splits_table(check: RecipeCheck) -> object:
-    from rich.table import Table
-
-    table = Table(title="Images")
-    for title in ("split", "images", "without lesion", "patients", "lesions"):
-        table.add_column(title, justify="left" if title == "split" else "right")
-    for split in [*SPLITS, *sorted(set(check.images) - set(SPLITS))]:
-        lesions = sum(found.per_split[split] for found in check.classes.values())
-        numbers = (check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions)
-        table.add_row(split or "(none)", *map(str, numbers))
-    return table
-
-
-def _classes_table(check: RecipeCheck) -> object:
-    from rich.table import Table
-
-    table = Table(
-        title="Lesions", caption="cut: by LLaVA's centre crop (square). IoU: best that the decimals allow (pad)."
-    )
-    titles = ["class", *SPLITS, "median box px", "lost / cut", *(f"IoU {d} decimals" for d in DECIMALS)]
-    for title in titles:
-        table.add_column(title, justify="left" if title == "class" else "right")
-    for name, found in check.classes.items():
-        row = [name, *(str(found.per_split[split]) for split in SPLITS)]
-        if found.sides:
-            row.append(f"{median(w for w, _ in found.sides):.0f} x {median(h for _, h in found.sides):.0f}")
-            row.append(f"{found.lost} / {found.cut}")
-            row += [f"{mean(values):.2f} (worst {min(values):.2f})" for values in found.best_iou.values()]
-        table.add_row(*row)
-    return table
+def picture_name(item: Annotated) -> str:
+    """How a picture is called in messages: split, data set, path in it, and slice."""
+    slice_ = "" if item.slice is None else f"#{item.slice}"
+    return f"{item.split}: {item.recipe.name}/{os.path.relpath(item.image, item.root)}{slice_}"

@@ -20,12 +20,15 @@ from umed_plugin.reader_options import READER_OPTIONS, FreeOptions, ReaderOption
 from umed_plugin.recipe_faults import Faults, NoDuplicates, validated
 from umed_plugin.recipe_options import (
     AbnormalityClass,
+    Fractions,
     ImageOptions,
     NegativeRule,
     SplitRule,
     StrictModel,
     Terms,
 )
+
+FILLED_IN = ("path", "sha256", "mixture", "recipes")
 
 
 class Recipe(StrictModel):
@@ -40,6 +43,7 @@ class Recipe(StrictModel):
         least_box_side: a box that is narrower or lower than this many pixels is degenerate. Default: it has no area.
         degenerate_boxes: ``stop`` at a degenerate box, or ``drop`` it (an image left without box is left out).
         path, sha256: of the YAML file; filled in by `load_recipe`.
+        mixture: name and sha256 of the mixture that the recipe is a source of, or empty; filled in by `load_recipe`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
@@ -58,6 +62,7 @@ class Recipe(StrictModel):
     degenerate_boxes: Literal["stop", "drop"] = "stop"
     path: str = ""
     sha256: str = ""
+    mixture: str = ""
 
     @field_validator("classes", "ignore_classes", mode="before")
     @classmethod
@@ -86,17 +91,80 @@ class Recipe(StrictModel):
         Raises:
             UmedError: it is not given, its variable is not set, or it does not exist.
         """
-        written = str(data_root) if data_root else self.data_root
-        folder = Path(os.path.expandvars(written)).expanduser()
         get = f"Get the data ({self.terms.licence}) from {self.terms.url}"
-        if "$" in str(folder):
-            raise UmedError(
-                f"{self.path}: data_root is {written!r} and the variable is not set. "
-                f"Set it or give --data-root FOLDER. {get}"
-            )
-        if not folder.is_dir():
-            raise UmedError(f"{self.path}: there is no data folder {folder}. Give --data-root FOLDER. {get}")
-        return folder.resolve()
+        return _data_folder(self.path, self.data_root, data_root, get)
+
+
+class Source(StrictModel):
+    """A data set in a mixture.
+
+    Attributes:
+        folder: of the data set, under the mixture's data root.
+        share: how much of the mixture it is to be, beside the others' shares.
+    """
+
+    folder: str
+    share: float = Field(1.0, gt=0)
+
+
+class MixedSplit(StrictModel):
+    """Seed and fractions for the sources whose ``split.by`` is ``patient``; the others keep the splits of their files."""
+
+    seed: int = 0
+    fractions: Fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+
+class Mixture(StrictModel):
+    """Several data sets as one.
+
+    Attributes:
+        sources: recipe (its name, or a YAML file beside this one) -> its folder and share.
+        size: images to choose. A source that has fewer than its share gives all, and the others fill up.
+        negative_share: at most this share of them is without a lesion, from the sources that have such.
+        recipes: source -> its recipe, with the mixture's split; filled in by `load_recipe`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str
+    data_root: str = "${UMED_DATA_ROOT}"
+    sources: dict[str, Source] = Field(min_length=1)
+    size: int = Field(gt=0)
+    negative_share: float = Field(0.0, ge=0, lt=1)
+    split: MixedSplit = MixedSplit()
+    recipes: dict[str, Recipe] = {}
+    path: str = ""
+    sha256: str = ""
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Plain name -> plain name and synonyms, of all sources."""
+        return {name: words for recipe in self.recipes.values() for name, words in recipe.names.items()}
+
+    def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
+        """The folder that holds the sources' folders.
+
+        Raises:
+            UmedError: it is not given, its variable is not set, or it does not exist.
+        """
+        return _data_folder(self.path, self.data_root, data_root, f"It holds {self._folders()}")
+
+    def _folders(self) -> str:
+        return ", ".join(f"{source.folder}/" for source in self.sources.values())
+
+
+AnyRecipe = Union[Recipe, Mixture]
+
+
+def _data_folder(recipe: str, written: str, given: Optional[Union[str, Path]], hint: str) -> Path:
+    written = str(given) if given else written
+    folder = Path(os.path.expandvars(written)).expanduser()
+    if "$" in str(folder):
+        raise UmedError(
+            f"{recipe}: data_root is {written!r} and the variable is not set. Set it or give --data-root FOLDER. {hint}"
+        )
+    if not folder.is_dir():
+        raise UmedError(f"{recipe}: there is no data folder {folder}. Give --data-root FOLDER. {hint}")
+    return folder.resolve()
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -106,8 +174,8 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(data_recipes.__file__).parent.glob("*.yaml"))}
 
 
-def load_recipe(name_or_path: Union[str, Path]) -> Recipe:
-    """Load a shipped recipe by name or a YAML file by path.
+def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
+    """Load a shipped recipe by name or a YAML file by path; one with ``sources`` is a mixture.
 
     Raises:
         UsageError: there is neither a recipe nor a file of that name.
@@ -129,21 +197,51 @@ def load_recipe(name_or_path: Union[str, Path]) -> Recipe:
             f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
         )
     faults = Faults()
-    for own in ("path", "sha256"):
+    for own in FILLED_IN:
         if own in data:
             faults.add(own, "is filled in by umed; take it out")
+    data = {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}
+    loaded = _mixture(data, faults) if "sources" in data else _recipe(data, faults)
+    faults.raise_if_any(str(path))
+    return loaded
+
+
+def _recipe(data: dict[str, Any], faults: Faults) -> Any:
     options = _reader_options(data.get("annotations"), faults)
-    recipe = validated(
-        Recipe,
-        {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}
-        | ({"annotations": options} if "annotations" in data else {}),
-        "",
-        faults,
-    )
+    recipe = validated(Recipe, data | ({"annotations": options} if "annotations" in data else {}), "", faults)
     if recipe is not None and options is not None:
         _check_together(recipe, faults)
-    faults.raise_if_any(str(path))
     return recipe
+
+
+def _mixture(data: dict[str, Any], faults: Faults) -> Any:
+    mixture = validated(Mixture, data, "", faults)
+    if mixture is None:
+        return None
+    recipes: dict[str, Recipe] = {}
+    for name in mixture.sources:
+        beside = Path(mixture.path).parent / name
+        try:
+            recipe = load_recipe(beside if beside.is_file() else name)
+        except UmedError as error:
+            faults.add(f"sources.{name}", str(error))
+            continue
+        if isinstance(recipe, Mixture):
+            faults.add(f"sources.{name}", "is a mixture itself; name its sources here")
+        else:
+            recipes[name] = recipe
+    # What is chosen depends on the sources' recipes too.
+    digests = "".join([mixture.sha256, *(recipe.sha256 for recipe in recipes.values())])
+    mixture = mixture.model_copy(update={"sha256": hashlib.sha256(digests.encode()).hexdigest()})
+    recipes = {name: _as_source(recipe, mixture) for name, recipe in recipes.items()}
+    return mixture.model_copy(update={"recipes": recipes})
+
+
+def _as_source(recipe: Recipe, mixture: Mixture) -> Recipe:
+    split = recipe.split
+    if split.by == "patient":
+        split = split.model_copy(update={"seed": mixture.split.seed, "fractions": mixture.split.fractions})
+    return recipe.model_copy(update={"split": split, "mixture": f"{mixture.name} {mixture.sha256}"})
 
 
 def _reader_options(found: Any, faults: Faults) -> Optional[ReaderOptions]:

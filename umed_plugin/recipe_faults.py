@@ -52,7 +52,11 @@ def validated(model: type[BaseModel], data: Any, prefix: str, faults: Faults) ->
 def _in_words(error: Any, model: type[BaseModel]) -> str:
     found = repr(error["input"]) if not isinstance(error["input"], (dict, list)) else type(error["input"]).__name__
     if error["type"] == "extra_forbidden":
-        allowed = [name for name in _fields_at(model, error["loc"][:-1]) if name not in ("path", "sha256")]
+        allowed = [
+            name
+            for name in _fields_at(model, error["loc"][:-1])
+            if name not in ("path", "sha256", "mixture", "recipes")
+        ]
         return unknown_name("key", str(error["loc"][-1]), allowed)
     if error["type"] == "missing":
         return "missing. " + _first_sentence(model, error["loc"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from umed_plugin.errors import unknown_name
 
@@ -112,6 +112,15 @@ def _known_window(value: Any, allowed: list[str]) -> Any:
     return WindowRange.model_validate(value) if isinstance(value, dict) else value
 
 
+def _sum_to_one(value: dict[str, float]) -> dict[str, float]:
+    if not value or abs(sum(value.values()) - 1) > 1e-6 or min(value.values()) < 0:
+        raise ValueError(f"sum to {sum(value.values()):g}; needed: 1, none below 0")
+    return value
+
+
+Fractions = Annotated[dict[Split, float], AfterValidator(_sum_to_one)]
+
+
 class SplitRule(StrictModel):
     """Who goes to train, val and test.
 
@@ -128,16 +137,9 @@ class SplitRule(StrictModel):
 
     by: Literal["file", "column", "patient"]
     seed: int = 0
-    fractions: dict[Split, float] = {"train": 0.8, "val": 0.1, "test": 0.1}
+    fractions: Fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
     patient_pattern: Optional[str] = None
     copy_pattern: Optional[str] = None
-
-    @field_validator("fractions")
-    @classmethod
-    def _sum_to_one(cls, value: dict[str, float]) -> dict[str, float]:
-        if abs(sum(value.values()) - 1) > 1e-6 or min(value.values()) < 0:
-            raise ValueError(f"sum to {sum(value.values()):g}; needed: 1, none below 0")
-        return value
 
     @field_validator("patient_pattern", "copy_pattern")
     @classmethod

@@ -8,49 +8,33 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
 
 from umed_plugin.annotations import by_image, coco, mask, voc, yolo  # noqa: F401  (they register themselves)
-from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated
+from umed_plugin.annotations.base import ANNOTATION_READERS, Annotated, AnnotationSet
+from umed_plugin.annotations.mixing import mixed
 from umed_plugin.annotations.splits import deal_out, picked_by_hash, set_patients, without_copies_held_out
 from umed_plugin.annotations.table import read_negative_list
 from umed_plugin.errors import did_you_mean
-from umed_plugin.recipe import Recipe
-from umed_plugin.recipe_faults import Faults
+from umed_plugin.recipe import AnyRecipe, Mixture, Recipe
 
 __all__ = ["ANNOTATION_READERS", "Annotated", "AnnotationSet", "read_annotations"]
 
 
-@dataclass
-class AnnotationSet:
-    """All annotations of a recipe.
-
-    Attributes:
-        root: data root.
-        items: images that are on disk, with plain class names, patient and split.
-        missing: items whose image is not on disk.
-        left_out: reason -> number of images left out on purpose.
-        dropped_boxes: degenerate boxes left out, once images are read.
-        faults: what is wrong; nothing may be built while there are any.
-    """
-
-    root: Path
-    items: list[Annotated] = field(default_factory=list)
-    missing: list[Annotated] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    dropped_boxes: int = 0
-    faults: Faults = field(default_factory=Faults)
-
-
-def read_annotations(recipe: Recipe, data_root: Optional[Union[str, Path]] = None) -> AnnotationSet:
+def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = None) -> AnnotationSet:
     """Read what a recipe describes; mistakes in the data are noted in ``faults``, not raised.
 
     Raises:
         UmedError: there is no data folder at all.
     """
-    found = AnnotationSet(recipe.root(data_root))
+    if isinstance(recipe, Mixture):
+        return mixed(recipe, recipe.root(data_root), _read)
+    return _read(recipe, recipe.root(data_root))
+
+
+def _read(recipe: Recipe, root: Path) -> AnnotationSet:
+    found = AnnotationSet(root)
     reader = ANNOTATION_READERS.get(recipe.annotations.reader)
     read = reader(recipe.annotations, found.root, found.faults)
     items = _with_plain_names(_without_left_out(read, found), recipe, found)

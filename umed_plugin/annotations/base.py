@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,29 @@ class Annotated:
     # Recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
     root: Path = Path()
+
+
+@dataclass
+class AnnotationSet:
+    """All annotations of a recipe, or of a mixture.
+
+    Attributes:
+        root: data root.
+        wanted: images that a mixture asks for, or None.
+        items: images that are on disk, with plain class names, patient and split.
+        missing: items whose image is not on disk.
+        left_out: reason -> number of images left out on purpose.
+        dropped_boxes: degenerate boxes left out, once images are read.
+        faults: what is wrong; nothing may be built while there are any.
+    """
+
+    root: Path
+    wanted: Optional[int] = None
+    items: list[Annotated] = field(default_factory=list)
+    missing: list[Annotated] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: int = 0
+    faults: Faults = field(default_factory=Faults)
 
 
 # A reader takes its options (recipe.annotations), the data root and the place to note faults.

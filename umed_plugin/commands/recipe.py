@@ -51,6 +51,16 @@ def _add_check(actions: argparse._SubParsersAction[Any]) -> None:
         epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
     )
     _add_recipe_and_root(parser)
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="folder with the images of an evaluation set, to name pictures that are in it too; may be given several times",
+    )
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write check.html there, with a contact sheet of every source"
+    )
     parser.set_defaults(run=_check)
 
 
@@ -96,12 +106,14 @@ def _list(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from umed_plugin.check_report import sources_of
     from umed_plugin.recipe import load_recipe, shipped_recipes
 
     table = Table("recipe", "classes", "terms", "description")
     for name in shipped_recipes():
         recipe = load_recipe(name)
-        table.add_row(name, ", ".join(recipe.names), recipe.terms.licence, recipe.description)
+        terms = "; ".join(dict.fromkeys(source.terms.licence for source in sources_of(recipe)))
+        table.add_row(name, ", ".join(recipe.names), terms, recipe.description)
     Console().print(table)
     return 0
 
@@ -116,11 +128,14 @@ def _show(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from umed_plugin.check import check_recipe, print_check
+    from umed_plugin.check import check_recipe
+    from umed_plugin.check_report import print_check, write_report
     from umed_plugin.recipe import load_recipe
 
-    check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, progress=True)
+    check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, against=args.against, progress=True)
     print_check(check, Console())
+    if args.report:
+        print(f"written: {write_report(check, args.report)}")
     return 0 if check.ok else 1
 
 
