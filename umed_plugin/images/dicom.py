@@ -23,6 +23,8 @@ from umed_plugin.images.windows import LinearView, SigmoidView, TableView, look_
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 # pydicom turns these into RGB; of YBR_ICT and YBR_RCT that is the JPEG 2000 decoder's business.
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+# Two bytes of a run stand for 128 at most.
+_BEST_RLE_RATIO = 64
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
@@ -40,7 +42,7 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
         frames = int(getattr(header, "NumberOfFrames", None) or 1)
         index = checked_index(path, frame, frames, "frame")
         check_size(path, int(header.Columns), int(header.Rows))
-        values = _decoded(header, index)
+        values = _decoded(header, index, path)
         header = _Frame(header, index)
         directions = _directions(header)
         if photometric not in _GREY:
@@ -69,7 +71,8 @@ def open_header(path: Path, *, pixels: bool = True) -> Any:
     reader = PydicomReader(swap_ij=False, affine_lps_to_ras=False)
     header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels)
     if pixels and not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise ValueError("there are no pixels in it")
+        kind = getattr(header.file_meta, "MediaStorageSOPClassUID", None)
+        raise ValueError(f"there are no pixels in it{f', it is a {kind.name}' if kind else ''}")
     if not getattr(header.file_meta, "TransferSyntaxUID", None):
         header.file_meta.TransferSyntaxUID = _transfer_syntax(header)
     return header
@@ -99,10 +102,22 @@ def _checked_photometric(header: Any, path: Path) -> str:
     return photometric
 
 
-def _decoded(header: Any, index: int) -> np.ndarray:
+def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
     """``[rows, columns]`` or RGB ``[rows, columns, 3]`` of one frame, in the file's own numbers."""
-    from pydicom.pixels import pixel_array
+    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import RLELossless
 
+    decoder = get_decoder(header.file_meta.TransferSyntaxUID)
+    if not decoder.is_available:
+        raise UmedError(
+            f"{path}: compressed as {decoder.UID.name}, for which no decoder is installed. Install one of these "
+            f"({'; '.join(decoder.missing_dependencies)}), or convert the file."
+        )
+    if RLELossless == decoder.UID:
+        # pydicom asks for the memory first and fills what is missing with zeros.
+        claimed = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8
+        if claimed > _BEST_RLE_RATIO * len(header.PixelData):
+            raise ValueError(f"its header says {claimed} bytes per frame, more than its pixel data can hold")
     return np.asarray(pixel_array(header, index=index))
 
 
