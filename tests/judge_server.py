@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ class Asked:
     authorization: str | None
     body: dict[str, Any]
     at: float
+    request_id: str = ""
 
     @property
     def text(self) -> str:
@@ -72,6 +74,11 @@ class JudgeServer(ThreadingHTTPServer):
         self.held = self.most_held = 0
         self.changed = threading.Condition()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no fault of the server's; all else is told."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
@@ -87,8 +94,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: JudgeServer
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise ConnectionResetError("the client has gone in the middle of its request")
+        body = json.loads(data)
         asked = Asked(self.path, self.headers.get("Authorization"), body, time.monotonic())
+        asked.request_id = self.headers.get("X-Client-Request-Id", "")
         with self.server.changed:
             self.server.asked.append(asked)
             self.server.held += 1

@@ -13,9 +13,9 @@ import pytest
 from judge_server import Answer, Asked, completion, judge_server, score
 from umed_runs import environment
 
+from umed_plugin.asking.ledger import Ledger
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import UmedFlags
-from umed_plugin.judges.ledger import Ledger
 from umed_plugin.judges.question import NotAScoreError, Questionnaire
 from umed_plugin.judges.relevance import JudgedRelevance
 from umed_plugin.reward_flags import DEFAULT_PROMPT
@@ -328,7 +328,7 @@ def test_lines_that_are_no_replies_are_left_alone(tmp_path):
 
 WRITER = """
 import sys
-from umed_plugin.judges.ledger import Ledger
+from umed_plugin.asking.ledger import Ledger
 ledger = Ledger(sys.argv[1], "m")
 for i in range(int(sys.argv[3])):
     ledger.append(f"{sys.argv[2]}-{i}", "x" * 5000, {"prompt_tokens": 1})

@@ -165,17 +165,28 @@ def parse_boxes(text: str) -> list[Box]:
     one is above 1 are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and
     `is_inside` tells.
     """
-    boxes: list[Box] = []
-    for found in _BOX_TEXT.finditer(text):
-        written = [group for group in found.groups() if group is not None]
-        if written[0].startswith("<"):
-            values = [(int(bin_number) + 0.5) / 100 for bin_number in written[1:]]
-        else:
-            values = [float(number) for number in written]
-            if "." not in "".join(written) and max(values) > 1:
-                values = [value / 1000 for value in values]
-        boxes.append((values[0], values[1], values[2], values[3]))
-    return boxes
+    return [box for _, box in find_boxes(text)]
+
+
+def find_boxes(text: str) -> list[tuple[int, Box]]:
+    """The boxes that :func:`parse_boxes` reads, each with the place at which it begins."""
+    return [(found.start(), _read(found)) for found in _BOX_TEXT.finditer(text)]
+
+
+def _read(found: re.Match[str]) -> Box:
+    written = [group for group in found.groups() if group is not None]
+    if written[0].startswith("<"):
+        values = [(int(bin_number) + 0.5) / 100 for bin_number in written[1:]]
+    else:
+        values = [float(number) for number in written]
+        if "." not in "".join(written) and max(values) > 1:
+            values = [value / 1000 for value in values]
+    return values[0], values[1], values[2], values[3]
+
+
+def rewrite_boxes(text: str, write: Callable[[Box], str]) -> str:
+    """``text`` with every box that :func:`parse_boxes` reads replaced by what ``write`` makes of it."""
+    return _BOX_TEXT.sub(lambda found: write(_read(found)), text)
 
 
 def blot_boxes(text: str, mark: str = "[box]") -> str:

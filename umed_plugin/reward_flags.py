@@ -5,17 +5,14 @@ Like `umed_plugin.flags`, whose dataclass holds them, this imports the standard 
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from umed_plugin import server_flags
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.registry import Registry
 
@@ -32,10 +29,6 @@ OPENAI, REPLAY = "openai", "replay"
 DEFAULT_PROMPT = Path(__file__).parent / "judges" / "prompt.txt"
 # What every OpenAI-compatible server knows and a plain chat model needs to be short and the same each time.
 DEFAULT_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
-UNITS = ("requests", "tokens", "usd")
-
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
-_SET_BY_US = ("model", "messages", "stream", "n")
 
 
 def find_reward_faults(flags: UmedFlags, *, imported: bool) -> list[str]:
@@ -112,30 +105,17 @@ def prompt_file(flags: UmedFlags) -> Path:
 
 def options(flags: UmedFlags) -> dict[str, Any]:
     """``--umed_judge_options`` as a dictionary; ValueError when it is none."""
-    found = json.loads(flags.umed_judge_options)
-    if not isinstance(found, dict):
-        raise ValueError("not an object")
-    return found
+    return server_flags.parse_options(flags.umed_judge_options)
 
 
 def budget(flags: UmedFlags) -> tuple[float, str] | None:
     """``--umed_judge_budget`` as amount and unit; ValueError when it is none."""
-    if flags.umed_judge_budget is None:
-        return None
-    found = _BUDGET.fullmatch(flags.umed_judge_budget.strip().lower())
-    if found is None or found.group(2) not in UNITS or not float(found.group(1)):
-        raise ValueError("not an amount and a unit")
-    return float(found.group(1)), found.group(2)
+    return None if flags.umed_judge_budget is None else server_flags.parse_budget(flags.umed_judge_budget)
 
 
 def prices(flags: UmedFlags) -> tuple[float, float] | None:
     """``--umed_judge_prices``: US dollars for a million tokens read and written; ValueError when it is none."""
-    if flags.umed_judge_prices is None:
-        return None
-    read, written = (float(part) for part in flags.umed_judge_prices.split(","))
-    if not all(math.isfinite(price) and price >= 0 for price in (read, written)) or not read + written:
-        raise ValueError("not two prices")
-    return read, written
+    return None if flags.umed_judge_prices is None else server_flags.parse_prices(flags.umed_judge_prices)
 
 
 def find_judge_faults(flags: UmedFlags, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -150,32 +130,9 @@ def find_judge_faults(flags: UmedFlags, environment: Mapping[str, str] = os.envi
 
 
 def _server_faults(flags: UmedFlags, environment: Mapping[str, str]) -> list[str]:
-    faults = []
-    if importlib.util.find_spec("openai") is None or importlib.util.find_spec("openai.types.chat") is None:
-        faults.append(
-            f"--umed_judge {flags.umed_judge} needs the package openai, 1.40 or newer: pip install 'openai>=1.40'"
-        )
-    url = flags.umed_judge_base_url
-    if url is None and not environment.get("OPENAI_API_KEY"):
-        faults.append(
-            f"--umed_judge {flags.umed_judge}: the environment variable OPENAI_API_KEY is not set, the only place "
-            "for the key. A server of your own that needs none: name it with --umed_judge_base_url."
-        )
-    if url is not None:
-        try:
-            parts = urlsplit(url)
-            fits = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
-            secret = parts.username is not None or parts.password is not None
-        except ValueError:
-            fits, secret = False, False
-        if secret:
-            faults.append(
-                "--umed_judge_base_url holds a user name or password; flags are saved and logged. Put the key into the "
-                "environment variable OPENAI_API_KEY, and the address alone here."
-            )
-        elif not fits:
-            faults.append(f"--umed_judge_base_url {url}: must be an address such as http://localhost:8000/v1.")
-    return faults
+    asker = f"--umed_judge {flags.umed_judge}"
+    address = server_flags.server_faults(asker, "--umed_judge_base_url", flags.umed_judge_base_url, environment)
+    return server_flags.package_fault(asker) + address
 
 
 def _replay_faults(file: str) -> list[str]:
@@ -204,7 +161,7 @@ def _prompt_faults(flags: UmedFlags) -> list[str]:
 def _number_faults(flags: UmedFlags) -> list[str]:
     faults = []
     try:
-        taken = sorted(set(options(flags)) & set(_SET_BY_US))
+        taken = sorted(set(options(flags)) & set(server_flags.SET_BY_US))
         if taken:
             faults.append(f"--umed_judge_options sets {', '.join(taken)}, which is not for it to set. Leave it out.")
     except ValueError:
@@ -214,19 +171,13 @@ def _number_faults(flags: UmedFlags) -> list[str]:
     priced = flags.umed_judge_prices is not None
     try:
         prices(flags)
-    except ValueError:
-        faults.append(
-            f"--umed_judge_prices {flags.umed_judge_prices!r}: must be two numbers, US dollars for a million tokens read and "
-            "written, such as 0.15,0.60."
-        )
+    except ValueError as error:
+        faults.append(f"--umed_judge_prices {flags.umed_judge_prices!r}: {error}.")
     try:
         limit = budget(flags)
-    except ValueError:
+    except ValueError as error:
         limit = None
-        faults.append(
-            f"--umed_judge_budget {flags.umed_judge_budget!r}: must be a number above 0 and a unit, such as 5000requests, "
-            "2000000tokens or 20usd."
-        )
+        faults.append(f"--umed_judge_budget {flags.umed_judge_budget!r}: {error}.")
     if limit is not None and limit[1] == "usd" and not priced:
         faults.append("--umed_judge_budget in usd needs --umed_judge_prices.")
     return faults

@@ -1,4 +1,4 @@
-"""``umed recipe list | show R | check R | build R --out FILE``."""
+"""``umed recipe list | show R | check R | build R --out FILE | review FILE``."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.recipe_review import add_review
+from umed_plugin.commands.recipe_writing import (
+    add_writer_flags,
+    decisions_of,
+    settings_of,
+    tell_forecast,
+    with_decisions,
+    write_diagnoses,
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    """Add ``recipe`` and its four actions."""
+    """Add ``recipe`` and its actions."""
     parser = subparsers.add_parser(
         "recipe",
         help="list, show, check and build data recipes",
@@ -20,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     _add_show(actions)
     _add_check(actions)
     _add_build(actions)
+    add_review(actions)
 
 
 def _add_list(actions: argparse._SubParsersAction[Any]) -> None:
@@ -92,6 +103,7 @@ def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
         choices=("stop", "skip"),
         help="stop at missing or unreadable images, or skip and report them (default: stop)",
     )
+    add_writer_flags(parser)
     parser.set_defaults(run=_build)
 
 
@@ -146,6 +158,8 @@ def _build(args: argparse.Namespace) -> int:
     from umed_plugin.recipe import load_recipe
     from umed_plugin.records import save_records
 
+    settings = settings_of(args)
+    decisions = decisions_of(args)
     records = build_records(
         load_recipe(args.recipe),
         out_dir=args.out.parent,
@@ -157,6 +171,14 @@ def _build(args: argparse.Namespace) -> int:
         on_bad_image=args.on_bad_image,
         progress=True,
     )
+    aside: list[dict[str, Any]] = []
+    complete = True
+    if settings is not None:
+        if settings.dry_run:
+            tell_forecast(settings, records, args.out.parent)
+            return 0
+        records, aside, complete = write_diagnoses(settings, records, args.out.parent)
+    records = with_decisions(records, aside, decisions, args.out)
     save_records(records, args.out)
     counts = Counter(record["answer_type"] for record in records)
     print(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
@@ -164,4 +186,4 @@ def _build(args: argparse.Namespace) -> int:
         f"Train with: --data_path {args.out} --image_folder {args.out.parent} "
         f"--image_aspect_ratio {args.image_aspect_ratio}"
     )
-    return 0
+    return 0 if complete else 1

@@ -6,6 +6,6 @@
 - ``replay:FILE``: the same from the ledger of an earlier run alone, without a network.
 
 In the order in which things happen: :mod:`~umed_plugin.judges.question` writes what is asked and reads the reply,
-:mod:`~umed_plugin.judges.ledger` keeps every reply that was paid for, :mod:`~umed_plugin.judges.client` asks the server,
+:mod:`umed_plugin.asking` asks the server and keeps every reply that was paid for,
 :mod:`~umed_plugin.judges.relevance` is the reward.
 """

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn
 
 from umed_plugin.boxes import blot_boxes
 
@@ -40,25 +40,6 @@ class Question:
     key: str
     text: str
     texts: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote, ``text`` ``None`` when it refused or wrote nothing, and the tokens that the server counted."""
-
-    text: str | None
-    usage: dict[str, int]
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why there is no reply."""
-
-    reason: str
-
-
-Answer = Union[Reply, Failure]
 
 
 @dataclass(frozen=True)

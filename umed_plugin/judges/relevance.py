@@ -16,16 +16,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin import reward_flags
+from umed_plugin import reward_flags, server_flags
+from umed_plugin.asking.ledger import Ledger, Owner
+from umed_plugin.asking.replies import Answer, Failure, Reply
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import UmedFlags
-from umed_plugin.judges.ledger import Ledger
-from umed_plugin.judges.question import Answer, Failure, NotAScoreError, Question, Questionnaire, Reply
+from umed_plugin.judges.question import NotAScoreError, Question, Questionnaire
 
 if TYPE_CHECKING:
-    from umed_plugin.judges.client import JudgeClient
+    from umed_plugin.asking.client import ModelClient
 
 LEDGER = "judge.jsonl"
+_OWNER = Owner("the judge", "Training stops", "--umed_judge_ledger")
 
 
 class JudgedRelevance:
@@ -52,7 +54,7 @@ class JudgedRelevance:
     ) -> None:
         self._questionnaire, self._ledger, self._patience = questionnaire, ledger, patience
         self._budget, self._prices = budget, prices
-        self._client: JudgeClient | None = None
+        self._client: ModelClient | None = None
         self._asked: dict[str, Future[Answer]] = {}
         self._texts: dict[str, Mapping[str, str]] = {}
         self._new: Counter[str] = Counter()
@@ -77,8 +79,10 @@ class JudgedRelevance:
         )
         target = reward_flags.judge_target(flags)
         if reward_flags.judge_kind(flags) == reward_flags.REPLAY:
-            return cls(questionnaire, Ledger(target, None, read_only=True), patience=flags.umed_judge_patience)
-        ledger = Ledger(flags.umed_judge_ledger or output_dir / LEDGER, target)
+            return cls(
+                questionnaire, Ledger(target, None, read_only=True, owner=_OWNER), patience=flags.umed_judge_patience
+            )
+        ledger = Ledger(flags.umed_judge_ledger or output_dir / LEDGER, target, owner=_OWNER)
         prices = reward_flags.prices(flags)
         judge = cls(
             questionnaire,
@@ -92,9 +96,9 @@ class JudgedRelevance:
 
     def connect(self, flags: UmedFlags) -> None:
         """Let questions that the ledger cannot answer go to the server; without this they fail."""
-        from umed_plugin.judges.client import JudgeClient
+        from umed_plugin.asking.client import ModelClient
 
-        self._client = JudgeClient(
+        self._client = ModelClient(
             reward_flags.judge_target(flags),
             base_url=flags.umed_judge_base_url,
             options=reward_flags.options(flags),
@@ -119,7 +123,7 @@ class JudgedRelevance:
             if self._spent_before:
                 raise UmedError(self._spent_before)
             self._texts[question.key] = question.texts
-            self._asked[question.key] = self._client.ask(question.key, question.text)
+            self._asked[question.key] = self._client.ask(question.key, [{"role": "user", "content": question.text}])
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], *, record: Sequence[Any], **columns: Any
@@ -210,9 +214,7 @@ class JudgedRelevance:
         if self._budget is None:
             return None
         limit, unit = self._budget
-        counts = self._ledger.counts
-        used = {"requests": counts["requests"], "tokens": counts["prompt_tokens"] + counts["completion_tokens"]}
-        spent = self._cost(counts) if unit == "usd" else used[unit]
+        spent = server_flags.spent(self._ledger.counts, unit, self._prices)
         if spent < limit:
             return None
         return (
@@ -222,5 +224,4 @@ class JudgedRelevance:
 
     def _cost(self, tokens: Mapping[str, int]) -> float:
         """US dollars."""
-        read, written = self._prices or (0.0, 0.0)
-        return (tokens.get("prompt_tokens", 0) * read + tokens.get("completion_tokens", 0) * written) / 1e6
+        return server_flags.cost(tokens, self._prices or (0.0, 0.0))

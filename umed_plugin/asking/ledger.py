@@ -1,4 +1,4 @@
-"""The ledger of a judge's replies: one line of JSON for each reply that a server gave, written down before it is used.
+"""The ledger of a model's replies: one line of JSON for each reply that a server gave, written down before it is used.
 
 Every line is on the disk (``fsync``) before the reply counts, a line that a killed process left torn is skipped and closed by the
 next writer, and several processes write to the same file, one at a time (``flock``), and read what the others wrote. So no reply
@@ -28,10 +28,27 @@ class Entry:
     Attributes:
         model: that gave it.
         reply: its text; ``None`` when the model refused or wrote nothing.
+        line: all that stands in the file about it.
     """
 
     model: str
     reply: str | None
+    line: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who keeps a ledger, in the words of its messages.
+
+    Attributes:
+        name: "the judge".
+        ends: what happens when it cannot be written, "Training stops".
+        flag: that names another file.
+    """
+
+    name: str = "the model"
+    ends: str = "The run stops"
+    flag: str = "--ledger"
 
 
 class Ledger:
@@ -41,13 +58,14 @@ class Ledger:
         path: JSON lines; made when it is not there, unless ``read_only``.
         model: whose replies are looked up; ``None`` takes them from whichever one model the file has.
         read_only: never write.
+        owner: for messages.
 
     Raises:
         UmedError: the file cannot be opened, or ``model`` is ``None`` and the file has replies of several.
     """
 
-    def __init__(self, path: str | Path, model: str | None, *, read_only: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, model: str | None, *, read_only: bool = False, owner: Owner = Owner()) -> None:
+        self.path, self._owner = Path(path), owner
         self._lock = threading.Lock()  # replies arrive in the client's thread, and are looked up in the main one
         self._entries: dict[tuple[str, str], Entry] = {}
         self._read_to = 0
@@ -59,8 +77,8 @@ class Ledger:
             self._file = os.open(self.path, flags, 0o644)
         except OSError as error:
             raise UmedError(
-                f"{self.path}: the judge's ledger cannot be opened ({error.strerror}). Needed: a file "
-                f"{'to read' if read_only else 'that can be written'}; see --umed_judge_ledger and --umed_judge."
+                f"{self.path}: {owner.name}'s ledger cannot be opened ({error.strerror}). Needed: a file "
+                f"{'to read' if read_only else 'that can be written'}; {owner.flag} names another."
             ) from error
         self.refresh()
         self.model = model if model is not None else self._only_model()
@@ -79,6 +97,11 @@ class Ledger:
         with self._lock:
             return self._entries.get((self.model, key))
 
+    def entries(self) -> list[Entry]:
+        """All replies of the model."""
+        with self._lock:
+            return [entry for (model, _), entry in self._entries.items() if model == self.model]
+
     def refresh(self) -> None:
         """Read the whole lines that were written since the last time, by this process or another."""
         with self._lock:
@@ -91,7 +114,8 @@ class Ledger:
             key: of the question.
             reply: text of the reply, ``None`` for a refusal.
             usage: ``prompt_tokens`` and ``completion_tokens``.
-            more: what a person who reads the file may want to know.
+            more: what a person who reads the file may want to know. ``lost`` (why) marks a reply that came and cannot be used:
+                it counts, as it may have been paid for, but answers nothing.
 
         Raises:
             UmedError: the file cannot be locked or written.
@@ -107,8 +131,9 @@ class Ledger:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:
                 raise UmedError(
-                    f"{self.path}: the judge's ledger cannot be written ({error.strerror}). Training stops, because replies "
-                    "would be paid for and lost. Needed: a disk with room and file locks; --umed_judge_ledger names another."
+                    f"{self.path}: {self._owner.name}'s ledger cannot be written ({error.strerror}). {self._owner.ends}, "
+                    "because replies would be paid for and lost. Needed: a disk with room and file locks; "
+                    f"{self._owner.flag} names another."
                 ) from error
             self._read_on()
 
@@ -142,7 +167,8 @@ class Ledger:
         if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("key", "model")):
             return
         reply = found.get("reply")
-        entry = Entry(found["model"], reply if isinstance(reply, str) else None)
-        self._entries.setdefault((entry.model, found["key"]), entry)
+        entry = Entry(found["model"], reply if isinstance(reply, str) else None, found)
+        if "lost" not in found:
+            self._entries.setdefault((entry.model, found["key"]), entry)
         self.counts["requests"] += 1
         self.counts.update({name: found[name] for name in _COUNTS if isinstance(found.get(name), int)})

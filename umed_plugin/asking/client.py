@@ -1,4 +1,4 @@
-"""Asks a judge on an OpenAI-compatible server, many questions at a time, in a thread of its own.
+"""Asks a model on an OpenAI-compatible server, many questions at a time, in a thread of its own.
 
 Retries are the ``openai`` package's: connection errors, timeouts, 408, 409, 429 and 5xx, with growing pauses that jitter, or for
 as long as the server's ``Retry-After`` says. On top of it, what one reply tells about the rate limit holds for all questions that
@@ -18,23 +18,22 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
 
-from umed_plugin.judges.question import Answer, Failure, Reply
+from umed_plugin.asking.replies import Answer, Failure, Message, Reply, Unreadable
 
 _LONGEST_PAUSE = 60.0  # seconds; what servers ask for beyond it is asked again then
-_LAST_WAIT = 10.0  # seconds that the end of the process waits for replies on their way
 _SHOWN = 300  # characters of an error in a message
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
-class JudgeClient:
+class ModelClient:
     """Sends questions to one model.
 
     Args:
@@ -45,6 +44,7 @@ class JudgeClient:
         timeout: seconds for one try.
         retries: further tries after the first.
         on_reply: called in the client's thread with the question's key and its reply, before the reply counts.
+        last_wait: seconds that the end of the process waits for replies on their way.
     """
 
     def __init__(
@@ -57,8 +57,10 @@ class JudgeClient:
         timeout: float,
         retries: int,
         on_reply: Callable[[str, Reply], None],
+        last_wait: float = 10.0,
     ) -> None:
         self._model, self._options, self._on_reply = model, dict(options), on_reply
+        self._last_wait = last_wait
         self._concurrency = concurrency
         # A server of one's own often wants no key; the package wants one.
         self._key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -77,12 +79,15 @@ class JudgeClient:
         self._waiting: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._process = os.getpid()
-        threading.Thread(target=self._run, name="umed-judge", daemon=True).start()
+        threading.Thread(target=self._run, name="umed-asking", daemon=True).start()
         atexit.register(self.close)
 
-    def ask(self, key: str, text: str) -> Future[Answer]:
-        """Send ``text`` as soon as there is a place; the result is never an exception of the network."""
-        return asyncio.run_coroutine_threadsafe(self._ask(key, text), self._loop)
+    def ask(self, key: str, messages: Sequence[Message]) -> Future[Answer]:
+        """Send ``messages`` as soon as there is a place; the result is never an exception of the network.
+
+        The key, a digest, goes along as ``X-Client-Request-Id``, by which the server's own log can be compared with ours.
+        """
+        return asyncio.run_coroutine_threadsafe(self._ask(key, messages), self._loop)
 
     def close(self) -> None:
         """Drop what was not sent, wait a little for what was, and end the thread."""
@@ -95,7 +100,7 @@ class JudgeClient:
         self._slots = asyncio.Semaphore(self._concurrency)  # made here: in Python 3.9 it belongs to its thread's loop
         self._loop.run_forever()
 
-    async def _ask(self, key: str, text: str) -> Answer:
+    async def _ask(self, key: str, messages: Sequence[Message]) -> Answer:
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
@@ -103,7 +108,7 @@ class JudgeClient:
             async with self._slots:
                 self._waiting.discard(task)
                 self._sent.add(task)
-                answer = await self._request(text)
+                answer = await self._request(key, messages)
                 if isinstance(answer, Reply):
                     self._on_reply(key, answer)
                 return answer
@@ -111,35 +116,38 @@ class JudgeClient:
             self._waiting.discard(task)
             self._sent.discard(task)
 
-    async def _request(self, text: str) -> Answer:
+    async def _request(self, key: str, messages: Sequence[Message]) -> Answer:
         request = self._client.chat.completions.create(
-            model=self._model, messages=[{"role": "user", "content": text}], extra_body=self._options
+            model=self._model,
+            messages=list(messages),
+            extra_body=self._options,
+            extra_headers={"X-Client-Request-Id": key},
         )
         try:
             return self._read(await asyncio.wait_for(request, self._deadline))
         except asyncio.TimeoutError:
             return Failure(f"no reply within {self._deadline:g} s, retries included")
         except openai.APIStatusError as error:
-            return self._failure(f"HTTP {error.status_code}: {error.message}")
+            return Failure(self._shown(f"HTTP {error.status_code}: {error.message}"), error.status_code)
         except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            return self._failure(f"{error}{cause}")
+            return Failure(self._shown(f"{error}{cause}"))
         except ValueError as error:
-            return self._failure(f"the server's reply is not JSON: {error}")
+            return Unreadable(self._shown(f"the server's reply is not JSON: {error}"))
 
     def _read(self, completion: Any) -> Answer:
         """The first choice of a completion; the package lets through whatever JSON a server sends."""
         choices = completion.choices if isinstance(completion, ChatCompletion) else None
         if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-            return self._failure(f"the server's reply is no chat completion: {completion!r}")
+            return Unreadable(self._shown(f"the server's reply is no chat completion: {completion!r}"))
         text = choices[0].message.content
         usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
         counted = {name: count for name, count in usage.items() if isinstance(count, int)}
-        finish = self._blot(str(choices[0].finish_reason))
-        return Reply(self._blot(text) if isinstance(text, str) and text else None, counted, finish)
+        finish, model = (self._blot(str(said)) for said in (choices[0].finish_reason, completion.model))
+        return Reply(self._blot(text) if isinstance(text, str) and text else None, counted, finish, model)
 
-    def _failure(self, reason: str) -> Failure:
-        return Failure(self._blot(" ".join(reason.split()))[:_SHOWN])
+    def _shown(self, reason: str) -> str:
+        return self._blot(" ".join(reason.split()))[:_SHOWN]
 
     def _blot(self, text: str) -> str:
         return text if self._key == "none" else text.replace(self._key, "***")
@@ -148,7 +156,9 @@ class JudgeClient:
         for task in self._waiting:
             task.cancel()
         if self._sent:
-            await asyncio.wait(set(self._sent), timeout=_LAST_WAIT)
+            _, late = await asyncio.wait(set(self._sent), timeout=self._last_wait)
+            for task in late:
+                task.cancel()
         await self._client.close()
 
 

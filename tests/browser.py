@@ -1,0 +1,118 @@
+"""Headless Chromium for tests of pages: a real browser, driven over its own pipe (DevTools protocol), with no other library."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Page:
+    """One page in a browser of its own.
+
+    Args:
+        downloads: folder for what the page downloads.
+        width, height: of the window, in pixels.
+    """
+
+    def __init__(self, folder: Path, downloads: Path, width: int = 1280, height: int = 900) -> None:
+        program = shutil.which("chromium") or shutil.which("google-chrome")
+        if program is None:
+            pytest.skip(
+                "there is no Chromium here (Debian: apt-get install chromium), which this test opens the page in"
+            )
+        to_browser, self._write = os.pipe()
+        self._read, from_browser = os.pipe()
+        flags = (
+            "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        )
+        size, pipes = f"--window-size={width},{height}", f"3<&{to_browser} 4>&{from_browser}"
+        command = f'exec "$0" {flags} {size} "--user-data-dir=$1" about:blank {pipes}'
+        self._process = subprocess.Popen(
+            ["bash", "-c", command, program, str(folder)],
+            pass_fds=(to_browser, from_browser),
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self._held, self._number, self.events = b"", 0, []
+        target = self._say("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self._say("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._say("Browser.setDownloadBehavior", on_page=False, behavior="allow", downloadPath=str(downloads))
+        for domain in ("Page", "Runtime", "Network", "Log"):
+            self._say(f"{domain}.enable", on_page=True)
+
+    def open(self, file: Path) -> None:
+        self._say("Page.navigate", on_page=True, url=file.resolve().as_uri())
+        self.until("document.readyState === 'complete' && location.protocol === 'file:'")
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression."""
+        found = self._say("Runtime.evaluate", on_page=True, expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def until(self, script: str, seconds: float = 60) -> None:
+        ended = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < ended, f"{script} did not come true"
+            time.sleep(0.05)
+
+    def click(self, selector: str) -> None:
+        """A real click of the mouse in the middle of an element."""
+        place = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self._say(
+                "Input.dispatchMouseEvent", on_page=True, type=kind, x=place[0], y=place[1], button="left", clickCount=1
+            )
+
+    def type_into(self, selector: str, text: str, *, instead: bool = False) -> None:
+        """Type at the end of a field, or instead of what it holds."""
+        self.click(selector)
+        where = "e.select()" if instead else "e.setSelectionRange(e.value.length, e.value.length)"
+        self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); {where}; }})()")
+        self._say("Input.insertText", on_page=True, text=text)
+
+    def screenshot(self, file: Path) -> None:
+        data = self._say("Page.captureScreenshot", on_page=True, format="png")["data"]
+        file.write_bytes(base64.b64decode(data))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._write)
+        os.close(self._read)
+
+    def _say(self, method: str, on_page: bool = False, **parameters: Any) -> dict[str, Any]:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": parameters}
+        if on_page:
+            message["sessionId"] = self._session
+        os.write(self._write, json.dumps(message).encode() + b"\0")
+        while True:
+            heard = self._hear()
+            if heard.get("id") == self._number:
+                assert "error" not in heard, (method, heard["error"])
+                return heard["result"]
+            self.events.append(heard)
+
+    def _hear(self) -> dict[str, Any]:
+        while b"\0" not in self._held:
+            assert select.select([self._read], [], [], 90)[0], "the browser says nothing"
+            piece = os.read(self._read, 1 << 16)
+            assert piece, f"the browser has ended ({self._process.poll()})"
+            self._held += piece
+        message, _, self._held = self._held.partition(b"\0")
+        return json.loads(message)

@@ -1,0 +1,216 @@
+"""Asks a vision model about every image, many at a time, and puts its texts into the records.
+
+Every reply is in the ledger before it counts. A run that was killed, ran out of budget or met a server that failed is started
+again with the same command and pays only for what is missing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from umed_plugin import server_flags
+from umed_plugin.asking.ledger import Ledger
+from umed_plugin.asking.replies import Answer, Failure, Reply, Unreadable
+from umed_plugin.errors import UmedError
+from umed_plugin.writing.estimate import TokenEstimate
+from umed_plugin.writing.steps import MOST_AGAIN, Aside, ImageTask, Question, Step, Written
+
+if TYPE_CHECKING:
+    from umed_plugin.asking.client import ModelClient
+
+# Failures in a row, retries included, after which the server is taken to be down.
+PATIENCE = 10
+# What no further try can mend: a wrong key, no permission, no such model.
+HOPELESS = (401, 403, 404)
+
+
+@dataclass
+class Outcome:
+    """What became of the images.
+
+    Attributes:
+        written: record id -> finished text.
+        aside: record id -> the answer that did not pass.
+        missing: record id -> why there is no answer yet.
+        stopped: why not all were asked, or None.
+    """
+
+    written: dict[str, Written] = field(default_factory=dict)
+    aside: dict[str, Aside] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+class _Stopped(Exception):
+    """The run ends before this question is asked."""
+
+
+class DiagnosisWriter:
+    """Writes diagnoses with one model.
+
+    Args:
+        ledger: replies that are there already, and where new ones go.
+        budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach.
+        prices: US dollars for a million tokens read and written.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        budget: tuple[float, str] | None = None,
+        prices: tuple[float, float] | None = None,
+    ) -> None:
+        self._ledger, self._budget, self._prices = ledger, budget, prices
+        self._lock = threading.Lock()
+        self._on_their_way: dict[str, Future[Answer]] = {}
+        self._reserved: Counter[str] = Counter()
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._tokens = TokenEstimate(ledger.entries())
+        self._failures_in_a_row = 0
+        self._stop: str | None = None
+        self.again = 0
+
+    @property
+    def spent_usd(self) -> float | None:
+        """US dollars for all replies in the ledger, where prices are known."""
+        return None if self._prices is None else server_flags.cost(self._ledger.counts, self._prices)
+
+    def run(
+        self,
+        tasks: Sequence[ImageTask],
+        connect: Callable[[Callable[[str, Reply], None]], ModelClient],
+        concurrency: int,
+        on_progress: Callable[[Outcome], None] = lambda outcome: None,
+    ) -> Outcome:
+        """Ask about all images, ``concurrency`` at a time; returns when none is left or the run must stop.
+
+        Args:
+            tasks: images with lesions.
+            connect: makes the client, given what it is to do with each reply.
+            concurrency: images that are worked on at the same time.
+            on_progress: called after every image, in the caller's thread.
+
+        Raises:
+            UmedError: replies cannot be kept, or the budget's unit cannot be counted.
+        """
+        outcome = Outcome()
+        client = connect(self._keep)
+        waiting = iter(tasks)
+        running: dict[Future[Step], ImageTask] = {}
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="umed-writing") as pool:
+            try:
+                while True:
+                    while len(running) < concurrency and (task := next(waiting, None)) is not None:
+                        running[pool.submit(self._work, task, client)] = task
+                    if not running:
+                        break
+                    for done in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._settle(running.pop(done), done, outcome)
+                        on_progress(outcome)
+            except BaseException:
+                self._stop = "the run was interrupted"
+                raise
+            finally:
+                client.close()
+        outcome.stopped = self._stop
+        return outcome
+
+    def _settle(self, task: ImageTask, done: Future[Step], outcome: Outcome) -> None:
+        name = task.record["id"]
+        try:
+            step = done.result()
+        except _Stopped as stopped:
+            outcome.missing[name] = str(stopped)
+            return
+        if isinstance(step, Written):
+            outcome.written[name] = step
+        elif isinstance(step, Aside):
+            outcome.aside[name] = step
+
+    def _work(self, task: ImageTask, client: ModelClient) -> Step:
+        """Ask about one image until it is settled; in a thread of its own."""
+        unreadable = 0
+        while True:
+            self._ledger.refresh()
+            step = task.next_step(self._ledger.get)
+            if not isinstance(step, Question):
+                return step
+            asked = self._ask(step, task, client)
+            answer = asked.result() if asked is not None else None
+            if isinstance(answer, Failure):
+                self._count_failure(answer)
+                unreadable += isinstance(answer, Unreadable)
+                if not isinstance(answer, Unreadable) or unreadable > MOST_AGAIN:
+                    raise _Stopped(answer.reason)
+            elif answer is not None:
+                self._failures_in_a_row = 0
+
+    def _ask(self, question: Question, task: ImageTask, client: ModelClient) -> Future[Answer] | None:
+        """Send a question, or wait with another image that asks the very same; None when its reply has just come."""
+        messages = question.messages()
+        needs = self._tokens.of(question)
+        with self._lock:
+            if self._ledger.get(question.key) is not None:
+                return None
+            if question.key in self._on_their_way:
+                return self._on_their_way[question.key]
+            self._stop = self._stop or self._no_room_for(needs)
+            if self._stop is not None:
+                raise _Stopped(self._stop)
+            self.again += question.again > 0
+            self._reserved.update(needs)
+            self._facts[question.key] = {"record": task.record["id"], "stage": question.stage, "again": question.again}
+            future = client.ask(question.key, messages)
+            self._on_their_way[question.key] = future
+        future.add_done_callback(lambda done: self._arrived(question, needs, done))
+        return future
+
+    def _arrived(self, question: Question, needs: Mapping[str, int], done: Future[Answer]) -> None:
+        """In the client's thread, when a reply is kept or a question has failed."""
+        with self._lock:
+            self._on_their_way.pop(question.key, None)
+            self._reserved.subtract(needs)
+            facts = self._facts.pop(question.key)
+        answer = None if done.cancelled() or done.exception() else done.result()
+        if isinstance(answer, Unreadable):
+            # It may have been paid for, and nothing says how much it took.
+            usage = {name: needs[name] for name in ("prompt_tokens", "completion_tokens")}
+            self._ledger.append(question.key, None, usage, lost=answer.reason, **facts)
+
+    def _keep(self, key: str, reply: Reply) -> None:
+        """In the client's thread: write a reply down."""
+        facts = self._facts[key]
+        self._ledger.append(
+            key, reply.text, reply.usage, finish_reason=reply.finish_reason, answered_by=reply.model, **facts
+        )
+        self._tokens.learn(facts["stage"], reply.usage)
+        if not reply.usage and self._budget is not None and self._budget[1] != "requests":
+            raise UmedError(
+                f"--budget is in {self._budget[1]}, but the server does not say how many tokens a reply took. "
+                "Give the budget in requests, for example 5000requests."
+            )
+
+    def _no_room_for(self, needs: Mapping[str, int]) -> str | None:
+        """That the budget has no room for a question beside those on their way; None while it has."""
+        if self._budget is None:
+            return None
+        limit, unit = self._budget
+        held = server_flags.spent(self._ledger.counts, unit, self._prices)
+        wanted = server_flags.spent(self._reserved, unit, self._prices) + server_flags.spent(needs, unit, self._prices)
+        if held + wanted <= limit:
+            return None
+        return f"the budget of {limit:g} {unit} has no room for another request"
+
+    def _count_failure(self, failure: Failure) -> None:
+        with self._lock:
+            self._failures_in_a_row += 1
+            if failure.status in HOPELESS:
+                self._stop = self._stop or f"the server refuses: {failure.reason}"
+            elif self._failures_in_a_row >= PATIENCE:
+                self._stop = self._stop or f"{PATIENCE} requests in a row failed, the last: {failure.reason}"
