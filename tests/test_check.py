@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from drawn import scene, write_png, write_recipe
+from PIL import Image
 from rich.console import Console
+from source_files import uneven
 
 from umed_plugin import cli
+from umed_plugin.build import build_records
 from umed_plugin.check import check_recipe
-from umed_plugin.check_report import print_check
+from umed_plugin.check_report import print_check, write_report
 from umed_plugin.recipe import load_recipe
 
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: patient, split: split}"
@@ -126,3 +130,43 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "show", "demo_studies"]) == 0
     shown = capsys.readouterr().out
     assert shown == Path(load_recipe("demo_studies").path).read_text()
+
+
+def test_the_page_and_its_contact_sheet(recipe_file: Path, tmp_path: Path) -> None:
+    """Outlines run around the boxes, in the picture and in the closer look beside it."""
+    page = write_report(check_recipe(load_recipe(recipe_file)), tmp_path / "report")
+    assert "The recipe fits the data." in page.read_text()
+    assert 'src="sheet_drawn.png"' in page.read_text()
+    sheet = np.asarray(Image.open(tmp_path / "report" / "sheet_drawn.png")).astype(int)
+    green = (sheet[:, :, 1] > 200) & (sheet[:, :, 0] < 60) & (sheet[:, :, 2] < 60)
+    tile = green[:200, :200]
+    rows, columns = np.nonzero(tile)
+    # 1.png is 97 x 61, from row 18 of a square of 97; its boxes reach from (0, 5) to (50, 30), the first to the picture's edge.
+    scale = 200 / 97
+    expected = (0, (18 + 5) * scale - 2, 50 * scale + 1, (18 + 30) * scale + 1)
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == pytest.approx(expected, abs=1.5)
+
+
+def test_pictures_in_two_splits_and_in_an_evaluation_set(tmp_path: Path) -> None:
+    for number in range(1, 6):
+        # 4.png, of val, is 1.png mirrored, of train.
+        pixels = uneven(120, 150, 1 if number == 4 else number)
+        write_png(tmp_path / f"{number}.png", (pixels[:, ::-1] if number == 4 else pixels) / 255)
+    (tmp_path / "a.csv").write_text(ROWS)
+    (tmp_path / "evaluated").mkdir()
+    Image.open(tmp_path / "2.png").convert("RGB").resize((90, 80)).save(tmp_path / "evaluated" / "x.jpg")
+    recipe = load_recipe(write_recipe(tmp_path, CSV, "{by: column}"))
+    check = check_recipe(recipe, against=[tmp_path / "evaluated"])
+    ((split,), (evaluated,)) = check.split_leaks, check.evaluation_leaks or []
+    assert (split.name, split.other) == ("val: drawn/4.png", "train: drawn/1.png")
+    assert (evaluated.name, evaluated.other) == ("train: drawn/2.png", str(tmp_path / "evaluated" / "x.jpg"))
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_check(check, console)
+    text = console.export_text()
+    assert (
+        "1 pictures are in two splits (likeness of at least 0.9). The first:\n  1.000  val: drawn/4.png  =  train: "
+        in text
+    )
+    assert "1 pictures are in an evaluation set too" in text
+    records = build_records(recipe, out_dir=tmp_path / "out", against=[tmp_path / "evaluated"])
+    assert [Path(record["image"]).name for record in records] == ["1.png", "3.png", "4.png", "5.png"]

@@ -24,6 +24,7 @@ from umed_plugin.conversation import write_conversation
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.images import load_image, read_by_llava
+from umed_plugin.leaks import evaluation_pictures
 from umed_plugin.recipe import AnyRecipe
 from umed_plugin.recipe_options import SPLITS
 from umed_plugin.records import Record
@@ -64,6 +65,7 @@ def build_records(
     split: Optional[str] = None,
     data_root: Optional[Union[str, Path]] = None,
     on_bad_image: str = "stop",
+    against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
 ) -> list[Record]:
     """Build the records of a recipe, or of one of its splits, and render what LLaVA cannot read.
@@ -73,18 +75,23 @@ def build_records(
         image_aspect_ratio: ``pad`` or ``square``, as the training will set it: boxes in text are 0-1 of that square.
         seed: of the wording; the same seed gives the same records.
         on_bad_image: ``stop`` at missing or unreadable images, or ``skip`` them with a warning.
+        against: folders with the images of evaluation sets; a picture that is in one of them too is left out.
 
     Raises:
         UmedError: everything that is wrong with the annotations and, unless skipped, with the images.
         UsageError: an argument has a value that does not exist.
     """
     _check_arguments(split, on_bad_image)
+    evaluated = evaluation_pictures(against)
     found = read_annotations(recipe, data_root)
     keep = [item for item in found.items if split in (None, item.split)]
     bad_images = [missing_image(item) for item in found.missing if split in (None, item.split)]
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
     for prepared in prepare(keep, found, bad_images, recipe.name if progress else None):
+        if evaluated.has(prepared.shown):
+            found.left_out["in an evaluation set too"] += 1
+            continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
             record = _record(prepared, Path(out_dir), geometry, box_decimals, seed)

@@ -26,7 +26,7 @@ DECIMALS = (2, 3)
 
 @dataclass
 class ClassCheck:
-    """Lesions of one class.
+    """Lesions of one class, or of one source.
 
     Attributes:
         per_split: split -> number of lesions.
@@ -43,8 +43,8 @@ class ClassCheck:
 
 
 @dataclass
-class SourceCheck:
-    """One data set of a mixture, or the only one.
+class SourceCheck(ClassCheck):
+    """One data set of a mixture, or the only one, with its lesions.
 
     Attributes:
         images: with and without a lesion; ``negatives`` are those without.
@@ -53,7 +53,6 @@ class SourceCheck:
 
     images: int = 0
     negatives: int = 0
-    lesions: int = 0
     missing: int = 0
     patients: set[str] = field(default_factory=set)
 
@@ -146,20 +145,19 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     source = check.sources[item.recipe.name]
     source.images += 1
     source.negatives += not prepared.boxes
-    source.lesions += len(prepared.boxes)
     source.patients.add(patient)
     check.pictures[split].add(picture_name(item), prepared.shown)
     check.sheets.add(prepared)
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, name in zip(prepared.boxes, prepared.classes):
-        found = check.classes[name]
-        found.per_split[split] += 1
-        found.sides.append((box[2] - box[0], box[3] - box[1]))
         share = cropped.visible_fraction(box)
-        found.lost += share < LEAST_VISIBLE
-        found.cut += LEAST_VISIBLE <= share < 1
-        for decimals, values in found.best_iou.items():
-            values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
+        for found in (check.classes[name], source):
+            found.per_split[split] += 1
+            found.sides.append((box[2] - box[0], box[3] - box[1]))
+            found.lost += share < LEAST_VISIBLE
+            found.cut += LEAST_VISIBLE <= share < 1
+            for decimals, values in found.best_iou.items():
+                values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
 
 
 def picture_name(item: Annotated) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
-from umed_plugin.check import DECIMALS, RecipeCheck
+from umed_plugin.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.leaks import SAME
 from umed_plugin.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.recipe_options import SPLITS
@@ -124,12 +124,13 @@ def _print_missing(check: RecipeCheck, console: Console) -> None:
 def _sources_table(check: RecipeCheck) -> object:
     from rich.table import Table
 
-    table = Table(title="Sources", caption="missing: annotated, but not on disk.")
-    for title in ("source", "images", "without lesion", "patients", "lesions", "missing"):
+    table = Table(title="Sources", caption=f"missing: annotated, but not on disk. {_ABOUT_BOXES}")
+    titles = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
+    for title in titles:
         table.add_column(title, justify="left" if title == "source" else "right")
     for name, found in check.sources.items():
-        numbers = (found.images, found.negatives, len(found.patients), found.lesions, found.missing)
-        table.add_row(name, *map(str, numbers))
+        numbers = (found.images, found.negatives, found.missing, len(found.patients), len(found.sides))
+        table.add_row(name, *map(str, numbers), *_about_boxes(found))
     return table
 
 
@@ -149,17 +150,21 @@ def _splits_table(check: RecipeCheck) -> object:
 def _classes_table(check: RecipeCheck) -> object:
     from rich.table import Table
 
-    table = Table(
-        title="Lesions", caption="cut: by LLaVA's centre crop (square). IoU: best that the decimals allow (pad)."
-    )
-    titles = ["class", *SPLITS, "median box px", "lost / cut", *(f"IoU {d} decimals" for d in DECIMALS)]
-    for title in titles:
+    table = Table(title="Lesions", caption=_ABOUT_BOXES)
+    for title in ("class", *SPLITS, *_BOX_TITLES):
         table.add_column(title, justify="left" if title == "class" else "right")
     for name, found in check.classes.items():
-        row = [name, *(str(found.per_split[split]) for split in SPLITS)]
-        if found.sides:
-            row.append(f"{median(w for w, _ in found.sides):.0f} x {median(h for _, h in found.sides):.0f}")
-            row.append(f"{found.lost} / {found.cut}")
-            row += [f"{mean(values):.2f} (worst {min(values):.2f})" for values in found.best_iou.values()]
-        table.add_row(*row)
+        table.add_row(name, *(str(found.per_split[split]) for split in SPLITS), *_about_boxes(found))
     return table
+
+
+_BOX_TITLES = ("median px", "lost / cut", *(f"IoU {decimals} dec." for decimals in DECIMALS))
+_ABOUT_BOXES = "cut: by LLaVA's centre crop (square). IoU: the best that the decimals allow (pad), mean / worst."
+
+
+def _about_boxes(found: ClassCheck) -> list[str]:
+    if not found.sides:
+        return []
+    width, height = (median(sides) for sides in zip(*found.sides))
+    ious = [f"{mean(values):.2f} / {min(values):.2f}" for values in found.best_iou.values()]
+    return [f"{width:.0f} x {height:.0f}", f"{found.lost} / {found.cut}", *ious]

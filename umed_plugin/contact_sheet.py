@@ -73,7 +73,9 @@ def _tile(prepared: Prepared) -> Image.Image:
     if prepared.boxes:
         x1, y1, x2, y2 = min(prepared.boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         half = min(max(x2 - x1, y2 - y1, 8.0) * _CLOSER, longer) / 2
-        x, y = (x1 + x2) / 2, (y1 + y2) / 2
+        # A large box is looked at as part of the whole; a small one stays in the middle.
+        x = min(max((x1 + x2) / 2, half), max(width - half, half))
+        y = min(max((y1 + y2) / 2, half), max(height - half, half))
         tile.paste(_cut(prepared, (x - half, y - half, x + half, y + half)), (_SIDE + _GAP, 0))
     draw = ImageDraw.Draw(tile)
     item = prepared.item

@@ -77,15 +77,21 @@ class Pictures:
         """Each picture that is among the others too, as it is, mirrored or turned by 90 degrees, with the one most like it."""
         if not self.names or not others.names:
             return []
-        theirs = np.stack([_flat(turned) for turned in _turned(np.stack(others._prints))])
+        theirs = _flat(np.stack(others._prints)).T
         leaks = []
         for start in range(0, len(self), _ROWS):
-            ours = _flat(np.stack(self._prints[start : start + _ROWS]))
-            likeness = np.max([ours @ one.T for one in theirs], axis=0)
+            ours = np.stack(self._prints[start : start + _ROWS])
+            likeness = np.max([_flat(turned) @ theirs for turned in _turned(ours)], axis=0)
             for row, best in enumerate(likeness.argmax(axis=1)):
                 if likeness[row, best] >= SAME:
                     leaks.append(Leak(self.names[start + row], others.names[best], float(likeness[row, best])))
         return leaks
+
+    def has(self, shown: np.ndarray) -> bool:
+        """Whether a picture, uint8 RGB ``[height, width, 3]``, is among these."""
+        one = Pictures()
+        one.add("", shown)
+        return bool(one.also_in(self))
 
 
 def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:

@@ -62,13 +62,7 @@ def _add_check(actions: argparse._SubParsersAction[Any]) -> None:
         epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
     )
     _add_recipe_and_root(parser)
-    parser.add_argument(
-        "--against",
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="folder with the images of an evaluation set, to name pictures that are in it too; may be given several times",
-    )
+    _add_against(parser, "named")
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="write check.html there, with a contact sheet of every source"
     )
@@ -103,6 +97,7 @@ def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
         choices=("stop", "skip"),
         help="stop at missing or unreadable images, or skip and report them (default: stop)",
     )
+    _add_against(parser, "left out")
     add_writer_flags(parser)
     parser.set_defaults(run=_build)
 
@@ -111,6 +106,16 @@ def _add_recipe_and_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name, or a YAML file")
     parser.add_argument(
         "--data-root", metavar="FOLDER", help="folder of the data set (default: the recipe's data_root)"
+    )
+
+
+def _add_against(parser: argparse.ArgumentParser, what_happens: str) -> None:
+    parser.add_argument(
+        "--against",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help=f"folder with the images of an evaluation set: pictures that are in it too are {what_happens}; may be repeated",
     )
 
 
@@ -169,6 +174,7 @@ def _build(args: argparse.Namespace) -> int:
         split=args.split,
         data_root=args.data_root,
         on_bad_image=args.on_bad_image,
+        against=args.against,
         progress=True,
     )
     aside: list[dict[str, Any]] = []
