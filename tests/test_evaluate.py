@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -110,6 +111,22 @@ def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_
     assert together.template == "umed_mistral"
     assert [case.answer for case in together.cases] == [case.answer for case in alone.cases]
     assert together.metrics["n"] == 3
+
+
+def test_through_the_image_cache_answers_are_the_same_and_the_second_time_no_image_is_opened(tiny_mistral, tmp_path):
+    made = records(tmp_path)
+    plain = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6)
+    for _ in range(2):
+        cached = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6, image_cache=tmp_path / "cache")
+        assert [case.answer for case in cached.cases] == [case.answer for case in plain.cases]
+        for record in made:
+            # Of the same size and time, but no image any more: whoever opens it fails.
+            path = tmp_path / record["image"]
+            status = path.stat()
+            path.write_bytes(bytes(status.st_size))
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(UmedError, match="cannot be read as an image"):
+        evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6)
 
 
 @pytest.mark.parametrize("start_end", [False, True])

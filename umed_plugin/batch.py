@@ -35,10 +35,13 @@ from umed_plugin.annotations import read_annotations
 from umed_plugin.conversation import TEMPLATES, conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.flags import REWARDING
+from umed_plugin.image_cache import ImageCache
+from umed_plugin.images import file_states, open_image
 from umed_plugin.recipe import AnyRecipe, load_recipe
 from umed_plugin.records import load_records, save_records
 
 _EXAMPLES = 3
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UmedError)
 
 
 def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
@@ -115,6 +118,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         "box_decimals": flags.umed_box_decimals,
         "seed": training_args.seed,
         "on_bad_image": flags.umed_on_bad_image,
+        "render": flags.umed_image_cache is None,
     }
     stamp = {
         "recipe": recipe.path,
@@ -141,8 +145,7 @@ def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
     found = read_annotations(recipe, data_root)
     digest = hashlib.sha256(repr((found.faults.messages, found.missing)).encode())
     for item in found.items:
-        status = item.image.stat()
-        digest.update(repr((item, status.st_size, status.st_mtime_ns)).encode())
+        digest.update(repr((item, file_states(item.image))).encode())
     return {"data_root": str(found.root), "data_sha256": digest.hexdigest()}
 
 
@@ -176,6 +179,12 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.template = data_args.umed_run.model_args.version
         self.list_data_dict = training_records(data_args, training_args, split)
         self._reported: set[int] = set()
+        self.image_cache: ImageCache | None = None
+        if self.flags.umed_image_cache is not None:
+            most_bytes = int(self.flags.umed_image_cache_gb * 1e9)
+            self.image_cache = ImageCache(
+                self.flags.umed_image_cache, data_args.image_processor, data_args.image_aspect_ratio, most_bytes
+            )
 
     def template_of(self, index: int) -> str:
         """``--version`` or its stock counterpart; the same for a record in every epoch and on every rank."""
@@ -192,14 +201,20 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
 
     def load_image(self, index: int) -> torch.Tensor:
         """The record's image as LLaVA's training sees it, float [3, S, S]."""
+        path = str(self.image_path(index))
+        if self.image_cache is not None:
+            return self.image_cache.pixels(path, self.list_data_dict[index].get("reading"))
         processor = self.data_args.image_processor
-        image = Image.open(self.image_path(index)).convert("RGB")
+        image = Image.open(path).convert("RGB")
         if self.data_args.image_aspect_ratio == "pad":
             image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
         return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
     def sample(self, index: int) -> dict[str, Any]:
         """The item of record ``index``; raises what reading its image raises."""
+        if self.image_cache is not None and self.image_path(index) is not None:
+            ids, labels = tokenize_record(self, index, self.template_of(index))
+            return {"input_ids": ids, "labels": labels, "image": self.load_image(index)}
         with using_template(self.template_of(index)):
             return super().__getitem__(index)
 
@@ -208,7 +223,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
             index = (i + step) % len(self)
             try:
                 return self.sample(index)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 fault = self._image_fault(index)
                 if fault is None:
                     raise
@@ -223,9 +238,12 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         if path is None:
             return None
         try:
-            with Image.open(path) as image:
-                image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if self.image_cache is None:
+                with Image.open(path) as image:
+                    image.convert("RGB")
+            else:
+                open_image(path, self.list_data_dict[index].get("reading"))
+        except UNREADABLE as error:
             return f"record {self.list_data_dict[index].get('id')}: cannot read the image {path} ({error})."
         return None
 

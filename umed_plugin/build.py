@@ -11,9 +11,9 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 from PIL import Image
@@ -22,12 +22,14 @@ from umed_plugin.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.boxes import Box, is_degenerate
 from umed_plugin.conversation import write_conversation
 from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.geometry import ImageGeometry
+from umed_plugin.geometry import ImageGeometry, Montage
 from umed_plugin.images import load_image, read_by_llava
+from umed_plugin.images.windows import plain_window
 from umed_plugin.leaks import evaluation_pictures
 from umed_plugin.recipe import AnyRecipe
 from umed_plugin.recipe_options import SPLITS
 from umed_plugin.records import Record
+from umed_plugin.volumes import MontageItem, choose_slices, shown_slices
 
 WRITER = "templates-1"
 # A lesion of which LLaVA's centre crop leaves less than this share of its area cannot be found and is not trained on.
@@ -45,6 +47,7 @@ class Prepared:
         boxes, classes: of its lesions, in pixels of that image, from top to bottom.
         shown: uint8 RGB ``[height, width, 3]``, as the model gets it.
         by_llava: LLaVA reads the file itself as ``shown``; else that is written as PNG.
+        reading: arguments of `load_image` that gave the pixels, fit for JSON.
     """
 
     item: Annotated
@@ -53,6 +56,7 @@ class Prepared:
     classes: list[str]
     shown: np.ndarray
     by_llava: bool
+    reading: dict[str, Any] = field(default_factory=dict)
 
 
 def build_records(
@@ -67,6 +71,7 @@ def build_records(
     on_bad_image: str = "stop",
     against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
+    render: bool = True,
 ) -> list[Record]:
     """Build the records of a recipe, or of one of its splits, and render what LLaVA cannot read.
 
@@ -76,6 +81,8 @@ def build_records(
         seed: of the wording; the same seed gives the same records.
         on_bad_image: ``stop`` at missing or unreadable images, or ``skip`` them with a warning.
         against: folders with the images of evaluation sets; a picture that is in one of them too is left out.
+        render: write what LLaVA cannot read as PNG; without it a record names the file itself and carries under ``reading``
+            what `images.load_image` is to be told, which this plugin's training alone understands.
 
     Raises:
         UmedError: everything that is wrong with the annotations and, unless skipped, with the images.
@@ -94,7 +101,7 @@ def build_records(
             continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
-            record = _record(prepared, Path(out_dir), geometry, box_decimals, seed)
+            record = _record(prepared, Path(out_dir) if render else None, geometry, box_decimals, seed)
             rng = random.Random(f"{seed}:{record['id']}")
             record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
             records.append(record)
@@ -132,6 +139,7 @@ def prepare(
     from rich.console import Console
     from rich.progress import track
 
+    items = choose_slices(items, bad_images)
     shown = track(items, f"{title}: images", console=Console(stderr=True), disable=title is None, transient=True)
     for item in shown:
         try:
@@ -145,6 +153,7 @@ def prepare(
 
 def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
     options = item.recipe.image
+    reading: dict[str, Any] = {}
     by_llava = read_by_llava(item.image)
     if by_llava:
         # Decoding is the only way to find a truncated file before training does.
@@ -153,16 +162,15 @@ def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
         if options.window == "column" and item.window is None:
             found.faults.add(item.where, "the window column is empty, and image.window is 'column'")
             return None
-        window = item.window if options.window == "column" and item.window else options.window
-        shown, turned = load_image(
-            item.image,
-            window=window,
-            offset=options.offset,
-            orientation=options.orientation,
-            slice=item.slice,
-            slice_axis=options.slice_axis,
-            volume=options.volume,
-        )
+        reading = {
+            "window": item.window if options.window == "column" else plain_window(options.window),
+            "offset": options.offset,
+            "orientation": options.orientation,
+            "slice": shown_slices(item),
+            "slice_axis": options.slice_axis,
+            "volume": options.volume,
+        }
+        shown, turned = load_image(item.image, **reading)
     frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
     claimed = tuple(item.size or frame)
     if claimed != tuple(frame) and options.other_size == "stop":
@@ -175,15 +183,20 @@ def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
         return None
     boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame, claimed) for box in item.boxes]
     fitted = [_fit(box, frame, item, found) for box in boxes]
-    kept = [(box, name) for box, name in zip(fitted, item.classes) if box is not None]
+    kept = [i for i, box in enumerate(fitted) if box is not None]
     if item.boxes and not kept:
         found.left_out["only degenerate boxes"] += 1
         return None  # what had lesions must not turn into a negative
-    turned_boxes = [box for box, _ in kept]
+    moved = [box for box in fitted if box is not None]
     if options.box_frame == "stored":
-        turned_boxes = turned.apply_boxes(turned_boxes)
-    order = sorted(range(len(kept)), key=lambda i: (turned_boxes[i][1], turned_boxes[i][0]))
-    return Prepared(item, turned.size, [turned_boxes[i] for i in order], [kept[i][1] for i in order], shown, by_llava)
+        moved = turned.apply_boxes(moved)
+    size = turned.size
+    if isinstance(item, MontageItem):
+        montage = Montage(*size, len(item.tiles))
+        size, moved = montage.size, montage.apply_boxes(moved, [item.tile_of_box[i] for i in kept])
+    order = sorted(range(len(kept)), key=lambda i: (moved[i][1], moved[i][0]))
+    classes = [item.classes[kept[i]] for i in order]
+    return Prepared(item, size, [moved[i] for i in order], classes, shown, by_llava, reading)
 
 
 def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int], claimed: tuple[int, ...]) -> Box:
@@ -238,13 +251,19 @@ def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict
     return bool(seen)
 
 
-def _record(prepared: Prepared, out_dir: Path, geometry: ImageGeometry, decimals: int, seed: int) -> Record:
+def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int) -> Record:
     item, recipe = prepared.item, prepared.item.recipe
     original = os.path.relpath(item.image, item.root)
     name = original if item.slice is None else f"{original}#{item.slice}"
+    image, reading = str(item.image), {}
+    if not prepared.by_llava and out_dir is None:
+        reading = {"reading": prepared.reading}
+    elif not prepared.by_llava and out_dir is not None:
+        image = _render(prepared.shown, f"{recipe.name}/{name}", out_dir)
     return {
         "id": f"{recipe.name}/{name}",
-        "image": (str(item.image) if prepared.by_llava else _render(prepared.shown, f"{recipe.name}/{name}", out_dir)),
+        "image": image,
+        **reading,
         "conversations": [],
         "objects": {
             "ref": prepared.classes,
@@ -267,7 +286,7 @@ def _record(prepared: Prepared, out_dir: Path, geometry: ImageGeometry, decimals
             "image_aspect_ratio": geometry.mode,
             "box_decimals": decimals,
             "original": original,
-            "slice": item.slice,
+            "slice": shown_slices(item),
         },
     }
 

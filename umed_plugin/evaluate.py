@@ -96,6 +96,8 @@ def evaluate(
     max_new_tokens: int = 128,
     base: Path | str | None = None,
     device: str | None = None,
+    image_cache: Path | str | None = None,
+    image_cache_gb: float = 20.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Ask a checkpoint every record's question, greedily, and score the answers.
@@ -109,11 +111,14 @@ def evaluate(
         max_new_tokens: longest answer.
         base: of a LoRA folder.
         device: ``cuda`` (float16) where there is one, else ``cpu`` (float32).
+        image_cache: folder that keeps images decoded and resized (`umed_plugin.image_cache`).
+        image_cache_gb: most that it may hold, in GB.
         progress: called with (studies done, studies in all).
     """
     import torch
 
     from umed_plugin.checkpoint import load_checkpoint
+    from umed_plugin.rollout import base_llava
 
     if not records:
         raise UmedError("there is nothing to evaluate on: no records. Is it the right --split?")
@@ -123,10 +128,11 @@ def evaluate(
     tokenizer, model, processor = load_checkpoint(checkpoint, base, device, dtype)
     template = template or TEMPLATES_BY_TYPE[model.config.model_type]
     _check_aspect_ratio(records, getattr(model.config, "image_aspect_ratio", "square"), checkpoint)
+    seen = _Seen(processor, base_llava(model).config, image_cache, image_cache_gb)
     cases: list[Case] = []
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
-        cases += _ask(model, tokenizer, processor, batch, str(image_folder), template, max_new_tokens)
+        cases += _ask(model, tokenizer, seen, batch, str(image_folder), template, max_new_tokens)
         if progress is not None:
             progress(len(cases), len(records))
     return Evaluation(str(checkpoint), template, cases, metrics(cases))
@@ -144,18 +150,17 @@ def _check_aspect_ratio(records: Sequence[Record], model_mode: str, checkpoint: 
 
 
 def _ask(
-    model: Any, tokenizer: Any, processor: Any, records: Sequence[Record], image_folder: str, template: str, limit: int
+    model: Any, tokenizer: Any, seen: _Seen, records: Sequence[Record], image_folder: str, template: str, limit: int
 ) -> list[Case]:
     """Greedy answers of one batch of records, scored."""
     import torch
-    from llava.mm_utils import process_images
 
     from umed_plugin.rollout import base_llava, decode_answers, embed_prompts, encode_images, generate
     from umed_plugin.scoring import score_answer
 
     llava = base_llava(model)
     paths = [os.path.join(image_folder, record["image"]) for record in records]
-    pixels = process_images([_open(path) for path in paths], processor, llava.config)
+    pixels = seen.pixels(paths, records)
     questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in records]
     ids = [prompt_ids(question, template, tokenizer, llava.config) for question in questions]
     with torch.no_grad():
@@ -197,12 +202,37 @@ def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any
     return tokenizer_image_token(question_prompt(f"{image}\n{question}", template), tokenizer, return_tensors="pt")
 
 
-def _open(path: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+class _Seen:
+    """Images as the model sees them, decoded each time or through a cache."""
 
+    def __init__(self, processor: Any, config: Any, folder: Path | str | None, most_gb: float) -> None:
+        from umed_plugin.image_cache import ImageCache
+
+        self.processor, self.config = processor, config
+        mode = "pad" if getattr(config, "image_aspect_ratio", None) == "pad" else "square"
+        self.cache = None if folder is None else ImageCache(folder, processor, mode, int(most_gb * 1e9))
+
+    def pixels(self, paths: Sequence[str], records: Sequence[Record]) -> Any:
+        """[Q, 3, S, S] of Q images."""
+        import torch
+        from llava.mm_utils import process_images
+
+        if self.cache is None:
+            return process_images([_open(*pair) for pair in zip(paths, records)], self.processor, self.config)
+        with_cache = self.cache.pixels
+        return torch.stack([_readable(with_cache, path, record) for path, record in zip(paths, records)])
+
+
+def _open(path: str, record: Record) -> Any:
+    from umed_plugin.images import open_image
+
+    return _readable(open_image, path, record)
+
+
+def _readable(read: Callable[..., Any], path: str, record: Record) -> Any:
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        return read(path, record.get("reading"))
+    except (OSError, SyntaxError, ValueError) as error:
         raise UmedError(f"{path}: cannot be read as an image ({error}). Check the file, or --data-root.") from error
 
 

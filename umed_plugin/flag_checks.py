@@ -102,6 +102,7 @@ _NEEDS: dict[str, tuple[Callable[[UmedFlags], bool], str]] = {
     "umed_kl_target": (lambda flags: flags.kl_coef() > 0, "--umed_kl_coef above 0"),
     "umed_kl_horizon": (lambda flags: flags.umed_kl_target is not None, "--umed_kl_target"),
     "umed_val_records": (lambda flags: flags.umed_val_every > 0, "--umed_val_every"),
+    "umed_image_cache_gb": (lambda flags: flags.umed_image_cache is not None, "--umed_image_cache"),
     "umed_data_root": (lambda flags: flags.umed_recipe is not None, "--umed_recipe"),
     "umed_box_decimals": (
         lambda flags: flags.umed_recipe is not None,
@@ -143,6 +144,7 @@ _RANGES = {
     "umed_judge_retries": _AT_LEAST_0,
     "umed_judge_patience": _AT_LEAST_1,
     "umed_vrr_mask_sinks": (lambda value: value == 0 or value > 1, "0, or above 1"),
+    "umed_image_cache_gb": _ABOVE_0,
     "umed_val_every": _AT_LEAST_0,
     "umed_val_records": _AT_LEAST_1,
     "umed_box_decimals": (lambda value: value in (2, 3), "2 or 3"),
@@ -240,10 +242,10 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
         faults.append(f"--image_folder {data_args.image_folder}: there is no such folder.")
     if flags.umed_data_root is not None and not os.path.isdir(flags.umed_data_root):
         faults.append(f"--umed_data_root {flags.umed_data_root}: there is no such folder.")
-    if flags.umed_feature_cache is not None and os.path.isfile(flags.umed_feature_cache):
-        faults.append(
-            f"--umed_feature_cache {flags.umed_feature_cache}: is a file. Give a folder; it is made if need be."
-        )
+    for name in ("umed_feature_cache", "umed_image_cache"):
+        folder = getattr(flags, name)
+        if folder is not None and os.path.isfile(folder):
+            faults.append(f"--{name} {folder}: is a file. Give a folder; it is made if need be.")
     if model_args.vision_tower is None:
         faults.append(
             "--vision_tower is missing: both stages train on images. LLaVA-Med 1.5: openai/clip-vit-large-patch14-336."

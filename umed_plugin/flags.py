@@ -48,6 +48,12 @@ class UmedFlags:
         "checkpoint",
         "Vision tower: checkpoint (its own tower weights if it has any) or original (as stock LLaVA).",
     )
+    umed_image_cache: Optional[str] = _flag(
+        None,
+        "Folder that keeps images decoded and resized, so that later epochs and runs decode nothing. A recipe's DICOM and NIfTI "
+        "are then read where they lie, and not rendered to PNG.",
+    )
+    umed_image_cache_gb: float = _flag(20.0, "Most that --umed_image_cache may hold, in GB (10^9 bytes).")
     umed_feature_cache: Optional[str] = _flag(
         None,
         "Folder that keeps the frozen vision tower's features, so that later epochs and runs do not open the image.",

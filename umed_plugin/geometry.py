@@ -7,6 +7,7 @@ front) and then CLIPImageProcessor. ``square`` is LLaVA's default, CLIPImageProc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -157,6 +158,43 @@ class Orientation:
         turned = values.swapaxes(0, 1) if self.transpose else values
         turned = turned[:, ::-1] if self.flip_x else turned
         return turned[::-1] if self.flip_y else turned
+
+
+@dataclass(frozen=True)
+class Montage:
+    """Tiles of one size in rows, as near to a square as they go; the last row may have room left.
+
+    Attributes:
+        width, height: of a tile, in pixels.
+        count: of tiles.
+    """
+
+    width: int
+    height: int
+    count: int
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row."""
+        return math.ceil(math.sqrt(self.count))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole, in pixels."""
+        return self.columns * self.width, math.ceil(self.count / self.columns) * self.height
+
+    def corner(self, tile: int) -> tuple[int, int]:
+        """x and y of a tile's upper left corner, in pixels."""
+        row, column = divmod(tile, self.columns)
+        return column * self.width, row * self.height
+
+    def apply_boxes(self, boxes_px: Sequence[Sequence[float]], tiles: Sequence[int]) -> list[Box]:
+        """Boxes in pixels of their tiles -> in pixels of the whole."""
+        moved: list[Box] = []
+        for (x1, y1, x2, y2), tile in zip(boxes_px, tiles):
+            x, y = self.corner(tile)
+            moved.append((x1 + x, y1 + y, x2 + x, y2 + y))
+        return moved
 
 
 def _clip(box01: Box) -> Box:

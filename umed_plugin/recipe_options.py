@@ -79,6 +79,10 @@ class ImageOptions(StrictModel):
         orientation: ``as_stored``, or ``canonical``: DICOM and NIfTI slices are turned as a radiologist sees them (patient's
             right on the image's left, front or head up), by their affine or ImageOrientationPatient.
         slice_axis: stored axis of a NIfTI volume along which ``slice`` counts from 0.
+        slices: what becomes an image of a volume or DICOM series: ``annotated``, each slice that the annotations name;
+            ``largest_lesion``, the slice with the largest box (the middle one where there is no lesion); ``montage``, slices
+            side by side, spread over the volume and moved onto those with lesions.
+        tiles: most slices in a montage.
         volume: index from 0 of the volume that is shown of a 4-D NIfTI file.
         box_frame: ``displayed``, boxes are pixels of the image as turned by ``orientation``, or ``stored``, of the slice as
             it lies in the file (NIfTI: x along its first remaining axis, y along the second); these move along.
@@ -91,6 +95,8 @@ class ImageOptions(StrictModel):
     offset: float = 0
     orientation: Literal["canonical", "as_stored"] = "canonical"
     slice_axis: Literal[0, 1, 2] = 2
+    slices: Literal["annotated", "largest_lesion", "montage"] = "annotated"
+    tiles: int = Field(9, ge=2, le=36)
     volume: Optional[int] = Field(None, ge=0)
     box_frame: Literal["displayed", "stored"] = "displayed"
     box_axes: Literal["xy", "yx"] = "xy"

@@ -47,7 +47,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     for item in items:
         item.modality = item.modality or recipe.modality
         item.recipe, item.root = recipe, found.root
-        (found.items if item.image.is_file() else found.missing).append(item)
+        (found.items if item.image.exists() else found.missing).append(item)
     _choose_negatives(recipe, found)
     found.left_out = +found.left_out
     return found

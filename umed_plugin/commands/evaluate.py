@@ -37,6 +37,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="write evaluation.json and predictions.jsonl here")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="studies at a time (default: 16)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument(
+        "--image-cache", metavar="DIR", type=Path, help="keep images decoded and resized here, for the next evaluation"
+    )
+    parser.add_argument(
+        "--image-cache-gb", metavar="GB", type=float, default=20.0, help="most that it may hold (default: 20)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -73,6 +79,8 @@ def _run(args: argparse.Namespace, folder: Path) -> int:
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         base=args.base,
+        image_cache=args.image_cache,
+        image_cache_gb=args.image_cache_gb,
         progress=advance,
     )
     next(bar, None)
@@ -103,6 +111,8 @@ def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
             image_aspect_ratio=mode,
             split=args.split,
             data_root=args.data_root,
+            # What is rendered into a folder of its own each time would never be found again.
+            render=args.image_cache is None,
         )
     records = [record for record in records if record["split"] == args.split]
     return records[: args.limit] if args.limit else records, image_folder

@@ -10,20 +10,32 @@ or rescale, the NIfTI scaling or the recipe's offset. `dicom`, `nifti` and `pict
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 
 from umed_plugin.errors import UmedError
-from umed_plugin.geometry import Orientation
-from umed_plugin.images.dicom import read_dicom
-from umed_plugin.images.nifti import read_nifti
-from umed_plugin.images.pictures import PICTURE_ENDINGS, read_by_llava, read_picture
-from umed_plugin.images.stored import StoredSlice
+from umed_plugin.geometry import Montage, Orientation
+from umed_plugin.images.dicom import frame_count, read_dicom
+from umed_plugin.images.nifti import read_nifti, volume_shape
+from umed_plugin.images.pictures import DEEP_MODES, PICTURE_ENDINGS, read_by_llava, read_picture
+from umed_plugin.images.series import file_states, series_files
+from umed_plugin.images.stored import StoredSlice, checked_index
 from umed_plugin.images.windows import Window, to_grey_levels
 
-__all__ = ["StoredSlice", "Window", "canonical_orientation", "load_image", "read_by_llava", "read_stored"]
+__all__ = [
+    "StoredSlice",
+    "Window",
+    "canonical_orientation",
+    "file_states",
+    "load_image",
+    "open_image",
+    "read_by_llava",
+    "read_stored",
+    "slice_count",
+]
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
@@ -35,27 +47,33 @@ def load_image(
     window: Window = "file",
     offset: float = 0.0,
     orientation: str = "canonical",
-    slice: Optional[int] = None,
+    slice: Union[int, Sequence[int], None] = None,
     slice_axis: int = 2,
     volume: Optional[int] = None,
 ) -> tuple[np.ndarray, Orientation]:
-    """Read one image, or one slice of a volume, as the model sees it.
+    """Read one image, one slice of a volume or of a DICOM series, or a montage of slices, as the model sees it.
 
     Args:
+        path: a file, or the folder of a DICOM series.
         window: ``file``, ``full``, a preset, ``(low, high)`` or a `WindowRange`, or three of these for red, green and blue;
             see `recipe.ImageOptions`.
         offset: subtracted from the values of 16-bit images that PIL reads.
         orientation: ``canonical`` or ``as_stored``.
-        slice: index from 0 along ``slice_axis`` of a NIfTI volume, or of a frame of a multi-frame DICOM.
+        slice: index from 0 along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM, or in a series from the
+            patient's right, front or feet on; several of them give a montage (`geometry.Montage`).
         volume: index from 0 of a volume in a 4-D NIfTI file.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, and how it was turned from the stored slice.
+        uint8 RGB ``[height, width, 3]``, and how it (in a montage: each tile) was turned from the stored slice.
 
     Raises:
         UmedError: the file is missing, unreadable, or holds what cannot be shown.
     """
     path = Path(path)
+    if slice is not None and not isinstance(slice, int):
+        how: dict[str, Any] = {"window": window, "offset": offset, "orientation": orientation}
+        how.update(slice_axis=slice_axis, volume=volume)
+        return _montage(path, [load_image(path, slice=one, **how) for one in slice])
     stored = read_stored(path, offset=offset, slice=slice, slice_axis=slice_axis, volume=volume)
     height, width = stored.values.shape[:2]
     turned = Orientation(width, height)
@@ -64,6 +82,54 @@ def load_image(
     grey = turned.apply_array(to_grey_levels(stored, window, path))
     rgb = grey if grey.ndim == 3 else np.repeat(grey[:, :, None], 3, axis=2)
     return np.ascontiguousarray(rgb, dtype=np.uint8), turned
+
+
+def _montage(path: Path, parts: list[tuple[np.ndarray, Orientation]]) -> tuple[np.ndarray, Orientation]:
+    """The slices side by side, with the turn that they share."""
+    kinds = {(image.shape, turned) for image, turned in parts}
+    if len(kinds) != 1:
+        shapes = sorted({f"{shape[1]}x{shape[0]}" for shape, _ in kinds})
+        raise UmedError(
+            f"{path}: slices of {', '.join(shapes) or 'no'} pixels, or turned differently, make no montage."
+        )
+    ((shape, turned),) = kinds
+    plan = Montage(shape[1], shape[0], len(parts))
+    whole = np.zeros((plan.size[1], plan.size[0], 3), np.uint8)
+    for tile, (image, _) in enumerate(parts):
+        x, y = plan.corner(tile)
+        whole[y : y + plan.height, x : x + plan.width] = image
+    return whole, turned
+
+
+def slice_count(path: Path, slice_axis: int = 2) -> int:
+    """Slices of a NIfTI volume or a series, frames of a DICOM file, 1 of a picture.
+
+    Raises:
+        UmedError: it cannot be read.
+    """
+    if path.is_dir():
+        return len(series_files(path))
+    if path.name.lower().endswith(NIFTI_ENDINGS):
+        return volume_shape(path)[slice_axis]
+    if path.name.lower().endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
+        return frame_count(path)
+    return 1
+
+
+def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None) -> Any:
+    """A PIL image in RGB: pictures of 8 bits just as LLaVA opens them, all others by `load_image`.
+
+    Args:
+        reading: arguments of `load_image`, as records that name a DICOM or NIfTI file carry them.
+    """
+    from PIL import Image
+
+    path = Path(path)
+    if not reading and path.name.lower().endswith(PICTURE_ENDINGS):
+        image = Image.open(path)
+        if image.mode not in DEEP_MODES:
+            return image.convert("RGB")
+    return Image.fromarray(load_image(path, **(reading or {}))[0])
 
 
 def read_stored(
@@ -75,6 +141,9 @@ def read_stored(
     volume: Optional[int] = None,
 ) -> StoredSlice:
     """Read one slice as it lies in the file; arguments as in `load_image`."""
+    if path.is_dir():
+        files = series_files(path)
+        return read_dicom(files[checked_index(path, slice, len(files), "slice")], None)
     if not path.is_file():
         raise UmedError(f"{path}: no such image file")
     name = path.name.lower()

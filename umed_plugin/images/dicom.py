@@ -39,7 +39,7 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
     with unreadable(path):
         header = open_header(path)
         photometric = _checked_photometric(header, path)
-        frames = int(getattr(header, "NumberOfFrames", None) or 1)
+        frames = _frames(header)
         index = checked_index(path, frame, frames, "frame")
         check_size(path, int(header.Columns), int(header.Rows))
         values = _decoded(header, index, path)
@@ -56,6 +56,16 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
             inverted=photometric == "MONOCHROME1",
             hounsfield=str(getattr(header, "Modality", None) or "CT") == "CT",
         )
+
+
+def frame_count(path: Path) -> int:
+    """Frames of a DICOM file."""
+    with unreadable(path):
+        return _frames(open_header(path, pixels=False))
+
+
+def _frames(header: Any) -> int:
+    return int(getattr(header, "NumberOfFrames", None) or 1)
 
 
 def open_header(path: Path, *, pixels: bool = True) -> Any:

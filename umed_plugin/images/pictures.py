@@ -10,7 +10,7 @@ import numpy as np
 from umed_plugin.images.stored import StoredSlice, unreadable
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 
 
 def read_picture(path: Path, offset: float) -> StoredSlice:
@@ -19,12 +19,12 @@ def read_picture(path: Path, offset: float) -> StoredSlice:
 
     def to_rgb(image: Any) -> Any:
         # Palette, alpha and CMYK would come out as indices or wrong channels; LLaVA converts just so.
-        return image if image.mode in _DEEP_MODES else image.convert("RGB")
+        return image if image.mode in DEEP_MODES else image.convert("RGB")
 
     reader = PILReader(converter=to_rgb, reverse_indexing=False)
     with unreadable(path), reader.read(path) as image:
         values, _ = reader.get_data(image)
-        deep = image.mode in _DEEP_MODES
+        deep = image.mode in DEEP_MODES
     return StoredSlice(values.astype(np.float32) - offset) if deep else StoredSlice(values, is_grey_levels=True)
 
 
@@ -35,4 +35,4 @@ def read_by_llava(path: Path) -> bool:
     if not path.name.lower().endswith(PICTURE_ENDINGS):
         return False
     with unreadable(path), Image.open(path) as image:
-        return image.mode not in _DEEP_MODES
+        return image.mode not in DEEP_MODES

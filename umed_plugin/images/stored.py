@@ -73,12 +73,12 @@ def _reader_errors() -> tuple[type[Exception], ...]:
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
     from PIL.Image import DecompressionBombError
-    from pydicom.errors import InvalidDicomError
+    from pydicom.errors import BytesLengthException, InvalidDicomError
 
     return (
         *(OSError, EOFError, SyntaxError, zlib.error, struct.error, ValueError, TypeError, AttributeError, LookupError),
         *(ArithmeticError, RuntimeError, AssertionError, MemoryError),
-        *(ImageFileError, HeaderDataError, DecompressionBombError, InvalidDicomError),
+        *(ImageFileError, HeaderDataError, DecompressionBombError, InvalidDicomError, BytesLengthException),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -116,6 +116,14 @@ def each_window(window: Window) -> list[OneWindow]:
             f"{window!r} is no window. Allowed: a name, (low, high), or three windows for red, green, blue."
         )
     return list(window)
+
+
+def plain_window(window: Window) -> Any:
+    """The same window as JSON can hold it: names, and ``[low, high]`` in place of ranges."""
+    if isinstance(window, str):
+        return window
+    ones = [one if isinstance(one, str) else list(window_range(one) or ()) for one in each_window(window)]
+    return ones[0] if len(ones) == 1 else ones
 
 
 def window_range(window: OneWindow) -> Optional[tuple[float, float]]:
