@@ -165,7 +165,8 @@ def embedded(work: Work) -> Any:
 
 def sample(work: Work, side: str) -> Any:
     """K answers of T tokens to each query: their ids."""
-    from umed_plugin.rollout import base_llava, generate
+    from umed_plugin.rollout import base_llava
+    from umed_plugin.sampling import generate
 
     work.model.eval()
     k, steps = work.options.candidates, work.options.answer_tokens

@@ -25,7 +25,8 @@ from umed_runs import train  # noqa: E402
 from umed_plugin.batch import tokenize_record  # noqa: E402
 from umed_plugin.checkpoint import load_checkpoint  # noqa: E402
 from umed_plugin.merging import export  # noqa: E402
-from umed_plugin.rollout import decode_answers, embed_prompts, encode_images, generate  # noqa: E402
+from umed_plugin.rollout import decode_answers, embed_prompts, encode_images  # noqa: E402
+from umed_plugin.sampling import generate  # noqa: E402
 
 TEMPLATES = {"mistral": ("umed_mistral", "mistral_instruct"), "llama": ("umed_v1", "llava_v1")}
 # What LLaVA's scripts say, in their words; the loss is logged to four decimals under transformers 4.

@@ -13,7 +13,8 @@ from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
 from umed_plugin.attention import attention_on_lesion, attention_sinks, name_token_rows
-from umed_plugin.rollout import answer_pass, generate, repeated_inputs, takes_one_row
+from umed_plugin.rollout import answer_pass, repeated_inputs, takes_one_row
+from umed_plugin.sampling import generate
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
 

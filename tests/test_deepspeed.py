@@ -67,7 +67,7 @@ LORA = shlex.split("--lora_enable True --lora_r 4 --lora_dropout 0")
 UNEQUAL = """
 import torch
 import umed_plugin.experience_maker as maker
-import umed_plugin.rollout as rollout
+import umed_plugin.sampling as sampling
 
 class Pays:
     def __init__(self):
@@ -90,7 +90,7 @@ class Pays:
             tokens = logits[:, 3:].argmax(-1) + 3
             return torch.where(state["odd"], state["eos"], tokens) if step == 1 else tokens
 
-        maker.ExperienceMaker.roll_out, rollout._next_token = noting, next_token
+        maker.ExperienceMaker.roll_out, sampling._next_token = noting, next_token
 
     def __call__(self, prompts, completions, **columns):
         return [float(index % 4 % 3) for index in range(len(completions))]

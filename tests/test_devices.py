@@ -10,9 +10,10 @@ from test_packing import drawn_answers, patched  # noqa: F401 (a fixture)
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from umed_plugin import rollout
+from umed_plugin import sampling
 from umed_plugin.packing import packing_fault
-from umed_plugin.rollout import answer_log_probs, answer_pass, generate
+from umed_plugin.rollout import answer_log_probs, answer_pass
+from umed_plugin.sampling import generate
 
 EOS = 7
 
@@ -35,8 +36,8 @@ def ending(loaded):  # noqa: F811
 @pytest.mark.parametrize("packed", [False, True])
 def test_rare_looks_compute_on_in_vain_and_change_no_answer(ending, batch, packed, monkeypatch):  # noqa: F811
     prompts, seen = embedded(ending, batch), []
-    draw = rollout._next_token
-    monkeypatch.setattr(rollout, "_next_token", lambda logits, *how: seen.append(logits) or draw(logits, *how))
+    draw = sampling._next_token
+    monkeypatch.setattr(sampling, "_next_token", lambda logits, *how: seen.append(logits) or draw(logits, *how))
     settings = {"num_candidates": 4, "max_new_tokens": 24, "temperature": 1.0, "eos_token_id": EOS, "packed": packed}
     torch.manual_seed(0)
     found = generate(ending, prompts, **settings, look_every=5)

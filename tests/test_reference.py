@@ -7,7 +7,8 @@ import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 
 from umed_plugin.reference import ReferencePolicy
-from umed_plugin.rollout import answer_pass, generate
+from umed_plugin.rollout import answer_pass
+from umed_plugin.sampling import generate
 
 
 def logits_of(model, batch, candidates):  # noqa: F811

@@ -13,9 +13,9 @@ from umed_plugin.rollout import (
     answer_pass,
     embed_prompts,
     encode_images,
-    generate,
     repeated_inputs,
 )
+from umed_plugin.sampling import generate
 
 
 @pytest.fixture(scope="module", params=["mistral", "llama"])

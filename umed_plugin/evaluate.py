@@ -155,7 +155,8 @@ def _ask(
     """Greedy answers of one batch of records, scored."""
     import torch
 
-    from umed_plugin.rollout import base_llava, decode_answers, embed_prompts, encode_images, generate
+    from umed_plugin.rollout import base_llava, decode_answers, embed_prompts, encode_images
+    from umed_plugin.sampling import generate
     from umed_plugin.scoring import score_answer
 
     llava = base_llava(model)

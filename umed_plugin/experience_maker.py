@@ -33,8 +33,8 @@ from umed_plugin.rollout import (
     decode_answers,
     embed_prompts,
     encode_images,
-    generate,
 )
+from umed_plugin.sampling import generate
 from umed_plugin.sharding import whole_parameters
 from umed_plugin.value_head import ValueHead
 

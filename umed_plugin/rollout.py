@@ -1,9 +1,7 @@
-"""Sampling answers from a LLaVA model, and the log-probabilities of answers under it.
+"""Prompts and answers as a LLaVA model computes them, and the log-probabilities of answers under it.
 
 A query is an image and a question; its K candidates share both. The image is encoded once and the prompt is computed once
-per query and pass; :mod:`umed_plugin.packing` says how. Sampling is written out here instead of calling
-``model.generate`` for a second reason: with ``inputs_embeds``, ``generate`` of transformers 4.36 returns an artificial BOS as
-first token, which shifts every log-probability by one.
+per query and pass; :mod:`umed_plugin.packing` says how, and :mod:`umed_plugin.sampling` draws the answers.
 
 Shapes: Q queries, K candidates each, N = Q*K rows in query-major order, L prompt positions (text and image patches, padded
 left), T answer tokens (padded right), H hidden size, V vocabulary. Masks: 1 is a token, 0 is padding.
@@ -21,9 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
-from umed_plugin.packing import PADDING, Columns, PrefixCache, RoomyCache, block_mask, pack, sliding_window
+from umed_plugin.packing import PrefixCache, block_mask, pack, sliding_window
 
-_LOOK_EVERY = 16
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
 
 
@@ -176,113 +173,9 @@ def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterat
 def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass:
     """Run the prompts once into ``cache``: the first answer token's logits and hidden state (N = Q, T = 1)."""
     inputs = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
-    with _output_layer_sees(_unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
+    with _output_layer_sees(unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     return AnswerPass(logits, hidden[0])
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: PromptBatch,
-    *,
-    num_candidates: int = 1,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    eos_token_id: int,
-    packed: bool = False,
-    look_every: int | None = None,
-) -> Candidates:
-    """Sample ``num_candidates`` answers to each prompt.
-
-    Args:
-        model: a LLaVA model in evaluation mode (no dropout, no gradient checkpointing).
-        prompts: Q prompts, each computed once.
-        num_candidates: K.
-        max_new_tokens: T at most; an answer that reaches it has no EOS.
-        temperature: 0 is greedy; 1 samples from the model's own distribution.
-        top_p: nucleus; 1 keeps the whole distribution.
-        eos_token_id: ends an answer.
-        packed: the K answers of a query grow side by side in one row and read one cache of its prompt, for a model without
-            :func:`umed_plugin.packing.packing_fault`; otherwise each has a copy.
-        look_every: tokens from one look at which answers have ended to the next; until then they are computed on in vain. None:
-            every token on a CPU, and every 16 elsewhere, as a look makes the processor wait for the accelerator.
-
-    Returns:
-        Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
-    """
-    llava = _unwrapped(model)
-    device = prompts.mask.device
-    look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
-    in_a_row = num_candidates if packed else 1
-    cache = RoomyCache(in_a_row * max_new_tokens)
-    first = prefill(model, prompts, cache)
-    answer_rows = torch.arange(len(prompts.mask), device=device).repeat_interleave(num_candidates)
-    if not packed:
-        cache.take_rows(answer_rows)
-    logits = first.logits[answer_rows, -1]
-    token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=device)
-    answered = torch.zeros_like(token_ids)
-    ended = torch.zeros(len(answer_rows), dtype=torch.bool, device=device)
-    writing = torch.arange(len(answer_rows), device=device).view(-1, in_a_row)  # the answers of each row; -1: none
-    going = writing.flatten()  # the answers that go on
-    places = torch.arange(writing.numel(), device=device)  # where each of them stands in the rows
-    prompt_length = prompts.mask.sum(dim=1)[answer_rows]
-    columns = Columns.of_prompts(prompts.mask).take_rows(answer_rows[::in_a_row])
-    for step in range(max_new_tokens):
-        tokens = _next_token(logits, temperature, top_p).masked_fill(ended[going], eos_token_id)
-        token_ids[going, step], answered[going, step] = tokens, (~ended[going]).long()
-        ended[going] |= tokens == eos_token_id
-        if step + 1 == max_new_tokens:
-            break
-        if (step + 1) % look_every == 0:
-            writing = torch.where((writing >= 0) & ~ended[writing], writing, -1)
-            kept, writing = _close_gaps(writing)
-            if len(kept) == 0:
-                break
-            if len(kept) < len(columns.segments):
-                cache.take_rows(kept)
-                columns = columns.take_rows(kept)
-            places = (writing >= 0).flatten().nonzero().flatten()
-            going = writing.flatten()[places]
-        there, written = writing >= 0, writing.clamp(min=0)
-        new = Columns(
-            torch.where(there, written % in_a_row + 1, PADDING), torch.where(there, prompt_length[written] + step, 0)
-        )
-        columns = columns.then(new)
-        embeds = llava.get_input_embeddings()(token_ids[written, step])
-        mask = (
-            block_mask(new, columns, sliding_window(llava), embeds.dtype)
-            if packed
-            else (columns.segments != PADDING).long()
-        )
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": new.positions}
-        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits.flatten(0, 1)[places]
-    longest = int(answered.sum(dim=1).max())
-    return Candidates(token_ids[:, :longest], answered[:, :longest])
-
-
-def _close_gaps(writing: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the rows that still hold an answer, and those rows with their answers moved to the front."""
-    there = writing >= 0
-    kept = there.any(dim=1).nonzero().flatten()
-    if len(kept) == 0:
-        return kept, writing[kept]
-    to_front = (~there[kept]).long().sort(dim=1, stable=True).indices
-    return kept, writing[kept].gather(1, to_front)[:, : int(there.sum(dim=1).max())]
-
-
-def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw one token a row from [N, V] logits."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1.0:
-        ordered, order = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    return torch.multinomial(probs, num_samples=1).squeeze(-1)
 
 
 def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> AnswerPass:
@@ -298,7 +191,7 @@ def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, pac
         candidates: N = Q*K answers.
         packed: for a model without :func:`umed_plugin.packing.packing_fault`.
     """
-    llava = _unwrapped(model)
+    llava = unwrapped(model)
     if takes_one_row(llava, packed):
         return _packed_pass(model, prompts, candidates)
     if _keeps_no_cache(llava):
@@ -321,7 +214,7 @@ def _keeps_no_cache(llava: Any) -> bool:
 
 
 def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
-    llava = _unwrapped(model)
+    llava = unwrapped(model)
     rows = pack(prompts.mask, candidates.mask)
     answers = llava.get_input_embeddings()(rows.put(candidates.token_ids, candidates.mask))
     embeds = torch.cat([prompts.embeds, answers], dim=1)
@@ -333,7 +226,7 @@ def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> An
 
 
 def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
-    llava = _unwrapped(model)
+    llava = unwrapped(model)
     start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
     with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden:
         logits = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
@@ -341,7 +234,7 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> 
 
 
 def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
-    llava = _unwrapped(model)
+    llava = unwrapped(model)
     cache = PrefixCache()
     first = prefill(model, prompts, cache)
     rows = query_of_row(prompts, candidates)
@@ -361,7 +254,8 @@ def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates
     )
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The LLaVA model inside adapters, and inside what wraps it for several processes."""
     return base_llava(getattr(model, "module", model))
 
 

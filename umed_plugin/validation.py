@@ -28,7 +28,8 @@ from transformers import TrainerCallback
 from umed_plugin.batch_rewarding import collate_queries
 from umed_plugin.geometry import ImageGeometry
 from umed_plugin.guards import box_area_ratio
-from umed_plugin.rollout import decode_answers, embed_prompts, encode_images, generate
+from umed_plugin.rollout import decode_answers, embed_prompts, encode_images
+from umed_plugin.sampling import generate
 from umed_plugin.scoring import AnswerScore, score_answer
 from umed_plugin.sharding import whole_parameters
 
