@@ -176,7 +176,7 @@ def main() -> None:
     """Print the table."""
     from umed_plugin.patches import TRIGGERS, after_import
 
-    from umed_plugin.patching import install
+    from umed_plugin.import_hook import install
 
     sizes = arguments()
     install(TRIGGERS, after_import)

@@ -33,7 +33,8 @@ from umed_plugin.patches import (
     zero_3,
 )
 
-from umed_plugin.patching import Patch, apply, install
+from umed_plugin.import_hook import install
+from umed_plugin.patching import Patch, apply
 
 # Without these LLaVA does not run, or not to the same numbers, on newer libraries than its own: for every process that uses it.
 STACK: tuple[Patch, ...] = tuple(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from umed_plugin import patching
+from umed_plugin import import_hook, patching
 from umed_plugin.patching import Patch, PatchMisfit, Recorder, Target
 
 SOURCE = """
@@ -36,12 +36,12 @@ def library(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "fakelib.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
-    hooks = [finder for finder in sys.meta_path if isinstance(finder, patching.PostImportFinder)]
+    hooks = [finder for finder in sys.meta_path if isinstance(finder, import_hook.PostImportFinder)]
     yield tmp_path / "fakelib.py"
     patching.undo_all()
     sys.modules.pop("fakelib", None)
-    for finder in [f for f in sys.meta_path if isinstance(f, patching.PostImportFinder) and f not in hooks]:
-        patching.uninstall(finder)
+    for finder in [f for f in sys.meta_path if isinstance(f, import_hook.PostImportFinder) and f not in hooks]:
+        import_hook.uninstall(finder)
 
 
 def change(recorder: Recorder) -> None:
@@ -84,7 +84,7 @@ def test_every_order_patches_once_and_undoes(library, order):
 
     steps = {
         "import": lambda: importlib.import_module("fakelib"),
-        "install": lambda: patching.install(["fakelib"], after),
+        "install": lambda: import_hook.install(["fakelib"], after),
     }
     steps["patch"] = lambda: patching.apply([patch])
     for step in order.replace("twice", order.split("-")[0]).split("-"):
@@ -104,7 +104,7 @@ def test_every_order_patches_once_and_undoes(library, order):
 
 def test_a_fresh_import_is_patched_again(library):
     patch = make_patch(library)
-    patching.install(["fakelib"], lambda name: patching.apply([patch]))
+    import_hook.install(["fakelib"], lambda name: patching.apply([patch]))
     first = importlib.import_module("fakelib")
     del sys.modules["fakelib"]
     second = importlib.import_module("fakelib")
@@ -114,7 +114,7 @@ def test_a_fresh_import_is_patched_again(library):
 
 
 def test_the_hook_leaves_the_module_its_own_loader_and_source(library):
-    patching.install(["fakelib"], lambda name: None)
+    import_hook.install(["fakelib"], lambda name: None)
     fakelib = importlib.import_module("fakelib")
     assert type(fakelib.__loader__).__name__ == "SourceFileLoader"
     assert fakelib.__spec__.loader is fakelib.__loader__
@@ -122,8 +122,8 @@ def test_the_hook_leaves_the_module_its_own_loader_and_source(library):
 
 def test_two_hooks_do_not_ask_each_other_for_ever(library):
     seen = []
-    patching.install(["fakelib"], lambda name: seen.append(1))
-    patching.install(["fakelib"], lambda name: seen.append(2))
+    import_hook.install(["fakelib"], lambda name: seen.append(1))
+    import_hook.install(["fakelib"], lambda name: seen.append(2))
     importlib.import_module("fakelib")
     assert sorted(seen) == [1, 2]
 

@@ -1,11 +1,10 @@
-"""How another library is changed: recorded replacements, patches that know what they fit, and a hook that runs after an import.
+"""How another library is changed: recorded replacements, and patches that know what they fit.
 
-In the order of use: `install` puts a finder on ``sys.meta_path`` (done by `umed_plugin/site/sitecustomize.py` in every Python
-child of ``umed-run``). When the trigger module of a patch has been imported, the patches of that trigger are verified (all of
-them, before the first is applied) and applied; a patch that does not fit raises `PatchMisfit`, so training stops before
-the model is loaded. `undo` and `undo_all` put everything back, newest first.
+When the trigger module of a patch has been imported (`umed_plugin.import_hook` waits for it), the patches of that trigger are
+verified (all of them, before the first is applied) and applied; a patch that does not fit raises `PatchMisfit`, so training stops
+before the model is loaded. `undo` and `undo_all` put everything back, newest first.
 
-This module imports nothing but the standard library, and importing or installing it imports no library that is patched.
+This module imports nothing but the standard library, and importing it imports no library that is patched.
 What fits is listed by ``umed patches``.
 """
 
@@ -13,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.abc
 import importlib.metadata
 import importlib.util
 import inspect
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -340,70 +338,3 @@ def undo_all() -> None:
 
 def _undo_one(name: str) -> None:
     _applied.pop(name)[1].undo()
-
-
-class _PatchingLoader(importlib.abc.Loader):
-    """The module's own loader, with one call after the module has run."""
-
-    def __init__(self, loader: Any, after: Callable[[str], None]) -> None:
-        self._loader = loader
-        self._after = after
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        # The module must show its own loader afterwards: inspect and pkgutil ask it for the source.
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._after(module.__name__)
-
-
-class PostImportFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a trigger module and wraps the loader that they come up with."""
-
-    def __init__(self, triggers: Iterable[str], after: Callable[[str], None]) -> None:
-        self.triggers = frozenset(triggers)
-        self.after = after
-        self._searching: set[str] = set()
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        """The spec of a trigger module with its loader wrapped; None for any other module."""
-        if fullname not in self.triggers or fullname in self._searching:
-            return None
-        # Another finder of this kind would ask this one in turn.
-        self._searching.add(fullname)
-        try:
-            specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-            spec = next((found for found in specs if found is not None), None)
-        finally:
-            self._searching.discard(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _PatchingLoader(spec.loader, self.after)
-        return spec
-
-
-def install(triggers: Iterable[str], after: Callable[[str], None]) -> PostImportFinder:
-    """Call ``after(name)`` right after each import of a module in ``triggers``, at once for those imported already.
-
-    Installing the same hook twice gives the finder that is there.
-    """
-    for finder in sys.meta_path:
-        if isinstance(finder, PostImportFinder) and finder.after is after:
-            return finder
-    finder = PostImportFinder(triggers, after)
-    sys.meta_path.insert(0, finder)
-    for name in sorted(finder.triggers & set(sys.modules)):
-        after(name)
-    return finder
-
-
-def uninstall(finder: PostImportFinder) -> None:
-    """Take the hook away; patches stay as they are."""
-    if finder in sys.meta_path:
-        sys.meta_path.remove(finder)

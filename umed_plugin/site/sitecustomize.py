@@ -39,7 +39,7 @@ def _install():
     try:
         from umed_plugin.patches import TRIGGERS, after_import
 
-        from umed_plugin.patching import install
+        from umed_plugin.import_hook import install
 
         install(TRIGGERS, after_import)
     except (ImportError, SyntaxError, AttributeError, TypeError) as error:
