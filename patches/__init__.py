@@ -22,6 +22,7 @@ from umed_plugin.patches import (
     model_class,
     old_flags,
     resumed_order,
+    sdpa_mask,
     shared_memory_build,
     torch_load,
     tower_layout,
@@ -46,6 +47,7 @@ STACK: tuple[Patch, ...] = tuple(
         full_precision,
         tower_layout,
         config_layout,
+        sdpa_mask,
     )
 )
 # These make of LLaVA's training what this plugin is for: for training processes alone.

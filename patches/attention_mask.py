@@ -1,9 +1,9 @@
 """Let a ready 4-D attention mask through to the layers of Llama and Mistral.
 
-Targets: `_prepare_4d_causal_attention_mask` in transformers' `modeling_llama` and `modeling_mistral`, and
-`_prepare_4d_causal_attention_mask_for_sdpa` in the former.
+Targets: `_prepare_4d_causal_attention_mask` and `_prepare_4d_causal_attention_mask_for_sdpa` in transformers' `modeling_llama`
+and `modeling_mistral` (from 4.37 on the latter has both).
 Why: they take a 2-D mask alone and fail on another, so answers that share a row with their prompt cannot be kept apart.
-Versions: transformers 4.36. (4.37 takes a 4-D mask of ones and zeros, 5 the ready one that is passed here.)
+Versions: transformers 4.36 and 4.37. (4.37 takes a 4-D mask of ones and zeros, 5 the ready one that is passed here.)
 Delete when: LLaVA's pins reach a transformers that takes the mask as it is added to the scores.
 """
 
@@ -20,13 +20,18 @@ _EAGER = "_prepare_4d_causal_attention_mask"
 _SDPA = f"{_EAGER}_for_sdpa"
 _LLAMA = "transformers.models.llama.modeling_llama"
 _MISTRAL = "transformers.models.mistral.modeling_mistral"
+_EAGER_HASHES = (
+    "5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",
+    "536e1e6fd450e31d727fc8b098a61d1da687319f2f6cfd86a05b45201eef774e",
+)
 
 
 def change(recorder: Recorder) -> None:
     """Rebind the functions where the models look them up."""
-    for module_name, function in ((_LLAMA, _EAGER), (_LLAMA, _SDPA), (_MISTRAL, _EAGER)):
-        module = sys.modules[module_name]
-        recorder.replace(module, function, _ready_mask_passes(getattr(module, function)))
+    for module in (sys.modules[_LLAMA], sys.modules[_MISTRAL]):
+        for function in (_EAGER, _SDPA):
+            if hasattr(module, function):
+                recorder.replace(module, function, _ready_mask_passes(getattr(module, function)))
 
 
 def _ready_mask_passes(stock: Any) -> Any:
@@ -41,17 +46,16 @@ def _ready_mask_passes(stock: Any) -> Any:
 PATCH = Patch(
     name="attention_mask",
     targets=(
+        Target(f"{_LLAMA}:{_EAGER}", TRANSFORMERS_4, _EAGER_HASHES),
         Target(
-            f"{_LLAMA}:{_EAGER}", TRANSFORMERS_4, ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",)
-        ),
-        Target(
-            f"{_LLAMA}:{_SDPA}", TRANSFORMERS_4, ("11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",)
-        ),
-        Target(
-            f"{_MISTRAL}:{_EAGER}",
+            f"{_LLAMA}:{_SDPA}",
             TRANSFORMERS_4,
-            ("5900f05ea360fcadb127534fa7491b3952b0bedc2ae8eee80d76664ab07a8da5",),
+            (
+                "11cd4d792e50f0ca336fc4599207e3ea652361ab63f3663b3e9196c22b363356",
+                "bfa1a46c307ddfbabde8532f3c8b410b0c5b4b80190882fdb212a35e079a72ae",
+            ),
         ),
+        Target(f"{_MISTRAL}:{_EAGER}", TRANSFORMERS_4, _EAGER_HASHES),
         Target(
             f"{_LLAMA}:LlamaModel.forward",
             TRANSFORMERS_4,
@@ -60,7 +64,10 @@ PATCH = Patch(
         Target(
             f"{_MISTRAL}:MistralModel.forward",
             TRANSFORMERS_4,
-            ("7beb8f273fe15eecdccaac5d98f751eee9cc4d28c1de9fbec1a46147d3b8b2c3",),
+            (
+                "7beb8f273fe15eecdccaac5d98f751eee9cc4d28c1de9fbec1a46147d3b8b2c3",
+                "f052cf0df1d8014c2e73597e0aa46fc3702f4266eb52cbed5302383aa4ef5915",
+            ),
         ),
     ),
     why="Llama and Mistral fail on an attention mask that keeps the answers of one row apart",

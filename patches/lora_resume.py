@@ -6,7 +6,7 @@ Why: (1) LLaVA saves what LoRA does not cover, the projector first of all, only 
 an epoch is drawn from the global random state, which dropout has moved on a CPU, so a resumed run sees other batches. (3) Any
 ``checkpoint-*`` in the output folder is resumed from, even one of the other stage, and what the other stage left there is
 written over.
-Versions: LLaVA 1.2.x, transformers 4.36.
+Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
 Delete when: LLaVA saves ``non_lora_trainables.bin`` at every checkpoint and loads it again.
 
 Only with ``--umed_stage``. The files have LLaVA's own names and formats.
@@ -198,6 +198,7 @@ PATCH = Patch(
             TRANSFORMERS,
             (
                 "201a2dc3b77a71b3eb462ecff3354b0cd2ba9c49405de37523c9d7d97a2e5b6c",  # 4.36
+                "ab79e932a65041763ac1863aaa94f43e719f35f69c0229b1f5216228fdf36c86",  # 4.37
                 "a2804e8d93a297e30d11e1589e707793302c872fc3ab89cddefc6cb2762e3a24",  # 5.23
             ),
         ),
@@ -206,6 +207,7 @@ PATCH = Patch(
             TRANSFORMERS,
             (
                 "2b94f43c7b36c0427a50e423d125ded3b950d47251b955e26c296b0edd45090a",  # 4.36
+                "de8f0b92e79c8f8b40fd763d116c84e7eec1ba1741e001ab56c5f82a23c8607a",  # 4.37
                 "a9111e30faa9933986e022e56b5af81fd990356db64d727b4c320c852283bf3b",  # 5.23
             ),
         ),

@@ -3,7 +3,7 @@
 Target: `torch.load`, for calls out of LLaVA, transformers and peft alone.
 Why: ``non_lora_trainables.bin``, ``mm_projector.bin``, ``pytorch_model.bin``, optimizer and scheduler states are pickles, and a
 pickle from the internet can run any code. Versions before torch 2.6 load them without a check.
-Versions: torch 2.0.
+Versions: torch 2.0 and 2.1.
 Delete when: LLaVA's torch is 2.6 or newer and transformers loads its RNG states under that default.
 
 ``rng_state*.pth`` holds NumPy's generator state, which ``weights_only`` refuses: those files go through an unpickler that
@@ -81,8 +81,11 @@ PATCH = Patch(
     targets=(
         Target(
             "torch:load",
-            ">=2.0,<2.1",
-            ("e0a4e1a1c1f02b08932343adbc63aae006b769a4cf9fdf47490cdf156663a1ac",),
+            ">=2.0,<2.2",
+            (
+                "e0a4e1a1c1f02b08932343adbc63aae006b769a4cf9fdf47490cdf156663a1ac",
+                "c5092039bf85e2a8b052806deddd1f40ff03a02309bc15b09afbfc173717bbba",
+            ),
         ),
     ),
     why="checkpoint pickles (projector, non-LoRA weights, optimizer) can run any code when loaded",

@@ -2,7 +2,7 @@
 
 Target: `TrainingArguments` in `llava.train.train`, and `transformers.HfArgumentParser`, which `train()` parses with.
 Why: `train()` unpacks exactly three dataclasses and refuses any flag that they do not have.
-Versions: LLaVA 1.2.x, transformers 4.36.
+Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
 Delete when: LLaVA's `train()` takes further dataclasses or arguments from its caller.
 
 Checkpoints pickle the arguments. The class takes the name of the one it replaces, so ``training_args.bin`` loads with the

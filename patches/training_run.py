@@ -13,7 +13,7 @@ from umed_plugin.flags import UmedFlags
 from umed_plugin.patching import Target
 
 LLAVA = ">=1.1.3,<1.3"
-TRANSFORMERS_4, TRANSFORMERS_5 = ">=4.36,<4.37", ">=5.23,<5.24"
+TRANSFORMERS_4, TRANSFORMERS_5 = ">=4.36,<4.38", ">=5.23,<5.24"
 TRANSFORMERS = f"{TRANSFORMERS_4} || {TRANSFORMERS_5}"
 BEFORE_5, ON_5 = ("transformers", "<5"), ("transformers", ">=5")
 # Its globals are read when it runs, so they can be rebound; each patch that does so relies on how it reads them.

@@ -129,7 +129,9 @@ def test_a_sliding_window_reaches_back_as_far_as_in_the_plain_pass(tiny_mistral,
     with torch.no_grad():
         found, expected = packed_run(model, prompts, candidates)[0], plain_run(model, prompts, candidates)[0]
         model.config.sliding_window = None
-        unlimited = packed_run(model, prompts, candidates)[0]
+        unlimited, as_stock = packed_run(model, prompts, candidates)[0], plain_run(model, prompts, candidates)[0]
+    if torch.equal(as_stock, expected):
+        pytest.skip("the sdpa of transformers 4.37 knows no sliding window")
     torch.testing.assert_close(found[kept], expected[kept], atol=1e-4, rtol=0)
     assert (found - unlimited)[kept].abs().max() > 1e-3
 
@@ -155,10 +157,13 @@ def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch
 @pytest.mark.skipif(
     attention_mask.PATCH.not_needed() is not None, reason="this transformers takes a ready mask by itself"
 )
-def test_without_the_patch_the_model_refuses_and_with_it_takes_a_block_mask(loaded):  # noqa: F811
+def test_without_the_patch_the_model_takes_no_block_mask_and_with_it_does(loaded):  # noqa: F811
     _, model = loaded
     before = torch.random.get_rng_state()
-    assert "refuses a block mask (ValueError" in packing_fault(model)
+    # transformers 4.36 fails on it; 4.37 reads it as ones and zeros.
+    assert packing_fault(model).startswith(
+        ("its attention refuses a block mask (ValueError", "its attention ignores a block mask")
+    )
     patching.apply([attention_mask.PATCH])
     try:
         assert packing_fault(model) is None

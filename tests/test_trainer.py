@@ -188,7 +188,7 @@ def test_what_is_learnt_from_once_is_scored_by_the_update_and_teaches_the_same(c
     (once, kl), (twice, expected) = found.values()
     assert kl == pytest.approx(expected, abs=1e-4) and expected[-1] > 1e-3
     for name, tensor in twice.items():
-        torch.testing.assert_close(once[name], tensor, rtol=0, atol=1e-5)
+        torch.testing.assert_close(once[name], tensor, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -1,0 +1,53 @@
+"""Attend to the right tokens where prompts are padded and answers read a cache of them.
+
+Targets: `_prepare_4d_causal_attention_mask_for_sdpa` in transformers' `modeling_llama` and `modeling_mistral`.
+Why: transformers 4.37 opens the rows of its mask that see nothing (padding), for PyTorch's memory-efficient attention, and counts
+these rows as if there were no cache: with one, it opens rows of real tokens, which then see tokens after them, or fails.
+Versions: transformers 4.37. (4.36 on LLaVA's pins has no such attention, 5 makes its masks otherwise.)
+Delete when: LLaVA's repository pins a transformers after 4.38.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from umed_plugin.patching import Patch, Recorder, Target
+
+_LLAMA, _MISTRAL = "transformers.models.llama.modeling_llama", "transformers.models.mistral.modeling_mistral"
+_FUNCTION = "_prepare_4d_causal_attention_mask_for_sdpa"
+_HASHES = ("bfa1a46c307ddfbabde8532f3c8b410b0c5b4b80190882fdb212a35e079a72ae",)
+
+
+def change(recorder: Recorder) -> None:
+    """Rebind the function where the models look it up."""
+    for module in (sys.modules[_LLAMA], sys.modules[_MISTRAL]):
+        recorder.replace(module, _FUNCTION, _counted_with_the_cache(getattr(module, _FUNCTION)))
+
+
+def _counted_with_the_cache(stock: Any) -> Any:
+    import torch
+    from transformers.modeling_attn_mask_utils import _prepare_4d_causal_attention_mask
+
+    def prepare(mask: Any, shape: Any, embeds: Any, past: int, *args: Any, **keywords: Any) -> Any:
+        if mask is None or mask.dim() != 2 or past == 0:
+            return stock(mask, shape, embeds, past, *args, **keywords)
+        prepared = _prepare_4d_causal_attention_mask(mask, shape, embeds, past, *args, **keywords)
+        sees_nothing = (prepared == torch.finfo(embeds.dtype).min).all(dim=-1, keepdim=True)
+        return prepared.masked_fill(sees_nothing, 0.0)
+
+    return prepare
+
+
+PATCH = Patch(
+    name="sdpa_mask",
+    targets=(
+        Target(f"{_LLAMA}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
+        Target(f"{_MISTRAL}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
+    ),
+    why="with padded prompts and a cache, transformers 4.37 lets tokens see what comes after them, or fails",
+    delete_when="LLaVA's repository pins a transformers after 4.38",
+    change=change,
+    trigger="llava.model",
+    needed=("transformers", ">=4.37,<4.38"),
+)
