@@ -85,17 +85,17 @@ class ImageFolders:
     """
 
     def __init__(self, options: Any, root: Path, split: str, default: Path) -> None:
-        self._listed: dict[Path, set[str]] = {}
+        self._listed: dict[str, set[str]] = {}
         patterns = options.image_roots(split)
         self.folders = [folder for pattern in patterns for folder in _matching_folders(root, pattern)] or [default]
 
     def find(self, names: Sequence[str]) -> Path:
         """The first file that is there under one of the names; where none is, the path at which the first was looked for."""
         for name in names:
+            below, file = os.path.split(name)
             for folder in self.folders:
-                path = folder / name
-                if path.name in self._names_in(path.parent):
-                    return path
+                if file in self._names_in(os.path.join(folder, below)):
+                    return folder / name
         return self.folders[0] / names[0]
 
     def images(self, endings: Iterable[str]) -> list[Path]:
@@ -103,13 +103,13 @@ class ImageFolders:
         return sorted(
             folder / name
             for folder in self.folders
-            for name in self._names_in(folder)
+            for name in self._names_in(os.path.join(folder, ""))
             if os.path.splitext(name)[1].lower() in endings
         )
 
-    def _names_in(self, folder: Path) -> set[str]:
+    def _names_in(self, folder: str) -> set[str]:
         if folder not in self._listed:
-            self._listed[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+            self._listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         return self._listed[folder]
 
 
