@@ -127,7 +127,7 @@ def _sources_table(check: RecipeCheck) -> object:
     table = Table(title="Sources", caption=f"missing: annotated, but not on disk. {_ABOUT_BOXES}")
     titles = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
     for title in titles:
-        table.add_column(title, justify="left" if title == "source" else "right")
+        table.add_column(title, justify="left" if title == "source" else "right", overflow="fold")
     for name, found in check.sources.items():
         numbers = (found.images, found.negatives, found.missing, len(found.patients), len(found.sides))
         table.add_row(name, *map(str, numbers), *_about_boxes(found))
@@ -152,7 +152,7 @@ def _classes_table(check: RecipeCheck) -> object:
 
     table = Table(title="Lesions", caption=_ABOUT_BOXES)
     for title in ("class", *SPLITS, *_BOX_TITLES):
-        table.add_column(title, justify="left" if title == "class" else "right")
+        table.add_column(title, justify="left" if title == "class" else "right", overflow="fold")
     for name, found in check.classes.items():
         table.add_row(name, *(str(found.per_split[split]) for split in SPLITS), *_about_boxes(found))
     return table
