@@ -337,3 +337,95 @@ def test_without_a_key_or_a_server_nothing_is_sent(tmp_path: Path, monkeypatch, 
     write_data(tmp_path, 1)
     assert build(tmp_path) == 2
     assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
+
+
+# Text in the pixels ----------------------------------------------------------------------------------------------------------
+
+
+def write_text(file: Path, text: str, size: int = 20, place: tuple[int, int] = (10, 10)) -> None:
+    """Burn a line into a picture of 400 x 300."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.open(file).resize((400, 300))
+    ground = Image.new("L", (400, 34), 20)
+    font = ImageFont.load_default(size) if "size" in ImageFont.load_default.__code__.co_varnames else None
+    ImageDraw.Draw(ground).text((4, 4), text, fill=250, font=font)
+    image.paste(ground, place)
+    image.save(file)
+
+
+def burnt_in_data(folder: Path) -> None:
+    """Four images of 400 x 300, the second with a name in it, and a DICOM file whose header warns."""
+    from drawn import BOX, scene, write_dicom, write_png, write_recipe
+
+    rows = ["file,x1,y1,x2,y2,lesion"]
+    for i in range(4):
+        noise = np.random.default_rng(i).uniform(0, 0.2, (300, 400))
+        noise[100:180, 120:220] = 0.7
+        write_png(folder / f"{i}.png", noise)
+        rows.append(f"{i}.png,120,100,220,180,nod")
+    write_text(folder / "1.png", "DOE^JANE 12.03.1961")
+    write_dicom(folder / "c.dcm", scene(), BurnedInAnnotation="YES")
+    write_dicom(folder / "d.dcm", scene() * 0.9, BurnedInAnnotation="NO")
+    rows += [f"{name}.dcm,{','.join(map(str, BOX))},nod" for name in "cd"]
+    (folder / "a.csv").write_text("\n".join(rows) + "\n")
+    write_recipe(folder, "{reader: csv, files: a.csv, columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion}}")
+
+
+def written_about(server) -> int:
+    """First requests; pictures with the same box and draft share their second one."""
+    return sum(not is_reflection(asked) for asked in server.asked)
+
+
+def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    burnt_in_data(tmp_path)
+    suspects = tmp_path / "out" / "train.burnt_in.txt"
+    with judge_server(good) as server:
+        assert build(tmp_path, server) == 0
+        assert "2 images may have text burnt into their pixels" in caplog.text and "are left out" in caplog.text
+        names = [record["id"] for record in records_of(tmp_path)]
+        assert names == ["drawn/0.png", "drawn/2.png", "drawn/3.png", "drawn/d.dcm"] and written_about(server) == 4
+        listed = [line for line in suspects.read_text().splitlines() if not line.startswith("#")]
+        assert listed[0].startswith("drawn/1.png\t# what looks like a line of text at x ")
+        assert listed[1] == "drawn/c.dcm\t# its DICOM header says BurnedInAnnotation YES"
+
+        # The person has looked: the DICOM is harmless, the name is not.
+        suspects.write_text("\n".join(listed[:1]) + "\n")
+        caplog.clear()
+        assert build(tmp_path, server, "--burnt-in", "send", "--leave-out", str(suspects)) == 0
+        assert written_about(server) == 5 and "1 images may have text" in caplog.text and "are sent, as" in caplog.text
+        assert [record["id"] for record in records_of(tmp_path)] == [*names[:3], "drawn/c.dcm", names[3]]
+        assert suspects.read_text() == listed[0] + "\n"
+
+        assert build(tmp_path, server, "--leave-out", str(suspects)) == 0
+        assert {line.split("\t")[0] for line in suspects.read_text().splitlines()[2:]} == {"drawn/1.png", "drawn/c.dcm"}
+
+
+def test_a_list_of_what_is_never_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys) -> None:
+    write_data(tmp_path, 3)
+    (tmp_path / "private.txt").write_text("# mine\ndrawn/0001.png\n\ndrawn/0009.png\n")
+    with judge_server(good) as server:
+        assert build(tmp_path, server, "--leave-out", str(tmp_path / "private.txt")) == 0
+    assert [record["id"] for record in records_of(tmp_path)] == ["drawn/0000.png", "drawn/0002.png"]
+    assert len(server.asked) == 4 and "drawn/0009.png" in caplog.text
+    assert "1 images are on the list" in capsys.readouterr().out
+    assert build(tmp_path, None, "--base-url", "http://127.0.0.1:9/v1", "--leave-out", str(tmp_path / "gone.txt")) == 1
+    assert "gone.txt: cannot be read" in capsys.readouterr().err
+
+
+def test_text_is_found_on_real_images_and_seldom_where_there_is_none(real_data: Path) -> None:
+    """Looked at: these have a date, a window and a name of a site in them; of the brain slices none has text."""
+    from PIL import Image
+
+    from umed_plugin.writing.burnt_in import text_lines
+
+    with_text = [
+        "kvasir_seg/images/cju0qkwl35piu0993l0dewei2.jpg",
+        "vqa_rad/synpic32933.jpg",
+        "vqa_rad/synpic42202.jpg",
+    ]
+    for name in with_text:
+        assert text_lines(Image.open(real_data / name)), name
+    slices = sorted((real_data / "brain_tumor_coco").glob("*/*.jpg"))[::4]
+    false = [file.name for file in slices if text_lines(Image.open(file))]
+    assert len(slices) > 40 and len(false) <= 0.06 * len(slices), false

@@ -23,7 +23,7 @@ from umed_plugin.boxes import Box, is_degenerate
 from umed_plugin.conversation import write_conversation
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.geometry import ImageGeometry, Montage
-from umed_plugin.images import load_image, read_by_llava
+from umed_plugin.images import burned_in_annotation, load_image, read_by_llava
 from umed_plugin.images.windows import plain_window
 from umed_plugin.leaks import evaluation_pictures
 from umed_plugin.recipe import AnyRecipe
@@ -255,6 +255,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
     item, recipe = prepared.item, prepared.item.recipe
     original = os.path.relpath(item.image, item.root)
     name = original if item.slice is None else f"{original}#{item.slice}"
+    burnt_in = None if prepared.by_llava else burned_in_annotation(item.image)
     image, reading = str(item.image), {}
     if not prepared.by_llava and out_dir is None:
         reading = {"reading": prepared.reading}
@@ -287,6 +288,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
             "box_decimals": decimals,
             "original": original,
             "slice": shown_slices(item),
+            **({"burned_in_annotation": burnt_in} if burnt_in else {}),
         },
     }
 

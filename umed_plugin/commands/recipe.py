@@ -10,6 +10,7 @@ from umed_plugin.commands.recipe_review import add_review
 from umed_plugin.commands.recipe_writing import (
     add_writer_flags,
     decisions_of,
+    may_be_sent,
     settings_of,
     tell_forecast,
     with_decisions,
@@ -180,6 +181,7 @@ def _build(args: argparse.Namespace) -> int:
     aside: list[dict[str, Any]] = []
     complete = True
     if settings is not None:
+        records = may_be_sent(settings, records, args.out.parent)
         if settings.dry_run:
             tell_forecast(settings, records, args.out.parent)
             return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from umed_plugin.writing.writer import DiagnosisWriter, Outcome
 
 _SHOWN = 5
+_log = logging.getLogger(__name__)
 
 
 def add_writer_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,12 @@ def add_writer_flags(parser: argparse.ArgumentParser) -> None:
     add("--budget", metavar="AMOUNT", help="of all replies in the ledger: 20usd, 2000000tokens or 5000requests")
     add("--prices", metavar="IN,OUT", help="US dollars for a million tokens read and written, such as 2.50,10")
     add("--ledger", type=Path, metavar="FILE", help="where replies are kept (default: FILE of --out, .ledger.jsonl)")
+    add(
+        "--burnt-in",
+        choices=("skip", "send"),
+        help="images that may have text burnt in, listed beside --out: leave them out, or send them (default: skip)",
+    )
+    add("--leave-out", type=Path, metavar="FILE", help="ids of records that are never sent, one a line")
     add("--dry-run", action="store_true", help="send nothing and write no records; say what it would take")
     parser.add_argument(
         "--decisions",
@@ -103,6 +111,33 @@ def decisions_of(args: argparse.Namespace) -> list[Decision]:
     if args.decisions and args.dry_run:
         raise UsageError("--decisions: no effect with --dry-run.")
     return read_decisions(args.decisions)
+
+
+def may_be_sent(settings: WriterSettings, records: list[Record], folder: Path) -> list[Record]:
+    """The records without those that the user's list or text in their pixels holds back; says which."""
+    from umed_plugin.writing.burnt_in import divide, write_list
+
+    divided = divide(records, folder, send=settings.send_burnt_in, left_out=settings.left_out)
+    if divided.left_out:
+        print(f"{divided.left_out} images are on the list of --leave-out and are not sent")
+    if divided.unknown:
+        shown = ", ".join(sorted(divided.unknown)[:_SHOWN])
+        _log.warning("--leave-out names %d ids that no record has, such as: %s", len(divided.unknown), shown)
+    if divided.suspected:
+        what, where = "are sent, as --burnt-in send says", "see them with --burnt-in skip --dry-run"
+        if not settings.send_burnt_in:
+            what, where = "are left out", f"look at them: {settings.suspects} lists all"
+            write_list(divided.suspected, settings.suspects, kept=settings.left_out)
+        name, why = next(iter(divided.suspected.items()))
+        _log.warning(
+            "%d images may have text burnt into their pixels, perhaps a patient's name, and %s; %s. The first: %s (%s)",
+            len(divided.suspected),
+            what,
+            where,
+            name,
+            why,
+        )
+    return divided.allowed
 
 
 def write_diagnoses(

@@ -18,7 +18,7 @@ import numpy as np
 
 from umed_plugin.errors import UmedError
 from umed_plugin.geometry import Montage, Orientation
-from umed_plugin.images.dicom import frame_count, read_dicom
+from umed_plugin.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.images.nifti import read_nifti, volume_shape
 from umed_plugin.images.pictures import DEEP_MODES, PICTURE_ENDINGS, read_by_llava, read_picture
 from umed_plugin.images.series import file_states, series_files
@@ -28,6 +28,7 @@ from umed_plugin.images.windows import Window, to_grey_levels
 __all__ = [
     "StoredSlice",
     "Window",
+    "burned_in_annotation",
     "canonical_orientation",
     "file_states",
     "load_image",
@@ -155,6 +156,18 @@ def read_stored(
         return read_picture(path, offset)
     endings = ", ".join(PICTURE_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
     raise UmedError(f"{path}: no known image ending and no DICOM header. Allowed: {endings}")
+
+
+def burned_in_annotation(path: Path) -> Optional[str]:
+    """What a DICOM header says of text in the pixels, ``YES`` or ``NO``; None where it does not, and for other files.
+
+    Of a series' folder, its first file's.
+    """
+    path = series_files(path)[0] if path.is_dir() else path
+    if not path.name.lower().endswith(DICOM_ENDINGS) and not _has_dicom_magic(path):
+        return None
+    said = str(getattr(open_header(path, pixels=False), "BurnedInAnnotation", None) or "").strip().upper()
+    return said or None
 
 
 def _has_dicom_magic(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from umed_plugin import server_flags
 from umed_plugin.asking.ledger import Ledger
 from umed_plugin.errors import UsageError
+from umed_plugin.writing.burnt_in import read_list
 from umed_plugin.writing.checks import DEFAULT_WORDS, Rules
 from umed_plugin.writing.prompts import SHIPPED, Prompts
 from umed_plugin.writing.steps import Manner
@@ -42,6 +43,8 @@ class WriterFlags:
     budget: str | None = None
     prices: str | None = None
     ledger: Path | None = None
+    burnt_in: str | None = None
+    leave_out: Path | None = None
     dry_run: bool = False
 
 
@@ -55,6 +58,9 @@ class WriterSettings:
         budget: amount and unit, or None.
         prices: US dollars for a million tokens read and written, or None.
         ledger: file with all replies.
+        suspects: file for the ids of images that may have text burnt in.
+        send_burnt_in: whether these are sent all the same.
+        left_out: ids that are never sent.
         dry_run: only say what it would take.
     """
 
@@ -67,6 +73,9 @@ class WriterSettings:
     budget: tuple[float, str] | None
     prices: tuple[float, float] | None
     ledger: Path
+    suspects: Path
+    send_burnt_in: bool
+    left_out: set[str]
     dry_run: bool
 
     @classmethod
@@ -113,6 +122,9 @@ class WriterSettings:
             budget,
             prices,
             flags.ledger or flags.out.with_name(f"{flags.out.stem}.ledger.jsonl"),
+            flags.out.with_name(f"{flags.out.stem}.burnt_in.txt"),
+            flags.burnt_in == "send",
+            read_list(flags.leave_out) if flags.leave_out else set(),
             flags.dry_run,
         )
 
