@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def pictures_of(asked: Asked) -> list[np.ndarray]:
 
 def draft(asked: Asked) -> str:
     told = " ".join(f"A {name} with a sharp border is seen at {box}." for name, box in findings_of(asked))
-    return f"In this image there is something that is not normal. {told}"
+    # No two drafts are alike, as with a real model: reflections on the same one would be shared.
+    return f"In this image something is not normal. {told} Noise: {zlib.crc32(asked.request_id.encode())}."
 
 
 def finished(asked: Asked) -> str:

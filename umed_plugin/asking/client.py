@@ -26,8 +26,10 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from umed_plugin.asking.replies import Answer, Failure, Message, Reply, Unreadable
+from umed_plugin.server_flags import KEY_VARIABLE
 
 _LONGEST_PAUSE = 60.0  # seconds; what servers ask for beyond it is asked again then
+_NO_KEY = "none"
 _SHOWN = 300  # characters of an error in a message
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -62,8 +64,7 @@ class ModelClient:
         self._model, self._options, self._on_reply = model, dict(options), on_reply
         self._last_wait = last_wait
         self._concurrency = concurrency
-        # A server of one's own often wants no key; the package wants one.
-        self._key = os.environ.get("OPENAI_API_KEY") or "none"
+        self._key = key_from_environment()
         self._deadline = (retries + 1) * (timeout + _LONGEST_PAUSE)  # for a server that trickles
         self._gate = _Gate()
         self._client = openai.AsyncOpenAI(
@@ -124,33 +125,16 @@ class ModelClient:
             extra_headers={"X-Client-Request-Id": key},
         )
         try:
-            return self._read(await asyncio.wait_for(request, self._deadline))
+            return read_completion(await asyncio.wait_for(request, self._deadline), self._key)
         except asyncio.TimeoutError:
             return Failure(f"no reply within {self._deadline:g} s, retries included")
         except openai.APIStatusError as error:
-            return Failure(self._shown(f"HTTP {error.status_code}: {error.message}"), error.status_code)
+            return Failure(shown(self._key, f"HTTP {error.status_code}: {error.message}"), error.status_code)
         except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            return Failure(self._shown(f"{error}{cause}"))
+            return Failure(shown(self._key, f"{error}{cause}"))
         except ValueError as error:
-            return Unreadable(self._shown(f"the server's reply is not JSON: {error}"))
-
-    def _read(self, completion: Any) -> Answer:
-        """The first choice of a completion; the package lets through whatever JSON a server sends."""
-        choices = completion.choices if isinstance(completion, ChatCompletion) else None
-        if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-            return Unreadable(self._shown(f"the server's reply is no chat completion: {completion!r}"))
-        text = choices[0].message.content
-        usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-        counted = {name: count for name, count in usage.items() if isinstance(count, int)}
-        finish, model = (self._blot(str(said)) for said in (choices[0].finish_reason, completion.model))
-        return Reply(self._blot(text) if isinstance(text, str) and text else None, counted, finish, model)
-
-    def _shown(self, reason: str) -> str:
-        return self._blot(" ".join(reason.split()))[:_SHOWN]
-
-    def _blot(self, text: str) -> str:
-        return text if self._key == "none" else text.replace(self._key, "***")
+            return Unreadable(shown(self._key, f"the server's reply is not JSON: {error}"))
 
     async def _finish(self) -> None:
         for task in self._waiting:
@@ -160,6 +144,33 @@ class ModelClient:
             for task in late:
                 task.cancel()
         await self._client.close()
+
+
+def key_from_environment() -> str:
+    """The key; a server of one's own often wants none, and the package wants one."""
+    return os.environ.get(KEY_VARIABLE) or _NO_KEY
+
+
+def read_completion(completion: Any, key: str) -> Answer:
+    """The first choice of a completion; the package lets through whatever JSON a server sends."""
+    choices = completion.choices if isinstance(completion, ChatCompletion) else None
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
+        return Unreadable(shown(key, f"the server's reply is no chat completion: {completion!r}"))
+    text = choices[0].message.content
+    usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    counted = {name: count for name, count in usage.items() if isinstance(count, int)}
+    finish, model = (blotted(key, str(said)) for said in (choices[0].finish_reason, completion.model))
+    return Reply(blotted(key, text) if isinstance(text, str) and text else None, counted, finish, model)
+
+
+def shown(key: str, reason: str) -> str:
+    """What a server or the package said, short, on one line and without the key."""
+    return blotted(key, " ".join(reason.split()))[:_SHOWN]
+
+
+def blotted(key: str, text: str) -> str:
+    """``text`` with stars in place of the key."""
+    return text if key == _NO_KEY else text.replace(key, "***")
 
 
 class _Gate:

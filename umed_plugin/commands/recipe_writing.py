@@ -13,8 +13,9 @@ from umed_plugin.errors import UsageError
 if TYPE_CHECKING:
     from umed_plugin.asking.client import ModelClient
     from umed_plugin.asking.ledger import Ledger
-    from umed_plugin.asking.replies import Reply
+    from umed_plugin.asking.replies import Answer, Reply
     from umed_plugin.records import Record
+    from umed_plugin.writing.batched import BatchedWriter
     from umed_plugin.writing.decisions import Decision
     from umed_plugin.writing.flags import WriterSettings
     from umed_plugin.writing.steps import ImageTask
@@ -62,6 +63,11 @@ def add_writer_flags(parser: argparse.ArgumentParser) -> None:
         help="images that may have text burnt in, listed beside --out: leave them out, or send them (default: skip)",
     )
     add("--leave-out", type=Path, metavar="FILE", help="ids of records that are never sent, one a line")
+    add(
+        "--batch",
+        action="store_true",
+        help="ask by the Batch API: within a day, at OpenAI for half the price (give --prices so)",
+    )
     add("--dry-run", action="store_true", help="send nothing and write no records; say what it would take")
     parser.add_argument(
         "--decisions",
@@ -151,12 +157,18 @@ def write_diagnoses(
     Returns:
         the records that are finished, those put aside, and whether every image has been answered.
     """
+    from umed_plugin.writing.batched import BatchedWriter
     from umed_plugin.writing.merge import with_texts
     from umed_plugin.writing.writer import DiagnosisWriter
 
-    ledger = settings.open_ledger()
-    writer = DiagnosisWriter(ledger, budget=settings.budget, prices=settings.prices)
-    outcome = _run_with_progress(settings, writer, _tasks(settings, records, folder), ledger)
+    ledger, tasks = settings.open_ledger(), _tasks(settings, records, folder)
+    writer: DiagnosisWriter | BatchedWriter
+    if settings.batch:
+        writer = BatchedWriter(ledger, budget=settings.budget, prices=settings.prices)
+        outcome = _run_in_batches(settings, writer, tasks)
+    else:
+        writer = DiagnosisWriter(ledger, budget=settings.budget, prices=settings.prices)
+        outcome = _run_with_progress(settings, writer, tasks, ledger)
     finished, aside = with_texts(records, outcome, settings.model, settings.manner.prompts)
     _tell_outcome(settings, outcome, writer)
     return finished, aside, not outcome.missing
@@ -225,6 +237,28 @@ def _run_with_progress(
         return writer.run(tasks, lambda keep: _connect(settings, keep), settings.concurrency, on_progress)
 
 
+def _run_in_batches(settings: WriterSettings, writer: BatchedWriter, tasks: list[ImageTask]) -> Outcome:
+    from rich.console import Console
+
+    from umed_plugin.asking.batches import BatchClient
+
+    with Console(stderr=True).status("diagnoses") as shown:
+
+        def connect(keep: Callable[[str, Answer], None]) -> BatchClient:
+            return BatchClient(
+                settings.model,
+                settings.ledger.with_name(f"{settings.ledger.stem}.batches.jsonl"),
+                base_url=settings.base_url,
+                options=settings.manner.options,
+                timeout=settings.timeout,
+                retries=settings.retries,
+                on_answer=keep,
+                on_wait=lambda state: shown.update(f"diagnoses: {state}"),
+            )
+
+        return writer.run(tasks, connect)
+
+
 def _connect(settings: WriterSettings, keep: Callable[[str, Reply], None]) -> ModelClient:
     from umed_plugin.asking.client import ModelClient
 
@@ -263,7 +297,7 @@ def tell_forecast(settings: WriterSettings, records: list[Record], folder: Path)
     print(f"tokens: {basis}. Nothing was sent.")
 
 
-def _tell_outcome(settings: WriterSettings, outcome: Outcome, writer: DiagnosisWriter) -> None:
+def _tell_outcome(settings: WriterSettings, outcome: Outcome, writer: DiagnosisWriter | BatchedWriter) -> None:
     paid = "" if writer.spent_usd is None else f" for ${writer.spent_usd:.2f} in all"
     print(f"{len(outcome.written)} diagnoses written{paid}; every reply is in {settings.ledger}")
     if outcome.missing:

@@ -35,6 +35,7 @@ class WriterFlags:
     prompts: Path | None = None
     request_options: str | None = None
     crop: bool = False
+    batch: bool = False
     language: str | None = None
     answer_words: str | None = None
     concurrency: int | None = None
@@ -57,6 +58,7 @@ class WriterSettings:
         model, base_url, concurrency, timeout, retries: of `umed_plugin.asking.client.ModelClient`.
         budget: amount and unit, or None.
         prices: US dollars for a million tokens read and written, or None.
+        batch: whether the Batch API is used.
         ledger: file with all replies.
         suspects: file for the ids of images that may have text burnt in.
         send_burnt_in: whether these are sent all the same.
@@ -72,6 +74,7 @@ class WriterSettings:
     retries: int
     budget: tuple[float, str] | None
     prices: tuple[float, float] | None
+    batch: bool
     ledger: Path
     suspects: Path
     send_burnt_in: bool
@@ -99,6 +102,8 @@ class WriterSettings:
             faults.append("--budget in usd needs --prices.")
         options = _options(flags.request_options or DEFAULT_OPTIONS, faults)
         words = _parsed("--answer-words", flags.answer_words, parse_words, faults) or DEFAULT_WORDS
+        if flags.batch and flags.concurrency is not None:
+            faults.append("--concurrency: no effect with --batch.")
         concurrency, retries, timeout = flags.concurrency, flags.retries, flags.timeout
         for name, value, least in (
             ("concurrency", concurrency, 1),
@@ -121,6 +126,7 @@ class WriterSettings:
             5 if retries is None else retries,
             budget,
             prices,
+            flags.batch,
             flags.ledger or flags.out.with_name(f"{flags.out.stem}.ledger.jsonl"),
             flags.out.with_name(f"{flags.out.stem}.burnt_in.txt"),
             flags.burnt_in == "send",
