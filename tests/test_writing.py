@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from judge_server import Answer, Asked, judge_server
+from umed_runs import ROOT
 from writer_server import (
     KEY,
     draft,
@@ -294,6 +297,23 @@ def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path:
         server.answer = good
         assert build(tmp_path, server) == 0
     assert len(records_of(tmp_path)) == 30
+
+
+def test_the_commands_of_the_readme_fit(tmp_path: Path, monkeypatch, capsys) -> None:
+    """All but the reading of MAU's archives, which test_mau_page.py does: its recipe is replaced by a small one."""
+    (text,) = re.findall(r"^```console\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    write_data(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)
+    Path("mau").mkdir()
+    with judge_server(good) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        for command in text.splitlines():
+            if "--decisions" in command:
+                Path(shlex.split(command)[-1]).write_text('{"decisions": []}')
+            small = command.replace("build mau --data-root mau", "build recipe.yaml")
+            assert cli.main(shlex.split(small)[1:]) == 0, capsys.readouterr()
+    assert len(text.splitlines()) == 4 and len(server.asked) == 4
+    assert len(load_records("mau/built/mau.json")) == 2 and Path("mau/built/mau.review.html").is_file()
 
 
 # Flags -----------------------------------------------------------------------------------------------------------------------
