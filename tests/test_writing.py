@@ -386,7 +386,9 @@ def burnt_in_data(folder: Path) -> None:
         rows.append(f"{i}.png,120,100,220,180,nod")
     write_text(folder / "1.png", "DOE^JANE 12.03.1961")
     write_dicom(folder / "c.dcm", scene(), BurnedInAnnotation="YES")
-    write_dicom(folder / "d.dcm", scene() * 0.9, BurnedInAnnotation="NO")
+    other = scene()
+    other[:2, :2] = 0.5  # images with the same pixels would share a request
+    write_dicom(folder / "d.dcm", other, BurnedInAnnotation="NO")
     rows += [f"{name}.dcm,{','.join(map(str, BOX))},nod" for name in "cd"]
     (folder / "a.csv").write_text("\n".join(rows) + "\n")
     write_recipe(folder, "{reader: csv, files: a.csv, columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion}}")
