@@ -222,20 +222,23 @@ def test_another_state_of_an_image_has_another_name(cache, tmp_path):
     shutil.copy2(image, tmp_path / "b.png")
     assert cache.name_of(str(tmp_path / "b.png")) != cache.name_of(str(image))
     assert cache.name_of(str(tmp_path / "none.png")) is None
+    # Slices of one volume are different images.
+    assert len({cache.name_of(str(image), {"slice": k, "window": "full"}) for k in (1, 2)} | {later}) == 3
 
 
 def test_a_disk_without_room_is_refused_and_what_is_there_needs_none(cache, tmp_path):
     images = [str(tmp_path / name) for name in ("a.png", "b.png")]
     for image in images:
         (tmp_path / image).write_bytes(b"")
-    said = cache.reserve([*images, *images, str(tmp_path / "none.png")])
+    names = [cache.name_of(image) for image in images]
+    said = cache.reserve([*names, *names, cache.name_of(str(tmp_path / "none.png"))])
     assert "0 of 2 images" in said and "2 images x 4 patches x 3 x torch.bfloat16 = 48 B" in said
     huge = FeatureCache(cache.folder, FeatureShape(10**12, 1024, torch.float16))
     with pytest.raises(UmedError, match=r"4096.0 TB.* still to be written .* free\. Give a folder on another disk"):
-        huge.reserve(images)
+        huge.reserve(names)
     for image in images:
         cache.write(cache.name_of(image), features(0))
-    assert "2 of 2 images" in huge.reserve(images)
+    assert "2 of 2 images" in huge.reserve(names)
 
 
 def test_what_cannot_be_written_is_reported_once_and_the_run_goes_on(cache, capsys):

@@ -34,8 +34,7 @@ class QueryDataset(GroundedDataset):
             UmedError: the tower is trained, or the folder cannot take the features of all images.
         """
         self.cache = open_cache(folder, tower, self.data_args.image_processor, self.data_args.image_aspect_ratio)
-        paths = (self.image_path(index) for index in range(len(self)))
-        return self.cache.reserve([path for path in paths if path is not None])
+        return self.cache.reserve(self._features_name(index) for index in range(len(self)))
 
     def sample(self, index: int) -> dict[str, Any]:
         """The query of record ``index``; raises what reading its image raises."""
@@ -57,11 +56,14 @@ class QueryDataset(GroundedDataset):
 
     def _cached(self, index: int) -> tuple[str | None, torch.Tensor | None]:
         """Name and features of the record's image in the cache, each None where there is none."""
+        name = self._features_name(index)
+        return name, None if self.cache is None or name is None else self.cache.read(name)
+
+    def _features_name(self, index: int) -> str | None:
         path = self.image_path(index)
         if self.cache is None or path is None:
-            return None, None
-        name = self.cache.name_of(path)
-        return name, None if name is None else self.cache.read(name)
+            return None
+        return self.cache.name_of(path, self.list_data_dict[index].get("reading"))
 
 
 def collate_queries(queries: Sequence[dict[str, Any]]) -> dict[str, Any]:

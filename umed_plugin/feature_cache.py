@@ -3,8 +3,8 @@
 One file holds the features of one image, before the projector (which is trained), in the tower's number format. The folder of a
 cache is named after all that the features depend on beside the image: the tower's weights, its configuration, the layer taken
 of it, its number format, the image processor's settings and ``--image_aspect_ratio``. A file is named after the image's path,
-size and time of change. DICOM and NIfTI slices are rendered to PNG when records are built, so window, orientation and slice
-number are in that PNG. Whatever changes, another name is looked for, and nothing stale is found. What another tower has left
+size and time of change, and, where a record names a DICOM or NIfTI file itself, how that is read: slice, window, orientation.
+Whatever changes, another name is looked for, and nothing stale is found. What another tower has left
 behind is not removed.
 
 Files are written aside and renamed, so processes share a folder. Each carries a checksum; one that is damaged is reported and
@@ -36,8 +36,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
+from umed_plugin.images import file_states
 
-FORMAT = "umed-features-1"  # another one, when what is written or how an image becomes pixels changes
+FORMAT = "umed-features-2"  # another one, when what is written or how an image becomes pixels changes
 _OVERHEAD = 256  # bytes of a file beside the features: header and checksum
 
 
@@ -131,42 +132,46 @@ class FeatureCache:
         self.folder, self.shape = folder, shape
         self._writes = True
 
-    def name_of(self, image: str) -> str | None:
-        """The name under which this very state of an image file is kept; None for a file that is not there."""
+    def name_of(self, image: str, reading: dict[str, Any] | None = None) -> str | None:
+        """The name under which this very state of an image file is kept; None for a file that is not there.
+
+        Args:
+            reading: which slice in which window, of a record that names a DICOM or NIfTI file itself (``--umed_image_cache``).
+        """
         try:
-            status = os.stat(image)
+            states = file_states(image)
         except OSError:
             return None
-        stamp = f"{os.path.abspath(image)}\n{status.st_size}\n{status.st_mtime_ns}"
+        stamp = "\n".join([os.path.abspath(image), json.dumps(reading or {}, sort_keys=True), *map(repr, states)])
         return hashlib.sha256(stamp.encode("utf-8", "surrogateescape")).hexdigest()
 
     def file_of(self, name: str) -> Path:
         """Where the features called ``name`` lie, or would."""
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def reserve(self, images: Iterable[str]) -> str:
-        """Look for room on the disk for what is missing of ``images``; returns a line that says what is there.
+    def reserve(self, names: Iterable[str | None]) -> str:
+        """Look for room on the disk for what is missing of ``names``; returns a line that says what is there.
 
         Raises:
             UmedError: the disk has less free than the missing features take.
         """
-        names = {name for image in images if (name := self.name_of(image)) is not None}
-        there = sum(self.file_of(name).is_file() for name in names)
-        needed = (len(names) - there) * (self.shape.bytes + _OVERHEAD)
+        wanted = {name for name in names if name is not None}
+        there = sum(self.file_of(name).is_file() for name in wanted)
+        needed = (len(wanted) - there) * (self.shape.bytes + _OVERHEAD)
         free = shutil.disk_usage(self.folder).free
         size = (
-            f"{len(names)} images x {self.shape.patches} patches x {self.shape.width} x {self.shape.dtype} = "
-            f"{_readable(len(names) * self.shape.bytes)}"
+            f"{len(wanted)} images x {self.shape.patches} patches x {self.shape.width} x {self.shape.dtype} = "
+            f"{_readable(len(wanted) * self.shape.bytes)}"
         )
         if needed > free:
             raise UmedError(
-                f"--umed_feature_cache {self.folder.parent}: the features of {size}, {len(names) - there} of them still to be "
+                f"--umed_feature_cache {self.folder.parent}: the features of {size}, {len(wanted) - there} of them still to be "
                 f"written ({_readable(needed)}), but the disk has {_readable(free)} free. Give a folder on another disk, make "
                 f"room, or leave the flag out."
             )
         others = sum(other.is_dir() for other in self.folder.parent.iterdir()) - 1
         left = f" Beside it, folders of other towers or preprocessing: {others}." if others else ""
-        return f"feature cache {self.folder}: {there} of {len(names)} images are there; {size} in all.{left}"
+        return f"feature cache {self.folder}: {there} of {len(wanted)} images are there; {size} in all.{left}"
 
     def read(self, name: str) -> Tensor | None:
         """[P, D] features, or None where there are none, or where they are damaged (which is reported)."""
