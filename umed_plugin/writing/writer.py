@@ -149,7 +149,7 @@ class DiagnosisWriter:
                 if not isinstance(answer, Unreadable) or unreadable > MOST_AGAIN:
                     raise _Stopped(answer.reason)
             elif answer is not None:
-                self._failures_in_a_row = 0
+                self._failures_in_a_row = unreadable = 0
 
     def _ask(self, question: Question, task: ImageTask, client: ModelClient) -> Future[Answer] | None:
         """Send a question, or wait with another image that asks the very same; None when its reply has just come."""
