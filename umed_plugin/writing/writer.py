@@ -166,12 +166,16 @@ class DiagnosisWriter:
             self.again += question.again > 0
             self._reserved.update(needs)
             self._facts[question.key] = {"record": task.record["id"], "stage": question.stage, "again": question.again}
+            settled: Future[Answer] = Future()
+            self._on_their_way[question.key] = settled
             future = client.ask(question.key, messages)
-            self._on_their_way[question.key] = future
-        future.add_done_callback(lambda done: self._arrived(question, needs, done))
-        return future
+        # Who waits must find the question settled: waiters of `future` itself are woken before its callbacks run.
+        future.add_done_callback(lambda done: self._arrived(question, needs, done, settled))
+        return settled
 
-    def _arrived(self, question: Question, needs: Mapping[str, int], done: Future[Answer]) -> None:
+    def _arrived(
+        self, question: Question, needs: Mapping[str, int], done: Future[Answer], settled: Future[Answer]
+    ) -> None:
         """In the client's thread, when a reply is kept or a question has failed."""
         with self._lock:
             self._on_their_way.pop(question.key, None)
@@ -182,6 +186,12 @@ class DiagnosisWriter:
             # It may have been paid for, and nothing says how much it took.
             usage = {name: needs[name] for name in ("prompt_tokens", "completion_tokens")}
             self._ledger.append(question.key, None, usage, lost=answer.reason, **facts)
+        if done.cancelled():
+            settled.cancel()
+        elif (error := done.exception()) is not None:
+            settled.set_exception(error)
+        else:
+            settled.set_result(done.result())
 
     def _keep(self, key: str, reply: Reply) -> None:
         """In the client's thread: write a reply down."""
