@@ -185,7 +185,11 @@ class DiagnosisWriter:
         if isinstance(answer, Unreadable):
             # It may have been paid for, and nothing says how much it took.
             usage = {name: needs[name] for name in ("prompt_tokens", "completion_tokens")}
-            self._ledger.append(question.key, None, usage, lost=answer.reason, **facts)
+            try:
+                self._ledger.append(question.key, None, usage, lost=answer.reason, **facts)
+            except UmedError as cannot_be_written:
+                settled.set_exception(cannot_be_written)
+                return
         if done.cancelled():
             settled.cancel()
         elif (error := done.exception()) is not None:
