@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
-from umed_plugin.patches import prepare_llava
+from umed_plugin.patches import STACK, prepare_llava
+
+from umed_plugin import patching
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -16,6 +19,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 prepare_llava()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def llava_on_these_libraries() -> None:
+    """What `prepare_llava` has done again: tests of patches take all of them back, and others may run after them."""
+    patching.apply([patch for patch in STACK if patch.trigger in sys.modules])
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ class DiagnosisWriter:
     ) -> None:
         self._ledger, self._budget, self._prices = ledger, budget, prices
         self._lock = threading.Lock()
+        self._settled = threading.Condition(self._lock)
         self._on_their_way: dict[str, Future[Answer]] = {}
         self._reserved: Counter[str] = Counter()
         self._facts: dict[str, dict[str, Any]] = {}
@@ -156,10 +157,15 @@ class DiagnosisWriter:
         messages = question.messages()
         needs = self._tokens.of(question)
         with self._lock:
-            if self._ledger.get(question.key) is not None:
-                return None
-            if question.key in self._on_their_way:
-                return self._on_their_way[question.key]
+            while True:
+                if self._ledger.get(question.key) is not None:
+                    return None
+                if question.key in self._on_their_way:
+                    return self._on_their_way[question.key]
+                # What is on its way is counted at its worst: when it has come, there may be room.
+                if self._stop is not None or not self._on_their_way or self._no_room_for(needs) is None:
+                    break
+                self._settled.wait()
             self._stop = self._stop or self._no_room_for(needs)
             if self._stop is not None:
                 raise _Stopped(self._stop)
@@ -181,6 +187,7 @@ class DiagnosisWriter:
             self._on_their_way.pop(question.key, None)
             self._reserved.subtract(needs)
             facts = self._facts.pop(question.key)
+            self._settled.notify_all()
         answer = None if done.cancelled() or done.exception() else done.result()
         if isinstance(answer, Unreadable):
             # It may have been paid for, and nothing says how much it took.
