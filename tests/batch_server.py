@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from judge_server import Answer, Asked
+from judge_server import Answer, Asked, served
 
 
 class BatchServer(ThreadingHTTPServer):
@@ -122,12 +122,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def batch_server(answer: Callable[[Asked], Answer], polls: int = 2) -> Iterator[BatchServer]:
     """A running server; it ends with the block."""
-    server = BatchServer(answer, polls)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with served(BatchServer(answer, polls)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
 
 @dataclass
@@ -128,7 +130,13 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def judge_server(answer: Callable[[Asked], Answer]) -> Iterator[JudgeServer]:
     """A running server; it ends with the block."""
-    server = JudgeServer(answer)
+    with served(JudgeServer(answer)) as server:
+        yield server
+
+
+@contextmanager
+def served(server: Server) -> Iterator[Server]:
+    """``server`` in a thread of its own; it ends with the block."""
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

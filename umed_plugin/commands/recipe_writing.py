@@ -157,17 +157,19 @@ def write_diagnoses(
     Returns:
         the records that are finished, those put aside, and whether every image has been answered.
     """
+    from umed_plugin.writing.account import Account
     from umed_plugin.writing.batched import BatchedWriter
     from umed_plugin.writing.merge import with_texts
     from umed_plugin.writing.writer import DiagnosisWriter
 
     ledger, tasks = settings.open_ledger(), _tasks(settings, records, folder)
     writer: DiagnosisWriter | BatchedWriter
+    account = Account(ledger, settings.budget, settings.prices)
     if settings.batch:
-        writer = BatchedWriter(ledger, budget=settings.budget, prices=settings.prices)
+        writer = BatchedWriter(account)
         outcome = _run_in_batches(settings, writer, tasks)
     else:
-        writer = DiagnosisWriter(ledger, budget=settings.budget, prices=settings.prices)
+        writer = DiagnosisWriter(account)
         outcome = _run_with_progress(settings, writer, tasks, ledger)
     finished, aside = with_texts(records, outcome, settings.model, settings.manner.prompts)
     _tell_outcome(settings, outcome, writer)
@@ -223,8 +225,8 @@ def _run_with_progress(
     def told(outcome: Outcome) -> str:
         counts = ledger.counts
         paid = f"{counts['prompt_tokens'] + counts['completion_tokens']:,} tokens"
-        if writer.spent_usd is not None:
-            paid = f"${writer.spent_usd:.2f}"
+        if writer.account.spent_usd is not None:
+            paid = f"${writer.account.spent_usd:.2f}"
         return f"{paid}, {writer.again} asked again, {len(outcome.aside)} aside, {len(outcome.missing)} failed"
 
     with bar:
@@ -298,7 +300,7 @@ def tell_forecast(settings: WriterSettings, records: list[Record], folder: Path)
 
 
 def _tell_outcome(settings: WriterSettings, outcome: Outcome, writer: DiagnosisWriter | BatchedWriter) -> None:
-    paid = "" if writer.spent_usd is None else f" for ${writer.spent_usd:.2f} in all"
+    paid = "" if writer.account.spent_usd is None else f" for ${writer.account.spent_usd:.2f} in all"
     print(f"{len(outcome.written)} diagnoses written{paid}; every reply is in {settings.ledger}")
     if outcome.missing:
         print(f"{len(outcome.missing)} images have no diagnosis yet and are left out:")

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from umed_plugin import server_flags
-from umed_plugin.asking.ledger import Ledger
 from umed_plugin.asking.replies import Answer, Failure, Message, Reply, Unreadable
+from umed_plugin.writing.account import Account
 from umed_plugin.writing.estimate import TokenEstimate
 from umed_plugin.writing.steps import MOST_AGAIN, ImageTask, Question, Written
 from umed_plugin.writing.writer import Outcome
@@ -21,24 +20,13 @@ class BatchedWriter:
     """Writes diagnoses with one model, in batches.
 
     Args:
-        ledger, budget, prices: as of `umed_plugin.writing.writer.DiagnosisWriter`; a batch is cut to what the budget allows.
+        account: as of `umed_plugin.writing.writer.DiagnosisWriter`; a batch is cut to what its budget allows.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        budget: tuple[float, str] | None = None,
-        prices: tuple[float, float] | None = None,
-    ) -> None:
-        self._ledger, self._budget, self._prices = ledger, budget, prices
+    def __init__(self, account: Account) -> None:
+        self.account, self._ledger = account, account.ledger
         self._open: dict[str, tuple[Question, ImageTask]] = {}
         self._failures: dict[str, list[str]] = {}
-
-    @property
-    def spent_usd(self) -> float | None:
-        """US dollars for all replies in the ledger, where prices are known."""
-        return None if self._prices is None else server_flags.cost(self._ledger.counts, self._prices)
 
     def run(
         self, tasks: Sequence[ImageTask], connect: Callable[[Callable[[str, Answer], None]], BatchClient]
@@ -85,19 +73,18 @@ class BatchedWriter:
 
     def _what_fits(self, outcome: Outcome) -> list[str]:
         """Keys of the open questions that the budget has room for; without room, all images that are left are missing."""
-        if self._budget is None:
+        if self.account.budget is None:
             return list(self._open)
-        limit, unit = self._budget
-        tokens = TokenEstimate(self._ledger.entries())
-        used = Counter(self._ledger.counts)
-        chosen = []
+        tokens, wanted = TokenEstimate(self._ledger.entries()), Counter[str]()
+        chosen, fault = [], None
         for key, (question, _) in self._open.items():
-            used.update(tokens.of(question))
-            if server_flags.spent(used, unit, self._prices) > limit:
+            wanted.update(tokens.of(question))
+            fault = self.account.no_room_for(wanted)
+            if fault is not None:
                 break
             chosen.append(key)
-        if self._open and not chosen:
-            outcome.stopped = f"the budget of {limit:g} {unit} has no room for another request"
+        if fault is not None and not chosen:
+            outcome.stopped = fault
             for _, task in self._open.values():
                 outcome.missing[task.record["id"]] = outcome.stopped
         return chosen

@@ -13,10 +13,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin import server_flags
-from umed_plugin.asking.ledger import Ledger
 from umed_plugin.asking.replies import Answer, Failure, Reply, Unreadable
 from umed_plugin.errors import UmedError
+from umed_plugin.writing.account import Account
 from umed_plugin.writing.estimate import TokenEstimate
 from umed_plugin.writing.steps import MOST_AGAIN, Aside, ImageTask, Question, Step, Written
 
@@ -54,33 +53,20 @@ class DiagnosisWriter:
     """Writes diagnoses with one model.
 
     Args:
-        ledger: replies that are there already, and where new ones go.
-        budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach.
-        prices: US dollars for a million tokens read and written.
+        account: with the replies that are there already; new ones are written to its ledger.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        *,
-        budget: tuple[float, str] | None = None,
-        prices: tuple[float, float] | None = None,
-    ) -> None:
-        self._ledger, self._budget, self._prices = ledger, budget, prices
+    def __init__(self, account: Account) -> None:
+        self.account, self._ledger = account, account.ledger
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
         self._on_their_way: dict[str, Future[Answer]] = {}
         self._reserved: Counter[str] = Counter()
         self._facts: dict[str, dict[str, Any]] = {}
-        self._tokens = TokenEstimate(ledger.entries())
+        self._tokens = TokenEstimate(account.ledger.entries())
         self._failures_in_a_row = 0
         self._stop: str | None = None
         self.again = 0
-
-    @property
-    def spent_usd(self) -> float | None:
-        """US dollars for all replies in the ledger, where prices are known."""
-        return None if self._prices is None else server_flags.cost(self._ledger.counts, self._prices)
 
     def run(
         self,
@@ -162,13 +148,14 @@ class DiagnosisWriter:
                     return None
                 if question.key in self._on_their_way:
                     return self._on_their_way[question.key]
-                # What is on its way is counted at its worst: when it has come, there may be room.
-                if self._stop is not None or not self._on_their_way or self._no_room_for(needs) is None:
+                fault = self._stop or self.account.no_room_for(self._reserved + Counter(needs))
+                if fault is None:
                     break
+                if self._stop is not None or not self._on_their_way:
+                    self._stop = fault
+                    raise _Stopped(fault)
+                # What is on its way is counted at its worst: when it has come, there may be room.
                 self._settled.wait()
-            self._stop = self._stop or self._no_room_for(needs)
-            if self._stop is not None:
-                raise _Stopped(self._stop)
             self.again += question.again > 0
             self._reserved.update(needs)
             self._facts[question.key] = {"record": task.record["id"], "stage": question.stage, "again": question.again}
@@ -211,22 +198,12 @@ class DiagnosisWriter:
             key, reply.text, reply.usage, finish_reason=reply.finish_reason, answered_by=reply.model, **facts
         )
         self._tokens.learn(facts["stage"], reply.usage)
-        if not reply.usage and self._budget is not None and self._budget[1] != "requests":
+        budget = self.account.budget
+        if not reply.usage and budget is not None and budget[1] != "requests":
             raise UmedError(
-                f"--budget is in {self._budget[1]}, but the server does not say how many tokens a reply took. "
+                f"--budget is in {budget[1]}, but the server does not say how many tokens a reply took. "
                 "Give the budget in requests, for example 5000requests."
             )
-
-    def _no_room_for(self, needs: Mapping[str, int]) -> str | None:
-        """That the budget has no room for a question beside those on their way; None while it has."""
-        if self._budget is None:
-            return None
-        limit, unit = self._budget
-        held = server_flags.spent(self._ledger.counts, unit, self._prices)
-        wanted = server_flags.spent(self._reserved, unit, self._prices) + server_flags.spent(needs, unit, self._prices)
-        if held + wanted <= limit:
-            return None
-        return f"the budget of {limit:g} {unit} has no room for another request"
 
     def _count_failure(self, failure: Failure) -> None:
         with self._lock:
