@@ -17,8 +17,9 @@ from statistics import fmean
 
 from ablation import SHOWN, read_cases, values_of
 
-from umed_plugin.demo.pipeline import STAGES, DemoRun, DemoSettings, Steps
+from umed_plugin.demo.pipeline import STAGES, DemoRun, DemoSettings
 from umed_plugin.evaluate import mean_interval
+from umed_plugin.processes import Steps
 
 METRICS = ("mean IoU", "accuracy")
 

@@ -14,6 +14,7 @@ from umed_plugin.patches import (
     conversation_templates,
     data_module,
     deepspeed_save,
+    finished_run,
     full_precision,
     late_weights,
     layer_norms,
@@ -70,6 +71,7 @@ TRAINING: tuple[Patch, ...] = tuple(
         late_weights,
         deepspeed_save,
         lora_resume,
+        finished_run,
     )
 )
 ALL = (*STACK, *TRAINING)

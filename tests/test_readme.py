@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "make test": "test_readme.py",
     "pip install .": "test_packaging.py",
     "umed patches": "test_patches.py",
+    "umed upgrade": "test_upgrade_runs.py",
     "umed merge": "test_export.py",
     "umed evaluate": "test_evaluate.py",
     "umed convert": "test_convert.py",

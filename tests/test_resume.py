@@ -67,3 +67,22 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(family, flags, stop,
         torch.testing.assert_close(
             found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize(("family", "flags"), [("llama", ()), ("mistral", LORA)], ids=["full", "lora"])
+def test_started_again_behind_its_last_step_it_trains_no_step_more(family, flags, request, tmp_path):
+    """As a run that was killed while it saved its result; its last step is in the middle of an epoch of four."""
+    checkpoint, records = request.getfixturevalue(f"tiny_{family}"), write_records(tmp_path / "data")
+    output, flags = tmp_path / "out", ("--max_steps", "3", "--save_steps", "3", *flags)
+    assert train(checkpoint, records, output, *flags).returncode == 0
+    expected = weights(output)
+    for file in output.iterdir():
+        if file.is_file():
+            file.unlink()
+
+    run = train(checkpoint, records, output, *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "all 3 steps were done before" in run.stdout
+    found = weights(output)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -158,8 +158,16 @@ _CHOICES = {
 }
 
 
-def find_faults(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
-    """Everything that is wrong with the flags, as sentences; empty when they fit together."""
+def find_faults(
+    flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any, *, files: bool = True
+) -> list[str]:
+    """Everything that is wrong with the flags, as sentences; empty when they fit together.
+
+    Args:
+        flags: of the plugin.
+        model_args, data_args, training_args: LLaVA's.
+        files: the files and folders that the flags name have to be there.
+    """
     if flags.umed_stage is not None and flags.umed_stage not in STAGES:
         return [f"--umed_stage: {unknown_name('stage', flags.umed_stage, STAGES)}"]
     return [
@@ -167,6 +175,7 @@ def find_faults(flags: UmedFlags, model_args: Any, data_args: Any, training_args
         *_values(flags),
         *find_reward_faults(flags, imported=flags.umed_stage == REWARDING),
         *(find_judge_faults(flags) if flags.umed_stage == REWARDING else []),
+        *(_files(flags, data_args) if flags.umed_stage and files else []),
         *(_inputs(flags, model_args, data_args, training_args) if flags.umed_stage else []),
     ]
 
@@ -231,8 +240,7 @@ def _values(flags: UmedFlags) -> list[str]:
     return faults
 
 
-def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
-    """Faults between our flags and LLaVA's own."""
+def _files(flags: UmedFlags, data_args: Any) -> list[str]:
     faults = []
     if flags.umed_recipe is None and data_args.data_path is None:
         faults.append("there is nothing to train on: give --umed_recipe or --data_path.")
@@ -246,6 +254,12 @@ def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: An
         folder = getattr(flags, name)
         if folder is not None and os.path.isfile(folder):
             faults.append(f"--{name} {folder}: is a file. Give a folder; it is made if need be.")
+    return faults
+
+
+def _inputs(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any) -> list[str]:
+    """Faults between our flags and LLaVA's own."""
+    faults = []
     if model_args.vision_tower is None:
         faults.append(
             "--vision_tower is missing: both stages train on images. LLaVA-Med 1.5: openai/clip-vit-large-patch14-336."

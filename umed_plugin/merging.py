@@ -3,7 +3,7 @@
 Names, shapes and dtypes stay the original's. Merging works in float32, tensor by tensor, on the base's own files: one weight
 file is in memory at a time. Exporting holds the trained checkpoint in memory whole. Everything is written aside and renamed.
 
-How to run: ``umed merge LORA_DIR --base CKPT --out DIR``.
+How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,20 @@ from umed_plugin.checkpoint import (
 )
 from umed_plugin.errors import UmedError
 
-_LEFT_BEHIND = ("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "umed.json")
+_LEFT_BEHIND = (
+    *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "umed.json"),
+    "umed_manifest.json",  # says what its own folder was made from
+)
 
 
-def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, overwrite: bool = False) -> Path:
+def merge(
+    lora_dir: Path | str,
+    base: Path | str | None,
+    out: Path | str,
+    *,
+    with_tower: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Write the full checkpoint that a LoRA folder and its base make together; return its path.
 
     Weight files, tensor names, shapes and dtypes are the base's; so are the keys of ``config.json`` and the tokenizer.
@@ -41,6 +51,7 @@ def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, ove
         lora_dir: what LLaVA's training wrote with ``--lora_enable True``.
         base: the checkpoint it was trained on; None takes the one that the adapter names.
         out: must not exist, unless ``overwrite``.
+        with_tower: as of `export`.
         overwrite: replace ``out``.
     """
     lora_dir, out = Path(lora_dir), Path(out)
@@ -69,9 +80,19 @@ def merge(lora_dir: Path | str, base: Path | str | None, out: Path | str, *, ove
             raise UmedError(
                 f"{lora_dir}: trained {left[0]!r} ({len(left)} in all), which {base} does not have. Is --base right?"
             )
+        if with_tower:
+            _take_tower_along(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
         _write_config(config, folder)
     return out
+
+
+def _take_tower_along(config: dict[str, Any], folder: Path, out: Path) -> None:
+    """Copy the tower's folder, if it is one on this machine, into ``folder`` and name it as it will lie in ``out``."""
+    tower = config.get("mm_vision_tower", "")
+    if os.path.isdir(tower):
+        shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
+        config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
 
 
 def _holds_tower(tensors: dict[str, Any]) -> bool:
@@ -170,10 +191,8 @@ def export(
             _write_tensors(
                 {name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name
             )
-        tower = config.get("mm_vision_tower", "")
-        if with_tower and os.path.isdir(tower):
-            shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
-            config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
+        if with_tower:
+            _take_tower_along(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
         _write_config(config, folder)
     return out

@@ -15,10 +15,6 @@ How to run: ``umed demo --out DIR``. The same seed gives the same summary, ``sec
 from __future__ import annotations
 
 import json
-import os
-import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
+from umed_plugin.processes import Steps, importable, run_logged
 
 STAGES = ("base", "instruction_tuning", "rewarding")
 NAME = "llava-mistral-umed"
 TUNING_BATCH = 16
-_STEP = re.compile(r"(\d+)/(\d+) \[")
 
 
 @dataclass(frozen=True)
@@ -81,42 +77,6 @@ def run_demo(
     torch.set_num_threads(settings.processes)
     with Steps(console or Console()) as steps:
         return DemoRun(out, seed, settings, steps).run()
-
-
-class Steps:
-    """One progress bar for each step, with what is being done."""
-
-    def __init__(self, console: Any) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        )
-        self.task: Any = None
-
-    def __enter__(self) -> Steps:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def begin(self, description: str) -> None:
-        """Close the bar of the step before and open one of unknown length."""
-        self.end()
-        self.task = self.progress.add_task(description, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        """Set the open bar."""
-        self.progress.update(self.task, completed=done, total=total)
-
-    def end(self) -> None:
-        """Fill the open bar, if any."""
-        if self.task is not None:
-            task = self.progress.tasks[self.task]
-            self.progress.update(self.task, total=task.total or 1, completed=task.total or 1)
-            self.progress.stop_task(self.task)
 
 
 class DemoRun:
@@ -242,29 +202,15 @@ class DemoRun:
         output = self.checkpoint(name)
         script = [sys.executable, *torchrun, "-m", "llava.train.train_mem", "--output_dir", output]
         parts = [sys.executable, "-m", "umed_plugin.launch", *script, *self._common_arguments(), *arguments]
-        command = [str(part) for part in parts]
-        log = self.out / "logs" / f"{name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "wb") as stream:
-            stream.write(f"{shlex.join(command)}\n".encode())
-            stream.flush()
-            # cwd is the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
-            process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, cwd=self.out, env=environment()
-            )
-            try:
-                while process.poll() is None:
-                    time.sleep(0.5)
-                    steps = _STEP.findall(_tail(log))
-                    if steps:
-                        self.steps.update(int(steps[-1][0]), int(steps[-1][1]))
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-        if process.returncode:
-            last = "\n".join(_tail(log).splitlines()[-15:])
-            raise UmedError(f"training ({name}) ended with status {process.returncode}; the end of {log}:\n{last}")
+        # In the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
+        run_logged(
+            [str(part) for part in parts],
+            self.out / "logs" / f"{name}.log",
+            f"training ({name})",
+            cwd=self.out,
+            environment=environment(),
+            progress=self.steps.update,
+        )
         return output
 
     def _common_arguments(self) -> list[Any]:
@@ -312,23 +258,11 @@ class DemoRun:
 
 def environment() -> dict[str, str]:
     """This process's environment, with the plugin importable from a checkout, a fixed number of threads and no network."""
-    import umed_plugin
-
-    root = str(Path(umed_plugin.__file__).resolve().parent.parent)
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        **importable(),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def _tail(log: Path, size: int = 6000) -> str:
-    """The last bytes of a log, as text; tqdm's carriage returns become line ends."""
-    with open(log, "rb") as stream:
-        stream.seek(max(0, log.stat().st_size - size))
-        return stream.read().decode("utf-8", "replace").replace("\r", "\n")

@@ -1,0 +1,222 @@
+"""One upgrade from start to end: its steps in child processes, each done once, whatever stopped the starts before this one.
+
+How to run: ``umed upgrade CKPT --recipe R --out DIR``; the same command again goes on where the last one was stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluate import Case, Evaluation, compare
+from umed_plugin.processes import Steps, importable, run_logged
+from umed_plugin.upgrade.checks import check_together
+from umed_plugin.upgrade.in_place import Swap
+from umed_plugin.upgrade.made import MANIFEST, Made, versions, write_json
+from umed_plugin.upgrade.plan import EVALUATED, Plan, Step, find_origin, result_name
+from umed_plugin.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
+
+# In the environment of every process of a run, by which those that outlive a killed run are found.
+MARK = "UMED_UPGRADE_OF"
+
+
+class Upgrade:
+    """One run.
+
+    Args:
+        folder: of the run; made if need be.
+        settings: as read; what they leave open is filled in.
+        console: a rich console.
+        redo_changed: make steps anew whose settings or inputs have changed, instead of refusing.
+
+    Attributes:
+        steps: in their order.
+
+    Raises:
+        UmedError: the input is no checkpoint that can be upgraded, or the settings contradict it.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, console: Any, redo_changed: bool = False) -> None:
+        self.folder, self.console, self.redo_changed = folder.resolve(), console, redo_changed
+        self.made = Made(self.folder)
+        checkpoint = Path(settings.checkpoint)
+        self.swap = Swap(self.folder, checkpoint)
+        taken_away = self.swap.begun() and self.swap.old.exists()
+        self.origin = find_origin(self.swap.old if taken_away else checkpoint, settings.base)
+        self.settings = filled_in(settings, self.origin.config, result_name(self.origin))
+        self.plan = Plan(self.folder, self.settings, self.origin)
+        self.steps = self.plan.steps()
+        check_together(self.settings, self.origin)
+
+    def run(self) -> dict[str, Any]:
+        """Do what is left to do; returns the content of ``summary.json``."""
+        self._refuse_foreign_folder()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            if self.swap.begun():
+                return self._swapped()
+            if self.settings.in_place:
+                self.swap.check()
+            # Before anything runs; inputs are looked at when a step's turn comes.
+            self._refuse([(step, self.made.differences(step, inputs=False)) for step in self.steps])
+            write_settings(self.settings, self.folder / RUN_FILE)
+            with Steps(self.console) as shown:
+                for step in self.steps:
+                    self._do(step, shown)
+            summary = self._summarise()
+            self._write_manifest(summary)
+            if self.settings.in_place:
+                self.swap.finish(self.plan.result)
+            self._tell(summary)
+        return summary
+
+    def _refuse_foreign_folder(self) -> None:
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
+            raise UmedError(
+                f"{self.folder}: holds files and no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
+            )
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """See that no other start works in the folder, and end what a killed one has left running there."""
+        with open(self.folder / ".lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UmedError(
+                    f"{self.folder}: another `umed upgrade` is at work in it. Wait for it, or end it."
+                ) from None
+            left = left_running(self.folder)
+            if left:
+                self.console.print(f"ended {len(left)} processes that a killed start had left running")
+            yield
+
+    def _refuse(self, changed: Sequence[tuple[Step, list[str]]]) -> None:
+        """Name what has changed since steps began, or make these anew if that was asked for."""
+        changed = [(step, differences) for step, differences in changed if differences]
+        if self.redo_changed:
+            for step, _ in changed:
+                self.made.forget(step)
+        elif changed:
+            told = [f"  {step.title}: {'; '.join(differences)}" for step, differences in changed]
+            raise UmedError(
+                f"{self.folder}: these steps were made, or begun, from other settings or inputs:\n"
+                + "\n".join(told)
+                + "\nTake the change back, choose another --out, or make them and what depends on them anew with --redo-changed."
+            )
+
+    def _do(self, step: Step, shown: Steps) -> None:
+        """Run a step unless it is done, or nothing that is still to be made needs it."""
+        if not self._needed(step):
+            return
+        self._refuse([(step, [*self.made.differences(step, inputs=True), *self.made.damage(step)])])
+        if self.made.is_done(step):
+            return
+        self.made.begin(step)
+        shown.begin(step.title)
+        run_logged(
+            step.command,
+            self.folder / "logs" / f"{step.name}.log",
+            step.title,
+            environment={**importable(), MARK: str(self.folder)},
+            progress=shown.update,
+        )
+        self.made.end(step)
+        shown.end()
+
+    def _needed(self, step: Step) -> bool:
+        if step.goal or self.made.read(step) is None:
+            return True
+        users = [other for other in self.steps if set(step.outputs) & set(other.inputs)]
+        return any(not self.made.is_done(other) and self._needed(other) for other in users)
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        folder = self.folder / "evaluation" / stage
+        found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        cases = [Case(**json.loads(line)) for line in lines]
+        return Evaluation(found.pop("checkpoint"), found.pop("template"), cases, found)
+
+    def _summarise(self) -> dict[str, Any]:
+        found = {stage: self._evaluation(stage) for stage in EVALUATED}
+        base, tuned, rewarded = (found[stage] for stage in EVALUATED)
+        summary = {
+            **{stage: evaluation.metrics for stage, evaluation in found.items()},
+            "comparison": compare(tuned, rewarded),
+            "comparison_with_base": compare(base, rewarded),
+            "seed": self.settings.seed,
+        }
+        write_json(self.folder / "summary.json", summary)
+        return summary
+
+    def _write_manifest(self, summary: dict[str, Any]) -> None:
+        """Say in the result what it was made from."""
+        hashes = {str(path): self._hashes(path) for path in dict.fromkeys((self.origin.checkpoint, self.origin.full))}
+        records = self.plan.records
+        recipe = {key: value for step in self.steps for key, value in step.digests.items()}
+        content = {
+            "made_by": "umed upgrade",
+            "input": hashes,
+            "recipe": {"name": self.settings.recipe, "sha256": recipe},
+            "records": {str(records): self.made.state(records)},
+            "seed": self.settings.seed,
+            "versions": versions(),
+            "settings": self.settings.model_dump(),
+            "commands": [step.line() for step in self.steps],
+            "evaluation": {stage: summary[stage] for stage in EVALUATED},
+            "files": self._hashes(self.plan.result),
+        }
+        write_json(self.plan.result / MANIFEST, content)
+
+    def _hashes(self, folder: Path) -> dict[str, str]:
+        """File in the folder -> SHA-256."""
+        states = self.made.states([folder])
+        return {os.path.relpath(path, folder): state["sha256"] for path, state in states.items()}
+
+    def _swapped(self) -> dict[str, Any]:
+        """A start after the swap has begun: end it."""
+        if any(self.made.differences(step, inputs=False) for step in self.steps):
+            raise UmedError(
+                f"{self.folder}: the result of this run has taken the place of {self.swap.checkpoint}, and the settings are not "
+                "those that it was made with any more. Choose another --out."
+            )
+        self.swap.finish(self.plan.result)
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        self._tell(summary)
+        return summary
+
+    def _tell(self, summary: dict[str, Any]) -> None:
+        from umed_plugin.report import stages_table
+
+        self.console.print(stages_table({stage: summary[stage] for stage in EVALUATED}, summary["comparison"]))
+        place = self.swap.checkpoint if self.settings.in_place else self.plan.result
+        self.console.print(f"checkpoint: {place}\nsettings: {self.folder / RUN_FILE}", soft_wrap=True)
+        if self.settings.in_place:
+            self.console.print(f"the old one: {self.swap.old}", soft_wrap=True)
+
+
+def left_running(folder: Path) -> Sequence[int]:
+    """End the processes of a start in ``folder`` that was killed; returns their ids.
+
+    Torchrun and DeepSpeed start theirs in sessions of their own, where the end of the parents does not reach them; a training
+    that goes on unseen would write over the checkpoints of the next start.
+    """
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue  # of another user, or gone
+    for process in found:
+        process.kill()
+    psutil.wait_procs(found, timeout=60)
+    return [process.pid for process in found]
