@@ -154,16 +154,22 @@ _NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
 _FOUR = r"[,;\s]".join([_NUMBER] * 4)
 _CORNERS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
 _BINS = r"<x(\d+)>\s*<y(\d+)>\s*<x(\d+)>\s*<y(\d+)>"
-_BOX_TEXT = re.compile(rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|({_BINS})")
+_CELLS = r"<patch_index_(\d+)>\s*<patch_index_(\d+)>"
+_PLACES = r"\s*".join([r"<loc(\d{4})>"] * 4)
+_BOX_TEXT = re.compile(
+    rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|(?P<maira>{_BINS})|(?P<kosmos>{_CELLS})|(?P<pali>{_PLACES})"
+)
+_KOSMOS_CELLS = 32  # on a side
 
 
 def parse_boxes(text: str) -> list[Box]:
     """Read every box in ``text``, in order of appearance, as box01; never raises, whatever the text.
 
     Understood: ``[a, b, c, d]``, also nested, ``(a, b, c, d)``, ``<box>..</box>`` around any of them, Qwen-VL's
-    ``(x1,y1),(x2,y2)``, MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``). Four whole numbers of which
-    one is above 1 are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and
-    `is_inside` tells.
+    ``(x1,y1),(x2,y2)``, MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``), Kosmos-2's cells
+    ``<patch_index_0044><patch_index_0863>`` and PaliGemma's places ``<loc0123>``. Four whole numbers of which one is above 1
+    are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and `is_inside` tells.
+    Numbers in another order or unit: `umed_plugin.box_dialects`.
     """
     return [box for _, box in find_boxes(text)]
 
@@ -173,15 +179,47 @@ def find_boxes(text: str) -> list[tuple[int, Box]]:
     return [(found.start(), _read(found)) for found in _BOX_TEXT.finditer(text)]
 
 
+def written_boxes(text: str) -> list[tuple[Box, str]]:
+    """The boxes of a text as written: their four numbers with ``whole`` or ``decimal``, or box01 with ``bins``."""
+    return [_written(found) for found in _BOX_TEXT.finditer(text)]
+
+
 def _read(found: re.Match[str]) -> Box:
+    box, kind = _written(found)
+    if kind == "whole" and max(box) > 1:
+        return box[0] / 1000, box[1] / 1000, box[2] / 1000, box[3] / 1000
+    return box
+
+
+def _written(found: re.Match[str]) -> tuple[Box, str]:
     written = [group for group in found.groups() if group is not None]
-    if written[0].startswith("<"):
-        values = [(int(bin_number) + 0.5) / 100 for bin_number in written[1:]]
-    else:
-        values = [float(number) for number in written]
-        if "." not in "".join(written) and max(values) > 1:
-            values = [value / 1000 for value in values]
-    return values[0], values[1], values[2], values[3]
+    if found.lastgroup is not None:
+        return _BINNED[found.lastgroup]([int(number) for number in written[1:]]), "bins"
+    a, b, c, d = (float(number) for number in written)
+    return (a, b, c, d), "decimal" if "." in "".join(written) else "whole"
+
+
+def _maira(bins: Sequence[int]) -> Box:
+    x1, y1, x2, y2 = ((number + 0.5) / 100 for number in bins)
+    return x1, y1, x2, y2
+
+
+def _kosmos(cells: Sequence[int]) -> Box:
+    """From the middle of the first cell to that of the last; cells in one row or column are taken whole."""
+    (top, left), (bottom, right) = (divmod(cell, _KOSMOS_CELLS) for cell in cells)
+    whole = top == bottom or left == right
+    near, far = (0.0, 1.0) if whole else (0.5, 0.5)
+    edges = (left + near, top + near, right + far, bottom + far)
+    x1, y1, x2, y2 = (edge / _KOSMOS_CELLS for edge in edges)
+    return x1, y1, x2, y2
+
+
+def _pali(places: Sequence[int]) -> Box:
+    y1, x1, y2, x2 = (place / 1024 for place in places)
+    return x1, y1, x2, y2
+
+
+_BINNED = {"maira": _maira, "kosmos": _kosmos, "pali": _pali}
 
 
 def rewrite_boxes(text: str, write: Callable[[Box], str]) -> str:

@@ -1,6 +1,6 @@
-"""Evaluation: greedy answers to the records' questions, scored as the rewards score them, with confidence intervals.
+"""Evaluation of grounded diagnoses: greedy answers to the records' questions, scored as the rewards score them.
 
-Metrics, all 0-1:
+The four figures that every stage of the demo is measured by, all 0-1:
 
 - ``accuracy``: share of studies whose answer names exactly the true classes (for one without abnormality: none, and no box).
 - ``mean_iou``: mean set IoU over the studies WITH a lesion; unmatched boxes, true or predicted, count as 0.
@@ -10,13 +10,15 @@ Metrics, all 0-1:
 
 Studies without a lesion are left out of the last three, where "no box" would score 1 without a look at the image; a box that is
 drawn on one of them costs accuracy. ``<name>_ci95`` is the 95 % percentile bootstrap interval over studies, with a fixed
-generator: the same answers give the same interval.
+generator: the same answers give the same interval. ``figures`` holds more, by source and by lesion size, with intervals over
+patients: `umed_plugin.metrics.mau`. Benchmarks that are no records of a recipe: `umed_plugin.evaluation`.
 
 How to run: ``umed evaluate CKPT --benchmark RECIPE_OR_JSON``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -24,12 +26,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.answering.checkpoint import UMED_TEMPLATES, Answerer, checkpoint_state, prompt_ids
+from umed_plugin.answering.kept import KeptAnswers
+from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError
+from umed_plugin.metrics.figures import Row, compare_rows, mean_interval, measure
+from umed_plugin.metrics.mau import case_values, mau_figures
 from umed_plugin.records import Record
 
+__all__ = ["METRICS", "Case", "Evaluation", "compare", "evaluate", "mean_interval", "metrics", "prompt_ids"]
+
 METRICS = ("accuracy", "mean_iou", "acc_at_50", "vision_relevance")
-TEMPLATES_BY_TYPE = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
-RESAMPLES = 2000
+PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,9 @@ class Case:
         true_boxes: xyxy in pixels of the image file.
         boxes: predicted, in the same pixels; a malformed box is all zeros.
         vision_relevance: None for a study without a lesion.
+        source: the recipe that the record came from.
+        patient: as the record names it; empty where it names none.
+        values: columns that the figures are computed from (`umed_plugin.metrics.mau`).
     """
 
     id: str
@@ -53,6 +64,9 @@ class Case:
     accuracy: float
     set_iou: float
     vision_relevance: float | None
+    source: str = ""
+    patient: str = ""
+    values: dict[str, float] = field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
         """The case's value of a metric, or None where the metric does not ask about it."""
@@ -63,6 +77,11 @@ class Case:
         if metric == "mean_iou":
             return self.set_iou
         return float(self.set_iou >= 0.5) if metric == "acc_at_50" else self.vision_relevance
+
+    def row(self) -> Row:
+        """The case as a row of `umed_plugin.metrics.figures`; what is drawn for intervals is the patient, else the image."""
+        cluster = f"{self.source}/{self.patient}" if self.patient else self.image or self.id
+        return Row(self.id, cluster, self.values, {"source": self.source})
 
 
 @dataclass(frozen=True)
@@ -79,11 +98,29 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(case), ensure_ascii=False) for case in self.cases]
-        (folder / "predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        summary = {"checkpoint": self.checkpoint, "template": self.template, **self.metrics}
-        aside = folder / "evaluation.json.partial"
-        aside.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, folder / "evaluation.json")
+        _write(folder / PREDICTIONS, "\n".join(lines) + "\n")
+        summary = {"benchmark": "mau", "checkpoint": self.checkpoint, "template": self.template, **self.metrics}
+        _write(folder / "evaluation.json", json.dumps(summary, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Evaluation:
+        """What `save` wrote.
+
+        Raises:
+            UmedError: the folder does not hold it.
+        """
+        summary, predictions = Path(folder) / "evaluation.json", Path(folder) / PREDICTIONS
+        if not summary.is_file() or not predictions.is_file():
+            raise UmedError(f"{folder}: no finished evaluation. Needed: evaluation.json and {PREDICTIONS}.")
+        found = json.loads(summary.read_text(encoding="utf-8"))
+        cases = [Case(**json.loads(line)) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        return cls(found["checkpoint"], found["template"], cases, metrics(cases))
+
+
+def _write(file: Path, text: str) -> None:
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
 
 
 def evaluate(
@@ -98,6 +135,8 @@ def evaluate(
     device: str | None = None,
     image_cache: Path | str | None = None,
     image_cache_gb: float = 20.0,
+    dialect: BoxDialect = LLAVA,
+    folder: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Ask a checkpoint every record's question, greedily, and score the answers.
@@ -113,33 +152,55 @@ def evaluate(
         device: ``cuda`` (float16) where there is one, else ``cpu`` (float32).
         image_cache: folder that keeps images decoded and resized (`umed_plugin.image_cache`).
         image_cache_gb: most that it may hold, in GB.
+        dialect: in which the checkpoint writes boxes.
+        folder: where answers are kept as they come; a run that was killed goes on from there. None: nowhere.
         progress: called with (studies done, studies in all).
     """
-    import torch
-
-    from umed_plugin.checkpoint import load_checkpoint
-    from umed_plugin.rollout import base_llava
-
     if not records:
         raise UmedError("there is nothing to evaluate on: no records. Is it the right --split?")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # Stock LLaVA answers in half precision, which a CPU cannot compute.
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    tokenizer, model, processor = load_checkpoint(checkpoint, base, device, dtype)
-    template = template or TEMPLATES_BY_TYPE[model.config.model_type]
-    _check_aspect_ratio(records, getattr(model.config, "image_aspect_ratio", "square"), checkpoint)
-    seen = _Seen(processor, base_llava(model).config, image_cache, image_cache_gb)
+    answerer = Answerer(
+        checkpoint,
+        base=base,
+        template=template,
+        templates=UMED_TEMPLATES,
+        device=device,
+        image_cache=image_cache,
+        image_cache_gb=image_cache_gb,
+        max_new_tokens=max_new_tokens,
+    )
+    _check_aspect_ratio(records, answerer.seen.mode, checkpoint)
+    kept = None
+    if folder is not None:
+        settings = {
+            "checkpoint": str(Path(checkpoint).resolve()),
+            "checkpoint_state": checkpoint_state(checkpoint),
+            "base": None if base is None else str(base),
+            "template": answerer.template,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "boxes": asdict(dialect),
+            "records": hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()[:16],
+        }
+        kept = KeptAnswers(folder, PREDICTIONS, settings)
     cases: list[Case] = []
-    for start in range(0, len(records), batch_size):
-        batch = records[start : start + batch_size]
-        cases += _ask(model, tokenizer, seen, batch, str(image_folder), template, max_new_tokens)
+    batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+    if kept is not None:
+        whole = [batch for batch in batches if all(str(record["id"]) in kept.lines for record in batch)]
+        kept.keep_only(str(record["id"]) for batch in whole for record in batch)
+    for batch in batches:
+        if kept is not None and str(batch[0]["id"]) in kept.lines:
+            cases += [Case(**kept.lines[str(record["id"])]) for record in batch]
+        else:
+            asked = _ask(answerer, batch, str(image_folder), dialect)
+            cases += asked
+            if kept is not None:
+                kept.add([asdict(case) for case in asked])
         if progress is not None:
             progress(len(cases), len(records))
-    return Evaluation(str(checkpoint), template, cases, metrics(cases))
+    return Evaluation(str(checkpoint), answerer.template, cases, metrics(cases))
 
 
 def _check_aspect_ratio(records: Sequence[Record], model_mode: str, checkpoint: Path | str) -> None:
-    model_mode = "pad" if model_mode == "pad" else "square"
     other = [record["id"] for record in records if record["provenance"]["image_aspect_ratio"] != model_mode]
     if other:
         raise UmedError(
@@ -149,29 +210,27 @@ def _check_aspect_ratio(records: Sequence[Record], model_mode: str, checkpoint: 
         )
 
 
-def _ask(
-    model: Any, tokenizer: Any, seen: _Seen, records: Sequence[Record], image_folder: str, template: str, limit: int
-) -> list[Case]:
+def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, dialect: BoxDialect) -> list[Case]:
     """Greedy answers of one batch of records, scored."""
     import torch
 
-    from umed_plugin.rollout import base_llava, decode_answers, embed_prompts, encode_images
+    from umed_plugin.rollout import decode_answers, embed_prompts
     from umed_plugin.sampling import generate
     from umed_plugin.scoring import score_answer
 
-    llava = base_llava(model)
+    model, tokenizer, llava = answerer.model, answerer.tokenizer, answerer.llava
     paths = [os.path.join(image_folder, record["image"]) for record in records]
-    pixels = seen.pixels(paths, records)
+    features = answerer.features(paths, [record.get("reading") for record in records])
     questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in records]
-    ids = [prompt_ids(question, template, tokenizer, llava.config) for question in questions]
     with torch.no_grad():
-        prompts = embed_prompts(model, ids, encode_images(model, pixels))
-        answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
+        prompts = embed_prompts(model, [answerer.prompt_ids(question) for question in questions], features)
+        limit, eos = answerer.max_new_tokens, tokenizer.eos_token_id
+        answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
         relevance = _vision_relevance(model, tokenizer, prompts, answers, records)
     texts = decode_answers(tokenizer, answers)
     cases = []
     for record, path, question, text, looked in zip(records, paths, questions, texts, relevance):
-        score = score_answer(text, record, _geometry(llava, record))
+        score = score_answer(text, record, _geometry(llava, record), dialect)
         true = [list(map(float, box)) for box in record["objects"]["bbox"]]
         cases.append(
             Case(
@@ -185,56 +244,12 @@ def _ask(
                 accuracy=score.accuracy,
                 set_iou=score.set_iou,
                 vision_relevance=looked if true else None,
+                source=str(record.get("source", "")),
+                patient=str(record.get("patient") or ""),
+                values=case_values(score, looked if true else None),
             )
         )
     return cases
-
-
-def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any:
-    """Token ids [L] of a question about an image, with LLaVA's image token in it, as training and stock LLaVA write it."""
-    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-    from llava.mm_utils import tokenizer_image_token
-
-    from umed_plugin.conversation import question_prompt
-
-    image = DEFAULT_IMAGE_TOKEN
-    if getattr(config, "mm_use_im_start_end", False):
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-    return tokenizer_image_token(question_prompt(f"{image}\n{question}", template), tokenizer, return_tensors="pt")
-
-
-class _Seen:
-    """Images as the model sees them, decoded each time or through a cache."""
-
-    def __init__(self, processor: Any, config: Any, folder: Path | str | None, most_gb: float) -> None:
-        from umed_plugin.image_cache import ImageCache
-
-        self.processor, self.config = processor, config
-        mode = "pad" if getattr(config, "image_aspect_ratio", None) == "pad" else "square"
-        self.cache = None if folder is None else ImageCache(folder, processor, mode, int(most_gb * 1e9))
-
-    def pixels(self, paths: Sequence[str], records: Sequence[Record]) -> Any:
-        """[Q, 3, S, S] of Q images."""
-        import torch
-        from llava.mm_utils import process_images
-
-        if self.cache is None:
-            return process_images([_open(*pair) for pair in zip(paths, records)], self.processor, self.config)
-        with_cache = self.cache.pixels
-        return torch.stack([_readable(with_cache, path, record) for path, record in zip(paths, records)])
-
-
-def _open(path: str, record: Record) -> Any:
-    from umed_plugin.images import open_image
-
-    return _readable(open_image, path, record)
-
-
-def _readable(read: Callable[..., Any], path: str, record: Record) -> Any:
-    try:
-        return read(path, record.get("reading"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UmedError(f"{path}: cannot be read as an image ({error}). Check the file, or --data-root.") from error
 
 
 def _geometry(llava: Any, record: Record) -> Any:
@@ -270,11 +285,13 @@ def metrics(cases: Sequence[Case]) -> dict[str, Any]:
         result[f"{name}_ci95"] = mean_interval(values)
     result["n"] = len(cases)
     result["n_with_lesion"] = sum(bool(case.true_boxes) for case in cases)
+    rows = [case.row() for case in cases]
+    result["figures"] = measure(mau_figures(rows), rows)
     return result
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Paired differences ``after - before`` over the same studies: ``{metric: {difference, ci95, n}}``.
+    """Paired differences ``after - before`` over the same studies: ``{metric: {difference, ci95, n}}``, and ``figures`` of them.
 
     Raises:
         UmedError: the two did not answer the same studies.
@@ -291,20 +308,6 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         differences = [new - old for old, new in pairs if old is not None and new is not None]
         mean = sum(differences) / len(differences) if differences else None
         result[name] = {"difference": mean, "ci95": mean_interval(differences), "n": len(differences)}
+    after_rows = [case.row() for case in after.cases]
+    result["figures"] = compare_rows(mau_figures(after_rows), [case.row() for case in before.cases], after_rows)
     return result
-
-
-def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean; of one value, or of equal values, the value twice."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    if not values:
-        return None
-    if len(set(values)) == 1:
-        return [float(values[0])] * 2
-    sample = np.asarray(values, dtype=float)
-    found = bootstrap(
-        (sample,), np.mean, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0)
-    ).confidence_interval
-    return [float(found.low), float(found.high)]

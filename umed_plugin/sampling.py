@@ -49,24 +49,63 @@ def generate(
     Returns:
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
+    cache = RoomyCache((num_candidates if packed else 1) * max_new_tokens)
+    first = prefill(model, prompts, cache)
+    return continue_prompts(
+        model,
+        cache,
+        first.logits[:, -1],
+        prompts.mask,
+        num_candidates=num_candidates,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        eos_token_id=eos_token_id,
+        packed=packed,
+        look_every=look_every,
+    )
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: Any,
+    cache: RoomyCache,
+    logits: Tensor,
+    prompt_mask: Tensor,
+    *,
+    num_candidates: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+    eos_token_id: int,
+    packed: bool = False,
+    look_every: int | None = None,
+) -> Candidates:
+    """Sample answers to Q prompts that are in a cache already; what `generate` does behind its first pass.
+
+    Args:
+        model: see `generate`, also for what is not named here.
+        cache: with the prompts' keys and values, and room for what is sampled; it is used up.
+        logits: [Q, V] from which each prompt's first answer token is drawn.
+        prompt_mask: [Q, L] of the columns in the cache, 1 for a token; its last column must be 1. Padding may stand anywhere
+            before it.
+    """
     llava = unwrapped(model)
-    device = prompts.mask.device
+    device = prompt_mask.device
     look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
     in_a_row = num_candidates if packed else 1
-    cache = RoomyCache(in_a_row * max_new_tokens)
-    first = prefill(model, prompts, cache)
-    answer_rows = torch.arange(len(prompts.mask), device=device).repeat_interleave(num_candidates)
+    answer_rows = torch.arange(len(prompt_mask), device=device).repeat_interleave(num_candidates)
     if not packed:
         cache.take_rows(answer_rows)
-    logits = first.logits[answer_rows, -1]
+    logits = logits[answer_rows]
     token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=device)
     answered = torch.zeros_like(token_ids)
     ended = torch.zeros(len(answer_rows), dtype=torch.bool, device=device)
     writing = torch.arange(len(answer_rows), device=device).view(-1, in_a_row)  # the answers of each row; -1: none
     going = writing.flatten()  # the answers that go on
     places = torch.arange(writing.numel(), device=device)  # where each of them stands in the rows
-    prompt_length = prompts.mask.sum(dim=1)[answer_rows]
-    columns = Columns.of_prompts(prompts.mask).take_rows(answer_rows[::in_a_row])
+    prompt_length = prompt_mask.sum(dim=1)[answer_rows]
+    columns = Columns.of_prompts(prompt_mask).take_rows(answer_rows[::in_a_row])
     for step in range(max_new_tokens):
         tokens = _next_token(logits, temperature, top_p).masked_fill(ended[going], eos_token_id)
         token_ids[going, step], answered[going, step] = tokens, (~ended[going]).long()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from umed_plugin.boxes import Box, is_degenerate, is_inside, parse_boxes, set_iou
+from umed_plugin.box_dialects import LLAVA, BoxDialect
+from umed_plugin.boxes import Box, is_degenerate, is_inside, set_iou
 from umed_plugin.geometry import ImageGeometry
 
 Terms = Mapping[str, Sequence[str]]
@@ -138,7 +139,22 @@ def named_classes(text: str, terms: Terms) -> set[str]:
     return {cls for _, _, cls in find_terms(text, terms)}
 
 
-def score_answer(text: str, record: Mapping[str, Any], geometry: ImageGeometry) -> AnswerScore:
+def boxes_in_square(text: str, geometry: ImageGeometry, dialect: BoxDialect = LLAVA) -> list[Box]:
+    """The boxes of an answer in 0-1 of the square that the model sees, in the order of the answer; not clipped to it.
+
+    A box of the image's frame that leaves the image becomes ``(0, 0, 0, 0)``, which overlaps nothing.
+    """
+    read = dialect.read(text, geometry.width, geometry.height)
+    if dialect.frame == "square":
+        return read
+    width, height = geometry.width, geometry.height
+    pixels = [(x1 * width, y1 * height, x2 * width, y2 * height) for x1, y1, x2, y2 in read]
+    return [placed if is_inside(box) else _BOX_THAT_IS_NONE for box, placed in zip(read, geometry.to_square(pixels))]
+
+
+def score_answer(
+    text: str, record: Mapping[str, Any], geometry: ImageGeometry, dialect: BoxDialect = LLAVA
+) -> AnswerScore:
     """Score an answer against its record.
 
     Boxes are compared as the model sees them, in the square. A lesion that LLaVA's centre crop has cut away whole is not asked
@@ -149,8 +165,9 @@ def score_answer(text: str, record: Mapping[str, Any], geometry: ImageGeometry) 
         text: the model's answer.
         record: of it ``objects`` (``ref`` classes and ``bbox`` in pixels of the image file) and ``terms``.
         geometry: of the record's image.
+        dialect: in which the answer writes boxes.
     """
-    predicted = parse_boxes(text)
+    predicted = boxes_in_square(text, geometry, dialect)
     in_square = geometry.to_square(record["objects"]["bbox"])
     seen = [(ref, box) for ref, box in zip(record["objects"]["ref"], in_square) if not is_degenerate(box)]
     true = [box for _, box in seen]
@@ -159,3 +176,23 @@ def score_answer(text: str, record: Mapping[str, Any], geometry: ImageGeometry) 
     f1 = 2 * len(named & wanted) / (len(named) + len(wanted)) if named or wanted else 1.0
     compared = [box if is_inside(box) else _BOX_THAT_IS_NONE for box in predicted]
     return AnswerScore(float(right), f1, set_iou(compared, true), geometry.from_square(predicted), compared, true)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What scoring an evaluated checkpoint's answers needs to know of it.
+
+    Attributes:
+        mode: ``pad`` or ``square``, how it sees images.
+        image_size, patch_size: of its vision tower, in pixels.
+        dialect: in which it writes boxes.
+    """
+
+    mode: str = "pad"
+    image_size: int = 336
+    patch_size: int = 14
+    dialect: BoxDialect = LLAVA
+
+    def geometry(self, size: Sequence[int]) -> ImageGeometry:
+        """Of an image of this width and height."""
+        return ImageGeometry(int(size[0]), int(size[1]), self.mode, self.image_size, self.patch_size)

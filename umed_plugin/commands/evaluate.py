@@ -1,42 +1,69 @@
-"""``umed evaluate``: metrics of a checkpoint with confidence intervals, as a table and as JSON."""
+"""``umed evaluate``: figures of a checkpoint with confidence intervals, as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from umed_plugin.errors import UmedError, UsageError
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``evaluate``."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="metrics of a checkpoint with confidence intervals",
-        description="Ask a checkpoint the questions of a recipe's records, greedily, and score the answers: accuracy, mean IoU, "
-        "share of studies with IoU of at least 0.5, vision relevance; each with its 95 % bootstrap interval over studies.",
-        epilog="example:\n  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation",
+        help="figures of a checkpoint on a benchmark, with confidence intervals",
+        description="Ask a LLaVA checkpoint the questions of a benchmark, greedily, score the answers: each figure with n and "
+        "its 95 % bootstrap interval. The records of a recipe (or 'mau') are scored by diagnosis, boxes and attention; named "
+        "benchmarks by their own metrics. With --out, a run that was killed goes on where it stopped.",
+        epilog="examples:\n"
+        "  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation\n"
+        "  umed evaluate runs/llava-mistral-umed --benchmark vqa_rad --data-root VQA-RAD --out rad --compare rad-before",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
     parser.add_argument(
         "--benchmark",
-        metavar="RECIPE_OR_JSON",
+        metavar="NAME",
         required=True,
-        help="a recipe (name or YAML), or records that `umed recipe build` wrote",
+        help="vqa_rad, slake, pmc_vqa, medmnist, omnimedvqa, medvh, med_grit; mau or another recipe (name or YAML); or records "
+        "(JSON) that `umed recipe build` wrote",
+    )
+    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
+    parser.add_argument("--split", help="train, val or test (default: test)")
+    parser.add_argument(
+        "--limit", metavar="N", type=int, help="only the first N questions of each part of the benchmark"
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write evaluation.json and predictions.jsonl here")
+    parser.add_argument(
+        "--compare",
+        metavar="DIR",
+        type=Path,
+        help="--out of another evaluation of the same questions: print differences",
     )
     parser.add_argument(
-        "--split", default="test", choices=("train", "val", "test"), help="of the records (default: test)"
+        "--template",
+        help="of the prompt (default: the checkpoint's stock one for named benchmarks, its umed one for recipes)",
     )
-    parser.add_argument("--limit", metavar="N", type=int, help="only the first N records")
     parser.add_argument(
-        "--template", help="of the prompt, e.g. mistral_instruct to ask as stock LLaVA does (default: by model)"
+        "--boxes",
+        metavar="DIALECT",
+        default="llava",
+        help="how the checkpoint writes boxes: llava, qwen_vl, qwen2_5_vl, internvl, kosmos, maira, paligemma, radvlm, shikra, "
+        "coco, or order,unit,frame as in xywh,1000,image (default: llava)",
     )
     parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the recipe's data set")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write evaluation.json and predictions.jsonl here")
-    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="studies at a time (default: 16)")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
+    )
+    parser.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="stop at missing images, or leave them out"
+    )
     parser.add_argument(
         "--image-cache", metavar="DIR", type=Path, help="keep images decoded and resized here, for the next evaluation"
     )
@@ -48,47 +75,123 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as folder:
-        return _run(args, Path(args.out or folder))
-
-
-def _run(args: argparse.Namespace, folder: Path) -> int:
-    from rich.console import Console
-    from rich.progress import track
-
-    from umed_plugin.evaluate import evaluate
+    from umed_plugin.evaluation.catalogue import BENCHMARKS
     from umed_plugin.patches import prepare_llava
-    from umed_plugin.report import stages_table
 
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     prepare_llava()
+    with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as folder:
+        if args.benchmark in BENCHMARKS:
+            return _run_benchmark(args, BENCHMARKS[args.benchmark], Path(args.out or folder))
+        return _run_records(args, Path(args.out or folder))
 
-    console = Console()
-    records, image_folder = _records(args, folder)
-    bar = iter(track(range(len(records)), description="answering", console=console, transient=True))
-    done = [next(bar, 0)]
 
-    def advance(count: int, _total: int) -> None:
-        while len(done) < count:
-            done.append(next(bar, 0))
+def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> int:
+    from umed_plugin.box_dialects import find_dialect
+    from umed_plugin.evaluation.runs import chosen_questions, compare_runs, evaluate_benchmark, read_run
 
-    found = evaluate(
-        args.checkpoint,
-        records,
-        image_folder=image_folder,
-        template=args.template,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        base=args.base,
-        image_cache=args.image_cache,
-        image_cache_gb=args.image_cache_gb,
-        progress=advance,
+    if args.data_root is None:
+        raise UsageError(f"--benchmark {benchmark.name} needs --data-root: {benchmark.needs}, from {benchmark.url}")
+    dialect = find_dialect(args.boxes)
+    before = _read(args.compare, read_run) if args.compare else None
+    if before is not None and before[0] != benchmark.name:
+        raise UmedError(f"{args.compare}: holds an evaluation of {before[0]}, not of {benchmark.name}.")
+    skip = args.on_bad_image == "skip"
+    questions, skipped = chosen_questions(
+        benchmark, args.data_root, split=args.split, limit=args.limit, work=folder / "data", skip=skip
     )
-    next(bar, None)
-    console.print(stages_table({args.checkpoint.name: found.metrics}))
+    with _Bar(len(questions)) as advance:
+        found = evaluate_benchmark(
+            args.checkpoint,
+            benchmark,
+            questions,
+            out=args.out,
+            base=args.base,
+            template=args.template,
+            dialect=dialect,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens,
+            image_cache=args.image_cache,
+            image_cache_gb=args.image_cache_gb,
+            skipped=skipped,
+            progress=advance,
+        )
+    differences = None if before is None else compare_runs(benchmark, before[1], found.rows)
+    _show(args, found.figures, differences, skipped)
+    return 0
+
+
+def _run_records(args: argparse.Namespace, folder: Path) -> int:
+    from umed_plugin.box_dialects import find_dialect
+    from umed_plugin.evaluate import Evaluation, compare, evaluate
+
+    dialect = find_dialect(args.boxes)
+    before = _read(args.compare, Evaluation.load) if args.compare else None
+    records, image_folder = _records(args, folder)
+    with _Bar(len(records)) as advance:
+        found = evaluate(
+            args.checkpoint,
+            records,
+            image_folder=image_folder,
+            template=args.template,
+            batch_size=args.batch_size,
+            max_new_tokens=args.max_new_tokens or 128,
+            base=args.base,
+            image_cache=args.image_cache,
+            image_cache_gb=args.image_cache_gb,
+            dialect=dialect,
+            folder=args.out,
+            progress=advance,
+        )
+    differences = None if before is None else compare(before, found)["figures"]
     if args.out:
         found.save(args.out)
-        console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}")
+    _show(args, found.metrics["figures"], differences, 0)
     return 0
+
+
+def _read(folder: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UmedError(f"{folder}: its files are not those of an evaluation ({error!r}).") from error
+
+
+class _Bar:
+    """A progress bar over questions; what it gives is called with (done, in all)."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task("answering", total=total)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return lambda done, _total: self._bar.update(self._task, completed=done)
+
+    def __exit__(self, *_error: object) -> None:
+        self._bar.stop()
+
+
+def _show(args: argparse.Namespace, figures: Any, differences: Any, skipped: int) -> None:
+    from rich.console import Console
+
+    from umed_plugin.evaluation.tables import figures_table
+
+    console = Console()
+    console.print(figures_table(args.checkpoint.name, figures, differences))
+    if skipped:
+        console.print(f"{skipped} questions were left out: their images are missing.")
+    if args.out:
+        if differences is not None:
+            told = {"before": str(args.compare), "after": str(args.out), "differences": differences}
+            (args.out / "comparison.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}")
 
 
 def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
@@ -96,6 +199,7 @@ def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
     from umed_plugin.checkpoint import find_base, is_lora, read_config
     from umed_plugin.records import load_records
 
+    split = args.split or "test"
     if args.benchmark.endswith(".json"):
         records, image_folder = load_records(args.benchmark), Path(args.benchmark).resolve().parent
     else:
@@ -109,10 +213,11 @@ def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
             load_recipe(args.benchmark),
             out_dir=image_folder,
             image_aspect_ratio=mode,
-            split=args.split,
+            split=split,
             data_root=args.data_root,
+            on_bad_image=args.on_bad_image,
             # What is rendered into a folder of its own each time would never be found again.
             render=args.image_cache is None,
         )
-    records = [record for record in records if record["split"] == args.split]
+    records = [record for record in records if record["split"] == split]
     return records[: args.limit] if args.limit else records, image_folder

@@ -1,0 +1,95 @@
+"""Answers on disk as they come: JSON lines in a folder, with the settings that they were given under.
+
+A run that was killed, even with -9, is started again with the same command and goes on behind the last whole batch: its lines
+are on the disk before the next batch begins, a line that was cut off is dropped, and so are the lines of a batch that is not
+whole, which is asked again as it was the first time. Answers are then those of a run that was not disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UmedError
+
+SETTINGS = "settings.json"
+
+
+class KeptAnswers:
+    """The lines of a file, by the question's id.
+
+    Args:
+        folder: made when it is not there.
+        name: of the file in it.
+        settings: all that the answers depend on. Those of an earlier run in the folder must be the same.
+        key: of a line that holds the question's id.
+
+    Raises:
+        UmedError: the folder holds answers under other settings, or lines that are none.
+    """
+
+    def __init__(self, folder: Path | str, name: str, settings: Mapping[str, Any], key: str = "id") -> None:
+        self.path, self._key = Path(folder) / name, key
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _check_settings(Path(folder) / SETTINGS, json.loads(json.dumps(settings)), self.path)
+        self.lines: dict[str, dict[str, Any]] = {str(line[key]): line for line in self._read()}
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = []
+        for number, text in enumerate(whole.splitlines(), start=1):
+            try:
+                lines.append(json.loads(text))
+            except ValueError as error:
+                raise UmedError(
+                    f"{self.path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file, "
+                    "and all is asked again."
+                ) from error
+        return lines
+
+    def keep_only(self, ids: Iterable[str]) -> None:
+        """Forget all lines but those of ``ids``, on the disk too."""
+        wanted = set(ids)
+        self.lines = {one: line for one, line in self.lines.items() if one in wanted}
+        aside = self.path.with_name(self.path.name + ".partial")
+        aside.write_bytes(_text(self.lines.values()))
+        os.replace(aside, self.path)
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Append the lines of a batch; they are on the disk when this returns."""
+        with self.path.open("ab") as stream:
+            stream.write(_text(lines))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.lines.update({str(line[self._key]): line for line in lines})
+
+
+def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n" for line in lines)
+
+
+def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None:
+    if file.exists() and answers.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
+        if other:
+            told = "\n".join(f"  {name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in other)
+            raise UmedError(
+                f"{answers.parent} holds answers that were given under other settings:\n{told}\n"
+                "Give another --out, or remove that folder."
+            )
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def whole_batches(batches: Sequence[Sequence[str]], done: Iterable[str]) -> list[bool]:
+    """For each batch of ids whether all of it is done."""
+    answered = set(done)
+    return [all(one in answered for one in batch) for batch in batches]
