@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.answering.checkpoint import UMED_TEMPLATES, Answerer, checkpoint_state, prompt_ids
+from umed_plugin.answering.checkpoint import UMED_TEMPLATES as TEMPLATES_BY_TYPE
+from umed_plugin.answering.checkpoint import Answerer, checkpoint_state, prompt_ids
 from umed_plugin.answering.kept import KeptAnswers
 from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError
@@ -34,7 +35,17 @@ from umed_plugin.metrics.figures import Row, compare_rows, mean_interval, measur
 from umed_plugin.metrics.mau import case_values, mau_figures
 from umed_plugin.records import Record
 
-__all__ = ["METRICS", "Case", "Evaluation", "compare", "evaluate", "mean_interval", "metrics", "prompt_ids"]
+__all__ = [
+    "METRICS",
+    "TEMPLATES_BY_TYPE",
+    "Case",
+    "Evaluation",
+    "compare",
+    "evaluate",
+    "mean_interval",
+    "metrics",
+    "prompt_ids",
+]
 
 METRICS = ("accuracy", "mean_iou", "acc_at_50", "vision_relevance")
 PREDICTIONS = "predictions.jsonl"
@@ -162,7 +173,7 @@ def evaluate(
         checkpoint,
         base=base,
         template=template,
-        templates=UMED_TEMPLATES,
+        templates=TEMPLATES_BY_TYPE,
         device=device,
         image_cache=image_cache,
         image_cache_gb=image_cache_gb,
