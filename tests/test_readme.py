@@ -36,6 +36,7 @@ RUN_ELSEWHERE = {
     "umed merge": "test_export.py",
     "umed evaluate": "test_evaluate.py",
     "umed convert": "test_convert.py",
+    "umed doctor": "test_doctor.py",
     "umed-run deepspeed": "test_deepspeed.py",
     **dict.fromkeys(
         ("mkdir", "cp", "for part", "unzip", "umed recipe check mau", "umed recipe build mau"), "test_mau_page.py"
@@ -88,6 +89,16 @@ def test_the_table_of_patches_is_what_the_code_has() -> None:
         libraries = "<br>".join(sorted({f"{target.library} {target.versions}" for target in patch.targets}))
         rows.append([f"`{patch.name}`", targets, libraries, patch.why, patch.delete_when])
     check_table("patches", rows)
+
+
+def test_the_table_of_findings_is_what_the_code_has() -> None:
+    from umed_plugin.doctor.catalogue import GROUPS
+    from umed_plugin.doctor.environment import ENVIRONMENT
+
+    rows = [["finding", "severity", "what is found", "what it leads to", "`--fix`"]]
+    for kinds in (*GROUPS.values(), ENVIRONMENT):
+        rows += [[f"`{kind.code}`", kind.severity, kind.what, kind.why, kind.fix] for kind in kinds]
+    check_table("findings", rows)
 
 
 @pytest.mark.parametrize("command", commands())
