@@ -55,6 +55,36 @@ class Page:
         self._say("Page.navigate", on_page=True, url=file.resolve().as_uri())
         self.until("document.readyState === 'complete' && location.protocol === 'file:'")
 
+    def visit(self, address: str) -> None:
+        self._say("Page.navigate", on_page=True, url=address)
+        self.until(f"document.readyState === 'complete' && location.href === {json.dumps(address)}")
+
+    def give_files(self, selector: str, *files: Path) -> None:
+        """Choose files in a file field, as its dialog does."""
+        field = self._say(
+            "Runtime.evaluate", on_page=True, expression=f"document.querySelector({json.dumps(selector)})"
+        )["result"]["objectId"]
+        names = [str(file.resolve()) for file in files]
+        self._say("DOM.setFileInputFiles", on_page=True, files=names, objectId=field)
+
+    def press(self, key: str, times: int = 1) -> None:
+        """A key of the keyboard, at what has the focus."""
+        codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32, "End": 35}
+        text = {"Enter": "\r", "Space": " "}.get(key, "")
+        name = " " if key == "Space" else key
+        for _ in range(times):
+            for kind in ("keyDown", "keyUp"):
+                self._say(
+                    "Input.dispatchKeyEvent", on_page=True, type=kind, key=name, code=key, text=text if kind == "keyDown" else "",
+                    windowsVirtualKeyCode=codes[key],
+                )  # fmt: skip
+
+    def shape(self, width: int, height: int, *, phone: bool = False) -> None:
+        """Another size of the window, or a phone's."""
+        self._say(
+            "Emulation.setDeviceMetricsOverride", on_page=True, width=width, height=height, deviceScaleFactor=1, mobile=phone
+        )  # fmt: skip
+
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression."""
         found = self._say("Runtime.evaluate", on_page=True, expression=script, returnByValue=True, awaitPromise=True)

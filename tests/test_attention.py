@@ -12,7 +12,13 @@ from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
 from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
-from umed_plugin.attention import attention_on_lesion, attention_sinks, name_token_rows
+from umed_plugin.attention import (
+    attention_on_lesion,
+    attention_sinks,
+    name_token_rows,
+    spelled_out,
+    tokens_within,
+)
 from umed_plugin.rollout import answer_pass, repeated_inputs, takes_one_row
 from umed_plugin.sampling import generate
 
@@ -228,3 +234,13 @@ def test_names_are_found_across_pieces_of_both_kinds_of_tokenizer(kind, text, na
         shown = tokenizer.decode([token_ids[row] for row in rows], clean_up_tokenization_spaces=False)
         # The first of the two bytes of a character is not yet a character.
         assert "".join(shown.split()).replace("\ufffd", "") == "".join("".join(named).split()).replace("\u00d6", "")
+
+
+def test_tokens_of_a_stretch_of_the_text(loaded):  # noqa: F811
+    tokenizer, _ = loaded
+    token_ids = tokenizer("It is a nodule.", add_special_tokens=False).input_ids
+    text, ends = spelled_out(tokenizer, token_ids)
+    start = text.index("nodule")
+    rows = tokens_within(ends, [(start, start + len("nodule"))])
+    assert tokenizer.decode([token_ids[row] for row in rows]) == "nodule"
+    assert ends[-1] == len(text) and text.strip() == "It is a nodule."

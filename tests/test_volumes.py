@@ -35,8 +35,8 @@ def write_series(folder: Path, *, feet_first: bool = True, **tags: Any) -> Path:
     for k, values in enumerate(slices()):
         number = k if feet_first else SLICES - k
         name = f"IM{(k * 7) % SLICES:03d}"
-        position = {"ImagePositionPatient": [0, 0, 3.0 * k - 50]}
-        write_dicom(folder / name, values, SeriesInstanceUID="1.2.3", InstanceNumber=number + 1, **{**position, **tags})
+        own = {"SeriesInstanceUID": "1.2.3", "ImagePositionPatient": [0, 0, 3.0 * k - 50], "InstanceNumber": number + 1}
+        write_dicom(folder / name, values, **{**own, **tags})
     (folder / "readme.txt").write_text("no image")
     return folder
 

@@ -167,19 +167,42 @@ def attention_on_lesion(
     Returns:
         [N] values in 0..1, float32; and the pass's logits and hidden states, so that no second pass is needed.
     """
+    value = torch.zeros(len(candidates.mask), device=candidates.token_ids.device)
+    weights = patch_weights.float().to(value.device)
+
+    def add(owners: Tensor, queries: Tensor, attention: Tensor) -> None:
+        value.index_add_(0, owners, (attention * weights[queries][:, None]).sum(dim=-1).mean(dim=-1))
+
+    passed = watched_pass(model, prompts, candidates, token_rows, layers, add, heads, sink_ratio, packed)
+    return value / parts_added(token_rows, layers, value.device), passed
+
+
+def watched_pass(
+    model: Any,
+    prompts: PromptBatch,
+    candidates: Candidates,
+    token_rows: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    add: Callable[[Tensor, Tensor, Tensor], None],
+    heads: Sequence[int] | None = None,
+    sink_ratio: float = 0.0,
+    packed: bool = False,
+) -> AnswerPass:
+    """One pass in which ``add`` gets, of every layer, the R asked tokens' candidates, queries and attention [R, heads, P].
+
+    The other arguments are those of :func:`attention_on_lesion`.
+    """
     llava = base_llava(model)
     device = candidates.token_ids.device
-    value = torch.zeros(len(candidates.mask), device=device)
     owners = torch.tensor([n for n, rows in enumerate(token_rows) for _ in rows], dtype=torch.long, device=device)
     if len(owners) == 0:
-        return value, answer_pass(model, prompts, candidates, packed=packed)
+        return answer_pass(model, prompts, candidates, packed=packed)
     steps = torch.tensor([t for rows in token_rows for t in rows], dtype=torch.long, device=device)
     queries = query_of_row(prompts, candidates)[owners]
     places = _places(prompts, candidates, owners, steps, one_row=takes_one_row(llava, packed))
     prompt_length = prompts.mask.sum(dim=1)  # an answer's positions go on where its prompt's end
     token_positions = prompt_length[queries] + steps
     patch_positions = positions(prompts.mask).gather(1, places.patches[1])
-    weights = patch_weights.float().to(device)[queries]
     asked = _tokens_of_queries(token_rows, len(prompts.mask))
 
     def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
@@ -190,13 +213,16 @@ def attention_on_lesion(
         if sinks is not None:
             masked = sinks & ~sinks.all(dim=1, keepdim=True)  # nothing would be left to look at
             scores = scores.masked_fill(masked[queries][:, None], float("-inf"))
-        value.index_add_(0, owners, (scores.softmax(dim=-1) * weights[:, None]).sum(dim=-1).mean(dim=-1))
+        add(owners, queries, scores.softmax(dim=-1))
 
     norms = {layer: llava.get_model().layers[layer].input_layernorm.weight for layer in layers}
     with _hooks(llava, layers, _Capture(places, measure, norms, sink_ratio)):
-        passed = answer_pass(model, prompts, candidates, packed=packed)
-    tokens = torch.zeros_like(value).index_add_(0, owners, torch.ones_like(owners, dtype=torch.float))
-    return value / (tokens.clamp(min=1) * len(layers)), passed
+        return answer_pass(model, prompts, candidates, packed=packed)
+
+
+def parts_added(token_rows: Sequence[Sequence[int]], layers: Sequence[int], device: torch.device) -> Tensor:
+    """[N] tokens times layers that were added up for each candidate, at least 1 token."""
+    return torch.tensor([max(len(rows), 1) * len(layers) for rows in token_rows], dtype=torch.float, device=device)
 
 
 def _places(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps: Tensor, one_row: bool) -> _Places:
@@ -278,12 +304,23 @@ def name_token_rows(tokenizer: Any, token_ids: Sequence[int], terms: Terms, clas
         terms: class -> plain name and synonyms, of all classes: the longer name of another class is not this one's.
         classes: those that count.
     """
+    text, ends = spelled_out(tokenizer, token_ids)
+    spans = [(start, end) for start, end, cls in find_terms(text, terms) if cls in classes]
+    return tokens_within(ends, spans)
+
+
+def spelled_out(tokenizer: Any, token_ids: Sequence[int]) -> tuple[str, list[int]]:
+    """The text that the tokens of one answer stand for, special ones included, and where in it each token ends."""
     text, ends = "", []
     characters = codecs.getincrementaldecoder("utf-8")("replace")  # pieces may end inside a character
     for piece in _piece_bytes(tokenizer, token_ids):
         text += characters.decode(piece)
         ends.append(len(text))
-    spans = [(start, end) for start, end, cls in find_terms(text, terms) if cls in classes]
+    return text, ends
+
+
+def tokens_within(ends: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Indices of the tokens that share a character with one of the spans ``[start, end)`` of their text."""
     starts = [0, *ends[:-1]]
     return [t for t, (a, b) in enumerate(zip(starts, ends)) if any(a < end and b > start for start, end in spans)]
 

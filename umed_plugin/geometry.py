@@ -50,6 +50,11 @@ class ImageGeometry:
         """Patches per side (what does not fill a patch at the right and bottom is not seen by the tower)."""
         return self.image_size // self.patch_size
 
+    @property
+    def patch_span(self) -> float:
+        """Part of the square's side that the patches cover, 0-1, from the upper left corner: 1 where they fill it."""
+        return self.grid * self.patch_size / self.image_size
+
     def _scale_and_shift(self) -> tuple[float, float, float, float]:
         """``sx, sy, tx, ty`` with ``x01 = x_px * sx + tx`` and ``y01 = y_px * sy + ty``."""
         longer = max(self.width, self.height)

@@ -214,6 +214,10 @@ class RoomyCache(_OwnCache):
         layer = layer_idx or 0
         return self._columns[layer] if layer < len(self._columns) else 0
 
+    def truncate(self, columns: int) -> None:
+        """Keep the first columns alone; what comes next is written over the others."""
+        self._columns = [min(columns, written) for written in self._columns]
+
     def take_rows(self, rows: Tensor) -> None:
         """Keep the rows of an index, which may name one several times."""
         self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]

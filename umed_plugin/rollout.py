@@ -171,8 +171,16 @@ def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterat
 
 
 def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass:
-    """Run the prompts once into ``cache``: the first answer token's logits and hidden state (N = Q, T = 1)."""
-    inputs = {"inputs_embeds": prompts.embeds, "attention_mask": prompts.mask, "position_ids": positions(prompts.mask)}
+    """Run the prompts once into ``cache``: the first answer token's logits and hidden state (N = Q, T = 1).
+
+    Columns that the cache holds already, which must be those of the same prompts, are not computed again.
+    """
+    held = cache.get_seq_length()
+    inputs = {
+        "inputs_embeds": prompts.embeds[:, held:],
+        "attention_mask": prompts.mask,
+        "position_ids": positions(prompts.mask)[:, held:],
+    }
     with _output_layer_sees(unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     return AnswerPass(logits, hidden[0])

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from umed_plugin.attention import attention_on_lesion, lesion_name_rows
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.images import open_image
 from umed_plugin.packing import packing_fault
 from umed_plugin.records import Record, record_geometry, true_boxes
 from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
@@ -44,7 +45,6 @@ def trl_dataset(records: Sequence[Record], image_folder: Path | str, model: Any)
         model: transformers' model, for the size of its tower.
     """
     from datasets import Dataset
-    from PIL import Image
 
     tower = base_llava(model).config.vision_config
 
@@ -53,7 +53,7 @@ def trl_dataset(records: Sequence[Record], image_folder: Path | str, model: Any)
         questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in found]
         return {
             "prompt": [[{"role": "user", "content": question}] for question in questions],
-            "image": [Image.open(Path(image_folder) / record["image"]).convert("RGB") for record in found],
+            "image": [open_image(Path(image_folder) / record["image"], record.get("reading")) for record in found],
             "record": found,
             "geometry": [record_geometry(record, tower.image_size, tower.patch_size) for record in found],
         }

@@ -21,7 +21,7 @@ from umed_plugin.geometry import Montage, Orientation
 from umed_plugin.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.images.nifti import read_nifti, volume_shape
 from umed_plugin.images.pictures import DEEP_MODES, PICTURE_ENDINGS, read_by_llava, read_picture
-from umed_plugin.images.series import file_states, series_files
+from umed_plugin.images.series import burned_in_flag, file_states, series_files, series_flags
 from umed_plugin.images.stored import StoredSlice, checked_index
 from umed_plugin.images.windows import Window, to_grey_levels
 
@@ -161,13 +161,16 @@ def read_stored(
 def burned_in_annotation(path: Path) -> Optional[str]:
     """What a DICOM header says of text in the pixels, ``YES`` or ``NO``; None where it does not, and for other files.
 
-    Of a series' folder, its first file's.
+    A series' folder has text as soon as one of its files says so, and none only where all of them say that.
     """
-    path = series_files(path)[0] if path.is_dir() else path
+    if path.is_dir():
+        flags = series_flags(path)
+        if "YES" in flags:
+            return "YES"
+        return "NO" if flags == {"NO"} else None
     if not path.name.lower().endswith(DICOM_ENDINGS) and not _has_dicom_magic(path):
         return None
-    said = str(getattr(open_header(path, pixels=False), "BurnedInAnnotation", None) or "").strip().upper()
-    return said or None
+    return burned_in_flag(open_header(path, pixels=False))
 
 
 def _has_dicom_magic(path: Path) -> bool:

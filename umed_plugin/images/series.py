@@ -6,7 +6,7 @@ import functools
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
@@ -39,11 +39,27 @@ def series_files(folder: Path) -> tuple[Path, ...]:
     Raises:
         UmedError: the folder holds no images, several series, or a file without a place.
     """
-    return _series_files(folder, tuple(file_states(folder)))
+    return _series(folder, tuple(file_states(folder)))[0]
+
+
+def series_flags(folder: Path) -> frozenset[Optional[str]]:
+    """What the files of a series say of text burnt into their pixels (`burned_in_flag`).
+
+    Raises:
+        UmedError: as `series_files`.
+    """
+    return _series(folder, tuple(file_states(folder)))[1]
+
+
+def burned_in_flag(header: Any) -> Optional[str]:
+    """A header's BurnedInAnnotation, ``YES`` or ``NO`` where it keeps to the standard; None where it does not say."""
+    return str(getattr(header, "BurnedInAnnotation", None) or "").strip().upper() or None
 
 
 @functools.lru_cache(maxsize=64)
-def _series_files(folder: Path, states: tuple[tuple[str, int, int], ...]) -> tuple[Path, ...]:
+def _series(
+    folder: Path, states: tuple[tuple[str, int, int], ...]
+) -> tuple[tuple[Path, ...], frozenset[Optional[str]]]:
     from pydicom.misc import is_dicom
 
     headers: dict[Path, Any] = {}
@@ -73,7 +89,8 @@ def _series_files(folder: Path, states: tuple[tuple[str, int, int], ...]) -> tup
             f"{folder}: {len(twice)} places hold more than one image (the first: {twice[0]:g}). Is this a series over time? "
             "Put each pass into a folder of its own."
         )
-    return tuple(sorted(places, key=lambda path: places[path][1]))
+    flags = frozenset(burned_in_flag(header) for header in headers.values())
+    return tuple(sorted(places, key=lambda path: places[path][1])), flags
 
 
 def _place(path: Path, header: Any) -> tuple[str, float]:

@@ -1,0 +1,49 @@
+"""One request after the other, first come first served, each told how many are before it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+_TELL_EVERY = 1.0  # seconds: who has gone meanwhile is noticed when telling fails
+
+
+class Line:
+    """Requests that wait for the model."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._tickets: deque[object] = deque()
+
+    @contextmanager
+    def turn(self, tell: Callable[[int], None]) -> Iterator[None]:
+        """Wait for one's turn and hold it.
+
+        Args:
+            tell: called with the number of requests before this one, at least once a second; what it raises ends the wait.
+        """
+        ticket = object()
+        with self._changed:
+            self._tickets.append(ticket)
+        try:
+            while before := self._before(ticket):
+                tell(before)
+                with self._changed:
+                    if self._tickets[0] is not ticket:
+                        self._changed.wait(_TELL_EVERY)
+            yield
+        finally:
+            with self._changed:
+                self._tickets.remove(ticket)
+                self._changed.notify_all()
+
+    def _before(self, ticket: object) -> int:
+        with self._changed:
+            return self._tickets.index(ticket)
+
+    def wait_until_empty(self, seconds: float) -> bool:
+        """Whether all requests have gone within that time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._tickets, seconds)

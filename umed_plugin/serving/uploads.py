@@ -1,0 +1,197 @@
+"""Uploaded files: taken up to a limit, told apart by their content, zip archives unpacked. Nothing in them is trusted.
+
+A file is stored under a number and the ending of what it is. The name that it came with is only ever shown to who sent it.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional, Protocol
+
+from umed_plugin.errors import UmedError
+
+MOST_FILES = 5000
+_HEAD_BYTES = 8192  # enough of a compressed NIfTI to see its header
+_PIECE = 1 << 20
+_MOST_NAME = 80
+
+_PICTURES = {
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"\xff\xd8\xff": ".jpg",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    b"BM": ".bmp",
+}
+_OLD_DICOM = (".dcm", ".dicom", ".ima")  # archives of the 1990s have no mark in the file
+ALLOWED = "PNG, JPEG, TIFF or BMP, DICOM (several files or a zip of a series too), NIfTI (.nii, .nii.gz)"
+
+
+class Readable(Protocol):
+    """What a file comes from."""
+
+    def read(self, most: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Received:
+    """A stored file.
+
+    Attributes:
+        path: where it lies.
+        name: what the sender calls it, without folders.
+        kind: ``picture``, ``dicom`` or ``nifti``.
+    """
+
+    path: Path
+    name: str
+    kind: str
+
+
+@dataclass
+class Uploads:
+    """What one study has been sent.
+
+    Attributes:
+        folder: that it is stored in.
+        most_bytes: that all files may take together, unpacked.
+        files: images, in the order in which they came.
+        left_out: names of files that are no images, with the reason.
+    """
+
+    folder: Path
+    most_bytes: int
+    files: list[Received] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    _bytes: int = 0
+    _count: int = 0
+
+    def take(self, stream: Readable, length: int, name: str) -> None:
+        """Store one file, or what a zip archive holds.
+
+        Args:
+            stream: that the file is read from.
+            length: in bytes, as the sender says.
+            name: as the sender calls it.
+
+        Raises:
+            UmedError: it is too large, cut off, no image, or an archive that cannot be unpacked.
+        """
+        name = shown_name(name)
+        self._check_room(length, name)
+        path = self._stored(_pieces(stream, length, name), name)
+        ending = ending_of(_head(path), name)
+        if ending == ".zip":
+            try:
+                self._unpack(path, name)
+            finally:
+                self._bytes -= path.stat().st_size
+                path.unlink()
+        elif ending is None:
+            path.unlink()
+            raise UmedError(f"{name}: is no image that is known here. Allowed: {ALLOWED}.")
+        else:
+            self._keep(path, name, ending)
+
+    def _stored(self, pieces: Iterator[bytes], name: str) -> Path:
+        """A new file with the pieces; it is taken away again where they are too many or break off."""
+        self._count += 1
+        path = self.folder / f"{self._count:05d}"
+        try:
+            with path.open("xb") as file:
+                for piece in pieces:
+                    self._check_room(len(piece), name)
+                    self._bytes += len(piece)
+                    file.write(piece)
+        except BaseException:
+            self._bytes -= path.stat().st_size
+            path.unlink()
+            raise
+        return path
+
+    def _check_room(self, more: int, name: str) -> None:
+        if self._bytes + more > self.most_bytes:
+            raise UmedError(
+                f"{name}: with this file the upload takes more than {self.most_bytes / 1e6:.0f} MB, unpacked. Send less, or "
+                "start the server with a larger --upload-mb."
+            )
+        if self._count > MOST_FILES:
+            raise UmedError(f"{name}: more than {MOST_FILES} files. Send one series at a time.")
+
+    def _keep(self, path: Path, name: str, ending: str) -> None:
+        kind = {".dcm": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}.get(ending, "picture")
+        self.files.append(Received(path.rename(path.with_name(path.name + ending)), name, kind))
+
+    def _unpack(self, archive: Path, name: str) -> None:
+        """Store the images in a zip archive; sizes are counted as they come out, whatever the archive says."""
+        try:
+            with zipfile.ZipFile(archive) as opened:
+                for entry in opened.infolist():
+                    if not entry.is_dir():
+                        self._unpack_one(opened, entry)
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            said = "it is encrypted" if "encrypted" in str(error) else "it is damaged or cut off"
+            raise UmedError(f"{name}: cannot be unpacked: {said}. Pack it again, without a password.") from error
+
+    def _unpack_one(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+        name = shown_name(entry.filename)
+        with archive.open(entry) as stream:
+            path = self._stored(iter(lambda: stream.read(_PIECE), b""), name)
+        ending = ending_of(_head(path), name)
+        if ending is None or ending == ".zip":
+            self._bytes -= path.stat().st_size
+            path.unlink()
+            self.left_out.append((name, "an archive in an archive" if ending else "no image"))
+        else:
+            self._keep(path, name, ending)
+
+
+def shown_name(name: str) -> str:
+    """The last part of a file's name, printable and short."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return "".join(c if c.isprintable() else "?" for c in last)[:_MOST_NAME] or "file"
+
+
+def ending_of(head: bytes, name: str) -> Optional[str]:
+    """The ending of what a file's first bytes are: an image's, ``.zip``, or None."""
+    if head[128:132] == b"DICM":
+        return ".dcm"
+    if head.startswith(b"PK\x03\x04"):
+        return ".zip"
+    if head.startswith(b"\x1f\x8b"):
+        return ".nii.gz" if _is_nifti(_inflated(head)) else None
+    if _is_nifti(head):
+        return ".nii"
+    for mark, ending in _PICTURES.items():
+        if head.startswith(mark):
+            return ending
+    return ".dcm" if name.lower().endswith(_OLD_DICOM) else None
+
+
+def _is_nifti(head: bytes) -> bool:
+    return head[344:348] == b"n+1\0" or head[4:8] == b"n+2\0"
+
+
+def _inflated(head: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(head, 1024)
+    except zlib.error:
+        return b""
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
+def _pieces(stream: Readable, length: int, name: str) -> Iterator[bytes]:
+    while length > 0:
+        piece = stream.read(min(length, _PIECE))
+        if not piece:
+            raise UmedError(f"{name}: the connection was cut before all of it was there. Send it again.")
+        length -= len(piece)
+        yield piece
