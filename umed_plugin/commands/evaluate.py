@@ -57,6 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "coco, or order,unit,frame as in xywh,1000,image (default: llava)",
     )
     parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda (float16) where there is one")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
@@ -113,6 +114,7 @@ def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> in
             dialect=dialect,
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
+            device=args.device,
             image_cache=args.image_cache,
             image_cache_gb=args.image_cache_gb,
             skipped=skipped,
@@ -139,6 +141,7 @@ def _run_records(args: argparse.Namespace, folder: Path) -> int:
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens or 128,
             base=args.base,
+            device=args.device,
             image_cache=args.image_cache,
             image_cache_gb=args.image_cache_gb,
             dialect=dialect,

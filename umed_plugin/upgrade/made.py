@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,13 @@ class Made:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder / "made"
-        self._hashed: dict[str, State] = {}
+        self.run, self.folder = folder, folder / "made"
+        # File -> its hash, size and time of change, as last read.
+        self._hashed: dict[Path, State] = {}
         for file in sorted(self.folder.glob("*.json")):
             found = read_json(file)
-            for states in (found.get("inputs", {}), found.get("outputs") or {}):
-                self._hashed.update(states)
+            self._hashed.update({Path(state["path"]): state for state in found.get("inputs", {}).values()})
+            self._hashed.update({folder / name: state for name, state in (found.get("outputs") or {}).items()})
 
     def read(self, step: Step) -> State | None:
         """What is known of a step; None when it has not begun."""
@@ -56,25 +56,31 @@ class Made:
         return found is not None and found["outputs"] is not None and not self._damaged(found)
 
     def _damaged(self, found: State) -> list[str]:
-        """Paths of outputs that are missing or have changed."""
-        return [path for path, state in found["outputs"].items() if self.state(Path(path)) != state["sha256"]]
+        """Outputs, from the run's folder on, that are missing or have changed."""
+        return [name for name, state in found["outputs"].items() if self.hash_of(self.run / name) != state["sha256"]]
 
-    def state(self, file: Path) -> str | None:
-        """The hash of a file, read only if it is not known; None where there is no file."""
-        if not file.is_file():
-            return None
-        known, now = self._hashed.get(str(file)), _stamp(file)
+    def hash_of(self, file: Path) -> str | None:
+        """The SHA-256 of a file, which is read only if it is not known; None where there is no file."""
+        return str(self._state(file)["sha256"]) if file.is_file() else None
+
+    def _state(self, file: Path) -> State:
+        known, now = self._hashed.get(file), _stamp(file)
         if known is None or [known["bytes"], known["changed_ns"]] != now:
             known = {"sha256": sha256(file), "bytes": now[0], "changed_ns": now[1]}
-            self._hashed[str(file)] = known
-        return str(known["sha256"])
+            self._hashed[file] = known
+        return known
 
-    def states(self, paths: Iterable[Path]) -> dict[str, State]:
-        """Path -> hash and stamp of all files in ``paths``, files or folders, but for a trainer's own checkpoints."""
-        files = sorted(file for path in paths for file in files_of(path))
-        for file in files:
-            self.state(file)
-        return {str(file): self._hashed[str(file)] for file in files}
+    def hashes(self, folder: Path) -> dict[str, str]:
+        """File in the folder -> SHA-256."""
+        return {str(file.relative_to(folder)): self._state(file)["sha256"] for file in files_of(folder)}
+
+    def _inputs(self, step: Step) -> dict[str, State]:
+        """What a file is to the step -> its path, hash and stamp."""
+        named = ((role, path, file) for role, path in step.inputs.items() for file in files_of(path))
+        return {
+            (role if file == path else f"{role}/{file.relative_to(path)}"): {"path": str(file), **self._state(file)}
+            for role, path, file in named
+        }
 
     def differences(self, step: Step, *, inputs: bool) -> list[str]:
         """What is not as it was when the step began, in words; empty for one that has not begun.
@@ -93,11 +99,10 @@ class Made:
             if found["settings"].get(key) != now.get(key)
         ]
         if inputs:
-            current = {str(file): self.state(file) for path in step.inputs for file in files_of(path)}
-            before = {path: state["sha256"] for path, state in found["inputs"].items()}
+            before = {role: state["sha256"] for role, state in found["inputs"].items()}
             # What was cleared away to save space is no other input.
-            differ = [path for path, digest in current.items() if before.get(path) != digest]
-            changed += [f"{path} is not the file that it was" for path in differ[:3]]
+            differ = [(role, now) for role, now in self._inputs(step).items() if before.get(role) != now["sha256"]]
+            changed += [f"{role} ({now['path']}) is not the file that it was" for role, now in differ[:3]]
             changed += [f"... and {len(differ) - 3} files more"] if len(differ) > 3 else []
         return changed
 
@@ -106,7 +111,7 @@ class Made:
         found = self.read(step)
         if found is None or found["outputs"] is None:
             return []
-        changed = [path for path in self._damaged(found) if Path(path).is_file()]
+        changed = [self.run / name for name in self._damaged(found) if (self.run / name).is_file()]
         return [f"{path} was changed after it was made" for path in changed[:3]]
 
     def begin(self, step: Step) -> None:
@@ -128,7 +133,7 @@ class Made:
             "step": step.title,
             "command": list(step.command),
             "settings": {**step.settings, **step.digests},
-            "inputs": self.states(step.inputs),
+            "inputs": self._inputs(step),
             "versions": versions(),
             "outputs": None,
         }
@@ -146,7 +151,9 @@ class Made:
             raise UmedError(
                 f"{step.title}: ended well, but {', '.join(missing)} is not there. Its command: {step.line()}"
             )
-        write_json(self.folder / f"{step.name}.json", {**found, "outputs": self.states(step.outputs)})
+        files = [file for path in step.outputs for file in files_of(path)]
+        outputs = {str(file.relative_to(self.run)): self._state(file) for file in files}
+        write_json(self.folder / f"{step.name}.json", {**found, "outputs": outputs})
 
     def forget(self, step: Step) -> None:
         """Remove what the step has made, and then what is known of it."""

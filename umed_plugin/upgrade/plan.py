@@ -36,13 +36,12 @@ _OF_TRAINING = (
     "device",
     "precision",
     "processes",
-    "deepspeed",
     "master_port",
     "method",
     "lora",
     "gradient_checkpointing",
 )
-_OF_RECORDS = ("recipe", "data_root", "seed", "image_aspect_ratio", "box_decimals", "on_bad_image")
+_OF_RECORDS = ("data_root", "seed", "image_aspect_ratio", "box_decimals", "on_bad_image")
 # LLaVA's finetune_task_lora.sh, where the settings have no key for it; `flags` may say otherwise.
 _USUAL = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "logging_steps": 1, "report_to": "none"}
 # Sampled answers with their rewards, for the report.
@@ -58,7 +57,7 @@ class Step:
         title: for people.
         command: the argument list.
         settings: dotted key -> value of every setting that stands in the command.
-        inputs: files and folders whose content it depends on.
+        inputs: what a file or folder is to the step -> its path; it depends on their content.
         digests: what it depends on beside them -> its hash.
         outputs: files and folders that it makes; of a training the files beside the trainer's own checkpoints.
         resumable: what a try that was killed left behind is gone on with; otherwise it is removed.
@@ -69,7 +68,7 @@ class Step:
     title: str
     command: tuple[str, ...]
     settings: Mapping[str, Any]
-    inputs: tuple[Path, ...]
+    inputs: Mapping[str, Path]
     outputs: tuple[Path, ...]
     resumable: bool = False
     goal: bool = False
@@ -170,6 +169,11 @@ class Plan:
             dotted: value for dotted, value in self.flat.items() if dotted in keys or dotted.partition(".")[0] in keys
         }
 
+    def _tower(self) -> dict[str, Path]:
+        """The vision tower's folder, if it is one on this machine and no part of the input."""
+        tower = str(self.origin.config.get("mm_vision_tower", ""))
+        return {"vision tower": Path(tower)} if os.path.isabs(tower) and not self.origin.holds_tower else {}
+
     def _merged_start(self) -> Step:
         origin = self.origin
         command = (*umed(), "merge", origin.checkpoint, "--base", origin.full, "--out", self.start, "--overwrite")
@@ -177,8 +181,8 @@ class Plan:
             "start",
             "the full checkpoint of the LoRA input",
             _words(command),
-            self._of("base"),
-            (origin.checkpoint, origin.full),
+            {},
+            {"adapter": origin.checkpoint, "base": origin.full},
             (self.start,),
         )
 
@@ -194,7 +198,7 @@ class Plan:
             f"records by recipe {recipe.name}",
             _words(command),
             self._of(*_OF_RECORDS),
-            (),
+            {},
             (self.records,),
             digests={f"recipe {recipe.name}": recipe.sha256},
         )
@@ -203,13 +207,13 @@ class Plan:
         settings, out = self.settings.evaluation, self.folder / "evaluation" / name
         command: tuple[Any, ...] = (*umed(), "evaluate", checkpoint, "--benchmark", self.records, "--out", out)
         command += ("--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens)
-        command += ("--limit", settings.limit) if settings.limit else ()
+        command += ("--device", self.settings.device, *(("--limit", settings.limit) if settings.limit else ()))
         return Step(
             f"evaluation_{name}",
             f"evaluation: {name.replace('_', ' ')}",
             _words(command),
             self._of("evaluation", "device"),
-            (checkpoint, self.records),
+            {"checkpoint": checkpoint, "records": self.records, **self._tower()},
             (out,),
             resumable=True,
             goal=True,
@@ -226,12 +230,13 @@ class Plan:
         }
         words = [word for flag, value in {**places, **flags}.items() for word in (f"--{flag}", value)]
         number = EVALUATED.index(name)
-        inputs = (source, self.records, *([Path(self.settings.deepspeed)] if self.settings.deepspeed else []))
+        inputs = {"checkpoint": source, "records": self.records, **self._tower()}
+        inputs |= {"deepspeed": Path(self.settings.deepspeed)} if self.settings.deepspeed else {}
         return Step(
             f"stage_{number}_{name}",
             f"stage {number}: {name.replace('_', ' ')}",
             _words((*launcher(self.settings), *words)),
-            self._of(*_OF_TRAINING, name),
+            {**self._of(*_OF_TRAINING, name), "deepspeed": self.settings.deepspeed is not None},
             inputs,
             (output,),
             resumable=True,
@@ -246,7 +251,7 @@ class Plan:
             f"checkpoint of {training.title}",
             _words((*command, *tower)),
             self._of("name") if result == self.result else {},
-            (training.outputs[0], source),
+            {"trained": training.outputs[0], "base": source},
             (result,),
             goal=True,
         )

@@ -133,7 +133,7 @@ class Upgrade:
     def _needed(self, step: Step) -> bool:
         if step.goal or self.made.read(step) is None:
             return True
-        users = [other for other in self.steps if set(step.outputs) & set(other.inputs)]
+        users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
         return any(not self.made.is_done(other) and self._needed(other) for other in users)
 
     def _evaluation(self, stage: str) -> Evaluation:
@@ -157,27 +157,22 @@ class Upgrade:
 
     def _write_manifest(self, summary: dict[str, Any]) -> None:
         """Say in the result what it was made from."""
-        hashes = {str(path): self._hashes(path) for path in dict.fromkeys((self.origin.checkpoint, self.origin.full))}
+        origins = dict.fromkeys((self.origin.checkpoint, self.origin.full))
         records = self.plan.records
         recipe = {key: value for step in self.steps for key, value in step.digests.items()}
         content = {
             "made_by": "umed upgrade",
-            "input": hashes,
+            "input": {str(path): self.made.hashes(path) for path in origins},
             "recipe": {"name": self.settings.recipe, "sha256": recipe},
-            "records": {str(records): self.made.state(records)},
+            "records": {str(records): self.made.hash_of(records)},
             "seed": self.settings.seed,
             "versions": versions(),
             "settings": self.settings.model_dump(),
             "commands": [step.line() for step in self.steps],
             "evaluation": {stage: summary[stage] for stage in EVALUATED},
-            "files": self._hashes(self.plan.result),
+            "files": self.made.hashes(self.plan.result),
         }
         write_json(self.plan.result / MANIFEST, content)
-
-    def _hashes(self, folder: Path) -> dict[str, str]:
-        """File in the folder -> SHA-256."""
-        states = self.made.states([folder])
-        return {os.path.relpath(path, folder): state["sha256"] for path, state in states.items()}
 
     def _swapped(self) -> dict[str, Any]:
         """A start after the swap has begun: end it."""
