@@ -195,7 +195,8 @@ def learn(checkpoint: Path, records: list[dict], images: Path, out: Path) -> Pat
         optimizer.zero_grad()
         model(input_ids=inputs, attention_mask=mask, labels=labels, images=pixels).loss.backward()
         optimizer.step()
-    shutil.copytree(checkpoint, out, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(checkpoint, out)
+    model.config.mm_vision_tower = str(out / "vision_tower")
     model.half().save_pretrained(out)
     return out
 

@@ -118,6 +118,7 @@ class Upgrade:
         self._refuse([(step, [*self.made.differences(step, inputs=True), *self.made.damage(step)])])
         if self.made.is_done(step):
             return
+        self._tell_other_versions(step)
         self.made.begin(step)
         shown.begin(step.title)
         run_logged(
@@ -129,6 +130,18 @@ class Upgrade:
         )
         self.made.end(step)
         shown.end()
+
+    def _tell_other_versions(self, step: Step) -> None:
+        """A step that is gone on with under other libraries may end otherwise than it would have."""
+        found = self.made.read(step)
+        before, now = found["versions"] if found else {}, versions()
+        other = [
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        ]
+        if found and other:
+            self.console.print(f"note: {step.title} was begun with other libraries: {', '.join(other)}", soft_wrap=True)
 
     def _needed(self, step: Step) -> bool:
         if step.goal or self.made.read(step) is None:
