@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         *("base", "data_root", "deepspeed", "instruction_tuning.steps", "rewarding.epochs", "rewarding.reward_weights"),
         "evaluation.limit",
     }
-    assert settings.device == "cpu" and settings.precision == "fp32" and settings.template == "umed_mistral"
+    assert settings.device == "cpu" and settings.precision == "fp32"
     # Each key stands under a line that says what it is.
     lines = as_yaml(settings).splitlines()
     keys = [i for i, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
@@ -71,6 +72,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         ({"device": "cuda"}, "device: cuda, but torch sees no GPU"),
         ({"base": "/tmp"}, "base has no effect"),
         ({"recipe": "demo_studis"}, "unknown recipe 'demo_studis'"),
+        ({"accept_findings": ["tower-mooved"]}, "unknown finding 'tower-mooved'.*'tower-moved'"),
         ({"method": "full", "lora.r": 4}, "lora: has no effect"),
         ({"rewarding.steps": None}, "give epochs or steps"),
     ],
@@ -302,6 +304,34 @@ def test_a_lora_folder_is_not_upgraded_in_place(tiny_mistral, tmp_path):
     ]
     with pytest.raises(UmedError, match="in_place: the result is a full checkpoint"):
         upgrade_of(adapter, tmp_path / "run", in_place=True)
+
+
+def test_the_doctor_stops_an_upgrade_that_would_go_wrong_and_says_the_remedy(tiny_mistral, tmp_path):
+    sick = shutil.copytree(tiny_mistral, tmp_path / "sick-llava-mistral")
+    (sick / "tokenizer.model").unlink()
+    with pytest.raises(
+        UmedError, match=r"(?s)cannot be upgraded.*tokenizer-missing.*accept_findings=\[tokenizer-missing\]"
+    ):
+        upgrade_of(sick, tmp_path / "run").run()
+    assert not (tmp_path / "run" / "logs").exists()
+    with pytest.raises(UmedError, match=r"(?s)evaluation: base|records by recipe"):
+        upgrade_of(sick, tmp_path / "run", accept_findings=["tokenizer-missing"]).run()
+    assert list((tmp_path / "run" / "logs").iterdir()), "it has gone on"
+
+
+def test_what_only_stock_loading_stumbles_over_does_not_stop_an_upgrade(tiny_mistral, tmp_path):
+    named = shutil.copytree(tiny_mistral, tmp_path / "medical-model")
+    run = upgrade_of(named, tmp_path / "run")
+    run._examine()
+    assert run.settings.name == "llava-mistral-umed"
+
+
+def test_a_checkpoint_that_cuts_images_into_tiles_is_refused(tiny_mistral, tmp_path):
+    tiles = shutil.copytree(tiny_mistral, tmp_path / "tiles-llava-mistral")
+    config = json.loads((tiles / "config.json").read_text())
+    (tiles / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": "anyres"}))
+    with pytest.raises(UmedError, match="image_aspect_ratio anyres: boxes are defined for pad and square"):
+        upgrade_of(tiles, tmp_path / "run")
 
 
 def test_a_missing_run_file_is_wrong_usage(tmp_path):

@@ -154,7 +154,10 @@ def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tiny_mistral, tmp_
     run(call(tiny_mistral, "demo_studies", whole, *more))
     assert {path: path.stat().st_mtime_ns for path in (whole / "logs").iterdir()} == states
     manifest = json.loads((expected / "umed_manifest.json").read_text())
-    assert manifest["settings"]["rewarding"]["candidates"] == 2 and manifest["versions"]["torch"] == torch.__version__
+    assert (
+        manifest["settings"]["rewarding"]["candidates"] == SMALL["rewarding.candidates"]
+        and manifest["versions"]["torch"] == torch.__version__
+    )
     assert set(manifest["input"][str(tiny_mistral)]) == set(before)
 
 

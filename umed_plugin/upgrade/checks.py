@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from umed_plugin.doctor.catalogue import KINDS
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flag_checks import find_faults
 from umed_plugin.flags import UmedFlags
@@ -27,10 +28,12 @@ def check_together(settings: Settings, origin: Origin) -> None:
     faults = _machine_faults(settings)
     if settings.in_place and origin.lora:
         faults.append("in_place: the result is a full checkpoint and the input a LoRA folder; leave in_place out.")
+    unknown = sorted(set(settings.accept_findings) - set(KINDS))
+    faults += [f"accept_findings: {unknown_name('finding', code, KINDS)}" for code in unknown]
     if settings.method == "full" and settings.lora != type(settings.lora)():
         faults.append("lora: has no effect with method full.")
     for name in EVALUATED[1:]:
-        flags = training_flags(name, getattr(settings, name), settings, origin.config)
+        flags = training_flags(name, getattr(settings, name), settings, origin)
         faults += [f"{name}: {fault}" for fault in _flag_faults(flags)]
     if faults:
         raise UmedError("the settings cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))

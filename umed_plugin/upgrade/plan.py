@@ -21,6 +21,7 @@ from typing import Any
 
 from umed_plugin.checkpoint import READ_WHEN_ANSWERING, find_base, is_lora, read_config
 from umed_plugin.errors import UmedError
+from umed_plugin.evaluate import TEMPLATES_BY_TYPE
 from umed_plugin.merging import stock_name_fault
 from umed_plugin.recipe import load_recipe
 from umed_plugin.upgrade.settings import Rewarding, Settings, Stage
@@ -29,9 +30,7 @@ EVALUATED = ("base", "instruction_tuning", "rewarding")
 # Keys that every training depends on, beside those of its stage.
 _OF_TRAINING = (
     "seed",
-    "image_aspect_ratio",
     "on_bad_image",
-    "template",
     "model_max_length",
     "device",
     "precision",
@@ -41,7 +40,7 @@ _OF_TRAINING = (
     "lora",
     "gradient_checkpointing",
 )
-_OF_RECORDS = ("data_root", "seed", "image_aspect_ratio", "box_decimals", "on_bad_image")
+_OF_RECORDS = ("data_root", "seed", "box_decimals", "on_bad_image")
 # LLaVA's finetune_task_lora.sh, where the settings have no key for it; `flags` may say otherwise.
 _USUAL = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "logging_steps": 1, "report_to": "none"}
 # Sampled answers with their rewards, for the report.
@@ -97,6 +96,11 @@ class Origin:
     def lora(self) -> bool:
         """Whether an adapter is upgraded."""
         return self.full != self.checkpoint
+
+    @property
+    def image_mode(self) -> str:
+        """How the model sees images that are not square; LLaVA takes what it does not know for square."""
+        return str(self.config.get("image_aspect_ratio") or "square")
 
     @property
     def holds_tower(self) -> bool:
@@ -189,7 +193,7 @@ class Plan:
     def _records(self) -> Step:
         settings = self.settings
         command: tuple[Any, ...] = (*umed(), "recipe", "build", settings.recipe, "--out", self.records)
-        command += ("--image-aspect-ratio", settings.image_aspect_ratio, "--box-decimals", settings.box_decimals)
+        command += ("--image-aspect-ratio", self.origin.image_mode, "--box-decimals", settings.box_decimals)
         command += ("--seed", settings.seed, "--on-bad-image", settings.on_bad_image)
         command += ("--data-root", settings.data_root) if settings.data_root else ()
         recipe = load_recipe(settings.recipe)
@@ -197,7 +201,7 @@ class Plan:
             "records",
             f"records by recipe {recipe.name}",
             _words(command),
-            self._of(*_OF_RECORDS),
+            {**self._of(*_OF_RECORDS), "image_aspect_ratio of the checkpoint": self.origin.image_mode},
             {},
             (self.records,),
             digests={f"recipe {recipe.name}": recipe.sha256},
@@ -221,7 +225,7 @@ class Plan:
 
     def _training(self, name: str, stage: Stage, source: Path) -> Step:
         output = self._in_runs(name)
-        flags = training_flags(name, stage, self.settings, self.origin.config)
+        flags = training_flags(name, stage, self.settings, self.origin)
         places = {
             "model_name_or_path": source,
             "data_path": self.records,
@@ -257,28 +261,29 @@ class Plan:
         )
 
 
-def training_flags(name: str, stage: Stage, settings: Settings, config: Mapping[str, Any]) -> dict[str, Any]:
+def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) -> dict[str, Any]:
     """LLaVA's and the plugin's flags of a stage, but for the paths of one run.
 
     Args:
         name: of the stage.
         stage: its settings.
         settings: all settings, filled in.
-        config: of the checkpoint, which its training has to agree with.
+        origin: what is upgraded, whose configuration the training has to agree with.
 
     Raises:
         UmedError: ``flags`` holds one that the settings have a key for.
     """
+    config = origin.config
     flags: dict[str, Any] = {
         "umed_stage": name,
-        "version": settings.template,
+        "version": TEMPLATES_BY_TYPE[config["model_type"]],
         "vision_tower": config.get("mm_vision_tower", config.get("vision_tower")),
         "mm_vision_select_layer": config.get("mm_vision_select_layer", -2),
         "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch"),
         "mm_projector_type": config.get("mm_projector_type", "linear"),
         "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
         "mm_use_im_patch_token": config.get("mm_use_im_patch_token", True),
-        "image_aspect_ratio": settings.image_aspect_ratio,
+        "image_aspect_ratio": origin.image_mode,
         "model_max_length": settings.model_max_length,
         "umed_on_bad_image": settings.on_bad_image,
         "learning_rate": stage.learning_rate,

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.doctor import ERROR, examine
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluate import Case, Evaluation, compare
+from umed_plugin.evaluate import Evaluation, compare
 from umed_plugin.processes import Steps, importable, run_logged
 from umed_plugin.upgrade.checks import check_together
 from umed_plugin.upgrade.in_place import Swap
@@ -24,6 +25,9 @@ from umed_plugin.upgrade.settings import RUN_FILE, Settings, filled_in, write_se
 
 # In the environment of every process of a run, by which those that outlive a killed run are found.
 MARK = "UMED_UPGRADE_OF"
+# Errors of the doctor about what stock LLaVA would make of the input as it is: an upgrade does not load it by its folder's name,
+# trains with the tower inside it, and merges an adapter, so that its result has none of them.
+_OF_STOCK_LOADING = ("name-without-llava", "name-of-mpt", "adapter-of-mistral", "adapter-model-type", "tower-ignored")
 
 
 class Upgrade:
@@ -66,6 +70,8 @@ class Upgrade:
             # Before anything runs; inputs are looked at when a step's turn comes.
             self._refuse([(step, self.made.differences(step, inputs=False)) for step in self.steps])
             write_settings(self.settings, self.folder / RUN_FILE)
+            if not any(self.made.read(step) for step in self.steps):
+                self._examine()
             with Steps(self.console) as shown:
                 for step in self.steps:
                     self._do(step, shown)
@@ -96,6 +102,28 @@ class Upgrade:
             if left:
                 self.console.print(f"ended {len(left)} processes that a killed start had left running")
             yield
+
+    def _examine(self) -> None:
+        """Let the doctor look at the input, and stop at what an upgrade would go wrong with.
+
+        Raises:
+            UmedError: with the remedy for each.
+        """
+        findings = examine(self.origin.checkpoint, self.origin.full if self.origin.lora else None)
+        for one in findings:
+            self.console.print(
+                f"doctor: {one.severity} {one.code}: {one.found} ({one.where})", soft_wrap=True, markup=False
+            )
+        passed = {*_OF_STOCK_LOADING, *self.settings.accept_findings}
+        errors = [one for one in findings if one.severity == ERROR and one.code not in passed]
+        if errors:
+            told = [f"  {one.code}: {one.found} ({one.where})\n    {one.remedy}" for one in errors]
+            raise UmedError(
+                f"{self.origin.checkpoint}: cannot be upgraded as it is:\n"
+                + "\n".join(told)
+                + f"\n`umed doctor {self.origin.checkpoint}` says more, and --fix mends what is safe. To go on all the same: "
+                f"--set accept_findings=[{','.join(one.code for one in errors)}]"
+            )
 
     def _refuse(self, changed: Sequence[tuple[Step, list[str]]]) -> None:
         """Name what has changed since steps began, or make these anew if that was asked for."""
@@ -149,15 +177,8 @@ class Upgrade:
         users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
         return any(not self.made.is_done(other) and self._needed(other) for other in users)
 
-    def _evaluation(self, stage: str) -> Evaluation:
-        folder = self.folder / "evaluation" / stage
-        found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        cases = [Case(**json.loads(line)) for line in lines]
-        return Evaluation(found.pop("checkpoint"), found.pop("template"), cases, found)
-
     def _summarise(self) -> dict[str, Any]:
-        found = {stage: self._evaluation(stage) for stage in EVALUATED}
+        found = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
         base, tuned, rewarded = (found[stage] for stage in EVALUATED)
         summary = {
             **{stage: evaluation.metrics for stage, evaluation in found.items()},

@@ -1,9 +1,9 @@
 """The settings of an upgrade: one YAML file that says all of them, and that a person can edit.
 
-The first start fills in what depends on the machine and on the checkpoint (device, number format, processes, learning rates,
-template), so that a later start on another machine does not silently go on with others. The defaults are for a checkpoint of 7
-billion parameters on one GPU of 80 GB or several: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with
-gradient checkpointing. The paper (arXiv 2501.01377) publishes no hyper-parameters.
+The first start fills in what depends on the machine and on the checkpoint (device, number format, processes, learning rates, the
+result's name), so that a later start on another machine does not silently go on with others. The defaults are for 7 billion
+parameters on GPUs of 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing. The
+paper (arXiv 2501.01377) publishes no hyper-parameters.
 
 How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for any key.
 """
@@ -103,14 +103,13 @@ class Settings(StrictModel):
     )
     data_root: Optional[str] = _key(None, "Folder of the recipe's data set; null: the recipe's own.")
     name: Optional[str] = _key(None, "Of the result's folder, below checkpoint/.", pattern=r"^[A-Za-z0-9_.-]+$")
+    accept_findings: list[str] = _key([], "Errors of `umed doctor` to go on in spite of, by their codes.")
     in_place: bool = _key(
         False, "At the very end, put the result where the checkpoint is and keep the old one beside it."
     )
     seed: int = _key(0, "Of wording, order and sampling.")
-    image_aspect_ratio: Optional[Literal["pad", "square"]] = _key(None, "pad or square, as the checkpoint sees images.")
     box_decimals: Literal[2, 3] = _key(2, "Of coordinates in text.")
     on_bad_image: Literal["stop", "skip"] = _key("stop", "stop, or skip images that cannot be read.")
-    template: Optional[str] = _key(None, "umed_mistral or umed_v1 (--version of LLaVA's script).")
     model_max_length: Optional[int] = _key(None, "Longest sequence in training, in tokens.", ge=64)
     device: Optional[Literal["cuda", "cpu"]] = _key(None, "cuda or cpu.")
     precision: Optional[Literal["bf16", "fp16", "fp32"]] = _key(None, "Number format of training.")
@@ -217,16 +216,12 @@ def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings
     """
     import torch
 
-    from umed_plugin.evaluate import TEMPLATES_BY_TYPE
-
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
     modern = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     precision = ("bf16" if modern else "fp16") if gpu else "fp32"
     chosen = {
         "name": name,
-        "image_aspect_ratio": "pad" if config.get("image_aspect_ratio") == "pad" else "square",
-        "template": TEMPLATES_BY_TYPE[config["model_type"]],
         "model_max_length": config.get("tokenizer_model_max_length") or 2048,
         "device": device,
         "precision": precision,
