@@ -2,8 +2,8 @@
 
 The first start fills in what depends on the machine and on the checkpoint (device, number format, processes, learning rates, the
 result's name), so that a later start on another machine does not silently go on with others. The defaults are for 7 billion
-parameters on GPUs of 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing. The
-paper (arXiv 2501.01377) publishes no hyper-parameters.
+parameters on GPUs of 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing.
+The paper (arXiv 2501.01377) publishes no hyper-parameters.
 
 How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for any key.
 """
