@@ -28,7 +28,7 @@ endif
 demo: environment
 	@$(RUN) -m umed_plugin.cli demo --out "$(OUT)"
 	@echo
-	@cd "$(OUT)" && for made in report.html cases.png summary.json checkpoint/*; do \
+	@cd "$(OUT)" && for made in report.html before_after.png summary.json checkpoint/*; do \
 	  [ ! -e "$$made" ] || echo "$$PWD/$$made"; done
 
 test: environment

@@ -115,6 +115,26 @@ class Page:
         self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); {where}; }})()")
         self._say("Input.insertText", on_page=True, text=text)
 
+    def press(self, key: str) -> None:
+        """A real press of a key, by the name that a page's events have for it."""
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36}
+        codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self._say(
+                "Input.dispatchKeyEvent", on_page=True, type=kind, key=key, code=key,
+                windowsVirtualKeyCode=codes[key], **(text if kind == "keyDown" else {}),
+            )  # fmt: skip
+
+    def look_through(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
+        """Show the page in a window of this size (in CSS pixels), as a phone does, in light or dark colours."""
+        self._say(
+            "Emulation.setDeviceMetricsOverride", on_page=True, width=width, height=height,
+            deviceScaleFactor=2 if phone else 1, mobile=phone,
+        )  # fmt: skip
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._say("Emulation.setEmulatedMedia", on_page=True, features=[scheme])
+
     def screenshot(self, file: Path) -> None:
         data = self._say("Page.captureScreenshot", on_page=True, format="png")["data"]
         file.write_bytes(base64.b64decode(data))

@@ -19,6 +19,7 @@ from umed_plugin.attention import (
     spelled_out,
     tokens_within,
 )
+from umed_plugin.heat import attention_maps
 from umed_plugin.rollout import answer_pass, repeated_inputs, takes_one_row
 from umed_plugin.sampling import generate
 
@@ -244,3 +245,14 @@ def test_tokens_of_a_stretch_of_the_text(loaded):  # noqa: F811
     rows = tokens_within(ends, [(start, start + len("nodule"))])
     assert tokenizer.decode([token_ids[row] for row in rows]) == "nodule"
     assert ends[-1] == len(text) and text.strip() == "It is a nodule."
+
+
+def test_the_map_of_a_candidate_weighed_by_the_lesion_is_its_vision_relevance(sampled):
+    model, prompts, candidates, rows, cover = sampled
+    layers = [0, 2]
+    maps = attention_maps(model, prompts, candidates, rows, layers)
+    values, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers)
+    assert maps.shape == (len(rows), prompts.n_patches)
+    shares = (maps * cover.to(maps)[torch.arange(len(rows)) // 2]).sum(-1)
+    torch.testing.assert_close(shares, values)
+    torch.testing.assert_close(maps.sum(-1), torch.tensor([float(bool(row)) for row in rows]))

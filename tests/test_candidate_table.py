@@ -21,7 +21,7 @@ def test_the_line_and_the_table(tmp_path):
     lines = [json.loads(text) for text in (tmp_path / "candidates.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 4]
     assert lines[0]["candidates"][1] == {"text": "none", "reward": 0.0, "localization": 0.25, "vision_relevance": 0.125}
-    assert lines[0]["true"] == RECORD["objects"]
+    assert lines[0]["true"] == RECORD["objects"] and lines[0]["study"] == {}
     head, _, *table = as_markdown(lines[0]).splitlines()
     assert "study 1" in head and "cyst" in head
     assert table == [
@@ -47,6 +47,9 @@ def test_a_run_shows_figures_and_table_where_it_reports(package, tiny_mistral, t
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(text) for text in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2]
+    for study in (line["study"] for line in lines):
+        assert Path(study["image"]).is_file() and Path(study["image"]).is_absolute()
+        assert study["image_aspect_ratio"] == "pad" and study["question"] and "<image>" not in study["question"]
     if package == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

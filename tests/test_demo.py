@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import demo_table
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from umed_plugin.cli import main
 from umed_plugin.demo.pipeline import STAGES, DemoSettings, run_demo
 from umed_plugin.demo.prior import caption_records, corpus
 from umed_plugin.demo.studies import LESIONS, draw_study, make_studies
 from umed_plugin.demo.tiny_checkpoint import make_checkpoint
 from umed_plugin.errors import UmedError, UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def rows(path):
@@ -112,7 +117,7 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
         test=8,
         prior_epochs=1,
         tuning_epochs=1,
-        rewarding_steps=1,
+        rewarding_steps=10,
         queries=2,
         candidates=2,
         max_new_tokens=12,
@@ -130,7 +135,24 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
         assert len((out / "evaluation" / stage / "predictions.jsonl").read_text().splitlines()) == 8
     assert set(summary["comparison"]["mean_iou"]) == {"difference", "ci95", "n"}
     assert (out / "checkpoint" / "llava-mistral-umed" / "config.json").is_file()
-    assert (out / "cases.png").is_file()
+    page = (out / "report.html").read_text()
+    assert all(text in page for text in ("stage 2 − stage 1", "reward/localization", "guard/length_ratio"))
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    assert len(data["studies"]) == 8 and all(study["picture"] for study in data["studies"])
+    assert [row["reward"] is not None for row in data["candidates"][0]["rows"]] == [True, True]
+    assert data["candidates"][0]["picture"] and f"report: {out / 'report.html'}" in capsys.readouterr().out.replace(
+        "\n", ""
+    )
+
+    # The command that makes the README's picture, as the README has it, on this run.
+    (command,) = re.findall(
+        r"^umed report runs/\S+ --picture .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    picture = tmp_path / "docs" / "before_after.png"
+    words = command.replace("docs/before_after.png", str(picture)).split()[1:]
+    assert main([str(out) if word.startswith("runs/") else word for word in words]) == 0
+    assert picture.read_bytes() == (out / "before_after.png").read_bytes() and picture.stat().st_size < 300_000
+    assert (ROOT / "docs" / "before_after.png").stat().st_size < 300_000
 
     # A study depends on the seed and its number alone: of more held-out studies the first are the demo's own.
     demo_table.main([str(out), "--studies", "10"])

@@ -9,6 +9,7 @@ How to run: ``--umed_log_candidates 50`` in stage 2, with ``--report_to tensorbo
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def log_candidates(
     terms: Mapping[str, Sequence[float | None]],
     output_dir: str | Path,
     callbacks: Iterable[Any],
+    image: str | None = None,
 ) -> None:
     """Write the K candidates of one query.
 
@@ -37,12 +39,19 @@ def log_candidates(
         terms: reward name -> K values before normalisation and weights, None where a reward could not score.
         output_dir: of the run, where ``candidates.jsonl`` gets a line.
         callbacks: the trainer's; those of TensorBoard and W&B get the table too.
+        image: path of the query's image file, by which `umed report` finds it.
     """
     group = [
         {"text": text, "reward": reward, **{name: column[i] for name, column in terms.items()}}
         for i, (text, reward) in enumerate(zip(texts, rewards))
     ]
-    line = {"step": step, "id": record["id"], "true": record["objects"], "candidates": group}
+    study = {name: record[name] for name in ("source", "modality", "reading", "terms") if name in record}
+    if image is not None:
+        # Runs are looked at from other folders than they were started in.
+        study["image"] = os.path.abspath(image)
+        study["image_aspect_ratio"] = record["provenance"]["image_aspect_ratio"]
+        study["question"] = record["conversations"][0]["value"].replace("<image>", "").strip()
+    line = {"step": step, "id": record["id"], "true": record["objects"], "study": study, "candidates": group}
     with open(Path(output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     for callback in callbacks:

@@ -63,6 +63,10 @@ class Case:
         source: the recipe that the record came from.
         patient: as the record names it; empty where it names none.
         values: columns that the figures are computed from (`umed_plugin.metrics.mau`).
+        modality: of the record.
+        image_aspect_ratio: how the model sees the image: ``pad`` or ``square``.
+        reading: arguments of `umed_plugin.images.load_image` for a record that names a DICOM or NIfTI file; else None.
+        heat: where the name of the abnormality looks (`umed_plugin.heat`); None where the answer names none.
     """
 
     id: str
@@ -78,6 +82,10 @@ class Case:
     source: str = ""
     patient: str = ""
     values: dict[str, float] = field(default_factory=dict)
+    modality: str = ""
+    image_aspect_ratio: str = "pad"
+    reading: dict[str, Any] | None = None
+    heat: dict[str, Any] | None = None
 
     def value(self, metric: str) -> float | None:
         """The case's value of a metric, or None where the metric does not ask about it."""
@@ -225,6 +233,7 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
     """Greedy answers of one batch of records, scored."""
     import torch
 
+    from umed_plugin.heat import looked_at
     from umed_plugin.rollout import decode_answers, embed_prompts
     from umed_plugin.sampling import generate
     from umed_plugin.scoring import score_answer
@@ -237,10 +246,10 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
         prompts = embed_prompts(model, [answerer.prompt_ids(question) for question in questions], features)
         limit, eos = answerer.max_new_tokens, tokenizer.eos_token_id
         answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
-        relevance = _vision_relevance(model, tokenizer, prompts, answers, records)
+        looked = looked_at(model, tokenizer, prompts, answers, records, [_geometry(llava, one) for one in records])
     texts = decode_answers(tokenizer, answers)
     cases = []
-    for record, path, question, text, looked in zip(records, paths, questions, texts, relevance):
+    for record, path, question, text, (relevance, heat) in zip(records, paths, questions, texts, looked):
         score = score_answer(text, record, _geometry(llava, record), dialect)
         true = [list(map(float, box)) for box in record["objects"]["bbox"]]
         cases.append(
@@ -254,10 +263,14 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
                 boxes=[[round(float(value), 3) for value in box] for box in score.boxes],
                 accuracy=score.accuracy,
                 set_iou=score.set_iou,
-                vision_relevance=looked if true else None,
+                vision_relevance=relevance if true else None,
                 source=str(record.get("source", "")),
                 patient=str(record.get("patient") or ""),
-                values=case_values(score, looked if true else None),
+                values=case_values(score, relevance if true else None),
+                modality=str(record.get("modality") or ""),
+                image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
+                reading=record.get("reading"),
+                heat=heat,
             )
         )
     return cases
@@ -268,23 +281,6 @@ def _geometry(llava: Any, record: Record) -> Any:
 
     tower = llava.get_vision_tower().config
     return record_geometry(record, tower.image_size, tower.patch_size)
-
-
-def _vision_relevance(model: Any, tokenizer: Any, prompts: Any, answers: Any, records: Sequence[Record]) -> list[float]:
-    """Attention of each answer's naming tokens on the lesion's patches, 0-1, over all layers and heads."""
-    import torch
-
-    from umed_plugin.attention import attention_on_lesion, lesion_name_rows
-    from umed_plugin.rollout import base_llava
-
-    llava = base_llava(model)
-    rows = lesion_name_rows(tokenizer, answers, records)
-    cover = torch.stack(
-        [torch.from_numpy(_geometry(llava, record).patch_cover(record["objects"]["bbox"])) for record in records]
-    )
-    layers = list(range(llava.config.num_hidden_layers))
-    values, _ = attention_on_lesion(model, prompts, answers, rows, cover, layers)
-    return [round(value, 6) for value in values.tolist()]
 
 
 def metrics(cases: Sequence[Case]) -> dict[str, Any]:

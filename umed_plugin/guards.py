@@ -175,13 +175,14 @@ class Guards:
         """A sentence for each figure that crosses its limit for the first time; none before the window is full."""
         if len(self._answers) < (self._answers.maxlen or 0):
             return []
-        crossed = [
-            name
-            for name, (is_crossed, _) in _LIMITS.items()
-            if name in figures and name not in self._warned and is_crossed(figures)
-        ]
+        crossed = {name: words for name, words in crossed_limits(figures).items() if name not in self._warned}
         self._warned.update(crossed)
-        return [f"{name} is {figures[name]:.3g}, {_LIMITS[name][1]}." for name in crossed]
+        return [f"{name} is {figures[name]:.3g}, {words}." for name, words in crossed.items()]
+
+
+def crossed_limits(figures: Mapping[str, float]) -> dict[str, str]:
+    """The figures that are beyond their limits, as logged under their names, and each limit in words with what it may mean."""
+    return {name: words for name, (crossed, words) in _LIMITS.items() if name in figures and crossed(figures)}
 
 
 def vision_relevance_figures(

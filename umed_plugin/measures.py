@@ -11,6 +11,7 @@ names, also one whose batches had nothing to measure, or gathering would hang; a
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -115,7 +116,9 @@ class Measures:
             return
         terms = {name: column[:k] for name, column in values.items()}
         callbacks = trainer.callback_handler.callbacks
-        log_candidates(step, record, texts[:k], rewards[0].tolist(), terms, trainer.args.output_dir, callbacks)
+        image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
+        out = trainer.args.output_dir
+        log_candidates(step, record, texts[:k], rewards[0].tolist(), terms, out, callbacks, image)
 
     def means(self) -> dict[str, float]:
         """The means since the last call, over all processes, all of which must call; begins anew."""

@@ -12,7 +12,7 @@ import importlib
 from typing import Any
 
 # In the order in which a person meets them, which is the order of the help text.
-COMMANDS = ("demo", "upgrade", "recipe", "evaluate", "serve", "merge", "convert", "doctor", "patches")
+COMMANDS = ("demo", "upgrade", "recipe", "evaluate", "report", "serve", "merge", "convert", "doctor", "patches")
 
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:

@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="see the whole job at work: both stages, evaluation, export, on generated studies",
         description="Make a small LLaVA-Med-style checkpoint and DICOM, NIfTI and PNG studies, train both stages through "
         "umed-run, evaluate on held-out studies before and after, and export. About 10 minutes on two CPU cores; no GPU, no "
-        "network. Writes DIR/summary.json, DIR/cases.png and DIR/checkpoint/llava-mistral-umed/.",
+        "network. Writes DIR/report.html, DIR/summary.json, DIR/before_after.png and DIR/checkpoint/llava-mistral-umed/.",
         epilog="example:\n  umed demo --out runs/demo --seed 0",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -6,7 +6,8 @@ and after, export. Runs on a CPU in float32, without network. What lies in the f
 
 - ``checkpoint/llava-mistral-umed/``: the upgraded checkpoint. Stock LLaVA chooses its loader by a folder's name, hence this one.
 - ``summary.json``: metrics of ``base``, ``instruction_tuning``, ``rewarding`` with intervals, ``comparison`` (stage 2 minus
-  stage 1, paired), ``seed`` and ``seconds``; ``evaluation/<stage>/``: every answer; ``cases.png``: studies with boxes.
+  stage 1, paired), ``seed`` and ``seconds``; ``evaluation/<stage>/``: every answer.
+- ``report.html``: curves, before and after, studies with boxes and attention (`umed_plugin.reporting`); ``before_after.png``.
 - ``data/``: studies and records; ``runs/``: base checkpoint and both stages; ``logs/``: what training printed.
 
 How to run: ``umed demo --out DIR``. The same seed gives the same summary, ``seconds`` aside.
@@ -190,6 +191,7 @@ class DemoRun:
             + ["--umed_advantage_scale", "batch"]
             # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
             + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
+            + ["--umed_log_candidates", max(sizes.rewarding_steps // 13, 1)]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
             + ["--per_device_train_batch_size", sizes.queries // sizes.processes, *flags],
         )
@@ -243,16 +245,19 @@ class DemoRun:
 
     def _summarise(self, evaluations: dict[str, Any], began: float) -> dict[str, Any]:
         from umed_plugin.evaluate import compare
-        from umed_plugin.report import draw_cases, stages_table
+        from umed_plugin.report import stages_table
+        from umed_plugin.reporting import write_before_after, write_report
 
-        self.steps.end()
         stages = {stage: evaluations[stage].metrics for stage in STAGES}
         comparison = compare(evaluations["instruction_tuning"], evaluations["rewarding"])
-        draw_cases({stage: evaluations[stage].cases for stage in STAGES}, self.out / "cases.png")
+        self.steps.begin("writing the report")
+        report = write_report(self.out, progress=lambda _what, done, total: self.steps.update(done, total))
+        write_before_after(self.out, self.out / "before_after.png")
+        self.steps.end()
         summary = {**stages, "comparison": comparison, "seed": self.seed, "seconds": round(time.monotonic() - began, 1)}
         (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         self.steps.console.print(stages_table(stages, comparison))
-        self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}")
+        self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}\nreport: {report}")
         return summary
 
 

@@ -47,15 +47,15 @@ def pixel_digest(image: Image) -> str:
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
-def square_of(image: Image, geometry: ImageGeometry) -> Image:
-    """The square that the model sees, at most `MOST_SIDE` and at least `LEAST_SIDE` pixels wide."""
+def square_of(image: Image, geometry: ImageGeometry, least: int = LEAST_SIDE, most: int = MOST_SIDE) -> Image:
+    """The square that the model sees, at least ``least`` and at most ``most`` pixels wide."""
     from PIL.Image import Resampling
 
     ((x1, y1, x2, y2),) = geometry.from_square([(0.0, 0.0, 1.0, 1.0)])
     # PIL's crop pads with black where the square is larger than the image.
     whole = (math.floor(x1 + 1e-6), math.floor(y1 + 1e-6), math.ceil(x2 - 1e-6), math.ceil(y2 - 1e-6))
     cut = image.crop(whole)
-    side = min(max(*cut.size, LEAST_SIDE), MOST_SIDE)
+    side = min(max(*cut.size, least), most)
     inner = (
         max(x1 - whole[0], 0),
         max(y1 - whole[1], 0),
