@@ -69,7 +69,8 @@ class Page:
 
     def press(self, key: str, times: int = 1) -> None:
         """A key of the keyboard, at what has the focus."""
-        codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32, "End": 35}
+        codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32, "End": 35, "Home": 36}
+        codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40, "Escape": 27}
         text = {"Enter": "\r", "Space": " "}.get(key, "")
         name = " " if key == "Space" else key
         for _ in range(times):
@@ -79,8 +80,10 @@ class Page:
                     windowsVirtualKeyCode=codes[key],
                 )  # fmt: skip
 
-    def shape(self, width: int, height: int, *, phone: bool = False) -> None:
-        """Another size of the window, or a phone's."""
+    def shape(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
+        """Another size of the window, or a phone's, in light or dark colours."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self._say("Emulation.setEmulatedMedia", on_page=True, features=[scheme])
         self._say(
             "Emulation.setDeviceMetricsOverride", on_page=True, width=width, height=height, deviceScaleFactor=1, mobile=phone
         )  # fmt: skip
@@ -114,26 +117,6 @@ class Page:
         where = "e.select()" if instead else "e.setSelectionRange(e.value.length, e.value.length)"
         self.run(f"(() => {{ const e = document.querySelector({json.dumps(selector)}); {where}; }})()")
         self._say("Input.insertText", on_page=True, text=text)
-
-    def press(self, key: str) -> None:
-        """A real press of a key, by the name that a page's events have for it."""
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36}
-        codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-        text = {"text": "\r"} if key == "Enter" else {}
-        for kind in ("keyDown", "keyUp"):
-            self._say(
-                "Input.dispatchKeyEvent", on_page=True, type=kind, key=key, code=key,
-                windowsVirtualKeyCode=codes[key], **(text if kind == "keyDown" else {}),
-            )  # fmt: skip
-
-    def look_through(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
-        """Show the page in a window of this size (in CSS pixels), as a phone does, in light or dark colours."""
-        self._say(
-            "Emulation.setDeviceMetricsOverride", on_page=True, width=width, height=height,
-            deviceScaleFactor=2 if phone else 1, mobile=phone,
-        )  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._say("Emulation.setEmulatedMedia", on_page=True, features=[scheme])
 
     def screenshot(self, file: Path) -> None:
         data = self._say("Page.captureScreenshot", on_page=True, format="png")["data"]

@@ -211,7 +211,7 @@ def test_sampled_answers_show_the_reward_per_term(run, page):
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize(("width", "height", "phone"), [(1280, 900, False), (390, 844, True)], ids=["desktop", "phone"])
 def test_it_is_readable_in_light_and_dark_on_a_desktop_and_a_phone(run, page, dark, width, height, phone):
-    page.look_through(width, height, phone=phone, dark=dark)
+    page.shape(width, height, phone=phone, dark=dark)
     page.open(write_report(run))
     wide = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     for where in ("", "#studies-list .card", "#candidates-list .card"):
