@@ -78,6 +78,60 @@ def test_compare_refuses_other_studies():
         compare(evaluation(case("a", 1.0, 1.0)), evaluation(case("b", 1.0, 1.0)))
 
 
+def scored(name, source, size, answer, true=True, patient=""):
+    """A case as `evaluate` makes it of an answer, for an image of ``size`` pixels whose lesion is the left upper quarter."""
+    from umed_plugin.geometry import ImageGeometry
+    from umed_plugin.metrics.mau import case_values
+    from umed_plugin.scoring import score_answer
+
+    box = [0, 0, size / 2, size / 2]
+    objects = {"ref": ["cyst"], "bbox": [box]} if true else {"ref": [], "bbox": []}
+    score = score_answer(answer, {"objects": objects, "terms": {"cyst": ["cyst"]}}, ImageGeometry(size, size))
+    looked = 0.5 if true else None
+    boxes, true_boxes = [list(one) for one in score.boxes], objects["bbox"]
+    return Case(
+        name, "", "", answer, objects["ref"], true_boxes, boxes, score.accuracy, score.set_iou, looked,
+        source=source, patient=patient, values=case_values(score, looked),
+    )  # fmt: skip
+
+
+def test_figures_of_mau_by_hand():
+    cases = [
+        scored("a", "deeplesion", 100, "A cyst at [0.00, 0.00, 0.50, 0.50]."),
+        scored("b", "deeplesion", 100, "A cyst at [0.00, 0.00, 0.25, 0.50]."),
+        scored("c", "tbx11k", 100, "[0.50, 0.50, 1.00, 1.00]"),
+        scored("d", "tbx11k", 100, "All is normal.", true=False),
+        scored("e", "tbx11k", 100, "At [0.10, 0.10, 0.20, 0.20] and [0.30, 0.30, 0.40, 0.40].", true=False),
+        scored("f", "kvasir", 100, "It is [0.10, 0.10, 0.20, 0.20], a cyst"),
+    ]
+    found = {name: one["value"] for name, one in metrics(cases)["figures"].items()}
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert (found["accuracy/deeplesion"], found["accuracy/kvasir"]) == (1, 1)
+    assert found["accuracy/tbx11k"] == pytest.approx(1 / 3)
+    assert found["accuracy_average"] == pytest.approx((1 + 1 + 1 / 3) / 3), (
+        "as the paper prints it: each source weighs the same"
+    )
+    assert found["mean_iou"] == pytest.approx((1 + 0.5 + 0 + 0.04) / 4)
+    assert (found["acc_at_25"], found["acc_at_50"]) == (0.5, 0.5)
+    assert found["pointing_game"] == 0.75
+    assert (found["false_box_rate"], found["false_boxes_per_negative"]) == (0.5, 1.0)
+    assert found["vision_relevance"] == 0.5
+    # The lesions have half the side of the square of 336: large.
+    assert found["lesion_iou/large"] == pytest.approx(found["mean_iou"]) and found["lesion_iou/small"] is None
+    assert found["lesions_found/large"] == 0.5
+    counts = {name: one["n"] for name, one in metrics(cases)["figures"].items()}
+    assert counts["accuracy"] == 6 and counts["mean_iou"] == 4 and counts["false_box_rate"] == 2
+
+
+def test_slices_of_one_patient_are_drawn_together():
+    def width(patients):
+        answers = ["A cyst.", "nothing"]
+        cases = [scored(str(i), "s", 10, answers[i // 4 % 2], patient=f"p{i // patients}") for i in range(48)]
+        return np.ptp(metrics(cases)["figures"]["accuracy"]["ci95"])
+
+    assert width(4) > 1.5 * width(1), "four slices of a patient that are answered alike tell as much as one"
+
+
 def records(folder, count=3, mode="pad"):
     made = []
     for index in range(count):

@@ -63,6 +63,7 @@ class Benchmark:
         splits: that it has; the first is asked if none is named.
         max_new_tokens: longest answer that it needs.
         prepare: writes the images of the questions that are asked, where they are no files of their own.
+        in_form: the questions with their boxes as the model writes them.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Benchmark:
     splits: tuple[str, ...] = ("test",)
     max_new_tokens: int = 128
     prepare: Callable[[Sequence[Question]], None] | None = None
+    in_form: Callable[[Sequence[Question], Scorer], list[Question]] | None = None
 
 
 def read_json(file: Path, benchmark: str) -> Any:

@@ -198,6 +198,9 @@ def evaluate_benchmark(
         image_cache_gb=image_cache_gb,
         max_new_tokens=limit,
     )
+    scorer = answerer.scorer(dialect)
+    if benchmark.in_form is not None:
+        questions = benchmark.in_form(questions, scorer)
     settings = {
         "benchmark": benchmark.name,
         "checkpoint": str(checkpoint.resolve()),
@@ -210,7 +213,6 @@ def evaluate_benchmark(
     }
     kept = None if out is None else KeptAnswers(out, PREDICTIONS, settings)
     answers = ask(benchmark, questions, answerer, kept, batch_size=batch_size, progress=progress)
-    scorer = answerer.scorer(dialect)
     rows = [scored(benchmark, question, answers[question.id], scorer) for question in questions]
     figures = measure(benchmark.figures(rows), rows)
     run = Run(benchmark, str(checkpoint), answerer.template, rows, figures, skipped)
