@@ -135,7 +135,7 @@ def test_slices_of_one_patient_are_drawn_together():
 def records(folder, count=3, mode="pad"):
     made = []
     for index in range(count):
-        Image.fromarray(np.full((40, 60), 50 * index, np.uint8)).save(folder / f"{index}.png")
+        Image.fromarray(np.full((40, 60), 50 * index % 256, np.uint8)).save(folder / f"{index}.png")
         made.append(
             {
                 "id": f"r{index}",

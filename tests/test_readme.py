@@ -101,6 +101,24 @@ def test_the_table_of_findings_is_what_the_code_has() -> None:
     check_table("findings", rows)
 
 
+def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
+    from umed_plugin.evaluation.catalogue import BENCHMARKS
+
+    rows = [["`--benchmark`", "what is asked", "`--data-root` holds", "figures"]]
+    rows.append(
+        [
+            "`mau`, any recipe, a JSON of records",
+            "the test split's studies",
+            "the recipe's data set",
+            "accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game, vision relevance, false boxes on "
+            "negatives, lesions by size",
+        ]
+    )
+    for one in BENCHMARKS.values():
+        rows.append([f"`{one.name}`", f"{one.title} ([source]({one.url.split(' ')[0]}))", one.needs, one.reported])
+    check_table("benchmarks", rows)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_valid_and_has_a_test(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Valid: `make` has the target, `umed` takes the arguments. What is not run below is run by the test file named above."""
