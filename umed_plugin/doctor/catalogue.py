@@ -116,7 +116,7 @@ CONFIG = (
     ),
     Kind(
         "head-counts", ERROR, "num_key_value_heads does not fit the key and value weights",
-        "LLaVA does not load the checkpoint (size mismatch).",
+        "Training and umed refuse the checkpoint (size mismatch); LLaVA fails at the first token.",
         "Set num_key_value_heads to {heads} in config.json.",
         "sets num_key_value_heads, when all layers agree",
     ),
@@ -137,7 +137,7 @@ CONFIG = (
     ),
     Kind(
         "shape-mismatch", ERROR, "shapes that config.json does not give",
-        "LLaVA does not load the checkpoint (size mismatch).",
+        "Training and umed refuse the checkpoint (size mismatch); LLaVA's loader does not look, and may fail later.",
         "Take config.json from the checkpoint that the weights belong to.",
     ),
     Kind(
@@ -285,7 +285,8 @@ TOWER = (
     ),
     Kind(
         "tower-width", ERROR, "mm_hidden_size is not the width of the tower, or not that of the projector's input",
-        "LLaVA does not load the checkpoint, or fails at the first image.",
+        "Training and umed refuse the checkpoint (size mismatch); LLaVA's loader does not look, and fails at the first image "
+        "where tower and projector differ.",
         "Set mm_hidden_size to {width}, and name the tower of that width.",
         "sets mm_hidden_size, when tower and projector agree",
     ),
@@ -347,8 +348,9 @@ ADAPTER = (
         "umed merge {checkpoint} --base CKPT --out DIR/llava-mistral: LLaVA loads the result.",
     ),
     Kind(
-        "adapter-model-type", ERROR, "model_type 'llava' in a LoRA folder or projector",
-        "LLaVA reads its config.json by model_type, and transformers takes 'llava' for its own form (LLaVA #1031).",
+        "adapter-model-type", WARNING, "model_type 'llava' in a LoRA folder or projector",
+        "LLaVA reads it by model_type, and transformers takes 'llava' for its own form, which has no defaults for what an older "
+        "config.json leaves out: LLaVA then fails (LLaVA #1031).",
         "Set model_type to llava_llama in config.json.",
         "sets model_type to llava_llama",
     ),
