@@ -292,6 +292,14 @@ def test_the_environment(capsys):
     assert "in force under umed-run" in capsys.readouterr().out
 
 
+def test_nothing_but_the_object_is_printed_for_programs():
+    """In a process of its own, where libraries are imported for the first time and print what they like."""
+    command = [sys.executable, "-m", "umed_plugin.cli", "doctor", "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["environment"]["python"]
+
+
 @pytest.mark.parametrize(
     ("files", "code"),
     [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.doctor import diagnose, fix
 
     made: list[str] = []
-    with _bar(quiet=args.json) as progress:
+    with redirect_stdout(sys.stderr), _bar(quiet=args.json) as progress:
 
         def look() -> Diagnosis:
             return diagnose(args.checkpoint, args.base, progress)
@@ -112,8 +113,9 @@ def print_findings(findings: Sequence[Finding], console: Any) -> None:
         console.print(f"  why:    {one.why}", markup=False)
         mend = " (--fix does it)" if one.fixable else ""
         console.print(f"  remedy: {one.remedy}{mend}", markup=False)
-    counts = [f"{sum(one.severity == severity for one in findings)} {severity}s" for severity in SEVERITIES]
-    console.print(f"\n{', '.join(counts)}" if findings else "\nnothing found")
+    counts = {severity: sum(one.severity == severity for one in findings) for severity in SEVERITIES}
+    told = [f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()]
+    console.print(f"\n{', '.join(told)}" if findings else "\nnothing found")
 
 
 def _escaped(text: str) -> str:
@@ -131,7 +133,8 @@ def _environment(args: argparse.Namespace) -> int:
 
     if args.fix or args.base:
         raise UsageError("--fix and --base belong to a checkpoint: umed doctor CKPT --fix")
-    facts, findings = examine_environment(ALL, prepare_llava)
+    with redirect_stdout(sys.stderr):  # libraries print while they are imported
+        facts, findings = examine_environment(ALL, prepare_llava)
     if args.json:
         print(json.dumps({"environment": facts, "findings": [one.as_dict() for one in findings]}, indent=2))
         return _status(findings)
