@@ -363,7 +363,7 @@ def test_the_command_ends_cleanly_and_tells_nothing_of_patients(
         assert process.wait(30) == 0
     assert not folder.exists()
     assert "Doe" not in printed and "secret-7" not in printed and "Traceback" not in printed
-    assert printed.splitlines()[-1] == "umed serve: ending" and "warning" not in printed
+    assert printed.splitlines()[-1] == "umed serve: ending" and "umed serve: warning" not in printed
 
 
 def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_path: Path, dicom: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_convert import variant
@@ -14,8 +15,12 @@ from test_trainer import grounded_records
 from umed_runs import ROOT, environment
 
 from umed_plugin.attention import name_token_rows
+from umed_plugin.build import build_records
 from umed_plugin.cli import main
+from umed_plugin.demo.studies import make_studies
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.images import load_image
+from umed_plugin.recipe import load_recipe
 from umed_plugin.records import load_records, true_boxes
 from umed_plugin.rewards import REWARDS, combine_rewards, localization_diou
 from umed_plugin.to_transformers import to_transformers
@@ -81,6 +86,15 @@ def examples(model, tmp_path_factory) -> list[dict]:
         " Mark all of it."  # prompts of different lengths, so that padding is at work
     )
     return list(trl_dataset(records, file.parent, model).select([1, 2, 0]))
+
+
+def test_dicom_and_nifti_that_were_not_rendered_are_opened_as_their_records_say(model, tmp_path):
+    make_studies(tmp_path / "studies", train=4, val=0, test=0)
+    records = build_records(load_recipe("demo_studies"), out_dir=tmp_path, data_root=tmp_path / "studies", render=False)
+    assert {Path(record["image"]).suffix for record in records} == {".dcm", ".png", ".gz"}
+    for example, record in zip(trl_dataset(records, tmp_path, model), records):
+        expected = load_image(record["image"], **record.get("reading", {}))[0]
+        np.testing.assert_array_equal(np.asarray(example["image"]), expected)
 
 
 def columns_of(examples: list[dict], k: int) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from drawn import HEIGHT, WIDTH, bright_box, scene, write_dicom, write_nifti, write_png, write_recipe
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from umed_plugin.build import build_records
 from umed_plugin.errors import UmedError
 from umed_plugin.geometry import Montage
-from umed_plugin.images import load_image, read_stored, slice_count
+from umed_plugin.images import burned_in_annotation, load_image, read_stored, slice_count
 from umed_plugin.recipe import load_recipe
 from umed_plugin.volumes import montage_slices
 
@@ -171,3 +172,25 @@ def test_tiles_are_spread_and_moved_onto_lesions(
     count: int, most: int, wanted: list[int], expected: tuple[int, ...]
 ) -> None:
     assert montage_slices(count, most, wanted) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, None),
+        ({5: "YES"}, "YES"),
+        (dict.fromkeys(range(SLICES), "NO"), "NO"),
+        (dict.fromkeys(range(5), "NO"), None),
+    ],
+    ids=["none says", "one says yes", "all say no", "some say no"],
+)
+def test_a_series_has_text_burnt_in_as_soon_as_one_file_says_so(
+    flags: dict[int, str], said: str | None, tmp_path: Path
+) -> None:
+    folder = write_series(tmp_path / "s")
+    for k, flag in flags.items():
+        file = sorted(folder.glob("IM*"))[k]
+        header = pydicom.dcmread(file)
+        header.BurnedInAnnotation = flag
+        header.save_as(file)
+    assert burned_in_annotation(folder) == said
