@@ -23,6 +23,7 @@ from umed_runs import environment, python_of_llavas_pins
 
 from umed_plugin.checkpoint import read_tensors, weight_files
 from umed_plugin.demo.studies import make_studies
+from umed_plugin.demo.tiny_checkpoint import make_checkpoint
 
 # Two optimizer steps behind the checkpoint that a killed run goes on from.
 SMALL = {
@@ -121,28 +122,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tiny_mistral, tmp_path):
-    studies = tmp_path / "studies"
+def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tmp_path):
+    studies, checkpoint = tmp_path / "studies", make_checkpoint(tmp_path / "tiny-llava-mistral")
     make_studies(studies, seed=0, train=40, val=4, test=4)
-    before = contents(tiny_mistral)
+    before = contents(checkpoint)
     more = ("--data-root", str(studies), "--rewards", "relevance,localization")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(call(tiny_mistral, "demo_studies", whole, *more))
+    run(call(checkpoint, "demo_studies", whole, *more))
 
-    command = call(tiny_mistral, "demo_studies", killed, *more)
+    command = call(checkpoint, "demo_studies", killed, *more)
     for point, reached in POINTS.items():
         kill_at(reached, command, killed)
         assert not (killed / "summary.json").exists(), f"the run was over before it was killed in {point}"
     run(command)
 
-    name = f"{tiny_mistral.name}-umed"
+    name = f"{checkpoint.name}-umed"
     found, expected = (folder / "checkpoint" / name for folder in (killed, whole))
-    check_layout(expected, tiny_mistral)
+    check_layout(expected, checkpoint)
     assert {key for key, t in tensors(found).items() if not torch.equal(t, tensors(expected)[key])} == set()
     for stage in ("base", "instruction_tuning", "rewarding"):
         assert answers(killed, stage) == answers(whole, stage) and len(answers(whole, stage)) == 4
     assert json.loads((killed / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
-    assert contents(tiny_mistral) == before, "the input was changed"
+    assert contents(checkpoint) == before, "the input was changed"
     tuned = tensors(whole / "runs" / "instruction_tuned-llava-mistral")
     assert any(not torch.equal(tuned[key], t) for key, t in tensors(expected).items()), "stage 2 has taught nothing"
     # Both trainings went on where they were killed.
@@ -151,14 +152,23 @@ def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tiny_mistral, tmp_
 
     # What is done is not done again, and what it was made from is written down.
     states = {path: path.stat().st_mtime_ns for path in (whole / "logs").iterdir()}
-    run(call(tiny_mistral, "demo_studies", whole, *more))
+    run(call(checkpoint, "demo_studies", whole, *more))
     assert {path: path.stat().st_mtime_ns for path in (whole / "logs").iterdir()} == states
     manifest = json.loads((expected / "umed_manifest.json").read_text())
     assert (
         manifest["settings"]["rewarding"]["candidates"] == SMALL["rewarding.candidates"]
         and manifest["versions"]["torch"] == torch.__version__
     )
-    assert set(manifest["input"][str(tiny_mistral)]) == set(before)
+    assert set(manifest["input"][str(checkpoint)]) == set(before)
+
+    # The swap at the very end, of a run that is done but for it.
+    for _ in range(2):
+        told = run(call(checkpoint, "demo_studies", whole, *more, "--in-place")).stdout
+        assert str(checkpoint.with_name(f"{checkpoint.name}.before-umed")) in told
+    old = contents(checkpoint.with_name(f"{checkpoint.name}.before-umed"))
+    assert old == before
+    check_layout(checkpoint, checkpoint.with_name(f"{checkpoint.name}.before-umed"))
+    assert all(torch.equal(t, tensors(expected)[key]) for key, t in tensors(checkpoint).items())
 
 
 @pytest.fixture(scope="module")
