@@ -143,6 +143,7 @@ def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tmp_path):
     for stage in ("base", "instruction_tuning", "rewarding"):
         assert answers(killed, stage) == answers(whole, stage) and len(answers(whole, stage)) == 4
     assert json.loads((killed / "summary.json").read_text()) == json.loads((whole / "summary.json").read_text())
+    assert all(case["question"] in (killed / "report.html").read_text() for case in answers(killed, "rewarding"))
     assert contents(checkpoint) == before, "the input was changed"
     tuned = tensors(whole / "runs" / "instruction_tuned-llava-mistral")
     assert any(not torch.equal(tuned[key], t) for key, t in tensors(expected).items()), "stage 2 has taught nothing"
@@ -151,9 +152,15 @@ def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tmp_path):
         assert (killed / "logs" / f"{step}.log").read_text().count("--umed_stage") == 2
 
     # What is done is not done again, and what it was made from is written down.
-    states = {path: path.stat().st_mtime_ns for path in (whole / "logs").iterdir()}
+    files = [
+        *(whole / "logs").iterdir(),
+        whole / "report.html",
+        whole / "summary.json",
+        expected / "umed_manifest.json",
+    ]
+    states = [path.stat().st_mtime_ns for path in files]
     run(call(checkpoint, "demo_studies", whole, *more))
-    assert {path: path.stat().st_mtime_ns for path in (whole / "logs").iterdir()} == states
+    assert [path.stat().st_mtime_ns for path in files] == states
     manifest = json.loads((expected / "umed_manifest.json").read_text())
     assert (
         manifest["settings"]["rewarding"]["candidates"] == SMALL["rewarding.candidates"]

@@ -6,7 +6,6 @@ How to run: ``umed upgrade CKPT --recipe R --out DIR``; the same command again g
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,12 +16,14 @@ from umed_plugin.doctor import ERROR, examine
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluate import Evaluation, compare
 from umed_plugin.processes import Steps, importable, run_logged
+from umed_plugin.reporting import write_report
 from umed_plugin.upgrade.checks import check_together
 from umed_plugin.upgrade.in_place import Swap
-from umed_plugin.upgrade.made import MANIFEST, Made, versions, write_json
+from umed_plugin.upgrade.made import MANIFEST, Made, read_json, versions, write_json
 from umed_plugin.upgrade.plan import EVALUATED, Plan, Step, find_origin, result_name
 from umed_plugin.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 
+REPORT = "report.html"
 # In the environment of every process of a run, by which those that outlive a killed run are found.
 MARK = "UMED_UPGRADE_OF"
 # Errors of the doctor about what stock LLaVA would make of the input as it is: an upgrade does not load it by its folder's name,
@@ -73,10 +74,8 @@ class Upgrade:
             if not any(self.made.read(step) for step in self.steps):
                 self._examine()
             with Steps(self.console) as shown:
-                for step in self.steps:
-                    self._do(step, shown)
-            summary = self._summarise()
-            self._write_manifest(summary)
+                anew = [step for step in self.steps if self._do(step, shown)]
+                summary = self._conclude(bool(anew), shown)
             if self.settings.in_place:
                 self.swap.finish(self.plan.result)
             self._tell(summary)
@@ -139,13 +138,13 @@ class Upgrade:
                 + "\nTake the change back, choose another --out, or make them and what depends on them anew with --redo-changed."
             )
 
-    def _do(self, step: Step, shown: Steps) -> None:
-        """Run a step unless it is done, or nothing that is still to be made needs it."""
+    def _do(self, step: Step, shown: Steps) -> bool:
+        """Run a step unless it is done, or nothing that is still to be made needs it; whether it was run."""
         if not self._needed(step):
-            return
+            return False
         self._refuse([(step, [*self.made.differences(step, inputs=True), *self.made.damage(step)])])
         if self.made.is_done(step):
-            return
+            return False
         self._tell_other_versions(step)
         self.made.begin(step)
         shown.begin(step.title)
@@ -158,6 +157,7 @@ class Upgrade:
         )
         self.made.end(step)
         shown.end()
+        return True
 
     def _tell_other_versions(self, step: Step) -> None:
         """A step that is gone on with under other libraries may end otherwise than it would have."""
@@ -176,6 +176,15 @@ class Upgrade:
             return True
         users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
         return any(not self.made.is_done(other) and self._needed(other) for other in users)
+
+    def _conclude(self, anew: bool, shown: Steps) -> dict[str, Any]:
+        """Summary, manifest and report, if a step was run or one of them is missing: a later start knows other versions."""
+        summary, files = self.folder / "summary.json", (self.plan.result / MANIFEST, self.folder / REPORT)
+        if anew or not all(file.is_file() for file in (summary, *files)):
+            self._write_manifest(self._summarise())
+            shown.begin("writing the report")
+            write_report(self.folder, progress=lambda _what, done, total: shown.update(done, total))
+        return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
         found = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
@@ -219,7 +228,7 @@ class Upgrade:
                 "those that it was made with any more. Choose another --out."
             )
         self.swap.finish(self.plan.result)
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        summary = read_json(self.folder / "summary.json")
         self._tell(summary)
         return summary
 
@@ -228,7 +237,9 @@ class Upgrade:
 
         self.console.print(stages_table({stage: summary[stage] for stage in EVALUATED}, summary["comparison"]))
         place = self.swap.checkpoint if self.settings.in_place else self.plan.result
-        self.console.print(f"checkpoint: {place}\nsettings: {self.folder / RUN_FILE}", soft_wrap=True)
+        written = {"checkpoint": place, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
+        for name, path in written.items():
+            self.console.print(f"{name}: {path}", soft_wrap=True)
         if self.settings.in_place:
             self.console.print(f"the old one: {self.swap.old}", soft_wrap=True)
 
