@@ -58,9 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("image-size", 336),
         ("prompt-tokens", 64),
         ("answer-tokens", 100),
-        ("questions", 1),
+        ("questions", 2),
         ("candidates", 8),
-        ("repetitions", 5),
+        ("repetitions", 3),
         ("threads", 2),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default)

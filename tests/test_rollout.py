@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from umed_plugin.patches import attention_mask
@@ -155,6 +157,36 @@ def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded,
     assert torch.equal(shared.token_ids, plain.token_ids)
     assert torch.equal(shared.mask, plain.mask)
     assert len({tuple(row.tolist()) for row in shared.token_ids[:4]}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_while_sampling_where_no_digit_of_it_is_lost(loaded, batch, dtype):
+    from peft import LoraConfig, get_peft_model
+
+    _, plain = loaded
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(plain).to(dtype), settings).eval()
+    inner = [
+        module for name, module in model.named_modules() if "lora_" in name and isinstance(module, torch.nn.Linear)
+    ]
+    for layer in inner:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    prompts = embedded(model, batch)
+    passes = []
+    for layer in inner:
+        layer.register_forward_hook(lambda *_: passes.append(1))
+
+    sampled = generate(model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+
+    assert bool(passes) == (dtype == torch.bfloat16)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    teacher_forced = answer_pass(model, prompts, sampled).logits.argmax(dim=-1)
+    agreeing = (teacher_forced == sampled.token_ids).float().mean()
+    assert agreeing == 1 if dtype == torch.float32 else agreeing > 0.8
+    with model.disable_adapter():
+        without = generate(model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+    assert not torch.equal(without.token_ids, sampled.token_ids)
 
 
 def test_nucleus_keeps_only_the_most_likely_tokens(loaded, batch):

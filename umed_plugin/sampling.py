@@ -7,15 +7,43 @@ of :mod:`umed_plugin.rollout`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from umed_plugin.packing import PADDING, Columns, RoomyCache, block_mask, sliding_window
 from umed_plugin.rollout import Candidates, PromptBatch, prefill, unwrapped
 
 _LOOK_EVERY = 16
+
+
+@contextmanager
+def merged_adapter(model: Any) -> Iterator[None]:
+    """Add the LoRA adapter to the weights below it, and put the very same weights back at the end.
+
+    A token costs one matrix product a layer instead of three. Weights of fewer than 32 bits stay as they are: rounded to them, an
+    update of a few steps would be lost, and the answers would be another policy's than the one that learns from them. While it
+    lasts, what is merged is in memory twice.
+
+    Args:
+        model: with an adapter or without; what wraps it does not matter.
+    """
+    kept: list[tuple[LoraLayer, Tensor]] = []
+    try:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer) and not layer.disable_adapters and layer.weight.dtype == torch.float32:
+                kept.append((layer, layer.weight.data))
+                layer.weight.data = layer.weight.data.clone()
+                layer.merge()
+        yield
+    finally:
+        for layer, weight in kept:
+            layer.unmerge()
+            layer.weight.data = weight
 
 
 @torch.no_grad()
@@ -50,20 +78,21 @@ def generate(
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
     cache = RoomyCache((num_candidates if packed else 1) * max_new_tokens)
-    first = prefill(model, prompts, cache)
-    return continue_prompts(
-        model,
-        cache,
-        first.logits[:, -1],
-        prompts.mask,
-        num_candidates=num_candidates,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        eos_token_id=eos_token_id,
-        packed=packed,
-        look_every=look_every,
-    )
+    with merged_adapter(model):
+        first = prefill(model, prompts, cache)
+        return continue_prompts(
+            model,
+            cache,
+            first.logits[:, -1],
+            prompts.mask,
+            num_candidates=num_candidates,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            packed=packed,
+            look_every=look_every,
+        )
 
 
 @torch.no_grad()
