@@ -22,6 +22,7 @@ from umed_plugin.patches import (
     main_script,
     model_class,
     old_flags,
+    process_group,
     resumed_order,
     sdpa_mask,
     shared_memory_build,
@@ -72,6 +73,7 @@ TRAINING: tuple[Patch, ...] = tuple(
         deepspeed_save,
         lora_resume,
         finished_run,
+        process_group,
     )
 )
 ALL = (*STACK, *TRAINING)
