@@ -1,8 +1,8 @@
 """Let the threads of the process group go before Python takes itself down.
 
 Target: `train` in `llava.train.train`.
-Why: it ends with the process group alive, and so does the process. A thread of gloo's that has just finished a collective then waits
-for Python's lock to let go of its tensors. If Python takes itself down meanwhile, the process aborts (torch 2.13, see
+Why: it ends with the process group alive, and so does the process. A thread of gloo's that has just finished a collective
+then waits for Python's lock to let go of its tensors. If Python takes itself down meanwhile, the process aborts (torch 2.13, see
 pytorch/pytorch#179291) or hangs (torch 2.0 and 2.1), after all has been saved, and torchrun stops the other processes.
 Versions: LLaVA 1.2.x.
 Delete when: PyTorch leaves the group by itself when a process ends.
@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
-
 from umed_plugin.patches.training_run import TRAIN
 
 from umed_plugin.patching import Patch, Recorder
