@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from umed_plugin.boxes import format_box, is_degenerate, set_iou
+from umed_plugin.boxes import format_box, is_degenerate
 from umed_plugin.build import build_records
 from umed_plugin.candidate_table import log_candidates
 from umed_plugin.demo.studies import make_studies
 from umed_plugin.evaluate import Case, Evaluation, metrics
 from umed_plugin.heat import encode_heat
+from umed_plugin.metrics.mau import case_values
 from umed_plugin.recipe import load_recipe
 from umed_plugin.records import record_geometry
+from umed_plugin.scoring import score_answer
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'></p></script><b>bold</b>"
 # How far a stage's boxes are from the true ones, in pixels; the base gives none.
@@ -39,18 +41,22 @@ def answered(record: dict, stage: str, rng: random.Random) -> Case:
     names = record["objects"]["ref"]
     named = names if rng.random() < 0.8 else ["cyst"]
     looked = geometry.patch_cover(true) + 0.02 * np.arange(64) / 64 + 0.05
+    text = f"There is {', '.join(named) or 'nothing'}. " + " ".join(map(format_box, said))
+    score, relevance = score_answer(text, record, geometry), 0.1 if true else None
     return Case(
         id=record["id"],
         image=record["image"],
         question=record["conversations"][0]["value"].replace("<image>", "").strip(),
-        answer=f"There is {', '.join(named) or 'nothing'}. " + " ".join(map(format_box, said)),
+        answer=text,
         true_classes=names,
         true_boxes=[list(map(float, box)) for box in true],
-        boxes=[list(map(float, box)) for box in geometry.from_square(said)],
-        accuracy=float(named == names),
-        set_iou=set_iou(moved, true),
-        vision_relevance=0.1 if true else None,
+        boxes=[list(map(float, box)) for box in score.boxes],
+        accuracy=score.accuracy,
+        set_iou=score.set_iou,
+        vision_relevance=relevance,
         source=record["source"],
+        patient=record["patient"],
+        values=case_values(score, relevance),
         modality=record["modality"],
         image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
         reading=record.get("reading"),

@@ -20,9 +20,9 @@ from umed_plugin.reporting import write_before_after, write_report
 from umed_plugin.reporting.before_after import at_even_ranks
 from umed_plugin.reporting.curves import charts_of
 from umed_plugin.reporting.gallery import choose
-from umed_plugin.reporting.page import metrics_table
 from umed_plugin.reporting.pictures import see
 from umed_plugin.reporting.run_folder import Training, read_run
+from umed_plugin.reporting.table import metrics_table
 
 PREDICTIONS = "evaluation/base/predictions.jsonl"
 CANDIDATES = "runs/rewarded-llava-mistral/candidates.jsonl"
@@ -173,11 +173,14 @@ def test_stages_that_were_asked_other_studies_are_not_compared(run):
 
 def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(run):
     evaluations = read_run(run).evaluations
-    evaluations["rewarding"].metrics.update(open_recall=0.25, open_recall_ci95=[0.125, 0.5])
+    evaluations["rewarding"].metrics["figures"]["open_recall"] = {"value": 0.25, "ci95": [0.125, 0.5], "n": 8}
     table, notes = metrics_table(evaluations)
     assert notes == [] and table["heads"][-1] == "stage 2 − base"
-    by_title = {row["title"]: row["cells"] for row in table["rows"]}
+    by_title = {row["title"]: row["cells"] for row in table["rows"] + table["more"]}
+    assert len(table["rows"]) == 4 and len(by_title) == 4 + len(table["more"])
     assert [cell["value"] for cell in by_title["open recall"]][:3] == ["–", "–", "0.250"]
+    assert "n = 8" in next(row["about"] for row in table["more"] if row["title"] == "open recall")
+    assert by_title["false box rate"][0]["value"] == "0.000" and by_title["false box rate"][-1]["value"] == "+0.000"
     clear = by_title["Mean IoU"][-1]
     assert clear["trend"] == "up" and clear["value"].startswith("▲ +")
     assert by_title["Accuracy"][-1]["trend"] == "", "equal answers have no trend"

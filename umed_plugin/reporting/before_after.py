@@ -13,9 +13,8 @@ from typing import Any
 from umed_plugin.boxes import Box
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluate import Case
-from umed_plugin.reporting.page import stage_label
 from umed_plugin.reporting.pictures import SeenImage, see
-from umed_plugin.reporting.run_folder import read_run
+from umed_plugin.reporting.run_folder import read_run, stage_label
 
 COLUMNS = 6
 _DPI = 140

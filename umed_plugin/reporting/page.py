@@ -11,25 +11,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import UmedError
-from umed_plugin.evaluate import METRICS, Evaluation, compare
 from umed_plugin.reporting.curves import charts_of
 from umed_plugin.reporting.gallery import candidate_cards, study_cards
-from umed_plugin.reporting.run_folder import STAGES, Run, Training, read_run
+from umed_plugin.reporting.run_folder import Run, Training, read_run, stage_label
+from umed_plugin.reporting.table import metrics_table
 
 FILE = "report.html"
 STUDIES = 500
-
-_METRICS = {
-    "accuracy": ("Accuracy", "share of studies with exactly the true classes named"),
-    "mean_iou": ("Mean IoU", "of predicted and true boxes, studies with a lesion"),
-    "acc_at_50": ("Acc@0.5", "share of studies with a lesion with IoU of at least 0.5"),
-    "vision_relevance": ("Vision relevance", "attention of the abnormality's name on the lesion"),
-}
 
 
 def write_report(
@@ -93,58 +85,6 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
             _finite({"stages": labels, "studies": studies, "candidates": candidates}), dumps=_compact
         ),
     )
-
-
-def stage_label(stage: str) -> str:
-    """What people call a stage."""
-    return STAGES.get(stage, stage.replace("_", " "))
-
-
-def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the table's heads and rows, None without an evaluation; what could not be compared, in words)."""
-    if not evaluations:
-        return None, []
-    notes, differences = [], {}
-    names = list(evaluations)
-    pairs = list(zip(names, names[1:]))
-    pairs += [(names[0], names[-1])] if len(names) > 2 else []
-    for before, after in pairs:
-        try:
-            found = compare(evaluations[before], evaluations[after])
-        except UmedError as error:
-            notes.append(str(error))
-            continue
-        differences[f"{stage_label(after)} − {stage_label(before)}"] = found
-    of_all = [found.metrics for found in evaluations.values()]
-    # Benchmarks have metrics of their own; those have no differences here.
-    others = dict.fromkeys(key[: -len("_ci95")] for found in of_all for key in found if key.endswith("_ci95"))
-    rows = []
-    for metric in dict.fromkeys([*METRICS, *others]):
-        title, about = _METRICS.get(metric, (metric.replace("_", " "), ""))
-        cells = [_cell(found.get(metric), found.get(f"{metric}_ci95")) for found in of_all]
-        compared = [found.get(metric, {}) for found in differences.values()]
-        cells += [_cell(one.get("difference"), one.get("ci95"), "+.3f") for one in compared]
-        rows.append({"title": title, "about": about, "cells": cells})
-    heads = [*map(stage_label, names), *differences]
-    return {"about": _about(evaluations), "heads": heads, "stages": len(names), "rows": rows}, notes
-
-
-def _about(evaluations: Mapping[str, Evaluation]) -> str:
-    last = list(evaluations.values())[-1].metrics
-    said = f"{last.get('n', 0)} studies"
-    return f"{said}, {last['n_with_lesion']} of them with a lesion." if "n_with_lesion" in last else f"{said}."
-
-
-def _cell(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> dict[str, str]:
-    """A cell's text; a difference has a trend where its interval leaves 0 out."""
-    if value is None or interval is None:
-        return {"value": "–", "interval": "", "trend": ""}
-    trend = ""
-    if form.startswith("+"):
-        trend = "up" if interval[0] > 0 else "down" if interval[1] < 0 else ""
-    mark = {"up": "▲ ", "down": "▼ ", "": ""}[trend]
-    low, middle, high = (f"{end:{form}}".replace("-", "−") for end in (interval[0], value, interval[1]))
-    return {"value": mark + middle, "interval": f"{low} to {high}", "trend": trend}
 
 
 def _training(training: Training, progress: Callable[[int, int], None] | None) -> dict[str, Any]:

@@ -85,6 +85,11 @@ def read_run(folder: Path | str) -> Run:
     return Run(folder, evaluations, trainings, candidates)
 
 
+def stage_label(stage: str) -> str:
+    """What people call a stage."""
+    return STAGES.get(stage, stage.replace("_", " "))
+
+
 def _stage_rank(folder: Path) -> tuple[int, str]:
     known = list(STAGES)
     return (known.index(folder.name) if folder.name in known else len(known), folder.name)
