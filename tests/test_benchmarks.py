@@ -142,6 +142,7 @@ def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistr
     assert list(answers[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert [line["text"] for line in answers] == [line["answer"] for line in predictions]
     assert truth[1]["answer_type"] == "CLOSED" and truth[1]["conversations"][1] == {"from": "gpt", "value": "No"}
+    assert json.loads((out / "llava_med/candidate.json").read_text()) == {"0": ["left lung"]}, "of the training part"
     # Again: nothing is asked, the same is written.
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
     assert main(command(tiny_mistral, "vqa_rad", root, out)) == 0
@@ -162,6 +163,56 @@ def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp
             assert one["difference"] == pytest.approx(second[name]["value"] - first[name]["value"])
     assert main(command(tiny_llama, "slake", root, tmp_path / "c", "--compare", tmp_path / "a")) == 1
     assert "evaluation of vqa_rad, not of slake" in capsys.readouterr().err
+
+
+def test_recipes_are_compared_too_and_read_by_llava_med(tiny_mistral, tiny_llama, tmp_path, capsys):
+    from test_evaluate import records
+
+    made = records(tmp_path, 4)
+    for record, source in zip(made, ("deeplesion", "deeplesion", "tbx11k", "tbx11k")):
+        record["source"] = source
+    (tmp_path / "records.json").write_text(json.dumps(made))
+    start = ["--benchmark", str(tmp_path / "records.json"), "--max-new-tokens", "4"]
+    assert main(["evaluate", str(tiny_mistral), *start, "--out", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    assert "accuracy by source" in printed and "Avg" in printed
+    assert (
+        main(["evaluate", str(tiny_llama), *start, "--out", str(tmp_path / "b"), "--compare", str(tmp_path / "a")]) == 0
+    )
+    found = json.loads((tmp_path / "b/comparison.json").read_text())["differences"]
+    assert found["accuracy"]["n"] == 4 and "accuracy_average" in found
+    answers = lines(tmp_path / "a/llava_med/answers.jsonl")
+    assert [line["question_id"] for line in answers] == ["r0", "r1", "r2", "r3"] and answers[0][
+        "prompt"
+    ] == "What is it?"
+    assert main(["evaluate", str(tiny_llama), *start, "--compare", str(tmp_path)]) == 1
+    assert "no finished evaluation" in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_benchmark_is_answered_with_those_that_are(tiny_mistral, capsys):
+    assert main(["evaluate", str(tiny_mistral), "--benchmark", "vqa_rda"]) == 2
+    assert "Did you mean 'vqa_rad'?" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_several_squares_an_image_is_refused(tiny_mistral, tmp_path, capsys):
+    """LLaVA-NeXT's: its images are not one square, and boxes and prefixes would be wrong."""
+    copy = shutil.copytree(tiny_mistral, tmp_path / "llava-next-mistral")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": "anyres"}))
+    assert main(command(copy, "vqa_rad", rad(tmp_path / "rad"), tmp_path / "out")) == 1
+    assert "'anyres' in config.json" in capsys.readouterr().err
+
+
+def test_questions_about_one_image_stand_in_one_batch():
+    from umed_plugin.evaluation.benchmark import Question
+    from umed_plugin.evaluation.runs import _batches
+
+    asked = [Question(f"{image}{number}", image, "?", "") for number in range(3) for image in "ab"]
+    asked += [Question(f"c{number}", "c", "?", "") for number in range(7)]
+    found = [[question.id for question in batch] for batch in _batches(asked, 5)]
+    assert found == [["a0", "a1", "a2"], ["b0", "b1", "b2"], ["c0", "c1", "c2", "c3", "c4"], ["c5", "c6"]]
+    options = [Question(str(number), "d", "?", "x", options=("x", "y")) for number in range(3)]
+    assert [len(batch) for batch in _batches(options, 4)] == [2, 1], "options are rows"
 
 
 def test_a_benchmark_without_its_files_says_what_it_needs(tiny_mistral, tmp_path, capsys):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UmedError, UsageError, unknown_name
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -86,7 +86,18 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as folder:
         if args.benchmark in BENCHMARKS:
             return _run_benchmark(args, BENCHMARKS[args.benchmark], Path(args.out or folder))
+        _check_name(args.benchmark, BENCHMARKS)
         return _run_records(args, Path(args.out or folder))
+
+
+def _check_name(name: str, benchmarks: Iterable[str]) -> None:
+    """Refuse a name that is no recipe's and no file's before the checkpoint is looked at."""
+    from umed_plugin.recipe import shipped_recipes
+
+    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
+    if not is_file and name not in shipped_recipes():
+        known = {*benchmarks, *shipped_recipes()}
+        raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
 
 
 def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> int:
@@ -118,6 +129,7 @@ def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> in
             image_cache=args.image_cache,
             image_cache_gb=args.image_cache_gb,
             skipped=skipped,
+            candidates=benchmark.candidates(args.data_root) if benchmark.candidates else (),
             progress=advance,
         )
     differences = None if before is None else compare_runs(benchmark, before[1], found.rows)
@@ -151,8 +163,20 @@ def _run_records(args: argparse.Namespace, folder: Path) -> int:
     differences = None if before is None else compare(before, found)["figures"]
     if args.out:
         found.save(args.out)
+        _save_for_llava_med(found, records, args.out)
     _show(args, found.metrics["figures"], differences, 0)
     return 0
+
+
+def _save_for_llava_med(found: Any, records: Sequence[Any], out: Path) -> None:
+    from umed_plugin.answering.checkpoint import Answer
+    from umed_plugin.evaluation.benchmark import Question
+    from umed_plugin.evaluation.llava_med_files import save_for_llava_med
+
+    truth = {str(record["id"]): record["conversations"][1]["value"] for record in records}
+    questions = [Question(case.id, case.image, case.question, truth[case.id]) for case in found.cases]
+    answers = {case.id: Answer(case.answer, []) for case in found.cases}
+    save_for_llava_med(found.checkpoint, "mau", questions, answers, (), out / "llava_med")
 
 
 def _read(folder: Path, read: Callable[[Path], Any]) -> Any:
@@ -184,9 +208,11 @@ class _Bar:
 def _show(args: argparse.Namespace, figures: Any, differences: Any, skipped: int) -> None:
     from rich.console import Console
 
-    from umed_plugin.evaluation.tables import figures_table
+    from umed_plugin.evaluation.tables import figures_table, sources_table
 
     console = Console()
+    if "accuracy_average" in figures:
+        console.print(sources_table(args.checkpoint.name, figures))
     console.print(figures_table(args.checkpoint.name, figures, differences))
     if skipped:
         console.print(f"{skipped} questions were left out: their images are missing.")

@@ -64,6 +64,7 @@ class Benchmark:
         max_new_tokens: longest answer that it needs.
         prepare: writes the images of the questions that are asked, where they are no files of their own.
         in_form: the questions with their boxes as the model writes them.
+        candidates: (data root) -> the training split's open answers, empty where it is not there.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Benchmark:
     max_new_tokens: int = 128
     prepare: Callable[[Sequence[Question]], None] | None = None
     in_form: Callable[[Sequence[Question], Scorer], list[Question]] | None = None
+    candidates: Callable[[Path], list[str]] | None = None
 
 
 def read_json(file: Path, benchmark: str) -> Any:

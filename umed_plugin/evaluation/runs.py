@@ -5,7 +5,8 @@ What ``--out`` holds afterwards:
 - ``evaluation.json``: the figures, each with its value, n and 95 % interval;
 - ``predictions.jsonl``: one question a line, with answer, likelihoods of options, truth and scores;
 - ``llava_med/answers.jsonl``: the same answers as LLaVA-Med's scripts read them, and ``llava_med/test.json``, the truth in their
-  form: ``python run_eval.py --gt llava_med/test.json --pred llava_med/answers.jsonl --candidate ...``;
+  form: ``python run_eval.py --gt llava_med/test.json --pred llava_med/answers.jsonl --candidate llava_med/candidate.json``, the
+  last being the training split's open answers where there are any;
 - ``settings.json``: what the answers depend on. The same command goes on where a killed one stopped.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +25,7 @@ from umed_plugin.answering.kept import KeptAnswers
 from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.evaluation.benchmark import Benchmark, Question
+from umed_plugin.evaluation.llava_med_files import save_for_llava_med, write_whole
 from umed_plugin.metrics.figures import Row, compare_rows, measure
 from umed_plugin.scoring import Scorer
 
@@ -156,18 +157,27 @@ def _line(question: Question, answer: Answer) -> dict[str, Any]:
 
 
 def _batches(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
-    """Questions about one image stand together; a batch holds ``batch_size`` rows at most, or one question."""
-    places = {image: place for place, image in enumerate(dict.fromkeys(question.image for question in questions))}
+    """Batches of ``batch_size`` rows at most; the questions about one image stand in one, unless they are more than that."""
+    of_image: dict[str, list[Question]] = {}
+    for question in questions:
+        of_image.setdefault(question.image, []).append(question)
     batches: list[list[Question]] = []
     room = 0
-    for question in sorted(questions, key=lambda question: places[question.image]):
-        rows = max(1, len(question.options))
-        if rows > room:
-            batches.append([])
-            room = batch_size
-        batches[-1].append(question)
-        room -= rows
+    for group in of_image.values():
+        together = sum(map(_rows, group))
+        if together > room:
+            room = 0  # computing the image anew costs more than a batch that is not full
+        for question in group:
+            if _rows(question) > room:
+                batches.append([])
+                room = batch_size
+            batches[-1].append(question)
+            room -= _rows(question)
     return batches
+
+
+def _rows(question: Question) -> int:
+    return max(1, len(question.options))
 
 
 def evaluate_benchmark(
@@ -185,9 +195,20 @@ def evaluate_benchmark(
     image_cache: Path | None = None,
     image_cache_gb: float = 20.0,
     skipped: int = 0,
+    candidates: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Ask a checkpoint the questions of a benchmark, score them, and write what the module's docstring lists into ``out``."""
+    """Ask a checkpoint the questions of a benchmark, score them, and write what the module's docstring lists into ``out``.
+
+    Args:
+        questions: from `chosen_questions`.
+        dialect: in which the checkpoint writes boxes.
+        batch_size: rows at a time: questions, or options of theirs.
+        max_new_tokens: longest answer; None: the benchmark's.
+        skipped: how many questions were left out, for the record.
+        candidates: open answers of the training split, which LLaVA-Med's "open accuracy" chooses among.
+        progress: called with (questions done, questions in all).
+    """
     limit = max_new_tokens or benchmark.max_new_tokens
     answerer = Answerer(
         checkpoint,
@@ -218,6 +239,7 @@ def evaluate_benchmark(
     run = Run(benchmark, str(checkpoint), answerer.template, rows, figures, skipped)
     if out is not None:
         _save(run, questions, answers, scorer, out)
+        save_for_llava_med(run.checkpoint, benchmark.name, questions, answers, candidates, out / "llava_med")
     return run
 
 
@@ -237,8 +259,7 @@ def _save(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer]
         {**_line(question, answers[question.id]), "cluster": row.cluster, "values": dict(row.values)}
         for question, row in zip(questions, run.rows)
     ]
-    _write(out / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    _save_for_llava_med(run, questions, answers, out / "llava_med")
+    write_whole(out / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     summary = {
         "benchmark": run.benchmark.name,
         "checkpoint": run.checkpoint,
@@ -249,45 +270,7 @@ def _save(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer]
         "skipped": run.skipped,
         "figures": run.figures,
     }
-    _write(out / "evaluation.json", json.dumps(summary, indent=1) + "\n")
-
-
-def _save_for_llava_med(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer], folder: Path) -> None:
-    """The files that LLaVA-Med's ``run_eval.py`` and ``run_eval_batch.py`` take, in one order: they insist on it."""
-    folder.mkdir(exist_ok=True)
-    model = Path(run.checkpoint).name
-    asked = [question for question in questions if question.write]
-    said: list[dict[str, Any]] = [
-        {
-            "question_id": question.id,
-            "prompt": question.text,
-            "text": answers[question.id].text,
-            "answer_id": hashlib.sha256(f"{run.benchmark.name} {model} {question.id}".encode()).hexdigest()[:22],
-            "model_id": model,
-            "metadata": {},
-        }
-        for question in asked
-    ]
-    truth = [
-        {
-            "id": question.id,
-            "image": os.path.basename(question.image),
-            "answer_type": question.groups.get("answer_type", "OPEN"),
-            "conversations": [
-                {"from": "human", "value": f"{question.text}\n<image>"},
-                {"from": "gpt", "value": question.truth},
-            ],
-        }
-        for question in asked
-    ]
-    _write(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
-    _write(folder / "test.json", json.dumps(truth, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+    write_whole(out / "evaluation.json", json.dumps(summary, indent=1) + "\n")
 
 
 def read_run(folder: Path) -> tuple[str, list[Row]]:

@@ -40,3 +40,17 @@ def written(value: float | None, interval: list[float] | None, form: str = ".3f"
     if interval is None:
         return f"{value:{form}}"
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def sources_table(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Accuracy of each source and their plain mean in one row, two decimals, as the UMed-LVLM paper prints MAU's."""
+    from rich.table import Table
+
+    sources = [name.partition("/")[2] for name in figures if name.startswith("accuracy/")]
+    table = Table(title="accuracy by source")
+    table.add_column("")
+    for name in (*sources, "Avg"):
+        table.add_column(name, justify="right")
+    values = [figures[f"accuracy/{name}"]["value"] for name in sources] + [figures["accuracy_average"]["value"]]
+    table.add_row(title, *(f"{value:.2f}".lstrip("0") or "0" for value in values))
+    return table

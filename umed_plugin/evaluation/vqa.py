@@ -55,6 +55,21 @@ def slake_questions(root: Path, split: str, work: Path) -> list[Question]:
     ]
 
 
+def rad_candidates(root: Path) -> list[str]:
+    """The open answers of VQA-RAD's training part."""
+    return _open_answers(rad_questions(root, "train", root))
+
+
+def slake_candidates(root: Path) -> list[str]:
+    """The open answers of SLAKE's training part, if its file is there."""
+    there = any(root.glob("train.json")) or any(root.glob("*/train.json"))
+    return _open_answers(slake_questions(root, "train", root)) if there else []
+
+
+def _open_answers(questions: Sequence[Question]) -> list[str]:
+    return [question.truth for question in questions if question.groups["answer_type"] == OPEN]
+
+
 def _records(file: Path, benchmark: str) -> list[dict[str, Any]]:
     records = read_json(file, benchmark)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -119,6 +134,7 @@ VQA_RAD = Benchmark(
     score=score,
     figures=figures,
     splits=("test", "train"),
+    candidates=rad_candidates,
 )
 SLAKE = Benchmark(
     name="slake",
@@ -130,4 +146,5 @@ SLAKE = Benchmark(
     score=score,
     figures=figures,
     splits=("test", "val", "train"),
+    candidates=slake_candidates,
 )

@@ -51,7 +51,8 @@ class Figure:
     Attributes:
         name: unique within the benchmark; ``accuracy/deeplesion`` is the figure ``accuracy`` of a group.
         statistic: of the columns in ``of``, each an array [n] over the rows; NaN where it is not defined.
-        of: columns that it reads: names of values (float64), or of groups (str).
+        of: columns that it reads: names of values (float64), or of groups, which it sees as numbers from 0 in the order of
+            their names.
         where: groups that a row must belong to.
     """
 
@@ -82,9 +83,10 @@ def mean_of_groups(column: str, group: str) -> Statistic:
     def statistic(columns: Columns) -> float:
         import numpy as np
 
-        _, place = np.unique(columns[group], return_inverse=True)
-        counts = np.bincount(place)
-        return float((np.bincount(place, weights=columns[column]) / counts).mean())
+        counts = np.bincount(columns[group])
+        there = counts > 0  # a draw may leave out a group
+        sums = np.bincount(columns[group], weights=columns[column])
+        return float((sums[there] / counts[there]).mean())
 
     return statistic
 
@@ -104,16 +106,29 @@ def by_group(figure: Figure, group: str, rows: Iterable[Row]) -> list[Figure]:
 
 def measure(figures: Sequence[Figure], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """``{figure: {"value", "ci95": [low, high], "n"}}``; value and interval are None where no row answers the figure."""
-    return {figure.name: _measure(figure, [row for row in rows if figure.takes(row)]) for figure in figures}
+    found = {figure.name: {"value": None, "ci95": None, "n": 0} for figure in figures}
+    for together, places in _same_rows(figures, rows):
+        chosen_rows = [rows[place] for place in places]
+        columns = [_columns(figure, chosen_rows) for figure in together]
+        drawn: list[list[float]] = [[] for _ in together]
+        for chosen in _draws([row.cluster for row in chosen_rows]):
+            for figure, mine, values in zip(together, columns, drawn):
+                values.append(figure.statistic(_take(mine, chosen)))
+        for figure, mine, values in zip(together, columns, drawn):
+            value = _number(figure.statistic(mine))
+            found[figure.name] = {"value": value, "ci95": _interval(values), "n": len(places)}
+    return found
 
 
-def _measure(figure: Figure, rows: Sequence[Row]) -> dict[str, Any]:
-    if not rows:
-        return {"value": None, "ci95": None, "n": 0}
-    columns = _columns(figure, rows)
-    value = figure.statistic(columns)
-    drawn = [figure.statistic(_take(columns, chosen)) for chosen in _draws([row.cluster for row in rows])]
-    return {"value": _number(value), "ci95": _interval(drawn), "n": len(rows)}
+def _same_rows(figures: Sequence[Figure], rows: Sequence[Row]) -> Iterable[tuple[list[Figure], list[int]]]:
+    """Figures that take the same rows, which are drawn once for them, with the places of these rows."""
+    groups: dict[bytes, list[Figure]] = {}
+    for figure in figures:
+        taken = bytes(figure.takes(row) for row in rows)
+        if any(taken):
+            groups.setdefault(taken, []).append(figure)
+    for taken, together in groups.items():
+        yield together, [place for place, here in enumerate(taken) if here]
 
 
 def compare_rows(figures: Sequence[Figure], before: Sequence[Row], after: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -134,6 +149,7 @@ def compare_rows(figures: Sequence[Figure], before: Sequence[Row], after: Sequen
         if not pairs:
             result[figure.name] = {"difference": None, "ci95": None, "n": 0}
             continue
+        # Groups are those of the question, the same in both runs.
         old, new = (_columns(figure, rows) for rows in zip(*pairs))
         drawn = [
             figure.statistic(_take(new, chosen)) - figure.statistic(_take(old, chosen))
@@ -147,10 +163,13 @@ def compare_rows(figures: Sequence[Figure], before: Sequence[Row], after: Sequen
 def _columns(figure: Figure, rows: Sequence[Row]) -> Columns:
     import numpy as np
 
-    return {
-        name: np.array([row.values[name] if name in row.values else row.groups[name] for row in rows])
-        for name in figure.of
-    }
+    columns: dict[str, np.ndarray] = {}
+    for name in figure.of:
+        if name in rows[0].values:
+            columns[name] = np.array([row.values[name] for row in rows])
+        else:
+            _, columns[name] = np.unique([row.groups[name] for row in rows], return_inverse=True)
+    return columns
 
 
 def _take(columns: Columns, chosen: np.ndarray) -> Columns:
