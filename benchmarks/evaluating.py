@@ -1,7 +1,7 @@
 """What questions about one image cost when they share its encoding and the computation of all up to it, beside none shared.
 
-``python benchmarks/evaluating.py [--images 8] [--questions 11]``: SLAKE asks 11 English test questions about an image, VQA-RAD a
-little more than 2. The model has LLaVA's 576 image tokens, a tower of 24 x 24 patches and a language model of 8 layers of 512,
+``python benchmarks/evaluating.py [--images 4] [--questions 11]``: SLAKE asks 11 English test questions about an image, VQA-RAD a
+little more than 2. The model has LLaVA's 576 image tokens, a tower of 24 x 24 patches and a language model of 6 layers of 256,
 float32. Both sides answer the same questions greedily in batches of the same size; the other side computes each prompt whole and
 encodes the image for each question, as LLaVA-Med's script does one by one.
 """
@@ -26,7 +26,7 @@ WORDS = ("What", "is", "the", "organ", "lesion", "left", "right", "shown", "in",
 def main() -> None:
     """Print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--questions", type=int, default=11, help="about each image")
     parser.add_argument("--batch-size", type=int, default=22)
     parser.add_argument("--max-new-tokens", type=int, default=10)
@@ -42,7 +42,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from umed_plugin.demo import tiny_checkpoint
 
     tiny_checkpoint.IMAGE_SIZE = 24 * tiny_checkpoint.PATCH_SIZE
-    made = tiny_checkpoint.make_checkpoint(folder / "llava-mistral", hidden_size=512, layers=8)
+    made = tiny_checkpoint.make_checkpoint(folder / "llava-mistral", hidden_size=256, layers=6)
     answerer = Answerer(made, device="cpu", max_new_tokens=args.max_new_tokens)
     for layer in answerer.llava.get_model().layers:  # sharp attention: answers that hang on image and question
         for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):

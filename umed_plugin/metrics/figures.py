@@ -106,7 +106,7 @@ def by_group(figure: Figure, group: str, rows: Iterable[Row]) -> list[Figure]:
 
 def measure(figures: Sequence[Figure], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """``{figure: {"value", "ci95": [low, high], "n"}}``; value and interval are None where no row answers the figure."""
-    found = {figure.name: {"value": None, "ci95": None, "n": 0} for figure in figures}
+    found: dict[str, dict[str, Any]] = {one.name: {"value": None, "ci95": None, "n": 0} for one in figures}
     for together, places in _same_rows(figures, rows):
         chosen_rows = [rows[place] for place in places]
         columns = [_columns(figure, chosen_rows) for figure in together]
