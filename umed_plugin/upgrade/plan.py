@@ -73,6 +73,11 @@ class Step:
     goal: bool = False
     digests: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is one of the two trainings."""
+        return self.name.startswith("stage_")
+
     def line(self) -> str:
         """The command as a shell takes it."""
         return shlex.join(self.command)

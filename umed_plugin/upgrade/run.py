@@ -153,7 +153,8 @@ class Upgrade:
             self.folder / "logs" / f"{step.name}.log",
             step.title,
             environment={**importable(), MARK: str(self.folder)},
-            progress=shown.update,
+            # Other steps' bars are of files that are loaded.
+            progress=shown.update if step.trains else None,
         )
         self.made.end(step)
         shown.end()
