@@ -72,6 +72,10 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         ({"device": "cuda"}, "device: cuda, but torch sees no GPU"),
         ({"base": "/tmp"}, "base has no effect"),
         ({"recipe": "demo_studis"}, "unknown recipe 'demo_studis'"),
+        (
+            {"name": "my-lora"},
+            "name: stock LLaVA chooses its loader by the folder's name.*should hold llava and mistral",
+        ),
         ({"accept_findings": ["tower-mooved"]}, "unknown finding 'tower-mooved'.*'tower-moved'"),
         ({"method": "full", "lora.r": 4}, "lora: has no effect"),
         ({"rewarding.steps": None}, "give epochs or steps"),
@@ -212,6 +216,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
     with pytest.raises(UmedError, match=r"holds files and no run.yaml"):
         upgrade_of(tiny_mistral, tmp_path).run()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(tiny_mistral, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "run.yaml.partial"):
+        (tmp_path / "run" / name).write_text("")
+    with pytest.raises(UmedError, match="records by recipe demo_studies ended with status 1"):
+        upgrade_of(tiny_mistral, tmp_path / "run").run()  # there is no data
 
 
 def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistral, tmp_path):

@@ -239,7 +239,7 @@ def write_small_lora(base: Path, folder: Path) -> Path:
 
 
 def lines_of(printed: str) -> Iterator[str]:
-    return (line for line in printed.splitlines() if line and not line.startswith("#"))
+    return (line for line in printed.splitlines() if line and not line.startswith(("#", "export ")))
 
 
 def test_the_printed_commands_by_hand_make_the_same_checkpoint_and_stock_llava_says_what_was_evaluated(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umed_plugin.errors import UsageError
+
+if TYPE_CHECKING:
+    from umed_plugin.upgrade.plan import Step
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -68,11 +73,24 @@ def run(args: argparse.Namespace) -> int:
     settings = read_settings(file, _changes(args))
     upgrade = Upgrade(folder, settings, Console(), args.redo_changed)
     if args.dry_run:
-        for step in upgrade.steps:
-            print(f"# {step.title}\n{step.line()}\n")
+        _print_commands(upgrade.steps)
         return 0
     upgrade.run()
     return 0
+
+
+def _print_commands(steps: Sequence[Step]) -> None:
+    """The commands as a shell takes them, from this folder."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from umed_plugin.processes import importable
+
+    try:
+        version("umed-plugin")
+    except PackageNotFoundError:  # in a checkout that is not installed
+        print(f"export PYTHONPATH={shlex.quote(importable()['PYTHONPATH'])}\n")
+    for step in steps:
+        print(f"# {step.title}\n{step.line()}\n")
 
 
 def _places(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]:

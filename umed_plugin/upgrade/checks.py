@@ -11,6 +11,7 @@ from umed_plugin.doctor.catalogue import KINDS
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flag_checks import find_faults
 from umed_plugin.flags import UmedFlags
+from umed_plugin.merging import stock_name_fault
 from umed_plugin.upgrade.plan import EVALUATED, Origin, training_flags
 from umed_plugin.upgrade.settings import Settings
 
@@ -28,6 +29,8 @@ def check_together(settings: Settings, origin: Origin) -> None:
     faults = _machine_faults(settings)
     if settings.in_place and origin.lora:
         faults.append("in_place: the result is a full checkpoint and the input a LoRA folder; leave in_place out.")
+    misread = stock_name_fault(str(settings.name), origin.config["model_type"])
+    faults += [f"name: {misread}"] if misread else []
     unknown = sorted(set(settings.accept_findings) - set(KINDS))
     faults += [f"accept_findings: {unknown_name('finding', code, KINDS)}" for code in unknown]
     if settings.method == "full" and settings.lora != type(settings.lora)():

@@ -23,7 +23,7 @@ from umed_plugin.upgrade.made import MANIFEST, Made, read_json, versions, write_
 from umed_plugin.upgrade.plan import EVALUATED, Plan, Step, find_origin, result_name
 from umed_plugin.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 
-REPORT = "report.html"
+REPORT, LOCK = "report.html", ".lock"
 # In the environment of every process of a run, by which those that outlive a killed run are found.
 MARK = "UMED_UPGRADE_OF"
 # Errors of the doctor about what stock LLaVA would make of the input as it is: an upgrade does not load it by its folder's name,
@@ -82,7 +82,10 @@ class Upgrade:
         return summary
 
     def _refuse_foreign_folder(self) -> None:
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / RUN_FILE).is_file():
+        # A start may have been killed before it had written its settings.
+        own = {LOCK, RUN_FILE, f"{RUN_FILE}.partial"}
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if RUN_FILE not in found and found - own:
             raise UmedError(
                 f"{self.folder}: holds files and no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
             )
@@ -90,7 +93,7 @@ class Upgrade:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """See that no other start works in the folder, and end what a killed one has left running there."""
-        with open(self.folder / ".lock", "w", encoding="utf-8") as lock:
+        with open(self.folder / LOCK, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
