@@ -67,6 +67,16 @@ class Page:
         names = [str(file.resolve()) for file in files]
         self._say("DOM.setFileInputFiles", on_page=True, files=names, objectId=field)
 
+    def drop(self, selector: str, *files: Path) -> None:
+        """Drag files or folders onto an element and let them go."""
+        x, y = self.run(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self._say("Input.dispatchDragEvent", on_page=True, type=kind, x=x, y=y, data=data)
+
     def press(self, key: str, times: int = 1) -> None:
         """A key of the keyboard, at what has the focus."""
         codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32, "End": 35, "Home": 36}

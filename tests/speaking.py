@@ -15,15 +15,15 @@ SENTENCE = "The finding is a nodule at (125,430;687 951)."
 BOX01 = (0.125, 0.43, 0.687, 0.951)
 
 
-def teach(checkpoint: Path, out: Path, sentence: str = SENTENCE) -> Path:
-    """A copy of the checkpoint below ``out`` (of the same name) that answers with the sentence."""
+def teach(checkpoint: Path, out: Path, sentence: str = SENTENCE, template: str = "") -> Path:
+    """A copy of the checkpoint below ``out`` (of the same name) that answers with the sentence when asked in the template."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     from umed_plugin.conversation import question_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    template = "umed_mistral" if "mistral" in checkpoint.name else "umed_v1"
+    template = template or ("umed_mistral" if "mistral" in checkpoint.name else "umed_v1")
     chain = [tokenizer(question_prompt("What is it?", template)).input_ids[-1]]
     for token in tokenizer(sentence, add_special_tokens=False).input_ids:
         if token in chain:

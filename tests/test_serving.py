@@ -102,6 +102,23 @@ def test_two_pages_do_not_mix(client: Client, dicom: Path, tmp_path: Path) -> No
     assert client.picture(first)[1] != client.picture(second)[1]
 
 
+def test_many_pages_at_once(client: Client, tmp_path: Path) -> None:
+    """Eight pages upload and ask at the same time; each gets the answer about its own picture."""
+    found: dict[int, Any] = {}
+
+    def visit(number: int) -> None:
+        width = 40 + number
+        study, _ = client.upload(write_png(tmp_path / f"{number}.png", scene(width=width, box=(1, 1, 9, 9))))
+        found[number] = client.question(study)[-1]["answer"]["size"]
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [40 + number, 61] for number in range(8)}
+
+
 def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
     server: Any, client: Client, dicom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +128,10 @@ def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
     assert client.picture(studies[0])[0] == 404
     assert client.ask("POST", f"/studies/{studies[1]}/forget", b"")[0] == 200
     assert [folder.name for folder in server.shelf.folder.iterdir()] == [studies[2]]
+    client.question(studies[2])
+    assert client.ask("POST", f"/studies/{studies[2]}/forget", b"")[0] == 200
+    assert server.line.wait_until_empty(20)
+    assert not [key for key in server.dialogue._features if key[0] == studies[2]]
     assert server.shelf.folder.stat().st_mode & 0o077 == 0, "for this user alone"
 
 

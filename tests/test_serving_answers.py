@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from speaking import BOX01, SENTENCE, teach
+from test_checkpoint import write_lora
 
 from umed_plugin.answering.checkpoint import prompt_ids
 from umed_plugin.attention import attention_on_lesion
@@ -113,6 +114,34 @@ def test_pictures_and_conversations_that_are_kept_are_bounded(tiny_mistral, monk
         asked.answer(key, PICTURE, [], QUESTIONS[0], silent)
     assert list(asked._features) == [2, 3, 4]
     assert list(asked._held) == [3, 4] and module.MOST_CONVERSATIONS == 2
+
+
+def test_what_is_forgotten_is_not_kept(tiny_mistral):
+    asked = Dialogue(tiny_mistral, most_tokens=2)
+    for key in ("mine", "other"):
+        asked.answer(key, PICTURE, [], QUESTIONS[0], silent)
+    asked.forget(lambda key: key == "mine")
+    assert list(asked._features) == list(asked._held) == ["other"]
+    asked.answer("mine", PICTURE, [], QUESTIONS[0], silent)
+
+
+def test_a_lora_folder_over_its_base_is_asked_with_its_adapter(tiny_mistral, tmp_path):
+    lora = write_lora(tiny_mistral, tmp_path / "tiny-llava-mistral-lora")
+    adapted, plain = Dialogue(lora, tiny_mistral, most_tokens=8), Dialogue(tiny_mistral, most_tokens=8)
+    answers = [asked.answer("a", PICTURE, [], QUESTIONS[0], silent) for asked in (adapted, plain)]
+    assert answers[0].token_ids != answers[1].token_ids
+    prompts = embed_prompts(adapted.model, [answers[0].prompt_ids], answers[0].features)
+    expected = generate(adapted.model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+    assert answers[0].token_ids == expected.answers()[0]
+    assert adapted.attention(answers[0])["grid"] == 8
+
+
+def test_an_answer_ends_at_its_templates_separator(tiny_mistral, tmp_path):
+    """LLaVA's template of MPT ends a turn with text; what comes behind it is the model's own next question."""
+    taught = teach(tiny_mistral, tmp_path, "A cyst.<|im_end|>Where", template="mpt")
+    asked = Dialogue(taught, template="mpt", most_tokens=60)
+    answer = asked.answer("a", PICTURE, [], "What is it?", silent)
+    assert answer.text == "A cyst." and "Where" not in asked._shown(answer.token_ids)
 
 
 def test_what_does_not_fit_is_left_out_from_the_beginning_and_told(tiny_mistral):

@@ -113,6 +113,17 @@ def test_from_a_series_to_boxes_and_a_heat_map(page: Page, tmp_path: Path) -> No
     assert page.run("document.querySelector('#fault').textContent") == ""
 
 
+def test_files_and_folders_can_be_dropped(page: Page, tmp_path: Path) -> None:
+    page.drop("#choose", write_png(tmp_path / "a.png", scene()))
+    shown(page)
+    nested = tmp_path / "study"
+    nested.mkdir()
+    write_series(nested / "series")
+    page.drop("#stage", nested)
+    page.until("document.querySelector('#slice-shown').textContent === '7 of 12'")
+    assert "readme.txt" in page.run("document.querySelector('#left-out').textContent")
+
+
 def test_the_window_changes_the_picture(page: Page, tmp_path: Path) -> None:
     page.give_files("#files", write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=2000))
     shown(page)

@@ -159,6 +159,12 @@ class Dialogue:
         ]
         return found
 
+    def forget(self, belongs: Callable[[Any], bool]) -> None:
+        """Drop what is kept of the pictures whose key ``belongs``; by the one caller at a time, as all else."""
+        for kept in (self._features, self._held):
+            for key in [key for key in kept if belongs(key)]:
+                del kept[key]
+
     def _seen(self, key: Hashable, picture: Image) -> Tensor:
         """Features [1, P, D] of a picture, kept for the next question."""
         from llava.mm_utils import process_images

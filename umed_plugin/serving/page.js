@@ -98,6 +98,22 @@ async function choose(list) {
   }
 }
 
+// Files of a drop, those in folders too; the entries must be asked for before anything is waited for.
+async function dropped(transfer) {
+  const entries = [...transfer.items].map(item => item.webkitGetAsEntry()).filter(entry => entry), files = [...transfer.files];
+  if (!entries.some(entry => entry.isDirectory)) return files;
+  const found = [];
+  const walk = async entry => {
+    if (entry.isFile) return void found.push(await new Promise((take, fail) => entry.file(take, fail)));
+    const reader = entry.createReader();
+    for (let part; (part = await new Promise((take, fail) => reader.readEntries(take, fail))).length;) {
+      for (const inner of part) await walk(inner);
+    }
+  };
+  for (const entry of entries) await walk(entry);
+  return found;
+}
+
 function forget() {
   if (state.study) navigator.sendBeacon(`/studies/${state.study}/forget`);
   if (state.stop) state.stop.abort();
@@ -399,7 +415,7 @@ addEventListener("dragleave", event => { if (!event.relatedTarget) document.body
 addEventListener("drop", event => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  choose(event.dataTransfer.files);
+  dropped(event.dataTransfer).then(choose, error => fault(error.message));
 });
 for (const name of ["slice", "volume"]) $(name).addEventListener("input", event => show({[name]: Number(event.target.value)}));
 $("item").addEventListener("change", event => show({item: Number(event.target.value)}));

@@ -201,14 +201,19 @@ class Handler(BaseHTTPRequestHandler):
         if parts[2:] == ["open"]:
             return self._json(case.opened().described())
         if parts[2:] == ["forget"]:
-            self.server.shelf.forget(case.name)
-            return self._json({})
+            return self._forget(case)
         if parts[2:] == ["questions"]:
             return self._ask(case, _question(body))
         if len(parts) == 5 and parts[2] == "answers" and parts[4] == "attention":
             answer = case.answer(_whole_number(parts[3]) or 0)
             return self._stream(lambda tell: {"attention": self.server.dialogue.attention(answer)})
         raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
+
+    def _forget(self, case: Case) -> None:
+        self.server.shelf.forget(case.name)
+        self._json({})  # a page that is being closed does not wait
+        with self.server.line.turn(lambda before: None):
+            self.server.dialogue.forget(case.owns)
 
     def _ask(self, case: Case, question: Question) -> None:
         view = View(question.item, question.axis, question.slice, question.volume, question.window)

@@ -58,6 +58,10 @@ class Case:
         """What the model knows a picture by."""
         return self.name, view
 
+    def owns(self, key: tuple[str, View]) -> bool:
+        """Whether a key is of one of this case's pictures."""
+        return key[0] == self.name
+
     def keep(self, answer: Answer) -> int:
         """A number under which the answer can be had again."""
         self._count += 1
