@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def client(server: Any) -> Client:
 @pytest.fixture
 def dicom(tmp_path: Path) -> Path:
     return write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=2000)
+
+
+def until(come_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not come_true():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
 
 
 # What it is for.
@@ -130,8 +138,7 @@ def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
     assert [folder.name for folder in server.shelf.folder.iterdir()] == [studies[2]]
     client.question(studies[2])
     assert client.ask("POST", f"/studies/{studies[2]}/forget", b"")[0] == 200
-    assert server.line.wait_until_empty(20)
-    assert not [key for key in server.dialogue._features if key[0] == studies[2]]
+    until(lambda: not [key for key in list(server.dialogue._features) if key[0] == studies[2]])
     assert server.shelf.folder.stat().st_mode & 0o077 == 0, "for this user alone"
 
 
@@ -329,10 +336,7 @@ def test_a_browser_that_goes_away_stops_its_answer(server: Any, client: Client, 
             heard = b""
             while b"waiting" not in heard:
                 heard += connection.recv(4096)
-        deadline = time.monotonic() + 20
-        while len(server.line._tickets) > 1:
-            assert time.monotonic() < deadline, "who has gone still stands in the line"
-            time.sleep(0.05)
+        until(lambda: len(server.line._tickets) == 1)
     assert client.question(study)[-1]["answer"]["text"] == SENTENCE
 
 
