@@ -245,6 +245,8 @@ FAULTS = (
     Fault("code-inside", lambda f: (f / "modeling_llava.py").write_text("raise SystemExit")),
     Fault("family-unknown", put(model_type="llava_mistrl"), said="llava_mistrl"),
     Fault("family-unknown", put(model_type="mistral")),
+    Fault("config-value", put(num_attention_heads=0), said="num_attention_heads is 0"),
+    Fault("config-value", drop("intermediate_size"), said="intermediate_size is not set"),
     Fault("delta", as_delta, family="llama"),
     Fault("mixed-config", put(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"]),
           also=frozenset({"name-of-other-class", "name-template"}), said="sliding_window"),

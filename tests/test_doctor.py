@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from doctor_faults import (
     tensors,
     with_tower,
 )
+from safetensors.torch import save_file
 from test_checkpoint import write_lora
 from umed_runs import environment
 
@@ -34,7 +36,7 @@ from umed_plugin.cli import main
 from umed_plugin.doctor import diagnose, examine
 from umed_plugin.doctor.catalogue import KINDS
 from umed_plugin.doctor.pickles import read_pickle
-from umed_plugin.doctor.stored import read_safetensors
+from umed_plugin.doctor.stored import BadFile, read_safetensors
 from umed_plugin.merging import merge
 from umed_plugin.to_transformers import to_transformers
 
@@ -51,6 +53,14 @@ def codes(folder: Path, base: Path | None = None) -> set[str]:
 @pytest.mark.parametrize("family", ["mistral", "llama"])
 def test_nothing_is_found_in_a_good_checkpoint(family, good, tmp_path):
     assert examine(copied(good[family], tmp_path / NAMES[family])) == []
+
+
+def test_the_folder_above_counts_for_a_checkpoint_of_a_run(good, tmp_path):
+    """LLaVA reads the name of ``checkpoint-N`` together with that of its folder."""
+    assert examine(copied(good["mistral"], tmp_path / "llava-mistral-run" / "checkpoint-20")) == []
+    assert codes(copied(good["mistral"], tmp_path / "run" / "checkpoint-20")) == {
+        "name-without-llava", "name-of-other-class", "name-template",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.code)
@@ -209,11 +219,58 @@ def test_safetensors_are_read_as_the_library_reads_them(tiny_mistral):
     assert all(torch.equal(stored[name].read(), tensor) for name, tensor in loaded.items())
 
 
+@pytest.mark.parametrize("form", ["zip", "sequence", "safetensors"])
+def test_a_damaged_file_is_a_bad_file_and_nothing_worse(form, tmp_path):
+    """Cut anywhere, or some bytes changed."""
+    file, content = tmp_path / "weights", {"a": torch.randn(4, 5), "b": torch.randn(3).half()}
+    if form == "safetensors":
+        save_file(content, file)
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    whole, chance, bad = file.read_bytes(), random.Random(0), 0
+    for number in range(400):
+        data = bytearray(whole)
+        if number % 2:
+            data = data[: chance.randrange(len(data))]
+        for _ in range(0 if number % 2 else chance.randrange(1, 4)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        file.write_bytes(data)
+        try:
+            read = read_safetensors(file) if form == "safetensors" else read_pickle(file).tensors
+            for tensor in read.values():
+                tensor.read()
+        except BadFile:
+            bad += 1
+    assert bad >= 200, "each cut at the least"
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, {"a": 1}], ids=str)
+def test_an_odd_value_in_config_json_is_no_crash(value, tiny_mistral, tmp_path):
+    folder = copied(tiny_mistral, tmp_path / NAMES["mistral"])
+    whole = config(folder)
+    for key in [*whole, "rope_parameters", "head_dim", "quantization_config", "vision_tower", "image_grid_pinpoints"]:
+        (folder / "config.json").write_text(json.dumps({**whole, key: value}))
+        assert all(one.found for one in examine(folder))
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_checkpoint_in_pickles_is_as_good_as_one_in_safetensors(zipped, tiny_mistral, tmp_path):
     folder = copied(tiny_mistral, tmp_path / "tiny-llava-mistral")
     as_pickle(folder, zipped)
     assert examine(folder) == []
+
+
+def test_what_llavas_train_makes_of_a_mistral_checkpoint_is_a_mixed_config(tiny_mistral, tmp_path):
+    """Its class for Llama loads the checkpoint and saves it again: model_type changes, the keys of Mistral stay."""
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    folder = tmp_path / "llava-v1-trained"
+    LlavaLlamaForCausalLM.from_pretrained(tiny_mistral).half().save_pretrained(folder)
+    for file in tiny_mistral.glob("*token*"):
+        shutil.copy2(file, folder)
+    assert config(folder)["model_type"] == "llava_llama"
+    (mixed,) = [one for one in examine(folder) if one.code == "mixed-config"]
+    assert mixed.fixable and "sliding_window" in mixed.found
 
 
 def test_what_training_leaves_beside_the_weights_is_no_finding(tiny_mistral, tmp_path):

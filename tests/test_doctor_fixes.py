@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from doctor_faults import (
     FAULTS,
     INDEX,
@@ -20,6 +22,7 @@ from doctor_faults import (
     copied,
     drop,
     edit,
+    first_kind,
     five_keys,
     forget,
     put,
@@ -31,7 +34,7 @@ from test_checkpoint import write_lora
 from umed_runs import python_of_llavas_pins
 
 from umed_plugin.cli import main
-from umed_plugin.doctor import examine, fix
+from umed_plugin.doctor import diagnose, examine, fix
 from umed_plugin.doctor.catalogue import KINDS
 
 SCRIPT = Path(__file__).resolve().parent / "stock_loads.py"
@@ -255,7 +258,13 @@ def by_name(tiny_mistral: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
         else:
             below = copied(source, folder / str(number) / base)
             pairs.append((write_lora(below, folder / str(number) / name), below))
-    return dict(zip(cases, stock(pairs, folder)))
+    for case in ("without llava", "a temporary folder"):
+        (told,) = [one for one in examine(pairs[list(cases).index(case)][0]) if one.severity == "error"]
+        command = shlex.split(told.remedy.partition("another name: ")[2])
+        subprocess.run(command, check=True)
+        assert examine(Path(command[-1])) == []
+        pairs.append((Path(command[-1]), None))
+    return dict(zip([*cases, "without llava, by a link", "a temporary folder, by a link"], stock(pairs, folder)))
 
 
 def test_what_the_findings_about_names_say_is_so(by_name):
@@ -263,6 +272,8 @@ def test_what_the_findings_about_names_say_is_so(by_name):
     assert "error" not in good
     assert by_name.pop("lora in a full checkpoint's name") == good  # a warning, not an error
     assert by_name.pop("mistral without its name") == good  # its class computes the same, its template does not
+    for case in ("without llava, by a link", "a temporary folder, by a link"):  # the remedies that the doctor printed
+        assert by_name.pop(case) == good
     for case, answer in by_name.items():
         assert answer != good, case
     assert "error" in by_name["a temporary folder"]
@@ -281,6 +292,53 @@ def test_shapes_that_stock_llava_lets_pass_are_refused_by_training(values, tiny_
     if any(found.fixable for found in examine(folder)):
         fix(lambda: examine(folder), lambda text: None)
         LlavaMistralForCausalLM.from_pretrained(folder)
+
+
+def test_a_delta_that_llava_made_is_named_and_its_remedy_restores_the_model(tiny_llama, tmp_path):
+    """LLaVA-Med 1.0 was published as what LLaVA's make_delta leaves of it."""
+    python = python_of_llavas_pins()
+    if python is None:
+        pytest.skip("make_delta runs on LLaVA's pins alone: UMED_OTHER_PYTHON names a Python that has them")
+    target = copied(tiny_llama, tmp_path / "llava-med-7b")
+    first_kind(target)
+    edit(target, model_type="llava_llama")
+    base, delta, out = tmp_path / "llama-7b", tmp_path / "llava-med-7b-delta", tmp_path / "applied"
+    write_base(target, base)
+    paths = ["--base-model-path", base, "--target-model-path", target, "--delta-path", delta]
+    run(python, "-m", "llava.model.make_delta", *paths)
+
+    diagnosis = diagnose(delta)
+    assert diagnosis.identity.family == "LLaVA-Med 1.0 delta"
+    (told,) = [one for one in diagnosis.findings if one.severity == "error"]
+    assert told.code == "delta"
+    out.mkdir()
+    words = {"LLAMA-7B": str(base), "DIR/llava-med-7b": str(out / "llava-med-7b")}
+    run(python, *[words.get(word, word) for word in shlex.split(told.remedy)[1:]])
+
+    restored = out / "llava-med-7b"
+    assert diagnose(restored).identity.family == "LLaVA 1.0 or LLaVA-Med 1.0"
+    assert not [one for one in examine(restored) if one.severity == "error"]
+    right, garbage, again = stock([(target, None), (delta, None), (restored, None)], tmp_path)
+    assert again["logits"] == pytest.approx(right["logits"], abs=0.02)
+    assert garbage["logits"] != pytest.approx(right["logits"], abs=0.2)
+
+
+def run(python: str, *words: str | Path) -> None:
+    done = subprocess.run([python, "-I", *map(str, words)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def write_base(target: Path, folder: Path) -> None:
+    """The language model that the target was trained from, as far as LLaVA's script looks at it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = config(target)
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**{key: shape[key] for key in keys}, vocab_size=shape["vocab_size"] - 3))
+    model.half().save_pretrained(folder)
+    for file in target.glob("*token*"):
+        shutil.copy2(file, folder)
 
 
 def test_forgotten_in_the_index_means_random(told):

@@ -96,6 +96,11 @@ CONFIG = (
         "{advice}",
     ),
     Kind(
+        "config-value", ERROR, "a value in config.json that cannot be, or a size that is missing",
+        "LLaVA does not load the checkpoint, or builds another model.",
+        "Take config.json from the checkpoint that this one was made from.",
+    ),
+    Kind(
         "delta", ERROR, "weights are differences from a base model, as LLaVA-Med 1.0 was published",
         "Loaded as they are, the model writes garbage.",
         "python -m llava.model.apply_delta --base-model-path LLAMA-7B --target-model-path DIR/llava-med-7b "

@@ -69,13 +69,13 @@ def _other_family(contents: Contents) -> Finding:
 def _mixed(contents: Contents) -> Iterator[Finding]:
     """A Mistral checkpoint that went through LLaVA's train(): saved as Llama, with keys that only Mistral has."""
     config = contents.config
-    named = " ".join(config.get("architectures") or [])
+    named = " ".join(map(str, config.get("architectures") or []))
     is_mistral = config["model_type"] == MISTRAL
     if is_mistral and "Llama" in named:
         signs, change = [f"architectures is {named}"], None
     else:
         signs = [] if is_mistral else [sign for sign, found in _signs_of_mistral(config, named).items() if found]
-        window, longest = config.get("sliding_window"), config.get("tokenizer_model_max_length", 2048)
+        window, longest = config.get("sliding_window"), config.get("tokenizer_model_max_length") or 2048
         # Without a window within the context both classes compute the same.
         same = not window or window >= max(longest, 4096)
         values = {"model_type": MISTRAL, "architectures": ["LlavaMistralForCausalLM"]}
@@ -142,7 +142,7 @@ def expected_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int,
     """Name -> shape of the language model's tensors, as config.json gives them."""
     width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
-    head = config.get("head_dim") or width // heads
+    head = config.get("head_dim") or max(width // heads, 1)
     keys = (config.get("num_key_value_heads") or heads) * head
     layer = {
         "self_attn.q_proj.weight": (heads * head, width),
@@ -165,10 +165,10 @@ def expected_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int,
 def _language_model(contents: Contents) -> Iterator[Finding]:
     config, weights = contents.config, contents.weights
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    unset = [key for key in needed if not isinstance(config.get(key), int)]
+    unset = [key for key in needed if key not in config]
     if unset:
-        found = f"{', '.join(unset)} is not set"
-        yield finding("shape-mismatch", found, str(contents.config_file))
+        if not any(one.code == "config-value" for one in contents.findings):
+            yield finding("config-value", f"{', '.join(unset)} is not set", str(contents.config_file))
         return
     if any(tensor.dtype in ("U8", "I8") for tensor in weights.values()) or "quantization_config" in config:
         yield finding("quantized", "integers, or quantization_config", str(contents.path))
@@ -222,7 +222,7 @@ def _wrong_shapes(contents: Contents, expected: dict[str, tuple[int, ...]]) -> I
 
 def _wrong_heads(contents: Contents, keys: dict[str, StoredTensor]) -> Finding:
     config = contents.config
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    head = config.get("head_dim") or max(config["hidden_size"] // config["num_attention_heads"], 1)
     rows = {tensor.shape[0] for tensor in keys.values()}
     counts = {count // head for count in rows}
     agree = len(rows) == 1 and min(rows) % head == 0 and config["num_attention_heads"] % max(min(counts), 1) == 0

@@ -25,6 +25,12 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # In the order in which transformers looks for them.
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "tokenizer_model_max_length")
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "mm_hidden_size", *_MAY_BE_NULL
+)  # fmt: skip
+_TEXTS = ("model_type", "mm_vision_tower", "vision_tower", "mm_projector_type", "_name_or_path")
+_LISTS = ("architectures",)
 # What transformers, PyTorch, DeepSpeed and LLaVA write beside weights; a pickle that names more was made by something else.
 _TRAINING = re.compile(
     r"(transformers|torch|accelerate|deepspeed|llava|numpy|collections|_codecs|datetime|pathlib|argparse|umed_plugin)\b"
@@ -101,7 +107,7 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER):
         if (path / name).is_file() and not read_object(path / name):
             add(finding("config-unreadable", "holds no JSON object", str(path / name)))
-    contents.config = read_object(contents.config_file)
+    contents.config = _sensible(contents, read_object(contents.config_file))
     contents.kind = _kind(path)
     if contents.kind == FULL:
         contents.weights = _full_weights(contents)
@@ -114,6 +120,21 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
             contents.base = read_contents(Path(named).absolute())
     contents.findings += _beside(path, contents.config)
     return contents
+
+
+def _sensible(contents: Contents, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without the values that nothing can be computed with, which are noted."""
+    odd = {key for key in _SIZES if key in config and not _is_size(config[key], key in _MAY_BE_NULL)}
+    odd |= {key for key in _TEXTS if not isinstance(config.get(key, ""), (str, type(None)))}
+    odd |= {key for key in _LISTS if not isinstance(config.get(key, []), (list, type(None)))}
+    for key in sorted(odd):
+        found = f"{key} is {config[key]!r}"
+        contents.findings.append(finding("config-value", found, f"{contents.config_file}: {key}"))
+    return {key: value for key, value in config.items() if key not in odd}
+
+
+def _is_size(value: Any, may_be_null: bool) -> bool:
+    return (value is None and may_be_null) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
 
 
 def _kind(path: Path) -> str:

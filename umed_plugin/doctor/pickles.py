@@ -25,6 +25,11 @@ _STORAGES = {
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
     "UntypedStorage": "U8",
 }  # fmt: skip
+# A pickle may ask for any operation on any object, and a zip archive for any place: what does not work is no file of tensors.
+_NO_TENSORS = (
+    AttributeError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, RecursionError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the sequence of pickles
 
 
@@ -137,8 +142,7 @@ def read_pickle(file: Path) -> Pickled:
         except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
             code = "file-truncated" if zipped or isinstance(error, EOFError) else "file-unreadable"
             raise BadFile(code, f"cannot be read as a file of PyTorch's ({error})") from error
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, struct.error) as error:
-            # A pickle may ask for any operation on any object; what does not work on those above is no file of tensors.
+        except _NO_TENSORS as error:
             raise BadFile("file-unreadable", f"cannot be read as a file of PyTorch's ({error!r})") from error
 
 
@@ -208,6 +212,8 @@ def _stored(file: Path, content: Any, place: Callable[[_Storage], int]) -> dict[
     tensors = {}
     for name, found in _tensors(content).items():
         key, dtype = found.storage.key, found.storage.dtype
+        if min((found.offset, *found.shape, *found.stride)) < 0 or len(found.shape) != len(found.stride):
+            raise ValueError(f"{name} has the shape {found.shape} and the stride {found.stride}")
         if key not in begins:
             begins[key] = place(found.storage)
         start = begins[key] + found.offset * BYTES[dtype]

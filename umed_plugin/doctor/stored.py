@@ -81,7 +81,7 @@ class StoredTensor:
             stream.seek(self.start)
             while left:
                 data = stream.read(min(left, _PIECE))
-                if not data:
+                if len(data) < min(left, _PIECE):
                     raise BadFile("file-truncated", f"ends within {self.name}")
                 left -= len(data)
                 yield torch.frombuffer(bytearray(data), dtype=dtype)
@@ -125,8 +125,15 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length))
         except ValueError as error:
             raise BadFile("file-unreadable", f"has a header that is no JSON ({error})") from error
+    try:
+        return _placed(file, header, 8 + length, size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise BadFile("file-unreadable", f"has a header that describes no tensors ({error!r})") from error
+
+
+def _placed(file: Path, header: dict[str, Any], begin: int, size: int) -> dict[str, StoredTensor]:
+    """The tensors that a header names, whose data begins at a byte of the file and must end with it."""
     header.pop("__metadata__", None)
-    begin = 8 + length
     end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
         code, word = ("file-truncated", "fewer") if size < end else ("file-unreadable", "more")
