@@ -184,7 +184,7 @@ def test_the_keyboard_alone_is_enough(run, page):
         )
     page.press("Escape")
     page.until("!document.getElementById('viewer').open")
-    assert page.run(place) == columns + 1, "back at the card of the study that was open"
+    page.until(f"{place} === {columns + 1}", seconds=20)  # back at the card of the study that was open
 
 
 def test_sampled_answers_show_the_reward_per_term(run, page):

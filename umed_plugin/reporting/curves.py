@@ -71,6 +71,8 @@ def charts_of(training: Training) -> dict[str, list[Chart]]:
             continue
         title = next(title for title, starts in GROUPS.items() if name.startswith(starts))
         grouped[title].append(_chart(name, training.log))
+    for title, charts in grouped.items():
+        charts.sort(key=lambda chart: next(i for i, start in enumerate(GROUPS[title]) if chart.name.startswith(start)))
     return {title: charts for title, charts in grouped.items() if charts}
 
 

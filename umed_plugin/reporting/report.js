@@ -37,7 +37,9 @@ function boxLayer(boxes, name) {
   return layer;
 }
 
-// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, and no red beside green.
+// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, and no red beside green. One scale for all maps, or an
+// even one would look like a sharp one: what gets no attention stays clear, from MOST times an even share on it is yellow.
+const MOST = 4;
 const RAMP = [[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]];
 
 function heatLayer(heat) {
@@ -47,9 +49,10 @@ function heatLayer(heat) {
   canvas.style.width = canvas.style.height = 100 * heat.covers + "%";
   const image = new ImageData(columns, rows);
   values.forEach((value, patch) => {
-    const at = value / 255 * (RAMP.length - 1), low = Math.min(Math.floor(at), RAMP.length - 2);
+    const share = Math.min(value / 255 * heat.peak * rows * columns / MOST, 1);
+    const at = share * (RAMP.length - 1), low = Math.min(Math.floor(at), RAMP.length - 2);
     const mixed = RAMP[low].map((from, i) => from + (RAMP[low + 1][i] - from) * (at - low));
-    image.data.set([...mixed, 40 + 150 * value / 255], 4 * patch);
+    image.data.set([...mixed, 190 * share], 4 * patch);
   });
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
@@ -237,8 +240,8 @@ function heatFigure(card, answer) {
   const of = answer.heat.of_true_name ? "the abnormality's name" : "the name that it gives, which is not there";
   return el("figure", {className: "attention"},
     picture(card, "Attention of " + of + " over the image", heatLayer(answer.heat), boxLayer(card.true, "true")),
-    el("figcaption", {}, "Attention of " + of + ". Yellow: " + (100 * answer.heat.peak).toFixed(1) + " % of it on one patch; even would be "
-      + (100 / (answer.heat.grid[0] * answer.heat.grid[1])).toFixed(1) + " %."));
+    el("figcaption", {}, "Attention of " + of + ". Yellow: " + MOST + " times an even share or more; the highest patch has "
+      + (answer.heat.peak * answer.heat.grid[0] * answer.heat.grid[1]).toFixed(1) + " times."));
 }
 
 function legend() {
