@@ -46,13 +46,17 @@ def good(tiny_mistral: Path, tiny_llama: Path) -> dict[str, Path]:
     return {"mistral": tiny_mistral, "llama": tiny_llama}
 
 
+# A Llama tokenizer is not legacy in LLaVA-1.5, nor in the small checkpoint.
+ALWAYS = {"mistral": set(), "llama": {"questions-masked"}}
+
+
 def codes(folder: Path, base: Path | None = None) -> set[str]:
     return {one.code for one in examine(folder, base)}
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])
 def test_nothing_is_found_in_a_good_checkpoint(family, good, tmp_path):
-    assert examine(copied(good[family], tmp_path / NAMES[family])) == []
+    assert codes(copied(good[family], tmp_path / NAMES[family])) == ALWAYS[family]
 
 
 def test_the_folder_above_counts_for_a_checkpoint_of_a_run(good, tmp_path):
@@ -68,7 +72,7 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
     folder = copied(good[fault.family], fault.folder(tmp_path))
     fault.make(folder)
     found = examine(folder)
-    assert {one.code for one in found} == {fault.code} | fault.also
+    assert {one.code for one in found} == {fault.code} | fault.also | ALWAYS[fault.family]
     (named,) = [one for one in found if one.code == fault.code]
     assert fault.said in named.found
     assert named.where and named.why and named.remedy and "{" not in named.remedy.replace("{k: v", "")
@@ -78,7 +82,7 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
 def test_every_kind_is_made_by_a_fault_or_a_family():
     elsewhere = {
         "transformers-form", "adapter-missing", "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral",
-        "adapter-model-type", "adapter-fields", "adapter-fields-needed",
+        "adapter-model-type", "adapter-fields", "adapter-fields-needed", "questions-masked",
     }  # fmt: skip
     made = {fault.code for fault in FAULTS}
     assert made.isdisjoint(elsewhere)
@@ -86,7 +90,7 @@ def test_every_kind_is_made_by_a_fault_or_a_family():
 
 
 FAMILIES = {
-    "LLaVA 1.5": ("llama", "llava-v1.5-7b", lambda folder: None, "llava_v1", set()),
+    "LLaVA 1.5": ("llama", "llava-v1.5-7b", lambda folder: None, "llava_v1", ALWAYS["llama"]),
     "LLaVA-Med 1.5 Mistral": ("mistral", "llava-med-v1.5-mistral-7b", lambda folder: None, "mistral_instruct", set()),
     "LLaVA-NeXT": ("mistral", "llava-v1.6-mistral-7b", next_kind, "mistral_instruct", {"image-mode-anyres"}),
     "LLaVA 1.0 or LLaVA-Med 1.0": ("llama", "llava-med-7b", first_kind, "llava_v0", set()),
@@ -107,6 +111,30 @@ def test_a_family_is_named_with_its_template(family, good, tmp_path):
     assert diagnosis.identity.image_mode == config(folder)["image_aspect_ratio"]
     assert {one.code for one in diagnosis.findings} == expected
     assert diagnosis.identity.parameters == sum(tensor.numel() for tensor in tensors(folder).values())
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize(("family", "template"), [("llama", "llava_v1"), ("mistral", "mistral_instruct")])
+def test_what_llavas_training_masks_is_what_the_finding_says(family, template, legacy, good, tmp_path):
+    """LLaVA's own preprocessing of one question and of two, with the checkpoint's tokenizer."""
+    from llava.train import train as llava_train
+    from transformers import AutoTokenizer
+
+    from umed_plugin.batch import supervision_fault, using_template
+
+    folder = copied(good[family], tmp_path / NAMES[family])
+    edit(folder, "tokenizer_config.json", legacy=legacy)
+    told = "questions-masked" in codes(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, model_max_length=1024, padding_side="right")
+    tokenizer.pad_token = tokenizer.unk_token
+    for rounds in (1, 2):
+        turns = [("human", "<image>\nWhere is it?"), ("gpt", "At [0.12, 0.30]."), ("human", "And?"), ("gpt", "A cyst.")]
+        spoken = [{"from": who, "value": text} for who, text in turns[: 2 * rounds]]
+        with using_template(template):
+            item = llava_train.preprocess([[dict(turn) for turn in spoken]], tokenizer, has_image=True)
+        record = {"id": rounds, "conversations": spoken}
+        fault = supervision_fault(record, template, tokenizer, item["input_ids"][0], item["labels"][0])
+        assert ("masked whole" in (fault or "")) == (told and rounds == 2), fault
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])

@@ -231,6 +231,12 @@ TOKENS = (
         "sets eos_token_id, when </s> of LLaVA's templates is the tokenizer's end",
     ),
     Kind(
+        "questions-masked", NOTE, "a tokenizer that is not legacy, under the templates of Vicuna",
+        "LLaVA's training masks samples with several questions whole, and only prints 'tokenization mismatch' (#661, #1166, "
+        "#1706).",
+        "One record for each question, as umed's recipes write them; a run of umed's stops before it trains on masked ones.",
+    ),
+    Kind(
         "padding-token", ERROR, "pad_token_id lies outside the vocabulary",
         "The embedding layer cannot be made: LLaVA does not load the checkpoint.",
         "Set pad_token_id to {token} in config.json; padding is masked, so any token will do.",

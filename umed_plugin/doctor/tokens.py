@@ -8,8 +8,9 @@ from typing import Any
 from umed_plugin.checkpoint import FAMILIES
 from umed_plugin.doctor.catalogue import finding
 from umed_plugin.doctor.configuration import EMBEDDING, is_transformers_form
-from umed_plugin.doctor.contents import FULL, Contents
+from umed_plugin.doctor.contents import FULL, Contents, read_object
 from umed_plugin.doctor.findings import Finding, JsonChange
+from umed_plugin.doctor.identity import stock_template
 
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"  # llava.constants
 _END_OF_ANSWER = "</s>"  # of LLaVA's templates, but for the one of MPT
@@ -33,6 +34,7 @@ def check_tokens(contents: Contents) -> Iterator[Finding]:
     if EMBEDDING in contents.weights and contents.weights[EMBEDDING].shape:
         yield from _rows(contents, tokenizer)
     yield from _end(contents, tokenizer)
+    yield from _several_questions(contents)
     rows, pad = config.get("vocab_size"), config.get("pad_token_id")
     if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
         unknown = tokenizer.unk_token_id or 0
@@ -41,10 +43,15 @@ def check_tokens(contents: Contents) -> Iterator[Finding]:
         yield finding("padding-token", f"pad_token_id is {pad}, and vocab_size {rows}", where, change, token=unknown)
 
 
+def _several_questions(contents: Contents) -> Iterator[Finding]:
+    """LLaVA counts the tokens of each round by itself, where a legacy tokenizer puts a space that others do not."""
+    file = contents.path / "tokenizer_config.json"
+    if "llava_v1" in stock_template(contents) and read_object(file).get("legacy") is False:
+        yield finding("questions-masked", "legacy is false, and the template llava_v1", f"{file}: legacy")
+
+
 def _load(contents: Contents) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
-
-    from umed_plugin.doctor.contents import read_object
 
     # Without a class of its own the automatic choice would need LLaVA's configuration classes.
     named = "tokenizer_class" in read_object(contents.path / "tokenizer_config.json")
