@@ -228,7 +228,7 @@ TOKENS = (
         "end-token", ERROR, "config.json or generation_config.json ends answers at another token than the tokenizer's end",
         "Answers do not end, or end too early.",
         "Set eos_token_id to {token} in {files}.",
-        "sets eos_token_id, when </s> of LLaVA's templates is the tokenizer's end",
+        "sets eos_token_id, when `</s>` of LLaVA's templates is the tokenizer's end",
     ),
     Kind(
         "questions-masked", NOTE, "a tokenizer that is not legacy, under the templates of Vicuna",
