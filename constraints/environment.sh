@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 kind=$1 folder=$PWD/$2
 done_mark=$folder/.complete
 case $kind in
-  current) lowest=3.10 highest=3.13 needs="today's libraries need" ;;
+  current) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
   pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
   *) echo "$kind is no environment of this project: pinned, current, repository, lint" >&2; exit 2 ;;
 esac
