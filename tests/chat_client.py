@@ -31,10 +31,9 @@ def chat_server(dialogue: Any, most_bytes: int = 50_000_000) -> Iterator[Any]:
     try:
         yield server
     finally:
-        server.ending.set()
         server.shutdown()
         thread.join()
-        server.server_close()
+        server.end(30)
         shelf.close()
 
 

@@ -28,8 +28,8 @@ from umed_plugin.images import load_image
 from umed_plugin.serving import shelf
 from umed_plugin.serving.access import is_loopback, refusal
 from umed_plugin.serving.dialogue import Dialogue
+from umed_plugin.serving.handler import _page_file
 from umed_plugin.serving.line import Line
-from umed_plugin.serving.server import _page_file
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,6 @@ def test_the_line_is_served_in_order_and_told() -> None:
         thread.join()
     assert served == [0, 1, 2, 3]
     assert heard == {0: [], 1: [1], 2: [2, 1], 3: [3, 2, 1]}
-    assert line.wait_until_empty(0)
 
 
 def test_who_leaves_the_line_lets_the_others_on() -> None:
@@ -307,7 +306,7 @@ def test_who_leaves_the_line_lets_the_others_on() -> None:
     with line.turn(entered.append):
         with pytest.raises(BrokenPipeError), line.turn(gone):
             entered.append("never")
-        assert not line.wait_until_empty(0)
+        assert len(line._tickets) == 1
     with line.turn(entered.append):
         entered.append("next")
     assert entered == ["next"]
@@ -398,9 +397,10 @@ def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_p
         heard: list[Any] = []
         asking = threading.Thread(target=lambda: heard.extend(client.question(study)))
         asking.start()
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        with socket.create_connection(process.server_address):  # a browser keeps connections on which it says nothing
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
         asking.join()
     assert "answer" not in heard[-1], "it was cut"
 

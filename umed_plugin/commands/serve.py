@@ -95,10 +95,7 @@ def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
     except KeyboardInterrupt:
         print("umed serve: ending", flush=True)
     finally:
-        server.ending.set()
-        server.server_close()
-        # An answer that is being written stops at its next token.
-        server.line.wait_until_empty(_SECONDS_TO_END)
+        server.end(_SECONDS_TO_END)
 
 
 def _keep_headers_out_of_the_terminal() -> None:

@@ -42,8 +42,3 @@ class Line:
     def _before(self, ticket: object) -> int:
         with self._changed:
             return self._tickets.index(ticket)
-
-    def wait_until_empty(self, seconds: float) -> bool:
-        """Whether all requests have gone within that time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._tickets, seconds)
