@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umed_plugin.answering.checkpoint import Answer
+from umed_plugin.answering.checkpoint import Answer, Answerer
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.catalogue import BENCHMARKS
@@ -122,7 +122,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistral, tmp_path, capsys):
+def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistral, tmp_path, capsys, monkeypatch):
     root, out = rad(tmp_path / "rad"), tmp_path / "out"
     assert main(command(tiny_mistral, "vqa_rad", root, out)) == 0
     assert "closed_accuracy" in capsys.readouterr().out
@@ -145,10 +145,34 @@ def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistr
     assert json.loads((out / "llava_med/candidate.json").read_text()) == {"0": ["left lung"]}, "of the training part"
     # Again: nothing is asked, the same is written.
     before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    monkeypatch.setattr(Answerer, "answer", lambda *_: pytest.fail("asked again"))
     assert main(command(tiny_mistral, "vqa_rad", root, out)) == 0
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
     assert main(command(tiny_mistral, "vqa_rad", root, out, "--template", "llava_v1")) == 1
     assert "template: 'mistral_instruct' there, 'llava_v1' now" in capsys.readouterr().err
+
+
+def test_what_is_on_the_disk_is_not_asked_again_and_a_batch_that_is_not_whole_is(tiny_mistral, tmp_path, monkeypatch):
+    root, out = rad(tmp_path / "rad"), tmp_path / "out"
+    assert main(command(tiny_mistral, "vqa_rad", root, out, "--batch-size", 2)) == 0
+    whole = lines(out / "predictions.jsonl")
+    (out / "predictions.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*whole[:2], whole[2], whole[5]])
+    )
+    asked, answer = [], Answerer.answer
+    monkeypatch.setattr(Answerer, "answer", lambda self, asks: asked.append(len(asks)) or answer(self, asks))
+    assert main(command(tiny_mistral, "vqa_rad", root, out, "--batch-size", 2)) == 0
+    assert asked == [2, 2] and lines(out / "predictions.jsonl") == whole
+
+
+def test_images_go_through_the_cache_of_training(tiny_mistral, tmp_path):
+    root = rad(tmp_path / "rad")
+    for out in ("plain", "first", "second"):
+        more = () if out == "plain" else ("--image-cache", tmp_path / "cache")
+        assert main(command(tiny_mistral, "vqa_rad", root, tmp_path / out, *more)) == 0
+    assert len(list((tmp_path / "cache").rglob("*.square"))) == 3
+    first, second = (lines(tmp_path / out / "predictions.jsonl") for out in ("plain", "second"))
+    assert first == second
 
 
 def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp_path, capsys):

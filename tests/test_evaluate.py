@@ -132,6 +132,23 @@ def test_slices_of_one_patient_are_drawn_together():
     assert width(4) > 1.5 * width(1), "four slices of a patient that are answered alike tell as much as one"
 
 
+def test_the_attention_of_a_name_hits_a_lesion_or_not():
+    from umed_plugin.evaluate import _attention_hit
+    from umed_plugin.geometry import ImageGeometry
+    from umed_plugin.heat import encode_heat
+    from umed_plugin.scoring import score_answer
+
+    geometry = ImageGeometry(100, 100, "pad", 64, 8)
+    record = {"objects": {"ref": ["cyst"], "bbox": [[0, 0, 50, 50]]}, "terms": {"cyst": ["cyst"]}}
+    score = score_answer("A cyst.", record, geometry)
+    for place, hit in ((9, 1.0), (63, 0.0)):
+        attention = np.full(64, 0.01)
+        attention[place] = 0.5
+        assert _attention_hit(encode_heat(attention, geometry, True), score) == hit
+        assert _attention_hit(encode_heat(attention, geometry, False), score) == 0.0, "another abnormality's name"
+    assert _attention_hit(None, score) == 0.0
+
+
 def records(folder, count=3, mode="pad"):
     made = []
     for index in range(count):

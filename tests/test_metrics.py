@@ -243,6 +243,15 @@ def test_the_pointing_game_by_hand():
     assert grounding.points_at([], true) == 0 and grounding.points_at([[5, 5, 5, 5]], true) == 0
 
 
+def test_the_pointing_game_of_attention_by_hand():
+    attention = np.zeros((4, 4))
+    attention[1, 2] = 1  # its middle is at x 2.5 / 4, y 1.5 / 4 of what the patches cover
+    assert grounding.attention_points_at(attention, 1.0, [[0.6, 0.3, 0.7, 0.4]]) == 1
+    assert grounding.attention_points_at(attention, 1.0, [[0.3, 0.6, 0.4, 0.7]]) == 0, "columns are x"
+    assert grounding.attention_points_at(attention, 0.8, [[0.6, 0.3, 0.7, 0.4]]) == 0, "x is 0.5 then"
+    assert grounding.attention_points_at(attention, 0.8, [[0, 0, 0.1, 0.1], [0.45, 0.25, 0.55, 0.35]]) == 1
+
+
 def test_lesions_by_size_by_hand():
     # 336 px: 16 px is small, 64 medium, 200 large.
     true = [[0, 0, 16 / 336, 16 / 336], [0.5, 0.5, 0.5 + 64 / 336, 0.5 + 64 / 336], [0, 0, 200 / 336, 200 / 336]]

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import __version__
 from umed_plugin.answering.checkpoint import UMED_TEMPLATES as TEMPLATES_BY_TYPE
 from umed_plugin.answering.checkpoint import Answerer, checkpoint_state, prompt_ids
 from umed_plugin.answering.kept import KeptAnswers
@@ -34,6 +35,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.metrics.figures import Row, compare_rows, mean_interval, measure
 from umed_plugin.metrics.mau import case_values, mau_figures
 from umed_plugin.records import Record
+from umed_plugin.scoring import AnswerScore
 
 __all__ = [
     "METRICS",
@@ -191,6 +193,7 @@ def evaluate(
     kept = None
     if folder is not None:
         settings = {
+            "plugin": __version__,  # the lines hold scores, too
             "checkpoint": str(Path(checkpoint).resolve()),
             "checkpoint_state": checkpoint_state(checkpoint),
             "base": None if base is None else str(base),
@@ -266,7 +269,7 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
                 vision_relevance=relevance if true else None,
                 source=str(record.get("source", "")),
                 patient=str(record.get("patient") or ""),
-                values=case_values(score, relevance if true else None),
+                values=case_values(score, relevance, _attention_hit(heat, score)) if true else case_values(score, None),
                 modality=str(record.get("modality") or ""),
                 image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
                 reading=record.get("reading"),
@@ -274,6 +277,16 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
             )
         )
     return cases
+
+
+def _attention_hit(heat: dict[str, Any] | None, score: AnswerScore) -> float:
+    """1.0 where the name of an abnormality that is there looks most at a lesion; 0.0 elsewhere, and where none is named."""
+    from umed_plugin.heat import decode_heat
+    from umed_plugin.metrics.grounding import attention_points_at
+
+    if heat is None or not heat["of_true_name"]:
+        return 0.0
+    return attention_points_at(decode_heat(heat), heat["covers"], score.true01)
 
 
 def _geometry(llava: Any, record: Record) -> Any:

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from umed_plugin.boxes import Boxes, iou_matrix, is_degenerate, match
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # COCO's limits of small, medium and large (areas of 32^2 and 96^2 pixels), here in the square of 336 pixels that CLIP sees.
 SIZES = {"small": 32 / 336, "medium": 96 / 336, "large": math.inf}
@@ -25,6 +29,22 @@ def points_at(predicted: Boxes, true: Boxes) -> float:
     x1, y1, x2, y2 = predicted[0]
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     return float(any(box[0] <= x < box[2] and box[1] <= y < box[3] for box in true))
+
+
+def attention_points_at(attention: np.ndarray, covers: float, true01: Boxes) -> float:
+    """Pointing game (Zhang et al. 2016) on attention: 1.0 when the middle of the patch that gets most lies in a true box.
+
+    Departure: the game forgives 15 pixels; here nothing is forgiven, but a patch is 14 pixels wide.
+
+    Args:
+        attention: [rows, columns] of patches.
+        covers: part of the square's side that the patches cover, from its upper left corner.
+        true01: in 0-1 of that square.
+    """
+    rows, columns = attention.shape
+    row, column = divmod(int(attention.argmax()), columns)
+    x, y = (column + 0.5) / columns * covers, (row + 0.5) / rows * covers
+    return float(any(box[0] <= x < box[2] and box[1] <= y < box[3] for box in true01))
 
 
 def lesion_overlaps(predicted: Boxes, true: Boxes) -> list[float]:

@@ -16,12 +16,15 @@ from umed_plugin.metrics.grounding import SIZES, lesion_overlaps, overlaps_by_si
 from umed_plugin.scoring import AnswerScore
 
 
-def case_values(score: AnswerScore, vision_relevance: float | None) -> dict[str, float]:
+def case_values(
+    score: AnswerScore, vision_relevance: float | None, attention_hit: float | None = None
+) -> dict[str, float]:
     """The columns of one study.
 
     Args:
         score: of the answer.
         vision_relevance: 0-1; None where it was not measured.
+        attention_hit: 1.0 where the attention of the abnormality's name is highest in a lesion, else 0.0; None as above.
     """
     if not score.true01:
         boxes = len(score.predicted01)
@@ -35,7 +38,8 @@ def case_values(score: AnswerScore, vision_relevance: float | None) -> dict[str,
         "pointing_game": points_at(score.predicted01, score.true01),
         **overlaps_by_size(overlaps, score.true01),
     }
-    return values if vision_relevance is None else {**values, "vision_relevance": vision_relevance}
+    looked = {"vision_relevance": vision_relevance, "pointing_game_attention": attention_hit}
+    return {**values, **{name: value for name, value in looked.items() if value is not None}}
 
 
 def mau_figures(rows: Sequence[Row]) -> list[Figure]:
@@ -50,7 +54,7 @@ def mau_figures(rows: Sequence[Row]) -> list[Figure]:
     if several:
         figures += by_group(accuracy, "source", rows)
         figures += [Figure("accuracy_average", mean_of_groups("accuracy", "source"), ("accuracy", "source"))]
-    figures += [iou, *means("acc_at_25"), found, *means("pointing_game", "vision_relevance")]
+    figures += [iou, *means("acc_at_25"), found, *means("pointing_game", "pointing_game_attention", "vision_relevance")]
     if several:
         figures += [*by_group(iou, "source", rows), *by_group(found, "source", rows)]
     figures += [*means("false_box_rate"), Figure("false_boxes_per_negative", mean("false_boxes"), ("false_boxes",))]
