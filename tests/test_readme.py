@@ -110,8 +110,8 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
             "`mau`, any recipe, a JSON of records",
             "the test split's studies",
             "the recipe's data set",
-            "accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision relevance, "
-            "false boxes on negatives, lesions by size",
+            "accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision "
+            "relevance, false boxes on negatives, lesions by size",
         ]
     )
     for one in BENCHMARKS.values():
