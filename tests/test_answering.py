@@ -131,6 +131,11 @@ def test_kept_answers_survive_a_torn_line_and_refuse_other_settings(tmp_path):
     assert [json.loads(line)["id"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == ["2", "4"]
     with pytest.raises(UmedError, match="model: 'a' there, 'b' now"):
         KeptAnswers(tmp_path, "p.jsonl", {"model": "b"})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UmedError, match=r"no settings.json that says under which settings"):
+        KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
+    (tmp_path / "p.jsonl").unlink()
+    KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
     (tmp_path / "p.jsonl").write_text('{"id": 1}\nnot json\n')
     with pytest.raises(UmedError, match="line 2 is not JSON"):
         KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})

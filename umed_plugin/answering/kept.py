@@ -75,7 +75,12 @@ def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None:
-    if file.exists() and answers.exists():
+    if answers.exists() and not file.exists():
+        raise UmedError(
+            f"{answers} is there, but no {SETTINGS} that says under which settings its answers were given. "
+            "Give another --out, or remove that file."
+        )
+    if answers.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         other = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
         if other:

@@ -34,7 +34,9 @@ def points_at(predicted: Boxes, true: Boxes) -> float:
 def attention_points_at(attention: np.ndarray, covers: float, true01: Boxes) -> float:
     """Pointing game (Zhang et al. 2016) on attention: 1.0 when the middle of the patch that gets most lies in a true box.
 
-    Departure: the game forgives 15 pixels; here nothing is forgiven, but a patch is 14 pixels wide.
+    Departure: the game forgives 15 pixels; here nothing is forgiven, but a patch is 14 pixels wide. Raw attention has sinks,
+    patches that draw most of it whatever is shown: a model that has one in its names' attention scores near 0 here, as the
+    demo's does, though the rest of its attention may lie well.
 
     Args:
         attention: [rows, columns] of patches.
