@@ -28,7 +28,7 @@ from typing import Any
 
 from umed_plugin import __version__
 from umed_plugin.answering.checkpoint import UMED_TEMPLATES as TEMPLATES_BY_TYPE
-from umed_plugin.answering.checkpoint import Answerer, checkpoint_state, prompt_ids
+from umed_plugin.answering.checkpoint import Answerer, prompt_ids
 from umed_plugin.answering.kept import KeptAnswers
 from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError
@@ -194,11 +194,7 @@ def evaluate(
     if folder is not None:
         settings = {
             "plugin": __version__,  # the lines hold scores, too
-            "checkpoint": str(Path(checkpoint).resolve()),
-            "checkpoint_state": checkpoint_state(checkpoint),
-            "base": None if base is None else str(base),
-            "template": answerer.template,
-            "max_new_tokens": max_new_tokens,
+            **answerer.settings(),
             "batch_size": batch_size,
             "boxes": asdict(dialect),
             "records": hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()[:16],
@@ -211,7 +207,9 @@ def evaluate(
         kept.keep_only(str(record["id"]) for batch in whole for record in batch)
     for batch in batches:
         if kept is not None and str(batch[0]["id"]) in kept.lines:
-            cases += [Case(**kept.lines[str(record["id"])]) for record in batch]
+            # The folder may have been moved since.
+            lines = [(kept.lines[str(record["id"])], os.path.join(image_folder, record["image"])) for record in batch]
+            cases += [Case(**{**line, "image": path}) for line, path in lines]
         else:
             asked = _ask(answerer, batch, str(image_folder), dialect)
             cases += asked

@@ -91,7 +91,14 @@ class Answerer:
         self.llava = base_llava(self.model)
         self.template = template or templates[self.llava.config.model_type]
         self.max_new_tokens = max_new_tokens
+        self._device = device
+        self._states = [checkpoint_state(folder) for folder in (checkpoint, base) if folder is not None]
         self.seen = Seen(checkpoint, self.processor, self.llava.config, image_cache, image_cache_gb)
+
+    def settings(self) -> dict[str, Any]:
+        """What answers depend on, of the checkpoint and how it is asked; not where it lies, as folders may be moved."""
+        asked = {"template": self.template, "device": self._device, "max_new_tokens": self.max_new_tokens}
+        return {"weights": self._states, **asked}
 
     def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:
         """What scoring this checkpoint's answers needs to know of it."""

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.answering.checkpoint import Answer, Answerer, Ask, checkpoint_state
+from umed_plugin.answering.checkpoint import Answer, Answerer, Ask
 from umed_plugin.answering.kept import KeptAnswers
 from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError, UsageError, unknown_name
@@ -224,11 +224,7 @@ def evaluate_benchmark(
         questions = benchmark.in_form(questions, scorer)
     settings = {
         "benchmark": benchmark.name,
-        "checkpoint": str(checkpoint.resolve()),
-        "checkpoint_state": checkpoint_state(checkpoint),
-        "base": None if base is None else str(base),
-        "template": answerer.template,
-        "max_new_tokens": limit,
+        **answerer.settings(),
         "batch_size": batch_size,
         "questions": _hash_of(questions),
     }
@@ -250,7 +246,7 @@ def scored(benchmark: Benchmark, question: Question, answer: Answer, scorer: Sco
 
 def _hash_of(questions: Sequence[Question]) -> str:
     # Not the scoring: a better score of the same answers needs no new answers.
-    asked = [[q.id, q.image, q.text, list(q.options), q.options_after, q.write] for q in questions]
+    asked = [[q.id, Path(q.image).name, q.text, list(q.options), q.options_after, q.write] for q in questions]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
