@@ -18,13 +18,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
 from umed_plugin.patches.training_run import TRAIN
 
-from umed_plugin.patching import Patch, Recorder
+from umed_plugin.patching import Patch, Recorder, version_fits
 
 # Of others torch is not known to give Python's lock away while it waits for its threads: leaving the group would hang for ever.
-_CAN_LEAVE = SpecifierSet(">=2.13", prereleases=True)
+_CAN_LEAVE = ">=2.13"
 _LONG_ENOUGH_SECONDS = 0.3
 
 
@@ -46,7 +45,7 @@ def change(recorder: Recorder) -> None:
 
 def way_to_leave() -> Callable[[], None]:
     """What the installed torch allows to be done with its threads at the exit of a process."""
-    return _leave_group if version("torch") in _CAN_LEAVE else _let_threads_finish
+    return _leave_group if version_fits(version("torch"), _CAN_LEAVE) else _let_threads_finish
 
 
 def _leave_group() -> None:

@@ -80,11 +80,11 @@ class StoredTensor:
         with open(self.file, "rb") as stream:
             stream.seek(self.start)
             while left:
-                data = stream.read(min(left, _PIECE))
-                if len(data) < min(left, _PIECE):
+                data = bytearray(min(left, _PIECE))
+                if stream.readinto(data) < len(data):
                     raise BadFile("file-truncated", f"ends within {self.name}")
                 left -= len(data)
-                yield torch.frombuffer(bytearray(data), dtype=dtype)
+                yield torch.frombuffer(data, dtype=dtype)
 
     def read(self) -> Any:
         """The whole tensor."""

@@ -69,7 +69,8 @@ def _look(tensor: StoredTensor, values: Values) -> None:
     is_norm = tensor.name.startswith("model.") and tensor.name.endswith("norm.weight") and TOWER not in tensor.name
     for piece in tensor.pieces():
         piece = piece.double() if tensor.dtype == "F64" else piece.float()
-        top = float(piece.abs().max())
+        low, high = piece.aminmax()  # NaN if there is one
+        top = max(-float(low), float(high)) if bool(low.isfinite()) else float("nan")
         if not math.isfinite(top):
             bad += int((~piece.isfinite()).sum())
         else:
