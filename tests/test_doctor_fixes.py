@@ -294,6 +294,38 @@ def test_shapes_that_stock_llava_lets_pass_are_refused_by_training(values, tiny_
         LlavaMistralForCausalLM.from_pretrained(folder)
 
 
+# What stock LLaVA does with faults that nothing mends: stops, answers something else, or answers as without the fault.
+STOPS, ERRS, PASSES = "stops", "errs", "passes"
+CLAIMS = {
+    "config-missing": STOPS, "shard-missing": STOPS, "file-truncated": STOPS, "second-weights": PASSES,
+    "layers-dropped": ERRS, "tensors-missing": ERRS, "tensors-unknown": PASSES, "projector-missing": ERRS,
+    "tokenizer-missing": STOPS, "tokenizer-unreadable": STOPS, "tokens-without-rows": ERRS, "rows-without-tokens": PASSES,
+    "image-mode-unset": ERRS, "image-mode-unknown": ERRS, "tower-unset": STOPS, "tower-misfit": PASSES,
+    "tower-copy": PASSES, "tower-image-size": STOPS, "not-finite": ERRS, "empty-tensors": STOPS, "mixed-dtypes": PASSES,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def untouched(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What stock LLaVA says of the first checkpoint with each fault, and of the good one."""
+    folder = tmp_path_factory.mktemp("untouched")
+    pairs: list[tuple[Path, Path | None]] = [(copied(tiny_mistral, folder / "good" / NAMES["mistral"]), None)]
+    for code in CLAIMS:
+        fault = next(one for one in FAULTS if one.code == code)
+        faulty = copied(tiny_mistral, folder / code / NAMES["mistral"])
+        fault.make(faulty)
+        pairs.append((faulty, None))
+    return dict(zip(["good", *CLAIMS], stock(pairs, folder)))
+
+
+@pytest.mark.parametrize("code", list(CLAIMS))
+def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
+    good, found = untouched["good"], untouched[code]
+    assert "error" not in good
+    does = STOPS if "error" in found else PASSES if found == good else ERRS
+    assert does == CLAIMS[code], found
+
+
 def test_a_delta_that_llava_made_is_named_and_its_remedy_restores_the_model(tiny_llama, tmp_path):
     """LLaVA-Med 1.0 was published as what LLaVA's make_delta leaves of it."""
     python = python_of_llavas_pins()

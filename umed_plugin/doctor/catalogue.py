@@ -1,6 +1,6 @@
 """Everything that can be found, in the order in which it is looked for; the README's table is made of it.
 
-LLaVA means LLaVA 1.2.2 as it is. What a code says was tried with it: `tests/test_doctor_fixes.py` lets it load the faulty
+LLaVA means LLaVA 1.2.2 as it is. Most of what is said of it was tried: `tests/test_doctor_fixes.py` lets it load the faulty
 checkpoints and the mended ones.
 """
 
