@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import timeit
 
 import pytest
@@ -109,13 +110,16 @@ def test_letters_that_only_look_alike_to_a_pattern_do_not_raise():
     assert find_terms("a cy\u017ft and a MA\u017fS", TERMS) == [(2, 6, "cyst"), (13, 17, "mass")]
 
 
-def test_finding_terms_is_fast():
-    """It runs on every answer of a training step."""
+def test_the_time_to_find_terms_grows_as_the_text_does():
+    """It runs on every answer of a training step, and an answer may be cut off in the middle of an endless repetition."""
     text = (
         "There is no nodule, cyst or mass, but the area at [0.1, 0.2, 0.3, 0.4] shows a small mass. A cyst is absent. "
-        * 3
     )
-    assert min(timeit.repeat(lambda: find_terms(text, TERMS), number=20, repeat=5)) / 20 < 1e-3
+
+    def seconds(count: int) -> float:
+        return min(timeit.repeat(lambda: find_terms(text * count, TERMS), time.process_time, number=5, repeat=7))
+
+    assert seconds(64) < 4 * 16 * seconds(4)
 
 
 def test_places_of_terms_are_character_spans():
