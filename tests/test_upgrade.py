@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from umed_runs import train_flags
+from umed_runs import environment, train_flags
 
 from umed_plugin import cli
 from umed_plugin.errors import UmedError, UsageError
@@ -110,6 +110,16 @@ def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mis
     assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"], "a dry run writes nothing"
     assert cli.main(["upgrade", str(tiny_mistral)]) == cli.main(["upgrade"]) == 2
     assert "--recipe missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_commands_and_no_librarys_words(tiny_mistral, tmp_path):
+    command = [sys.executable, "-m", "umed_plugin.cli", "upgrade", str(tiny_mistral), "--recipe", "demo_studies"]
+    run = subprocess.run([*command, "--dry-run"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in run.stdout.splitlines() if line]
+    programs = str(Path(sys.executable).parent)
+    assert run.returncode == 0 and len(lines) >= 16
+    assert all(line.startswith(("# ", "export PYTHONPATH=", programs)) for line in lines)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_relative_paths_of_a_run_file_begin_at_its_folder(tiny_mistral, tmp_path):

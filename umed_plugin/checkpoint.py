@@ -23,6 +23,9 @@ FAMILIES = {
     "llava_llama": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
     "llava": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
 }
+# model_type -> template of prompts: the plugin's, and the one that stock LLaVA asks with.
+UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
+STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 TOWER = "model.vision_tower."
 # What LLaVA reads from config.json when it answers; training may have set it anew, so it goes along into a merged checkpoint.

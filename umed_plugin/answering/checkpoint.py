@@ -15,11 +15,10 @@ from typing import Any
 
 from umed_plugin.answering.prefix import Continuation, answer_greedily, continuation_losses
 from umed_plugin.box_dialects import LLAVA, BoxDialect
+from umed_plugin.checkpoint import STOCK_TEMPLATES as STOCK_TEMPLATES
+from umed_plugin.checkpoint import UMED_TEMPLATES as UMED_TEMPLATES
 from umed_plugin.errors import UmedError
 from umed_plugin.scoring import Scorer
-
-UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
-STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 
 Reading = Mapping[str, Any]
 

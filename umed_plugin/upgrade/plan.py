@@ -19,9 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoint import READ_WHEN_ANSWERING, find_base, is_lora, read_config
+from umed_plugin.checkpoint import READ_WHEN_ANSWERING, UMED_TEMPLATES, find_base, is_lora, read_config
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluate import TEMPLATES_BY_TYPE
 from umed_plugin.merging import stock_name_fault
 from umed_plugin.recipe import load_recipe
 from umed_plugin.upgrade.settings import Rewarding, Settings, Stage
@@ -281,7 +280,7 @@ def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) 
     config = origin.config
     flags: dict[str, Any] = {
         "umed_stage": name,
-        "version": TEMPLATES_BY_TYPE[config["model_type"]],
+        "version": UMED_TEMPLATES[config["model_type"]],
         "vision_tower": config.get("mm_vision_tower", config.get("vision_tower")),
         "mm_vision_select_layer": config.get("mm_vision_select_layer", -2),
         "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch"),

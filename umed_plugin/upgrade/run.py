@@ -14,9 +14,7 @@ from typing import Any
 
 from umed_plugin.doctor import ERROR, examine
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluate import Evaluation, compare
 from umed_plugin.processes import Steps, importable, run_logged
-from umed_plugin.reporting import write_report
 from umed_plugin.upgrade.checks import check_together
 from umed_plugin.upgrade.in_place import Swap
 from umed_plugin.upgrade.made import MANIFEST, Made, read_json, versions, write_json
@@ -183,6 +181,9 @@ class Upgrade:
 
     def _conclude(self, anew: bool, shown: Steps) -> dict[str, Any]:
         """Summary, manifest and report, if a step was run or one of them is missing: a later start knows other versions."""
+        # Not before: they bring torch and transformers along, whose words would stand among those of a dry run.
+        from umed_plugin.reporting import write_report
+
         summary, files = self.folder / "summary.json", (self.plan.result / MANIFEST, self.folder / REPORT)
         if anew or not all(file.is_file() for file in (summary, *files)):
             self._write_manifest(self._summarise())
@@ -191,6 +192,8 @@ class Upgrade:
         return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
+        from umed_plugin.evaluate import Evaluation, compare
+
         found = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
         base, tuned, rewarded = (found[stage] for stage in EVALUATED)
         summary = {
