@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import __version__
-from umed_plugin.answering.checkpoint import UMED_TEMPLATES as TEMPLATES_BY_TYPE
 from umed_plugin.answering.checkpoint import Answerer, prompt_ids
 from umed_plugin.answering.kept import KeptAnswers
 from umed_plugin.box_dialects import LLAVA, BoxDialect
+from umed_plugin.checkpoint import UMED_TEMPLATES
 from umed_plugin.errors import UmedError
 from umed_plugin.metrics.figures import Row, compare_rows, mean_interval, measure
 from umed_plugin.metrics.mau import case_values, mau_figures
@@ -39,7 +39,6 @@ from umed_plugin.scoring import AnswerScore
 
 __all__ = [
     "METRICS",
-    "TEMPLATES_BY_TYPE",
     "Case",
     "Evaluation",
     "compare",
@@ -183,7 +182,7 @@ def evaluate(
         checkpoint,
         base=base,
         template=template,
-        templates=TEMPLATES_BY_TYPE,
+        templates=UMED_TEMPLATES,
         device=device,
         image_cache=image_cache,
         image_cache_gb=image_cache_gb,

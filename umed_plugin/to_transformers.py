@@ -21,13 +21,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoint import TOWER, is_lora, read_config, tower_tensors, weight_files
+from umed_plugin.checkpoint import STOCK_TEMPLATES, TOWER, is_lora, read_config, tower_tensors, weight_files
 from umed_plugin.errors import UmedError
 from umed_plugin.hf_processor import read_json, write_image_processor, write_json, write_tokenizer
 from umed_plugin.merging import written_aside
 from umed_plugin.weight_shards import ShardWriter, of_all_bytes, stream
 
-STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 ORIGINAL = "llava_checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name -> activation between transformers' two layers

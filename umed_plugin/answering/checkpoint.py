@@ -15,8 +15,7 @@ from typing import Any
 
 from umed_plugin.answering.prefix import Continuation, answer_greedily, continuation_losses
 from umed_plugin.box_dialects import LLAVA, BoxDialect
-from umed_plugin.checkpoint import STOCK_TEMPLATES as STOCK_TEMPLATES
-from umed_plugin.checkpoint import UMED_TEMPLATES as UMED_TEMPLATES
+from umed_plugin.checkpoint import STOCK_TEMPLATES
 from umed_plugin.errors import UmedError
 from umed_plugin.scoring import Scorer
 

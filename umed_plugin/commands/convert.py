@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _there(args: argparse.Namespace) -> int:
-    from umed_plugin.checkpoint import read_config
-    from umed_plugin.to_transformers import STOCK_TEMPLATES, to_transformers
+    from umed_plugin.checkpoint import STOCK_TEMPLATES, read_config
+    from umed_plugin.to_transformers import to_transformers
 
     with _bar("writing transformers' form") as progress:
         out = to_transformers(

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from torch import Tensor
 
-from umed_plugin.answering.checkpoint import UMED_TEMPLATES, Seen, image_and
+from umed_plugin.answering.checkpoint import Seen, image_and
 from umed_plugin.attention import spelled_out, tokens_within, watched_pass
 from umed_plugin.boxes import Box, is_inside, parse_boxes
-from umed_plugin.checkpoint import load_checkpoint
+from umed_plugin.checkpoint import UMED_TEMPLATES, load_checkpoint
 from umed_plugin.conversation import conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.geometry import ImageGeometry
