@@ -123,6 +123,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.timeout(1800)  # a dozen whole starts
 def test_killed_in_every_step_it_ends_as_the_run_that_was_not(tmp_path):
     studies, checkpoint = tmp_path / "studies", make_checkpoint(tmp_path / "tiny-llava-mistral")
     make_studies(studies, seed=0, train=40, val=4, test=4)
