@@ -6,7 +6,7 @@ import json
 import shlex
 
 from test_trainer import grounded_records
-from umed_runs import train_flags, umed_run
+from umed_runs import TWO_PROCESSES, train_flags, umed_run
 
 OWN = '''
 class Slow:
@@ -58,3 +58,33 @@ def test_a_reward_starts_before_the_passes_logs_its_figures_and_can_stop_the_run
     assert [line["own/started"] for line in history] == [1, 2]
     # The policy's own pass and the reference's.
     assert [line["own/passes_meanwhile"] for line in history] == [2, 2]
+
+
+OF_NUMPY = """
+import os
+import numpy as np
+
+class Measures:
+    measures = ("own/rank",)
+
+    def __call__(self, prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    def measured(self):
+        rank = int(os.environ["RANK"])
+        return {"own/rank": rank if rank else np.float64(0)}
+"""
+
+
+def test_processes_of_which_one_measures_with_numpy_gather_the_same_kind_of_number(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    (tmp_path / "of_numpy.py").write_text(OF_NUMPY)
+    stage = shlex.split(
+        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 4 --max_steps 1 --save_strategy no"
+        " --per_device_train_batch_size 1 --umed_rewards of_numpy:Measures"
+    )
+    flags = train_flags(tiny_llama, records, tmp_path / "out", *stage)
+    run = umed_run([*TWO_PROCESSES, *flags], pythonpath=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (line, *_) = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert line["own/rank"] == 0.5

@@ -143,4 +143,7 @@ class Measures:
         return bool(self._gather([float(said)]).max())
 
     def _gather(self, rows: list[Any]) -> Tensor:
-        return self._trainer.accelerator.gather(torch.tensor(rows, device=self._trainer.args.device))
+        # torch takes a row with one of numpy's numbers in it for float64, and processes that differ in this cannot gather.
+        return self._trainer.accelerator.gather(
+            torch.tensor(rows, dtype=torch.float32, device=self._trainer.args.device)
+        )

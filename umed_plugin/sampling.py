@@ -7,12 +7,12 @@ of :mod:`umed_plugin.rollout`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from umed_plugin.packing import PADDING, Columns, RoomyCache, block_mask, sliding_window
@@ -32,10 +32,13 @@ def merged_adapter(model: Any) -> Iterator[None]:
     Args:
         model: with an adapter or without; what wraps it does not matter.
     """
-    kept: list[tuple[LoraLayer, Tensor]] = []
+    # Whoever has put an adapter into a model has imported it; to others it need not be installed.
+    lora: Any = sys.modules.get("peft.tuners.lora")
+    kept: list[tuple[Any, Tensor]] = []
     try:
-        for layer in model.modules():
-            if isinstance(layer, LoraLayer) and not layer.disable_adapters and layer.weight.dtype == torch.float32:
+        for layer in model.modules() if lora else ():
+            adapted = isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
+            if adapted and layer.weight.dtype == torch.float32:
                 kept.append((layer, layer.weight.data))
                 layer.weight.data = layer.weight.data.clone()
                 layer.merge()
