@@ -34,15 +34,12 @@ demo: environment
 test: environment
 	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
-# mypy and import-linter see the package as it is installed: with patches/ and data_recipes/ inside.
-lint: TREE := .venv-lint/tree
 lint:
 	@bash constraints/environment.sh lint .venv-lint
 	@.venv-lint/bin/ruff check .
 	@.venv-lint/bin/ruff format --check --diff . 2>/dev/null || { echo "ruff format wants changes: .venv-lint/bin/ruff format ."; exit 1; }
-	@rm -rf $(TREE) && mkdir -p $(TREE) && cp -R umed_plugin $(TREE)/ && cp -R patches data_recipes $(TREE)/umed_plugin/
-	@cd $(TREE) && ../bin/mypy --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" -p umed_plugin
-	@cd $(TREE) && ../bin/lint-imports --config "$(CURDIR)/.importlinter" --no-cache
+	@.venv-lint/bin/mypy -p umed_plugin
+	@.venv-lint/bin/lint-imports --no-cache
 
 clean:
 	rm -rf .venv .venv-current .venv-repository .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

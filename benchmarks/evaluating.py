@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from measuring import ratios, seconds, stack
 from PIL import Image
+
 from umed_plugin.patches import prepare_llava
 
 WORDS = ("What", "is", "the", "organ", "lesion", "left", "right", "shown", "in", "this", "image", "normal", "where")

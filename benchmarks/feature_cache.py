@@ -174,9 +174,8 @@ def report(steps: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     """Print the table."""
-    from umed_plugin.patches import TRIGGERS, after_import
-
     from umed_plugin.import_hook import install
+    from umed_plugin.patches import TRIGGERS, after_import
 
     sizes = arguments()
     install(TRIGGERS, after_import)

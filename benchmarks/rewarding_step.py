@@ -75,10 +75,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> Work:
     """Make the model and the queries from a seed."""
-    from umed_plugin.patches import attention_mask, prepare_llava
-
     from umed_plugin import patching
     from umed_plugin.packing import packing_fault
+    from umed_plugin.patches import attention_mask, prepare_llava
 
     prepare_llava()
     patching.apply([attention_mask.PATCH])

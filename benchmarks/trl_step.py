@@ -273,9 +273,8 @@ def show(figures: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
     """LLaVA as it is under ``umed-run``; what training prints goes to stderr."""
-    from umed_plugin.patches import TRIGGERS, after_import
-
     from umed_plugin.import_hook import install
+    from umed_plugin.patches import TRIGGERS, after_import
 
     install(TRIGGERS, after_import)
     with contextlib.redirect_stdout(sys.stderr):

@@ -7,6 +7,7 @@ Importing this package imports no library that is patched.
 
 from __future__ import annotations
 
+from umed_plugin.import_hook import install
 from umed_plugin.patches import (
     attention_implementation,
     attention_mask,
@@ -35,8 +36,6 @@ from umed_plugin.patches import (
     xformers_attention,
     zero_3,
 )
-
-from umed_plugin.import_hook import install
 from umed_plugin.patching import Patch, apply
 
 # Without these LLaVA does not run, or not to the same numbers, on newer libraries than its own: for every process that uses it.

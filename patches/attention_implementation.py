@@ -15,7 +15,6 @@ import sys
 from typing import Any
 
 from umed_plugin.patches.training_run import TRAIN
-
 from umed_plugin.patching import Patch, Recorder
 
 FLASH = "flash_attention_2"

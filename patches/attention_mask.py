@@ -13,7 +13,6 @@ import sys
 from typing import Any
 
 from umed_plugin.patches.training_run import BEFORE_5, TRANSFORMERS_4
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 _EAGER = "_prepare_4d_causal_attention_mask"

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, ON_5, TRANSFORMERS_5
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 

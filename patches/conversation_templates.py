@@ -8,10 +8,9 @@ Delete when: LLaVA takes a template from a file or refuses an unknown one; the t
 
 from __future__ import annotations
 
-from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
-
 from umed_plugin.errors import unknown_name
 from umed_plugin.flags import UmedFlags
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
 # train() gives these two a meaning of their own, apart from the dictionary.

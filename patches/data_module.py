@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.patches.training_run import LLAVA, TRAIN
-
 from umed_plugin.flags import REWARDING
+from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 
 

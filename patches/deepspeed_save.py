@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 

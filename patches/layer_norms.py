@@ -13,7 +13,6 @@ from __future__ import annotations
 import sys
 
 from umed_plugin.patches.training_run import ON_5, TRANSFORMERS_5
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 

@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
-
 from umed_plugin.checkpoint import NON_LORA
 from umed_plugin.errors import UmedError
+from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
 MARKER = "umed.json"

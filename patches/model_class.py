@@ -12,9 +12,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
-
 from umed_plugin.checkpoint import FAMILIES as LLAVA_FAMILIES
+from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
 # train() also takes language models, to which it adds the projector.

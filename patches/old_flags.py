@@ -14,9 +14,8 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from umed_plugin.patches.training_run import LLAVA, ON_5, TRANSFORMERS_5
-
 from umed_plugin.errors import UsageError
+from umed_plugin.patches.training_run import LLAVA, ON_5, TRANSFORMERS_5
 from umed_plugin.patching import Patch, Recorder, Target
 
 

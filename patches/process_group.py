@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 from umed_plugin.patches.training_run import TRAIN
-
 from umed_plugin.patching import Patch, Recorder, version_fits
 
 # Of others torch is not known to give Python's lock away while it waits for its threads: leaving the group would hang for ever.

@@ -16,7 +16,6 @@ import shutil
 from typing import Any
 
 from umed_plugin.patches.training_run import LLAVA, ON_5, TRANSFORMERS_5
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 ASIDE = "tmp-"

@@ -12,7 +12,6 @@ import importlib.util
 import sys
 
 from umed_plugin.patches.training_run import LLAVA
-
 from umed_plugin.patching import Patch, Recorder, Target
 
 _MODULE = "llava.train.llama_xformers_attn_monkey_patch"

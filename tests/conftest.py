@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from umed_plugin.patches import STACK, prepare_llava
 
 from umed_plugin import patching
+from umed_plugin.patches import STACK, prepare_llava
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from umed_plugin.patches import prepare_llava
 
 prepare_llava()

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from test_rollout import batch, embedded, loaded  # noqa: F401 (fixtures)
-from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
 from umed_plugin.attention import (
@@ -20,6 +19,7 @@ from umed_plugin.attention import (
     tokens_within,
 )
 from umed_plugin.heat import attention_maps
+from umed_plugin.patches import attention_mask
 from umed_plugin.rollout import answer_pass, repeated_inputs, takes_one_row
 from umed_plugin.sampling import generate
 

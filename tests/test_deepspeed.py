@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file
 from test_resume import weights
 from test_trainer import grounded_records
-from umed_plugin.patches import shared_memory_build
 from umed_runs import train_flags, umed_run
 
 from umed_plugin.checkpoint import load_checkpoint
 from umed_plugin.merging import merge
+from umed_plugin.patches import shared_memory_build
 
 UNFIT = shared_memory_build.PATCH.not_needed()
 pytestmark = pytest.mark.skipif(

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_checkpoint import write_lora
-from umed_plugin.patches import tower_layout
 from umed_runs import python_of_llavas_pins
 
 from umed_plugin.checkpoint import TOWER, load_checkpoint
 from umed_plugin.errors import UsageError
 from umed_plugin.evaluate import evaluate
 from umed_plugin.merging import export, merge
+from umed_plugin.patches import tower_layout
 
 ANSWERS = (
     "One area is abnormal, at [0.12, 0.34, 0.56, 0.78]. It is a nodule.",

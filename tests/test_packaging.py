@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("packaging") / "source"
     copy.mkdir()
     for folder in ("umed_plugin", "patches", "data_recipes"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / folder, copy / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy)
     return copy
@@ -145,7 +145,7 @@ def test_an_sdist_installs(builder: Path, sdist: Path, tmp_path: Path) -> None:
 
 
 def test_an_editable_installation_works_from_another_folder(builder: Path, source: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(source, tmp_path / "source")
+    copy = shutil.copytree(source, tmp_path / "source", symlinks=True)
     run(builder, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "-e", copy)
     run(builder, "-c", IMPORTS, version(), copy, cwd=tmp_path)
     (copy / "patches" / "added.py").write_text("answer = 42\n")

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from test_rollout import batch, embedded, ids, loaded  # noqa: F401 (fixtures)
-from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
 from umed_plugin.packing import Columns, RoomyCache, block_mask, pack, packing_fault
+from umed_plugin.patches import attention_mask
 from umed_plugin.rollout import Candidates, answer_pass, base_llava, repeated_inputs, takes_one_row
 from umed_plugin.sampling import generate
 

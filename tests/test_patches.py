@@ -16,6 +16,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from umed_runs import ROOT, train_flags, write_records
+
+from umed_plugin import patching
+from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.flags import UmedFlags
 from umed_plugin.patches import (
     ALL,
     STACK,
@@ -27,11 +32,6 @@ from umed_plugin.patches import (
     vision_tower,
 )
 from umed_plugin.patches.attention_implementation import available_attention
-from umed_runs import ROOT, train_flags, write_records
-
-from umed_plugin import patching
-from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.flags import UmedFlags
 from umed_plugin.patching import PatchMisfit
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from umed_plugin.patches import old_flags
 
 from umed_plugin import cli, patching
 from umed_plugin.flags import UmedFlags
+from umed_plugin.patches import old_flags
 from umed_plugin.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

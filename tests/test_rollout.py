@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from umed_plugin.patches import attention_mask
 
 from umed_plugin.errors import UmedError
+from umed_plugin.patches import attention_mask
 from umed_plugin.rollout import (
     IMAGE_TOKEN_INDEX,
     answer_log_probs,

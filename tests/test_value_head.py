@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from umed_plugin.patches import attention_mask
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError
+from umed_plugin.patches import attention_mask
 from umed_plugin.value_head import VALUE_HEAD, ValueHead
 
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -25,7 +25,7 @@ from umed_plugin.errors import UmedError
 POLL_SECONDS = 30.0
 MOST_REQUESTS, MOST_BYTES = 50_000, 150_000_000  # of one file; OpenAI allows 50,000 and 200 MB
 _ENDED = ("completed", "failed", "expired", "cancelled")
-_ENDPOINT = "/v1/chat/completions"
+_ENDPOINT: Final = "/v1/chat/completions"
 
 
 class BatchClient:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, cast
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -120,7 +120,7 @@ class ModelClient:
     async def _request(self, key: str, messages: Sequence[Message]) -> Answer:
         request = self._client.chat.completions.create(
             model=self._model,
-            messages=list(messages),
+            messages=cast(Any, list(messages)),
             extra_body=self._options,
             extra_headers={"X-Client-Request-Id": key},
         )

@@ -19,8 +19,8 @@ from umed_plugin.reporting.run_folder import read_run, stage_label
 COLUMNS = 6
 _DPI = 140
 _GREYS, _SHADES = 40, 8  # of the PNG's palette: with all shades of noisy grey images it would be several times as large
-_TRUE = {"edgecolor": "#f0e442", "linewidth": 1.4}
-_PREDICTED = {"edgecolor": "#ff7a33", "linewidth": 1.6, "linestyle": (0, (3.2, 1.2))}
+_TRUE: dict[str, Any] = {"edgecolor": "#f0e442", "linewidth": 1.4}
+_PREDICTED: dict[str, Any] = {"edgecolor": "#ff7a33", "linewidth": 1.6, "linestyle": (0, (3.2, 1.2))}
 
 
 def write_before_after(run_dir: Path | str, file: Path | str, columns: int = COLUMNS) -> Path:

@@ -112,7 +112,7 @@ def _draw(
     from matplotlib.ticker import MaxNLocator
 
     # The salt makes the clip paths' names this chart's own, and the same each time.
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
