@@ -26,9 +26,9 @@ from statistics import fmean
 from subprocess import DEVNULL
 from typing import Any
 
-from umed_plugin.demo.pipeline import DemoRun, DemoSettings, environment
-from umed_plugin.evaluate import mean_interval
-from umed_plugin.processes import Steps
+from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
+from umed_plugin.commands.processes import Steps
+from umed_plugin.evaluation.grounded import mean_interval
 
 EARLY = "early"
 SHOWN = {"accuracy": "accuracy", "mean IoU": "set_iou", "vision relevance": "vision_relevance"}

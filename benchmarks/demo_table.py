@@ -17,9 +17,9 @@ from statistics import fmean
 
 from ablation import SHOWN, read_cases, values_of
 
-from umed_plugin.demo.pipeline import STAGES, DemoRun, DemoSettings
-from umed_plugin.evaluate import mean_interval
-from umed_plugin.processes import Steps
+from umed_plugin.commands.demo.pipeline import STAGES, DemoRun, DemoSettings
+from umed_plugin.commands.processes import Steps
+from umed_plugin.evaluation.grounded import mean_interval
 
 METRICS = ("mean IoU", "accuracy")
 

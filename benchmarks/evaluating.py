@@ -39,8 +39,8 @@ def main() -> None:
 
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from umed_plugin.answering.checkpoint import Answerer, Ask
-    from umed_plugin.demo import tiny_checkpoint
+    from umed_plugin.commands.demo import tiny_checkpoint
+    from umed_plugin.model.answerer import Answerer, Ask
 
     tiny_checkpoint.IMAGE_SIZE = 24 * tiny_checkpoint.PATCH_SIZE
     made = tiny_checkpoint.make_checkpoint(folder / "llava-mistral", hidden_size=256, layers=6)
@@ -75,8 +75,8 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _one_by_one(answerer: Any, batch: list[Any]) -> list[str]:
-    from umed_plugin.rollout import decode_answers, embed_prompts
-    from umed_plugin.sampling import generate
+    from umed_plugin.model.forward import decode_answers, embed_prompts
+    from umed_plugin.model.sampling import generate
 
     with torch.no_grad():
         features = answerer.features([ask.image for ask in batch], [None] * len(batch))

@@ -49,7 +49,7 @@ def make_data(folder: Path, count: int) -> None:
     import numpy as np
     import pydicom
 
-    from umed_plugin.demo.studies import COLUMNS, make_studies
+    from umed_plugin.commands.demo.studies import COLUMNS, make_studies
 
     # Every second study is a CT.
     with open(make_studies(folder, train=2 * count, val=0, test=0), newline="", encoding="utf-8") as file:
@@ -75,7 +75,7 @@ def make_model(folder: Path, tower: tuple[int, int, int], model: tuple[int, int]
     from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
     from transformers import CLIPVisionConfig
 
-    from umed_plugin.demo.tiny_checkpoint import make_checkpoint
+    from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
 
     torch.manual_seed(0)
     width, layers, pixels = tower
@@ -95,7 +95,7 @@ def train_and_measure(flags: list[str], clock: Clock) -> list[dict[str, dict[str
     """Run LLaVA's ``train()`` for an epoch and then `measure`; seconds by side and part for each step."""
     from llava.train import train as llava_train
 
-    from umed_plugin.trainer import RewardingTrainer
+    from umed_plugin.training.trainer import RewardingTrainer
 
     steps: list[dict[str, dict[str, float]]] = []
     stock = RewardingTrainer.train
@@ -174,8 +174,8 @@ def report(steps: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     """Print the table."""
-    from umed_plugin.import_hook import install
     from umed_plugin.patches import TRIGGERS, after_import
+    from umed_plugin.patching.import_hook import install
 
     sizes = arguments()
     install(TRIGGERS, after_import)

@@ -42,9 +42,9 @@ from bare_llava import Llava, build
 from measuring import stack
 from rewarding_step import Work, queries, sample, score, score_with_relevance, update
 
-from umed_plugin.packing import packing_fault
-from umed_plugin.reference import ReferencePolicy
-from umed_plugin.rollout import embed_prompts, encode_images, repeated_inputs
+from umed_plugin.model.forward import embed_prompts, encode_images, repeated_inputs
+from umed_plugin.model.packing import packing_fault
+from umed_plugin.training.reference import ReferencePolicy
 
 Figures = dict[str, Any]
 

@@ -4,7 +4,7 @@ For each format, on the same files, in turns within one run:
 
 - ``plain``: pydicom or nibabel and PIL, written as one writes it without thought, then LLaVA's padding and processor;
 - ``monai``: MONAI's ``LoadImage`` without a cache, the same window, padding and processor;
-- ``cold``: `umed_plugin.image_cache` with an empty folder (it decodes and writes);
+- ``cold``: `umed_plugin.data.images.cache` with an empty folder (it decodes and writes);
 - ``warm``: the same cache in a new process state, which reads what is there;
 - ``persistent``: MONAI's ``PersistentDataset`` over the plain reading, warm.
 
@@ -177,7 +177,7 @@ def measure(items: list[Item], folder: Path, processor: Any, turns: int) -> tupl
     import torch
     from monai.data import PersistentDataset
 
-    from umed_plugin.image_cache import ImageCache
+    from umed_plugin.data.images.cache import ImageCache
 
     def with_cache(name: str) -> Callable[[Item], Any]:
         cache = ImageCache(folder / name, processor, "pad", 2 * 10**9)

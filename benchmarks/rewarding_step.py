@@ -76,7 +76,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def build(options: argparse.Namespace) -> Work:
     """Make the model and the queries from a seed."""
     from umed_plugin import patching
-    from umed_plugin.packing import packing_fault
+    from umed_plugin.model.packing import packing_fault
     from umed_plugin.patches import attention_mask, prepare_llava
 
     prepare_llava()
@@ -91,7 +91,7 @@ def build(options: argparse.Namespace) -> Work:
 
 def queries(model: Any, options: argparse.Namespace, packs: bool) -> Work:
     """Random questions, images and answers for a model, on its device."""
-    from umed_plugin.rollout import IMAGE_TOKEN_INDEX, Candidates
+    from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates
 
     text = torch.randint(5, options.vocabulary, (options.questions, options.prompt_tokens))
     image = torch.full((options.questions, 1), IMAGE_TOKEN_INDEX)
@@ -157,15 +157,15 @@ def _for_training(model: Any, options: argparse.Namespace) -> Any:
 
 def embedded(work: Work) -> Any:
     """The queries as a PromptBatch, their images encoded anew."""
-    from umed_plugin.rollout import embed_prompts, encode_images
+    from umed_plugin.model.forward import embed_prompts, encode_images
 
     return embed_prompts(work.model, list(work.prompts), encode_images(work.model, work.images))
 
 
 def sample(work: Work, side: str) -> Any:
     """K answers of T tokens to each query: their ids."""
-    from umed_plugin.rollout import base_llava
-    from umed_plugin.sampling import generate
+    from umed_plugin.model.forward import base_llava
+    from umed_plugin.model.sampling import generate
 
     work.model.eval()
     k, steps = work.options.candidates, work.options.answer_tokens
@@ -181,7 +181,7 @@ def sample(work: Work, side: str) -> Any:
 
 def logits_of(work: Work, side: str) -> Tensor:
     """[N, T, V] teacher-forced logits of the answers."""
-    from umed_plugin.rollout import answer_pass, base_llava, repeated_inputs
+    from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs
 
     prompts = embedded(work)
     if side == "packed":
@@ -193,7 +193,7 @@ def logits_of(work: Work, side: str) -> Tensor:
 @torch.no_grad()
 def score(work: Work, side: str) -> Any:
     """Log-probabilities of the answers."""
-    from umed_plugin.rollout import answer_log_probs
+    from umed_plugin.model.forward import answer_log_probs
 
     work.model.eval()
     return answer_log_probs(logits_of(work, side), work.answers).log_probs
@@ -201,8 +201,8 @@ def score(work: Work, side: str) -> Any:
 
 def update(work: Work, side: str, old: Tensor) -> Tensor:
     """Gradients of the objective; returns the loss. The optimizer is the same for both sides and left out."""
-    from umed_plugin.objective import ObjectiveSettings, grpo_objective
-    from umed_plugin.rollout import answer_log_probs
+    from umed_plugin.model.forward import answer_log_probs
+    from umed_plugin.training.objective import ObjectiveSettings, grpo_objective
 
     work.model.train()
     work.model.zero_grad()
@@ -218,8 +218,8 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
 @torch.no_grad()
 def score_with_relevance(work: Work, how: str) -> Any:
     """The packed side's scoring pass: with attention of 4 tokens of each answer by hooks, with all returned, or with none."""
-    from umed_plugin.attention import attention_on_lesion
-    from umed_plugin.rollout import answer_pass, base_llava
+    from umed_plugin.model.attention import attention_on_lesion
+    from umed_plugin.model.forward import answer_pass, base_llava
 
     work.model.eval()
     prompts, layers = embedded(work), list(range(work.options.layers))

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.records import load_records, record_geometry
-from umed_plugin.scoring import score_answer
+from umed_plugin.data.records import load_records, record_geometry
+from umed_plugin.grounding.scoring import score_answer
 
 CHUNKS = 2  # one process a core
 
@@ -55,7 +55,7 @@ def ask_stock_llava(checkpoint: Path, data: Path, records: list[dict[str, Any]],
 
 
 def score(records: list[dict[str, Any]], answers: dict[str, str]) -> dict[str, float]:
-    """Mean IoU over the studies with a lesion and accuracy over all, as `umed_plugin.evaluate` defines them."""
+    """Mean IoU over the studies with a lesion and accuracy over all, as `umed_plugin.evaluation.grounded` defines them."""
     scores = [score_answer(answers[record["id"]], record, record_geometry(record)) for record in records]
     with_lesion = [one.set_iou for one in scores if one.n_true]
     return {

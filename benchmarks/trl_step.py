@@ -60,7 +60,7 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> Path:
     from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
     from transformers import CLIPVisionConfig
 
-    from umed_plugin.demo import tiny_checkpoint
+    from umed_plugin.commands.demo import tiny_checkpoint
 
     torch.manual_seed(0)
     checkpoint = tiny_checkpoint.make_checkpoint(folder, hidden_size=options.width, layers=options.layers)
@@ -85,7 +85,7 @@ def make_records(folder: Path, checkpoint: Path, options: argparse.Namespace) ->
     from PIL import Image
     from transformers import LlamaTokenizer
 
-    from umed_plugin.evaluate import prompt_ids
+    from umed_plugin.evaluation.grounded import prompt_ids
 
     tokenizer = LlamaTokenizer.from_pretrained(checkpoint)
     question = "abnormality"  # one token of the checkpoint's tokenizer
@@ -122,7 +122,7 @@ def our_trainer(checkpoint: Path, records: Path, options: argparse.Namespace) ->
     """The trainer that LLaVA's ``train()`` makes for stage 2, before it trains."""
     from llava.train import train as llava_train
 
-    from umed_plugin.trainer import RewardingTrainer
+    from umed_plugin.training.trainer import RewardingTrainer
 
     flags = f"""
         --model_name_or_path {checkpoint} --vision_tower {checkpoint}/vision_tower --version mistral_instruct
@@ -152,10 +152,10 @@ def trl_trainer(checkpoint: Path, records: Path, attention: str, options: argpar
     from transformers import AutoProcessor, LlavaForConditionalGeneration
     from trl import GRPOConfig, GRPOTrainer
 
-    from umed_plugin.records import load_records
+    from umed_plugin.checkpoints.to_transformers import to_transformers
+    from umed_plugin.data.records import load_records
     from umed_plugin.rewards import REWARDS as REGISTRY
-    from umed_plugin.to_transformers import to_transformers
-    from umed_plugin.trl_rewards import CombinedReward, trl_dataset
+    from umed_plugin.rewards.trl import CombinedReward, trl_dataset
 
     folder = to_transformers(checkpoint, records.parent / "hf", template="mistral_instruct")
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
@@ -221,7 +221,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     import torch
 
-    from umed_plugin.rollout import base_llava
+    from umed_plugin.model.forward import base_llava
 
     checkpoint = make_checkpoint(folder / "umed-llava-mistral", options)
     records = make_records(folder, checkpoint, options)
@@ -273,8 +273,8 @@ def show(figures: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _patched() -> Iterator[None]:
     """LLaVA as it is under ``umed-run``; what training prints goes to stderr."""
-    from umed_plugin.import_hook import install
     from umed_plugin.patches import TRIGGERS, after_import
+    from umed_plugin.patching.import_hook import install
 
     install(TRIGGERS, after_import)
     with contextlib.redirect_stdout(sys.stderr):

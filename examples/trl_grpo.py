@@ -17,9 +17,9 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from trl import GRPOConfig, GRPOTrainer
 
-from umed_plugin.records import load_records
+from umed_plugin.data.records import load_records
 from umed_plugin.rewards import REWARDS
-from umed_plugin.trl_rewards import CombinedReward, LesionAttention, trl_dataset
+from umed_plugin.rewards.trl import CombinedReward, LesionAttention, trl_dataset
 
 
 def main() -> None:

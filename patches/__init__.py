@@ -7,7 +7,6 @@ Importing this package imports no library that is patched.
 
 from __future__ import annotations
 
-from umed_plugin.import_hook import install
 from umed_plugin.patches import (
     attention_implementation,
     attention_mask,
@@ -37,6 +36,7 @@ from umed_plugin.patches import (
     zero_3,
 )
 from umed_plugin.patching import Patch, apply
+from umed_plugin.patching.import_hook import install
 
 # Without these LLaVA does not run, or not to the same numbers, on newer libraries than its own: for every process that uses it.
 STACK: tuple[Patch, ...] = tuple(

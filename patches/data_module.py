@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.flags import REWARDING
+from umed_plugin.flags.definition import REWARDING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -26,7 +26,7 @@ def change(recorder: Recorder) -> None:
         if run is None or not run.active:
             return stock(tokenizer=tokenizer, data_args=data_args)
         if run.flags.umed_stage == REWARDING:
-            from umed_plugin.batch_rewarding import make_rewarding_data_module
+            from umed_plugin.training.rewarding_data import make_rewarding_data_module
 
             return make_rewarding_data_module(tokenizer, data_args, run.training_args)
         return _instruction_tuning_data(tokenizer, run)
@@ -38,7 +38,7 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
     """LLaVA's collator over our dataset, after the supervised tokens were looked at."""
     from llava.train.train import DataCollatorForSupervisedDataset
 
-    from umed_plugin.batch import GroundedDataset, check_supervision
+    from umed_plugin.training.tuning_data import GroundedDataset, check_supervision
 
     dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
     samples = run.flags.umed_supervision_check_samples

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoint import NON_LORA
+from umed_plugin.checkpoints.loading import NON_LORA
 from umed_plugin.errors import UmedError
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
@@ -67,7 +67,7 @@ def change(recorder: Recorder) -> None:
     def _get_train_sampler(self: Any, *data: Any) -> Any:
         if not _has_stage(self) or self.train_dataset is None:
             return stock_sampler(self, *data)
-        from umed_plugin.sampler import EpochSampler
+        from umed_plugin.training.sampler import EpochSampler
 
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         if self.args.group_by_modality_length or self.args.group_by_length:

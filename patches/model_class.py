@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.checkpoint import FAMILIES as LLAVA_FAMILIES
+from umed_plugin.checkpoints.loading import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from umed_plugin.errors import UsageError
-from umed_plugin.flag_checks import find_faults, raise_faults
-from umed_plugin.flags import UmedFlags
+from umed_plugin.flags.checks import find_faults, raise_faults
+from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches import conversation_templates, lora_resume, model_class
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target

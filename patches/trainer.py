@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.flags import REWARDING
+from umed_plugin.flags.definition import REWARDING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -24,7 +24,7 @@ def change(recorder: Recorder) -> None:
     def choose_trainer(*positional: Any, **keywords: Any) -> Any:
         if keywords["args"].umed_stage != REWARDING:
             return stock(*positional, **keywords)
-        from umed_plugin.trainer import RewardingTrainer
+        from umed_plugin.training.trainer import RewardingTrainer
 
         return RewardingTrainer(*positional, **keywords)
 

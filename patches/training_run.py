@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from umed_plugin.flags import UmedFlags
+from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patching import Target
 
 LLAVA = ">=1.1.3,<1.3"

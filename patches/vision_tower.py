@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.checkpoint import tower_misfit, tower_tensors
+from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.errors import UmedError
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target

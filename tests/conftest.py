@@ -30,7 +30,7 @@ def llava_on_these_libraries() -> None:
 @pytest.fixture(scope="session")
 def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``llava_mistral`` checkpoint with random weights; read-only for tests: copy it before changing it."""
-    from umed_plugin.demo.tiny_checkpoint import make_checkpoint
+    from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-llava-mistral", family="mistral")
 
@@ -38,7 +38,7 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ``llava_llama`` checkpoint with random weights; read-only for tests: copy it before changing it."""
-    from umed_plugin.demo.tiny_checkpoint import make_checkpoint
+    from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
 
     return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-llava-llama", family="llama")
 

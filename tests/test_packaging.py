@@ -159,7 +159,7 @@ def test_what_every_python_under_umed_run_imports_needs_the_standard_library_alo
 
 
 # Imported only where they are installed, behind a test of that.
-# datasets comes with TRL, which umed_plugin.trl_rewards is for.
+# datasets comes with TRL, which umed_plugin.rewards.trl is for.
 OPTIONAL = {"datasets", "deepspeed", "openai", "wandb"}
 
 

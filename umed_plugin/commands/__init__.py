@@ -1,4 +1,4 @@
-"""The subcommands of ``umed``, one module each.
+"""The subcommands of ``umed``: a module each, or a folder with ``command.py`` where a command has more than that.
 
 A command module has ``add_parser(subparsers)``, which adds its parser with a description, an example in the epilog and
 ``set_defaults(run=function)``; ``run(args)`` returns the exit status. Heavy imports stand inside ``run``, so that
@@ -12,10 +12,21 @@ import importlib
 from typing import Any
 
 # In the order in which a person meets them, which is the order of the help text.
-COMMANDS = ("demo", "upgrade", "recipe", "evaluate", "report", "serve", "merge", "convert", "doctor", "patches")
+COMMANDS = (
+    "demo.command",
+    "upgrade.command",
+    "recipe.command",
+    "evaluate",
+    "report.command",
+    "serve.command",
+    "merge",
+    "convert",
+    "doctor.command",
+    "patches",
+)
 
 
 def add_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Let every command add its parser."""
-    for name in COMMANDS:
-        importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
+    for module in COMMANDS:
+        importlib.import_module(f"{__name__}.{module}").add_parser(subparsers)

@@ -35,14 +35,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what the next program has to know."""
-    from umed_plugin.to_llava import is_transformers_form
+    from umed_plugin.checkpoints.to_llava import is_transformers_form
 
     return _back(args) if is_transformers_form(args.checkpoint) else _there(args)
 
 
 def _there(args: argparse.Namespace) -> int:
-    from umed_plugin.checkpoint import STOCK_TEMPLATES, read_config
-    from umed_plugin.to_transformers import to_transformers
+    from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, read_config
+    from umed_plugin.checkpoints.to_transformers import to_transformers
 
     with _bar("writing transformers' form") as progress:
         out = to_transformers(
@@ -59,10 +59,10 @@ def _there(args: argparse.Namespace) -> int:
 
 
 def _back(args: argparse.Namespace) -> int:
-    from umed_plugin.checkpoint import read_config
+    from umed_plugin.checkpoints.loading import read_config
+    from umed_plugin.checkpoints.merging import stock_name_fault
+    from umed_plugin.checkpoints.to_llava import to_llava
     from umed_plugin.errors import UsageError
-    from umed_plugin.merging import stock_name_fault
-    from umed_plugin.to_llava import to_llava
 
     if args.template:
         raise UsageError(

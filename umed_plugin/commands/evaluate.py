@@ -76,7 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    from umed_plugin.evaluation.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
     from umed_plugin.patches import prepare_llava
 
     for name in ("limit", "batch_size", "max_new_tokens"):
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_name(name: str, benchmarks: Iterable[str]) -> None:
     """Refuse a name that is no recipe's and no file's before the checkpoint is looked at."""
-    from umed_plugin.recipe import shipped_recipes
+    from umed_plugin.data.recipes.recipe import shipped_recipes
 
     is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
     if not is_file and name not in shipped_recipes():
@@ -101,8 +101,8 @@ def _check_name(name: str, benchmarks: Iterable[str]) -> None:
 
 
 def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> int:
-    from umed_plugin.box_dialects import find_dialect
     from umed_plugin.evaluation.runs import chosen_questions, compare_runs, evaluate_benchmark, read_run
+    from umed_plugin.grounding.dialects import find_dialect
 
     if args.data_root is None:
         raise UsageError(f"--benchmark {benchmark.name} needs --data-root: {benchmark.needs}, from {benchmark.url}")
@@ -138,8 +138,8 @@ def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> in
 
 
 def _run_records(args: argparse.Namespace, folder: Path) -> int:
-    from umed_plugin.box_dialects import find_dialect
-    from umed_plugin.evaluate import Evaluation, compare, evaluate
+    from umed_plugin.evaluation.grounded import Evaluation, compare, evaluate
+    from umed_plugin.grounding.dialects import find_dialect
 
     dialect = find_dialect(args.boxes)
     before = _read(args.compare, Evaluation.load) if args.compare else None
@@ -169,9 +169,9 @@ def _run_records(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _save_for_llava_med(found: Any, records: Sequence[Any], out: Path) -> None:
-    from umed_plugin.answering.checkpoint import Answer
-    from umed_plugin.evaluation.benchmark import Question
-    from umed_plugin.evaluation.llava_med_files import save_for_llava_med
+    from umed_plugin.evaluation.benchmarks.benchmark import Question
+    from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
+    from umed_plugin.model.answerer import Answer
 
     truth = {str(record["id"]): record["conversations"][1]["value"] for record in records}
     questions = [Question(case.id, case.image, case.question, truth[case.id]) for case in found.cases]
@@ -225,15 +225,15 @@ def _show(args: argparse.Namespace, figures: Any, differences: Any, skipped: int
 
 def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
     """(records of the split, folder that their relative image paths start from)."""
-    from umed_plugin.checkpoint import find_base, is_lora, read_config
-    from umed_plugin.records import load_records
+    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
+    from umed_plugin.data.records import load_records
 
     split = args.split or "test"
     if args.benchmark.endswith(".json"):
         records, image_folder = load_records(args.benchmark), Path(args.benchmark).resolve().parent
     else:
-        from umed_plugin.build import build_records
-        from umed_plugin.recipe import load_recipe
+        from umed_plugin.data.build import build_records
+        from umed_plugin.data.recipes.recipe import load_recipe
 
         checkpoint = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
         mode = "pad" if read_config(checkpoint).get("image_aspect_ratio") == "pad" else "square"

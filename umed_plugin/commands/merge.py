@@ -37,8 +37,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, and say what stock LLaVA would make of the folder's name."""
-    from umed_plugin.checkpoint import is_lora, read_config
-    from umed_plugin.merging import export, merge, stock_name_fault
+    from umed_plugin.checkpoints.loading import is_lora, read_config
+    from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
 
     how = {"with_tower": args.with_tower, "overwrite": args.overwrite}
     if is_lora(args.trained):

@@ -20,14 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.answering.checkpoint import Answer, Answerer, Ask
-from umed_plugin.answering.kept import KeptAnswers
-from umed_plugin.box_dialects import LLAVA, BoxDialect
 from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.evaluation.benchmark import Benchmark, Question
-from umed_plugin.evaluation.llava_med_files import save_for_llava_med, write_whole
-from umed_plugin.metrics.figures import Row, compare_rows, measure
-from umed_plugin.scoring import Scorer
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question
+from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med, write_whole
+from umed_plugin.evaluation.kept_answers import KeptAnswers
+from umed_plugin.evaluation.metrics.figures import Row, compare_rows, measure
+from umed_plugin.grounding.dialects import LLAVA, BoxDialect
+from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.model.answerer import Answer, Answerer, Ask
 
 PREDICTIONS = "predictions.jsonl"
 _MISSING_SHOWN = 5

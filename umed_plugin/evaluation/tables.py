@@ -13,8 +13,8 @@ def figures_table(
 
     Args:
         title: of the column of values.
-        figures: name -> value, ci95, n, as `umed_plugin.metrics.figures.measure` gives them.
-        differences: name -> difference, ci95, n, as `umed_plugin.metrics.figures.compare_rows` gives them.
+        figures: name -> value, ci95, n, as `umed_plugin.evaluation.metrics.figures.measure` gives them.
+        differences: name -> difference, ci95, n, as `umed_plugin.evaluation.metrics.figures.compare_rows` gives them.
     """
     from rich.table import Table
 

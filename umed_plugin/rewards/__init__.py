@@ -5,9 +5,10 @@ leaves the term out for it (:mod:`umed_plugin.rewards.combine`); ``None`` is nev
 
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 
-Prompts are the questions, completions the candidates' texts, K in a row for each question. Columns hold one entry a candidate:
-``record`` (the training record), ``geometry`` (of its image) and ``attention_on_lesion`` (from :mod:`umed_plugin.attention`,
-``None`` where it was not computed). Take ``**columns``: there may be more of them in another version.
+Prompts are the questions, completions the candidates' texts, K in a row for each question. Columns hold one entry a
+candidate: ``record`` (the training record), ``geometry`` (of its image) and ``attention_on_lesion`` (from
+:mod:`umed_plugin.model.attention`, ``None`` where it was not computed). Take ``**columns``: there may be more of them in
+another version.
 
 ``--umed_rewards`` names a reward of this package, or ``my_module:my_reward`` of your own file on ``PYTHONPATH``: a function, a
 callable object, or a class, of which one object is made without arguments in each process. All else is optional, as attributes:

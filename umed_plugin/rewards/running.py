@@ -12,9 +12,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
-from umed_plugin.flags import UmedFlags
-from umed_plugin.judges.lexical import LOCAL_JUDGES
-from umed_plugin.judges.relevance import JudgedRelevance
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
+from umed_plugin.rewards.judges.relevance import JudgedRelevance
 from umed_plugin.rewards.terms import REWARDS, Reward
 
 
@@ -22,7 +22,7 @@ def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
     """The rewards that ``--umed_rewards`` names, in its order.
 
     Args:
-        flags: checked by :func:`umed_plugin.flag_checks.check`.
+        flags: checked by :func:`umed_plugin.flags.checks.check`.
         output_dir: where a reward may keep files, such as a judge's ledger.
     """
     rewards: dict[str, Reward] = {}

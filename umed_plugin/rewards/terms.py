@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
-from umed_plugin.boxes import DISTANCE_SHARE, set_iou, shaped_iou_matrix
-from umed_plugin.geometry import ImageGeometry
-from umed_plugin.judges.lexical import lexical_relevance
+from umed_plugin.grounding.boxes import DISTANCE_SHARE, set_iou, shaped_iou_matrix
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.registry import Registry
-from umed_plugin.scoring import score_answer
+from umed_plugin.rewards.judges.lexical import lexical_relevance
 
 Reward = Callable[..., "list[Optional[float]]"]
 REWARDS: Registry[Reward] = Registry("reward")

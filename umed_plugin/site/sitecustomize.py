@@ -37,8 +37,8 @@ class _Refusal:
 
 def _install():
     try:
-        from umed_plugin.import_hook import install
         from umed_plugin.patches import TRIGGERS, after_import
+        from umed_plugin.patching.import_hook import install
 
         install(TRIGGERS, after_import)
     except (ImportError, SyntaxError, AttributeError, TypeError) as error:

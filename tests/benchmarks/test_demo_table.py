@@ -1,0 +1,45 @@
+"""README's table of the demo: each folder's own figures, and the paired differences of all of them together."""
+
+from __future__ import annotations
+
+import json
+
+import demo_table
+
+from umed_plugin.evaluation.grounded import mean_interval
+
+LESION, NONE = [[0, 0, 8, 8]], []
+
+
+def demo_folder(folder, ious_before, ious_after):
+    """What `umed demo` writes, of four studies of which the last has no lesion; accuracy is 1 but 0.75 after stage 2."""
+    boxes = [LESION, LESION, LESION, NONE]
+    stages = {"base": [0.0] * 4, "instruction_tuning": ious_before, "rewarding": ious_after}
+    for stage, ious in stages.items():
+        first_is_right = float(stage != "rewarding")
+        studies = [
+            {"set_iou": iou, "accuracy": 1.0 if number else first_is_right, "true_boxes": true}
+            for number, (iou, true) in enumerate(zip(ious, boxes))
+        ]
+        (folder / "evaluation" / stage).mkdir(parents=True)
+        lines = "\n".join(json.dumps(study) for study in studies)
+        (folder / "evaluation" / stage / "predictions.jsonl").write_text(lines)
+    return folder
+
+
+def interval(differences):
+    low, high = mean_interval(differences)
+    return f"[{low:+.3f}, {high:+.3f}]"
+
+
+def test_iou_counts_lesions_and_accuracy_every_study(tmp_path, capsys):
+    first = demo_folder(tmp_path / "seed0", [0.0, 0.1, 0.2, 1.0], [0.6, 0.1, 0.2, 0.0])
+    second = demo_folder(tmp_path / "seed1", [0.0, 0.0, 0.0, 0.0], [0.3, 0.0, 0.0, 1.0])
+    demo_table.main([str(first), str(second)])
+    _, _, *lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.strip().splitlines()]
+    of_first, of_second, of_all = [[cell.strip() for cell in line] for line in lines]
+    assert of_first[:5] == ["seed0", "0.000", "0.100", "0.300", f"+0.200 {interval([0.6, 0.0, 0.0])}"]
+    assert of_first[5:] == ["1.000", "1.000", "0.750", f"-0.250 {interval([-1.0, 0.0, 0.0, 0.0])}"]
+    assert of_second[:2] == ["seed1", "0.000"]
+    assert of_all[4] == f"+0.150 {interval([0.6, 0.0, 0.0, 0.3, 0.0, 0.0])}"
+    assert of_all[8] == f"-0.250 {interval([-1.0, 0.0, 0.0, 0.0] * 2)}"

@@ -1,0 +1,45 @@
+"""The benchmark of a step runs, at a small size, and its figures are of both sides. Its timings are not tested."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"layers": 1, "width": 64, "vocabulary": 300, "image-size": 28, "prompt-tokens": 10, "answer-tokens": 4}
+
+
+def test_a_small_step_is_measured_on_both_sides(tmp_path):
+    file = tmp_path / "step.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "rewarding_step.py"),
+        "--candidates",
+        "3",
+        "--repetitions",
+        "2",
+    ]
+    command += [f"--{name}={size}" for name, size in SMALL.items()]
+    command += ["--json", str(file)]
+    run = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    figures = json.loads(file.read_text())
+    assert figures["prefix_tokens"] == 14
+    assert figures["token_limit"] == pytest.approx(3 * 18 / 26)
+    assert set(figures["phases"]) == {"sampling", "scoring", "update", "scoring + update", "whole step"}
+    assert all(row["slow_s"] > 0 and row["fast_s"] > 0 for row in figures["phases"].values())
+    assert figures["same_log_probs"] < 1e-4
+    assert all(size > 0 for size in figures["step_bytes"].values())
+    assert "of limit" in run.stdout

@@ -1,0 +1,263 @@
+"""What stands around the weights of a converted checkpoint: chat template, pixels, a model trained in between, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_convert import (
+    QUESTION,
+    add_tokens,
+    check_both_ways,
+    config_of,
+    linear_projector,
+    llava_logits,
+    loaded_by_transformers,
+    picture,
+    transformers_logits,
+    variant,
+)
+from test_loading_and_merging import write_lora
+
+from umed_plugin.checkpoints.chat_template import jinja_template
+from umed_plugin.checkpoints.loading import load_checkpoint
+from umed_plugin.checkpoints.to_llava import to_llava
+from umed_plugin.checkpoints.to_transformers import to_transformers
+from umed_plugin.cli import main
+from umed_plugin.data.template_writer import conversation_template
+from umed_plugin.errors import UmedError, UsageError
+
+TURNS = ("<image>\nWhat is it?", "A nodule at [0.1, 0.2].", "Is there more?")
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "mistral_instruct",
+        "umed_mistral",
+        "llava_v1",
+        "umed_v1",
+        "vicuna_v1",
+        "llava_llama_2",
+        "llava_v0",
+        "chatml_direct",
+    ],
+)
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_chat_templates_give_llavas_ids(family, template, system, tiny_mistral, tiny_llama, tmp_path):
+    """Over several turns, for a legacy tokenizer (mistral) and one that is not (llama)."""
+    from llava.mm_utils import tokenizer_image_token
+    from transformers import AutoTokenizer
+
+    checkpoint = {"mistral": tiny_mistral, "llama": tiny_llama}[family]
+    conversation = conversation_template(template)
+    conversation.system = conversation.system if system is None else system
+    for role, text in zip(conversation.roles * 2, [*TURNS, None]):
+        conversation.append_message(role, text)
+    wanted = tokenizer_image_token(conversation.get_prompt(), AutoTokenizer.from_pretrained(checkpoint, use_fast=False))
+    tokenizer = AutoTokenizer.from_pretrained(to_transformers(checkpoint, tmp_path / "hf", template=template))
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), TURNS)]
+    chat = [*([{"role": "system", "content": system}] if system else []), *chat]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    found = tokenizer(prompt, add_special_tokens=False).input_ids
+    assert [-200 if index == 727 else index for index in found] == wanted
+    parts = [{"type": "image"}, {"type": "text", "text": TURNS[0].replace("<image>\n", "")}]
+    in_parts = [{**turn, "content": parts} if turn["content"] == TURNS[0] else turn for turn in chat]
+    assert tokenizer.apply_chat_template(in_parts, tokenize=False, add_generation_prompt=True) == prompt
+
+
+def test_what_is_no_conversation_has_no_chat_template():
+    with pytest.raises(UmedError, match="plain: holds no conversation"):
+        jinja_template("plain", gap="", image="<image>")
+    with pytest.raises(UsageError, match="umed_mistral"):
+        jinja_template("umed_mistrl", gap="", image="<image>")
+
+
+@pytest.mark.parametrize("mode", ["square", "pad"])
+def test_pixels_and_greedy_answers_are_llavas(mode, tiny_mistral, tmp_path):
+    from llava.mm_utils import process_images, tokenizer_image_token
+
+    checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"image_aspect_ratio": mode}, dict)
+    model, processor = loaded_by_transformers(to_transformers(checkpoint, tmp_path / "hf"))
+    if mode == "pad" and not type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):
+        pytest.skip("this transformers has no image processor that pads to a square (README: transformers' form)")
+    tokenizer, llava, image_processor = load_checkpoint(checkpoint, device="cpu")
+    pixels = process_images([picture()], image_processor, llava.config)
+    chat = [{"role": "user", "content": f"<image>\n{QUESTION}"}]
+    prompt = processor.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=prompt.removeprefix("<s>"), images=picture(), return_tensors="pt")
+    torch.testing.assert_close(inputs["pixel_values"], pixels, atol=1e-6, rtol=0)
+    ids = tokenizer_image_token(prompt.removeprefix("<s>"), tokenizer)
+    with torch.no_grad():
+        answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
+        for token in answer:
+            wanted = int(llava(input_ids=torch.tensor([ids]), images=pixels).logits[0, -1].argmax())
+            assert token == wanted
+            ids.append(wanted)
+    back = to_llava(tmp_path / "hf", tmp_path / "llava-back")
+    assert config_of(back)["image_aspect_ratio"] == mode
+
+
+def trained_in_transformers_form(there: Path, out: Path):
+    """Change some of every part's weights and save as transformers' Trainer does; returns the model."""
+    model, processor = loaded_by_transformers(there)
+    shuffle = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=shuffle)
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    return model, processor
+
+
+def test_a_model_that_was_trained_in_between_goes_back(tiny_llama, tmp_path):
+    there = to_transformers(tiny_llama, tmp_path / "hf")
+    model, processor = trained_in_transformers_form(there, tmp_path / "trained")
+    if not (tmp_path / "trained" / "tokenizer.model").is_file():
+        with pytest.raises(UmedError, match=r"has no tokenizer\.model"):
+            to_llava(tmp_path / "trained", tmp_path / "llava-none")
+        shutil.copy2(there / "tokenizer.model", tmp_path / "trained")
+    back = to_llava(tmp_path / "trained", tmp_path / "llava-back")
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found_ids, found = llava_logits(back, pixels, "llava_v1")
+    ids, wanted = transformers_logits(model, processor, pixels)
+    assert found_ids == ids
+    torch.testing.assert_close(found, wanted[:, :-1], atol=1e-5, rtol=0)
+    assert config_of(back)["tokenizer_model_max_length"] == config_of(tiny_llama)["tokenizer_model_max_length"]
+    assert config_of(back).get("rope_theta", 10000.0) == 10000.0
+
+
+def test_tensors_by_the_names_of_transformers_5_go_back(tiny_mistral, tmp_path):
+    """Some programs save what is in memory, under the names that it has there."""
+    there = to_transformers(tiny_mistral, tmp_path / "hf")
+    plain = to_llava(there, tmp_path / "llava-plain")
+    names = (
+        ("language_model.lm_head.", "lm_head."), ("language_model.model.", "model.language_model."),
+        ("vision_tower.vision_model.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector."),
+    )  # fmt: skip
+
+    def renamed(name: str) -> str:
+        return next(new + name[len(old) :] for old, new in names if name.startswith(old))
+
+    tensors = {renamed(name): tensor for name, tensor in load_file(there / "model.safetensors").items()}
+    save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+    back = to_llava(there, tmp_path / "llava-back")
+    for file in ("model.safetensors", "vision_tower/model.safetensors"):
+        ours, theirs = load_file(back / file), load_file(plain / file)
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("behind", ["<pad>", "<own>"])
+def test_a_folder_that_this_plugin_has_not_written(behind, tiny_llama, tmp_path):
+    """As llava-hf's: without our key, and with a token behind <image>; only a padding token is taken out with it."""
+    there = to_transformers(tiny_llama, tmp_path / "hf")
+    config = config_of(there)
+    config.pop("llava_checkpoint")
+    config["text_config"]["vocab_size"] = 729
+    (there / "config.json").write_text(json.dumps(config))
+    add_tokens(there, "<image>", behind)
+    file = there / "tokenizer_config.json"
+    tokens = json.loads(file.read_text())
+    file.write_text(json.dumps({**tokens, "pad_token": "<pad>" if behind == "<pad>" else "<unk>"}))
+    tensors = load_file(there / "model.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][-1:]])
+    save_file(tensors, there / "model.safetensors", metadata={"format": "pt"})
+    back = to_llava(there, tmp_path / "llava-back")
+    assert config_of(back)["vocab_size"] == (727 if behind == "<pad>" else 729)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    wanted, found = (llava_logits(folder, pixels, "llava_v1") for folder in (tiny_llama, back))
+    assert found[0] == wanted[0]
+    torch.testing.assert_close(found[1][:, :727], wanted[1], atol=1e-5, rtol=0)
+
+
+REFUSED = {
+    "anyres": ({"image_aspect_ratio": "anyres"}, r"config\.json.*image_aspect_ratio is 'anyres'; allowed: pad, square"),
+    "projector": (
+        {"mm_projector_type": "mlp3x_gelu"},
+        "mm_projector_type is 'mlp3x_gelu'; allowed: mlp2x_gelu, linear",
+    ),
+    "unpad": ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+    "moved tower": ({"mm_vision_tower": "/no/such/tower"}, "mm_vision_tower is '/no/such/tower'"),
+    "no tower": ({"mm_vision_tower": None}, "mm_vision_tower is missing"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_transformers_class_cannot_express_is_refused(name, tiny_mistral, tmp_path):
+    changes, message = REFUSED[name]
+    checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", changes, dict)
+    with pytest.raises(UmedError, match=message):
+        to_transformers(checkpoint, tmp_path / "hf")
+    assert not list(tmp_path.glob("hf*"))
+
+
+def test_a_tensor_without_a_place_is_refused(tiny_mistral, tmp_path):
+    newline = {"model.image_newline": torch.zeros(128)}
+    checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {}, lambda tensors: {**tensors, **newline})
+    with pytest.raises(UmedError, match=r"holds 'model\.image_newline'"):
+        to_transformers(checkpoint, tmp_path / "hf")
+
+
+def test_a_lora_folder_and_a_folder_with_something_in_it_are_refused(tiny_mistral, tmp_path):
+    with pytest.raises(UmedError, match="umed merge"):
+        to_transformers(write_lora(tiny_mistral, tmp_path / "llava-lora"), tmp_path / "hf")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UmedError, match="left as it is"):
+        to_transformers(tiny_mistral, tmp_path / "full")
+    assert [file.name for file in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_what_llavas_classes_cannot_express_is_refused(tiny_mistral, tmp_path):
+    there = to_transformers(tiny_mistral, tmp_path / "hf")
+    config = config_of(there)
+    config["text_config"]["model_type"] = "qwen2"
+    (there / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [-2, -5]}))
+    with pytest.raises(
+        UmedError, match=r"text_config\.model_type is 'qwen2'; allowed: mistral, llama; vision_feature_layer"
+    ):
+        to_llava(there, tmp_path / "llava-back")
+
+
+def test_a_tower_of_a_whole_clip(tiny_mistral, tmp_path):
+    """As openai/clip-vit-large-patch14-336, whose folder holds the text part too."""
+    from transformers import CLIPModel
+
+    tower = tiny_mistral / "vision_tower"
+    vision = {key: value for key, value in config_of(tower).items() if key not in ("architectures", "model_type")}
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
+    whole = CLIPModel.config_class(text_config=text, vision_config=vision, projection_dim=16)
+    CLIPModel(whole).half().save_pretrained(tmp_path / "clip")
+    shutil.copy2(tower / "preprocessor_config.json", tmp_path / "clip")
+    changed = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_vision_tower": str(tmp_path / "clip")}, dict)
+    check_both_ways(changed, "mistral_instruct", tmp_path)
+
+
+def test_a_linear_projector_is_told_of(tiny_mistral, tmp_path, capsys):
+    checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_projector_type": "linear"}, linear_projector)
+    assert main(["convert", str(checkpoint), "--out", str(tmp_path / "hf")]) == 0
+    assert "note: the projector is linear" in capsys.readouterr().out
+
+
+def test_a_template_for_the_way_back_is_wrong_usage(tiny_mistral, tmp_path, capsys):
+    assert main(["convert", str(tiny_mistral), "--out", str(tmp_path / "hf"), "--template", "umed_mistral"]) == 0
+    printed = capsys.readouterr().out
+    assert "chat template: umed_mistral" in printed
+    assert "note:" not in printed
+    command = ["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "back")]
+    assert main([*command, "--template", "umed_mistral"]) == 2
+    assert main(command) == 0
+    assert "note: stock LLaVA chooses its loader by the folder's name" in capsys.readouterr().out

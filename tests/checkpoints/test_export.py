@@ -1,0 +1,171 @@
+"""An exported checkpoint in stock LLaVA, in a process where the plugin cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_loading_and_merging import write_lora
+from umed_runs import python_of_llavas_pins
+
+from umed_plugin.checkpoints.loading import TOWER, load_checkpoint
+from umed_plugin.checkpoints.merging import export, merge
+from umed_plugin.errors import UsageError
+from umed_plugin.evaluation.grounded import evaluate
+from umed_plugin.patches import tower_layout
+
+ANSWERS = (
+    "One area is abnormal, at [0.12, 0.34, 0.56, 0.78]. It is a nodule.",
+    "I see a cyst at [0.50, 0.25, 0.75, 0.40] in this image.",
+    "The image shows no abnormality.",
+)
+QUESTION = "What abnormality can be seen in this image?"
+
+STOCK = Path(__file__).resolve().parents[2] / "benchmarks" / "stock_vqa.py"
+
+
+def study_records(folder: Path) -> list[dict]:
+    """Three wide pictures that the model can tell apart, with an answer each."""
+    folder.mkdir()
+    made = []
+    for index, answer in enumerate(ANSWERS):
+        pixels = np.zeros((48, 80), np.uint8)
+        pixels[:, index * 25 : index * 25 + 25] = 200
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        made.append(
+            {
+                "id": f"study {index}",
+                "image": f"{index}.png",
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n{QUESTION}"},
+                    {"from": "gpt", "value": answer},
+                ],
+                "objects": {"ref": [], "bbox": [], "bbox_type": "real"},
+                "image_size": [80, 48],
+                "terms": {"nodule": ["nodule"]},
+                "provenance": {"image_aspect_ratio": "pad"},
+            }
+        )
+    return made
+
+
+def learn_by_heart(checkpoint: Path, records: list[dict], folder: Path, out: Path) -> None:
+    """Train the model on the three answers until it gives them: a random one would never end its answer."""
+    from llava.mm_utils import process_images, tokenizer_image_token
+
+    from umed_plugin.data.template_writer import question_prompt
+
+    tokenizer, model, processor = load_checkpoint(checkpoint, device="cpu")
+    prompt = tokenizer_image_token(question_prompt(QUESTION, "mistral_instruct"), tokenizer)
+    answers = [tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for answer in ANSWERS]
+    length = max(map(len, answers))
+    ids = torch.tensor([prompt + answer + [0] * (length - len(answer)) for answer in answers])
+    labels = torch.tensor([[-100] * len(prompt) + answer + [-100] * (length - len(answer)) for answer in answers])
+    mask = torch.tensor([[1] * (len(prompt) + len(answer)) + [0] * (length - len(answer)) for answer in answers])
+    images = process_images([Image.open(folder / r["image"]).convert("RGB") for r in records], processor, model.config)
+    torch.manual_seed(0)
+    trained = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, images=images).loss
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict]]:
+    """(exported checkpoint, folder of the images, records)."""
+    folder = tmp_path_factory.mktemp("export")
+    records = study_records(folder / "images")
+    learn_by_heart(tiny_mistral, records, folder / "images", folder / "trained")
+    out = export(folder / "trained", folder / "llava-mistral-umed", like=tiny_mistral, with_tower=True)
+    return out, folder / "images", records
+
+
+@pytest.mark.parametrize("written_by", ["merge", "export"])
+def test_stock_llava_answers_with_the_tower_that_was_trained_with(written_by, tiny_mistral, tmp_path):
+    """LLaVA-Med 1.5 holds a tower of its own, and its config does not say so to stock LLaVA."""
+    from llava.model.builder import load_pretrained_model
+
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral", ignore=shutil.ignore_patterns("vision_tower"))
+    name = "vision_tower.vision_model.post_layernorm.weight"
+    tower = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    tensors = {TOWER + "vision_tower." + n: t.half() for n, t in tower.items()}
+    tensors[TOWER + name] += 0.5
+    weights = {**load_file(base / "model.safetensors"), **tensors}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    told = {"unfreeze_mm_vision_tower": True}  # by patches/vision_tower.py
+    out = tmp_path / f"llava-mistral-{written_by}"
+    if written_by == "merge":
+        lora = write_lora(base, tmp_path / "llava-mistral-lora")
+        tell(lora, told)
+        merge(lora, base, out)
+    else:
+        trained = shutil.copytree(base, tmp_path / "trained-llava-mistral")
+        tell(trained, told)
+        export(trained, out, like=base)
+    _, model, _, _ = load_pretrained_model(str(out), None, out.name, device="cpu")
+    assert torch.equal(model.get_vision_tower().state_dict()[name].float(), tensors[TOWER + name].float())
+    assert "unfreeze_mm_vision_tower" not in json.loads((base / "config.json").read_text())
+
+
+@pytest.mark.skipif(
+    bool(tower_layout.PATCH.not_needed()), reason="on its pins LLaVA is not changed where nothing is trained"
+)
+def test_a_tower_that_a_checkpoint_lacks_is_no_tower_of_random_weights(tiny_mistral, tmp_path):
+    from llava.model.builder import load_pretrained_model
+
+    lying = shutil.copytree(tiny_mistral, tmp_path / "lying-llava-mistral")
+    tell(lying, {"unfreeze_mm_vision_tower": True})
+    with pytest.raises(UsageError, match="unfreeze_mm_vision_tower.*lacks "):
+        load_pretrained_model(str(lying), None, lying.name, device="cpu")
+
+
+def test_without_a_tower_inside_stock_llava_is_not_told_to_look_for_one(tiny_mistral, tmp_path):
+    trained = shutil.copytree(tiny_mistral, tmp_path / "trained", ignore=shutil.ignore_patterns("vision_tower"))
+    tell(trained, {"unfreeze_mm_vision_tower": True})
+    out = export(trained, tmp_path / "llava-mistral-out", like=tiny_mistral)
+    assert "unfreeze_mm_vision_tower" not in json.loads((out / "config.json").read_text())
+
+
+def tell(folder: Path, values: dict) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path):
+    python = python_of_llavas_pins()
+    if python is None:
+        pytest.skip("LLaVA runs as it is on its pins alone: UMED_OTHER_PYTHON names a Python that has them")
+    checkpoint, images, records = exported
+    ours = evaluate(checkpoint, records, image_folder=images, template="mistral_instruct", max_new_tokens=200)
+    lines = [{"question_id": r["id"], "image": r["image"], "text": QUESTION} for r in records]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = {
+        "model_path": str(checkpoint),
+        "image_folder": str(images),
+        "question_file": str(tmp_path / "questions.jsonl"),
+        "answers_file": str(tmp_path / "answers.jsonl"),
+    }
+    # -I leaves out PYTHONPATH and the working folder, from which the plugin could come.
+    done = subprocess.run(
+        [python, "-I", str(STOCK), json.dumps(arguments)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    stock = [json.loads(line)["text"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert stock == [case.answer for case in ours.cases]
+    assert stock == list(ANSWERS), "the model has learnt its three answers, so the comparison says something"

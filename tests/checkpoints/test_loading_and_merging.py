@@ -1,0 +1,277 @@
+"""Loading by model_type, merging a LoRA folder into its base, and exporting in the layout of the original."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from umed_plugin.checkpoints import merging
+from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
+from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
+from umed_plugin.cli import main
+from umed_plugin.errors import UmedError
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
+
+
+def layout(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(checkpoint).items()}
+
+
+def write_lora(base: Path, folder: Path) -> Path:
+    """A LoRA folder over ``base`` as LLaVA's training writes it, with random values instead of trained ones."""
+    from llava.train.train import find_all_linear_names
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer, model, _ = load_checkpoint(base, device="cpu")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=find_all_linear_names(model), task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    for parameter in model.get_base_model().get_model().mm_projector.parameters():
+        parameter.requires_grad = True
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # LLaVA names linear layers by their last part, so the adapter may sit on the tower too, where it stays zero.
+            if "vision_tower" not in name and ("lora_" in name or "mm_projector" in name):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.config.save_pretrained(folder)
+    # The lines at the end of LLaVA's train(), whose helpers for ZeRO-3 need deepspeed.
+    state = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    model.save_pretrained(folder, state_dict={name: tensor for name, tensor in state.items() if "lora_" in name})
+    torch.save({n: t for n, t in state.items() if "lora_" not in n}, folder / "non_lora_trainables.bin")
+    return folder
+
+
+def logits(checkpoint: Path, base: Path | None = None) -> torch.Tensor:
+    tokenizer, model, _ = load_checkpoint(checkpoint, base, device="cpu")
+    prompt = tokenizer("[INST] Where is it?").input_ids
+    ids = torch.tensor([prompt[:1] + [-200] + prompt[1:]])
+    image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    with torch.no_grad():
+        return model(input_ids=ids, images=image).logits
+
+
+@pytest.fixture(scope="module")
+def float32_base(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float32") / "base-llava-mistral"
+    shutil.copytree(tiny_mistral, folder, ignore=shutil.ignore_patterns("vision_tower"))
+    tokenizer, model, _ = load_checkpoint(tiny_mistral, device="cpu")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(float32_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lora(float32_base, tmp_path_factory.mktemp("lora") / "llava-mistral-lora")
+
+
+@pytest.mark.parametrize("family", ["tiny_mistral", "tiny_llama"])
+def test_a_checkpoint_is_loaded_by_what_it_is_and_not_by_its_name(family, request, tmp_path):
+    source = request.getfixturevalue(family)
+    misnamed = shutil.copytree(source, tmp_path / "my-mpt-lora", ignore=shutil.ignore_patterns("vision_tower"))
+    tokenizer, model, processor = load_checkpoint(misnamed, device="cpu")
+    assert (
+        type(model).__name__
+        == {"tiny_mistral": "LlavaMistralForCausalLM", "tiny_llama": "LlavaLlamaForCausalLM"}[family]
+    )
+    assert processor.crop_size == {"height": 64, "width": 64}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+
+
+def test_the_merged_model_answers_as_the_model_with_its_adapter(lora, float32_base, tmp_path):
+    merged = merge(lora, float32_base, tmp_path / "llava-mistral-merged")
+    adapted = logits(lora, float32_base)
+    assert torch.allclose(logits(merged), adapted, atol=1e-4, rtol=1e-4)
+    assert (logits(float32_base) - adapted).abs().max() > 0.1
+
+
+def test_the_adapter_names_its_base_when_none_is_given(lora, float32_base):
+    named = json.loads((lora / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == float32_base
+    assert torch.equal(logits(lora), logits(lora, float32_base))
+
+
+@pytest.mark.parametrize("shards", ["safetensors", "bin"])
+def test_a_merged_checkpoint_has_the_layout_of_its_base(lora, tiny_mistral, tmp_path, shards):
+    base = tmp_path / "base-llava-mistral"
+    shutil.copytree(tiny_mistral, base, ignore=shutil.ignore_patterns("vision_tower"))
+    (base / "umed.json").write_text("{}")
+    if shards == "bin":
+        tokenizer, model, _ = load_checkpoint(tiny_mistral, device="cpu", dtype=torch.float16)
+        (base / "model.safetensors").unlink()
+        model.save_pretrained(base, safe_serialization=False, max_shard_size="400KB")
+    merged = merge(lora, base, tmp_path / "llava-mistral-merged")
+    assert layout(merged) == layout(base)
+    assert {tensor.dtype for tensor in tensors_of(merged).values()} == {torch.float16}
+    assert [file.name for file in weight_files(merged)] == [file.name for file in weight_files(base)]
+    assert json.loads((merged / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+    assert (merged / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+    assert not (merged / "adapter_config.json").exists()
+    assert not (merged / "umed.json").exists()
+    changed = [n for n, t in tensors_of(merged).items() if not torch.equal(t, tensors_of(base)[n])]
+    assert "model.mm_projector.0.weight" in changed
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert "lm_head.weight" not in changed
+
+
+def test_tower_weights_inside_a_checkpoint_are_used_and_stay_inside(float32_base, lora, tmp_path):
+    base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
+    tensors = tensors_of(base)
+    name = TOWER + "vision_tower.vision_model.embeddings.class_embedding"
+    assert name in tensors, "a full checkpoint that was saved with its tower holds the tower's tensors"
+    tensors[name] = tensors[name] + 1.0
+    from safetensors.torch import save_file
+
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    _, model, _ = load_checkpoint(base, device="cpu")
+    found = model.get_vision_tower().vision_tower.vision_model.embeddings.class_embedding
+    assert torch.equal(found.detach(), tensors[name])
+    merged = merge(lora, base, tmp_path / "llava-mistral-merged")
+    assert torch.equal(tensors_of(merged)[name], tensors[name])
+
+
+def test_an_export_holds_what_the_original_held(tiny_mistral, float32_base, tmp_path):
+    (float32_base / "trainer_state.json").write_text("{}")
+    out = export(float32_base, tmp_path / "llava-mistral-out", like=tiny_mistral, with_tower=True)
+    assert layout(out) == layout(tiny_mistral)
+    assert not (out / "trainer_state.json").exists()
+    config, original = (json.loads((folder / "config.json").read_text()) for folder in (out, tiny_mistral))
+    assert config.pop("mm_vision_tower") == str(out / "vision_tower")
+    original.pop("mm_vision_tower")
+    assert config == original
+    assert (out / "vision_tower" / "preprocessor_config.json").is_file()
+
+
+def test_an_existing_folder_is_replaced_only_when_asked(lora, float32_base, tmp_path):
+    out = tmp_path / "llava-mistral-merged"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(UmedError, match="exists already.*--overwrite"):
+        merge(lora, float32_base, out)
+    assert (out / "mine").read_text() == "keep"
+    merge(lora, float32_base, out, overwrite=True)
+    assert not (out / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
+
+
+def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "llava-mistral-merged"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    stock = os.replace
+
+    def full_disk(source, target):
+        if Path(source).name.endswith(".partial"):
+            raise OSError("no space left")
+        stock(source, target)
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"), merging.written_aside(out, overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert (out / "mine").read_text() == "keep"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A"])
+def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    (file,) = other.glob("adapter_model.*")  # newer versions of PEFT write safetensors
+    adapter = read_tensors(file)
+    file.unlink()
+    torch.save({**adapter, f"base_model.model.model.{name}": torch.ones(4)}, other / "adapter_model.bin")
+    with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
+        merge(other, float32_base, tmp_path / "llava-mistral-merged")
+
+
+def test_tower_weights_that_do_not_fit_are_refused(float32_base, tmp_path):
+    from safetensors.torch import save_file
+
+    base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
+    tensors = tensors_of(base)
+    gone = next(name for name in tensors if name.startswith(TOWER) and "position_ids" not in name)
+    tensors[TOWER + "unknown"] = tensors.pop(gone)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UmedError, match="1 tensors are missing, 1 are unknown, 0 have another shape"):
+        load_checkpoint(base, device="cpu")
+
+
+def test_a_merge_that_fails_leaves_nothing_behind(lora, float32_base, tmp_path):
+    from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+
+    narrow = make_checkpoint(tmp_path / "narrow-llava-mistral", hidden_size=64)
+    with pytest.raises(UmedError, match="Is --base the checkpoint that it was trained on"):
+        merge(lora, narrow, tmp_path / "out" / "llava-mistral-merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_no_llava_checkpoint_is_refused_with_what_was_found(tmp_path, tiny_mistral, lora):
+    with pytest.raises(UmedError, match="no such folder"):
+        load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava_mistrl"}))
+    with pytest.raises(UmedError, match="Did you mean 'llava_mistral'"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {}}))
+    with pytest.raises(UmedError, match="transformers form of LLaVA"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UmedError, match="no LoRA folder"):
+        merge(tiny_mistral, None, tmp_path / "out")
+    with pytest.raises(UmedError, match="Merge it first"):
+        merge(lora, lora, tmp_path / "out")
+
+
+def test_a_lora_folder_without_the_projector_is_refused(lora, float32_base, tmp_path):
+    unfinished = shutil.copytree(lora, tmp_path / "checkpoint-10")
+    (unfinished / "non_lora_trainables.bin").unlink()
+    with pytest.raises(UmedError, match="at the end of training only"):
+        load_checkpoint(unfinished, float32_base)
+
+
+class Harmful:
+    """What a harmful checkpoint holds: unpickling it would run a command."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_a_pickle_that_holds_more_than_tensors_is_not_loaded(lora, float32_base, tmp_path):
+    harmful = shutil.copytree(lora, tmp_path / "llava-lora")
+    torch.save({"x": Harmful()}, harmful / "non_lora_trainables.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(harmful, float32_base)
+
+
+@pytest.mark.parametrize(
+    ("path", "model_type", "right"),
+    [
+        ("runs/llava-mistral-umed", "llava_mistral", True),
+        ("runs/LLaVA-Med-v1.5-Mistral-7b", "llava_mistral", True),
+        ("runs/llava-umed", "llava_mistral", False),
+        ("runs/checkpoint", "llava_mistral", False),
+        ("runs/llava-mistral-lora", "llava_mistral", False),
+        ("llava-mistral/checkpoint-20", "llava_mistral", True),
+        ("runs/llava-v1.5-7b", "llava_llama", True),
+        ("runs/llava-mistral", "llava_llama", False),
+        ("runs/llava-mpt", "llava_llama", False),
+    ],
+)
+def test_the_name_that_stock_llava_needs(path, model_type, right):
+    assert (stock_name_fault(path, model_type) is None) == right
+
+
+def test_the_merge_command(lora, float32_base, tmp_path, capsys):
+    out = tmp_path / "umed"
+    assert main(["merge", str(lora), "--base", str(float32_base), "--out", str(out)]) == 0
+    assert "llava and mistral" in capsys.readouterr().out
+    assert main(["merge", str(lora), "--base", str(float32_base), "--out", str(out)]) == 1
+    assert "--overwrite" in capsys.readouterr().err

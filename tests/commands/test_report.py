@@ -1,0 +1,242 @@
+"""What is read from a run's folder, what the report's data says, and what is refused; the page itself: test_report_page.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_runs import HOSTILE, change_predictions, make_records, write_log, write_run
+
+from umed_plugin.cli import main
+from umed_plugin.commands.report.before_after import at_even_ranks, write_before_after
+from umed_plugin.commands.report.curves import charts_of
+from umed_plugin.commands.report.gallery import choose
+from umed_plugin.commands.report.page import write_report
+from umed_plugin.commands.report.pictures import see
+from umed_plugin.commands.report.run_folder import Training, read_run
+from umed_plugin.commands.report.table import metrics_table
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.grounded import Case
+from umed_plugin.model.heat_map import decode_heat
+
+PREDICTIONS = "evaluation/base/predictions.jsonl"
+CANDIDATES = "runs/rewarded-llava-mistral/candidates.jsonl"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    return folder, write_run(folder)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy to be changed; its images are those of the original."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def data_of(page: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def case(name: str, iou: float, accuracy: float = 1.0) -> Case:
+    return Case(name, "", "", "", ["cyst"], [[0, 0, 1, 1]], [], accuracy, iou, 0.0)
+
+
+def test_the_report_has_table_curves_studies_and_candidates(run):
+    page = write_report(run).read_text()
+    data = data_of(page)
+    assert data["stages"] == ["base", "stage 1", "stage 2"]
+    assert len(data["studies"]) == 16 and len(data["candidates"]) == 8
+    assert all(card["picture"].startswith("data:image/webp;base64,") for card in data["studies"] + data["candidates"])
+    for title in ("Mean IoU", "stage 2 − stage 1", "stage 2 − base", "reward/localization", "guard/box_area_ratio"):
+        assert title in page, title
+    assert "6 of 11 points are above 1.5: boxes hedge by growing" in page
+    assert data["candidates"][0]["terms"] == ["relevance", "localization"]
+    assert data["candidates"][0]["rows"][2]["terms"] == [None, 0.0]
+    summary = json.loads((run / "evaluation" / "rewarding" / "evaluation.json").read_text())
+    assert f"<b>{summary['mean_iou']:.3f}</b>" in page
+
+
+@pytest.mark.parametrize("mode", ["pad", "square"])
+def test_boxes_lie_on_the_lesions_of_dicom_nifti_and_png_as_the_model_sees_them(tmp_path, mode):
+    """Within each box, in the picture of the square, the pixels are brighter or darker than around it."""
+    records = make_records(tmp_path, 24, mode)
+    assert {record["image"].rsplit(".", 1)[-1] for record in records} == {"dcm", "gz", "png"}
+    compared = 0
+    for record in records:
+        seen = see(record["image"], mode, record.get("reading"), tmp_path)
+        grey, side = np.asarray(seen.square.convert("L")).astype(float), seen.square.width
+        boxes = seen.boxes01(record["objects"]["bbox"])
+        for name, (x1, y1, x2, y2) in zip(record["objects"]["ref"], boxes) if len(boxes) == 1 else ():
+            left, top, right, bottom = (round(value * side) for value in (x1, y1, x2, y2))
+            inside = grey[top + 3 : bottom - 3, left + 3 : right - 3].mean()
+            around = np.concatenate(
+                [grey[max(top - 4, 0) : top - 1, left:right].ravel(), grey[bottom + 1 : bottom + 4, left:right].ravel()]
+            )
+            assert (inside < around.mean() - 15) if name == "cyst" else (inside > around.mean() + 15), record["id"]
+            compared += 1
+    assert compared > 10
+
+
+def test_what_is_hostile_stays_text_in_the_file(run):
+    def change(_number, line):
+        line.update(answer=HOSTILE, id=HOSTILE + line["id"], source=HOSTILE)
+
+    for stage in ("base", "instruction_tuning", "rewarding"):
+        change_predictions(run, stage, change)
+    write_log(run / "runs" / "tuned-llava-mistral", "instruction_tuning", [{f"{HOSTILE}$x$": 1.0, "loss": 1.0}] * 2)
+    page = write_report(run.rename(run.with_name("<img src=x onerror=alert(1)>"))).read_text()
+    assert len(re.findall("<script", page)) == 2 and "<img" not in page and "<b>bold" not in page
+    assert data_of(page)["studies"][0]["answers"][0]["text"] == HOSTILE
+
+
+def test_too_many_studies_are_chosen_by_gain_by_failure_and_evenly(run):
+    studies = [[case(f"s{i}", 0.0), case(f"s{i}", i / 100, accuracy=float(i % 2))] for i in range(100)]
+    chosen = [int(cases[0].id[1:]) for cases in choose(studies, 30)]
+    assert len(set(chosen)) == 30
+    assert set(range(90, 100)) <= set(chosen) and set(range(10)) <= set(chosen)
+    assert len([i for i in chosen if 10 <= i < 50]) == len([i for i in chosen if 50 <= i < 90]) == 5
+    page = write_report(run, most_studies=6).read_text()
+    assert len(data_of(page)["studies"]) == 6 and "6 of the 16 studies" in page
+
+
+def test_a_run_that_is_not_finished_shows_what_there_is(run):
+    shutil.rmtree(run / "evaluation" / "rewarding")
+    (run / "evaluation" / "rewarding").mkdir()
+    (run / "evaluation" / "rewarding" / "predictions.jsonl").write_text('{"id": "begun"')
+    rewarded = run / "runs" / "rewarded-llava-mistral"
+    with open(rewarded / "candidates.jsonl", "a") as stream:
+        stream.write('{"step": 90, "id"')
+    state = json.loads((rewarded / "trainer_state.json").read_text())
+    (rewarded / "trainer_state.json").unlink()
+    for step in (20, 100):
+        kept = {**state, "global_step": step, "max_steps": 200, "log_history": state["log_history"][: step // 10]}
+        (rewarded / f"checkpoint-{step}").mkdir()
+        (rewarded / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(kept))
+    page = write_report(run).read_text()
+    assert "100 of 200 steps: not finished" in page
+    assert data_of(page)["stages"] == ["base", "stage 1"] and len(data_of(page)["candidates"]) == 8
+
+
+def test_the_folder_of_one_training_gives_its_curves(run):
+    page = write_report(run / "runs" / "tuned-llava-mistral").read_text()
+    assert "Stage 1, instruction tuning: tuned-llava-mistral" in page and page.count("<svg") == 2
+    assert data_of(page)["studies"] == [] and 'id="results"' not in page
+
+
+def test_figures_that_are_no_numbers_are_gaps(run):
+    log = [{"step": 1, "loss": math.inf, "kl": 0.1}, {"step": 2, "loss": 2.0, "kl": 0.2}, {"step": 3, "loss": math.nan}]
+    groups = charts_of(Training("t", None, log, 3, 3))
+    assert list(groups) == ["Loss", "KL and policy"]
+    assert groups["KL and policy"][0].summary == "0.1 at step 1, 0.2 at step 2"
+    folder = run / "runs" / "rewarded-llava-mistral"
+    line = json.loads((folder / "candidates.jsonl").read_text().splitlines()[0])
+    line["candidates"][0]["relevance"] = math.nan
+    (folder / "candidates.jsonl").write_text(json.dumps(line) + "\n")
+    assert data_of(write_report(run).read_text())["candidates"][0]["rows"][0]["terms"][0] is None
+
+
+def test_an_image_that_is_gone_or_damaged_is_said_on_its_card(run, tmp_path):
+    def change(number, line):
+        line["image"] = [line["image"], str(tmp_path / "gone.png"), str(tmp_path / "bad.png")][min(number, 2)]
+        line["reading"] = None if number else line["reading"]
+
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for stage in ("base", "instruction_tuning", "rewarding"):
+        change_predictions(run, stage, change)
+    first, gone, bad, *_ = data_of(write_report(run).read_text())["studies"]
+    assert first["picture"] and not gone["picture"] and not bad["picture"]
+    assert "gone.png: no such image file" in gone["fault"] and "bad.png: cannot be read" in bad["fault"]
+
+
+def test_images_of_a_run_that_was_moved_are_found(finished, tmp_path):
+    moved = shutil.copytree(finished[0], tmp_path / "elsewhere" / "run")
+    change_predictions(
+        moved, "base", lambda _n, line: line.update(image=line["image"].replace(str(finished[0]), "/was/here/run"))
+    )
+    assert all(card["picture"] for card in data_of(write_report(moved).read_text())["studies"])
+
+
+def test_stages_that_were_asked_other_studies_are_not_compared(run):
+    change_predictions(run, "rewarding", lambda number, line: line.update(id=f"other-{number}"))
+    page = write_report(run).read_text()
+    assert "were not asked about the same studies" in page and "stage 1 − base" in page
+    assert "stage 2 − stage 1" not in page
+    assert [answer is None for answer in data_of(page)["studies"][0]["answers"]] == [False, False, True]
+
+
+def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(run):
+    evaluations = read_run(run).evaluations
+    evaluations["rewarding"].metrics["figures"]["open_recall"] = {"value": 0.25, "ci95": [0.125, 0.5], "n": 8}
+    table, notes = metrics_table(evaluations)
+    assert notes == [] and table["heads"][-1] == "stage 2 − base"
+    by_title = {row["title"]: row["cells"] for row in table["rows"] + table["more"]}
+    assert len(table["rows"]) == 4 and len(by_title) == 4 + len(table["more"])
+    assert [cell["value"] for cell in by_title["open recall"]][:3] == ["–", "–", "0.250"]
+    assert "n = 8" in next(row["about"] for row in table["more"] if row["title"] == "open recall")
+    assert by_title["false box rate"][0]["value"] == "0.000" and by_title["false box rate"][-1]["value"] == "+0.000"
+    clear = by_title["Mean IoU"][-1]
+    assert clear["trend"] == "up" and clear["value"].startswith("▲ +")
+    assert by_title["Accuracy"][-1]["trend"] == "", "equal answers have no trend"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda run: (run / "evaluation/base/evaluation.json").write_text("{"), "evaluation.json: is not JSON"),
+        (lambda run: (run / PREDICTIONS).write_text('{"id": "a"}\n'), "predictions.jsonl:1: has no accuracy, answer"),
+        (lambda run: (run / PREDICTIONS).unlink(), "holds no answers"),
+        (lambda run: (run / "runs/tuned-llava-mistral/trainer_state.json").write_text("[]"), "holds a list"),
+        (lambda run: (run / CANDIDATES).write_text("{\n{}\n"), "candidates.jsonl:1: is not JSON"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_the_old_report_stays(run, break_it, said):
+    (run / "report.html").write_text("old")
+    break_it(run)
+    with pytest.raises(UmedError, match=said):
+        write_report(run)
+    assert (run / "report.html").read_text() == "old"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "none")]) == 1 and "there is no such folder" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 1 and "holds nothing to report" in capsys.readouterr().err
+
+
+def test_the_command_writes_report_and_picture(run, tmp_path, capsys):
+    picture = tmp_path / "docs" / "before_after.png"
+    assert main(["report", str(run), "--studies", "5", "--picture", str(picture)]) == 0
+    written = capsys.readouterr().out
+    assert f"written: {run / 'report.html'}" in written and f"written: {picture}" in written
+    assert len(data_of((run / "report.html").read_text())["studies"]) == 5
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    assert picture.stat().st_size < 300_000 and pixels.shape[1] > 1200
+    for colour in ((240, 228, 66), (255, 122, 51)):
+        assert (np.abs(pixels - colour).sum(axis=2) < 30).sum() > 500, "the boxes of truth and answers are drawn"
+
+
+def test_the_picture_takes_studies_at_even_ranks_and_needs_two_stages(run):
+    after = [case(f"s{i}", i / 10) for i in range(10)]
+    pairs = at_even_ranks([case(f"s{i}", 0.0) for i in range(10)], after, 5)
+    assert [new.set_iou for _, new in pairs] == [0.8, 0.6, 0.4, 0.2, 0.0]
+    assert all(old.id == new.id for old, new in pairs)
+    assert len(at_even_ranks(after, after[:3], 6)) == 3
+    for stage in ("base", "instruction_tuning"):
+        shutil.rmtree(run / "evaluation" / stage)
+    with pytest.raises(UmedError, match="need two evaluations in evaluation/; found: rewarding"):
+        write_before_after(run, run / "picture.png")
+
+
+def test_heat_is_what_was_put_in(finished):
+    evaluation = read_run(finished[0]).evaluations["rewarding"]
+    found = next(one for one in evaluation.cases if one.heat is not None)
+    shares = decode_heat(found.heat)
+    assert shares.shape == (8, 8) and shares.sum() == pytest.approx(1, abs=0.05)
+    with pytest.raises(UmedError, match="64 values for a grid of 4 x 4"):
+        decode_heat({**found.heat, "grid": [4, 4]})

@@ -1,0 +1,280 @@
+"""The report as a person has it, in headless Chromium: sorted, filtered, opened, by mouse and keys, on a phone, in the dark."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+
+import pytest
+from browser import Page
+from report_runs import HOSTILE, SHIFTS, answered, change_predictions, make_records, write_log, write_run
+
+from umed_plugin.commands.report.page import write_report
+from umed_plugin.evaluation.grounded import Evaluation, metrics
+
+CARDS = "[...document.querySelectorAll('#studies-list .card')]"
+# Contrast of every text with the ground behind it (WCAG 2: 4.5 for text); what is disabled need not have it.
+CONTRASTS = """(() => {
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = rgb => { const [r, g, b] = rgb.map(v => linear(v / 255)); return .2126 * r + .7152 * g + .0722 * b; };
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const found = {};
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+    const box = node.getBoundingClientRect();
+    if (!own || !box.width || node.closest("script, style, :disabled, option, noscript, .skip")) continue;
+    let ground = null;
+    for (let at = node; at && !ground; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) ground = colour;
+    }
+    const style = getComputedStyle(node);
+    const ink = parse(node.namespaceURI.includes("svg") ? (style.fill === "none" ? style.color : style.fill) : style.color);
+    const [a, b] = [light(ink.slice(0, 3)), light((ground || [255, 255, 255]).slice(0, 3))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    const key = node.tagName + "." + node.getAttribute("class");
+    found[key] = Math.min(found[key] ?? 99, ratio);
+  }
+  return found;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    write_run(folder, count=40)
+    return folder
+
+
+@pytest.fixture
+def page(tmp_path):
+    (tmp_path / "downloads").mkdir()
+    browser = Page(tmp_path / "profile", tmp_path / "downloads")
+    yield browser
+    faults = [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    asked = [
+        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
+    ]
+    browser.close()
+    assert not faults
+    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is loaded from elsewhere"
+
+
+def titles(page: Page) -> list[str]:
+    return page.run(CARDS + ".map(card => card.querySelector('img').alt)")
+
+
+def choose(page: Page, field: str, value: str) -> None:
+    page.run(
+        f"(() => {{ const e = document.getElementById({json.dumps(field)}); e.value = {json.dumps(value)};"
+        " e.dispatchEvent(new Event('change')); })()"
+    )
+
+
+def cases(run, stage):
+    return [json.loads(line) for line in (run / "evaluation" / stage / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_sorted_by_gain_and_by_failure_and_filtered(run, page):
+    page.open(write_report(run))
+    before, after = ({one["id"]: one for one in cases(run, stage)} for stage in ("base", "rewarding"))
+    gains = {name: (after[name]["set_iou"] - before[name]["set_iou"]) for name in after}
+    shown = [title.split(",")[0].removeprefix("Study ") for title in titles(page)]
+    assert len(shown) == 24 and page.run("document.getElementById('studies-count').textContent").startswith("24 of 40")
+    assert [gains[name] for name in shown] == pytest.approx(sorted(gains.values(), reverse=True)[:24])
+
+    choose(page, "studies-sort", "failure")
+    shown = [title.split(",")[0].removeprefix("Study ") for title in titles(page)]
+    worst = sorted((one["accuracy"], one["set_iou"]) for one in after.values())
+    assert [(after[name]["accuracy"], after[name]["set_iou"]) for name in shown] == worst[:24]
+
+    choose(page, "studies-sort", "loss")
+    choose(page, "studies-from", "1")
+    first = titles(page)[0].split(",")[0].removeprefix("Study ")
+    middle = {one["id"]: one["set_iou"] for one in cases(run, "instruction_tuning")}
+    assert after[first]["set_iou"] - middle[first] == pytest.approx(min(after[n]["set_iou"] - middle[n] for n in after))
+
+    choose(page, "studies-class", "cyst")
+    with_cyst = [one for one in after.values() if "cyst" in one["true_classes"]]
+    assert 0 < len(titles(page)) == len(with_cyst) and all("cyst" in title for title in titles(page))
+    choose(page, "studies-class", "no abnormality")
+    assert all(title.endswith("true: no abnormality") for title in titles(page)) and titles(page)
+    assert page.run("[...document.getElementById('studies-source').options].map(o => o.value)") == ["", "demo_studies"]
+
+
+def test_an_opened_study_shows_boxes_on_its_lesion_the_answers_and_the_attention(run, page):
+    """The yellow box of a study, where the browser draws it, holds pixels that differ from those around it."""
+    page.open(write_report(run))
+    choose(page, "studies-class", "calcification")
+    page.click("#studies-list .card")
+    page.until("document.getElementById('viewer').open")
+    name = page.run("document.getElementById('viewer-title').textContent")
+    answers = page.run("[...document.querySelectorAll('#viewer .answer')].map(p => p.textContent)")
+    assert answers == [next(one["answer"] for one in cases(run, stage) if one["id"] == name) for stage in SHIFTS]
+    assert page.run("document.querySelectorAll('#viewer canvas.heat').length") == 3
+    page.until("[...document.querySelectorAll('#viewer img')].every(image => image.complete)")
+    inside, around = page.run(
+        """(() => {
+      const panel = document.querySelectorAll("#viewer .panel")[2], image = panel.querySelector("img");
+      const seen = image.getBoundingClientRect(), drawn = panel.querySelector(".boxes.true .edge").getBoundingClientRect();
+      const canvas = document.createElement("canvas");
+      const side = canvas.width = canvas.height = image.naturalWidth;
+      const pen = canvas.getContext("2d", {willReadFrequently: true});
+      pen.drawImage(image, 0, 0);
+      const scale = side / seen.width, half = drawn.width / 2 * scale;
+      const middle = [(drawn.x + drawn.width / 2 - seen.x) * scale, (drawn.y + drawn.height / 2 - seen.y) * scale];
+      const grey = (x, y) => pen.getImageData(Math.round(x), Math.round(y), 1, 1).data[0];
+      return [grey(...middle), grey(middle[0] - half - 5, middle[1])];
+    })()"""
+    )
+    assert inside > around + 60, "a calcification is white"
+
+
+def test_the_boxes_and_the_attention_can_be_switched(run, page):
+    page.open(write_report(run))
+    assert page.run("document.querySelectorAll('#studies-list canvas').length") == 0
+    choose(page, "heat", "2")
+    assert page.run("document.querySelectorAll('#studies-list canvas').length") > 10
+    shown = "getComputedStyle(document.querySelector('#studies-list .boxes.stage-2')).display"
+    assert page.run(shown) != "none"
+    page.click("input[data-layer=stage-2]")
+    assert page.run(shown) == "none"
+
+
+def test_the_keyboard_alone_is_enough(run, page):
+    page.open(write_report(run))
+    focused = "document.activeElement.textContent.trim() || document.activeElement.id"
+    page.press("Tab")
+    assert page.run(focused) == "Skip to the results"
+    assert page.run("document.activeElement.getBoundingClientRect().left >= 0"), "it shows when it has the focus"
+    ring = (
+        "getComputedStyle(document.activeElement).outlineStyle + getComputedStyle(document.activeElement).outlineWidth"
+    )
+    order = []
+    for _ in range(60):
+        page.press("Tab")
+        assert page.run(ring) == "solid3px", page.run("document.activeElement.outerHTML.slice(0, 200)")
+        order.append(
+            page.run("document.activeElement.id || document.activeElement.className || document.activeElement.tagName")
+        )
+        if order[-1] == "card":
+            break
+    tools = ["studies-sort", "studies-from", "studies-to", "studies-source", "studies-class", "heat"]
+    assert [name for name in order if name in tools] == tools
+    assert order[-1] == "card", "one stop for all cards, after the tools"
+    place = "Number(document.activeElement.dataset.place)"
+    for key, expected in (("ArrowRight", 1), ("End", 23), ("ArrowRight", 24), ("Home", 0), ("ArrowLeft", 0)):
+        page.press(key)
+        assert page.run(place) == expected, key
+    page.press("ArrowDown")
+    columns = page.run(
+        "getComputedStyle(document.getElementById('studies-list')).gridTemplateColumns.split(' ').length"
+    )
+    assert page.run(place) == columns > 1
+    page.press("Enter")
+    page.until("document.getElementById('viewer').open")
+    first = page.run("document.getElementById('viewer-title').textContent")
+    page.press("ArrowRight")
+    assert page.run("document.getElementById('viewer-title').textContent") != first
+    for _ in range(8):
+        page.press("Tab")
+        assert page.run(
+            "document.activeElement === document.body || document.getElementById('viewer').contains(document.activeElement)"
+        )
+    page.press("Escape")
+    page.until("!document.getElementById('viewer').open")
+    page.until(f"{place} === {columns + 1}", seconds=20)  # back at the card of the study that was open
+
+
+def test_sampled_answers_show_the_reward_per_term(run, page):
+    page.open(write_report(run))
+    choose(page, "candidates-sort", "gain")
+    page.click("#candidates-list .card")
+    page.until("document.getElementById('viewer').open")
+    cells = "[...document.querySelectorAll('#viewer tbody tr')].map(row => [...row.cells].slice(2).map(cell => cell.textContent))"
+    assert page.run("[...document.querySelectorAll('#viewer th')].map(head => head.textContent)") == [
+        *("box", "answer", "relevance", "localization", "reward"),
+    ]
+    rows = page.run(cells)
+    assert rows[0] == ["1.000", "1.000", "2.000 (best)"] and rows[2] == ["–", "0.000", "0.250"]
+    pressed = (
+        "[...document.querySelectorAll('#viewer tbody button')].map(button => button.getAttribute('aria-pressed'))"
+    )
+    assert page.run(pressed) == ["true", "false", "false"]
+    box = "document.querySelector('#viewer .boxes.best .edge').getAttribute('x')"
+    at = float(page.run(box))
+    page.click("#viewer tbody tr:nth-child(2) button")
+    assert page.run(pressed) == ["false", "true", "false"] and float(page.run(box)) > at
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "height", "phone"), [(1280, 900, False), (390, 844, True)], ids=["desktop", "phone"])
+def test_it_is_readable_in_light_and_dark_on_a_desktop_and_a_phone(run, page, dark, width, height, phone):
+    page.shape(width, height, phone=phone, dark=dark)
+    page.open(write_report(run))
+    wide = "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    for where in ("", "#studies-list .card", "#candidates-list .card"):
+        if where:
+            page.click(where)
+            page.until("document.getElementById('viewer').open")
+            body = page.run(
+                "[document.getElementById('viewer').scrollWidth, document.getElementById('viewer').clientWidth]"
+            )
+            assert body[0] <= body[1], "an opened study is not wider than the window"
+        scroll, client = page.run(wide)
+        assert scroll <= client <= width
+        low = {name: round(ratio, 2) for name, ratio in page.run(CONTRASTS).items() if ratio < 4.5}
+        assert not low
+        page.run("document.getElementById('viewer').close()")
+    ground = page.run("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, ground[4:-1].split(","))) < 200) == dark
+    touched = "[...document.querySelectorAll('.tools select, .more')].filter(e => !e.hidden)"
+    heights = page.run(touched + ".map(e => e.getBoundingClientRect().height)")
+    assert min(heights) >= 40, "what is touched is large enough for a finger"
+
+
+def test_everything_has_a_name(run, page):
+    page.open(write_report(run))
+    assert page.run("[...document.images].filter(image => !image.alt.trim()).length") == 0
+    for opened, least in ((False, 50), (True, 3)):  # an opened study hides what is behind it
+        if opened:
+            page.click("#studies-list .card")
+        tree = page._say("Accessibility.getFullAXTree", on_page=True)["nodes"]
+        kinds = ("button", "combobox", "checkbox", "link", "dialog", "image", "table")
+        asking = [node for node in tree if node.get("role", {}).get("value") in kinds and not node["ignored"]]
+        assert len(asking) > least
+        assert not [node for node in asking if not node["name"]["value"].strip()]
+
+
+def test_hostile_texts_are_shown_and_do_nothing(run, page, tmp_path):
+    import shutil
+
+    hostile = shutil.copytree(run, tmp_path / "run")
+    for stage in SHIFTS:
+        change_predictions(
+            hostile, stage, lambda _n, line: line.update(answer=HOSTILE, source=HOSTILE, question=HOSTILE)
+        )
+    write_log(hostile / "runs" / "tuned-llava-mistral", "instruction_tuning", [{HOSTILE: 1.0, "loss": 1.0}] * 3)
+    page.open(write_report(hostile))
+    page.click("#studies-list .card")
+    page.until("document.getElementById('viewer').open")
+    assert page.run("document.querySelector('#viewer .answer').textContent") == HOSTILE
+    assert page.run("typeof window.hacked") == "undefined"
+    assert page.run("document.querySelectorAll('#viewer b, #curves script').length") == 0
+
+
+def test_500_studies_open_fast(tmp_path, page):
+    records = make_records(tmp_path / "run" / "data", 500)
+    for stage in SHIFTS:
+        rng = random.Random(0)
+        answers = [answered(record, stage, rng) for record in records]
+        Evaluation(stage, "umed_mistral", answers, metrics(answers)).save(tmp_path / "run" / "evaluation" / stage)
+    file = write_report(tmp_path / "run")
+    assert file.stat().st_size < 15e6
+    began = time.monotonic()
+    page.open(file)
+    page.until(CARDS + ".length === 24")
+    seconds = time.monotonic() - began
+    print(f"500 studies: {file.stat().st_size / 1e6:.1f} MB, first cards after {seconds:.2f} s")
+    assert seconds < 5

@@ -1,0 +1,427 @@
+"""The chat page's server over a real connection: what it answers, whom it refuses, and that nothing brings it down."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chat_client import VIEW, Client, chat_server
+from drawn import scene, write_dicom, write_png
+from PIL import Image
+from speaking import BOX01, SENTENCE, teach
+
+from umed_plugin import cli
+from umed_plugin.commands.serve import shelf
+from umed_plugin.commands.serve.access import is_loopback, refusal
+from umed_plugin.commands.serve.dialogue import Dialogue
+from umed_plugin.commands.serve.handler import _page_file
+from umed_plugin.commands.serve.line import Line
+from umed_plugin.data.images import load_image
+
+
+@pytest.fixture(scope="module")
+def speaking(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return teach(tiny_mistral, tmp_path_factory.mktemp("taught"))
+
+
+@pytest.fixture(scope="module")
+def dialogue(speaking: Path) -> Dialogue:
+    return Dialogue(speaking, most_tokens=60)
+
+
+@pytest.fixture
+def server(dialogue: Dialogue) -> Any:
+    with chat_server(dialogue) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Any) -> Client:
+    return Client(server)
+
+
+@pytest.fixture
+def dicom(tmp_path: Path) -> Path:
+    return write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=2000)
+
+
+def until(come_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not come_true():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
+
+
+# What it is for.
+
+
+def test_from_a_file_to_boxes_and_a_heat_map(client: Client, dicom: Path) -> None:
+    study, held = client.upload(dicom)
+    assert held["items"][0]["windows"][:2] == ["file", "full"]
+    status, data = client.picture(study, window="lung")
+    assert status == 200
+    shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(shown - load_image(dicom, window="lung")[0]).mean() < 3, "but for JPEG"
+
+    *told, last = client.question(study)
+    assert told[0] == {"waiting": 0}
+    texts = [line["text"] for line in told[1:]]
+    assert texts == sorted(texts, key=len) and len(texts) > 20, "the text grows token by token"
+    answer = last["answer"]
+    assert answer["text"] == SENTENCE and answer["size"] == [97, 61]
+    # 97 x 61 in a square of 97: 18 rows above.
+    x1, y1, x2, y2 = (97 * value for value in BOX01)
+    assert answer["boxes"] == [pytest.approx([x1, y1 - 18, x2, y2 - 18])]
+
+    *_, last = client.attention(study, answer["number"])
+    words = last["attention"]["words"]
+    assert words[0]["text"] == "nodule" and words[0]["is_name"]
+    assert last["attention"]["place"] == pytest.approx([0, -18, 97, 79])
+
+
+def test_earlier_turns_go_along(client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    first = client.question(study, "What is it?")[-1]["answer"]
+    second = client.question(study, "Where?", turns=[["What is it?", first["text"]]])[-1]
+    assert second["answer"]["number"] == 2 and second["answer"]["forgotten"] == 0
+
+
+def test_two_pages_do_not_mix(client: Client, dicom: Path, tmp_path: Path) -> None:
+    first, _ = client.upload(dicom)
+    second, held = client.upload(write_png(tmp_path / "b.png", scene(width=50, height=50, box=(1, 1, 9, 9))))
+    assert held["items"][0]["label"] == "b.png"
+    number = client.question(first)[-1]["answer"]["number"]
+    status, said, _ = client.ask("POST", f"/studies/{second}/answers/{number}/attention", b"{}")
+    assert status == 422 and "not kept" in said["error"]
+    assert client.question(second)[-1]["answer"]["size"] == [50, 50]
+    assert client.picture(first)[1] != client.picture(second)[1]
+
+
+def test_many_pages_at_once(client: Client, tmp_path: Path) -> None:
+    """Eight pages upload and ask at the same time; each gets the answer about its own picture."""
+    found: dict[int, Any] = {}
+
+    def visit(number: int) -> None:
+        width = 40 + number
+        study, _ = client.upload(write_png(tmp_path / f"{number}.png", scene(width=width, box=(1, 1, 9, 9))))
+        found[number] = client.question(study)[-1]["answer"]["size"]
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [40 + number, 61] for number in range(8)}
+
+
+def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
+    server: Any, client: Client, dicom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "MOST_STUDIES", 2)
+    studies = [client.upload(dicom)[0] for _ in range(3)]
+    assert sorted(folder.name for folder in server.shelf.folder.iterdir()) == sorted(studies[1:])
+    assert client.picture(studies[0])[0] == 404
+    assert client.ask("POST", f"/studies/{studies[1]}/forget", b"")[0] == 200
+    assert [folder.name for folder in server.shelf.folder.iterdir()] == [studies[2]]
+    client.question(studies[2])
+    assert client.ask("POST", f"/studies/{studies[2]}/forget", b"")[0] == 200
+    until(lambda: not [key for key in list(server.dialogue._features) if key[0] == studies[2]])
+    assert server.shelf.folder.stat().st_mode & 0o077 == 0, "for this user alone"
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_takes_names_as_text(client: Client) -> None:
+    status, page, headers = client.ask("GET", "/")
+    assert status == 200 and b"tiny-&lt;b&gt;llava" in page
+    assert "default-src 'none'" in headers["Content-Security-Policy"] and headers["Cache-Control"] == "no-store"
+    for path, kind in (("/page.js", "text/javascript"), ("/page.css", "text/css")):
+        status, content, headers = client.ask("GET", path)
+        assert status == 200 and headers["Content-Type"].startswith(kind)
+        page += content
+    assert set(re.findall(rb"https?://[^\s\"'`]+", page)) == {b"http://www.w3.org/2000/svg"}
+
+
+def test_a_page_needs_all_that_it_shows() -> None:
+    with pytest.raises(Exception, match="is undefined"):
+        _page_file("page.html", {"checkpoint": "c"})
+
+
+# Whom it refuses.
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "site", "allowed"),
+    [
+        ("127.0.0.1:8470", None, None, True),
+        ("localhost:9000", "http://localhost:9000", "same-origin", True),
+        ("[::1]:8470", "http://[::1]:8470", None, True),
+        ("192.168.1.5:8470", None, "none", True),
+        ("gpu-box:8470", "https://gpu-box:8470", None, True),
+        ("evil.example:8470", None, None, False),
+        ("127.0.0.1.evil.example", None, None, False),
+        ("127.0.0.1:8470", "http://evil.example", None, False),
+        ("127.0.0.1:8470", "http://127.0.0.1:9999", None, False),
+        ("127.0.0.1:8470", "null", None, False),
+        ("127.0.0.1:8470", None, "cross-site", False),
+        ("127.0.0.1:8470", None, "same-site", False),
+        (None, None, None, False),
+        ("[::1", None, None, False),
+        ("", None, None, False),
+    ],
+)
+def test_who_may_speak_to_it(host: str | None, origin: str | None, site: str | None, allowed: bool) -> None:
+    assert (refusal(host, origin, site, "gpu-box") is None) == allowed
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Sec_Fetch_Site": "cross-site"}],
+    ids=["rebinding", "foreign page", "foreign script"],
+)
+def test_foreign_pages_get_nothing(server: Any, client: Client, headers: dict[str, str]) -> None:
+    for method, path in (("POST", "/studies"), ("GET", "/"), ("GET", "/page.js")):
+        status, said, _ = client.ask(method, path, b"", **headers)
+        assert status == 403 and "error" in said
+    assert list(server.shelf.folder.iterdir()) == []
+
+
+def test_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.3.2.1", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "gpu-box", "")))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "said"),
+    [
+        ("questions", {**VIEW, "question": ""}, 400, "question: "),
+        ("questions", {**VIEW}, 400, "question: "),
+        ("questions", {**VIEW, "question": "x" * 5000}, 400, "question: "),
+        ("questions", {**VIEW, "question": "q", "turns": [["one"]]}, 400, "turns.0"),
+        ("questions", {**VIEW, "question": "q", "slice": "a"}, 400, "slice: "),
+        ("questions", {**VIEW, "question": "q", "sice": 1}, 400, "sice: "),
+        ("questions", b"[]", 400, "the request: "),
+        ("questions", b"{", 400, "the request: "),
+        ("questions", b" " * 300_000, 413, "too long"),
+        ("questions", {**VIEW, "question": "q", "slice": 7}, 422, "no such slice"),
+        ("questions", {**VIEW, "question": "q", "window": "x"}, 422, "no such window"),
+        ("answers/9/attention", b"{}", 422, "not kept"),
+        ("answers/x/attention", b"{}", 422, "not kept"),
+        ("nothing", b"{}", 404, "no such page"),
+    ],
+)
+def test_wrong_requests_are_told_what_is_wrong(
+    client: Client, dicom: Path, path: str, body: Any, status: int, said: str
+) -> None:
+    study, _ = client.upload(dicom)
+    found, answer, _ = client.ask("POST", f"/studies/{study}/{path}", body)
+    assert (found, said in answer["error"]) == (status, True), answer
+    assert client.question(study)[-1]["answer"]["text"] == SENTENCE, "and it goes on"
+
+
+@pytest.mark.parametrize("query", ["", "item=0", "item=-1&axis=2&slice=0&volume=0", "item=0&axis=2&slice=9e9&volume=0"])
+def test_wrong_pictures(client: Client, dicom: Path, query: str) -> None:
+    study, _ = client.upload(dicom)
+    assert client.ask("GET", f"/studies/{study}/picture?{query}")[0] == 400
+    assert client.picture(study, slice=5)[0] == 422
+    assert client.ask("GET", "/studies/../../etc/passwd")[0] == 404
+    assert client.ask("GET", "/%2e%2e/server.py")[0] == 404
+
+
+def test_uploads_are_bounded_and_need_a_length(dialogue: Dialogue, tmp_path: Path) -> None:
+    with chat_server(dialogue, most_bytes=10_000) as server:
+        client = Client(server)
+        study = client.begin()
+        assert client.put(study, "a.png", b"\x89PNG\r\n\x1a\n" + bytes(20_000))[0] == 422
+        assert "0 MB" in client.put(study, "a.png", b"\x89PNG\r\n\x1a\n" + bytes(20_000))[1]["error"]
+        raw = f"PUT /studies/{study}/files HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        assert b" 411 " in spoken(server, raw.encode())
+        raw = f"PUT /studies/{study}/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n"
+        assert b" 411 " in spoken(server, raw.encode())
+        assert client.open(study)[0] == 422
+        assert client.ask("PUT", "/studies/guessed/files", b"x")[0] == 404
+
+
+def spoken(server: Any, said: bytes) -> bytes:
+    with socket.create_connection(server.server_address[:2], timeout=30) as connection:
+        connection.sendall(said)
+        connection.shutdown(socket.SHUT_WR)
+        heard = b""
+        while piece := connection.recv(1 << 16):
+            heard += piece
+        return heard
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"", b"\r\n\r\n", b"GET\r\n\r\n", b"\x16\x03" * 9, b"GET / HTTP/9\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n"],
+)  # fmt: skip
+def test_what_is_no_request_does_no_harm(
+    server: Any, client: Client, said: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spoken(server, said)
+    assert client.ask("GET", "/")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+# One after the other.
+
+
+def test_the_line_is_served_in_order_and_told() -> None:
+    line, served, heard = Line(), [], {}
+
+    def stand(number: int) -> None:
+        with line.turn(heard.setdefault(number, []).append):
+            served.append(number)
+            time.sleep(0.1)
+
+    threads = []
+    for number in range(4):
+        threads.append(threading.Thread(target=stand, args=(number,)))
+        threads[-1].start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert served == [0, 1, 2, 3]
+    assert heard == {0: [], 1: [1], 2: [2, 1], 3: [3, 2, 1]}
+
+
+def test_who_leaves_the_line_lets_the_others_on() -> None:
+    line, entered = Line(), []
+
+    def gone(before: int) -> None:
+        raise BrokenPipeError
+
+    with line.turn(entered.append):
+        with pytest.raises(BrokenPipeError), line.turn(gone):
+            entered.append("never")
+        assert len(line._tickets) == 1
+    with line.turn(entered.append):
+        entered.append("next")
+    assert entered == ["next"]
+
+
+def test_a_second_question_waits_and_is_told(server: Any, client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    heard: list[Any] = []
+    with server.line.turn(lambda before: None):
+        asking = threading.Thread(target=lambda: heard.extend(client.question(study)))
+        asking.start()
+        time.sleep(0.3)
+    asking.join()
+    assert heard[0] == {"waiting": 1} and "answer" in heard[-1]
+
+
+def test_a_browser_that_goes_away_stops_its_answer(server: Any, client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    body = b'{"question": "What is it?", "item": 0}'
+    head = (
+        f"POST /studies/{study}/questions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    )
+    with server.line.turn(lambda before: None):
+        with socket.create_connection(server.server_address[:2]) as connection:
+            connection.sendall(head + body)
+            heard = b""
+            while b"waiting" not in heard:
+                heard += connection.recv(4096)
+        until(lambda: len(server.line._tickets) == 1)
+    assert client.question(study)[-1]["answer"]["text"] == SENTENCE
+
+
+# The command.
+
+
+@contextlib.contextmanager
+def served(checkpoint: Path, temporary: Path, *more: str) -> Any:
+    """`umed serve` in a process of its own, and its address."""
+    command = [sys.executable, "-m", "umed_plugin.cli", "serve", str(checkpoint), "--port", "0", *more]
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        seen = ""
+        while not (found := re.search(r"http://([\d.]+):(\d+)/", seen)):
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.server_address = (found[1].replace("0.0.0.0", "127.0.0.1"), int(found[2]))
+        process.began = seen
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_cleanly_and_tells_nothing_of_patients(
+    speaking: Path, tmp_path: Path, dicom: Path, how: signal.Signals
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    odd = dicom.read_bytes().replace(b"-1000", b"Doe^J", 1)
+    with served(speaking, temporary) as process:
+        client = Client(process)
+        study, held = client.upload(dicom)
+        assert client.question(study)[-1]["answer"]["text"] == SENTENCE
+        bad = client.begin()
+        client.put(bad, "Doe.dcm", odd)
+        status, said = client.open(bad)
+        assert status == 422 and "Doe^J" not in str(said)
+        (folder,) = temporary.glob("umed-serve-*")
+        assert any(folder.rglob("*.dcm"))
+        process.send_signal(how)
+        printed = process.began + process.stdout.read()
+        assert process.wait(30) == 0
+    assert not folder.exists()
+    assert "Doe" not in printed and "secret-7" not in printed and "Traceback" not in printed
+    assert printed.splitlines()[-1] == "umed serve: ending" and "umed serve: warning" not in printed
+
+
+def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_path: Path, dicom: Path) -> None:
+    with served(tiny_mistral, tmp_path, "--max-new-tokens", "800") as process:
+        client = Client(process)
+        study, _ = client.upload(dicom)
+        heard: list[Any] = []
+        asking = threading.Thread(target=lambda: heard.extend(client.question(study)))
+        asking.start()
+        with socket.create_connection(process.server_address):  # a browser keeps connections on which it says nothing
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        asking.join()
+    assert "answer" not in heard[-1], "it was cut"
+
+
+def test_an_address_beyond_this_machine_is_warned_of(tiny_mistral: Path, tmp_path: Path) -> None:
+    with served(tiny_mistral, tmp_path, "--host", "0.0.0.0") as process:
+        assert "warning: 0.0.0.0 is not this machine alone" in process.began
+        assert Client(process).ask("GET", "/")[0] == 200
+        assert Client(process).ask("GET", "/", Host="evil.example")[0] == 403
+
+
+def test_a_port_that_is_taken(tiny_mistral: Path, server: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["serve", str(tiny_mistral), "--port", str(server.server_address[1])]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "cannot listen there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [["--port", "70000"], ["--upload-mb", "0"], ["--max-new-tokens", "-3"]])
+def test_wrong_flags(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "anywhere", *wrong]) == 2
+    assert wrong[0] in capsys.readouterr().err

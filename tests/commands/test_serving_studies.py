@@ -1,0 +1,303 @@
+"""Uploads to the chat page: told apart by content, shown as the image package shows them, refused in words where bad."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from drawn import BOX, bright_box, scene, write_dicom, write_dicom_as, write_nifti, write_png, write_png16
+from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian
+from test_volumes import SLICES, write_series, write_volume
+
+from umed_plugin.commands.serve.studies import Study, View
+from umed_plugin.commands.serve.uploads import Uploads, ending_of, shown_name
+from umed_plugin.data.images import load_image
+from umed_plugin.errors import UmedError
+
+PRESETS = ("abdomen", "bone", "brain", "liver", "lung", "mediastinum", "soft_tissue")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "case"
+    made.mkdir()
+    return made
+
+
+def uploaded(folder: Path, *files: Path | tuple[str, bytes], most_bytes: int = 50_000_000) -> Uploads:
+    uploads = Uploads(folder, most_bytes)
+    for file in files:
+        name, content = (file.name, file.read_bytes()) if isinstance(file, Path) else file
+        uploads.take(io.BytesIO(content), len(content), name)
+    return uploads
+
+
+def study_of(folder: Path, *files: Any) -> Study:
+    uploads = uploaded(folder, *files)
+    return Study(folder, uploads.files, uploads.left_out)
+
+
+def pixels(study: Study, **view: Any) -> np.ndarray:
+    return np.asarray(study.picture(View(**view)))
+
+
+def zipped(*entries: tuple[str, bytes]) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return held.getvalue()
+
+
+def test_pictures_have_no_window(folder: Path, tmp_path: Path) -> None:
+    file = write_png(tmp_path / "Scan of Ms. X.png", scene())
+    study = study_of(folder, file)
+    assert study.described() == {
+        "items": [{"label": "Scan of Ms. X.png", "planes": [{"axis": 2, "name": "", "slices": 1}], "volumes": 1, "windows": ()}],
+        "left_out": [],
+    }  # fmt: skip
+    assert bright_box(pixels(study)) == BOX
+    np.testing.assert_array_equal(pixels(study), load_image(file)[0])
+
+
+@pytest.mark.parametrize("kind", ["jpg", "tif", "bmp", "png16"])
+def test_other_pictures(kind: str, folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / f"a.{kind.replace('png16', 'png')}"
+    write_png16(file, scene()) if kind == "png16" else Image.open(write_png(tmp_path / "b.png", scene())).save(file)
+    study = study_of(folder, file)
+    assert bright_box(pixels(study, window="full" if kind == "png16" else "file")) == BOX
+    assert study.items[0].windows == (("full",) if kind == "png16" else ())
+
+
+def test_what_a_file_is_its_content_says_and_not_its_name(folder: Path, tmp_path: Path) -> None:
+    dicom = write_dicom(tmp_path / "IM0001", scene()).read_bytes()
+    picture = write_png(tmp_path / "a.png", scene()).read_bytes()
+    study = study_of(folder, ("wrong.nii.gz", dicom), ("wrong.dcm", picture))
+    assert [item.paths[0].suffix for item in study.items] == [".dcm", ".png"]
+    assert [bright_box(pixels(study, item=item, window=w)) for item, w in ((0, "full"), (1, "file"))] == [BOX, BOX]
+
+
+def test_a_dicom_offers_its_own_window_and_the_presets(folder: Path, tmp_path: Path) -> None:
+    file = write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=1000)
+    study = study_of(folder, file)
+    assert study.items[0].windows == ("file", "full", *PRESETS)
+    for window in study.items[0].windows:
+        np.testing.assert_array_equal(pixels(study, window=window), load_image(file, window=window)[0])
+    mr = write_dicom(tmp_path / "b.dcm", scene(), Modality="MR")
+    assert study_of(folder, mr).items[0].windows == ("full",), "Hounsfield presets mean nothing for MR"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_series_of_files_or_in_a_zip_is_ordered_by_place(packed: bool, folder: Path, tmp_path: Path) -> None:
+    series = write_series(tmp_path / "s", feet_first=False)
+    files = sorted(series.iterdir(), key=lambda path: random.Random(path.name).random())
+    if packed:
+        archive = zipped(*((f"CT/Doe^Jane/{file.name}", file.read_bytes()) for file in files))
+        study = study_of(folder, ("export.zip", archive))
+        assert study.left_out == [("readme.txt", "no image")]
+    else:
+        study = study_of(folder, *(file for file in files if file.suffix != ".txt"))
+    (item,) = study.items
+    assert item.label == f"series 1 ({SLICES} slices)" and item.planes[0].slices == SLICES
+    for index in (0, 3, SLICES - 1):
+        expected = load_image(series, slice=index, window="full")[0]
+        np.testing.assert_array_equal(pixels(study, slice=index, window="full"), expected)
+
+
+def test_two_series_and_a_picture_are_three_items(folder: Path, tmp_path: Path) -> None:
+    first, second = write_series(tmp_path / "a"), write_series(tmp_path / "b", SeriesInstanceUID="1.2.4")
+    files = [file for pair in zip(sorted(first.glob("IM*")), sorted(second.glob("IM*"))) for file in pair]
+    study = study_of(folder, *files, write_png(tmp_path / "c.png", scene()))
+    assert [item.label for item in study.items] == ["series 1 (12 slices)", "series 2 (12 slices)", "c.png"]
+
+
+def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Path) -> None:
+    """A series over time holds several images at each place."""
+    for name in ("b", "a", "c"):
+        write_dicom(tmp_path / name, scene((ord(name) - 90, 7, 42, 19)), SeriesInstanceUID="1.2")
+    study = study_of(folder, *(tmp_path / name for name in "bca"))
+    (item,) = study.items
+    assert "by file name" in item.label and item.planes[0].slices == 3
+    assert [bright_box(pixels(study, slice=k, window="full"))[0] for k in range(3)] == [7, 8, 9]
+
+
+def test_frames_of_one_file_are_slices(folder: Path, tmp_path: Path) -> None:
+    frames = np.stack([scene(), scene((50, 20, 60, 26))])
+    study = study_of(folder, write_dicom(tmp_path / "a.dcm", frames, SeriesInstanceUID="1.2"))
+    assert study.items[0].planes[0].slices == 2
+    assert bright_box(pixels(study, slice=1, window="full")) == (50, 20, 60, 26)
+
+
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_volume_can_be_cut_in_three_planes(ending: str, folder: Path, tmp_path: Path) -> None:
+    file = write_volume(tmp_path / f"v{ending}")
+    study = study_of(folder, file)
+    (item,) = study.items
+    assert [(plane.axis, plane.name) for plane in item.planes] == [(2, "axial"), (0, "sagittal"), (1, "coronal")]
+    assert item.windows == ("full", *PRESETS)
+    for plane in item.planes:
+        expected = load_image(file, slice=plane.slices // 2, slice_axis=plane.axis, window="full")[0]
+        np.testing.assert_array_equal(pixels(study, axis=plane.axis, slice=plane.slices // 2, window="full"), expected)
+
+
+def test_volumes_over_time(folder: Path, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((9, 8, 7, 3))
+    file = write_nifti(tmp_path / "t.nii.gz", values, np.eye(4))
+    study = study_of(folder, file)
+    assert study.items[0].volumes == 3
+    expected = load_image(file, slice=2, volume=1, window="full")[0]
+    np.testing.assert_array_equal(pixels(study, slice=2, volume=1, window="full"), expected)
+
+
+@pytest.mark.parametrize(
+    "view", [{"slice": 12}, {"slice": -1}, {"axis": 0}, {"volume": 1}, {"item": 1}, {"window": "lug"}]
+)
+def test_views_that_do_not_exist_are_refused(view: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    study = study_of(folder, *write_series(tmp_path / "s").glob("IM*"))
+    with pytest.raises(UmedError, match="no such"):
+        study.picture(View(**{"window": "full", **view}))
+
+
+# Bad and hostile files.
+
+
+def test_bad_files_beside_good_ones_are_left_out(folder: Path, tmp_path: Path) -> None:
+    good = write_dicom(tmp_path / "good.dcm", scene()).read_bytes()
+    study = study_of(folder, ("good.dcm", good), ("cut.dcm", good[:600]), ("cut.png", b"\x89PNG\r\n\x1a\n" + bytes(40)))
+    assert [item.label for item in study.items] == ["good.dcm"]
+    assert [name for name, _ in study.left_out] == ["cut.dcm", "cut.png"]
+    assert all("damaged" in reason for _, reason in study.left_out)
+
+
+def test_messages_hold_neither_folders_nor_header_text(folder: Path, tmp_path: Path) -> None:
+    odd = write_dicom(tmp_path / "odd.dcm", scene(), PhotometricInterpretation="MONOCHROME2")
+    content = odd.read_bytes().replace(b"-1000", b"Doe^J", 1)
+    assert content != odd.read_bytes()
+    with pytest.raises(UmedError) as told:
+        study_of(folder, ("odd.dcm", content))
+    assert "odd.dcm" in str(told.value) and "Doe" not in str(told.value) and str(tmp_path) not in str(told.value)
+    assert "odd.dcm: odd.dcm" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b"text"), ("a.png", b"not a png"), ("a.nii", b"short"), ("a.gz", b"\x1f\x8b rubbish"), ("a.exe", b"MZ")],
+)  # fmt: skip
+def test_what_is_no_image_is_refused_with_what_is_allowed(name: str, content: bytes, folder: Path) -> None:
+    with pytest.raises(UmedError, match=f"{name}: is no image that is known here. Allowed: PNG"):
+        uploaded(folder, (name, content))
+    assert list(folder.iterdir()) == []
+
+
+def test_no_more_is_stored_than_is_allowed(folder: Path, tmp_path: Path) -> None:
+    picture = write_png(tmp_path / "a.png", scene()).read_bytes()
+    with pytest.raises(UmedError, match=r"more than 0 MB.*--upload-mb"):
+        uploaded(folder, ("a.png", picture), ("b.png", picture), most_bytes=len(picture) + 5)
+    assert sum(file.stat().st_size for file in folder.iterdir()) == len(picture)
+
+
+def test_a_zip_bomb_ends_at_the_limit(folder: Path) -> None:
+    bomb = zipped(("a.png", b"\x89PNG\r\n\x1a\n" + bytes(30_000_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(UmedError, match="unpacked"):
+        uploaded(folder, ("bomb.zip", bomb), most_bytes=1_000_000)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_zip_writes_nothing_outside_and_unpacks_no_zip_in_it(folder: Path, tmp_path: Path) -> None:
+    picture = write_png(tmp_path / "a.png", scene()).read_bytes()
+    archive = zipped(("../../evil.png", picture), ("/etc/evil.png", picture), ("inner.zip", zipped(("x.png", picture))))
+    study = study_of(folder, ("a.zip", archive))
+    assert [item.label for item in study.items] == ["evil.png", "evil.png"]
+    assert study.left_out == [("inner.zip", "an archive in an archive")]
+    assert {file.parent for file in tmp_path.rglob("*evil*")} == set()
+    assert sorted(file.name for file in folder.iterdir()) == ["00002.png", "00003.png"]
+
+
+def encrypted_zip() -> bytes:
+    content = bytearray(zipped(("a.png", b"\x89PNG\r\n\x1a\n" + bytes(100))))
+    for mark, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(mark) + flag] |= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(encrypted_zip(), "encrypted"), (zipped(("a.png", bytes(999)))[:60], "damaged"), (b"PK\x03\x04" + bytes(99), "damaged")],
+)  # fmt: skip
+def test_zips_that_cannot_be_unpacked(content: bytes, said: str, folder: Path) -> None:
+    with pytest.raises(UmedError, match=f"a.zip: cannot be unpacked: it is {said}"):
+        uploaded(folder, ("a.zip", content))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_connection_that_is_cut_leaves_nothing(folder: Path) -> None:
+    uploads = Uploads(folder, 1000)
+    with pytest.raises(UmedError, match="cut before all of it was there"):
+        uploads.take(io.BytesIO(b"\x89PNG"), 100, "a.png")
+    assert list(folder.iterdir()) == [] and uploads.files == []
+
+
+def test_a_header_that_claims_a_huge_volume_is_refused_at_once(folder: Path) -> None:
+    header = nibabel.Nifti2Header()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape((50_000, 50_000, 50_000))
+    header["vox_offset"], header["magic"] = 544, b"n+2\0\r\n\x1a\n"
+    with pytest.raises(UmedError, match="damaged, cut off"):
+        study_of(folder, ("huge.nii", header.binaryblock + bytes(100)))
+
+
+def test_names_are_shortened_and_made_printable() -> None:
+    assert (
+        shown_name("C:\\scans\\Doe\\a.dcm") == "a.dcm" and shown_name("x/../y/") == "y" and shown_name("..//") == ".."
+    )
+    assert (
+        shown_name("a\x1b[31m\n.png") == "a?[31m?.png" and len(shown_name("x" * 500)) == 80 and shown_name("") == "file"
+    )
+
+
+def test_old_dicom_without_a_mark_goes_by_its_ending(folder: Path, tmp_path: Path) -> None:
+    marked = write_dicom_as(tmp_path / "a.dcm", np.arange(600, dtype=np.int16).reshape(20, 30), ExplicitVRLittleEndian)
+    content = marked.read_bytes()
+    assert ending_of(content[132:], "a.png") is None and ending_of(content[132:], "a.DCM") == ".dcm"
+
+
+def test_changed_bytes_never_do_more_than_leave_a_file_out(tmp_path: Path) -> None:
+    """Files of every kind with bytes changed, cut and doubled at random: shown or refused in words."""
+    rng = random.Random(0)
+    kinds = [
+        write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=1, WindowWidth=2),
+        write_png(tmp_path / "a.png", scene()),
+        write_volume(tmp_path / "a.nii"),
+        write_volume(tmp_path / "a.nii.gz"),
+    ]
+    packed = zipped(*((file.name, file.read_bytes()) for file in kinds))
+    sources = [*((file.name, file.read_bytes()) for file in kinds), ("a.zip", packed)]
+    shown = refused = 0
+    for number in range(200):
+        name, content = sources[number % len(sources)]
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 3, 30))):
+            changed[rng.randrange(min(len(changed), rng.choice((400, len(changed)))))] = rng.randrange(256)
+        if rng.random() < 0.2:
+            changed = changed[: rng.randrange(len(changed))]
+        folder = tmp_path / f"case-{number}"
+        folder.mkdir()
+        try:
+            study = study_of(folder, (name, bytes(changed)))
+            for index, item in enumerate(study.items):
+                plane = item.planes[-1]
+                study.picture(View(index, plane.axis, plane.slices - 1, 0, (item.windows or ("file",))[0]))
+            shown += 1
+        except UmedError as error:
+            refused += 1
+            assert str(tmp_path) not in str(error) and os.sep not in str(error).replace("DICOM (several", "")
+    assert shown > 40 and refused > 40

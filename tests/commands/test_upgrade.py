@@ -1,0 +1,361 @@
+"""`umed upgrade` without training: settings, the plan's commands, what counts as done, the swap, and what is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+from umed_runs import environment, train_flags
+
+from umed_plugin import cli
+from umed_plugin.commands.upgrade.in_place import Swap
+from umed_plugin.commands.upgrade.made import Made
+from umed_plugin.commands.upgrade.plan import Step
+from umed_plugin.commands.upgrade.run import MARK, Upgrade, left_running
+from umed_plugin.commands.upgrade.settings import Settings, as_yaml, read_settings, write_settings
+from umed_plugin.errors import UmedError, UsageError
+
+
+def settings_of(checkpoint: Path, **changes: object) -> Settings:
+    return read_settings(None, {"checkpoint": str(checkpoint), "recipe": "demo_studies", **changes})
+
+
+def upgrade_of(checkpoint: Path, folder: Path, redo: bool = False, **changes: object) -> Upgrade:
+    return Upgrade(folder, settings_of(checkpoint, **changes), Console(quiet=True), redo)
+
+
+def flags_of(step: Step) -> dict[str, str]:
+    words = [*step.command]
+    return {word[2:]: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
+
+
+def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, tmp_path):
+    settings = upgrade_of(tiny_mistral, tmp_path / "run").settings
+    write_settings(settings, tmp_path / "run.yaml")
+    assert read_settings(tmp_path / "run.yaml", {}) == settings
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert set(written) == set(Settings.model_fields)
+    # What depends on machine and checkpoint is written down, not left open.
+    open_keys = {key for key, value in settings.flat().items() if value is None}
+    assert open_keys == {
+        *("base", "data_root", "deepspeed", "instruction_tuning.steps", "rewarding.epochs", "rewarding.reward_weights"),
+        "evaluation.limit",
+    }
+    assert settings.device == "cpu" and settings.precision == "fp32"
+    # Each key stands under a line that says what it is.
+    lines = as_yaml(settings).splitlines()
+    keys = [i for i, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
+    assert all(lines[i - 1].lstrip().startswith("#") for i in keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rewarding.candidate": 4}, "rewarding.*candidate.*Did you mean 'candidates'"),
+        ({"rewarding.candidates": 1}, "umed_num_candidates 1: must be 2 or more"),
+        ({"method": "qlora"}, "method.*lora"),
+        ({"instruction_tuning.flags": {"umed_algorithm": "ppo"}}, "instruction_tuning.*no effect in"),
+        ({"rewarding.flags": {"umed_kl_cof": 0.1}}, "rewarding: unknown flag 'umed_kl_cof'.*umed_kl_coef"),
+        ({"rewarding.flags": {"learning_rate": 1}}, "rewarding.flags: learning_rate cannot be set there"),
+        ({"rewarding.rewards": ["localisation"]}, "unknown reward 'localisation'"),
+        ({"deepspeed": "/nowhere.json"}, "deepspeed: /nowhere.json: there is no such file"),
+        ({"data_root": "/nowhere"}, "data_root: /nowhere: there is no such folder"),
+        ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
+        ({"device": "cuda"}, "device: cuda, but torch sees no GPU"),
+        ({"base": "/tmp"}, "base has no effect"),
+        ({"recipe": "demo_studis"}, "unknown recipe 'demo_studis'"),
+        (
+            {"name": "my-lora"},
+            "name: stock LLaVA chooses its loader by the folder's name.*should hold llava and mistral",
+        ),
+        ({"accept_findings": ["tower-mooved"]}, "unknown finding 'tower-mooved'.*'tower-moved'"),
+        ({"method": "full", "lora.r": 4}, "lora: has no effect"),
+        ({"rewarding.steps": None}, "give epochs or steps"),
+    ],
+)
+def test_settings_that_cannot_work_are_named_before_anything_runs(changes, words, tiny_mistral, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UmedError, match=f"(?s){words}"):
+        upgrade_of(tiny_mistral, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_length_in_epochs_takes_the_one_in_steps_away_and_the_other_way_round(tiny_mistral):
+    settings = settings_of(tiny_mistral, **{"instruction_tuning.steps": 5, "rewarding.epochs": 2})
+    assert (settings.instruction_tuning.steps, settings.instruction_tuning.epochs) == (5, None)
+    assert (settings.rewarding.steps, settings.rewarding.epochs) == (None, 2)
+
+
+def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mistral, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(
+        f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\nrewarding: {{candidates: 5}}\n"
+    )
+    call = ["upgrade", "--config", "my.yaml", "--dry-run"]
+    assert cli.main(call) == 0
+    assert "--umed_num_candidates 5 " in capsys.readouterr().out
+    more = ["--candidates", "6", "--set", "rewarding.learning_rate=1e-3", "--rewards", "relevance,localization"]
+    assert cli.main([*call, *more, "--method", "full"]) == 0
+    out = capsys.readouterr().out
+    assert "--umed_num_candidates 6 " in out and "--learning_rate 0.001 " in out and "--lora_enable True" not in out
+    assert "--umed_rewards relevance,localization " in out
+    assert [path.name for path in tmp_path.iterdir()] == ["my.yaml"], "a dry run writes nothing"
+    assert cli.main(["upgrade", str(tiny_mistral)]) == cli.main(["upgrade"]) == 2
+    assert "--recipe missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_commands_and_no_librarys_words(tiny_mistral, tmp_path):
+    command = [sys.executable, "-m", "umed_plugin.cli", "upgrade", str(tiny_mistral), "--recipe", "demo_studies"]
+    run = subprocess.run([*command, "--dry-run"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    lines = [line for line in run.stdout.splitlines() if line]
+    programs = str(Path(sys.executable).parent)
+    assert run.returncode == 0 and len(lines) >= 16
+    assert all(line.startswith(("# ", "export PYTHONPATH=", programs)) for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_relative_paths_of_a_run_file_begin_at_its_folder(tiny_mistral, tmp_path):
+    (tmp_path / "checkpoint").symlink_to(tiny_mistral)
+    (tmp_path / "run.yaml").write_text("checkpoint: checkpoint\nrecipe: mine.yaml\n")
+    settings = read_settings(tmp_path / "run.yaml", {})
+    assert settings.checkpoint == str(tmp_path / "checkpoint") and settings.recipe == str(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_every_command_is_one_that_its_program_takes(family, method, request, tmp_path):
+    """`umed`'s parser takes its own; LLaVA's script is given what the tests of training give it, from the checkpoint's config."""
+    checkpoint = request.getfixturevalue(f"tiny_{family}")
+    steps = upgrade_of(checkpoint, tmp_path / "run", method=method).steps
+    assert [step.name for step in steps] == [
+        *("records", "evaluation_base", "stage_1_instruction_tuning", "checkpoint_instruction_tuning"),
+        *("evaluation_instruction_tuning", "stage_2_rewarding", "checkpoint_rewarding", "evaluation_rewarding"),
+    ]
+    for step in steps:
+        if "llava.train.train_mem" not in step.command:
+            at = next(i for i, word in enumerate(step.command) if word in ("recipe", "evaluate", "merge"))
+            cli.build_parser().parse_args(step.command[at:])
+            continue
+        given = flags_of(step)
+        records = tmp_path / "run" / "data" / "records.json"
+        expected = train_flags(checkpoint, records, Path(given["output_dir"]))
+        known = {expected[i][2:]: expected[i + 1] for i in range(0, len(expected), 2)}
+        for flag in ("version", "vision_tower", "mm_vision_select_layer", "mm_projector_type", "image_aspect_ratio"):
+            assert given[flag] == known[flag], flag
+        assert given["use_cpu"] == "True" and given["data_path"] == str(records)
+        assert given["lora_enable"] == str(method == "lora")
+    first, second = steps[2], steps[5]
+    assert flags_of(first)["model_name_or_path"] == str(checkpoint)
+    assert flags_of(second)["model_name_or_path"] == str(steps[3].outputs[0])
+    assert flags_of(second)["learning_rate"] == {"lora": "3e-05", "full": "1e-06"}[method]
+
+
+def test_several_processes_are_started_by_torchrun_and_with_a_configuration_by_deepspeed(tiny_llama, tmp_path):
+    config = tmp_path / "zero2.json"
+    config.write_text("{}")
+    two = upgrade_of(tiny_llama, tmp_path / "run", processes=2).steps[2]
+    assert "--nproc_per_node 2 -m llava.train.train_mem" in two.line() and "torch" in two.line().split(" --")[0]
+    deep = upgrade_of(tiny_llama, tmp_path / "run", processes=2, deepspeed=str(config)).steps[2]
+    assert "deepspeed" in deep.line().split(" --")[0] and "--num_gpus 2 --master_port 29500 " in deep.line()
+    assert f"--deepspeed {config}" in deep.line()
+    assert config in deep.inputs.values(), "another configuration is another training"
+
+
+def small_step(folder: Path, made: Path, **settings: object) -> Step:
+    source, out = folder / "input.txt", made / "out.txt"
+    copy = f"open({str(out)!r}, 'w').write(open({str(source)!r}).read() + {settings.get('word', '')!r})"
+    return Step("copy", "copying", (sys.executable, "-c", copy), settings, {"text": source}, (out,), goal=True)
+
+
+def run_step(made: Made, step: Step) -> None:
+    made.begin(step)
+    subprocess.run(step.command, check=True)
+    made.end(step)
+
+
+def test_a_step_is_done_by_what_lies_on_disk_alone(tmp_path):
+    (tmp_path / "input.txt").write_text("a")
+    step, made = small_step(tmp_path, tmp_path, word="b"), Made(tmp_path)
+    made.begin(step)
+    assert not made.is_done(step), "it has only begun"
+    run_step(made, step)
+    assert Made(tmp_path).is_done(step) and (tmp_path / "out.txt").read_text() == "ab"
+    assert Made(tmp_path).differences(step, inputs=True) == []
+
+    changed = Made(tmp_path).differences(small_step(tmp_path, tmp_path, word="c"), inputs=True)
+    assert changed == ['word was "b" and is "c"']
+    os.utime(tmp_path / "input.txt", (1, 1))
+    assert Made(tmp_path).differences(step, inputs=True) == [], "a copy is the same file"
+    (tmp_path / "input.txt").write_text("x")
+    assert (
+        f"text ({tmp_path / 'input.txt'}) is not the file that it was"
+        in Made(tmp_path).differences(step, inputs=True)[0]
+    )
+    (tmp_path / "out.txt").write_text("edited")
+    assert not Made(tmp_path).is_done(step) and "was changed after it was made" in Made(tmp_path).damage(step)[0]
+    (tmp_path / "out.txt").unlink()
+    assert not Made(tmp_path).is_done(step) and Made(tmp_path).damage(step) == []
+
+
+def test_what_nobody_knows_the_origin_of_is_not_used_and_not_removed(tmp_path):
+    (tmp_path / "input.txt").write_text("a")
+    (tmp_path / "out.txt").write_text("mine")
+    with pytest.raises(UmedError, match=r"out.txt: is there already"):
+        Made(tmp_path).begin(small_step(tmp_path, tmp_path))
+    assert (tmp_path / "out.txt").read_text() == "mine"
+
+
+def test_a_command_that_makes_nothing_is_an_error(tmp_path):
+    (tmp_path / "input.txt").write_text("a")
+    step, made = small_step(tmp_path, tmp_path), Made(tmp_path)
+    made.begin(step)
+    with pytest.raises(UmedError, match="ended well, but .*out.txt is not there"):
+        made.end(step)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(UmedError, match=r"holds files and no run.yaml"):
+        upgrade_of(tiny_mistral, tmp_path).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(tiny_mistral, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in (".lock", "run.yaml.partial"):
+        (tmp_path / "run" / name).write_text("")
+    with pytest.raises(UmedError, match="records by recipe demo_studies ended with status 1"):
+        upgrade_of(tiny_mistral, tmp_path / "run").run()  # there is no data
+
+
+def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistral, tmp_path):
+    first = upgrade_of(tiny_mistral, tmp_path / "run")
+    write_settings(first.settings, tmp_path / "run" / "run.yaml")
+    training = first.steps[2]
+    made = Made(tmp_path / "run")
+    # As a killed start leaves it; its inputs are there.
+    (tmp_path / "run" / "data").mkdir()
+    (tmp_path / "run" / "data" / "records.json").write_text("[]")
+    made.begin(training)
+    (training.outputs[0] / "checkpoint-2").mkdir(parents=True)
+    again = upgrade_of(tiny_mistral, tmp_path / "run", **{"instruction_tuning.learning_rate": 0.5, "seed": 3})
+    with pytest.raises(UmedError) as refused:
+        again.run()
+    told = str(refused.value)
+    assert (
+        "stage 1: instruction tuning: instruction_tuning.learning_rate was 0.0002 and is 0.5; seed was 0 and is 3"
+        in told
+    )
+    assert "--redo-changed" in told and (training.outputs[0] / "checkpoint-2").is_dir()
+    kept = read_settings(tmp_path / "run" / "run.yaml", {})
+    assert kept == first.settings, "the run file still says what the run was made with"
+    again.redo_changed = True
+    again._refuse([(training, ["seed was 0 and is 3"])])
+    assert not training.outputs[0].exists() and Made(tmp_path / "run").read(training) is None
+
+
+def test_two_starts_in_one_folder_do_not_meet(tiny_mistral, tmp_path):
+    first, second = (upgrade_of(tiny_mistral, tmp_path / "run") for _ in range(2))
+    first.folder.mkdir()
+    with first._alone(), pytest.raises(UmedError, match="another `umed upgrade` is at work"), second._alone():
+        pass
+
+
+def test_what_a_killed_start_left_running_is_ended_and_nothing_else(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
+    marks = (str(tmp_path), str(tmp_path / "other"))
+    # As torchrun starts them: in sessions of their own.
+    ours, others = (subprocess.Popen(sleep, env={**os.environ, MARK: mark}, start_new_session=True) for mark in marks)
+    try:
+        assert left_running(tmp_path) == [ours.pid]
+        assert ours.poll() is not None and others.poll() is None
+    finally:
+        others.kill()
+        others.wait()
+
+
+@pytest.mark.parametrize("stopped_after", ["nothing", "copy", "note", "old", "new", "done"])
+def test_the_swap_ends_the_same_wherever_it_was_stopped(stopped_after, tmp_path):
+    checkpoint, result = tmp_path / "llava", tmp_path / "run" / "checkpoint" / "llava-umed"
+    for folder, text in ((checkpoint, "old"), (result, "new")):
+        (folder / "vision_tower").mkdir(parents=True)
+        (folder / "weights").write_text(text)
+        (folder / "config.json").write_text(json.dumps({"mm_vision_tower": str(folder / "vision_tower")}))
+    swap, stops = Swap(tmp_path / "run", checkpoint), ["nothing", "copy", "note", "old", "new", "done"]
+    reached = stops.index(stopped_after)
+    swap.check()
+    if reached >= 1:
+        swap._copy(result)
+    if reached >= 2:
+        swap.note.parent.mkdir()
+        swap.note.write_text("{}")
+    if reached >= 3:
+        checkpoint.rename(swap.old)
+    if reached >= 4:
+        swap.new.rename(checkpoint)
+    assert swap.begun() == (reached >= 2)
+    again = Swap(tmp_path / "run", checkpoint)
+    again.finish(result)
+    again.finish(result)
+    assert (checkpoint / "weights").read_text() == "new" and (swap.old / "weights").read_text() == "old"
+    assert json.loads((checkpoint / "config.json").read_text())["mm_vision_tower"] == str(checkpoint / "vision_tower")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llava", "llava.before-umed", "run"]
+    with pytest.raises(UmedError, match="from an earlier upgrade"):
+        Swap(tmp_path / "another", checkpoint).check()
+
+
+def test_a_lora_folder_is_not_upgraded_in_place(tiny_mistral, tmp_path):
+    adapter = tmp_path / "llava-mistral-lora"
+    adapter.mkdir()
+    (adapter / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_mistral)}))
+    steps = upgrade_of(adapter, tmp_path / "run").steps
+    assert steps[0].name == "start" and shlex.split(steps[0].line())[-6:-2] == [
+        str(adapter),
+        "--base",
+        str(tiny_mistral),
+        "--out",
+    ]
+    with pytest.raises(UmedError, match="in_place: the result is a full checkpoint"):
+        upgrade_of(adapter, tmp_path / "run", in_place=True)
+
+
+def test_the_doctor_stops_an_upgrade_that_would_go_wrong_and_says_the_remedy(tiny_mistral, tmp_path):
+    sick = shutil.copytree(tiny_mistral, tmp_path / "sick-llava-mistral")
+    (sick / "tokenizer.model").unlink()
+    with pytest.raises(
+        UmedError, match=r"(?s)cannot be upgraded.*tokenizer-missing.*accept_findings=\[tokenizer-missing\]"
+    ):
+        upgrade_of(sick, tmp_path / "run").run()
+    assert not (tmp_path / "run" / "logs").exists()
+    with pytest.raises(UmedError, match=r"(?s)evaluation: base|records by recipe"):
+        upgrade_of(sick, tmp_path / "run", accept_findings=["tokenizer-missing"]).run()
+    assert list((tmp_path / "run" / "logs").iterdir()), "it has gone on"
+
+
+def test_what_only_stock_loading_stumbles_over_does_not_stop_an_upgrade(tiny_mistral, tmp_path):
+    named = shutil.copytree(tiny_mistral, tmp_path / "medical-model")
+    run = upgrade_of(named, tmp_path / "run")
+    run._examine()
+    assert run.settings.name == "llava-mistral-umed"
+
+
+def test_a_checkpoint_that_cuts_images_into_tiles_is_refused(tiny_mistral, tmp_path):
+    tiles = shutil.copytree(tiny_mistral, tmp_path / "tiles-llava-mistral")
+    config = json.loads((tiles / "config.json").read_text())
+    (tiles / "config.json").write_text(json.dumps({**config, "image_aspect_ratio": "anyres"}))
+    with pytest.raises(UmedError, match="image_aspect_ratio anyres: boxes are defined for pad and square"):
+        upgrade_of(tiles, tmp_path / "run")
+
+
+def test_a_missing_run_file_is_wrong_usage(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        read_settings(tmp_path / "run.yaml", {})

@@ -1,0 +1,95 @@
+"""Pictures in two places: copies are found however they were saved, other pictures are not taken for copies."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from source_files import uneven
+
+from umed_plugin.data.images import load_image
+from umed_plugin.data.leaks import Pictures, evaluation_pictures, thumbprint
+from umed_plugin.errors import UmedError
+
+
+def picture(seed: int, height: int = 300, width: int = 420) -> np.ndarray:
+    return np.repeat(uneven(height, width, seed).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+def resaved(shown: np.ndarray, size: tuple[int, int], quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(shown).resize(size).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file).convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda shown: shown,
+        lambda shown: resaved(shown, (210, 150), 60),
+        lambda shown: resaved(shown, (512, 512), 30),
+        lambda shown: shown[:, ::-1],
+        np.rot90,
+        lambda shown: np.rot90(shown[::-1], 3),
+        lambda shown: (shown * 0.6 + 40).astype(np.uint8),
+    ],
+    ids=["the same", "smaller", "another shape", "mirrored", "turned", "mirrored and turned", "paler"],
+)
+def test_a_copy_is_found(changed) -> None:  # type: ignore[no-untyped-def]
+    ours, theirs = Pictures(), Pictures()
+    for seed in range(20):
+        theirs.add(f"theirs {seed}", picture(seed))
+        ours.add(f"ours {seed}", np.ascontiguousarray(changed(picture(seed))) if seed == 7 else picture(100 + seed))
+    (leak,) = ours.also_in(theirs)
+    assert (leak.name, leak.other) == ("ours 7", "theirs 7")
+    assert leak.likeness > 0.97
+
+
+def test_pictures_of_one_grey_are_like_nothing() -> None:
+    grey = Pictures()
+    grey.add("grey", np.full((50, 60, 3), 80, np.uint8))
+    assert not thumbprint(np.zeros((9, 9, 3), np.uint8)).any()
+    assert grey.also_in(grey) == []
+    assert Pictures().also_in(grey) == grey.also_in(Pictures()) == []
+
+
+def test_real_pictures_are_told_apart_and_copies_found(real_data: Path) -> None:
+    """CT, MRI and endoscopy: halved and saved as JPEG anew, each is like itself and no other patient's."""
+    ours, copies = Pictures(), Pictures()
+    patients, shown = {}, {}
+    files = sorted((real_data / "deeplesion" / "liver_flat").iterdir())
+    files += sorted((real_data / "kvasir_seg" / "images").iterdir())
+    files += sorted((real_data / "brain_tumor_coco").rglob("*.jpg"))[::4]
+    for file in files:
+        pixels, _ = load_image(file, offset=32768, window=(-175.0, 275.0))
+        name = file.name[:6] if file.parent.name == "liver_flat" else file.name.split("_jpg")[0]
+        # The data set has one patient under two numbers, as its pictures show.
+        patients[str(file)] = {"133": "65"}.get(name, name)
+        shown[str(file)] = pixels
+        ours.add(str(file), pixels)
+        copies.add(str(file), resaved(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), 60))
+    leaks = ours.also_in(copies)
+    assert len(leaks) == len(files)
+    assert min(leak.likeness for leak in leaks) > 0.98
+    assert all(patients[leak.name] == patients[leak.other] for leak in leaks)
+    for patient in sorted(set(patients.values()))[::3]:
+        one, rest = Pictures(), Pictures()
+        for file in files:
+            (one if patients[str(file)] == patient else rest).add(str(file), shown[str(file)])
+        assert one.also_in(rest) == []
+
+
+def test_evaluation_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "imgs" / "xmlab1").mkdir(parents=True)
+    Image.fromarray(picture(3)).save(tmp_path / "imgs" / "xmlab1" / "source.jpg")
+    (tmp_path / "imgs" / "broken.png").write_bytes(b"\x89PNG")
+    (tmp_path / "imgs" / "notes.txt").write_text("no image")
+    found = evaluation_pictures([tmp_path / "imgs"])
+    assert found.names == [str(tmp_path / "imgs" / "xmlab1" / "source.jpg")]
+    assert "not compared: " in caplog.text
+    assert "broken.png" in caplog.text
+    with pytest.raises(UmedError, match="nowhere: no folder with images below it"):
+        evaluation_pictures([tmp_path / "nowhere"])

@@ -1,0 +1,54 @@
+"""What is no record is told field by field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from umed_plugin.data.records import record_faults
+
+HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cyst."}
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": "a",
+        "image": "a.png",
+        "conversations": [HUMAN, GPT],
+        "objects": {"ref": ["cyst"], "bbox": [[1, 2, 3.5, 4]], "bbox_type": "real"},
+        "image_size": [20, 10],
+        "terms": {"cyst": ["cyst"]},
+        "split": "train",
+        "answer_type": "grounded",
+        "provenance": {"image_aspect_ratio": "pad"},
+        **changes,
+    }
+
+
+def test_records_that_are_right() -> None:
+    assert record_faults(record()) == []
+    assert (
+        record_faults(record(provenance={"image_aspect_ratio": "square"}, conversations=[HUMAN, GPT, HUMAN, GPT])) == []
+    )
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[], [HUMAN], [GPT, HUMAN], [HUMAN, HUMAN], ["a", "b"], [HUMAN, {"from": "gpt"}], [HUMAN, {**GPT, "value": 3}]],
+)
+def test_a_question_and_its_answer_are_needed(turns: list[Any]) -> None:
+    (fault,) = record_faults(record(conversations=turns))
+    assert "'conversations' needs a turn from 'human' and then one from 'gpt'" in fault
+
+
+@pytest.mark.parametrize("size", [["x", 0], [0, 5], [-1, 5], [5], [5, 5, 5], [5.5, 5], [True, 5], [None, 5]])
+def test_the_size_is_two_whole_numbers_above_0(size: list[Any]) -> None:
+    (fault,) = record_faults(record(image_size=size))
+    assert fault == f"'image_size' is {size!r}; needed: [width, height], whole numbers above 0"
+
+
+@pytest.mark.parametrize("mode", ["weird", None, ["pad"]])
+def test_the_aspect_ratio_is_one_of_llavas(mode: Any) -> None:
+    (fault,) = record_faults(record(provenance={"image_aspect_ratio": mode}))
+    assert fault == f"provenance.image_aspect_ratio is {mode!r}; allowed: pad, square"

@@ -1,0 +1,305 @@
+"""PMC-VQA, MedMNIST, OmniMedVQA, MedVH and Med-GRIT: files in their published forms, figures by hand, and the whole way once."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_benchmarks import command, figures_of, lines, picture
+
+from umed_plugin.cli import main
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+from umed_plugin.evaluation.benchmarks.medvh import split_choices
+from umed_plugin.evaluation.runs import chosen_questions
+from umed_plugin.grounding.dialects import find_dialect
+from umed_plugin.grounding.scoring import Scorer
+
+
+def questions_of(name, root, **options):
+    return chosen_questions(BENCHMARKS[name], root, work=root / "work", **options)[0]
+
+
+# --- PMC-VQA
+
+
+def pmc(folder, column="Answer"):
+    """Both generations of files: values that begin with " A:", and a misspelt column."""
+    rows = [
+        ("f1.jpg", "What is shown?", " A:CT ", " B:MRI ", " C:X-ray ", " D:Ultrasound ", "B", "B"),
+        ("f2.jpg", "Which organ?", " A:liver ", " B:lung ", " C:heart ", " D:brain ", " C:heart ", ""),
+    ]
+    head = ["Figure_path", "Question", "Choice A", "Choice B", "Choice C", "Choice D", column, "Answer_label"]
+    folder.mkdir(exist_ok=True)
+    with (folder / "test.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerows([head, *rows])
+    for name in ("f1.jpg", "f2.jpg"):
+        picture(folder / "images" / name)
+    return folder
+
+
+@pytest.mark.parametrize("column", ["Answer", "Anwser"])
+def test_pmc_vqa_by_hand(tmp_path, column):
+    questions = questions_of("pmc_vqa", pmc(tmp_path / "pmc", column))
+    assert [question.id for question in questions] == ["0/choice", "0/blank", "1/choice", "1/blank"]
+    assert [question.truth for question in questions] == ["MRI", "MRI", "heart", "heart"]
+    assert questions[0].text == "Question: What is shown? Choices: A: CT B: MRI C: X-ray D: Ultrasound The Answer is:"
+    assert questions[1].text == "Question: What is shown? The Answer is:"
+    found = figures_of("pmc_vqa", questions, ["B", "An MRI scan", "A: liver", "the heart"])
+    assert found["choice_accuracy"] == 0.5 and found["blank_accuracy"] == 1
+    # 2 of 5 words are right; no brevity penalty, as the answers are longer.
+    assert found["blank_bleu_1"] == pytest.approx(2 / 5)
+
+
+def test_a_pmc_answer_that_is_no_choice_is_named(tmp_path):
+    folder = pmc(tmp_path / "pmc")
+    (folder / "test.csv").write_text((folder / "test.csv").read_text().replace(",B,B", ",x-ray of a hand,"))
+    with pytest.raises(UmedError, match=r"test.csv, line 2: the answer 'x-ray of a hand' is none of the choices"):
+        questions_of("pmc_vqa", folder)
+
+
+# --- MedMNIST
+
+
+def mnist(folder, count=6):
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    for name, shape, labels in (
+        ("pneumoniamnist", (28, 28), np.arange(count)[:, None] % 2),
+        ("dermamnist_224", (28, 28, 3), np.arange(count)[:, None] % 7),
+        ("chestmnist", (28, 28), generator.integers(0, 2, (count, 14))),
+    ):
+        images = generator.integers(0, 255, (count, *shape), dtype=np.uint8)
+        np.savez(folder / f"{name}.npz", test_images=images, test_labels=labels.astype(np.uint8))
+    return folder
+
+
+def test_medmnist_by_hand(tmp_path):
+    root = mnist(tmp_path / "mnist")
+    questions = questions_of("medmnist", root)
+    per_set = {
+        name: sum(q.groups["part"] == name for q in questions)
+        for name in ("pneumoniamnist", "dermamnist", "chestmnist")
+    }
+    assert per_set == {"pneumoniamnist": 6, "dermamnist": 6, "chestmnist": 6 * 14}
+    mine = [question for question in questions if question.groups["part"] == "pneumoniamnist"]
+    assert [question.truth for question in mine] == ["normal", "pneumonia"] * 3
+    with np.load(root / "pneumoniamnist.npz") as arrays:
+        assert np.array_equal(np.asarray(Image.open(mine[3].image)), arrays["test_images"][3]), "written without loss"
+    # Losses (normal, pneumonia) -> score of pneumonia rises with the first and falls with the second.
+    losses = [(1, 2), (2, 1), (1, 3), (1, 1.5), (2, 1), (1, 2)]
+    # Scores by loss difference: normal -1, -2, +1; pneumonia +1, -0.5, -1. Pairs won: 2.5 (tie with +1) + 2 + 1.5 (tie with -1).
+    found = figures_of("medmnist", mine, [("", pair) for pair in losses])
+    assert found["auc/pneumoniamnist"] == pytest.approx(6 / 9)
+    assert found["acc/pneumoniamnist"] == pytest.approx(3 / 6)
+
+
+def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path):
+    questions = [q for q in questions_of("medmnist", mnist(tmp_path / "mnist")) if q.groups["part"] == "chestmnist"]
+    assert len({question.image for question in questions}) == 6 and not any(question.write for question in questions)
+    right = [("", (2, 1) if question.truth == "yes" else (1, 2)) for question in questions]
+    found = figures_of("medmnist", questions, right)
+    assert found == {"auc/chestmnist": 1, "acc/chestmnist": 1}
+    assert figures_of("medmnist", questions, [("", (1, 1))] * len(questions))["auc/chestmnist"] == 0.5
+
+
+def test_an_npz_that_does_not_fit_is_named(tmp_path):
+    np.savez(
+        tmp_path / "breastmnist.npz", test_images=np.zeros((2, 28, 28), np.uint8), test_labels=np.array([[0], [5]])
+    )
+    with pytest.raises(UmedError, match=r"breastmnist.npz: labels \(2, 1\) up to 5 do not fit"):
+        questions_of("medmnist", tmp_path)
+    np.savez(tmp_path / "breastmnist.npz", train_images=np.zeros((2, 28, 28), np.uint8))
+    with pytest.raises(UmedError, match="has no test_images, test_labels; it has train_images"):
+        questions_of("medmnist", tmp_path)
+
+
+# --- OmniMedVQA
+
+
+def omni(folder):
+    records = [
+        {"dataset": "ACRIMA", "question_id": "a", "question_type": "Modality", "question": "What is this?"}
+        | {
+            "gt_answer": "Fundus",
+            "image_path": "Images/a.png",
+            "option_A": "CT",
+            "option_B": "Fundus",
+            "modality_type": "FP",
+        },
+        {"dataset": "ACRIMA", "question_id": "b", "question_type": "Disease", "question": "Glaucoma?"}
+        | {"gt_answer": "No", "image_path": "Images/a.png", "option_A": "Yes", "option_B": "No", "option_C": None}
+        | {"modality": "FP"},
+    ]
+    other = [{**records[0], "dataset": "BUSI", "question_id": "c", "modality_type": "US", "gt_answer": "CT"}]
+    for name, content in (("ACRIMA", records), ("BUSI", other)):
+        file = folder / "QA_information" / "Open-access" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    picture(folder / "Images" / "a.png")
+    return folder
+
+
+def test_omnimedvqa_by_hand(tmp_path):
+    questions = questions_of("omnimedvqa", omni(tmp_path))
+    assert [question.id for question in questions] == ["ACRIMA/a", "ACRIMA/b", "BUSI/c"]
+    assert questions[0].text == (
+        "What is this?Here are 2 candidate answers:['CT', 'Fundus'] Only return what you think is the correct answer from the "
+        "candidate answers, do not return any other irrelevant text!"
+    )
+    assert questions[1].options == ["Yes", "No"] and questions[1].options_after == "Question: Glaucoma? The answer is"
+    answers = [("It is a fundus photo", (3, 1)), ("zzz", (1, 2)), ("CT", (1, 2))]
+    found = figures_of("omnimedvqa", questions, answers)
+    assert found["qa_score"] == pytest.approx(2 / 3), "an answer that is like no option is wrong"
+    assert found["prefix_score"] == pytest.approx(2 / 3)
+    assert found["prefix_score_mean_of_sets"] == pytest.approx((0.5 + 1) / 2)
+    assert (found["qa_score/FP"], found["qa_score/US"], found["qa_score/Disease"]) == (0.5, 1, 0)
+
+
+# --- MedVH
+
+
+def medvh(folder):
+    choices = "A: Yes. B: No. C: This is not a suitable question for this image."
+    content = {
+        "multi_choices/test_wrongful_image.json": [
+            {"question_id": 0, "img_name": "m1.jpg", "question": "Is it?", "choices": choices, "gt": "C"},
+            {"question_id": 1, "img_name": "m1.jpg", "question": "Was it?", "choices": choices, "gt": "C: This is not"},
+        ],
+        "text_generation/test_FCJ.json": [
+            {"question_id": 0, "img_name": "m1.jpg", "question": "Is it?", "choices": "A: Yes, B: No.", "gt": "A"}
+            | {"suggested_answer": "B: No."},
+        ],
+        "text_generation/test_report_generation.json": [
+            {"report_id": 0, "image_name": "m1.jpg", "pos_labels": ["Pneumonia", "Edema"]},
+            {"report_id": 1, "image_name": "m1.jpg", "pos_labels": ["No Finding"]},
+        ],
+    }
+    for name, records in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(records))
+    for place in ("multi_choices/wrongful_image", "text_generation/FCJ", "text_generation/report_generation"):
+        picture(folder / place / "m1.jpg")
+    return folder
+
+
+def test_medvh_by_hand(tmp_path):
+    questions = questions_of("medvh", medvh(tmp_path))
+    assert [question.groups["part"] for question in questions] == ["wrongful_image"] * 2 + ["fcj"] + [
+        "report_generation"
+    ] * 2
+    assert "The suggested answer is: B: No." in questions[2].text
+    answers = [
+        "C",
+        "This is not a suitable question",
+        "B. It is not.",
+        "There is pneumonia and a nodule, but no edema.",  # one right, one wrong, one missed
+        "A pneumothorax is present.",
+    ]
+    found = figures_of("medvh", questions, answers)
+    assert found["accuracy/wrongful_image"] == 1
+    assert found["accuracy_first_character/wrongful_image"] == 0.5
+    assert found["accuracy/fcj"] == 0 and found["takes_suggestion"] == 1
+    assert found["report_chair"] == pytest.approx(2 / 3) and found["report_recall"] == pytest.approx(1 / 2)
+
+
+def test_choices_in_one_text():
+    assert split_choices("A: left side. B: right side. C: None of the above.") == [
+        "left side",
+        "right side",
+        "None of the above",
+    ]
+    assert split_choices("A: Chest injury, bullae, B: trauma, etc.") == ["Chest injury, bullae", "trauma, etc"]
+    assert split_choices("A: type C: rare. B: other. C: none.") == ["type C: rare", "other", "none"]
+    with pytest.raises(UmedError, match="not of the form"):
+        split_choices("yes or no")
+
+
+# --- Med-GRIT
+
+
+def grit(folder):
+    ask = "Picture 1:<img>/data/ct_1.png</img>\n"
+    content = {
+        "test_VG_img_coord.json": [
+            {
+                "id": "ct_1",
+                "conversations": [[ask + "Where is <ref>liver</ref>?", "<ref>liver</ref><box>(0,0),(500,500)</box>"]],
+            },
+            {
+                "id": "mr_1",
+                "conversations": [[ask + "Where?", "<box>(0,0),(100,100)</box> <box>(500,500),(1000,1000)</box>"]],
+            },
+        ],
+        "test_RO_img_coord.json": [
+            {"id": "ct_1", "conversations": [[ask + "What is at <box>(0,0),(500,500)</box>?", "Left kidney"]]},
+        ],
+        "test_MII_img_coord.json": [
+            {"id": "ct_1", "conversations": [[ask + "Describe.", "The liver is large and bright."]]},
+        ],
+    }
+    folder.mkdir(exist_ok=True)
+    for name, records in content.items():
+        (folder / name).write_text(json.dumps(records))
+    picture(folder / "images/ct_1.png", size=(200, 100))
+    picture(folder / "images/mr_1.png", size=(100, 100))
+    return folder
+
+
+def test_med_grit_by_hand(tmp_path):
+    benchmark, scorer = BENCHMARKS["med_grit"], Scorer()
+    questions = {q.id: q for q in benchmark.in_form(questions_of("med_grit", grit(tmp_path / "grit")), scorer)}
+    assert questions["VG/ct_1"].text == "Where is liver?"
+    # 200 x 100 in a square of 200: the upper left quarter of the image is x 0-0.5, y 0.25-0.5 of the square.
+    assert questions["RO/ct_1"].text == "What is at [0.00, 0.25, 0.50, 0.50]?"
+    answers = {
+        "VG/ct_1": "At [0.00, 0.25, 0.50, 0.50].",
+        "VG/mr_1": "[0.00, 0.00, 0.10, 0.05] and [0.50, 0.50, 1.00, 1.00]",  # the first at an IoU of 0.5: not above it
+        "RO/ct_1": "the left kidney",
+        "MII/ct_1": "The liver is large and bright",
+    }
+    found = figures_of("med_grit", list(questions.values()), [answers[one] for one in questions], scorer)
+    assert (found["recall_at_50/ct"], found["recall_at_50/mr"], found["recall_at_50"]) == (1, 0.5, 0.75)
+    assert found["referring_accuracy"] == 1
+    # BLEU 1 each, ROUGE-L 1, METEOR 1 - 0.5 (1/6)^3.
+    assert found["mbmr_mii"] == pytest.approx((5 + 1 - 0.5 / 216) / 6)
+    # The same boxes in Qwen-VL's way.
+    qwen = Scorer(dialect=find_dialect("qwen_vl"))
+    answers["VG/ct_1"] = "<ref>liver</ref><box>(0,0),(500,500)</box>"
+    found = figures_of("med_grit", list(questions.values()), [answers[one] for one in questions], qwen)
+    assert found["recall_at_50/ct"] == 1
+
+
+# --- the whole way
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "figure"),
+    [
+        ("pmc_vqa", pmc, "choice_accuracy"),
+        ("medmnist", mnist, "auc/pneumoniamnist"),
+        ("omnimedvqa", omni, "prefix_score"),
+        ("medvh", medvh, "report_chair"),
+        ("med_grit", grit, "recall_at_50"),
+    ],
+)
+def test_every_benchmark_runs_and_says_the_same_again(name, make, figure, tiny_mistral, tmp_path):
+    root, out = make(tmp_path / "data"), tmp_path / "out"
+    assert main(command(tiny_mistral, name, root, out, "--limit", 2, "--batch-size", 5)) == 0
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert figure in summary["figures"] and summary["n"] == len(lines(out / "predictions.jsonl"))
+    found = [line for line in lines(out / "predictions.jsonl") if line["options"]]
+    assert all(len(line["losses"]) == len(line["options"]) and min(line["losses"]) > 0 for line in found)
+    before = (out / "evaluation.json").read_bytes()
+    assert main(command(tiny_mistral, name, root, out, "--limit", 2, "--batch-size", 5)) == 0
+    assert (out / "evaluation.json").read_bytes() == before
+
+
+def test_a_folder_without_the_files_is_named(tmp_path):
+    for name in BENCHMARKS:
+        with pytest.raises(UmedError, match="data-root|needs one"):
+            questions_of(name, tmp_path)

@@ -1,0 +1,247 @@
+"""The flags: every fault named at once, and nothing heavy imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from umed_plugin.errors import UsageError
+from umed_plugin.flags.checks import STAGES_OF, check, find_faults
+from umed_plugin.flags.definition import UmedFlags
+
+# A judge that is right by itself, so that one fault is left to find.
+JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
+
+
+def llava_args(**changes):
+    """LLaVA's three argument objects in one, as they are in a run that works."""
+    stock = {
+        "data_path": __file__,
+        "image_folder": None,
+        "image_aspect_ratio": "pad",
+        "vision_tower": "tower",
+        "deepspeed": None,
+        "fsdp": [],
+        "evaluation_strategy": "no",
+    }
+    return [SimpleNamespace(**{**stock, **changes})] * 3
+
+
+def test_defaults_fit_in_both_stages_and_without():
+    for stage in (None, "instruction_tuning", "rewarding"):
+        check(UmedFlags(umed_stage=stage), *llava_args())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"umed_num_candidates": 1}, "2 or more with grpo"),
+        ({"umed_rewards": "relevanc"}, "Did you mean 'relevance'"),
+        ({"umed_rewards": "relevance,relevance"}, "twice"),
+        ({"umed_reward_weights": "1,2"}, "2 numbers for the 3 rewards"),
+        ({"umed_reward_weights": "a"}, "must be numbers"),
+        ({"umed_reward_weights": "0,0,0"}, "one of them above 0"),
+        ({"umed_reward_norm": "maxx"}, "Did you mean 'max'"),
+        ({"umed_judge": "gpt"}, "allowed are lexical, classes, openai:MODEL and replay:FILE"),
+        ({"umed_judge": "openai:"}, "allowed are lexical, classes, openai:MODEL and replay:FILE"),
+        ({"umed_judge": "replay:/no/file.jsonl"}, "there is no such file"),
+        ({"umed_judge_retries": 2}, "no effect without --umed_judge openai:MODEL"),
+        ({"umed_judge_prompt": "prompt.txt"}, "no effect without --umed_judge openai:MODEL or replay:FILE"),
+        ({"umed_judge_base_url": "localhost:8000", "umed_judge": "openai:gpt"}, "must be an address such as"),
+        ({"umed_judge_base_url": "http://me:secret@host/v1", "umed_judge": "openai:gpt"}, "user name or password"),
+        ({"umed_judge_prompt": "/no/prompt.txt", **JUDGED}, "there is no such file"),
+        ({"umed_judge_prompt": os.__file__, **JUDGED}, "has no {reference}"),
+        ({"umed_judge_options": "[1]", **JUDGED}, "must be a JSON object"),
+        ({"umed_judge_options": '{"n": 2}', **JUDGED}, "sets n, which is not for it to set"),
+        ({"umed_judge_budget": "5", **JUDGED}, "a number above 0 and a unit"),
+        ({"umed_judge_budget": "5eur", **JUDGED}, "a number above 0 and a unit"),
+        ({"umed_judge_budget": "5usd", **JUDGED}, "needs --umed_judge_prices"),
+        ({"umed_judge_prices": "1", **JUDGED}, "must be two numbers"),
+        ({"umed_judge_timeout": 0.0, **JUDGED}, "above 0"),
+        ({"umed_judge_max_score": float("nan"), **JUDGED}, "above 0"),
+        ({"umed_judge_patience": 0, **JUDGED}, "1 or more"),
+        ({"umed_algorithm": "dpo"}, "Allowed: grpo, ppo"),
+        ({"umed_value_coef": 0.5}, "no effect without --umed_algorithm ppo"),
+        ({"umed_gamma": 1.1, "umed_algorithm": "ppo"}, "from 0 to 1"),
+        ({"umed_value_clip_range": 0.5, "umed_algorithm": "ppo"}, "or --umed_minibatches_per_rollout above 1"),
+        ({"umed_kl_target": 6.0, "umed_kl_coef": 0.0}, "no effect without --umed_kl_coef above 0"),
+        ({"umed_kl_horizon": 10.0}, "no effect without --umed_kl_target"),
+        ({"umed_kl_coef": -0.1}, "0 or more"),
+        ({"umed_kl_coef": float("nan")}, "0 or more"),
+        ({"umed_temperature": 0.0}, "above 0"),
+        ({"umed_top_p": 1.5}, "up to 1"),
+        ({"umed_clip_range": 1.0}, "below 1"),
+        ({"umed_vrr_layers": "--1"}, "must be all, last_half, or indices"),
+        ({"umed_vrr_layers": "first"}, "must be all, last_half, or indices"),
+        ({"umed_stock_template_share": 1.1}, "from 0 to 1"),
+        ({"umed_box_decimals": 3}, "no effect without --umed_recipe"),
+        ({"umed_data_root": "/"}, "no effect without --umed_recipe"),
+        ({"umed_supervision_check_samples": 3}, "no effect in --umed_stage rewarding"),
+        ({"umed_reward_floor": 0.2, "umed_reward_norm": "none"}, "no effect without --umed_reward_norm max"),
+        ({"umed_vrr_layers": "last_half", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
+        ({"umed_clip_range": 0.3}, "no effect without --umed_updates_per_rollout or"),
+        ({"umed_val_every": -1}, "0 or more"),
+        ({"umed_vrr_heads": "-1"}, "must be all, or indices"),
+        ({"umed_vrr_heads": "0,1", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
+        ({"umed_vrr_mask_sinks": 0.5}, "0, or above 1"),
+        ({"umed_vrr_mask_sinks": 20.0, "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
+        ({"umed_val_records": 8}, "no effect without --umed_val_every"),
+        ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
+        ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
+        ({"umed_rewards": "math:pi"}, "is float and no function"),
+        ({"umed_rewards": "fractions:Fraction"}, "class whose objects cannot be called"),
+        ({"umed_rewards": "json:dumps"}, "does not take what it is given"),
+    ],
+)
+def test_each_fault_is_named(changes, words):
+    with pytest.raises(UsageError) as caught:
+        check(UmedFlags(umed_stage="rewarding", **changes), *llava_args())
+    assert words in str(caught.value)
+    assert f"--{next(iter(changes))}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_path": None}, "nothing to train on"),
+        ({"data_path": "/no/file.json"}, "no such file"),
+        ({"image_folder": "/no/folder"}, "no such folder"),
+        ({"vision_tower": None}, "--vision_tower is missing"),
+        ({"image_aspect_ratio": "anyres"}, "pad and square"),
+    ],
+)
+def test_faults_between_our_flags_and_llavas(changes, words):
+    faults = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(**changes))
+    assert len(faults) == 1
+    assert words in faults[0]
+
+
+OWN_REWARDS = """
+class Made:
+    def __call__(self, prompts, completions, **columns):
+        return [0.0] * len(completions)
+
+class Weighted(Made):
+    def __init__(self, weight):
+        self.weight = weight
+
+class Narrow:
+    def __call__(self, prompts, completions):
+        return [0.0] * len(completions)
+
+def with_columns(prompts, completions, record, **columns):
+    return [0.0] * len(completions)
+
+an_object, weighted, narrow = Made(), Weighted(2), Narrow()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("Made", None),
+        ("an_object", None),
+        ("weighted", None),
+        ("with_columns", None),
+        ("Weighted", "needs arguments to be made"),
+        ("Narrow", "does not take what it is given"),
+        ("narrow", "does not take what it is given"),
+    ],
+)
+def test_a_reward_of_ones_own_is_a_function_an_object_or_a_class_that_takes_columns(name, fault, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    faults = find_faults(UmedFlags(umed_stage="rewarding", umed_rewards=f"own_rewards:{name}"), *llava_args())
+    assert [fault in found for found in faults] == ([True] if fault else []), faults
+
+
+def test_the_key_of_the_judge_is_in_the_environment_or_the_server_is_ones_own(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    flags = UmedFlags(umed_stage="rewarding", umed_judge="openai:gpt")
+    (fault,) = find_faults(flags, *llava_args())
+    assert "OPENAI_API_KEY is not set" in fault
+    assert find_faults(dataclasses.replace(flags, umed_judge_base_url="http://localhost:8000/v1"), *llava_args()) == []
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    assert find_faults(flags, *llava_args()) == []
+
+
+def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
+    check(
+        UmedFlags(
+            umed_stage="rewarding",
+            umed_reward_floor=0.2,
+            umed_vrr_layers="last_half",
+            umed_updates_per_rollout=2,
+            umed_clip_range=0.3,
+            umed_rewards="vision_relevance,unittest.mock:Mock",
+        ),
+        *llava_args(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "remedy"),
+    [("grpo", {"fsdp": ["full_shard"]}, "--deepspeed"), ("ppo", {"deepspeed": "zero2.json"}, "--umed_algorithm grpo")],
+)
+def test_stage_2_refuses_what_it_cannot_shard_and_says_what_works(algorithm, changes, remedy):
+    (fault,) = find_faults(UmedFlags(umed_stage="rewarding", umed_algorithm=algorithm), *llava_args(**changes))
+    assert f"--{next(iter(changes))}" in fault and remedy in fault
+    assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(**changes)) == []
+    assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(deepspeed="zero3.json")) == []
+
+
+def test_stage_2_refuses_evaluations_that_it_has_no_data_for():
+    from transformers.trainer_utils import IntervalStrategy
+
+    for strategy in ("steps", IntervalStrategy.STEPS):
+        (fault,) = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=strategy))
+        assert "--evaluation_strategy steps" in fault and "--umed_val_every" in fault
+        assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(evaluation_strategy=strategy)) == []
+    assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
+
+
+def test_all_faults_come_at_once():
+    flags = UmedFlags(umed_stage="rewarding", umed_num_candidates=0, umed_top_p=0.0, umed_kl_coef=-1.0)
+    assert len(find_faults(flags, *llava_args(vision_tower=None))) == 4
+
+
+def test_an_unknown_stage_is_named_with_the_nearest():
+    with pytest.raises(UsageError, match="Did you mean 'rewarding'"):
+        check(UmedFlags(umed_stage="rewardin"), *llava_args())
+
+
+def test_flags_without_a_stage_are_refused():
+    faults = find_faults(UmedFlags(umed_num_candidates=4, umed_tower_weights="original"), *llava_args())
+    assert [fault.split()[0] for fault in faults] == ["--umed_tower_weights", "--umed_num_candidates"]
+
+
+def test_every_flag_has_help_and_the_stage_lists_name_flags():
+    names = {flag.name for flag in dataclasses.fields(UmedFlags)}
+    assert set(STAGES_OF) <= names
+    assert all(len(flag.metadata["help"]) > 20 for flag in dataclasses.fields(UmedFlags))
+
+
+def test_lists_are_parsed():
+    flags = UmedFlags(umed_rewards="relevance, localization", umed_reward_weights="1,0.5", umed_vrr_layers="-1,0")
+    assert flags.reward_names() == ["relevance", "localization"]
+    assert flags.reward_weights() == [1.0, 0.5]
+    assert flags.vrr_layer_indices(4) == [0, 3]
+    assert UmedFlags(umed_vrr_layers="last_half").vrr_layer_indices(5) == [2, 3, 4]
+    assert UmedFlags().vrr_layer_indices(2) == [0, 1]
+    with pytest.raises(UsageError, match="4 layers"):
+        UmedFlags(umed_vrr_layers="4").vrr_layer_indices(4)
+
+
+def test_importing_flags_patching_and_patches_imports_no_heavy_library():
+    code = (
+        "import sys, umed_plugin.flags.checks, umed_plugin.patches, umed_plugin.patching; "
+        "print([m for m in ('torch', 'transformers', 'llava', 'numpy', 'monai') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,140 @@
+"""Questions that share an image are answered as if asked one by one; a run that is killed goes on and ends the same."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.kept_answers import KeptAnswers
+from umed_plugin.model.answerer import Answerer, Ask
+from umed_plugin.model.forward import AnswerPass, Candidates, answer_log_probs, answer_pass, embed_prompts
+from umed_plugin.model.shared_prefix import split_at_image
+
+QUESTIONS = (
+    "Is this normal?",
+    "What is it and where does it lie in the image, if it lies anywhere at all?",
+    "CT?",
+    "Describe the lesion.",
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(3)]
+
+
+@pytest.fixture(scope="module", params=["tiny_mistral", "tiny_llama"])
+def answerer(request):
+    """Its random attention is made sharp: answers then hang on the question and on the image, as a trained model's do."""
+    made = Answerer(request.getfixturevalue(request.param), device="cpu", max_new_tokens=12)
+    with torch.no_grad():
+        for layer in made.llava.get_model().layers:
+            layer.self_attn.q_proj.weight *= 12
+            layer.self_attn.v_proj.weight *= 6
+            layer.self_attn.o_proj.weight *= 6
+    return made
+
+
+def asks(images):
+    """Nine questions about three images, not in the images' order, of different length."""
+    pairs = [(image, text) for text in QUESTIONS for image in images]
+    return [Ask(image, text) for image, text in pairs[:9]]
+
+
+def test_answers_that_share_a_prefix_are_those_of_questions_asked_alone(answerer, images):
+    together = answerer.answer(asks(images))
+    alone = [answerer.answer([one])[0] for one in asks(images)]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert len({answer.text for answer in together}) >= 7, "the answers depend on the image and on the question"
+
+
+def test_they_are_those_that_stock_llava_generates(answerer, images):
+    """LLaVA's own `generate`, one question at a time, without any cache of ours."""
+    from umed_plugin.model.answerer import prompt_ids
+
+    model, tokenizer = answerer.model, answerer.tokenizer
+    for ask, found in list(zip(asks(images), answerer.answer(asks(images))))[::4]:
+        ids = prompt_ids(ask.text, answerer.template, tokenizer, model.config)[None]
+        pixels = answerer.seen.pixels([ask.image], [None])
+        with torch.inference_mode():
+            stock = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12, use_cache=True)
+        assert tokenizer.batch_decode(stock, skip_special_tokens=True)[0].strip() == found.text
+
+
+def test_likelihoods_of_options_are_those_of_a_plain_pass(answerer, images):
+    """Several options of several questions in one batch, in the template and bare, against one pass for each."""
+    wanted = [
+        Ask(images[0], QUESTIONS[0], options=("yes", "no", "there is a nodule at the left")),
+        Ask(images[1], None, options=("CT", "MRI"), options_after="Question: What is it? The answer is"),
+        Ask(images[0], QUESTIONS[1], options=("a cyst",)),
+    ]
+    for ask, answer in zip(wanted, answerer.answer(wanted)):
+        assert (answer.text == "") == (ask.text is None)
+        assert len(answer.losses) == len(ask.options)
+        for option, loss in zip(ask.options, answer.losses):
+            one = answerer._continuation(0, ask, option)
+            prompts = embed_prompts(answerer.model, [one.prompt_ids], answerer.features([ask.image], [None]))
+            ids = one.full_ids[-one.asked :][None]
+            candidates = Candidates(ids, torch.ones_like(ids))
+            with torch.no_grad():
+                passed: AnswerPass = answer_pass(answerer.model, prompts, candidates)
+            expected = -answer_log_probs(passed.logits, candidates).log_probs.mean()
+            assert loss == pytest.approx(float(expected), abs=1e-4)
+            assert answerer.tokenizer.decode(one.full_ids[-one.asked :]).strip().endswith(f"{option}.")
+
+
+def test_an_image_and_its_prefix_are_computed_once(answerer, images, monkeypatch):
+    from umed_plugin.model import forward, prefix
+
+    seen, prefilled = [], []
+    encode, prefill = forward.encode_images, prefix.prefill
+    monkeypatch.setattr(
+        forward, "encode_images", lambda model, pixels: seen.append(len(pixels)) or encode(model, pixels)
+    )
+    monkeypatch.setattr(
+        prefix,
+        "prefill",
+        lambda model, prompts, cache: prefilled.append(len(prompts.mask)) or prefill(model, prompts, cache),
+    )
+    answerer.answer(asks(images))
+    assert seen == [3] and prefilled == [3], "nine questions about three images"
+
+
+def test_prompts_without_one_image_or_a_question_are_refused():
+    with pytest.raises(UmedError, match="0 image tokens"):
+        split_at_image([torch.tensor([1, 2, 3])])
+    with pytest.raises(UmedError, match="a question behind it"):
+        split_at_image([torch.tensor([1, -200])])
+    with pytest.raises(UmedError, match="differs from the first before the image"):
+        split_at_image([torch.tensor([1, -200, 3]), torch.tensor([2, -200, 3])])
+
+
+def test_kept_answers_survive_a_torn_line_and_refuse_other_settings(tmp_path):
+    kept = KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
+    kept.add([{"id": "1", "answer": "x"}, {"id": "2", "answer": "Größe"}])
+    with (tmp_path / "p.jsonl").open("ab") as stream:
+        stream.write(b'{"id": "3", "ans')
+    again = KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
+    assert list(again.lines) == ["1", "2"] and again.lines["2"]["answer"] == "Größe"
+    again.keep_only(["2"])
+    again.add([{"id": "4"}])
+    assert [json.loads(line)["id"] for line in (tmp_path / "p.jsonl").read_text().splitlines()] == ["2", "4"]
+    with pytest.raises(UmedError, match="model: 'a' there, 'b' now"):
+        KeptAnswers(tmp_path, "p.jsonl", {"model": "b"})
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UmedError, match=r"no settings.json that says under which settings"):
+        KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
+    (tmp_path / "p.jsonl").unlink()
+    KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})
+    (tmp_path / "p.jsonl").write_text('{"id": 1}\nnot json\n')
+    with pytest.raises(UmedError, match="line 2 is not JSON"):
+        KeptAnswers(tmp_path, "p.jsonl", {"model": "a"})

@@ -1,0 +1,90 @@
+"""All that a reward of one's own may do, in a run: made from its class, started early, logging, stopping the run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+from test_trainer import grounded_records
+from umed_runs import TWO_PROCESSES, train_flags, umed_run
+
+OWN = '''
+class Slow:
+    """Counts the teacher-forced passes between its start and its call: what a judge has its time for."""
+
+    measures = ("own/passes_meanwhile", "own/started")
+    stop = None
+
+    def __init__(self):
+        self.passes, self.calls, self.started = 0, 0, []
+
+    def start(self, prompts, completions, **columns):
+        assert "attention_on_lesion" not in columns and len(columns["record"]) == len(completions)
+        if not self.started:
+            import umed_plugin.training.experience_maker as maker
+            self.counted, maker.answer_log_probs = maker.answer_log_probs, self.count
+        self.started.append((list(prompts), list(completions)))
+        self.passes = 0
+
+    def count(self, *positional, **keywords):
+        self.passes += 1
+        return self.counted(*positional, **keywords)
+
+    def __call__(self, prompts, completions, *, attention_on_lesion, **columns):
+        assert self.started[-1] == (list(prompts), list(completions))
+        self.calls += 1
+        if self.calls == 2:
+            self.stop = "two calls are enough."
+        return [None] * len(completions)
+
+    def measured(self):
+        return {"own/passes_meanwhile": self.passes, "own/started": len(self.started)}
+'''
+FLAGS = shlex.split(
+    "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 8 --max_steps 4 --lora_enable True --lora_r 4"
+    " --umed_rewards localization,vision_relevance,own:Slow"
+)
+
+
+def test_a_reward_starts_before_the_passes_logs_its_figures_and_can_stop_the_run(tiny_mistral, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    (tmp_path / "own.py").write_text(OWN)
+    flags = train_flags(tiny_mistral, records, tmp_path / "out", *FLAGS)
+    run = umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=tmp_path)
+    assert run.returncode == 1, run.stderr[-3000:]
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert f"umed: error: training stopped after step 2: two calls are enough. Saved: {checkpoint}" in run.stderr
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    assert [line["own/started"] for line in history] == [1, 2]
+    # The policy's own pass and the reference's.
+    assert [line["own/passes_meanwhile"] for line in history] == [2, 2]
+
+
+OF_NUMPY = """
+import os
+import numpy as np
+
+class Measures:
+    measures = ("own/rank",)
+
+    def __call__(self, prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    def measured(self):
+        rank = int(os.environ["RANK"])
+        return {"own/rank": rank if rank else np.float64(0)}
+"""
+
+
+def test_processes_of_which_one_measures_with_numpy_gather_the_same_kind_of_number(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    (tmp_path / "of_numpy.py").write_text(OF_NUMPY)
+    stage = shlex.split(
+        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 4 --max_steps 1 --save_strategy no"
+        " --per_device_train_batch_size 1 --umed_rewards of_numpy:Measures"
+    )
+    flags = train_flags(tiny_llama, records, tmp_path / "out", *stage)
+    run = umed_run([*TWO_PROCESSES, *flags], pythonpath=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (line, *_) = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert line["own/rank"] == 0.5

@@ -1,0 +1,178 @@
+"""The three rewards and their combination, on hand-worked cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.flags.rewards import LOCAL_JUDGES as JUDGE_NAMES
+from umed_plugin.flags.rewards import REWARDS as NAMES
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.rewards import (
+    REWARDS,
+    combine_rewards,
+    localization,
+    localization_diou,
+    relevance,
+    vision_relevance,
+)
+from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
+
+GEOMETRY = ImageGeometry(100, 100, "pad", 336, 14)
+TERMS = {"nodule": ["nodule"], "cyst": ["cyst"]}
+NODULE = {
+    "objects": {"ref": ["nodule"], "bbox": [[20, 20, 60, 60]]},
+    "terms": TERMS,
+    "conversations": [{}, {"value": "One area at [0.20, 0.20, 0.60, 0.60] is a nodule."}],
+}
+NEGATIVE = {"objects": {"ref": [], "bbox": []}, "terms": TERMS, "conversations": [{}, {"value": "Nothing abnormal."}]}
+WEIGHTS = {"relevance": 1.0, "localization": 1.0, "vision_relevance": 1.0}
+
+
+def call(reward, completions, record, **columns):
+    n = len(completions)
+    return reward(["q"] * n, completions, record=[record] * n, geometry=[GEOMETRY] * n, **columns)
+
+
+def test_localization_is_the_iou():
+    # [0.2, 0.2, 0.4, 0.6] is the left half of the true box: IoU 0.5.
+    answers = ["[0.20, 0.20, 0.60, 0.60]", "[0.20, 0.20, 0.40, 0.60]", "[0.7, 0.7, 0.9, 0.9]", "no box"]
+    assert call(localization, answers, NODULE) == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    assert call(localization, ["no box", "[0.1, 0.1, 0.2, 0.2]"], NEGATIVE) == [1.0, 0.0]
+
+
+def test_the_judge_of_classes_does_not_hear_the_wording():
+    answers = ["A nodule.", "One area at [0.20, 0.20, 0.60, 0.60] is a cyst.", "A nodule and a cyst."]
+    assert call(LOCAL_JUDGES["classes"], answers, NODULE) == pytest.approx([1.0, 0.0, 2 / 3])
+    lexical = call(LOCAL_JUDGES["lexical"], answers, NODULE)
+    assert lexical[0] < 1 and lexical[1] > 0
+    assert tuple(LOCAL_JUDGES) == JUDGE_NAMES
+
+
+def test_shaped_localization_ranks_misses_and_keeps_the_rest():
+    answers = [
+        "[0.20, 0.20, 0.60, 0.60]",
+        "[0.60, 0.20, 1.00, 0.60]",
+        "[0.60, 0.60, 1.00, 1.00]",
+        "no box",
+        "[2, 2, 1, 1]",
+    ]
+    right, beside, across, *wrong = call(localization_diou, answers, NODULE)
+    # Centres 0.4 apart, the box around both 0.8 x 0.4; then 0.4 x 0.4 apart, 0.8 x 0.8.
+    assert (right, beside, across) == pytest.approx((1.0, 0.25 * (1 - 0.16 / 0.8), 0.25 * (1 - 0.32 / 1.28)), abs=1e-5)
+    assert wrong == [0.0, 0.0]
+    assert call(localization_diou, ["no box", "[0.1, 0.1, 0.2, 0.2]"], NEGATIVE) == [1.0, 0.0]
+
+
+def test_a_group_that_misses_whole_is_not_raised_to_one():
+    values = call(localization_diou, ["[0.60, 0.20, 1.00, 0.60]", "[0.60, 0.60, 1.00, 1.00]"], NODULE)
+    least = {"localization_diou": localization_diou.least_maximum}
+    keywords = {"weights": {"localization_diou": 1.0}, "max_normalised": ["localization_diou"]}
+    shaped = combine_rewards({"localization_diou": values}, 2, least_maxima=least, **keywords)
+    torch.testing.assert_close(shaped, torch.tensor([values]) / 0.5)
+    assert shaped.max() < 0.5
+    assert combine_rewards({"localization_diou": values}, 2, **keywords).max() == 1, (
+        "what the least maximum is there for"
+    )
+    hit = combine_rewards({"localization_diou": [0.8, values[0]]}, 2, least_maxima=least, **keywords)
+    torch.testing.assert_close(hit, torch.tensor([[1.0, values[0] / 0.8]]))
+
+
+def test_the_flags_know_every_reward():
+    assert set(NAMES) == set(REWARDS)
+
+
+def test_relevance_of_the_reference_is_one_and_falls_with_class_and_words():
+    answers = [
+        "One area at [0.90, 0.10, 0.95, 0.20] is a nodule.",  # the box is not relevance's to judge
+        "One area at [0.20, 0.20, 0.60, 0.60] is a cyst.",  # class wrong: 0; words: 5 of 6
+        "zzz",
+    ]
+    assert call(relevance, answers, NODULE) == pytest.approx([1.0, 0.5 * 5 / 6, 0.0])
+    assert call(relevance, ["Nothing abnormal."], NEGATIVE) == [1.0]
+
+
+def test_vision_relevance_hands_on_the_attention_and_leaves_negatives_out():
+    assert call(vision_relevance, ["a", "b"], NODULE, attention_on_lesion=[0.3, 0.0]) == [0.3, 0.0]
+    assert call(vision_relevance, ["a"], NEGATIVE, attention_on_lesion=[0.0]) == [None]
+
+
+def test_sum_of_the_paper():
+    values = {"relevance": [0.5, 1.0], "localization": [0.4, 0.8], "vision_relevance": [0.3, 0.2]}
+    expected = [[0.5 + 0.4 / 0.8 + 0.3 / 0.3, 1.0 + 0.8 / 0.8 + 0.2 / 0.3]]
+    torch.testing.assert_close(combine_rewards(values, 2, weights=WEIGHTS), torch.tensor(expected))
+
+
+def test_maxima_are_those_of_the_query():
+    values = {"localization": [0.2, 0.4, 0.5, 1.0]}
+    torch.testing.assert_close(combine_rewards(values, 2, weights=WEIGHTS), torch.tensor([[0.5, 1.0], [0.5, 1.0]]))
+
+
+def test_floor_keeps_a_tiny_maximum_from_scoring_one():
+    values = {"localization": [0.02, 0.0]}
+    torch.testing.assert_close(combine_rewards(values, 2, weights=WEIGHTS, floor=0.1), torch.tensor([[0.2, 0.0]]))
+
+
+def test_group_of_zeros_stays_zero():
+    assert combine_rewards({"localization": [0.0] * 4}, 4, weights=WEIGHTS, floor=0.0).isnan().logical_not().all()
+    assert combine_rewards({"localization": [0.0] * 4}, 4, weights=WEIGHTS).eq(0).all()
+
+
+def test_one_candidate_is_not_normalised():
+    torch.testing.assert_close(
+        combine_rewards({"localization": [0.3, 0.6]}, 1, weights=WEIGHTS), torch.tensor([[0.3], [0.6]])
+    )
+
+
+@pytest.mark.parametrize("norm", ["max", "none", "zscore"])
+def test_none_leaves_the_term_out(norm):
+    with_none = combine_rewards(
+        {"relevance": [0.5, 0.9], "vision_relevance": [None, None]}, 2, weights=WEIGHTS, norm=norm
+    )
+    without = combine_rewards({"relevance": [0.5, 0.9]}, 2, weights=WEIGHTS, norm=norm)
+    torch.testing.assert_close(with_none, without)
+
+
+@pytest.mark.parametrize("norm", ["max", "none", "zscore"])
+def test_none_is_the_mean_of_the_others_and_not_the_worst(norm):
+    mixed = combine_rewards({"localization": [0.8, None, 0.4, 0.6]}, 4, weights=WEIGHTS, norm=norm)
+    known = combine_rewards({"localization": [0.8, 0.4, 0.6]}, 3, weights=WEIGHTS, norm=norm)
+    torch.testing.assert_close(mixed[:, [0, 2, 3]], known)
+    torch.testing.assert_close(mixed[0, 1], known.mean())
+
+
+def test_zscore_and_none():
+    torch.testing.assert_close(
+        combine_rewards({"localization": [0.0, 1.0]}, 2, weights=WEIGHTS, norm="zscore"), torch.tensor([[-1.0, 1.0]])
+    )
+    torch.testing.assert_close(
+        combine_rewards({"localization": [0.2, 0.4]}, 2, weights={"localization": 2.0}, norm="none"),
+        torch.tensor([[0.4, 0.8]]),
+    )
+    assert combine_rewards({"localization": [0.5, 0.5]}, 2, weights=WEIGHTS, norm="zscore").eq(0).all()
+
+
+def test_a_users_own_reward_is_found_by_module_and_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def short(prompts, completions, **columns):\n    return [1 / (1 + len(text)) for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert call(REWARDS.get("my_rewards:short"), ["", "abc"], NODULE) == [1.0, 0.25]
+    with pytest.raises(UsageError, match="has no 'long'"):
+        REWARDS.get("my_rewards:long")
+    with pytest.raises(UsageError, match="Did you mean 'localization'"):
+        REWARDS.get("localisation")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a": [0.1, 0.2], "b": [0.1]}, "one value for each candidate"),
+        ({"a": [0.1, 0.2, 0.3]}, "one value for each candidate"),
+        ({"a": [0.1, float("nan")]}, "reward 'a' gave nan"),
+    ],
+)
+def test_a_reward_that_gives_too_few_values_or_no_number_is_an_error(values, message):
+    with pytest.raises(UmedError, match=message):
+        combine_rewards(values, 2, weights=dict.fromkeys(values, 1.0))

@@ -1,0 +1,118 @@
+"""A run's folder for tests of the report: generated studies that are not rendered, and answers whose boxes are known."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+
+from umed_plugin.commands.demo.studies import make_studies
+from umed_plugin.data.build import build_records
+from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.data.records import record_geometry
+from umed_plugin.evaluation.grounded import Case, Evaluation, metrics
+from umed_plugin.evaluation.metrics.mau import case_values
+from umed_plugin.grounding.boxes import format_box, is_degenerate
+from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.model.heat_map import encode_heat
+from umed_plugin.training.candidate_log import log_candidates
+
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'></p></script><b>bold</b>"
+# How far a stage's boxes are from the true ones, in pixels; the base gives none.
+SHIFTS = {"base": None, "instruction_tuning": 14, "rewarding": 4}
+
+
+def make_records(folder: Path, count: int, mode: str = "pad") -> list[dict]:
+    """Records of DICOM, NIfTI and PNG files as they are: nothing is rendered."""
+    make_studies(folder / "studies", seed=3, train=0, val=0, test=count)
+    recipe = load_recipe("demo_studies")
+    return build_records(
+        recipe, out_dir=folder, image_aspect_ratio=mode, data_root=folder / "studies", split="test", render=False
+    )
+
+
+def answered(record: dict, stage: str, rng: random.Random) -> Case:
+    """A case whose boxes are the true ones moved to one side."""
+    true, shift, geometry = record["objects"]["bbox"], SHIFTS[stage], record_geometry(record, 64, 8)
+    moved = [] if shift is None else [[x1 + shift, y1, x2 + shift, y2] for x1, y1, x2, y2 in true]
+    said = [box for box in geometry.to_square(moved) if not is_degenerate(box)]
+    names = record["objects"]["ref"]
+    named = names if rng.random() < 0.8 else ["cyst"]
+    looked = geometry.patch_cover(true) + 0.02 * np.arange(64) / 64 + 0.05
+    text = f"There is {', '.join(named) or 'nothing'}. " + " ".join(map(format_box, said))
+    score, relevance = score_answer(text, record, geometry), 0.1 if true else None
+    return Case(
+        id=record["id"],
+        image=record["image"],
+        question=record["conversations"][0]["value"].replace("<image>", "").strip(),
+        answer=text,
+        true_classes=names,
+        true_boxes=[list(map(float, box)) for box in true],
+        boxes=[list(map(float, box)) for box in score.boxes],
+        accuracy=score.accuracy,
+        set_iou=score.set_iou,
+        vision_relevance=relevance,
+        source=record["source"],
+        patient=record["patient"],
+        values=case_values(score, relevance),
+        modality=record["modality"],
+        image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
+        reading=record.get("reading"),
+        heat=encode_heat(looked / looked.sum(), geometry, of_true_name=named == names) if named else None,
+    )
+
+
+def write_run(folder: Path, count: int = 16, mode: str = "pad") -> list[dict]:
+    """Evaluations of three stages, logs of two trainings, candidates; returns the records."""
+    records = make_records(folder / "data", count, mode)
+    for stage in SHIFTS:
+        rng = random.Random(0)
+        cases = [answered(record, stage, rng) for record in records]
+        Evaluation(f"runs/{stage}", "umed_mistral", cases, metrics(cases)).save(folder / "evaluation" / stage)
+    tuned, rewarded = folder / "runs" / "tuned-llava-mistral", folder / "runs" / "rewarded-llava-mistral"
+    write_log(tuned, "instruction_tuning", [{"loss": 3 / step, "learning_rate": 1e-3} for step in range(1, 12)])
+    rows = [
+        {
+            "loss": 0.1,
+            "kl": 0.001 * step,
+            "reward/total": 2 + 0.1 * step,
+            "reward/localization": 0.2 + 0.01 * step,
+            "guard/box_area_ratio": 1 + 0.1 * step,
+            "guard/top_skeleton": 0.1,
+            "guard/top_skeleton_reference": 0.2,
+        }
+        for step in range(1, 12)
+    ]
+    write_log(rewarded, "rewarding", rows)
+    for step, record in enumerate(records[:8]):
+        geometry = record_geometry(record)
+        texts = []
+        for shift in (0, 5, 40):
+            moved = [[x1 + shift, y1, x2 + shift, y2] for x1, y1, x2, y2 in record["objects"]["bbox"]]
+            boxes = [box for box in geometry.to_square(moved) if not is_degenerate(box)]
+            texts.append("An answer: " + " ".join(map(format_box, boxes)))
+        terms = {"relevance": [1.0, 1.0, None], "localization": [1.0, 0.6, 0.0]}
+        log_candidates(10 * step, record, texts, [2.0, 1.5 - 0.1 * step, 0.25], terms, rewarded, [], record["image"])
+    return records
+
+
+def write_log(folder: Path, stage: str | None, rows: list[dict]) -> None:
+    """What a training leaves of its figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    history = [{"step": 10 * number, "epoch": 0.1 * number, **row} for number, row in enumerate(rows, start=1)]
+    history.append({"step": 10 * len(rows), "train_loss": 0.5, "train_runtime": 9.0})
+    state = {"global_step": 10 * len(rows), "max_steps": 10 * len(rows), "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    if stage:
+        (folder / "umed.json").write_text(json.dumps({"umed_stage": stage}))
+
+
+def change_predictions(folder: Path, stage: str, change) -> None:
+    """Apply ``change`` to every line of a stage's predictions."""
+    file = folder / "evaluation" / stage / "predictions.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        change(number, line)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,28 @@
+"""The order of queries: a permutation, its own in each epoch, chunks in a row where updates share a rollout."""
+
+import torch
+
+from umed_plugin.training.sampler import EpochSampler
+
+
+def test_each_epoch_is_another_permutation_and_the_same_in_another_run():
+    first, second = EpochSampler(20, seed=3), EpochSampler(20, seed=3)
+    epochs = [list(first), list(first)]
+    torch.manual_seed(99)  # the global random state has no say
+    assert sorted(epochs[0]) == list(range(20))
+    assert epochs[0] != epochs[1]
+    assert [list(second), list(second)] == epochs
+    assert list(EpochSampler(20, seed=4)) != epochs[0]
+
+
+def test_chunks_are_repeated_in_a_row_and_the_rest_is_left_out():
+    sampler = EpochSampler(10, seed=0, chunk=4, repeats=3)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 24
+    assert order[:4] == order[4:8] == order[8:12]
+    assert order[12:16] == order[16:20] == order[20:24]
+    assert len({*order[:4], *order[12:16]}) == 8
+    assert [sampler.rollout(n) for n in (0, 1)] == [order[:4], order[12:16]]
+    assert sampler.rollout(2) == sampler.order(1)[:4]
+    assert sampler.order(1) != order
+    assert len(list(EpochSampler(10, seed=0, chunk=4))) == 8, "rollouts are whole also when they are passed over once"

@@ -1,0 +1,140 @@
+"""The curve over held-out studies: its values, and that training does not notice it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_export import learn_by_heart, study_records
+from test_resume import weights
+from umed_runs import TWO_PROCESSES, train_flags, umed_run
+
+from umed_plugin.evaluation.grounded import evaluate
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.training.validation import FIGURES, chosen_indices, figures, sums_and_counts
+
+FLAGS = shlex.split(
+    "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 60 --umed_rewards relevance,localization"
+    " --umed_stock_template_share 1 --umed_log_candidates 1 --learning_rate 2e-3 --max_steps 5 --save_steps 3"
+    " --per_device_train_batch_size 1 --per_device_eval_batch_size 2"
+)
+# Boxes as the taught answers say them, and others: 16 pixels of padding lie above an 80 x 48 image.
+BOXES = {"nodule": [9.6, 11.2, 44.8, 46.4], "cyst": [40, 4, 60, 16]}
+
+
+@pytest.fixture(scope="module")
+def taught(tiny_mistral, tmp_path_factory):
+    """A checkpoint that gives three answers by heart, and a file with training and held-out records about them."""
+    folder = tmp_path_factory.mktemp("validation")
+    records = study_records(folder / "data")
+    checkpoint = folder / "taught-llava-mistral"
+    learn_by_heart(tiny_mistral, records, folder / "data", checkpoint)
+    shutil.copytree(tiny_mistral / "vision_tower", checkpoint / "vision_tower")
+    for record, name in zip(records, BOXES):
+        record["objects"] = {"ref": [name], "bbox": [BOXES[name]], "bbox_type": "real"}
+    held_out = []
+    for i, record in enumerate(records + records[:2]):
+        record = json.loads(json.dumps(record)) | {"id": f"held out {i}", "split": "val"}
+        if i == 3:  # half of the box that the answer gives
+            record["objects"]["bbox"][0][2] = 27.2
+        held_out.append(record)
+    every = [record | {"split": "train"} for record in records] + held_out
+    for record in every:
+        record["terms"] = {"nodule": ["nodule"], "cyst": ["cyst"]}
+        record |= {"source": "test", "modality": "CT", "patient": "1"}
+        record["answer_type"] = "grounded" if record["objects"]["ref"] else "negative"
+    file = folder / "data" / "records.json"
+    file.write_text(json.dumps(every))
+    return checkpoint, file, [record for record in every if record["split"] == "val"]
+
+
+def rewarding(checkpoint, file, output, *more, launcher=("python", "-m", "llava.train.train_mem")):
+    flags = train_flags(checkpoint, file, output, *FLAGS, *more)
+    run = umed_run([*launcher, *flags])
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def curve(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {
+        line["step"]: {name: line[name] for name in FIGURES if name in line} for line in history if "val/iou" in line
+    }
+
+
+@pytest.fixture(scope="module")
+def with_curve(taught, tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs") / "with"
+    rewarding(*taught[:2], output, "--umed_val_every", "2")
+    return output
+
+
+def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve):
+    checkpoint, _, held_out = taught
+    found = curve(with_curve)
+    assert list(found) == [0, 2, 4, 5], "before the first step, every 2 steps, after the last"
+    folder = Path(taught[1]).parent
+    for step, weights_of in ((0, checkpoint), (5, with_curve)):
+        metrics = evaluate(
+            weights_of, held_out, image_folder=folder, template="mistral_instruct", max_new_tokens=60, device="cpu"
+        ).metrics
+        assert found[step]["val/iou"] == pytest.approx(metrics["mean_iou"], abs=1e-6)
+        assert found[step]["val/accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-6)
+    # Of four studies with a lesion one has a true box of half the area: the fourth root of 2.
+    assert found[0]["val/iou"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=0.01)
+    assert found[0]["val/box_area_ratio"] == pytest.approx(2 ** (1 / 4), abs=0.01)
+    assert found[0] != found[5], "five steps at a high rate change the answers, or the last value showed nothing"
+
+
+def test_training_samples_the_same_answers_with_and_without_the_curve(taught, with_curve, tmp_path):
+    rewarding(*taught[:2], tmp_path / "without")
+    assert curve(tmp_path / "without") == {}
+    sampled = [(output / "candidates.jsonl").read_text() for output in (with_curve, tmp_path / "without")]
+    assert len(sampled[0].splitlines()) == 5
+    assert sampled[0] == sampled[1]
+    expected, found = weights(tmp_path / "without"), weights(with_curve)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_resumed_run_goes_on_with_the_same_curve(taught, with_curve, tmp_path):
+    shutil.copytree(with_curve / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    rewarding(*taught[:2], tmp_path / "resumed", "--umed_val_every", "2")
+    assert curve(tmp_path / "resumed") == curve(with_curve)
+
+
+def test_two_processes_answer_each_record_once(taught, with_curve, tmp_path):
+    """Five records do not divide by two, and one process has a batch more."""
+    rewarding(*taught[:2], tmp_path / "two", "--umed_val_every", "9", "--max_steps", "1", launcher=TWO_PROCESSES)
+    assert curve(tmp_path / "two")[0] == pytest.approx(curve(with_curve)[0], abs=1e-6)
+
+
+def test_the_choice_of_records_does_not_depend_on_their_order():
+    names = [f"study {i}" for i in range(50)]
+    chosen = {names[i] for i in chosen_indices(names, 10)}
+    assert len(chosen) == 10
+    turned = names[::-1]
+    assert {turned[i] for i in chosen_indices(turned, 10)} == chosen
+    assert chosen_indices(names, 99) == list(range(50))
+    assert chosen_indices(names, 10) != list(range(10))
+
+
+def test_figures_from_sums_of_several_processes():
+    square = ImageGeometry(100, 100)
+    lesion = {"objects": {"ref": ["nodule"], "bbox": [[10, 10, 50, 50]]}, "terms": {"nodule": ["nodule"]}}
+    nothing = {"objects": {"ref": [], "bbox": []}, "terms": {"nodule": ["nodule"]}}
+    scores = [
+        score_answer("[0.10, 0.10, 0.50, 0.90] nodule", lesion, square),
+        score_answer("nodule", lesion, square),
+        score_answer("normal", nothing, square),
+    ]
+    parts = [sums_and_counts(part) for part in (scores[:1], scores[1:], [])]
+    assert figures(sum(parts)) == pytest.approx({"val/iou": 0.25, "val/accuracy": 1.0, "val/box_area_ratio": 2.0})
+    assert figures(parts[2]) == {}
+    assert math.isfinite(figures(parts[1])["val/iou"])
+    assert "val/box_area_ratio" not in figures(parts[1])

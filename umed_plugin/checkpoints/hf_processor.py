@@ -1,0 +1,258 @@
+"""The files around the weights: tokenizer, chat template and image processor, from LLaVA's form to transformers' and back.
+
+LLaVA's tokenizer does not know ``<image>``; transformers' must. It is put behind all other tokens. ``tokenizer.json`` is made
+from ``tokenizer.model`` with the rules for spaces that LLaVA's slow tokenizer follows, and is compared with it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.chat_template import END, IMAGE, START, jinja_template
+from umed_plugin.data.template_writer import question_prompt
+from umed_plugin.errors import UmedError
+
+_SPACE = "\u2581"  # of sentencepiece
+# What a slow Llama tokenizer reads of tokenizer_config.json.
+_TOKENIZER_KEYS = (
+    "add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token", "clean_up_tokenization_spaces",
+    "legacy", "model_max_length", "sp_model_kwargs", "spaces_between_special_tokens", "use_default_system_prompt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids that the converted model is told of.
+
+    Attributes:
+        image: id of ``<image>``, which is also the number of LLaVA's own tokens.
+        pad: id of the padding token.
+    """
+
+    image: int
+    pad: int
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The file's content, or {} when there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def write_json(values: dict[str, Any], file: Path) -> None:
+    """Indented, with a newline at the end."""
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sentencepiece_file(checkpoint: Path) -> Path:
+    """``tokenizer.model`` of a checkpoint.
+
+    Raises:
+        UmedError: it has none.
+    """
+    file = checkpoint / "tokenizer.model"
+    if not file.is_file():
+        raise UmedError(
+            f"{checkpoint}: has no tokenizer.model, the sentencepiece vocabulary that LLaVA's tokenizer is read from (newer "
+            "transformers leave it out when they save). Copy it there from the checkpoint that this one was made from."
+        )
+    return file
+
+
+def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, template: str) -> Vocabulary:
+    """Write tokenizer and chat template in transformers' form.
+
+    Args:
+        checkpoint: LLaVA's, with ``tokenizer.model``.
+        config: its ``config.json``.
+        folder: to write to.
+        template: name of the conversation template.
+
+    Raises:
+        UmedError: no ``tokenizer.model``; or the result does not tokenize as LLaVA does.
+    """
+    from transformers import AutoTokenizer
+
+    source = sentencepiece_file(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
+    if config.get("mm_use_im_patch_token", True):  # LLaVA's loader adds what the config asks for
+        tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
+    marked = START + IMAGE + END if config.get("mm_use_im_start_end") else IMAGE
+    if marked != IMAGE:
+        tokenizer.add_tokens([START, END], special_tokens=True)
+    old = read_json(checkpoint / "tokenizer_config.json")
+    legacy = old.get("legacy") in (None, True)  # a tokenizer from before the key is legacy
+    added = {int(key): token for key, token in tokenizer.added_tokens_decoder.items()}
+    vocabulary = Vocabulary(len(tokenizer), _pad_id(tokenizer))
+    tokens = [_added_token(key, token.content, token.special) for key, token in sorted(added.items())]
+    tokens.append(_added_token(vocabulary.image, IMAGE, special=True))
+    gap = "" if legacy else " "
+    image = IMAGE + gap if marked == IMAGE else START + IMAGE + _gap_before_end(tokenizer) + END
+    text = jinja_template(template, gap=gap, image=image)
+    shutil.copy2(source, folder / source.name)
+    write_json(_tokenizer_json(source, tokens, tokenizer, legacy), folder / "tokenizer.json")
+    new = {key: old[key] for key in _TOKENIZER_KEYS if key in old}
+    new.update(
+        tokenizer_class="LlamaTokenizer", processor_class="LlavaProcessor", legacy=legacy, padding_side="left",
+        bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token, unk_token=tokenizer.unk_token,
+        pad_token=tokenizer.convert_ids_to_tokens(vocabulary.pad), chat_template=text,
+        added_tokens_decoder={str(token.pop("id")): token for token in [dict(token) for token in tokens]},
+    )  # fmt: skip
+    write_json(new, folder / "tokenizer_config.json")
+    write_json({"chat_template": text}, folder / "chat_template.json")
+    _compare(tokenizer, folder, text, template, marked)
+    return vocabulary
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """LLaVA pads with UNK where a tokenizer has no token for it; padding is masked, so no new token is needed."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.unk_token_id if pad is None else pad
+
+
+def _gap_before_end(tokenizer: Any) -> str:
+    """What a part of the prompt that begins with the end mark has before it; not all tokenizers put a space there."""
+    return "" if tokenizer(END, add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids(END)] else " "
+
+
+def _added_token(index: int, content: str, special: bool) -> dict[str, Any]:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"id": index, "content": content, **plain, "special": special}
+
+
+def _tokenizer_json(source: Path, added: list[dict[str, Any]], tokenizer: Any, legacy: bool) -> dict[str, Any]:
+    """``tokenizer.json``: the sentencepiece model's pieces and merges, spaces as the slow tokenizer puts them.
+
+    The slow tokenizer puts a space before each stretch between special tokens when it is legacy, else before the first one.
+    """
+    from transformers import LlamaTokenizerFast
+
+    with tempfile.TemporaryDirectory() as alone:  # a tokenizer.json beside it would be read instead
+        shutil.copy2(source, alone)
+        made = json.loads(LlamaTokenizerFast.from_pretrained(alone).backend_tokenizer.to_str())
+    model = made["model"]
+    model.pop("ignore_merges", None)  # older tokenizers do not know it
+    model.update(
+        unk_token=tokenizer.unk_token,
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+    )
+    bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id], "tokens": [tokenizer.bos_token]}
+    one = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    two = [{"SpecialToken": {"id": bos["id"], "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    first = {"type": "Metaspace", "replacement": _SPACE, "add_prefix_space": True, "prepend_scheme": "first"}
+    return {
+        **made,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if legacy else None,
+        "pre_tokenizer": None if legacy else {**first, "split": False},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": {bos["id"]: bos}
+        },
+        "model": model,
+    }  # fmt: skip
+
+
+def _compare(tokenizer: Any, folder: Path, text: str, template: str, marked: str) -> None:
+    """Refuse a result that gives other ids to a question than LLaVA does."""
+    from llava.constants import IMAGE_TOKEN_INDEX
+    from llava.mm_utils import tokenizer_image_token
+    from transformers import PreTrainedTokenizerFast
+
+    question = "Is anything abnormal? [0.12, 0.5]"
+    ours = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.bos_token)
+    chat = [{"role": "user", "content": f"{IMAGE}\n{question}"}]
+    prompt = ours.apply_chat_template(chat, chat_template=text, tokenize=False, add_generation_prompt=True)
+    found = ours(prompt, add_special_tokens=False).input_ids
+    wanted = tokenizer_image_token(question_prompt(f"{marked}\n{question}", template), tokenizer)
+    image_id = ours.convert_tokens_to_ids(IMAGE)
+    wanted = [image_id if index == IMAGE_TOKEN_INDEX else index for index in wanted]
+    if found != wanted:
+        raise UmedError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot be written in transformers' form: the question {prompt!r} becomes "
+            f"{found}, but LLaVA makes {wanted} of it. Please report the checkpoint's name and tokenizer_config.json."
+        )
+
+
+def write_image_processor(tower: Path | str, config: dict[str, Any], folder: Path, patch_size: int) -> None:
+    """Write the image processor of the tower, padding to a square where the checkpoint wants it, and the processor around it.
+
+    Args:
+        tower: folder or hub name with ``preprocessor_config.json``.
+        config: LLaVA's ``config.json``.
+        folder: to write to.
+        patch_size: of the tower, in pixels.
+    """
+    from transformers import CLIPImageProcessor
+
+    values = CLIPImageProcessor.from_pretrained(tower).to_dict()
+    values = {key: value for key, value in values.items() if not key.startswith("_")}
+    if config.get("image_aspect_ratio") == "pad":
+        values.update(image_processor_type="LlavaImageProcessor", do_pad=True)
+    else:
+        values["image_processor_type"] = "CLIPImageProcessor"
+    write_json({**values, "processor_class": "LlavaProcessor"}, folder / "preprocessor_config.json")
+    strategy = "full" if config.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
+    write_json(
+        {
+            "processor_class": "LlavaProcessor", "patch_size": patch_size, "vision_feature_select_strategy": strategy,
+            "num_additional_image_tokens": 1, "image_token": IMAGE,
+        },
+        folder / "processor_config.json",
+    )  # fmt: skip
+
+
+def read_image_processor(checkpoint: Path) -> tuple[dict[str, Any], str]:
+    """The tower's image processor and LLaVA's ``image_aspect_ratio`` of a folder in transformers' form.
+
+    Raises:
+        UmedError: it has no image processor.
+    """
+    values = read_json(checkpoint / "preprocessor_config.json")
+    values = values or read_json(checkpoint / "processor_config.json").get("image_processor", {})
+    if not values:
+        raise UmedError(
+            f"{checkpoint}: has no image processor (preprocessor_config.json, or image_processor in processor_config.json). "
+            "Copy it there from the model that this one was made from."
+        )
+    ratio = "pad" if values.get("do_pad") else "square"
+    dropped = ("do_pad", "pad_size", "processor_class", "image_processor_type")
+    values = {key: value for key, value in values.items() if key not in dropped}
+    return {**values, "image_processor_type": "CLIPImageProcessor"}, ratio
+
+
+def write_llava_tokenizer(checkpoint: Path, folder: Path, original: dict[str, Any], image_id: int) -> int:
+    """Write the tokenizer as LLaVA reads it, without ``<image>``; returns how many rows of the embeddings it uses.
+
+    ``<image>`` is taken out where nothing but padding stands behind it; else it stays, which LLaVA does not mind.
+
+    Args:
+        checkpoint: in transformers' form.
+        folder: to write to.
+        original: ``tokenizer_config.json`` of the LLaVA checkpoint that it was made from; {} when that is not known.
+        image_id: id of ``<image>``.
+    """
+    shutil.copy2(sentencepiece_file(checkpoint), folder)
+    found = read_json(checkpoint / "tokenizer_config.json")
+    added = found.get("added_tokens_decoder")
+    if added is None:
+        listed = read_json(checkpoint / "tokenizer.json").get("added_tokens", [])
+        added = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in listed}
+    behind = {key for key, token in added.items() if int(key) >= image_id}
+    pad = found.get("pad_token")
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    removable = all(added[key]["content"] in (IMAGE, pad) for key in behind)
+    kept = {key: token for key, token in added.items() if not (removable and key in behind)}
+    config = original or {key: found[key] for key in _TOKENIZER_KEYS if key in found}
+    if not original and pad in {added[key]["content"] for key in behind}:
+        config["pad_token"] = found.get("unk_token")
+    write_json(
+        {**config, "tokenizer_class": "LlamaTokenizer", "padding_side": "right", "added_tokens_decoder": kept},
+        folder / "tokenizer_config.json",
+    )
+    return image_id if removable else max(map(int, added)) + 1

@@ -1,0 +1,311 @@
+"""Checkpoints: what lies in one, and loading it by what it is.
+
+Stock LLaVA decides by the folder's name how to load a checkpoint; this module reads ``model_type`` from ``config.json``.
+Vision-tower weights that lie inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is
+set). Pickles are loaded with ``weights_only=True``. `umed_plugin.checkpoints.merging` writes checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UmedError, unknown_name
+
+# model_type -> module and class of LLaVA's. "llava" is what checkpoints older than LLaVA 1.2 call themselves.
+FAMILIES = {
+    "llava_mistral": ("llava.model.language_model.llava_mistral", "LlavaMistralForCausalLM"),
+    "llava_llama": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
+    "llava": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
+}
+# model_type -> template of prompts: the plugin's, and the one that stock LLaVA asks with.
+UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
+STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
+ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
+TOWER = "model.vision_tower."
+# What LLaVA reads from config.json when it answers; training may have set it anew, so it goes along into a merged checkpoint.
+READ_WHEN_ANSWERING = (
+    "image_aspect_ratio",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+    "mm_patch_merge_type",
+    "mm_use_im_start_end",
+    "mm_use_im_patch_token",
+)
+
+
+def read_config(path: Path | str) -> dict[str, Any]:
+    """Return ``config.json`` of a LLaVA checkpoint or LoRA folder.
+
+    Raises:
+        UmedError: there is none, or it is not LLaVA's.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        found = "no such folder" if not Path(path).is_dir() else "a folder without config.json"
+        raise UmedError(
+            f"{path}: {found}. Needed: a LLaVA checkpoint on this machine (config.json, weights, tokenizer). "
+            "A checkpoint on the Hugging Face hub is fetched with: huggingface-cli download NAME --local-dir DIR"
+        )
+    config = json.loads(file.read_text(encoding="utf-8"))
+    kind = config.get("model_type")
+    if kind == "llava" and "text_config" in config:
+        raise UmedError(
+            f"{file}: this is the transformers form of LLaVA (it has text_config). Needed: the original form, as on the hub "
+            "under liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b; LLaVA's own code cannot load the other."
+        )
+    if kind not in FAMILIES:
+        raise UmedError(f"{file}: not a LLaVA checkpoint: {unknown_name('model_type', str(kind), FAMILIES)}")
+    return config
+
+
+def is_lora(path: Path | str) -> bool:
+    """Whether the folder holds a LoRA adapter instead of a full model."""
+    return (Path(path) / ADAPTER).is_file()
+
+
+def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None = None) -> list[Path]:
+    """The files that hold a full checkpoint's weights: one, or the shards of its index; in transformers' order of preference.
+
+    Args:
+        checkpoint: a folder, or a name on the Hugging Face hub.
+        prefix: leave out the shards in which no tensor's name begins with it.
+        cache_dir: where files of the hub are kept.
+
+    Raises:
+        UmedError: there are none, or a shard is missing.
+    """
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Path | None:
+        file = cached_file(
+            str(checkpoint), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        return None if file is None else Path(file)
+
+    for name in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        file = find(name)
+        if file is not None and not name.endswith(".json"):
+            return [file]
+        if file is not None:
+            places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(prefix)})
+            found = {shard: find(shard) for shard in shards}
+            missing = [shard for shard, path in found.items() if path is None]
+            if missing:
+                raise UmedError(
+                    f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Get the checkpoint again."
+                )
+            return [path for path in found.values() if path is not None]
+    raise UmedError(
+        f"{checkpoint}: holds no weights. Needed: model.safetensors or pytorch_model.bin, or their shards with the index."
+    )
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Name -> tensor of one weight file, on the CPU, in the dtype it was saved in."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    import torch
+
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(
+    path: Path | str, base: Path | str | None = None, device: str | None = None, dtype: Any = None
+) -> tuple[Any, Any, Any]:
+    """Load a checkpoint, or a LoRA folder over its base, in evaluation mode.
+
+    Args:
+        path: a full checkpoint, or a folder that LLaVA's training wrote with ``--lora_enable True``.
+        base: of a LoRA folder; by default the one that its adapter was trained on.
+        device: ``cuda`` where there is one, else ``cpu``.
+        dtype: of the weights; float32 by default.
+
+    Returns:
+        (tokenizer, model, image processor); the model of a LoRA folder is a PEFT model whose adapter can be switched off.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or torch.float32
+    path = Path(path)
+    if not is_lora(path):
+        tokenizer, model = _load_full(path)
+    else:
+        config = read_config(path)
+        tokenizer, model = _load_full(find_base(path, base), config)
+        model = _wrap_adapter(model, path)
+    model = model.to(device=device, dtype=dtype).eval()
+    tower = model.get_vision_tower() if not is_lora(path) else model.get_base_model().get_vision_tower()
+    return tokenizer, model, tower.image_processor
+
+
+def find_base(lora_dir: Path, base: Path | str | None) -> Path:
+    """The base of a LoRA folder: as given, else as its adapter names it.
+
+    Raises:
+        UmedError: it is not on this machine, or is itself a LoRA folder.
+    """
+    named = base or json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named or not Path(named).is_dir():
+        raise UmedError(
+            f"{lora_dir} is a LoRA folder over {named!r}, which is no folder on this machine. Give the checkpoint that it "
+            "was trained on with --base."
+        )
+    if is_lora(named):
+        raise UmedError(
+            f"--base {named} is a LoRA folder itself. Merge it first: umed merge {named} --base CKPT --out DIR"
+        )
+    return Path(named)
+
+
+def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """(tokenizer, model) of a full checkpoint in float32, its own tower weights included; ``config`` overrides values."""
+    import importlib
+
+    from transformers import AutoTokenizer
+
+    own = read_config(path)
+    changes = {key: config[key] for key in READ_WHEN_ANSWERING if key in config} if config else {}
+    _check_tower(path, own)
+    module, name = FAMILIES[own["model_type"]]
+    model_class = getattr(importlib.import_module(module), name)
+    with _quiet():
+        model_config = model_class.config_class.from_pretrained(path, **changes)
+        model = model_class.from_pretrained(path, config=model_config)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False)
+        tower = model.get_vision_tower()
+        if not tower.is_loaded:
+            tower.load_model()
+    _add_image_tokens(tokenizer, model)
+    inside = tower_tensors(path)
+    if inside:
+        misfit = tower_misfit(tower.state_dict(), inside)
+        if misfit:
+            raise UmedError(
+                f"{path}: its vision-tower weights do not fit {tower.vision_tower_name}, which its config.json names as "
+                f"mm_vision_tower: {misfit}. Name the tower there that the checkpoint was trained with."
+            )
+        tower.load_state_dict(inside, strict=False)
+    return tokenizer, model
+
+
+def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
+    """The vision tower's weights inside a checkpoint (folder or hub), under the names of LLaVA's tower; empty without any."""
+    tensors = {}
+    for file in weight_files(checkpoint, TOWER, cache_dir):
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(str(file), framework="pt", device="cpu") as stream:
+                names = [name for name in list(stream.keys()) if name.startswith(TOWER)]
+                tensors.update({name[len(TOWER) :]: stream.get_tensor(name) for name in names})
+        else:
+            tensors.update({n[len(TOWER) :]: t for n, t in read_tensors(file).items() if n.startswith(TOWER)})
+    return {name: tensor for name, tensor in tensors.items() if not _is_counter(name)}
+
+
+def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
+    """What keeps ``inside`` from replacing the weights ``own`` of a tower, in words; None when it fits."""
+    own = {name: tensor for name, tensor in own.items() if not _is_counter(name)}
+    missing, unknown = sorted(set(own) - set(inside)), sorted(set(inside) - set(own))
+    shapes = [
+        f"{name} is {tuple(inside[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(set(own) & set(inside))
+        if inside[name].shape != own[name].shape
+    ]
+    if not (missing or unknown or shapes):
+        return None
+    return (
+        f"{len(missing)} tensors are missing, {len(unknown)} are unknown, {len(shapes)} have another shape "
+        f"({'; '.join([*shapes, *missing, *unknown][:3])})"
+    )
+
+
+def _is_counter(name: str) -> bool:
+    """``position_ids`` is 0, 1, 2, ... and no weight: older transformers save it, newer ones do not."""
+    return name.endswith("position_ids")
+
+
+def _check_tower(path: Path, config: dict[str, Any]) -> None:
+    tower = config.get("mm_vision_tower", config.get("vision_tower"))
+    if tower is None:
+        raise UmedError(
+            f"{path}/config.json: has no mm_vision_tower, so this model sees no images. Needed: a LLaVA checkpoint."
+        )
+    if os.path.isabs(tower) and not os.path.isdir(tower):
+        raise UmedError(
+            f"{path}/config.json: mm_vision_tower is {tower}, and there is no such folder. If the tower was moved, write its "
+            "new absolute path there."
+        )
+
+
+def _add_image_tokens(tokenizer: Any, model: Any) -> None:
+    """What LLaVA's loader does after loading: tokens that the config asks for and the tokenizer does not have yet."""
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+
+    if getattr(model.config, "mm_use_im_patch_token", True):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    adapter, others = adapter_tensors(lora_dir)
+    unknown = model.load_state_dict(others, strict=False).unexpected_keys
+    if unknown:
+        raise UmedError(
+            f"{lora_dir / NON_LORA}: holds {unknown[0]!r}, which the base does not have. Is --base the right one?"
+        )
+    config = LoraConfig.from_pretrained(lora_dir)
+    with torch.no_grad():
+        model = get_peft_model(model, config)
+        set_peft_model_state_dict(model, adapter)
+    return model
+
+
+def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the adapter's tensors under PEFT's names, the other trained tensors under the base's names) of a LoRA folder."""
+    files = [
+        lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()
+    ]
+    if not files:
+        raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
+    if not (lora_dir / NON_LORA).is_file():
+        raise UmedError(
+            f"{lora_dir}: has no {NON_LORA} (the trained projector), which LLaVA writes at the end of training only. Take the "
+            "output folder of a run that ended instead of one of its checkpoint-N folders."
+        )
+    others = {name.removeprefix("base_model.model."): t for name, t in read_tensors(lora_dir / NON_LORA).items()}
+    return read_tensors(files[0]), others
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from warning that tower weights are unused: `_load_full` uses them right after."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,186 @@
+"""Transformers' form of a LLaVA model (``LlavaForConditionalGeneration``) in LLaVA's own layout, which stock LLaVA loads.
+
+The way back of :mod:`umed_plugin.checkpoints.to_transformers`, also for a model that was trained in transformers' form in
+between. The vision tower goes into the folder ``vision_tower`` of the checkpoint, and ``config.json`` names it by its
+absolute path, because LLaVA resolves a relative one against the working folder.
+
+How to run: ``umed convert FOLDER --out DIR``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_json, write_llava_tokenizer
+from umed_plugin.checkpoints.loading import weight_files
+from umed_plugin.checkpoints.merging import written_aside
+from umed_plugin.checkpoints.to_transformers import (
+    EMBEDDING,
+    HEAD,
+    NAMES,
+    OF_THE_FILE,
+    ORIGINAL,
+    PROJECTORS,
+    bare_tower_name,
+    old_rope,
+)
+from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
+from umed_plugin.errors import UmedError
+
+_CLASSES = {"mistral": ("llava_mistral", "LlavaMistralForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
+_PROJECTOR = "multi_modal_projector."
+
+
+def is_transformers_form(path: Path | str) -> bool:
+    """Whether the folder holds transformers' form of a LLaVA model, and not LLaVA's own layout."""
+    config = read_json(Path(path) / "config.json")
+    return config.get("model_type") == "llava" and "text_config" in config
+
+
+def to_llava(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write transformers' form of a LLaVA model in LLaVA's layout; return the folder.
+
+    Args:
+        checkpoint: folder with ``config.json``, weights, processor, and the ``tokenizer.model`` that LLaVA reads.
+        out: must not exist, unless ``overwrite``. Stock LLaVA chooses its loader by the folder's name:
+            `merging.stock_name_fault`.
+        overwrite: replace ``out``.
+        progress: called with the bytes done and in all.
+
+    Raises:
+        UmedError: LLaVA's classes cannot express the model, or a file of it is missing.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    config = read_json(checkpoint / "config.json")
+    _check_expressible(checkpoint, config)
+    original = config.get(ORIGINAL, {})
+    tower, projector = {}, {}
+    with written_aside(out, overwrite) as folder:
+        image_id = config["image_token_index"] if "image_token_index" in config else config["image_token_id"]
+        rows = write_llava_tokenizer(checkpoint, folder, original.get("tokenizer_config", {}), image_id)
+        processor, ratio = read_image_processor(checkpoint)
+        files = weight_files(checkpoint)
+        writer = ShardWriter(folder, of_all_bytes(files, progress))
+        for file in files:
+            for name, tensor in stream(file):
+                known = _old_name(name, checkpoint)
+                if known.startswith("vision_tower."):
+                    tower[bare_tower_name(known)] = tensor
+                elif known.startswith(_PROJECTOR):
+                    projector[known[len(_PROJECTOR) :]] = tensor
+                else:
+                    ours = _llava_name(known)
+                    writer.add(ours, tensor[:rows] if ours in (EMBEDDING, HEAD) else tensor)
+        kind = "linear" if config.get("projector_hidden_act", "gelu") == PROJECTORS["linear"] else "mlp2x_gelu"
+        for name, tensor in _projector(projector, kind).items():
+            writer.add(f"model.mm_projector.{name}", tensor)
+        writer.finish()
+        new = _llava_config(config, original.get("config", {}), rows, kind, ratio, len(projector["linear_1.weight"][0]))
+        write_json({**new, "mm_vision_tower": str(out.resolve() / "vision_tower")}, folder / "config.json")
+        _write_tower(folder / "vision_tower", tower, config["vision_config"], processor)
+        generation = read_json(checkpoint / "generation_config.json")
+        generation.pop("suppress_tokens", None)
+        write_json(generation, folder / "generation_config.json")
+    return out
+
+
+def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Refuse what LLaVA's classes have no place for, all of it at once."""
+    language, vision = config["text_config"], config.get("vision_config", {})
+    found = {
+        "text_config.model_type": (language.get("model_type", "llama"), tuple(_CLASSES)),
+        "vision_config.model_type": (vision.get("model_type", "clip_vision_model"), ("clip_vision_model",)),
+        "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), tuple(PROJECTORS.values())),
+        "vision_feature_select_strategy": (
+            config.get("vision_feature_select_strategy", "default"),
+            ("default", "full"),
+        ),
+        "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), (True,)),
+    }
+    faults = [f"{k} is {v!r}; allowed: {', '.join(map(str, a))}" for k, (v, a) in found.items() if v not in a]
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        faults.append(f"vision_feature_layer is {layer!r}; allowed: one layer's number")
+    if faults:
+        raise UmedError(
+            f"{checkpoint / 'config.json'}: LLaVA's classes cannot express this model: {'; '.join(faults)}."
+        )
+
+
+def _old_name(name: str, checkpoint: Path) -> str:
+    """The name by which transformers saves a tensor, of it or of the one that its version 5 has in memory."""
+    if name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "language_model.model.", 1)
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    known = name.removeprefix("model.")
+    if not known.startswith(("language_model.", "vision_tower.", _PROJECTOR)):
+        raise UmedError(
+            f"{checkpoint}: holds {name!r}, which LlavaForConditionalGeneration does not have. Is it a LLaVA model?"
+        )
+    return known
+
+
+def _llava_name(name: str) -> str:
+    return next(ours + name[len(theirs) :] for ours, theirs in NAMES if name.startswith(theirs))
+
+
+def _projector(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    """LLaVA's projector of transformers' two layers; without anything between them they are one linear layer.
+
+    linear_2(linear_1(x)) = W2 (W1 x + b1) + b2. Where W2 is the identity, as `to_transformers` writes it, W1 stays to the bit.
+    """
+    if kind == "mlp2x_gelu":
+        return {re.sub("^linear_2", "2", re.sub("^linear_1", "0", name)): tensor for name, tensor in found.items()}
+    w1, b1, w2, b2 = (found[f"linear_{layer}.{part}"] for layer in (1, 2) for part in ("weight", "bias"))
+    weight, bias = w2.double() @ w1.double(), w2.double() @ b1.double() + b2.double()
+    return {"weight": weight.to(w1.dtype), "bias": bias.to(b1.dtype)}
+
+
+def _llava_config(
+    config: dict[str, Any], original: dict[str, Any], rows: int, kind: str, ratio: str, tower_width: int
+) -> dict[str, Any]:
+    """``config.json``: the language model's, and the ``mm_*`` keys; those that transformers does not have are the original's."""
+    language = {key: value for key, value in old_rope(config["text_config"]).items() if key not in OF_THE_FILE}
+    model_type, class_name = _CLASSES[config["text_config"].get("model_type", "llama")]
+    defaults = {
+        "mm_patch_merge_type": "flat", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False, "freeze_mm_mlp_adapter": False, "tokenizer_padding_side": "right",
+    }  # fmt: skip
+    whole = config.get("vision_feature_select_strategy", "default") == "full"
+    return {
+        **language,
+        **defaults,
+        **{key: value for key, value in original.items() if key not in ("vision_tower", "unfreeze_mm_vision_tower")},
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": rows,
+        "mm_hidden_size": tower_width,
+        "mm_projector_type": kind,
+        "mm_vision_select_layer": config.get("vision_feature_layer", -2),
+        "mm_vision_select_feature": "cls_patch" if whole else "patch",
+        "image_aspect_ratio": ratio,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings") or language.get("tie_word_embeddings")),
+        "torch_dtype": config.get("torch_dtype") or config.get("dtype") or "float16",
+    }
+
+
+def _write_tower(folder: Path, tensors: dict[str, Any], vision: dict[str, Any], processor: dict[str, Any]) -> None:
+    folder.mkdir()
+    writer = ShardWriter(folder)
+    for name, tensor in tensors.items():
+        writer.add(f"vision_model.{name}", tensor)
+    writer.finish()
+    shape = {key: value for key, value in vision.items() if key not in OF_THE_FILE}
+    own = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    write_json({**shape, **own}, folder / "config.json")
+    write_json(processor, folder / "preprocessor_config.json")

@@ -1,0 +1,93 @@
+"""LoRA folders and projectors: whether base, adapter and installed peft go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from umed_plugin.checkpoints.loading import ADAPTER
+from umed_plugin.commands.doctor.catalogue import finding
+from umed_plugin.commands.doctor.configuration import MISTRAL, PROJECTOR, is_transformers_form
+from umed_plugin.commands.doctor.contents import LORA, Contents
+from umed_plugin.commands.doctor.contents import PROJECTOR as PROJECTOR_ONLY
+from umed_plugin.commands.doctor.findings import Finding, JsonChange
+
+# Values under which a field of newer versions of peft changes nothing, beside None, False and what is empty.
+_NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+_ABOUT_THE_FILE = ("peft_version", "auto_mapping")
+
+
+def check_adapter(contents: Contents) -> Iterator[Finding]:
+    """What a LoRA folder or projector lacks before it is a model."""
+    config = contents.config
+    if contents.kind not in (LORA, PROJECTOR_ONLY) or is_transformers_form(config):
+        return
+    where = f"{contents.config_file}: model_type"
+    if config.get("model_type") == MISTRAL:
+        yield finding("adapter-of-mistral", f"model_type is {MISTRAL}", where, checkpoint=contents.path)
+    if config.get("model_type") == "llava":
+        change = contents.configures(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])
+        yield finding("adapter-model-type", "model_type is 'llava'", where, change)
+    if contents.kind == LORA:
+        yield from _fields(contents)
+    yield from _base(contents)
+
+
+def _base(contents: Contents) -> Iterator[Finding]:
+    base = contents.base
+    if base is None:
+        named = contents.adapter_config.get("base_model_name_or_path") or contents.config.get("_name_or_path")
+        where = str(contents.path / ADAPTER if contents.kind == LORA else contents.config_file)
+        yield finding("base-missing", f"it names {named!r}", where, checkpoint=contents.path)
+        return
+    if not base.weights:
+        yield finding("base-mismatch", f"{base.path} holds no full model ({base.kind})", str(base.path))
+        return
+    misfits = list(_misfits(contents, base))
+    if misfits:
+        found = f"{len(misfits)} tensors; {misfits[0]} ({base.path})"
+        yield finding("base-mismatch", found, str(contents.path))
+
+
+def _misfits(contents: Contents, base: Contents) -> Iterator[str]:
+    """Low-rank matrices and other trained tensors that the base has no place for, in words."""
+    for name, tensor in contents.adapter.items():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            continue
+        target = name.removeprefix("base_model.model.").replace(".default", "")
+        target = target.replace(".lora_A", "").replace(".lora_B", "")
+        # The adapter may sit on the tower too, which the base need not hold.
+        if target not in base.weights:
+            if "vision_tower" not in target:
+                yield f"{target} is not in the base"
+            continue
+        side = 1 if ".lora_A." in name else 0
+        wanted = base.weights[target].shape
+        if len(tensor.shape) == 2 and len(wanted) == 2 and tensor.shape[side] != wanted[side]:
+            yield f"{name} is {tensor.shape}, in the base {target} is {wanted}"
+    for name, tensor in contents.others.items():
+        there = base.weights.get(name)
+        if there is not None and there.shape != tensor.shape and not name.startswith(PROJECTOR):
+            yield f"{name} is {tensor.shape}, in the base {there.shape}"
+
+
+def _fields(contents: Contents) -> Iterator[Finding]:
+    import dataclasses
+
+    from peft import LoraConfig
+
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = {key: value for key, value in contents.adapter_config.items() if key not in known}
+    needed = {key: value for key, value in unknown.items() if not _is_neutral(key, value)}
+    file = contents.path / ADAPTER
+    if needed:
+        found = ", ".join(f"{key}: {value}" for key, value in needed.items())
+        yield finding("adapter-fields-needed", found, str(file))
+    neutral = tuple(key for key in unknown if key not in needed)
+    if neutral:
+        change = JsonChange(file, {}, remove=neutral)
+        yield finding("adapter-fields", ", ".join(neutral), str(file), change)
+
+
+def _is_neutral(key: str, value: Any) -> bool:
+    return key in _ABOUT_THE_FILE or not value or _NEUTRAL.get(key) == value

@@ -1,0 +1,158 @@
+"""``umed doctor``: what a checkpoint is and what would go wrong with it; without one, what is installed here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from umed_plugin.commands.doctor.examination import Diagnosis, Finding
+
+COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``doctor``."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="say what a checkpoint is and what would go wrong with it",
+        description="Say what a checkpoint is (family, template, image mode, tower) and what would go wrong with it, with the "
+        "remedy; nothing in it is run. Without CKPT: what is installed here, and whether LLaVA and the patches fit. Exit status "
+        "0 when no error was found, 1 when one was, 2 on wrong usage.",
+        epilog="examples:\n"
+        "  umed doctor checkpoints/llava-mistral-umed\n"
+        "  umed doctor checkpoints/llava-mistral-umed --fix\n"
+        "  umed doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=Path, nargs="?", help="full checkpoint, LoRA folder or projector"
+    )
+    parser.add_argument(
+        "--base", metavar="CKPT", type=Path, help="base of a LoRA folder or projector (default: as it says)"
+    )
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="make the changes that are safe: in small JSON files alone, each kept as FILE.before-doctor; never in weights",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine; 1 when there is an error in the end."""
+    if args.checkpoint is None:
+        return _environment(args)
+    from umed_plugin.commands.doctor.examination import diagnose, fix
+
+    made: list[str] = []
+    with redirect_stdout(sys.stderr), _bar(quiet=args.json) as progress:
+
+        def look() -> Diagnosis:
+            return diagnose(args.checkpoint, args.base, progress)
+
+        if args.fix:
+            fix(lambda: look().findings, made.append)
+        diagnosis = look()
+    if args.json:
+        print(json.dumps({**diagnosis.as_dict(), "changes": made}, indent=2, ensure_ascii=False))
+    else:
+        _print(diagnosis, made, fixing=args.fix)
+    return _status(diagnosis.findings)
+
+
+def _status(findings: Sequence[Finding]) -> int:
+    from umed_plugin.commands.doctor.examination import ERROR
+
+    return int(any(one.severity == ERROR for one in findings))
+
+
+def _print(diagnosis: Diagnosis, made: list[str], fixing: bool) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 250, highlight=False)
+    identity = diagnosis.identity
+    lines = {
+        "checkpoint": diagnosis.checkpoint,
+        "family": f"{identity.family} (model_type {identity.model_type})",
+        "kind": f"{identity.kind}" + (f", over {identity.base}" if identity.base else ""),
+        "model": identity.language_model,
+        "weights": f"{identity.parameters:,} values, "
+        + ", ".join(f"{count} tensors of {dtype}" for dtype, count in identity.dtypes.items()),
+        "template": f"{identity.template} in stock LLaVA, {identity.umed_template} here",
+        "images": f"{identity.image_mode}; {identity.image_tokens} in the prompt",
+        "tower": f"{identity.tower}; {identity.tower_inside} of its tensors in the checkpoint",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:<11}[/bold]", end="")
+        console.print(text, markup=False)
+    for line in made:
+        console.print(f"[green]fixed[/green]      {_escaped(line)}")
+    if fixing and not made:
+        console.print("nothing to fix")
+    print_findings(diagnosis.findings, console)
+    fixable = sum(one.fixable for one in diagnosis.findings)
+    if fixable and not fixing:
+        console.print(f"{fixable} of these can be mended: umed doctor {diagnosis.checkpoint} --fix", markup=False)
+
+
+def print_findings(findings: Sequence[Finding], console: Any) -> None:
+    """One block each, then their number."""
+    from umed_plugin.commands.doctor.examination import SEVERITIES
+
+    for one in findings:
+        colour = COLOURS[one.severity]
+        console.print(f"\n[bold {colour}]{one.severity}[/bold {colour}] [bold]{one.code}[/bold]: {_escaped(one.found)}")
+        console.print(f"  where:  {one.where}", markup=False)
+        console.print(f"  why:    {one.why}", markup=False)
+        mend = " (--fix does it)" if one.fixable else ""
+        console.print(f"  remedy: {one.remedy}{mend}", markup=False)
+    counts = {severity: sum(one.severity == severity for one in findings) for severity in SEVERITIES}
+    told = [f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()]
+    console.print(f"\n{', '.join(told)}" if findings else "\nnothing found")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _environment(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from umed_plugin.commands.doctor.environment import examine_environment
+    from umed_plugin.errors import UsageError
+    from umed_plugin.patches import ALL, prepare_llava
+
+    if args.fix or args.base:
+        raise UsageError("--fix and --base belong to a checkpoint: umed doctor CKPT --fix")
+    with redirect_stdout(sys.stderr):  # libraries print while they are imported
+        facts, findings = examine_environment(ALL, prepare_llava)
+    if args.json:
+        print(json.dumps({"environment": facts, "findings": [one.as_dict() for one in findings]}, indent=2))
+        return _status(findings)
+    console = Console(width=None if Console().is_terminal else 250, highlight=False)
+    for name, text in facts.items():
+        console.print(f"[bold]{name:<13}[/bold]", end="")
+        console.print(", ".join(text) if isinstance(text, list) else str(text), markup=False)
+    print_findings(findings, console)
+    return _status(findings)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over the bytes of the weights, on the terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,266 @@
+"""What config.json says, held against the shapes of the weights.
+
+The language model's tensors are known by name: Llama and Mistral have the same. A LoRA folder or projector is checked with its
+base, whose weights it takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.commands.doctor.catalogue import finding
+from umed_plugin.commands.doctor.contents import FULL, Contents
+from umed_plugin.commands.doctor.findings import Finding, JsonChange
+from umed_plugin.commands.doctor.stored import StoredTensor
+from umed_plugin.errors import did_you_mean
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROJECTOR, NEWLINE = "model.mm_projector.", "model.image_newline"
+MISTRAL, LLAMA = "llava_mistral", "llava_llama"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_BUFFER = re.compile(r".*(rotary_emb\.inv_freq|position_ids)$")
+_MODES = ("pad", "square", "anyres")
+
+
+def is_transformers_form(config: dict[str, Any]) -> bool:
+    """Whether config.json is that of transformers' class instead of LLaVA's."""
+    return "text_config" in config and str(config.get("model_type", "")).startswith("llava")
+
+
+def check_configuration(contents: Contents) -> Iterator[Finding]:
+    """What config.json says, and whether the weights agree."""
+    config = contents.config
+    if not config:
+        return
+    if is_transformers_form(config) or config.get("model_type") not in FAMILIES:
+        yield _other_family(contents)
+        return
+    yield from _mixed(contents)
+    yield from _newer_keys(contents)
+    yield from _image_mode(contents)
+    yield from _sampling(contents)
+    if contents.kind == FULL and contents.weights:
+        yield from _language_model(contents)
+        yield from _projector(contents)
+    elif contents.others and any(name.startswith(PROJECTOR) for name in contents.others):
+        yield from _projector(contents)
+
+
+def _other_family(contents: Contents) -> Finding:
+    config, where = contents.config, f"{contents.config_file}: model_type"
+    kind = str(config.get("model_type"))
+    if is_transformers_form(config) and kind == "llava":
+        mistral = "-mistral" if config["text_config"].get("model_type") == "mistral" else ""
+        found = f"model_type is llava, with a text_config of {config['text_config'].get('model_type', 'llama')}"
+        return finding("transformers-form", found, where, checkpoint=contents.path, mistral=mistral)
+    advice = (
+        f"Allowed: {', '.join(sorted(FAMILIES))}.{did_you_mean(kind, FAMILIES)} Take the original form of the checkpoint, as on "
+        "the hub under liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b."
+        if kind.startswith("llava")
+        else f"A language model alone becomes LLaVA by training: --model_name_or_path {contents.path} "
+        "--pretrain_mm_mlp_adapter mm_projector.bin."
+    )
+    return finding("family-unknown", f"model_type is {config.get('model_type')!r}", where, advice=advice)
+
+
+def _mixed(contents: Contents) -> Iterator[Finding]:
+    """A Mistral checkpoint that went through LLaVA's train(): saved as Llama, with keys that only Mistral has."""
+    config = contents.config
+    named = " ".join(map(str, config.get("architectures") or []))
+    is_mistral = config["model_type"] == MISTRAL
+    if is_mistral and "Llama" in named:
+        signs, change = [f"architectures is {named}"], None
+    else:
+        signs = [] if is_mistral else [sign for sign, found in _signs_of_mistral(config, named).items() if found]
+        window, longest = config.get("sliding_window"), config.get("tokenizer_model_max_length") or 2048
+        # Without a window within the context both classes compute the same.
+        same = not window or window >= max(longest, 4096)
+        values = {"model_type": MISTRAL, "architectures": ["LlavaMistralForCausalLM"]}
+        change = contents.configures(**values) if same and not config.get("attention_bias") else None
+    if signs:
+        found = f"model_type is {config['model_type']}, but {' and '.join(signs)}"
+        yield finding("mixed-config", found, f"{contents.config_file}: model_type", change)
+
+
+def _signs_of_mistral(config: dict[str, Any], named: str) -> dict[str, bool]:
+    return {
+        "sliding_window is set, which Llama does not have": "sliding_window" in config,
+        f"architectures is {named}": "Mistral" in named,
+    }
+
+
+def _newer_keys(contents: Contents) -> Iterator[Finding]:
+    config = contents.config
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" in config:
+        return
+    kind = rope.get("rope_type", "default")
+    older = {"rope_theta": rope.get("rope_theta")}
+    if kind in ("linear", "dynamic"):  # those that LLaVA's transformers knows
+        older["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
+    if "dtype" in config and "torch_dtype" not in config:
+        older["torch_dtype"] = config["dtype"]
+    known = kind in ("default", "linear", "dynamic") and None not in older.values()
+    found = f"rope_parameters is {rope}, and there is no rope_theta"
+    where = f"{contents.config_file}: rope_theta"
+    change = contents.configures(**older) if known else None
+    yield finding("config-of-transformers-5", found, where, change, checkpoint=contents.path)
+
+
+def _image_mode(contents: Contents) -> Iterator[Finding]:
+    config, where = contents.config, f"{contents.config_file}: image_aspect_ratio"
+    mode, unpad = config.get("image_aspect_ratio"), "unpad" in str(config.get("mm_patch_merge_type", ""))
+    if mode is None:
+        yield finding("image-mode-unset", "image_aspect_ratio is not set", where)
+    elif mode not in _MODES:
+        yield finding("image-mode-unknown", f"image_aspect_ratio is {mode!r}", where)
+    elif mode == "anyres":
+        yield finding("image-mode-anyres", "image_aspect_ratio is anyres", where)
+        if not config.get("image_grid_pinpoints"):
+            yield finding("image-tiles-unset", "image_grid_pinpoints is not set", str(contents.config_file))
+    if unpad and contents.kind == FULL and contents.weights and NEWLINE not in contents.weights:
+        found = f"mm_patch_merge_type is {config['mm_patch_merge_type']}, and the weights hold no image_newline"
+        yield finding("image-tiles-unset", found, str(contents.config_file))
+
+
+def _sampling(contents: Contents) -> Iterator[Finding]:
+    generation = contents.generation_config
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
+    odd = [
+        f"{key} {generation[key]}" for key, value in neutral.items() if generation.get(key, value) not in (value, None)
+    ]
+    if odd and not generation.get("do_sample"):
+        file = contents.path / "generation_config.json"
+        found = f"{', '.join(odd)}, and do_sample is not set"
+        yield finding("generation-config", found, str(file), JsonChange(file, {"do_sample": True}))
+
+
+def expected_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the language model's tensors, as config.json gives them."""
+    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or max(width // heads, 1)
+    keys = (config.get("num_key_value_heads") or heads) * head
+    layer = {
+        "self_attn.q_proj.weight": (heads * head, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (width, heads * head),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    shapes.update({EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)})
+    if not config.get("tie_word_embeddings"):
+        shapes[HEAD] = (vocabulary, width)
+    return shapes
+
+
+def _language_model(contents: Contents) -> Iterator[Finding]:
+    config, weights = contents.config, contents.weights
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    unset = [key for key in needed if key not in config]
+    if unset:
+        if not any(one.code == "config-value" for one in contents.findings):
+            yield finding("config-value", f"{', '.join(unset)} is not set", str(contents.config_file))
+        return
+    if any(tensor.dtype in ("U8", "I8") for tensor in weights.values()) or "quantization_config" in config:
+        yield finding("quantized", "integers, or quantization_config", str(contents.path))
+        return
+    stored = 1 + max((int(match[1]) for match in map(_LAYER.match, weights) if match), default=-1)
+    layers = config["num_hidden_layers"]
+    if stored > layers:
+        found = f"num_hidden_layers is {layers}, but the weights hold {stored} layers"
+        yield finding("layers-dropped", found, f"{contents.config_file}: num_hidden_layers")
+    expected = expected_shapes(config, layers)
+    missing = sorted(name for name in expected if name not in weights)
+    # What could not be read is missing for that reason alone.
+    unread = any(f.code.startswith(("file-", "shard-", "pickle-")) for f in contents.findings)
+    if missing and not unread:
+        yield finding("tensors-missing", f"{len(missing)} are missing ({missing[0]}, ...)", str(contents.path))
+    unknown = sorted(name for name in weights if name not in expected and not _is_known_beside(name, layers))
+    if unknown:
+        yield finding("tensors-unknown", f"{len(unknown)} are unknown ({unknown[0]}, ...)", str(contents.path))
+    yield from _wrong_shapes(contents, expected)
+
+
+def _is_known_beside(name: str, layers: int) -> bool:
+    match = _LAYER.match(name)
+    dropped = match is not None and int(match[1]) >= layers  # has a finding of its own
+    return dropped or name.startswith((PROJECTOR, TOWER)) or name in (NEWLINE, HEAD) or bool(_BUFFER.match(name))
+
+
+def _wrong_shapes(contents: Contents, expected: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
+    """Sorted by what in config.json is wrong: vocabulary, key and value heads, or anything else."""
+    weights, config = contents.weights, contents.config
+    wrong = {name for name, shape in expected.items() if name in weights and weights[name].shape != shape}
+    wrong -= {name for name in wrong if 0 in weights[name].shape}  # have a finding of their own
+    rows = {name: weights[name].shape for name in (EMBEDDING, HEAD) if name in wrong}
+    if rows and all(shape[1:] == (config["hidden_size"],) for shape in rows.values()):
+        wrong -= set(rows)
+        counts = {weights[name].shape[0] for name in (EMBEDDING, HEAD) if name in weights}
+        change = contents.configures(vocab_size=next(iter(counts))) if len(counts) == 1 else None
+        said = ", ".join(f"{name} has {shape[0]} rows" for name, shape in rows.items())
+        found = f"vocab_size is {config['vocab_size']}, but {said}"
+        where = f"{contents.config_file}: vocab_size"
+        yield finding("vocabulary-size", found, where, change, rows=" or ".join(map(str, sorted(counts))))
+    keys = {name for name in wrong if re.search(r"\.(k|v)_proj\.weight$", name)}
+    if keys:
+        wrong -= keys
+        yield _wrong_heads(contents, {name: weights[name] for name in expected if re.search(r"\.(k|v)_proj\.", name)})
+    if wrong:
+        name = min(wrong)
+        found = f"{len(wrong)} tensors: {name} is {weights[name].shape}, by config.json {expected[name]}"
+        yield finding("shape-mismatch", found, str(weights[name].file))
+
+
+def _wrong_heads(contents: Contents, keys: dict[str, StoredTensor]) -> Finding:
+    config = contents.config
+    head = config.get("head_dim") or max(config["hidden_size"] // config["num_attention_heads"], 1)
+    rows = {tensor.shape[0] for tensor in keys.values()}
+    counts = {count // head for count in rows}
+    agree = len(rows) == 1 and min(rows) % head == 0 and config["num_attention_heads"] % max(min(counts), 1) == 0
+    change = contents.configures(num_key_value_heads=min(counts)) if agree else None
+    said = config.get("num_key_value_heads", f"not set, so {config['num_attention_heads']}")
+    there = " or ".join(map(str, sorted(rows)))
+    found = f"num_key_value_heads is {said}, but k_proj and v_proj have {there} rows, {head} to a head"
+    where = f"{contents.config_file}: num_key_value_heads"
+    return finding("head-counts", found, where, change, heads=" or ".join(map(str, sorted(counts))))
+
+
+def _projector(contents: Contents) -> Iterator[Finding]:
+    """Its type is told by its tensors' names; its widths are the tower's and the language model's."""
+    stored = contents.weights if contents.kind == FULL else contents.others
+    projector = {name[len(PROJECTOR) :]: tensor for name, tensor in stored.items() if name.startswith(PROJECTOR)}
+    kind, where = contents.config.get("mm_projector_type", "linear"), f"{contents.config_file}: mm_projector_type"
+    if not projector:
+        if kind != "identity" and not any(f.code.startswith(("file-", "shard-")) for f in contents.findings):
+            yield finding("projector-missing", "no tensor is called model.mm_projector.*", str(contents.path))
+        return
+    there = projector_type(projector)
+    if there != kind:
+        said = kind if "mm_projector_type" in contents.config else "not set, so linear"
+        found = f"mm_projector_type is {said}, but the weights are {there or ', '.join(sorted(projector)[:3])}"
+        change = contents.configures(mm_projector_type=there) if there else None
+        yield finding("projector-type", found, where, change, kind=there or "the one that it was trained with")
+    first = next((projector[name] for name in ("weight", "0.weight") if name in projector), None)
+    width = contents.config.get("hidden_size")
+    last = max((name for name in projector if name.endswith("weight")), default="")
+    if first is not None and isinstance(width, int) and projector[last].shape[0] != width:
+        found = f"{PROJECTOR}{last} is {projector[last].shape}, but hidden_size is {width}"
+        yield finding("shape-mismatch", found, str(projector[last].file))
+
+
+def projector_type(projector: dict[str, StoredTensor]) -> str | None:
+    """``linear`` or ``mlpNx_gelu``, as LLaVA would build it; None for anything else."""
+    if set(projector) == {"weight", "bias"}:
+        return "linear"
+    depth = len(projector) // 2
+    layers = {f"{2 * layer}.{part}" for layer in range(depth) for part in ("weight", "bias")}
+    return f"mlp{depth}x_gelu" if set(projector) == layers else None

@@ -1,0 +1,284 @@
+"""A checkpoint folder as the checks see it: its config.json, what kind it is, and the tensors in its files.
+
+Files are read once, headers alone. What is wrong with the files themselves is found here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.loading import ADAPTER, NON_LORA
+from umed_plugin.commands.doctor.catalogue import finding
+from umed_plugin.commands.doctor.findings import Finding, JsonChange
+from umed_plugin.commands.doctor.pickles import read_pickle
+from umed_plugin.commands.doctor.stored import BadFile, StoredTensor, read_safetensors
+
+FULL, LORA, PROJECTOR, NOTHING = "full", "LoRA", "projector only", "nothing"
+MM_PROJECTOR = "mm_projector.bin"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# In the order in which transformers looks for them.
+WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "tokenizer_model_max_length")
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "mm_hidden_size", *_MAY_BE_NULL
+)  # fmt: skip
+_TEXTS = ("model_type", "mm_vision_tower", "vision_tower", "mm_projector_type", "_name_or_path")
+_LISTS = ("architectures",)
+# What transformers, PyTorch, DeepSpeed and LLaVA write beside weights; a pickle that names more was made by something else.
+_TRAINING = re.compile(
+    r"(transformers|torch|accelerate|deepspeed|llava|numpy|collections|_codecs|datetime|pathlib|argparse|umed_plugin)\b"
+)
+# Nothing that a trainer saves, in whatever library it stands.
+_CALLS = re.compile(
+    r"(torch\.hub|torch\.utils\.cpp_extension|numpy\.(f2py|distutils|testing)|.*\.(system|popen|exec|eval))\b"
+)
+
+
+@dataclass
+class Contents:
+    """A checkpoint folder.
+
+    Attributes:
+        path: absolute; links are kept, because LLaVA reads the folder's name.
+        config: of config.json; empty when there is none.
+        kind: full, LoRA, projector only, or nothing.
+        weights: the full model's tensors, by name.
+        adapter: a LoRA folder's low-rank matrices.
+        others: of ``non_lora_trainables.bin`` or ``mm_projector.bin``, under the names of the full model.
+        base: the checkpoint that a LoRA folder or projector belongs to; None when it is not on this machine.
+        findings: what is wrong with the files.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    kind: str = NOTHING
+    weights: dict[str, StoredTensor] = field(default_factory=dict)
+    adapter: dict[str, StoredTensor] = field(default_factory=dict)
+    others: dict[str, StoredTensor] = field(default_factory=dict)
+    base: Contents | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @cached_property
+    def adapter_config(self) -> dict[str, Any]:
+        """Of a LoRA folder; {} without."""
+        return read_object(self.path / ADAPTER)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """{} without."""
+        return read_object(self.path / "generation_config.json")
+
+    def configures(self, **values: Any) -> JsonChange:
+        """The change that sets ``values`` in config.json."""
+        return JsonChange(self.config_file, values)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file's object; {} when there is no such file, or it holds something else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_contents(path: Path, base: Path | None = None) -> Contents:
+    """Look into a folder.
+
+    Args:
+        path: of the checkpoint.
+        base: of a LoRA folder or projector; by default the one that its files name.
+    """
+    contents = Contents(path)
+    add = contents.findings.append
+    if not contents.config_file.is_file():
+        add(finding("config-missing", "there is no config.json", str(path)))
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER):
+        if (path / name).is_file() and not read_object(path / name):
+            add(finding("config-unreadable", "holds no JSON object", str(path / name)))
+    contents.config = _sensible(contents, read_object(contents.config_file))
+    contents.kind = _kind(path)
+    if contents.kind == FULL:
+        contents.weights = _full_weights(contents)
+    elif contents.kind == NOTHING:
+        add(finding("weights-missing", "there are no weight files", str(path)))
+    else:
+        _read_trained_parts(contents)
+        named = base or contents.adapter_config.get("base_model_name_or_path") or contents.config.get("_name_or_path")
+        if named and Path(named).is_dir():
+            contents.base = read_contents(Path(named).absolute())
+    contents.findings += _beside(path, contents.config)
+    return contents
+
+
+def _sensible(contents: Contents, config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without the values that nothing can be computed with, which are noted."""
+    odd = {key for key in _SIZES if key in config and not _is_size(config[key], key in _MAY_BE_NULL)}
+    odd |= {key for key in _TEXTS if not isinstance(config.get(key, ""), (str, type(None)))}
+    odd |= {key for key in _LISTS if not isinstance(config.get(key, []), (list, type(None)))}
+    for key in sorted(odd):
+        found = f"{key} is {config[key]!r}"
+        contents.findings.append(finding("config-value", found, f"{contents.config_file}: {key}"))
+    return {key: value for key, value in config.items() if key not in odd}
+
+
+def _is_size(value: Any, may_be_null: bool) -> bool:
+    return (value is None and may_be_null) or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def _kind(path: Path) -> str:
+    if (path / ADAPTER).is_file():
+        return LORA
+    if any((path / name).is_file() for name in WHOLE) or any(_SHARD.fullmatch(file.name) for file in path.iterdir()):
+        return FULL
+    return PROJECTOR if (path / MM_PROJECTOR).is_file() else NOTHING
+
+
+def _full_weights(contents: Contents) -> dict[str, StoredTensor]:
+    """The tensors that transformers would load, from the first of the forms that is there."""
+    path = contents.path
+    first = next((name for name in WHOLE if (path / name).is_file()), None)
+    shards = sorted(file for file in path.iterdir() if _SHARD.fullmatch(file.name))
+    if first is None:
+        tensors, files = _without_index(contents, shards)
+    elif first.endswith(".json"):
+        tensors, files = _by_index(contents, path / first)
+    else:
+        tensors, files = _read(contents, path / first) or {}, [path / first]
+    used = {file.name for file in files} | {first}
+    idle = [name for name in WHOLE if (path / name).is_file() and name not in used]
+    idle += [file.name for file in shards if file.name not in used]
+    if idle:
+        found = f"{', '.join(idle)}: not loaded beside {first or files[0].name}"
+        contents.findings.append(finding("second-weights", found, str(path), files=", ".join(idle)))
+    return tensors
+
+
+def _by_index(contents: Contents, index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """What an index names, from the shards that are there."""
+    places = read_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        return _without_index(
+            contents, [file for file in sorted(contents.path.iterdir()) if _SHARD.fullmatch(file.name)]
+        )
+    names = sorted(set(places.values()))
+    files = [contents.path / name for name in names]
+    missing = [name for name in names if not (contents.path / name).is_file()]
+    for name in missing:
+        lost = [tensor for tensor, shard in places.items() if shard == name]
+        contents.findings.append(
+            finding(
+                "shard-missing", f"{name} is missing, with {len(lost)} tensors ({lost[0]}, ...)", str(index), file=name
+            )
+        )
+    if missing:
+        files = [file for file in files if file.is_file()]
+    tensors, whole = _read_all(contents, files)
+    held = {name: tensor.file.name for name, tensor in tensors.items()}
+    if whole and not missing and held != places:
+        wrong = sorted(name for name in set(held) | set(places) if held.get(name) != places.get(name))
+        # Shards that the index leaves out may belong to it, or be older ones.
+        change = _new_index(index, tensors) if not _left_out(contents.path, names) else None
+        found = f"the index and the shards disagree on {len(wrong)} tensors ({wrong[0]}, ...)"
+        contents.findings.append(finding("index-wrong", found, str(index), change, checkpoint=contents.path))
+    return tensors, files
+
+
+def _left_out(path: Path, names: list[str]) -> list[Path]:
+    return [file for file in path.iterdir() if _SHARD.fullmatch(file.name) and file.name not in names]
+
+
+def _without_index(contents: Contents, shards: list[Path]) -> tuple[dict[str, StoredTensor], list[Path]]:
+    """All shards that are there: of one set, when it is complete, their index can be written."""
+    tensors, whole = _read_all(contents, shards)
+    matches = [_SHARD.fullmatch(file.name) for file in shards]
+    sets = {(match[1], match[3], match[4]) for match in matches if match}
+    complete = len(sets) == 1 and len(shards) == int(next(iter(sets))[1])
+    suffix = shards[0].suffix if shards else ""
+    index = contents.path / ("model.safetensors.index.json" if suffix == ".safetensors" else WHOLE[3])
+    change = _new_index(index, tensors) if complete and whole else None
+    found = f"{len(shards)} shards and no {index.name} that names them" + (
+        "" if complete else ", and they are not all of one set"
+    )
+    contents.findings.append(finding("index-missing", found, str(contents.path), change, checkpoint=contents.path))
+    return tensors, shards
+
+
+def _new_index(index: Path, tensors: dict[str, StoredTensor]) -> JsonChange:
+    places = {name: tensor.file.name for name, tensor in sorted(tensors.items())}
+    size = sum(tensor.size for tensor in tensors.values())
+    return JsonChange(index, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def _read_all(contents: Contents, files: list[Path]) -> tuple[dict[str, StoredTensor], bool]:
+    """(tensors of all files, whether all of them could be read)."""
+    tensors: dict[str, StoredTensor] = {}
+    whole = True
+    for file in files:
+        found = _read(contents, file)
+        whole = whole and found is not None
+        tensors.update(found or {})
+    return tensors, whole
+
+
+def _read(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
+    """The tensors of one weight file; None when it cannot be read, which is noted."""
+    try:
+        if file.suffix == ".safetensors":
+            return read_safetensors(file)
+        pickled = read_pickle(file)
+    except BadFile as error:
+        contents.findings.append(finding(error.code, error.found, str(file), file=file.name))
+        return None
+    if pickled.foreign:
+        found = f"names {', '.join(pickled.foreign[:5])}"
+        contents.findings.append(finding("pickle-runs-code", found, str(file)))
+    return pickled.tensors
+
+
+def _read_trained_parts(contents: Contents) -> None:
+    """What a LoRA folder or projector holds."""
+    path = contents.path
+    name = NON_LORA if contents.kind == LORA else MM_PROJECTOR
+    if contents.kind == LORA:
+        files = [path / weights for weights in ADAPTER_WEIGHTS if (path / weights).is_file()]
+        if files:
+            contents.adapter = _read(contents, files[0]) or {}
+        else:
+            found = f"neither {ADAPTER_WEIGHTS[0]} nor {ADAPTER_WEIGHTS[1]}"
+            contents.findings.append(finding("adapter-missing", found, str(path)))
+    if (path / name).is_file():
+        found_tensors = _read(contents, path / name) or {}
+        contents.others = {key.removeprefix("base_model.model."): tensor for key, tensor in found_tensors.items()}
+    else:
+        contents.findings.append(finding("projector-not-saved", f"there is no {name}", str(path)))
+
+
+def _beside(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    """Code, and pickles that are no weights."""
+    scripts = sorted(file.name for file in path.glob("*.py"))
+    if scripts or "auto_map" in config:
+        found = ", ".join([*scripts, *(["auto_map in config.json"] if "auto_map" in config else [])])
+        yield finding("code-inside", found, str(path))
+    weights = (*WHOLE, *ADAPTER_WEIGHTS, NON_LORA, MM_PROJECTOR)
+    for file in sorted(path.iterdir()):
+        if file.suffix not in (".bin", ".pt", ".pth", ".pkl") or file.name in weights or _SHARD.fullmatch(file.name):
+            continue
+        try:
+            foreign = read_pickle(file).foreign
+        except BadFile:
+            continue  # nothing reads it but a training that is resumed, which will say so
+        odd = [name for name in foreign if not _TRAINING.match(name) or _CALLS.match(name)]
+        if odd:
+            yield finding("pickle-beside", f"names {', '.join(odd[:5])}", str(file), file=file.name)

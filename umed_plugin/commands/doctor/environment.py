@@ -1,0 +1,174 @@
+"""What is installed here: which ``llava`` is imported, its pins, the accelerator, and the patches.
+
+The patches are given by the caller, since nothing but the launcher and the commands knows them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.commands.doctor.findings import ERROR, NOTE, WARNING, Finding, Kind
+from umed_plugin.patching import DISTRIBUTIONS, Patch, installed, misfit
+
+ENVIRONMENT = (
+    Kind(
+        "llava-missing", ERROR, "no llava can be imported",
+        "There is nothing to train or to answer with.",
+        "Install the plugin into the environment in which LLaVA trains: llava-torch 1.2.2.post1.",
+    ),
+    Kind(
+        "llava-broken", ERROR, "llava is there and its model cannot be imported",
+        "llava.model swallows the error, and what is missing shows much later.",
+        "Mend what the error names; umed patches says whether the libraries are known.",
+    ),
+    Kind(
+        "llava-other", WARNING, "the llava that is imported is another project's",
+        "LLaVA-Med, LLaVA-NeXT and LLaVA-RLHF share the import name, and the patches are written for LLaVA 1.2.",
+        "Use an environment with llava-torch 1.2.2.post1, and a folder to start from that holds no other llava.",
+    ),
+    Kind(
+        "pins", WARNING, "other versions than LLaVA pins, and patches that do not fit them",
+        "Training refuses to start.",
+        "Install LLaVA's pins, or the versions of constraints/current.txt, which the patches know.",
+    ),
+    Kind(
+        "pins-known", NOTE, "other versions than LLaVA pins, which the patches know",
+        "LLaVA runs on them under umed-run; without the plugin it may not.",
+        "Nothing to do. Stock LLaVA on its pins loads what is trained here.",
+    ),
+    Kind(
+        "patch-misfit", ERROR, "a patch does not fit the installed code",
+        "Training refuses to start.",
+        "umed patches says what was found and what is known.",
+    ),
+    Kind(
+        "no-accelerator", NOTE, "no GPU",
+        "Small models train on a CPU; checkpoints of 7 billion parameters do not.",
+        "Nothing to do if this is where only files are looked at.",
+    ),
+    Kind(
+        "no-flash-attention", NOTE, "a GPU without flash-attn",
+        "train_mem.py asks for it. Under umed-run it takes another attention and says so.",
+        "pip install flash-attn --no-build-isolation, or leave it so.",
+    ),
+)  # fmt: skip
+_KINDS = {kind.code: kind for kind in ENVIRONMENT}
+# A module that only one of the projects has -> the project.
+_PROJECTS = {
+    "model.language_model.llava_qwen": "LLaVA-NeXT",
+    "model.llava": "LLaVA(-Med) 1.0",
+    "alignment": "LLaVA-RLHF",
+}
+_SHOWN = ("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "monai")
+
+
+def _finding(code: str, found: str, where: str) -> Finding:
+    kind = _KINDS[code]
+    return Finding(code, kind.severity, found, where, kind.why, kind.remedy)
+
+
+def examine_environment(patches: Sequence[Patch], prepare: Callable[[], None]) -> tuple[dict[str, Any], list[Finding]]:
+    """Facts about what is installed, and findings about it.
+
+    Args:
+        patches: all of them.
+        prepare: lets LLaVA be imported on the installed libraries.
+    """
+    facts: dict[str, Any] = {"python": f"{platform.python_version()} ({sys.executable})"}
+    findings: list[Finding] = []
+    findings += _llava(facts, prepare)
+    misfits = [] if any(one.severity == ERROR for one in findings) else _patches(facts, patches)
+    findings += _pins(facts, bool(misfits))
+    findings += [_finding("patch-misfit", message.splitlines()[0], "umed patches") for message in misfits]
+    findings += _accelerator(facts)
+    return facts, findings
+
+
+def _llava(facts: dict[str, Any], prepare: Callable[[], None]) -> Iterator[Finding]:
+    spec = importlib.util.find_spec("llava")
+    if spec is None:
+        facts["llava"] = "not installed"
+        yield _finding("llava-missing", "import llava finds nothing", os.pathsep.join(sys.path))
+        return
+    folder = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or [""])))
+    distribution, version = installed("llava")
+    facts["llava"] = f"{distribution} {version} ({folder})"
+    other = [name for module, name in _PROJECTS.items() if (folder / f"{module.replace('.', '/')}.py").is_file()]
+    if not other and not (folder / "train" / "train.py").is_file():
+        other = ["LLaVA-Med 1.5, or a copy without training code"]
+    if other:
+        yield _finding("llava-other", f"it looks like {other[0]}", str(folder))
+    prepare()
+    try:
+        importlib.import_module("llava.model.language_model.llava_llama")
+        importlib.import_module("llava.model.language_model.llava_mistral")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        yield _finding("llava-broken", f"{type(error).__name__}: {error}", str(folder))
+
+
+def _patches(facts: dict[str, Any], patches: Sequence[Patch]) -> list[str]:
+    messages = [message for message in map(misfit, patches) if message]
+    idle = sum(patch.not_needed() is not None for patch in patches)
+    force = len(patches) - idle - len(messages)
+    facts["patches"] = f"{force} in force under umed-run, {idle} not needed, {len(messages)} do not fit"
+    return messages
+
+
+def _pins(facts: dict[str, Any], misfit_found: bool) -> Iterator[Finding]:
+    """What LLaVA's metadata asks for, beside what is installed."""
+    for name in _SHOWN:
+        if importlib.util.find_spec(name) is not None:
+            facts[name] = installed(name)[1]
+    deviations = _deviations()
+    if deviations:
+        yield _finding("pins" if misfit_found else "pins-known", ", ".join(deviations), "LLaVA's metadata")
+
+
+def _deviations() -> list[str]:
+    from packaging.requirements import Requirement
+
+    for distribution in DISTRIBUTIONS["llava"]:
+        try:
+            wanted = importlib.metadata.requires(distribution) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return [text for text in (_deviation(Requirement(line)) for line in wanted) if text]
+    return []
+
+
+def _deviation(requirement: Any) -> str | None:
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return (
+            f"{requirement.name} is not installed (LLaVA: {requirement.specifier})" if requirement.specifier else None
+        )
+    if requirement.specifier.contains(version, prereleases=True):
+        return None
+    return f"{requirement.name} {version} (LLaVA: {requirement.specifier})"
+
+
+def _accelerator(facts: dict[str, Any]) -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        facts["accelerator"] = "none"
+        yield _finding("no-accelerator", "torch sees no GPU", f"torch {torch.__version__}")
+        return
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    half = "bf16" if torch.cuda.is_bf16_supported() else "fp16 only"
+    facts["accelerator"] = [f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in devices] + [half]
+    if importlib.util.find_spec("flash_attn") is None:
+        yield _finding("no-flash-attention", "flash_attn cannot be imported", sys.prefix)

@@ -1,0 +1,230 @@
+"""What lies in a file that `torch.save` wrote, without running any of it.
+
+A pickle is a program: it names functions and calls them. Here every name is noted and nothing is imported: what PyTorch's tensors
+are made of becomes a `StoredTensor` (name, shape, place in the file), anything else an object that does nothing. A file is plain
+when it names no more than ``torch.load(weights_only=True)`` allows.
+
+Both forms are read: the zip archive of PyTorch 1.6 and later, and the sequence of pickles before it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from umed_plugin.commands.doctor.stored import BYTES, BadFile, StoredTensor, refuse_placeholder
+
+_STORAGES = {
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
+    "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
+    "UntypedStorage": "U8",
+}  # fmt: skip
+# A pickle may ask for any operation on any object, and a zip archive for any place: what does not work is no file of tensors.
+_NO_TENSORS = (
+    AttributeError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, RecursionError, TypeError,
+    ValueError, struct.error,
+)  # fmt: skip
+_MAGIC = 0x1950A86A20F9469CFC6C  # of the sequence of pickles
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """What a file of PyTorch's holds.
+
+    Attributes:
+        tensors: by their keys; empty when the file holds something else than a dictionary of tensors.
+        foreign: names (``module.name``) that a file of plain tensors does not hold, sorted.
+    """
+
+    tensors: dict[str, StoredTensor]
+    foreign: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Nothing:
+    """Stands for whatever a pickle names: it can be called, filled and restored, and does nothing."""
+
+    def __new__(cls, *args: Any, **keywords: Any) -> _Nothing:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **keywords: Any) -> _Nothing:
+        return _Nothing()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        """As a list."""
+
+    extend = add = append
+
+
+def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
+    return _Tensor(storage, offset, tuple(shape), tuple(stride)) if isinstance(storage, _Storage) else _Nothing()
+
+
+# What torch.load(weights_only=True) of PyTorch 2.0 allows, and what stands for it here.
+_PLAIN: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda data, *rest: data,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _Nothing,
+    ("torch", "Tensor"): _Nothing,
+    ("torch.nn.parameter", "Parameter"): _Nothing,
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    **{("torch.storage", name): dtype for name, dtype in _STORAGES.items()},
+}
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+
+class _Reader(pickle.Unpickler):
+    """Notes the names that a pickle calls for, and imports none of them."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream)
+        self.foreign: set[str] = set()
+        self.storages: dict[str, str] = {}  # key -> dtype
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return _PLAIN[module, name]
+        if module == "torch" and name in _DTYPES:
+            return _Nothing
+        self.foreign.add(f"{module}.{name}")
+        return _Nothing
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, key = pid[:3] if isinstance(pid, tuple) and len(pid) >= 3 else (None, None, None)
+        if kind != "storage" or not isinstance(dtype, str):
+            return _Nothing()
+        self.storages[str(key)] = dtype
+        return _Storage(dtype, str(key))
+
+
+def read_pickle(file: Path) -> Pickled:
+    """What a file that `torch.save` wrote holds.
+
+    Raises:
+        BadFile: it is cut off, or no such file.
+    """
+    refuse_placeholder(file)
+    with open(file, "rb") as stream:
+        zipped = stream.read(2) == b"PK"
+        try:
+            return _read_zip(file) if zipped else _read_sequence(file)
+        except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
+            code = "file-truncated" if zipped or isinstance(error, EOFError) else "file-unreadable"
+            raise BadFile(code, f"cannot be read as a file of PyTorch's ({error})") from error
+        except _NO_TENSORS as error:
+            raise BadFile("file-unreadable", f"cannot be read as a file of PyTorch's ({error!r})") from error
+
+
+def _read_zip(file: Path) -> Pickled:
+    with zipfile.ZipFile(file) as archive:
+        inner = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
+        if len(inner) != 1:
+            raise BadFile("file-unreadable", "is a zip archive that PyTorch did not write")
+        with archive.open(inner[0]) as stream:
+            reader = _Reader(stream)
+            content = reader.load()
+        folder = inner[0][: -len("data.pkl")]
+        entries = {name: archive.getinfo(name) for name in archive.namelist()}
+
+    def place(storage: _Storage) -> int:
+        return _begin(file, entries[f"{folder}data/{storage.key}"])
+
+    return Pickled(_stored(file, content, place), tuple(sorted(reader.foreign)))
+
+
+def _begin(file: Path, entry: zipfile.ZipInfo) -> int:
+    """Byte at which an entry's data begins; its own header says how long its name and padding are."""
+    with open(file, "rb") as stream:
+        stream.seek(entry.header_offset + 26)
+        name, padding = struct.unpack("<HH", stream.read(4))
+    return entry.header_offset + 30 + name + padding
+
+
+def _read_sequence(file: Path) -> Pickled:
+    """PyTorch before 1.6: magic number, version, machine, content, storage keys, then the storages one after another."""
+    with open(file, "rb") as stream:
+        if _Reader(stream).load() != _MAGIC:
+            return _read_bare(file)
+        for _ in range(2):
+            _Reader(stream).load()
+        reader = _Reader(stream)
+        content = reader.load()
+        keys = [str(key) for key in _Reader(stream).load()]
+        at = stream.tell()
+        places = {}
+        for key in keys:
+            stream.seek(at)
+            (count,) = struct.unpack("<q", stream.read(8))
+            places[key] = at + 8
+            at += 8 + count * BYTES[reader.storages[key]]
+    if at > file.stat().st_size:
+        raise BadFile("file-truncated", f"has {at - file.stat().st_size} bytes fewer than its tensors take")
+    return Pickled(_stored(file, content, lambda storage: places[storage.key]), tuple(sorted(reader.foreign)))
+
+
+def _read_bare(file: Path) -> Pickled:
+    """A pickle that PyTorch did not write."""
+    with open(file, "rb") as stream:
+        reader = _Reader(stream)
+        reader.load()
+    return Pickled({}, tuple(sorted(reader.foreign)))
+
+
+def _tensors(content: Any) -> dict[str, _Tensor]:
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
+
+
+def _stored(file: Path, content: Any, place: Callable[[_Storage], int]) -> dict[str, StoredTensor]:
+    begins: dict[str, int] = {}
+    tensors = {}
+    for name, found in _tensors(content).items():
+        key, dtype = found.storage.key, found.storage.dtype
+        if min((found.offset, *found.shape, *found.stride)) < 0 or len(found.shape) != len(found.stride):
+            raise ValueError(f"{name} has the shape {found.shape} and the stride {found.stride}")
+        if key not in begins:
+            begins[key] = place(found.storage)
+        start = begins[key] + found.offset * BYTES[dtype]
+        stride = None if found.stride == _in_order(found.shape) else found.stride
+        tensors[name] = StoredTensor(name, dtype, found.shape, file, start, stride)
+    return tensors
+
+
+def _in_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    steps, step = [], 1
+    for size in reversed(shape):
+        steps.append(step)
+        step *= size
+    return tuple(reversed(steps))

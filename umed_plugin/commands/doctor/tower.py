@@ -1,0 +1,194 @@
+"""The vision tower: the one that config.json names, the weights that lie in the checkpoint, and which of them LLaVA loads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.checkpoints.to_transformers import bare_tower_name
+from umed_plugin.commands.doctor.catalogue import finding
+from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
+from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object
+from umed_plugin.commands.doctor.findings import Finding, JsonChange
+from umed_plugin.commands.doctor.pickles import read_pickle
+from umed_plugin.commands.doctor.stored import BadFile, StoredTensor, read_safetensors
+
+UNFREEZE = "unfreeze_mm_vision_tower"
+_HUB = ("openai", "laion")
+
+
+def check_tower(contents: Contents) -> Iterator[Finding]:
+    """Whether LLaVA finds the tower, and whether it is the one that the model was trained with."""
+    config = contents.config
+    if contents.kind == NOTHING or is_transformers_form(config) or config.get("model_type") not in FAMILIES:
+        return
+    name = config.get("mm_vision_tower", config.get("vision_tower"))
+    where = f"{contents.config_file}: mm_vision_tower"
+    if not isinstance(name, str):
+        yield finding("tower-unset", f"mm_vision_tower is {name!r}", where)
+        return
+    if config.get("mm_vision_select_layer") is None:
+        yield finding(
+            "tower-unset", "mm_vision_select_layer is not set", f"{contents.config_file}: mm_vision_select_layer"
+        )
+    folder = tower_folder(contents.path, name)
+    yield from _place(contents, name, folder, where)
+    if folder is not None:
+        yield from _sizes(contents, folder)
+    if contents.kind == FULL:
+        yield from _inside(contents, name, folder)
+
+
+def tower_folder(checkpoint: Path, name: str) -> Path | None:
+    """The folder with the tower that config.json names, or that stands for it; None when it is not on this machine."""
+    candidates = [Path(name), checkpoint / name, *([] if _is_on_hub(name) else [checkpoint / "vision_tower"])]
+    for folder in candidates:
+        if (folder / "config.json").is_file():
+            return folder.absolute()
+    if os.path.isabs(name):
+        return None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if found is None else Path(found).parent
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether LLaVA would look for the name on the hub."""
+    return name.startswith(_HUB) or "ShareGPT4V" in name
+
+
+def _place(contents: Contents, name: str, folder: Path | None, where: str) -> Iterator[Finding]:
+    """Where LLaVA would look: a path that exists, else the hub for names that it knows."""
+    own = contents.path / "vision_tower"
+    to_own = contents.configures(mm_vision_tower=str(own)) if (own / "config.json").is_file() else None
+    inside = contents.path / name
+    if not os.path.isabs(name) and (inside / "config.json").is_file():
+        change = contents.configures(mm_vision_tower=str(inside))
+        yield finding("tower-relative", f"mm_vision_tower is {name!r}", where, change)
+    elif os.path.isdir(name):
+        if not os.path.isabs(name):
+            yield finding("tower-relative", f"mm_vision_tower is {name!r}", where)
+    elif not _is_on_hub(name):
+        yield finding("tower-moved", f"mm_vision_tower is {name!r}", where, to_own)
+    elif folder is None:
+        yield finding("tower-not-here", f"mm_vision_tower is {name!r}", where, tower=name)
+
+
+def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
+    shape = read_object(folder / "config.json")
+    shape = shape.get("vision_config", shape)  # of a whole CLIP
+    width, said = shape.get("hidden_size"), contents.config.get("mm_hidden_size")
+    stored = contents.weights if contents.kind == FULL else contents.others
+    first = next((stored[PROJECTOR + n] for n in ("weight", "0.weight") if PROJECTOR + n in stored), None)
+    taken = first.shape[1] if first is not None and len(first.shape) == 2 else width
+    if width is not None and not width == said == taken:
+        change = contents.configures(mm_hidden_size=width) if width == taken else None
+        found = f"mm_hidden_size is {said}, the tower's width {width}, and the projector takes {taken}"
+        yield finding("tower-width", found, f"{contents.config_file}: mm_hidden_size", change, width=taken)
+    processor, size = read_object(folder / "preprocessor_config.json"), shape.get("image_size")
+    crop = processor.get("crop_size")
+    made = crop.get("height") if isinstance(crop, dict) else crop
+    if made is not None and size is not None and made != size:
+        found = f"crop_size is {made}, but the tower takes images of {size}"
+        yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far apart two towers are.
+
+    Attributes:
+        tensors: compared.
+        differing: of these, not equal after rounding to the number format of the checkpoint.
+        largest: difference of two values.
+        relative: norm of all differences over the norm of the tower that LLaVA loads.
+    """
+
+    tensors: int
+    differing: int
+    largest: float
+    relative: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.differing} of {self.tensors} tensors differ, by {self.largest:.3g} at most and "
+            f"{100 * self.relative:.2g} % of the tower's norm in all"
+        )
+
+
+def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Finding]:
+    own = _bare({n[len(TOWER) :]: t for n, t in contents.weights.items() if n.startswith(TOWER)})
+    used, where = bool(contents.config.get(UNFREEZE)), f"{contents.config_file}: {UNFREEZE}"
+    if not own:
+        if used and not any(f.code.startswith(("file-", "shard-")) for f in contents.findings):
+            change = JsonChange(contents.config_file, {}, remove=(UNFREEZE,))
+            yield finding("tower-promised", f"{UNFREEZE} is true, and no tensor is called {TOWER}*", where, change)
+        return
+    loaded = None if folder is None else tower_weights(folder)
+    if not loaded:
+        if not used:
+            found = f"{len(own)} tower tensors in the checkpoint; {name} is not on this machine"
+            yield finding("tower-not-compared", found, where, tower=name)
+        return
+    odd = sorted(set(own) ^ set(loaded)) + [n for n in own if n in loaded and own[n].shape != loaded[n].shape]
+    if odd:
+        found = f"{len(odd)} tensors are missing, unknown or of another shape ({odd[0]}, ...)"
+        yield finding("tower-misfit", found, str(contents.path))
+        return
+    if used:
+        return
+    distance = compare(own, loaded)
+    if distance.differing:
+        change = contents.configures(**{UNFREEZE: True})
+        yield finding("tower-ignored", f"{distance} ({folder})", where, change)
+    else:
+        yield finding("tower-copy", f"{distance.tensors} tensors equal those in {folder}", where)
+
+
+def tower_weights(folder: Path) -> dict[str, StoredTensor]:
+    """A CLIP's vision part, from its folder; empty when there are no weights that can be read."""
+    first = next((name for name in WHOLE if (folder / name).is_file()), None)
+    if first is None:
+        return {}
+    names = [first]
+    if first.endswith(".json"):
+        names = sorted(set(read_object(folder / first).get("weight_map", {}).values()))
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        try:
+            file = folder / name
+            tensors.update(read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file).tensors)
+        except (BadFile, OSError):
+            return {}
+    return _bare({n: t for n, t in tensors.items() if not n.startswith(("text_", "visual_proj", "logit_scale"))})
+
+
+def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Under the names that all versions share, without the counter that only older ones save."""
+    return {bare_tower_name(name): t for name, t in tensors.items() if not name.endswith("position_ids")}
+
+
+def compare(own: dict[str, StoredTensor], loaded: dict[str, StoredTensor]) -> Distance:
+    """How far the checkpoint's tower is from the one that LLaVA loads; tensors are read one by one."""
+    import torch
+
+    differing, largest, squares, norm = 0, 0.0, 0.0, 0.0
+    for name, tensor in own.items():
+        inside, outside = tensor.read(), loaded[name].read()
+        norm += float(outside.double().square().sum())
+        # Training in bf16 saves a rounded tower: that is the original one, not another.
+        if torch.equal(outside.to(inside.dtype), inside):
+            continue
+        gap = (inside.double() - outside.double()).abs()
+        differing += 1
+        largest = max(largest, float(gap.max()))
+        squares += float(gap.square().sum())
+    return Distance(len(own), differing, largest, math.sqrt(squares / norm) if norm else 0.0)

@@ -1,0 +1,7 @@
+"""The report of a run: one HTML file that opens without a server and loads nothing else.
+
+`run_folder` reads what a run has left, `curves` draws its figures, `pictures` and `gallery` make the studies ready to be looked
+at, `page` writes the file; `before_after` draws some studies as a picture for a README or a talk.
+
+How to run: ``umed report RUN_DIR``; `umed demo` writes one at its end.
+"""

@@ -1,0 +1,57 @@
+"""``umed report``: one HTML file of a run, and a picture of studies before and after."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``report``."""
+    parser = subparsers.add_parser(
+        "report",
+        help="one HTML file of a run: curves, before and after, studies with boxes and attention",
+        description="Write RUN_DIR/report.html: curves of the trainings, metrics before and after with intervals, the held-out "
+        "studies with true and predicted boxes, attention and answers, and the sampled answers of stage 2 with their rewards. "
+        "The file opens without a server and loads nothing. RUN_DIR is a folder of `umed demo` or `umed upgrade`, or a "
+        "training's output folder; the run need not be finished.",
+        epilog="examples:\n  umed report runs/demo\n  umed report runs/demo --picture before_after.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
+    parser.add_argument(
+        "--studies", metavar="N", type=_positive, default=500, help="studies in the gallery at most (default: 500)"
+    )
+    parser.add_argument(
+        "--picture", metavar="FILE", type=Path, help="also draw six studies before and after into this PNG"
+    )
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the files and say where they are."""
+    from rich.progress import Progress
+
+    from umed_plugin.commands.report.before_after import write_before_after
+    from umed_plugin.commands.report.page import write_report
+
+    with Progress(transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what)
+            bars.update(tasks[what], completed=done, total=total)
+
+        print(f"written: {write_report(args.run_dir, args.studies, advance)}")
+        if args.picture:
+            print(f"written: {write_before_after(args.run_dir, args.picture)}")
+    return 0

@@ -1,0 +1,149 @@
+"""A training's figures as small charts, drawn by matplotlib as SVG that takes the page's own colours, light or dark.
+
+Where a figure has a reference of its own (``guard/top_skeleton`` beside ``guard/top_skeleton_reference``) both are in one chart,
+and points at which a guard is beyond its limit (`umed_plugin.rewards.guards`) are marked.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umed_plugin.commands.report.run_folder import Training
+from umed_plugin.rewards.guards import crossed_limits
+
+# Title -> what a figure's name begins with. The first that fits takes it.
+GROUPS = {
+    "Loss": ("loss", "policy_loss", "value_loss", "grad_norm", "learning_rate"),
+    "Rewards": ("reward/",),
+    "Held-out studies": ("val/",),
+    "KL and policy": (
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "value_",
+        "returns_",
+        "advantage_",
+        "explained_",
+        "answer_tokens",
+    ),
+    "Hacking guards": ("guard/", "groups_without_signal", "answers_cut_off", "vision_relevance/"),
+    "Other figures": ("",),
+}
+_NOT_SHOWN = {"step", "epoch", "total_flos"}
+_OF_THE_END = "train_"  # what the trainer says once, at the end
+_REFERENCE = "_reference"
+
+# Drawn in these and replaced by the page's own colours, which change with light and dark.
+_INK, _LINE, _SECOND, _MARK = "#010203", "#010204", "#010205", "#010206"
+_PAGE = {_INK: "currentColor", _LINE: "var(--line)", _SECOND: "var(--second)", _MARK: "var(--alarm)"}
+_WIDTH, _HEIGHT = 3.7, 1.9  # inches; 72 to the unit of the SVG
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure over the steps.
+
+    Attributes:
+        name: of the figure in the log.
+        svg: the drawing.
+        summary: what it shows, in words, for who cannot see it and as its caption.
+        alarm: the limit that it crosses, in words; empty where it does not.
+    """
+
+    name: str
+    svg: str
+    summary: str
+    alarm: str
+
+
+def charts_of(training: Training) -> dict[str, list[Chart]]:
+    """Group title -> its charts, in the order of `GROUPS`; groups without a chart are left out."""
+    grouped: dict[str, list[Chart]] = {title: [] for title in GROUPS}
+    names = dict.fromkeys(name for row in training.log for name, value in row.items() if _is_shown(name, value))
+    for name in names:
+        base = name[: -len(_REFERENCE)]
+        if name.endswith(_REFERENCE) and base in names:
+            continue
+        title = next(title for title, starts in GROUPS.items() if name.startswith(starts))
+        grouped[title].append(_chart(name, training.log))
+    for title, charts in grouped.items():
+        charts.sort(key=lambda chart: next(i for i, start in enumerate(GROUPS[title]) if chart.name.startswith(start)))
+    return {title: charts for title, charts in grouped.items() if charts}
+
+
+def _is_shown(name: str, value: Any) -> bool:
+    return name not in _NOT_SHOWN and not name.startswith(_OF_THE_END) and isinstance(value, (int, float))
+
+
+def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
+    points, reference = _points(name, log), _points(name + _REFERENCE, log)
+    words = {row["step"]: said[name] for row in log if name in (said := crossed_limits(row))}
+    crossed = [(step, value) for step, value in points if step in words]
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    summary = f"{first:.4g} at step {first_step}"
+    if len(points) > 1:
+        summary += f", {last:.4g} at step {last_step}"
+    alarm = ""
+    if crossed:
+        limit = next(iter(words.values()))
+        alarm = f"{len(crossed)} of {len(points)} points are {limit}"
+    return Chart(name, _draw(name, points, reference, crossed), summary, alarm)
+
+
+def _points(name: str, log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """(step, value) of a figure; what is not a finite number (a loss that ran away) is a gap."""
+    return [(row["step"], float(row[name]) if math.isfinite(row[name]) else math.nan) for row in log if name in row]
+
+
+def _draw(
+    name: str,
+    points: Sequence[tuple[int, float]],
+    reference: Sequence[tuple[int, float]],
+    crossed: Sequence[tuple[int, float]],
+) -> str:
+    """The chart as an ``<svg>`` element to stand in the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    # The salt makes the clip paths' names this chart's own, and the same each time.
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        axes = figure.add_subplot()
+        marker = "o" if len(points) < 3 else None
+        axes.plot(*zip(*points), color=_LINE, linewidth=1.6, marker=marker, markersize=4)
+        if reference:
+            axes.plot(*zip(*reference), color=_SECOND, linewidth=1.4, linestyle=(0, (4, 2)), label="reference answers")
+        if crossed:
+            axes.plot(*zip(*crossed), color=_MARK, linestyle="", marker="v", markersize=5.5, label="beyond its limit")
+        if reference or crossed:
+            axes.legend(frameon=False, labelcolor=_INK, fontsize=8, handlelength=1.8)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(colors=_INK, length=3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_INK)
+        axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.6)
+        axes.set_xlabel("step", color=_INK)
+        drawn = io.StringIO()
+        figure.savefig(
+            drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    return _for_page(drawn.getvalue())
+
+
+def _for_page(svg: str) -> str:
+    """The element alone, as wide as its place, without names that other charts have too, in the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    head, rest = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]+"', head)
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)
+    for drawn, shown in _PAGE.items():
+        rest = rest.replace(drawn, shown)
+    return f'<svg {view[0] if view else ""} aria-hidden="true" focusable="false">{rest}'

@@ -1,0 +1,145 @@
+"""The studies of a run and the sampled answers of stage 2, ready to be put into the page as data.
+
+Sorting, filtering and drawing happen in the page (``report.js``); what needs pixels or coordinates happens here. Boxes are in 0-1
+of the square that the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.commands.report.pictures import SeenImage, as_data_url, see
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.grounded import Case, Evaluation
+from umed_plugin.grounding.boxes import is_degenerate, is_inside, parse_boxes
+
+Card = dict[str, Any]
+Progress = Callable[[int, int], None]
+
+_NOT_TERMS = {"text", "reward"}  # of a candidate: the other keys are the rewards' names
+
+
+def study_cards(
+    evaluations: Mapping[str, Evaluation], most: int, run_folder: Path, progress: Progress | None = None
+) -> list[Card]:
+    """A card for each study, at most ``most`` of them, in the order in which they were asked.
+
+    Args:
+        evaluations: stage -> evaluation; not every stage need have been asked about every study.
+        run_folder: where images are looked for that have been moved.
+        progress: called with (cards made, cards in all).
+    """
+    answered: dict[str, dict[str, Case]] = {}
+    for stage, evaluation in evaluations.items():
+        for case in evaluation.cases:
+            answered.setdefault(case.id, {})[stage] = case
+    chosen = choose([list(cases.values()) for cases in answered.values()], most)
+    wanted = {cases[0].id for cases in chosen}
+    cards = []
+    for cases in (cases for study, cases in answered.items() if study in wanted):
+        cards.append(_study_card(cases, evaluations, run_folder))
+        if progress is not None:
+            progress(len(cards), len(wanted))
+    return cards
+
+
+def choose(studies: Sequence[list[Case]], most: int) -> list[list[Case]]:
+    """Of too many studies a third with the largest gains, a third with the worst last answers, and others at even distances."""
+    if len(studies) <= most:
+        return list(studies)
+    by_gain = sorted(studies, key=lambda cases: cases[-1].set_iou - cases[0].set_iou, reverse=True)
+    by_failure = sorted(studies, key=lambda cases: (cases[-1].set_iou, cases[-1].accuracy))
+    third = most // 3
+    taken = {cases[0].id: cases for cases in [*by_gain[:third], *by_failure[:third]]}
+    others = [cases for cases in studies if cases[0].id not in taken]
+    left = most - len(taken)
+    return [*taken.values(), *(others[place * len(others) // left] for place in range(left))]
+
+
+def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Path) -> Card:
+    first = next(iter(cases.values()))
+    seen, picture = _seen(first.image, first.image_aspect_ratio, first.reading, run_folder)
+    return {
+        "id": first.id,
+        "source": first.source or "not said",
+        "modality": first.modality,
+        "question": first.question,
+        "classes": first.true_classes,
+        **picture,
+        "true": seen.boxes01(first.true_boxes) if seen else [],
+        "true_count": len(first.true_boxes),
+        "answers": [_answer(cases[stage], seen) if stage in cases else None for stage in stages],
+    }
+
+
+def _seen(
+    image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Path
+) -> tuple[SeenImage | None, dict[str, str]]:
+    """The image and its part of the card; a picture that is gone is said on its card and stops no report."""
+    try:
+        seen = see(image, mode, reading, run_folder)
+    except UmedError as error:
+        return None, {"picture": "", "fault": str(error)}
+    return seen, {"picture": as_data_url(seen.square), "fault": ""}
+
+
+def _answer(case: Case, seen: SeenImage | None) -> Card:
+    return {
+        "text": case.answer,
+        "accuracy": case.accuracy,
+        "iou": case.set_iou,
+        "relevance": case.vision_relevance,
+        "boxes": seen.boxes01(case.boxes) if seen else [],
+        "malformed": sum(is_degenerate(box) for box in case.boxes),
+        "heat": case.heat,
+    }
+
+
+def candidate_cards(
+    lines: Sequence[Mapping[str, Any]], run_folder: Path, progress: Progress | None = None
+) -> list[Card]:
+    """A card for each question of stage 2 whose sampled answers were written down."""
+    cards = []
+    for line in lines:
+        cards.append(_candidate_card(line, run_folder))
+        if progress is not None:
+            progress(len(cards), len(lines))
+    return cards
+
+
+def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
+    study, rows = line.get("study", {}), line["candidates"]
+    seen: SeenImage | None = None
+    picture = {
+        "picture": "",
+        "fault": "the run was logged by a version of the plugin that did not write the image's path down",
+    }
+    if study.get("image"):
+        seen, picture = _seen(study["image"], study["image_aspect_ratio"], study.get("reading"), run_folder)
+    terms = [name for name in rows[0] if name not in _NOT_TERMS]
+    return {
+        "id": line["id"],
+        "step": line["step"],
+        "source": study.get("source") or "not said",
+        "modality": study.get("modality") or "",
+        "question": study.get("question", ""),
+        "classes": line["true"]["ref"],
+        **picture,
+        "true": seen.boxes01(line["true"]["bbox"]) if seen else [],
+        "true_count": len(line["true"]["bbox"]),
+        "terms": terms,
+        "rows": [_candidate(row, terms) for row in rows],
+    }
+
+
+def _candidate(row: Mapping[str, Any], terms: Sequence[str]) -> Card:
+    found = parse_boxes(row["text"])
+    return {
+        "text": row["text"],
+        "reward": row["reward"],
+        "terms": [row[name] for name in terms],
+        "boxes": [box for box in found if is_inside(box)],
+        "malformed": sum(not is_inside(box) for box in found),
+    }

@@ -1,0 +1,114 @@
+"""Writes the report: table, curves and galleries into one HTML file.
+
+The file loads nothing: its Content-Security-Policy forbids it, and lets no script run but its own, known by its hash. Texts of
+models and names of files are escaped where the page is made and set as text where it draws, so that they cannot become markup.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.commands.report.curves import charts_of
+from umed_plugin.commands.report.gallery import candidate_cards, study_cards
+from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
+from umed_plugin.commands.report.table import metrics_table
+
+FILE = "report.html"
+STUDIES = 500
+
+
+def write_report(
+    run_dir: Path | str, most_studies: int = STUDIES, progress: Callable[[str, int, int], None] | None = None
+) -> Path:
+    """Write ``run_dir/report.html`` and return its path; the file appears whole or not at all.
+
+    Args:
+        run_dir: folder of `umed demo`, `umed upgrade` or one training.
+        most_studies: in the gallery; the table is of all.
+        progress: called with (what is being done, done, in all).
+
+    Raises:
+        UmedError: the folder holds nothing to report, or a damaged file.
+    """
+    run = read_run(run_dir)
+    aside, file = run.folder / f"{FILE}.partial", run.folder / FILE
+    aside.write_text(render(run, most_studies, progress), encoding="utf-8")
+    os.replace(aside, file)
+    return file
+
+
+def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None] | None = None) -> str:
+    """The HTML of a run's report."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2.utils import htmlsafe_json_dumps
+
+    from umed_plugin import __version__
+
+    def said(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    shelf = Path(__file__).parent
+    script = (shelf / "report.js").read_text(encoding="utf-8")
+    environment = Environment(
+        loader=FileSystemLoader(shelf), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    labels = [stage_label(stage) for stage in run.evaluations]
+    studies = study_cards(run.evaluations, most_studies, run.folder, said("drawing studies"))
+    candidates = candidate_cards(run.candidates, run.folder, said("drawing sampled answers"))
+    table, notes = metrics_table(run.evaluations)
+    asked = max((len(evaluation.cases) for evaluation in run.evaluations.values()), default=0)
+    if len(studies) < asked:
+        notes.append(
+            f"The gallery has {len(studies)} of the {asked} studies: a third with the largest gains, a third with the worst last "
+            "answers, and others at even distances. The table is of all."
+        )
+    return environment.get_template("report.html").render(
+        name=run.folder.name,
+        version=__version__,
+        style=(shelf / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        notes=notes,
+        table=table,
+        trainings=[_training(training, said("drawing curves")) for training in run.trainings],
+        stages=labels,
+        studies=len(studies),
+        candidates=len(candidates),
+        data=htmlsafe_json_dumps(
+            _finite({"stages": labels, "studies": studies, "candidates": candidates}), dumps=_compact
+        ),
+    )
+
+
+def _training(training: Training, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    kinds = {"instruction_tuning": "Stage 1, instruction tuning", "rewarding": "Stage 2, rewarding", None: "Training"}
+    steps = f"{training.steps} steps"
+    if training.steps < training.of_steps:
+        steps = f"{training.steps} of {training.of_steps} steps: not finished"
+    groups = charts_of(training)
+    if progress is not None:
+        progress(1, 1)
+    about = f"{steps}." if groups else f"{steps}; nothing was logged (see --logging_steps)."
+    return {"title": f"{kinds[training.stage]}: {training.name}", "about": about, "groups": groups}
+
+
+def _compact(value: Any, **_: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(value: Any) -> Any:
+    """Numbers with 5 decimals; None for those that JSON cannot hold."""
+    if isinstance(value, float):
+        return round(value, 5) if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,79 @@
+"""Studies as the model sees them: a small picture of the square, and boxes in 0-1 of it, both by
+`umed_plugin.grounding.geometry`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.data.images import open_image
+from umed_plugin.data.images.drawing import square_of
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import Box, is_degenerate
+from umed_plugin.grounding.geometry import ImageGeometry
+
+SIDE = 384  # pixels of a picture at most: 500 studies make a page of some megabytes, which opens at once
+QUALITY = 80
+
+
+@dataclass(frozen=True)
+class SeenImage:
+    """One image as the model sees it.
+
+    Attributes:
+        square: the picture, RGB, at most as wide as asked; smaller images keep their own size.
+        geometry: of the file; boxes go through it.
+    """
+
+    square: Any
+    geometry: ImageGeometry
+
+    def boxes01(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
+        """Boxes in pixels of the file -> 0-1 of the square; those of which nothing is to be seen there are left out."""
+        return [box for box in self.geometry.to_square(boxes_px) if not is_degenerate(box)]
+
+
+def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Path, side: int = SIDE) -> SeenImage:
+    """Open an image as training and evaluation do.
+
+    Args:
+        image: path of the file; where it is not there any more, the same file below ``run_folder`` is taken.
+        mode: ``pad`` or ``square``.
+        reading: arguments of `umed_plugin.data.images.load_image` for DICOM and NIfTI files.
+        side: of the square at most, in pixels.
+
+    Raises:
+        UmedError: the file is missing or cannot be read.
+    """
+    path = _found(Path(image), run_folder)
+    if not path.exists():
+        raise UmedError(f"{path}: no such image file.")
+    try:
+        opened = open_image(path, dict(reading) if reading else None)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UmedError(f"{path}: cannot be read as an image ({error}).") from error
+    geometry = ImageGeometry(opened.width, opened.height, mode)
+    return SeenImage(square_of(opened, geometry, least=1, most=side), geometry)
+
+
+def _found(path: Path, run_folder: Path) -> Path:
+    """The path, or the one below a run's folder that ends alike: runs are moved and copied."""
+    if path.exists():
+        return path
+    ends = [run_folder.joinpath(*path.parts[start:]) for start in range(1, len(path.parts))]
+    return next((end for end in ends if end.exists()), path)
+
+
+def as_data_url(square: Any) -> str:
+    """The picture as WebP in a ``data:`` address, with pixels and nothing else in it."""
+    from PIL import Image
+
+    clean = Image.frombytes(square.mode, square.size, square.tobytes())
+    held = io.BytesIO()
+    clean.save(held, format="WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(held.getvalue()).decode()

@@ -1,0 +1,105 @@
+"""``umed serve``: a local chat page for a checkpoint, with its boxes and heat maps on the picture."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+_SECONDS_TO_END = 20
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``serve``."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="a local chat page with boxes and heat maps",
+        description="Ask a checkpoint about PNG, JPEG, DICOM and NIfTI images on a page of this machine's own: choose slice and "
+        "window, see the answer, its boxes and where its words look. Images stay on this machine and are removed at the end.",
+        epilog="example:\n  umed serve runs/demo/checkpoint/llava-mistral-umed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
+    parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
+    parser.add_argument(
+        "--template", help="of the prompt, e.g. mistral_instruct to ask as stock LLaVA does (default: by model)"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
+    )
+    parser.add_argument("--port", type=int, default=8470, help="to listen on (default: 8470; 0 takes a free one)")
+    parser.add_argument("--upload-mb", metavar="MB", type=int, default=1024, help="most of one upload (default: 1024)")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="longest answer (default: 256)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the checkpoint and serve until Ctrl-C."""
+    from umed_plugin.errors import UsageError
+    from umed_plugin.patches import prepare_llava
+
+    for flag in ("upload_mb", "max_new_tokens"):
+        if getattr(args, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}. Allowed: 1 or more.")
+    if not 0 <= args.port < 2**16:
+        raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
+    prepare_llava()
+    _keep_headers_out_of_the_terminal()
+
+    from umed_plugin.commands.serve.dialogue import Dialogue
+    from umed_plugin.commands.serve.shelf import Shelf
+
+    print(f"umed serve: loading {args.checkpoint}", flush=True)
+    dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens)
+    shelf = Shelf(args.upload_mb * 10**6)
+    # A service is stopped by SIGTERM, and the images must go then too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _serve(args, dialogue, shelf)
+    finally:
+        shelf.close()
+    return 0
+
+
+def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
+    from umed_plugin.commands.serve.access import is_loopback
+    from umed_plugin.commands.serve.server import ChatServer
+    from umed_plugin.data.template_writer import QUESTIONS
+    from umed_plugin.errors import UmedError
+
+    about = {
+        "checkpoint": args.checkpoint.resolve().name,
+        "upload_mb": args.upload_mb,
+        "questions": [QUESTIONS[0], QUESTIONS[2]],
+    }
+    try:
+        server = ChatServer(args.host, args.port, dialogue, shelf, about)
+    except OSError as error:
+        raise UmedError(
+            f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror or error}). Give another address, or "
+            "--port 0 for a free port."
+        ) from error
+    if not is_loopback(args.host):
+        print(
+            f"umed serve: warning: {args.host} is not this machine alone. Whoever reaches it can use the model, and images "
+            "travel unencrypted. An ssh tunnel to 127.0.0.1 is safer.",
+            file=sys.stderr,
+        )
+    print(f"umed serve: {server.url} (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("umed serve: ending", flush=True)
+    finally:
+        server.end(_SECONDS_TO_END)
+
+
+def _keep_headers_out_of_the_terminal() -> None:
+    """The libraries quote what they find odd in a header, where a patient's name may stand."""
+    for name in ("pydicom", "nibabel", "PIL", "monai"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.simplefilter("ignore")

@@ -1,0 +1,303 @@
+"""Answers about a picture: greedy, told token by token; what is known of picture and conversation is not computed again.
+
+The features of the last pictures are kept, and the keys and values of the last conversations: a further question costs its
+own tokens. The prompt is that of training, stock LLaVA and `umed_plugin.evaluation.grounded`; earlier questions and answers
+stand in it as LLaVA writes them.
+
+Where an answer looks is read in a second pass over prompt and answer (`umed_plugin.model.attention`), for each word of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor
+
+from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
+from umed_plugin.data.template_writer import conversation_template
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import Terms, find_terms
+from umed_plugin.model.answerer import Seen, image_and
+from umed_plugin.model.attention import spelled_out, tokens_within, watched_pass
+from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates, base_llava, embed_prompts, encode_images, prefill
+from umed_plugin.model.packing import RoomyCache
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Turn = tuple[str, str]
+
+MOST_PICTURES = 64  # whose features are kept: about 1 MB each for a tower of 336 pixels
+MOST_CONVERSATIONS = 2  # whose keys and values are kept: about 0.5 GB each for a Llama of 13 billion
+ROOM_TO_GO_ON = 512  # columns that are kept free for further questions
+_WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and what is needed to look again at how it came to it.
+
+    Attributes:
+        text: as it is shown.
+        boxes: xyxy in pixels of the picture, in the order of the text; None for one that is malformed or leaves the square.
+        forgotten: earlier questions that did not fit before this one.
+    """
+
+    text: str
+    boxes: list[Optional[Box]]
+    forgotten: int
+    prompt_ids: Tensor
+    token_ids: list[int]
+    features: Tensor
+    geometry: ImageGeometry
+
+
+@dataclass
+class _Held:
+    """Keys and values of a conversation.
+
+    Attributes:
+        columns: what they belong to: token ids, and the image's token for each of its patches.
+        fits: columns that there is room for.
+    """
+
+    cache: RoomyCache
+    columns: list[int]
+    fits: int
+
+
+class Dialogue:
+    """A checkpoint that is asked about pictures, by one caller at a time.
+
+    Args:
+        checkpoint: a full checkpoint, or a LoRA folder over ``base``.
+        template: of the prompt; by default the umed template of the checkpoint's family.
+        most_tokens: longest answer.
+
+    Raises:
+        UmedError: it cannot be loaded, or sees images in a way in which boxes have no place.
+    """
+
+    def __init__(
+        self, checkpoint: Path, base: Optional[Path] = None, template: Optional[str] = None, most_tokens: int = 256
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # As `umed evaluate`: stock LLaVA answers in half precision, which a CPU cannot compute.
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, dtype)
+        self.llava = base_llava(self.model)
+        self.mode = Seen(checkpoint, self.processor, self.llava.config, None, 0).mode
+        self.template = template or UMED_TEMPLATES[self.llava.config.model_type]
+        conversation_template(self.template)  # an unknown one is refused here
+        self.most_tokens = most_tokens
+        self.terms = shipped_terms()
+        self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+
+    @torch.no_grad()
+    def answer(
+        self, key: Hashable, picture: Image, turns: Sequence[Turn], question: str, tell: Callable[[str], None]
+    ) -> Answer:
+        """Answer a question about a picture, greedily.
+
+        Args:
+            key: the same for the same picture.
+            picture: in RGB.
+            turns: earlier questions about it and their answers.
+            question: without image token.
+            tell: called with the text so far after each token; what it raises ends the answer.
+
+        Raises:
+            UmedError: the question is too long for the model.
+        """
+        features = self._seen(key, picture)
+        turns = [turn for turn in turns if turn[1].strip()]
+        ids, forgotten = self._fitting_prompt(turns, question, features.shape[1])
+        token_ids = self._spoken(key, ids, features, tell)
+        text = self._shown(token_ids).split(self._stop())[0].strip()
+        tower = self.llava.get_vision_tower().config
+        geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
+        boxes01 = parse_boxes(text)
+        boxes = [box if is_inside(box01) else None for box01, box in zip(boxes01, geometry.from_square(boxes01))]
+        return Answer(text, boxes, forgotten, ids, token_ids, features, geometry)
+
+    @torch.no_grad()
+    def attention(self, answer: Answer) -> dict[str, Any]:
+        """Where each word of an answer looks on the picture, the mean over layers and heads.
+
+        Returns:
+            ``grid`` (patches on a side), ``place`` (xyxy of the grid in pixels of the picture), ``words``: ``text``, ``is_name``
+            (of an abnormality that a shipped recipe knows; these come first), ``map`` (base64, a byte a patch, row by row, 255
+            for the largest) and ``peak`` (the largest patch's share of the attention on the image, 0-1).
+        """
+        geometry = answer.geometry
+        span = geometry.patch_span
+        found: dict[str, Any] = {"grid": geometry.grid, "place": geometry.from_square([(0.0, 0.0, span, span)])[0]}
+        ids = [token for token in answer.token_ids if token != self.tokenizer.eos_token_id]
+        text, ends = spelled_out(self.tokenizer, ids)
+        names = [(start, end) for start, end, _ in find_terms(text, self.terms)]
+        words = [match.span() for match in _WORD.finditer(text)]
+        spans = [*names, *(word for word in words if word not in names)]
+        maps = self._maps(answer, ids) if spans else None
+        found["words"] = [
+            {
+                "text": text[slice(*span)],
+                "is_name": span in names,
+                **_encoded(maps[tokens_within(ends, [span])].mean(0)),
+            }
+            for span in spans
+            if maps is not None
+        ]
+        return found
+
+    def forget(self, belongs: Callable[[Any], bool]) -> None:
+        """Drop what is kept of the pictures whose key ``belongs``; by the one caller at a time, as all else."""
+        for kept in (self._features, self._held):
+            for key in [key for key in kept if belongs(key)]:
+                del kept[key]
+
+    def _seen(self, key: Hashable, picture: Image) -> Tensor:
+        """Features [1, P, D] of a picture, kept for the next question."""
+        from llava.mm_utils import process_images
+
+        if key not in self._features:
+            pixels = process_images([picture], self.processor, self.llava.config)
+            self._features[key] = encode_images(self.model, pixels)
+        return _latest(self._features, key, MOST_PICTURES)
+
+    def _fitting_prompt(self, turns: Sequence[Turn], question: str, patches: int) -> tuple[Tensor, int]:
+        """Token ids [L] of the prompt, and how many of the earliest turns were left out to make it fit."""
+        most = self.llava.config.max_position_embeddings - self.most_tokens
+        for forgotten in range(len(turns) + 1):
+            ids = self._prompt(turns[forgotten:], question)
+            if len(ids) - 1 + patches <= most:
+                return ids, forgotten
+        raise UmedError(f"The question is too long: {len(ids) - 1} tokens. This model has room for {most - patches}.")
+
+    def _prompt(self, turns: Sequence[Turn], question: str) -> Tensor:
+        from llava.constants import DEFAULT_IMAGE_TOKEN
+        from llava.mm_utils import tokenizer_image_token
+
+        conversation = conversation_template(self.template)
+        parts = [part.replace(DEFAULT_IMAGE_TOKEN, "") for turn in [*turns, (question,)] for part in turn]
+        for number, part in enumerate(parts):
+            message = part if number else image_and(part, self.llava.config)
+            conversation.append_message(conversation.roles[number % 2], message)
+        conversation.append_message(conversation.roles[1], None)
+        return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
+
+    def _spoken(self, key: Hashable, ids: Tensor, features: Tensor, tell: Callable[[str], None]) -> list[int]:
+        """The answer's token ids, EOS included where it came."""
+        prompts = embed_prompts(self.model, [ids], features)
+        held = self._held_for(key, ids, prompts.n_patches)
+        logits = prefill(self.model, prompts, held.cache).logits
+        held.columns = _columns(ids, prompts.n_patches)
+        spoken: list[int] = []
+        while True:
+            spoken.append(int(logits[0, -1].argmax()))
+            if spoken[-1] == self.tokenizer.eos_token_id or self._stop() in self._shown(spoken):
+                return spoken
+            tell(self._shown(spoken))
+            if len(spoken) == self.most_tokens:
+                return spoken
+            logits = self._next_logits(spoken[-1], held)
+
+    def _next_logits(self, token: int, held: _Held) -> Tensor:
+        place = len(held.columns)
+        device = self.llava.get_input_embeddings().weight.device
+        inputs = {
+            "inputs_embeds": self.llava.get_input_embeddings()(torch.tensor([[token]], device=device)),
+            "attention_mask": torch.ones(1, place + 1, dtype=torch.long, device=device),
+            "position_ids": torch.tensor([[place]], device=device),
+        }
+        logits = self.model(**inputs, past_key_values=held.cache, use_cache=True, return_dict=True).logits
+        held.columns.append(token)
+        return logits
+
+    def _held_for(self, key: Hashable, ids: Tensor, patches: int) -> _Held:
+        """A cache that holds the beginning that this prompt shares with the conversation before it, and has room for the rest."""
+        columns = _columns(ids, patches)
+        held = self._held.get(key)
+        if held is None or len(columns) + self.most_tokens > held.fits:
+            room = self.most_tokens + ROOM_TO_GO_ON
+            self._held[key] = _Held(RoomyCache(room), [], len(columns) + room)
+        else:
+            shared = _shared(held.columns, columns[:-1])  # the last column is computed: it gives the first logits
+            held.cache.truncate(shared)
+            held.columns = held.columns[:shared]
+        return _latest(self._held, key, MOST_CONVERSATIONS)
+
+    def _stop(self) -> str:
+        """What ends an answer beside EOS, for templates whose separator is text; else something that no text holds."""
+        from llava.conversation import SeparatorStyle
+
+        conversation = conversation_template(self.template)
+        mark = conversation.sep if conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT) else ""
+        return mark or "\0"
+
+    def _shown(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+
+    def _maps(self, answer: Answer, ids: Sequence[int]) -> Tensor:
+        """[T, P] attention of each token on the image's patches, each row summing to 1."""
+        prompts = embed_prompts(self.model, [answer.prompt_ids], answer.features)
+        tokens = torch.tensor([list(ids)], device=prompts.mask.device)
+        maps = torch.zeros(len(ids), prompts.n_patches, device=tokens.device)
+        layers = range(self.llava.config.num_hidden_layers)
+
+        def add(_owners: Tensor, _queries: Tensor, attention: Tensor) -> None:
+            maps.add_(attention.mean(dim=1))
+
+        watched_pass(self.model, prompts, Candidates(tokens, torch.ones_like(tokens)), [range(len(ids))], layers, add)
+        return maps / len(layers)
+
+
+def shipped_terms() -> Terms:
+    """Every abnormality that a shipped recipe knows -> its names, so that an answer's own can be pointed out."""
+    from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
+
+    merged: dict[str, list[str]] = {}
+    for name in shipped_recipes():
+        for plain, words in load_recipe(name).names.items():
+            known = merged.setdefault(plain, [])
+            known += [word for word in words if word not in known]
+    return merged
+
+
+def _columns(ids: Tensor, patches: int) -> list[int]:
+    """What stands in each column of an embedded prompt: a token's id, or the image token for each patch."""
+    columns: list[int] = []
+    for token in ids.tolist():
+        columns += [token] * (patches if token == IMAGE_TOKEN_INDEX else 1)
+    return columns
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the beginning that both have in common."""
+    for place, (one, other) in enumerate(zip(first, second)):
+        if one != other:
+            return place
+    return min(len(first), len(second))
+
+
+def _latest(kept: OrderedDict[Hashable, Any], key: Hashable, most: int) -> Any:
+    """The entry, made the newest; the oldest beyond ``most`` are dropped."""
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+    return kept[key]
+
+
+def _encoded(attention: Tensor) -> dict[str, Any]:
+    peak = float(attention.max())
+    values = (attention / peak * 255).round().to(torch.uint8).cpu().numpy()
+    return {"map": base64.b64encode(values.tobytes()).decode(), "peak": round(peak, 6)}

@@ -1,0 +1,267 @@
+"""What was uploaded, as a viewer shows it: series and files, their slices, planes and windows, and one slice as a picture.
+
+Everything is read by `umed_plugin.data.images`, one slice at a time in the whole process. Of a DICOM header nothing is shown or
+written down; messages of the libraries, which may quote it, are replaced.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+
+from umed_plugin.commands.serve.uploads import Received
+from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_count
+from umed_plugin.data.images.dicom import open_header
+from umed_plugin.data.images.nifti import volume_shape
+from umed_plugin.data.images.pictures import PICTURE_ENDINGS
+from umed_plugin.data.images.series import series_files
+from umed_plugin.data.images.stored import unreadable
+from umed_plugin.data.recipes.options import WINDOW_PRESETS
+from umed_plugin.errors import UmedError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_VOXELS = 2**31
+PLANES = ("sagittal", "coronal", "axial")
+_MIDDLE = 0.5
+
+# The readers keep the last volume between calls.
+_reading = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A way to cut a volume: along which stored axis, what that is called, and how many slices there are."""
+
+    axis: int
+    name: str
+    slices: int
+
+
+@dataclass(frozen=True)
+class View:
+    """One slice as it is looked at: an item of the study, and how `load_image` reads it."""
+
+    item: int = 0
+    axis: int = 2
+    slice: int = 0
+    volume: int = 0
+    window: str = "file"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A series, a volume or a picture.
+
+    Attributes:
+        label: what the page calls it.
+        paths: one file, the folder of a series, or files that have no common order: then ``slice`` counts them.
+        planes: at least one; the first is shown first.
+        volumes: of a 4-D file, else 1.
+        windows: that make a difference, the first by default; none for grey levels and colours.
+    """
+
+    label: str
+    paths: tuple[Path, ...]
+    planes: tuple[Plane, ...]
+    volumes: int
+    windows: tuple[str, ...]
+
+    def reading(self, view: View) -> tuple[Path, dict[str, Any]]:
+        """The file, and the arguments of `load_image`.
+
+        Raises:
+            UmedError: there is no such slice, plane, volume or window.
+        """
+        plane = next((plane for plane in self.planes if plane.axis == view.axis), None)
+        if plane is None or not 0 <= view.slice < plane.slices or not 0 <= view.volume < self.volumes:
+            raise UmedError(f"{self.label}: has no such slice.")
+        if view.window not in (self.windows or ("file",)):
+            raise UmedError(f"{self.label}: has no such window. Allowed: {', '.join(self.windows) or 'file'}.")
+        if len(self.paths) > 1:
+            return self.paths[view.slice], {"window": view.window}
+        how = {"window": view.window, "slice": view.slice, "slice_axis": view.axis, "volume": view.volume}
+        return self.paths[0], how
+
+
+class Study:
+    """The images of one upload.
+
+    Args:
+        folder: that they lie in, below which series get folders of their own.
+        files: as uploaded.
+
+    Raises:
+        UmedError: none of them can be shown.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Received], left_out: Sequence[tuple[str, str]] = ()) -> None:
+        self._folder = folder
+        self._names = {file.path: file.name for file in files}
+        self.left_out = list(left_out)
+        self.items: list[Item] = []
+        with _reading:
+            for group in self._groups(files):
+                self._add(group)
+        if not self.items:
+            raise UmedError(self._why_nothing())
+
+    def picture(self, view: View) -> Image:
+        """One slice in RGB, turned as a radiologist sees it.
+
+        Raises:
+            UmedError: it cannot be read, or there is no such view.
+        """
+        from PIL import Image
+
+        if not 0 <= view.item < len(self.items):
+            raise UmedError("There is no such image in this upload.")
+        item = self.items[view.item]
+        path, how = item.reading(view)
+        with _reading:
+            try:
+                return Image.fromarray(load_image(path, **how)[0])
+            except UmedError as error:
+                raise UmedError(self._said(error, item.label)) from error
+
+    def described(self) -> dict[str, Any]:
+        """The study as the page gets it."""
+        items = [
+            {
+                "label": item.label,
+                "planes": [vars(plane) for plane in item.planes],
+                "volumes": item.volumes,
+                "windows": item.windows,
+            }
+            for item in self.items
+        ]
+        return {"items": items, "left_out": [f"{name}: {why}" for name, why in self.left_out]}
+
+    def _groups(self, files: Sequence[Received]) -> list[list[Path]]:
+        """Files that belong together: the slices of a series; every other image by itself."""
+        series: dict[str, list[Path]] = {}
+        groups: list[list[Path]] = []
+        for file in files:
+            uid = self._series_of(file)
+            group = series.get(uid) if uid else None
+            if group is None:
+                group = [file.path]
+                groups.append(group)
+                if uid:
+                    series[uid] = group
+            else:
+                group.append(file.path)
+        return groups
+
+    def _series_of(self, file: Received) -> Optional[str]:
+        """The series of a DICOM file with one frame; None for what stands alone, be it an image or not."""
+        if file.kind != "dicom":
+            return None
+        try:
+            with unreadable(file.path):
+                header = open_header(file.path, pixels=False)
+                if int(getattr(header, "NumberOfFrames", None) or 1) > 1 or not getattr(header, "Rows", None):
+                    return None
+                return str(getattr(header, "SeriesInstanceUID", None) or "") or None
+        except UmedError:
+            return None  # `_add` meets the same error and reports it
+
+    def _add(self, group: list[Path]) -> None:
+        try:
+            if len(group) > 1:
+                self.items.append(self._series(group))
+            else:
+                self.items.append(self._single(group[0]))
+        except UmedError as error:
+            name = self._names[group[0]]
+            self.left_out.append((name, self._said(error, name).removeprefix(f"{name}: ")))
+
+    def _single(self, path: Path) -> Item:
+        if path.name.endswith((".nii", ".nii.gz")):
+            return self._volume(path)
+        count = slice_count(path)
+        windows = _windows(_middle_slice(path, count))
+        if path.name.endswith(PICTURE_ENDINGS):
+            windows = windows[:1]  # of 16 bits without a unit: presets mean nothing
+        return Item(self._names[path], (path,), (Plane(2, "", count),), 1, windows)
+
+    def _volume(self, path: Path) -> Item:
+        x, y, z, volumes = volume_shape(path)
+        if x * y * z > MOST_VOXELS:
+            raise UmedError(f"{path}: {x} x {y} x {z} voxels are too many to show. Allowed: {MOST_VOXELS}.")
+        stored = _middle_slice(path, z, volume=0)
+        names = _plane_names(stored)
+        planes = [Plane(axis, name, count) for axis, name, count in zip(range(3), names, (x, y, z))]
+        # The way in which recipes cut by default comes first. A flat image has no other.
+        chosen = (planes[2], *planes[:2]) if z > 1 else (planes[2],)
+        return Item(self._names[path], (path,), chosen, volumes, _windows(stored))
+
+    def _series(self, group: list[Path]) -> Item:
+        number = sum(len(item.paths) > 1 or item.paths[0].is_dir() for item in self.items) + 1
+        folder = self._folder / f"series-{number}"
+        folder.mkdir()
+        for path in group:
+            self._names[path.rename(folder / path.name)] = self._names.pop(path)
+        count = len(group)
+        label = f"series {number} ({count} slices)"
+        self._names[group[0]] = label  # for `_add`, if it cannot be shown
+        try:
+            ordered = len(series_files(folder)) == count
+        except UmedError:
+            ordered = False
+        paths: tuple[Path, ...] = (folder,)
+        if ordered:
+            first = read_stored(folder, slice=int(count * _MIDDLE))
+        else:
+            paths = tuple(sorted(folder.iterdir(), key=lambda path: self._names[path]))
+            label += ", by file name, as they have no places"
+            first = read_stored(paths[int(count * _MIDDLE)])
+        return Item(label, paths, (Plane(2, "", count),), 1, _windows(first))
+
+    def _said(self, error: UmedError, name: str) -> str:
+        """The error for the person who sent the file: its own name, and no text of a library, which may quote the header."""
+        if error.__cause__ is not None:
+            return f"{name}: cannot be read as an image. It is damaged, cut off, or of a kind that is not supported."
+        text = str(error)
+        for path in (*self._names, self._folder):
+            text = text.replace(str(path), name)
+        return text
+
+    def _why_nothing(self) -> str:
+        if not self.left_out:
+            return "There is no image in this upload."
+        shown = " ".join(f"{name}: {why}" for name, why in self.left_out[:3])
+        more = len(self.left_out) - 3
+        return shown + (f" And {more} more files like these." if more > 0 else "")
+
+
+def _middle_slice(path: Path, count: int, volume: Optional[int] = None) -> StoredSlice:
+    return read_stored(path, slice=int(count * _MIDDLE) if count > 1 else None, volume=volume)
+
+
+def _windows(stored: StoredSlice) -> tuple[str, ...]:
+    """Windows between which a choice makes sense for such a slice."""
+    if stored.is_grey_levels:
+        return ()
+    try:
+        own = ("file",) if stored.view() is not None else ()
+    except UmedError:
+        own = ()
+    presets = tuple(WINDOW_PRESETS) if stored.hounsfield else ()
+    return (*own, "full", *presets)
+
+
+def _plane_names(stored: StoredSlice) -> tuple[str, str, str]:
+    """What slices across each stored axis are called, from the directions of the first two."""
+    if stored.directions is None:
+        return ("along x", "along y", "along z")
+    first, second = stored.directions
+    across = (first, second, np.cross(first, second))
+    names = [PLANES[int(np.argmax(np.abs(direction)))] for direction in across]
+    return (names[0], names[1], names[2])

@@ -1,0 +1,140 @@
+"""``umed upgrade``: a checkpoint and a recipe become an upgraded checkpoint, in one resumable go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umed_plugin.errors import UsageError
+
+if TYPE_CHECKING:
+    from umed_plugin.commands.upgrade.plan import Step
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``upgrade``."""
+    parser = subparsers.add_parser(
+        "upgrade",
+        help="both stages, merge, evaluation before and after, report, in one go",
+        description="Upgrade a checkpoint with a recipe's data: build records, evaluate, train stage 1 and stage 2 through "
+        "umed-run, merge and evaluate after each. DIR/run.yaml holds all settings; edit it and start again with --config. "
+        "The same command goes on where a stopped one was. The input is not changed. The result, DIR/checkpoint/NAME, has its "
+        "layout: same files, tensor names, shapes and dtypes.",
+        epilog="example:\n  umed upgrade checkpoints/llava-med-v1.5-mistral-7b --recipe mau --data-root mau --out runs/upgrade\n"
+        "  umed upgrade --config runs/upgrade/run.yaml --set rewarding.candidates=16 --redo-changed",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="folder of a checkpoint, full or LoRA")
+    parser.add_argument("--recipe", metavar="R", help="recipe (name or YAML), or records built already (JSON)")
+    parser.add_argument("--data-root", metavar="FOLDER", help="folder of the recipe's data set")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (default: umed-upgrade-CKPT)")
+    parser.add_argument(
+        "--config", metavar="FILE", type=Path, help="settings: a run.yaml; without --out its folder is the run's"
+    )
+    parser.add_argument("--base", metavar="CKPT", help="of a LoRA checkpoint (default: as its adapter says)")
+    parser.add_argument("--method", choices=("lora", "full"), help="how to train (default: lora)")
+    parser.add_argument("--processes", metavar="N", type=int, help="training processes (default: one a GPU)")
+    parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed's configuration (default: without)")
+    parser.add_argument("--candidates", metavar="K", type=int, help="answers sampled to each question (default: 8)")
+    parser.add_argument("--rewards", metavar="LIST", help="comma list, as --umed_rewards")
+    parser.add_argument("--seed", metavar="N", type=int, help="of wording, order and sampling (default: 0)")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="any key of run.yaml: rewarding.steps=100; may be repeated",
+    )
+    parser.add_argument(
+        "--in-place", action="store_true", help="at the very end, swap with CKPT and keep the old one beside it"
+    )
+    parser.add_argument(
+        "--redo-changed", action="store_true", help="make steps anew whose settings or inputs have changed"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and write nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Upgrade, or print how."""
+    from rich.console import Console
+
+    from umed_plugin.commands.upgrade.run import Upgrade
+    from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings
+
+    # Rewards of one's own may lie there, as they may for the training that is started from there.
+    sys.path.append(os.getcwd())
+    folder, file = _places(args, RUN_FILE)
+    settings = read_settings(file, _changes(args))
+    upgrade = Upgrade(folder, settings, Console(), args.redo_changed)
+    if args.dry_run:
+        _print_commands(upgrade.steps)
+        return 0
+    upgrade.run()
+    return 0
+
+
+def _print_commands(steps: Sequence[Step]) -> None:
+    """The commands as a shell takes them, from this folder."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from umed_plugin.commands.processes import importable
+
+    try:
+        version("umed-plugin")
+    except PackageNotFoundError:  # in a checkout that is not installed
+        print(f"export PYTHONPATH={shlex.quote(importable()['PYTHONPATH'])}\n")
+    for step in steps:
+        print(f"# {step.title}\n{step.line()}\n")
+
+
+def _places(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]:
+    """(folder of the run, file that its settings begin with, None for the defaults)."""
+    if args.config is not None:
+        return args.out or args.config.resolve().parent, args.config
+    if args.checkpoint is None and args.out is None:
+        raise UsageError("give CKPT and --recipe, or --config FILE.\nSee umed upgrade --help")
+    folder = args.out or Path(f"umed-upgrade-{Path(args.checkpoint).resolve().name}")
+    if (folder / run_file).is_file():
+        return folder, folder / run_file
+    missing = [name for name, given in (("CKPT", args.checkpoint), ("--recipe", args.recipe)) if given is None]
+    if missing:
+        raise UsageError(
+            f"{' and '.join(missing)} missing, and {folder} has no {run_file} yet.\nSee umed upgrade --help"
+        )
+    return folder, None
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Dotted key -> value, of everything that the command line sets."""
+    import yaml
+
+    from umed_plugin.commands.upgrade.settings import recipe_path
+
+    here = Path.cwd()
+    changes: dict[str, Any] = {}
+    for key in ("checkpoint", "base", "data_root", "deepspeed"):
+        if getattr(args, key) is not None:
+            changes[key] = str(Path(getattr(args, key)).expanduser().absolute())
+    if args.recipe is not None:
+        changes["recipe"] = recipe_path(args.recipe, here)
+    for key in ("method", "processes", "seed"):
+        if getattr(args, key) is not None:
+            changes[key] = getattr(args, key)
+    if args.in_place:
+        changes["in_place"] = True
+    if args.candidates is not None:
+        changes["rewarding.candidates"] = args.candidates
+    if args.rewards is not None:
+        changes["rewarding.rewards"] = args.rewards.split(",")
+    for item in args.set:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--set {item}: must be KEY=VALUE, such as rewarding.steps=100")
+        changes[key] = yaml.safe_load(value)
+    return changes

@@ -1,0 +1,264 @@
+"""The settings of an upgrade: one YAML file that says all of them, and that a person can edit.
+
+The first start fills in what depends on the machine and on the checkpoint (device, number format, processes, learning rates, the
+result's name), so that a later start on another machine does not silently go on with others. The defaults are for 7 billion
+parameters on GPUs of 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing.
+The paper (arXiv 2501.01377) publishes no hyper-parameters.
+
+How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for any key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import yaml
+from pydantic import BaseModel, Field, model_validator
+
+from umed_plugin.data.recipes.options import StrictModel
+from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.faults import Faults, NoDuplicates, validated
+from umed_plugin.flags.rewards import PAPER_REWARDS
+
+RUN_FILE = "run.yaml"
+FlagValue = Union[bool, int, float, str]
+_PATHS = ("checkpoint", "base", "data_root", "deepspeed")
+# What the first start chooses, by method: (LoRA, full). LLaVA's own scripts; LLaVA-RLHF's PPO and a tenth of stage 1's.
+_LEARNING_RATES = {"instruction_tuning": {"lora": 2e-4, "full": 2e-5}, "rewarding": {"lora": 3e-5, "full": 1e-6}}
+
+
+def _key(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, **limits)
+
+
+class Lora(StrictModel):
+    """The adapter of ``method: lora``."""
+
+    r: int = _key(128, "Rank.", ge=1)
+    alpha: int = _key(256, "Scale: the adapter is multiplied by alpha / r.", ge=1)
+    dropout: float = _key(0.05, "Of the adapter's input, in stage 1.", ge=0, lt=1)
+
+
+class Stage(StrictModel):
+    """What both stages have."""
+
+    learning_rate: Optional[float] = _key(None, "Of the language model (or its adapter).", gt=0)
+    projector_learning_rate: Optional[float] = _key(2e-5, "Of the projector; null: learning_rate.", gt=0)
+    epochs: Optional[float] = _key(None, "Passes over the records, or null: see steps.", gt=0)
+    steps: Optional[int] = _key(None, "Optimizer steps, or null: see epochs.", ge=1)
+    batch_size: int = _key(8, "Records (stage 2: questions) at a time in each process.", ge=1)
+    accumulation: int = _key(1, "Batches of each process in an optimizer step.", ge=1)
+    warmup_ratio: float = _key(0.03, "Share of the steps over which the learning rate rises.", ge=0, le=1)
+    save_steps: int = _key(50, "A checkpoint to resume from every so many steps.", ge=1)
+    flags: dict[str, FlagValue] = _key(
+        {}, "Further flags of LLaVA's script or of the plugin, without the dashes: {report_to: tensorboard}."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Any:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give epochs or steps, and leave the other at null")
+        return self
+
+
+class InstructionTuning(Stage):
+    """Stage 1: Abnormal-Aware Instruction Tuning."""
+
+    epochs: Optional[float] = _key(3, "Passes over the records, or null: see steps.", gt=0)
+    accumulation: int = _key(2, "Batches of each process in an optimizer step.", ge=1)
+
+
+class Rewarding(Stage):
+    """Stage 2: Abnormal-Aware Rewarding."""
+
+    steps: Optional[int] = _key(200, "Optimizer steps, or null: see epochs.", ge=1)
+    batch_size: int = _key(4, "Questions at a time in each process.", ge=1)
+    accumulation: int = _key(2, "Batches of each process in an optimizer step.", ge=1)
+    save_steps: int = _key(20, "A checkpoint to resume from every so many steps.", ge=1)
+    algorithm: Literal["grpo", "ppo"] = _key("grpo", "grpo or ppo.")
+    candidates: int = _key(8, "Answers sampled to each question (K).", ge=1)
+    rewards: list[str] = _key(list(PAPER_REWARDS), "As --umed_rewards.", min_length=1)
+    reward_weights: Optional[list[float]] = _key(None, "One for each reward; null: 1 for each.")
+    temperature: float = _key(1.0, "Of sampling.", gt=0)
+    max_new_tokens: int = _key(128, "Longest sampled answer, in tokens.", ge=1)
+
+
+class Evaluation(StrictModel):
+    """Before, between and after, on the records of the split ``test``."""
+
+    limit: Optional[int] = _key(None, "Only the first so many records; null: all.", ge=1)
+    batch_size: int = _key(16, "Studies at a time.", ge=1)
+    max_new_tokens: int = _key(128, "Longest answer, in tokens.", ge=1)
+
+
+class Settings(StrictModel):
+    """Everything that a run depends on. Relative paths begin at the folder of the file."""
+
+    checkpoint: str = _key(..., "The checkpoint to upgrade: a folder, full or LoRA. It is not changed before the end.")
+    base: Optional[str] = _key(None, "Of a LoRA checkpoint: what it was trained on; null: as its adapter says.")
+    recipe: str = _key(
+        ..., "A shipped recipe's name, a recipe's YAML, or records that `umed recipe build` wrote (JSON)."
+    )
+    data_root: Optional[str] = _key(None, "Folder of the recipe's data set; null: the recipe's own.")
+    name: Optional[str] = _key(None, "Of the result's folder, below checkpoint/.", pattern=r"^[A-Za-z0-9_.-]+$")
+    accept_findings: list[str] = _key([], "Errors of `umed doctor` to go on in spite of, by their codes.")
+    in_place: bool = _key(
+        False, "At the very end, put the result where the checkpoint is and keep the old one beside it."
+    )
+    seed: int = _key(0, "Of wording, order and sampling.")
+    box_decimals: Literal[2, 3] = _key(2, "Of coordinates in text.")
+    on_bad_image: Literal["stop", "skip"] = _key("stop", "stop, or skip images that cannot be read.")
+    model_max_length: Optional[int] = _key(None, "Longest sequence in training, in tokens.", ge=64)
+    device: Optional[Literal["cuda", "cpu"]] = _key(None, "cuda or cpu.")
+    precision: Optional[Literal["bf16", "fp16", "fp32"]] = _key(None, "Number format of training.")
+    processes: Optional[int] = _key(None, "Training processes, one a GPU.", ge=1)
+    deepspeed: Optional[str] = _key(None, "DeepSpeed's configuration (JSON); null: without DeepSpeed.")
+    master_port: int = _key(29500, "Where DeepSpeed's processes meet.", ge=1024, le=65535)
+    method: Literal["lora", "full"] = _key("lora", "lora, or full fine-tuning.")
+    lora: Lora = Lora()
+    gradient_checkpointing: Optional[bool] = _key(None, "Less memory, more time.")
+    instruction_tuning: InstructionTuning = InstructionTuning()
+    rewarding: Rewarding = Rewarding()
+    evaluation: Evaluation = Evaluation()
+
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value."""
+        return _flat(self.model_dump())
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict) and key != "flags"
+        found.update(_flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
+    return found
+
+
+def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
+    """The settings of a file (None: the defaults) with ``changes``, dotted key -> value, on top.
+
+    Raises:
+        UmedError: everything that is wrong with them; files and folders are looked at too.
+        UsageError: there is no such file.
+    """
+    data: dict[str, Any] = {}
+    if file is not None:
+        data = _load(file)
+        data.update({key: _absolute(data[key], file.parent) for key in _PATHS if isinstance(data.get(key), str)})
+        if isinstance(data.get("recipe"), str):
+            data["recipe"] = recipe_path(data["recipe"], file.parent)
+    for key, value in changes.items():
+        _put(data, key.split("."), value)
+    faults = Faults()
+    settings = validated(Settings, data, "", faults)
+    if settings is not None:
+        _check_paths(settings, faults)
+    faults.raise_if_any(str(file) if file is not None else "the settings cannot work")
+    return settings
+
+
+def _load(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file. `umed upgrade CKPT --recipe R --out DIR` writes one.")
+    try:
+        data = yaml.load(file.read_text(encoding="utf-8"), Loader=NoDuplicates)
+    except yaml.YAMLError as error:
+        raise UmedError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UmedError(f"{file}: holds a {type(data).__name__}; settings are a mapping.")
+    return data
+
+
+def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        if not isinstance(data.get(key), dict):
+            data[key] = {}
+        data = data[key]
+    data[keys[-1]] = value
+    # One excludes the other, and the defaults have one of them.
+    other = {"steps": "epochs", "epochs": "steps"}.get(keys[-1])
+    if other is not None and value is not None:
+        data[other] = None
+
+
+def _absolute(path: str, start: Path) -> str:
+    return os.path.normpath(start.resolve() / Path(path).expanduser())
+
+
+def recipe_path(recipe: str, start: Path) -> str:
+    """A recipe's file by its absolute path, a shipped recipe by its name."""
+    is_file = Path(recipe).suffix in (".yaml", ".yml", ".json") or os.sep in recipe
+    return _absolute(recipe, start) if is_file else recipe
+
+
+def _check_paths(settings: Settings, faults: Faults) -> None:
+    for key in ("base", "data_root"):
+        folder = getattr(settings, key)
+        if folder is not None and not os.path.isdir(folder):
+            faults.add(key, f"{folder}: there is no such folder")
+    if settings.deepspeed is not None and not os.path.isfile(settings.deepspeed):
+        faults.add("deepspeed", f"{settings.deepspeed}: there is no such file")
+    if settings.deepspeed is None and settings.master_port != Settings.model_fields["master_port"].default:
+        faults.add("master_port", "has no effect without deepspeed")
+    if settings.recipe.endswith(".json") and settings.data_root is not None:
+        faults.add("data_root", "has no effect on records that are built already")
+
+
+def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings:
+    """The settings with everything that was left at null and depends on machine or checkpoint.
+
+    Args:
+        settings: as read.
+        config: ``config.json`` of the checkpoint, or of a LoRA checkpoint's base.
+        name: of the result's folder.
+    """
+    import torch
+
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device == "cuda"
+    modern = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = ("bf16" if modern else "fp16") if gpu else "fp32"
+    chosen = {
+        "name": name,
+        "model_max_length": config.get("tokenizer_model_max_length") or 2048,
+        "device": device,
+        "precision": precision,
+        "processes": max(1, torch.cuda.device_count()) if gpu else 1,
+        "gradient_checkpointing": gpu,
+    }
+    update: dict[str, Any] = {key: value for key, value in chosen.items() if getattr(settings, key) is None}
+    for stage, rates in _LEARNING_RATES.items():
+        if getattr(settings, stage).learning_rate is None:
+            rate = {"learning_rate": rates[settings.method]}
+            update[stage] = getattr(settings, stage).model_copy(update=rate)
+    return settings.model_copy(update=update)
+
+
+def as_yaml(settings: BaseModel, indent: str = "") -> str:
+    """The settings as YAML, each key under what it means."""
+    lines = []
+    fields = type(settings).model_fields
+    for key in sorted(fields, key=lambda key: key == "flags"):
+        field, value = fields[key], getattr(settings, key)
+        if isinstance(value, BaseModel):
+            meaning = (type(value).__doc__ or "").splitlines()[0].replace("``", "")
+            lines += ["", f"{indent}# {meaning}", f"{indent}{key}:"]
+            lines.append(as_yaml(value, indent + "  ").rstrip("\n"))
+            continue
+        if field.description:
+            lines.append(f"{indent}# {field.description}")
+        # Lists and mappings on the key's own line.
+        text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+        lines.append(f"{indent}{key}: {text.splitlines()[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def write_settings(settings: Settings, file: Path) -> None:
+    """Write the run file, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = "# All settings of this run. Edit them and start `umed upgrade --config` with this file again.\n"
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(head + as_yaml(settings), encoding="utf-8")
+    os.replace(aside, file)

@@ -1,0 +1,148 @@
+"""What every annotation reader gives, and the registry they stand in."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+from umed_plugin.data.recipes.recipe import Recipe
+from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box
+from umed_plugin.registry import Registry
+
+
+@dataclass
+class Annotated:
+    """One image, or one slice of a volume, with what the annotations say about it.
+
+    Attributes:
+        image: absolute path of the file.
+        boxes: xyxy, half-open; pixels in the frame the recipe declares, or 0-1 of it when ``normalised``.
+        classes: one per box, as the annotations call it; plain names after `read_annotations`.
+        where: annotation file and line, for messages.
+        size: width and height that the annotations claim, or None.
+        slice: index from 0 in a volume, or None.
+        window: low and high that the annotations give, or None.
+        left_out: why the recipe leaves the image out; empty for one that it takes.
+        copy_of: the picture that the image is an augmented copy of, or empty.
+        recipe, root: of the data set that the image belongs to, and its folder; set by `read_annotations`.
+    """
+
+    image: Path
+    boxes: list[Box]
+    classes: list[str]
+    where: str
+    size: Optional[tuple[int, int]] = None
+    normalised: bool = False
+    patient: str = ""
+    split: str = ""
+    modality: str = ""
+    slice: Optional[int] = None
+    window: Optional[tuple[float, float]] = None
+    left_out: str = ""
+    copy_of: str = ""
+    # Recipes are long, and the same for thousands of images.
+    recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
+    root: Path = Path()
+
+
+@dataclass
+class AnnotationSet:
+    """All annotations of a recipe, or of a mixture.
+
+    Attributes:
+        root: data root.
+        wanted: images that a mixture asks for, or None.
+        items: images that are on disk, with plain class names, patient and split.
+        missing: items whose image is not on disk.
+        left_out: reason -> number of images left out on purpose.
+        dropped_boxes: degenerate boxes left out, once images are read.
+        faults: what is wrong; nothing may be built while there are any.
+    """
+
+    root: Path
+    wanted: Optional[int] = None
+    items: list[Annotated] = field(default_factory=list)
+    missing: list[Annotated] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    dropped_boxes: int = 0
+    faults: Faults = field(default_factory=Faults)
+
+
+# A reader takes its options (recipe.annotations), the data root and the place to note faults.
+Reader = Callable[[Any, Path, Faults], list[Annotated]]
+ANNOTATION_READERS: Registry[Reader] = Registry("annotation reader")
+
+
+class ImageFolders:
+    """Where the images of a split are: the folders that match ``image_root``, looked through in order.
+
+    Folders are listed once: asking for each of 100,000 images in each of NIH's 12 folders takes minutes on a network disk.
+    """
+
+    def __init__(self, options: Any, root: Path, split: str, default: Path) -> None:
+        self._listed: dict[str, set[str]] = {}
+        patterns = options.image_roots(split)
+        self.folders = [folder for pattern in patterns for folder in _matching_folders(root, pattern)] or [default]
+
+    def find(self, names: Sequence[str]) -> Path:
+        """The first file that is there under one of the names; where none is, the path at which the first was looked for."""
+        for name in names:
+            below, file = os.path.split(name)
+            for folder in self.folders:
+                if file in self._names_in(os.path.join(folder, below)):
+                    return folder / name
+        return self.folders[0] / names[0]
+
+    def images(self, endings: Iterable[str]) -> list[Path]:
+        """All files with one of the endings (lower case), sorted."""
+        return sorted(
+            folder / name
+            for folder in self.folders
+            for name in self._names_in(os.path.join(folder, ""))
+            if os.path.splitext(name)[1].lower() in endings
+        )
+
+    def _names_in(self, folder: str) -> set[str]:
+        if folder not in self._listed:
+            self._listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return self._listed[folder]
+
+
+def _matching_folders(root: Path, pattern: str) -> list[Path]:
+    """A pattern that matches nothing stays as it is written, so that a message can name it."""
+    if "*" not in pattern:
+        return [root / pattern]
+    return sorted(path for path in root.glob(pattern) if path.is_dir()) or [root / pattern]
+
+
+def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
+    """Files that match a pattern under the root, sorted; none is a fault."""
+    found = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not found:
+        faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
+    return found
+
+
+def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
+    """The file of that name, or the one file that a pattern matches; None after a fault."""
+    found = sorted(path for path in root.glob(name) if path.is_file()) if "*" in name else [root / name]
+    if len(found) > 1:
+        faults.add(root / name, f"matches {', '.join(path.name for path in found)}; needed: one. Name it in the recipe")
+        return None
+    if not found or not found[0].is_file():
+        faults.add(root / name, "no such annotation file")
+        return None
+    return found[0]
+
+
+def as_xyxy(values: Sequence[float], convention: str) -> Box:
+    """Four numbers of a convention (``xyxy``, ``xywh``, ``cxcywh``) as corners, in the same unit."""
+    a, b, c, d = values
+    if convention == "xywh":
+        return (a, b, a + c, b + d)
+    return (a - c / 2, b - d / 2, a + c / 2, b + d / 2) if convention == "cxcywh" else (a, b, c, d)

@@ -1,0 +1,92 @@
+"""JSON with one entry per image, such as Kvasir-SEG's: ``{"name": {"width": .., "height": .., "bbox": [{..}, ..]}, ..}``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Optional
+
+from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file, as_xyxy
+from umed_plugin.data.recipes.reader_options import JsonOptions
+from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box
+
+
+@ANNOTATION_READERS.register("json")
+def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """Read every entry of each file."""
+    items: list[Annotated] = []
+    for split, name in options.files.items():
+        path = annotation_file(root, name, faults)
+        if path is None:
+            continue
+        folders = ImageFolders(options, root, split, path.parent)
+        for key, entry in _entries(path, faults):
+            item = _item(key, entry, f"{path} entry {key}", folders, options, faults)
+            if item is not None:
+                item.split = split
+                items.append(item)
+    return items
+
+
+def _entries(path: Path, faults: Faults) -> list[tuple[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        faults.add(path, f"not JSON: {error}")
+        return []
+    if isinstance(content, dict):
+        return list(content.items())
+    if isinstance(content, list):
+        return [(str(number), entry) for number, entry in enumerate(content)]
+    faults.add(
+        path, f"holds a {type(content).__name__}; needed: an object of image name -> entry, or a list of entries"
+    )
+    return []
+
+
+def _item(
+    key: str, entry: Any, where: str, folders: ImageFolders, options: JsonOptions, faults: Faults
+) -> Optional[Annotated]:
+    if not isinstance(entry, dict) or not isinstance(entry.get(options.boxes), list):
+        found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+        faults.add(where, f"has no list {options.boxes!r} (annotations.boxes); it holds {found or 'nothing'}")
+        return None
+    try:
+        image = options.image.format_map({**entry, "key": key})
+    except KeyError as error:
+        faults.add(where, f"has no field {error} (annotations.image); it holds {', '.join(entry)}")
+        return None
+    item = Annotated(folders.find([image]), [], [], where, _size(entry, where, options, faults))
+    item.patient = str(entry.get(options.patient, "")) if options.patient is not None else ""
+    for number, found in enumerate(entry[options.boxes]):
+        box = _box(found, options)
+        lesion = options.only_class or (found.get(options.lesion) if isinstance(found, dict) else None)
+        if box is None:
+            faults.add(f"{where} box {number}", f"is {found!r}; needed: {options.box}, numbers in pixels")
+        elif not isinstance(lesion, (str, int)):
+            faults.add(f"{where} box {number}", f"has no {options.lesion!r} (annotations.lesion): {found!r}")
+        else:
+            item.boxes.append(box)
+            item.classes.append(str(lesion))
+    return item
+
+
+def _box(found: Any, options: JsonOptions) -> Optional[Box]:
+    if isinstance(options.box, str):
+        values = found.get(options.box) if isinstance(found, dict) else None
+    else:
+        values = [found.get(name) for name in options.box] if isinstance(found, dict) else None
+    if not isinstance(values, list) or len(values) != 4 or not all(isinstance(value, (int, float)) for value in values):
+        return None
+    return as_xyxy([float(value) for value in values], options.convention)
+
+
+def _size(entry: dict[str, Any], where: str, options: JsonOptions, faults: Faults) -> Optional[tuple[int, int]]:
+    if options.size is None:
+        return None
+    width, height = (entry.get(name) for name in options.size)
+    if not isinstance(width, int) or not isinstance(height, int):
+        faults.add(where, f"{' and '.join(options.size)} are {[width, height]}; needed: whole numbers of pixels")
+        return None
+    return width, height

@@ -1,0 +1,75 @@
+"""Who is in which split: patients, augmented copies, and the hash that deals them out.
+
+A patient's split depends on the seed and the patient's name alone. Dealing out a sorted list would meet the fractions exactly,
+but a patient would change sides when further images are downloaded, and what an earlier run trained on would be tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from typing import Optional
+
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.recipes.options import SPLITS, SplitRule
+
+
+def set_patients(items: Sequence[Annotated], rule: SplitRule) -> None:
+    """Name the patient of every image, and the picture that it is an augmented copy of."""
+    for item in items:
+        name = item.image.name
+        item.copy_of = _first_group(rule.copy_pattern, name)
+        stem = name.split(".nii")[0] if ".nii" in name else item.image.stem
+        item.patient = item.patient or _first_group(rule.patient_pattern, name) or item.copy_of or stem
+
+
+def _first_group(pattern: Optional[str], name: str) -> str:
+    named = re.search(pattern, name) if pattern is not None else None
+    return (named.group(1) or "") if named else ""
+
+
+def deal_out(items: Sequence[Annotated], rule: SplitRule) -> None:
+    """Give every image the split of its patient."""
+    for item in items:
+        item.split = split_of(item.patient, rule)
+
+
+def split_of(patient: str, rule: SplitRule) -> str:
+    """``train``, ``val`` or ``test``: where the hash of seed and patient, 0-1, falls among the fractions laid end to end."""
+    place, end = _hashed(rule.seed, patient), 0.0
+    for split in SPLITS:
+        end += rule.fractions.get(split, 0.0)
+        if place < end:
+            return split
+    # The fractions sum to 1 but for rounding.
+    return [split for split in SPLITS if rule.fractions.get(split)][-1]
+
+
+def without_copies_held_out(items: Sequence[Annotated]) -> tuple[list[Annotated], int]:
+    """The items without those of val and test that are a further copy of a picture, and how many those are."""
+    seen: set[tuple[str, str]] = set()
+    kept: list[Annotated] = []
+    for item in sorted(items, key=lambda item: str(item.image)):
+        further = bool(item.copy_of) and item.split in ("val", "test") and (item.split, item.copy_of) in seen
+        seen.add((item.split, item.copy_of))
+        if not further:
+            kept.append(item)
+    chosen = {id(item) for item in kept}
+    return [item for item in items if id(item) in chosen], len(items) - len(kept)
+
+
+def picked_by_hash(items: Sequence[Annotated], count: int, seed: int) -> list[Annotated]:
+    """At most so many of the items: the same ones for the same seed, and few others when items are added."""
+
+    def place(item: Annotated) -> tuple[float, str]:
+        name = f"{os.path.relpath(item.image, item.root)}#{item.slice}"
+        return _hashed(seed, name), name
+
+    return sorted(items, key=place)[:count]
+
+
+def _hashed(seed: int, name: str) -> float:
+    """A number in 0-1 (1 not included) that looks random and is the same everywhere."""
+    return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:13], 16) / 16**13

@@ -1,0 +1,238 @@
+"""CSV: one row per box; a row with an empty box marks an image without a lesion."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import Optional
+
+from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file, as_xyxy
+from umed_plugin.data.recipes.options import SPLITS, Column, NegativeList
+from umed_plugin.data.recipes.reader_options import CsvOptions, ReaderOptions
+from umed_plugin.errors import did_you_mean
+from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box
+
+
+@ANNOTATION_READERS.register("csv")
+def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """Read the rows of every file and gather those of the same image and slice."""
+    items: list[Annotated] = []
+    for split, name in options.files.items():
+        path = annotation_file(root, name, faults)
+        rows = _rows(path, options.delimiter, faults) if path is not None else None
+        if path is None or rows is None:
+            continue
+        header = [title.strip() for title in rows[0]] if rows else []
+        if _columns_exist(_wanted_columns(options), header, path, faults):
+            folders = ImageFolders(options, root, split, path.parent)
+            items += _Table(options, header, path, folders, split, faults).items(rows[1:])
+    return items
+
+
+def _rows(path: Path, delimiter: str, faults: Faults) -> Optional[list[list[str]]]:
+    try:
+        # utf-8-sig: a byte-order mark from Excel would hide in the first header.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        faults.add(
+            f"{path}:{line}",
+            f"byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8; if it is Latin-1 (Western Europe), "
+            f"with: iconv -f LATIN1 -t UTF-8 {path.name} > new.csv",
+        )
+        return None
+    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+
+
+def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
+    """(key of the recipe, column) of every column that must be there; the slice column may be absent."""
+    wanted: list[tuple[str, Column]] = [("annotations.only_rows", title) for title in options.only_rows]
+    wanted += [("annotations.leave_out_images", title) for title in options.leave_out_images]
+    for role, given in options.columns:
+        columns = given if isinstance(given, list) else [given]
+        wanted += [(f"annotations.columns.{role}", one) for one in columns if one is not None and role != "slice"]
+    return wanted
+
+
+def _columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
+    """Note every column that the recipe names and the file lacks."""
+    good = True
+    for role, column in wanted:
+        if column not in header if isinstance(column, str) else not 0 <= column < len(header):
+            close = did_you_mean(str(column), header)
+            faults.add(path, f"has no column {column!r} ({role}).{close} It has: {', '.join(header) or 'none'}")
+            good = False
+    return good
+
+
+def _cell(row: list[str], header: list[str], column: Optional[Column]) -> str:
+    """Text of a cell; empty where the recipe names no column or the row is too short."""
+    if column is None or (isinstance(column, str) and column not in header):
+        return ""
+    index = header.index(column) if isinstance(column, str) else column
+    return row[index].strip() if index < len(row) else ""
+
+
+class _Table:
+    """One CSV file with its header, for reading row by row."""
+
+    def __init__(
+        self, options: CsvOptions, header: list[str], path: Path, folders: ImageFolders, split: str, faults: Faults
+    ) -> None:
+        self.options, self.header, self.path = options, header, path
+        self.folders, self.split, self.faults = folders, split, faults
+
+    def items(self, rows: list[list[str]]) -> list[Annotated]:
+        gathered: dict[tuple[Path, Optional[int]], Annotated] = {}
+        for number, row in enumerate(rows, start=2):
+            if not any(cell.strip() for cell in row) or not self._wanted(row):
+                continue
+            found = self._item(row, f"{self.path}:{number}")
+            if found is None:
+                continue
+            known = gathered.setdefault((found.image, found.slice), found)
+            if known is found:
+                continue
+            if not found.boxes or not known.boxes:
+                here, there = ("a box" if item.boxes else "no box" for item in (found, known))
+                self.faults.add(
+                    found.where,
+                    f"gives {found.image.name} {here}, and {known.where} gives it {there}. A row with no box says that the "
+                    "image has no lesion and must be its only row. Take out one of the two",
+                )
+            if (found.split, found.patient) != (known.split, known.patient):
+                self.faults.add(found.where, f"patient or split of {found.image.name} differs from {known.where}")
+            if found.window and known.window and found.window != known.window:
+                self.faults.add(
+                    found.where,
+                    f"window of {found.image.name} is {found.window}, but {known.window} in {known.where}. "
+                    "An image is shown in one window: give all its rows the same, or leave the others empty",
+                )
+            known.window = known.window or found.window
+            known.left_out = known.left_out or found.left_out
+            known.boxes += found.boxes
+            known.classes += found.classes
+        return list(gathered.values())
+
+    def _cell(self, row: list[str], column: Optional[Column]) -> str:
+        return _cell(row, self.header, column)
+
+    def _wanted(self, row: list[str]) -> bool:
+        return all(self._cell(row, title) in values for title, values in self.options.only_rows.items())
+
+    def _left_out(self, row: list[str]) -> str:
+        """Why the row's image is left out whole, or nothing."""
+        reasons = (
+            f"{title} is {self._cell(row, title)}"
+            for title, values in self.options.leave_out_images.items()
+            if self._cell(row, title) in values
+        )
+        return next(reasons, "")
+
+    def _item(self, row: list[str], where: str) -> Optional[Annotated]:
+        columns = self.options.columns
+        file = self._cell(row, columns.file)
+        if not file:
+            self.faults.add(where, f"column {columns.file!r} is empty; needed: an image file")
+            return None
+        names = [re.sub(*self.options.rename, file), file] if self.options.rename is not None else [file]
+        lesion = self.options.only_class or self._cell(row, columns.lesion)
+        box = self._box(row, where)
+        if box is None:
+            return None
+        if box and not lesion:
+            self.faults.add(where, f"has a box, but column {columns.lesion!r} is empty")
+            return None
+        if not box and columns.lesion is not None and lesion:
+            self.faults.add(
+                where, f"names {lesion!r}, but has no box. Give the box, or empty the lesion for a negative"
+            )
+            return None
+        return Annotated(
+            self.folders.find(names),
+            box,
+            [lesion] * len(box),
+            where,
+            normalised=self.options.normalised,
+            patient=self._cell(row, columns.patient),
+            split=self._split(row, where),
+            modality=self._cell(row, columns.modality),
+            slice=self._slice(row, where),
+            window=self._window(row, where),
+            left_out=self._left_out(row),
+        )
+
+    def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
+        """The row's box in a list, an empty list for a negative, None after a fault."""
+        given = self.options.columns.box
+        texts = [self._cell(row, one) for one in given] if isinstance(given, list) else _numbers(self._cell(row, given))
+        if not any(texts):
+            return []
+        try:
+            a, b, c, d = (float(text) for text in texts)
+        except ValueError:
+            self.faults.add(where, f"box is {texts}; needed: 4 numbers, or all empty for an image without a lesion")
+            return None
+        return [as_xyxy((a, b, c, d), self.options.convention)]
+
+    def _split(self, row: list[str], where: str) -> str:
+        text = self._cell(row, self.options.columns.split)
+        if self.options.columns.split is None:
+            return self.split
+        split = self.options.split_values.get(text, text)
+        if split not in SPLITS:
+            allowed = ", ".join(self.options.split_values or SPLITS)
+            self.faults.add(
+                where,
+                f"split is {text!r}.{did_you_mean(text, SPLITS)} Allowed: {allowed} "
+                "(map others with annotations.split_values)",
+            )
+        return split
+
+    def _slice(self, row: list[str], where: str) -> Optional[int]:
+        text = self._cell(row, self.options.columns.slice)
+        if not text:
+            return None
+        if not re.fullmatch(r"\d+(\.0+)?", text):
+            self.faults.add(where, f"slice is {text!r}; needed: a whole number from 0, or empty")
+            return None
+        return int(float(text))
+
+    def _window(self, row: list[str], where: str) -> Optional[tuple[float, float]]:
+        text = self._cell(row, self.options.columns.window)
+        if not text:
+            return None
+        try:
+            low, high = (float(part) for part in _numbers(text))
+        except ValueError:
+            self.faults.add(where, f'window is {text!r}; needed: "low, high"')
+            return None
+        return low, high
+
+
+def _numbers(text: str) -> list[str]:
+    return [part for part in re.split(r"[,;\s]+", text.strip(" []()")) if part]
+
+
+def read_negative_list(listed: NegativeList, options: ReaderOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """The images that a CSV lists as being without a lesion; they lie where the annotated ones do."""
+    path = annotation_file(root, listed.files, faults)
+    rows = _rows(path, listed.delimiter, faults) if path is not None else None
+    if path is None or not rows:
+        return []
+    header = [title.strip() for title in rows[0]]
+    named = [("file", listed.file), ("patient", listed.patient), *(("only_rows", title) for title in listed.only_rows)]
+    wanted = [(f"negatives.listed.{role}", column) for role, column in named if column is not None]
+    if not _columns_exist(wanted, header, path, faults):
+        return []
+    folders = ImageFolders(options, root, "", path.parent)
+    items: dict[str, Annotated] = {}
+    for number, row in enumerate(rows[1:], start=2):
+        file = _cell(row, header, listed.file)
+        if file and all(_cell(row, header, title) in values for title, values in listed.only_rows.items()):
+            patient = _cell(row, header, listed.patient)
+            items.setdefault(file, Annotated(folders.find([file]), [], [], f"{path}:{number}", patient=patient))
+    return list(items.values())

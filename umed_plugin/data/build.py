@@ -1,0 +1,333 @@
+"""From a recipe and the data on disk to records that plain LLaVA trains on: ``umed recipe build R --out train.json``.
+
+Images that LLaVA's own ``Image.open(path).convert("RGB")`` shows right (8-bit PNG, JPEG) are named by their absolute path and
+not copied. All others (DICOM, NIfTI slices, 16-bit PNG) are rendered as 8-bit PNG under ``out_dir/images`` and named relative to
+``out_dir``, so ``--image_folder out_dir`` serves both. Only pixels are written, nothing of a DICOM header.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+from PIL import Image
+
+from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.images import burned_in_annotation, load_image, read_by_llava
+from umed_plugin.data.images.windows import plain_window
+from umed_plugin.data.leaks import evaluation_pictures
+from umed_plugin.data.recipes.options import SPLITS
+from umed_plugin.data.recipes.recipe import AnyRecipe
+from umed_plugin.data.records import Record
+from umed_plugin.data.template_writer import write_conversation
+from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.grounding.boxes import Box, is_degenerate
+from umed_plugin.grounding.geometry import ImageGeometry, Montage
+
+WRITER = "templates-1"
+# A lesion of which LLaVA's centre crop leaves less than this share of its area cannot be found and is not trained on.
+LEAST_VISIBLE = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Prepared:
+    """One annotated image whose pixels were read and whose boxes fit them.
+
+    Attributes:
+        size: width and height of the image as the model will get it, in pixels.
+        boxes, classes: of its lesions, in pixels of that image, from top to bottom.
+        shown: uint8 RGB ``[height, width, 3]``, as the model gets it.
+        by_llava: LLaVA reads the file itself as ``shown``; else that is written as PNG.
+        reading: arguments of `load_image` that gave the pixels, fit for JSON.
+    """
+
+    item: Annotated
+    size: tuple[int, int]
+    boxes: list[Box]
+    classes: list[str]
+    shown: np.ndarray
+    by_llava: bool
+    reading: dict[str, Any] = field(default_factory=dict)
+
+
+def build_records(
+    recipe: AnyRecipe,
+    *,
+    out_dir: Union[str, Path],
+    image_aspect_ratio: str = "pad",
+    box_decimals: int = 2,
+    seed: int = 0,
+    split: Optional[str] = None,
+    data_root: Optional[Union[str, Path]] = None,
+    on_bad_image: str = "stop",
+    against: Sequence[Union[str, Path]] = (),
+    progress: bool = False,
+    render: bool = True,
+) -> list[Record]:
+    """Build the records of a recipe, or of one of its splits, and render what LLaVA cannot read.
+
+    Args:
+        out_dir: where rendered images go; the ``image_folder`` of what is built.
+        image_aspect_ratio: ``pad`` or ``square``, as the training will set it: boxes in text are 0-1 of that square.
+        seed: of the wording; the same seed gives the same records.
+        on_bad_image: ``stop`` at missing or unreadable images, or ``skip`` them with a warning.
+        against: folders with the images of evaluation sets; a picture that is in one of them too is left out.
+        render: write what LLaVA cannot read as PNG; without it a record names the file itself and carries under ``reading``
+            what `images.load_image` is to be told, which this plugin's training alone understands.
+
+    Raises:
+        UmedError: everything that is wrong with the annotations and, unless skipped, with the images.
+        UsageError: an argument has a value that does not exist.
+    """
+    _check_arguments(split, on_bad_image)
+    evaluated = evaluation_pictures(against)
+    found = read_annotations(recipe, data_root)
+    keep = [item for item in found.items if split in (None, item.split)]
+    bad_images = [missing_image(item) for item in found.missing if split in (None, item.split)]
+    records: list[Record] = []
+    tally = {"lost": 0, "cut": 0, "emptied": 0}
+    for prepared in prepare(keep, found, bad_images, recipe.name if progress else None):
+        if evaluated.has(prepared.shown):
+            found.left_out["in an evaluation set too"] += 1
+            continue
+        geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
+        if _leave_what_is_seen(prepared, geometry, tally):
+            record = _record(prepared, Path(out_dir) if render else None, geometry, box_decimals, seed)
+            rng = random.Random(f"{seed}:{record['id']}")
+            record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
+            records.append(record)
+    _report(found, bad_images, tally, recipe, on_bad_image)
+    if not records:
+        raise UmedError(
+            f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {found.root}. "
+            f"Look with: umed recipe check {recipe.name} --data-root {found.root}"
+        )
+    return records
+
+
+def _check_arguments(split: Optional[str], on_bad_image: str) -> None:
+    if split is not None and split not in SPLITS:
+        raise UsageError(unknown_name("split", split, SPLITS))
+    if on_bad_image not in ("stop", "skip"):
+        raise UsageError(unknown_name("on_bad_image", on_bad_image, ("stop", "skip")))
+
+
+def missing_image(item: Annotated) -> UmedError:
+    """The error for an annotated image that is not on disk."""
+    return UmedError(f"{item.image}: no such image, but {item.where} names it. Get it from {item.recipe.terms.url}")
+
+
+def prepare(
+    items: Sequence[Annotated], found: AnnotationSet, bad_images: list[UmedError], title: Optional[str] = None
+) -> Iterator[Prepared]:
+    """Read every image and fit its boxes.
+
+    Wrong boxes are noted in ``found.faults``, what was dropped in ``found.left_out``, unreadable images in ``bad_images``.
+
+    Args:
+        title: of a progress bar; None shows none.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    items = choose_slices(items, bad_images)
+    shown = track(items, f"{title}: images", console=Console(stderr=True), disable=title is None, transient=True)
+    for item in shown:
+        try:
+            prepared = _prepare_one(item, found)
+        except UmedError as error:
+            bad_images.append(error)
+            continue
+        if prepared is not None:
+            yield prepared
+
+
+def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
+    options = item.recipe.image
+    reading: dict[str, Any] = {}
+    by_llava = read_by_llava(item.image)
+    if by_llava:
+        # Decoding is the only way to find a truncated file before training does.
+        shown, turned = load_image(item.image)
+    else:
+        if options.window == "column" and item.window is None:
+            found.faults.add(item.where, "the window column is empty, and image.window is 'column'")
+            return None
+        reading = {
+            "window": item.window if options.window == "column" else plain_window(options.window),
+            "offset": options.offset,
+            "orientation": options.orientation,
+            "slice": shown_slices(item),
+            "slice_axis": options.slice_axis,
+            "volume": options.volume,
+        }
+        shown, turned = load_image(item.image, **reading)
+    frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
+    claimed = tuple(item.size or frame)
+    if claimed != tuple(frame) and options.other_size == "stop":
+        found.faults.add(
+            item.where,
+            f"says that {item.image.name} is {claimed[0]}x{claimed[1]}, but the file is "
+            f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version. "
+            "If only the size differs: image: {other_size: scale}",
+        )
+        return None
+    boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame, claimed) for box in item.boxes]
+    fitted = [_fit(box, frame, item, found) for box in boxes]
+    kept = [i for i, box in enumerate(fitted) if box is not None]
+    if item.boxes and not kept:
+        found.left_out["only degenerate boxes"] += 1
+        return None  # what had lesions must not turn into a negative
+    moved = [box for box in fitted if box is not None]
+    if options.box_frame == "stored":
+        moved = turned.apply_boxes(moved)
+    size = turned.size
+    if isinstance(item, MontageItem):
+        montage = Montage(*size, len(item.tiles))
+        size, moved = montage.size, montage.apply_boxes(moved, [item.tile_of_box[i] for i in kept])
+    order = sorted(range(len(kept)), key=lambda i: (moved[i][1], moved[i][0]))
+    classes = [item.classes[kept[i]] for i in order]
+    return Prepared(item, size, [moved[i] for i in order], classes, shown, by_llava, reading)
+
+
+def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int], claimed: tuple[int, ...]) -> Box:
+    """A box of the annotations in pixels of the file, of the size ``frame``; they may have been drawn on another size."""
+    x1, y1, x2, y2 = (box[1], box[0], box[3], box[2]) if swapped else box
+    width, height = frame if normalised else (frame[0] / claimed[0], frame[1] / claimed[1])
+    return (x1 * width, y1 * height, x2 * width, y2 * height)
+
+
+def _fit(box: Box, frame: tuple[int, int], item: Annotated, found: AnnotationSet) -> Optional[Box]:
+    """The box cut to its image when it sticks out by no more than the tolerance; None after a fault or when dropped."""
+    recipe, faults = item.recipe, found.faults
+    width, height = frame
+    outside = max(-box[0], -box[1], box[2] - width, box[3] - height)
+    rounded = [round(value, 2) for value in box]
+    if not is_degenerate(box) and outside > recipe.box_tolerance:
+        faults.add(
+            item.where,
+            f"box {rounded} leaves {item.image.name} ({width}x{height}) by {outside:.1f} px. "
+            f"Allowed: {recipe.box_tolerance:g} (box_tolerance). Is annotations.convention right?",
+        )
+        return None
+    x1, y1, x2, y2 = box
+    fitted = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+    if is_degenerate(fitted) or min(fitted[2] - fitted[0], fitted[3] - fitted[1]) < recipe.least_box_side:
+        if recipe.degenerate_boxes == "stop":
+            thin = f"is thinner than least_box_side {recipe.least_box_side:g}" if not is_degenerate(fitted) else ""
+            faults.add(
+                item.where,
+                f"box {rounded} of {item.image.name} {thin or 'has no area'}. Is annotations.convention right? "
+                "Slivers can be left out with: degenerate_boxes: drop",
+            )
+        else:
+            found.dropped_boxes += 1
+        return None
+    return fitted
+
+
+def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict[str, int]) -> bool:
+    """Drop the lesions that the centre crop cuts off and trim the others to what the model sees; False when none is left."""
+    if not prepared.boxes:
+        return True
+    shares = [geometry.visible_fraction(box) for box in prepared.boxes]
+    seen = [i for i, share in enumerate(shares) if share >= LEAST_VISIBLE]
+    tally["lost"] += len(shares) - len(seen)
+    tally["cut"] += sum(LEAST_VISIBLE <= share < 1 for share in shares)
+    tally["emptied"] += not seen
+    prepared.classes = [prepared.classes[i] for i in seen]
+    # A box that is seen whole keeps its exact numbers.
+    trimmed = geometry.from_square(geometry.to_square(prepared.boxes))
+    prepared.boxes = [prepared.boxes[i] if shares[i] == 1 else trimmed[i] for i in seen]
+    return bool(seen)
+
+
+def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int) -> Record:
+    item, recipe = prepared.item, prepared.item.recipe
+    original = os.path.relpath(item.image, item.root)
+    name = original if item.slice is None else f"{original}#{item.slice}"
+    burnt_in = None if prepared.by_llava else burned_in_annotation(item.image)
+    image, reading = str(item.image), {}
+    if not prepared.by_llava and out_dir is None:
+        reading = {"reading": prepared.reading}
+    elif not prepared.by_llava and out_dir is not None:
+        image = _render(prepared.shown, f"{recipe.name}/{name}", out_dir)
+    return {
+        "id": f"{recipe.name}/{name}",
+        "image": image,
+        **reading,
+        "conversations": [],
+        "objects": {
+            "ref": prepared.classes,
+            "bbox": [[round(value, 3) for value in box] for box in prepared.boxes],
+            "bbox_type": "real",
+        },
+        "image_size": list(prepared.size),
+        "terms": recipe.names,
+        "source": recipe.name,
+        "modality": item.modality,
+        "patient": item.patient,
+        "split": item.split,
+        "answer_type": "grounded" if prepared.boxes else "negative",
+        "provenance": {
+            "recipe": recipe.name,
+            "recipe_sha256": recipe.sha256,
+            **({"mixture": recipe.mixture} if recipe.mixture else {}),
+            "writer": WRITER,
+            "seed": seed,
+            "image_aspect_ratio": geometry.mode,
+            "box_decimals": decimals,
+            "original": original,
+            "slice": shown_slices(item),
+            **({"burned_in_annotation": burnt_in} if burnt_in else {}),
+        },
+    }
+
+
+def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
+    """Write the pixels as PNG, whole or not at all; the path relative to ``out_dir``."""
+    relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
+    target = out_dir / relative
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Every rank of a distributed run may build: each writes its own file aside.
+    aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    Image.fromarray(pixels).save(aside, format="PNG")
+    os.replace(aside, target)
+    return relative.as_posix()
+
+
+def _report(
+    found: AnnotationSet, bad_images: list[UmedError], tally: dict[str, int], recipe: AnyRecipe, on_bad_image: str
+) -> None:
+    """Raise what must stop the build, log what was left out."""
+    if on_bad_image == "stop":
+        found.faults.messages += [str(error) for error in bad_images]
+    elif bad_images:
+        shown = "\n  ".join(str(error) for error in bad_images[:5])
+        _log.warning("%s: %d images skipped, the first:\n  %s", recipe.name, len(bad_images), shown)
+    hint = f"{recipe.path} with data in {found.root}"
+    found.faults.raise_if_any(hint + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
+    if found.wanted is not None and len(found.items) < found.wanted:
+        _log.warning("%s: %d images wanted, %d found", recipe.name, found.wanted, len(found.items))
+    if found.dropped_boxes:
+        _log.warning("%s: %d degenerate boxes left out", recipe.name, found.dropped_boxes)
+    for reason, count in found.left_out.items():
+        _log.warning("%s: %d images left out (%s)", recipe.name, count, reason)
+    if tally["lost"] or tally["cut"]:
+        _log.warning(
+            "%s: LLaVA's centre crop (image_aspect_ratio square) cuts %d lesions off, which are not trained on, and trims %d; "
+            "%d images are left out, as no lesion is left. `--image-aspect-ratio pad` keeps all.",
+            recipe.name,
+            tally["lost"],
+            tally["cut"],
+            tally["emptied"],
+        )

@@ -1,0 +1,166 @@
+"""Does a recipe fit the files on disk, and what is in them: ``umed recipe check R --data-root FOLDER``.
+
+`check_report` prints what is found here and writes it as a page with a contact sheet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional, Union
+
+from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.build import LEAST_VISIBLE, Prepared, prepare
+from umed_plugin.data.checking.contact_sheet import ContactSheets
+from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
+from umed_plugin.data.recipes.recipe import AnyRecipe
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import best_iou_for_decimals
+from umed_plugin.grounding.geometry import ImageGeometry
+
+DECIMALS = (2, 3)
+
+
+@dataclass
+class ClassCheck:
+    """Lesions of one class, or of one source.
+
+    Attributes:
+        per_split: split -> number of lesions.
+        sides: width and height of every box, in pixels of its image.
+        lost, cut: how many LLaVA's centre crop (mode ``square``) cuts off or trims.
+        best_iou: number of decimals -> the best IoU that they allow, one per box (mode ``pad``).
+    """
+
+    per_split: Counter[str] = field(default_factory=Counter)
+    sides: list[tuple[float, float]] = field(default_factory=list)
+    lost: int = 0
+    cut: int = 0
+    best_iou: dict[int, list[float]] = field(default_factory=lambda: {decimals: [] for decimals in DECIMALS})
+
+
+@dataclass
+class SourceCheck(ClassCheck):
+    """One data set of a mixture, or the only one, with its lesions.
+
+    Attributes:
+        images: with and without a lesion; ``negatives`` are those without.
+        missing: annotated images that are not on disk.
+    """
+
+    images: int = 0
+    negatives: int = 0
+    missing: int = 0
+    patients: set[str] = field(default_factory=set)
+
+
+@dataclass
+class RecipeCheck:
+    """What `check_recipe` found.
+
+    Attributes:
+        images, negatives: split -> number of images, and of those without a lesion.
+        patients: split -> patients, with their source; ``shared_patients`` are in more than one.
+        sources: data set -> what of it is there.
+        classes: plain name -> its lesions.
+        pictures: split -> small versions of its images, by name.
+        split_leaks: pictures of val and test that are in train, and of test that are in val, too.
+        evaluation_leaks: pictures of train and val that are in an evaluation set too; None when none was given.
+        sheets: pictures with their boxes, for `check_report`.
+        bad_images: what is missing on disk (first) or cannot be read.
+    """
+
+    recipe: AnyRecipe
+    annotations: AnnotationSet
+    images: Counter[str] = field(default_factory=Counter)
+    negatives: Counter[str] = field(default_factory=Counter)
+    patients: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    sources: dict[str, SourceCheck] = field(default_factory=lambda: defaultdict(SourceCheck))
+    classes: dict[str, ClassCheck] = field(default_factory=dict)
+    pictures: dict[str, Pictures] = field(default_factory=lambda: defaultdict(Pictures))
+    split_leaks: list[Leak] = field(default_factory=list)
+    evaluation_leaks: Optional[list[Leak]] = None
+    sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
+    bad_images: list[UmedError] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[str]:
+        """Everything that would stop a build, apart from missing images."""
+        return self.annotations.faults.messages + [str(error) for error in self.bad_images]
+
+    @property
+    def ok(self) -> bool:
+        """True when a build would go through."""
+        return not self.faults and not self.annotations.missing
+
+    @property
+    def shared_patients(self) -> list[str]:
+        """Patients in more than one split: what is measured on test would be known from training."""
+        counts = Counter(patient for patients in self.patients.values() for patient in patients)
+        return sorted(patient for patient, count in counts.items() if count > 1)
+
+
+def check_recipe(
+    recipe: AnyRecipe,
+    *,
+    data_root: Optional[Union[str, Path]] = None,
+    against: Sequence[Union[str, Path]] = (),
+    progress: bool = False,
+) -> RecipeCheck:
+    """Read all annotations and images of a recipe and count.
+
+    Args:
+        against: folders with the images of evaluation sets, which must not be trained on.
+
+    Raises:
+        UmedError: there is no data folder, or a folder of ``against`` holds no image.
+    """
+    evaluated = evaluation_pictures(against)
+    check = RecipeCheck(recipe, read_annotations(recipe, data_root))
+    check.classes = {name: ClassCheck() for name in recipe.names}
+    check.sheets = ContactSheets(check.annotations.items)
+    items = check.annotations.items
+    for prepared in prepare(items, check.annotations, check.bad_images, recipe.name if progress else None):
+        _count(prepared, check)
+    for item in check.annotations.missing:
+        check.sources[item.recipe.name].missing += 1
+    for held_out, others in (("val", ["train"]), ("test", ["train", "val"])):
+        for other in others:
+            check.split_leaks += check.pictures[held_out].also_in(check.pictures[other])
+    if against:
+        trained = [check.pictures[split].also_in(evaluated) for split in ("train", "val")]
+        check.evaluation_leaks = [leak for leaks in trained for leak in leaks]
+    return check
+
+
+def _count(prepared: Prepared, check: RecipeCheck) -> None:
+    item = prepared.item
+    split, patient = item.split, f"{item.recipe.name} {item.patient}"
+    check.images[split] += 1
+    check.negatives[split] += not prepared.boxes
+    check.patients[split].add(patient)
+    source = check.sources[item.recipe.name]
+    source.images += 1
+    source.negatives += not prepared.boxes
+    source.patients.add(patient)
+    check.pictures[split].add(picture_name(item), prepared.shown)
+    check.sheets.add(prepared)
+    padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
+    for box, name in zip(prepared.boxes, prepared.classes):
+        share = cropped.visible_fraction(box)
+        for found in (check.classes[name], source):
+            found.per_split[split] += 1
+            found.sides.append((box[2] - box[0], box[3] - box[1]))
+            found.lost += share < LEAST_VISIBLE
+            found.cut += LEAST_VISIBLE <= share < 1
+            for decimals, values in found.best_iou.items():
+                values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
+
+
+def picture_name(item: Annotated) -> str:
+    """How a picture is called in messages: split, data set, path in it, and slice."""
+    slice_ = "" if item.slice is None else f"#{item.slice}"
+    return f"{item.split}: {item.recipe.name}/{os.path.relpath(item.image, item.root)}{slice_}"

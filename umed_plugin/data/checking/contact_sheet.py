@@ -1,0 +1,107 @@
+"""Pictures with their boxes, some of every source and class, to see at a glance whether boxes sit on lesions.
+
+Beside each picture stands a closer look at one of its boxes: a kidney stone is 11 pixels wide. Outlines are drawn around the
+boxes, so that what they hold stays in sight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from umed_plugin.data.annotations import Annotated
+from umed_plugin.data.annotations.splits import picked_by_hash
+from umed_plugin.data.build import Prepared
+from umed_plugin.grounding.boxes import Box
+
+_SIDE, _CAPTION, _GAP, _COLUMNS = 200, 30, 6, 3
+_PER_SOURCE = 24
+_CLOSER = 3.0  # how many times a box's longer side the closer look is wide
+_COLOURS = ((0, 230, 0), (255, 170, 0), (70, 160, 255), (255, 90, 200), (250, 240, 60), (0, 230, 230))
+
+
+class ContactSheets:
+    """Chooses, of every source, images of all classes and some without a lesion, the same ones every time."""
+
+    def __init__(self, items: Sequence[Annotated]) -> None:
+        self._wanted: set[int] = set()
+        self._tiles: dict[str, list[Image.Image]] = {}
+        for source in {item.recipe.name for item in items}:
+            self._wanted |= {id(item) for item in _chosen([item for item in items if item.recipe.name == source])}
+
+    def add(self, prepared: Prepared) -> None:
+        """Draw an image if it is one of the chosen."""
+        if id(prepared.item) in self._wanted:
+            self._tiles.setdefault(prepared.item.recipe.name, []).append(_tile(prepared))
+
+    def save(self, folder: Path) -> dict[str, Path]:
+        """Write one PNG for every source; source -> its file."""
+        written: dict[str, Path] = {}
+        for source, tiles in sorted(self._tiles.items()):
+            width, height = tiles[0].size
+            rows = -(-len(tiles) // _COLUMNS)
+            sheet = Image.new("RGB", (_COLUMNS * (width + _GAP), rows * (height + _GAP)), "white")
+            for place, tile in enumerate(tiles):
+                row, column = divmod(place, _COLUMNS)
+                sheet.paste(tile, (column * (width + _GAP), row * (height + _GAP)))
+            written[source] = folder / f"sheet_{source}.png"
+            sheet.save(written[source])
+        return written
+
+
+def _chosen(items: Sequence[Annotated]) -> list[Annotated]:
+    """The same number of every class and of negatives, as far as there are any."""
+    groups: dict[str, list[Annotated]] = {}
+    for item in items:
+        for name in set(item.classes) or {""}:
+            groups.setdefault(name, []).append(item)
+    each = max(_PER_SOURCE // max(len(groups), 1), 1)
+    return [item for _, group in sorted(groups.items()) for item in picked_by_hash(group, each, seed=0)]
+
+
+def _tile(prepared: Prepared) -> Image.Image:
+    """The picture, a closer look at one of its boxes, and beneath them what it is."""
+    tile = Image.new("RGB", (2 * _SIDE + _GAP, _SIDE + _CAPTION), (32, 32, 32))
+    height, width = prepared.shown.shape[:2]
+    longer = max(width, height)
+    tile.paste(
+        _cut(prepared, ((width - longer) / 2, (height - longer) / 2, (width + longer) / 2, (height + longer) / 2))
+    )
+    if prepared.boxes:
+        x1, y1, x2, y2 = min(prepared.boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
+        half = min(max(x2 - x1, y2 - y1, 8.0) * _CLOSER, longer) / 2
+        # A large box is looked at as part of the whole; a small one stays in the middle.
+        x = min(max((x1 + x2) / 2, half), max(width - half, half))
+        y = min(max((y1 + y2) / 2, half), max(height - half, half))
+        tile.paste(_cut(prepared, (x - half, y - half, x + half, y + half)), (_SIDE + _GAP, 0))
+    draw = ImageDraw.Draw(tile)
+    item = prepared.item
+    names = list(dict.fromkeys(prepared.classes))
+    for place, name in enumerate(names):
+        draw.text((4 + place * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, names))
+    if not names:
+        draw.text((4, _SIDE + 2), "no lesion", fill="white")
+    draw.text((4, _SIDE + 15), f"{item.split}  {item.image.parent.name}/{item.image.name}"[-64:], fill=(190, 190, 190))
+    return tile
+
+
+def _cut(prepared: Prepared, part: Box) -> Image.Image:
+    """A square part of the picture, which may reach out of it, as ``[_SIDE, _SIDE]`` with the boxes drawn around."""
+    # Whole pixels: what lies outside the picture comes out black.
+    x1, y1, x2, y2 = (round(value) for value in part)
+    picture = Image.fromarray(np.ascontiguousarray(prepared.shown))
+    cut = picture.crop((x1, y1, x2, y2)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    draw = ImageDraw.Draw(cut)
+    names = list(dict.fromkeys(prepared.classes))
+    for box, name in zip(prepared.boxes, prepared.classes):
+        left, right = ((x - x1) * _SIDE / (x2 - x1) for x in (box[0], box[2]))
+        top, bottom = ((y - y1) * _SIDE / (y2 - y1) for y in (box[1], box[3]))
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=_colour(name, names))
+    return cut
+
+
+def _colour(name: str, names: Sequence[str]) -> tuple[int, int, int]:
+    return _COLOURS[names.index(name) % len(_COLOURS)]

@@ -1,0 +1,170 @@
+"""What a recipe's check found, for people: tables for the terminal, and a page with a contact sheet of every source.
+
+``umed recipe check R --report FOLDER`` writes ``FOLDER/check.html`` and the sheets beside it. Whether boxes sit on lesions no
+table tells: look at the sheets.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING
+
+from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
+from umed_plugin.data.leaks import SAME
+from umed_plugin.data.recipes.options import SPLITS
+from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SHOWN = 10
+_WIDTH = 150  # of the page's tables, in letters
+
+
+def sources_of(recipe: AnyRecipe) -> list[Recipe]:
+    """The recipes of a mixture, or the recipe alone."""
+    return list(recipe.recipes.values()) if isinstance(recipe, Mixture) else [recipe]
+
+
+def write_report(check: RecipeCheck, folder: Path) -> Path:
+    """Write the tables and a contact sheet of every source; the path of the page."""
+    from rich.console import Console
+
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console(record=True, file=io.StringIO(), width=_WIDTH)
+    print_check(check, console)
+    page = console.export_html(inline_styles=True)
+    pictures = "".join(
+        f'<h2>{html.escape(source)}</h2><img style="max-width:100%" src="{sheet.name}" alt="{html.escape(source)}: boxes">'
+        for source, sheet in check.sheets.save(folder).items()
+    )
+    title = f"<title>{html.escape(check.recipe.name)}: check</title>"
+    page = page.replace("<head>", f"<head>{title}").replace("</body>", f"{pictures}</body>")
+    target = folder / "check.html"
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def print_check(check: RecipeCheck, console: Console) -> None:
+    """Print the check as tables, faults last so that they are on the screen at the end."""
+    from rich.markup import escape
+
+    recipe = check.recipe
+    console.print(f"[bold]{recipe.name}[/bold]: {escape(recipe.description)}", highlight=False)
+    for source in sources_of(recipe):
+        whose = f" of {source.name}" if isinstance(recipe, Mixture) else ""
+        console.print(f"Terms{whose}: {escape(source.terms.licence)}. {escape(source.terms.url)}", highlight=False)
+    console.print(f"Data:  {escape(str(check.annotations.root))}", highlight=False, soft_wrap=True)
+    if isinstance(recipe, Mixture):
+        console.print(_sources_table(check))
+        if sum(check.images.values()) < recipe.size:
+            there = f"{sum(check.images.values()):,} of the {recipe.size:,} images that the mixture asks for are there."
+            console.print(f"[yellow]{there}[/yellow]", highlight=False)
+    console.print(_splits_table(check))
+    console.print(_classes_table(check))
+    for reason, count in check.annotations.left_out.items():
+        console.print(f"{count} images left out: {reason}")
+    if check.annotations.dropped_boxes:
+        console.print(f"{check.annotations.dropped_boxes} degenerate boxes left out")
+    shared = check.shared_patients
+    if shared:
+        console.print(
+            f"[yellow]{len(shared)} patients are in more than one split[/yellow] "
+            f"({escape(', '.join(shared[:_SHOWN]))}): results on test will look better than they are."
+        )
+    _print_leaks(check, console)
+    _print_missing(check, console)
+    if check.faults:
+        console.print(f"[red]{len(check.faults)} faults:[/red]")
+        for fault in check.faults[:_SHOWN]:
+            console.print(f"  {escape(fault)}", highlight=False, soft_wrap=True)
+        if len(check.faults) > _SHOWN:
+            console.print(f"  ... and {len(check.faults) - _SHOWN} more")
+    if check.ok:
+        console.print("[green]The recipe fits the data.[/green]")
+
+
+def _print_leaks(check: RecipeCheck, console: Console) -> None:
+    from rich.markup import escape
+
+    found = {"in two splits": check.split_leaks, "in an evaluation set too": check.evaluation_leaks}
+    for where, leaks in found.items():
+        if leaks is None:
+            continue
+        if not leaks:
+            console.print(f"No picture is {where}.")
+            continue
+        console.print(f"[yellow]{len(leaks)} pictures are {where}[/yellow] (likeness of at least {SAME}). The first:")
+        for leak in sorted(leaks, key=lambda leak: -leak.likeness)[:_SHOWN]:
+            line = f"  {leak.likeness:.3f}  {escape(leak.name)}  =  {escape(leak.other)}"
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_missing(check: RecipeCheck, console: Console) -> None:
+    from rich.markup import escape
+
+    for source in sources_of(check.recipe):
+        missing = [item for item in check.annotations.missing if item.recipe.name == source.name]
+        if not missing:
+            continue
+        total = len(missing) + sum(item.recipe.name == source.name for item in check.annotations.items)
+        whose = f" of {source.name}" if isinstance(check.recipe, Mixture) else ""
+        console.print(
+            f"[red]{len(missing)} of {total} images{whose} are missing on disk.[/red] Get them from "
+            f"{escape(source.terms.url)}. The first:",
+            soft_wrap=True,
+        )
+        for item in missing[:_SHOWN]:
+            console.print(f"  {escape(str(item.image))}", highlight=False, soft_wrap=True)
+
+
+def _sources_table(check: RecipeCheck) -> object:
+    from rich.table import Table
+
+    table = Table(title="Sources", caption=f"missing: annotated, but not on disk. {_ABOUT_BOXES}")
+    titles = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
+    for title in titles:
+        table.add_column(title, justify="left" if title == "source" else "right", overflow="fold")
+    for name, found in check.sources.items():
+        numbers = (found.images, found.negatives, found.missing, len(found.patients), len(found.sides))
+        table.add_row(name, *map(str, numbers), *_about_boxes(found))
+    return table
+
+
+def _splits_table(check: RecipeCheck) -> object:
+    from rich.table import Table
+
+    table = Table(title="Images")
+    for title in ("split", "images", "without lesion", "patients", "lesions"):
+        table.add_column(title, justify="left" if title == "split" else "right")
+    for split in [*SPLITS, *sorted(set(check.images) - set(SPLITS))]:
+        lesions = sum(found.per_split[split] for found in check.classes.values())
+        numbers = (check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions)
+        table.add_row(split or "(none)", *map(str, numbers))
+    return table
+
+
+def _classes_table(check: RecipeCheck) -> object:
+    from rich.table import Table
+
+    table = Table(title="Lesions", caption=_ABOUT_BOXES)
+    for title in ("class", *SPLITS, *_BOX_TITLES):
+        table.add_column(title, justify="left" if title == "class" else "right", overflow="fold")
+    for name, found in check.classes.items():
+        table.add_row(name, *(str(found.per_split[split]) for split in SPLITS), *_about_boxes(found))
+    return table
+
+
+_BOX_TITLES = ("median px", "lost / cut", *(f"IoU {decimals} dec." for decimals in DECIMALS))
+_ABOUT_BOXES = "cut: by LLaVA's centre crop (square). IoU: the best that the decimals allow (pad), mean / worst."
+
+
+def _about_boxes(found: ClassCheck) -> list[str]:
+    if not found.sides:
+        return []
+    width, height = (median(sides) for sides in zip(*found.sides))
+    ious = [f"{mean(values):.2f} / {min(values):.2f}" for values in found.best_iou.values()]
+    return [f"{width:.0f} x {height:.0f}", f"{found.lost} / {found.cut}", *ious]

@@ -1,0 +1,295 @@
+"""One frame of a DICOM file, after its modality table or rescale, with its own window and its directions.
+
+MONAI's reader opens the file and pydicom decodes the one frame that is asked for. MONAI's ``get_data`` is not used: it decodes
+all frames, writes the header with the pixels out as JSON first, and knows neither palettes nor modality tables nor the
+functional groups in which enhanced multi-frame files keep their rescale, window and orientation.
+
+Compressed files need what pydicom needs: RLE, JPEG Baseline and JPEG 2000 come with pydicom and Pillow; lossless JPEG, JPEG-LS,
+12-bit JPEG and HTJ2K want ``pylibjpeg`` or ``gdcm`` beside them, which pydicom finds by itself.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from umed_plugin.data.images.stored import StoredSlice, View, check_size, checked_index, unreadable
+from umed_plugin.data.images.windows import LinearView, SigmoidView, TableView, look_up
+from umed_plugin.errors import UmedError
+
+_GREY = ("MONOCHROME1", "MONOCHROME2")
+# pydicom turns these into RGB; of YBR_ICT and YBR_RCT that is the JPEG 2000 decoder's business.
+_COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+# Two bytes of a run stand for 128 at most.
+_BEST_RLE_RATIO = 64
+_FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
+
+
+def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
+    """Read one frame as it lies in the file.
+
+    Raises:
+        UmedError: it is damaged, not decodable with what is installed, or holds what cannot be shown.
+    """
+    if find_spec("pydicom.pixels") is None:
+        raise UmedError(f"{path}: DICOM images need pydicom 3, which needs Python 3.10: pip install 'pydicom>=3'")
+    with unreadable(path):
+        header = open_header(path)
+        photometric = _checked_photometric(header, path)
+        frames = _frames(header)
+        index = checked_index(path, frame, frames, "frame")
+        check_size(path, int(header.Columns), int(header.Rows))
+        values = _decoded(header, index, path)
+        header = _Frame(header, index)
+        directions = _directions(header)
+        if photometric not in _GREY:
+            return StoredSlice(_eight_bit_rgb(values, header, photometric, path), directions, is_grey_levels=True)
+        grey = values.astype(np.float32)
+        grey[_padding(values, header)] = np.nan
+        return StoredSlice(
+            _in_its_unit(grey, header, path),
+            directions,
+            view=lambda: _own_view(header, path),
+            inverted=photometric == "MONOCHROME1",
+            hounsfield=str(getattr(header, "Modality", None) or "CT") == "CT",
+        )
+
+
+def frame_count(path: Path) -> int:
+    """Frames of a DICOM file."""
+    with unreadable(path):
+        return _frames(open_header(path, pixels=False))
+
+
+def _frames(header: Any) -> int:
+    return int(getattr(header, "NumberOfFrames", None) or 1)
+
+
+def open_header(path: Path, *, pixels: bool = True) -> Any:
+    """The file as a pydicom dataset; without its pixels when they are not wanted.
+
+    Files without the 132 bytes before and the group of file meta information, as old archives have them, are read as what
+    pydicom makes out.
+    """
+    from monai.data import PydicomReader
+    from pydicom.misc import is_dicom
+
+    # affine_lps_to_ras only concerns the affine, which is not used: directions are read off the header below.
+    reader = PydicomReader(swap_ij=False, affine_lps_to_ras=False)
+    header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels)
+    if pixels and not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        kind = getattr(header.file_meta, "MediaStorageSOPClassUID", None)
+        raise ValueError(f"there are no pixels in it{f', it is a {kind.name}' if kind else ''}")
+    if not getattr(header.file_meta, "TransferSyntaxUID", None):
+        header.file_meta.TransferSyntaxUID = _transfer_syntax(header)
+    return header
+
+
+def _transfer_syntax(header: Any) -> str:
+    """The uncompressed syntax in which the header itself was written, for a file that does not say its syntax."""
+    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+    is_implicit, is_little = header.original_encoding
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+
+
+def _checked_photometric(header: Any, path: Path) -> str:
+    photometric = str(getattr(header, "PhotometricInterpretation", "none")).strip()
+    allowed = (*_GREY, *_COLOUR, "PALETTE COLOR")
+    if photometric not in allowed:
+        raise UmedError(
+            f"{path}: photometric interpretation is {photometric}. Allowed: {', '.join(allowed)}. "
+            "Convert the file, or export it as PNG."
+        )
+    samples = int(getattr(header, "SamplesPerPixel", None) or 1)
+    if samples != (3 if photometric in _COLOUR else 1):
+        raise UmedError(f"{path}: {samples} samples per pixel do not fit photometric interpretation {photometric}.")
+    return photometric
+
+
+def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
+    """``[rows, columns]`` or RGB ``[rows, columns, 3]`` of one frame, in the file's own numbers."""
+    from pydicom.pixels import get_decoder, pixel_array
+    from pydicom.uid import RLELossless
+
+    decoder = get_decoder(header.file_meta.TransferSyntaxUID)
+    if not decoder.is_available:
+        raise UmedError(
+            f"{path}: compressed as {decoder.UID.name}, for which no decoder is installed. Install one of these "
+            f"({'; '.join(decoder.missing_dependencies)}), or convert the file."
+        )
+    if RLELossless == decoder.UID:
+        # pydicom asks for the memory first and fills what is missing with zeros.
+        claimed = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8
+        if claimed > _BEST_RLE_RATIO * len(header.PixelData):
+            raise ValueError(f"its header says {claimed} bytes per frame, more than its pixel data can hold")
+    return np.asarray(pixel_array(header, index=index))
+
+
+class _Frame:
+    """A header as one frame sees it: what the functional groups say of it stands beside the file's own elements."""
+
+    def __init__(self, header: Any, index: int) -> None:
+        each = getattr(header, "PerFrameFunctionalGroupsSequence", None) or []
+        shared = getattr(header, "SharedFunctionalGroupsSequence", None) or []
+        groups = [*each[index : index + 1], *shared[:1]]
+        self._parts = [header, *(item for group in groups for item in _macros(group))]
+
+    def __getattr__(self, name: str) -> Any:
+        for part in self._parts:
+            value = getattr(part, name, None)
+            if value is not None:
+                return value
+        raise AttributeError(name)
+
+
+def _macros(group: Any) -> list[Any]:
+    """The items of the macros that concern how a frame is shown and lies."""
+    names = (
+        "PixelValueTransformationSequence",
+        "FrameVOILUTSequence",
+        "PlaneOrientationSequence",
+        "PlanePositionSequence",
+    )
+    return [item for name in names for item in (getattr(group, name, None) or [])[:1]]
+
+
+def _eight_bit_rgb(values: np.ndarray, header: Any, photometric: str, path: Path) -> np.ndarray:
+    """uint8 ``[rows, columns, 3]``."""
+    if photometric == "PALETTE COLOR":
+        values = _from_palette(values, header, path)
+        most = np.iinfo(values.dtype).max
+    else:
+        most = 2 ** int(header.BitsStored) - 1
+    if most == 255:
+        return values.astype(np.uint8, copy=False)
+    return np.rint(np.clip(values / most, 0, 1) * 255).astype(np.uint8)
+
+
+def _from_palette(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
+    from pydicom.pixels import apply_color_lut
+
+    entries, _, bits = header.RedPaletteColorLookupTableDescriptor
+    size = len(getattr(header, "RedPaletteColorLookupTableData", b"")) * 8 // (entries or 2**16)
+    if 8 in (bits, size) and not 0 < entries <= 256:
+        # pydicom indexes such a table with 8-bit numbers, which wrap.
+        raise UmedError(f"{path}: a palette of {entries or 2**16} entries of 8 bits. Allowed: 1 to 256, or 16 bits.")
+    rgb = np.asarray(apply_color_lut(values, header._parts[0]))[..., :3]
+    # Entries of 8 bits that lie in 16 fill the lower half or, multiplied by 257, both.
+    return rgb.astype(np.uint8) if bits == 8 and rgb.max() < 256 else rgb
+
+
+def _padding(values: np.ndarray, header: Any) -> np.ndarray:
+    """True where the scanner measured nothing."""
+    first = getattr(header, "PixelPaddingValue", None)
+    if first is None:
+        return np.zeros(values.shape, dtype=bool)
+    last = getattr(header, "PixelPaddingRangeLimit", None)
+    low, high = sorted((int(first), int(first if last is None else last)))
+    padded = (values >= low) & (values <= high)
+    # A file whose every pixel is padding has the element wrong.
+    return padded & ~padded.all()
+
+
+def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
+    """Modality table or rescale (DICOM PS3.3 C.11.1); padding stays NaN."""
+    tables = getattr(header, "ModalityLUTSequence", None)
+    if tables:
+        first, entries, _ = _table(tables[0], header)
+        return look_up(values, first, entries)
+    slope = _first(getattr(header, "RescaleSlope", None))
+    intercept = _first(getattr(header, "RescaleIntercept", None))
+    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
+        raise UmedError(
+            f"{path}: rescale slope is {slope:g} and intercept {intercept:g}. Needed: numbers, slope not 0."
+        )
+    if slope == 1 and intercept == 0:
+        return values
+    return values * np.float32(slope) + np.float32(intercept)
+
+
+def _own_view(header: Any, path: Path) -> Optional[View]:
+    """The first VOI table or, without one, the first window; a file may offer several, of which the first is the default."""
+    with unreadable(path):
+        tables = getattr(header, "VOILUTSequence", None)
+        if tables:
+            return TableView(*_table(tables[0], header))
+        centre, width = (_first(getattr(header, name, None)) for name in ("WindowCenter", "WindowWidth"))
+        if centre is not None and width is not None and width > 0:
+            return _window(centre, width, str(getattr(header, "VOILUTFunction", None) or "LINEAR"), path)
+        if int(header.BitsStored) == 8 and not hasattr(header, "ModalityLUTSequence"):
+            return _identity(header)
+        return None
+
+
+def _window(centre: float, width: float, function: str, path: Path) -> View:
+    """DICOM PS3.3 C.11.2.1.2.1 (LINEAR, where pixels are whole numbers and the width counts both ends) and C.11.2.1.3."""
+    function = function.strip().upper()
+    if function not in _FUNCTIONS:
+        raise UmedError(
+            f"{path}: VOI LUT function is {function!r}. Allowed: {', '.join(_FUNCTIONS)}. "
+            "Or choose a window in the recipe: image.window"
+        )
+    if function == "SIGMOID":
+        return SigmoidView(centre, width)
+    if function == "LINEAR_EXACT":
+        return LinearView(centre - width / 2, centre + width / 2)
+    half = max(width - 1, 0) / 2
+    return LinearView(centre - 0.5 - half, centre - 0.5 + half)
+
+
+def _identity(header: Any) -> Optional[View]:
+    """8-bit values without a window are grey levels, unless a rescale has made something else of them."""
+    rescaled = _first(getattr(header, "RescaleSlope", None)) not in (None, 1.0)
+    shifted = _first(getattr(header, "RescaleIntercept", None)) not in (None, 0.0)
+    if rescaled or shifted or int(header.PixelRepresentation):
+        return None
+    return LinearView(0, 255)
+
+
+def _table(item: Any, header: Any) -> tuple[int, np.ndarray, int]:
+    """First value, entries as float32 and the largest entry possible, of a modality or VOI table."""
+    count, first, bits = (int(value) for value in item.LUTDescriptor)
+    count = count or 2**16
+    if not 1 <= bits <= 16:
+        raise ValueError(f"a table of {bits} bits per entry")
+    # Without a value representation of its own the first value is read as unsigned; it has the pixels' sign.
+    if first >= 2**15 and int(getattr(header, "PixelRepresentation", 0)):
+        first -= 2**16
+    data = item.LUTData
+    if isinstance(data, bytes):
+        order = "<" if header.original_encoding[1] else ">"
+        entries = (
+            np.frombuffer(data[: 2 * count], dtype=f"{order}u2")
+            if len(data) >= 2 * count
+            else np.frombuffer(data, "u1")
+        )
+    else:
+        entries = np.atleast_1d(np.asarray(data))
+    if len(entries) < count:
+        raise ValueError(f"a table of {count} entries with data for {len(entries)}")
+    return first, entries[:count].astype(np.float32), 2**bits - 1
+
+
+def _directions(header: Any) -> Optional[tuple[np.ndarray, np.ndarray]]:
+    cosines = getattr(header, "ImageOrientationPatient", None)
+    if cosines is None or len(cosines) != 6:
+        return None
+    vectors = np.array([float(value) for value in cosines])
+    if not np.isfinite(vectors).all() or not vectors[:3].any() or not vectors[3:].any():
+        return None
+    return vectors[:3], vectors[3:]
+
+
+def _first(value: Any) -> Optional[float]:
+    """The number in a DICOM element that may be missing, empty, one number or several."""
+    if value is None or value == "":
+        return None
+    values = list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value]
+    return float(values[0]) if values else None

@@ -1,0 +1,136 @@
+"""One slice of a NIfTI volume (``.nii``, ``.nii.gz``), with its scaling and its directions.
+
+Volumes stay in the numbers they are stored in; only the slice is scaled. The first slice that is asked for is read alone. When
+the next one is of the same volume, the volume is kept in memory, as slices of one volume come one after the other; one volume
+at a time, and none above `MOST_KEPT_BYTES`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from umed_plugin.data.images.stored import StoredSlice, check_size, checked_index, unreadable
+from umed_plugin.errors import UmedError
+
+MOST_KEPT_BYTES = 2**30
+# deflate cannot do better, so a gzip file cannot hold more than this many times its size.
+_BEST_RATIO = 1032
+
+
+def read_nifti(path: Path, index: Optional[int], axis: int, volume: Optional[int]) -> StoredSlice:
+    """Read one slice as it lies in the file: x along the first remaining array axis, y along the second.
+
+    Args:
+        index: from 0 along ``axis``.
+        axis: 0, 1 or 2, of the array as stored.
+        volume: from 0, of a 4-D file.
+
+    Raises:
+        UmedError: it is damaged, or holds what cannot be shown.
+    """
+    with unreadable(path):
+        image = _open(path)
+        shape = _spatial_shape(image, path)
+        index = checked_index(path, index, shape[axis], "slice")
+        volume = checked_index(path, volume, shape[3], "volume", "image.volume")
+        height, width = _plane_size(shape, axis)
+        check_size(path, width, height)
+        plane = _plane(path, image, shape, axis, index, volume)
+        affine = np.asarray(image.affine, dtype=float)
+    if plane.dtype.fields is not None:
+        rgb = np.stack([plane[name].T for name in ("R", "G", "B")], axis=2)
+        return StoredSlice(rgb, _directions(affine, axis), is_grey_levels=True)
+    return StoredSlice(np.ascontiguousarray(plane.T, dtype=np.float32), _directions(affine, axis))
+
+
+def volume_shape(path: Path) -> tuple[int, int, int, int]:
+    """Length of the three axes as stored, and the number of volumes."""
+    with unreadable(path):
+        return _spatial_shape(_open(path), path)
+
+
+def _open(path: Path) -> Any:
+    from monai.data import NibabelReader
+
+    return NibabelReader(as_closest_canonical=False, squeeze_non_spatial_dims=False).read(path)
+
+
+def _spatial_shape(image: Any, path: Path) -> tuple[int, int, int, int]:
+    """x, y, z and the number of volumes, all at least 1, that the file is large enough to hold."""
+    shape = tuple(int(length) for length in image.shape)
+    kind = image.get_data_dtype()
+    is_rgb = kind.fields is not None and tuple(kind.fields) == ("R", "G", "B")
+    odd = [length for length in shape[4:] if length != 1]
+    if odd or not shape or min(shape) < 1 or kind.kind == "c" or not (kind.fields is None or is_rgb):
+        raise UmedError(
+            f"{path}: holds an array of shape {shape}, type {kind}. Allowed: volumes of grey values or RGB, 3-D or a series of "
+            "them (4-D). Take what is wanted out of it with nibabel."
+        )
+    x, y, z, volumes = (*shape, 1, 1, 1)[:4]
+    claimed = kind.itemsize * x * y * z * volumes
+    there = path.stat().st_size * (_BEST_RATIO if path.name.lower().endswith(".gz") else 1)
+    if claimed > there:
+        raise ValueError(f"its header says {x} x {y} x {z} x {volumes} values of {kind}, more than the file can hold")
+    return x, y, z, volumes
+
+
+def _plane_size(shape: tuple[int, int, int, int], axis: int) -> tuple[int, int]:
+    """Height and width of a slice."""
+    width, height = (shape[other] for other in range(3) if other != axis)
+    return height, width
+
+
+class _Kept:
+    """The last file that was read, and its last volume when it was asked for twice."""
+
+    asked: Optional[tuple[Any, ...]] = None
+    name: Optional[tuple[Any, ...]] = None
+    values: Optional[np.ndarray] = None
+
+
+def _plane(path: Path, image: Any, shape: tuple[int, int, int, int], axis: int, index: int, volume: int) -> np.ndarray:
+    """One slice, scaled, ``[first axis, second axis]``."""
+    where: list[Any] = [slice(None)] * 3
+    where[axis] = index
+    status = path.stat()
+    name = (str(path), status.st_size, status.st_mtime_ns, volume)
+    if _Kept.name == name and _Kept.values is not None:
+        return _scaled(_Kept.values[tuple(where)], image)
+    size = image.get_data_dtype().itemsize * shape[0] * shape[1] * shape[2]
+    again, _Kept.asked = _Kept.asked == name, name
+    # Along the other axes a slice is spread over the whole file.
+    if size <= MOST_KEPT_BYTES and (again or axis != 2):
+        _Kept.name = _Kept.values = None  # two volumes in memory would be one too many
+        _Kept.values, _Kept.name = _unscaled(image, shape, (slice(None),) * 3, volume), name
+        return _scaled(_Kept.values[tuple(where)], image)
+    return _scaled(_unscaled(image, shape, tuple(where), volume), image)
+
+
+def _unscaled(image: Any, shape: tuple[int, int, int, int], where: tuple[Any, ...], volume: int) -> np.ndarray:
+    """Stored numbers at ``where`` of a volume; a file of fewer axes counts as one with axes of length 1."""
+    from nibabel.arrayproxy import ArrayProxy
+
+    stored = image.dataobj
+    plain = ArrayProxy(stored.file_like, (shape, stored.dtype, stored.offset, 1.0, 0.0))
+    return np.asarray(plain[(*where, volume)])
+
+
+def _scaled(values: np.ndarray, image: Any) -> np.ndarray:
+    slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
+    if values.dtype.fields is not None or (slope == 1 and intercept == 0):
+        return values
+    return values.astype(np.float64) * slope + intercept
+
+
+def _directions(affine: np.ndarray, axis: int) -> Optional[tuple[np.ndarray, np.ndarray]]:
+    """Along the two axes that remain; RAS to LPS turns the first two patient axes round."""
+    vectors = affine[:3, :3] * np.array([[-1.0], [-1.0], [1.0]])
+    lengths = np.linalg.norm(vectors, axis=0)
+    if not np.isfinite(lengths).all() or not lengths.all():
+        return None
+    vectors = vectors / lengths
+    first, second = (vectors[:, other] for other in range(3) if other != axis)
+    return first, second

@@ -1,0 +1,144 @@
+"""From stored values to grey levels: the windows of DICOM PS3.3 C.11.2, presets, ranges, and three windows as RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+
+from umed_plugin.data.images.stored import StoredSlice, View
+from umed_plugin.data.recipes.options import WINDOW_PRESETS, WindowRange
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+
+OneWindow = Union[str, WindowRange, tuple[float, float]]
+# Three windows become the red, green and blue channel.
+Window = Union[OneWindow, Sequence[OneWindow]]
+
+
+@dataclass(frozen=True)
+class LinearView:
+    """Black up to ``low``, white from ``high`` on, in proportion between."""
+
+    low: float
+    high: float
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        if self.high <= self.low:
+            return (values > self.low).astype(np.float32)
+        return np.clip((values - np.float32(self.low)) / np.float32(self.high - self.low), 0, 1)
+
+
+@dataclass(frozen=True)
+class SigmoidView:
+    """VOI LUT function SIGMOID (DICOM PS3.3 C.11.2.1.3.1): ``1 / (1 + exp(-4 (x - centre) / width))``."""
+
+    centre: float
+    width: float
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        # Beyond +-80 the result is 0 or 1 to the last bit, and the exponential would overflow.
+        return 1 / (1 + np.exp(np.clip(-4 * (values - self.centre) / self.width, -80, 80)))
+
+
+@dataclass(frozen=True)
+class TableView:
+    """A look-up table: ``entries[0]`` for values up to ``first``, then one entry for each whole number; 0-``most`` -> 0-1."""
+
+    first: int
+    entries: np.ndarray
+    most: int
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        return look_up(values, self.first, self.entries) / np.float32(self.most)
+
+
+def look_up(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
+    """The entries of values; ``entries[0]`` belongs to ``first``, and both ends reach on. NaN stays NaN.
+
+    pydicom's ``apply_voi`` puts the index into a number of the entries' size, where a table of 4096 entries of 8 bits wraps.
+    """
+    finite = np.isfinite(values)
+    index = np.clip(np.rint(np.where(finite, values, 0)) - first, 0, len(entries) - 1).astype(np.int64)
+    return np.where(finite, entries[index], np.float32(np.nan)).astype(np.float32)
+
+
+def to_grey_levels(stored: StoredSlice, window: Window, path: Path) -> np.ndarray:
+    """uint8 ``[height, width]`` of a slice, or ``[height, width, 3]`` when it is in colour or there are three windows."""
+    if stored.is_grey_levels:
+        return 255 - stored.values if stored.inverted else stored.values
+    finite = np.isfinite(stored.values)
+    if not finite.any():
+        raise UmedError(f"{path}: holds no finite value")
+    shown = [_through(stored, finite, one, path) for one in each_window(window)]
+    return shown[0] if len(shown) == 1 else np.stack(shown, axis=2)
+
+
+def _through(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path) -> np.ndarray:
+    view = _view(stored, finite, window, path)
+    whole = bool(finite.all())
+    shown = view(stored.values if whole else np.where(finite, stored.values, stored.values[finite].min()))
+    grey = np.rint(shown * 255).astype(np.uint8)
+    if stored.inverted:
+        grey = 255 - grey
+    if not whole:
+        grey[~finite] = 0
+    return grey
+
+
+def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path) -> View:
+    chosen = window_range(window)
+    if chosen is not None:
+        if isinstance(window, str) and not stored.hounsfield:
+            raise UmedError(
+                f"{path}: window {window!r} is in Hounsfield units, and this file says that it is no CT. Allowed for it: "
+                "file, full, or a range in its own unit (image.window)."
+            )
+        return LinearView(*chosen)
+    own = stored.view() if window == "file" else None
+    return own or LinearView(float(stored.values[finite].min()), float(stored.values[finite].max()))
+
+
+def each_window(window: Window) -> list[OneWindow]:
+    """One window as a list of it, three as they are.
+
+    Raises:
+        UsageError: another number of windows.
+    """
+    if isinstance(window, (str, WindowRange)):
+        return [window]
+    if len(window) == 2 and all(isinstance(bound, (int, float)) for bound in window):
+        return [(float(window[0]), float(window[1]))]  # type: ignore[arg-type]
+    if len(window) != 3 or any(isinstance(one, (int, float)) for one in window):
+        raise UsageError(
+            f"{window!r} is no window. Allowed: a name, (low, high), or three windows for red, green, blue."
+        )
+    return list(window)
+
+
+def plain_window(window: Window) -> Any:
+    """The same window as JSON can hold it: names, and ``[low, high]`` in place of ranges."""
+    if isinstance(window, str):
+        return window
+    ones = [one if isinstance(one, str) else list(window_range(one) or ()) for one in each_window(window)]
+    return ones[0] if len(ones) == 1 else ones
+
+
+def window_range(window: OneWindow) -> Optional[tuple[float, float]]:
+    """``(low, high)`` of a preset or a range; None for ``file`` and ``full``, which depend on the image."""
+    if isinstance(window, str) and window in ("file", "full"):
+        return None
+    if isinstance(window, str):
+        if window not in WINDOW_PRESETS:
+            raise UsageError(unknown_name("window", window, ["file", "full", *WINDOW_PRESETS]))
+        centre, width = WINDOW_PRESETS[window]
+        return centre - width / 2, centre + width / 2
+    if isinstance(window, WindowRange):
+        if window.low is not None and window.high is not None:
+            return window.low, window.high
+        if window.centre is not None and window.width is not None:
+            return window.centre - window.width / 2, window.centre + window.width / 2
+        raise ValueError(f"not a window: {window}")
+    return float(window[0]), float(window[1])

@@ -1,0 +1,280 @@
+"""Recipes: one YAML per data set that says where its annotations are, how to read them and under which terms.
+
+A data set whose annotations are COCO, Pascal VOC, YOLO, CSV, JSON by image or masks needs a YAML and no Python.
+``umed recipe show`` prints a shipped one to start from. Every key is described at its field below; a mistake is reported with
+its place, what is allowed and what was probably meant, all mistakes at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import yaml
+from pydantic import Field, field_validator
+
+from umed_plugin.data.recipes.options import (
+    AbnormalityClass,
+    Fractions,
+    ImageOptions,
+    NegativeRule,
+    SplitRule,
+    StrictModel,
+    Terms,
+)
+from umed_plugin.data.recipes.reader_options import READER_OPTIONS, FreeOptions, ReaderOptions
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.faults import Faults, NoDuplicates, validated
+
+FILLED_IN = ("path", "sha256", "mixture", "recipes")
+
+
+class Recipe(StrictModel):
+    """A data set: where it is, what it holds, how it is read.
+
+    Attributes:
+        data_root: folder of the data set; ``${VARIABLE}`` is taken from the environment, ``--data-root`` goes before it.
+        classes: class in the annotations -> plain name and synonyms.
+        ignore_classes: an image that holds one of these is left out whole, as it is neither negative nor fully described.
+        negatives: ``keep`` or ``drop`` images without a lesion, or which of them and from where (`NegativeRule`).
+        box_tolerance: a box that sticks out of its image by at most this many pixels is cut to it; further is a fault.
+        least_box_side: a box that is narrower or lower than this many pixels is degenerate. Default: it has no area.
+        degenerate_boxes: ``stop`` at a degenerate box, or ``drop`` it (an image left without box is left out).
+        path, sha256: of the YAML file; filled in by `load_recipe`.
+        mixture: name and sha256 of the mixture that the recipe is a source of, or empty; filled in by `load_recipe`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str
+    terms: Terms
+    data_root: str = "${UMED_DATA_ROOT}"
+    modality: str = ""
+    annotations: Any
+    image: ImageOptions = ImageOptions()
+    classes: dict[str, AbnormalityClass] = Field(min_length=1)
+    ignore_classes: list[str] = []
+    split: SplitRule
+    negatives: NegativeRule = NegativeRule()
+    box_tolerance: float = Field(1.0, ge=0)
+    least_box_side: float = Field(0.0, ge=0)
+    degenerate_boxes: Literal["stop", "drop"] = "stop"
+    path: str = ""
+    sha256: str = ""
+    mixture: str = ""
+
+    @field_validator("classes", "ignore_classes", mode="before")
+    @classmethod
+    def _classes_as_text(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): item for key, item in value.items()}
+        return [str(item) for item in value] if isinstance(value, list) else value
+
+    @field_validator("negatives", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Class key of records (the plain name) -> plain name, then synonyms: the ``terms`` of every record."""
+        merged: dict[str, list[str]] = {}
+        for entry in self.classes.values():
+            words = merged.setdefault(entry.name, [entry.name])
+            words += [synonym for synonym in entry.synonyms if synonym not in words]
+        return merged
+
+    def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
+        """The folder of the data set.
+
+        Raises:
+            UmedError: it is not given, its variable is not set, or it does not exist.
+        """
+        get = f"Get the data ({self.terms.licence}) from {self.terms.url}"
+        return _data_folder(self.path, self.data_root, data_root, get)
+
+
+class Source(StrictModel):
+    """A data set in a mixture.
+
+    Attributes:
+        folder: of the data set, under the mixture's data root.
+        share: how much of the mixture it is to be, beside the others' shares.
+    """
+
+    folder: str
+    share: float = Field(1.0, gt=0)
+
+
+class MixedSplit(StrictModel):
+    """Seed and fractions for the sources whose ``split.by`` is ``patient``; the others keep the splits of their files."""
+
+    seed: int = 0
+    fractions: Fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
+
+
+class Mixture(StrictModel):
+    """Several data sets as one.
+
+    Attributes:
+        sources: recipe (its name, or a YAML file beside this one) -> its folder and share.
+        size: images to choose. A source that has fewer than its share gives all, and the others fill up.
+        negative_share: at most this share of them is without a lesion, from the sources that have such.
+        recipes: source -> its recipe, with the mixture's split; filled in by `load_recipe`.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str
+    data_root: str = "${UMED_DATA_ROOT}"
+    sources: dict[str, Source] = Field(min_length=1)
+    size: int = Field(gt=0)
+    negative_share: float = Field(0.0, ge=0, lt=1)
+    split: MixedSplit = MixedSplit()
+    recipes: dict[str, Recipe] = {}
+    path: str = ""
+    sha256: str = ""
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Plain name -> plain name and synonyms, of all sources."""
+        return {name: words for recipe in self.recipes.values() for name, words in recipe.names.items()}
+
+    def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
+        """The folder that holds the sources' folders.
+
+        Raises:
+            UmedError: it is not given, its variable is not set, or it does not exist.
+        """
+        return _data_folder(self.path, self.data_root, data_root, f"It holds {self._folders()}")
+
+    def _folders(self) -> str:
+        return ", ".join(f"{source.folder}/" for source in self.sources.values())
+
+
+AnyRecipe = Union[Recipe, Mixture]
+
+
+def _data_folder(recipe: str, written: str, given: Optional[Union[str, Path]], hint: str) -> Path:
+    written = str(given) if given else written
+    folder = Path(os.path.expandvars(written)).expanduser()
+    if "$" in str(folder):
+        raise UmedError(
+            f"{recipe}: data_root is {written!r} and the variable is not set. Set it or give --data-root FOLDER. {hint}"
+        )
+    if not folder.is_dir():
+        raise UmedError(f"{recipe}: there is no data folder {folder}. Give --data-root FOLDER. {hint}")
+    return folder.resolve()
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> YAML file of every recipe that comes with the plugin."""
+    from umed_plugin import data_recipes
+
+    return {path.stem: path for path in sorted(Path(data_recipes.__file__).parent.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
+    """Load a shipped recipe by name or a YAML file by path; one with ``sources`` is a mixture.
+
+    Raises:
+        UsageError: there is neither a recipe nor a file of that name.
+        UmedError: the file has faults; all are named with their key.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        shipped = shipped_recipes()
+        if str(name_or_path) not in shipped:
+            raise UsageError(unknown_name("recipe", str(name_or_path), shipped) + " Or the path of a YAML file.")
+        path = shipped[str(name_or_path)]
+    raw = path.read_bytes()
+    try:
+        data = yaml.load(raw, Loader=NoDuplicates)
+    except yaml.YAMLError as error:
+        raise UmedError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UmedError(
+            f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
+        )
+    faults = Faults()
+    for own in FILLED_IN:
+        if own in data:
+            faults.add(own, "is filled in by umed; take it out")
+    data = {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}
+    loaded = _mixture(data, faults) if "sources" in data else _recipe(data, faults)
+    faults.raise_if_any(str(path))
+    return loaded
+
+
+def _recipe(data: dict[str, Any], faults: Faults) -> Any:
+    options = _reader_options(data.get("annotations"), faults)
+    recipe = validated(Recipe, data | ({"annotations": options} if "annotations" in data else {}), "", faults)
+    if recipe is not None and options is not None:
+        _check_together(recipe, faults)
+    return recipe
+
+
+def _mixture(data: dict[str, Any], faults: Faults) -> Any:
+    mixture = validated(Mixture, data, "", faults)
+    if mixture is None:
+        return None
+    recipes: dict[str, Recipe] = {}
+    for name in mixture.sources:
+        beside = Path(mixture.path).parent / name
+        try:
+            recipe = load_recipe(beside if beside.is_file() else name)
+        except UmedError as error:
+            faults.add(f"sources.{name}", str(error))
+            continue
+        if isinstance(recipe, Mixture):
+            faults.add(f"sources.{name}", "is a mixture itself; name its sources here")
+        else:
+            recipes[name] = recipe
+    # What is chosen depends on the sources' recipes too.
+    digests = "".join([mixture.sha256, *(recipe.sha256 for recipe in recipes.values())])
+    mixture = mixture.model_copy(update={"sha256": hashlib.sha256(digests.encode()).hexdigest()})
+    recipes = {name: _as_source(recipe, mixture) for name, recipe in recipes.items()}
+    return mixture.model_copy(update={"recipes": recipes})
+
+
+def _as_source(recipe: Recipe, mixture: Mixture) -> Recipe:
+    split = recipe.split
+    if split.by == "patient":
+        split = split.model_copy(update={"seed": mixture.split.seed, "fractions": mixture.split.fractions})
+    return recipe.model_copy(update={"split": split, "mixture": f"{mixture.name} {mixture.sha256}"})
+
+
+def _reader_options(found: Any, faults: Faults) -> Optional[ReaderOptions]:
+    if found is None:  # a missing key is reported by Recipe itself
+        return None
+    reader = found.get("reader") if isinstance(found, dict) else None
+    if not isinstance(reader, str):
+        faults.add("annotations.reader", f"missing. Allowed: {', '.join(READER_OPTIONS)} or my_module:my_reader")
+        return None
+    if ":" not in reader and reader not in READER_OPTIONS:
+        faults.add("annotations.reader", unknown_name("reader", reader, READER_OPTIONS) + " Or my_module:my_reader.")
+        return None
+    return validated(READER_OPTIONS.get(reader, FreeOptions), found, "annotations.", faults)
+
+
+def _check_together(recipe: Recipe, faults: Faults) -> None:
+    """What one key alone cannot tell."""
+    options = recipe.annotations
+    per_split = "" not in options.files or bool(getattr(options, "split_lists", None))
+    if recipe.split.by == "file" and not per_split:
+        faults.add(
+            "split.by", "is 'file', but annotations.files is one for all. Give it per split: {train: ..., val: ...}"
+        )
+    columns = getattr(options, "columns", None)
+    if recipe.split.by == "column" and (columns is None or columns.split is None):
+        faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")
+    if recipe.image.window == "column" and (columns is None or columns.window is None):
+        faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")
+    for ignored in set(recipe.ignore_classes) & set(recipe.classes):
+        faults.add("ignore_classes", f"{ignored!r} is in classes too; keep one of them")
+    owners: dict[str, str] = {}
+    for name, words in recipe.names.items():
+        for word in words:
+            owner = owners.setdefault(" ".join(word.lower().split()), name)
+            if owner != name:
+                faults.add("classes", f"{word!r} stands for {owner!r} and for {name!r}; an answer must tell them apart")

@@ -1,0 +1,122 @@
+"""Records: what a recipe builds, what training and evaluation read. A record is one item of LLaVA's JSON and a bit more.
+
+Plain LLaVA trains on ``id``, ``image`` and ``conversations``; beside them stand ``objects`` (ms-swift's schema: ``ref`` class
+keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
+``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
+``split``, ``answer_type`` ("grounded" or "negative") and ``provenance``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.geometry import MODES, ImageGeometry
+
+Record = dict[str, Any]
+
+_FIELDS = {
+    "id": str,
+    "image": str,
+    "conversations": list,
+    "objects": dict,
+    "image_size": list,
+    "terms": dict,
+    "split": str,
+    "answer_type": str,
+    "provenance": dict,
+}
+_FAULTS_SHOWN = 10
+
+
+def record_faults(record: Any) -> list[str]:
+    """Everything that keeps one item from being a record: field by field, what was found and what is needed."""
+    if not isinstance(record, dict):
+        return [f"is {type(record).__name__}; a record is an object"]
+    faults = [f"has no field {name!r}" for name in _FIELDS if name not in record]
+    for name, kind in _FIELDS.items():
+        if name in record and not isinstance(record[name], kind):
+            faults.append(f"field {name!r} is {type(record[name]).__name__}; needed: {kind.__name__}")
+    if faults:
+        return faults
+    refs, boxes = record["objects"].get("ref"), record["objects"].get("bbox")
+    if not isinstance(refs, list) or not isinstance(boxes, list) or len(refs) != len(boxes):
+        faults.append("'objects' needs lists 'ref' and 'bbox' of the same length")
+    else:
+        faults += [
+            f"objects.ref {ref!r} is not in 'terms' ({', '.join(record['terms'])})"
+            for ref in refs
+            if ref not in record["terms"]
+        ]
+        faults += [
+            f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)
+        ]
+    size, mode = record["image_size"], record["provenance"].get("image_aspect_ratio")
+    if len(size) != 2 or not all(type(value) is int and value > 0 for value in size):
+        faults.append(f"'image_size' is {size!r}; needed: [width, height], whole numbers above 0")
+    if mode not in MODES:
+        faults.append(f"provenance.image_aspect_ratio is {mode!r}; allowed: {', '.join(MODES)}")
+    if not _is_asked_and_answered(record["conversations"]):
+        faults.append(
+            "'conversations' needs a turn from 'human' and then one from 'gpt', each with its text as 'value'"
+        )
+    return faults
+
+
+def _is_asked_and_answered(turns: list[Any]) -> bool:
+    written = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
+    return written and [turn.get("from") for turn in turns[:2]] == ["human", "gpt"]
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """Read a JSON list of records as ``umed recipe build`` writes it.
+
+    Raises:
+        UmedError: the file is missing, not a JSON list, or holds items that are no records (index and field are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UmedError(f"{path}: no such file. Write it with: umed recipe build RECIPE --out {path}")
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UmedError(f"{path}: not JSON ({error}). Expected: what `umed recipe build` writes.") from error
+    if not isinstance(records, list):
+        raise UmedError(f"{path}: holds a {type(records).__name__}. Expected: a list of records.")
+    faults = [f"{path}[{i}]: {fault}" for i, record in enumerate(records) for fault in record_faults(record)]
+    if faults:
+        more = f"\n... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise UmedError("\n".join(faults[:_FAULTS_SHOWN]) + more + "\nBuild it again with: umed recipe build")
+    return records
+
+
+def save_records(records: Sequence[Record], path: str | Path) -> None:
+    """Write records as LLaVA's JSON list; the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(list(records), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14) -> ImageGeometry:
+    """The geometry of a record's image under the aspect-ratio mode it was built for.
+
+    Args:
+        image_size, patch_size: of the vision tower, in pixels.
+    """
+    width, height = record["image_size"]
+    return ImageGeometry(int(width), int(height), record["provenance"]["image_aspect_ratio"], image_size, patch_size)
+
+
+def true_boxes(record: Record) -> list[tuple[float, float, float, float]]:
+    """The boxes of the lesions, xyxy in pixels of the file that ``image`` names."""
+    return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in record["objects"]["bbox"]]

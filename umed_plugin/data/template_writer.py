@@ -1,0 +1,221 @@
+"""What is asked and answered: prompt templates, and an offline writer of diagnoses.
+
+The paper lets GPT-4V write the diagnoses; this writer needs no network. It keeps the paper's order, detection ->
+localisation -> recognition: an answer says how many abnormal areas there are, where each lies, and only then what each is.
+Every lesion is named once, by its plain name, after its box. A negative answer holds no class name and no box.
+
+The ``umed_*`` templates equal LLaVA's stock ones but for the system text: stock LLaVA, which does not know them, asks an
+exported checkpoint with its own, and roles and separators must then be the ones it was trained with.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from umed_plugin.data.records import Record, true_boxes
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.grounding.boxes import Box, format_box
+from umed_plugin.grounding.geometry import ImageGeometry
+
+if TYPE_CHECKING:
+    from llava.conversation import Conversation
+
+SYSTEM = "You read medical images. Mark what is abnormal with its box, then name it."
+
+
+@dataclass(frozen=True)
+class TemplateSpec:
+    """A prompt template: LLaVA's ``stock`` one with another ``system`` text."""
+
+    stock: str
+    system: str
+
+
+TEMPLATES: dict[str, TemplateSpec] = {
+    "umed_v1": TemplateSpec("llava_v1", SYSTEM),
+    "umed_mistral": TemplateSpec("mistral_instruct", SYSTEM),
+}
+
+
+def conversation_template(name: str) -> Conversation:
+    """A fresh, empty LLaVA conversation for one of our templates or a stock one.
+
+    Raises:
+        UsageError: there is no such template.
+    """
+    from llava.conversation import conv_templates
+
+    stock = TEMPLATES[name].stock if name in TEMPLATES else name
+    if stock not in conv_templates:
+        raise UsageError(unknown_name("template", name, {*conv_templates, *TEMPLATES}))
+    conversation = conv_templates[stock].copy()
+    if name in TEMPLATES:
+        conversation.system = TEMPLATES[name].system
+    return conversation
+
+
+def question_prompt(question: str, template_name: str) -> str:
+    """The prompt up to where the answer begins; ``<image>`` and a newline are put in front where they are missing."""
+    conversation = conversation_template(template_name)
+    if "<image>" not in question:
+        question = "<image>\n" + question
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+# No wording says "lesion", "mass" or "tumor": those are class names or synonyms in some sources.
+QUESTIONS = (
+    "Is there anything abnormal in this image? Mark it and say what it is.",
+    "Please examine this scan, locate every abnormal area and name it.",
+    "What abnormality can be seen here, and where does it lie?",
+    "Describe the abnormal findings with their location and diagnosis.",
+    "Look for abnormal regions. Give each one's box, then your diagnosis.",
+    "Which findings do you see? Locate them first, then identify them.",
+    "Read this study: detect, localise and recognise what is not normal.",
+    "Does this image look normal? If not, show where and tell what it is.",
+)
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """One way to write an answer.
+
+    Attributes:
+        single, several: detection, for one lesion and for more (``{count}`` in words).
+        only, each: localisation and recognition, of the one lesion and of each of several (``{ordinal}``); ``{box}`` comes
+            before ``{name}``, ``{region}`` is "upper left", "centre", ...
+    """
+
+    single: str
+    several: str
+    only: str
+    each: str
+
+
+PHRASINGS = (
+    Phrasing(
+        "Yes, one abnormal area is visible.",
+        "Yes, {count} abnormal areas are visible.",
+        "It lies in the {region} of the image at {box} and is consistent with {name}.",
+        "The {ordinal} lies in the {region} at {box} and is consistent with {name}.",
+    ),
+    Phrasing(
+        "The image is not normal: there is a single finding.",
+        "The image is not normal: there are {count} findings.",
+        "The finding is located at {box}, in the {region}. Its appearance suggests {name}.",
+        "The {ordinal} is located at {box}, in the {region}. Its appearance suggests {name}.",
+    ),
+    Phrasing(
+        "There is one region that looks abnormal.",
+        "There are {count} regions that look abnormal.",
+        "It can be marked in the {region} with the box {box}. The diagnosis is {name}.",
+        "The {ordinal} can be marked in the {region} with the box {box}; the diagnosis is {name}.",
+    ),
+    Phrasing(
+        "An abnormality is present.",
+        "In total {count} abnormalities are present.",
+        "It occupies {box} in the {region} of this image, and I identify it as {name}.",
+        "The {ordinal} occupies {box} in the {region}, and I identify it as {name}.",
+    ),
+    Phrasing(
+        "I detect one area of concern.",
+        "I detect {count} areas of concern.",
+        "Its position is the {region}, within {box}. Most likely this is {name}.",
+        "The position of the {ordinal} is the {region}, within {box}; most likely this is {name}.",
+    ),
+)
+
+NEGATIVES = (
+    "No, nothing abnormal is visible in this image.",
+    "The image looks normal: there is no finding to mark.",
+    "I see no area of concern, so there is nothing to locate or name.",
+    "There is no sign of an abnormality. The study appears normal.",
+    "No abnormal region is present here.",
+)
+
+_COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_ORDINALS = ("zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+
+
+def write_conversation(
+    record: Record, geometry: ImageGeometry, rng: random.Random, decimals: int = 2
+) -> list[dict[str, str]]:
+    """Write one question and its answer for a record, from its ``objects`` and ``terms``.
+
+    Args:
+        record: ``objects`` in pixels of the image file, in the order in which they are told; ``terms`` for the names.
+        geometry: of the record's image; boxes are written in its square.
+        rng: decides the wording; seed it per record, so that a build can be repeated.
+        decimals: of the coordinates.
+
+    Returns:
+        LLaVA's ``conversations``: a human turn that starts with ``<image>``, and a gpt turn.
+    """
+    terms = [term for names in record["terms"].values() for term in names]
+    question = rng.choice(_without(QUESTIONS, terms, record))
+    if record["objects"]["ref"]:
+        names = [record["terms"][ref][0] for ref in record["objects"]["ref"]]
+        answer = _grounded_answer(names, geometry.to_square(true_boxes(record)), rng, terms, decimals, record)
+    else:
+        answer = rng.choice(_without(NEGATIVES, terms, record))
+    return [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+
+
+def _grounded_answer(
+    names: Sequence[str],
+    boxes01: Sequence[Box],
+    rng: random.Random,
+    terms: Sequence[str],
+    decimals: int,
+    record: Record,
+) -> str:
+    usable = _without([" ".join(vars(phrasing).values()) for phrasing in PHRASINGS], terms, record)
+    phrasing = rng.choice([one for one in PHRASINGS if " ".join(vars(one).values()) in usable])
+    if len(names) == 1:
+        box = boxes01[0]
+        told = phrasing.only.format(box=format_box(box, decimals), region=_region(box), name=names[0])
+        return f"{phrasing.single} {told}"
+    sentences = [phrasing.several.format(count=_word(_COUNTS, len(names)))]
+    for number, (name, box) in enumerate(zip(names, boxes01), start=1):
+        sentences.append(
+            phrasing.each.format(
+                ordinal=_word(_ORDINALS, number), box=format_box(box, decimals), region=_region(box), name=name
+            )
+        )
+    return " ".join(sentences)
+
+
+def _word(words: Sequence[str], number: int) -> str:
+    if number < len(words):
+        return words[number]
+    if words is _COUNTS:
+        return str(number)
+    ending = "th" if 11 <= number % 100 <= 13 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def _region(box01: Box) -> str:
+    """Where the box's middle lies, in thirds of the square: "upper left" ... "centre" ... "lower right"."""
+    across = ("left", "", "right")[min(int((box01[0] + box01[2]) / 2 * 3), 2)]
+    down = ("upper", "", "lower")[min(int((box01[1] + box01[3]) / 2 * 3), 2)]
+    if down and across:
+        return f"{down} {across}"
+    return f"{down} centre" if down else f"{across} centre" if across else "centre"
+
+
+def _without(wordings: Iterable[str], terms: Sequence[str], record: Record) -> list[str]:
+    """The wordings that hold none of the terms: a class named by the frame would be counted as said by the model."""
+    # The same words as `scoring.find_terms` takes for a name.
+    named = re.compile("|".join(rf"(?<!\w){re.escape(term)}(?:s|es)?(?!\w)" for term in terms) or "(?!)", re.IGNORECASE)
+    free = [wording for wording in wordings if not named.search(wording)]
+    if not free:
+        raise UmedError(
+            f"record {record.get('id')!r}: every wording of the writer holds one of the source's names or synonyms "
+            f"({', '.join(sorted(set(terms)))}). Take the most general of them out of the recipe's classes."
+        )
+    return free

@@ -1,0 +1,113 @@
+"""Volumes and series become images: each annotated slice, the slice with the largest lesion, or a montage of slices.
+
+Run through a recipe's ``image: {slices: montage, tiles: 9}``. Boxes go with their slices; `geometry.Montage` moves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from umed_plugin.data.annotations import Annotated
+from umed_plugin.data.images import slice_count
+from umed_plugin.errors import UmedError
+
+
+@dataclass
+class MontageItem(Annotated):
+    """Several slices of a volume as one image.
+
+    Attributes:
+        tiles: the slices, from the first tile on.
+        tile_of_box: the tile, from 0, of each box; boxes are in pixels of their own slice.
+    """
+
+    tiles: tuple[int, ...] = ()
+    tile_of_box: tuple[int, ...] = ()
+
+
+def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError]) -> list[Annotated]:
+    """The images that a recipe wants of what is annotated, in the order of the first slice of each volume.
+
+    Args:
+        items: with their recipes; those of ``slices: annotated`` stay as they are.
+        bad_images: takes the errors of volumes that cannot be read.
+    """
+    volumes: dict[tuple[str, str], list[Annotated]] = {}
+    chosen: list[Annotated | tuple[str, str]] = []
+    for item in items:
+        key = (item.recipe.name, str(item.image))
+        if item.recipe.image.slices == "annotated":
+            chosen.append(item)
+            continue
+        if key not in volumes:
+            chosen.append(key)
+        volumes.setdefault(key, []).append(item)
+    found: list[Annotated] = []
+    for one in chosen:
+        if isinstance(one, Annotated):
+            found.append(one)
+            continue
+        try:
+            found.append(_one_image(volumes[one]))
+        except UmedError as error:
+            bad_images.append(error)
+    return found
+
+
+def shown_slices(item: Annotated) -> int | list[int] | None:
+    """What `images.load_image` is to be told as ``slice``."""
+    return list(item.tiles) if isinstance(item, MontageItem) else item.slice
+
+
+def _one_image(slices: list[Annotated]) -> Annotated:
+    options = slices[0].recipe.image
+    count = slice_count(slices[0].image, options.slice_axis)
+    lesions = [item for item in slices if item.boxes]
+    if options.slices == "largest_lesion":
+        if lesions:
+            return max(lesions, key=_largest_area)
+        # Of a volume without lesion the middle shows most of the body.
+        named = [item for item in slices if item.slice is not None]
+        return named[0] if named else replace(slices[0], slice=count // 2 if count > 1 else None)
+    return _montage(slices, lesions, count, options.tiles)
+
+
+def _montage(slices: list[Annotated], lesions: list[Annotated], count: int, most: int) -> MontageItem:
+    wrong = [item for item in lesions if not 0 <= (item.slice or 0) < count]
+    if wrong:
+        raise UmedError(
+            f"{wrong[0].where}: slice {wrong[0].slice} of {wrong[0].image} does not exist. Allowed: 0 to {count - 1}."
+        )
+    by_size = sorted(lesions, key=_largest_area, reverse=True)
+    tiles = montage_slices(count, most, [item.slice or 0 for item in by_size])
+    shown = [item for item in lesions if (item.slice or 0) in tiles]
+    boxes = [(box, name, tiles.index(item.slice or 0)) for item in shown for box, name in zip(item.boxes, item.classes)]
+    first = slices[0]
+    same = {name: value for name, value in vars(first).items() if name not in ("slice", "boxes", "classes")}
+    return MontageItem(
+        **same,
+        boxes=[box for box, _, _ in boxes],
+        classes=[name for _, name, _ in boxes],
+        tiles=tiles,
+        tile_of_box=tuple(tile for _, _, tile in boxes),
+    )
+
+
+def _largest_area(item: Annotated) -> float:
+    return max((x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in item.boxes)
+
+
+def montage_slices(count: int, most: int, wanted: Sequence[int]) -> tuple[int, ...]:
+    """At most ``most`` of ``count`` slices, in order: spread evenly, and moved onto ``wanted`` ones, the first of which go first.
+
+    A montage shows whole bodies, so what is not wanted stays spread; with more wanted slices than tiles the rest is not shown.
+    """
+    tiles = min(most, count)
+    even = [int((tile + 0.5) * count / tiles) for tile in range(tiles)]
+    kept = list(dict.fromkeys(wanted))[:tiles]
+    free = [tile for tile in even if tile not in kept]
+    for index in kept:
+        if index not in even and free:
+            free.remove(min(free, key=lambda tile: abs(tile - index)))
+    return tuple(sorted([*kept, *free][:tiles]))

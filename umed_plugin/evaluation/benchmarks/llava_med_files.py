@@ -1,0 +1,76 @@
+"""Answers and truth in the files that LLaVA-Med's ``run_eval.py`` and ``run_eval_batch.py`` take.
+
+``python run_eval.py --gt test.json --pred answers.jsonl --candidate candidate.json``: both lists must hold the same ids in the
+same order, each answer the keys that its ``model_vqa.py`` writes, and each truth ``answer_type`` and two turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.evaluation.benchmarks.benchmark import Question
+from umed_plugin.model.answerer import Answer
+
+
+def save_for_llava_med(
+    checkpoint: str,
+    benchmark: str,
+    questions: Sequence[Question],
+    answers: Mapping[str, Answer],
+    candidates: Sequence[str],
+    folder: Path,
+) -> None:
+    """Write ``answers.jsonl``, ``test.json`` and, where there are candidates, ``candidate.json``.
+
+    Args:
+        checkpoint: its folder's name becomes ``model_id``.
+        benchmark: part of what ``answer_id`` is made from; theirs is random, this one is the same for the same answer.
+        questions: those without a written answer are left out.
+        answers: by question id.
+        candidates: the training split's open answers, which their "open accuracy" chooses among.
+        folder: made when it is not there.
+    """
+    folder.mkdir(exist_ok=True)
+    model = Path(checkpoint).name
+    asked = [question for question in questions if question.write]
+    said: list[dict[str, Any]] = [
+        {
+            "question_id": question.id,
+            "prompt": question.text,
+            "text": answers[question.id].text,
+            "answer_id": hashlib.sha256(f"{benchmark} {model} {question.id}".encode()).hexdigest()[:22],
+            "model_id": model,
+            "metadata": {},
+        }
+        for question in asked
+    ]
+    truth = [
+        {
+            "id": question.id,
+            "image": os.path.basename(question.image),
+            "answer_type": question.groups.get("answer_type", "OPEN"),
+            "conversations": [
+                {"from": "human", "value": f"{question.text}\n<image>"},
+                {"from": "gpt", "value": question.truth},
+            ],
+        }
+        for question in asked
+    ]
+    write_whole(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
+    write_whole(folder / "test.json", json.dumps(truth, indent=1, ensure_ascii=False) + "\n")
+    if candidates:
+        # Under "0", as their scripts look it up.
+        found = {"0": sorted(set(candidates))}
+        write_whole(folder / "candidate.json", json.dumps(found, ensure_ascii=False) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all."""
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)

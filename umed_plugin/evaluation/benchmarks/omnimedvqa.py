@@ -1,0 +1,103 @@
+"""OmniMedVQA: multiple choice over 73 data sets of 12 modalities, by QA score and by prefix score.
+
+Hu et al. (arXiv 2402.09181). A JSON for each data set in ``QA_information/*``, whose records have ``question_id``,
+``question``, ``option_A`` .. (two to four), ``gt_answer`` (the text of an option), ``image_path`` from the benchmark's root,
+``modality_type`` (one file says ``modality``) and ``dataset``.
+
+- QA score: the prompt lists the options; the answer counts as the option whose difflib ratio to it is highest.
+- Prefix score: the option with the lowest mean cross-entropy of `` {option}.`` behind ``Question: {question} The answer is``. The
+  published script gives LLaVA no image there, by an oversight; here it sees the image.
+
+Some of the images are in other sets' training data (Kvasir, NIH): ``umed recipe check ... --against`` names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    Question,
+    existing_image,
+    field_of,
+    find_one,
+    read_json,
+)
+from umed_plugin.evaluation.metrics.choices import LETTERS, lowest, nearest_option
+from umed_plugin.evaluation.metrics.figures import Figure, Row, by_group, mean_of_groups, means
+from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.model.answerer import Answer
+
+_ASKED = (
+    "{question}Here are {count} candidate answers:{options} Only return what you think is the correct answer from the candidate "
+    "answers, do not return any other irrelevant text!"
+)
+
+
+def questions(root: Path, split: str, work: Path) -> list[Question]:
+    """The questions of every data set that is there, data set by data set in alphabetical order."""
+    patterns = ["QA_information/*/*.json", "QA_information/*.json", "*.json"]
+    find_one(root, patterns, "omnimedvqa")
+    files = next(files for pattern in patterns if (files := sorted(root.glob(pattern))))
+    found = []
+    for file in files:
+        for number, record in enumerate(read_json(file, "omnimedvqa")):
+            where = f"{file}[{number}]"
+            named = (record.get(f"option_{letter}") for letter in LETTERS[:4])
+            options = [str(option) for option in named if option is not None]
+            question, right = str(field_of(record, where, "question")), str(field_of(record, where, "gt_answer"))
+            if right not in options:
+                raise UmedError(f"{where}: gt_answer {right!r} is none of its options {options}.")
+            data_set = str(field_of(record, where, "dataset"))
+            found.append(
+                Question(
+                    id=f"{data_set}/{field_of(record, where, 'question_id')}",
+                    image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path"))),
+                    text=_ASKED.format(question=question, count=len(options), options=options),
+                    truth=right,
+                    options=options,
+                    options_after=f"Question: {question} The answer is",
+                    groups={
+                        "part": data_set,
+                        "modality": str(field_of(record, where, "modality_type", "modality")),
+                        "question_type": str(record.get("question_type", "")),
+                    },
+                )
+            )
+    return found
+
+
+def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+    """1.0 or 0.0 by each of the two scores. An answer that is like no option is wrong."""
+    said = nearest_option(answer.text, question.options)
+    return {
+        "qa_score": float(said is not None and question.options[said] == question.truth),
+        "prefix_score": float(question.options[lowest(answer.losses)] == question.truth),
+    }
+
+
+def figures(rows: Sequence[Row]) -> list[Figure]:
+    """Both scores: over all questions, the plain mean over data sets, by modality and by type of question."""
+    both = means("qa_score", "prefix_score")
+    over_sets = [
+        Figure(f"{one.name}_mean_of_sets", mean_of_groups(one.name, "part"), (one.name, "part")) for one in both
+    ]
+    return [
+        *both,
+        *over_sets,
+        *(figure for one in both for group in ("modality", "question_type") for figure in by_group(one, group, rows)),
+    ]
+
+
+OMNIMEDVQA = Benchmark(
+    name="omnimedvqa",
+    title="OmniMedVQA, multiple choice over 12 modalities",
+    needs="`QA_information/` and the folders of images",
+    url="https://huggingface.co/datasets/foreverbeliever/OmniMedVQA (open-access part; terms of each data set)",
+    reported="QA score and prefix score; over data sets, by modality and by question type",
+    questions=questions,
+    score=score,
+    figures=figures,
+)

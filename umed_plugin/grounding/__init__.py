@@ -1,0 +1,1 @@
+"""Boxes and the words that name them: parsing, formatting, coordinates, and the one scorer of rewards and evaluation."""

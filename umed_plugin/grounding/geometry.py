@@ -1,0 +1,211 @@
+"""The one place that computes coordinates: pixels of the image file <-> the square the model sees <-> its patches.
+
+It follows LLaVA to the pixel. ``pad`` is ``expand2square`` (the shorter side is padded, with a whole number of pixels in
+front) and then CLIPImageProcessor. ``square`` is LLaVA's default, CLIPImageProcessor alone: the shortest edge is resized to
+``image_size`` and the middle is cut out, so a lesion near the end of the longer side can be lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from umed_plugin.errors import UsageError, unknown_name
+from umed_plugin.grounding.boxes import Box, is_degenerate, is_inside
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MODES = ("pad", "square")
+
+
+@dataclass(frozen=True)
+class ImageGeometry:
+    """How one image is seen by the model.
+
+    Attributes:
+        width, height: of the image file, in pixels.
+        mode: ``pad`` or ``square``, LLaVA's ``--image_aspect_ratio``.
+        image_size: side of the square the vision tower takes, in pixels.
+        patch_size: side of one patch of the vision tower, in pixels of that square.
+    """
+
+    width: int
+    height: int
+    mode: str = "pad"
+    image_size: int = 336
+    patch_size: int = 14
+
+    def __post_init__(self) -> None:
+        """Refuse a mode LLaVA does not have and sizes that are not positive."""
+        if self.mode not in MODES:
+            raise UsageError(unknown_name("image_aspect_ratio", self.mode, MODES))
+        if min(self.width, self.height, self.image_size, self.patch_size) < 1:
+            raise ValueError(f"sizes must be positive: {self}")
+
+    @property
+    def grid(self) -> int:
+        """Patches per side (what does not fill a patch at the right and bottom is not seen by the tower)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def patch_span(self) -> float:
+        """Part of the square's side that the patches cover, 0-1, from the upper left corner: 1 where they fill it."""
+        return self.grid * self.patch_size / self.image_size
+
+    def _scale_and_shift(self) -> tuple[float, float, float, float]:
+        """``sx, sy, tx, ty`` with ``x01 = x_px * sx + tx`` and ``y01 = y_px * sy + ty``."""
+        longer = max(self.width, self.height)
+        if self.mode == "pad":
+            left, top = (longer - self.width) // 2, (longer - self.height) // 2
+            return 1 / longer, 1 / longer, left / longer, top / longer
+        size = self.image_size
+        new_long = int(size * longer / min(self.width, self.height))
+        new_width, new_height = (size, new_long) if self.width <= self.height else (new_long, size)
+        left, top = (new_width - size) // 2, (new_height - size) // 2
+        return new_width / self.width / size, new_height / self.height / size, -left / size, -top / size
+
+    def _map(self, box_px: Sequence[float]) -> Box:
+        sx, sy, tx, ty = self._scale_and_shift()
+        return (box_px[0] * sx + tx, box_px[1] * sy + ty, box_px[2] * sx + tx, box_px[3] * sy + ty)
+
+    def to_square(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
+        """Boxes in pixels of the file -> box01 of the square, clipped to it.
+
+        The list keeps its length: a box that the centre crop cuts off whole comes back without area.
+        """
+        return [_clip(self._map(box)) for box in boxes_px]
+
+    def from_square(self, boxes01: Sequence[Sequence[float]]) -> list[Box]:
+        """box01 of the square -> pixels of the file; not clipped to the image, as an answer may point into the padding.
+
+        The list keeps its length: a box01 that `is_inside` refuses becomes ``(0, 0, 0, 0)``, which overlaps nothing.
+        """
+        sx, sy, tx, ty = self._scale_and_shift()
+        return [
+            ((box[0] - tx) / sx, (box[1] - ty) / sy, (box[2] - tx) / sx, (box[3] - ty) / sy)
+            if is_inside(box)
+            else (0.0, 0.0, 0.0, 0.0)
+            for box in boxes01
+        ]
+
+    def visible_fraction(self, box_px: Sequence[float]) -> float:
+        """Share of the box's area that the model sees, 0-1: below 1 only where ``square`` cuts it."""
+        whole = self._map(box_px)
+        if is_degenerate(whole):
+            return 0.0
+        seen = _clip(whole)
+        # Rounding in the mapping may leave a whole box a hair short of 1.
+        return min(1.0, round(_area(seen) / _area(whole), 9))
+
+    def patch_cover(self, boxes_px: Sequence[Sequence[float]]) -> np.ndarray:
+        """Share of each patch that the union of the boxes covers.
+
+        Returns:
+            float64 ``[grid * grid]`` in 0-1, row by row from the top left, in the order of CLIP's patch tokens.
+        """
+        import numpy as np
+
+        to_patches = self.image_size / self.patch_size
+        boxes = [box for box in self.to_square(boxes_px) if not is_degenerate(box)]
+        if not boxes:
+            return np.zeros(self.grid * self.grid)
+        scaled = np.clip(np.array(boxes) * to_patches, 0, self.grid)
+        lines = np.arange(self.grid + 1, dtype=float)
+        xs = np.unique(np.concatenate([lines, scaled[:, [0, 2]].ravel()]))
+        ys = np.unique(np.concatenate([lines, scaled[:, [1, 3]].ravel()]))
+        middle_x, middle_y = (xs[1:] + xs[:-1]) / 2, (ys[1:] + ys[:-1]) / 2
+        covered = np.zeros((len(middle_y), len(middle_x)), dtype=bool)
+        for x1, y1, x2, y2 in scaled:
+            covered |= ((middle_y > y1) & (middle_y < y2))[:, None] & ((middle_x > x1) & (middle_x < x2))[None, :]
+        area = covered * np.diff(ys)[:, None] * np.diff(xs)[None, :]
+        cover = np.zeros((self.grid, self.grid))
+        np.add.at(cover, (middle_y.astype(int)[:, None], middle_x.astype(int)[None, :]), area)
+        return np.minimum(cover, 1.0).ravel()
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How a slice as stored is turned for display: transposed first, then flipped. Boxes move along.
+
+    Attributes:
+        width, height: of the slice as stored, in pixels.
+        transpose: swap x and y.
+        flip_x, flip_y: mirror left-right, up-down, after the transposition.
+    """
+
+    width: int
+    height: int
+    transpose: bool = False
+    flip_x: bool = False
+    flip_y: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as displayed, in pixels."""
+        return (self.height, self.width) if self.transpose else (self.width, self.height)
+
+    def apply_boxes(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
+        """Boxes of the stored slice -> boxes of the displayed one, both xyxy in pixels, half-open."""
+        width, height = self.size
+        turned: list[Box] = []
+        for box in boxes_px:
+            x1, y1, x2, y2 = (box[1], box[0], box[3], box[2]) if self.transpose else box
+            x1, x2 = (width - x2, width - x1) if self.flip_x else (x1, x2)
+            y1, y2 = (height - y2, height - y1) if self.flip_y else (y1, y2)
+            turned.append((x1, y1, x2, y2))
+        return turned
+
+    def apply_array(self, values: np.ndarray) -> np.ndarray:
+        """Pixels of the stored slice, rows first ``[height, width, ...]`` -> of the displayed one."""
+        turned = values.swapaxes(0, 1) if self.transpose else values
+        turned = turned[:, ::-1] if self.flip_x else turned
+        return turned[::-1] if self.flip_y else turned
+
+
+@dataclass(frozen=True)
+class Montage:
+    """Tiles of one size in rows, as near to a square as they go; the last row may have room left.
+
+    Attributes:
+        width, height: of a tile, in pixels.
+        count: of tiles.
+    """
+
+    width: int
+    height: int
+    count: int
+
+    @property
+    def columns(self) -> int:
+        """Tiles in a row."""
+        return math.ceil(math.sqrt(self.count))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the whole, in pixels."""
+        return self.columns * self.width, math.ceil(self.count / self.columns) * self.height
+
+    def corner(self, tile: int) -> tuple[int, int]:
+        """x and y of a tile's upper left corner, in pixels."""
+        row, column = divmod(tile, self.columns)
+        return column * self.width, row * self.height
+
+    def apply_boxes(self, boxes_px: Sequence[Sequence[float]], tiles: Sequence[int]) -> list[Box]:
+        """Boxes in pixels of their tiles -> in pixels of the whole."""
+        moved: list[Box] = []
+        for (x1, y1, x2, y2), tile in zip(boxes_px, tiles):
+            x, y = self.corner(tile)
+            moved.append((x1 + x, y1 + y, x2 + x, y2 + y))
+        return moved
+
+
+def _clip(box01: Box) -> Box:
+    x1, y1, x2, y2 = (min(max(value, 0.0), 1.0) for value in box01)
+    return (x1, y1, x2, y2)
+
+
+def _area(box: Box) -> float:
+    return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)

@@ -1,0 +1,259 @@
+"""K answers beside one prompt in a single row: where each token stands, what it sees, and whether the model can do it.
+
+A packed row is the prompt (padded left, L columns) and behind it the tokens of the query's K answers, without padding between
+them (A columns in the longest row). Every answer sees the prompt and itself, causally, and never another answer; its positions
+go on where the prompt's end. So the prompt is computed once, and the tokens of a pass shrink from K*(L + T) to L + K*T.
+
+Columns are told apart by their segment: 0 is the prompt, 1..K are its answers, -1 is padding. The mask that follows from the
+segments is a 4-D one, added to the attention's scores. transformers 5 takes it as it is, 4.36 by
+:mod:`umed_plugin.patches.attention_mask`, flash attention not at all; :func:`packing_fault` tries it out on the model.
+
+Shapes as in :mod:`umed_plugin.model.forward`, and R rows, S = L + A columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+PADDING = -1
+PROMPT = 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of R rows hold.
+
+    Attributes:
+        segments: [R, S] 0 prompt, 1..K answer, -1 padding.
+        positions: [R, S] position ids; 0 at padding.
+    """
+
+    segments: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of_prompts(cls, mask: Tensor) -> Columns:
+        """Columns of [R, L] prompts with their mask, padded left."""
+        positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        return cls(torch.where(mask.bool(), PROMPT, PADDING), positions)
+
+    def then(self, other: Columns) -> Columns:
+        """These columns with others behind them."""
+        segments = torch.cat([self.segments, other.segments], dim=1)
+        return Columns(segments, torch.cat([self.positions, other.positions], dim=1))
+
+    def take_rows(self, rows: Tensor) -> Columns:
+        """The rows of an index."""
+        return Columns(self.segments[rows], self.positions[rows])
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the tokens of N = Q*K answers stand in Q packed rows.
+
+    Attributes:
+        row: [N, 1] row of each answer.
+        column: [N, T] column of each answer token; at padding that of the answer's last token.
+        before: [N, T] the column before: its output is what the token is drawn from. The prompt's last for a first token.
+        columns: [Q, S] what all columns hold.
+        prompt_columns: L.
+    """
+
+    row: Tensor
+    column: Tensor
+    before: Tensor
+    columns: Columns
+    prompt_columns: int
+
+    def put(self, answers: Tensor, mask: Tensor) -> Tensor:
+        """[Q, A] token ids of the rows behind the prompt, from [N, T] ids with their mask; 0 at padding."""
+        tokens = _scatter(answers, mask, self.row, self.column, torch.zeros_like(self.columns.segments))
+        return tokens[:, self.prompt_columns :]
+
+
+def pack(prompt_mask: Tensor, answer_mask: Tensor) -> PackedRows:
+    """Lay out N answers beside their Q prompts.
+
+    Args:
+        prompt_mask: [Q, L], padded left.
+        answer_mask: [N, T], padded right; each answer has a token at least.
+    """
+    queries, prompt_columns = prompt_mask.shape
+    answers, steps = answer_mask.shape
+    device, each = prompt_mask.device, answers // queries
+    lengths = answer_mask.sum(dim=1).view(queries, each)
+    first = prompt_columns + (lengths.cumsum(dim=1) - lengths).view(-1, 1)
+    step = torch.arange(steps, device=device)
+    column = first + torch.minimum(step, lengths.view(-1, 1) - 1)
+    before = torch.cat([torch.full_like(first, prompt_columns - 1), column[:, :-1]], dim=1)
+    row = torch.arange(queries, device=device).repeat_interleave(each)[:, None]
+
+    behind = (queries, int(lengths.sum(dim=1).max()))
+    empty = Columns(torch.full(behind, PADDING, device=device), torch.zeros(behind, dtype=torch.long, device=device))
+    columns = Columns.of_prompts(prompt_mask).then(empty)
+    segment = torch.arange(1, each + 1, device=device).repeat(queries)[:, None].expand_as(column)
+    position = prompt_mask.long().sum(dim=1)[row] + step
+    _scatter(segment, answer_mask, row, column, columns.segments)
+    _scatter(position, answer_mask, row, column, columns.positions)
+    return PackedRows(row, column, before, columns, prompt_columns)
+
+
+def _scatter(values: Tensor, mask: Tensor, row: Tensor, column: Tensor, into: Tensor) -> Tensor:
+    """``into`` with the [N, T] values put at their row and column where the mask is 1."""
+    kept = mask.bool()
+    into[row.expand_as(column)[kept], column[kept]] = values[kept].to(into.dtype)
+    return into
+
+
+def block_mask(seeing: Columns, seen: Columns, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What the attention adds to its scores: 0 where a column sees another, the most negative number elsewhere.
+
+    A column sees its prompt and its own segment, up to its own position. Padding sees padding, so no row is without a 0.
+
+    Args:
+        seeing: [R, q] columns whose queries are computed.
+        seen: [R, k] columns whose keys there are, the former among them.
+        window: number of positions that sliding-window attention reaches back, its own among them; None: all.
+        dtype: of the mask, which is that of the embeddings.
+
+    Returns:
+        [R, 1, q, k].
+    """
+    other = seen.segments[:, None, :]
+    distance = seeing.positions[:, :, None] - seen.positions[:, None, :]
+    visible = ((other == seeing.segments[:, :, None]) | (other == PROMPT)) & (distance >= 0)
+    if window is not None:
+        visible &= distance < window
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+
+
+def sliding_window(llava: Any) -> int | None:
+    """Positions that the model's attention reaches back; None where it reaches to the start."""
+    return getattr(llava.config, "sliding_window", None)
+
+
+@torch.no_grad()
+def packing_fault(llava: Any) -> str | None:
+    """Why the model cannot compute packed rows, in words; None when it can.
+
+    Rows of three tokens, prompt, answer 1, answer 2, are put through the model's layers: answer 2 must not change with answer 1,
+    which rules out an attention that ignores the mask, and must change with the prompt, which rules out one that reads it
+    otherwise.
+
+    Args:
+        llava: a LLaVA model, without wrappers.
+    """
+    attention = str(getattr(llava.config, "_attn_implementation", ""))
+    if "flash" in attention:
+        return f"{attention} takes no block mask"
+    scaling = getattr(llava.config, "rope_scaling", None) or {}
+    if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear"):
+        return f"the rotary scaling {scaling!r} depends on the length of the row"
+    embeddings = llava.get_input_embeddings().weight
+    shuffle = torch.Generator().manual_seed(0)
+    prompt, answer, other, last = torch.randn(4, 1, 1, embeddings.shape[1], generator=shuffle).to(embeddings)
+    columns = Columns(*torch.tensor([[[PROMPT, 1, 2]], [[0, 1, 1]]], device=embeddings.device))
+    mask = block_mask(columns, columns, None, embeddings.dtype)
+
+    def output(*tokens: Tensor) -> Tensor:
+        inputs = {"inputs_embeds": torch.cat(tokens, dim=1), "attention_mask": mask}
+        return llava.get_model()(**inputs, position_ids=columns.positions, use_cache=False, return_dict=True)[0][:, -1]
+
+    try:
+        found, with_other_answer = output(prompt, answer, last), output(prompt, other, last)
+        with_other_prompt = output(other, answer, last)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"its attention refuses a block mask ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if not torch.allclose(found, with_other_answer, rtol=1e-4, atol=1e-5):
+        return "its attention ignores a block mask"
+    if torch.allclose(found, with_other_prompt, rtol=1e-4, atol=1e-5):
+        return "its attention reads a block mask as something else"
+    return None
+
+
+class _OwnCache(DynamicCache):
+    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors and say how many."""
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns that a mask for ``query_length`` new ones spans, and the first of them."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+
+class RoomyCache(_OwnCache):
+    """A key/value cache with room for tokens to come: a step writes its keys into place instead of copying all before it.
+
+    Args:
+        room: columns to keep free behind the first tokens.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # a layer's [R, kv_heads, columns + room, d] keys and values
+        self._columns: list[int] = []  # written so far, by layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        """Write [R, kv_heads, n, d] keys and values of new columns; returns those of all columns, as views."""
+        if layer_idx == len(self._buffers):
+            self._buffers.append((_with_room(key_states, self.room), _with_room(value_states, self.room)))
+            self._columns.append(0)
+        start, end = self._columns[layer_idx], self._columns[layer_idx] + key_states.shape[-2]
+        keys, values = (buffer[:, :, :end] for buffer in self._buffers[layer_idx])
+        keys[:, :, start:], values[:, :, start:] = key_states, value_states
+        self._columns[layer_idx] = end
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns written so far."""
+        layer = layer_idx or 0
+        return self._columns[layer] if layer < len(self._columns) else 0
+
+    def truncate(self, columns: int) -> None:
+        """Keep the first columns alone; what comes next is written over the others."""
+        self._columns = [min(columns, written) for written in self._columns]
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep the rows of an index, which may name one several times."""
+        self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
+
+
+class PrefixCache(_OwnCache):
+    """Keeps the keys and values of Q prompts, and shows them to the K answers of each, layer by layer.
+
+    The first pass fills it; later ones read it and leave nothing in it. The gradient flows back into the prompts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompts: list[tuple[Tensor, Tensor]] = []  # a layer's [Q, kv_heads, L, d] keys and values
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        """Take [Q, kv_heads, L, d] keys and values of the prompts, or [N, kv_heads, T, d] of answers, which get those before."""
+        if layer_idx == len(self._prompts):
+            self._prompts.append((key_states, value_states))
+            return key_states, value_states
+        keys, values = self._prompts[layer_idx]
+        return _behind(keys, key_states), _behind(values, value_states)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns of the prompts."""
+        layer = layer_idx or 0
+        return self._prompts[layer][0].shape[-2] if layer < len(self._prompts) else 0
+
+
+def _behind(prompts: Tensor, answers: Tensor) -> Tensor:
+    """[N, heads, L+T, d] from [Q, heads, L, d] and [N, heads, T, d], with one copy."""
+    queries = len(prompts)
+    answers = answers.unflatten(0, (queries, -1))
+    return torch.cat([prompts[:, None].expand(-1, answers.shape[1], -1, -1, -1), answers], dim=-2).flatten(0, 1)
+
+
+def _with_room(states: Tensor, room: int) -> Tensor:
+    rows, heads, columns, size = states.shape
+    return states.new_empty(rows, heads, columns + room, size)

@@ -1,0 +1,340 @@
+"""How another library is changed: recorded replacements, and patches that know what they fit.
+
+When the trigger module of a patch has been imported (`umed_plugin.patching.import_hook` waits for it), the patches of that
+trigger are verified (all of them, before the first is applied) and applied; a patch that does not fit raises `PatchMisfit`,
+so training stops before the model is loaded. `undo` and `undo_all` put everything back, newest first.
+
+This module imports nothing but the standard library, and importing it imports no library that is patched.
+What fits is listed by ``umed patches``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import operator
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from umed_plugin.errors import UmedError
+
+# A module's distribution: LLaVA's forks share the import name `llava`.
+DISTRIBUTIONS = {"llava": ("llava-torch", "llava", "llava-med", "llava_med", "llava-next")}
+_ABSENT = object()
+
+
+class PatchMisfit(UmedError):
+    """A patch was written for other code than the installed one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One object that a patch replaces or relies on.
+
+    Args:
+        path: ``module:attribute.path``, for example ``llava.train.train:train``.
+        versions: ranges of the library's version, for example ``>=4.36,<4.37 || >=5.23,<5.24``. Version strings do not prove
+            much (LLaVA's tag 1.2.0 says 1.1.3), so the hash decides as well.
+        sha256: accepted hashes of ``inspect.getsource`` of the object; empty where an object has no source of its own
+            (a dictionary, a module).
+    """
+
+    path: str
+    versions: str
+    sha256: tuple[str, ...]
+
+    @property
+    def module(self) -> str:
+        return self.path.partition(":")[0]
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A change to another library: what, why, for which versions, and until when.
+
+    Args:
+        name: the patch's file name in ``patches/``.
+        targets: everything it replaces or relies on.
+        why: what goes wrong without it.
+        delete_when: what has to happen so that the file can go.
+        change: does the change through the recorder that it gets.
+        trigger: module after whose import the patch is applied.
+        needed: library and range of its versions that want this change, for example ``("transformers", ">=5")``. With others
+            there is nothing to do, and nothing to fit, and so without the library. None: with all versions.
+    """
+
+    name: str
+    targets: tuple[Target, ...]
+    why: str
+    delete_when: str
+    change: Callable[[Recorder], None]
+    trigger: str = "llava.train.train"
+    needed: tuple[str, str] | None = None
+
+    def not_needed(self) -> str | None:
+        """Why the installed libraries do without this patch, in words; None when it is needed."""
+        if self.needed is None:
+            return None
+        library, versions = self.needed
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed"
+        version = installed(library)[1]
+        return None if version_fits(version, versions) else f"{library} {version} is not {versions}"
+
+    def apply(self, recorder: Recorder) -> None:
+        """Make the change; every replacement is noted in ``recorder``."""
+        self.change(recorder)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What `Recorder` noted: ``old`` is absent when the name was inherited or new."""
+
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+    is_item: bool
+
+    def current(self) -> Any:
+        return self.owner.get(self.name, _ABSENT) if self.is_item else getattr(self.owner, self.name, _ABSENT)
+
+    def restore(self) -> None:
+        if self.is_item:
+            if self.old is _ABSENT:
+                del self.owner[self.name]
+            else:
+                self.owner[self.name] = self.old
+        elif self.old is _ABSENT:
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.old)
+
+
+@dataclass
+class Recorder:
+    """Replaces attributes and dictionary items and remembers how to put them back (like pytest's monkeypatch)."""
+
+    done: list[Replacement] = field(default_factory=list)
+
+    def replace(self, owner: Any, name: str, new: Any) -> None:
+        """Set ``owner.name``, which must exist (inherited counts).
+
+        Raises:
+            PatchMisfit: there is nothing to replace.
+        """
+        if not hasattr(owner, name):
+            raise PatchMisfit(f"nothing to replace: {getattr(owner, '__name__', owner)!r} has no {name!r}.")
+        old = inspect.getattr_static(owner, name) if name in vars(owner) else _ABSENT
+        self.done.append(Replacement(owner, name, old, new, is_item=False))
+        setattr(owner, name, new)
+
+    def add(self, owner: Any, name: str, new: Any) -> None:
+        """Set ``owner.name``, which must not exist.
+
+        Raises:
+            PatchMisfit: there is something already.
+        """
+        if hasattr(owner, name):
+            raise PatchMisfit(f"nothing to add: {getattr(owner, '__name__', owner)!r} has {name!r} already.")
+        self.done.append(Replacement(owner, name, _ABSENT, new, is_item=False))
+        setattr(owner, name, new)
+
+    def add_item(self, owner: dict, name: str, new: Any) -> None:
+        """Set ``owner[name]``, whether or not it exists."""
+        self.done.append(Replacement(owner, name, owner.get(name, _ABSENT), new, is_item=True))
+        owner[name] = new
+
+    def undo(self) -> None:
+        """Put everything back, newest first."""
+        while self.done:
+            self.done.pop().restore()
+
+
+# Applied patches in order. The module object tells a fresh import from the one that was patched.
+_applied: dict[str, tuple[Patch, Recorder, ModuleType]] = {}
+
+
+def original(owner: Any, name: str) -> Any:
+    """``owner.name`` as its library made it, whatever the patches applied so far have put there."""
+    for _, recorder, _ in _applied.values():
+        for replacement in recorder.done:
+            if replacement.owner is owner and replacement.name == name and not replacement.is_item:
+                return (
+                    getattr(super(owner, owner), name) if replacement.old is _ABSENT else _bound(owner, replacement.old)
+                )
+    return getattr(owner, name)
+
+
+def _bound(owner: Any, old: Any) -> Any:
+    """A class keeps its methods raw: give them back as attribute access would."""
+    return old.__get__(None, owner) if isinstance(owner, type) and hasattr(old, "__get__") else old
+
+
+def resolve(path: str) -> tuple[Any, str]:
+    """Owner and name of ``module:attribute.path``; the module is imported."""
+    module_name, _, attribute = path.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = attribute.split(".")
+    for parent in parents:
+        owner = original(owner, parent)
+    return owner, name
+
+
+def source_hash(thing: Any) -> str:
+    """SHA-256 of the source text of a function or class, beneath any decorator that keeps ``__wrapped__``."""
+    return hashlib.sha256(inspect.getsource(inspect.unwrap(thing)).encode()).hexdigest()
+
+
+def installed(library: str) -> tuple[str, str]:
+    """Distribution name and version of an import name, or the folder and ``unknown`` where no metadata tells."""
+    for name in DISTRIBUTIONS.get(library, (library,)):
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return library, "unknown"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """``1.2.2.post1`` -> (1, 2, 2); local and pre-release parts do not count."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
+
+
+_OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "<": operator.lt, ">": operator.gt}
+
+
+def version_fits(version: str, versions: str) -> bool:
+    """Whether ``version`` lies in a range such as ``>=1.1.3,<1.3``, or in one of several apart by ``||``.
+
+    An unknown version is left to the hash.
+    """
+    found = _release(version)
+    return not found or any(_in_range(found, clauses) for clauses in versions.split("||"))
+
+
+def _in_range(found: tuple[int, ...], clauses: str) -> bool:
+    for clause in clauses.split(","):
+        parts = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*([\d.]+)\s*", clause)
+        if parts is None:
+            raise ValueError(f"{clauses!r} is no version range such as >=1.1.3,<1.3")
+        sign, wanted = parts.group(1), _release(parts.group(2))
+        width = max(len(found), len(wanted))
+        pad = [part + (0,) * (width - len(part)) for part in (found, wanted)]
+        if not _OPERATORS[sign](*pad):
+            return False
+    return True
+
+
+def misfit(patch: Patch) -> str | None:
+    """Why ``patch`` does not fit what is installed, as one message; None when it fits or is not needed.
+
+    Imports the targets' modules.
+    """
+    if patch.not_needed():
+        return None
+    for target in patch.targets:
+        reason = _target_misfit(target)
+        if reason:
+            distribution, version = installed(target.library)
+            module = sys.modules.get(target.library)
+            return (
+                f"patch {patch.name!r} does not fit {target.path}: {reason}\n"
+                f"  installed: {distribution} {version} ({getattr(module, '__file__', 'not importable')})\n"
+                f"  known: {target.library} {target.versions}\n"
+                f"  it exists because: {patch.why}\n"
+                "  remedy: install a known version, or compare the installed source with what the patch replaces and, where "
+                f"the change does not matter, add the hash to patches/{patch.name}.py. `umed patches` lists all patches."
+            )
+    return None
+
+
+def _target_misfit(target: Target) -> str | None:
+    try:
+        owner, name = resolve(target.path)
+        found = original(owner, name)
+    except (ImportError, AttributeError) as error:
+        return f"the target is missing ({error})."
+    except PatchMisfit as error:
+        return f"importing it applies another patch, and {error}"
+    version = installed(target.library)[1]
+    if not version_fits(version, target.versions):
+        return f"version {version} is outside the known range."
+    if not target.sha256:
+        return None
+    digest = source_hash(found)
+    return None if digest in target.sha256 else f"its source has the unknown SHA-256 {digest}."
+
+
+def apply(patches: Sequence[Patch]) -> None:
+    """Verify all of ``patches``, then apply those that are needed and not in place yet.
+
+    Raises:
+        PatchMisfit: one does not fit; then none of them has been applied.
+    """
+    pending = []
+    for patch in patches:
+        if patch.not_needed():
+            continue
+        module = importlib.import_module(patch.trigger)
+        if patch.name in _applied:
+            if _applied[patch.name][2] is module:
+                continue
+            _undo_one(patch.name)
+        pending.append((patch, module))
+    misfits = [message for message in (misfit(patch) for patch, _ in pending) if message]
+    if misfits:
+        raise PatchMisfit("\n".join(misfits))
+    for patch, module in pending:
+        recorder = Recorder()
+        _applied[patch.name] = (patch, recorder, module)
+        try:
+            patch.apply(recorder)
+        except BaseException:
+            _undo_one(patch.name)
+            raise
+
+
+def is_applied(patch: Patch) -> bool:
+    """Whether ``patch`` is in place."""
+    return patch.name in _applied
+
+
+def undo(patch: Patch) -> None:
+    """Take one patch back; nothing happens when it is not in place.
+
+    Raises:
+        PatchMisfit: something else has replaced the same target since; undo that first.
+    """
+    if patch.name not in _applied:
+        return
+    for replacement in reversed(_applied[patch.name][1].done):
+        if replacement.current() is not replacement.new and not isinstance(
+            replacement.new, (classmethod, staticmethod)
+        ):
+            raise PatchMisfit(
+                f"patch {patch.name!r} cannot be undone: {replacement.name!r} was replaced again. Use undo_all()."
+            )
+    _undo_one(patch.name)
+
+
+def undo_all() -> None:
+    """Take every patch back, newest first."""
+    for name in reversed(list(_applied)):
+        _undo_one(name)
+
+
+def _undo_one(name: str) -> None:
+    _applied.pop(name)[1].undo()

@@ -1,0 +1,260 @@
+"""Guards against reward hacking: figures that tell a policy that reads images better from one that found a way around.
+
+All are taken over the last `WINDOW` questions of each process, with all candidates of each, and logged beside the rewards; the
+log has the mean over the processes. A resumed run fills its window anew.
+
+Each is logged as ``guard/<name>``; after the dash stands what a bad trend looks like:
+
+- ``whole_image_boxes``: share of boxes over more than 0.8 of what is visible of the image, where no true box covers as much
+  - rises: a box around everything always overlaps.
+- ``malformed_boxes``: share of boxes without area or outside the square - rises: coordinates are no longer read off the image.
+- ``box_area_ratio``: mean area of an answer's boxes over that of the true ones, geometric mean over the answers that have
+  both - climbs above 1 while the rewards rise: boxes hedge. Seen in this project: sampled at temperature 1, greedy boxes grew to
+  1.5 times the lesion.
+- ``extra_boxes``: boxes beyond the true number, mean over answers - rises: boxes are scattered in the hope of a hit.
+- ``missing_boxes``: boxes short of the true number, mean over answers - rises: lesions are left out, or every image is normal.
+- ``length_ratio``: words of the answers over words of the references - runs away: padding, or answers stripped to what is scored.
+- ``distinct_skeletons``: number of different wordings over answers, with numbers and class names blanked out - falls towards 0:
+  one sentence for every image. Seen in this project's stage 2.
+- ``top_skeleton``: share of answers with the commonest wording - rises far above ``top_skeleton_reference``, the same of the
+  reference answers.
+- ``distinct_coordinates``: number of different coordinates in all boxes - falls far below ``distinct_coordinates_reference``:
+  a few stock boxes. Seen in this project's stage 2.
+
+Two figures ask what the vision relevance reward is worth, over the candidates of one step that name the lesion:
+
+- ``vision_relevance/over_uniform``: mean attention on the lesion over the mean share of the image that it covers. 1 is no better
+  than looking everywhere alike; a reward that rises while this stays near 1 rewards large lesions.
+- ``vision_relevance/iou_correlation``: Spearman's rank correlation of that ratio with the IoU of the same candidate, -1 to 1. At
+  0 or below, looking at the lesion has nothing to do with finding it, and the term pulls elsewhere than localization.
+
+The first time that a figure crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. 0.8
+of the image is above any lesion seen: among 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays (NIH) the
+largest covers 0.56. What is visible counts and not the square, half of which may be padding. ``groups_without_signal`` and
+``answers_cut_off`` of `umed_plugin.training.step_metrics` are of the same family. The paper has no such figures; figures and
+limits are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umed_plugin.grounding.boxes import Box, is_degenerate, parse_boxes
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import AnswerScore, Terms, replace_terms
+
+WINDOW = 64
+WHOLE_IMAGE = 0.8
+
+GUARDS = (
+    "guard/whole_image_boxes",
+    "guard/malformed_boxes",
+    "guard/box_area_ratio",
+    "guard/extra_boxes",
+    "guard/missing_boxes",
+    "guard/length_ratio",
+    "guard/distinct_skeletons",
+    "guard/top_skeleton",
+    "guard/top_skeleton_reference",
+    "guard/distinct_coordinates",
+    "guard/distinct_coordinates_reference",
+)
+
+VISION_RELEVANCE = ("vision_relevance/over_uniform", "vision_relevance/iou_correlation")
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
+_SPACE = re.compile(r"\s+")
+
+# Figure -> (is the limit crossed, given all figures; the limit in words and what it may mean).
+_LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
+    "guard/whole_image_boxes": (
+        lambda figures: figures["guard/whole_image_boxes"] > 0.05,
+        "above 0.05: the policy may be learning that a box around the whole image always overlaps",
+    ),
+    "guard/malformed_boxes": (
+        lambda figures: figures["guard/malformed_boxes"] > 0.2,
+        "above 0.2: boxes are losing their form. A lower --learning_rate or a higher --umed_kl_coef keeps the policy closer",
+    ),
+    "guard/box_area_ratio": (
+        lambda figures: figures["guard/box_area_ratio"] > 1.5,
+        "above 1.5: boxes hedge by growing. Lower --umed_temperature, and look at val/iou",
+    ),
+    "guard/extra_boxes": (
+        lambda figures: figures["guard/extra_boxes"] > 0.5,
+        "above 0.5 an answer: boxes are scattered in the hope of a hit",
+    ),
+    "guard/length_ratio": (
+        lambda figures: not 0.5 <= figures["guard/length_ratio"] <= 1.5,
+        "outside 0.5-1.5: answers are padded, or stripped to what is scored. A higher --umed_kl_coef holds on to the wording",
+    ),
+    "guard/top_skeleton": (
+        lambda figures: figures["guard/top_skeleton"] > figures["guard/top_skeleton_reference"] + 0.3,
+        "more than 0.3 above top_skeleton_reference: answers are collapsing to one sentence",
+    ),
+    "guard/distinct_coordinates": (
+        lambda figures: figures["guard/distinct_coordinates"] < 0.5 * figures["guard/distinct_coordinates_reference"],
+        "less than half of distinct_coordinates_reference: boxes are collapsing to a few stock ones",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of one text, an answer or a reference.
+
+    Attributes:
+        malformed, whole: boxes of that kind among ``boxes``.
+        true: number of true boxes that the model can see.
+        log_area_ratio: logarithm of the mean box area over the mean true one; None where either has none.
+    """
+
+    words: int
+    skeleton: str
+    coordinates: tuple[float, ...]
+    boxes: int = 0
+    malformed: int = 0
+    whole: int = 0
+    true: int = 0
+    log_area_ratio: float | None = None
+
+
+class Guards:
+    """The figures over a moving window of questions, and the warnings that are still to be given.
+
+    Args:
+        window: number of questions.
+    """
+
+    def __init__(self, window: int = WINDOW) -> None:
+        self._answers: deque[list[_Seen]] = deque(maxlen=window)
+        self._references: deque[_Seen] = deque(maxlen=window)
+        self._warned: set[str] = set()
+
+    def see(
+        self,
+        texts: Sequence[str],
+        scores: Sequence[AnswerScore],
+        records: Sequence[Mapping[str, Any]],
+        geometries: Sequence[ImageGeometry],
+    ) -> None:
+        """Take in the candidates of one question: ``texts`` and their ``scores``, with one record and geometry for each."""
+        self._answers.append([_seen_answer(*parts) for parts in zip(texts, scores, records, geometries)])
+        self._references.append(_seen(records[0]["conversations"][1]["value"], records[0]["terms"]))
+
+    def figures(self) -> dict[str, float]:
+        """The figures over the window; one that nothing in the window can give is left out."""
+        answers = [answer for group in self._answers for answer in group]
+        if not answers:
+            return {}
+        boxes = sum(answer.boxes for answer in answers)
+        ratios = [answer.log_area_ratio for answer in answers if answer.log_area_ratio is not None]
+        skeletons = Counter(answer.skeleton for answer in answers)
+        reference_words = [reference.words for reference in self._references]
+        figures = {
+            "guard/extra_boxes": _mean([max(answer.boxes - answer.true, 0) for answer in answers]),
+            "guard/missing_boxes": _mean([max(answer.true - answer.boxes, 0) for answer in answers]),
+            "guard/length_ratio": _mean([answer.words for answer in answers]) / max(_mean(reference_words), 1),
+            "guard/distinct_skeletons": len(skeletons) / len(answers),
+            "guard/top_skeleton": max(skeletons.values()) / len(answers),
+            "guard/top_skeleton_reference": _top_share([reference.skeleton for reference in self._references]),
+            "guard/distinct_coordinates": len({c for answer in answers for c in answer.coordinates}),
+            "guard/distinct_coordinates_reference": len({c for one in self._references for c in one.coordinates}),
+        }
+        if boxes:
+            figures["guard/whole_image_boxes"] = sum(answer.whole for answer in answers) / boxes
+            figures["guard/malformed_boxes"] = sum(answer.malformed for answer in answers) / boxes
+        if ratios:
+            figures["guard/box_area_ratio"] = math.exp(_mean(ratios))
+        return figures
+
+    def warnings(self, figures: Mapping[str, float]) -> list[str]:
+        """A sentence for each figure that crosses its limit for the first time; none before the window is full."""
+        if len(self._answers) < (self._answers.maxlen or 0):
+            return []
+        crossed = {name: words for name, words in crossed_limits(figures).items() if name not in self._warned}
+        self._warned.update(crossed)
+        return [f"{name} is {figures[name]:.3g}, {words}." for name, words in crossed.items()]
+
+
+def crossed_limits(figures: Mapping[str, float]) -> dict[str, str]:
+    """The figures that are beyond their limits, as logged under their names, and each limit in words with what it may mean."""
+    return {name: words for name, (crossed, words) in _LIMITS.items() if name in figures and crossed(figures)}
+
+
+def vision_relevance_figures(
+    attention: Sequence[float | None], covers: Sequence[float], overlaps: Sequence[float]
+) -> dict[str, float]:
+    """The figures in `VISION_RELEVANCE`; one that the candidates cannot give is left out.
+
+    Args:
+        attention: of N candidates, on the lesion, 0-1; 0 where the lesion is not named, None where it was not computed.
+        covers: share of the image's patches that the true boxes cover, 0-1; 0 for a study without a lesion.
+        overlaps: set IoU, 0-1.
+    """
+    from scipy.stats import spearmanr
+
+    named = [(a, c, o) for a, c, o in zip(attention, covers, overlaps) if a is not None and a > 0 and c > 0]
+    if not named:
+        return {}
+    figures = {VISION_RELEVANCE[0]: sum(a for a, _, _ in named) / sum(c for _, c, _ in named)}
+    ratios, ious = [a / c for a, c, _ in named], [o for _, _, o in named]
+    # Ranks of two candidates always agree or disagree in full, and those of equal values say nothing.
+    if len(named) > 2 and len(set(ratios)) > 1 and len(set(ious)) > 1:
+        figures[VISION_RELEVANCE[1]] = float(spearmanr(ratios, ious).statistic)
+    return figures
+
+
+def box_area_ratio(predicted01: Sequence[Box], true01: Sequence[Box]) -> float | None:
+    """Mean area of the predicted boxes over the mean area of the true ones; None where either side has no proper box."""
+    predicted, true = ([_area(box) for box in boxes if not is_degenerate(box)] for boxes in (predicted01, true01))
+    return _mean(predicted) / _mean(true) if predicted and true else None
+
+
+def skeleton(text: str, terms: Terms) -> str:
+    """The wording of an answer: numbers become ``#``, names of classes ``@``, case and spaces do not count."""
+    return _SPACE.sub(" ", _NUMBER.sub("#", replace_terms(text, terms, "@"))).strip().lower()
+
+
+def _seen(text: str, terms: Terms) -> _Seen:
+    coordinates = tuple(round(value, 3) for box in parse_boxes(text) for value in box)
+    return _Seen(len(text.split()), skeleton(text, terms), coordinates)
+
+
+def _seen_answer(text: str, score: AnswerScore, record: Mapping[str, Any], geometry: ImageGeometry) -> _Seen:
+    plain, ratio = _seen(text, record["terms"]), box_area_ratio(score.predicted01, score.true01)
+    (visible,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
+    covers_all = any(_share_of(visible, box) > WHOLE_IMAGE for box in score.true01)
+    whole = 0 if covers_all else sum(_share_of(visible, box) > WHOLE_IMAGE for box in score.predicted01)
+    return _Seen(
+        plain.words,
+        plain.skeleton,
+        plain.coordinates,
+        boxes=len(score.predicted01),
+        malformed=sum(is_degenerate(box) for box in score.predicted01),
+        whole=whole,
+        true=score.n_true,
+        log_area_ratio=None if ratio is None else math.log(ratio),
+    )
+
+
+def _share_of(visible: Box, box: Box) -> float:
+    """Share of the area ``visible`` that the box covers, 0-1."""
+    shared = (*map(max, visible[:2], box[:2]), *map(min, visible[2:], box[2:]))
+    return 0.0 if is_degenerate(shared) else _area(shared) / _area(visible)
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _top_share(values: Sequence[str]) -> float:
+    return max(Counter(values).values()) / len(values)

@@ -1,0 +1,61 @@
+"""The local judges, deterministic and free: ``lexical``, the words of answer and reference, the default; and ``classes``.
+
+``score = CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1``, in 0..1. Class F1 asks whether the right abnormalities are
+named; word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets, without numbers, so
+that boxes are not judged twice. Where references say the same in phrases chosen at random, as a template writer's do, word F1
+mostly tells which phrase was guessed, and learning it draws all answers to one wording: ``classes`` is the class F1 alone.
+Departure from the paper: it asks an external LLM (:mod:`umed_plugin.rewards.judges.relevance`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import score_answer
+
+# Halves: a right name in wrong words and wrong names in the reference's words are worth the same.
+CLASS_WEIGHT = 0.5
+
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def lexical_relevance(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    geometry: Sequence[ImageGeometry],
+    **columns: Any,
+) -> list[float | None]:
+    """Relevance of each completion to its record's reference diagnosis, in 0..1; never ``None``."""
+    scores: list[float | None] = []
+    for completion, item, place in zip(completions, record, geometry):
+        class_f1 = score_answer(completion, item, place).class_f1
+        word_f1 = _word_f1(completion, item["conversations"][1]["value"])
+        scores.append(CLASS_WEIGHT * class_f1 + (1 - CLASS_WEIGHT) * word_f1)
+    return scores
+
+
+def class_relevance(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    record: Sequence[Mapping[str, Any]],
+    geometry: Sequence[ImageGeometry],
+    **columns: Any,
+) -> list[float | None]:
+    """F1 of the abnormalities that each completion names against its record's, in 0..1; never ``None``."""
+    return [score_answer(text, item, place).class_f1 for text, item, place in zip(completions, record, geometry)]
+
+
+LOCAL_JUDGES = {"lexical": lexical_relevance, "classes": class_relevance}
+
+
+def _word_f1(text: str, reference: str) -> float:
+    words, wanted = (Counter(_WORD.findall(part.lower())) for part in (text, reference))
+    common = sum((words & wanted).values())
+    return 2 * common / (sum(words.values()) + sum(wanted.values())) if common else 0.0

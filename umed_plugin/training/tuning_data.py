@@ -1,0 +1,367 @@
+"""Stage 1's data: LLaVA's own dataset over grounded records, and a check of what is supervised before training starts.
+
+A share of the records, chosen by a hash of their id, is trained under LLaVA's stock template: stock LLaVA, which does not
+know ours, will ask the exported checkpoint with its own. An image that cannot be read stops the run or is reported and
+skipped, as ``--umed_on_bad_image`` says.
+
+Departure from the paper: it does not say how prompts are built; see `umed_plugin.data.template_writer`.
+
+Run through ``umed-run ... --umed_stage instruction_tuning`` (`patches/data_module.py` puts it in LLaVA's place).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from llava import conversation as llava_conversation
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mm_utils import expand2square
+from llava.train import train as llava_train
+from PIL import Image
+from torch.utils.data import Dataset
+
+from umed_plugin.data import build
+from umed_plugin.data.annotations import read_annotations
+from umed_plugin.data.images import file_states, open_image
+from umed_plugin.data.images.cache import ImageCache
+from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
+from umed_plugin.data.records import load_records, save_records
+from umed_plugin.data.template_writer import TEMPLATES, conversation_template
+from umed_plugin.errors import UmedError
+from umed_plugin.flags.definition import REWARDING
+
+_EXAMPLES = 3
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UmedError)
+
+
+def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
+    """The records of ``--umed_recipe`` and of ``--data_path``, of one split only, fit for this run.
+
+    Raises:
+        UmedError: a file cannot be read, nothing is left, or records were written for another ``--image_aspect_ratio``.
+    """
+    flags = training_args.umed
+    records: list[dict[str, Any]] = []
+    if flags.umed_recipe is not None:
+        records += _recipe_records(data_args, training_args, split)
+    if data_args.data_path is not None:
+        records += _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
+    kept = [record for record in records if record.get("split", "train") == split]
+    if len(kept) < len(records) and split == "train":
+        others = len(records) - len(kept)
+        print(f"umed: {others} records of other splits (val, test) are left out of training.", flush=True)
+    if not kept:
+        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: holds no record of the split {split!r}.")
+    _check_aspect_ratio(kept, data_args.image_aspect_ratio)
+    if data_args.image_folder is None:
+        # Paths of built records are absolute; os.path.join keeps them, but not with None before them.
+        data_args.image_folder = os.curdir
+    return kept
+
+
+def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
+    """Records of a JSON file; plain LLaVA items are welcome unless ``strict``, because rewards need the true boxes."""
+    if strict:
+        return load_records(path)
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UmedError(f"--data_path {path}: not JSON ({error}). Expected: a list of LLaVA items.") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and "conversations" in r for r in records):
+        raise UmedError(f"--data_path {path}: not a list of LLaVA items, each with 'conversations'.")
+    return records
+
+
+def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) -> None:
+    """Boxes in the text are 0-1 of the square that the model sees, so both sides must agree on that square."""
+    other = [
+        r
+        for r in records
+        if r.get("provenance", {}).get("image_aspect_ratio", image_aspect_ratio) != image_aspect_ratio
+    ]
+    if other:
+        theirs = other[0]["provenance"]["image_aspect_ratio"]
+        raise UmedError(
+            f"{len(other)} of {len(records)} records (the first: {other[0].get('id')}) were written for "
+            f"--image_aspect_ratio {theirs}, but training runs with {image_aspect_ratio}: every box would be in the wrong "
+            f"place. Train with --image_aspect_ratio {theirs}, or build the records again with "
+            f"`umed recipe build ... --image-aspect-ratio {image_aspect_ratio}`."
+        )
+
+
+def _recipe_records(data_args: Any, training_args: Any, split: str) -> list[dict[str, Any]]:
+    """Build the recipe's records into ``output_dir/umed_data``, by one process, unless the same build lies there already."""
+    folder = Path(training_args.output_dir).resolve() / "umed_data" / ("" if split == "train" else split)
+    with training_args.main_process_first(local=False, desc="building the records"):
+        if training_args.process_index == 0:
+            _build_or_reuse(folder, split, data_args.image_aspect_ratio, training_args)
+    return load_records(folder / "records.json")
+
+
+def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_args: Any) -> None:
+    """Write ``records.json`` and a stamp of all that it was made from, unless both are there and the stamp still holds."""
+    flags = training_args.umed
+    recipe = load_recipe(flags.umed_recipe)
+    file, stamp_file = folder / "records.json", folder / "build.json"
+    options = {
+        "image_aspect_ratio": image_aspect_ratio,
+        "box_decimals": flags.umed_box_decimals,
+        "seed": training_args.seed,
+        "on_bad_image": flags.umed_on_bad_image,
+        "render": flags.umed_image_cache is None,
+    }
+    stamp = {
+        "recipe": recipe.path,
+        "recipe_sha256": recipe.sha256,
+        "writer": build.WRITER,
+        **_data_stamp(recipe, flags.umed_data_root),
+        **options,
+    }
+    if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
+        print(f"umed: recipe and data have not changed: the records in {file} are used again.", flush=True)
+        return
+    # A build that is interrupted must not leave a stamp beside records or images that it has replaced.
+    stamp_file.unlink(missing_ok=True)
+    records = build.build_records(recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, **options)
+    for record in records:
+        record["image"] = str(folder / record["image"])
+    save_records(records, file)
+    stamp_file.write_text(json.dumps(stamp, indent=1))
+    print(f"umed: built {len(records)} records of {flags.umed_recipe} into {file}", flush=True)
+
+
+def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
+    """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
+    found = read_annotations(recipe, data_root)
+    digest = hashlib.sha256(repr((found.faults.messages, found.missing)).encode())
+    for item in found.items:
+        digest.update(repr((item, file_states(item.image))).encode())
+    return {"data_root": str(found.root), "data_sha256": digest.hexdigest()}
+
+
+@contextmanager
+def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
+    """Make a template LLaVA's default conversation, which its preprocessing reads, for the length of the block."""
+    before = llava_conversation.default_conversation
+    llava_conversation.default_conversation = conversation_template(name)
+    try:
+        yield llava_conversation.default_conversation
+    finally:
+        llava_conversation.default_conversation = before
+
+
+class GroundedDataset(llava_train.LazySupervisedDataset):
+    """LLaVA's dataset over grounded records; an item is LLaVA's ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
+
+    Args:
+        tokenizer: the model's.
+        data_args: LLaVA's, with ``umed_run`` on it (see `patches/train_arguments.py`).
+        training_args: LLaVA's, with the flags in ``umed``.
+        split: whose records.
+    """
+
+    def __init__(self, tokenizer: Any, data_args: Any, training_args: Any, split: str = "train") -> None:
+        # LLaVA's own __init__ only reads the one JSON file.
+        Dataset.__init__(self)
+        self.tokenizer = tokenizer
+        self.data_args = data_args
+        self.flags = training_args.umed
+        self.template = data_args.umed_run.model_args.version
+        self.list_data_dict = training_records(data_args, training_args, split)
+        self._reported: set[int] = set()
+        self.image_cache: ImageCache | None = None
+        if self.flags.umed_image_cache is not None:
+            most_bytes = int(self.flags.umed_image_cache_gb * 1e9)
+            self.image_cache = ImageCache(
+                self.flags.umed_image_cache, data_args.image_processor, data_args.image_aspect_ratio, most_bytes
+            )
+
+    def template_of(self, index: int) -> str:
+        """``--version`` or its stock counterpart; the same for a record in every epoch and on every rank."""
+        if self.template not in TEMPLATES:
+            return self.template
+        name = str(self.list_data_dict[index].get("id", index))
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        return TEMPLATES[self.template].stock if place < self.flags.umed_stock_template_share else self.template
+
+    def image_path(self, index: int) -> str | None:
+        """Where LLaVA will look for the record's image; None for a record without one."""
+        image = self.list_data_dict[index].get("image")
+        return None if image is None else os.path.join(self.data_args.image_folder, image)
+
+    def load_image(self, index: int) -> torch.Tensor:
+        """The record's image as LLaVA's training sees it, float [3, S, S]."""
+        path = str(self.image_path(index))
+        if self.image_cache is not None:
+            return self.image_cache.pixels(path, self.list_data_dict[index].get("reading"))
+        processor = self.data_args.image_processor
+        image = Image.open(path).convert("RGB")
+        if self.data_args.image_aspect_ratio == "pad":
+            image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
+        return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """The item of record ``index``; raises what reading its image raises."""
+        if self.image_cache is not None and self.image_path(index) is not None:
+            ids, labels = tokenize_record(self, index, self.template_of(index))
+            return {"input_ids": ids, "labels": labels, "image": self.load_image(index)}
+        with using_template(self.template_of(index)):
+            return super().__getitem__(index)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        for step in range(len(self)):
+            index = (i + step) % len(self)
+            try:
+                return self.sample(index)
+            except UNREADABLE as error:
+                fault = self._image_fault(index)
+                if fault is None:
+                    raise
+                self._refuse_or_report(index, fault, error)
+        raise UmedError(
+            f"none of the {len(self)} images can be read. Check --image_folder {self.data_args.image_folder}."
+        )
+
+    def _image_fault(self, index: int) -> str | None:
+        """What is wrong with the image file, or None when it reads well and the fault lies elsewhere."""
+        path = self.image_path(index)
+        if path is None:
+            return None
+        try:
+            if self.image_cache is None:
+                with Image.open(path) as image:
+                    image.convert("RGB")
+            else:
+                open_image(path, self.list_data_dict[index].get("reading"))
+        except UNREADABLE as error:
+            return f"record {self.list_data_dict[index].get('id')}: cannot read the image {path} ({error})."
+        return None
+
+    def _refuse_or_report(self, index: int, fault: str, error: Exception) -> None:
+        if self.flags.umed_on_bad_image == "stop":
+            raise UmedError(
+                f"{fault} Mend the file, take the record out, or go on without: --umed_on_bad_image skip."
+            ) from error
+        if index not in self._reported:
+            self._reported.add(index)
+            print(f"umed: {fault} Skipped: the next record takes its place.", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class SupervisionReport:
+    """What `check_supervision` saw: records and templates checked, supervised tokens, and records whose answer is cut."""
+
+    records: int
+    templates: tuple[str, ...]
+    supervised_tokens: int
+    truncated: int
+
+
+def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) -> SupervisionReport:
+    """Tokenize ``samples`` records, spread over the data, under each template, and look at what would be learnt.
+
+    LLaVA masks by counting tokens; where the count is off it masks a sample whole and only prints, or supervises the
+    wrong tokens.
+
+    Raises:
+        UmedError: anything but exactly the answers and their end tokens is supervised, or a record is masked whole.
+    """
+    count = min(samples, len(dataset))
+    indices = [i * len(dataset) // count for i in range(count)]
+    spec = TEMPLATES.get(dataset.template)
+    templates = (dataset.template, spec.stock) if spec else (dataset.template,)
+    faults, masked, truncated, tokens = [], 0, 0, 0
+    for template in templates:
+        for index in indices:
+            ids, labels = tokenize_record(dataset, index, template)
+            lost = _cut_off(dataset.data_args, tokenizer, ids, labels)
+            supervised = int((labels != IGNORE_INDEX).sum())
+            tokens += supervised
+            truncated += lost > 0
+            masked += supervised == lost
+            fault = supervision_fault(dataset.list_data_dict[index], template, tokenizer, ids, labels)
+            if fault is not None or supervised == lost:
+                faults.append(fault or _cut_whole(dataset.list_data_dict[index], template, tokenizer))
+    if faults:
+        raise UmedError(
+            f"{len(faults)} of {len(indices) * len(templates)} checked samples would be trained wrongly "
+            f"({masked} of them masked whole), for example:\n"
+            + "\n".join(f"  - {fault}" for fault in faults[:_EXAMPLES])
+            + "\n  remedy: the template must fit the checkpoint (--version umed_mistral for LLaVA-Med 1.5, umed_v1 for "
+            "LLaVA-1.5), with the tokenizer that came with it, and --model_max_length must hold image and text. Where only "
+            "records with several questions fail, make one record of each question."
+        )
+    if truncated:
+        print(
+            f"umed: WARNING: {truncated} of {len(indices) * len(templates)} checked samples lose the end of their answer at "
+            f"--model_max_length {tokenizer.model_max_length}. Raise it.",
+            flush=True,
+        )
+    return SupervisionReport(len(indices), templates, tokens, truncated)
+
+
+def tokenize_record(dataset: GroundedDataset, index: int, template: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``input_ids`` [L] and ``labels`` [L] of a record by LLaVA's own preprocessing, without reading its image."""
+    record = dataset.list_data_dict[index]
+    with using_template(template):
+        sources = copy.deepcopy([record["conversations"]])
+        if "image" in record:
+            sources = llava_train.preprocess_multimodal(sources, dataset.data_args)
+        item = llava_train.preprocess(sources, dataset.tokenizer, has_image="image" in record)
+    return item["input_ids"][0], item["labels"][0]
+
+
+def supervision_fault(
+    record: dict[str, Any], template: str, tokenizer: Any, ids: torch.Tensor, labels: torch.Tensor
+) -> str | None:
+    """Compare the supervised stretches of ``labels`` with the record's answers, each with the template's end token."""
+    conversation = conversation_template(template)
+    end = conversation.sep2 or conversation.sep
+    found = [
+        tokenizer.decode(stretch, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for stretch in _supervised_stretches(ids.tolist(), labels.tolist())
+    ]
+    wanted = [turn["value"] + end for turn in record["conversations"] if turn["from"] == "gpt"]
+    if ["".join(text.split()) for text in found] == ["".join(text.split()) for text in wanted]:
+        return None
+    where = f"record {record.get('id')}, template {template}"
+    if not found:
+        return f"{where}: masked whole (LLaVA's 'tokenization mismatch'); its answers were {wanted}"
+    return f"{where}: supervised {found}, but its answers are {wanted}"
+
+
+def _supervised_stretches(ids: list[int], labels: list[int]) -> list[list[int]]:
+    """Token ids of each run of positions that carry a label."""
+    stretches: list[list[int]] = []
+    previous = IGNORE_INDEX
+    for token, label in zip(ids, labels):
+        if label != IGNORE_INDEX:
+            if previous == IGNORE_INDEX:
+                stretches.append([])
+            stretches[-1].append(token)
+        previous = label
+    return stretches
+
+
+def _cut_off(data_args: Any, tokenizer: Any, ids: torch.Tensor, labels: torch.Tensor) -> int:
+    """Supervised tokens beyond ``model_max_length``, an image token counting as the patches that will stand for it."""
+    images = int((ids == IMAGE_TOKEN_INDEX).sum())
+    excess = len(ids) + images * (data_args.umed_num_patches - 1) - tokenizer.model_max_length
+    return int((labels[-excess:] != IGNORE_INDEX).sum()) if excess > 0 else 0
+
+
+def _cut_whole(record: dict[str, Any], template: str, tokenizer: Any) -> str:
+    return (
+        f"record {record.get('id')}, template {template}: its whole answer lies beyond --model_max_length "
+        f"{tokenizer.model_max_length} (the image takes most of it)"
+    )

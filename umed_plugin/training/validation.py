@@ -1,0 +1,130 @@
+"""Held-out studies while stage 2 runs: greedy answers every so many steps, so that a reward that rises can be checked.
+
+Sampled rewards rise too when boxes grow to catch more of what they might miss; greedy answers to studies of the split ``val``
+show whether the policy reads images better. Logged, with the meaning that `umed evaluate` gives them:
+
+- ``val/iou``: mean set IoU over the studies with a lesion, 0-1;
+- ``val/accuracy``: share of studies whose answer names exactly the true classes, 0-1;
+- ``val/box_area_ratio``: mean area of an answer's boxes over that of the true ones, geometric mean over the studies where both
+  have boxes. It climbs above 1 when boxes hedge.
+
+The first values are those before the first step. Nothing here draws a random number: training samples the same answers with
+and without it.
+
+How to run: ``--umed_val_every 20`` in stage 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.scoring import AnswerScore, score_answer
+from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images
+from umed_plugin.model.sampling import generate
+from umed_plugin.model.sharding import whole_parameters
+from umed_plugin.rewards.guards import box_area_ratio
+from umed_plugin.training.rewarding_data import collate_queries
+
+FIGURES = ("val/iou", "val/accuracy", "val/box_area_ratio")
+
+
+class HeldOutCurve(TrainerCallback):
+    """Logs the figures before the first step, every ``--umed_val_every`` steps and after the last one.
+
+    A run that resumes at step s has the values up to s in its checkpoint and goes on behind it.
+
+    Args:
+        trainer: a `umed_plugin.training.trainer.RewardingTrainer`.
+        dataset: a `QueryDataset` of held-out records.
+    """
+
+    def __init__(self, trainer: Any, dataset: Any) -> None:
+        self.trainer, self.dataset = trainer, dataset
+        names = [str(record["id"]) for record in dataset.list_data_dict]
+        self.chosen = chosen_indices(names, trainer.flags.umed_val_records)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.log(self.measure())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        if state.global_step % self.trainer.flags.umed_val_every == 0 or state.global_step == state.max_steps:
+            self.trainer.log(self.measure())
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the policy as it is now; each process answers its share of the records."""
+        trainer, args = self.trainer, self.trainer.args
+        share = self.chosen[args.process_index :: args.world_size]
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        was_training = policy.training
+        policy.eval()
+        scores: list[AnswerScore] = []
+        with whole_parameters(policy), trainer.compute_loss_context_manager():
+            for start in range(0, len(share), args.per_device_eval_batch_size):
+                queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
+                geometries = [trainer.maker.geometry(query["record"]) for query in queries]
+                scores += greedy_scores(
+                    policy, trainer.maker.tokenizer, queries, geometries, trainer.flags.umed_max_new_tokens
+                )
+        policy.train(was_training)
+        totals = sums_and_counts(scores)[None].to(args.device)
+        return figures(trainer.accelerator.gather(totals).sum(dim=0))
+
+
+def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:
+    """Indices of ``limit`` records, or of all where there are fewer: the same ones in every run, whatever their order."""
+    ranks = sorted(range(len(ids)), key=lambda index: hashlib.sha256(ids[index].encode()).digest())
+    return sorted(ranks[:limit])
+
+
+@torch.no_grad()
+def greedy_scores(
+    policy: Any,
+    tokenizer: Any,
+    queries: Sequence[dict[str, Any]],
+    geometries: Sequence[ImageGeometry],
+    max_new_tokens: int,
+) -> list[AnswerScore]:
+    """Answer queries (items of `QueryDataset`) greedily, as one batch, and score the answers.
+
+    Args:
+        policy: a LLaVA model in evaluation mode.
+        tokenizer: its tokenizer.
+        queries: Q of them.
+        geometries: of their images.
+        max_new_tokens: longest answer.
+    """
+    batch = collate_queries(queries)
+    prompts = embed_prompts(policy, batch["prompt_ids"], encode_images(policy, batch["images"]))
+    answers = generate(
+        policy, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=tokenizer.eos_token_id
+    )
+    texts = decode_answers(tokenizer, answers)
+    return [score_answer(*parts) for parts in zip(texts, batch["records"], geometries)]
+
+
+def sums_and_counts(scores: Sequence[AnswerScore]) -> Tensor:
+    """[3, 2] float64: for each of `FIGURES` the sum (for the area ratio of its logarithm) and the count, to be added up."""
+    ratios = [box_area_ratio(score.predicted01, score.true01) for score in scores]
+    columns = (
+        [score.set_iou for score in scores if score.n_true],
+        [score.accuracy for score in scores],
+        [math.log(ratio) for ratio in ratios if ratio is not None],
+    )
+    return torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)
+
+
+def figures(totals: Tensor) -> dict[str, float]:
+    """The figures from [3, 2] sums and counts over all processes; one without anything to count is left out."""
+    means = {name: (total / count).item() for name, (total, count) in zip(FIGURES, totals) if count > 0}
+    if "val/box_area_ratio" in means:
+        means["val/box_area_ratio"] = math.exp(means["val/box_area_ratio"])
+    return means
