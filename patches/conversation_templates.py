@@ -21,7 +21,7 @@ def change(recorder: Recorder) -> None:
     """Put our templates beside LLaVA's."""
     from llava.conversation import conv_templates
 
-    from umed_plugin.data.template_writer import TEMPLATES, conversation_template
+    from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template
 
     for name in TEMPLATES:
         recorder.add_item(conv_templates, name, conversation_template(name))
@@ -31,7 +31,7 @@ def find_faults(run: TrainingRun) -> list[str]:
     """What is wrong with ``--version``."""
     from llava.conversation import SeparatorStyle, conv_templates
 
-    from umed_plugin.data.template_writer import TEMPLATES
+    from umed_plugin.checkpoints.prompt_templates import TEMPLATES
 
     version = run.model_args.version
     allowed = {*conv_templates, *_VERSIONS_OF_TRAIN}

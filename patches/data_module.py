@@ -38,7 +38,8 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
     """LLaVA's collator over our dataset, after the supervised tokens were looked at."""
     from llava.train.train import DataCollatorForSupervisedDataset
 
-    from umed_plugin.training.tuning_data import GroundedDataset, check_supervision
+    from umed_plugin.training.supervision_check import check_supervision
+    from umed_plugin.training.tuning_data import GroundedDataset
 
     dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
     samples = run.flags.umed_supervision_check_samples

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from umed_plugin.errors import UmedError, did_you_mean, unknown_name
 
@@ -32,6 +32,12 @@ class Faults:
         if len(self.messages) > self.SHOWN:
             lines.append(f"  ... and {len(self.messages) - self.SHOWN} more like these")
         raise UmedError("\n".join(lines))
+
+
+class StrictModel(BaseModel):
+    """Refuses keys it does not know, and cannot be changed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # Pydantic puts the types of a union into the place of a fault; the reader of the message looks for keys.

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
+from umed_plugin.checkpoints.prompt_templates import question_prompt
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import bare_tower_name, to_transformers
 from umed_plugin.cli import main
-from umed_plugin.data.template_writer import question_prompt
 from umed_plugin.errors import UmedError
 
 QUESTION = "Where is it, and how large is [0.12, 0.5]?"

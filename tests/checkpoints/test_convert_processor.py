@@ -25,10 +25,10 @@ from test_loading_and_merging import write_lora
 
 from umed_plugin.checkpoints.chat_template import jinja_template
 from umed_plugin.checkpoints.loading import load_checkpoint
+from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
-from umed_plugin.data.template_writer import conversation_template
 from umed_plugin.errors import UmedError, UsageError
 
 TURNS = ("<image>\nWhat is it?", "A nodule at [0.1, 0.2].", "Is there more?")

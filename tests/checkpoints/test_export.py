@@ -60,7 +60,7 @@ def learn_by_heart(checkpoint: Path, records: list[dict], folder: Path, out: Pat
     """Train the model on the three answers until it gives them: a random one would never end its answer."""
     from llava.mm_utils import process_images, tokenizer_image_token
 
-    from umed_plugin.data.template_writer import question_prompt
+    from umed_plugin.checkpoints.prompt_templates import question_prompt
 
     tokenizer, model, processor = load_checkpoint(checkpoint, device="cpu")
     prompt = tokenizer_image_token(question_prompt(QUESTION, "mistral_instruct"), tokenizer)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from umed_plugin.checkpoints import merging
 from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
 from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
+from umed_plugin.files import replacing_folder
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_pat
         stock(source, target)
 
     monkeypatch.setattr(os, "replace", full_disk)
-    with pytest.raises(OSError, match="no space left"), merging.written_aside(out, overwrite=True) as folder:
+    with pytest.raises(OSError, match="no space left"), replacing_folder(out, overwrite=True) as folder:
         (folder / "new").write_text("new")
     assert (out / "mine").read_text() == "keep"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]

@@ -120,7 +120,8 @@ def test_what_llavas_training_masks_is_what_the_finding_says(family, template, l
     from llava.train import train as llava_train
     from transformers import AutoTokenizer
 
-    from umed_plugin.training.tuning_data import supervision_fault, using_template
+    from umed_plugin.training.supervision_check import supervision_fault
+    from umed_plugin.training.tuning_data import using_template
 
     folder = copied(good[family], tmp_path / NAMES[family])
     edit(folder, "tokenizer_config.json", legacy=legacy)

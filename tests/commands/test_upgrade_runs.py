@@ -197,7 +197,7 @@ def learn(checkpoint: Path, records: list[dict], images: Path, out: Path) -> Pat
     from PIL import Image
 
     from umed_plugin.checkpoints.loading import load_checkpoint
-    from umed_plugin.data.template_writer import question_prompt
+    from umed_plugin.checkpoints.prompt_templates import question_prompt
 
     tokenizer, model, processor = load_checkpoint(checkpoint, device="cpu")
     question = records[0]["conversations"][0]["value"]

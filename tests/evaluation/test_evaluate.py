@@ -210,7 +210,7 @@ def test_the_prompt_is_the_one_of_training_and_of_stock_llava(family, template, 
     from llava.mm_utils import tokenizer_image_token
     from transformers import AutoTokenizer
 
-    from umed_plugin.data.template_writer import conversation_template
+    from umed_plugin.checkpoints.prompt_templates import conversation_template
     from umed_plugin.training.tuning_data import IGNORE_INDEX, tokenize_record
 
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(family), use_fast=False)

@@ -9,7 +9,8 @@ import pytest
 
 from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.scoring import find_terms, named_classes, score_answer
+from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.grounding.terms import find_terms, named_classes
 
 TERMS = {"nodule": ["nodule", "small mass"], "mass": ["mass"], "cyst": ["cyst", "fluid-filled cavity"]}
 GEOMETRY = ImageGeometry(200, 100, "pad", 336, 14)  # the square is 200 wide, 50 px of padding above

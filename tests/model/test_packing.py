@@ -10,7 +10,8 @@ from test_forward import batch, embedded, ids, loaded  # noqa: F401 (fixtures)
 
 from umed_plugin import patching
 from umed_plugin.model.forward import Candidates, answer_pass, base_llava, repeated_inputs, takes_one_row
-from umed_plugin.model.packing import Columns, RoomyCache, block_mask, pack, packing_fault
+from umed_plugin.model.kv_cache import RoomyCache
+from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
 from umed_plugin.model.sampling import generate
 from umed_plugin.patches import attention_mask
 

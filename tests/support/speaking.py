@@ -20,7 +20,7 @@ def teach(checkpoint: Path, out: Path, sentence: str = SENTENCE, template: str =
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
-    from umed_plugin.data.template_writer import question_prompt
+    from umed_plugin.checkpoints.prompt_templates import question_prompt
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
     template = template or ("umed_mistral" if "mistral" in checkpoint.name else "umed_v1")

@@ -16,7 +16,8 @@ from test_export import learn_by_heart, study_records
 from test_resume import INTERRUPT, weights
 from umed_runs import TWO_PROCESSES, train_flags, umed_run, write_records
 
-from umed_plugin.flags.rewards import PAPER_REWARDS, REWARDS
+from umed_plugin.flags.definition import PAPER_REWARDS
+from umed_plugin.flags.rewards import REWARDS
 from umed_plugin.rewards.guards import GUARDS
 
 FLAGS = shlex.split(

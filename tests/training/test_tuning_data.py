@@ -15,11 +15,12 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 from umed_runs import write_records
 
+from umed_plugin.checkpoints.prompt_templates import TEMPLATES, question_prompt
 from umed_plugin.commands.demo.tiny_checkpoint import write_tokenizer
-from umed_plugin.data.template_writer import TEMPLATES, question_prompt
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.training.tuning_data import GroundedDataset, check_supervision, tokenize_record, using_template
+from umed_plugin.training.supervision_check import check_supervision
+from umed_plugin.training.tuning_data import GroundedDataset, tokenize_record, using_template
 
 CORPUS = [
     "USER: Is there anything abnormal? ASSISTANT: There is one abnormal area at [0.12, 0.20, 0.35, 0.40]. It is a nodule.",

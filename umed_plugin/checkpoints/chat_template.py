@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from umed_plugin.data.template_writer import conversation_template
+from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 
 IMAGE = "<image>"

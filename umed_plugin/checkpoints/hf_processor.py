@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.chat_template import END, IMAGE, START, jinja_template
-from umed_plugin.data.template_writer import question_prompt
+from umed_plugin.checkpoints.prompt_templates import question_prompt
 from umed_plugin.errors import UmedError
+from umed_plugin.files import write_json
 
 _SPACE = "\u2581"  # of sentencepiece
 # What a slow Llama tokenizer reads of tokenizer_config.json.
@@ -41,11 +42,6 @@ class Vocabulary:
 def read_json(file: Path) -> dict[str, Any]:
     """The file's content, or {} when there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def write_json(values: dict[str, Any], file: Path) -> None:
-    """Indented, with a newline at the end."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def sentencepiece_file(checkpoint: Path) -> Path:
@@ -94,7 +90,7 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
     image = IMAGE + gap if marked == IMAGE else START + IMAGE + _gap_before_end(tokenizer) + END
     text = jinja_template(template, gap=gap, image=image)
     shutil.copy2(source, folder / source.name)
-    write_json(_tokenizer_json(source, tokens, tokenizer, legacy), folder / "tokenizer.json")
+    write_json(folder / "tokenizer.json", _tokenizer_json(source, tokens, tokenizer, legacy), indent=2)
     new = {key: old[key] for key in _TOKENIZER_KEYS if key in old}
     new.update(
         tokenizer_class="LlamaTokenizer", processor_class="LlavaProcessor", legacy=legacy, padding_side="left",
@@ -102,8 +98,8 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
         pad_token=tokenizer.convert_ids_to_tokens(vocabulary.pad), chat_template=text,
         added_tokens_decoder={str(token.pop("id")): token for token in [dict(token) for token in tokens]},
     )  # fmt: skip
-    write_json(new, folder / "tokenizer_config.json")
-    write_json({"chat_template": text}, folder / "chat_template.json")
+    write_json(folder / "tokenizer_config.json", new, indent=2)
+    write_json(folder / "chat_template.json", {"chat_template": text}, indent=2)
     _compare(tokenizer, folder, text, template, marked)
     return vocabulary
 
@@ -196,15 +192,16 @@ def write_image_processor(tower: Path | str, config: dict[str, Any], folder: Pat
         values.update(image_processor_type="LlavaImageProcessor", do_pad=True)
     else:
         values["image_processor_type"] = "CLIPImageProcessor"
-    write_json({**values, "processor_class": "LlavaProcessor"}, folder / "preprocessor_config.json")
+    write_json(folder / "preprocessor_config.json", {**values, "processor_class": "LlavaProcessor"}, indent=2)
     strategy = "full" if config.get("mm_vision_select_feature", "patch") == "cls_patch" else "default"
-    write_json(
-        {
-            "processor_class": "LlavaProcessor", "patch_size": patch_size, "vision_feature_select_strategy": strategy,
-            "num_additional_image_tokens": 1, "image_token": IMAGE,
-        },
-        folder / "processor_config.json",
-    )  # fmt: skip
+    settings = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1,
+        "image_token": IMAGE,
+    }
+    write_json(folder / "processor_config.json", settings, indent=2)
 
 
 def read_image_processor(checkpoint: Path) -> tuple[dict[str, Any], str]:
@@ -251,8 +248,6 @@ def write_llava_tokenizer(checkpoint: Path, folder: Path, original: dict[str, An
     config = original or {key: found[key] for key in _TOKENIZER_KEYS if key in found}
     if not original and pad in {added[key]["content"] for key in behind}:
         config["pad_token"] = found.get("unk_token")
-    write_json(
-        {**config, "tokenizer_class": "LlamaTokenizer", "padding_side": "right", "added_tokens_decoder": kept},
-        folder / "tokenizer_config.json",
-    )
+    own = {"tokenizer_class": "LlamaTokenizer", "padding_side": "right", "added_tokens_decoder": kept}
+    write_json(folder / "tokenizer_config.json", {**config, **own}, indent=2)
     return image_id if removable else max(map(int, added)) + 1

@@ -11,11 +11,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.checkpoints.loading import (
     ADAPTER,
     READ_WHEN_ANSWERING,
@@ -69,7 +68,7 @@ def merge(
     holds_tower = False
     deltas = _lora_deltas(lora_dir)
     _, others = adapter_tensors(lora_dir)
-    with written_aside(out, overwrite) as folder:
+    with files.replacing_folder(out, overwrite=overwrite) as folder:
         _copy_small_files(base, folder)
         for file in weight_files(base):
             merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
@@ -180,7 +179,7 @@ def export(
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
     holds_tower = False
-    with written_aside(out, overwrite) as folder:
+    with files.replacing_folder(out, overwrite=overwrite) as folder:
         _copy_small_files(like, folder)
         for file in weight_files(like):
             old = read_tensors(file)
@@ -210,31 +209,6 @@ def stock_name_fault(path: Path | str, model_type: str) -> str | None:
     return f"stock LLaVA chooses its loader by the folder's name; to load {path.name!r} as {model_type}, {advice}."
 
 
-@contextmanager
-def written_aside(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place when the block ends well and is removed when it does not."""
-    if out.exists() and not overwrite:
-        raise UmedError(
-            f"{out}: exists already and is left as it is. Choose another --out, or replace it with --overwrite."
-        )
-    aside, old = out.with_name(out.name + ".partial"), out.with_name(f"{out.name}.old-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(aside, out)
-        except OSError:
-            if old.exists():
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _copy_small_files(source: Path, folder: Path) -> None:
     """Tokenizer, generation config, weight index: all files but weights, config.json and a trainer's own."""
     weights = {file.name for file in weight_files(source)}
@@ -256,4 +230,4 @@ def _write_tensors(tensors: dict[str, Any], file: Path) -> None:
 
 
 def _write_config(config: dict[str, Any], folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "config.json", config, indent=2)

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_json, write_llava_tokenizer
+from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
 from umed_plugin.checkpoints.loading import weight_files
-from umed_plugin.checkpoints.merging import written_aside
 from umed_plugin.checkpoints.to_transformers import (
     EMBEDDING,
     HEAD,
@@ -29,6 +28,7 @@ from umed_plugin.checkpoints.to_transformers import (
 )
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.errors import UmedError
+from umed_plugin.files import replacing_folder, write_json
 
 _CLASSES = {"mistral": ("llava_mistral", "LlavaMistralForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
 _PROJECTOR = "multi_modal_projector."
@@ -64,7 +64,7 @@ def to_llava(
     _check_expressible(checkpoint, config)
     original = config.get(ORIGINAL, {})
     tower, projector = {}, {}
-    with written_aside(out, overwrite) as folder:
+    with replacing_folder(out, overwrite=overwrite) as folder:
         image_id = config["image_token_index"] if "image_token_index" in config else config["image_token_id"]
         rows = write_llava_tokenizer(checkpoint, folder, original.get("tokenizer_config", {}), image_id)
         processor, ratio = read_image_processor(checkpoint)
@@ -85,11 +85,11 @@ def to_llava(
             writer.add(f"model.mm_projector.{name}", tensor)
         writer.finish()
         new = _llava_config(config, original.get("config", {}), rows, kind, ratio, len(projector["linear_1.weight"][0]))
-        write_json({**new, "mm_vision_tower": str(out.resolve() / "vision_tower")}, folder / "config.json")
+        write_json(folder / "config.json", {**new, "mm_vision_tower": str(out.resolve() / "vision_tower")}, indent=2)
         _write_tower(folder / "vision_tower", tower, config["vision_config"], processor)
         generation = read_json(checkpoint / "generation_config.json")
         generation.pop("suppress_tokens", None)
-        write_json(generation, folder / "generation_config.json")
+        write_json(folder / "generation_config.json", generation, indent=2)
     return out
 
 
@@ -182,5 +182,5 @@ def _write_tower(folder: Path, tensors: dict[str, Any], vision: dict[str, Any], 
     writer.finish()
     shape = {key: value for key, value in vision.items() if key not in OF_THE_FILE}
     own = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
-    write_json({**shape, **own}, folder / "config.json")
-    write_json(processor, folder / "preprocessor_config.json")
+    write_json(folder / "config.json", {**shape, **own}, indent=2)
+    write_json(folder / "preprocessor_config.json", processor, indent=2)

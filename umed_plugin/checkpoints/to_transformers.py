@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_json, write_tokenizer
+from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, TOWER, is_lora, read_config, tower_tensors, weight_files
-from umed_plugin.checkpoints.merging import written_aside
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.errors import UmedError
+from umed_plugin.files import replacing_folder, write_json
 
 ORIGINAL = "llava_checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -83,15 +83,15 @@ def to_transformers(
     _check_expressible(checkpoint, config)
     tower, inside = str(_tower_of(config)), tower_tensors(checkpoint)
     vision = _vision_config(tower, checkpoint)
-    with written_aside(out, overwrite) as folder:
+    with replacing_folder(out, overwrite=overwrite) as folder:
         name = template or STOCK_TEMPLATES[config["model_type"]]
         vocabulary = write_tokenizer(checkpoint, config, folder, name)
         write_image_processor(tower, config, folder, vision["patch_size"])
         new = _transformers_config(checkpoint, config, vision, vocabulary.image, vocabulary.pad)
-        write_json(new, folder / "config.json")
+        write_json(folder / "config.json", new, indent=2)
         generation = read_json(checkpoint / "generation_config.json")
         generation.update(pad_token_id=vocabulary.pad, suppress_tokens=[vocabulary.image])
-        write_json(generation, folder / "generation_config.json")
+        write_json(folder / "generation_config.json", generation, indent=2)
         writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         _write_tower(writer, inside or _tensors_of_tower(tower), vision, checkpoint)
         for llava_name, tensor in _language_tensors(checkpoint):

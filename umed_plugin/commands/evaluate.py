@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 
 
@@ -219,7 +219,7 @@ def _show(args: argparse.Namespace, figures: Any, differences: Any, skipped: int
     if args.out:
         if differences is not None:
             told = {"before": str(args.compare), "after": str(args.out), "differences": differences}
-            (args.out / "comparison.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            files.write_json(args.out / "comparison.json", told)
         console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}")
 
 

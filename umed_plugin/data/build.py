@@ -18,6 +18,7 @@ from typing import Any, Optional, Union
 import numpy as np
 from PIL import Image
 
+from umed_plugin import files
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.images import burned_in_annotation, load_image, read_by_llava
 from umed_plugin.data.images.windows import plain_window
@@ -297,11 +298,8 @@ def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
     """Write the pixels as PNG, whole or not at all; the path relative to ``out_dir``."""
     relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
     target = out_dir / relative
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Every rank of a distributed run may build: each writes its own file aside.
-    aside = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    Image.fromarray(pixels).save(aside, format="PNG")
-    os.replace(aside, target)
+    with files.replacing(target, durable=False) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
     return relative.as_posix()
 
 

@@ -9,11 +9,11 @@ keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
@@ -100,11 +100,7 @@ def load_records(path: str | Path) -> list[Record]:
 
 def save_records(records: Sequence[Record], path: str | Path) -> None:
     """Write records as LLaVA's JSON list; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(list(records), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(aside, path)
+    files.write_json(path, list(records))
 
 
 def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14) -> ImageGeometry:

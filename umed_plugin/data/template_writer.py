@@ -1,11 +1,8 @@
-"""What is asked and answered: prompt templates, and an offline writer of diagnoses.
+"""What is asked and answered: an offline writer of questions and diagnoses.
 
 The paper lets GPT-4V write the diagnoses; this writer needs no network. It keeps the paper's order, detection ->
 localisation -> recognition: an answer says how many abnormal areas there are, where each lies, and only then what each is.
 Every lesion is named once, by its plain name, after its box. A negative answer holds no class name and no box.
-
-The ``umed_*`` templates equal LLaVA's stock ones but for the system text: stock LLaVA, which does not know them, asks an
-exported checkpoint with its own, and roles and separators must then be the ones it was trained with.
 """
 
 from __future__ import annotations
@@ -14,59 +11,11 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from umed_plugin.data.records import Record, true_boxes
-from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, format_box
 from umed_plugin.grounding.geometry import ImageGeometry
-
-if TYPE_CHECKING:
-    from llava.conversation import Conversation
-
-SYSTEM = "You read medical images. Mark what is abnormal with its box, then name it."
-
-
-@dataclass(frozen=True)
-class TemplateSpec:
-    """A prompt template: LLaVA's ``stock`` one with another ``system`` text."""
-
-    stock: str
-    system: str
-
-
-TEMPLATES: dict[str, TemplateSpec] = {
-    "umed_v1": TemplateSpec("llava_v1", SYSTEM),
-    "umed_mistral": TemplateSpec("mistral_instruct", SYSTEM),
-}
-
-
-def conversation_template(name: str) -> Conversation:
-    """A fresh, empty LLaVA conversation for one of our templates or a stock one.
-
-    Raises:
-        UsageError: there is no such template.
-    """
-    from llava.conversation import conv_templates
-
-    stock = TEMPLATES[name].stock if name in TEMPLATES else name
-    if stock not in conv_templates:
-        raise UsageError(unknown_name("template", name, {*conv_templates, *TEMPLATES}))
-    conversation = conv_templates[stock].copy()
-    if name in TEMPLATES:
-        conversation.system = TEMPLATES[name].system
-    return conversation
-
-
-def question_prompt(question: str, template_name: str) -> str:
-    """The prompt up to where the answer begins; ``<image>`` and a newline are put in front where they are missing."""
-    conversation = conversation_template(template_name)
-    if "<image>" not in question:
-        question = "<image>\n" + question
-    conversation.append_message(conversation.roles[0], question)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
-
 
 # No wording says "lesion", "mass" or "tumor": those are class names or synonyms in some sources.
 QUESTIONS = (

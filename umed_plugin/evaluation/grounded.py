@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from umed_plugin import __version__
+from umed_plugin import __version__, files
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError
@@ -120,9 +120,9 @@ class Evaluation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(asdict(case), ensure_ascii=False) for case in self.cases]
-        _write(folder / PREDICTIONS, "\n".join(lines) + "\n")
+        files.write_text(folder / PREDICTIONS, "\n".join(lines) + "\n")
         summary = {"benchmark": "mau", "checkpoint": self.checkpoint, "template": self.template, **self.metrics}
-        _write(folder / "evaluation.json", json.dumps(summary, indent=1) + "\n")
+        files.write_text(folder / "evaluation.json", json.dumps(summary, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> Evaluation:
@@ -137,12 +137,6 @@ class Evaluation:
         found = json.loads(summary.read_text(encoding="utf-8"))
         cases = [Case(**json.loads(line)) for line in predictions.read_text(encoding="utf-8").splitlines()]
         return cls(found["checkpoint"], found["template"], cases, metrics(cases))
-
-
-def _write(file: Path, text: str) -> None:
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
 
 
 def evaluate(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.errors import UmedError
 
 SETTINGS = "settings.json"
@@ -57,9 +58,7 @@ class KeptAnswers:
         """Forget all lines but those of ``ids``, on the disk too."""
         wanted = set(ids)
         self.lines = {one: line for one, line in self.lines.items() if one in wanted}
-        aside = self.path.with_name(self.path.name + ".partial")
-        aside.write_bytes(_text(self.lines.values()))
-        os.replace(aside, self.path)
+        files.write_bytes(self.path, _text(self.lines.values()))
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Append the lines of a batch; they are on the disk when this returns."""
@@ -89,12 +88,4 @@ def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None
                 f"{answers.parent} holds answers that were given under other settings:\n{told}\n"
                 "Give another --out, or remove that folder."
             )
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
-
-
-def whole_batches(batches: Sequence[Sequence[str]], done: Iterable[str]) -> list[bool]:
-    """For each batch of ids whether all of it is done."""
-    answered = set(done)
-    return [all(one in answered for one in batch) for batch in batches]
+    files.write_json(file, settings)

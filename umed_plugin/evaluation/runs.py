@@ -22,9 +22,10 @@ from typing import Any
 
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question
-from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med, write_whole
+from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
 from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.metrics.figures import Row, compare_rows, measure
+from umed_plugin.files import write_json, write_text
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answer, Answerer, Ask
@@ -255,7 +256,7 @@ def _save(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer]
         {**_line(question, answers[question.id]), "cluster": row.cluster, "values": dict(row.values)}
         for question, row in zip(questions, run.rows)
     ]
-    write_whole(out / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_text(out / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     summary = {
         "benchmark": run.benchmark.name,
         "checkpoint": run.checkpoint,
@@ -266,7 +267,7 @@ def _save(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer]
         "skipped": run.skipped,
         "figures": run.figures,
     }
-    write_whole(out / "evaluation.json", json.dumps(summary, indent=1) + "\n")
+    write_json(out / "evaluation.json", summary)
 
 
 def read_run(folder: Path) -> tuple[str, list[Row]]:

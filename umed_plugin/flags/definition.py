@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError
-from umed_plugin.flags.rewards import DEFAULT_OPTIONS, PAPER_REWARDS
 
 STAGES = ("instruction_tuning", "rewarding")
 TUNING, REWARDING = STAGES
+PAPER_REWARDS = ("relevance", "localization", "vision_relevance")
+# What every OpenAI-compatible server knows and a plain chat model needs to be short and the same each time.
+DEFAULT_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
 
 
 def _flag(default: Any, help_text: str) -> Any:

@@ -10,16 +10,13 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from umed_plugin.errors import UsageError, unknown_name
+from umed_plugin.flags.definition import DEFAULT_OPTIONS, PAPER_REWARDS, UmedFlags
 from umed_plugin.registry import Registry
 from umed_plugin.remote import settings
 
-if TYPE_CHECKING:
-    from umed_plugin.flags.definition import UmedFlags
-
-PAPER_REWARDS = ("relevance", "localization", "vision_relevance")
 REWARDS = (*PAPER_REWARDS, "localization_diou")
 # The plugin's own rewards need torch, so this one holds none and only imports what is named module:attribute.
 _OWN_REWARDS: Registry[Any] = Registry("reward")
@@ -27,8 +24,6 @@ _OWN_REWARDS: Registry[Any] = Registry("reward")
 LOCAL_JUDGES = ("lexical", "classes")
 OPENAI, REPLAY = "openai", "replay"
 DEFAULT_PROMPT = Path(__file__).parent.parent / "rewards" / "judges" / "prompt.txt"
-# What every OpenAI-compatible server knows and a plain chat model needs to be short and the same each time.
-DEFAULT_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
 
 
 def find_reward_faults(flags: UmedFlags, *, imported: bool) -> list[str]:

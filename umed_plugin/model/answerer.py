@@ -158,7 +158,7 @@ class Answerer:
     def _continuation(self, image: int, ask: Ask, option: str) -> Continuation:
         from llava.mm_utils import tokenizer_image_token
 
-        from umed_plugin.data.template_writer import question_prompt
+        from umed_plugin.checkpoints.prompt_templates import question_prompt
 
         if ask.options_after is None:
             prompt = question_prompt(image_and(ask.text or "", self.llava.config), self.template)
@@ -192,7 +192,7 @@ def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any
     """Token ids [L] of a question about an image, with LLaVA's image token in it, as training and stock LLaVA write it."""
     from llava.mm_utils import tokenizer_image_token
 
-    from umed_plugin.data.template_writer import question_prompt
+    from umed_plugin.checkpoints.prompt_templates import question_prompt
 
     return tokenizer_image_token(question_prompt(image_and(question, config), template), tokenizer, return_tensors="pt")
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.scoring import Terms, find_terms
+from umed_plugin.grounding.terms import Terms, find_terms
 from umed_plugin.model.forward import (
     AnswerPass,
     Candidates,

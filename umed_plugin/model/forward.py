@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
-from umed_plugin.model.packing import PrefixCache, block_mask, pack, sliding_window
+from umed_plugin.model.kv_cache import PrefixCache
+from umed_plugin.model.packing import block_mask, pack, sliding_window
 
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from umed_plugin.model.forward import Candidates, PromptBatch, prefill, unwrapped
-from umed_plugin.model.packing import PADDING, Columns, RoomyCache, block_mask, sliding_window
+from umed_plugin.model.kv_cache import RoomyCache
+from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
 
 _LOOK_EVERY = 16
 

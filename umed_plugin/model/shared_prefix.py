@@ -28,7 +28,7 @@ from umed_plugin.model.forward import (
     prefill,
     unwrapped,
 )
-from umed_plugin.model.packing import RoomyCache
+from umed_plugin.model.kv_cache import RoomyCache
 from umed_plugin.model.sampling import continue_prompts
 
 

@@ -24,12 +24,11 @@ callable object, or a class, of which one object is made without arguments in ea
 """
 
 from umed_plugin.rewards.combine import combine_rewards
-from umed_plugin.rewards.running import StopForReward, make_rewards, measured_by, measures_of, start_rewards
+from umed_plugin.rewards.running import make_rewards, measured_by, measures_of, start_rewards
 from umed_plugin.rewards.terms import REWARDS, localization, localization_diou, relevance, vision_relevance
 
 __all__ = [
     "REWARDS",
-    "StopForReward",
     "combine_rewards",
     "localization",
     "localization_diou",

@@ -46,7 +46,8 @@ from typing import Any
 
 from umed_plugin.grounding.boxes import Box, is_degenerate, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.scoring import AnswerScore, Terms, replace_terms
+from umed_plugin.grounding.scoring import AnswerScore
+from umed_plugin.grounding.terms import Terms, replace_terms
 
 WINDOW = 64
 WHOLE_IMAGE = 0.8

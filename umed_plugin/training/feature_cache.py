@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import sys
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from umed_plugin import files
 from umed_plugin.data.images import file_states
 from umed_plugin.errors import UmedError
 
@@ -94,7 +94,7 @@ def open_cache(folder: str | Path, tower: Any, processor: Any, image_aspect_rati
     own = Path(folder) / hashlib.sha256(description.encode()).hexdigest()[:16]
     try:
         own.mkdir(parents=True, exist_ok=True)
-        _write_whole(own / "made_of.json", description.encode())
+        files.write_bytes(own / "made_of.json", description.encode(), durable=False)
     except OSError as error:
         raise UmedError(
             f"--umed_feature_cache {folder}: cannot be written ({error}). Give a folder that this process may write."
@@ -205,7 +205,7 @@ class FeatureCache:
         file = self.file_of(name)
         try:
             file.parent.mkdir(exist_ok=True)
-            _write_whole(file, content)
+            files.write_bytes(file, content, durable=False)
         except OSError as error:
             self._writes = False
             _warn(f"{file} cannot be written ({error}): this process goes on and keeps no more features.")
@@ -231,16 +231,6 @@ class FeatureCache:
                     self.write(name, features)
             rows.append(features)
         return torch.stack(rows)
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    """The file appears whole or not at all, whoever else writes it."""
-    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _readable(count: float) -> str:

@@ -33,12 +33,13 @@ from transformers.trainer_callback import TrainerState
 from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, embed_prompts
 from umed_plugin.model.sharding import whole_parameters
-from umed_plugin.rewards import StopForReward, make_rewards
+from umed_plugin.rewards import make_rewards
 from umed_plugin.training.experience import Experience, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.objective import ObjectiveSettings, grpo_objective, ppo_objective
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.step_metrics import Measures, measured_names
+from umed_plugin.training.stopping import StopForReward
 from umed_plugin.training.validation import HeldOutCurve
 from umed_plugin.training.value_head import ValueHead
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.commands.processes import Steps, importable, run_logged
 from umed_plugin.errors import UmedError
 
@@ -257,7 +258,7 @@ class DemoRun:
         write_before_after(self.out, self.out / "before_after.png")
         self.steps.end()
         summary = {**stages, "comparison": comparison, "seed": self.seed, "seconds": round(time.monotonic() - began, 1)}
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        files.write_json(self.out / "summary.json", summary)
         self.steps.console.print(stages_table(stages, comparison))
         self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}\nreport: {report}")
         return summary

@@ -7,11 +7,11 @@ new one, and never half of it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from umed_plugin import files
 from umed_plugin.commands.doctor.contents import read_object
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 
@@ -56,9 +56,7 @@ def apply(file: Path, found: list[Finding], say: Callable[[str], None]) -> None:
     if file.is_file():
         backup = _backup(file)
         say(f"{file}: the old one is kept as {backup.name}")
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps(new, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    files.write_json(file, new, indent=2)
     for one in found:
         say(f"{file}: {_said(old, one)}")
 
@@ -75,9 +73,8 @@ def _backup(file: Path) -> Path:
         if not backup.exists():
             break
         number += 1
-    aside = backup.with_name(backup.name + ".partial")
-    shutil.copy2(file, aside)
-    os.replace(aside, backup)
+    with files.replacing(backup) as partial:
+        shutil.copy2(file, partial)
     return backup
 
 

@@ -10,11 +10,11 @@ import base64
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.commands.report.curves import charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
@@ -38,9 +38,8 @@ def write_report(
         UmedError: the folder holds nothing to report, or a damaged file.
     """
     run = read_run(run_dir)
-    aside, file = run.folder / f"{FILE}.partial", run.folder / FILE
-    aside.write_text(render(run, most_studies, progress), encoding="utf-8")
-    os.replace(aside, file)
+    file = run.folder / FILE
+    files.write_text(file, render(run, most_studies, progress))
     return file
 
 

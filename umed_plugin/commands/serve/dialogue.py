@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
-from umed_plugin.data.template_writer import conversation_template
+from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.scoring import Terms, find_terms
+from umed_plugin.grounding.terms import Terms, find_terms
 from umed_plugin.model.answerer import Seen, image_and
 from umed_plugin.model.attention import spelled_out, tokens_within, watched_pass
 from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates, base_llava, embed_prompts, encode_images, prefill
-from umed_plugin.model.packing import RoomyCache
+from umed_plugin.model.kv_cache import RoomyCache
 
 if TYPE_CHECKING:
     from PIL.Image import Image

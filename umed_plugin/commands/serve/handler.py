@@ -30,8 +30,8 @@ from pydantic import Field, ValidationError
 from umed_plugin.commands.serve.access import refusal
 from umed_plugin.commands.serve.shelf import Case
 from umed_plugin.commands.serve.studies import View
-from umed_plugin.data.recipes.options import StrictModel
 from umed_plugin.errors import UmedError
+from umed_plugin.faults import StrictModel
 
 if TYPE_CHECKING:
     from umed_plugin.commands.serve.server import ChatServer

@@ -6,13 +6,13 @@ started again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
-from umed_plugin.commands.upgrade.made import read_json, write_json
+from umed_plugin.commands.upgrade.made import read_json
 from umed_plugin.errors import UmedError
+from umed_plugin.files import replacing_folder, write_json
 
 
 class Swap:
@@ -60,14 +60,10 @@ class Swap:
 
     def _copy(self, result: Path) -> None:
         """The result beside the checkpoint, on the same file system, as it will be named in its place."""
-        aside = self.new.with_name(self.new.name + ".partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(self.new, ignore_errors=True)
-        shutil.copytree(result, aside)
-        file = aside / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        tower = Path(config.get("mm_vision_tower", ""))
-        if result in tower.parents:
-            config["mm_vision_tower"] = str(self.checkpoint / tower.relative_to(result))
-            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, self.new)
+        with replacing_folder(self.new, overwrite=True) as partial:
+            shutil.copytree(result, partial, dirs_exist_ok=True)
+            config = read_json(partial / "config.json")
+            tower = Path(config.get("mm_vision_tower", ""))
+            if result in tower.parents:
+                config["mm_vision_tower"] = str(self.checkpoint / tower.relative_to(result))
+                write_json(partial / "config.json", config, indent=2)

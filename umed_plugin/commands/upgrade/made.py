@@ -19,6 +19,7 @@ from typing import Any
 from umed_plugin import __version__
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.errors import UmedError
+from umed_plugin.files import write_json
 
 # Their versions stand in the manifest.
 _LIBRARIES = (
@@ -203,14 +204,6 @@ def read_json(file: Path) -> State:
     """A JSON object."""
     found: State = json.loads(file.read_text(encoding="utf-8"))
     return found
-
-
-def write_json(file: Path, content: State) -> None:
-    """Write a JSON object, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, file)
 
 
 def _short(value: Any) -> str:

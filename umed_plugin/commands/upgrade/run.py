@@ -16,10 +16,11 @@ from umed_plugin.commands.doctor.examination import ERROR, examine
 from umed_plugin.commands.processes import Steps, importable, run_logged
 from umed_plugin.commands.upgrade.checks import check_together
 from umed_plugin.commands.upgrade.in_place import Swap
-from umed_plugin.commands.upgrade.made import MANIFEST, Made, read_json, versions, write_json
+from umed_plugin.commands.upgrade.made import MANIFEST, Made, read_json, versions
 from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step, find_origin, result_name
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.errors import UmedError
+from umed_plugin.files import write_json
 
 REPORT, LOCK = "report.html", ".lock"
 # In the environment of every process of a run, by which those that outlive a killed run are found.
@@ -81,9 +82,9 @@ class Upgrade:
 
     def _refuse_foreign_folder(self) -> None:
         # A start may have been killed before it had written its settings.
-        own = {LOCK, RUN_FILE, f"{RUN_FILE}.partial"}
         found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if RUN_FILE not in found and found - own:
+        foreign = {name for name in found if name != LOCK and not name.startswith(RUN_FILE)}
+        if RUN_FILE not in found and foreign:
             raise UmedError(
                 f"{self.folder}: holds files and no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
             )

@@ -17,10 +17,10 @@ from typing import Any, Literal, Optional, Union
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from umed_plugin.data.recipes.options import StrictModel
+from umed_plugin import files
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.faults import Faults, NoDuplicates, validated
-from umed_plugin.flags.rewards import PAPER_REWARDS
+from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
+from umed_plugin.flags.definition import PAPER_REWARDS
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
@@ -257,8 +257,5 @@ def as_yaml(settings: BaseModel, indent: str = "") -> str:
 
 def write_settings(settings: Settings, file: Path) -> None:
     """Write the run file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     head = "# All settings of this run. Edit them and start `umed upgrade --config` with this file again.\n"
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(head + as_yaml(settings), encoding="utf-8")
-    os.replace(aside, file)
+    files.write_text(file, head + as_yaml(settings))

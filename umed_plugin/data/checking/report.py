@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
+from umed_plugin import files
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.data.leaks import SAME
 from umed_plugin.data.recipes.options import SPLITS
@@ -44,7 +45,7 @@ def write_report(check: RecipeCheck, folder: Path) -> Path:
     title = f"<title>{html.escape(check.recipe.name)}: check</title>"
     page = page.replace("<head>", f"<head>{title}").replace("</body>", f"{pictures}</body>")
     target = folder / "check.html"
-    target.write_text(page, encoding="utf-8")
+    files.write_text(target, page)
     return target
 
 

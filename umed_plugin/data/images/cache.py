@@ -21,13 +21,11 @@ How to run: ``umed-run ... --umed_image_cache FOLDER``, or ``umed evaluate ... -
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
-import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 
+from umed_plugin import files
 from umed_plugin.data.images import file_states, open_image
 from umed_plugin.errors import UmedError
 
@@ -146,15 +145,11 @@ class ImageCache:
         if file is None or not self._writes:
             return
         pixels = np.ascontiguousarray(square).tobytes()
-        aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
         try:
-            file.parent.mkdir(exist_ok=True)
-            aside.write_bytes(name + pixels + zlib.crc32(pixels).to_bytes(_CHECKSUM_BYTES, "big"))
-            os.replace(aside, file)
+            entry = name + pixels + zlib.crc32(pixels).to_bytes(_CHECKSUM_BYTES, "big")
+            files.write_bytes(file, entry, durable=False)
         except OSError as error:
             self._writes = False
-            with contextlib.suppress(OSError):
-                aside.unlink()
             _warn(f"{file} cannot be written ({error}): this process goes on and keeps no more images.")
 
     def _room(self, name: bytes) -> Optional[Path]:
@@ -178,7 +173,7 @@ class ImageCache:
             if rest == "square":
                 if not number.isdigit() or int(number) >= self.places:
                     os.unlink(file)
-            elif rest.endswith(".partial") and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS:
+            elif rest.endswith(files.PARTIAL) and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS:
                 os.unlink(file)
 
 

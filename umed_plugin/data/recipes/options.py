@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from umed_plugin.errors import unknown_name
+from umed_plugin.faults import StrictModel
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -22,12 +23,6 @@ WINDOW_PRESETS = {
     "soft_tissue": (40.0, 400.0),
 }
 Column = Union[int, str]
-
-
-class StrictModel(BaseModel):
-    """Refuses keys it does not know, and cannot be changed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Terms(StrictModel):

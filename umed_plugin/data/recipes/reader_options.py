@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from umed_plugin.data.recipes.options import Column, Split, StrictModel
+from umed_plugin.data.recipes.options import Column, Split
+from umed_plugin.faults import StrictModel
 
 
 def _by_split(value: Any) -> Any:

@@ -15,18 +15,10 @@ from typing import Any, Literal, Optional, Union
 import yaml
 from pydantic import Field, field_validator
 
-from umed_plugin.data.recipes.options import (
-    AbnormalityClass,
-    Fractions,
-    ImageOptions,
-    NegativeRule,
-    SplitRule,
-    StrictModel,
-    Terms,
-)
+from umed_plugin.data.recipes.options import AbnormalityClass, Fractions, ImageOptions, NegativeRule, SplitRule, Terms
 from umed_plugin.data.recipes.reader_options import READER_OPTIONS, FreeOptions, ReaderOptions
 from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.faults import Faults, NoDuplicates, validated
+from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
 
 FILLED_IN = ("path", "sha256", "mixture", "recipes")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from umed_plugin import files
 from umed_plugin.data.images.drawing import read_pixels
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError
@@ -126,7 +127,7 @@ def write_list(suspected: dict[str, str], file: Path, kept: set[str]) -> None:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     suspected = {**dict.fromkeys(sorted(kept), "left out by --leave-out"), **suspected}
-    file.write_text(_LIST_HEAD + "".join(f"{name}\t# {why}\n" for name, why in suspected.items()), encoding="utf-8")
+    files.write_text(file, _LIST_HEAD + "".join(f"{name}\t# {why}\n" for name, why in suspected.items()))
 
 
 def read_list(file: Path) -> set[str]:

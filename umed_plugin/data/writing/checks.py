@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.grounding.boxes import Box, find_boxes, format_box, parse_boxes, rewrite_boxes, round_box
-from umed_plugin.grounding.scoring import find_terms
+from umed_plugin.grounding.terms import find_terms
 
 LANGUAGES = ("en", "any")
 DEFAULT_WORDS = (15, 150)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.data.images import drawing
 from umed_plugin.data.records import Record, record_geometry
 from umed_plugin.data.writing.checks import Findings
@@ -47,7 +48,7 @@ def write_pages(records: Sequence[Record], folder: Path, file: Path) -> list[Pat
     for number, page in enumerate(pages, start=1):
         target = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(render(page, folder, target.stem, f"{number} of {len(pages)}"), encoding="utf-8")
+        files.write_text(target, render(page, folder, target.stem, f"{number} of {len(pages)}"))
         written.append(target)
     return written
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.evaluation.benchmarks.benchmark import Question
 from umed_plugin.model.answerer import Answer
 
@@ -61,16 +62,9 @@ def save_for_llava_med(
         }
         for question in asked
     ]
-    write_whole(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
-    write_whole(folder / "test.json", json.dumps(truth, indent=1, ensure_ascii=False) + "\n")
+    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
+    files.write_json(folder / "test.json", truth)
     if candidates:
         # Under "0", as their scripts look it up.
         found = {"0": sorted(set(candidates))}
-        write_whole(folder / "candidate.json", json.dumps(found, ensure_ascii=False) + "\n")
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
-    aside = file.with_name(file.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)
+        files.write_json(folder / "candidate.json", found, indent=None)

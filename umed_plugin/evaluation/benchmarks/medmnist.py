@@ -11,10 +11,10 @@ written as PNG, losslessly, and go through the loader that training uses.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from umed_plugin import files
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question
 from umed_plugin.evaluation.metrics.classification import auc, likelihoods, macro_auc
@@ -136,10 +136,8 @@ def write_images(asked: Sequence[Question]) -> None:
         for path, index in places.items():
             target = Path(path)
             if not target.exists() or target.stat().st_mtime < Path(file).stat().st_mtime:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                aside = target.with_suffix(".partial")
-                Image.fromarray(images[index]).save(aside, format="PNG")
-                os.replace(aside, target)
+                with files.replacing(target, durable=False) as partial:
+                    Image.fromarray(images[index]).save(partial, format="PNG")
 
 
 def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:

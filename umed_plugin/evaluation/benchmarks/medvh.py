@@ -30,7 +30,8 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
 )
 from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option
 from umed_plugin.evaluation.metrics.figures import Figure, Row, by_group, means, ratio
-from umed_plugin.grounding.scoring import Scorer, named_classes
+from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.grounding.terms import named_classes
 from umed_plugin.model.answerer import Answer
 
 FINDINGS = {

@@ -1,0 +1,59 @@
+"""The prompt templates that a checkpoint is trained and asked with: LLaVA's stock ones with another system text.
+
+Stock LLaVA does not know the ``umed_*`` templates: it asks an exported checkpoint with its own ones. Roles and separators must
+then be those of training, so the templates differ in the system text alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from umed_plugin.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from llava.conversation import Conversation
+
+
+SYSTEM = "You read medical images. Mark what is abnormal with its box, then name it."
+
+
+@dataclass(frozen=True)
+class TemplateSpec:
+    """A prompt template: LLaVA's ``stock`` one with another ``system`` text."""
+
+    stock: str
+    system: str
+
+
+TEMPLATES: dict[str, TemplateSpec] = {
+    "umed_v1": TemplateSpec("llava_v1", SYSTEM),
+    "umed_mistral": TemplateSpec("mistral_instruct", SYSTEM),
+}
+
+
+def conversation_template(name: str) -> Conversation:
+    """A fresh, empty LLaVA conversation for one of our templates or a stock one.
+
+    Raises:
+        UsageError: there is no such template.
+    """
+    from llava.conversation import conv_templates
+
+    stock = TEMPLATES[name].stock if name in TEMPLATES else name
+    if stock not in conv_templates:
+        raise UsageError(unknown_name("template", name, {*conv_templates, *TEMPLATES}))
+    conversation = conv_templates[stock].copy()
+    if name in TEMPLATES:
+        conversation.system = TEMPLATES[name].system
+    return conversation
+
+
+def question_prompt(question: str, template_name: str) -> str:
+    """The prompt up to where the answer begins; ``<image>`` and a newline are put in front where they are missing."""
+    conversation = conversation_template(template_name)
+    if "<image>" not in question:
+        question = "<image>\n" + question
+    conversation.append_message(conversation.roles[0], question)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()

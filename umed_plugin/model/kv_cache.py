@@ -1,0 +1,94 @@
+"""KV caches of sampling and scoring: one with room for the tokens to come, one that shares a prompt among its K answers.
+
+Shapes as in :mod:`umed_plugin.model.forward`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+
+class _OwnCache(DynamicCache):
+    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors and say how many."""
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns that a mask for ``query_length`` new ones spans, and the first of them."""
+        return self.get_seq_length(layer_idx) + query_length, 0
+
+
+class RoomyCache(_OwnCache):
+    """A key/value cache with room for tokens to come: a step writes its keys into place instead of copying all before it.
+
+    Args:
+        room: columns to keep free behind the first tokens.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # a layer's [R, kv_heads, columns + room, d] keys and values
+        self._columns: list[int] = []  # written so far, by layer
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        """Write [R, kv_heads, n, d] keys and values of new columns; returns those of all columns, as views."""
+        if layer_idx == len(self._buffers):
+            self._buffers.append((_with_room(key_states, self.room), _with_room(value_states, self.room)))
+            self._columns.append(0)
+        start, end = self._columns[layer_idx], self._columns[layer_idx] + key_states.shape[-2]
+        keys, values = (buffer[:, :, :end] for buffer in self._buffers[layer_idx])
+        keys[:, :, start:], values[:, :, start:] = key_states, value_states
+        self._columns[layer_idx] = end
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns written so far."""
+        layer = layer_idx or 0
+        return self._columns[layer] if layer < len(self._columns) else 0
+
+    def truncate(self, columns: int) -> None:
+        """Keep the first columns alone; what comes next is written over the others."""
+        self._columns = [min(columns, written) for written in self._columns]
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Keep the rows of an index, which may name one several times."""
+        self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
+
+
+class PrefixCache(_OwnCache):
+    """Keeps the keys and values of Q prompts, and shows them to the K answers of each, layer by layer.
+
+    The first pass fills it; later ones read it and leave nothing in it. The gradient flows back into the prompts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._prompts: list[tuple[Tensor, Tensor]] = []  # a layer's [Q, kv_heads, L, d] keys and values
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        """Take [Q, kv_heads, L, d] keys and values of the prompts, or [N, kv_heads, T, d] of answers, which get those before."""
+        if layer_idx == len(self._prompts):
+            self._prompts.append((key_states, value_states))
+            return key_states, value_states
+        keys, values = self._prompts[layer_idx]
+        return _behind(keys, key_states), _behind(values, value_states)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns of the prompts."""
+        layer = layer_idx or 0
+        return self._prompts[layer][0].shape[-2] if layer < len(self._prompts) else 0
+
+
+def _behind(prompts: Tensor, answers: Tensor) -> Tensor:
+    """[N, heads, L+T, d] from [Q, heads, L, d] and [N, heads, T, d], with one copy."""
+    queries = len(prompts)
+    answers = answers.unflatten(0, (queries, -1))
+    return torch.cat([prompts[:, None].expand(-1, answers.shape[1], -1, -1, -1), answers], dim=-2).flatten(0, 1)
+
+
+def _with_room(states: Tensor, room: int) -> Tensor:
+    rows, heads, columns, size = states.shape
+    return states.new_empty(rows, heads, columns + room, size)
