@@ -1,12 +1,14 @@
-"""Errors meant for the person at the terminal.
+"""What the person at the terminal is told: errors, warnings and notes.
 
-Every message says what was found, where (file, record, flag), what is allowed and what to do. The command line prints them
-without a traceback; anything else that is raised is a bug and keeps its traceback.
+Every message says what was found, where (file, record, flag), what is allowed and what to do. The command line prints a
+`UmedError` without a traceback; anything else that is raised is a bug and keeps its traceback. Outside the tables that a command
+prints, `note` and `warn` are the one way to speak to the user.
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -16,6 +18,16 @@ class UmedError(Exception):
 
 class UsageError(UmedError):
     """A wrong flag or argument. Exit status 2."""
+
+
+def note(text: str) -> None:
+    """Tell the user something that needs no action, as a line of standard output: ``umed: TEXT``."""
+    print(f"umed: {text}", flush=True)
+
+
+def warn(text: str) -> None:
+    """Tell the user something to look at, as a line of standard error: ``umed: warning: TEXT``."""
+    print(f"umed: warning: {text}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
