@@ -121,6 +121,13 @@ def test_its_file_says_what_it_must(patch):
     assert patch.delete_when
 
 
+@pytest.mark.parametrize("patch", ALL, ids=lambda patch: patch.name)
+def test_its_ranges_end_where_nobody_has_looked_further(patch):
+    for target in patch.targets:
+        assert not patching.version_fits("999", target.versions), "give the range an upper end"
+    assert patch.needed is None or patching.version_fits("unknown", patch.needed[1])
+
+
 @pytest.mark.parametrize("patch", [patch for patch in ALL if patch not in NEEDED], ids=lambda patch: patch.name)
 def test_a_patch_for_other_libraries_changes_nothing(patch):
     before = places()

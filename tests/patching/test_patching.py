@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 
 import pytest
@@ -199,7 +201,38 @@ def test_a_patch_that_fails_half_way_leaves_nothing_behind(library):
         ("1.1.2", ">=1.1.3", False),
         ("2", "==2.0", True),
         ("unknown", ">=1", True),
+        ("2.13.0+cpu", ">=2.13", True),
+        ("2.13.0+cpu", "<2.13", False),
+        ("4.37.0.dev0", ">=4.36,<4.38", True),
+        ("4.37.0.dev0", ">=4.37,<4.38", True),
+        ("4.37.0.dev0", "<4.37", False),
+        ("1.3.0rc1", ">=1.1.3,<1.3", False),
+        ("5.23.1", ">=4.36,<4.38 || >=5.23,<5.24", True),
+        ("4.40.0", ">=4.36,<4.38 || >=5.23,<5.24", False),
     ],
 )
 def test_version_ranges(version, versions, fits):
     assert patching.version_fits(version, versions) is fits
+
+
+@pytest.mark.parametrize("version", ["5.0.0rc1", "5.0.0.dev0", "4.57.6", "5.0.0+cu130", "5.0.0.post1"])
+def test_a_version_is_on_one_side_of_a_limit(version):
+    """Otherwise patches for before and from 5 on would both be left out, and LLaVA would run without either."""
+    assert patching.version_fits(version, "<5") is not patching.version_fits(version, ">=5")
+
+
+@pytest.mark.parametrize("versions", ["4.36", ">=4.36 <4.37", "=>4", ">=4.36,<4.38 | >=5"])
+def test_what_is_not_a_range_is_an_error(versions):
+    with pytest.raises(ValueError, match="Invalid specifier"):
+        patching.version_fits("4.36", versions)
+
+
+@pytest.mark.parametrize("name", ["umed_plugin.patching", "umed_plugin.patching.import_hook", "umed_plugin.patches"])
+def test_packaging_is_imported_by_the_first_comparison_alone(name):
+    code = (
+        f"import sys, {name}; from umed_plugin.patching import version_fits; before = 'packaging' in sys.modules;"
+        "print(before, version_fits('1', '>=1'), 'packaging' in sys.modules)"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "False True True\n", done.stderr

@@ -15,8 +15,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import operator
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -207,35 +205,33 @@ def installed(library: str) -> tuple[str, str]:
     return library, "unknown"
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """``1.2.2.post1`` -> (1, 2, 2); local and pre-release parts do not count."""
-    numbers = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in numbers.group().split(".")) if numbers else ()
-
-
-_OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "<": operator.lt, ">": operator.gt}
-
-
 def version_fits(version: str, versions: str) -> bool:
-    """Whether ``version`` lies in a range such as ``>=1.1.3,<1.3``, or in one of several apart by ``||``.
+    """Whether a version lies in a range.
 
-    An unknown version is left to the hash.
+    A pre-release counts as the release that it leads to, and local and post-release parts do not count: of ``<5`` and ``>=5``
+    exactly one holds for 5.0.0rc1. Hashes judge the source itself.
+
+    Args:
+        version: as metadata gives it; one that is not a version at all, such as ``unknown``, is in every range.
+        versions: PEP 440 specifiers, such as ``>=1.1.3,<1.3``, or several of them separated by ``||``.
+
+    Raises:
+        ValueError: ``versions`` is not such a range.
+
+    Example:
+        >>> version_fits("2.13.0+cpu", ">=2.0,<2.2 || >=2.13")
+        True
     """
-    found = _release(version)
-    return not found or any(_in_range(found, clauses) for clauses in versions.split("||"))
+    # Not at the top of the file: every Python under umed-run imports this module, with or without site-packages.
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
 
-
-def _in_range(found: tuple[int, ...], clauses: str) -> bool:
-    for clause in clauses.split(","):
-        parts = re.fullmatch(r"\s*(>=|<=|==|<|>)\s*([\d.]+)\s*", clause)
-        if parts is None:
-            raise ValueError(f"{clauses!r} is no version range such as >=1.1.3,<1.3")
-        sign, wanted = parts.group(1), _release(parts.group(2))
-        width = max(len(found), len(wanted))
-        pad = [part + (0,) * (width - len(part)) for part in (found, wanted)]
-        if not _OPERATORS[sign](*pad):
-            return False
-    return True
+    ranges = [SpecifierSet(specifiers) for specifiers in versions.split("||")]
+    try:
+        release = Version(version).base_version
+    except InvalidVersion:
+        return True
+    return any(release in specifiers for specifiers in ranges)
 
 
 def misfit(patch: Patch) -> str | None:
