@@ -14,6 +14,7 @@ import argparse
 import sys
 from typing import Any
 
+from umed_plugin.errors import note
 from umed_plugin.patches.training_run import TRAIN
 from umed_plugin.patching import Patch, Recorder
 
@@ -48,7 +49,7 @@ def available_attention(requested: str | None, argv: list[str]) -> str | None:
     instead = (
         "sdpa where the model has it, else eager" if has_sdpa else "eager (transformers has no sdpa for this torch)"
     )
-    print(f"umed: {FLASH} was asked for, but {reason}: training with {instead}.", flush=True)
+    note(f"{FLASH} was asked for, but {reason}: training with {instead}.")
     return None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from umed_plugin.errors import note
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -44,7 +45,7 @@ def change(recorder: Recorder) -> None:
             return stock(self, *args, **keywords)
         except _AllStepsAreDone:
             if self.args.process_index == 0:
-                print(f"umed: all {self.state.max_steps} steps were done before; what they made is saved.", flush=True)
+                note(f"all {self.state.max_steps} steps were done before; what they made is saved.")
             return None
 
     recorder.replace(LLaVATrainer, "train", train)

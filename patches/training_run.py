@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from umed_plugin.errors import note
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patching import Target
 
@@ -39,6 +40,6 @@ class TrainingRun:
         return self.flags.umed_stage is not None
 
     def say(self, text: str) -> None:
-        """Print once per run, not once per process."""
+        """`umed_plugin.errors.note` on rank 0: once per run, not once per process."""
         if self.training_args.process_index == 0:
-            print(f"umed: {text}", flush=True)
+            note(text)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from umed_plugin.errors import note
 from umed_plugin.patches.training_run import LLAVA
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -25,7 +26,7 @@ def change(recorder: Recorder) -> None:
 
     def replace_llama_attn_with_xformers_attn() -> None:
         if importlib.util.find_spec("xformers") is None:
-            print("umed: xformers is missing: training with the attention that transformers chooses.", flush=True)
+            note("xformers is missing: training with the attention that transformers chooses.")
             return
         stock()
 

@@ -56,6 +56,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_has_a_description_and_an_example(parser: argparse.ArgumentParser) -> None:
     assert parser.description
     assert parser.epilog and f"  {parser.prog}" in parser.epilog, "an example that can be copied"
+    assert parser.epilog in parser.format_help(), "its lines are kept"
 
 
 @pytest.mark.parametrize("parser", leaves())

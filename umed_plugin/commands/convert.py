@@ -20,7 +20,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="examples:\n"
         "  umed convert checkpoints/llava-mistral-umed --template umed_mistral --out checkpoints/umed-hf\n"
         "  umed convert checkpoints/umed-hf --out checkpoints/llava-mistral-back",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint in either form")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the other form")

@@ -23,7 +23,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="examples:\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark vqa_rad --data-root VQA-RAD --out rad --compare rad-before",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
     parser.add_argument(

@@ -19,7 +19,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "the base's. Stock LLaVA chooses its loader by the folder's name: call it ...llava..., and ...llava...mistral... "
         "for a Mistral model.",
         epilog="example:\n  umed merge runs/stage2-lora --base runs/stage1 --out runs/llava-mistral-umed",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("trained", metavar="TRAINED", type=Path, help="--output_dir of the training")
     parser.add_argument(

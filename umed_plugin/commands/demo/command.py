@@ -16,7 +16,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "umed-run, evaluate on held-out studies before and after, and export. About 10 minutes on two CPU cores; no GPU, no "
         "network. Writes DIR/report.html, DIR/summary.json, DIR/before_after.png and DIR/checkpoint/llava-mistral-umed/.",
         epilog="example:\n  umed demo --out runs/demo --seed 0",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)"

@@ -28,7 +28,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "  umed doctor checkpoints/llava-mistral-umed\n"
         "  umed doctor checkpoints/llava-mistral-umed --fix\n"
         "  umed doctor",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "checkpoint", metavar="CKPT", type=Path, nargs="?", help="full checkpoint, LoRA folder or projector"

@@ -17,7 +17,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "The file opens without a server and loads nothing. RUN_DIR is a folder of `umed demo` or `umed upgrade`, or a "
         "training's output folder; the run need not be finished.",
         epilog="examples:\n  umed report runs/demo\n  umed report runs/demo --picture before_after.png",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     parser.add_argument(

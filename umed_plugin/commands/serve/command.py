@@ -21,7 +21,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Ask a checkpoint about PNG, JPEG, DICOM and NIfTI images on a page of this machine's own: choose slice and "
         "window, see the answer, its boxes and where its words look. Images stay on this machine and are removed at the end.",
         epilog="example:\n  umed serve runs/demo/checkpoint/llava-mistral-umed",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
     parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")

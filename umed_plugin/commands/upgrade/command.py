@@ -27,7 +27,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "layout: same files, tensor names, shapes and dtypes.",
         epilog="example:\n  umed upgrade checkpoints/llava-med-v1.5-mistral-7b --recipe mau --data-root mau --out runs/upgrade\n"
         "  umed upgrade --config runs/upgrade/run.yaml --set rewarding.candidates=16 --redo-changed",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="folder of a checkpoint, full or LoRA")
     parser.add_argument("--recipe", metavar="R", help="recipe (name or YAML), or records built already (JSON)")

@@ -14,7 +14,6 @@ from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.grounding.boxes import Box, find_boxes, format_box, parse_boxes, rewrite_boxes, round_box
 from umed_plugin.grounding.terms import find_terms
 
-LANGUAGES = ("en", "any")
 DEFAULT_WORDS = (15, 150)
 
 # Words that a sentence of a language can hardly do without, and that hardly stand in one of another.
