@@ -1,4 +1,4 @@
-"""What several test files share: small checkpoints made on the spot, and the folder of real images where there is one."""
+"""Fixtures that several folders share: small checkpoints made on the spot, real LLaVA models, and the folder of real images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,3 +51,35 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("UMED_REAL_DATA is not set: it names the folder with the real images that this test reads")
     return Path(folder)
+
+
+@pytest.fixture(scope="module", params=["mistral", "llama"])
+def loaded(request: pytest.FixtureRequest, tiny_mistral: Path, tiny_llama: Path) -> tuple[Any, Any]:
+    """(tokenizer, LLaVA model in float32) with random weights; copy the model before changing it."""
+    from support.llava_models import load
+
+    return load({"mistral": tiny_mistral, "llama": tiny_llama}[request.param])
+
+
+@pytest.fixture(scope="module")
+def batch(loaded: tuple[Any, Any]) -> tuple[list[Any], Any]:
+    """Three prompts of different lengths, so that padding is at work, and three images."""
+    from support.llava_models import prompts_and_images
+
+    return prompts_and_images(*loaded)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A LlamaTokenizer over a small sentencepiece model."""
+    from support.tuning import make_tokenizer
+
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """A JSON file of eight records with two questions each, beside their images."""
+    from support.records import write_records
+
+    return write_records(tmp_path / "data", questions=2)

@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from umed_runs import ROOT, environment, train_flags, umed_run, write_records
+from support.records import write_records
+from support.umed_runs import ROOT, environment, train_flags, umed_run
 
 from umed_plugin.launch import SITE, child_environment
 

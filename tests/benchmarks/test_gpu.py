@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from umed_runs import ROOT, environment
+from support.umed_runs import ROOT, environment
 
 pytest.importorskip("transformers", minversion="5.0", reason="LLaVA's pins have no transformers 5")
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from umed_runs import ROOT, environment
+from support.umed_runs import ROOT, environment
 
 pytest.importorskip("trl", minversion="1.0", reason="needs TRL 1.x, which runs on the current stack alone")
 

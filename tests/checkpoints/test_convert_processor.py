@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_convert import (
+from support.conversion import (
     QUESTION,
     add_tokens,
     check_both_ways,
@@ -21,7 +21,7 @@ from test_convert import (
     transformers_logits,
     variant,
 )
-from test_loading_and_merging import write_lora
+from support.taught import write_lora
 
 from umed_plugin.checkpoints.chat_template import jinja_template
 from umed_plugin.checkpoints.loading import load_checkpoint

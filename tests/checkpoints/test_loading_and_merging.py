@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.taught import write_lora
 
 from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
 from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
@@ -24,32 +25,6 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def layout(checkpoint: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors_of(checkpoint).items()}
-
-
-def write_lora(base: Path, folder: Path) -> Path:
-    """A LoRA folder over ``base`` as LLaVA's training writes it, with random values instead of trained ones."""
-    from llava.train.train import find_all_linear_names
-    from peft import LoraConfig, get_peft_model
-
-    tokenizer, model, _ = load_checkpoint(base, device="cpu")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=find_all_linear_names(model), task_type="CAUSAL_LM")
-    model = get_peft_model(model, config)
-    for parameter in model.get_base_model().get_model().mm_projector.parameters():
-        parameter.requires_grad = True
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # LLaVA names linear layers by their last part, so the adapter may sit on the tower too, where it stays zero.
-            if "vision_tower" not in name and ("lora_" in name or "mm_projector" in name):
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    model.config.save_pretrained(folder)
-    # The lines at the end of LLaVA's train(), whose helpers for ZeRO-3 need deepspeed.
-    state = {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
-    model.save_pretrained(folder, state_dict={name: tensor for name, tensor in state.items() if "lora_" in name})
-    torch.save({n: t for n, t in state.items() if "lora_" not in n}, folder / "non_lora_trainables.bin")
-    return folder
 
 
 def logits(checkpoint: Path, base: Path | None = None) -> torch.Tensor:

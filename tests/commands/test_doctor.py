@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from doctor_faults import (
+from safetensors.torch import save_file
+from support.doctor_faults import (
     FAULTS,
     NAMES,
     WEIGHTS,
@@ -28,9 +29,8 @@ from doctor_faults import (
     tensors,
     with_tower,
 )
-from safetensors.torch import save_file
-from test_loading_and_merging import write_lora
-from umed_runs import environment
+from support.taught import write_lora
+from support.umed_runs import environment
 
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.to_transformers import to_transformers

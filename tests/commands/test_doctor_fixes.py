@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from doctor_faults import (
+from support.doctor_faults import (
     FAULTS,
     INDEX,
     NAMES,
@@ -30,8 +30,8 @@ from doctor_faults import (
     then,
     with_tower,
 )
-from test_loading_and_merging import write_lora
-from umed_runs import python_of_llavas_pins
+from support.taught import write_lora
+from support.umed_runs import python_of_llavas_pins
 
 from umed_plugin.cli import main
 from umed_plugin.commands.doctor.catalogue import KINDS

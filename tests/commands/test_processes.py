@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from umed_runs import TWO_PROCESSES, environment
+from support.umed_runs import TWO_PROCESSES, environment
 
 from umed_plugin.commands.processes import run_logged, what_went_wrong
 from umed_plugin.errors import UmedError

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from report_runs import HOSTILE, change_predictions, make_records, write_log, write_run
+from support.report_runs import HOSTILE, change_predictions, make_records, write_log, write_run
 
 from umed_plugin.cli import main
 from umed_plugin.commands.report.before_after import at_even_ranks, write_before_after

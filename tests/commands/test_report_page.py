@@ -7,8 +7,8 @@ import random
 import time
 
 import pytest
-from browser import Page
-from report_runs import HOSTILE, SHIFTS, answered, change_predictions, make_records, write_log, write_run
+from support.browser import Page
+from support.report_runs import HOSTILE, SHIFTS, answered, change_predictions, make_records, write_log, write_run
 
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.evaluation.grounded import Evaluation, metrics

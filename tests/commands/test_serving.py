@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_client import VIEW, Client, chat_server
-from drawn import scene, write_dicom, write_png
 from PIL import Image
-from speaking import BOX01, SENTENCE, teach
+from support.chat_client import VIEW, Client, chat_server
+from support.drawn import scene, write_dicom, write_png
+from support.speaking import BOX01, SENTENCE, teach
 
 from umed_plugin import cli
 from umed_plugin.commands.serve import shelf

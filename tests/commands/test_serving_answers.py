@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from speaking import BOX01, SENTENCE, teach
-from test_loading_and_merging import write_lora
+from support.speaking import BOX01, SENTENCE, teach
+from support.taught import write_lora
 
 from umed_plugin.commands.serve import dialogue as module
 from umed_plugin.commands.serve.dialogue import Dialogue

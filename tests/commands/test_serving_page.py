@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Page
-from chat_client import chat_server
-from drawn import scene, write_dicom, write_png
-from speaking import BOX01, SENTENCE, teach
-from test_volumes import write_series
+from support.browser import Page
+from support.chat_client import chat_server
+from support.drawn import scene, write_dicom, write_png
+from support.series import write_series
+from support.speaking import BOX01, SENTENCE, teach
 
 from umed_plugin.commands.serve.dialogue import Dialogue
 

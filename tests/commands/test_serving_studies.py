@@ -12,10 +12,10 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from drawn import BOX, bright_box, scene, write_dicom, write_dicom_as, write_nifti, write_png, write_png16
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
-from test_volumes import SLICES, write_series, write_volume
+from support.drawn import BOX, bright_box, scene, write_dicom, write_dicom_as, write_nifti, write_png, write_png16
+from support.series import SLICES, write_series, write_volume
 
 from umed_plugin.commands.serve.studies import Study, View
 from umed_plugin.commands.serve.uploads import Uploads, ending_of, shown_name

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
-from umed_runs import environment, train_flags
+from support.umed_runs import environment, train_flags
 
 from umed_plugin import cli
 from umed_plugin.commands.upgrade.in_place import Swap

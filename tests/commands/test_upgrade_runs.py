@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_export import STOCK
-from test_loading_and_merging import write_lora
-from test_trainer import grounded_records
-from umed_runs import environment, python_of_llavas_pins
+from support.records import grounded_records
+from support.taught import STOCK, write_lora
+from support.umed_runs import environment, python_of_llavas_pins
 
 from umed_plugin.checkpoints.loading import read_tensors, weight_files
 from umed_plugin.commands.demo.studies import make_studies

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import BOX, HEIGHT, WIDTH, scene, write_png, write_recipe
 from PIL import Image
+from support.drawn import BOX, HEIGHT, WIDTH, scene, write_png, write_recipe
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.recipes.recipe import load_recipe

@@ -10,8 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import BOX, HEIGHT, WIDTH, bright_box, scene, write_dicom, write_nifti, write_png, write_png16, write_recipe
 from PIL import Image
+from support.drawn import (
+    BOX,
+    HEIGHT,
+    WIDTH,
+    bright_box,
+    scene,
+    write_dicom,
+    write_nifti,
+    write_png,
+    write_png16,
+    write_recipe,
+)
 
 from umed_plugin import cli
 from umed_plugin.data.build import build_records
@@ -254,7 +265,7 @@ def test_one_split(folder: Path) -> None:
 
 
 def test_three_windows_become_the_channels(folder: Path) -> None:
-    from drawn import write_png16
+    from support.drawn import write_png16
 
     write_png16(folder / "deep.png", scene())
     (folder / "a.csv").write_text('file,box,lesion\ndeep.png,"11, 7, 42, 19",nod\n')

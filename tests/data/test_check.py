@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import scene, write_png, write_recipe
 from PIL import Image
 from rich.console import Console
-from source_files import uneven
+from support.drawn import scene, write_png, write_recipe
+from support.source_files import uneven
 
 from umed_plugin import cli
 from umed_plugin.data.build import build_records

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from drawn import BOX, bright_box, scene, write_dicom, write_dicom_as
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing
 from pydicom.sequence import Sequence
@@ -20,6 +19,7 @@ from pydicom.uid import (
     JPEG2000Lossless,
     RLELossless,
 )
+from support.drawn import BOX, bright_box, scene, write_dicom, write_dicom_as
 
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError, UsageError

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import scene, write_dicom, write_dicom_as, write_nifti
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from support.drawn import scene, write_dicom, write_dicom_as, write_nifti
 
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn import BOX, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
 from llava.mm_utils import process_images
 from PIL import Image
-from test_tuning_data import make_dataset, records, tokenizer  # noqa: F401
+from support.drawn import BOX, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
+from support.tuning import make_dataset
 from transformers import CLIPImageProcessor
 
 from umed_plugin.data.images import load_image
@@ -196,7 +196,7 @@ def test_a_folder_that_goes_away_ends_the_writing_and_not_the_run(tmp_path: Path
     assert capfd.readouterr().err.count("keeps no more images") == 1
 
 
-def test_training_reads_through_it(records: Path, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_training_reads_through_it(records: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Items stay LLaVA's own, and the second epoch opens no image."""
     plain_items = make_dataset(records, tokenizer)
     cached = make_dataset(records, tokenizer, umed_image_cache=str(tmp_path / "cache"))
@@ -211,7 +211,7 @@ def test_training_reads_through_it(records: Path, tokenizer: Any, tmp_path: Path
 
 def test_a_box_of_a_slice_that_is_read_where_it_lies_is_on_the_lesion(tmp_path: Path) -> None:
     """Records without rendering: the picture that training sees under the record's reading has its box on the lesion."""
-    from drawn import write_recipe
+    from support.drawn import write_recipe
 
     from umed_plugin.data.build import build_records
     from umed_plugin.data.recipes.recipe import load_recipe

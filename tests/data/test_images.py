@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drawn import BOX, HEIGHT, WIDTH, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
 from PIL import Image
+from support.drawn import BOX, HEIGHT, WIDTH, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
 
 from umed_plugin.data.images import load_image, read_by_llava
 from umed_plugin.errors import UmedError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from source_files import uneven
+from support.source_files import uneven
 
 from umed_plugin.data.images import load_image
 from umed_plugin.data.leaks import Pictures, evaluation_pictures, thumbprint

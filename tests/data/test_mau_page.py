@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from source_files import write_sources
+from support.source_files import write_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 

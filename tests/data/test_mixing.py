@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from source_files import write_sources
+from support.source_files import write_sources
 
 from umed_plugin import cli
 from umed_plugin.data.annotations import read_annotations

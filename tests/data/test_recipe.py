@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from drawn import write_recipe
+from support.drawn import write_recipe
 
 from umed_plugin.data.checking.report import sources_of
 from umed_plugin.data.recipes.reader_options import CocoOptions, CsvOptions

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from browser import Page
-from judge_server import Asked, judge_server
-from writer_server import KEY, draft, findings_of, finished, is_reflection, reply, write_data
+from support.browser import Page
+from support.judge_server import Asked, judge_server
+from support.writer_server import KEY, draft, findings_of, finished, is_reflection, reply, write_data
 
 from umed_plugin import cli
 from umed_plugin.data.records import load_records

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from drawn import scene, write_png16
 from PIL import Image
-from source_files import DL_HEADER, dl_row, write_kidney_stones, write_tbx11k
+from support.drawn import scene, write_png16
+from support.source_files import DL_HEADER, dl_row, write_kidney_stones, write_tbx11k
 
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.build import build_records

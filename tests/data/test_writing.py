@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from judge_server import Answer, Asked, judge_server
-from umed_runs import ROOT
-from writer_server import (
+from support.judge_server import Answer, Asked, judge_server
+from support.umed_runs import ROOT
+from support.writer_server import (
     KEY,
     draft,
     findings_of,
@@ -96,7 +96,7 @@ def test_the_frame_is_around_the_lesion_and_the_crop_shows_it(tmp_path: Path) ->
 
 
 def test_nothing_but_pixels_class_names_and_boxes_leaves_the_machine(tmp_path: Path) -> None:
-    from drawn import BOX, scene, write_dicom, write_recipe
+    from support.drawn import BOX, scene, write_dicom, write_recipe
 
     (tmp_path / "Doe_Jane").mkdir()
     write_dicom(tmp_path / "Doe_Jane" / "c.dcm", scene(), StudyDescription="for-no-one", PatientComments="secret-8")
@@ -376,7 +376,7 @@ def write_text(file: Path, text: str, size: int = 20, place: tuple[int, int] = (
 
 def burnt_in_data(folder: Path) -> None:
     """Four images of 400 x 300, the second with a name in it, and a DICOM file whose header warns."""
-    from drawn import BOX, scene, write_dicom, write_png, write_recipe
+    from support.drawn import BOX, scene, write_dicom, write_png, write_recipe
 
     rows = ["file,x1,y1,x2,y2,lesion"]
     for i in range(4):

@@ -8,10 +8,10 @@ import zlib
 from pathlib import Path
 
 import pytest
-from batch_server import BatchServer, batch_server
-from judge_server import Answer, Asked
-from test_writing_runs import build_templates, command, ledger_lines, start
-from writer_server import KEY, draft, finished, good, is_asked_again, is_reflection, reply, write_data
+from support.batch_server import BatchServer, batch_server
+from support.judge_server import Answer, Asked
+from support.writer_runs import build_templates, command, ledger_lines, start
+from support.writer_server import KEY, draft, finished, good, is_asked_again, is_reflection, reply, write_data
 
 from umed_plugin import cli
 from umed_plugin.data.records import load_records
@@ -94,7 +94,7 @@ def test_a_batch_survives_kill_9_and_is_paid_once(made: bool, tmp_path: Path) ->
 
 
 def test_a_server_without_a_batch_api_is_told_and_the_key_is_not(tmp_path: Path, capsys) -> None:
-    from judge_server import judge_server
+    from support.judge_server import judge_server
 
     write_data(tmp_path, 1)
     with judge_server(

@@ -158,8 +158,8 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
 
 def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: Path) -> None:
     """The README's file as it stands, in a run: its values are written beside the answers that they are for."""
-    from test_trainer import grounded_records
-    from umed_runs import train_flags, umed_run
+    from support.records import grounded_records
+    from support.umed_runs import train_flags, umed_run
 
     (code,) = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 10
@@ -195,7 +195,7 @@ def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: P
 
 
 def test_the_judge_of_the_readme_has_flags_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_flags import llava_args
+    from support.llava_args import llava_args
     from transformers import HfArgumentParser
 
     from umed_plugin.flags.checks import find_faults

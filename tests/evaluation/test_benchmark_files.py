@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_benchmarks import command, figures_of, lines, picture
+from support.benchmark_runs import command, figures_of, lines, picture
 
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError

@@ -11,35 +11,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from support.benchmark_runs import command, figures_of, lines, picture
 
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-from umed_plugin.evaluation.metrics.figures import measure
-from umed_plugin.evaluation.runs import chosen_questions, scored
-from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer, Answerer
+from umed_plugin.evaluation.runs import chosen_questions
+from umed_plugin.model.answerer import Answerer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def figures_of(name, questions, answers, scorer=None):
-    """Figures of a benchmark for answers that are given as texts, or as (text, losses)."""
-    benchmark = BENCHMARKS[name]
-    pairs = [answer if isinstance(answer, tuple) else (answer, []) for answer in answers]
-    rows = [
-        scored(benchmark, question, Answer(text, list(losses)), scorer or Scorer())
-        for question, (text, losses) in zip(questions, pairs)
-    ]
-    return {key: found["value"] for key, found in measure(benchmark.figures(rows), rows).items()}
-
-
-def picture(path, size=(60, 40), seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0]), dtype=np.uint8)).save(path)
 
 
 # --- VQA-RAD and SLAKE
@@ -111,17 +92,6 @@ def test_real_rows_of_vqa_rad_and_slake(real_data, tmp_path):
 # --- the whole way
 
 
-def command(checkpoint, name, root, out, *more):
-    return [
-        "evaluate", str(checkpoint), "--benchmark", name, "--data-root", str(root), "--out", str(out),
-        "--max-new-tokens", "6", *map(str, more),
-    ]  # fmt: skip
-
-
-def lines(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistral, tmp_path, capsys, monkeypatch):
     root, out = rad(tmp_path / "rad"), tmp_path / "out"
     assert main(command(tiny_mistral, "vqa_rad", root, out)) == 0
@@ -190,9 +160,9 @@ def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp
 
 
 def test_recipes_are_compared_too_and_read_by_llava_med(tiny_mistral, tiny_llama, tmp_path, capsys):
-    from test_evaluate import records
+    from support.records import evaluated_records
 
-    made = records(tmp_path, 4)
+    made = evaluated_records(tmp_path, 4)
     for record, source in zip(made, ("deeplesion", "deeplesion", "tbx11k", "tbx11k")):
         record["source"] = source
     (tmp_path / "records.json").write_text(json.dumps(made))
@@ -252,10 +222,10 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(kind, tiny_mi
     if kind == "vqa_rad":
         arguments = command(tiny_mistral, "vqa_rad", rad(tmp_path / "rad", 40), "OUT", "--batch-size", "2")
     else:
-        from test_evaluate import records
+        from support.records import evaluated_records
 
         (tmp_path / "data").mkdir()
-        (tmp_path / "data/records.json").write_text(json.dumps(records(tmp_path / "data", 40)))
+        (tmp_path / "data/records.json").write_text(json.dumps(evaluated_records(tmp_path / "data", 40)))
         arguments = [
             "evaluate", str(tiny_mistral), "--benchmark", str(tmp_path / "data/records.json"), "--out", "OUT",
             "--max-new-tokens", "6", "--batch-size", "2",

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from support.records import evaluated_records
 
 from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
@@ -149,34 +149,8 @@ def test_the_attention_of_a_name_hits_a_lesion_or_not():
     assert _attention_hit(None, score) == 0.0
 
 
-def records(folder, count=3, mode="pad"):
-    made = []
-    for index in range(count):
-        Image.fromarray(np.full((40, 60), 50 * index % 256, np.uint8)).save(folder / f"{index}.png")
-        made.append(
-            {
-                "id": f"r{index}",
-                "image": f"{index}.png",
-                "conversations": [
-                    {"from": "human", "value": "<image>\nWhat is it?"},
-                    {"from": "gpt", "value": "A nodule at [0.10, 0.30, 0.40, 0.60]."},
-                ],
-                "objects": {"ref": ["nodule"], "bbox": [[6, 8, 24, 26]], "bbox_type": "real"},
-                "image_size": [60, 40],
-                "terms": {"nodule": ["nodule"], "cyst": ["cyst"]},
-                "source": "test",
-                "modality": "CT",
-                "patient": f"p{index}",
-                "split": "test",
-                "answer_type": "grounded",
-                "provenance": {"image_aspect_ratio": mode},
-            }
-        )
-    return made
-
-
 def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_path):
-    made = records(tmp_path)
+    made = evaluated_records(tmp_path)
     together = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=3, max_new_tokens=6)
     alone = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=1, max_new_tokens=6)
     assert together.template == "umed_mistral"
@@ -185,7 +159,7 @@ def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_
 
 
 def test_through_the_image_cache_answers_are_the_same_and_the_second_time_no_image_is_opened(tiny_mistral, tmp_path):
-    made = records(tmp_path)
+    made = evaluated_records(tmp_path)
     plain = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6)
     for _ in range(2):
         cached = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6, image_cache=tmp_path / "cache")
@@ -229,7 +203,7 @@ def test_the_prompt_is_the_one_of_training_and_of_stock_llava(family, template, 
     assert ours == tokenizer_image_token(conversation.get_prompt(), tokenizer)
 
     data_args = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=start_end)
-    dataset = SimpleNamespace(list_data_dict=records(tmp_path, 1), tokenizer=tokenizer, data_args=data_args)
+    dataset = SimpleNamespace(list_data_dict=evaluated_records(tmp_path, 1), tokenizer=tokenizer, data_args=data_args)
     ids, labels = tokenize_record(dataset, 0, template)
     assert ours == ids[: int((labels != IGNORE_INDEX).nonzero()[0])].tolist()
     assert start_end == (tokenizer.convert_tokens_to_ids(DEFAULT_IM_START_TOKEN) in ours)
@@ -246,7 +220,7 @@ def test_the_model_is_asked_as_its_config_says(tiny_llama, tmp_path, monkeypatch
     monkeypatch.setattr(
         forward, "embed_prompts", lambda model, ids, features: asked.extend(ids) or stock(model, ids, features)
     )
-    evaluate(checkpoint, records(tmp_path, 1), image_folder=tmp_path, max_new_tokens=2)
+    evaluate(checkpoint, evaluated_records(tmp_path, 1), image_folder=tmp_path, max_new_tokens=2)
     place = asked[0].tolist().index(-200)
     vocabulary = config["vocab_size"]
     assert (asked[0][place - 1], asked[0][place + 1]) == (vocabulary, vocabulary + 1)
@@ -254,11 +228,11 @@ def test_the_model_is_asked_as_its_config_says(tiny_llama, tmp_path, monkeypatch
 
 def test_records_for_another_aspect_ratio_are_refused(tiny_mistral, tmp_path):
     with pytest.raises(UmedError, match="--image-aspect-ratio pad"):
-        evaluate(tiny_mistral, records(tmp_path, mode="square"), image_folder=tmp_path)
+        evaluate(tiny_mistral, evaluated_records(tmp_path, mode="square"), image_folder=tmp_path)
 
 
 def test_an_image_that_cannot_be_read_is_named(tiny_mistral, tmp_path):
-    made = records(tmp_path)
+    made = evaluated_records(tmp_path)
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(UmedError, match=r"1\.png: cannot be read"):
         evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=2)
@@ -266,7 +240,7 @@ def test_an_image_that_cannot_be_read_is_named(tiny_mistral, tmp_path):
 
 def test_the_evaluate_command_writes_metrics_and_every_case(tiny_llama, tmp_path, capsys):
     file = tmp_path / "records.json"
-    file.write_text(json.dumps(records(tmp_path)))
+    file.write_text(json.dumps(evaluated_records(tmp_path)))
     out = tmp_path / "out"
     command = ["evaluate", str(tiny_llama), "--benchmark", str(file), "--out", str(out), "--limit", "2"]
     assert main([*command, "--max-new-tokens", "4"]) == 0

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from oracles import oracle
 from scipy.stats import bootstrap
+from support.oracles import oracle
 
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.metrics import captions, choices, classification, figures, grounding, llava_med

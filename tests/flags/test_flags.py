@@ -6,9 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
+from support.llava_args import llava_args
 
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import STAGES_OF, check, find_faults
@@ -16,20 +16,6 @@ from umed_plugin.flags.definition import UmedFlags
 
 # A judge that is right by itself, so that one fault is left to find.
 JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
-
-
-def llava_args(**changes):
-    """LLaVA's three argument objects in one, as they are in a run that works."""
-    stock = {
-        "data_path": __file__,
-        "image_folder": None,
-        "image_aspect_ratio": "pad",
-        "vision_tower": "tower",
-        "deepspeed": None,
-        "fsdp": [],
-        "evaluation_strategy": "no",
-    }
-    return [SimpleNamespace(**{**stock, **changes})] * 3
 
 
 def test_defaults_fit_in_both_stages_and_without():

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_forward import batch, embedded, loaded  # noqa: F401 (fixtures)
+from support.llava_models import embedded
 
 from umed_plugin import patching
 from umed_plugin.model.attention import (
@@ -27,7 +27,7 @@ TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
 
 
 @pytest.fixture(scope="module")
-def sampled(loaded, batch):  # noqa: F811
+def sampled(loaded, batch):
     tokenizer, model = loaded
     prompts = embedded(model, batch)
     torch.manual_seed(1)
@@ -166,7 +166,7 @@ def test_in_bfloat16_far_tokens_keep_their_angles(sampled):
     torch.testing.assert_close(rounded, value, atol=2e-3, rtol=0)
 
 
-def test_a_longer_name_of_another_class_is_not_this_ones(loaded):  # noqa: F811
+def test_a_longer_name_of_another_class_is_not_this_ones(loaded):
     tokenizer, _ = loaded
     terms = {"nodule": ["nodule"], "calcified": ["calcified nodule"]}
     token_ids = tokenizer("a calcified nodule", add_special_tokens=False).input_ids
@@ -183,7 +183,7 @@ def test_a_longer_name_of_another_class_is_not_this_ones(loaded):  # noqa: F811
         ("a nodulectomy", ""),
     ],
 )
-def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):  # noqa: F811
+def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):
     tokenizer, _ = loaded
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
     rows = name_token_rows(tokenizer, token_ids, TERMS, TERMS)
@@ -206,7 +206,7 @@ def byte_level():
 @pytest.fixture(scope="module")
 def sentencepiece_with_bytes(tmp_path_factory):
     """A sentencepiece BPE that falls back to bytes, as Llama 2 and Mistral have it; it knows no umlaut and no line break."""
-    from test_tuning_data import make_tokenizer
+    from support.tuning import make_tokenizer
 
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
@@ -237,7 +237,7 @@ def test_names_are_found_across_pieces_of_both_kinds_of_tokenizer(kind, text, na
         assert "".join(shown.split()).replace("\ufffd", "") == "".join("".join(named).split()).replace("\u00d6", "")
 
 
-def test_tokens_of_a_stretch_of_the_text(loaded):  # noqa: F811
+def test_tokens_of_a_stretch_of_the_text(loaded):
     tokenizer, _ = loaded
     token_ids = tokenizer("It is a nodule.", add_special_tokens=False).input_ids
     text, ends = spelled_out(tokenizer, token_ids)

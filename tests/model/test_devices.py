@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_forward import batch, embedded, loaded  # noqa: F401 (fixtures)
-from test_packing import drawn_answers, patched  # noqa: F401 (a fixture)
+from support.llava_models import drawn_answers, embedded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from umed_plugin.model import sampling
@@ -19,7 +18,7 @@ EOS = 7
 
 
 @pytest.fixture
-def ending(loaded):  # noqa: F811
+def ending(loaded):
     """The model, whose answers end after some ten tokens."""
     model = copy.deepcopy(loaded[1])
 
@@ -34,7 +33,7 @@ def ending(loaded):  # noqa: F811
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("packed", [False, True])
-def test_rare_looks_compute_on_in_vain_and_change_no_answer(ending, batch, packed, monkeypatch):  # noqa: F811
+def test_rare_looks_compute_on_in_vain_and_change_no_answer(ending, batch, packed, monkeypatch):
     prompts, seen = embedded(ending, batch), []
     draw = sampling._next_token
     monkeypatch.setattr(sampling, "_next_token", lambda logits, *how: seen.append(logits) or draw(logits, *how))
@@ -75,7 +74,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("patched")
-def test_packed_sampling_does_not_wait_at_every_token(loaded, batch):  # noqa: F811
+def test_packed_sampling_does_not_wait_at_every_token(loaded, batch):
     _, model = loaded
 
     def waits(tokens, **how):
@@ -100,7 +99,7 @@ def test_packed_sampling_does_not_wait_at_every_token(loaded, batch):  # noqa: F
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_model_in_bfloat16_samples_and_scores_as_in_float32(loaded, batch, packed):  # noqa: F811
+def test_a_model_in_bfloat16_samples_and_scores_as_in_float32(loaded, batch, packed):
     tokenizer, model = loaded
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert packing_fault(half) is None

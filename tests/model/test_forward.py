@@ -6,50 +6,16 @@ import copy
 
 import pytest
 import torch
+from support.llava_models import embedded
 
 from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import (
-    IMAGE_TOKEN_INDEX,
     answer_log_probs,
     answer_pass,
-    embed_prompts,
-    encode_images,
     repeated_inputs,
 )
 from umed_plugin.model.sampling import generate
 from umed_plugin.patches import attention_mask
-
-
-@pytest.fixture(scope="module", params=["mistral", "llama"])
-def loaded(request, tiny_mistral, tiny_llama):
-    import llava.model  # noqa: F401 (registers the model types)
-    from transformers import AutoModelForCausalLM, LlamaTokenizer
-
-    path = {"mistral": tiny_mistral, "llama": tiny_llama}[request.param]
-    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
-    model.get_vision_tower().load_model()
-    return LlamaTokenizer.from_pretrained(path), model.eval()
-
-
-@pytest.fixture(scope="module")
-def batch(loaded):
-    """Three prompts of different lengths, so that padding is at work, and three images."""
-    tokenizer, model = loaded
-    size = model.get_vision_tower().config.image_size
-    shuffle = torch.Generator().manual_seed(0)
-    lengths = [(3, 9), (5, 2), (1, 14)]
-    bos, image = torch.tensor([tokenizer.bos_token_id]), torch.tensor([IMAGE_TOKEN_INDEX])
-    prompts = [torch.cat([bos, ids(a, tokenizer, shuffle), image, ids(b, tokenizer, shuffle)]) for a, b in lengths]
-    return prompts, torch.randn(len(prompts), 3, size, size, generator=shuffle)
-
-
-def ids(count, tokenizer, shuffle):
-    return torch.randint(5, len(tokenizer), (count,), generator=shuffle)
-
-
-def embedded(model, batch):
-    prompts, images = batch
-    return embed_prompts(model, prompts, encode_images(model, images))
 
 
 def test_prompts_are_embedded_as_llava_does(loaded, batch):

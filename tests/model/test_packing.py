@@ -6,32 +6,14 @@ import copy
 
 import pytest
 import torch
-from test_forward import batch, embedded, ids, loaded  # noqa: F401 (fixtures)
+from support.llava_models import drawn_answers, embedded
 
 from umed_plugin import patching
-from umed_plugin.model.forward import Candidates, answer_pass, base_llava, repeated_inputs, takes_one_row
+from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs, takes_one_row
 from umed_plugin.model.kv_cache import RoomyCache
 from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
 from umed_plugin.model.sampling import generate
 from umed_plugin.patches import attention_mask
-
-
-@pytest.fixture
-def patched():
-    patching.apply([attention_mask.PATCH])
-    yield
-    patching.undo(attention_mask.PATCH)
-
-
-def drawn_answers(tokenizer, queries, each, longest=7):
-    """Answers of different lengths, 1 to ``longest`` tokens, so much so that they are packed."""
-    shuffle = torch.Generator().manual_seed(1)
-    count = queries * each
-    lengths = torch.randint(1, longest // 2 + 1, (count,), generator=shuffle)
-    lengths[0] = longest
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    assert mask.numel() > 1.5 * mask.sum()
-    return Candidates(ids(count * longest, tokenizer, shuffle).view(count, longest), mask)
 
 
 def with_lora(model, *targets):
@@ -44,7 +26,7 @@ def with_lora(model, *targets):
     return adapted
 
 
-def outcome(model, batch, candidates, run):  # noqa: F811
+def outcome(model, batch, candidates, run):
     """Logits and hidden states at the answers' tokens, and the gradient of all that is trained, under one loss."""
     model.zero_grad()
     prompts = embedded(model, batch)
@@ -72,7 +54,7 @@ def plain_run(model, prompts, candidates):
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("each", [1, 8])
 @pytest.mark.parametrize("way", ["full", "full-checkpointing", "lora", "lora-checkpointing"])
-def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, way, each):  # noqa: F811
+def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, way, each):
     tokenizer, model = loaded
     candidates = drawn_answers(tokenizer, 3, each)
     model = with_lora(model, "q_proj", "v_proj", "up_proj") if "lora" in way else copy.deepcopy(model)
@@ -93,7 +75,7 @@ def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, wa
 
 
 @pytest.mark.usefixtures("patched")
-def test_answers_take_one_row_where_no_cache_is_kept(loaded):  # noqa: F811
+def test_answers_take_one_row_where_no_cache_is_kept(loaded):
     _, model = loaded
     model = copy.deepcopy(model).train()
     assert not takes_one_row(model, packed=True)
@@ -103,7 +85,7 @@ def test_answers_take_one_row_where_no_cache_is_kept(loaded):  # noqa: F811
 
 
 @pytest.mark.usefixtures("patched")
-def test_autocast_trains_the_adapter_and_agrees_to_its_precision(loaded, batch):  # noqa: F811
+def test_autocast_trains_the_adapter_and_agrees_to_its_precision(loaded, batch):
     tokenizer, model = loaded
     candidates = drawn_answers(tokenizer, 3, 4)
     model = with_lora(model, "q_proj", "v_proj").train()
@@ -118,7 +100,7 @@ def test_autocast_trains_the_adapter_and_agrees_to_its_precision(loaded, batch):
 
 
 @pytest.mark.usefixtures("patched")
-def test_a_sliding_window_reaches_back_as_far_as_in_the_plain_pass(tiny_mistral, batch):  # noqa: F811
+def test_a_sliding_window_reaches_back_as_far_as_in_the_plain_pass(tiny_mistral, batch):
     import llava.model  # noqa: F401 (registers the model types)
     from transformers import AutoModelForCausalLM, LlamaTokenizer
 
@@ -139,7 +121,7 @@ def test_a_sliding_window_reaches_back_as_far_as_in_the_plain_pass(tiny_mistral,
 
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch, temperature):  # noqa: F811
+def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch, temperature):
     tokenizer, model = loaded
     settings = {"num_candidates": 4, "max_new_tokens": 12, "temperature": temperature, "top_p": 0.95}
     free = generate(model, embedded(model, batch), **settings, eos_token_id=-1)
@@ -158,7 +140,7 @@ def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch
 @pytest.mark.skipif(
     attention_mask.PATCH.not_needed() is not None, reason="this transformers takes a ready mask by itself"
 )
-def test_without_the_patch_the_model_takes_no_block_mask_and_with_it_does(loaded):  # noqa: F811
+def test_without_the_patch_the_model_takes_no_block_mask_and_with_it_does(loaded):
     _, model = loaded
     before = torch.random.get_rng_state()
     # transformers 4.36 fails on it; 4.37 reads it as ones and zeros.
@@ -175,7 +157,7 @@ def test_without_the_patch_the_model_takes_no_block_mask_and_with_it_does(loaded
 
 
 @pytest.mark.usefixtures("patched")
-def test_attention_that_ignores_or_misreads_the_mask_is_found_out(loaded, monkeypatch):  # noqa: F811
+def test_attention_that_ignores_or_misreads_the_mask_is_found_out(loaded, monkeypatch):
     """LLaVA's xformers attention looks at one number of the mask; transformers 4.37 takes ones and zeros."""
     _, model = loaded
     stock = type(model.get_model()).forward
@@ -193,7 +175,7 @@ def test_attention_that_ignores_or_misreads_the_mask_is_found_out(loaded, monkey
     assert packing_fault(model) is not None
 
 
-def test_flash_attention_and_scaling_by_length_are_named(loaded, monkeypatch):  # noqa: F811
+def test_flash_attention_and_scaling_by_length_are_named(loaded, monkeypatch):
     _, model = loaded
     monkeypatch.setattr(model.config, "rope_scaling", {"type": "dynamic", "factor": 2.0}, raising=False)
     assert "'dynamic'" in packing_fault(model)

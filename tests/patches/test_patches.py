@@ -16,7 +16,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from umed_runs import ROOT, train_flags, write_records
+from support.records import write_records
+from support.umed_runs import ROOT, train_flags
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError, UsageError

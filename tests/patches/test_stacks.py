@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from umed_runs import environment, other_python, write_records
+from support.records import write_records
+from support.umed_runs import TESTS, environment, other_python
 
 pytestmark = pytest.mark.timeout(1800)  # two stacks, one after the other
 
-FACTS = Path(__file__).resolve().parents[1] / "support" / "stack_facts.py"
+FACTS = TESTS / "support" / "stack_facts.py"
 FAMILIES = ("mistral", "llama")
 
 
@@ -24,9 +25,13 @@ def run(python: str, *words: object) -> dict:
     """What `stack_facts.py` finds under a Python."""
     out = Path(str(words[-1]))
     out.mkdir(parents=True)
-    paths = {**environment(), "PYTHONPATH": f"{environment()['PYTHONPATH']}:{FACTS.parent}"}
     done = subprocess.run(
-        [python, str(FACTS), *map(str, words)], env=paths, capture_output=True, text=True, timeout=900, check=False
+        [python, str(FACTS), *map(str, words)],
+        env=environment(TESTS),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out / "facts.pt", weights_only=True)

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from judge_server import Answer, Asked, JudgeServer, judge_server, score
-from test_resume import weights
-from test_trainer import grounded_records
-from umed_runs import environment, train_flags
+from support.judge_server import Answer, Asked, JudgeServer, judge_server, score
+from support.records import grounded_records
+from support.umed_runs import environment, train_flags, weights
 
 KEY = "sk-test-0123456789"
 FLAGS = shlex.split(

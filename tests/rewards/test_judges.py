@@ -10,23 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-from judge_server import Answer, Asked, completion, judge_server, score
-from umed_runs import environment
+from support.judge_server import Answer, Asked, completion, judge_server, score
+from support.judging import KEY, RECORD, call, flags
+from support.umed_runs import TESTS, environment
 
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.rewards import DEFAULT_PROMPT
 from umed_plugin.remote.ledger import Ledger
 from umed_plugin.rewards.judges.question import NotAScoreError, Questionnaire
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
-
-KEY = "sk-test-0123456789"
-RECORD = {
-    "conversations": [
-        {"from": "human", "value": "<image>\nIs there anything abnormal?"},
-        {"from": "gpt", "value": "One abnormal area at [0.10, 0.20, 0.30, 0.40]. It is a nodule."},
-    ]
-}
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +26,8 @@ def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
-def flags(server=None, **changes) -> UmedFlags:
-    judge = {"umed_judge": "openai:the-model", "umed_judge_base_url": server.url} if server else {}
-    return UmedFlags(**{"umed_stage": "rewarding", "umed_judge_retries": 0, **judge, **changes})
-
-
 def judge_of(server, folder: Path, **changes) -> JudgedRelevance:
     return JudgedRelevance.of(flags(server, **changes), folder)
-
-
-def call(judge: JudgedRelevance, *answers: str) -> list[float | None]:
-    return judge(["q"] * len(answers), list(answers), record=[RECORD] * len(answers))
 
 
 def answer_in(asked: Asked) -> str:
@@ -338,9 +321,7 @@ for i in range(int(sys.argv[3])):
 
 def python(code: str, *arguments: object, **keywords: object) -> subprocess.Popen:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    here = Path(__file__).parent
-    env = environment(here, here.parent / "support")
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **keywords)
+    return subprocess.Popen(command, env=environment(TESTS), stdout=subprocess.PIPE, text=True, **keywords)
 
 
 def test_several_processes_write_whole_lines(tmp_path):
@@ -368,14 +349,14 @@ def test_what_was_written_is_there_after_kill_9(tmp_path):
 JUDGING = """
 import sys
 from pathlib import Path
-from test_judges import call, flags
+from support.judging import call, flags
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 
 class At:
     url = sys.argv[1]
 
 judge = JudgedRelevance.of(flags(At, umed_judge_concurrency=4), Path(sys.argv[2]))
-judge.start(["q"] * 8, [f"answer {i}" for i in range(8)], record=[__import__("test_judges").RECORD] * 8)
+judge.start(["q"] * 8, [f"answer {i}" for i in range(8)], record=[RECORD] * 8)
 print("started", flush=True)
 input()
 raise SystemExit("a step failed")

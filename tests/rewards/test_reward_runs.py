@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
-from test_trainer import grounded_records
-from umed_runs import TWO_PROCESSES, train_flags, umed_run
+from support.records import grounded_records
+from support.umed_runs import TWO_PROCESSES, train_flags, umed_run
 
 OWN = '''
 class Slow:

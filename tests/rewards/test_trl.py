@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_convert import variant
-from test_trainer import grounded_records
-from umed_runs import ROOT, environment
+from support.conversion import variant
+from support.records import grounded_records
+from support.umed_runs import ROOT, environment
 
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main

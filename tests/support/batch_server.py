@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from judge_server import Answer, Asked, served
+from support.judge_server import Answer, Asked, served
 
 
 class BatchServer(ThreadingHTTPServer):

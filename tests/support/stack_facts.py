@@ -20,10 +20,8 @@ from umed_plugin.patches import prepare_llava
 
 prepare_llava()
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from test_tuning_data import make_dataset  # noqa: E402
-from umed_runs import train  # noqa: E402
-
+from support.tuning import make_dataset  # noqa: E402
+from support.umed_runs import train  # noqa: E402
 from umed_plugin.checkpoints.loading import load_checkpoint  # noqa: E402
 from umed_plugin.checkpoints.merging import export  # noqa: E402
 from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images  # noqa: E402

@@ -1,16 +1,17 @@
-"""Real, tiny training runs through ``umed-run`` for the tests: records on disk, the command line, and the end weights."""
+"""Real, tiny training runs through ``umed-run``: the command line, the environment, and the final weights."""
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from PIL import Image
+if TYPE_CHECKING:
+    import torch
 
 # LLaVA's script in two processes. With --standalone torch 2.0 takes a fixed port, and two runs at a time would meet there.
 TWO_PROCESSES = [
@@ -18,33 +19,7 @@ TWO_PROCESSES = [
     *("-m", "llava.train.train_mem"),
 ]
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def write_records(folder: Path, count: int = 8, questions: int = 1) -> Path:
-    """``count`` small images (64 x 48) and records with one or two questions each; returns the JSON file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    records = []
-    for i in range(count):
-        pixels = np.random.default_rng(i).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        turns = [
-            ("human", "<image>\nIs there anything abnormal?"),
-            ("gpt", f"There is one abnormal area at [0.1{i % 10}, 0.20, 0.35, 0.40]. It is a nodule."),
-            ("human", "Where is it?"),
-            ("gpt", "At the top left."),
-        ]
-        records.append(
-            {
-                "id": f"record-{i}",
-                "image": f"{i}.png",
-                "conversations": [{"from": who, "value": text} for who, text in turns[: 2 * questions]],
-                "split": "train",
-                "provenance": {"image_aspect_ratio": "pad"},
-            }
-        )
-    file = folder / "records.json"
-    file.write_text(json.dumps(records))
-    return file
+TESTS = ROOT / "tests"  # on the path of a process that imports `support`
 
 
 def train_flags(checkpoint: Path, records: Path, output: Path, *more: str) -> list[str]:
@@ -99,3 +74,49 @@ def train(checkpoint: Path, records: Path, output: Path, *more: str, **keywords:
     """Stage 1 by ``umed-run python -m llava.train.train_mem``."""
     flags = train_flags(checkpoint, records, output, "--umed_stage", "instruction_tuning", *more)
     return umed_run(["python", "-m", "llava.train.train_mem", *flags], **keywords)
+
+
+# The interrupted run stops itself: this sitecustomize, which ours hides and has to run, waits for the first checkpoint.
+INTERRUPT = """
+import os, sys, threading, time
+def wait():
+    while not os.path.isfile({state!r}):
+        time.sleep(0.002)
+    os.kill(os.getpid(), {signal})
+if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv") else [open("/proc/self/cmdline").read()]):
+    threading.Thread(target=wait, daemon=True).start()
+"""
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """All weights that a run has saved at its end."""
+    import torch
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for name in ("adapter_model.bin", "non_lora_trainables.bin"):
+        if (output / name).is_file():
+            found.update(torch.load(output / name, weights_only=True))
+    for file in output.glob("*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+FLAGS = shlex.split(
+    "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
+    " --umed_rewards relevance,localization,vision_relevance,localization_diou,half:half --umed_reward_weights 1,1,1,1,0.5"
+)
+
+
+# A reward that differs between candidates of a model with random weights, where IoU and relevance are mostly 0.
+OWN_REWARD = """
+def half(prompts, completions, **columns):
+    return [sum(letter < "n" for letter in text.lower()) / (1 + len(text)) for text in completions]
+"""
+
+
+def reward(checkpoint, records, output, *more, hook=None):
+    folder = hook or records.parent
+    (folder / "half.py").write_text(OWN_REWARD)
+    flags = train_flags(checkpoint, records, output, *FLAGS, *more)
+    return umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=folder)

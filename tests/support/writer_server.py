@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn import write_png, write_recipe
-from judge_server import Answer, Asked, completion
 from PIL import Image
+
+from support.drawn import write_png, write_recipe
+from support.judge_server import Answer, Asked, completion
 
 LINE = re.compile(r"^\d+\. (.+) at (\[[0-9., ]+\])$", re.MULTILINE)
 KEY = "sk-test-0123456789"

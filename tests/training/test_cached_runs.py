@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_resume import weights
-from umed_runs import train_flags, umed_run
+from support.umed_runs import train_flags, umed_run, weights
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.data.build import build_records

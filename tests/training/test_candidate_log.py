@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from test_trainer import grounded_records, reward
+from support.records import grounded_records
+from support.umed_runs import reward
 
 from umed_plugin.training.candidate_log import as_markdown, log_candidates
 

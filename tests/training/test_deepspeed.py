@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import weights
-from test_trainer import grounded_records
-from umed_runs import train_flags, umed_run
+from support.records import grounded_records
+from support.umed_runs import train_flags, umed_run, weights
 
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge

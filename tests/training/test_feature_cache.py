@@ -17,10 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from test_resume import INTERRUPT, weights
-from test_trainer import grounded_records
-from test_tuning_data import make_tokenizer
-from umed_runs import ROOT, TWO_PROCESSES, environment, train_flags, umed_run
+from support.records import grounded_records
+from support.tuning import make_tokenizer
+from support.umed_runs import INTERRUPT, ROOT, TWO_PROCESSES, environment, train_flags, umed_run, weights
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import grounded_records
-from umed_runs import train_flags, umed_run
+from support.records import grounded_records
+from support.umed_runs import train_flags, umed_run
 
 LETTERS, LONGEST = "bcdfgh", 6
 REWARDS = """

@@ -7,8 +7,8 @@ import shlex
 
 import torch
 from safetensors.torch import load_file
-from test_trainer import grounded_records
-from umed_runs import TWO_PROCESSES, train_flags, umed_run
+from support.records import grounded_records
+from support.umed_runs import TWO_PROCESSES, train_flags, umed_run
 
 # A reward that is known by the record, so that the processes' shares of a rollout teach different things. It is made before the
 # value network's layer, which it has each process write down at its end: a run saves that of its first process alone.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_forward import batch, embedded, loaded  # noqa: F401 (fixtures)
+from support.llava_models import embedded
 
 from umed_plugin.model.forward import answer_pass
 from umed_plugin.model.sampling import generate
 from umed_plugin.training.reference import ReferencePolicy
 
 
-def logits_of(model, batch, candidates):  # noqa: F811
+def logits_of(model, batch, candidates):
     with torch.no_grad():
         return answer_pass(model, embedded(model, batch), candidates).logits
 
@@ -24,7 +24,7 @@ def disturb(model):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batch, lora):  # noqa: F811
+def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batch, lora):
     import copy
 
     from peft import LoraConfig, get_peft_model
@@ -51,7 +51,7 @@ def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batc
     torch.testing.assert_close(logits_of(model, batch, candidates), trained, atol=0, rtol=0)
 
 
-def test_only_what_training_changes_is_kept(loaded):  # noqa: F811
+def test_only_what_training_changes_is_kept(loaded):
     model = loaded[1]
     model.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from umed_runs import train, write_records
+from support.records import write_records
+from support.umed_runs import INTERRUPT, train, weights
 
-# The interrupted run stops itself: this sitecustomize, which ours hides and has to run, waits for the first checkpoint.
-INTERRUPT = """
-import os, sys, threading, time
-def wait():
-    while not os.path.isfile({state!r}):
-        time.sleep(0.002)
-    os.kill(os.getpid(), {signal})
-if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv") else [open("/proc/self/cmdline").read()]):
-    threading.Thread(target=wait, daemon=True).start()
-"""
 STEPS = ("--max_steps", "16", "--save_steps", "6")
 # Grouped as in LLaVA's own scripts.
 LORA = ("--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.3", "--group_by_modality_length", "True")
-
-
-def weights(output: Path) -> dict[str, torch.Tensor]:
-    """All weights that a run has saved at its end."""
-    found: dict[str, torch.Tensor] = {}
-    for name in ("adapter_model.bin", "non_lora_trainables.bin"):
-        if (output / name).is_file():
-            found.update(torch.load(output / name, weights_only=True))
-    for file in output.glob("*.safetensors"):
-        found.update(load_file(file))
-    return found
 
 
 @pytest.mark.parametrize(

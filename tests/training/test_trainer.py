@@ -12,18 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_export import learn_by_heart, study_records
-from test_resume import INTERRUPT, weights
-from umed_runs import TWO_PROCESSES, train_flags, umed_run, write_records
+from support.records import grounded_records
+from support.taught import learn_by_heart, study_records
+from support.umed_runs import FLAGS, INTERRUPT, TWO_PROCESSES, reward, train_flags, umed_run, weights
 
 from umed_plugin.flags.definition import PAPER_REWARDS
 from umed_plugin.flags.rewards import REWARDS
 from umed_plugin.rewards.guards import GUARDS
 
-FLAGS = shlex.split(
-    "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
-    " --umed_rewards relevance,localization,vision_relevance,localization_diou,half:half --umed_reward_weights 1,1,1,1,0.5"
-)
 LORA = shlex.split(
     "--umed_vrr_heads 0,2 --umed_vrr_mask_sinks 2.5 --lora_enable True --lora_r 4 --group_by_modality_length True --bf16 True"
 )
@@ -37,32 +33,6 @@ PPO = shlex.split(
 )
 # Files of the run that is stopped as soon as they are there: the last of a checkpoint, and one in the middle of the next.
 WRITTEN, HALF_WRITTEN = "checkpoint-3/trainer_state.json", "tmp-checkpoint-6/optimizer.pt"
-# A reward that differs between candidates of a model with random weights, where IoU and relevance are mostly 0.
-OWN_REWARD = """
-def half(prompts, completions, **columns):
-    return [sum(letter < "n" for letter in text.lower()) / (1 + len(text)) for text in completions]
-"""
-
-
-def grounded_records(folder: Path) -> Path:
-    """Records with the true boxes that rewards need: one lesion, two, or none."""
-    file = write_records(folder, count=9)
-    records = json.loads(file.read_text())
-    for i, record in enumerate(records):
-        boxes = [[5, 5, 30, 30], [35, 10, 60, 40]][: i % 3]
-        record["objects"] = {"ref": ["nodule", "cyst"][: i % 3], "bbox": boxes, "bbox_type": "real"}
-        record["terms"] = {"nodule": ["nodule"], "cyst": ["cyst"]}
-        record |= {"image_size": [64, 48], "source": "test", "modality": "CT", "patient": str(i)}
-        record["answer_type"] = "grounded" if boxes else "negative"
-    file.write_text(json.dumps(records))
-    return file
-
-
-def reward(checkpoint, records, output, *more, hook=None):
-    folder = hook or records.parent
-    (folder / "half.py").write_text(OWN_REWARD)
-    flags = train_flags(checkpoint, records, output, *FLAGS, *more)
-    return umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=folder)
 
 
 def steps_of_a_rollout(flags):

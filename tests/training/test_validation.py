@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export import learn_by_heart, study_records
-from test_resume import weights
-from umed_runs import TWO_PROCESSES, train_flags, umed_run
+from support.taught import learn_by_heart, study_records
+from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
 from umed_plugin.evaluation.grounded import evaluate
 from umed_plugin.grounding.geometry import ImageGeometry

@@ -1,0 +1,1 @@
+"""What several test modules share: data made on the spot, servers on loopback, and real runs of the commands."""

@@ -1,0 +1,60 @@
+"""The diagnosis writer as a process of its own, on records that a recipe has built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from support.judge_server import JudgeServer
+from support.umed_runs import environment
+from support.writer_server import KEY
+from umed_plugin import cli
+
+
+def command(folder: Path, server: JudgeServer, *more: str) -> list[str]:
+    flags = ["--writer", "openai", "--model", "the-model", "--base-url", server.url, *more]
+    return ["recipe", "build", str(folder / "recipe.yaml"), "--out", str(folder / "out" / "train.json"), *flags]
+
+
+# All of `umed recipe build` but the reading of images, for which MONAI and torch would be imported anew after every kill.
+WRITING = """
+import sys
+from umed_plugin.cli import build_parser
+from umed_plugin.commands.recipe.write import settings_of, with_decisions, write_diagnoses
+from umed_plugin.data.records import load_records, save_records
+
+args = build_parser().parse_args(sys.argv[1:])
+folder = args.out.parent
+records, aside, complete = write_diagnoses(settings_of(args), load_records(folder / "built.json"), folder)
+save_records(with_decisions(records, aside, [], args.out), args.out)
+sys.exit(not complete)
+"""
+
+
+def start(folder: Path, server: JudgeServer, *more: str) -> subprocess.Popen:
+    """The writer as a process of its own, on the records in ``out/built.json``."""
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITING, *command(folder, server, *more)],
+        env={**environment(), "OPENAI_API_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def build_templates(folder: Path) -> None:
+    out = str(folder / "out" / "built.json")
+    assert cli.main(["recipe", "build", str(folder / "recipe.yaml"), "--out", out]) == 0
+
+
+def ledger_lines(folder: Path) -> list[dict]:
+    """Whole lines; a kill may have left a torn one."""
+    lines = []
+    for line in (folder / "out" / "train.ledger.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
