@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,6 +20,7 @@ from PIL import Image
 from support.drawn import BOX, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
 from support.tuning import make_dataset
 from transformers import CLIPImageProcessor
+from umed_runs import ROOT
 
 from umed_plugin.data.images import load_image
 from umed_plugin.data.images.cache import ImageCache
@@ -241,3 +244,24 @@ def test_a_box_of_a_slice_that_is_read_where_it_lies_is_on_the_lesion(tmp_path: 
         [x1, y1, x2, y2],
         atol=1.5 / SIZE,
     )
+
+
+def test_an_entry_of_an_earlier_version_is_a_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written by commit 6baa41d for ``/data/scan.png``, with the processor's settings as in ``processor.json``."""
+    old = ROOT / "tests" / "support" / "old" / "image_cache"
+    shutil.copytree(old, tmp_path / "cache")
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    expected = process_images(
+        [Image.open(old / "scan.png").convert("RGB")],
+        processor,
+        type("Config", (), {"image_aspect_ratio": "pad"}),
+    )[0]
+    # Transformers tells these settings in other words from version to version, and the scan lay elsewhere.
+    settings = json.loads((old / "processor.json").read_text())
+    monkeypatch.setattr(processor, "to_dict", lambda: settings)
+    monkeypatch.setattr(
+        "umed_plugin.data.images.cache.file_states", lambda path: [("scan.png", 141, 1_000_000_000_000_000_000)]
+    )
+    cache = ImageCache(tmp_path / "cache", processor, "pad", 100 * 804)
+    assert torch.equal(cache.pixels("/data/scan.png"), expected)
+    assert (cache.hits, cache.misses) == (1, 0)

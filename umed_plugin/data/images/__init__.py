@@ -52,23 +52,37 @@ def load_image(
     slice_axis: int = 2,
     volume: Optional[int] = None,
 ) -> tuple[np.ndarray, Orientation]:
-    """Read one image, one slice of a volume or of a DICOM series, or a montage of slices, as the model sees it.
+    """Read an image, a slice of a volume or series, or a montage of slices, as the model sees it.
 
     Args:
-        path: a file, or the folder of a DICOM series.
-        window: ``file``, ``full``, a preset, ``(low, high)`` or a `WindowRange`, or three of these for red, green and blue;
-            see `recipe.ImageOptions`.
-        offset: subtracted from the values of 16-bit images that PIL reads.
-        orientation: ``canonical`` or ``as_stored``.
-        slice: index from 0 along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM, or in a series from the
-            patient's right, front or feet on; several of them give a montage (`geometry.Montage`).
+        path: an image file, or the folder of one DICOM series.
+        window: ``file`` (the file's own window), ``full`` (minimum to maximum), a preset such as ``lung``, ``(low, high)``, or a
+            `WindowRange`. Three of these give the red, green and blue channel. See `recipe.ImageOptions`.
+        offset: subtracted from the values of PNG and TIFF files of more than 8 bits.
+        orientation: ``canonical`` (as a radiologist sees it) or ``as_stored``.
+        slice: index from 0: along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM file, or in a series,
+            counted from the patient's right, front or feet. A sequence of indices gives a montage (`geometry.Montage`).
+        slice_axis: 0, 1 or 2, of the NIfTI array as stored.
         volume: index from 0 of a volume in a 4-D NIfTI file.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, and how it (in a montage: each tile) was turned from the stored slice.
+        uint8 RGB ``[height, width, 3]``, and how it was turned from the stored slice (for a montage: how each tile was).
 
     Raises:
-        UmedError: the file is missing, unreadable, or holds what cannot be shown.
+        UmedError: the file is missing, unreadable, or holds something that cannot be shown.
+        UsageError: the window does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> file = Path(tempfile.mkdtemp()) / "slice.png"
+        >>> Image.fromarray(np.array([[0, 100, 200]], dtype=np.uint16)).save(file)
+        >>> pixels, orientation = load_image(file, window=(0, 100))
+        >>> pixels.shape, pixels[0, :, 0].tolist()
+        ((1, 3, 3), [0, 255, 255])
+        >>> orientation.size
+        (3, 1)
     """
     path = Path(path)
     if slice is not None and not isinstance(slice, int):
