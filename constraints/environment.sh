@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes one of the project's environments, or brings it up to date:
-#   bash constraints/environment.sh pinned|current|repository|lint FOLDER
+#   bash constraints/environment.sh pinned|current|repository|fast|lint FOLDER
 # FOLDER is relative to the checkout. A second run with nothing changed does nothing. `make` calls this; CONTRIBUTING.md says
 # how to use an environment of your own.
 set -euo pipefail
@@ -9,8 +9,8 @@ kind=$1 folder=$PWD/$2
 done_mark=$folder/.complete
 case $kind in
   current) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
-  pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
-  *) echo "$kind is no environment of this project: pinned, current, repository, lint" >&2; exit 2 ;;
+  pinned | repository | fast | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
+  *) echo "$kind is no environment of this project: pinned, current, repository, fast, lint" >&2; exit 2 ;;
 esac
 
 fits() {
@@ -87,6 +87,11 @@ case $kind in
     echo "Installing LLaVA 1.2.2 with the pins of its repository and the plugin (5.5 GB on disk)"
     install -r constraints/repository.txt
     install --no-deps llava-torch==1.2.2.post1 -e . ;;
+  fast)
+    echo "Installing the plugin and what its tests need, without torch"
+    lock=constraints/lock-$version.txt
+    install -r constraints/fast.txt $([ ! -f "$lock" ] || echo "-c $lock")
+    install --no-deps -e . ;;
   lint)
     echo "Installing the linters"
     install -r constraints/lint.txt ;;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import needs
 
 from umed_plugin import patching
 from umed_plugin.patches import STACK, prepare_llava
+
+TESTS = Path(__file__).resolve().parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -20,6 +24,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 prepare_llava()
+LLAVA = needs.llava_is_installed()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without torch and LLaVA, modules that import them are left out before they are imported."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    return True if is_test and not LLAVA and needs.file_needs_llava(collection_path) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs LLaVA and what trains, before ``-m`` selects; skip the first where LLaVA is missing."""
+    for item in items:
+        functions = [item.function, *(found[-1].func for found in item._fixtureinfo.name2fixturedefs.values())]
+        places = [(Path(inspect.getsourcefile(each) or ""), each.__name__) for each in map(inspect.unwrap, functions)]
+        ours = [(file, name) for file, name in places if file.is_relative_to(TESTS)]
+        if any(needs.function_trains(*place) for place in ours):
+            item.add_marker("run")
+        if needs.file_needs_llava(item.path) or item.get_closest_marker("run"):
+            item.add_marker("llava")
+        elif any(needs.function_needs_llava(*place) for place in ours):
+            item.add_marker("llava")
+        if not LLAVA and item.get_closest_marker("llava"):
+            item.add_marker(pytest.mark.skip(reason="torch and LLaVA are not installed in this environment"))
 
 
 @pytest.fixture(scope="module", autouse=True)

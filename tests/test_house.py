@@ -26,7 +26,7 @@ def imported(module: ast.Module) -> set[str]:
     return names
 
 
-def tests_among(names: set[str]) -> set[str]:
+def only_tests(names: set[str]) -> set[str]:
     modules = {file.stem for file in TESTS.rglob("test_*.py")}
     return {name for name in names if modules & set(re.findall(r"\w+", name))}
 
@@ -36,11 +36,11 @@ def test_no_test_module_is_imported():
     found = {
         str(file.relative_to(TESTS)): wrong
         for file in sorted(TESTS.rglob("*.py"))
-        if file != Path(__file__) and (wrong := tests_among(imported(ast.parse(file.read_text()))))
+        if file != Path(__file__) and (wrong := only_tests(imported(ast.parse(file.read_text()))))
     }
     assert found == {}
 
 
 def test_imports_are_found_wherever_they_stand():
     code = "def f():\n    from test_cli import run\nimport test_files\nX = '''\nfrom test_launch import y\n'''\nimport test_time"
-    assert tests_among(imported(ast.parse(code))) == {"test_cli.run", "test_files", "test_launch"}
+    assert only_tests(imported(ast.parse(code))) == {"test_cli.run", "test_files", "test_launch"}

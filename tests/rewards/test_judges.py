@@ -349,7 +349,7 @@ def test_what_was_written_is_there_after_kill_9(tmp_path):
 JUDGING = """
 import sys
 from pathlib import Path
-from support.judging import call, flags
+from support.judging import RECORD, call, flags
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 
 class At:

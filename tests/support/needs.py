@@ -1,0 +1,135 @@
+"""Which tests need LLaVA and which start training, read from their source: nobody has to remember a marker.
+
+A test needs LLaVA when its module, a helper or a fixture that it uses imports torch or a library on top of it, itself or
+through other modules of this repository. Imports inside functions of the library are lazy and do not count: a test that runs
+into one of those carries ``@pytest.mark.llava``. A test trains when it or its helpers use one of `TRAINERS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = frozenset(
+    "torch torchvision llava transformers tokenizers sentencepiece safetensors peft accelerate deepspeed trl monai".split()
+)
+# Helpers in support/umed_runs.py with which a test starts a training process.
+TRAINERS = frozenset(("train", "train_flags", "reward"))
+# Where the modules of this repository lie: first part of a dotted name -> folder.
+PACKAGES = {"umed_plugin": ROOT / "umed_plugin", "support": ROOT / "tests" / "support"}
+
+
+def llava_is_installed() -> bool:
+    """Whether torch and LLaVA can be imported here; imports neither."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "llava"))
+
+
+@lru_cache(maxsize=None)
+def file_needs_llava(file: Path) -> bool:
+    """Whether importing the file imports one of `LIBRARIES`."""
+    return any(name.split(".")[0] in LIBRARIES for name in _reached(file))
+
+
+@lru_cache(maxsize=None)
+def function_needs_llava(file: Path, name: str) -> bool:
+    """Whether a function, or a helper of the same file that it names, imports one of `LIBRARIES` when it runs."""
+    return any(_needs(imported) for node in _used(file, name) for imported in _imports(ast.walk(node)))
+
+
+@lru_cache(maxsize=None)
+def function_trains(file: Path, name: str) -> bool:
+    """Whether a function, or a helper of the same file that it names, uses one of `TRAINERS`."""
+    imported = set(_imports(ast.walk(_tree(file))))
+    trainers = {name for name in TRAINERS if f"support.umed_runs.{name}" in imported}
+    return bool(trainers) and any(not trainers.isdisjoint(_names(node)) for node in _used(file, name))
+
+
+def _used(file: Path, name: str) -> list[ast.AST]:
+    """The definition of a function, and those of the same file that it names, directly or through one another."""
+    definitions = _definitions(file)
+    waiting, used = [name], {}
+    while waiting:
+        current = waiting.pop()
+        if current in definitions and current not in used:
+            used[current] = definitions[current]
+            waiting += _names(definitions[current])
+    return list(used.values())
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+
+
+def _needs(name: str) -> bool:
+    if name.split(".")[0] in LIBRARIES:
+        return True
+    file = _file_of(name)
+    return file is not None and file_needs_llava(file)
+
+
+@lru_cache(maxsize=None)
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def _definitions(file: Path) -> dict[str, ast.AST]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {node.name: node for node in _tree(file).body if isinstance(node, kinds)}
+
+
+def _reached(start: Path) -> set[str]:
+    """Dotted names of all modules that importing a file imports, through this repository's own."""
+    names: set[str] = set()
+    waiting, seen = [start], set()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        imported = set(_imports(_at_import(_tree(file).body)))
+        names |= imported
+        waiting += [inner for name in imported for inner in _files_of(name)]
+    return names
+
+
+def _at_import(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported: function bodies and ``if TYPE_CHECKING`` are left out."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from _at_import(node.orelse)
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield from _at_import(ast.iter_child_nodes(node))
+
+
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files that importing a module of this repository runs: its packages' and its own."""
+    parts = name.split(".")
+    files = [_file_of(".".join(parts[:count])) for count in range(1, len(parts) + 1)]
+    return [file for file in files if file]
+
+
+@lru_cache(maxsize=None)
+def _file_of(name: str) -> Path | None:
+    first, *rest = name.split(".")
+    if first not in PACKAGES:
+        file = ROOT / "benchmarks" / f"{name}.py"
+        return file if file.is_file() else None
+    path = PACKAGES[first].joinpath(*rest)
+    for file in (path / "__init__.py", path.with_suffix(".py")):
+        if file.is_file():
+            return file
+    return None
