@@ -1,9 +1,8 @@
-"""Mistakes in a recipe or its data: collected, so that all are shown at once, and put into the words of the user's file."""
+"""Mistakes in a recipe or its data: collected so that all are shown at once, and stated in the keys of the user's file."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from typing import Any, ClassVar, Optional
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,7 +11,7 @@ from umed_plugin.errors import UmedError, did_you_mean, unknown_name
 
 
 class Faults:
-    """Collects what is wrong, so that the user sees all of it at once."""
+    """Collects faults so that the user sees all of them at once."""
 
     SHOWN = 25
 
@@ -20,11 +19,11 @@ class Faults:
         self.messages: list[str] = []
 
     def add(self, where: object, message: str) -> None:
-        """Note one fault: ``where`` is a file, a line of it or a key."""
+        """Add one fault. ``where`` is a file, a line of it, or a key."""
         self.messages.append(f"{where}: {message}")
 
     def raise_if_any(self, title: str) -> None:
-        """Raise one `UmedError` with the title and every fault (the first 25 in full, then how many more)."""
+        """Raise one `UmedError` with the title and the faults (the first 25, then how many more)."""
         if not self.messages:
             return
         lines = [f"{title}: {len(self.messages)} fault{'s' if len(self.messages) > 1 else ''}"]
@@ -35,77 +34,76 @@ class Faults:
 
 
 class StrictModel(BaseModel):
-    """Refuses keys it does not know, and cannot be changed once read."""
+    """Base of the models of a user's file: refuses unknown keys and cannot be changed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    # Fields that the code sets, not the user.
+    filled_in: ClassVar[tuple[str, ...]] = ()
 
 
-# Pydantic puts the types of a union into the place of a fault; the reader of the message looks for keys.
+# Pydantic names the types of a union in a fault's location; the user knows keys only.
 _NOT_KEYS = ("", "int", "str", "WindowRange", "[key]", "list[union[int,str]]")
 
 
 def validated(model: type[BaseModel], data: Any, prefix: str, faults: Faults) -> Any:
-    """The model (a pydantic class) made of ``data``, or None with every mistake noted."""
+    """An instance of ``model`` (a pydantic class) made from ``data``; None if there are mistakes, which are added to ``faults``.
+
+    Args:
+        prefix: of the keys in messages: ``""``, or the key of this part of the file with a dot (``"annotations."``).
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        for one in error.errors():
-            place = [str(part) for part in one["loc"] if part not in _NOT_KEYS]
-            faults.add(prefix + ".".join(place) if place else prefix.rstrip(".") or "recipe", _in_words(one, model))
+        for mistake in error.errors():
+            keys = [str(part) for part in mistake["loc"] if part not in _NOT_KEYS]
+            faults.add(prefix + ".".join(keys) if keys else prefix.rstrip(".") or "recipe", _in_words(mistake, model))
     return None
 
 
-def _in_words(error: Any, model: type[BaseModel]) -> str:
-    found = repr(error["input"]) if not isinstance(error["input"], (dict, list)) else type(error["input"]).__name__
-    if error["type"] == "extra_forbidden":
-        allowed = [
-            name
-            for name in _fields_at(model, error["loc"][:-1])
-            if name not in ("path", "sha256", "mixture", "recipes")
-        ]
-        return unknown_name("key", str(error["loc"][-1]), allowed)
-    if error["type"] == "missing":
-        return "missing. " + _first_sentence(model, error["loc"])
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
-    allowed = [
-        part.strip(" '") for part in str(error.get("ctx", {}).get("expected", "")).replace(" or ", ",").split(",")
-    ]
-    close = did_you_mean(str(error["input"]), allowed) if error["type"] == "literal_error" else ""
-    said = error["msg"].replace("'', ", "")  # "" is how one file for all splits is kept
-    return f"found {found}. {said}.{close}"
+def _in_words(mistake: Any, model: type[BaseModel]) -> str:
+    value, location = mistake["input"], mistake["loc"]
+    if mistake["type"] == "extra_forbidden":
+        owner = _model_at(model, location[:-1])
+        allowed = [name for name in owner.model_fields if name not in getattr(owner, "filled_in", ())]
+        return unknown_name("key", str(location[-1]), allowed)
+    if mistake["type"] == "missing":
+        field = _model_at(model, location[:-1]).model_fields.get(location[-1])
+        description = (field.description if field is not None else None) or "It must be given"
+        return f"missing. {description.split('. ')[0].rstrip('.')}."
+    if mistake["type"] == "value_error":
+        return str(mistake["ctx"]["error"])
+    expected = str(mistake.get("ctx", {}).get("expected", ""))
+    allowed = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
+    close = did_you_mean(str(value), allowed) if mistake["type"] == "literal_error" else ""
+    shown = type(value).__name__ if isinstance(value, (dict, list)) else repr(value)
+    message = mistake["msg"].replace("'', ", "")  # "" is how one file for all splits is kept
+    return f"found {shown}. {message}.{close}"
 
 
-def _fields_at(model: type[BaseModel], place: tuple[Any, ...]) -> list[str]:
-    """Names of the keys allowed at a place of the model, found by walking its annotations."""
-    current: Any = model
-    for part in place:
-        field = getattr(current, "model_fields", {}).get(part)
+def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """The model at a location in another one, found by following its annotations."""
+    current = model
+    for part in location:
+        field = current.model_fields.get(part)
         if field is not None:
-            current = _model_in(field.annotation) or current
-    return list(current.model_fields)
+            current = model_in(field.annotation) or current
+    return current
 
 
-def _model_in(annotation: Any) -> Any:
+def model_in(annotation: Any) -> Optional[type[BaseModel]]:
+    """The first pydantic model in a type annotation, such as that of ``Optional[dict[str, Model]]``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = (_model_in(inner) for inner in getattr(annotation, "__args__", ()) or ())
-    return next((inner for inner in found if inner is not None), None)
-
-
-def _first_sentence(model: type[BaseModel], place: tuple[Any, ...]) -> str:
-    """What the docstring says about a field, as help beside "missing"."""
-    text = model.__doc__ or ""
-    described = re.search(rf"^\s+{re.escape(str(place[-1]))}: (.+)$", text, re.MULTILINE)
-    return described.group(1).rstrip(".") + "." if described else "It must be given."
+    inner = (model_in(argument) for argument in getattr(annotation, "__args__", ()) or ())
+    return next((model for model in inner if model is not None), None)
 
 
 class NoDuplicates(yaml.SafeLoader):
-    """PyYAML takes the last of two equal keys without a word; here that is an error."""
+    """YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in seen:
             if seen.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)

@@ -1,4 +1,4 @@
-"""Names for the things that a user can choose or add: annotation readers, rewards, judges.
+"""Registries of what a user can choose by name or add: annotation readers, rewards, judges.
 
 A name of the form ``my_module:my_object`` is imported from the user's own file instead.
 """
@@ -6,8 +6,9 @@ A name of the form ``my_module:my_object`` is imported from the user's own file 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from umed_plugin.errors import UsageError, unknown_name
 
@@ -15,21 +16,27 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A dictionary from name to object whose lookup errors tell the user what exists.
+    """A dictionary from name to object. A failed lookup raises an error that lists the names that exist.
 
     Args:
-        kind: what the entries are, in the words of an error message ("reward", "annotation reader").
+        kind: what the entries are, as error messages call them ("reward", "annotation reader").
+        package: the package whose modules register the entries that the plugin ships. All of them are imported at the first
+            lookup, so that a new entry is one new file and no list has to name it. Empty: nothing is imported.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, package: str = "") -> None:
         self.kind = kind
+        self._package = package
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that adds an object under ``name``; a name can be taken once."""
+        """Return a decorator that adds an object under ``name``.
+
+        A name can be taken once. Running the same definition again, as a notebook does, replaces the entry.
+        """
 
         def add(entry: T) -> T:
-            if name in self._entries:
+            if name in self._entries and _origin(self._entries[name]) != _origin(entry):
                 raise ValueError(f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}")
             self._entries[name] = entry
             return entry
@@ -44,8 +51,8 @@ class Registry(Generic[T]):
         """
         if ":" in name:
             return self._import(name)
-        if name not in self._entries:
-            raise UsageError(unknown_name(self.kind, name, self._entries) + " Your own: 'my_module:my_object'.")
+        if name not in self:
+            raise UsageError(unknown_name(self.kind, name, self) + " Your own: 'my_module:my_object'.")
         return self._entries[name]
 
     def _import(self, name: str) -> T:
@@ -63,5 +70,22 @@ class Registry(Generic[T]):
             raise UsageError(f"{self.kind} {name!r}: {module.__file__} has no {attribute!r}.")
         return getattr(module, attribute)
 
+    def _discover(self) -> None:
+        """Import every module of the package once; each registers its entries while it is imported."""
+        if self._package:
+            for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__, f"{self._package}."):
+                importlib.import_module(module.name)
+            self._package = ""
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
+        self._discover()
         return iter(sorted(self._entries))
+
+
+def _origin(entry: Any) -> tuple[Any, Any]:
+    """Where an object was defined: equal for two runs of one definition."""
+    return getattr(entry, "__module__", None), getattr(entry, "__qualname__", id(entry))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from support.drawn import write_recipe
 
+from umed_plugin.data.annotations.coco import CocoOptions
+from umed_plugin.data.annotations.table import CsvOptions
 from umed_plugin.data.checking.report import sources_of
-from umed_plugin.data.recipes.reader_options import CocoOptions, CsvOptions
 from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.errors import UmedError, UsageError
 
@@ -119,9 +120,9 @@ split: {by: patients, fractions: {train: .5}}
         (CSV, "{by: patient}", "image: {window: {low: 5, high: 1}}", "image.window: low 5.0 is not below high 1.0"),
         (CSV, "{by: patient}", "ignore_classes: [nod]", "ignore_classes: 'nod' is in classes too"),
         (CSV, "{by: patient, patient_pattern: abc}", "", "split.patient_pattern: needs a group in parentheses"),
-        (CSV, "{by: patient, patient_pattern: '('}", "", "split.patient_pattern: is no regular expression"),
+        (CSV, "{by: patient, patient_pattern: '('}", "", "split.patient_pattern: is not a regular expression"),
         (CSV, "{by: patient, copy_pattern: '.rf.'}", "", "split.copy_pattern: needs a group in parentheses"),
-        (CSV, "{by: patient}", "negatives: {only: '('}", "negatives.only: is no regular expression"),
+        (CSV, "{by: patient}", "negatives: {only: '('}", "negatives.only: is not a regular expression"),
         (
             CSV,
             "{by: patient}",
@@ -147,7 +148,7 @@ split: {by: patients, fractions: {train: .5}}
             "give either lesion or only_class",
         ),
         (CSV, "{by: patient}", "sha256: abc", "sha256: is filled in by umed"),
-        (CSV.replace("lesion: l", "file: f"), "{by: patient}", "", "the key 'file' stands twice"),
+        (CSV.replace("lesion: l", "file: f"), "{by: patient}", "", "the key 'file' appears twice"),
         (CSV.replace(", lesion: l", ""), "{by: patient}", "", "annotations: give either columns.lesion or only_class"),
         ("{reader: mask, files: a, masks: b}", "{by: patient}", "", "annotations: give either values (label masks) or"),
         (CSV, "{by: [", "", "not valid YAML"),

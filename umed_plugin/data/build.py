@@ -88,6 +88,29 @@ def build_records(
     Raises:
         UmedError: everything that is wrong with the annotations and, unless skipped, with the images.
         UsageError: an argument has a value that does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> from umed_plugin.data.recipes.recipe import load_recipe
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("L", (200, 100)).save(folder / "a.png")
+        >>> rows = ["file,x1,y1,x2,y2,finding", "a.png,50,25,100,75,cyst"]
+        >>> _ = (folder / "boxes.csv").write_text(os.linesep.join(rows))
+        >>> _ = (folder / "drawn.yaml").write_text('''
+        ... name: drawn
+        ... description: One drawn image.
+        ... terms: {licence: CC0, url: "https://example.org"}
+        ... annotations:
+        ...   reader: csv
+        ...   files: boxes.csv
+        ...   columns: {file: file, box: [x1, y1, x2, y2], lesion: finding}
+        ... classes: {cyst: {name: cyst}}
+        ... split: {by: patient, fractions: {train: 1}}
+        ... ''')
+        >>> recipe = load_recipe(folder / "drawn.yaml")
+        >>> (record,) = build_records(recipe, out_dir=folder / "built", data_root=folder)
+        >>> record["id"], record["objects"]
+        ('drawn/a.png', {'ref': ['cyst'], 'bbox': [[50.0, 25.0, 100.0, 75.0]], 'bbox_type': 'real'})
     """
     _check_arguments(split, on_bad_image)
     evaluated = evaluation_pictures(against)

@@ -80,7 +80,28 @@ def load_records(path: str | Path) -> list[Record]:
     """Read a JSON list of records as ``umed recipe build`` writes it.
 
     Raises:
-        UmedError: the file is missing, not a JSON list, or holds items that are no records (index and field are named).
+        UmedError: the file is missing, not a JSON list, or holds items that are not records (index and field are named).
+
+    Example:
+        >>> import tempfile
+        >>> record = {
+        ...     "id": "drawn/a.png",
+        ...     "image": "/data/a.png",
+        ...     "image_size": [200, 100],
+        ...     "objects": {"ref": ["cyst"], "bbox": [[50, 25, 100, 75]], "bbox_type": "real"},
+        ...     "terms": {"cyst": ["cyst", "fluid-filled cavity"]},
+        ...     "conversations": [
+        ...         {"from": "human", "value": "What is abnormal in this image?"},
+        ...         {"from": "gpt", "value": "At [0.25, 0.38, 0.50, 0.62] lies a cyst."},
+        ...     ],
+        ...     "split": "train",
+        ...     "answer_type": "grounded",
+        ...     "provenance": {"image_aspect_ratio": "pad"},
+        ... }
+        >>> path = Path(tempfile.mkdtemp()) / "train.json"
+        >>> save_records([record], path)
+        >>> load_records(path) == [record]
+        True
     """
     path = Path(path)
     if not path.is_file():
@@ -99,7 +120,15 @@ def load_records(path: str | Path) -> list[Record]:
 
 
 def save_records(records: Sequence[Record], path: str | Path) -> None:
-    """Write records as LLaVA's JSON list; the file appears whole or not at all."""
+    """Write records as LLaVA's JSON list. The file is written whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "train.json"
+        >>> save_records([], path)
+        >>> load_records(path)
+        []
+    """
     files.write_json(path, list(records))
 
 
@@ -108,6 +137,11 @@ def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14)
 
     Args:
         image_size, patch_size: of the vision tower, in pixels.
+
+    Example:
+        >>> record = {"image_size": [200, 100], "provenance": {"image_aspect_ratio": "pad"}}
+        >>> record_geometry(record).to_square([(50, 25, 100, 75)])
+        [(0.25, 0.375, 0.5, 0.625)]
     """
     width, height = record["image_size"]
     return ImageGeometry(int(width), int(height), record["provenance"]["image_aspect_ratio"], image_size, patch_size)

@@ -119,6 +119,14 @@ def set_iou(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> flo
     Another ``measure`` in 0-1 of pairs takes the IoU's place, in the matching too.
 
     Both empty is 1.0 (a negative image without a box), one empty is 0.0.
+
+    Example:
+        >>> set_iou([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 1.0)])
+        0.5
+        >>> set_iou([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)])
+        0.5
+        >>> set_iou([], [])
+        1.0
     """
     if not predicted and not true:
         return 1.0
@@ -141,7 +149,19 @@ def round_box(box01: Sequence[float], decimals: int = 2) -> Box:
 
 
 def format_box(box01: Sequence[float], decimals: int = 2) -> str:
-    """Write a box as LLaVA-1.5 does: ``[0.61, 0.36, 0.92, 0.83]``."""
+    """Write a box as LLaVA-1.5 does: ``[0.61, 0.36, 0.92, 0.83]``.
+
+    Args:
+        box01: xyxy in 0-1 of the square that the model sees.
+        decimals: of each number.
+
+    Raises:
+        ValueError: the box has no area.
+
+    Example:
+        >>> format_box((0.614, 0.36, 0.92, 0.8349))
+        '[0.61, 0.36, 0.92, 0.83]'
+    """
     return "[" + ", ".join(f"{value:.{decimals}f}" for value in round_box(box01, decimals)) + "]"
 
 
@@ -170,6 +190,12 @@ def parse_boxes(text: str) -> list[Box]:
     ``<patch_index_0044><patch_index_0863>`` and PaliGemma's places ``<loc0123>``. Four whole numbers of which one is above 1
     are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and `is_inside` tells.
     Numbers in another order or unit: `umed_plugin.grounding.dialects`.
+
+    Example:
+        >>> parse_boxes("A nodule at [0.61, 0.36, 0.92, 0.83].")
+        [(0.61, 0.36, 0.92, 0.83)]
+        >>> parse_boxes("<box>(610,360),(920,830)</box>")
+        [(0.61, 0.36, 0.92, 0.83)]
     """
     return [box for _, box in find_boxes(text)]
 

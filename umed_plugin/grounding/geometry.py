@@ -30,6 +30,15 @@ class ImageGeometry:
         mode: ``pad`` or ``square``, LLaVA's ``--image_aspect_ratio``.
         image_size: side of the square the vision tower takes, in pixels.
         patch_size: side of one patch of the vision tower, in pixels of that square.
+
+    Example:
+        >>> geometry = ImageGeometry(200, 100)  # padded to 200 x 200, 50 pixels above and below
+        >>> geometry.to_square([(50, 25, 100, 75)])
+        [(0.25, 0.375, 0.5, 0.625)]
+        >>> geometry.from_square([(0.25, 0.375, 0.5, 0.625)])
+        [(50.0, 25.0, 100.0, 75.0)]
+        >>> ImageGeometry(200, 100, "square").visible_fraction((0, 0, 100, 100))  # the centre crop cuts half of it
+        0.5
     """
 
     width: int

@@ -72,6 +72,14 @@ def score_answer(
         record: of it ``objects`` (``ref`` classes and ``bbox`` in pixels of the image file) and ``terms``.
         geometry: of the record's image.
         dialect: in which the answer writes boxes.
+
+    Example:
+        >>> record = {"objects": {"ref": ["nodule"], "bbox": [[50, 25, 100, 75]]}, "terms": {"nodule": ["nodule"]}}
+        >>> score = score_answer("At [0.25, 0.375, 0.50, 0.625] lies a nodule.", record, ImageGeometry(200, 100))
+        >>> score.accuracy, score.set_iou
+        (1.0, 1.0)
+        >>> score_answer("No nodule is visible.", record, ImageGeometry(200, 100)).accuracy
+        0.0
     """
     predicted = boxes_in_square(text, geometry, dialect)
     in_square = geometry.to_square(record["objects"]["bbox"])

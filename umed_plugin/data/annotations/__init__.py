@@ -1,6 +1,7 @@
 """Readers of annotation formats, and what is done with their result whatever the format: classes, patients, splits.
 
-A new format is a function registered here (or ``my_module:my_reader`` in a recipe) that returns `Annotated` items.
+A new format is one new module in this package, with a function under `register_reader` that returns `Annotated` items, and the
+model of its options. Users name their own as ``my_module:my_reader`` in a recipe.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Optional, Union
 
-from umed_plugin.data.annotations import by_image, coco, mask, voc, yolo  # noqa: F401  (they register themselves)
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, AnnotationSet
+from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.splits import deal_out, picked_by_hash, set_patients, without_copies_held_out
 from umed_plugin.data.annotations.table import read_negative_list
+from umed_plugin.data.recipes.readers import READERS
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.errors import did_you_mean
 
-__all__ = ["ANNOTATION_READERS", "Annotated", "AnnotationSet", "read_annotations"]
+__all__ = ["Annotated", "AnnotationSet", "read_annotations"]
 
 
 def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = None) -> AnnotationSet:
@@ -35,7 +36,7 @@ def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = 
 
 def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     found = AnnotationSet(root)
-    reader = ANNOTATION_READERS.get(recipe.annotations.reader)
+    reader = READERS.get(recipe.annotations.reader)
     read = reader(recipe.annotations, found.root, found.faults)
     items = _with_plain_names(_without_left_out(read, found), recipe, found)
     items += _listed_negatives({item.image for item in read}, recipe, found)

@@ -1,10 +1,10 @@
-"""What every annotation reader gives, and the registry they stand in."""
+"""What every annotation reader returns, and how readers find files."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -12,7 +12,6 @@ from typing import Any, Optional
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
-from umed_plugin.registry import Registry
 
 
 @dataclass
@@ -71,11 +70,6 @@ class AnnotationSet:
     left_out: Counter[str] = field(default_factory=Counter)
     dropped_boxes: int = 0
     faults: Faults = field(default_factory=Faults)
-
-
-# A reader takes its options (recipe.annotations), the data root and the place to note faults.
-Reader = Callable[[Any, Path, Faults], list[Annotated]]
-ANNOTATION_READERS: Registry[Reader] = Registry("annotation reader")
 
 
 class ImageFolders:

@@ -4,15 +4,64 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional, Union
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file, as_xyxy
-from umed_plugin.data.recipes.reader_options import JsonOptions
+from pydantic import Field, field_validator, model_validator
+
+from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file, as_xyxy
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
 
-@ANNOTATION_READERS.register("json")
+class JsonOptions(ReaderOptions):
+    """JSON with one entry per image: an object of image name and entry, or a list of entries."""
+
+    example = """
+annotations:
+  reader: json
+  files: boxes.json
+  image: images/{key}.jpg
+  boxes: bbox
+  box: [xmin, ymin, xmax, ymax]
+  lesion: label
+  size: [width, height]
+"""
+
+    image: str = Field(
+        description="Path of an image. ``{key}`` is its name in the object, ``{field}`` a field of its entry."
+    )
+    boxes: str = Field(description="Field of the entry that lists the boxes. An empty list marks a negative image.")
+    box: Union[str, list[str]] = Field(
+        description="Four fields of a box, in the order of ``convention``, or one field that holds four numbers."
+    )
+    lesion: Optional[str] = Field(
+        None, description="Field of a box that names the class. Leave it out if ``only_class`` is given."
+    )
+    only_class: Optional[str] = Field(None, description="Class of every box, if no field names it.")
+    size: Optional[tuple[str, str]] = Field(
+        None, description="Fields of the entry that hold the image's width and height, in pixels."
+    )
+    patient: Optional[str] = Field(None, description="Field of the entry that names the patient.")
+    convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size. In pixels."
+    )
+
+    @field_validator("box")
+    @classmethod
+    def _four(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) != 4:
+            raise ValueError(f"{len(value)} fields given; needed: 4, or one field that holds 4 numbers")
+        return value
+
+    @model_validator(mode="after")
+    def _one_class_source(self) -> JsonOptions:
+        if (self.lesion is None) == (self.only_class is None):
+            raise ValueError("give either lesion or only_class")
+        return self
+
+
+@register_reader("json", JsonOptions)
 def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read every entry of each file."""
     items: list[Annotated] = []

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file
-from umed_plugin.data.recipes.reader_options import CocoOptions
+from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 
 # What a reader needs of each entry, and its type in JSON.
@@ -18,7 +18,18 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 }
 
 
-@ANNOTATION_READERS.register("coco")
+class CocoOptions(ReaderOptions):
+    """COCO JSON: ``images``, ``annotations`` with ``bbox`` [x, y, width, height], ``categories``."""
+
+    example = """
+annotations:
+  reader: coco
+  files: {train: annotations/train.json, val: annotations/val.json}
+  image_root: images
+"""
+
+
+@register_reader("coco", CocoOptions)
 def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read one COCO file per split."""
     items: list[Annotated] = []

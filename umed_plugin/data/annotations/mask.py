@@ -7,14 +7,45 @@ from typing import Optional
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, model_validator
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, matching_files
-from umed_plugin.data.recipes.reader_options import MaskOptions
+from umed_plugin.data.annotations.base import Annotated, matching_files
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
 
-@ANNOTATION_READERS.register("mask")
+class MaskOptions(ReaderOptions):
+    """Mask images. ``files`` is a pattern of the images; each connected region of an image's mask is a lesion."""
+
+    example = """
+annotations:
+  reader: mask
+  files: images/*.jpg
+  masks: masks/{stem}.png
+  only_class: polyp
+"""
+
+    masks: str = Field(
+        description="Path of an image's mask. ``{stem}`` is the image's name without ending, ``{split}`` the split."
+    )
+    values: dict[int, str] = Field({}, description="For label masks: grey value and its class.")
+    only_class: Optional[str] = Field(
+        None, description="For binary masks: the class of every pixel at or above ``threshold``."
+    )
+    threshold: int = Field(
+        128, description="For binary masks: the lowest grey value that counts (JPEG masks hold grey levels)."
+    )
+    min_area: int = Field(1, description="Regions with fewer pixels are left out as slivers.")
+
+    @model_validator(mode="after")
+    def _one_class_source(self) -> MaskOptions:
+        if bool(self.values) == (self.only_class is not None):
+            raise ValueError("give either values (label masks) or only_class (binary masks)")
+        return self
+
+
+@register_reader("mask", MaskOptions)
 def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read the mask of every image; an empty mask is a negative."""
     items: list[Annotated] = []

@@ -6,17 +6,92 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import Optional
+from typing import Any, Literal, Optional
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, annotation_file, as_xyxy
-from umed_plugin.data.recipes.options import SPLITS, Column, NegativeList
-from umed_plugin.data.recipes.reader_options import CsvOptions, ReaderOptions
+from pydantic import Field, field_validator, model_validator
+
+from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file, as_xyxy
+from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, NegativeList, Split
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import did_you_mean
-from umed_plugin.faults import Faults
+from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.grounding.boxes import Box
 
 
-@ANNOTATION_READERS.register("csv")
+class CsvColumns(StrictModel):
+    """Which column holds what. Name a column by its header, or by its number from 0."""
+
+    file: Column = Field(description="Image file, relative to ``image_root``.")
+    box: BoxColumns = Field(
+        description='Four columns, or one column that holds four numbers ("12.5, 30, 44, 71"). An empty box marks a negative '
+        "image."
+    )
+    lesion: Optional[Column] = Field(None, description="Class. Leave it out if ``only_class`` is given.")
+    patient: Optional[Column] = Field(None, description="Patient.")
+    split: Optional[Column] = Field(None, description="Split, for ``split.by: column``.")
+    modality: Optional[Column] = Field(None, description="Modality, such as CT.")
+    slice: Optional[Column] = Field(
+        None, description="Index from 0 of a slice in its volume. The column may be absent from the file."
+    )
+    window: Optional[Column] = Field(None, description='Grey-value window "low, high", for ``image.window: column``.')
+
+    @field_validator("box")
+    @classmethod
+    def _four(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) != 4:
+            raise ValueError(f"{len(value)} columns given; needed: 4, or one column that holds 4 numbers")
+        return value
+
+
+class CsvOptions(ReaderOptions):
+    """CSV with a header line. Rows of the same image (and slice) belong together."""
+
+    example = """
+annotations:
+  reader: csv
+  files: boxes.csv
+  image_root: images
+  columns: {file: file, box: [x1, y1, x2, y2], lesion: finding, patient: patient_id}
+  convention: xyxy
+"""
+
+    columns: CsvColumns = Field(description="Which column holds what.")
+    convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
+        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
+    )
+    normalised: bool = Field(False, description="True if coordinates are fractions of the image (0-1), not pixels.")
+    delimiter: str = Field(",", description="Character between two columns.")
+    only_class: Optional[str] = Field(None, description="Class of every row, if no column names it.")
+    split_values: dict[str, Split] = Field(
+        {}, description="Value of the split column and its split. Without it the column must hold train, val or test."
+    )
+    only_rows: dict[str, list[str]] = Field(
+        {}, description="Column header and the values to keep. Other rows are left out."
+    )
+    leave_out_images: dict[str, list[str]] = Field(
+        {},
+        description="Column header and values. An image (or slice) with such a row is left out whole: without that row it would "
+        "show a lesion that is not marked.",
+    )
+    rename: Optional[tuple[str, str]] = Field(
+        None,
+        description="Regular expression and replacement that turn the file column into a path. If there is no such file, the "
+        "name is looked up unchanged.",
+    )
+
+    @field_validator("split_values", mode="before")
+    @classmethod
+    def _keys_as_text(cls, value: Any) -> Any:
+        return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _one_class_source(self) -> CsvOptions:
+        if (self.columns.lesion is None) == (self.only_class is None):
+            raise ValueError("give either columns.lesion or only_class")
+        return self
+
+
+@register_reader("csv", CsvOptions)
 def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read the rows of every file and gather those of the same image and slice."""
     items: list[Annotated] = []

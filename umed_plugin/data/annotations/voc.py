@@ -5,17 +5,41 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders, matching_files
-from umed_plugin.data.recipes.reader_options import VocOptions
+from pydantic import Field
+
+from umed_plugin.data.annotations.base import Annotated, ImageFolders, matching_files
+from umed_plugin.data.recipes.options import Split
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 
 # What to add to xmin, ymin, xmax, ymax to count from 0 and leave the last pixel's far edge outside.
 _SHIFTS = {"one_based": (-1, -1, 0, 0), "inclusive": (0, 0, 1, 1), "half_open": (0, 0, 0, 0)}
 
 
-@ANNOTATION_READERS.register("voc")
+class VocOptions(ReaderOptions):
+    """Pascal VOC XML: one file per image. ``files`` is a pattern of XML files."""
+
+    example = """
+annotations:
+  reader: voc
+  files: Annotations/*.xml
+  image_root: JPEGImages
+  split_lists: {train: ImageSets/Main/train.txt, val: ImageSets/Main/val.txt}
+"""
+
+    convention: Literal["one_based", "inclusive", "half_open"] = Field(
+        "one_based",
+        description="How pixels are counted. ``one_based``: as in Pascal VOC, the first pixel is 1 and the last pixel belongs to "
+        "the box. ``inclusive``: from 0, the last pixel belongs to the box. ``half_open``: from 0, the last pixel does not.",
+    )
+    split_lists: dict[Split, str] = Field(
+        {}, description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``)."
+    )
+
+
+@register_reader("voc", VocOptions)
 def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read all XML files of each pattern; ``split_lists`` say which split a file belongs to, others are left out."""
     splits = _listed_splits(options, root, faults)

@@ -6,16 +6,36 @@ from pathlib import Path
 from typing import Optional, Union
 
 import yaml
+from pydantic import Field
 
-from umed_plugin.data.annotations.base import ANNOTATION_READERS, Annotated, ImageFolders
-from umed_plugin.data.recipes.reader_options import YoloOptions
+from umed_plugin.data.annotations.base import Annotated, ImageFolders
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
-@ANNOTATION_READERS.register("yolo")
+class YoloOptions(ReaderOptions):
+    """YOLO text files. ``files`` is the folder of the label files, ``image_root`` the folder of the images.
+
+    An image without a label file is negative.
+    """
+
+    example = """
+annotations:
+  reader: yolo
+  files: {train: train/labels, val: valid/labels}
+  image_root: {train: train/images, val: valid/images}
+  names: data.yaml
+"""
+
+    names: Union[str, list[str]] = Field(
+        description="Class names in order, or the YAML file (``data.yaml``) that holds them under ``names``."
+    )
+
+
+@register_reader("yolo", YoloOptions)
 def read_yolo(options: YoloOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read every image of ``image_root`` with the label file of the same stem, or of none."""
     names = _class_names(options.names, root, faults)

@@ -1,11 +1,16 @@
-"""The keys of a recipe's parts: terms, classes, image options, splits, negatives. `recipe.Recipe` puts them together."""
+"""The keys of a recipe's parts: terms of use, classes, image options, splits, negatives.
+
+`recipe.Recipe` puts them together. Every field has a ``description``: the recipe reference (`recipes.reference`) and the error
+for a missing key are made of it.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from umed_plugin.errors import unknown_name
 from umed_plugin.faults import StrictModel
@@ -22,36 +27,44 @@ WINDOW_PRESETS = {
     "mediastinum": (50.0, 350.0),
     "soft_tissue": (40.0, 400.0),
 }
-Column = Union[int, str]
 
 
-class Terms(StrictModel):
-    """Terms of use: nothing is redistributed, so the user must know where to get the data and under which licence."""
+@dataclass(frozen=True)
+class InWords:
+    """The type of a key as the recipe reference states it, where the Python type says less than the user may write."""
 
-    licence: str
-    url: str
-    note: str = ""
+    text: str
+
+
+# A column of a CSV by its header, or by its number from 0.
+Column = Annotated[Union[int, str], InWords("column")]
+BoxColumns = Annotated[Union[Column, list[Column]], InWords("column, or list of four columns")]
+
+
+class UsageTerms(StrictModel):
+    """Terms of use. The plugin redistributes no data, so users must know where to get it and under which licence."""
+
+    licence: str = Field(description="Licence of the data, in words.")
+    url: str = Field(description="Where to get the data.")
+    note: str = Field("", description="What else a user should know: citation, file names, quirks.")
 
 
 class AbnormalityClass(StrictModel):
-    """How a class of the annotations is called in plain words.
+    """Plain name and synonyms of one class of the annotations."""
 
-    Attributes:
-        name: plain name, written in diagnoses; classes with the same name are one class.
-        synonyms: further names that count as naming it.
-    """
-
-    name: str = Field(min_length=1)
-    synonyms: list[str] = []
+    name: str = Field(
+        min_length=1, description="Plain name, written in diagnoses. Classes with the same name become one class."
+    )
+    synonyms: list[str] = Field([], description="Further names that count as naming the class in an answer.")
 
 
 class WindowRange(StrictModel):
-    """A grey-value window in the image's unit after the offset: ``centre`` and ``width``, or ``low`` and ``high``."""
+    """A grey-value window, in the image's unit after ``offset``. Give ``centre`` and ``width``, or ``low`` and ``high``."""
 
-    centre: Optional[float] = None
-    width: Optional[float] = Field(None, gt=0)
-    low: Optional[float] = None
-    high: Optional[float] = None
+    centre: Optional[float] = Field(None, description="Middle of the window.")
+    width: Optional[float] = Field(None, gt=0, description="Width of the window.")
+    low: Optional[float] = Field(None, description="Value shown as black.")
+    high: Optional[float] = Field(None, description="Value shown as white; above ``low``.")
 
     @model_validator(mode="after")
     def _one_form(self) -> WindowRange:
@@ -63,48 +76,12 @@ class WindowRange(StrictModel):
         return self
 
 
-class ImageOptions(StrictModel):
-    """How pixels become what the model sees. An 8-bit image is grey levels already and gets neither window nor offset.
-
-    Attributes:
-        window: ``file`` (DICOM's own window, else the full range), ``full`` (smallest to largest value of the slice),
-            ``column`` (the CSV's window column), a preset (abdomen, bone, brain, liver, lung, mediastinum, soft_tissue; CT
-            alone) or a range. A list of three of these, without ``column``, gives the red, green and blue channel.
-        offset: subtracted from the values of 16-bit PNGs (DeepLesion: 32768 gives Hounsfield units).
-        orientation: ``as_stored``, or ``canonical``: DICOM and NIfTI slices are turned as a radiologist sees them (patient's
-            right on the image's left, front or head up), by their affine or ImageOrientationPatient.
-        slice_axis: stored axis of a NIfTI volume along which ``slice`` counts from 0.
-        slices: what becomes an image of a volume or DICOM series: ``annotated``, each slice that the annotations name;
-            ``largest_lesion``, the slice with the largest box (the middle one where there is no lesion); ``montage``, slices
-            side by side, spread over the volume and moved onto those with lesions.
-        tiles: most slices in a montage.
-        volume: index from 0 of the volume that is shown of a 4-D NIfTI file.
-        box_frame: ``displayed``, boxes are pixels of the image as turned by ``orientation``, or ``stored``, of the slice as
-            it lies in the file (NIfTI: x along its first remaining axis, y along the second); these move along.
-        box_axes: ``xy``; ``yx`` when boxes were read off the array by row and column.
-        other_size: ``stop`` where the annotations claim another size than the file has, or ``scale``: they were drawn on the
-            same picture at that size, and their boxes are scaled along with it (TBX11K's XML).
-    """
-
-    window: Union[str, WindowRange, list[Union[str, WindowRange]]] = "file"
-    offset: float = 0
-    orientation: Literal["canonical", "as_stored"] = "canonical"
-    slice_axis: Literal[0, 1, 2] = 2
-    slices: Literal["annotated", "largest_lesion", "montage"] = "annotated"
-    tiles: int = Field(9, ge=2, le=36)
-    volume: Optional[int] = Field(None, ge=0)
-    box_frame: Literal["displayed", "stored"] = "displayed"
-    box_axes: Literal["xy", "yx"] = "xy"
-    other_size: Literal["stop", "scale"] = "stop"
-
-    @field_validator("window", mode="before")
-    @classmethod
-    def _known_windows(cls, value: Any) -> Any:
-        if not isinstance(value, list):
-            return _known_window(value, ["file", "full", "column", *WINDOW_PRESETS])
-        if len(value) != 3:
-            raise ValueError(f"{len(value)} windows given; needed: one, or three for red, green and blue")
-        return [_known_window(one, ["file", "full", *WINDOW_PRESETS]) for one in value]
+def _known_windows(value: Any) -> Any:
+    if not isinstance(value, list):
+        return _known_window(value, ["file", "full", "column", *WINDOW_PRESETS])
+    if len(value) != 3:
+        raise ValueError(f"{len(value)} windows given; needed: one, or three for red, green and blue")
+    return [_known_window(window, ["file", "full", *WINDOW_PRESETS]) for window in value]
 
 
 def _known_window(value: Any, allowed: list[str]) -> Any:
@@ -113,34 +90,90 @@ def _known_window(value: Any, allowed: list[str]) -> Any:
     return WindowRange.model_validate(value) if isinstance(value, dict) else value
 
 
+class ImageOptions(StrictModel):
+    """How pixels become what the model sees. 8-bit images are grey levels already: window and offset do not apply to them."""
+
+    window: Annotated[
+        Union[str, WindowRange, list[Union[str, WindowRange]]],
+        BeforeValidator(_known_windows),
+        InWords("name, range, or list of three"),
+    ] = Field(
+        "file",
+        description="``file``: DICOM's own window, or the full range where the file has none. ``full``: from the smallest to "
+        "the largest value of the slice. ``column``: the window column of the CSV. A CT preset: "
+        + ", ".join(f"``{name}``" for name in WINDOW_PRESETS)
+        + ". Or a range: ``{centre: 40, width: 400}`` or ``{low: -160, high: 240}``. A list of three, without ``column``, gives "
+        "the red, green and blue channel.",
+    )
+    offset: float = Field(
+        0, description="Subtracted from the values of 16-bit PNGs (DeepLesion: 32768 gives Hounsfield units)."
+    )
+    orientation: Literal["canonical", "as_stored"] = Field(
+        "canonical",
+        description="``canonical``: DICOM and NIfTI slices are turned as a radiologist views them, by their affine or "
+        "ImageOrientationPatient (patient's right on the image's left, front or head up). ``as_stored``: not turned.",
+    )
+    slice_axis: Literal[0, 1, 2] = Field(
+        2, description="Stored axis of a NIfTI volume along which slices are numbered from 0."
+    )
+    slices: Literal["annotated", "largest_lesion", "montage"] = Field(
+        "annotated",
+        description="Images made from a volume or DICOM series. ``annotated``: every slice that the annotations name. "
+        "``largest_lesion``: the slice with the largest box (the middle slice if there is no lesion). ``montage``: slices side "
+        "by side, spread over the volume and moved onto those with lesions.",
+    )
+    tiles: int = Field(9, ge=2, le=36, description="Maximum number of slices in a montage.")
+    volume: Optional[int] = Field(None, ge=0, description="Index from 0 of the volume to show from a 4-D NIfTI file.")
+    box_frame: Literal["displayed", "stored"] = Field(
+        "displayed",
+        description="``displayed``: boxes are in pixels of the image as turned by ``orientation``. ``stored``: in pixels of the "
+        "slice as it lies in the file (NIfTI: x along its first remaining axis, y along the second); these boxes are turned "
+        "along with the image.",
+    )
+    box_axes: Literal["xy", "yx"] = Field(
+        "xy", description="``yx`` if the boxes were read off the array by row and column, else ``xy``."
+    )
+    other_size: Literal["stop", "scale"] = Field(
+        "stop",
+        description="When the annotations state another image size than the file has. ``stop``: report a fault. ``scale``: the "
+        "boxes were drawn on the same picture at that size and are scaled with it (TBX11K's XML).",
+    )
+
+
 def _sum_to_one(value: dict[str, float]) -> dict[str, float]:
     if not value or abs(sum(value.values()) - 1) > 1e-6 or min(value.values()) < 0:
         raise ValueError(f"sum to {sum(value.values()):g}; needed: 1, none below 0")
     return value
 
 
-Fractions = Annotated[dict[Split, float], AfterValidator(_sum_to_one)]
+Fractions = Annotated[
+    dict[Split, float], AfterValidator(_sum_to_one), InWords("mapping of split to number; they sum to 1")
+]
 
 
 class SplitRule(StrictModel):
-    """Who goes to train, val and test.
+    """Which images go to train, val and test."""
 
-    Attributes:
-        by: ``file`` (``files`` or ``split_lists`` say it), ``column`` (the CSV's split column), or ``patient``: a hash of
-            ``seed`` and the patient's name says the split. So a patient is never in two, and stays where they are when
-            further images are downloaded.
-        fractions: for ``patient``; they are met on average, the closer the more patients there are.
-        patient_pattern: regular expression on the image's file name whose first group is the patient, where no column says it.
-            Default: the first group of ``copy_pattern``, else the file name without ending.
-        copy_pattern: regular expression on the image's file name whose first group is the picture that it is an augmented
-            copy of. All copies are trained on; val and test keep the first by name, as copies say nothing new there.
-    """
-
-    by: Literal["file", "column", "patient"]
-    seed: int = 0
-    fractions: Fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
-    patient_pattern: Optional[str] = None
-    copy_pattern: Optional[str] = None
+    by: Literal["file", "column", "patient"] = Field(
+        description="``file``: ``annotations.files`` or ``split_lists`` decide. ``column``: the split column of the CSV. "
+        "``patient``: a hash of ``seed`` and the patient's name, so a patient is never in two splits and keeps the split when "
+        "more images are downloaded."
+    )
+    seed: int = Field(0, description="Seed of the hash for ``by: patient``.")
+    fractions: Fractions = Field(
+        {"train": 0.8, "val": 0.1, "test": 0.1},
+        description="Share of each split for ``by: patient``. They are met on average: the more patients, the closer.",
+    )
+    patient_pattern: Optional[str] = Field(
+        None,
+        description="Regular expression on the image's file name. Its first group is the patient, if no column names one. "
+        "Default: the first group of ``copy_pattern``, else the file name without its ending.",
+    )
+    copy_pattern: Optional[str] = Field(
+        None,
+        description="Regular expression on the image's file name. Its first group is the picture that the image is an augmented "
+        "copy of. Training uses all copies; val and test keep only the first by name, since copies add no information there.",
+    )
 
     @field_validator("patient_pattern", "copy_pattern")
     @classmethod
@@ -154,40 +187,39 @@ def _compiled(pattern: Optional[str]) -> re.Pattern[str]:
     try:
         return re.compile(pattern or "")
     except re.error as error:
-        raise ValueError(f"is no regular expression: {error}") from error
+        raise ValueError(f"is not a regular expression: {error}") from error
 
 
 class NegativeList(StrictModel):
-    """A CSV that lists images without a lesion, beside annotations that know only images with one.
+    """A CSV that lists images without a lesion, for annotations that cover only images with one."""
 
-    Attributes:
-        files: the CSV under the data root; a pattern stands for the one file that it matches.
-        file, patient: its columns, by header or by number from 0.
-        only_rows: column header -> values to keep; other rows are left out.
-    """
-
-    files: str
-    file: Column
-    patient: Optional[Column] = None
-    only_rows: dict[str, list[str]] = {}
-    delimiter: str = ","
+    files: str = Field(description="The CSV under the data root. A pattern stands for the one file that it matches.")
+    file: Column = Field(description="Column of the image file.")
+    patient: Optional[Column] = Field(None, description="Column of the patient.")
+    only_rows: dict[str, list[str]] = Field(
+        {}, description="Column header and the values to keep. Other rows are left out."
+    )
+    delimiter: str = Field(",", description="Character between two columns.")
 
 
 class NegativeRule(StrictModel):
-    """Which images without a lesion are taken. ``negatives: keep`` and ``negatives: drop`` are short for ``use`` alone.
+    """Which images without a lesion are used."""
 
-    Attributes:
-        use: ``keep`` or ``drop`` them.
-        only: regular expression on the image's path under the data root; an image without a lesion that it does not match is
-            left out, since it may show one that nobody marked.
-        listed: a CSV of further images without a lesion; those that are not on disk are left out.
-        per_positive: at most so many, in each split, for one image with a lesion; a hash of ``split.seed`` and the path picks.
-    """
-
-    use: Literal["keep", "drop"] = "keep"
-    only: Optional[str] = None
-    listed: Optional[NegativeList] = None
-    per_positive: Optional[float] = Field(None, ge=0)
+    use: Literal["keep", "drop"] = Field("keep", description="Keep or drop images without a lesion.")
+    only: Optional[str] = Field(
+        None,
+        description="Regular expression on the image's path under the data root. Images without a lesion that do not match are "
+        "left out, since they may show a lesion that nobody marked.",
+    )
+    listed: Optional[NegativeList] = Field(
+        None, description="A CSV of further images without a lesion. Those that are not on disk are left out."
+    )
+    per_positive: Optional[float] = Field(
+        None,
+        ge=0,
+        description="In each split, at most this many for each image with a lesion. A hash of ``split.seed`` and the path "
+        "selects them.",
+    )
 
     @field_validator("only")
     @classmethod
@@ -199,5 +231,5 @@ class NegativeRule(StrictModel):
     def _nothing_without_effect(self) -> NegativeRule:
         given = [name for name in ("only", "listed", "per_positive") if getattr(self, name) is not None]
         if self.use == "drop" and given:
-            raise ValueError(f"use is 'drop', so {', '.join(given)} would have no effect; take out one or the other")
+            raise ValueError(f"use is 'drop', so {', '.join(given)} would have no effect; remove one or the other")
         return self

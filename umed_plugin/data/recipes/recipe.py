@@ -1,8 +1,8 @@
-"""Recipes: one YAML per data set that says where its annotations are, how to read them and under which terms.
+"""Recipes: one YAML file per data set that states where its annotations are, how to read them, and under which terms.
 
-A data set whose annotations are COCO, Pascal VOC, YOLO, CSV, JSON by image or masks needs a YAML and no Python.
-``umed recipe show`` prints a shipped one to start from. Every key is described at its field below; a mistake is reported with
-its place, what is allowed and what was probably meant, all mistakes at once.
+A data set with annotations in COCO, Pascal VOC, YOLO, CSV, JSON by image, or masks needs a YAML file and no Python code.
+``umed recipe show`` prints a shipped recipe to start from; `reference.recipe_reference` lists every key. All mistakes of a file
+are reported at once, each with its key, what is allowed, and the likely intended name.
 """
 
 from __future__ import annotations
@@ -10,51 +10,77 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from umed_plugin.data.recipes.options import AbnormalityClass, Fractions, ImageOptions, NegativeRule, SplitRule, Terms
-from umed_plugin.data.recipes.reader_options import READER_OPTIONS, FreeOptions, ReaderOptions
+from umed_plugin.data.recipes.options import (
+    AbnormalityClass,
+    Fractions,
+    ImageOptions,
+    InWords,
+    NegativeRule,
+    SplitRule,
+    UsageTerms,
+)
+from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
 
-FILLED_IN = ("path", "sha256", "mixture", "recipes")
+
+def _short_form(value: Any) -> Any:
+    return {"use": value} if isinstance(value, str) else value
 
 
 class Recipe(StrictModel):
-    """A data set: where it is, what it holds, how it is read.
+    """A data set: where it is, what it holds, how it is read."""
 
-    Attributes:
-        data_root: folder of the data set; ``${VARIABLE}`` is taken from the environment, ``--data-root`` goes before it.
-        classes: class in the annotations -> plain name and synonyms.
-        ignore_classes: an image that holds one of these is left out whole, as it is neither negative nor fully described.
-        negatives: ``keep`` or ``drop`` images without a lesion, or which of them and from where (`NegativeRule`).
-        box_tolerance: a box that sticks out of its image by at most this many pixels is cut to it; further is a fault.
-        least_box_side: a box that is narrower or lower than this many pixels is degenerate. Default: it has no area.
-        degenerate_boxes: ``stop`` at a degenerate box, or ``drop`` it (an image left without box is left out).
-        path, sha256: of the YAML file; filled in by `load_recipe`.
-        mixture: name and sha256 of the mixture that the recipe is a source of, or empty; filled in by `load_recipe`.
-    """
+    filled_in: ClassVar[tuple[str, ...]] = ("path", "sha256", "mixture")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    description: str
-    terms: Terms
-    data_root: str = "${UMED_DATA_ROOT}"
-    modality: str = ""
-    annotations: Any
-    image: ImageOptions = ImageOptions()
-    classes: dict[str, AbnormalityClass] = Field(min_length=1)
-    ignore_classes: list[str] = []
-    split: SplitRule
-    negatives: NegativeRule = NegativeRule()
-    box_tolerance: float = Field(1.0, ge=0)
-    least_box_side: float = Field(0.0, ge=0)
-    degenerate_boxes: Literal["stop", "drop"] = "stop"
-    path: str = ""
-    sha256: str = ""
-    mixture: str = ""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the data set: letters, digits, ``_``, ``.`` and ``-``."
+    )
+    description: str = Field(description="What the data set holds, in a sentence. ``umed recipe list`` shows it.")
+    terms: UsageTerms = Field(description="Licence of the data, and where to get it.")
+    data_root: str = Field(
+        "${UMED_DATA_ROOT}",
+        description="Folder of the data set. ``${VARIABLE}`` is taken from the environment; ``--data-root`` overrides this key.",
+    )
+    modality: str = Field("", description="Modality of images for which no column names one, such as CT.")
+    annotations: Annotated[Any, InWords("see Annotation readers")] = Field(
+        description="Format and files of the annotations."
+    )
+    image: ImageOptions = Field(ImageOptions(), description="How pixels become what the model sees.")
+    classes: dict[str, AbnormalityClass] = Field(
+        min_length=1, description="Class in the annotations, and its plain name and synonyms."
+    )
+    ignore_classes: list[str] = Field(
+        [],
+        description="Classes to ignore. An image that holds one is left out whole: it is neither negative nor fully described.",
+    )
+    split: SplitRule = Field(description="Which images go to train, val and test.")
+    negatives: Annotated[NegativeRule, BeforeValidator(_short_form), InWords("`keep`, `drop`, or mapping")] = Field(
+        NegativeRule(),
+        description="Whether to ``keep`` or ``drop`` images without a lesion, or which of them to use and where they are listed.",
+    )
+    box_tolerance: float = Field(
+        1.0,
+        ge=0,
+        description="A box that leaves its image by at most this many pixels is cut to the image. Further out is a fault.",
+    )
+    least_box_side: float = Field(
+        0.0,
+        ge=0,
+        description="A box whose width or height is below this many pixels is degenerate. At 0, only a box without area is.",
+    )
+    degenerate_boxes: Literal["stop", "drop"] = Field(
+        "stop",
+        description="``stop``: report a degenerate box as a fault. ``drop``: leave it out (with its image, if no box is left).",
+    )
+    path: str = Field("", description="Path of the YAML file.")
+    sha256: str = Field("", description="SHA-256 of the YAML file.")
+    mixture: str = Field("", description="Name and SHA-256 of the mixture that this recipe is a source of, or empty.")
 
     @field_validator("classes", "ignore_classes", mode="before")
     @classmethod
@@ -62,11 +88,6 @@ class Recipe(StrictModel):
         if isinstance(value, dict):
             return {str(key): item for key, item in value.items()}
         return [str(item) for item in value] if isinstance(value, list) else value
-
-    @field_validator("negatives", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"use": value} if isinstance(value, str) else value
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -88,44 +109,51 @@ class Recipe(StrictModel):
 
 
 class Source(StrictModel):
-    """A data set in a mixture.
+    """A data set in a mixture."""
 
-    Attributes:
-        folder: of the data set, under the mixture's data root.
-        share: how much of the mixture it is to be, beside the others' shares.
-    """
-
-    folder: str
-    share: float = Field(1.0, gt=0)
+    folder: str = Field(description="Folder of the data set, under the mixture's data root.")
+    share: float = Field(1.0, gt=0, description="Weight of the data set in the mixture, relative to the other sources.")
 
 
 class MixedSplit(StrictModel):
-    """Seed and fractions for the sources whose ``split.by`` is ``patient``; the others keep the splits of their files."""
+    """Split of the sources whose ``split.by`` is ``patient``. The other sources keep the splits of their files."""
 
-    seed: int = 0
-    fractions: Fractions = {"train": 0.8, "val": 0.1, "test": 0.1}
+    seed: int = Field(0, description="Seed of the hash that splits patients.")
+    fractions: Fractions = Field({"train": 0.8, "val": 0.1, "test": 0.1}, description="Share of each split.")
 
 
 class Mixture(StrictModel):
-    """Several data sets as one.
+    """Several data sets as one."""
 
-    Attributes:
-        sources: recipe (its name, or a YAML file beside this one) -> its folder and share.
-        size: images to choose. A source that has fewer than its share gives all, and the others fill up.
-        negative_share: at most this share of them is without a lesion, from the sources that have such.
-        recipes: source -> its recipe, with the mixture's split; filled in by `load_recipe`.
-    """
+    filled_in: ClassVar[tuple[str, ...]] = ("path", "sha256", "recipes")
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
-    description: str
-    data_root: str = "${UMED_DATA_ROOT}"
-    sources: dict[str, Source] = Field(min_length=1)
-    size: int = Field(gt=0)
-    negative_share: float = Field(0.0, ge=0, lt=1)
-    split: MixedSplit = MixedSplit()
-    recipes: dict[str, Recipe] = {}
-    path: str = ""
-    sha256: str = ""
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the mixture: letters, digits, ``_``, ``.`` and ``-``."
+    )
+    description: str = Field(description="What the mixture holds, in a sentence. ``umed recipe list`` shows it.")
+    data_root: str = Field(
+        "${UMED_DATA_ROOT}",
+        description="Folder that holds the sources' folders. ``${VARIABLE}`` is taken from the environment; ``--data-root`` "
+        "overrides this key.",
+    )
+    sources: dict[str, Source] = Field(
+        min_length=1, description="Recipe (its name, or a YAML file beside this one), and its folder and share."
+    )
+    size: int = Field(
+        gt=0,
+        description="Number of images to choose. A source with fewer images than its share gives all of them, and the other "
+        "sources fill up.",
+    )
+    negative_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Maximum fraction of the images that show no lesion, taken from the sources that have such images.",
+    )
+    split: MixedSplit = Field(MixedSplit(), description="Split of the sources that are split by patient.")
+    recipes: dict[str, Recipe] = Field({}, description="Recipe of each source, with the mixture's split.")
+    path: str = Field("", description="Path of the YAML file.")
+    sha256: str = Field("", description="SHA-256 of the YAML file and of the sources' files.")
 
     @property
     def names(self) -> dict[str, list[str]]:
@@ -172,6 +200,13 @@ def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
     Raises:
         UsageError: there is neither a recipe nor a file of that name.
         UmedError: the file has faults; all are named with their key.
+
+    Example:
+        >>> recipe = load_recipe("kvasir_seg")
+        >>> recipe.annotations.reader, recipe.split.by
+        ('json', 'patient')
+        >>> recipe.names
+        {'polyp': ['polyp', 'colorectal polyp', 'colon polyp']}
     """
     path = Path(name_or_path)
     if not path.is_file():
@@ -189,9 +224,9 @@ def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
             f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
         )
     faults = Faults()
-    for own in FILLED_IN:
-        if own in data:
-            faults.add(own, "is filled in by umed; take it out")
+    for key in dict.fromkeys(Recipe.filled_in + Mixture.filled_in):
+        if key in data:
+            faults.add(key, "is filled in by umed; remove it")
     data = {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}
     loaded = _mixture(data, faults) if "sources" in data else _recipe(data, faults)
     faults.raise_if_any(str(path))
@@ -236,17 +271,21 @@ def _as_source(recipe: Recipe, mixture: Mixture) -> Recipe:
     return recipe.model_copy(update={"split": split, "mixture": f"{mixture.name} {mixture.sha256}"})
 
 
-def _reader_options(found: Any, faults: Faults) -> Optional[ReaderOptions]:
-    if found is None:  # a missing key is reported by Recipe itself
+def _reader_options(written: Any, faults: Faults) -> Optional[ReaderOptions]:
+    if written is None:  # a missing key is reported by Recipe itself
         return None
-    reader = found.get("reader") if isinstance(found, dict) else None
+    reader = written.get("reader") if isinstance(written, dict) else None
     if not isinstance(reader, str):
-        faults.add("annotations.reader", f"missing. Allowed: {', '.join(READER_OPTIONS)} or my_module:my_reader")
+        faults.add("annotations.reader", f"missing. Allowed: {', '.join(READERS)} or my_module:my_reader")
         return None
-    if ":" not in reader and reader not in READER_OPTIONS:
-        faults.add("annotations.reader", unknown_name("reader", reader, READER_OPTIONS) + " Or my_module:my_reader.")
+    if ":" not in reader and reader not in READERS:
+        faults.add("annotations.reader", unknown_name("reader", reader, READERS) + " Or my_module:my_reader.")
         return None
-    return validated(READER_OPTIONS.get(reader, FreeOptions), found, "annotations.", faults)
+    try:
+        return validated(reader_options(reader), written, "annotations.", faults)
+    except UsageError as error:
+        faults.add("annotations.reader", str(error))
+        return None
 
 
 def _check_together(recipe: Recipe, faults: Faults) -> None:
