@@ -19,8 +19,8 @@ from llava.mm_utils import process_images
 from PIL import Image
 from support.drawn import BOX, bright_box, scene, write_dicom, write_nifti, write_png, write_png16
 from support.tuning import make_dataset
+from support.umed_runs import ROOT
 from transformers import CLIPImageProcessor
-from umed_runs import ROOT
 
 from umed_plugin.data.images import load_image
 from umed_plugin.data.images.cache import ImageCache

@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from batch_server import BatchServer, batch_server
-from judge_server import judge_server
-from umed_runs import ROOT
-from writer_server import KEY, good, is_reflection
+from support.batch_server import BatchServer, batch_server
+from support.judge_server import judge_server
+from support.umed_runs import ROOT
+from support.writer_server import KEY, good, is_reflection
 
 from umed_plugin import cli
 from umed_plugin.data.records import Record, load_records
