@@ -1,4 +1,4 @@
-"""`umed upgrade` without training: settings, the plan's commands, what counts as done, the swap, and what is left running."""
+"""`umed upgrade` without training: settings, the plan's commands, which steps count as done, the swap, processes left running."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rich.console import Console
 from support.umed_runs import environment, train_flags
 
 from umed_plugin import cli
-from umed_plugin.commands.upgrade.in_place import Swap
-from umed_plugin.commands.upgrade.made import Made
+from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.plan import Step
-from umed_plugin.commands.upgrade.run import MARK, Upgrade, left_running
+from umed_plugin.commands.upgrade.provenance import Provenance
+from umed_plugin.commands.upgrade.run import MARK, Upgrade, end_left_running
 from umed_plugin.commands.upgrade.settings import Settings, as_yaml, read_settings, write_settings
 from umed_plugin.errors import UmedError, UsageError
 
@@ -66,8 +66,8 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         ({"rewarding.flags": {"umed_kl_cof": 0.1}}, "rewarding: unknown flag 'umed_kl_cof'.*umed_kl_coef"),
         ({"rewarding.flags": {"learning_rate": 1}}, "rewarding.flags: learning_rate cannot be set there"),
         ({"rewarding.rewards": ["localisation"]}, "unknown reward 'localisation'"),
-        ({"deepspeed": "/nowhere.json"}, "deepspeed: /nowhere.json: there is no such file"),
-        ({"data_root": "/nowhere"}, "data_root: /nowhere: there is no such folder"),
+        ({"deepspeed": "/nowhere.json"}, "deepspeed: /nowhere.json: no such file"),
+        ({"data_root": "/nowhere"}, "data_root: /nowhere: no such folder"),
         ({"precision": "fp16"}, "precision: fp16 needs a GPU"),
         ({"device": "cuda"}, "device: cuda, but torch sees no GPU"),
         ({"base": "/tmp"}, "base has no effect"),
@@ -78,7 +78,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         ),
         ({"accept_findings": ["tower-mooved"]}, "unknown finding 'tower-mooved'.*'tower-moved'"),
         ({"method": "full", "lora.r": 4}, "lora: has no effect"),
-        ({"rewarding.steps": None}, "give epochs or steps"),
+        ({"rewarding.steps": None}, "set one of epochs and steps, and the other to null"),
     ],
 )
 def test_settings_that_cannot_work_are_named_before_anything_runs(changes, words, tiny_mistral, tmp_path, monkeypatch):
@@ -169,61 +169,64 @@ def test_several_processes_are_started_by_torchrun_and_with_a_configuration_by_d
     assert config in deep.inputs.values(), "another configuration is another training"
 
 
-def small_step(folder: Path, made: Path, **settings: object) -> Step:
-    source, out = folder / "input.txt", made / "out.txt"
+def small_step(folder: Path, run: Path, **settings: object) -> Step:
+    source, out = folder / "input.txt", run / "out.txt"
     copy = f"open({str(out)!r}, 'w').write(open({str(source)!r}).read() + {settings.get('word', '')!r})"
     return Step("copy", "copying", (sys.executable, "-c", copy), settings, {"text": source}, (out,), goal=True)
 
 
-def run_step(made: Made, step: Step) -> None:
-    made.begin(step)
+def run_step(provenance: Provenance, step: Step) -> None:
+    provenance.begin(step)
     subprocess.run(step.command, check=True)
-    made.end(step)
+    provenance.end(step)
 
 
 def test_a_step_is_done_by_what_lies_on_disk_alone(tmp_path):
     (tmp_path / "input.txt").write_text("a")
-    step, made = small_step(tmp_path, tmp_path, word="b"), Made(tmp_path)
-    made.begin(step)
-    assert not made.is_done(step), "it has only begun"
-    run_step(made, step)
-    assert Made(tmp_path).is_done(step) and (tmp_path / "out.txt").read_text() == "ab"
-    assert Made(tmp_path).differences(step, inputs=True) == []
+    step, provenance = small_step(tmp_path, tmp_path, word="b"), Provenance(tmp_path)
+    provenance.begin(step)
+    assert not provenance.is_done(step), "it has only begun"
+    run_step(provenance, step)
+    assert Provenance(tmp_path).is_done(step) and (tmp_path / "out.txt").read_text() == "ab"
+    assert Provenance(tmp_path).differences(step, inputs=True) == []
 
-    changed = Made(tmp_path).differences(small_step(tmp_path, tmp_path, word="c"), inputs=True)
+    changed = Provenance(tmp_path).differences(small_step(tmp_path, tmp_path, word="c"), inputs=True)
     assert changed == ['word was "b" and is "c"']
     os.utime(tmp_path / "input.txt", (1, 1))
-    assert Made(tmp_path).differences(step, inputs=True) == [], "a copy is the same file"
+    assert Provenance(tmp_path).differences(step, inputs=True) == [], "a copy is the same file"
     (tmp_path / "input.txt").write_text("x")
     assert (
         f"text ({tmp_path / 'input.txt'}) is not the file that it was"
-        in Made(tmp_path).differences(step, inputs=True)[0]
+        in Provenance(tmp_path).differences(step, inputs=True)[0]
     )
     (tmp_path / "out.txt").write_text("edited")
-    assert not Made(tmp_path).is_done(step) and "was changed after it was made" in Made(tmp_path).damage(step)[0]
+    assert (
+        not Provenance(tmp_path).is_done(step)
+        and "was changed after it was made" in Provenance(tmp_path).damage(step)[0]
+    )
     (tmp_path / "out.txt").unlink()
-    assert not Made(tmp_path).is_done(step) and Made(tmp_path).damage(step) == []
+    assert not Provenance(tmp_path).is_done(step) and Provenance(tmp_path).damage(step) == []
 
 
 def test_what_nobody_knows_the_origin_of_is_not_used_and_not_removed(tmp_path):
     (tmp_path / "input.txt").write_text("a")
     (tmp_path / "out.txt").write_text("mine")
-    with pytest.raises(UmedError, match=r"out.txt: is there already"):
-        Made(tmp_path).begin(small_step(tmp_path, tmp_path))
+    with pytest.raises(UmedError, match=r"out.txt: exists already, but .*copy.json"):
+        Provenance(tmp_path).begin(small_step(tmp_path, tmp_path))
     assert (tmp_path / "out.txt").read_text() == "mine"
 
 
 def test_a_command_that_makes_nothing_is_an_error(tmp_path):
     (tmp_path / "input.txt").write_text("a")
-    step, made = small_step(tmp_path, tmp_path), Made(tmp_path)
-    made.begin(step)
-    with pytest.raises(UmedError, match="ended well, but .*out.txt is not there"):
-        made.end(step)
+    step, provenance = small_step(tmp_path, tmp_path), Provenance(tmp_path)
+    provenance.begin(step)
+    with pytest.raises(UmedError, match="ended with status 0, but .*out.txt does not exist"):
+        provenance.end(step)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
     (tmp_path / "mine").write_text("keep")
-    with pytest.raises(UmedError, match=r"holds files and no run.yaml"):
+    with pytest.raises(UmedError, match=r"contains files but no run.yaml"):
         upgrade_of(tiny_mistral, tmp_path).run()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -240,11 +243,11 @@ def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistra
     first = upgrade_of(tiny_mistral, tmp_path / "run")
     write_settings(first.settings, tmp_path / "run" / "run.yaml")
     training = first.steps[2]
-    made = Made(tmp_path / "run")
+    provenance = Provenance(tmp_path / "run")
     # As a killed start leaves it; its inputs are there.
     (tmp_path / "run" / "data").mkdir()
     (tmp_path / "run" / "data" / "records.json").write_text("[]")
-    made.begin(training)
+    provenance.begin(training)
     (training.outputs[0] / "checkpoint-2").mkdir(parents=True)
     again = upgrade_of(tiny_mistral, tmp_path / "run", **{"instruction_tuning.learning_rate": 0.5, "seed": 3})
     with pytest.raises(UmedError) as refused:
@@ -258,14 +261,14 @@ def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistra
     kept = read_settings(tmp_path / "run" / "run.yaml", {})
     assert kept == first.settings, "the run file still says what the run was made with"
     again.redo_changed = True
-    again._refuse([(training, ["seed was 0 and is 3"])])
-    assert not training.outputs[0].exists() and Made(tmp_path / "run").read(training) is None
+    again._handle_changes([(training, ["seed was 0 and is 3"])])
+    assert not training.outputs[0].exists() and Provenance(tmp_path / "run").read(training) is None
 
 
 def test_two_starts_in_one_folder_do_not_meet(tiny_mistral, tmp_path):
     first, second = (upgrade_of(tiny_mistral, tmp_path / "run") for _ in range(2))
     first.folder.mkdir()
-    with first._alone(), pytest.raises(UmedError, match="another `umed upgrade` is at work"), second._alone():
+    with first._locked(), pytest.raises(UmedError, match="another `umed upgrade` is running"), second._locked():
         pass
 
 
@@ -275,41 +278,41 @@ def test_what_a_killed_start_left_running_is_ended_and_nothing_else(tmp_path):
     # As torchrun starts them: in sessions of their own.
     ours, others = (subprocess.Popen(sleep, env={**os.environ, MARK: mark}, start_new_session=True) for mark in marks)
     try:
-        assert left_running(tmp_path) == [ours.pid]
+        assert end_left_running(tmp_path) == [ours.pid]
         assert ours.poll() is not None and others.poll() is None
     finally:
         others.kill()
         others.wait()
 
 
-@pytest.mark.parametrize("stopped_after", ["nothing", "copy", "note", "old", "new", "done"])
+@pytest.mark.parametrize("stopped_after", ["nothing", "copy", "state", "backup", "staged", "done"])
 def test_the_swap_ends_the_same_wherever_it_was_stopped(stopped_after, tmp_path):
     checkpoint, result = tmp_path / "llava", tmp_path / "run" / "checkpoint" / "llava-umed"
     for folder, text in ((checkpoint, "old"), (result, "new")):
         (folder / "vision_tower").mkdir(parents=True)
         (folder / "weights").write_text(text)
         (folder / "config.json").write_text(json.dumps({"mm_vision_tower": str(folder / "vision_tower")}))
-    swap, stops = Swap(tmp_path / "run", checkpoint), ["nothing", "copy", "note", "old", "new", "done"]
+    swap, stops = CheckpointSwap(tmp_path / "run", checkpoint), ["nothing", "copy", "state", "backup", "staged", "done"]
     reached = stops.index(stopped_after)
     swap.check()
     if reached >= 1:
-        swap._copy(result)
+        swap._stage(result)
     if reached >= 2:
-        swap.note.parent.mkdir()
-        swap.note.write_text("{}")
+        swap.state_file.parent.mkdir()
+        swap.state_file.write_text("{}")
     if reached >= 3:
-        checkpoint.rename(swap.old)
+        checkpoint.rename(swap.backup)
     if reached >= 4:
-        swap.new.rename(checkpoint)
+        swap.staged.rename(checkpoint)
     assert swap.begun() == (reached >= 2)
-    again = Swap(tmp_path / "run", checkpoint)
+    again = CheckpointSwap(tmp_path / "run", checkpoint)
     again.finish(result)
     again.finish(result)
-    assert (checkpoint / "weights").read_text() == "new" and (swap.old / "weights").read_text() == "old"
+    assert (checkpoint / "weights").read_text() == "new" and (swap.backup / "weights").read_text() == "old"
     assert json.loads((checkpoint / "config.json").read_text())["mm_vision_tower"] == str(checkpoint / "vision_tower")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava", "llava.before-umed", "run"]
     with pytest.raises(UmedError, match="from an earlier upgrade"):
-        Swap(tmp_path / "another", checkpoint).check()
+        CheckpointSwap(tmp_path / "another", checkpoint).check()
 
 
 def test_a_lora_folder_is_not_upgraded_in_place(tiny_mistral, tmp_path):

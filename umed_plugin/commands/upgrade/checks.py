@@ -1,4 +1,4 @@
-"""What can be seen to be wrong before hours of training: settings against checkpoint and machine, flags of both stages."""
+"""Check before hours of training: settings against checkpoint and machine, and the flags of both stages."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import Any
 
 from umed_plugin.checkpoints.merging import stock_name_fault
 from umed_plugin.commands.doctor.catalogue import KINDS
-from umed_plugin.commands.upgrade.plan import EVALUATED, Origin, training_flags
+from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings
+from umed_plugin.commands.upgrade.training import training_flags
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flags.checks import find_faults
-from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.definition import STAGES, UmedFlags
 
 
 def check_together(settings: Settings, origin: Origin) -> None:
-    """Refuse settings that cannot work, all faults at once.
+    """Refuse invalid settings, all faults at once.
 
     Args:
         settings: filled in.
-        origin: what is upgraded.
+        origin: the checkpoint to upgrade.
 
     Raises:
-        UmedError: with a line for each fault.
+        UmedError: with one line per fault.
     """
     faults = _machine_faults(settings)
     if settings.in_place and origin.lora:
-        faults.append("in_place: the result is a full checkpoint and the input a LoRA folder; leave in_place out.")
-    misread = stock_name_fault(str(settings.name), origin.config["model_type"])
-    faults += [f"name: {misread}"] if misread else []
+        faults.append("in_place: the result is a full checkpoint, but the input is a LoRA folder. Remove in_place.")
+    name_fault = stock_name_fault(str(settings.name), origin.config["model_type"])
+    faults += [f"name: {name_fault}"] if name_fault else []
     unknown = sorted(set(settings.accept_findings) - set(KINDS))
     faults += [f"accept_findings: {unknown_name('finding', code, KINDS)}" for code in unknown]
     if settings.method == "full" and settings.lora != type(settings.lora)():
         faults.append("lora: has no effect with method full.")
-    for name in EVALUATED[1:]:
+    for name in STAGES:
         flags = training_flags(name, getattr(settings, name), settings, origin)
         faults += [f"{name}: {fault}" for fault in _flag_faults(flags)]
     if faults:
-        raise UmedError("the settings cannot work:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        raise UmedError("invalid settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
 def _machine_faults(settings: Settings) -> list[str]:
@@ -47,17 +48,17 @@ def _machine_faults(settings: Settings) -> list[str]:
 
     if settings.device == "cpu":
         fp16 = settings.precision == "fp16"
-        return ["precision: fp16 needs a GPU; on a CPU fp32 or bf16."] if fp16 else []
-    there = torch.cuda.device_count()
-    if not there:
+        return ["precision: fp16 needs a GPU. On a CPU use fp32 or bf16."] if fp16 else []
+    gpus = torch.cuda.device_count()
+    if not gpus:
         return ["device: cuda, but torch sees no GPU on this machine."]
-    if settings.processes is not None and settings.processes > there:
-        return [f"processes: {settings.processes}, but torch sees {there} GPUs; each process needs one."]
+    if settings.processes is not None and settings.processes > gpus:
+        return [f"processes: {settings.processes}, but torch sees {gpus} GPUs. Each process needs one."]
     return []
 
 
 def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
-    """What the training itself would refuse, but for files that are not there yet."""
+    """Flags that the training itself would refuse, except for files that do not exist yet."""
     known = {flag.name: str(flag.type) for flag in dataclasses.fields(UmedFlags)}
     own = {flag: value for flag, value in flags.items() if flag.startswith("umed_")}
     unknown = [unknown_name("flag", flag, known) for flag in own if flag not in known]
@@ -66,7 +67,7 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
     numbers = {flag: value for flag, value in own.items() if isinstance(value, str) and "float" in known[flag]}
     for flag, value in numbers.items():
         try:
-            own[flag] = float(value)  # YAML takes 1e-4 for a text
+            own[flag] = float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             return [f"--{flag} {value!r}: must be a number."]
     return find_faults(

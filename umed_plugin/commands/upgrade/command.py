@@ -1,4 +1,4 @@
-"""``umed upgrade``: a checkpoint and a recipe become an upgraded checkpoint, in one resumable go."""
+"""``umed upgrade``: from a checkpoint and a recipe to an upgraded checkpoint, in one resumable command."""
 
 from __future__ import annotations
 
@@ -20,55 +20,62 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``upgrade``."""
     parser = subparsers.add_parser(
         "upgrade",
-        help="both stages, merge, evaluation before and after, report, in one go",
+        help="run both stages, merge, evaluate before and after, and report, in one command",
         description="Upgrade a checkpoint with a recipe's data: build records, evaluate, train stage 1 and stage 2 through "
         "umed-run, merge and evaluate after each. DIR/run.yaml holds all settings; edit it and start again with --config. "
-        "The same command goes on where a stopped one was. The input is not changed. The result, DIR/checkpoint/NAME, has its "
+        "The same command continues a stopped run. The input is not changed. The result, DIR/checkpoint/NAME, has the input's "
         "layout: same files, tensor names, shapes and dtypes.",
         epilog="example:\n  umed upgrade checkpoints/llava-med-v1.5-mistral-7b --recipe mau --data-root mau --out runs/upgrade\n"
         "  umed upgrade --config runs/upgrade/run.yaml --set rewarding.candidates=16 --redo-changed",
     )
     parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="folder of a checkpoint, full or LoRA")
-    parser.add_argument("--recipe", metavar="R", help="recipe (name or YAML), or records built already (JSON)")
+    parser.add_argument(
+        "--recipe", metavar="R", help="recipe (name or YAML file), or records that are built already (JSON)"
+    )
     parser.add_argument("--data-root", metavar="FOLDER", help="folder of the recipe's data set")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder of the run (default: umed-upgrade-CKPT)")
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="settings: a run.yaml; without --out its folder is the run's"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="settings file (run.yaml); without --out, its folder is the run's folder",
     )
-    parser.add_argument("--base", metavar="CKPT", help="of a LoRA checkpoint (default: as its adapter says)")
-    parser.add_argument("--method", choices=("lora", "full"), help="how to train (default: lora)")
-    parser.add_argument("--processes", metavar="N", type=int, help="training processes (default: one a GPU)")
-    parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed's configuration (default: without)")
-    parser.add_argument("--candidates", metavar="K", type=int, help="answers sampled to each question (default: 8)")
-    parser.add_argument("--rewards", metavar="LIST", help="comma list, as --umed_rewards")
-    parser.add_argument("--seed", metavar="N", type=int, help="of wording, order and sampling (default: 0)")
+    parser.add_argument("--base", metavar="CKPT", help="base of a LoRA checkpoint (default: the one its adapter names)")
+    parser.add_argument("--method", choices=("lora", "full"), help="LoRA or full fine-tuning (default: lora)")
+    parser.add_argument(
+        "--processes", metavar="N", type=int, help="number of training processes (default: one per GPU)"
+    )
+    parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed configuration (default: no DeepSpeed)")
+    parser.add_argument("--candidates", metavar="K", type=int, help="answers sampled per question (default: 8)")
+    parser.add_argument("--rewards", metavar="LIST", help="comma-separated, as for --umed_rewards")
+    parser.add_argument("--seed", metavar="N", type=int, help="seed of wording, order and sampling (default: 0)")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="any key of run.yaml: rewarding.steps=100; may be repeated",
+        help="set any key of run.yaml, for example rewarding.steps=100; repeatable",
     )
     parser.add_argument(
-        "--in-place", action="store_true", help="at the very end, swap with CKPT and keep the old one beside it"
+        "--in-place",
+        action="store_true",
+        help="at the very end, put the result in CKPT's place and keep the old one beside it",
     )
-    parser.add_argument(
-        "--redo-changed", action="store_true", help="make steps anew whose settings or inputs have changed"
-    )
+    parser.add_argument("--redo-changed", action="store_true", help="redo steps whose settings or inputs have changed")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and write nothing")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Upgrade, or print how."""
+    """Upgrade, or print the commands."""
     from rich.console import Console
 
     from umed_plugin.commands.upgrade.run import Upgrade
     from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings
 
-    # Rewards of one's own may lie there, as they may for the training that is started from there.
+    # User-defined rewards are found in the working folder, here as in the training processes.
     sys.path.append(os.getcwd())
-    folder, file = _places(args, RUN_FILE)
+    folder, file = _run_folder(args, RUN_FILE)
     settings = read_settings(file, _changes(args))
     upgrade = Upgrade(folder, settings, Console(), args.redo_changed)
     if args.dry_run:
@@ -79,21 +86,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_commands(steps: Sequence[Step]) -> None:
-    """The commands as a shell takes them, from this folder."""
+    """Print the commands as shell lines, to run from this folder."""
     from importlib.metadata import PackageNotFoundError, version
 
     from umed_plugin.commands.processes import importable
 
     try:
         version("umed-plugin")
-    except PackageNotFoundError:  # in a checkout that is not installed
+    except PackageNotFoundError:  # a checkout that is not installed
         print(f"export PYTHONPATH={shlex.quote(importable()['PYTHONPATH'])}\n")
     for step in steps:
         print(f"# {step.title}\n{step.line()}\n")
 
 
-def _places(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]:
-    """(folder of the run, file that its settings begin with, None for the defaults)."""
+def _run_folder(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]:
+    """(folder of the run, file to read settings from or None for the defaults)."""
     if args.config is not None:
         return args.out or args.config.resolve().parent, args.config
     if args.checkpoint is None and args.out is None:
@@ -110,7 +117,7 @@ def _places(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    """Dotted key -> value, of everything that the command line sets."""
+    """Dotted key -> value of every setting on the command line."""
     import yaml
 
     from umed_plugin.commands.upgrade.settings import recipe_path

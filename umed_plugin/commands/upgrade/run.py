@@ -1,6 +1,6 @@
-"""One upgrade from start to end: its steps in child processes, each done once, whatever stopped the starts before this one.
+"""Run an upgrade: each step in a child process, each exactly once, however often the run was stopped and started again.
 
-How to run: ``umed upgrade CKPT --recipe R --out DIR``; the same command again goes on where the last one was stopped.
+How to run: ``umed upgrade CKPT --recipe R --out DIR``. The same command continues a stopped run.
 """
 
 from __future__ import annotations
@@ -14,191 +14,205 @@ from typing import Any
 
 from umed_plugin.commands.doctor.examination import ERROR, examine
 from umed_plugin.commands.processes import Steps, importable, run_logged
+from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
-from umed_plugin.commands.upgrade.in_place import Swap
-from umed_plugin.commands.upgrade.made import MANIFEST, Made, read_json, versions
-from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step, find_origin, result_name
+from umed_plugin.commands.upgrade.origin import find_origin, result_name
+from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step
+from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
 REPORT, LOCK = "report.html", ".lock"
-# In the environment of every process of a run, by which those that outlive a killed run are found.
+# Environment variable of every process of a run; identifies processes that outlive a killed run.
 MARK = "UMED_UPGRADE_OF"
-# Errors of the doctor about what stock LLaVA would make of the input as it is: an upgrade does not load it by its folder's name,
-# trains with the tower inside it, and merges an adapter, so that its result has none of them.
-_OF_STOCK_LOADING = ("name-without-llava", "name-of-mpt", "adapter-of-mistral", "adapter-model-type", "tower-ignored")
+# Doctor errors that concern only stock LLaVA loading the input. An upgrade does not choose the loader by the folder's name,
+# trains with the tower inside the input, and merges an adapter, so its result has none of these faults.
+_STOCK_LOADING_ERRORS = (
+    "name-without-llava",
+    "name-of-mpt",
+    "adapter-of-mistral",
+    "adapter-model-type",
+    "tower-ignored",
+)
 
 
 class Upgrade:
     """One run.
 
     Args:
-        folder: of the run; made if need be.
-        settings: as read; what they leave open is filled in.
+        folder: of the run; created if missing.
+        settings: as read; unset values are filled in.
         console: a rich console.
-        redo_changed: make steps anew whose settings or inputs have changed, instead of refusing.
+        redo_changed: redo steps whose settings or inputs have changed, instead of refusing to run.
 
     Attributes:
         steps: in their order.
 
     Raises:
-        UmedError: the input is no checkpoint that can be upgraded, or the settings contradict it.
+        UmedError: the input cannot be upgraded, or the settings contradict it.
     """
 
     def __init__(self, folder: Path, settings: Settings, console: Any, redo_changed: bool = False) -> None:
         self.folder, self.console, self.redo_changed = folder.resolve(), console, redo_changed
-        self.made = Made(self.folder)
+        self.provenance = Provenance(self.folder)
         checkpoint = Path(settings.checkpoint)
-        self.swap = Swap(self.folder, checkpoint)
-        taken_away = self.swap.begun() and self.swap.old.exists()
-        self.origin = find_origin(self.swap.old if taken_away else checkpoint, settings.base)
+        self.swap = CheckpointSwap(self.folder, checkpoint)
+        moved = self.swap.begun() and self.swap.backup.exists()
+        self.origin = find_origin(self.swap.backup if moved else checkpoint, settings.base)
         self.settings = filled_in(settings, self.origin.config, result_name(self.origin))
         self.plan = Plan(self.folder, self.settings, self.origin)
         self.steps = self.plan.steps()
         check_together(self.settings, self.origin)
 
     def run(self) -> dict[str, Any]:
-        """Do what is left to do; returns the content of ``summary.json``."""
+        """Run the steps that are left; return the content of ``summary.json``."""
         self._refuse_foreign_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with self._locked():
             if self.swap.begun():
-                return self._swapped()
+                return self._finish_swap()
             if self.settings.in_place:
                 self.swap.check()
-            # Before anything runs; inputs are looked at when a step's turn comes.
-            self._refuse([(step, self.made.differences(step, inputs=False)) for step in self.steps])
+            # All settings are compared before anything runs; the inputs of a step when its turn comes.
+            self._handle_changes([(step, self.provenance.differences(step, inputs=False)) for step in self.steps])
             write_settings(self.settings, self.folder / RUN_FILE)
-            if not any(self.made.read(step) for step in self.steps):
+            if not any(self.provenance.read(step) for step in self.steps):
                 self._examine()
-            with Steps(self.console) as shown:
-                anew = [step for step in self.steps if self._do(step, shown)]
-                summary = self._conclude(bool(anew), shown)
+            with Steps(self.console) as bars:
+                ran = [step for step in self.steps if self._run_step(step, bars)]
+                summary = self._conclude(bool(ran), bars)
             if self.settings.in_place:
                 self.swap.finish(self.plan.result)
-            self._tell(summary)
+            self._print_summary(summary)
         return summary
 
     def _refuse_foreign_folder(self) -> None:
-        # A start may have been killed before it had written its settings.
-        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = {name for name in found if name != LOCK and not name.startswith(RUN_FILE)}
-        if RUN_FILE not in found and foreign:
+        # Lock and partial settings are left by a start that was killed before it had written its settings.
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        foreign = {name for name in names if name != LOCK and not name.startswith(RUN_FILE)}
+        if RUN_FILE not in names and foreign:
             raise UmedError(
-                f"{self.folder}: holds files and no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
+                f"{self.folder}: contains files but no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
             )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """See that no other start works in the folder, and end what a killed one has left running there."""
+    def _locked(self) -> Iterator[None]:
+        """Lock the folder against a second start, and end processes that a killed start left running in it."""
         with open(self.folder / LOCK, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UmedError(
-                    f"{self.folder}: another `umed upgrade` is at work in it. Wait for it, or end it."
+                    f"{self.folder}: another `umed upgrade` is running in this folder. Wait for it, or stop it."
                 ) from None
-            left = left_running(self.folder)
-            if left:
-                self.console.print(f"ended {len(left)} processes that a killed start had left running")
+            ended = end_left_running(self.folder)
+            if ended:
+                self.console.print(f"ended {len(ended)} processes that a killed start had left running")
             yield
 
     def _examine(self) -> None:
-        """Let the doctor look at the input, and stop at what an upgrade would go wrong with.
+        """Run the doctor on the input, and refuse an input on which an upgrade would fail.
 
         Raises:
-            UmedError: with the remedy for each.
+            UmedError: each error with its remedy.
         """
         findings = examine(self.origin.checkpoint, self.origin.full if self.origin.lora else None)
-        for one in findings:
+        for finding in findings:
             self.console.print(
-                f"doctor: {one.severity} {one.code}: {one.found} ({one.where})", soft_wrap=True, markup=False
+                f"doctor: {finding.severity} {finding.code}: {finding.found} ({finding.where})",
+                soft_wrap=True,
+                markup=False,
             )
-        passed = {*_OF_STOCK_LOADING, *self.settings.accept_findings}
-        errors = [one for one in findings if one.severity == ERROR and one.code not in passed]
+        accepted = {*_STOCK_LOADING_ERRORS, *self.settings.accept_findings}
+        errors = [finding for finding in findings if finding.severity == ERROR and finding.code not in accepted]
         if errors:
-            told = [f"  {one.code}: {one.found} ({one.where})\n    {one.remedy}" for one in errors]
+            lines = [f"  {error.code}: {error.found} ({error.where})\n    {error.remedy}" for error in errors]
             raise UmedError(
                 f"{self.origin.checkpoint}: cannot be upgraded as it is:\n"
-                + "\n".join(told)
-                + f"\n`umed doctor {self.origin.checkpoint}` says more, and --fix mends what is safe. To go on all the same: "
-                f"--set accept_findings=[{','.join(one.code for one in errors)}]"
+                + "\n".join(lines)
+                + f"\nDetails: `umed doctor {self.origin.checkpoint}`; with --fix it fixes what is safe. To upgrade anyway: "
+                f"--set accept_findings=[{','.join(error.code for error in errors)}]"
             )
 
-    def _refuse(self, changed: Sequence[tuple[Step, list[str]]]) -> None:
-        """Name what has changed since steps began, or make these anew if that was asked for."""
-        changed = [(step, differences) for step, differences in changed if differences]
+    def _handle_changes(self, changes: Sequence[tuple[Step, list[str]]]) -> None:
+        """Refuse to run if steps have changed since they began; with ``redo_changed``, forget these steps instead."""
+        changes = [(step, differences) for step, differences in changes if differences]
         if self.redo_changed:
-            for step, _ in changed:
-                self.made.forget(step)
-        elif changed:
-            told = [f"  {step.title}: {'; '.join(differences)}" for step, differences in changed]
+            for step, _ in changes:
+                self.provenance.forget(step)
+        elif changes:
+            lines = [f"  {step.title}: {'; '.join(differences)}" for step, differences in changes]
             raise UmedError(
                 f"{self.folder}: these steps were made, or begun, from other settings or inputs:\n"
-                + "\n".join(told)
-                + "\nTake the change back, choose another --out, or make them and what depends on them anew with --redo-changed."
+                + "\n".join(lines)
+                + "\nUndo the change, choose another --out, or redo them and the steps that depend on them with --redo-changed."
             )
 
-    def _do(self, step: Step, shown: Steps) -> bool:
-        """Run a step unless it is done, or nothing that is still to be made needs it; whether it was run."""
+    def _run_step(self, step: Step, bars: Steps) -> bool:
+        """Run a step, unless it is done or no step that is left to run needs it; return whether it ran."""
         if not self._needed(step):
             return False
-        self._refuse([(step, [*self.made.differences(step, inputs=True), *self.made.damage(step)])])
-        if self.made.is_done(step):
+        self._handle_changes([(step, [*self.provenance.differences(step, inputs=True), *self.provenance.damage(step)])])
+        if self.provenance.is_done(step):
             return False
-        self._tell_other_versions(step)
-        self.made.begin(step)
-        shown.begin(step.title)
+        self._note_other_versions(step)
+        self.provenance.begin(step)
+        bars.begin(step.title)
         run_logged(
             step.command,
             self.folder / "logs" / f"{step.name}.log",
             step.title,
             environment={**importable(), MARK: str(self.folder)},
-            # Other steps' bars are of files that are loaded.
-            progress=shown.update if step.trains else None,
+            # The bars in other steps' logs count loaded files, not the step's progress.
+            progress=bars.update if step.trains else None,
         )
-        self.made.end(step)
-        shown.end()
+        self.provenance.end(step)
+        bars.end()
         return True
 
-    def _tell_other_versions(self, step: Step) -> None:
-        """A step that is gone on with under other libraries may end otherwise than it would have."""
-        found = self.made.read(step)
-        before, now = found["versions"] if found else {}, versions()
-        other = [
+    def _note_other_versions(self, step: Step) -> None:
+        """Resuming a step under other library versions may change its result."""
+        record = self.provenance.read(step)
+        before, now = record["versions"] if record else {}, versions()
+        changed = [
             f"{name} {before.get(name)} -> {now.get(name)}"
             for name in sorted({*before, *now})
             if before.get(name) != now.get(name)
         ]
-        if found and other:
-            self.console.print(f"note: {step.title} was begun with other libraries: {', '.join(other)}", soft_wrap=True)
+        if record and changed:
+            self.console.print(
+                f"note: {step.title} was begun with other library versions: {', '.join(changed)}", soft_wrap=True
+            )
 
     def _needed(self, step: Step) -> bool:
-        if step.goal or self.made.read(step) is None:
+        if step.goal or self.provenance.read(step) is None:
             return True
         users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
-        return any(not self.made.is_done(other) and self._needed(other) for other in users)
+        return any(not self.provenance.is_done(other) and self._needed(other) for other in users)
 
-    def _conclude(self, anew: bool, shown: Steps) -> dict[str, Any]:
-        """Summary, manifest and report, if a step was run or one of them is missing: a later start knows other versions."""
-        # Not before: they bring torch and transformers along, whose words would stand among those of a dry run.
+    def _conclude(self, any_ran: bool, bars: Steps) -> dict[str, Any]:
+        """Write summary, manifest and report if a step ran or a file is missing.
+
+        Otherwise they stay as they are: a later start would record other library versions than the steps ran with.
+        """
+        # A late import: it loads torch and transformers, whose messages would mix with the output of a dry run.
         from umed_plugin.commands.report.page import write_report
 
         summary, files = self.folder / "summary.json", (self.plan.result / MANIFEST, self.folder / REPORT)
-        if anew or not all(file.is_file() for file in (summary, *files)):
+        if any_ran or not all(file.is_file() for file in (summary, *files)):
             self._write_manifest(self._summarise())
-            shown.begin("writing the report")
-            write_report(self.folder, progress=lambda _what, done, total: shown.update(done, total))
+            bars.begin("writing the report")
+            write_report(self.folder, progress=lambda _what, done, total: bars.update(done, total))
         return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
         from umed_plugin.evaluation.grounded import Evaluation, compare
 
-        found = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
-        base, tuned, rewarded = (found[stage] for stage in EVALUATED)
+        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
+        base, tuned, rewarded = (evaluations[stage] for stage in EVALUATED)
         summary = {
-            **{stage: evaluation.metrics for stage, evaluation in found.items()},
+            **{stage: evaluation.metrics for stage, evaluation in evaluations.items()},
             "comparison": compare(tuned, rewarded),
             "comparison_with_base": compare(base, rewarded),
             "seed": self.settings.seed,
@@ -207,15 +221,15 @@ class Upgrade:
         return summary
 
     def _write_manifest(self, summary: dict[str, Any]) -> None:
-        """Say in the result what it was made from."""
+        """Write into the result's folder what it was made from."""
         origins = dict.fromkeys((self.origin.checkpoint, self.origin.full))
         records = self.plan.records
         recipe = {key: value for step in self.steps for key, value in step.digests.items()}
         content = {
             "made_by": "umed upgrade",
-            "input": {str(path): self.made.hashes(path) for path in origins},
+            "input": {str(path): self.provenance.hashes(path) for path in origins},
             "recipe": {"name": self.settings.recipe, "sha256": recipe},
-            "records": {str(records): self.made.hash_of(records)},
+            "records": {str(records): self.provenance.hash_of(records)},
             "seed": self.settings.seed,
             "versions": versions(),
             "settings": self.settings.model_dump(),
@@ -224,50 +238,50 @@ class Upgrade:
                 stage: {name: value for name, value in summary[stage].items() if name != "figures"}
                 for stage in EVALUATED
             },
-            "files": self.made.hashes(self.plan.result),
+            "files": self.provenance.hashes(self.plan.result),
         }
         write_json(self.plan.result / MANIFEST, content)
 
-    def _swapped(self) -> dict[str, Any]:
-        """A start after the swap has begun: end it."""
-        if any(self.made.differences(step, inputs=False) for step in self.steps):
+    def _finish_swap(self) -> dict[str, Any]:
+        """Complete a swap that an earlier start began."""
+        if any(self.provenance.differences(step, inputs=False) for step in self.steps):
             raise UmedError(
-                f"{self.folder}: the result of this run has taken the place of {self.swap.checkpoint}, and the settings are not "
-                "those that it was made with any more. Choose another --out."
+                f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and the settings have changed since "
+                "it was made. Choose another --out."
             )
         self.swap.finish(self.plan.result)
         summary = read_json(self.folder / "summary.json")
-        self._tell(summary)
+        self._print_summary(summary)
         return summary
 
-    def _tell(self, summary: dict[str, Any]) -> None:
+    def _print_summary(self, summary: dict[str, Any]) -> None:
         from umed_plugin.evaluation.stages_table import stages_table
 
         self.console.print(stages_table({stage: summary[stage] for stage in EVALUATED}, summary["comparison"]))
-        place = self.swap.checkpoint if self.settings.in_place else self.plan.result
-        written = {"checkpoint": place, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
-        for name, path in written.items():
+        checkpoint = self.swap.checkpoint if self.settings.in_place else self.plan.result
+        paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
+        for name, path in paths.items():
             self.console.print(f"{name}: {path}", soft_wrap=True)
         if self.settings.in_place:
-            self.console.print(f"the old one: {self.swap.old}", soft_wrap=True)
+            self.console.print(f"old checkpoint: {self.swap.backup}", soft_wrap=True)
 
 
-def left_running(folder: Path) -> Sequence[int]:
-    """End the processes of a start in ``folder`` that was killed; returns their ids.
+def end_left_running(folder: Path) -> Sequence[int]:
+    """Kill processes that a killed start in ``folder`` left running; return their ids.
 
-    Torchrun and DeepSpeed start theirs in sessions of their own, where the end of the parents does not reach them; a training
-    that goes on unseen would write over the checkpoints of the next start.
+    torchrun and DeepSpeed start their workers in sessions of their own, so killing the parent does not end them. A training that
+    continued unnoticed would overwrite the checkpoints of the next start.
     """
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
-                found.append(process)
+                processes.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # of another user, or gone
-    for process in found:
+            continue  # another user's process, or already gone
+    for process in processes:
         process.kill()
-    psutil.wait_procs(found, timeout=60)
-    return [process.pid for process in found]
+    psutil.wait_procs(processes, timeout=60)
+    return [process.pid for process in processes]

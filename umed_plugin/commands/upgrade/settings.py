@@ -1,8 +1,8 @@
-"""The settings of an upgrade: one YAML file that says all of them, and that a person can edit.
+"""The settings of an upgrade: one YAML file that lists all of them and can be edited.
 
-The first start fills in what depends on the machine and on the checkpoint (device, number format, processes, learning rates, the
-result's name), so that a later start on another machine does not silently go on with others. The defaults are for 7 billion
-parameters on GPUs of 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing.
+The first start fills in what depends on the machine and the checkpoint: device, precision, processes, learning rates, the
+result's name. So a later start on another machine does not silently continue with other values. The defaults are for 7 billion
+parameters on GPUs with 80 GB: LoRA of rank 128 as in LLaVA's ``finetune_task_lora.sh``, in bfloat16 with gradient checkpointing.
 The paper (arXiv 2501.01377) publishes no hyper-parameters.
 
 How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for any key.
@@ -25,7 +25,8 @@ from umed_plugin.flags.definition import PAPER_REWARDS
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
 _PATHS = ("checkpoint", "base", "data_root", "deepspeed")
-# What the first start chooses, by method: (LoRA, full). LLaVA's own scripts; LLaVA-RLHF's PPO and a tenth of stage 1's.
+# Chosen by the first start, by method. Stage 1: as in LLaVA's scripts. Stage 2: LLaVA-RLHF's PPO for LoRA, for full fine-tuning
+# a twentieth of stage 1's.
 _LEARNING_RATES = {"instruction_tuning": {"lora": 2e-4, "full": 2e-5}, "rewarding": {"lora": 3e-5, "full": 1e-6}}
 
 
@@ -38,87 +39,89 @@ class Lora(StrictModel):
 
     r: int = _key(128, "Rank.", ge=1)
     alpha: int = _key(256, "Scale: the adapter is multiplied by alpha / r.", ge=1)
-    dropout: float = _key(0.05, "Of the adapter's input, in stage 1.", ge=0, lt=1)
+    dropout: float = _key(0.05, "Dropout on the adapter's input, in stage 1.", ge=0, lt=1)
 
 
 class Stage(StrictModel):
-    """What both stages have."""
+    """Settings of both stages."""
 
-    learning_rate: Optional[float] = _key(None, "Of the language model (or its adapter).", gt=0)
-    projector_learning_rate: Optional[float] = _key(2e-5, "Of the projector; null: learning_rate.", gt=0)
-    epochs: Optional[float] = _key(None, "Passes over the records, or null: see steps.", gt=0)
-    steps: Optional[int] = _key(None, "Optimizer steps, or null: see epochs.", ge=1)
-    batch_size: int = _key(8, "Records (stage 2: questions) at a time in each process.", ge=1)
-    accumulation: int = _key(1, "Batches of each process in an optimizer step.", ge=1)
-    warmup_ratio: float = _key(0.03, "Share of the steps over which the learning rate rises.", ge=0, le=1)
-    save_steps: int = _key(50, "A checkpoint to resume from every so many steps.", ge=1)
+    learning_rate: Optional[float] = _key(None, "Learning rate of the language model, or of its adapter.", gt=0)
+    projector_learning_rate: Optional[float] = _key(2e-5, "Learning rate of the projector; null: learning_rate.", gt=0)
+    epochs: Optional[float] = _key(None, "Epochs over the records; null: use steps.", gt=0)
+    steps: Optional[int] = _key(None, "Optimizer steps; null: use epochs.", ge=1)
+    batch_size: int = _key(8, "Batch size per process, in records (stage 2: questions).", ge=1)
+    accumulation: int = _key(1, "Gradient accumulation: batches per process and optimizer step.", ge=1)
+    warmup_ratio: float = _key(0.03, "Share of the steps in which the learning rate warms up.", ge=0, le=1)
+    save_steps: int = _key(50, "Save a checkpoint to resume from every this many steps.", ge=1)
     flags: dict[str, FlagValue] = _key(
-        {}, "Further flags of LLaVA's script or of the plugin, without the dashes: {report_to: tensorboard}."
+        {}, "Further flags of LLaVA's script or the plugin, without dashes: {report_to: tensorboard}."
     )
 
     @model_validator(mode="after")
     def _one_length(self) -> Any:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give epochs or steps, and leave the other at null")
+            raise ValueError("set one of epochs and steps, and the other to null")
         return self
 
 
 class InstructionTuning(Stage):
     """Stage 1: Abnormal-Aware Instruction Tuning."""
 
-    epochs: Optional[float] = _key(3, "Passes over the records, or null: see steps.", gt=0)
-    accumulation: int = _key(2, "Batches of each process in an optimizer step.", ge=1)
+    epochs: Optional[float] = _key(3, "Epochs over the records; null: use steps.", gt=0)
+    accumulation: int = _key(2, "Gradient accumulation: batches per process and optimizer step.", ge=1)
 
 
 class Rewarding(Stage):
     """Stage 2: Abnormal-Aware Rewarding."""
 
-    steps: Optional[int] = _key(200, "Optimizer steps, or null: see epochs.", ge=1)
-    batch_size: int = _key(4, "Questions at a time in each process.", ge=1)
-    accumulation: int = _key(2, "Batches of each process in an optimizer step.", ge=1)
-    save_steps: int = _key(20, "A checkpoint to resume from every so many steps.", ge=1)
+    steps: Optional[int] = _key(200, "Optimizer steps; null: use epochs.", ge=1)
+    batch_size: int = _key(4, "Batch size per process, in questions.", ge=1)
+    accumulation: int = _key(2, "Gradient accumulation: batches per process and optimizer step.", ge=1)
+    save_steps: int = _key(20, "Save a checkpoint to resume from every this many steps.", ge=1)
     algorithm: Literal["grpo", "ppo"] = _key("grpo", "grpo or ppo.")
-    candidates: int = _key(8, "Answers sampled to each question (K).", ge=1)
-    rewards: list[str] = _key(list(PAPER_REWARDS), "As --umed_rewards.", min_length=1)
-    reward_weights: Optional[list[float]] = _key(None, "One for each reward; null: 1 for each.")
-    temperature: float = _key(1.0, "Of sampling.", gt=0)
-    max_new_tokens: int = _key(128, "Longest sampled answer, in tokens.", ge=1)
+    candidates: int = _key(8, "Answers sampled per question (K).", ge=1)
+    rewards: list[str] = _key(list(PAPER_REWARDS), "Rewards, as for --umed_rewards.", min_length=1)
+    reward_weights: Optional[list[float]] = _key(None, "One weight per reward; null: 1 each.")
+    temperature: float = _key(1.0, "Sampling temperature.", gt=0)
+    max_new_tokens: int = _key(128, "Maximum length of a sampled answer, in tokens.", ge=1)
 
 
 class Evaluation(StrictModel):
-    """Before, between and after, on the records of the split ``test``."""
+    """Evaluation of the input and after each stage, on the records of the split ``test``."""
 
-    limit: Optional[int] = _key(None, "Only the first so many records; null: all.", ge=1)
-    batch_size: int = _key(16, "Studies at a time.", ge=1)
-    max_new_tokens: int = _key(128, "Longest answer, in tokens.", ge=1)
+    limit: Optional[int] = _key(None, "Only the first this many records; null: all.", ge=1)
+    batch_size: int = _key(16, "Batch size, in studies.", ge=1)
+    max_new_tokens: int = _key(128, "Maximum length of an answer, in tokens.", ge=1)
 
 
 class Settings(StrictModel):
-    """Everything that a run depends on. Relative paths begin at the folder of the file."""
+    """Everything that a run depends on. Relative paths are relative to the file's folder."""
 
-    checkpoint: str = _key(..., "The checkpoint to upgrade: a folder, full or LoRA. It is not changed before the end.")
-    base: Optional[str] = _key(None, "Of a LoRA checkpoint: what it was trained on; null: as its adapter says.")
+    checkpoint: str = _key(
+        ..., "The checkpoint to upgrade: a folder, full or LoRA. It is not changed, except at the end with in_place."
+    )
+    base: Optional[str] = _key(None, "Base of a LoRA checkpoint; null: the one its adapter names.")
     recipe: str = _key(
-        ..., "A shipped recipe's name, a recipe's YAML, or records that `umed recipe build` wrote (JSON)."
+        ..., "Name of a shipped recipe, a recipe's YAML file, or records that `umed recipe build` wrote (JSON)."
     )
     data_root: Optional[str] = _key(None, "Folder of the recipe's data set; null: the recipe's own.")
-    name: Optional[str] = _key(None, "Of the result's folder, below checkpoint/.", pattern=r"^[A-Za-z0-9_.-]+$")
-    accept_findings: list[str] = _key([], "Errors of `umed doctor` to go on in spite of, by their codes.")
+    name: Optional[str] = _key(None, "Name of the result's folder, below checkpoint/.", pattern=r"^[A-Za-z0-9_.-]+$")
+    accept_findings: list[str] = _key([], "Codes of `umed doctor` errors to accept.")
     in_place: bool = _key(
-        False, "At the very end, put the result where the checkpoint is and keep the old one beside it."
+        False, "At the very end, put the result in the checkpoint's place and keep the old one beside it."
     )
-    seed: int = _key(0, "Of wording, order and sampling.")
-    box_decimals: Literal[2, 3] = _key(2, "Of coordinates in text.")
-    on_bad_image: Literal["stop", "skip"] = _key("stop", "stop, or skip images that cannot be read.")
-    model_max_length: Optional[int] = _key(None, "Longest sequence in training, in tokens.", ge=64)
+    seed: int = _key(0, "Seed of wording, order and sampling.")
+    box_decimals: Literal[2, 3] = _key(2, "Decimals of box coordinates in text.")
+    on_bad_image: Literal["stop", "skip"] = _key("stop", "stop, or skip: leave out images that cannot be read.")
+    model_max_length: Optional[int] = _key(None, "Maximum sequence length in training, in tokens.", ge=64)
     device: Optional[Literal["cuda", "cpu"]] = _key(None, "cuda or cpu.")
-    precision: Optional[Literal["bf16", "fp16", "fp32"]] = _key(None, "Number format of training.")
-    processes: Optional[int] = _key(None, "Training processes, one a GPU.", ge=1)
-    deepspeed: Optional[str] = _key(None, "DeepSpeed's configuration (JSON); null: without DeepSpeed.")
-    master_port: int = _key(29500, "Where DeepSpeed's processes meet.", ge=1024, le=65535)
-    method: Literal["lora", "full"] = _key("lora", "lora, or full fine-tuning.")
+    precision: Optional[Literal["bf16", "fp16", "fp32"]] = _key(None, "Precision of training: bf16, fp16 or fp32.")
+    processes: Optional[int] = _key(None, "Training processes, one per GPU.", ge=1)
+    deepspeed: Optional[str] = _key(None, "DeepSpeed configuration (JSON); null: no DeepSpeed.")
+    master_port: int = _key(29500, "Port of DeepSpeed's rendezvous.", ge=1024, le=65535)
+    method: Literal["lora", "full"] = _key("lora", "lora, or full: full fine-tuning.")
     lora: Lora = Lora()
-    gradient_checkpointing: Optional[bool] = _key(None, "Less memory, more time.")
+    gradient_checkpointing: Optional[bool] = _key(None, "Recompute activations: less memory, more time.")
     instruction_tuning: InstructionTuning = InstructionTuning()
     rewarding: Rewarding = Rewarding()
     evaluation: Evaluation = Evaluation()
@@ -129,19 +132,23 @@ class Settings(StrictModel):
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        inner = isinstance(value, dict) and key != "flags"
-        found.update(_flat(value, f"{prefix}{key}.") if inner else {prefix + key: value})
-    return found
+        nested = isinstance(value, dict) and key != "flags"
+        flat.update(_flat(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
 
 
 def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
-    """The settings of a file (None: the defaults) with ``changes``, dotted key -> value, on top.
+    """Read settings from a file, and apply changes.
+
+    Args:
+        file: a ``run.yaml``; None starts from the defaults.
+        changes: dotted key -> value.
 
     Raises:
-        UmedError: everything that is wrong with them; files and folders are looked at too.
-        UsageError: there is no such file.
+        UmedError: all faults at once, including missing files and folders.
+        UsageError: the file does not exist.
     """
     data: dict[str, Any] = {}
     if file is not None:
@@ -155,7 +162,7 @@ def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
     settings = validated(Settings, data, "", faults)
     if settings is not None:
         _check_paths(settings, faults)
-    faults.raise_if_any(str(file) if file is not None else "the settings cannot work")
+    faults.raise_if_any(str(file) if file is not None else "invalid settings")
     return settings
 
 
@@ -167,7 +174,7 @@ def _load(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UmedError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise UmedError(f"{file}: holds a {type(data).__name__}; settings are a mapping.")
+        raise UmedError(f"{file}: contains a {type(data).__name__}. Needed: a mapping of keys to values.")
     return data
 
 
@@ -177,7 +184,7 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
             data[key] = {}
         data = data[key]
     data[keys[-1]] = value
-    # One excludes the other, and the defaults have one of them.
+    # They exclude each other, and the defaults set one of them.
     other = {"steps": "epochs", "epochs": "steps"}.get(keys[-1])
     if other is not None and value is not None:
         data[other] = None
@@ -188,7 +195,7 @@ def _absolute(path: str, start: Path) -> str:
 
 
 def recipe_path(recipe: str, start: Path) -> str:
-    """A recipe's file by its absolute path, a shipped recipe by its name."""
+    """The absolute path of a recipe's file; the name of a shipped recipe unchanged."""
     is_file = Path(recipe).suffix in (".yaml", ".yml", ".json") or os.sep in recipe
     return _absolute(recipe, start) if is_file else recipe
 
@@ -197,30 +204,30 @@ def _check_paths(settings: Settings, faults: Faults) -> None:
     for key in ("base", "data_root"):
         folder = getattr(settings, key)
         if folder is not None and not os.path.isdir(folder):
-            faults.add(key, f"{folder}: there is no such folder")
+            faults.add(key, f"{folder}: no such folder")
     if settings.deepspeed is not None and not os.path.isfile(settings.deepspeed):
-        faults.add("deepspeed", f"{settings.deepspeed}: there is no such file")
+        faults.add("deepspeed", f"{settings.deepspeed}: no such file")
     if settings.deepspeed is None and settings.master_port != Settings.model_fields["master_port"].default:
         faults.add("master_port", "has no effect without deepspeed")
     if settings.recipe.endswith(".json") and settings.data_root is not None:
-        faults.add("data_root", "has no effect on records that are built already")
+        faults.add("data_root", "has no effect: the records are built already")
 
 
 def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings:
-    """The settings with everything that was left at null and depends on machine or checkpoint.
+    """Fill in the settings that depend on machine or checkpoint and are still null.
 
     Args:
         settings: as read.
         config: ``config.json`` of the checkpoint, or of a LoRA checkpoint's base.
-        name: of the result's folder.
+        name: default name of the result's folder.
     """
     import torch
 
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device == "cuda"
-    modern = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if modern else "fp16") if gpu else "fp32"
-    chosen = {
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = ("bf16" if bf16 else "fp16") if gpu else "fp32"
+    defaults = {
         "name": name,
         "model_max_length": config.get("tokenizer_model_max_length") or 2048,
         "device": device,
@@ -228,7 +235,7 @@ def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings
         "processes": max(1, torch.cuda.device_count()) if gpu else 1,
         "gradient_checkpointing": gpu,
     }
-    update: dict[str, Any] = {key: value for key, value in chosen.items() if getattr(settings, key) is None}
+    update: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(settings, key) is None}
     for stage, rates in _LEARNING_RATES.items():
         if getattr(settings, stage).learning_rate is None:
             rate = {"learning_rate": rates[settings.method]}
@@ -237,7 +244,7 @@ def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings
 
 
 def as_yaml(settings: BaseModel, indent: str = "") -> str:
-    """The settings as YAML, each key under what it means."""
+    """The settings as YAML, each key below a comment with its meaning."""
     lines = []
     fields = type(settings).model_fields
     for key in sorted(fields, key=lambda key: key == "flags"):
@@ -249,13 +256,15 @@ def as_yaml(settings: BaseModel, indent: str = "") -> str:
             continue
         if field.description:
             lines.append(f"{indent}# {field.description}")
-        # Lists and mappings on the key's own line.
+        # Flow style keeps lists and mappings on the key's line.
         text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
         lines.append(f"{indent}{key}: {text.splitlines()[0]}")
     return "\n".join(lines) + "\n"
 
 
 def write_settings(settings: Settings, file: Path) -> None:
-    """Write the run file, whole or not at all."""
-    head = "# All settings of this run. Edit them and start `umed upgrade --config` with this file again.\n"
+    """Write ``run.yaml`` atomically."""
+    head = (
+        "# All settings of this run. To change them, edit this file and start `umed upgrade --config` with it again.\n"
+    )
     files.write_text(file, head + as_yaml(settings))

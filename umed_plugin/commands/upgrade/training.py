@@ -1,0 +1,144 @@
+"""The training command of a stage: LLaVA's script, the launcher that starts it, and the flags of LLaVA and the plugin."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.commands.upgrade.origin import Origin
+from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
+from umed_plugin.errors import UmedError
+from umed_plugin.flags.definition import TUNING
+
+# Paths that differ from run to run; `flags` of the settings must not set them either.
+PATH_FLAGS = ("model_name_or_path", "data_path", "image_folder", "output_dir")
+# From LLaVA's finetune_task_lora.sh, for what the settings have no key for. `flags` may override these.
+_DEFAULTS = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "logging_steps": 1, "report_to": "none"}
+# Log sampled answers with their rewards, for the report.
+_REWARDING_DEFAULTS = {"umed_log_candidates": 10}
+
+
+def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) -> dict[str, Any]:
+    """LLaVA's and the plugin's flags of a stage, except `PATH_FLAGS`.
+
+    Args:
+        name: of the stage.
+        stage: its settings.
+        settings: all settings, filled in.
+        origin: the checkpoint to upgrade; training must agree with its configuration.
+
+    Raises:
+        UmedError: ``flags`` sets a flag for which the settings have a key.
+    """
+    flags = {
+        "umed_stage": name,
+        **_model_flags(settings, origin),
+        **_schedule_flags(stage, settings),
+        **_precision_flags(settings),
+        **_method_flags(name, settings),
+        "deepspeed": settings.deepspeed,
+        **(_rewarding_flags(stage) if isinstance(stage, Rewarding) else {}),
+    }
+    taken = sorted(set(stage.flags) & {*flags, *PATH_FLAGS})
+    if taken:
+        raise UmedError(
+            f"{name}.flags: {', '.join(taken)} cannot be set there: other settings of the run, or the checkpoint, determine it. "
+            "Remove it."
+        )
+    defaults = {**_DEFAULTS, **(_REWARDING_DEFAULTS if isinstance(stage, Rewarding) else {})}
+    return {flag: value for flag, value in {**flags, **defaults, **stage.flags}.items() if value is not None}
+
+
+def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
+    config = origin.config
+    return {
+        "version": UMED_TEMPLATES[config["model_type"]],
+        "vision_tower": config.get("mm_vision_tower", config.get("vision_tower")),
+        "mm_vision_select_layer": config.get("mm_vision_select_layer", -2),
+        "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch"),
+        "mm_projector_type": config.get("mm_projector_type", "linear"),
+        "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
+        "mm_use_im_patch_token": config.get("mm_use_im_patch_token", True),
+        "image_aspect_ratio": origin.image_mode,
+        "model_max_length": settings.model_max_length,
+        "umed_on_bad_image": settings.on_bad_image,
+    }
+
+
+def _schedule_flags(stage: Stage, settings: Settings) -> dict[str, Any]:
+    return {
+        "learning_rate": stage.learning_rate,
+        "mm_projector_lr": stage.projector_learning_rate,
+        "num_train_epochs": stage.epochs,
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "gradient_accumulation_steps": stage.accumulation,
+        "warmup_ratio": stage.warmup_ratio,
+        "save_strategy": "steps",
+        "save_steps": stage.save_steps,
+        "save_total_limit": 1,
+        "seed": settings.seed,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "dataloader_num_workers": 4 if settings.device == "cuda" else 0,
+        "lazy_preprocess": True,
+    }
+
+
+def _precision_flags(settings: Settings) -> dict[str, Any]:
+    bf16 = settings.precision == "bf16"
+    if settings.device == "cpu":
+        return {"use_cpu": True, "bf16": bf16}
+    return {"bf16": bf16, "fp16": settings.precision == "fp16", "tf32": bf16 or None}
+
+
+def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
+    if settings.method == "full":
+        return {"lora_enable": False}
+    lora = settings.lora
+    # Stage 2 turns dropout off whatever the flag says.
+    dropout = lora.dropout if name == TUNING else 0.0
+    return {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": dropout}
+
+
+def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:
+    weights = stage.reward_weights
+    return {
+        "umed_algorithm": stage.algorithm,
+        "umed_num_candidates": stage.candidates,
+        "umed_rewards": ",".join(stage.rewards),
+        "umed_reward_weights": ",".join(f"{weight:g}" for weight in weights) if weights else None,
+        "umed_temperature": stage.temperature,
+        "umed_max_new_tokens": stage.max_new_tokens,
+    }
+
+
+def launcher(settings: Settings) -> tuple[str, ...]:
+    """Start LLaVA's script under ``umed-run``: with Python, torchrun, or DeepSpeed's launcher."""
+    umed_run = program("umed-run", "umed_plugin.launch")
+    processes = str(settings.processes)
+    if settings.deepspeed is not None:
+        deepspeed = [*program("deepspeed", "deepspeed.launcher.runner"), "--num_gpus", processes]
+        return (*umed_run, *deepspeed, "--master_port", str(settings.master_port), _script())
+    if settings.device == "cpu" and settings.processes == 1:
+        return (*umed_run, sys.executable, "-m", "llava.train.train_mem")
+    # torchrun for one GPU process as well: under plain Python, transformers uses all visible GPUs (DataParallel).
+    # Not --standalone: before torch 2.1 it uses one fixed port, on which two runs would collide.
+    torchrun = [*program("torchrun", "torch.distributed.run"), "--rdzv_backend", "c10d"]
+    torchrun += ["--rdzv_endpoint", "localhost:0", "--nproc_per_node", processes]
+    return (*umed_run, *torchrun, "-m", "llava.train.train_mem")
+
+
+def program(name: str, module: str) -> list[str]:
+    """A program of this Python's environment, by its full path: the one on PATH may belong to another environment."""
+    beside = Path(sys.executable).parent / name
+    return [str(beside)] if beside.is_file() else [sys.executable, "-m", module]
+
+
+def _script() -> str:
+    spec = find_spec("llava")
+    if spec is None or spec.origin is None:
+        raise UmedError("LLaVA is not installed in this environment (no module llava). Install LLaVA 1.2.2 first.")
+    return str(Path(spec.origin).parent / "train" / "train_mem.py")
