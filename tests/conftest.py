@@ -42,9 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ours = [(file, name) for file, name in places if file.is_relative_to(TESTS)]
         if any(needs.function_trains(*place) for place in ours):
             item.add_marker("run")
-        if needs.file_needs_llava(item.path) or item.get_closest_marker("run"):
-            item.add_marker("llava")
-        elif any(needs.function_needs_llava(*place) for place in ours):
+        if (
+            needs.file_needs_llava(item.path)
+            or item.get_closest_marker("run")
+            or any(needs.function_needs_llava(*place) for place in ours)
+        ):
             item.add_marker("llava")
         if not LLAVA and item.get_closest_marker("llava"):
             item.add_marker(pytest.mark.skip(reason="torch and LLaVA are not installed in this environment"))

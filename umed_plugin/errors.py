@@ -13,11 +13,33 @@ from collections.abc import Iterable
 
 
 class UmedError(Exception):
-    """Something the user can mend. Exit status 1."""
+    """Something that the user can fix. The command line prints its message and exits with status 1.
+
+    - `UmedError`: a file, a record, a checkpoint or a run is not as it must be.
+
+      - `UsageError`: a flag or an argument is wrong.
+
+    Example:
+        >>> from umed_plugin import UmedError, load_records
+        >>> try:
+        ...     load_records("no_such_file.json")
+        ... except UmedError as error:
+        ...     print("cannot train:", error)
+        cannot train: no_such_file.json: ...
+    """
 
 
 class UsageError(UmedError):
-    """A wrong flag or argument. Exit status 2."""
+    """A flag or an argument is wrong. The command line prints the message and exits with status 2.
+
+    Example:
+        >>> from umed_plugin import UsageError, load_recipe
+        >>> try:
+        ...     load_recipe("brain_tumour_coco")
+        ... except UsageError as error:
+        ...     print(str(error)[:65])
+        unknown recipe 'brain_tumour_coco'. Did you mean 'brain_tumor_coc
+    """
 
 
 def note(text: str) -> None:

@@ -10,12 +10,25 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = frozenset(
-    "torch torchvision llava transformers tokenizers sentencepiece safetensors peft accelerate deepspeed trl monai".split()
+    [
+        "torch",
+        "torchvision",
+        "llava",
+        "transformers",
+        "tokenizers",
+        "sentencepiece",
+        "safetensors",
+        "peft",
+        "accelerate",
+        "deepspeed",
+        "trl",
+        "monai",
+    ]
 )
 # Helpers in support/umed_runs.py with which a test starts a training process.
 TRAINERS = frozenset(("train", "train_flags", "reward"))
@@ -28,19 +41,19 @@ def llava_is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "llava"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def file_needs_llava(file: Path) -> bool:
     """Whether importing the file imports one of `LIBRARIES`."""
     return any(name.split(".")[0] in LIBRARIES for name in _reached(file))
 
 
-@lru_cache(maxsize=None)
+@cache
 def function_needs_llava(file: Path, name: str) -> bool:
     """Whether a function, or a helper of the same file that it names, imports one of `LIBRARIES` when it runs."""
     return any(_needs(imported) for node in _used(file, name) for imported in _imports(ast.walk(node)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def function_trains(file: Path, name: str) -> bool:
     """Whether a function, or a helper of the same file that it names, uses one of `TRAINERS`."""
     imported = set(_imports(ast.walk(_tree(file))))
@@ -71,7 +84,7 @@ def _needs(name: str) -> bool:
     return file is not None and file_needs_llava(file)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
@@ -122,7 +135,7 @@ def _files_of(name: str) -> list[Path]:
     return [file for file in files if file]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _file_of(name: str) -> Path | None:
     first, *rest = name.split(".")
     if first not in PACKAGES:

@@ -66,7 +66,13 @@ def diagnose(
         progress: called with (bytes of weights read, bytes in all).
 
     Raises:
-        UsageError: one of the two is no folder.
+        UsageError: one of the two is not a folder.
+
+    Example:
+        >>> import tempfile
+        >>> from umed_plugin import diagnose
+        >>> [finding.code for finding in diagnose(tempfile.mkdtemp()).findings]
+        ['config-missing', 'weights-missing']
     """
     for path in (checkpoint, base):
         if path is not None and not Path(path).is_dir():

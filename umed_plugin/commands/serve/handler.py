@@ -22,19 +22,19 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from threading import Event
+from typing import Any, Optional, Protocol
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import Field, ValidationError
 
 from umed_plugin.commands.serve.access import refusal
-from umed_plugin.commands.serve.shelf import Case
+from umed_plugin.commands.serve.dialogue import Dialogue
+from umed_plugin.commands.serve.line import Line
+from umed_plugin.commands.serve.shelf import Case, Shelf
 from umed_plugin.commands.serve.studies import View
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import StrictModel
-
-if TYPE_CHECKING:
-    from umed_plugin.commands.serve.server import ChatServer
 
 SHOWN_SIDE = 1280  # pixels of a picture's longer side in the browser
 _MOST_JSON = 1 << 18
@@ -80,13 +80,24 @@ class _Refused(Exception):
         self.status = status
 
 
+class ChatState(Protocol):
+    """What all connections share; `umed_plugin.commands.serve.server.ChatServer` holds it."""
+
+    dialogue: Dialogue
+    shelf: Shelf
+    about: dict[str, Any]
+    line: Line
+    ending: Event
+    own_name: str
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "umed", ""
     timeout = _SILENCE
-    server: ChatServer
+    server: ChatState  # type: ignore[assignment]
 
     def do_GET(self) -> None:
         self._handle(self._get)
