@@ -40,11 +40,11 @@ def main() -> None:
 
 def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from umed_plugin.commands.demo import tiny_checkpoint
-    from umed_plugin.model.answerer import Answerer, Ask
+    from umed_plugin.model.answerer import Answerer, AnswererSettings, ImageQuestion
 
     tiny_checkpoint.IMAGE_SIZE = 24 * tiny_checkpoint.PATCH_SIZE
     made = tiny_checkpoint.make_checkpoint(folder / "llava-mistral", hidden_size=256, layers=6)
-    answerer = Answerer(made, device="cpu", max_new_tokens=args.max_new_tokens)
+    answerer = Answerer(made, AnswererSettings(device="cpu", max_new_tokens=args.max_new_tokens))
     for layer in answerer.llava.get_model().layers:  # sharp attention: answers that hang on image and question
         for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
             projection.weight.data *= 6
@@ -53,7 +53,10 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for index in range(args.images):
         path = folder / f"{index}.png"
         Image.fromarray(chance.integers(0, 255, (192, 192, 3), dtype=np.uint8)).save(path)
-        asks += [Ask(str(path), " ".join(chance.choice(WORDS, chance.integers(4, 16)))) for _ in range(args.questions)]
+        asks += [
+            ImageQuestion(str(path), " ".join(chance.choice(WORDS, chance.integers(4, 16))))
+            for _ in range(args.questions)
+        ]
     batches = [asks[start : start + args.batch_size] for start in range(0, len(asks), args.batch_size)]
 
     def shared() -> list[str]:
@@ -76,13 +79,15 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def _one_by_one(answerer: Any, batch: list[Any]) -> list[str]:
     from umed_plugin.model.forward import decode_answers, embed_prompts
-    from umed_plugin.model.sampling import generate
+    from umed_plugin.model.sampling import SamplingSettings, generate
 
     with torch.no_grad():
         features = answerer.features([ask.image for ask in batch], [None] * len(batch))
         prompts = embed_prompts(answerer.model, [answerer.prompt_ids(ask.text) for ask in batch], features)
         eos, limit = answerer.tokenizer.eos_token_id, answerer.max_new_tokens
-        found = generate(answerer.model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
+        found = generate(
+            answerer.model, prompts, SamplingSettings(max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
+        )
     return decode_answers(answerer.tokenizer, found)
 
 

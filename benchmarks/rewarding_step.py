@@ -165,7 +165,7 @@ def embedded(work: Work) -> Any:
 def sample(work: Work, side: str) -> Any:
     """K answers of T tokens to each query: their ids."""
     from umed_plugin.model.forward import base_llava
-    from umed_plugin.model.sampling import generate
+    from umed_plugin.model.sampling import SamplingSettings, generate
 
     work.model.eval()
     k, steps = work.options.candidates, work.options.answer_tokens
@@ -173,7 +173,9 @@ def sample(work: Work, side: str) -> Any:
         with torch.no_grad():
             prompts = embedded(work)
         settings = {"max_new_tokens": steps, "temperature": 1.0, "eos_token_id": -1}
-        return generate(work.model, prompts, num_candidates=k, **settings, packed=work.packs).token_ids
+        return generate(
+            work.model, prompts, SamplingSettings(num_candidates=k, **settings, packed=work.packs)
+        ).token_ids
     return base_llava(work.model).generate(
         work.prompts, images=work.images, do_sample=True, top_k=0, num_return_sequences=k, max_new_tokens=steps
     )

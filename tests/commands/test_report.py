@@ -22,7 +22,7 @@ from umed_plugin.commands.report.run_folder import Training, read_run
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.grounded import Case
-from umed_plugin.model.heat_map import decode_heat
+from umed_plugin.model.heat_map import decode_heat_map
 
 PREDICTIONS = "evaluation/base/predictions.jsonl"
 CANDIDATES = "runs/rewarded-llava-mistral/candidates.jsonl"
@@ -236,7 +236,7 @@ def test_the_picture_takes_studies_at_even_ranks_and_needs_two_stages(run):
 def test_heat_is_what_was_put_in(finished):
     evaluation = read_run(finished[0]).evaluations["rewarding"]
     found = next(one for one in evaluation.cases if one.heat is not None)
-    shares = decode_heat(found.heat)
+    shares = decode_heat_map(found.heat)
     assert shares.shape == (8, 8) and shares.sum() == pytest.approx(1, abs=0.05)
     with pytest.raises(UmedError, match="64 values for a grid of 4 x 4"):
-        decode_heat({**found.heat, "grid": [4, 4]})
+        decode_heat_map({**found.heat, "grid": [4, 4]})

@@ -18,9 +18,9 @@ from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.model.answerer import prompt_ids
-from umed_plugin.model.attention import attention_on_lesion
+from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, embed_prompts
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
 QUESTIONS = ("What abnormality can be seen in this image?", "Where does it lie?", "Is it a nodule?")
@@ -58,7 +58,9 @@ def test_an_answer_is_the_evaluations(dialogue):
     assert answer.prompt_ids.tolist() == ids.tolist()
     prompts = embed_prompts(dialogue.model, [ids], answer.features)
     expected = generate(
-        dialogue.model, prompts, max_new_tokens=12, temperature=0, eos_token_id=dialogue.tokenizer.eos_token_id
+        dialogue.model,
+        prompts,
+        SamplingSettings(max_new_tokens=12, temperature=0, eos_token_id=dialogue.tokenizer.eos_token_id),
     )
     assert answer.token_ids == expected.answers()[0]
     assert len(heard) == 12 and heard[-1] == answer.text
@@ -131,7 +133,7 @@ def test_a_lora_folder_over_its_base_is_asked_with_its_adapter(tiny_mistral, tmp
     answers = [asked.answer("a", PICTURE, [], QUESTIONS[0], silent) for asked in (adapted, plain)]
     assert answers[0].token_ids != answers[1].token_ids
     prompts = embed_prompts(adapted.model, [answers[0].prompt_ids], answers[0].features)
-    expected = generate(adapted.model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+    expected = generate(adapted.model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
     assert answers[0].token_ids == expected.answers()[0]
     assert adapted.attention(answers[0])["grid"] == 8
 
@@ -183,7 +185,12 @@ def test_boxes_are_in_pixels_of_the_picture_and_words_have_maps(speaking):
     prompts = embed_prompts(asked.model, [answer.prompt_ids], answer.features)
     layers = range(asked.llava.config.num_hidden_layers)
     share, _ = attention_on_lesion(
-        asked.model, prompts, Candidates(tokens, torch.ones_like(tokens)), [[token]], cover[None], layers
+        asked.model,
+        prompts,
+        Candidates(tokens, torch.ones_like(tokens)),
+        [[token]],
+        cover[None],
+        AttentionSettings(layers),
     )
     assert (values / values.sum() * cover.numpy()).sum() == pytest.approx(float(share), abs=0.01)
 

@@ -136,7 +136,7 @@ def test_the_attention_of_a_name_hits_a_lesion_or_not():
     from umed_plugin.evaluation.grounded import _attention_hit
     from umed_plugin.grounding.geometry import ImageGeometry
     from umed_plugin.grounding.scoring import score_answer
-    from umed_plugin.model.heat_map import encode_heat
+    from umed_plugin.model.heat_map import encode_heat_map
 
     geometry = ImageGeometry(100, 100, "pad", 64, 8)
     record = {"objects": {"ref": ["cyst"], "bbox": [[0, 0, 50, 50]]}, "terms": {"cyst": ["cyst"]}}
@@ -144,8 +144,8 @@ def test_the_attention_of_a_name_hits_a_lesion_or_not():
     for place, hit in ((9, 1.0), (63, 0.0)):
         attention = np.full(64, 0.01)
         attention[place] = 0.5
-        assert _attention_hit(encode_heat(attention, geometry, True), score) == hit
-        assert _attention_hit(encode_heat(attention, geometry, False), score) == 0.0, "another abnormality's name"
+        assert _attention_hit(encode_heat_map(attention, geometry, True), score) == hit
+        assert _attention_hit(encode_heat_map(attention, geometry, False), score) == 0.0, "another abnormality's name"
     assert _attention_hit(None, score) == 0.0
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.kept_answers import KeptAnswers
-from umed_plugin.model.answerer import Answerer, Ask
+from umed_plugin.model.answerer import Answerer, AnswererSettings, ImageQuestion
 from umed_plugin.model.forward import AnswerPass, Candidates, answer_log_probs, answer_pass, embed_prompts
 from umed_plugin.model.shared_prefix import split_at_image
 
@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="module", params=["tiny_mistral", "tiny_llama"])
 def answerer(request):
     """Its random attention is made sharp: answers then hang on the question and on the image, as a trained model's do."""
-    made = Answerer(request.getfixturevalue(request.param), device="cpu", max_new_tokens=12)
+    made = Answerer(request.getfixturevalue(request.param), AnswererSettings(device="cpu", max_new_tokens=12))
     with torch.no_grad():
         for layer in made.llava.get_model().layers:
             layer.self_attn.q_proj.weight *= 12
@@ -47,7 +47,7 @@ def answerer(request):
 def asks(images):
     """Nine questions about three images, not in the images' order, of different length."""
     pairs = [(image, text) for text in QUESTIONS for image in images]
-    return [Ask(image, text) for image, text in pairs[:9]]
+    return [ImageQuestion(image, text) for image, text in pairs[:9]]
 
 
 def test_answers_that_share_a_prefix_are_those_of_questions_asked_alone(answerer, images):
@@ -64,7 +64,7 @@ def test_they_are_those_that_stock_llava_generates(answerer, images):
     model, tokenizer = answerer.model, answerer.tokenizer
     for ask, found in list(zip(asks(images), answerer.answer(asks(images))))[::4]:
         ids = prompt_ids(ask.text, answerer.template, tokenizer, model.config)[None]
-        pixels = answerer.seen.pixels([ask.image], [None])
+        pixels = answerer.images.pixels([ask.image], [None])
         with torch.inference_mode():
             stock = model.generate(ids, images=pixels, do_sample=False, max_new_tokens=12, use_cache=True)
         assert tokenizer.batch_decode(stock, skip_special_tokens=True)[0].strip() == found.text
@@ -73,9 +73,9 @@ def test_they_are_those_that_stock_llava_generates(answerer, images):
 def test_likelihoods_of_options_are_those_of_a_plain_pass(answerer, images):
     """Several options of several questions in one batch, in the template and bare, against one pass for each."""
     wanted = [
-        Ask(images[0], QUESTIONS[0], options=("yes", "no", "there is a nodule at the left")),
-        Ask(images[1], None, options=("CT", "MRI"), options_after="Question: What is it? The answer is"),
-        Ask(images[0], QUESTIONS[1], options=("a cyst",)),
+        ImageQuestion(images[0], QUESTIONS[0], options=("yes", "no", "there is a nodule at the left")),
+        ImageQuestion(images[1], None, options=("CT", "MRI"), options_after="Question: What is it? The answer is"),
+        ImageQuestion(images[0], QUESTIONS[1], options=("a cyst",)),
     ]
     for ask, answer in zip(wanted, answerer.answer(wanted)):
         assert (answer.text == "") == (ask.text is None)
@@ -83,25 +83,25 @@ def test_likelihoods_of_options_are_those_of_a_plain_pass(answerer, images):
         for option, loss in zip(ask.options, answer.losses):
             one = answerer._continuation(0, ask, option)
             prompts = embed_prompts(answerer.model, [one.prompt_ids], answerer.features([ask.image], [None]))
-            ids = one.full_ids[-one.asked :][None]
+            ids = one.full_ids[-one.text_tokens :][None]
             candidates = Candidates(ids, torch.ones_like(ids))
             with torch.no_grad():
                 passed: AnswerPass = answer_pass(answerer.model, prompts, candidates)
             expected = -answer_log_probs(passed.logits, candidates).log_probs.mean()
             assert loss == pytest.approx(float(expected), abs=1e-4)
-            assert answerer.tokenizer.decode(one.full_ids[-one.asked :]).strip().endswith(f"{option}.")
+            assert answerer.tokenizer.decode(one.full_ids[-one.text_tokens :]).strip().endswith(f"{option}.")
 
 
 def test_an_image_and_its_prefix_are_computed_once(answerer, images, monkeypatch):
-    from umed_plugin.model import forward, prefix
+    from umed_plugin.model import forward, shared_prefix
 
     seen, prefilled = [], []
-    encode, prefill = forward.encode_images, prefix.prefill
+    encode, prefill = forward.encode_images, shared_prefix.prefill
     monkeypatch.setattr(
         forward, "encode_images", lambda model, pixels: seen.append(len(pixels)) or encode(model, pixels)
     )
     monkeypatch.setattr(
-        prefix,
+        shared_prefix,
         "prefill",
         lambda model, prompts, cache: prefilled.append(len(prompts.mask)) or prefill(model, prompts, cache),
     )
@@ -112,9 +112,9 @@ def test_an_image_and_its_prefix_are_computed_once(answerer, images, monkeypatch
 def test_prompts_without_one_image_or_a_question_are_refused():
     with pytest.raises(UmedError, match="0 image tokens"):
         split_at_image([torch.tensor([1, 2, 3])])
-    with pytest.raises(UmedError, match="a question behind it"):
+    with pytest.raises(UmedError, match="a question after it"):
         split_at_image([torch.tensor([1, -200])])
-    with pytest.raises(UmedError, match="differs from the first before the image"):
+    with pytest.raises(UmedError, match="differs from the first one before the image"):
         split_at_image([torch.tensor([1, -200, 3]), torch.tensor([2, -200, 3])])
 
 

@@ -11,16 +11,11 @@ import torch
 from support.llava_models import embedded
 
 from umed_plugin import patching
-from umed_plugin.model.attention import (
-    attention_on_lesion,
-    attention_sinks,
-    name_token_rows,
-    spelled_out,
-    tokens_within,
-)
-from umed_plugin.model.forward import answer_pass, repeated_inputs, takes_one_row
+from umed_plugin.model.attention import AttentionSettings, attention_on_lesion, attention_sinks
+from umed_plugin.model.forward import answer_pass, repeated_inputs, uses_packed_pass
 from umed_plugin.model.heat_map import attention_maps
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
+from umed_plugin.model.token_spans import decode_with_offsets, naming_tokens, tokens_in_spans
 from umed_plugin.patches import attention_mask
 
 TERMS = {"nodule": ["nodule", "nodular lesion"], "cyst": ["cyst"]}
@@ -31,7 +26,9 @@ def sampled(loaded, batch):
     tokenizer, model = loaded
     prompts = embedded(model, batch)
     torch.manual_seed(1)
-    candidates = generate(model, prompts, num_candidates=2, max_new_tokens=8, temperature=1.0, eos_token_id=-1)
+    candidates = generate(
+        model, prompts, SamplingSettings(num_candidates=2, max_new_tokens=8, temperature=1.0, eos_token_id=-1)
+    )
     rows = [[0, 3], [5], [], [1, 2, 7], [7], [4]]
     cover = torch.rand(len(prompts.mask), prompts.n_patches, generator=torch.Generator().manual_seed(0))
     return model, prompts, candidates, rows, cover
@@ -67,7 +64,7 @@ def rows_shared(model, packed):
     if packed:
         model.train()
         model.gradient_checkpointing_enable()
-    assert takes_one_row(model, packed) == packed
+    assert uses_packed_pass(model, packed) == packed
     try:
         yield
     finally:
@@ -90,7 +87,9 @@ def test_equals_the_value_from_output_attentions(sampled, layers, packed):
     with torch.no_grad():
         expected = from_output_attentions(model, prompts, candidates, rows, cover, layers)
     with rows_shared(model, packed):
-        value, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers, packed=packed)
+        value, _ = attention_on_lesion(
+            model, prompts, candidates, rows, cover, AttentionSettings(layers), packed=packed
+        )
     torch.testing.assert_close(value, expected, atol=1e-4, rtol=0)
     assert value[2] == 0
     assert value.max() - value[value > 0].min() > 1e-3, (
@@ -105,7 +104,8 @@ def test_heads_and_sinks_equal_the_value_from_output_attentions(sampled, packed)
 
     def value(**options):
         with rows_shared(model, packed):
-            return attention_on_lesion(model, prompts, candidates, rows, cover, [1, 3], packed=packed, **options)[0]
+            settings = AttentionSettings([1, 3], **options)
+            return attention_on_lesion(model, prompts, candidates, rows, cover, settings, packed=packed)[0]
 
     plain = value()
     # A small model has no sinks at the published ratio: this one makes sinks of some of its patches.
@@ -137,7 +137,7 @@ def test_returns_the_logits_of_the_plain_pass_and_leaves_no_hook(sampled):
     with torch.no_grad():
         plain = answer_pass(model, prompts, candidates)
     before = hooks_of(model)  # transformers 5 has hooks of its own
-    _, passed = attention_on_lesion(model, prompts, candidates, rows, cover, [0])
+    _, passed = attention_on_lesion(model, prompts, candidates, rows, cover, AttentionSettings([0]))
     torch.testing.assert_close(passed.logits, plain.logits)
     torch.testing.assert_close(passed.hidden, plain.hidden)
     assert hooks_of(model) == before
@@ -149,10 +149,10 @@ def hooks_of(model) -> list:
 
 def test_whole_cover_is_one_and_no_cover_is_zero(sampled):
     model, prompts, candidates, rows, cover = sampled
-    ones, _ = attention_on_lesion(model, prompts, candidates, rows, torch.ones_like(cover), [0, 2])
+    ones, _ = attention_on_lesion(model, prompts, candidates, rows, torch.ones_like(cover), AttentionSettings([0, 2]))
     named = torch.tensor([bool(tokens) for tokens in rows])
     torch.testing.assert_close(ones, named.float())
-    zeros, _ = attention_on_lesion(model, prompts, candidates, rows, torch.zeros_like(cover), [0, 2])
+    zeros, _ = attention_on_lesion(model, prompts, candidates, rows, torch.zeros_like(cover), AttentionSettings([0, 2]))
     assert zeros.eq(0).all()
 
 
@@ -160,9 +160,12 @@ def test_in_bfloat16_far_tokens_keep_their_angles(sampled):
     """A cast to bfloat16 rounds the model's own inverse frequencies; 600 positions on, that is half a radian."""
     model, prompts, candidates, rows, cover = sampled
     far = replace(prompts, embeds=torch.cat([prompts.embeds] * 6, dim=1), mask=torch.cat([prompts.mask] * 6, dim=1))
-    value, _ = attention_on_lesion(model, far, candidates, rows, cover, [0, 3])
+    settings = AttentionSettings([0, 3])
+    value, _ = attention_on_lesion(model, far, candidates, rows, cover, settings)
     half = copy.deepcopy(model).to(torch.bfloat16)
-    rounded, _ = attention_on_lesion(half, replace(far, embeds=far.embeds.bfloat16()), candidates, rows, cover, [0, 3])
+    rounded, _ = attention_on_lesion(
+        half, replace(far, embeds=far.embeds.bfloat16()), candidates, rows, cover, settings
+    )
     torch.testing.assert_close(rounded, value, atol=2e-3, rtol=0)
 
 
@@ -170,8 +173,8 @@ def test_a_longer_name_of_another_class_is_not_this_ones(loaded):
     tokenizer, _ = loaded
     terms = {"nodule": ["nodule"], "calcified": ["calcified nodule"]}
     token_ids = tokenizer("a calcified nodule", add_special_tokens=False).input_ids
-    assert name_token_rows(tokenizer, token_ids, terms, ["nodule"]) == []
-    assert name_token_rows(tokenizer, token_ids, terms, ["calcified"]) != []
+    assert naming_tokens(tokenizer, token_ids, terms, ["nodule"]) == []
+    assert naming_tokens(tokenizer, token_ids, terms, ["calcified"]) != []
 
 
 @pytest.mark.parametrize(
@@ -186,7 +189,7 @@ def test_a_longer_name_of_another_class_is_not_this_ones(loaded):
 def test_rows_cover_exactly_the_pieces_of_a_name(loaded, text, named):
     tokenizer, _ = loaded
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = name_token_rows(tokenizer, token_ids, TERMS, TERMS)
+    rows = naming_tokens(tokenizer, token_ids, TERMS, TERMS)
     pieces = tokenizer.convert_ids_to_tokens([token_ids[row] for row in rows])
     assert "".join(pieces).replace("\u2581", "") == named
 
@@ -226,7 +229,7 @@ def sentencepiece_with_bytes(tmp_path_factory):
 def test_names_are_found_across_pieces_of_both_kinds_of_tokenizer(kind, text, named, request):
     tokenizer = request.getfixturevalue(kind)
     token_ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = name_token_rows(tokenizer, token_ids, TERMS | {"oedema": ["\u00f6dem"]}, [*TERMS, "oedema"])
+    rows = naming_tokens(tokenizer, token_ids, TERMS | {"oedema": ["\u00f6dem"]}, [*TERMS, "oedema"])
     if kind == "byte_level":  # it knows itself which characters a token stands for
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
         places = [(text.index(name), text.index(name) + len(name)) for name in named]
@@ -240,9 +243,9 @@ def test_names_are_found_across_pieces_of_both_kinds_of_tokenizer(kind, text, na
 def test_tokens_of_a_stretch_of_the_text(loaded):
     tokenizer, _ = loaded
     token_ids = tokenizer("It is a nodule.", add_special_tokens=False).input_ids
-    text, ends = spelled_out(tokenizer, token_ids)
+    text, ends = decode_with_offsets(tokenizer, token_ids)
     start = text.index("nodule")
-    rows = tokens_within(ends, [(start, start + len("nodule"))])
+    rows = tokens_in_spans(ends, [(start, start + len("nodule"))])
     assert tokenizer.decode([token_ids[row] for row in rows]) == "nodule"
     assert ends[-1] == len(text) and text.strip() == "It is a nodule."
 
@@ -251,7 +254,7 @@ def test_the_map_of_a_candidate_weighed_by_the_lesion_is_its_vision_relevance(sa
     model, prompts, candidates, rows, cover = sampled
     layers = [0, 2]
     maps = attention_maps(model, prompts, candidates, rows, layers)
-    values, _ = attention_on_lesion(model, prompts, candidates, rows, cover, layers)
+    values, _ = attention_on_lesion(model, prompts, candidates, rows, cover, AttentionSettings(layers))
     assert maps.shape == (len(rows), prompts.n_patches)
     shares = (maps * cover.to(maps)[torch.arange(len(rows)) // 2]).sum(-1)
     torch.testing.assert_close(shares, values)

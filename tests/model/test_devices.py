@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from umed_plugin.model import sampling
 from umed_plugin.model.forward import answer_log_probs, answer_pass
 from umed_plugin.model.packing import packing_fault
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
 
 EOS = 7
 
@@ -39,7 +39,7 @@ def test_rare_looks_compute_on_in_vain_and_change_no_answer(ending, batch, packe
     monkeypatch.setattr(sampling, "_next_token", lambda logits, *how: seen.append(logits) or draw(logits, *how))
     settings = {"num_candidates": 4, "max_new_tokens": 24, "temperature": 1.0, "eos_token_id": EOS, "packed": packed}
     torch.manual_seed(0)
-    found = generate(ending, prompts, **settings, look_every=5)
+    found = generate(ending, prompts, SamplingSettings(**settings, check_every=5))
     drawn = list(seen)
     lengths = found.mask.sum(dim=1)
     assert len(set(lengths.tolist())) > 3, "answers of one length would test nothing"
@@ -83,18 +83,15 @@ def test_packed_sampling_does_not_wait_at_every_token(loaded, batch):
             generate(
                 model,
                 prompts,
-                num_candidates=3,
-                max_new_tokens=tokens,
-                temperature=1.0,
-                eos_token_id=-1,
-                packed=True,
-                **how,
+                SamplingSettings(
+                    num_candidates=3, max_new_tokens=tokens, temperature=1.0, eos_token_id=-1, packed=True, **how
+                ),
             )
         return found.count
 
-    assert waits(17, look_every=16) - waits(15, look_every=16) <= 4  # one look
-    assert waits(15, look_every=16) == waits(5, look_every=16)
-    assert waits(15, look_every=1) > waits(5, look_every=1) + 10
+    assert waits(17, check_every=16) - waits(15, check_every=16) <= 4  # one look
+    assert waits(15, check_every=16) == waits(5, check_every=16)
+    assert waits(15, check_every=1) > waits(5, check_every=1) + 10
 
 
 @pytest.mark.usefixtures("patched")
@@ -106,7 +103,7 @@ def test_a_model_in_bfloat16_samples_and_scores_as_in_float32(loaded, batch, pac
     prompts = embedded(half, batch)
     assert prompts.embeds.dtype == torch.bfloat16
     settings = {"num_candidates": 3, "max_new_tokens": 8, "temperature": 1.0, "eos_token_id": tokenizer.eos_token_id}
-    generate(half, prompts, **settings, packed=packed)
+    generate(half, prompts, SamplingSettings(**settings, packed=packed))
     answers = drawn_answers(tokenizer, 3, 3)
     kept = answers.mask.bool()
     found = []

@@ -14,7 +14,7 @@ from umed_plugin.model.forward import (
     answer_pass,
     repeated_inputs,
 )
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.patches import attention_mask
 
 
@@ -34,7 +34,9 @@ def test_greedy_tokens_are_those_of_llavas_generate(loaded, batch):
     tokenizer, model = loaded
     prompts, images = batch
     ours = generate(
-        model, embedded(model, batch), max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id
+        model,
+        embedded(model, batch),
+        SamplingSettings(max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id),
     )
     for q, prompt in enumerate(prompts):
         theirs = model.generate(
@@ -49,7 +51,9 @@ def test_greedy_tokens_are_the_argmax_of_the_teacher_forced_pass(loaded, batch):
     """The BOS trap: with ``generate``'s artificial first token left in, every position would be off by one."""
     tokenizer, model = loaded
     prompts = embedded(model, batch)
-    greedy = generate(model, prompts, max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id)
+    greedy = generate(
+        model, prompts, SamplingSettings(max_new_tokens=12, temperature=0, eos_token_id=tokenizer.eos_token_id)
+    )
     with torch.no_grad():
         logits = answer_pass(model, prompts, greedy).logits
     kept = greedy.mask.bool()
@@ -62,10 +66,7 @@ def test_shared_prompt_gives_the_logits_and_gradients_of_the_repeated_one(loaded
     candidates = generate(
         model,
         embedded(model, batch),
-        num_candidates=3,
-        max_new_tokens=6,
-        temperature=1.0,
-        eos_token_id=tokenizer.eos_token_id,
+        SamplingSettings(num_candidates=3, max_new_tokens=6, temperature=1.0, eos_token_id=tokenizer.eos_token_id),
     )
     kept = candidates.mask.bool()
     model.requires_grad_(True)
@@ -90,7 +91,9 @@ def test_hidden_states_are_those_that_the_logits_are_made_from(loaded, batch):
     tokenizer, model = loaded
     prompts = embedded(model, batch)
     candidates = generate(
-        model, prompts, num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=tokenizer.eos_token_id
+        model,
+        prompts,
+        SamplingSettings(num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=tokenizer.eos_token_id),
     )
     with torch.no_grad():
         passed = answer_pass(model, prompts, candidates)
@@ -108,7 +111,7 @@ def test_logits_made_around_the_output_layer_are_an_error(loaded, batch, monkeyp
         pytest.skip("transformers 5 calls the output layer whatever pretraining_tp is")
     monkeypatch.setattr(model.config, "pretraining_tp", 2)
     with pytest.raises(UmedError, match="pretraining_tp above 1"):
-        generate(model, embedded(model, batch), max_new_tokens=2, temperature=0, eos_token_id=-1)
+        generate(model, embedded(model, batch), SamplingSettings(max_new_tokens=2, temperature=0, eos_token_id=-1))
 
 
 def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded, batch):
@@ -116,10 +119,10 @@ def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded,
     prompts, images = batch
     settings = {"max_new_tokens": 10, "temperature": 0.8, "top_p": 0.9, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(3)
-    shared = generate(model, embedded(model, batch), num_candidates=4, **settings)
+    shared = generate(model, embedded(model, batch), SamplingSettings(num_candidates=4, **settings))
     repeated = [p for p in prompts for _ in range(4)], images.repeat_interleave(4, dim=0)
     torch.manual_seed(3)
-    plain = generate(model, embedded(model, repeated), **settings)
+    plain = generate(model, embedded(model, repeated), SamplingSettings(**settings))
     assert torch.equal(shared.token_ids, plain.token_ids)
     assert torch.equal(shared.mask, plain.mask)
     assert len({tuple(row.tolist()) for row in shared.token_ids[:4]}) > 1
@@ -143,7 +146,7 @@ def test_an_adapter_is_merged_while_sampling_where_no_digit_of_it_is_lost(loaded
     for layer in inner:
         layer.register_forward_hook(lambda *_: passes.append(1))
 
-    sampled = generate(model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+    sampled = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
 
     assert bool(passes) == (dtype == torch.bfloat16)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -151,24 +154,24 @@ def test_an_adapter_is_merged_while_sampling_where_no_digit_of_it_is_lost(loaded
     agreeing = (teacher_forced == sampled.token_ids).float().mean()
     assert agreeing == 1 if dtype == torch.float32 else agreeing > 0.8
     with model.disable_adapter():
-        without = generate(model, prompts, max_new_tokens=8, temperature=0, eos_token_id=-1)
+        without = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
     assert not torch.equal(without.token_ids, sampled.token_ids)
 
 
 def test_nucleus_keeps_only_the_most_likely_tokens(loaded, batch):
     tokenizer, model = loaded
     settings = {"max_new_tokens": 8, "eos_token_id": tokenizer.eos_token_id}
-    greedy = generate(model, embedded(model, batch), temperature=0, **settings)
-    narrow = generate(model, embedded(model, batch), temperature=1.0, top_p=1e-6, **settings)
+    greedy = generate(model, embedded(model, batch), SamplingSettings(temperature=0, **settings))
+    narrow = generate(model, embedded(model, batch), SamplingSettings(temperature=1.0, top_p=1e-6, **settings))
     assert torch.equal(greedy.token_ids, narrow.token_ids)
 
 
 def test_mask_ends_with_the_first_eos(loaded, batch):
     _, model = loaded
     prompts = embedded(model, batch)
-    free = generate(model, prompts, max_new_tokens=6, temperature=0, eos_token_id=-1)
+    free = generate(model, prompts, SamplingSettings(max_new_tokens=6, temperature=0, eos_token_id=-1))
     eos = int(free.token_ids[0, 2])
-    ended = generate(model, prompts, max_new_tokens=6, temperature=0, eos_token_id=eos)
+    ended = generate(model, prompts, SamplingSettings(max_new_tokens=6, temperature=0, eos_token_id=eos))
     first = free.token_ids[0].tolist().index(eos)
     assert ended.mask[0].tolist() == [1] * (first + 1) + [0] * (ended.mask.shape[1] - first - 1)
 
@@ -180,10 +183,7 @@ def test_log_probs_are_those_of_one_answer_alone_without_padding(loaded, batch):
     candidates = generate(
         model,
         embedded(model, batch),
-        num_candidates=2,
-        max_new_tokens=9,
-        temperature=1.0,
-        eos_token_id=tokenizer.eos_token_id,
+        SamplingSettings(num_candidates=2, max_new_tokens=9, temperature=1.0, eos_token_id=tokenizer.eos_token_id),
     )
     with torch.no_grad():
         ours = answer_log_probs(

@@ -9,10 +9,10 @@ import torch
 from support.llava_models import drawn_answers, embedded
 
 from umed_plugin import patching
-from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs, takes_one_row
-from umed_plugin.model.kv_cache import RoomyCache
+from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs, uses_packed_pass
+from umed_plugin.model.kv_cache import PreallocatedCache
 from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.patches import attention_mask
 
 
@@ -78,10 +78,10 @@ def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, wa
 def test_answers_take_one_row_where_no_cache_is_kept(loaded):
     _, model = loaded
     model = copy.deepcopy(model).train()
-    assert not takes_one_row(model, packed=True)
+    assert not uses_packed_pass(model, packed=True)
     model.gradient_checkpointing_enable()
-    assert takes_one_row(model, packed=True)
-    assert not takes_one_row(model, packed=False)
+    assert uses_packed_pass(model, packed=True)
+    assert not uses_packed_pass(model, packed=False)
 
 
 @pytest.mark.usefixtures("patched")
@@ -124,13 +124,15 @@ def test_a_sliding_window_reaches_back_as_far_as_in_the_plain_pass(tiny_mistral,
 def test_sampled_side_by_side_the_tokens_are_those_of_one_row_each(loaded, batch, temperature):
     tokenizer, model = loaded
     settings = {"num_candidates": 4, "max_new_tokens": 12, "temperature": temperature, "top_p": 0.95}
-    free = generate(model, embedded(model, batch), **settings, eos_token_id=-1)
+    free = generate(model, embedded(model, batch), SamplingSettings(**settings, eos_token_id=-1))
     common = free.token_ids.flatten().bincount(minlength=len(tokenizer))
     for eos in (-1, int(common.argmax())):  # no answer ends, or they end at different steps
         answers = []
         for packed in (False, True):
             torch.manual_seed(3)
-            answers.append(generate(model, embedded(model, batch), **settings, eos_token_id=eos, packed=packed))
+            answers.append(
+                generate(model, embedded(model, batch), SamplingSettings(**settings, eos_token_id=eos, packed=packed))
+            )
         assert torch.equal(answers[0].mask, answers[1].mask)
         assert torch.equal(answers[0].token_ids, answers[1].token_ids)
     if temperature:
@@ -211,7 +213,7 @@ def test_the_mask_of_a_row():
 
 
 def test_a_cache_with_room_holds_what_was_written_without_moving_it():
-    cache = RoomyCache(room=5)
+    cache = PreallocatedCache(room=5)
     first, second = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
     keys, values = cache.update(first, -first, 0)
     place = keys.data_ptr()

@@ -22,7 +22,7 @@ from umed_plugin.data.images import load_image
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import load_records, true_boxes
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.model.attention import name_token_rows
+from umed_plugin.model.token_spans import naming_tokens
 from umed_plugin.rewards import REWARDS, combine_rewards, localization_diou
 from umed_plugin.rewards.trl import CombinedReward, LesionAttention, trl_dataset
 
@@ -126,7 +126,7 @@ def from_output_attentions(
         ids = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
         with torch.no_grad():
             found = model(input_ids=ids, pixel_values=inputs["pixel_values"], output_attentions=True).attentions
-        named = name_token_rows(processor.tokenizer, answer, record["terms"], set(record["objects"]["ref"]))
+        named = naming_tokens(processor.tokenizer, answer, record["terms"], set(record["objects"]["ref"]))
         patches = (
             (ids[0] == model.config.image_token_id).nonzero().flatten()[-64:]
         )  # the class token stands before them

@@ -16,7 +16,7 @@ from umed_plugin.evaluation.grounded import Case, Evaluation, metrics
 from umed_plugin.evaluation.metrics.mau import case_values
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.scoring import score_answer
-from umed_plugin.model.heat_map import encode_heat
+from umed_plugin.model.heat_map import encode_heat_map
 from umed_plugin.training.candidate_log import log_candidates
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'></p></script><b>bold</b>"
@@ -60,7 +60,7 @@ def answered(record: dict, stage: str, rng: random.Random) -> Case:
         modality=record["modality"],
         image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
         reading=record.get("reading"),
-        heat=encode_heat(looked / looked.sum(), geometry, of_true_name=named == names) if named else None,
+        heat=encode_heat_map(looked / looked.sum(), geometry, of_true_name=named == names) if named else None,
     )
 
 

@@ -25,7 +25,7 @@ from support.umed_runs import train  # noqa: E402
 from umed_plugin.checkpoints.loading import load_checkpoint  # noqa: E402
 from umed_plugin.checkpoints.merging import export  # noqa: E402
 from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images  # noqa: E402
-from umed_plugin.model.sampling import generate  # noqa: E402
+from umed_plugin.model.sampling import SamplingSettings, generate  # noqa: E402
 from umed_plugin.training.tuning_data import tokenize_record  # noqa: E402
 
 TEMPLATES = {"mistral": ("umed_mistral", "mistral_instruct"), "llama": ("umed_v1", "llava_v1")}
@@ -47,7 +47,9 @@ def outputs(checkpoint: Path) -> dict[str, Any]:
     tokenizer, model, _ = load_checkpoint(checkpoint, device="cpu")
     ids, image = prompt_and_image(tokenizer)
     prompts = embed_prompts(model, [ids], encode_images(model, image))
-    ours = generate(model, prompts, max_new_tokens=16, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
+    ours = generate(
+        model, prompts, SamplingSettings(max_new_tokens=16, temperature=0.0, eos_token_id=tokenizer.eos_token_id)
+    )
     stock = model.generate(ids[None], images=image, do_sample=False, max_new_tokens=16, use_cache=True)
     stock_text = tokenizer.batch_decode(stock, skip_special_tokens=True)[0].strip()
     return {

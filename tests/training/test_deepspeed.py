@@ -79,7 +79,7 @@ class Pays:
             state["weights"] = list(policy.parameters())
             return roll_out(self, policy, inputs)
 
-        def next_token(logits, temperature, top_p):
+        def next_token(logits, settings):
             assert all(weight.numel() == getattr(weight, "ds_numel", weight.numel()) for weight in state["weights"])
             step = state["step"]
             state["step"] += 1

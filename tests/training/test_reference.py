@@ -7,7 +7,7 @@ import torch
 from support.llava_models import embedded
 
 from umed_plugin.model.forward import answer_pass
-from umed_plugin.model.sampling import generate
+from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.training.reference import ReferencePolicy
 
 
@@ -33,7 +33,9 @@ def test_reference_gives_the_first_logits_and_gives_the_policy_back(loaded, batc
     model.requires_grad_(not lora)
     model.get_vision_tower().requires_grad_(False)
     candidates = generate(
-        model, embedded(model, batch), num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=-1
+        model,
+        embedded(model, batch),
+        SamplingSettings(num_candidates=2, max_new_tokens=5, temperature=1.0, eos_token_id=-1),
     )
     before = logits_of(model, batch, candidates)
     if lora:

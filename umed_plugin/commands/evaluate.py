@@ -170,11 +170,11 @@ def _run_records(args: argparse.Namespace, folder: Path) -> int:
 def _save_for_llava_med(found: Any, records: Sequence[Any], out: Path) -> None:
     from umed_plugin.evaluation.benchmarks.benchmark import Question
     from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
-    from umed_plugin.model.answerer import Answer
+    from umed_plugin.model.answerer import ModelAnswer
 
     truth = {str(record["id"]): record["conversations"][1]["value"] for record in records}
     questions = [Question(case.id, case.image, case.question, truth[case.id]) for case in found.cases]
-    answers = {case.id: Answer(case.answer, []) for case in found.cases}
+    answers = {case.id: ModelAnswer(case.answer, []) for case in found.cases}
     save_for_llava_med(found.checkpoint, "mau", questions, answers, (), out / "llava_med")
 
 

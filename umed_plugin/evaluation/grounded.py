@@ -35,7 +35,7 @@ from umed_plugin.evaluation.metrics.figures import Row, compare_rows, mean_inter
 from umed_plugin.evaluation.metrics.mau import case_values, mau_figures
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import AnswerScore
-from umed_plugin.model.answerer import Answerer, prompt_ids
+from umed_plugin.model.answerer import Answerer, AnswererSettings, prompt_ids
 
 __all__ = [
     "METRICS",
@@ -174,8 +174,7 @@ def evaluate(
     """
     if not records:
         raise UmedError("there is nothing to evaluate on: no records. Is it the right --split?")
-    answerer = Answerer(
-        checkpoint,
+    settings = AnswererSettings(
         base=base,
         template=template,
         templates=UMED_TEMPLATES,
@@ -184,17 +183,18 @@ def evaluate(
         image_cache_gb=image_cache_gb,
         max_new_tokens=max_new_tokens,
     )
-    _check_aspect_ratio(records, answerer.seen.mode, checkpoint)
+    answerer = Answerer(checkpoint, settings)
+    _check_aspect_ratio(records, answerer.images.mode, checkpoint)
     kept = None
     if folder is not None:
-        settings = {
+        answers_depend_on = {
             "plugin": __version__,  # the lines hold scores, too
-            **answerer.settings(),
+            **answerer.fingerprint(),
             "batch_size": batch_size,
             "boxes": asdict(dialect),
             "records": hashlib.sha256(json.dumps(list(records), sort_keys=True).encode()).hexdigest()[:16],
         }
-        kept = KeptAnswers(folder, PREDICTIONS, settings)
+        kept = KeptAnswers(folder, PREDICTIONS, answers_depend_on)
     cases: list[Case] = []
     batches = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
     if kept is not None:
@@ -231,8 +231,8 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
 
     from umed_plugin.grounding.scoring import score_answer
     from umed_plugin.model.forward import decode_answers, embed_prompts
-    from umed_plugin.model.heat_map import looked_at
-    from umed_plugin.model.sampling import generate
+    from umed_plugin.model.heat_map import relevance_and_heat_maps
+    from umed_plugin.model.sampling import SamplingSettings, generate
 
     model, tokenizer, llava = answerer.model, answerer.tokenizer, answerer.llava
     paths = [os.path.join(image_folder, record["image"]) for record in records]
@@ -241,8 +241,10 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
     with torch.no_grad():
         prompts = embed_prompts(model, [answerer.prompt_ids(question) for question in questions], features)
         limit, eos = answerer.max_new_tokens, tokenizer.eos_token_id
-        answers = generate(model, prompts, max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
-        looked = looked_at(model, tokenizer, prompts, answers, records, [_geometry(llava, one) for one in records])
+        answers = generate(model, prompts, SamplingSettings(max_new_tokens=limit, temperature=0.0, eos_token_id=eos))
+        looked = relevance_and_heat_maps(
+            model, tokenizer, prompts, answers, records, [_geometry(llava, one) for one in records]
+        )
     texts = decode_answers(tokenizer, answers)
     cases = []
     for record, path, question, text, (relevance, heat) in zip(records, paths, questions, texts, looked):
@@ -275,11 +277,11 @@ def _ask(answerer: Answerer, records: Sequence[Record], image_folder: str, diale
 def _attention_hit(heat: dict[str, Any] | None, score: AnswerScore) -> float:
     """1.0 where the name of an abnormality that is there looks most at a lesion; 0.0 elsewhere, and where none is named."""
     from umed_plugin.evaluation.metrics.grounding import attention_points_at
-    from umed_plugin.model.heat_map import decode_heat
+    from umed_plugin.model.heat_map import decode_heat_map
 
     if heat is None or not heat["of_true_name"]:
         return 0.0
-    return attention_points_at(decode_heat(heat), heat["covers"], score.true01)
+    return attention_points_at(decode_heat_map(heat), heat["covers"], score.true01)
 
 
 def _geometry(llava: Any, record: Record) -> Any:

@@ -28,7 +28,7 @@ from umed_plugin.evaluation.metrics.figures import Row, compare_rows, measure
 from umed_plugin.files import write_json, write_text
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer, Answerer, Ask
+from umed_plugin.model.answerer import Answerer, AnswererSettings, ImageQuestion, ModelAnswer
 
 PREDICTIONS = "predictions.jsonl"
 _MISSING_SHOWN = 5
@@ -118,7 +118,7 @@ def ask(
     *,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Answer]:
+) -> dict[str, ModelAnswer]:
     """Answers by question id; those that are kept already are not asked again.
 
     Args:
@@ -127,14 +127,14 @@ def ask(
         progress: called with (questions done, questions in all).
     """
     batches = _batches(questions, batch_size)
-    answers: dict[str, Answer] = {}
+    answers: dict[str, ModelAnswer] = {}
     if kept is not None:
         whole = [batch for batch in batches if all(question.id in kept.lines for question in batch)]
         kept.keep_only(question.id for batch in whole for question in batch)
-        answers = {one: Answer(line["answer"], line["losses"]) for one, line in kept.lines.items()}
+        answers = {one: ModelAnswer(line["answer"], line["losses"]) for one, line in kept.lines.items()}
     for batch in batches:
         if batch[0].id not in answers:
-            asks = [Ask(q.image, q.text, q.options, q.options_after, q.write) for q in batch]
+            asks = [ImageQuestion(q.image, q.text, q.options, q.options_after, q.write) for q in batch]
             found = answerer.answer(asks)
             answers.update({question.id: answer for question, answer in zip(batch, found)})
             if kept is not None:
@@ -144,7 +144,7 @@ def ask(
     return answers
 
 
-def _line(question: Question, answer: Answer) -> dict[str, Any]:
+def _line(question: Question, answer: ModelAnswer) -> dict[str, Any]:
     return {
         "id": question.id,
         "image": question.image,
@@ -211,8 +211,7 @@ def evaluate_benchmark(
         progress: called with (questions done, questions in all).
     """
     limit = max_new_tokens or benchmark.max_new_tokens
-    answerer = Answerer(
-        checkpoint,
+    how = AnswererSettings(
         base=base,
         template=template,
         device=device,
@@ -220,12 +219,13 @@ def evaluate_benchmark(
         image_cache_gb=image_cache_gb,
         max_new_tokens=limit,
     )
+    answerer = Answerer(checkpoint, how)
     scorer = answerer.scorer(dialect)
     if benchmark.in_form is not None:
         questions = benchmark.in_form(questions, scorer)
     settings = {
         "benchmark": benchmark.name,
-        **answerer.settings(),
+        **answerer.fingerprint(),
         "batch_size": batch_size,
         "questions": _hash_of(questions),
     }
@@ -240,7 +240,7 @@ def evaluate_benchmark(
     return run
 
 
-def scored(benchmark: Benchmark, question: Question, answer: Answer, scorer: Scorer) -> Row:
+def scored(benchmark: Benchmark, question: Question, answer: ModelAnswer, scorer: Scorer) -> Row:
     """One answer as a row of numbers; what is drawn for intervals is its image."""
     return Row(question.id, question.image, benchmark.score(question, answer, scorer), dict(question.groups))
 
@@ -251,7 +251,9 @@ def _hash_of(questions: Sequence[Question]) -> str:
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def _save(run: Run, questions: Sequence[Question], answers: Mapping[str, Answer], scorer: Scorer, out: Path) -> None:
+def _save(
+    run: Run, questions: Sequence[Question], answers: Mapping[str, ModelAnswer], scorer: Scorer, out: Path
+) -> None:
     lines = [
         {**_line(question, answers[question.id]), "cluster": row.cluster, "values": dict(row.values)}
         for question, row in zip(questions, run.rows)

@@ -1,7 +1,7 @@
 """A checkpoint loaded for answering, and the images as it sees them.
 
-Images go through the loader of training (`umed_plugin.data.images`): what LLaVA reads by itself, and DICOM, NIfTI and 16-bit
-files with the window and slice that a record names. Answers are in half precision on a GPU, as stock LLaVA gives them.
+Images go through the same loader as in training (`umed_plugin.data.images`): formats that LLaVA reads by itself, and DICOM, NIfTI
+and 16-bit files with the window and slice that a record names. On a GPU answers are in half precision, like those of stock LLaVA.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ Reading = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What one question wants of a model.
+class ImageQuestion:
+    """A question about an image, and what is wanted of the model.
 
     Attributes:
         image: path of the file, or folder of a DICOM series.
         text: the question, without image token; None: there is none.
-        options: texts whose likelihood is asked for, as ``" {option}."`` behind ``options_after``.
-        options_after: a bare text behind the image, without template; None: the question in its template.
-        write: whether the question is to be answered in text.
-        reading: arguments of `images.load_image` for a file that LLaVA cannot read by itself.
+        options: texts whose likelihood is wanted, as ``" {option}."`` behind ``options_after``.
+        options_after: bare text behind the image, without template; None: the question in its template.
+        write: whether to answer the question in text.
+        reading: arguments of `umed_plugin.data.images.load_image` for a file that LLaVA cannot read by itself.
     """
 
     image: str
@@ -44,138 +44,148 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model gave: its text (empty if none was asked for), and each option's mean cross-entropy in nats."""
+class ModelAnswer:
+    """The model's text (empty if none was wanted), and the mean cross-entropy of each option in nats."""
 
     text: str
     losses: list[float]
+
+
+@dataclass(frozen=True)
+class AnswererSettings:
+    """How a checkpoint is loaded and prompted.
+
+    Attributes:
+        base: base checkpoint of a LoRA folder.
+        template: of prompts; None: the one that ``templates`` names for the checkpoint's family.
+        templates: model_type -> template.
+        device: None: ``cuda`` (float16) if there is one, else ``cpu`` (float32).
+        image_cache: folder that keeps images decoded and resized.
+        image_cache_gb: its maximum size in GB.
+        max_new_tokens: longest answer.
+    """
+
+    base: Path | str | None = None
+    template: str | None = None
+    templates: Mapping[str, str] = field(default_factory=lambda: STOCK_TEMPLATES)
+    device: str | None = None
+    image_cache: Path | str | None = None
+    image_cache_gb: float = 20.0
+    max_new_tokens: int = 128
 
 
 class Answerer:
     """A loaded checkpoint.
 
     Args:
-        checkpoint: a full LLaVA checkpoint, UMed or not, or a LoRA folder over ``base``.
-        base: of a LoRA folder.
-        template: of prompts; None: the one that ``templates`` names for the checkpoint's family.
-        templates: model_type -> template.
-        device: ``cuda`` (float16) where there is one, else ``cpu`` (float32).
-        image_cache: folder that keeps images decoded and resized.
-        image_cache_gb: most that it may hold, in GB.
-        max_new_tokens: longest answer.
+        checkpoint: a full LLaVA checkpoint, UMed or not, or a LoRA folder over ``settings.base``.
+        settings: see `AnswererSettings`.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path | str,
-        *,
-        base: Path | str | None = None,
-        template: str | None = None,
-        templates: Mapping[str, str] = STOCK_TEMPLATES,
-        device: str | None = None,
-        image_cache: Path | str | None = None,
-        image_cache_gb: float = 20.0,
-        max_new_tokens: int = 128,
-    ) -> None:
+    def __init__(self, checkpoint: Path | str, settings: AnswererSettings | None = None) -> None:
         import torch
 
         from umed_plugin.checkpoints.loading import load_checkpoint
         from umed_plugin.model.forward import base_llava
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        settings = settings or AnswererSettings()
+        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
         # Stock LLaVA answers in half precision, which a CPU cannot compute.
-        dtype = torch.float32 if device == "cpu" else torch.float16
-        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, dtype)
+        dtype = torch.float32 if self.device == "cpu" else torch.float16
+        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, settings.base, self.device, dtype)
         self.llava = base_llava(self.model)
-        self.template = template or templates[self.llava.config.model_type]
-        self.max_new_tokens = max_new_tokens
-        self._device = device
-        self._states = [checkpoint_state(folder) for folder in (checkpoint, base) if folder is not None]
-        self.seen = Seen(checkpoint, self.processor, self.llava.config, image_cache, image_cache_gb)
+        self.template = settings.template or settings.templates[self.llava.config.model_type]
+        self.max_new_tokens = settings.max_new_tokens
+        self._hashes = [checkpoint_hash(folder) for folder in (checkpoint, settings.base) if folder is not None]
+        config, cache, cache_gb = self.llava.config, settings.image_cache, settings.image_cache_gb
+        self.images = ModelImages(checkpoint, self.processor, config, cache, cache_gb)
 
-    def settings(self) -> dict[str, Any]:
-        """What answers depend on, of the checkpoint and how it is asked; not where it lies, as folders may be moved."""
-        asked = {"template": self.template, "device": self._device, "max_new_tokens": self.max_new_tokens}
-        return {"weights": self._states, **asked}
+    def fingerprint(self) -> dict[str, Any]:
+        """All of checkpoint and prompting that answers depend on, but not the checkpoint's path, as folders may be moved."""
+        prompting = {"template": self.template, "device": self.device, "max_new_tokens": self.max_new_tokens}
+        return {"weights": self._hashes, **prompting}
 
     def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:
-        """What scoring this checkpoint's answers needs to know of it."""
+        """The scorer of this checkpoint's answers."""
         tower = self.llava.get_vision_tower().config
-        return Scorer(self.seen.mode, tower.image_size, tower.patch_size, dialect)
+        return Scorer(self.images.mode, tower.image_size, tower.patch_size, dialect)
 
     def features(self, paths: Sequence[str], readings: Sequence[Reading | None]) -> Any:
-        """[B, patches, D] of the vision tower for B images."""
+        """[B, patches, D] features of the vision tower for B images."""
         import torch
 
         from umed_plugin.model.forward import encode_images
 
         with torch.no_grad():
-            return encode_images(self.model, self.seen.pixels(paths, readings))
+            return encode_images(self.model, self.images.pixels(paths, readings))
 
     def prompt_ids(self, question: str) -> Any:
         """Token ids [L] of a question in its template, with the image token."""
         return prompt_ids(question, self.template, self.tokenizer, self.llava.config)
 
-    def answer(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Answer a batch; questions about one image share it, wherever they stand in the batch."""
+    def answer(self, questions: Sequence[ImageQuestion]) -> list[ModelAnswer]:
+        """Answer a batch. Questions about one image share its computation, wherever they stand in the batch."""
         from umed_plugin.model.forward import decode_answers
 
-        images = list(dict.fromkeys(_image_key(ask) for ask in asks))
-        first = {_image_key(ask): ask for ask in reversed(asks)}
+        # Each image is encoded once; image_index[i] says which one question i is about.
+        images = list(dict.fromkeys(_image_key(question) for question in questions))
+        first = {_image_key(question): question for question in reversed(questions)}
         features = self.features([path for path, _ in images], [first[key].reading for key in images])
-        place = [images.index(_image_key(ask)) for ask in asks]
+        image_index = [images.index(_image_key(question)) for question in questions]
 
-        texts = [""] * len(asks)
-        written = [index for index, ask in enumerate(asks) if ask.text is not None and ask.write]
+        texts = [""] * len(questions)
+        written = [i for i, question in enumerate(questions) if question.text is not None and question.write]
         if written:
-            used = sorted({place[index] for index in written})
-            ids = [self.prompt_ids(asks[index].text or "") for index in written]
-            where = [used.index(place[index]) for index in written]
+            used = sorted({image_index[i] for i in written})
+            ids = [self.prompt_ids(questions[i].text or "") for i in written]
+            index_in_used = [used.index(image_index[i]) for i in written]
             limit, eos = self.max_new_tokens, self.tokenizer.eos_token_id
-            candidates = answer_greedily(self.model, features[used], where, ids, limit, eos)
-            for index, text in zip(written, decode_answers(self.tokenizer, candidates)):
-                texts[index] = text
-        losses = self._losses(asks, place, features)
-        return [Answer(text, values) for text, values in zip(texts, losses)]
+            candidates = answer_greedily(self.model, features[used], index_in_used, ids, limit, eos)
+            for i, text in zip(written, decode_answers(self.tokenizer, candidates)):
+                texts[i] = text
+        losses = self._losses(questions, image_index, features)
+        return [ModelAnswer(text, values) for text, values in zip(texts, losses)]
 
-    def _losses(self, asks: Sequence[Ask], place: Sequence[int], features: Any) -> list[list[float]]:
-        # Bare prompts and those in a template differ before the image.
-        losses: list[list[float]] = [[] for _ in asks]
+    def _losses(
+        self, questions: Sequence[ImageQuestion], image_index: Sequence[int], features: Any
+    ) -> list[list[float]]:
+        """For each question the mean cross-entropy of its options."""
+        losses: list[list[float]] = [[] for _ in questions]
+        # Bare prompts and prompts in a template differ before the image, so they share no prefix.
         for bare in (False, True):
-            asked = [
-                (index, self._continuation(place[index], ask, option))
-                for index, ask in enumerate(asks)
-                if bare == (ask.options_after is not None)
-                for option in ask.options
+            options = [
+                (index, self._continuation(image_index[index], question, option))
+                for index, question in enumerate(questions)
+                if bare == (question.options_after is not None)
+                for option in question.options
             ]
-            if asked:
-                for (index, _), loss in zip(
-                    asked, continuation_losses(self.model, features, [one for _, one in asked])
-                ):
+            if options:
+                values = continuation_losses(self.model, features, [continuation for _, continuation in options])
+                for (index, _), loss in zip(options, values):
                     losses[index].append(loss)
         return losses
 
-    def _continuation(self, image: int, ask: Ask, option: str) -> Continuation:
+    def _continuation(self, image: int, question: ImageQuestion, option: str) -> Continuation:
         from llava.mm_utils import tokenizer_image_token
 
         from umed_plugin.checkpoints.prompt_templates import question_prompt
 
-        if ask.options_after is None:
-            prompt = question_prompt(image_and(ask.text or "", self.llava.config), self.template)
+        if question.options_after is None:
+            prompt = question_prompt(image_and(question.text or "", self.llava.config), self.template)
         else:
-            prompt = image_and(ask.options_after, self.llava.config)
+            prompt = image_and(question.options_after, self.llava.config)
         ids, full = (
             tokenizer_image_token(text, self.tokenizer, return_tensors="pt") for text in (prompt, f"{prompt} {option}.")
         )
         if len(full) <= len(ids):
             raise UmedError(
-                f"option {option!r} of a question has no tokens of its own: its likelihood cannot be asked."
+                f"option {option!r} of a question adds no token to its prompt: its likelihood cannot be computed."
             )
         return Continuation(image, ids, full)
 
 
-def _image_key(ask: Ask) -> tuple[str, str]:
-    return ask.image, json.dumps(ask.reading, sort_keys=True)
+def _image_key(question: ImageQuestion) -> tuple[str, str]:
+    return question.image, json.dumps(question.reading, sort_keys=True)
 
 
 def image_and(question: str, config: Any) -> str:
@@ -189,7 +199,7 @@ def image_and(question: str, config: Any) -> str:
 
 
 def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any:
-    """Token ids [L] of a question about an image, with LLaVA's image token in it, as training and stock LLaVA write it."""
+    """Token ids [L] of a question about an image, with LLaVA's image token, as training and stock LLaVA write it."""
     from llava.mm_utils import tokenizer_image_token
 
     from umed_plugin.checkpoints.prompt_templates import question_prompt
@@ -197,8 +207,19 @@ def prompt_ids(question: str, template: str, tokenizer: Any, config: Any) -> Any
     return tokenizer_image_token(question_prompt(image_and(question, config), template), tokenizer, return_tensors="pt")
 
 
-class Seen:
-    """Images as the model sees them, decoded each time or through a cache."""
+class ModelImages:
+    """Images as the model sees them, decoded each time or read from a cache.
+
+    Args:
+        checkpoint: for messages.
+        processor: the checkpoint's image processor.
+        config: the model's.
+        folder: of the cache; None: no cache.
+        most_gb: the cache's maximum size in GB.
+
+    Raises:
+        UmedError: the checkpoint sees an image as several tiles.
+    """
 
     def __init__(
         self, checkpoint: Path | str, processor: Any, config: Any, folder: Path | str | None, most_gb: float
@@ -206,14 +227,14 @@ class Seen:
         from umed_plugin.data.images.cache import ImageCache
 
         self.processor, self.config = processor, config
-        stated = getattr(config, "image_aspect_ratio", None) or "square"
-        if stated not in ("pad", "square"):
+        mode = getattr(config, "image_aspect_ratio", None) or "square"
+        if mode not in ("pad", "square"):
             raise UmedError(
-                f"{checkpoint}: sees an image as several (image_aspect_ratio {stated!r} in config.json), as LLaVA-NeXT does. "
-                "What can be evaluated: checkpoints of one square per image, 'pad' or 'square'."
+                f"{checkpoint}: sees an image as several tiles (image_aspect_ratio {mode!r} in config.json), as LLaVA-NeXT does. "
+                "Only checkpoints that see one square per image ('pad' or 'square') can be evaluated."
             )
-        self.mode = stated
-        self.cache = None if folder is None else ImageCache(folder, processor, stated, int(most_gb * 1e9))
+        self.mode = mode
+        self.cache = None if folder is None else ImageCache(folder, processor, mode, int(most_gb * 1e9))
 
     def pixels(self, paths: Sequence[str], readings: Sequence[Reading | None]) -> Any:
         """[B, 3, S, S] of B images."""
@@ -239,13 +260,13 @@ def _readable(read: Callable[..., Any], path: str, reading: Reading | None) -> A
         raise UmedError(f"{path}: cannot be read as an image ({error}). Check the file, or --data-root.") from error
 
 
-def checkpoint_state(checkpoint: Path | str) -> str:
-    """A hash that changes with the checkpoint's configuration and with size or time of its weight files."""
-    found = hashlib.sha256()
+def checkpoint_hash(checkpoint: Path | str) -> str:
+    """A hash that changes with the checkpoint's configuration, and with size or time of its weight files."""
+    digest = hashlib.sha256()
     for file in sorted(Path(checkpoint).iterdir()):
         if file.name in ("config.json", "adapter_config.json"):
-            found.update(file.read_bytes())
+            digest.update(file.read_bytes())
         elif file.suffix in (".safetensors", ".bin"):
             status = file.stat()
-            found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return found.hexdigest()[:16]
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,10 +1,12 @@
-"""Prompts and answers as a LLaVA model computes them, and the log-probabilities of answers under it.
+"""Forward passes of a LLaVA model over prompts and answers, and the log-probabilities of answers.
 
-A query is an image and a question; its K candidates share both. The image is encoded once and the prompt is computed once
-per query and pass; :mod:`umed_plugin.model.packing` says how, and :mod:`umed_plugin.model.sampling` draws the answers.
+A query is an image and a question; its K candidates share both. Per pass, the image is encoded once and the prompt is computed
+once per query. `encode_images` and `embed_prompts` make the inputs, and `prefill` runs the prompts into a KV cache for sampling.
+`answer_pass` is the teacher-forced pass over given answers: the policy, the old policy and the reference policy are all scored by
+it, and the update takes its gradient through it. `answer_log_probs` makes log-probabilities from its logits.
 
 Shapes: Q queries, K candidates each, N = Q*K rows in query-major order, L prompt positions (text and image patches, padded
-left), T answer tokens (padded right), H hidden size, V vocabulary. Masks: 1 is a token, 0 is padding.
+left), T answer tokens (padded right), P image patches, H hidden size, V vocabulary. Masks: 1 is a token, 0 is padding.
 """
 
 from __future__ import annotations
@@ -19,10 +21,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
-from umed_plugin.model.kv_cache import PrefixCache
+from umed_plugin.model.kv_cache import SharedPrefixCache
 from umed_plugin.model.packing import block_mask, pack, sliding_window
 
-IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: the place of the image in a tokenized prompt
+IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: stands for the image in a tokenized prompt
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PromptBatch:
     """Q embedded prompts, padded on the left so that every answer starts at position L.
 
     Attributes:
-        embeds: [Q, L, H] input embeddings, image patches in place of the image token.
+        embeds: [Q, L, H] input embeddings, with the image patches where the image token was.
         mask: [Q, L] 1 for a token or patch, 0 for padding.
         image_start: [Q] index in 0..L-1 of the first image patch.
         n_patches: number of image patches, the same for all prompts.
@@ -48,7 +50,7 @@ class Candidates:
 
     Attributes:
         token_ids: [N, T] answer tokens; padding holds the EOS id.
-        mask: [N, T] 1 up to and including the first EOS, 0 behind it.
+        mask: [N, T] 1 up to and including the first EOS, 0 after it.
     """
 
     token_ids: Tensor
@@ -62,12 +64,12 @@ class Candidates:
 
 @dataclass(frozen=True)
 class AnswerPass:
-    """What one teacher-forced pass makes of N answers; both with the pass's graph, arbitrary at padding.
+    """Outputs of one teacher-forced pass over N answers, with its graph; arbitrary at padding.
 
     Attributes:
-        logits: [N, T, V] float32 logits that each answer token was drawn from.
-        hidden: [N, T, H] float32 last hidden states (behind the final norm) that the logits were made from: those of the
-            position before each token, where a value head sees all that came before the token and not the token itself.
+        logits: [N, T, V] float32 logits that predict each answer token.
+        hidden: [N, T, H] float32 last hidden states (after the final norm) that the logits are made from. They belong to the
+            position before each token: a value head sees all that came before the token, and not the token itself.
     """
 
     logits: Tensor
@@ -76,11 +78,11 @@ class AnswerPass:
 
 @dataclass(frozen=True)
 class AnswerLogProbs:
-    """What a teacher-forced pass says of N answers.
+    """Log-probabilities of N answers.
 
     Attributes:
         log_probs: [N, T] log-probability (nats, <= 0) of each answer token; 0 at padding.
-        entropy: [N, T] entropy (nats, >= 0) of the distribution that each answer token was drawn from; 0 at padding.
+        entropy: [N, T] entropy (nats, >= 0) of the distribution that predicts each answer token; 0 at padding.
     """
 
     log_probs: Tensor
@@ -88,27 +90,27 @@ class AnswerLogProbs:
 
 
 def base_llava(model: Any) -> Any:
-    """Return the LLaVA model inside a PEFT wrapper; its linear layers carry the adapter. Without a wrapper, the model."""
+    """The LLaVA model inside a PEFT wrapper, or the model itself. The linear layers inside a wrapper carry the adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def encode_images(model: Any, images: Tensor) -> Tensor:
-    """Run the vision tower, without its gradient: [Q, 3, S, S] preprocessed pixels -> [Q, P, D] patch features."""
+    """Run the vision tower without gradient: [Q, 3, S, S] preprocessed pixels -> [Q, P, D] patch features."""
     tower = base_llava(model).get_vision_tower()
     with torch.no_grad():
         return tower(images.to(device=tower.device, dtype=tower.dtype))
 
 
 def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tensor) -> PromptBatch:
-    """Project the image features and put them into the embedded prompts, as LLaVA's own forward pass does.
+    """Project the image features and insert them into the embedded prompts, as LLaVA's own forward pass does.
 
     Args:
         model: a LLaVA model, with or without PEFT wrapper.
         prompt_ids: Q tensors of token ids, each with ``IMAGE_TOKEN_INDEX`` exactly once.
-        image_features: [Q, P, D] from :func:`encode_images`. The gradient reaches the projector.
+        image_features: [Q, P, D] from `encode_images`. The gradient reaches the projector.
 
     Raises:
-        UmedError: a prompt has no image token, or several.
+        UmedError: a prompt has no image token, or more than one.
     """
     llava = base_llava(model)
     projector = llava.get_model().mm_projector
@@ -116,15 +118,16 @@ def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tens
     embed_tokens = llava.get_input_embeddings()
     rows, starts = [], []
     for index, (ids, image) in enumerate(zip(prompt_ids, patches)):
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        if len(places) != 1:
+        image_tokens = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        if len(image_tokens) != 1:
             raise UmedError(
-                f"prompt {index} of the batch has {len(places)} image tokens; rewarding needs exactly one image a question. "
-                "Put one '<image>' into the first human turn of each record."
+                f"prompt {index} of the batch has {len(image_tokens)} image tokens; rewarding needs exactly one image per "
+                "question. Put one '<image>' into the first human turn of each record."
             )
-        text = embed_tokens(torch.cat([ids[: places[0]], ids[places[0] + 1 :]]).to(image.device))
-        rows.append(torch.cat([text[: places[0]], image.to(text.dtype), text[places[0] :]]))
-        starts.append(places[0])
+        start = image_tokens[0]
+        text = embed_tokens(torch.cat([ids[:start], ids[start + 1 :]]).to(image.device))
+        rows.append(torch.cat([text[:start], image.to(text.dtype), text[start:]]))
+        starts.append(start)
     length = max(row.shape[0] for row in rows)
     embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - row.shape[0], 0)) for row in rows])
     mask = torch.stack([_left_mask(length, row.shape[0], row.device) for row in rows])
@@ -139,19 +142,19 @@ def _left_mask(length: int, tokens: int, device: torch.device) -> Tensor:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position ids of the tokens in ``mask``: counted from 0 at the first token of each row, 0 at padding before it."""
+    """Position ids of the tokens in ``mask``: 0 at the first token of each row, and 0 at padding before it."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @contextmanager
 def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Give the output layer ``select`` of the last hidden states: the logits of other positions are never made.
+    """Give the output layer only ``select`` of the last hidden states: the logits of other positions are never computed.
 
     Yields:
-        A list that the selected states of each pass are put into, with their graph.
+        A list to which each pass appends the selected states, with their graph.
 
     Raises:
-        UmedError: a pass went around the output layer.
+        UmedError: a pass did not call the output layer.
     """
     selected: list[Tensor] = []
 
@@ -166,21 +169,21 @@ def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterat
         handle.remove()
     if not selected:
         raise UmedError(
-            "the model computed its logits without calling its output layer, so their positions could not be chosen. With "
-            "pretraining_tp above 1 in config.json, set it to 1: the results are the same."
+            "the model computed its logits without calling its output layer, so their positions could not be selected. If "
+            "config.json has pretraining_tp above 1, set it to 1: the results are the same."
         )
 
 
 def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass:
-    """Run the prompts once into ``cache``: the first answer token's logits and hidden state (N = Q, T = 1).
+    """Run the prompts into the KV cache; returns the first answer token's logits and hidden state (N = Q, T = 1).
 
-    Columns that the cache holds already, which must be those of the same prompts, are not computed again.
+    Columns that the cache already holds are not computed again. They must be those of the same prompts.
     """
-    held = cache.get_seq_length()
+    computed = cache.get_seq_length()
     inputs = {
-        "inputs_embeds": prompts.embeds[:, held:],
+        "inputs_embeds": prompts.embeds[:, computed:],
         "attention_mask": prompts.mask,
-        "position_ids": positions(prompts.mask)[:, held:],
+        "position_ids": positions(prompts.mask)[:, computed:],
     }
     with _output_layer_sees(unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
@@ -188,37 +191,41 @@ def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass
 
 
 def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> AnswerPass:
-    """Teacher-forced logits that each answer token was drawn from, and the hidden states that they were made from.
+    """Teacher-forced pass: the logits that predict each answer token, and the hidden states that they are made from.
 
-    The K answers of a query share one pass over its prompt: they stand behind it in one row (:func:`takes_one_row`), or read its
-    cache, through which the gradient flows back. Without block masks, gradient checkpointing can do neither: then the prompt is
-    repeated for each answer.
+    There are three ways to compute it, with equal results:
+
+    - packed: the K answers of a query stand behind their prompt in one row (see `uses_packed_pass`);
+    - shared prefix: they read the prompt's KV cache, through which the gradient flows back;
+    - repeated: the prompt is repeated for each answer. Gradient checkpointing keeps no KV cache, so this is what is left for it
+      if the attention takes no block mask.
 
     Args:
         model: anything with the forward pass of a causal language model (a DDP or DeepSpeed wrapper too).
         prompts: Q prompts.
         candidates: N = Q*K answers.
-        packed: for a model without :func:`umed_plugin.model.packing.packing_fault`.
+        packed: whether the model takes block masks: it has no `umed_plugin.model.packing.packing_fault`.
     """
     llava = unwrapped(model)
-    if takes_one_row(llava, packed):
+    if uses_packed_pass(llava, packed):
         return _packed_pass(model, prompts, candidates)
     if _keeps_no_cache(llava):
         return _repeated_pass(model, prompts, candidates)
     return _shared_prefix_pass(model, prompts, candidates)
 
 
-def takes_one_row(llava: Any, packed: bool) -> bool:
-    """Whether :func:`answer_pass` puts the answers of a query into one row.
+def uses_packed_pass(llava: Any, packed: bool) -> bool:
+    """Whether `answer_pass` puts the answers of a query into one row.
 
-    A row has no padding between answers, but the attention computes all of its square, most of which is masked: reading the
-    prompt's cache is cheaper where a cache can be kept. The answers must have no say in it: processes whose passes call the model
-    a different number of times wait for one another for ever.
+    A row has no padding between answers, but attention computes its whole square, most of which is masked. So reading the
+    prompt's KV cache is cheaper where a cache can be kept. Must not depend on the answers: ranks that call the model a
+    different number of times would deadlock.
     """
     return packed and _keeps_no_cache(llava)
 
 
 def _keeps_no_cache(llava: Any) -> bool:
+    """Under gradient checkpointing transformers switches ``use_cache`` off."""
     return llava.training and llava.is_gradient_checkpointing
 
 
@@ -236,7 +243,8 @@ def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> An
 
 def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
     llava = unwrapped(model)
-    start = prompts.mask.shape[1] - 1  # the last prompt position predicts the first answer token
+    # The last prompt position predicts the first answer token, and the last answer token predicts nothing that is needed.
+    start = prompts.mask.shape[1] - 1
     with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden:
         logits = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
     return AnswerPass(logits.float(), hidden[0].float())
@@ -244,10 +252,10 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> 
 
 def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
     llava = unwrapped(model)
-    cache = PrefixCache()
+    cache = SharedPrefixCache()
     first = prefill(model, prompts, cache)
     rows = query_of_row(prompts, candidates)
-    # Mistral under flash attention refuses a cache with rows that end in padding: one token more, whose logits are not made.
+    # Mistral under flash attention refuses a KV cache with rows that end in padding: append a token, without its logits.
     token_ids = torch.nn.functional.pad(candidates.token_ids, (0, 1))
     mask = torch.cat([prompts.mask[rows], candidates.mask, candidates.mask.new_ones(len(rows), 1)], dim=1)
     inputs = {
@@ -257,6 +265,7 @@ def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates
     }
     with _output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    # The prompt's pass predicts first tokens, once per query; its copies for the K answers share one gradient.
     return AnswerPass(
         torch.cat([first.logits[rows], logits], dim=1).float(),
         torch.cat([first.hidden[rows], hidden[0]], dim=1).float(),
@@ -264,18 +273,18 @@ def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates
 
 
 def unwrapped(model: Any) -> Any:
-    """The LLaVA model inside adapters, and inside what wraps it for several processes."""
+    """The LLaVA model inside adapters and inside a DDP or DeepSpeed wrapper."""
     return base_llava(getattr(model, "module", model))
 
 
 def query_of_row(prompts: PromptBatch, candidates: Candidates) -> Tensor:
-    """[N] index of the query that each row answers."""
+    """[N] index of the query that each candidate answers."""
     queries = torch.arange(len(prompts.mask), device=prompts.mask.device)
     return queries.repeat_interleave(len(candidates.mask) // len(prompts.mask))
 
 
 def repeated_inputs(llava: Any, prompts: PromptBatch, candidates: Candidates) -> dict[str, Tensor]:
-    """Inputs of a pass over prompt (padded left) and answer (padded right) in one row: [N, L+T]."""
+    """Inputs of a pass over N rows of prompt (padded left) and answer (padded right): [N, L+T]."""
     rows = query_of_row(prompts, candidates)
     embeds = torch.cat([prompts.embeds[rows], llava.get_input_embeddings()(candidates.token_ids)], dim=1)
     mask = torch.cat([prompts.mask[rows], candidates.mask], dim=1)
@@ -285,12 +294,12 @@ def repeated_inputs(llava: Any, prompts: PromptBatch, candidates: Candidates) ->
 def answer_log_probs(
     logits: Tensor, candidates: Candidates, *, temperature: float = 1.0, entropy_gradient: bool = False
 ) -> AnswerLogProbs:
-    """Log-probabilities of the candidates' tokens, from the logits that they were drawn from.
+    """Log-probabilities of the candidates' tokens, from the logits that predict them.
 
     Args:
-        logits: [N, T, V] from :func:`answer_pass`.
+        logits: [N, T, V] from `answer_pass`.
         candidates: N answers.
-        temperature: the one that the candidates were sampled with; the logits are divided by it (0 counts as 1).
+        temperature: of sampling; the logits are divided by it (0 counts as 1).
         entropy_gradient: keep the graph of the entropy, for an entropy bonus.
     """
     if temperature not in (0, 1):
@@ -299,7 +308,7 @@ def answer_log_probs(
     mask = candidates.mask.to(logits.dtype)
     chosen = log_probs.gather(-1, candidates.token_ids[..., None]).squeeze(-1)
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-        # One answer at a time: what lies between is as large as its logits.
+        # One answer at a time: the intermediate tensors are as large as its logits.
         entropy = torch.stack([-(answer.exp() * answer).sum(dim=-1) for answer in log_probs])
     return AnswerLogProbs(chosen * mask, entropy * mask)
 

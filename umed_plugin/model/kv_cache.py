@@ -1,6 +1,10 @@
-"""KV caches of sampling and scoring: one with room for the tokens to come, one that shares a prompt among its K answers.
+"""The two KV caches: one for sampling, with room for the tokens to come; one for scoring, shared by the K answers of a prompt.
 
-Shapes as in :mod:`umed_plugin.model.forward`.
+- `PreallocatedCache` holds prompt and answers while K candidates are sampled (`umed_plugin.model.sampling`) and while questions
+  about one image are answered (`umed_plugin.model.shared_prefix`).
+- `SharedPrefixCache` holds the prompt alone, while K answers are scored or learned from (`umed_plugin.model.forward`).
+
+Shapes as in `umed_plugin.model.forward`; d is the size of a head.
 """
 
 from __future__ import annotations
@@ -13,15 +17,15 @@ from transformers.cache_utils import DynamicCache
 
 
 class _OwnCache(DynamicCache):
-    """What a model asks of a cache, whichever transformers it is from; subclasses keep the tensors and say how many."""
+    """What a model asks of a cache on every transformers version; subclasses hold the tensors and count their columns."""
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns that a mask for ``query_length`` new ones spans, and the first of them."""
+        """Number of columns that a mask for ``query_length`` new ones spans, and the index of the first."""
         return self.get_seq_length(layer_idx) + query_length, 0
 
 
-class RoomyCache(_OwnCache):
-    """A key/value cache with room for tokens to come: a step writes its keys into place instead of copying all before it.
+class PreallocatedCache(_OwnCache):
+    """A KV cache with free columns: a step writes its keys and values in place instead of copying all before it.
 
     Args:
         room: columns to keep free behind the first tokens.
@@ -30,11 +34,11 @@ class RoomyCache(_OwnCache):
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
-        self._buffers: list[tuple[Tensor, Tensor]] = []  # a layer's [R, kv_heads, columns + room, d] keys and values
-        self._columns: list[int] = []  # written so far, by layer
+        self._buffers: list[tuple[Tensor, Tensor]] = []  # per layer: [R, kv_heads, columns + room, d] keys and values
+        self._columns: list[int] = []  # per layer: columns written so far
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
-        """Write [R, kv_heads, n, d] keys and values of new columns; returns those of all columns, as views."""
+        """Write [R, kv_heads, n, d] keys and values of new columns; return those of all columns, as views."""
         if layer_idx == len(self._buffers):
             self._buffers.append((_with_room(key_states, self.room), _with_room(value_states, self.room)))
             self._columns.append(0)
@@ -50,26 +54,26 @@ class RoomyCache(_OwnCache):
         return self._columns[layer] if layer < len(self._columns) else 0
 
     def truncate(self, columns: int) -> None:
-        """Keep the first columns alone; what comes next is written over the others."""
+        """Keep only the first columns; the next ones overwrite the rest."""
         self._columns = [min(columns, written) for written in self._columns]
 
     def take_rows(self, rows: Tensor) -> None:
-        """Keep the rows of an index, which may name one several times."""
+        """Keep the rows of an index, which may repeat a row."""
         self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
 
 
-class PrefixCache(_OwnCache):
-    """Keeps the keys and values of Q prompts, and shows them to the K answers of each, layer by layer.
+class SharedPrefixCache(_OwnCache):
+    """Keys and values of Q prompts, shown to the K answers of each, layer by layer.
 
-    The first pass fills it; later ones read it and leave nothing in it. The gradient flows back into the prompts.
+    The first pass fills it. Later passes read it and leave nothing in it. The gradient flows back into the prompts.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._prompts: list[tuple[Tensor, Tensor]] = []  # a layer's [Q, kv_heads, L, d] keys and values
+        self._prompts: list[tuple[Tensor, Tensor]] = []  # per layer: [Q, kv_heads, L, d] keys and values
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
-        """Take [Q, kv_heads, L, d] keys and values of the prompts, or [N, kv_heads, T, d] of answers, which get those before."""
+        """Store [Q, kv_heads, L, d] of the prompts; for [N, kv_heads, T, d] of answers return them behind their prompts."""
         if layer_idx == len(self._prompts):
             self._prompts.append((key_states, value_states))
             return key_states, value_states

@@ -1,14 +1,14 @@
-"""K answers beside one prompt in a single row: where each token stands, what it sees, and whether the model can do it.
+"""Packed rows: K answers behind one prompt in a single row, kept apart by a block mask.
 
-A packed row is the prompt (padded left, L columns) and behind it the tokens of the query's K answers, without padding between
-them (A columns in the longest row). Every answer sees the prompt and itself, causally, and never another answer; its positions
-go on where the prompt's end. So the prompt is computed once, and the tokens of a pass shrink from K*(L + T) to L + K*T.
+A packed row is the prompt (padded left, L columns) followed by the tokens of the query's K answers, without padding between them
+(A columns in the longest row). Each answer sees the prompt and itself, causally, and never another answer. Its positions continue
+the prompt's. So the prompt is computed once, and a pass shrinks from K*(L + T) tokens to L + K*T.
 
-Columns are told apart by their segment: 0 is the prompt, 1..K are its answers, -1 is padding. The mask that follows from the
-segments is a 4-D one, added to the attention's scores. transformers 5 takes it as it is, 4.36 by
-:mod:`umed_plugin.patches.attention_mask`, flash attention not at all; :func:`packing_fault` tries it out on the model.
+Every column has a segment: 0 is the prompt, 1..K are its answers, -1 is padding. `block_mask` turns segments and positions into a
+4-D mask that is added to the attention scores. transformers 5 accepts such a mask; 4.36 does with
+`umed_plugin.patches.attention_mask`; flash attention does not. `packing_fault` tests the model.
 
-Shapes as in :mod:`umed_plugin.model.forward`, and R rows, S = L + A columns.
+Shapes as in `umed_plugin.model.forward`, and R rows, S = L + A columns.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Columns:
 
     @classmethod
     def of_prompts(cls, mask: Tensor) -> Columns:
-        """Columns of [R, L] prompts with their mask, padded left."""
+        """Columns of prompts with the mask [R, L], padded left."""
         positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         return cls(torch.where(mask.bool(), PROMPT, PADDING), positions)
 
     def then(self, other: Columns) -> Columns:
-        """These columns with others behind them."""
+        """These columns followed by others."""
         segments = torch.cat([self.segments, other.segments], dim=1)
         return Columns(segments, torch.cat([self.positions, other.positions], dim=1))
 
@@ -57,8 +57,8 @@ class PackedRows:
 
     Attributes:
         row: [N, 1] row of each answer.
-        column: [N, T] column of each answer token; at padding that of the answer's last token.
-        before: [N, T] the column before: its output is what the token is drawn from. The prompt's last for a first token.
+        column: [N, T] column of each answer token; at padding the column of the answer's last token.
+        before: [N, T] column whose output predicts the token: the one before it, or the prompt's last for a first token.
         columns: [Q, S] what all columns hold.
         prompt_columns: L.
     """
@@ -76,22 +76,28 @@ class PackedRows:
 
 
 def pack(prompt_mask: Tensor, answer_mask: Tensor) -> PackedRows:
-    """Lay out N answers beside their Q prompts.
+    """Lay out N answers behind their Q prompts.
 
     Args:
         prompt_mask: [Q, L], padded left.
-        answer_mask: [N, T], padded right; each answer has a token at least.
+        answer_mask: [N, T], padded right; each answer has at least one token.
     """
     queries, prompt_columns = prompt_mask.shape
     answers, steps = answer_mask.shape
     device, each = prompt_mask.device, answers // queries
     lengths = answer_mask.sum(dim=1).view(queries, each)
+
+    # An answer starts where the answers before it in the row end. Padding stays on the answer's last token: its index is
+    # valid, and what is gathered there is masked later.
     first = prompt_columns + (lengths.cumsum(dim=1) - lengths).view(-1, 1)
     step = torch.arange(steps, device=device)
     column = first + torch.minimum(step, lengths.view(-1, 1) - 1)
+    # The column on the left of an answer's first token belongs to the answer before it. The prompt's last column predicts it.
     before = torch.cat([torch.full_like(first, prompt_columns - 1), column[:, :-1]], dim=1)
     row = torch.arange(queries, device=device).repeat_interleave(each)[:, None]
 
+    # Columns behind the prompt are padding until an answer is written there. Rows end at different columns, so padding may
+    # remain on the right.
     behind = (queries, int(lengths.sum(dim=1).max()))
     empty = Columns(torch.full(behind, PADDING, device=device), torch.zeros(behind, dtype=torch.long, device=device))
     columns = Columns.of_prompts(prompt_mask).then(empty)
@@ -103,22 +109,22 @@ def pack(prompt_mask: Tensor, answer_mask: Tensor) -> PackedRows:
 
 
 def _scatter(values: Tensor, mask: Tensor, row: Tensor, column: Tensor, into: Tensor) -> Tensor:
-    """``into`` with the [N, T] values put at their row and column where the mask is 1."""
+    """Write the [N, T] values into ``into`` at their row and column where the mask is 1; returns ``into``."""
     kept = mask.bool()
     into[row.expand_as(column)[kept], column[kept]] = values[kept].to(into.dtype)
     return into
 
 
 def block_mask(seeing: Columns, seen: Columns, window: int | None, dtype: torch.dtype) -> Tensor:
-    """What the attention adds to its scores: 0 where a column sees another, the most negative number elsewhere.
+    """What is added to the attention scores: 0 where a column sees another, the most negative number elsewhere.
 
-    A column sees its prompt and its own segment, up to its own position. Padding sees padding, so no row is without a 0.
+    A column sees its prompt and its own segment, up to its own position. Padding sees padding, so that every row has a 0.
 
     Args:
         seeing: [R, q] columns whose queries are computed.
-        seen: [R, k] columns whose keys there are, the former among them.
-        window: number of positions that sliding-window attention reaches back, its own among them; None: all.
-        dtype: of the mask, which is that of the embeddings.
+        seen: [R, k] columns that have keys, ``seeing`` among them.
+        window: number of positions that sliding-window attention reaches back, including its own; None: all.
+        dtype: of the mask, the same as of the embeddings.
 
     Returns:
         [R, 1, q, k].
@@ -133,7 +139,7 @@ def block_mask(seeing: Columns, seen: Columns, window: int | None, dtype: torch.
 
 
 def sliding_window(llava: Any) -> int | None:
-    """Positions that the model's attention reaches back; None where it reaches to the start."""
+    """Number of positions that the model's attention reaches back; None where it reaches to the start."""
     return getattr(llava.config, "sliding_window", None)
 
 
@@ -141,22 +147,23 @@ def sliding_window(llava: Any) -> int | None:
 def packing_fault(llava: Any) -> str | None:
     """Why the model cannot compute packed rows, in words; None when it can.
 
-    Rows of three tokens, prompt, answer 1, answer 2, are put through the model's layers: answer 2 must not change with answer 1,
-    which rules out an attention that ignores the mask, and must change with the prompt, which rules out one that reads it
-    otherwise.
+    Rows of three tokens (prompt, answer 1, answer 2) go through the model's layers. If answer 2 changes with answer 1, the
+    attention ignores the mask. If answer 2 does not change with the prompt, the attention reads the mask as something else.
 
     Args:
-        llava: a LLaVA model, without wrappers.
+        llava: a LLaVA model, not wrapped.
     """
     attention = str(getattr(llava.config, "_attn_implementation", ""))
     if "flash" in attention:
         return f"{attention} takes no block mask"
+    # Answers of a packed row start at the same position, but their columns make the row longer: a scaling that adapts to the
+    # length would turn keys by other angles than in a row of its own.
     scaling = getattr(llava.config, "rope_scaling", None) or {}
     if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "linear"):
         return f"the rotary scaling {scaling!r} depends on the length of the row"
     embeddings = llava.get_input_embeddings().weight
-    shuffle = torch.Generator().manual_seed(0)
-    prompt, answer, other, last = torch.randn(4, 1, 1, embeddings.shape[1], generator=shuffle).to(embeddings)
+    generator = torch.Generator().manual_seed(0)
+    prompt, answer, other, last = torch.randn(4, 1, 1, embeddings.shape[1], generator=generator).to(embeddings)
     columns = Columns(*torch.tensor([[[PROMPT, 1, 2]], [[0, 1, 1]]], device=embeddings.device))
     mask = block_mask(columns, columns, None, embeddings.dtype)
 
@@ -165,12 +172,12 @@ def packing_fault(llava: Any) -> str | None:
         return llava.get_model()(**inputs, position_ids=columns.positions, use_cache=False, return_dict=True)[0][:, -1]
 
     try:
-        found, with_other_answer = output(prompt, answer, last), output(prompt, other, last)
+        expected, with_other_answer = output(prompt, answer, last), output(prompt, other, last)
         with_other_prompt = output(other, answer, last)
     except (ValueError, TypeError, RuntimeError) as error:
         return f"its attention refuses a block mask ({type(error).__name__}: {str(error).splitlines()[0]})"
-    if not torch.allclose(found, with_other_answer, rtol=1e-4, atol=1e-5):
+    if not torch.allclose(expected, with_other_answer, rtol=1e-4, atol=1e-5):
         return "its attention ignores a block mask"
-    if torch.allclose(found, with_other_prompt, rtol=1e-4, atol=1e-5):
+    if torch.allclose(expected, with_other_prompt, rtol=1e-4, atol=1e-5):
         return "its attention reads a block mask as something else"
     return None

@@ -1,8 +1,14 @@
-"""Sampling K answers to each of Q prompts, with the prompt computed once.
+"""Sample K answers to each of Q prompts; each prompt is computed once.
 
-It is written out here instead of calling ``model.generate`` for a second reason: with ``inputs_embeds``, ``generate`` of
-transformers 4.36 returns an artificial BOS as first token, which shifts every log-probability by one. Shapes and masks are those
-of :mod:`umed_plugin.model.forward`.
+`generate` is what stage 2, held-out validation and evaluation call. `continue_prompts` is the token loop behind it. The KV cache
+of the K candidates is a `umed_plugin.model.kv_cache.PreallocatedCache`:
+
+- packed: one row for each query. Its K answers grow side by side behind one copy of the prompt.
+- not packed: one row for each answer. The prompt's keys and values are copied K times.
+
+The loop is written out instead of calling ``model.generate``: with ``inputs_embeds``, ``generate`` of transformers 4.36 returns
+an artificial BOS as first token, which shifts every log-probability by one. Shapes and masks are those of
+`umed_plugin.model.forward`.
 """
 
 from __future__ import annotations
@@ -10,185 +16,196 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from umed_plugin.model.forward import Candidates, PromptBatch, prefill, unwrapped
-from umed_plugin.model.kv_cache import RoomyCache
+from umed_plugin.model.kv_cache import PreallocatedCache
 from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
 
-_LOOK_EVERY = 16
+_CHECK_EVERY = 16
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: T at most; an answer that reaches it has no EOS.
+        eos_token_id: ends an answer.
+        temperature: 0 is greedy; 1 samples from the model's own distribution.
+        top_p: nucleus sampling; 1 keeps the whole distribution.
+        num_candidates: K, answers to each prompt.
+        packed: let the K answers of a query share one row and one copy of its prompt. Only for a model without
+            `umed_plugin.model.packing.packing_fault`.
+        check_every: tokens between two checks for answers that have ended. Until the next check they are computed in vain.
+            None: every token on a CPU, every 16 elsewhere, because a check makes the CPU wait for the accelerator.
+    """
+
+    max_new_tokens: int
+    eos_token_id: int
+    temperature: float
+    top_p: float = 1.0
+    num_candidates: int = 1
+    packed: bool = False
+    check_every: int | None = None
 
 
 @contextmanager
 def merged_adapter(model: Any) -> Iterator[None]:
-    """Add the LoRA adapter to the weights below it, and put the very same weights back at the end.
+    """Add the LoRA adapter to the weights below it, and restore the very same weights at the end.
 
-    A token costs one matrix product a layer instead of three. Weights of fewer than 32 bits stay as they are: rounded to them, an
-    update of a few steps would be lost, and the answers would be another policy's than the one that learns from them. While it
-    lasts, what is merged is in memory twice.
+    A token then costs one matrix product per layer instead of three. Weights of fewer than 32 bits are left alone: rounded to
+    them, an update of a few steps would be lost, and the answers would come from another policy than the one that learns from
+    them. Inside the block, merged weights are in memory twice.
 
     Args:
-        model: with an adapter or without; what wraps it does not matter.
+        model: with or without an adapter, wrapped or not.
     """
-    # Whoever has put an adapter into a model has imported it; to others it need not be installed.
+    # PEFT is imported if the model has an adapter. Without one, it need not be installed.
     lora: Any = sys.modules.get("peft.tuners.lora")
-    kept: list[tuple[Any, Tensor]] = []
+    originals: list[tuple[Any, Tensor]] = []
     try:
         for layer in model.modules() if lora else ():
-            adapted = isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
-            if adapted and layer.weight.dtype == torch.float32:
-                kept.append((layer, layer.weight.data))
+            has_active_adapter = isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
+            if has_active_adapter and layer.weight.dtype == torch.float32:
+                originals.append((layer, layer.weight.data))
                 layer.weight.data = layer.weight.data.clone()
                 layer.merge()
         yield
     finally:
-        for layer, weight in kept:
+        for layer, weight in originals:
+            # Subtracting the adapter leaves rounding errors; the saved tensor does not.
             layer.unmerge()
             layer.weight.data = weight
 
 
 @torch.no_grad()
-def generate(
-    model: Any,
-    prompts: PromptBatch,
-    *,
-    num_candidates: int = 1,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    eos_token_id: int,
-    packed: bool = False,
-    look_every: int | None = None,
-) -> Candidates:
-    """Sample ``num_candidates`` answers to each prompt.
+def generate(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Candidates:
+    """Sample K answers to each of Q prompts.
 
     Args:
         model: a LLaVA model in evaluation mode (no dropout, no gradient checkpointing).
-        prompts: Q prompts, each computed once.
-        num_candidates: K.
-        max_new_tokens: T at most; an answer that reaches it has no EOS.
-        temperature: 0 is greedy; 1 samples from the model's own distribution.
-        top_p: nucleus; 1 keeps the whole distribution.
-        eos_token_id: ends an answer.
-        packed: the K answers of a query grow side by side in one row and read one cache of its prompt, for a model without
-            :func:`umed_plugin.model.packing.packing_fault`; otherwise each has a copy.
-        look_every: tokens from one look at which answers have ended to the next; until then they are computed on in vain. None:
-            every token on a CPU, and every 16 elsewhere, as a look makes the processor wait for the accelerator.
+        prompts: Q prompts; each is computed once.
+        settings: K among them.
 
     Returns:
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
-    cache = RoomyCache((num_candidates if packed else 1) * max_new_tokens)
+    answers_in_a_row = settings.num_candidates if settings.packed else 1
+    cache = PreallocatedCache(answers_in_a_row * settings.max_new_tokens)
     with merged_adapter(model):
         first = prefill(model, prompts, cache)
-        return continue_prompts(
-            model,
-            cache,
-            first.logits[:, -1],
-            prompts.mask,
-            num_candidates=num_candidates,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            packed=packed,
-            look_every=look_every,
-        )
+        return continue_prompts(model, cache, first.logits[:, -1], prompts.mask, settings)
 
 
 @torch.no_grad()
 def continue_prompts(
-    model: Any,
-    cache: RoomyCache,
-    logits: Tensor,
-    prompt_mask: Tensor,
-    *,
-    num_candidates: int = 1,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    eos_token_id: int,
-    packed: bool = False,
-    look_every: int | None = None,
+    model: Any, cache: PreallocatedCache, logits: Tensor, prompt_mask: Tensor, settings: SamplingSettings
 ) -> Candidates:
-    """Sample answers to Q prompts that are in a cache already; what `generate` does behind its first pass.
+    """Sample answers to Q prompts whose keys and values are in the cache already.
 
     Args:
-        model: see `generate`, also for what is not named here.
-        cache: with the prompts' keys and values, and room for what is sampled; it is used up.
+        model: as in `generate`.
+        cache: holds the prompts' keys and values and has room for the answers. It is used up.
         logits: [Q, V] from which each prompt's first answer token is drawn.
-        prompt_mask: [Q, L] of the columns in the cache, 1 for a token; its last column must be 1. Padding may stand anywhere
+        prompt_mask: [Q, L] of the columns in the cache, 1 for a token. The last column must be 1; padding may stand anywhere
             before it.
+        settings: K among them.
+
+    Returns:
+        Candidates as in `generate`.
     """
-    llava = unwrapped(model)
+    llava, packed = unwrapped(model), settings.packed
     device = prompt_mask.device
-    look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
-    in_a_row = num_candidates if packed else 1
-    answer_rows = torch.arange(len(prompt_mask), device=device).repeat_interleave(num_candidates)
+    check_every = settings.check_every or (1 if device.type == "cpu" else _CHECK_EVERY)
+
+    # One row in the cache per query if packed, else one per answer: then each answer gets a copy of its prompt here.
+    answers_per_row = settings.num_candidates if packed else 1
+    query_of_answer = torch.arange(len(prompt_mask), device=device).repeat_interleave(settings.num_candidates)
     if not packed:
-        cache.take_rows(answer_rows)
-    logits = logits[answer_rows]
-    token_ids = torch.full((len(answer_rows), max_new_tokens), eos_token_id, device=device)
-    answered = torch.zeros_like(token_ids)
-    ended = torch.zeros(len(answer_rows), dtype=torch.bool, device=device)
-    writing = torch.arange(len(answer_rows), device=device).view(-1, in_a_row)  # the answers of each row; -1: none
-    going = writing.flatten()  # the answers that go on
-    places = torch.arange(writing.numel(), device=device)  # where each of them stands in the rows
-    prompt_length = prompt_mask.sum(dim=1)[answer_rows]
-    columns = Columns.of_prompts(prompt_mask).take_rows(answer_rows[::in_a_row])
-    for step in range(max_new_tokens):
-        tokens = _next_token(logits, temperature, top_p).masked_fill(ended[going], eos_token_id)
-        token_ids[going, step], answered[going, step] = tokens, (~ended[going]).long()
-        ended[going] |= tokens == eos_token_id
-        if step + 1 == max_new_tokens:
+        cache.take_rows(query_of_answer)
+    logits = logits[query_of_answer]
+
+    # The result, [N, T]. Three indices connect it to the rows that are still computed:
+    #   slots    [R, A] the answer that each slot of a row writes; -1 once that answer has ended
+    #   active   the answers that go on, and active_slots where each of them stands in the flattened slots
+    token_ids = torch.full((len(query_of_answer), settings.max_new_tokens), settings.eos_token_id, device=device)
+    mask = torch.zeros_like(token_ids)
+    ended = torch.zeros(len(query_of_answer), dtype=torch.bool, device=device)
+    slots = torch.arange(len(query_of_answer), device=device).view(-1, answers_per_row)
+    active = slots.flatten()
+    active_slots = torch.arange(slots.numel(), device=device)
+
+    prompt_length = prompt_mask.sum(dim=1)[query_of_answer]
+    columns = Columns.of_prompts(prompt_mask).take_rows(query_of_answer[::answers_per_row])
+    for step in range(settings.max_new_tokens):
+        # Answers that ended since the last check are still in the batch: they draw EOS, and their mask stays 0.
+        tokens = _next_token(logits, settings).masked_fill(ended[active], settings.eos_token_id)
+        token_ids[active, step], mask[active, step] = tokens, (~ended[active]).long()
+        ended[active] |= tokens == settings.eos_token_id
+        if step + 1 == settings.max_new_tokens:
             break
-        if (step + 1) % look_every == 0:
-            writing = torch.where((writing >= 0) & ~ended[writing], writing, -1)
-            kept, writing = _close_gaps(writing)
-            if len(kept) == 0:
+
+        # Drop what has ended: first its slot, then, where no slot of a row is left, the row with its keys and values.
+        if (step + 1) % check_every == 0:
+            slots = torch.where((slots >= 0) & ~ended[slots], slots, -1)
+            kept_rows, slots = _close_gaps(slots)
+            if len(kept_rows) == 0:
                 break
-            if len(kept) < len(columns.segments):
-                cache.take_rows(kept)
-                columns = columns.take_rows(kept)
-            places = (writing >= 0).flatten().nonzero().flatten()
-            going = writing.flatten()[places]
-        there, written = writing >= 0, writing.clamp(min=0)
-        new = Columns(
-            torch.where(there, written % in_a_row + 1, PADDING), torch.where(there, prompt_length[written] + step, 0)
-        )
+            if len(kept_rows) < len(columns.segments):
+                cache.take_rows(kept_rows)
+                columns = columns.take_rows(kept_rows)
+            active_slots = (slots >= 0).flatten().nonzero().flatten()
+            active = slots.flatten()[active_slots]
+
+        # The model reads the new tokens, one column per slot, and gives the logits of the next ones.
+        answers = slots.clamp(min=0)
+        new = _new_columns(slots, answers % answers_per_row + 1, prompt_length[answers] + step)
         columns = columns.then(new)
-        embeds = llava.get_input_embeddings()(token_ids[written, step])
-        mask = (
+        embeds = llava.get_input_embeddings()(token_ids[answers, step])
+        attention_mask = (
             block_mask(new, columns, sliding_window(llava), embeds.dtype)
             if packed
             else (columns.segments != PADDING).long()
         )
-        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": new.positions}
-        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits.flatten(0, 1)[places]
-    longest = int(answered.sum(dim=1).max())
-    return Candidates(token_ids[:, :longest], answered[:, :longest])
+        inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": new.positions}
+        outputs = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        logits = outputs.logits.flatten(0, 1)[active_slots]
+    longest = int(mask.sum(dim=1).max())
+    return Candidates(token_ids[:, :longest], mask[:, :longest])
 
 
-def _close_gaps(writing: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the rows that still hold an answer, and those rows with their answers moved to the front."""
-    there = writing >= 0
-    kept = there.any(dim=1).nonzero().flatten()
-    if len(kept) == 0:
-        return kept, writing[kept]
-    to_front = (~there[kept]).long().sort(dim=1, stable=True).indices
-    return kept, writing[kept].gather(1, to_front)[:, : int(there.sum(dim=1).max())]
+def _new_columns(slots: Tensor, segments: Tensor, positions: Tensor) -> Columns:
+    """One column per slot [R, A]: segments keep the answers of a row apart, while their positions are the same.
+
+    An empty slot is padding, which no token sees.
+    """
+    in_use = slots >= 0
+    return Columns(torch.where(in_use, segments, PADDING), torch.where(in_use, positions, 0))
 
 
-def _next_token(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw one token a row from [N, V] logits."""
-    if temperature == 0:
+def _close_gaps(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows that still write an answer, and the slots [R, A] of these rows, moved to the front."""
+    in_use = slots >= 0
+    kept_rows = in_use.any(dim=1).nonzero().flatten()
+    if len(kept_rows) == 0:
+        return kept_rows, slots[kept_rows]
+    to_front = (~in_use[kept_rows]).long().sort(dim=1, stable=True).indices
+    return kept_rows, slots[kept_rows].gather(1, to_front)[:, : int(in_use.sum(dim=1).max())]
+
+
+def _next_token(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Draw one token for each row of [N, V] logits."""
+    if settings.temperature == 0:
         return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1.0:
+    probs = torch.softmax(logits.float() / settings.temperature, dim=-1)
+    if settings.top_p < 1.0:
+        # Keep a token if those before it in the order have not reached top_p yet: the most likely one always stays.
         ordered, order = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        outside = ordered.cumsum(dim=-1) - ordered >= settings.top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(outside, 0.0))
     return torch.multinomial(probs, num_samples=1).squeeze(-1)

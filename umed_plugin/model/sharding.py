@@ -1,9 +1,9 @@
-"""Whole weights where DeepSpeed's ZeRO-3 leaves each process a slice of them.
+"""Full parameters where DeepSpeed's ZeRO-3 leaves each rank a shard of them.
 
-Under ZeRO-3 each module's forward pass puts its weights together and lets them go again, with all processes taking part: those
-that sample answers of different lengths make different numbers of passes and would wait for one another for ever. So a rollout
-gathers all weights once (`whole_parameters`) and then each process works alone. That takes the memory of the whole model for its
-length. Where nothing is sliced, nothing happens.
+Under ZeRO-3 each module's forward pass gathers its parameters and releases them again, and all ranks take part in it. Ranks that
+sample answers of different lengths make different numbers of passes and would deadlock. So stage 2 gathers the full parameters
+once per rollout (`gathered_parameters`), and then each rank works alone. Meanwhile, each rank needs memory for the whole model.
+Without sharding, nothing happens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import nn
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 has sliced the model's weights."""
+    """Whether ZeRO-3 has sharded the model's parameters."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager
-def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Put the weights together for the length of a ``with`` block, which all processes enter; what is changed inside is lost.
+def gathered_parameters(model: nn.Module) -> Iterator[None]:
+    """Gather the full parameters inside a ``with`` block, which all ranks enter. Changes made inside are lost.
 
     Args:
         model: the module itself, not DeepSpeed's wrapper.
@@ -38,20 +38,22 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _without_deepspeeds_hooks(model: nn.Module) -> Iterator[None]:
-    """Take off what lets the weights of a module go behind its forward pass; other hooks stay, those made inside too."""
-    places = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-    before = [dict(hooks) for hooks in places]
+    """Remove the hooks that release a module's parameters after its forward pass. Other hooks stay, also those added inside."""
+    registries = [hooks for module in model.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [dict(hooks) for hooks in registries]
     try:
-        for hooks, those in zip(places, before):
-            for key in filter(lambda key: _is_deepspeeds(those[key]), those):
+        for hooks, originals in zip(registries, before):
+            for key in filter(lambda key: _is_deepspeeds(originals[key]), originals):
                 del hooks[key]
         yield
     finally:
-        for hooks, those in zip(places, before):
-            back = {key: hook for key, hook in those.items() if key in hooks or _is_deepspeeds(hook)}
-            made_inside = {key: hook for key, hook in hooks.items() if key not in those}
+        # Hooks run in the order of the registry, so it is rebuilt: first what was there (less what was removed inside), then
+        # what was added inside.
+        for hooks, originals in zip(registries, before):
+            back = {key: hook for key, hook in originals.items() if key in hooks or _is_deepspeeds(hook)}
+            added_inside = {key: hook for key, hook in hooks.items() if key not in originals}
             hooks.clear()
-            hooks.update({**back, **made_inside})
+            hooks.update({**back, **added_inside})
 
 
 def _is_deepspeeds(hook: Callable[..., Any]) -> bool:

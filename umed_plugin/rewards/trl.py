@@ -27,9 +27,10 @@ from torch import Tensor
 from umed_plugin.data.images import open_image
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.model.attention import attention_on_lesion, lesion_name_rows
+from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, PromptBatch, base_llava
 from umed_plugin.model.packing import packing_fault
+from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
 
 
@@ -124,11 +125,9 @@ class LesionAttention:
                 self._language,
                 self._embed(prompts[::num_generations], len(cover[0])),
                 candidates,
-                lesion_name_rows(self._processor.tokenizer, candidates, record),
+                lesion_naming_tokens(self._processor.tokenizer, candidates, record),
                 torch.stack([torch.from_numpy(part) for part in cover]),
-                self.layers,
-                heads=self._heads,
-                sink_ratio=self._sink_ratio,
+                AttentionSettings(self.layers, self._heads, self._sink_ratio),
                 packed=self._language.choose_pass(),
             )
         finally:

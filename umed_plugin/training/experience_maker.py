@@ -16,7 +16,7 @@ from torch import Tensor
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.model.attention import attention_on_lesion, lesion_name_rows
+from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import (
     AnswerPass,
     Candidates,
@@ -29,13 +29,14 @@ from umed_plugin.model.forward import (
     encode_images,
 )
 from umed_plugin.model.packing import packing_fault
-from umed_plugin.model.sampling import generate
-from umed_plugin.model.sharding import whole_parameters
+from umed_plugin.model.sampling import SamplingSettings, generate
+from umed_plugin.model.sharding import gathered_parameters
+from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
 from umed_plugin.training.reference import ReferencePolicy
-from umed_plugin.training.step_metrics import Measures
+from umed_plugin.training.step_metrics import StepMetrics
 from umed_plugin.training.value_head import ValueHead
 
 
@@ -62,7 +63,7 @@ class ExperienceMaker:
         rewards: dict[str, Any],
         value_head: ValueHead | None,
         cache: Any,
-        measures: Measures,
+        measures: StepMetrics,
     ) -> None:
         self.tokenizer, self.flags, self.args, self.rewards = tokenizer, flags, args, rewards
         self.value_head, self.cache, self.measures = value_head, cache, measures
@@ -72,8 +73,19 @@ class ExperienceMaker:
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
         self.reward_weights = dict(zip(rewards, flags.reward_weights()))
         self.packed = self._can_pack(llava)
-        self.vrr_layers = flags.vrr_layer_indices(llava.config.num_hidden_layers)
-        self.vrr_heads = flags.vrr_head_indices(llava.config.num_attention_heads)
+        self.attention = AttentionSettings(
+            flags.vrr_layer_indices(llava.config.num_hidden_layers),
+            flags.vrr_head_indices(llava.config.num_attention_heads),
+            flags.umed_vrr_mask_sinks,
+        )
+        self.sampling = SamplingSettings(
+            max_new_tokens=flags.umed_max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            temperature=flags.umed_temperature,
+            top_p=flags.umed_top_p,
+            num_candidates=flags.umed_num_candidates,
+            packed=self.packed,
+        )
         self.kl_coef = KLCoefficient(flags.kl_coef(), flags.umed_kl_target, flags.umed_kl_horizon)
         self.reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
 
@@ -81,7 +93,7 @@ class ExperienceMaker:
         """Whether answers are computed beside one copy of their prompt; says so when the model cannot."""
         if not self.flags.umed_packed:
             return False
-        with whole_parameters(llava):
+        with gathered_parameters(llava):
             fault = packing_fault(llava)
         if fault is not None and self.args.process_index == 0:
             print(
@@ -99,7 +111,7 @@ class ExperienceMaker:
             policy: unwrapped.
             batches: of `umed_plugin.training.rewarding_data.collate_queries`, on the policy's device.
         """
-        with whole_parameters(policy):
+        with gathered_parameters(policy):
             samples = join([self.roll_out(policy, batch) for batch in batches])
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
@@ -119,13 +131,13 @@ class ExperienceMaker:
         """Measure the KL of the policy that sampled, [N, T] ``log_probs``, and let its weight follow its target."""
         if samples.reference_log_probs is not None:
             found = kl_per_answer(log_probs, samples.reference_log_probs, samples.mask)
-            kl = self.measures.mean_of_processes(found)
+            kl = self.measures.mean_over_ranks(found)
             self.measures.add({"kl_per_answer": kl, "kl_coef": self.kl_coef.value})
             self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
 
     def _begin_values(self, samples: Samples, value_head: ValueHead) -> Samples:
         """Let a new value network predict the mean reward of all processes, in these samples too."""
-        mean = self.flags.umed_reward_coef * self.measures.mean_of_processes(samples.rewards.mean().item())
+        mean = self.flags.umed_reward_coef * self.measures.mean_over_ranks(samples.rewards.mean().item())
         value_head.begin_at(mean)
         return replace(samples, values=torch.full(samples.mask.shape, mean, device=samples.mask.device))
 
@@ -133,7 +145,7 @@ class ExperienceMaker:
         """The standard deviation of all processes' rewards around their queries' means; None if each query has its own."""
         if self.flags.umed_advantage_scale == "group":
             return None
-        variance = self.measures.mean_of_processes(centre_groups(rewards).square().mean().item())
+        variance = self.measures.mean_over_ranks(centre_groups(rewards).square().mean().item())
         return rewards.new_tensor(variance).sqrt()
 
     @torch.no_grad()
@@ -143,16 +155,7 @@ class ExperienceMaker:
         policy.eval()
         features = self._encode(policy, inputs)
         prompts = embed_prompts(policy, inputs["prompt_ids"], features)
-        candidates = generate(
-            policy,
-            prompts,
-            num_candidates=self.flags.umed_num_candidates,
-            max_new_tokens=self.flags.umed_max_new_tokens,
-            temperature=self.flags.umed_temperature,
-            top_p=self.flags.umed_top_p,
-            eos_token_id=self.tokenizer.eos_token_id,
-            packed=self.packed,
-        )
+        candidates = generate(policy, prompts, self.sampling)
         questions, texts, columns = self._answered(candidates, inputs["records"])
         start_rewards(self.rewards, questions, texts, **columns)
         attention, passed = self._look_at_lesions(policy, prompts, candidates, inputs["records"], columns["record"])
@@ -197,7 +200,7 @@ class ExperienceMaker:
         if "vision_relevance" not in self.rewards:
             passed = None if self.learnt_from_once else answer_pass(policy, prompts, candidates, packed=self.packed)
             return [None] * len(candidates.mask), passed
-        rows = lesion_name_rows(self.tokenizer, candidates, repeated)
+        rows = lesion_naming_tokens(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
         )
@@ -207,9 +210,7 @@ class ExperienceMaker:
             candidates,
             rows,
             cover,
-            self.vrr_layers,
-            heads=self.vrr_heads,
-            sink_ratio=self.flags.umed_vrr_mask_sinks,
+            self.attention,
             packed=self.packed,
         )
         return values.tolist(), passed

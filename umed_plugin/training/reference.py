@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from umed_plugin.model.sharding import whole_parameters
+from umed_plugin.model.sharding import gathered_parameters
 
 
 class ReferencePolicy:
@@ -28,7 +28,7 @@ class ReferencePolicy:
 
     def __init__(self, model: Any) -> None:
         self._has_adapter = hasattr(model, "disable_adapter")
-        with whole_parameters(model):
+        with gathered_parameters(model):
             self._first_values = {
                 name: parameter.detach().clone()
                 for name, parameter in model.named_parameters()

@@ -42,7 +42,7 @@ _ALWAYS = (
 _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "explained_variance")
 
 
-def measured_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
+def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     """All that a run with these flags and rewards may log, in the order of its gathering."""
     names = [f"reward/{name}" for name in rewards]
     names += [*measures_of(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE]
@@ -51,13 +51,13 @@ def measured_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     return names
 
 
-class Measures:
+class StepMetrics:
     """Collects figures from step to step and hands out their means.
 
     Args:
         trainer: of `transformers`; its accelerator gathers, its callbacks show the candidates, its state says the step.
         flags: of the run.
-        names: see `measured_names`; the same in every process.
+        names: see `metric_names`; the same in every process.
     """
 
     def __init__(self, trainer: Any, flags: UmedFlags, names: Sequence[str]) -> None:
@@ -134,11 +134,11 @@ class Measures:
             for warning in self._guards.warnings(figures):
                 print(f"umed: WARNING: step {self._trainer.state.global_step}: {warning}", flush=True)
 
-    def mean_of_processes(self, value: float) -> float:
+    def mean_over_ranks(self, value: float) -> float:
         """The mean of a number that each process has one of; all must call."""
         return self._gather([value]).mean().item()
 
-    def in_any_process(self, said: bool) -> bool:
+    def on_any_rank(self, said: bool) -> bool:
         """Whether one process at least says so; all must call."""
         return bool(self._gather([float(said)]).max())
 

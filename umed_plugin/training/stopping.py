@@ -19,12 +19,12 @@ class StopForReward(TrainerCallback):
 
     Args:
         rewards: of this process.
-        in_any_process: true in all processes when its argument is true in one of them.
+        on_any_rank: true in all processes when its argument is true in one of them.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], in_any_process: Callable[[bool], bool]) -> None:
+    def __init__(self, rewards: Mapping[str, Reward], on_any_rank: Callable[[bool], bool]) -> None:
         self._rewards = [reward for reward in rewards.values() if hasattr(reward, "stop")]
-        self._in_any_process = in_any_process
+        self._in_any_process = on_any_rank
         self._stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> Any:

@@ -32,15 +32,15 @@ from transformers.trainer_callback import TrainerState
 
 from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, embed_prompts
-from umed_plugin.model.sharding import whole_parameters
+from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import make_rewards
 from umed_plugin.training.experience import Experience, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.objective import ObjectiveSettings, grpo_objective, ppo_objective
 from umed_plugin.training.sampler import EpochSampler
-from umed_plugin.training.step_metrics import Measures, measured_names
+from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
-from umed_plugin.training.validation import HeldOutCurve
+from umed_plugin.training.validation import HeldOutValidation
 from umed_plugin.training.value_head import ValueHead
 
 _STATE, _PENDING = "rewarding_state.json", "rollout_{}.pt"
@@ -76,10 +76,10 @@ class RewardingTrainer(LLaVATrainer):
         self.flags = flags = args.umed
         llava = base_llava(model)
         rewards = make_rewards(flags, args.output_dir)
-        self.measures = Measures(self, flags, measured_names(flags, rewards))
-        self.add_callback(StopForReward(rewards, self.measures.in_any_process))
+        self.measures = StepMetrics(self, flags, metric_names(flags, rewards))
+        self.add_callback(StopForReward(rewards, self.measures.on_any_rank))
         if flags.umed_feature_cache is not None:
-            with whole_parameters(llava.get_vision_tower()):
+            with gathered_parameters(llava.get_vision_tower()):
                 said = self.train_dataset.use_cache(flags.umed_feature_cache, llava.get_vision_tower())
             if self.args.process_index == 0:
                 print(f"umed: {said}", flush=True)
@@ -92,7 +92,7 @@ class RewardingTrainer(LLaVATrainer):
         self._experience: Experience | None = None
         self._batches_seen = 0
         if val_dataset is not None:
-            self.add_callback(HeldOutCurve(self, val_dataset))
+            self.add_callback(HeldOutValidation(self, val_dataset))
 
     def _get_train_sampler(self, *unused: Any) -> EpochSampler:
         """Queries in an order that survives resuming; they are of one length, so LLaVA's grouping by length has no use here."""
@@ -255,7 +255,7 @@ class RewardingTrainer(LLaVATrainer):
     def _load_pending(self, folder: Path) -> None:
         """What this process was learning from, unless a process has lost it: then all of them sample anew, as they gather."""
         file = folder / _PENDING.format(self.args.process_index)
-        if not self.measures.in_any_process(not file.is_file()):
+        if not self.measures.on_any_rank(not file.is_file()):
             self._experience = Experience.load(file, self.args.device)
         elif self.args.process_index == 0:
             print(

@@ -28,15 +28,15 @@ from transformers import TrainerCallback
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import AnswerScore, score_answer
 from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images
-from umed_plugin.model.sampling import generate
-from umed_plugin.model.sharding import whole_parameters
+from umed_plugin.model.sampling import SamplingSettings, generate
+from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
 from umed_plugin.training.rewarding_data import collate_queries
 
 FIGURES = ("val/iou", "val/accuracy", "val/box_area_ratio")
 
 
-class HeldOutCurve(TrainerCallback):
+class HeldOutValidation(TrainerCallback):
     """Logs the figures before the first step, every ``--umed_val_every`` steps and after the last one.
 
     A run that resumes at step s has the values up to s in its checkpoint and goes on behind it.
@@ -67,7 +67,7 @@ class HeldOutCurve(TrainerCallback):
         was_training = policy.training
         policy.eval()
         scores: list[AnswerScore] = []
-        with whole_parameters(policy), trainer.compute_loss_context_manager():
+        with gathered_parameters(policy), trainer.compute_loss_context_manager():
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
                 geometries = [trainer.maker.geometry(query["record"]) for query in queries]
@@ -105,7 +105,9 @@ def greedy_scores(
     batch = collate_queries(queries)
     prompts = embed_prompts(policy, batch["prompt_ids"], encode_images(policy, batch["images"]))
     answers = generate(
-        policy, prompts, max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=tokenizer.eos_token_id
+        policy,
+        prompts,
+        SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=tokenizer.eos_token_id),
     )
     texts = decode_answers(tokenizer, answers)
     return [score_answer(*parts) for parts in zip(texts, batch["records"], geometries)]

@@ -26,10 +26,11 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.terms import Terms, find_terms
-from umed_plugin.model.answerer import Seen, image_and
-from umed_plugin.model.attention import spelled_out, tokens_within, watched_pass
+from umed_plugin.model.answerer import ModelImages, image_and
+from umed_plugin.model.attention import AttentionSettings, pass_with_attention
 from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates, base_llava, embed_prompts, encode_images, prefill
-from umed_plugin.model.kv_cache import RoomyCache
+from umed_plugin.model.kv_cache import PreallocatedCache
+from umed_plugin.model.token_spans import decode_with_offsets, tokens_in_spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,7 +71,7 @@ class _Held:
         fits: columns that there is room for.
     """
 
-    cache: RoomyCache
+    cache: PreallocatedCache
     columns: list[int]
     fits: int
 
@@ -95,7 +96,7 @@ class Dialogue:
         dtype = torch.float32 if device == "cpu" else torch.float16
         self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, dtype)
         self.llava = base_llava(self.model)
-        self.mode = Seen(checkpoint, self.processor, self.llava.config, None, 0).mode
+        self.mode = ModelImages(checkpoint, self.processor, self.llava.config, None, 0).mode
         self.template = template or UMED_TEMPLATES[self.llava.config.model_type]
         conversation_template(self.template)  # an unknown one is refused here
         self.most_tokens = most_tokens
@@ -143,7 +144,7 @@ class Dialogue:
         span = geometry.patch_span
         found: dict[str, Any] = {"grid": geometry.grid, "place": geometry.from_square([(0.0, 0.0, span, span)])[0]}
         ids = [token for token in answer.token_ids if token != self.tokenizer.eos_token_id]
-        text, ends = spelled_out(self.tokenizer, ids)
+        text, ends = decode_with_offsets(self.tokenizer, ids)
         names = [(start, end) for start, end, _ in find_terms(text, self.terms)]
         words = [match.span() for match in _WORD.finditer(text)]
         spans = [*names, *(word for word in words if word not in names)]
@@ -152,7 +153,7 @@ class Dialogue:
             {
                 "text": text[slice(*span)],
                 "is_name": span in names,
-                **_encoded(maps[tokens_within(ends, [span])].mean(0)),
+                **_encoded(maps[tokens_in_spans(ends, [span])].mean(0)),
             }
             for span in spans
             if maps is not None
@@ -229,7 +230,7 @@ class Dialogue:
         held = self._held.get(key)
         if held is None or len(columns) + self.most_tokens > held.fits:
             room = self.most_tokens + ROOM_TO_GO_ON
-            self._held[key] = _Held(RoomyCache(room), [], len(columns) + room)
+            self._held[key] = _Held(PreallocatedCache(room), [], len(columns) + room)
         else:
             shared = _shared(held.columns, columns[:-1])  # the last column is computed: it gives the first logits
             held.cache.truncate(shared)
@@ -257,7 +258,8 @@ class Dialogue:
         def add(_owners: Tensor, _queries: Tensor, attention: Tensor) -> None:
             maps.add_(attention.mean(dim=1))
 
-        watched_pass(self.model, prompts, Candidates(tokens, torch.ones_like(tokens)), [range(len(ids))], layers, add)
+        candidates, settings = Candidates(tokens, torch.ones_like(tokens)), AttentionSettings(layers)
+        pass_with_attention(self.model, prompts, candidates, [range(len(ids))], settings, add)
         return maps / len(layers)
 
 

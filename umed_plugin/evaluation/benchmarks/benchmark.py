@@ -11,7 +11,7 @@ from typing import Any
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.metrics.figures import Figure, Row
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Benchmark:
     url: str
     reported: str
     questions: Callable[[Path, str, Path], list[Question]]
-    score: Callable[[Question, Answer, Scorer], dict[str, float]]
+    score: Callable[[Question, ModelAnswer, Scorer], dict[str, float]]
     figures: Callable[[Sequence[Row]], list[Figure]]
     splits: tuple[str, ...] = ("test",)
     max_new_tokens: int = 128

@@ -15,14 +15,14 @@ from typing import Any
 
 from umed_plugin import files
 from umed_plugin.evaluation.benchmarks.benchmark import Question
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 
 def save_for_llava_med(
     checkpoint: str,
     benchmark: str,
     questions: Sequence[Question],
-    answers: Mapping[str, Answer],
+    answers: Mapping[str, ModelAnswer],
     candidates: Sequence[str],
     folder: Path,
 ) -> None:

@@ -36,7 +36,7 @@ from umed_plugin.evaluation.metrics.grounding import recalled
 from umed_plugin.grounding.boxes import Box, format_box, rewrite_boxes
 from umed_plugin.grounding.dialects import DIALECTS
 from umed_plugin.grounding.scoring import Scorer, boxes_in_square
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 TASKS = ("VG", "RO", "GC", "MII")
 _CAPTION = (*BLEU_COLUMNS, "rouge_l", "meteor")
@@ -97,7 +97,7 @@ def _seen(question: Question, scorer: Scorer) -> tuple[Any, tuple[int, int]]:
     return scorer.geometry(size), size
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """The columns of one answer; which there are depends on the task."""
     task = question.groups["part"]
     if task == "VG":

@@ -20,7 +20,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question
 from umed_plugin.evaluation.metrics.classification import auc, likelihoods, macro_auc
 from umed_plugin.evaluation.metrics.figures import Columns, Figure, Row, Statistic, mean
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 _ORGANS = (
     ("bladder", "left femur", "right femur", "heart", "left kidney", "right kidney")
@@ -140,7 +140,7 @@ def write_images(asked: Sequence[Question]) -> None:
                     Image.fromarray(images[index]).save(partial, format="PNG")
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """The likelihood of each class, which is right, and whether the likeliest is."""
     classes = question.options
     scores, right = likelihoods(answer.losses), classes.index(question.truth)

@@ -32,7 +32,7 @@ from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option
 from umed_plugin.evaluation.metrics.figures import Figure, Row, by_group, means, ratio
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.grounding.terms import named_classes
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 FINDINGS = {
     "Atelectasis": ("atelectasis", "atelectases", "collapsed lung"),
@@ -123,7 +123,7 @@ def split_choices(listed: str) -> list[str]:
     return texts
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """Right or wrong; for a suggested answer also whether it was taken; for a report how many findings are named wrongly."""
     about = question.about
     if "findings" in about:

@@ -28,7 +28,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
 from umed_plugin.evaluation.metrics.choices import LETTERS, lowest, nearest_option
 from umed_plugin.evaluation.metrics.figures import Figure, Row, by_group, mean_of_groups, means
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 _ASKED = (
     "{question}Here are {count} candidate answers:{options} Only return what you think is the correct answer from the candidate "
@@ -69,7 +69,7 @@ def questions(root: Path, split: str, work: Path) -> list[Question]:
     return found
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """1.0 or 0.0 by each of the two scores. An answer that is like no option is wrong."""
     said = nearest_option(answer.text, question.options)
     return {

@@ -20,7 +20,7 @@ from umed_plugin.evaluation.metrics.captions import bleu, bleu_counts, words
 from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, nearest_option
 from umed_plugin.evaluation.metrics.figures import Figure, Row, means
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 _BLEU_1 = ("ngrams_shared_1", "ngrams_said_1", "words_said", "words_wanted")
 
@@ -64,7 +64,7 @@ def _right(record: dict[str, str], choices: Sequence[str], where: str) -> int:
     raise UmedError(f"{where}: the answer {answer!r} is none of the choices {list(choices)} and no letter of A to D.")
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """Whether the right choice was meant; of a blank also what BLEU-1 needs."""
     choices, right = question.about["choices"], question.about["right"]
     if question.groups["task"] == "choice":

@@ -31,7 +31,7 @@ from umed_plugin.evaluation.metrics.llava_med import (
     token_overlap,
 )
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 OPEN, CLOSED = "OPEN", "CLOSED"
 _SLAKE_FILES = {"test": "test.json", "val": "validate.json", "train": "train.json"}
@@ -97,7 +97,7 @@ def _question(record: dict[str, Any], where: str, image: str) -> Question:
     )
 
 
-def score(question: Question, answer: Answer, scorer: Scorer) -> dict[str, float]:
+def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """LLaVA-Med's numbers of one answer; which there are depends on whether the question is open or closed."""
     said, wanted = answer.text, question.truth
     if question.groups["answer_type"] == OPEN:
