@@ -180,12 +180,12 @@ def test_through_the_image_cache_answers_are_the_same_and_the_second_time_no_ima
     [("tiny_llama", "umed_v1"), ("tiny_llama", "llava_v1"), ("tiny_mistral", "mistral_instruct")],
 )
 def test_the_prompt_is_the_one_of_training_and_of_stock_llava(family, template, start_end, request, tmp_path):
-    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
     from llava.mm_utils import tokenizer_image_token
     from transformers import AutoTokenizer
 
     from umed_plugin.checkpoints.prompt_templates import conversation_template
-    from umed_plugin.training.tuning_data import IGNORE_INDEX, tokenize_record
+    from umed_plugin.training.tuning_data import tokenize_record
 
     tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(family), use_fast=False)
     tokenizer.pad_token = tokenizer.unk_token

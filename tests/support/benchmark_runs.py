@@ -11,7 +11,7 @@ from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.metrics.figures import measure
 from umed_plugin.evaluation.runs import scored
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answer
+from umed_plugin.model.answerer import ModelAnswer
 
 
 def figures_of(name, questions, answers, scorer=None):
@@ -19,7 +19,7 @@ def figures_of(name, questions, answers, scorer=None):
     benchmark = BENCHMARKS[name]
     pairs = [answer if isinstance(answer, tuple) else (answer, []) for answer in answers]
     rows = [
-        scored(benchmark, question, Answer(text, list(losses)), scorer or Scorer())
+        scored(benchmark, question, ModelAnswer(text, list(losses)), scorer or Scorer())
         for question, (text, losses) in zip(questions, pairs)
     ]
     return {key: found["value"] for key, found in measure(benchmark.figures(rows), rows).items()}
