@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean environment
+.PHONY: help demo test test-fast lint clean environment
 
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 PYTEST_ARGS ?=
@@ -16,7 +16,8 @@ RUN := $(ENVIRONMENT)/bin/python
 help:
 	@echo "make demo    train and evaluate a small checkpoint end to end, in a new folder below runs/ (or OUT=folder)"
 	@echo "make test    the tests (PYTEST_ARGS='tests/test_cli.py -k help' for some of them)"
-	@echo "             both: STACK=current for today's torch and transformers instead of LLaVA's pins"
+	@echo "make test-fast  the tests that need no torch, in a small environment of their own (.venv-fast): seconds, not minutes"
+	@echo "             demo and test: STACK=current for today's torch and transformers instead of LLaVA's pins"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make clean   remove environments, runs and what tools leave"
 
@@ -34,6 +35,10 @@ demo: environment
 test: environment
 	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
+test-fast:
+	@bash constraints/environment.sh fast .venv-fast
+	@.venv-fast/bin/python -m pytest -n 2 -m "not llava and not run" $(PYTEST_ARGS)
+
 lint:
 	@bash constraints/environment.sh lint .venv-lint
 	@.venv-lint/bin/ruff check .
@@ -42,5 +47,5 @@ lint:
 	@.venv-lint/bin/lint-imports --no-cache
 
 clean:
-	rm -rf .venv .venv-current .venv-repository .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current .venv-repository .venv-fast .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from support import needs
 
 from umed_plugin import patching
 from umed_plugin.patches import STACK, prepare_llava
-
-TESTS = Path(__file__).resolve().parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -27,7 +25,7 @@ prepare_llava()
 LLAVA = needs.llava_is_installed()
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Without torch and LLaVA, modules that import them are left out before they are imported."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
     return True if is_test and not LLAVA and needs.file_needs_llava(collection_path) else None
@@ -37,19 +35,23 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what needs LLaVA and what trains, before ``-m`` selects; skip the first where LLaVA is missing."""
     for item in items:
-        functions = [item.function, *(found[-1].func for found in item._fixtureinfo.name2fixturedefs.values())]
-        places = [(Path(inspect.getsourcefile(each) or ""), each.__name__) for each in map(inspect.unwrap, functions)]
-        ours = [(file, name) for file, name in places if file.is_relative_to(TESTS)]
-        if any(needs.function_trains(*place) for place in ours):
+        functions = needs.functions_of(item)
+        if any(needs.function_trains(*place) for place in functions):
             item.add_marker("run")
-        if (
-            needs.file_needs_llava(item.path)
-            or item.get_closest_marker("run")
-            or any(needs.function_needs_llava(*place) for place in ours)
-        ):
+        if needs.file_needs_llava(item.path) or any(needs.function_needs_llava(*place) for place in functions):
             item.add_marker("llava")
         if not LLAVA and item.get_closest_marker("llava"):
             item.add_marker(pytest.mark.skip(reason="torch and LLaVA are not installed in this environment"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Generator[None, Any, Any]:
+    """Say what to do about a test that needs LLaVA through a lazy import of the library, which no marker tells yet."""
+    report = yield
+    missing = call.excinfo and isinstance(call.excinfo.value, ModuleNotFoundError) and call.excinfo.value.name
+    if missing in needs.LIBRARIES and not LLAVA:
+        report.sections.append(("remedy", f"{item.name} needs {missing}: mark it with @pytest.mark.llava"))
+    return report
 
 
 @pytest.fixture(scope="module", autouse=True)

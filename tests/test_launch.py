@@ -104,6 +104,7 @@ def test_the_environment_gets_one_folder_once():
     assert child_environment({}) == {"PYTHONPATH": str(SITE)}
 
 
+@pytest.mark.llava
 def test_a_broken_plugin_does_not_let_training_start(tmp_path):
     checkout = tmp_path / "umed_plugin"
     shutil.copytree(ROOT / "umed_plugin" / "site", checkout / "site")
@@ -122,6 +123,7 @@ def test_a_broken_plugin_does_not_let_training_start(tmp_path):
     assert "training must not start: ImportError: half an installation" in run.stderr
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("how", ["module", "file"])
 def test_the_script_that_no_patch_can_reach_is_refused_by_name(how):
     script = str(Path(find_spec("llava.train.train_mem").origin).with_name("train.py"))
@@ -132,6 +134,7 @@ def test_the_script_that_no_patch_can_reach_is_refused_by_name(how):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.llava
 def test_a_changed_llava_stops_the_run_before_the_model_is_loaded(tmp_path):
     package = Path(find_spec("llava").origin).parent
     shutil.copytree(package, tmp_path / "llava", ignore=shutil.ignore_patterns("__pycache__", "serve", "eval"))

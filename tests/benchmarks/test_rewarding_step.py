@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"layers": 1, "width": 64, "vocabulary": 300, "image-size": 28, "prompt-tokens": 10, "answer-tokens": 4}
 

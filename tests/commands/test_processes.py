@@ -24,6 +24,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.llava
 def test_the_traceback_of_the_process_that_failed_is_found_above_torchruns_own(tmp_path):
     (tmp_path / "fails.py").write_text(FAILS)
     launch = [sys.executable, "-m", "torch.distributed.run", *TWO_PROCESSES[1:-2], str(tmp_path / "fails.py")]

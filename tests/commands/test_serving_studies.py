@@ -57,6 +57,7 @@ def zipped(*entries: tuple[str, bytes]) -> bytes:
     return held.getvalue()
 
 
+@pytest.mark.llava
 def test_pictures_have_no_window(folder: Path, tmp_path: Path) -> None:
     file = write_png(tmp_path / "Scan of Ms. X.png", scene())
     study = study_of(folder, file)
@@ -68,6 +69,7 @@ def test_pictures_have_no_window(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(study), load_image(file)[0])
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("kind", ["jpg", "tif", "bmp", "png16"])
 def test_other_pictures(kind: str, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / f"a.{kind.replace('png16', 'png')}"
@@ -77,6 +79,7 @@ def test_other_pictures(kind: str, folder: Path, tmp_path: Path) -> None:
     assert study.items[0].windows == (("full",) if kind == "png16" else ())
 
 
+@pytest.mark.llava
 def test_what_a_file_is_its_content_says_and_not_its_name(folder: Path, tmp_path: Path) -> None:
     dicom = write_dicom(tmp_path / "IM0001", scene()).read_bytes()
     picture = write_png(tmp_path / "a.png", scene()).read_bytes()
@@ -85,6 +88,7 @@ def test_what_a_file_is_its_content_says_and_not_its_name(folder: Path, tmp_path
     assert [bright_box(pixels(study, item=item, window=w)) for item, w in ((0, "full"), (1, "file"))] == [BOX, BOX]
 
 
+@pytest.mark.llava
 def test_a_dicom_offers_its_own_window_and_the_presets(folder: Path, tmp_path: Path) -> None:
     file = write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=1000)
     study = study_of(folder, file)
@@ -95,6 +99,7 @@ def test_a_dicom_offers_its_own_window_and_the_presets(folder: Path, tmp_path: P
     assert study_of(folder, mr).items[0].windows == ("full",), "Hounsfield presets mean nothing for MR"
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_series_of_files_or_in_a_zip_is_ordered_by_place(packed: bool, folder: Path, tmp_path: Path) -> None:
     series = write_series(tmp_path / "s", feet_first=False)
@@ -112,6 +117,7 @@ def test_a_series_of_files_or_in_a_zip_is_ordered_by_place(packed: bool, folder:
         np.testing.assert_array_equal(pixels(study, slice=index, window="full"), expected)
 
 
+@pytest.mark.llava
 def test_two_series_and_a_picture_are_three_items(folder: Path, tmp_path: Path) -> None:
     first, second = write_series(tmp_path / "a"), write_series(tmp_path / "b", SeriesInstanceUID="1.2.4")
     files = [file for pair in zip(sorted(first.glob("IM*")), sorted(second.glob("IM*"))) for file in pair]
@@ -119,6 +125,7 @@ def test_two_series_and_a_picture_are_three_items(folder: Path, tmp_path: Path) 
     assert [item.label for item in study.items] == ["series 1 (12 slices)", "series 2 (12 slices)", "c.png"]
 
 
+@pytest.mark.llava
 def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Path) -> None:
     """A series over time holds several images at each place."""
     for name in ("b", "a", "c"):
@@ -129,6 +136,7 @@ def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Pa
     assert [bright_box(pixels(study, slice=k, window="full"))[0] for k in range(3)] == [7, 8, 9]
 
 
+@pytest.mark.llava
 def test_frames_of_one_file_are_slices(folder: Path, tmp_path: Path) -> None:
     frames = np.stack([scene(), scene((50, 20, 60, 26))])
     study = study_of(folder, write_dicom(tmp_path / "a.dcm", frames, SeriesInstanceUID="1.2"))
@@ -136,6 +144,7 @@ def test_frames_of_one_file_are_slices(folder: Path, tmp_path: Path) -> None:
     assert bright_box(pixels(study, slice=1, window="full")) == (50, 20, 60, 26)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
 def test_a_volume_can_be_cut_in_three_planes(ending: str, folder: Path, tmp_path: Path) -> None:
     file = write_volume(tmp_path / f"v{ending}")
@@ -148,6 +157,7 @@ def test_a_volume_can_be_cut_in_three_planes(ending: str, folder: Path, tmp_path
         np.testing.assert_array_equal(pixels(study, axis=plane.axis, slice=plane.slices // 2, window="full"), expected)
 
 
+@pytest.mark.llava
 def test_volumes_over_time(folder: Path, tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((9, 8, 7, 3))
     file = write_nifti(tmp_path / "t.nii.gz", values, np.eye(4))
@@ -157,6 +167,7 @@ def test_volumes_over_time(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(study, slice=2, volume=1, window="full"), expected)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     "view", [{"slice": 12}, {"slice": -1}, {"axis": 0}, {"volume": 1}, {"item": 1}, {"window": "lug"}]
 )
@@ -169,6 +180,7 @@ def test_views_that_do_not_exist_are_refused(view: dict[str, Any], folder: Path,
 # Bad and hostile files.
 
 
+@pytest.mark.llava
 def test_bad_files_beside_good_ones_are_left_out(folder: Path, tmp_path: Path) -> None:
     good = write_dicom(tmp_path / "good.dcm", scene()).read_bytes()
     study = study_of(folder, ("good.dcm", good), ("cut.dcm", good[:600]), ("cut.png", b"\x89PNG\r\n\x1a\n" + bytes(40)))
@@ -177,6 +189,7 @@ def test_bad_files_beside_good_ones_are_left_out(folder: Path, tmp_path: Path) -
     assert all("damaged" in reason for _, reason in study.left_out)
 
 
+@pytest.mark.llava
 def test_messages_hold_neither_folders_nor_header_text(folder: Path, tmp_path: Path) -> None:
     odd = write_dicom(tmp_path / "odd.dcm", scene(), PhotometricInterpretation="MONOCHROME2")
     content = odd.read_bytes().replace(b"-1000", b"Doe^J", 1)
@@ -212,6 +225,7 @@ def test_a_zip_bomb_ends_at_the_limit(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.llava
 def test_a_zip_writes_nothing_outside_and_unpacks_no_zip_in_it(folder: Path, tmp_path: Path) -> None:
     picture = write_png(tmp_path / "a.png", scene()).read_bytes()
     archive = zipped(("../../evil.png", picture), ("/etc/evil.png", picture), ("inner.zip", zipped(("x.png", picture))))
@@ -246,6 +260,7 @@ def test_a_connection_that_is_cut_leaves_nothing(folder: Path) -> None:
     assert list(folder.iterdir()) == [] and uploads.files == []
 
 
+@pytest.mark.llava
 def test_a_header_that_claims_a_huge_volume_is_refused_at_once(folder: Path) -> None:
     header = nibabel.Nifti2Header()
     header.set_data_dtype(np.uint8)
@@ -270,6 +285,7 @@ def test_old_dicom_without_a_mark_goes_by_its_ending(folder: Path, tmp_path: Pat
     assert ending_of(content[132:], "a.png") is None and ending_of(content[132:], "a.DCM") == ".dcm"
 
 
+@pytest.mark.llava
 def test_changed_bytes_never_do_more_than_leave_a_file_out(tmp_path: Path) -> None:
     """Files of every kind with bytes changed, cut and doubled at random: shown or refused in words."""
     rng = random.Random(0)

@@ -37,6 +37,7 @@ def flags_of(step: Step) -> dict[str, str]:
     return {word[2:]: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
 
 
+@pytest.mark.llava
 def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, tmp_path):
     settings = upgrade_of(tiny_mistral, tmp_path / "run").settings
     write_settings(settings, tmp_path / "run.yaml")
@@ -56,6 +57,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
     assert all(lines[i - 1].lstrip().startswith("#") for i in keys)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -88,12 +90,14 @@ def test_settings_that_cannot_work_are_named_before_anything_runs(changes, words
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.llava
 def test_a_length_in_epochs_takes_the_one_in_steps_away_and_the_other_way_round(tiny_mistral):
     settings = settings_of(tiny_mistral, **{"instruction_tuning.steps": 5, "rewarding.epochs": 2})
     assert (settings.instruction_tuning.steps, settings.instruction_tuning.epochs) == (5, None)
     assert (settings.rewarding.steps, settings.rewarding.epochs) == (None, 2)
 
 
+@pytest.mark.llava
 def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mistral, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(
@@ -112,6 +116,7 @@ def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mis
     assert "--recipe missing" in capsys.readouterr().err
 
 
+@pytest.mark.llava
 def test_a_dry_run_prints_commands_and_no_librarys_words(tiny_mistral, tmp_path):
     command = [sys.executable, "-m", "umed_plugin.cli", "upgrade", str(tiny_mistral), "--recipe", "demo_studies"]
     run = subprocess.run([*command, "--dry-run"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
@@ -122,6 +127,7 @@ def test_a_dry_run_prints_commands_and_no_librarys_words(tiny_mistral, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.llava
 def test_relative_paths_of_a_run_file_begin_at_its_folder(tiny_mistral, tmp_path):
     (tmp_path / "checkpoint").symlink_to(tiny_mistral)
     (tmp_path / "run.yaml").write_text("checkpoint: checkpoint\nrecipe: mine.yaml\n")
@@ -158,6 +164,7 @@ def test_every_command_is_one_that_its_program_takes(family, method, request, tm
     assert flags_of(second)["learning_rate"] == {"lora": "3e-05", "full": "1e-06"}[method]
 
 
+@pytest.mark.llava
 def test_several_processes_are_started_by_torchrun_and_with_a_configuration_by_deepspeed(tiny_llama, tmp_path):
     config = tmp_path / "zero2.json"
     config.write_text("{}")
@@ -224,6 +231,7 @@ def test_a_command_that_makes_nothing_is_an_error(tmp_path):
         provenance.end(step)
 
 
+@pytest.mark.llava
 def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
     (tmp_path / "mine").write_text("keep")
     with pytest.raises(UmedError, match=r"contains files but no run.yaml"):
@@ -231,6 +239,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.llava
 def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(tiny_mistral, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "run.yaml.partial"):
@@ -239,6 +248,7 @@ def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(ti
         upgrade_of(tiny_mistral, tmp_path / "run").run()  # there is no data
 
 
+@pytest.mark.llava
 def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistral, tmp_path):
     first = upgrade_of(tiny_mistral, tmp_path / "run")
     write_settings(first.settings, tmp_path / "run" / "run.yaml")
@@ -265,6 +275,7 @@ def test_changed_settings_of_a_begun_step_are_named_and_nothing_runs(tiny_mistra
     assert not training.outputs[0].exists() and Provenance(tmp_path / "run").read(training) is None
 
 
+@pytest.mark.llava
 def test_two_starts_in_one_folder_do_not_meet(tiny_mistral, tmp_path):
     first, second = (upgrade_of(tiny_mistral, tmp_path / "run") for _ in range(2))
     first.folder.mkdir()
@@ -272,6 +283,7 @@ def test_two_starts_in_one_folder_do_not_meet(tiny_mistral, tmp_path):
         pass
 
 
+@pytest.mark.llava
 def test_what_a_killed_start_left_running_is_ended_and_nothing_else(tmp_path):
     sleep = [sys.executable, "-c", "import time; time.sleep(100)"]
     marks = (str(tmp_path), str(tmp_path / "other"))
@@ -315,6 +327,7 @@ def test_the_swap_ends_the_same_wherever_it_was_stopped(stopped_after, tmp_path)
         CheckpointSwap(tmp_path / "another", checkpoint).check()
 
 
+@pytest.mark.llava
 def test_a_lora_folder_is_not_upgraded_in_place(tiny_mistral, tmp_path):
     adapter = tmp_path / "llava-mistral-lora"
     adapter.mkdir()
@@ -331,6 +344,7 @@ def test_a_lora_folder_is_not_upgraded_in_place(tiny_mistral, tmp_path):
         upgrade_of(adapter, tmp_path / "run", in_place=True)
 
 
+@pytest.mark.llava
 def test_the_doctor_stops_an_upgrade_that_would_go_wrong_and_says_the_remedy(tiny_mistral, tmp_path):
     sick = shutil.copytree(tiny_mistral, tmp_path / "sick-llava-mistral")
     (sick / "tokenizer.model").unlink()
@@ -344,6 +358,7 @@ def test_the_doctor_stops_an_upgrade_that_would_go_wrong_and_says_the_remedy(tin
     assert list((tmp_path / "run" / "logs").iterdir()), "it has gone on"
 
 
+@pytest.mark.llava
 def test_what_only_stock_loading_stumbles_over_does_not_stop_an_upgrade(tiny_mistral, tmp_path):
     named = shutil.copytree(tiny_mistral, tmp_path / "medical-model")
     run = upgrade_of(named, tmp_path / "run")
@@ -351,6 +366,7 @@ def test_what_only_stock_loading_stumbles_over_does_not_stop_an_upgrade(tiny_mis
     assert run.settings.name == "llava-mistral-umed"
 
 
+@pytest.mark.llava
 def test_a_checkpoint_that_cuts_images_into_tiles_is_refused(tiny_mistral, tmp_path):
     tiles = shutil.copytree(tiny_mistral, tmp_path / "tiles-llava-mistral")
     config = json.loads((tiles / "config.json").read_text())

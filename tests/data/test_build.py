@@ -61,6 +61,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.llava
 def test_every_kind_of_file_ends_with_its_box_on_the_lesion(folder: Path) -> None:
     write_png16(folder / "b.png", scene())
     (folder / "sub").mkdir()
@@ -104,6 +105,7 @@ def test_the_box_in_the_text_is_bright_in_what_the_model_sees(folder: Path, mode
     np.testing.assert_allclose(told, found, atol=1.5 / seen.shape[0] + 0.0005)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(("axes", "box"), [("xy", BOX), ("yx", (BOX[1], BOX[0], BOX[3], BOX[2]))])
 def test_boxes_given_in_the_stored_frame_move_along(folder: Path, axes: str, box: tuple[int, ...]) -> None:
     """RAS voxel indices: x to the patient's right, y to the front; shown with both turned round."""
@@ -115,6 +117,7 @@ def test_boxes_given_in_the_stored_frame_move_along(folder: Path, axes: str, box
     assert bright_box(pixels_of(record, folder)) == expected
 
 
+@pytest.mark.llava
 def test_transposed_slices_change_the_size(folder: Path) -> None:
     write_dicom(folder / "c.dcm", np.ascontiguousarray(scene().T), orientation=(0, 1, 0, 1, 0, 0))
     (record,) = build(folder, row("c.dcm", (BOX[1], BOX[0], BOX[3], BOX[2])), extra="image: {box_frame: stored}\n")
@@ -122,6 +125,7 @@ def test_transposed_slices_change_the_size(folder: Path) -> None:
     assert true_boxes(record) == [BOX] == [bright_box(pixels_of(record, folder))]
 
 
+@pytest.mark.llava
 def test_what_a_record_holds(folder: Path) -> None:
     write_png(folder / "n.png", scene() * 0.3)
     lower, upper = (60, 40, 70, 50), BOX
@@ -143,6 +147,7 @@ def test_what_a_record_holds(folder: Path) -> None:
     assert parse_boxes(negative["conversations"][1]["value"]) == []
 
 
+@pytest.mark.llava
 def test_records_go_through_a_file_and_are_the_same_every_time(folder: Path) -> None:
     rows = [row("a.png"), row("a.png", (60, 40, 70, 50), "cy")]
     first, second = build(folder, *rows), build(folder, *rows)
@@ -154,6 +159,7 @@ def test_records_go_through_a_file_and_are_the_same_every_time(folder: Path) -> 
     assert any(other != first[0]["conversations"] for other in others)
 
 
+@pytest.mark.llava
 def test_wording_does_not_depend_on_the_other_images(folder: Path) -> None:
     """Adding an image must not change the text of the rest."""
     for i in range(12):
@@ -168,6 +174,7 @@ def test_wording_does_not_depend_on_the_other_images(folder: Path) -> None:
     assert len({str(text) for text in together.values()}) > 4
 
 
+@pytest.mark.llava
 def test_all_faults_at_once(folder: Path) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG")
     rows = [
@@ -190,6 +197,7 @@ def test_all_faults_at_once(folder: Path) -> None:
         build(folder, rows[4])
 
 
+@pytest.mark.llava
 def test_bad_images_can_be_skipped_and_bad_boxes_cannot(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG")
     with caplog.at_level(logging.WARNING):
@@ -201,6 +209,7 @@ def test_bad_images_can_be_skipped_and_bad_boxes_cannot(folder: Path, caplog: py
         build(folder, row("a.png", (5, 5, 5, 9)), on_bad_image="skip")
 
 
+@pytest.mark.llava
 def test_a_pixel_outside_is_cut_and_more_is_a_fault(folder: Path) -> None:
     (record,) = build(folder, row("a.png", (-0.8, 3, 97.9, 61)))
     assert true_boxes(record) == [(0, 3, 97, 61)]
@@ -210,6 +219,7 @@ def test_a_pixel_outside_is_cut_and_more_is_a_fault(folder: Path) -> None:
         build(folder, row("a.png", (-0.8, 3, 20, 61)), extra="box_tolerance: 0\n")
 
 
+@pytest.mark.llava
 def test_slivers_can_be_dropped_but_never_make_a_negative(folder: Path) -> None:
     write_png(folder / "b.png", scene())
     rows = [row("a.png", (5, 5, 5, 9)), row("a.png"), row("b.png", (5, 5, 5, 9))]
@@ -218,6 +228,7 @@ def test_slivers_can_be_dropped_but_never_make_a_negative(folder: Path) -> None:
     assert true_boxes(record) == [BOX]
 
 
+@pytest.mark.llava
 def test_annotations_of_another_version_of_the_image(folder: Path) -> None:
     content = {
         "images": [{"id": 1, "file_name": "a.png", "width": 970, "height": 610}],
@@ -230,6 +241,7 @@ def test_annotations_of_another_version_of_the_image(folder: Path) -> None:
         build_records(recipe, out_dir=folder / "out")
 
 
+@pytest.mark.llava
 def test_square_mode_loses_and_cuts_lesions_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """97 x 61: the centre crop keeps x from 18 to 79."""
     write_png(folder / "lost.png", scene((0, 5, 12, 20)))
@@ -249,6 +261,7 @@ def test_square_mode_loses_and_cuts_lesions_and_says_so(folder: Path, caplog: py
     assert caplog.text == ""
 
 
+@pytest.mark.llava
 def test_one_split(folder: Path) -> None:
     for i in range(30):
         write_png(folder / f"{i}.png", scene())
@@ -264,6 +277,7 @@ def test_one_split(folder: Path) -> None:
         build(folder, row("a.png"), split="val")
 
 
+@pytest.mark.llava
 def test_three_windows_become_the_channels(folder: Path) -> None:
     from support.drawn import write_png16
 
@@ -279,6 +293,7 @@ def test_three_windows_become_the_channels(folder: Path) -> None:
         assert np.asarray(image)[0, 0].tolist() == [round(550 / 1500 * 255), 0, round(0.1 * 255)]
 
 
+@pytest.mark.llava
 def test_windows_by_column(folder: Path) -> None:
     write_png16(folder / "b.png", scene())
     (folder / "a.csv").write_text(f'file,box,lesion,win\nb.png,"{BOX}",nod,"-1000, 0"\n')
@@ -291,6 +306,7 @@ def test_windows_by_column(folder: Path) -> None:
         build_records(recipe, out_dir=folder / "out")
 
 
+@pytest.mark.llava
 def test_the_demo_recipe_reads_all_three_kinds(tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", scene())
     write_dicom(tmp_path / "c.dcm", scene(), WindowCenter=0, WindowWidth=1000)
@@ -323,6 +339,7 @@ def test_files_that_hold_no_records(tmp_path: Path, content: str, words: str) ->
         load_records(tmp_path / "r.json")
 
 
+@pytest.mark.llava
 def test_faults_of_records_are_named_by_index_and_field(folder: Path) -> None:
     (record,) = build(folder, row("a.png"))
     broken = [
@@ -343,6 +360,7 @@ def test_faults_of_records_are_named_by_index_and_field(folder: Path) -> None:
         load_records(folder / "nothing.json")
 
 
+@pytest.mark.llava
 def test_the_command_writes_what_llava_takes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_rows(folder, row("a.png"))
     recipe = write_recipe(folder, CSV)
@@ -356,6 +374,7 @@ def test_the_command_writes_what_llava_takes(folder: Path, capsys: pytest.Captur
     assert "a.png: no such image" in capsys.readouterr().err
 
 
+@pytest.mark.llava
 def test_training_text_is_varied_in_a_build(folder: Path) -> None:
     rng = random.Random(0)
     for i in range(40):

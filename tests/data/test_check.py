@@ -43,6 +43,7 @@ def printed(recipe_file: Path) -> str:
     return console.export_text()
 
 
+@pytest.mark.llava
 def test_counts(recipe_file: Path) -> None:
     check = check_recipe(load_recipe(recipe_file))
     assert check.ok
@@ -58,6 +59,7 @@ def test_counts(recipe_file: Path) -> None:
     assert check.shared_patients == ["drawn p1"]
 
 
+@pytest.mark.llava
 def test_best_iou_per_number_of_decimals(recipe_file: Path) -> None:
     """The cyst's box in the padded square: (70, 28, 95, 68) / 97."""
     found = check_recipe(load_recipe(recipe_file)).classes["cyst"].best_iou
@@ -71,6 +73,7 @@ def test_best_iou_per_number_of_decimals(recipe_file: Path) -> None:
     assert found[2][0] < found[3][0] < 1
 
 
+@pytest.mark.llava
 def test_the_tables(recipe_file: Path) -> None:
     text = printed(recipe_file)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
@@ -84,6 +87,7 @@ def test_the_tables(recipe_file: Path) -> None:
     assert "The recipe fits the data." in text
 
 
+@pytest.mark.llava
 def test_missing_images_and_where_to_get_them(recipe_file: Path) -> None:
     (recipe_file.parent / "4.png").unlink()
     check = check_recipe(load_recipe(recipe_file))
@@ -95,6 +99,7 @@ def test_missing_images_and_where_to_get_them(recipe_file: Path) -> None:
     assert "fits the data" not in text
 
 
+@pytest.mark.llava
 def test_faults_are_all_listed(recipe_file: Path) -> None:
     (recipe_file.parent / "3.png").write_bytes(b"\x89PNG")
     with (recipe_file.parent / "a.csv").open("a") as file:
@@ -106,6 +111,7 @@ def test_faults_are_all_listed(recipe_file: Path) -> None:
     assert "3.png: cannot be read as an image" in text
 
 
+@pytest.mark.llava
 def test_square_brackets_in_messages_are_printed(recipe_file: Path) -> None:
     """Rich takes ``[80.0, 10.0]`` for markup unless told otherwise."""
     with (recipe_file.parent / "a.csv").open("a") as file:
@@ -113,6 +119,7 @@ def test_square_brackets_in_messages_are_printed(recipe_file: Path) -> None:
     assert "box [90.0, 10.0, 120.0, 50.0] leaves 2.png (97x61) by 23.0 px" in printed(recipe_file)
 
 
+@pytest.mark.llava
 def test_exit_status(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "check", str(recipe_file)]) == 0
     assert "The recipe fits the data." in capsys.readouterr().out
@@ -132,6 +139,7 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == Path(load_recipe("demo_studies").path).read_text()
 
 
+@pytest.mark.llava
 def test_the_page_and_its_contact_sheet(recipe_file: Path, tmp_path: Path) -> None:
     """Outlines run around the boxes, in the picture and in the closer look beside it."""
     page = write_report(check_recipe(load_recipe(recipe_file)), tmp_path / "report")
@@ -147,6 +155,7 @@ def test_the_page_and_its_contact_sheet(recipe_file: Path, tmp_path: Path) -> No
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == pytest.approx(expected, abs=1.5)
 
 
+@pytest.mark.llava
 def test_pictures_in_two_splits_and_in_an_evaluation_set(tmp_path: Path) -> None:
     for number in range(1, 6):
         # 4.png, of val, is 1.png mirrored, of train.

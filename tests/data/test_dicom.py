@@ -24,6 +24,8 @@ from support.drawn import BOX, bright_box, scene, write_dicom, write_dicom_as
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError, UsageError
 
+pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+
 RAMP = np.arange(-1024, 3072, dtype=np.int16).reshape(64, 64)
 
 

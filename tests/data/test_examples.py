@@ -18,9 +18,10 @@ MODULES = {
     "umed_plugin.grounding.scoring": ["score_answer"],
 }
 READS_PIXELS = ("umed_plugin.data.build",)
+WITH_MARKS = [pytest.param(name, marks=pytest.mark.llava) if name in READS_PIXELS else name for name in MODULES]
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", WITH_MARKS)
 def test_examples_run(module: str) -> None:
     """In a process of its own, since an example may register a reader. Only reading pixels needs torch, through MONAI."""
     reads_pixels = module in READS_PIXELS

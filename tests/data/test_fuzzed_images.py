@@ -18,6 +18,8 @@ from support.drawn import scene, write_dicom, write_dicom_as, write_nifti
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+
 # More memory than at the start, at any moment. Nothing that a few kilobytes claim may come near it.
 MOST_KILOBYTES = 300 * 2**10
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

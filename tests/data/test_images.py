@@ -16,6 +16,7 @@ from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.grounding.geometry import Orientation
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "RGBA", "LA"])
 def test_8_bit_png_is_what_llava_reads(tmp_path: Path, mode: str) -> None:
     path = write_png(tmp_path / "a.png", scene(), mode)
@@ -26,6 +27,7 @@ def test_8_bit_png_is_what_llava_reads(tmp_path: Path, mode: str) -> None:
     assert read_by_llava(path)
 
 
+@pytest.mark.llava
 def test_jpeg(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     Image.fromarray(np.uint8(scene() * 255)).save(path, quality=95)
@@ -33,6 +35,7 @@ def test_jpeg(tmp_path: Path) -> None:
     assert read_by_llava(path)
 
 
+@pytest.mark.llava
 def test_16_bit_png_with_offset_and_window(tmp_path: Path) -> None:
     """0.1, 0.4 and 1.0 are -800, -200 and 1000 HU; the window from -1000 to 0 shows them as 0.2, 0.8 and white."""
     path = write_png16(tmp_path / "a.png", scene())
@@ -45,10 +48,12 @@ def test_16_bit_png_with_offset_and_window(tmp_path: Path) -> None:
     assert not read_by_llava(path)
 
 
+@pytest.mark.llava
 def test_without_its_offset_everything_is_above_the_window(tmp_path: Path) -> None:
     assert load_image(write_png16(tmp_path / "a.png", scene()), window="abdomen")[0].min() == 255
 
 
+@pytest.mark.llava
 def test_dicom_uses_slope_intercept_and_its_own_first_window(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=["-500", "40"], WindowWidth=["1000", "400"])
     image, turned = load_image(path)
@@ -58,6 +63,7 @@ def test_dicom_uses_slope_intercept_and_its_own_first_window(tmp_path: Path) -> 
     assert image[-1, -1].tolist() == [204] * 3
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("tags", [{}, {"WindowCenter": "", "WindowWidth": ""}, {"WindowCenter": 40, "WindowWidth": 0}])
 def test_dicom_without_window_shows_the_full_range(tmp_path: Path, tags: dict[str, Any]) -> None:
     image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene(), **tags))
@@ -65,20 +71,24 @@ def test_dicom_without_window_shows_the_full_range(tmp_path: Path, tags: dict[st
     assert image[-1, -1, 0] == round(255 * 0.3 / 0.9)
 
 
+@pytest.mark.llava
 def test_a_dicom_window_around_zero_is_a_window(tmp_path: Path) -> None:
     image, _ = load_image(write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=4000))
     assert image[0, 0, 0] == round(255 * ((-800 + 0.5) / 3999 + 0.5))
 
 
+@pytest.mark.llava
 def test_dicom_monochrome1_is_inverted(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", 1.1 - scene(), PhotometricInterpretation="MONOCHROME1")
     assert bright_box(load_image(path)[0]) == BOX
 
 
+@pytest.mark.llava
 def test_dicom_without_ending_is_known_by_its_header(tmp_path: Path) -> None:
     assert bright_box(load_image(write_dicom(tmp_path / "IM0001", scene()))[0]) == BOX
 
 
+@pytest.mark.llava
 def test_dicom_frames(tmp_path: Path) -> None:
     frames = np.stack([scene((1, 2, 3, 4)), scene(BOX), scene((50, 20, 60, 50))])
     path = write_dicom(tmp_path / "a.dcm", frames)
@@ -90,6 +100,7 @@ def test_dicom_frames(tmp_path: Path) -> None:
         load_image(path, slice=3)
 
 
+@pytest.mark.llava
 def test_dicom_in_colour(tmp_path: Path) -> None:
     rgb = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     rgb[7:19, 11:42] = (200, 90, 30)
@@ -97,6 +108,7 @@ def test_dicom_in_colour(tmp_path: Path) -> None:
     np.testing.assert_array_equal(image, rgb)
 
 
+@pytest.mark.llava
 def test_dicom_with_unknown_colours_is_refused(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", scene(), PhotometricInterpretation="CMYK")
     with pytest.raises(UmedError, match=r"CMYK\. Allowed: MONOCHROME1"):
@@ -107,6 +119,7 @@ def test_dicom_with_unknown_colours_is_refused(tmp_path: Path) -> None:
 PLANES = {"axial": ((1, 0, 0), (0, 1, 0)), "coronal": ((1, 0, 0), (0, 0, -1)), "sagittal": ((0, 1, 0), (0, 0, -1))}
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("plane", PLANES)
 @pytest.mark.parametrize(("transpose", "flip_x", "flip_y"), list(itertools.product([False, True], repeat=3)))
 def test_dicom_orientations(tmp_path: Path, plane: str, transpose: bool, flip_x: bool, flip_y: bool) -> None:
@@ -128,6 +141,7 @@ def test_dicom_orientations(tmp_path: Path, plane: str, transpose: bool, flip_x:
     assert turned.apply_boxes([bright_box(as_stored)]) == [BOX]
 
 
+@pytest.mark.llava
 def test_slightly_tilted_slices_are_turned_like_straight_ones(tmp_path: Path) -> None:
     tilted = [-0.98, 0.17, 0.05, -0.17, -0.97, 0.15]
     path = write_dicom(tmp_path / "a.dcm", scene()[::-1, ::-1], orientation=tilted)
@@ -139,6 +153,7 @@ ORIENTATIONS = [
 ]
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_nifti_in_all_48_orientations(tmp_path: Path, codes: str) -> None:
     """Nibabel itself writes the same axial slice in every orientation there is; it must look the same."""
@@ -162,6 +177,7 @@ def test_nifti_in_all_48_orientations(tmp_path: Path, codes: str) -> None:
     assert turned.apply_boxes([bright_box(as_stored)]) == [BOX]
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(("axis", "name"), [(0, "sagittal"), (1, "coronal"), (2, "axial")])
 def test_nifti_slice_axes(tmp_path: Path, axis: int, name: str) -> None:
     """Head or front up; the front on the left in a sagittal slice, the patient's right there in the others."""
@@ -176,6 +192,7 @@ def test_nifti_slice_axes(tmp_path: Path, axis: int, name: str) -> None:
         load_image(path, slice=4, slice_axis=axis)
 
 
+@pytest.mark.llava
 def test_nifti_as_stored_has_its_first_axis_to_the_right(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii.gz", scene().T[:, :, None], np.eye(4))
     image, turned = load_image(path, orientation="as_stored")
@@ -183,12 +200,14 @@ def test_nifti_as_stored_has_its_first_axis_to_the_right(tmp_path: Path) -> None
     assert turned == Orientation(WIDTH, HEIGHT)
 
 
+@pytest.mark.llava
 def test_nifti_volume_needs_a_slice(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii.gz", np.zeros((8, 7, 6)), np.eye(4))
     with pytest.raises(UmedError, match="holds 6 slices and none is chosen"):
         load_image(path)
 
 
+@pytest.mark.llava
 def test_a_changed_volume_is_read_again(tmp_path: Path) -> None:
     """The last volume is kept in memory; a file written anew under the same name must not be mixed up with it."""
     path = write_nifti(tmp_path / "a.nii", scene().T[:, :, None], np.eye(4))
@@ -198,6 +217,7 @@ def test_a_changed_volume_is_read_again(tmp_path: Path) -> None:
     assert bright_box(load_image(path, orientation="as_stored")[0]) == (50, 20, 60, 50)
 
 
+@pytest.mark.llava
 def test_windows(tmp_path: Path) -> None:
     path = write_png16(tmp_path / "a.png", scene(), offset=32768)
     by_preset = load_image(path, offset=32768, window="lung")[0]
@@ -206,10 +226,12 @@ def test_windows(tmp_path: Path) -> None:
         load_image(path, window="lnug")
 
 
+@pytest.mark.llava
 def test_an_even_image_does_not_divide_by_zero(tmp_path: Path) -> None:
     assert load_image(write_png16(tmp_path / "a.png", np.zeros((5, 4))))[0].max() == 0
 
 
+@pytest.mark.llava
 def test_infinite_and_missing_values_are_shown_black(tmp_path: Path) -> None:
     import nibabel
 
@@ -221,6 +243,7 @@ def test_infinite_and_missing_values_are_shown_black(tmp_path: Path) -> None:
     assert bright_box(image) == BOX
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("ending", ["png", "jpg", "dcm", "nii", "nii.gz"])
 @pytest.mark.parametrize("content", [b"", b"not an image at all" * 20])
 def test_damaged_files_are_named(tmp_path: Path, ending: str, content: bytes) -> None:
@@ -230,6 +253,7 @@ def test_damaged_files_are_named(tmp_path: Path, ending: str, content: bytes) ->
         load_image(path)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("ending", ["png", "jpg", "dcm", "nii", "nii.gz"])
 def test_files_cut_off_are_named(tmp_path: Path, ending: str) -> None:
     noise = np.random.default_rng(0).random((HEIGHT, WIDTH))

@@ -82,6 +82,7 @@ def test_real_pictures_are_told_apart_and_copies_found(real_data: Path) -> None:
         assert one.also_in(rest) == []
 
 
+@pytest.mark.llava
 def test_evaluation_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "imgs" / "xmlab1").mkdir(parents=True)
     Image.fromarray(picture(3)).save(tmp_path / "imgs" / "xmlab1" / "source.jpg")

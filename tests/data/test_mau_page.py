@@ -74,6 +74,7 @@ def test_the_page_is_one_page() -> None:
     assert len(page().splitlines()) <= 50
 
 
+@pytest.mark.llava
 def test_from_five_downloads_to_mau_json(downloads: Path) -> None:
     """Fewer pictures than the 5,817 are there, which is said and no fault."""
     if shutil.which("unzip") is None:

@@ -72,6 +72,7 @@ def test_mau_names_the_papers_sources_and_size() -> None:
     assert all(recipe.split.fractions == mixture.split.fractions for recipe in mixture.recipes.values())
 
 
+@pytest.mark.llava
 def test_mau_on_made_up_sources(sources: Path, tmp_path: Path) -> None:
     mixture = mau_of(60, tmp_path)
     records = build_records(mixture, out_dir=tmp_path / "out", data_root=sources)
@@ -103,6 +104,7 @@ def test_a_patient_is_in_one_split_whatever_the_mixture_chooses(sources: Path, t
     assert {split for found in splits.values() for split in found} == {"train", "val", "test"}
 
 
+@pytest.mark.llava
 def test_more_is_asked_for_than_there_is(sources: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     mixture = mau_of(5000, tmp_path)
     with caplog.at_level("WARNING", logger="umed_plugin"):
@@ -112,6 +114,7 @@ def test_more_is_asked_for_than_there_is(sources: Path, tmp_path: Path, caplog: 
     assert "4 degenerate boxes left out" in caplog.text
 
 
+@pytest.mark.llava
 def test_sources_that_are_not_there_are_named_all_at_once(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in ("KidneyStone", "TBX11K", "Kvasir-SEG"):
@@ -161,6 +164,7 @@ def test_a_source_may_be_a_file_beside_the_mixture(sources: Path, tmp_path: Path
     assert mau_of(60, tmp_path, ("kvasir_seg:", "mine.yaml:")).sha256 != before
 
 
+@pytest.mark.llava
 def test_the_command_builds_a_mixture(sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mau_of(30, tmp_path)
     out = tmp_path / "out" / "mau.json"

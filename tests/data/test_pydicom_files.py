@@ -62,6 +62,7 @@ DECODED_BY_PLUGINS = [name for name, reason in REFUSED.items() if "installed" in
 ]
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_is_shown_or_refused_with_a_reason(path: Path) -> None:
     header = pydicom.dcmread(path, force=True)
@@ -94,6 +95,7 @@ def stored(name: str, **options: Any) -> np.ndarray:
     return read_stored(FILES / name, **options).values
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     "name",
     [
@@ -109,6 +111,7 @@ def test_the_same_picture_in_several_syntaxes(name: str) -> None:
     np.testing.assert_array_equal(stored(name), expected)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("name", ["rtdose_expb.dcm", "rtdose_rle.dcm"])
 def test_frames_of_the_same_dose_in_several_syntaxes(name: str) -> None:
     plain = pydicom.dcmread(FILES / "rtdose.dcm")
@@ -118,6 +121,7 @@ def test_frames_of_the_same_dose_in_several_syntaxes(name: str) -> None:
         np.testing.assert_array_equal(stored("rtdose.dcm", slice=frame), expected[frame])
 
 
+@pytest.mark.llava
 def test_a_segmentation_of_single_bits() -> None:
     plain = pydicom.dcmread(FILES / "liver_1frame.dcm")
     bits = np.unpackbits(np.frombuffer(plain.PixelData, np.uint8), bitorder="little")[: 512 * 512].reshape(512, 512)
@@ -140,6 +144,7 @@ BARS = {
 }
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     "name",
     [
@@ -156,6 +161,7 @@ def test_colour_bars_have_their_colours(name: str) -> None:
         assert np.abs(image[row, 50].astype(int) - colour).max() <= 5, (row, image[row, 50])
 
 
+@pytest.mark.llava
 def test_frames_in_colour() -> None:
     """The second frame is the first with its colours inverted."""
     for name in ("SC_rgb_rle_2frame.dcm", "SC_rgb_rle_16bit_2frame.dcm", "SC_rgb_rle_32bit_2frame.dcm"):
@@ -163,6 +169,7 @@ def test_frames_in_colour() -> None:
         np.testing.assert_array_equal(second, 255 - first)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("name", ["examples_ybr_color.dcm", "examples_jpeg2k.dcm", "693_J2KI.dcm"])
 def test_compressed_pictures_are_what_pil_makes_of_their_stream(name: str) -> None:
     header = pydicom.dcmread(FILES / name)
@@ -181,11 +188,13 @@ def test_compressed_pictures_are_what_pil_makes_of_their_stream(name: str) -> No
     np.testing.assert_array_equal(ours, np.where(padded, np.nan, expected))
 
 
+@pytest.mark.llava
 def test_a_jpeg_and_the_file_that_another_tool_decompressed() -> None:
     ours = load_image(FILES / "SC_rgb_jpeg.dcm")[0].astype(int)
     assert np.abs(ours - load_image(FILES / "SC_rgb_jpeg_dcmd.dcm")[0]).max() <= 2
 
 
+@pytest.mark.llava
 def test_a_palette_by_hand() -> None:
     header = pydicom.dcmread(FILES / "examples_palette.dcm")
     index = np.frombuffer(header.PixelData, np.uint8)[: 350 * 800].reshape(350, 800)
@@ -195,6 +204,7 @@ def test_a_palette_by_hand() -> None:
     np.testing.assert_array_equal(load_image(FILES / "examples_palette.dcm")[0], expected)
 
 
+@pytest.mark.llava
 def test_monochrome1_and_its_window_by_hand() -> None:
     path = FILES / "dicomdirtests" / "77654033" / "CR1" / "6154"
     header = pydicom.dcmread(path)

@@ -113,6 +113,7 @@ def test_one_volume_of_a_series_is_shown(real_data: Path) -> None:
         load_image(path, slice=3)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     "name", ["CT_small.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "image_dfl.dcm"]
 )
@@ -133,6 +134,7 @@ def test_real_dicom_files_in_several_transfer_syntaxes(name: str) -> None:
     assert np.abs(shown[:, :, 0] - (values - low) / (high - low) * 255).max() <= 0.51
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("name", ["MR_truncated.dcm", "rtplan.dcm"])
 def test_real_dicom_files_without_a_whole_image(name: str) -> None:
     pydicom_data = pytest.importorskip("pydicom.data")

@@ -15,6 +15,8 @@ from support.writer_server import KEY, draft, findings_of, finished, is_reflecti
 from umed_plugin import cli
 from umed_plugin.data.records import load_records
 
+pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch) -> Path:

@@ -75,6 +75,7 @@ def test_deeplesions_liver_rows_by_the_full_recipe(real_data: Path, tmp_path: Pa
     assert all(np.array_equal(one, other) for one, other in zip(*pictures.values()))
 
 
+@pytest.mark.llava
 def test_deeplesions_quirks(tmp_path: Path) -> None:
     """Values stand for Hounsfield units by the offset, each slice has its window, boxes may stick out by RECIST's 5 px."""
     (tmp_path / "Images_png" / "000007_01_01").mkdir(parents=True)
@@ -124,6 +125,7 @@ def test_nihs_real_boxes(real_data: Path) -> None:
     assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.04)
 
 
+@pytest.mark.llava
 def test_nihs_folders_header_and_negatives(tmp_path: Path) -> None:
     """Twelve archives, a title split over four columns, `Infiltrate`, and patients that Data_Entry writes without zeros."""
     grey = Image.fromarray(np.full((1024, 1024), 90, np.uint8))
@@ -182,6 +184,7 @@ def test_kvasirs_real_boxes_and_masks_agree(real_data: Path, tmp_path: Path) -> 
     assert sum(len(record["objects"]["ref"]) for record in published) == 6
 
 
+@pytest.mark.llava
 def test_kvasirs_slivers_and_grey_masks(tmp_path: Path) -> None:
     """A sliver beside a polyp goes; an image with a sliver alone is left out, as it is no negative."""
     for folder in ("images", "masks"):
@@ -200,6 +203,7 @@ def test_kvasirs_slivers_and_grey_masks(tmp_path: Path) -> None:
     assert check.annotations.left_out == {"only degenerate boxes": 1}
 
 
+@pytest.mark.llava
 def test_tbx11k(tmp_path: Path) -> None:
     """Test labels are withheld, so train and val are dealt out anew; only an X-ray of a healthy person is a negative."""
     boxes = write_tbx11k(tmp_path)
@@ -214,6 +218,7 @@ def test_tbx11k(tmp_path: Path) -> None:
     assert check_recipe(recipe, data_root=tmp_path).ok
 
 
+@pytest.mark.llava
 def test_tbx11ks_xml_is_in_another_resolution_than_its_images(tmp_path: Path) -> None:
     boxes = write_tbx11k(tmp_path)
     text = Path(load_recipe("tbx11k").path).read_text()
@@ -233,6 +238,7 @@ def test_tbx11ks_xml_is_in_another_resolution_than_its_images(tmp_path: Path) ->
             np.testing.assert_allclose(true_boxes(record), in_order, atol=0.25)
 
 
+@pytest.mark.llava
 def test_kidney_stones(tmp_path: Path) -> None:
     write_kidney_stones(tmp_path)
     found = read_annotations(load_recipe("kidney_stone"), tmp_path)

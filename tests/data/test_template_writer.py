@@ -154,6 +154,7 @@ def test_prompts_of_stock_templates_are_llavas_own(name: str) -> None:
     assert question_prompt("<image>\nWhat is it?", name) == conversation.get_prompt()
 
 
+@pytest.mark.llava
 def test_our_prompts() -> None:
     system = TEMPLATES["umed_v1"].system
     assert question_prompt("Q?", "umed_v1") == f"{system} USER: <image>\nQ? ASSISTANT:"
@@ -168,6 +169,7 @@ def test_prompts_leave_llavas_templates_alone() -> None:
     assert conv_templates["llava_v1"].system.startswith("A chat between")
 
 
+@pytest.mark.llava
 def test_unknown_template() -> None:
     with pytest.raises(UsageError, match="Did you mean 'umed_mistral'"):
         question_prompt("Q?", "umed_mistrall")

@@ -26,6 +26,7 @@ def annotate(folder: Path, name: str, boxes: dict[int, tuple[int, int, int, int]
     (folder / "a.csv").write_text("\n".join(["file,box,lesion,slice", *rows]) + "\n")
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("feet_first", [True, False])
 def test_a_series_is_ordered_by_where_its_slices_lie(tmp_path: Path, feet_first: bool) -> None:
     folder = write_series(tmp_path / "s", feet_first=feet_first)
@@ -34,12 +35,14 @@ def test_a_series_is_ordered_by_where_its_slices_lie(tmp_path: Path, feet_first:
         np.testing.assert_array_equal(read_stored(folder, slice=k).values, np.rint(values * 1000) * 2 - 1000)
 
 
+@pytest.mark.llava
 def test_a_series_without_positions_goes_by_its_numbers(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s", feet_first=False, ImagePositionPatient=None)
     np.testing.assert_array_equal(read_stored(folder, slice=0).values[0, 0], -800)
     assert bright_box(load_image(folder, slice=SLICES - 1 - 7, window="full")[0]) == LESIONS[7]
 
 
+@pytest.mark.llava
 def test_a_slice_that_is_added_is_noticed(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s")
     assert slice_count(folder) == SLICES
@@ -49,6 +52,7 @@ def test_a_slice_that_is_added_is_noticed(tmp_path: Path) -> None:
     assert bright_box(load_image(folder, slice=0, window="full")[0]) == (50, 20, 60, 50)
 
 
+@pytest.mark.llava
 def test_folders_that_are_no_series_are_refused(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s")
     with pytest.raises(UmedError, match="holds 12 slices and none is chosen"):
@@ -64,6 +68,7 @@ def test_folders_that_are_no_series_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "empty", slice=0)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("kind", ["volume", "series"])
 @pytest.mark.parametrize("how", ["annotated", "largest_lesion", "montage"])
 def test_boxes_go_with_their_slices(tmp_path: Path, kind: str, how: str) -> None:
@@ -96,6 +101,7 @@ def test_boxes_go_with_their_slices(tmp_path: Path, kind: str, how: str) -> None
         assert len(records[0]["objects"]["bbox"]) == 3
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("how", ["largest_lesion", "montage"])
 def test_a_montage_is_turned_tile_by_tile(tmp_path: Path, how: str) -> None:
     """Stored upside down and mirrored, with boxes of the stored slice."""
@@ -113,6 +119,7 @@ def test_a_montage_is_turned_tile_by_tile(tmp_path: Path, how: str) -> None:
     assert [WIDTH - x2, HEIGHT - y2] in [[box[0] % WIDTH, box[1] % HEIGHT] for box in record["objects"]["bbox"]]
 
 
+@pytest.mark.llava
 def test_a_volume_without_lesion_shows_its_middle(tmp_path: Path) -> None:
     write_volume(tmp_path / "v.nii.gz")
     (tmp_path / "a.csv").write_text("file,box,lesion\nv.nii.gz,,\n")
@@ -123,6 +130,7 @@ def test_a_volume_without_lesion_shows_its_middle(tmp_path: Path) -> None:
     assert record["provenance"]["slice"] == SLICES // 2
 
 
+@pytest.mark.llava
 def test_pictures_stay_as_they_are(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", scene())
     (tmp_path / "a.csv").write_text('file,box,lesion\na.png,"11, 7, 42, 19",nod\n')
@@ -149,6 +157,7 @@ def test_tiles_are_spread_and_moved_onto_lesions(
     assert montage_slices(count, most, wanted) == expected
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

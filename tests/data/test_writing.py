@@ -54,6 +54,7 @@ def ledger_of(folder: Path) -> list[dict]:
 # What is sent ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.llava
 def test_each_image_is_written_about_and_then_reflected_on(tmp_path: Path) -> None:
     write_data(tmp_path, 6, negatives=2)
     with judge_server(good) as server:
@@ -74,6 +75,7 @@ def test_each_image_is_written_about_and_then_reflected_on(tmp_path: Path) -> No
     assert all(record["provenance"]["writer"] == "templates-1" for record in records[6:])
 
 
+@pytest.mark.llava
 def test_the_frame_is_around_the_lesion_and_the_crop_shows_it(tmp_path: Path) -> None:
     write_data(tmp_path, 4)
     with judge_server(good) as server:
@@ -95,6 +97,7 @@ def test_the_frame_is_around_the_lesion_and_the_crop_shows_it(tmp_path: Path) ->
         assert (crop[:, :, 1].astype(int) - crop[:, :, 0] < 60).all()  # no frame in it
 
 
+@pytest.mark.llava
 def test_nothing_but_pixels_class_names_and_boxes_leaves_the_machine(tmp_path: Path) -> None:
     from support.drawn import BOX, scene, write_dicom, write_recipe
 
@@ -117,6 +120,7 @@ def test_nothing_but_pixels_class_names_and_boxes_leaves_the_machine(tmp_path: P
         assert set(asked.body) == {"model", "messages", "temperature", "max_tokens"}
 
 
+@pytest.mark.llava
 def test_the_key_is_in_no_file_and_no_message(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def telling(asked: Asked) -> Answer:
         if is_reflection(asked):
@@ -157,6 +161,7 @@ WRONG = {
 }
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=list(WRONG))
 def test_a_wrong_answer_is_asked_again_with_what_is_wrong(spoil, tmp_path: Path) -> None:
     def once_wrong(asked: Asked) -> Answer:
@@ -183,6 +188,7 @@ BAD_DRAFTS = {
 }
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("bad", BAD_DRAFTS.values(), ids=list(BAD_DRAFTS))
 def test_what_is_never_right_is_asked_three_times_and_put_aside(bad, tmp_path: Path, capsys) -> None:
     def stubborn(asked: Asked) -> Answer:
@@ -200,6 +206,7 @@ def test_what_is_never_right_is_asked_three_times_and_put_aside(bad, tmp_path: P
     assert "1 put aside" in capsys.readouterr().out
 
 
+@pytest.mark.llava
 def test_a_box_in_another_form_is_written_as_all_others(tmp_path: Path) -> None:
     def whole_numbers(asked: Asked) -> Answer:
         text = finished(asked) if is_reflection(asked) else draft(asked)
@@ -219,6 +226,7 @@ def test_a_box_in_another_form_is_written_as_all_others(tmp_path: Path) -> None:
 # What is paid for ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.llava
 def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: Path) -> None:
     write_data(tmp_path, 3)
     with judge_server(good) as server:
@@ -233,6 +241,7 @@ def test_a_second_run_asks_nothing_and_a_larger_one_only_what_is_new(tmp_path: P
     assert len(texts) == 5 and texts[:3] == [record["conversations"] for record in before]
 
 
+@pytest.mark.llava
 def test_an_edited_prompt_is_asked_anew_and_told_in_the_records(tmp_path: Path) -> None:
     from umed_plugin.data.writing.prompts import SHIPPED
 
@@ -252,6 +261,7 @@ def test_an_edited_prompt_is_asked_anew_and_told_in_the_records(tmp_path: Path) 
     assert first["reflect"] != second["reflect"] and first["write"] == second["write"]
 
 
+@pytest.mark.llava
 def test_images_that_are_alike_share_one_answer(tmp_path: Path) -> None:
     write_data(tmp_path, 1)
     (tmp_path / "copy.png").write_bytes((tmp_path / "0000.png").read_bytes())
@@ -262,6 +272,7 @@ def test_images_that_are_alike_share_one_answer(tmp_path: Path) -> None:
     assert len(server.asked) == 2 and len(records_of(tmp_path)) == 2
 
 
+@pytest.mark.llava
 def test_a_server_that_sends_garbage_is_asked_the_same_again_and_the_loss_is_counted(tmp_path: Path) -> None:
     seen: set[str] = set()
 
@@ -279,6 +290,7 @@ def test_a_server_that_sends_garbage_is_asked_the_same_again_and_the_loss_is_cou
     assert len(lost) == 4 and all(line["prompt_tokens"] > 0 for line in lost)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     ("answer", "told", "requests"),
     [
@@ -299,6 +311,7 @@ def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path:
     assert len(records_of(tmp_path)) == 30
 
 
+@pytest.mark.llava
 def test_the_commands_of_the_readme_fit(tmp_path: Path, monkeypatch, capsys) -> None:
     """All but the reading of MAU's archives, which test_mau_page.py does: its recipe is replaced by a small one."""
     (text,) = re.findall(r"^```console\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -399,6 +412,7 @@ def written_about(server) -> int:
     return sum(not is_reflection(asked) for asked in server.asked)
 
 
+@pytest.mark.llava
 def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     burnt_in_data(tmp_path)
     suspects = tmp_path / "out" / "train.burnt_in.txt"
@@ -423,6 +437,7 @@ def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplo
         assert {line.split("\t")[0] for line in suspects.read_text().splitlines()[2:]} == {"drawn/1.png", "drawn/c.dcm"}
 
 
+@pytest.mark.llava
 def test_a_list_of_what_is_never_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys) -> None:
     write_data(tmp_path, 3)
     (tmp_path / "private.txt").write_text("# mine\ndrawn/0001.png\n\ndrawn/0009.png\n")

@@ -121,6 +121,7 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
     check_table("benchmarks", rows)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_valid_and_has_a_test(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Valid: `make` has the target, `umed` takes the arguments. What is not run below is run by the test file named above."""

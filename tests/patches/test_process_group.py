@@ -7,6 +7,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+
 # The last that Python does before it takes itself down: a collective whose thread comes back while the lock is held.
 SCRIPT = """
 import atexit, sys, time

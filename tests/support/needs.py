@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = frozenset(
-    [
-        "torch",
-        "torchvision",
-        "llava",
-        "transformers",
-        "tokenizers",
-        "sentencepiece",
-        "safetensors",
-        "peft",
-        "accelerate",
-        "deepspeed",
-        "trl",
-        "monai",
-    ]
+    ("accelerate", "deepspeed", "llava", "monai", "peft", "safetensors", "sentencepiece", "tokenizers")
 )
+LIBRARIES |= {"torch", "torchvision", "transformers", "trl"}
 # Helpers in support/umed_runs.py with which a test starts a training process.
 TRAINERS = frozenset(("train", "train_flags", "reward"))
 # Where the modules of this repository lie: first part of a dotted name -> folder.
@@ -41,6 +32,14 @@ def llava_is_installed() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "llava"))
 
 
+def functions_of(item: pytest.Item) -> list[tuple[Path, str]]:
+    """(file, name) of a test and of all its fixtures that are written in this repository."""
+    fixtures = [definitions[-1].func for definitions in item._fixtureinfo.name2fixturedefs.values()]
+    functions = [inspect.unwrap(function) for function in (item.function, *fixtures)]
+    found = [(Path(function.__code__.co_filename), function.__name__) for function in functions]
+    return [(file, name) for file, name in found if file.is_relative_to(ROOT)]
+
+
 @cache
 def file_needs_llava(file: Path) -> bool:
     """Whether importing the file imports one of `LIBRARIES`."""
@@ -50,7 +49,8 @@ def file_needs_llava(file: Path) -> bool:
 @cache
 def function_needs_llava(file: Path, name: str) -> bool:
     """Whether a function, or a helper of the same file that it names, imports one of `LIBRARIES` when it runs."""
-    return any(_needs(imported) for node in _used(file, name) for imported in _imports(ast.walk(node)))
+    imported = (name for node in _used(file, name) for name in _imports(ast.walk(node)))
+    return function_trains(file, name) or any(map(_needs, imported))
 
 
 @cache

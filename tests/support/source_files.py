@@ -126,7 +126,7 @@ def write_deeplesion(root: Path, patients: int = 30) -> None:
                 rows.append(dl_row(name, f"{x1}, {y1}, {x2}, {y2}", kind))
             target = root / "Images_png" / name[:12] / name[13:]
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((units + 32768).astype(np.uint16)).save(target)
+            Image.fromarray((units + 32768).astype(np.uint16)).save(target, compress_level=1)
     (root / "DL_info.csv").write_text(DL_HEADER + "".join(rows))
 
 
@@ -150,7 +150,7 @@ def write_nih(root: Path, positives: int = 16, negatives: int = 24) -> None:
         entries.append(f"{name},{found},0,{number + 1}")
         target = root / f"images_{1 + number % 2:03}" / "images" / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.astype(np.uint8)).save(target)
+        Image.fromarray(pixels.astype(np.uint8)).save(target, compress_level=1)
     (root / "BBox_List_2017.csv").write_text("\n".join(boxes) + "\n")
     (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(entries) + "\n")
 
