@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from PIL import Image
 from support.drawn import BOX, HEIGHT, WIDTH, scene, write_png, write_recipe
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.recipes.readers import READERS
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.errors import UmedError
 
 X1, Y1, X2, Y2 = BOX
 SECOND = (60, 30, 70, 55)
@@ -497,6 +501,66 @@ def test_a_users_own_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(folder))
     items = by_name(read(folder, "{reader: 'my_reader:read', files: x, label: cy}"))
     assert items["pos.png"].classes == ["cyst"]
+
+
+OWN_READER = """
+from pydantic import Field
+
+from umed_plugin.data.annotations import Annotated
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+
+
+class SpotOptions(ReaderOptions):
+    example = "annotations: {reader: spots, files: a.txt, label: nod}"
+
+    label: str = Field(description="Class of every spot.")
+    side: int = Field(2, gt=0, description="Side of the box around a spot, in pixels.")
+
+
+@register_reader("spots", SpotOptions)
+def read_spots(options, root, faults):
+    return [Annotated(root / "pos.png", [(1, 2, 1 + options.side, 2 + options.side)], [options.label], "here")]
+"""
+
+
+def test_a_users_own_reader_with_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(READERS)
+    monkeypatch.setattr(READERS, "_entries", dict(READERS._entries))
+    (folder / "spot_reader.py").write_text(OWN_READER)
+    monkeypatch.syspath_prepend(str(folder))
+    by_path = "{reader: 'spot_reader:read_spots', files: x, label: cy, side: 3}"
+    assert by_name(read(folder, by_path))["pos.png"].boxes == [(1, 2, 4, 5)]
+    # Imported by now, so that its name will do.
+    assert by_name(read(folder, "{reader: spots, files: x, label: nod}"))["pos.png"].boxes == [(1, 2, 3, 4)]
+    with pytest.raises(UmedError) as caught:
+        read(folder, by_path.replace("side: 3", "sied: 0"))
+    assert "annotations.sied: unknown key 'sied'. Did you mean 'side'? Allowed: files, image_root" in str(caught.value)
+    with pytest.raises(UmedError, match=r"annotations.label: missing. Class of every spot."):
+        read(folder, "{reader: spots, files: x}")
+
+
+def test_an_own_reader_that_does_not_exist(folder: Path) -> None:
+    with pytest.raises(UmedError, match=r"annotations.reader: annotation reader 'no_reader:read': there is no module"):
+        read(folder, "{reader: 'no_reader:read', files: x}")
+
+
+def test_a_new_format_is_one_new_file(folder: Path) -> None:
+    """A module beside the shipped readers is enough: nothing else names it."""
+    (folder / "formats").mkdir()
+    (folder / "formats" / "spots.py").write_text(OWN_READER)
+    recipe = write_recipe(folder, "{reader: spots, files: x, label: cy}")
+    code = f"""
+from umed_plugin.data import annotations
+annotations.__path__.append({str(folder / "formats")!r})
+from umed_plugin.data.recipes.readers import READERS
+from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.errors import UmedError
+from umed_plugin.data.recipes.reference import recipe_reference
+(item,) = annotations.read_annotations(load_recipe({str(recipe)!r})).items
+print(item.boxes, item.classes, "| `side` | whole number, above 0 | `2` |" in recipe_reference())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "[(1, 2, 3, 4)] ['cyst'] True\n", run.stderr
 
 
 def test_images_are_looked_for_in_several_folders(folder: Path) -> None:
