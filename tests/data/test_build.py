@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from pathlib import Path
 from typing import Any
@@ -198,13 +197,13 @@ def test_all_faults_at_once(folder: Path) -> None:
 
 
 @pytest.mark.llava
-def test_bad_images_can_be_skipped_and_bad_boxes_cannot(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_images_can_be_skipped_and_bad_boxes_cannot(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG")
-    with caplog.at_level(logging.WARNING):
-        records = build(folder, row("a.png"), row("broken.png"), row("gone.png"), on_bad_image="skip")
+    records = build(folder, row("a.png"), row("broken.png"), row("gone.png"), on_bad_image="skip")
     assert [record["id"] for record in records] == ["drawn/a.png"]
-    assert "2 images skipped" in caplog.text
-    assert "broken.png" in caplog.text
+    warning = capsys.readouterr().err
+    assert "umed: warning: drawn: 2 images skipped" in warning
+    assert "broken.png" in warning
     with pytest.raises(UmedError, match="has no area"):
         build(folder, row("a.png", (5, 5, 5, 9)), on_bad_image="skip")
 
@@ -242,23 +241,22 @@ def test_annotations_of_another_version_of_the_image(folder: Path) -> None:
 
 
 @pytest.mark.llava
-def test_square_mode_loses_and_cuts_lesions_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_square_mode_loses_and_cuts_lesions_and_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """97 x 61: the centre crop keeps x from 18 to 79."""
     write_png(folder / "lost.png", scene((0, 5, 12, 20)))
     rows = [row("a.png", (30, 20, 50, 40)), row("a.png", (70, 10, 95, 50)), row("lost.png", (0, 5, 12, 20))]
-    with caplog.at_level(logging.WARNING):
-        (record,) = build(folder, *rows, image_aspect_ratio="square")
-    assert "cuts 1 lesions off" in caplog.text
-    assert "trims 1; 1 images are left out" in caplog.text
+    (record,) = build(folder, *rows, image_aspect_ratio="square")
+    warning = capsys.readouterr().err
+    assert "removes 1 lesions" in warning
+    assert "trims 1; 1 images are left out" in warning
     cut, whole = true_boxes(record)
     assert whole == (30, 20, 50, 40)
     assert cut == pytest.approx((70, 10, 79, 50), abs=0.3)
     told = parse_boxes(record["conversations"][1]["value"])
     assert told[0][2] == 1.0
     assert set_iou(record_geometry(record).from_square(told), true_boxes(record)) > 0.9
-    caplog.clear()
     assert len(build(folder, *rows)) == 2
-    assert caplog.text == ""
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.llava

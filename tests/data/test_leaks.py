@@ -83,14 +83,15 @@ def test_real_pictures_are_told_apart_and_copies_found(real_data: Path) -> None:
 
 
 @pytest.mark.llava
-def test_evaluation_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "imgs" / "xmlab1").mkdir(parents=True)
     Image.fromarray(picture(3)).save(tmp_path / "imgs" / "xmlab1" / "source.jpg")
     (tmp_path / "imgs" / "broken.png").write_bytes(b"\x89PNG")
     (tmp_path / "imgs" / "notes.txt").write_text("no image")
     found = evaluation_pictures([tmp_path / "imgs"])
     assert found.names == [str(tmp_path / "imgs" / "xmlab1" / "source.jpg")]
-    assert "not compared: " in caplog.text
-    assert "broken.png" in caplog.text
-    with pytest.raises(UmedError, match="nowhere: no folder with images below it"):
+    warning = capsys.readouterr().err
+    assert "umed: warning: not compared with the training data: " in warning
+    assert "broken.png" in warning
+    with pytest.raises(UmedError, match="nowhere: not a folder with images in it or below"):
         evaluation_pictures([tmp_path / "nowhere"])

@@ -1,13 +1,12 @@
 """From a recipe and the data on disk to records that plain LLaVA trains on: ``umed recipe build R --out train.json``.
 
-Images that LLaVA's own ``Image.open(path).convert("RGB")`` shows right (8-bit PNG, JPEG) are named by their absolute path and
-not copied. All others (DICOM, NIfTI slices, 16-bit PNG) are rendered as 8-bit PNG under ``out_dir/images`` and named relative to
-``out_dir``, so ``--image_folder out_dir`` serves both. Only pixels are written, nothing of a DICOM header.
+LLaVA opens images with ``Image.open(path).convert("RGB")``. Files that this shows correctly (8-bit PNG, JPEG) are named by their
+absolute path and not copied. All others (DICOM, NIfTI slices, 16-bit PNG) are rendered as 8-bit PNG under ``out_dir/images`` and
+named relative to ``out_dir``, so ``--image_folder out_dir`` serves both. Only pixels are written, nothing of a DICOM header.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -28,27 +27,25 @@ from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.data.records import Record
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
-from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry, Montage
 
 WRITER = "templates-1"
-# A lesion of which LLaVA's centre crop leaves less than this share of its area cannot be found and is not trained on.
+# A lesion is not trained on when LLaVA's centre crop leaves less than this fraction of its area: nobody could find it.
 LEAST_VISIBLE = 0.1
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Prepared:
-    """One annotated image whose pixels were read and whose boxes fit them.
+    """One annotated image after its pixels were read and its boxes checked against them.
 
     Attributes:
-        size: width and height of the image as the model will get it, in pixels.
+        size: width and height of the image as the model receives it, in pixels.
         boxes, classes: of its lesions, in pixels of that image, from top to bottom.
-        shown: uint8 RGB ``[height, width, 3]``, as the model gets it.
-        by_llava: LLaVA reads the file itself as ``shown``; else that is written as PNG.
-        reading: arguments of `load_image` that gave the pixels, fit for JSON.
+        shown: uint8 RGB ``[height, width, 3]``, as the model receives it.
+        by_llava: True if LLaVA itself reads the file as ``shown``; else ``shown`` is written as PNG.
+        reading: arguments of `load_image` that gave the pixels, serializable as JSON.
     """
 
     item: Annotated
@@ -74,20 +71,24 @@ def build_records(
     progress: bool = False,
     render: bool = True,
 ) -> list[Record]:
-    """Build the records of a recipe, or of one of its splits, and render what LLaVA cannot read.
+    """Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
     Args:
-        out_dir: where rendered images go; the ``image_folder`` of what is built.
-        image_aspect_ratio: ``pad`` or ``square``, as the training will set it: boxes in text are 0-1 of that square.
-        seed: of the wording; the same seed gives the same records.
+        out_dir: folder for rendered images; the ``image_folder`` of the records.
+        image_aspect_ratio: ``pad`` or ``square``, as set for training. Boxes in text are 0-1 of that square.
+        box_decimals: decimals of the coordinates in text.
+        seed: of the wording. The same seed gives the same records.
+        split: build only this split: ``train``, ``val`` or ``test``.
+        data_root: folder of the data set; overrides the recipe's.
         on_bad_image: ``stop`` at missing or unreadable images, or ``skip`` them with a warning.
-        against: folders with the images of evaluation sets; a picture that is in one of them too is left out.
-        render: write what LLaVA cannot read as PNG; without it a record names the file itself and carries under ``reading``
-            what `images.load_image` is to be told, which this plugin's training alone understands.
+        against: folders with the images of evaluation sets. An image that is also in one of them is left out.
+        progress: show a progress bar.
+        render: True: write images that LLaVA cannot read as PNG. False: a record names the file itself and holds the arguments of
+            `images.load_image` under ``reading``, which only this plugin's training understands.
 
     Raises:
-        UmedError: everything that is wrong with the annotations and, unless skipped, with the images.
-        UsageError: an argument has a value that does not exist.
+        UmedError: the annotations or (unless skipped) the images have faults; all are named.
+        UsageError: an argument has a value that is not allowed.
 
     Example:
         >>> import tempfile
@@ -114,26 +115,27 @@ def build_records(
     """
     _check_arguments(split, on_bad_image)
     evaluated = evaluation_pictures(against)
-    found = read_annotations(recipe, data_root)
-    keep = [item for item in found.items if split in (None, item.split)]
-    bad_images = [missing_image(item) for item in found.missing if split in (None, item.split)]
+    annotations = read_annotations(recipe, data_root)
+    keep = [item for item in annotations.items if split in (None, item.split)]
+    bad_images = [missing_image(item) for item in annotations.missing if split in (None, item.split)]
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
-    for prepared in prepare(keep, found, bad_images, recipe.name if progress else None):
+    for prepared in prepare(keep, annotations, bad_images, recipe.name if progress else None):
         if evaluated.has(prepared.shown):
-            found.left_out["in an evaluation set too"] += 1
+            annotations.left_out["in an evaluation set too"] += 1
             continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
             record = _record(prepared, Path(out_dir) if render else None, geometry, box_decimals, seed)
+            # Seeded per record: a record's wording does not depend on which others are built.
             rng = random.Random(f"{seed}:{record['id']}")
             record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
             records.append(record)
-    _report(found, bad_images, tally, recipe, on_bad_image)
+    _report(annotations, bad_images, tally, recipe, on_bad_image)
     if not records:
         raise UmedError(
-            f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {found.root}. "
-            f"Look with: umed recipe check {recipe.name} --data-root {found.root}"
+            f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
+            f"Look with: umed recipe check {recipe.name} --data-root {annotations.root}"
         )
     return records
 
@@ -151,14 +153,15 @@ def missing_image(item: Annotated) -> UmedError:
 
 
 def prepare(
-    items: Sequence[Annotated], found: AnnotationSet, bad_images: list[UmedError], title: Optional[str] = None
+    items: Sequence[Annotated], annotations: AnnotationSet, bad_images: list[UmedError], title: Optional[str] = None
 ) -> Iterator[Prepared]:
     """Read every image and fit its boxes.
 
-    Wrong boxes are noted in ``found.faults``, what was dropped in ``found.left_out``, unreadable images in ``bad_images``.
+    Wrong boxes are added to ``annotations.faults``, images left out to ``annotations.left_out``, unreadable ones to
+    ``bad_images``.
 
     Args:
-        title: of a progress bar; None shows none.
+        title: of the progress bar; None shows none.
     """
     from rich.console import Console
     from rich.progress import track
@@ -167,7 +170,7 @@ def prepare(
     shown = track(items, f"{title}: images", console=Console(stderr=True), disable=title is None, transient=True)
     for item in shown:
         try:
-            prepared = _prepare_one(item, found)
+            prepared = _prepare_one(item, annotations)
         except UmedError as error:
             bad_images.append(error)
             continue
@@ -175,43 +178,37 @@ def prepare(
             yield prepared
 
 
-def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
+def _prepare_one(item: Annotated, annotations: AnnotationSet) -> Optional[Prepared]:
+    """One image with its boxes; None after a fault, or if it is left out.
+
+    Raises:
+        UmedError: the image cannot be read.
+    """
     options = item.recipe.image
-    reading: dict[str, Any] = {}
     by_llava = read_by_llava(item.image)
-    if by_llava:
-        # Decoding is the only way to find a truncated file before training does.
-        shown, turned = load_image(item.image)
-    else:
-        if options.window == "column" and item.window is None:
-            found.faults.add(item.where, "the window column is empty, and image.window is 'column'")
-            return None
-        reading = {
-            "window": item.window if options.window == "column" else plain_window(options.window),
-            "offset": options.offset,
-            "orientation": options.orientation,
-            "slice": shown_slices(item),
-            "slice_axis": options.slice_axis,
-            "volume": options.volume,
-        }
-        shown, turned = load_image(item.image, **reading)
+    if not by_llava and options.window == "column" and item.window is None:
+        annotations.faults.add(item.where, "the window column is empty, and image.window is 'column'")
+        return None
+    reading = {} if by_llava else _reading(item)
+    # LLaVA reads these files itself, but only decoding finds a truncated one before training does.
+    shown, turned = load_image(item.image, **reading)
     frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
     claimed = tuple(item.size or frame)
     if claimed != tuple(frame) and options.other_size == "stop":
-        found.faults.add(
+        annotations.faults.add(
             item.where,
-            f"says that {item.image.name} is {claimed[0]}x{claimed[1]}, but the file is "
-            f"{frame[0]}x{frame[1]}. Boxes would be wrong: annotations and images are not of the same version. "
-            "If only the size differs: image: {other_size: scale}",
+            f"says that {item.image.name} is {claimed[0]}x{claimed[1]}, but the file is {frame[0]}x{frame[1]}. Boxes would be "
+            "wrong: annotations and images are not of the same version. If only the size differs: image: {other_size: scale}",
         )
         return None
     boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame, claimed) for box in item.boxes]
-    fitted = [_fit(box, frame, item, found) for box in boxes]
+    fitted = [_fit(box, frame, item, annotations) for box in boxes]
     kept = [i for i, box in enumerate(fitted) if box is not None]
     if item.boxes and not kept:
-        found.left_out["only degenerate boxes"] += 1
-        return None  # what had lesions must not turn into a negative
+        annotations.left_out["only degenerate boxes"] += 1
+        return None  # an image with lesions must not become a negative
     moved = [box for box in fitted if box is not None]
+    # Boxes follow the image: first as the slice is turned for display, then to their tile of a montage.
     if options.box_frame == "stored":
         moved = turned.apply_boxes(moved)
     size = turned.size
@@ -223,16 +220,35 @@ def _prepare_one(item: Annotated, found: AnnotationSet) -> Optional[Prepared]:
     return Prepared(item, size, [moved[i] for i in order], classes, shown, by_llava, reading)
 
 
+def _reading(item: Annotated) -> dict[str, Any]:
+    """Arguments of `load_image` for an image that LLaVA cannot read itself."""
+    options = item.recipe.image
+    return {
+        "window": item.window if options.window == "column" else plain_window(options.window),
+        "offset": options.offset,
+        "orientation": options.orientation,
+        "slice": shown_slices(item),
+        "slice_axis": options.slice_axis,
+        "volume": options.volume,
+    }
+
+
 def _in_pixels(box: Box, normalised: bool, swapped: bool, frame: tuple[int, int], claimed: tuple[int, ...]) -> Box:
-    """A box of the annotations in pixels of the file, of the size ``frame``; they may have been drawn on another size."""
+    """A box of the annotations in pixels of the file.
+
+    Args:
+        swapped: the box is yxyx.
+        frame: width and height of the file, in pixels.
+        claimed: width and height on which the box was drawn, in pixels.
+    """
     x1, y1, x2, y2 = (box[1], box[0], box[3], box[2]) if swapped else box
     width, height = frame if normalised else (frame[0] / claimed[0], frame[1] / claimed[1])
     return (x1 * width, y1 * height, x2 * width, y2 * height)
 
 
-def _fit(box: Box, frame: tuple[int, int], item: Annotated, found: AnnotationSet) -> Optional[Box]:
-    """The box cut to its image when it sticks out by no more than the tolerance; None after a fault or when dropped."""
-    recipe, faults = item.recipe, found.faults
+def _fit(box: Box, frame: tuple[int, int], item: Annotated, annotations: AnnotationSet) -> Optional[Box]:
+    """The box cut to its image if it leaves it by no more than the tolerance; None after a fault or when dropped."""
+    recipe, faults = item.recipe, annotations.faults
     width, height = frame
     outside = max(-box[0], -box[1], box[2] - width, box[3] - height)
     rounded = [round(value, 2) for value in box]
@@ -251,16 +267,16 @@ def _fit(box: Box, frame: tuple[int, int], item: Annotated, found: AnnotationSet
             faults.add(
                 item.where,
                 f"box {rounded} of {item.image.name} {thin or 'has no area'}. Is annotations.convention right? "
-                "Slivers can be left out with: degenerate_boxes: drop",
+                "To leave slivers out: degenerate_boxes: drop",
             )
         else:
-            found.dropped_boxes += 1
+            annotations.dropped_boxes += 1
         return None
     return fitted
 
 
 def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict[str, int]) -> bool:
-    """Drop the lesions that the centre crop cuts off and trim the others to what the model sees; False when none is left."""
+    """Drop lesions that the centre crop removes and trim the others to what the model sees; False if none is left."""
     if not prepared.boxes:
         return True
     shares = [geometry.visible_fraction(box) for box in prepared.boxes]
@@ -269,7 +285,7 @@ def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict
     tally["cut"] += sum(LEAST_VISIBLE <= share < 1 for share in shares)
     tally["emptied"] += not seen
     prepared.classes = [prepared.classes[i] for i in seen]
-    # A box that is seen whole keeps its exact numbers.
+    # A box that is entirely visible keeps its exact numbers.
     trimmed = geometry.from_square(geometry.to_square(prepared.boxes))
     prepared.boxes = [prepared.boxes[i] if shares[i] == 1 else trimmed[i] for i in seen]
     return bool(seen)
@@ -318,7 +334,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
 
 
 def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
-    """Write the pixels as PNG, whole or not at all; the path relative to ``out_dir``."""
+    """Write the pixels as PNG, whole or not at all, and return the path relative to ``out_dir``."""
     relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
     target = out_dir / relative
     with files.replacing(target, durable=False) as partial:
@@ -327,28 +343,25 @@ def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
 
 
 def _report(
-    found: AnnotationSet, bad_images: list[UmedError], tally: dict[str, int], recipe: AnyRecipe, on_bad_image: str
+    annotations: AnnotationSet, bad_images: list[UmedError], tally: dict[str, int], recipe: AnyRecipe, on_bad_image: str
 ) -> None:
-    """Raise what must stop the build, log what was left out."""
+    """Raise the faults that stop the build, and warn about what was left out."""
     if on_bad_image == "stop":
-        found.faults.messages += [str(error) for error in bad_images]
+        annotations.faults.messages += [str(error) for error in bad_images]
     elif bad_images:
         shown = "\n  ".join(str(error) for error in bad_images[:5])
-        _log.warning("%s: %d images skipped, the first:\n  %s", recipe.name, len(bad_images), shown)
-    hint = f"{recipe.path} with data in {found.root}"
-    found.faults.raise_if_any(hint + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
-    if found.wanted is not None and len(found.items) < found.wanted:
-        _log.warning("%s: %d images wanted, %d found", recipe.name, found.wanted, len(found.items))
-    if found.dropped_boxes:
-        _log.warning("%s: %d degenerate boxes left out", recipe.name, found.dropped_boxes)
-    for reason, count in found.left_out.items():
-        _log.warning("%s: %d images left out (%s)", recipe.name, count, reason)
+        warn(f"{recipe.name}: {len(bad_images)} images skipped, the first:\n  {shown}")
+    title = f"{recipe.path} with data in {annotations.root}"
+    annotations.faults.raise_if_any(title + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
+    if annotations.wanted is not None and len(annotations.items) < annotations.wanted:
+        warn(f"{recipe.name}: {annotations.wanted} images wanted, {len(annotations.items)} found")
+    if annotations.dropped_boxes:
+        warn(f"{recipe.name}: {annotations.dropped_boxes} degenerate boxes left out")
+    for reason, count in annotations.left_out.items():
+        warn(f"{recipe.name}: {count} images left out ({reason})")
     if tally["lost"] or tally["cut"]:
-        _log.warning(
-            "%s: LLaVA's centre crop (image_aspect_ratio square) cuts %d lesions off, which are not trained on, and trims %d; "
-            "%d images are left out, as no lesion is left. `--image-aspect-ratio pad` keeps all.",
-            recipe.name,
-            tally["lost"],
-            tally["cut"],
-            tally["emptied"],
+        warn(
+            f"{recipe.name}: LLaVA's centre crop (image_aspect_ratio square) removes {tally['lost']} lesions, which are not "
+            f"trained on, and trims {tally['cut']}; {tally['emptied']} images are left out because no lesion remains. "
+            "`--image-aspect-ratio pad` keeps all of them."
         )

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-Terms = Mapping[str, Sequence[str]]
+ClassNames = Mapping[str, Sequence[str]]
 
 
 # Words that rule classes out, and words at which that ends. At one place the first group that fits is taken.
@@ -61,7 +61,7 @@ def _pattern(terms: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern
     return re.compile(rf"(?<!\w)(?:{alternatives})(?:s|es)?(?!\w)", re.I), [cls for _, cls in words]
 
 
-def find_terms(text: str, terms: Terms) -> list[tuple[int, int, str]]:
+def find_terms(text: str, terms: ClassNames) -> list[tuple[int, int, str]]:
     """Places where ``text`` names a class: (start, end, class), in order, whole words, longest term first.
 
     A name that the text rules out ("no nodule", "a nodule is absent") is left out.
@@ -80,7 +80,7 @@ def find_terms(text: str, terms: Terms) -> list[tuple[int, int, str]]:
     return [place for place in places if not any(start <= place[0] < end for start, end in ruled_out)]
 
 
-def replace_terms(text: str, terms: Terms, filler: str) -> str:
+def replace_terms(text: str, terms: ClassNames, filler: str) -> str:
     """``text`` with ``filler`` in place of every name of a class, ruled out or not."""
     return _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))[0].sub(filler, text) if terms else text
 
@@ -104,6 +104,6 @@ def _ruled_out(text: str) -> list[tuple[int, int]]:
     return stretches if opened is None else [*stretches, (opened, len(text))]
 
 
-def named_classes(text: str, terms: Terms) -> set[str]:
+def named_classes(text: str, terms: ClassNames) -> set[str]:
     """The classes of ``terms`` (class -> plain name and synonyms) that ``text`` names."""
     return {cls for _, _, cls in find_terms(text, terms)}

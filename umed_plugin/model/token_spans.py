@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from umed_plugin.grounding.terms import Terms, find_terms
+from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.forward import Candidates
 
 _SPACE_MARK = "\u2581"  # sentencepiece writes it for a space
@@ -27,7 +27,7 @@ def lesion_naming_tokens(
     ]
 
 
-def naming_tokens(tokenizer: Any, token_ids: Sequence[int], terms: Terms, classes: Collection[str]) -> list[int]:
+def naming_tokens(tokenizer: Any, token_ids: Sequence[int], terms: ClassNames, classes: Collection[str]) -> list[int]:
     """Indices of the answer tokens that name one of ``classes``.
 
     Args:

@@ -47,7 +47,7 @@ from typing import Any
 from umed_plugin.grounding.boxes import Box, is_degenerate, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import AnswerScore
-from umed_plugin.grounding.terms import Terms, replace_terms
+from umed_plugin.grounding.terms import ClassNames, replace_terms
 
 WINDOW = 64
 WHOLE_IMAGE = 0.8
@@ -216,12 +216,12 @@ def box_area_ratio(predicted01: Sequence[Box], true01: Sequence[Box]) -> float |
     return _mean(predicted) / _mean(true) if predicted and true else None
 
 
-def skeleton(text: str, terms: Terms) -> str:
+def skeleton(text: str, terms: ClassNames) -> str:
     """The wording of an answer: numbers become ``#``, names of classes ``@``, case and spaces do not count."""
     return _SPACE.sub(" ", _NUMBER.sub("#", replace_terms(text, terms, "@"))).strip().lower()
 
 
-def _seen(text: str, terms: Terms) -> _Seen:
+def _seen(text: str, terms: ClassNames) -> _Seen:
     coordinates = tuple(round(value, 3) for box in parse_boxes(text) for value in box)
     return _Seen(len(text.split()), skeleton(text, terms), coordinates)
 

@@ -25,7 +25,7 @@ from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.terms import Terms, find_terms
+from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.answerer import ModelImages, image_and
 from umed_plugin.model.attention import AttentionSettings, pass_with_attention
 from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates, base_llava, embed_prompts, encode_images, prefill
@@ -263,7 +263,7 @@ class Dialogue:
         return maps / len(layers)
 
 
-def shipped_terms() -> Terms:
+def shipped_terms() -> ClassNames:
     """Every abnormality that a shipped recipe knows -> its names, so that an answer's own can be pointed out."""
     from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 
