@@ -11,8 +11,9 @@ import pytest
 from support.llava_args import llava_args
 
 from umed_plugin.errors import UsageError
-from umed_plugin.flags.checks import STAGES_OF, check, find_faults
-from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.checks import check, find_faults
+from umed_plugin.flags.definition import UmedFlags, rules_of
+from umed_plugin.flags.rules import STAGES, Rules
 
 # A judge that is right by itself, so that one fault is left to find.
 JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
@@ -31,10 +32,10 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_rewards": "relevance,relevance"}, "twice"),
         ({"umed_reward_weights": "1,2"}, "2 numbers for the 3 rewards"),
         ({"umed_reward_weights": "a"}, "must be numbers"),
-        ({"umed_reward_weights": "0,0,0"}, "one of them above 0"),
+        ({"umed_reward_weights": "0,0,0"}, "at least one of them above 0"),
         ({"umed_reward_norm": "maxx"}, "Did you mean 'max'"),
-        ({"umed_judge": "gpt"}, "allowed are lexical, classes, openai:MODEL and replay:FILE"),
-        ({"umed_judge": "openai:"}, "allowed are lexical, classes, openai:MODEL and replay:FILE"),
+        ({"umed_judge": "gpt"}, "must be lexical, classes, openai:MODEL or replay:FILE"),
+        ({"umed_judge": "openai:"}, "must be lexical, classes, openai:MODEL or replay:FILE"),
         ({"umed_judge": "replay:/no/file.jsonl"}, "there is no such file"),
         ({"umed_judge_retries": 2}, "no effect without --umed_judge openai:MODEL"),
         ({"umed_judge_prompt": "prompt.txt"}, "no effect without --umed_judge openai:MODEL or replay:FILE"),
@@ -43,7 +44,7 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_judge_prompt": "/no/prompt.txt", **JUDGED}, "there is no such file"),
         ({"umed_judge_prompt": os.__file__, **JUDGED}, "has no {reference}"),
         ({"umed_judge_options": "[1]", **JUDGED}, "must be a JSON object"),
-        ({"umed_judge_options": '{"n": 2}', **JUDGED}, "sets n, which is not for it to set"),
+        ({"umed_judge_options": '{"n": 2}', **JUDGED}, "must not set n; the plugin sets it. Remove it."),
         ({"umed_judge_budget": "5", **JUDGED}, "a number above 0 and a unit"),
         ({"umed_judge_budget": "5eur", **JUDGED}, "a number above 0 and a unit"),
         ({"umed_judge_budget": "5usd", **JUDGED}, "needs --umed_judge_prices"),
@@ -60,7 +61,7 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_kl_coef": -0.1}, "0 or more"),
         ({"umed_kl_coef": float("nan")}, "0 or more"),
         ({"umed_temperature": 0.0}, "above 0"),
-        ({"umed_top_p": 1.5}, "up to 1"),
+        ({"umed_top_p": 1.5}, "at most 1"),
         ({"umed_clip_range": 1.0}, "below 1"),
         ({"umed_vrr_layers": "--1"}, "must be all, last_half, or indices"),
         ({"umed_vrr_layers": "first"}, "must be all, last_half, or indices"),
@@ -79,9 +80,9 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_val_records": 8}, "no effect without --umed_val_every"),
         ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
-        ({"umed_rewards": "math:pi"}, "is float and no function"),
+        ({"umed_rewards": "math:pi"}, "is float and not a function"),
         ({"umed_rewards": "fractions:Fraction"}, "class whose objects cannot be called"),
-        ({"umed_rewards": "json:dumps"}, "does not take what it is given"),
+        ({"umed_rewards": "json:dumps"}, "does not accept the arguments of a reward"),
     ],
 )
 def test_each_fault_is_named(changes, words):
@@ -94,7 +95,7 @@ def test_each_fault_is_named(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data_path": None}, "nothing to train on"),
+        ({"data_path": None}, "no training data"),
         ({"data_path": "/no/file.json"}, "no such file"),
         ({"image_folder": "/no/folder"}, "no such folder"),
         ({"vision_tower": None}, "--vision_tower is missing"),
@@ -134,9 +135,9 @@ an_object, weighted, narrow = Made(), Weighted(2), Narrow()
         ("an_object", None),
         ("weighted", None),
         ("with_columns", None),
-        ("Weighted", "needs arguments to be made"),
-        ("Narrow", "does not take what it is given"),
-        ("narrow", "does not take what it is given"),
+        ("Weighted", "its __init__ requires some"),
+        ("Narrow", "does not accept the arguments of a reward"),
+        ("narrow", "does not accept the arguments of a reward"),
     ],
 )
 def test_a_reward_of_ones_own_is_a_function_an_object_or_a_class_that_takes_columns(name, fault, tmp_path, monkeypatch):
@@ -207,10 +208,45 @@ def test_flags_without_a_stage_are_refused():
     assert [fault.split()[0] for fault in faults] == ["--umed_tower_weights", "--umed_num_candidates"]
 
 
-def test_every_flag_has_help_and_the_stage_lists_name_flags():
-    names = {flag.name for flag in dataclasses.fields(UmedFlags)}
-    assert set(STAGES_OF) <= names
-    assert all(len(flag.metadata["help"]) > 20 for flag in dataclasses.fields(UmedFlags))
+def test_every_flag_has_help_a_stage_and_a_default_that_its_own_rules_allow():
+    for flag in dataclasses.fields(UmedFlags):
+        rules = rules_of(flag)
+        assert len(flag.metadata["help"]) > 20
+        assert rules.stage in (None, *STAGES)
+        assert rules.value_fault(flag.name, flag.default) is None
+
+
+def test_argparse_gets_the_help_text_alone():
+    """transformers hands all metadata to argparse, which refuses unknown keys and acts on known ones such as choices."""
+    from transformers import HfArgumentParser
+
+    assert {key for flag in dataclasses.fields(UmedFlags) for key in flag.metadata} == {"help"}
+    parser = HfArgumentParser(UmedFlags)
+    (flags,) = parser.parse_args_into_dataclasses(["--umed_algorithm", "dpo", "--umed_top_p", "0.5"])
+    assert (flags.umed_algorithm, flags.umed_top_p) == ("dpo", 0.5), "our own check names this fault, with all others"
+    words = " ".join(parser.format_help().split())
+    assert "Discount of later rewards (LLaVA-RLHF: 1). Must be from 0 to 1. Needs --umed_algorithm ppo." in words
+
+
+@pytest.mark.parametrize(
+    ("rules", "words", "allowed", "refused"),
+    [
+        ({"least": 0}, "0 or more", (0, 0.5, 7), (-1, float("inf"), float("nan"))),
+        ({"least": 0, "most": 1}, "from 0 to 1", (0, 0.5, 1), (-0.1, 1.1)),
+        ({"above": 0}, "above 0", (0.1, 7), (0, -1, float("inf"))),
+        ({"above": 0, "below": 1}, "above 0 and below 1", (0.1, 0.9), (0, 1)),
+        ({"above": 0, "most": 1}, "above 0 and at most 1", (0.1, 1), (0, 1.1)),
+        ({"above": 1, "or_zero": True}, "0, or above 1", (0, 1.1), (0.5, 1, -1)),
+        ({}, "", (-1, 0, float("nan")), ()),
+    ],
+)
+def test_bounds_are_checked_as_their_words_say(rules, words, allowed, refused):
+    rules = Rules(**rules)
+    assert rules.range_words() == words
+    for value in (None, *allowed):
+        assert rules.value_fault("umed_x", value) is None
+    for value in refused:
+        assert rules.value_fault("umed_x", value) == f"--umed_x {value}: must be {words}."
 
 
 def test_lists_are_parsed():

@@ -191,5 +191,5 @@ def test_a_server_that_is_not_there_ends_the_run_plainly(tiny_mistral, records, 
     nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "1"}
     nowhere["umed_judge_retries"] = "0"
     printed = finish(start(tiny_mistral, records, tmp_path / "out", *judged(None, **nowhere)), 1)
-    assert "umed: error: the judge gave no score at all in 1 batches in a row" in printed and "Connection" in printed
+    assert "umed: error: the judge returned no score in 1 consecutive batches" in printed and "Connection" in printed
     assert "Traceback" not in printed

@@ -109,16 +109,16 @@ def test_scores_come_from_the_server_and_are_measured(tmp_path):
         asked.body.keys() == {"model", "messages", "temperature", "max_tokens"} and asked.body["model"] == "the-model"
         for asked in server.asked
     )
-    measured = judge.measured()
-    assert measured.pop("judge/wait_seconds") >= 0
-    assert measured == {
+    metrics = judge.metrics()
+    assert metrics.pop("judge/wait_seconds") >= 0
+    assert metrics == {
         "judge/failed": 0.0,
         "judge/requests": 3,
         "judge/cached": 0,
         "judge/tokens": 330,
         "judge/usd": pytest.approx(3 * (100 * 10 + 10 * 100) / 1e6),
     }
-    assert set(measured) < set(judge.measures)
+    assert set(metrics) < set(judge.metric_names)
 
 
 def test_a_prompt_scale_and_options_of_ones_own_are_used(tmp_path):
@@ -136,9 +136,9 @@ def test_the_same_text_is_asked_once_and_boxes_make_no_other_text(tmp_path):
         judge = judge_of(server, tmp_path)
         scores = call(judge, "a nodule [0.1, 0.1, 0.2, 0.2]", "a nodule [0.1, 0.1, 0.3, 0.3]", "cyst", "cyst")
         assert scores == [1.0, 1.0, 0.4, 0.4]
-        assert (len(server.asked), judge.measured()["judge/requests"], judge.measured()["judge/cached"]) == (2, 2, 2)
+        assert (len(server.asked), judge.metrics()["judge/requests"], judge.metrics()["judge/cached"]) == (2, 2, 2)
         assert call(judge, "cyst") == [0.4]
-        assert (len(server.asked), judge.measured()["judge/requests"], judge.measured()["judge/cached"]) == (2, 0, 1)
+        assert (len(server.asked), judge.metrics()["judge/requests"], judge.metrics()["judge/cached"]) == (2, 0, 1)
 
 
 BAD = {
@@ -161,7 +161,7 @@ def test_what_is_no_score_is_none_and_counted_while_the_others_keep_theirs(bad, 
     with judge_server(lambda asked: bad if answer_in(asked) == "bad" else by_length(asked)) as server:
         judge = judge_of(server, tmp_path)
         assert call(judge, "bad", "good", "bad") == [None, 0.4, None]
-        assert judge.measured()["judge/failed"] == pytest.approx(2 / 3)
+        assert judge.metrics()["judge/failed"] == pytest.approx(2 / 3)
     assert "umed: judge: 2 of 3 without a score" in capsys.readouterr().out
 
 
@@ -184,7 +184,7 @@ def test_errors_of_the_server_are_tried_again_and_count_once(tmp_path):
         judge = judge_of(server, tmp_path, umed_judge_retries=3)
         assert call(judge, "a") == [0.5]
     assert len(server.asked) == 4
-    assert judge.measured()["judge/failed"] == 0
+    assert judge.metrics()["judge/failed"] == 0
     assert len((tmp_path / "judge.jsonl").read_text().splitlines()) == 1
 
 
@@ -255,13 +255,13 @@ def test_a_second_run_asks_nothing_and_replaying_gives_the_same(tmp_path):
         assert len(server.asked) == 4
         again = judge_of(server, tmp_path)
         assert call(again, *answers) == first == [0.1, 0.4, None, 0.7]
-        assert len(server.asked) == 4 and again.measured()["judge/cached"] == 4
+        assert len(server.asked) == 4 and again.metrics()["judge/cached"] == 4
 
     replayed = JudgedRelevance.of(flags(umed_judge=f"replay:{tmp_path / 'judge.jsonl'}"), tmp_path / "elsewhere")
     before = (tmp_path / "judge.jsonl").read_bytes()
     assert call(replayed, *answers) == first
     assert call(replayed, "never asked", "a") == [None, 0.1]
-    assert replayed.measured()["judge/failed"] == 0.5
+    assert replayed.metrics()["judge/failed"] == 0.5
     assert (tmp_path / "judge.jsonl").read_bytes() == before and not (tmp_path / "elsewhere").exists()
 
 
@@ -406,7 +406,7 @@ def test_a_judge_that_never_answers_ends_the_run_and_says_why(tmp_path):
     with judge_server(lambda asked: Answer({"error": {"message": "no such model"}}, 404)) as server:
         judge = judge_of(server, tmp_path, umed_judge_patience=2)
         assert call(judge, "a") == [None]
-        with pytest.raises(UmedError, match="no score at all in 2 batches in a row.*HTTP 404.*no such model"):
+        with pytest.raises(UmedError, match="no score in 2 consecutive batches.*HTTP 404.*no such model"):
             call(judge, "b")
 
 
@@ -438,7 +438,7 @@ def test_a_spent_budget_asks_to_stop_after_a_whole_step(budget, spent, tmp_path)
 
 def test_a_budget_that_cannot_be_counted_is_an_error_and_the_reply_is_kept(tmp_path):
     with judge_server(lambda asked: Answer(completion('{"score": 3}', usage=False))) as server:
-        with pytest.raises(UmedError, match="does not say how many tokens"):
+        with pytest.raises(UmedError, match="does not report how many tokens"):
             call(judge_of(server, tmp_path, umed_judge_budget="1000tokens"), "a")
         assert call(judge_of(server, tmp_path, umed_judge_budget="5requests"), "a") == [0.3]
     assert len(server.asked) == 1

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.flags.rewards import LOCAL_JUDGES as JUDGE_NAMES
-from umed_plugin.flags.rewards import REWARDS as NAMES
+from umed_plugin.flags.definition import LOCAL_JUDGE_NAMES, SHIPPED_REWARDS
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards import (
     REWARDS,
+    collect_metrics,
     combine_rewards,
     localization,
     localization_diou,
     relevance,
+    reward_metric_names,
     vision_relevance,
 )
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 
+ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = ImageGeometry(100, 100, "pad", 336, 14)
 TERMS = {"nodule": ["nodule"], "cyst": ["cyst"]}
 NODULE = {
@@ -47,7 +55,7 @@ def test_the_judge_of_classes_does_not_hear_the_wording():
     assert call(LOCAL_JUDGES["classes"], answers, NODULE) == pytest.approx([1.0, 0.0, 2 / 3])
     lexical = call(LOCAL_JUDGES["lexical"], answers, NODULE)
     assert lexical[0] < 1 and lexical[1] > 0
-    assert tuple(LOCAL_JUDGES) == JUDGE_NAMES
+    assert tuple(LOCAL_JUDGES) == LOCAL_JUDGE_NAMES
 
 
 def test_shaped_localization_ranks_misses_and_keeps_the_rest():
@@ -80,7 +88,9 @@ def test_a_group_that_misses_whole_is_not_raised_to_one():
 
 
 def test_the_flags_know_every_reward():
-    assert set(NAMES) == set(REWARDS)
+    assert set(SHIPPED_REWARDS) == {
+        name for name in REWARDS if REWARDS.get(name).__module__.startswith("umed_plugin.rewards.")
+    }
 
 
 def test_relevance_of_the_reference_is_one_and_falls_with_class_and_words():
@@ -176,3 +186,76 @@ def test_a_users_own_reward_is_found_by_module_and_name(tmp_path, monkeypatch):
 def test_a_reward_that_gives_too_few_values_or_no_number_is_an_error(values, message):
     with pytest.raises(UmedError, match=message):
         combine_rewards(values, 2, weights=dict.fromkeys(values, 1.0))
+
+
+NEW_REWARD = """
+from umed_plugin.rewards.contract import register_reward
+
+@register_reward("brevity", max_normalised=True, least_maximum=0.3)
+def brevity(prompts, completions, **columns):
+    return [1 / (1 + len(text)) for text in completions]
+"""
+USE_IT = """
+import dataclasses, sys
+from umed_plugin.flags.definition import SHIPPED_REWARDS, UmedFlags
+from umed_plugin.flags.rewards import find_reward_faults
+assert not {"numpy", "torch"} & set(sys.modules), "the flags know the names without importing the rewards"
+flags = UmedFlags(umed_stage="rewarding", umed_rewards="localization,brevity")
+print(find_reward_faults(flags, imported=True), find_reward_faults(UmedFlags(umed_rewards="brevety"), imported=True))
+print([flag.metadata["help"] for flag in dataclasses.fields(flags) if flag.name == "umed_rewards"])
+from umed_plugin.rewards import REWARDS, brevity, make_rewards, normalisation_of
+made = make_rewards(flags, ".")
+print(made["brevity"] is brevity, brevity(["q"], ["abc"]), normalisation_of(made), set(REWARDS) == set(SHIPPED_REWARDS))
+"""
+
+
+def test_one_new_file_is_a_new_reward_for_flags_help_errors_and_runs(tmp_path):
+    shutil.copytree(ROOT / "umed_plugin", tmp_path / "umed_plugin", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "umed_plugin" / "rewards" / "terms" / "brevity.py").write_text(NEW_REWARD)
+    command = [sys.executable, "-c", USE_IT]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    faults, help_text, made = done.stdout.splitlines()
+    assert faults.startswith("[] [") and "Did you mean 'brevity'?" in faults
+    assert "localization_diou, brevity" in help_text or "brevity, localization_diou" in help_text
+    normalised = {"max_normalised": ["localization", "brevity"], "least_maxima": {"localization": 0.0, "brevity": 0.3}}
+    assert made == f"True [0.25] {normalised} True"
+
+
+def test_the_example_of_register_reward_runs():
+    command = [sys.executable, "-c", "import doctest, umed_plugin.rewards.contract as c; print(doctest.testmod(c))"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "TestResults(failed=0, attempted=2)"
+
+
+class New:
+    metric_names = ("own/new",)
+
+    def metrics(self):
+        return {"own/new": 1.0}
+
+
+class Old:
+    """The names that rewards had before; with an attribute that happens to be called as one of today's."""
+
+    measures, metrics = ("own/old",), [3]
+
+    def measured(self):
+        return {"own/old": 2.0}
+
+
+def test_metrics_of_ones_own_rewards_are_read_under_new_and_old_names():
+    rewards = {"new": New(), "old": Old(), "silent": localization}
+    assert reward_metric_names(rewards) == ["own/new", "own/old"]
+    assert collect_metrics(rewards) == {"own/new": 1.0, "own/old": 2.0}
+
+
+def test_a_metric_that_was_not_announced_is_an_error_that_names_it():
+    reward = New()
+    reward.metric_names = ()
+    with pytest.raises(
+        UmedError, match=r"reward 'mine': metrics\(\) returned own/new, which its attribute `metric_names`"
+    ):
+        collect_metrics({"mine": reward})

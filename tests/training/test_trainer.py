@@ -16,8 +16,7 @@ from support.records import grounded_records
 from support.taught import learn_by_heart, study_records
 from support.umed_runs import FLAGS, INTERRUPT, TWO_PROCESSES, reward, train_flags, umed_run, weights
 
-from umed_plugin.flags.definition import PAPER_REWARDS
-from umed_plugin.flags.rewards import REWARDS
+from umed_plugin.flags.definition import PAPER_REWARDS, SHIPPED_REWARDS
 from umed_plugin.rewards.guards import GUARDS
 
 LORA = shlex.split(
@@ -94,7 +93,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert "not packed" not in run.stdout
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
     assert len([line for line in history if "loss" in line]) == 8
-    terms = {f"reward/{name}" for name in (*REWARDS, "half:half", "total")}
+    terms = {f"reward/{name}" for name in (*SHIPPED_REWARDS, "half:half", "total")}
     assert terms <= {name for line in history for name in line}
     assert ("kl" in history[0]) == ("--umed_kl_coef" not in flags)
     groups = sampled(whole)

@@ -1,199 +1,418 @@
-"""The ``--umed_*`` flags of LLaVA's training scripts: one dataclass. `umed_plugin.flags.checks` says which of them fit together.
+"""The ``--umed_*`` flags of LLaVA's training scripts: one dataclass, in which each field says all that holds for its flag.
+
+A new flag is one field here, and its use. The field states default, help, stage, needs and allowed values
+(`umed_plugin.flags.rules`); `umed_plugin.flags.checks` checks them, together with what several flags must agree on.
 
 The paper (arXiv 2501.01377) publishes no hyper-parameters, so every default here is our own choice and not the paper's.
-Where a default comes from other work, its help text says from which.
+Where a default comes from other work, its help text names that work.
 
 How to run: ``umed-run bash finetune.sh --umed_stage instruction_tuning --umed_recipe NAME`` (see `umed_plugin.launch`).
-Without ``--umed_stage`` LLaVA trains as if the plugin were not there, and any other ``--umed_*`` flag is refused.
+Without ``--umed_stage``, stock LLaVA behaviour applies, and any other ``--umed_*`` flag is refused.
 
-Departures from the paper: the algorithm is GRPO unless asked for (PPO is the paper's), and the reward terms carry weights.
+Departures from the paper: the default algorithm is GRPO (the paper uses PPO), and the reward terms have weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError
+from umed_plugin.flags.rules import (
+    CREATED,
+    DEFAULT_OPTIONS,
+    EXISTING,
+    REWARDING,
+    STAGES,
+    TUNING,
+    Needs,
+    Rules,
+    parse_judge_options,
+)
+from umed_plugin.remote import settings
 
-STAGES = ("instruction_tuning", "rewarding")
-TUNING, REWARDING = STAGES
+__all__ = [
+    "DEFAULT_OPTIONS",
+    "LOCAL_JUDGE_NAMES",
+    "OPENAI",
+    "PAPER_REWARDS",
+    "REPLAY",
+    "REWARDING",
+    "SHIPPED_REWARDS",
+    "STAGES",
+    "TUNING",
+    "UmedFlags",
+    "rules_of",
+]
+
 PAPER_REWARDS = ("relevance", "localization", "vision_relevance")
-# What every OpenAI-compatible server knows and a plain chat model needs to be short and the same each time.
-DEFAULT_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
+# Each file of that folder is one reward, named as the file. Importing them would import NumPy, so they are only listed.
+_REWARD_FILES = Path(__file__).parent.parent / "rewards" / "terms"
+SHIPPED_REWARDS = (
+    *PAPER_REWARDS,
+    *sorted({module.name for module in pkgutil.iter_modules([str(_REWARD_FILES)])} - set(PAPER_REWARDS)),
+)
+
+LOCAL_JUDGE_NAMES = ("lexical", "classes")
+OPENAI, REPLAY = "openai", "replay"
+
+PPO = Needs("--umed_algorithm ppo", lambda flags: flags.umed_algorithm == "ppo")
+GRPO = Needs("--umed_algorithm grpo", lambda flags: flags.umed_algorithm == "grpo")
+# On the first update the probability ratio is 1 and the value is the old one, whatever the range.
+SEVERAL_UPDATES = Needs(
+    "--umed_updates_per_rollout or --umed_minibatches_per_rollout above 1",
+    lambda flags: flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout > 1,
+)
+RECIPE = Needs("--umed_recipe", lambda flags: flags.umed_recipe is not None)
+RELEVANCE = Needs("relevance in --umed_rewards", lambda flags: "relevance" in flags.reward_names())
+VISION_RELEVANCE = Needs("vision_relevance in --umed_rewards", lambda flags: "vision_relevance" in flags.reward_names())
+MODEL_JUDGE = Needs(
+    "--umed_judge openai:MODEL or replay:FILE", lambda flags: flags.judge_kind() not in LOCAL_JUDGE_NAMES
+)
+SERVER_JUDGE = Needs("--umed_judge openai:MODEL", lambda flags: flags.judge_kind() == OPENAI)
+
+# transformers hands a field's whole metadata to argparse, which refuses unknown keys. It would also act on `choices` and
+# exit at the first fault, where all faults shall come at once. So metadata holds the help text, and the rules stand here.
+_RULES: dict[dataclasses.Field[Any], Rules] = {}
 
 
-def _flag(default: Any, help_text: str) -> Any:
-    """A dataclass field with help text (transformers hands all metadata on to argparse)."""
-    return field(default=default, metadata={"help": help_text})
+def _flag(default: Any, help_text: str, **rules: Any) -> Any:
+    """A dataclass field for one flag; ``rules`` are those of :class:`umed_plugin.flags.rules.Rules`."""
+    flag = field(default=default, metadata={"help": help_text + Rules(**rules).help_words()})
+    _RULES[flag] = Rules(**rules)
+    return flag
+
+
+def rules_of(flag: dataclasses.Field[Any]) -> Rules:
+    """The rules of one of ``dataclasses.fields(UmedFlags)``."""
+    return _RULES[flag]
 
 
 @dataclass
 class UmedFlags:
-    """Flags that `umed_plugin.patches.train_arguments` adds to LLaVA's TrainingArguments; ``args.umed`` gives them back."""
+    """Flags that `umed_plugin.patches.train_arguments` adds to LLaVA's TrainingArguments; ``args.umed`` returns them."""
 
     umed_stage: Optional[str] = _flag(
-        None, "instruction_tuning (stage 1) or rewarding (stage 2). Not given: plain LLaVA."
+        None,
+        "instruction_tuning (stage 1) or rewarding (stage 2). Without it, stock LLaVA behaviour applies.",
+        choices=STAGES,
     )
+
+    # Data
     umed_recipe: Optional[str] = _flag(
-        None, "Recipe name or YAML file to build the records from, instead of --data_path or added to it."
+        None,
+        "Recipe name or YAML file to build the records from. They replace --data_path, or add to it if both are given.",
     )
-    umed_data_root: Optional[str] = _flag(None, "Folder that holds the recipe's data set. Needs --umed_recipe.")
-    umed_box_decimals: int = _flag(2, "Decimals of box coordinates in built records: 2 (LLaVA-1.5) or 3.")
+    umed_data_root: Optional[str] = _flag(
+        None, "Folder that holds the recipe's data set.", needs=RECIPE, folder=EXISTING
+    )
+    umed_box_decimals: int = _flag(
+        2,
+        "Decimals of box coordinates in built records: 2 (LLaVA-1.5) or 3.",
+        needs=Needs("--umed_recipe: the records of --data_path are already written", RECIPE.met),
+        choices=(2, 3),
+    )
     umed_stock_template_share: float = _flag(
         0.5,
-        "Share of records, 0-1, trained under the stock template of --version, so that stock LLaVA can ask them.",
+        "Share of records trained under the stock template of --version, so that stock LLaVA can query the model.",
+        least=0,
+        most=1,
     )
-    umed_on_bad_image: str = _flag("stop", "stop, or skip: report an image that cannot be read and take the next one.")
+    umed_on_bad_image: str = _flag(
+        "stop",
+        "What to do with an image that cannot be read: stop, or skip (report it and use the next one).",
+        choices=("stop", "skip"),
+    )
     umed_tower_weights: str = _flag(
         "checkpoint",
-        "Vision tower: checkpoint (its own tower weights if it has any) or original (as stock LLaVA).",
+        "Weights of the vision tower: checkpoint (the checkpoint's own, if it has any) or original (as stock LLaVA).",
+        choices=("checkpoint", "original"),
     )
     umed_image_cache: Optional[str] = _flag(
         None,
-        "Folder that keeps images decoded and resized, so that later epochs and runs decode nothing. A recipe's DICOM and NIfTI "
-        "are then read where they lie, and not rendered to PNG.",
+        "Folder that caches decoded and resized images, so that later epochs and runs decode nothing. A recipe's DICOM and "
+        "NIfTI files are then read in place, not rendered to PNG.",
+        folder=CREATED,
     )
-    umed_image_cache_gb: float = _flag(20.0, "Most that --umed_image_cache may hold, in GB (10^9 bytes).")
+    umed_image_cache_gb: float = _flag(
+        20.0,
+        "Maximum size of the image cache, in GB (10^9 bytes).",
+        needs=Needs("--umed_image_cache", lambda flags: flags.umed_image_cache is not None),
+        above=0,
+    )
     umed_feature_cache: Optional[str] = _flag(
         None,
-        "Folder that keeps the frozen vision tower's features, so that later epochs and runs do not open the image.",
+        "Folder that caches the frozen vision tower's features, so that later epochs and runs do not open the image.",
+        stage=REWARDING,
+        folder=CREATED,
     )
     umed_supervision_check_samples: int = _flag(
-        64, "Records per template whose supervised tokens are verified before training; 0 checks none."
+        64,
+        "Records per template whose supervised tokens are checked before training; 0: no check.",
+        stage=TUNING,
+        least=0,
     )
+
+    # Rewards
     umed_algorithm: str = _flag(
         "grpo",
-        "grpo: advantages within a question's answers, no value network; or ppo: the paper's, with a value network.",
+        "grpo: advantages within a question's group of answers, no value network. ppo: the paper's, with a value network.",
+        stage=REWARDING,
+        choices=("grpo", "ppo"),
     )
-    umed_num_candidates: int = _flag(8, "Answers sampled per question (K), at least 2; with ppo at least 1.")
+    umed_num_candidates: int = _flag(
+        8, "Answers sampled per question (K): at least 2 with grpo, at least 1 with ppo.", stage=REWARDING, least=1
+    )
     umed_rewards: str = _flag(
         ",".join(PAPER_REWARDS),
-        f"Comma list of {', '.join(PAPER_REWARDS)}, localization_diou (instead of localization: also tells near misses from far "
-        "ones), or my_module:my_function.",
+        f"Comma list of {', '.join(SHIPPED_REWARDS)}, or my_module:my_reward for your own. localization_diou replaces "
+        "localization: it also tells near misses from far ones.",
+        stage=REWARDING,
     )
     umed_reward_weights: Optional[str] = _flag(
-        None, "Comma list of numbers, one for each reward, all at least 0. Not given: 1 for each."
+        None, "Comma list of numbers, one for each reward, all at least 0. Default: 1 for each.", stage=REWARDING
     )
     umed_reward_norm: str = _flag(
-        "max", "max (paper: term over its maximum in the group), none, or zscore over the group."
+        "max",
+        "Normalisation over a question's answers: max (paper: divide by the maximum), none, or zscore.",
+        stage=REWARDING,
+        choices=("max", "none", "zscore"),
     )
     umed_reward_floor: float = _flag(
-        0.1, "Least value of the maximum that max divides by, 0-1, so that a best IoU of 0.02 is not 1."
+        0.1,
+        "Lower bound of the maximum that max divides by, so that a best IoU of 0.02 does not become 1.",
+        stage=REWARDING,
+        needs=Needs("--umed_reward_norm max", lambda flags: flags.umed_reward_norm == "max"),
+        least=0,
+        most=1,
     )
+
+    # Judge
     umed_judge: str = _flag(
         "lexical",
-        "Who scores relevance: lexical (names and words) or classes (names alone), both local; openai:MODEL (sends texts, "
-        "no images, to an OpenAI-compatible server), or replay:FILE (replies kept by an earlier run).",
+        "Who scores relevance. Local: lexical (class names and words) or classes (class names only). Also openai:MODEL (sends "
+        "text, no images, to an OpenAI-compatible server) or replay:FILE (replies saved by an earlier run).",
+        stage=REWARDING,
+        needs=RELEVANCE,
+        pattern=rf"{'|'.join(LOCAL_JUDGE_NAMES)}|({OPENAI}|{REPLAY}):.+",
+        form="lexical, classes, openai:MODEL or replay:FILE",
     )
     umed_judge_base_url: Optional[str] = _flag(
-        None, "Address of the judge's server, such as http://localhost:8000/v1. Not given: OpenAI's."
+        None,
+        "Address of the judge's server, such as http://localhost:8000/v1. Default: OpenAI's.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
     )
     umed_judge_prompt: Optional[str] = _flag(
         None,
-        "Text file with the judge's prompt, with {reference}, {answer} and {question}. Not given: judges/prompt.txt.",
+        "Text file with the judge's prompt, with {reference}, {answer} and {question}. Default: judges/prompt.txt.",
+        stage=REWARDING,
+        needs=MODEL_JUDGE,
     )
     umed_judge_options: str = _flag(
         DEFAULT_OPTIONS,
-        "Further fields of the judge's requests, as JSON; some models take no temperature or max_tokens.",
+        "Further fields of the judge's requests, as JSON. Some models take no temperature or max_tokens.",
+        stage=REWARDING,
+        needs=MODEL_JUDGE,
+        parse=parse_judge_options,
     )
     umed_judge_max_score: float = _flag(
-        10.0, "Score that the judge's prompt gives the best answer, above 0; 0 the worst."
+        10.0,
+        "Score that the judge's prompt gives the best answer; the worst gets 0.",
+        stage=REWARDING,
+        needs=MODEL_JUDGE,
+        above=0,
     )
     umed_judge_ledger: Optional[str] = _flag(
-        None, "File that keeps the judge's replies; runs may share one. Not given: judge.jsonl in --output_dir."
+        None,
+        "File that keeps the judge's replies; runs may share one. Default: judge.jsonl in --output_dir.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
     )
-    umed_judge_concurrency: int = _flag(16, "Questions that each process has with the judge at the same time.")
-    umed_judge_timeout: float = _flag(60.0, "Seconds that the judge has for one try, above 0.")
-    umed_judge_retries: int = _flag(5, "Further tries with the judge after one that failed.")
+    umed_judge_concurrency: int = _flag(
+        16, "Concurrent requests to the judge per process.", stage=REWARDING, needs=SERVER_JUDGE, least=1
+    )
+    umed_judge_timeout: float = _flag(
+        60.0, "Timeout of one request to the judge, in seconds.", stage=REWARDING, needs=SERVER_JUDGE, above=0
+    )
+    umed_judge_retries: int = _flag(
+        5, "Retries after a failed request to the judge.", stage=REWARDING, needs=SERVER_JUDGE, least=0
+    )
     umed_judge_budget: Optional[str] = _flag(
         None,
-        "What the replies in the ledger may take together: 5000requests, 2000000tokens or 20usd. After the step in which it is "
-        "spent the run saves a checkpoint and ends.",
+        "What all replies in the ledger may cost together: 5000requests, 2000000tokens or 20usd. Once it is spent, the run "
+        "finishes the step, saves a checkpoint and ends.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
+        parse=settings.parse_budget,
     )
     umed_judge_prices: Optional[str] = _flag(
-        None, "US dollars for a million tokens that the judge reads, comma, and writes: 0.15,0.60. Logs judge/usd."
+        None,
+        "US dollars per million tokens that the judge reads and writes: 0.15,0.60. Logs judge/usd.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
+        parse=settings.parse_prices,
     )
-    umed_judge_patience: int = _flag(3, "Batches in a row without one score from the judge after which the run ends.")
+    umed_judge_patience: int = _flag(
+        3,
+        "Stop the run after this many consecutive batches in which the judge returned no score.",
+        stage=REWARDING,
+        needs=MODEL_JUDGE,
+        least=1,
+    )
+
+    # Objective
     umed_reward_coef: float = _flag(
-        1.0, "c1 of the paper, above 0: weight of the advantage (grpo), of the reward beside the KL penalty (ppo)."
+        1.0,
+        "c1 of the paper: weight of the advantage (grpo), or of the reward relative to the KL penalty (ppo).",
+        stage=REWARDING,
+        above=0,
     )
     umed_advantage_scale: str = _flag(
         "group",
-        "grpo: what an answer's distance from its question's mean reward is divided by: the standard deviation within this "
-        "question (group) or within all of the batch (batch: a question whose answers are nearly equal then weighs little).",
+        "Standard deviation that divides an answer's distance from its question's mean reward: within this question (group) or "
+        "within the whole batch (batch: a question whose answers are nearly equal then weighs little).",
+        stage=REWARDING,
+        needs=GRPO,
+        choices=("group", "batch"),
     )
     umed_kl_coef: Optional[float] = _flag(
         None,
-        "Weight of the per-token KL to the reference: a term of the loss (grpo; not given: 0.04, DeepSeekMath's) or a penalty "
-        "in the tokens' rewards (ppo; not given: 0.1, LLaVA-RLHF's). 0: no reference.",
+        "Weight of the per-token KL to the reference policy: a term of the loss (grpo; default 0.04, DeepSeekMath's) or a "
+        "penalty in the token rewards (ppo; default 0.1, LLaVA-RLHF's). 0: no reference policy.",
+        stage=REWARDING,
+        least=0,
     )
     umed_kl_target: Optional[float] = _flag(
         None,
-        "KL of an answer, in nats, that the weight is steered to (Ziegler et al. 2019). Not given: the weight is fixed.",
+        "Target KL of an answer, in nats, that the weight is steered to (Ziegler et al. 2019). Default: the weight is fixed.",
+        stage=REWARDING,
+        needs=Needs("--umed_kl_coef above 0", lambda flags: flags.kl_coef() > 0),
+        above=0,
     )
     umed_kl_horizon: float = _flag(
-        10000.0, "Answers over which --umed_kl_target may change the weight by about a fifth."
+        10000.0,
+        "Number of answers over which the KL weight may change by about a fifth.",
+        stage=REWARDING,
+        needs=Needs("--umed_kl_target", lambda flags: flags.umed_kl_target is not None),
+        above=0,
     )
-    umed_clip_range: float = _flag(0.2, "Half width of the clipped probability ratio, 0-1 (LLaVA-RLHF: 0.2).")
-    umed_entropy_coef: float = _flag(0.0, "Weight of the entropy bonus (c3 of the paper).")
-    umed_value_coef: float = _flag(0.1, "ppo: weight of the value loss (c2 of the paper; LLaVA-RLHF: 0.1), above 0.")
+    umed_clip_range: float = _flag(
+        0.2,
+        "Half width of the clipped probability ratio (LLaVA-RLHF: 0.2).",
+        stage=REWARDING,
+        needs=SEVERAL_UPDATES,
+        above=0,
+        below=1,
+    )
+    umed_entropy_coef: float = _flag(0.0, "Weight of the entropy bonus (c3 of the paper).", stage=REWARDING, least=0)
+    umed_value_coef: float = _flag(
+        0.1, "Weight of the value loss (c2 of the paper; LLaVA-RLHF: 0.1).", stage=REWARDING, needs=PPO, above=0
+    )
     umed_value_clip_range: float = _flag(
-        0.2, "ppo: farthest that an update may take a value from the old one, in rewards (LLaVA-RLHF: 0.2)."
+        0.2,
+        "Largest change of a value from the old one, in units of reward (LLaVA-RLHF: 0.2).",
+        stage=REWARDING,
+        needs=PPO & SEVERAL_UPDATES,
+        above=0,
     )
     umed_value_learning_rate: float = _flag(
         1e-4,
-        "ppo: learning rate of the value network's layer, which begins at the first rollout's mean reward; scheduled as "
-        "--learning_rate.",
+        "Learning rate of the value head, which starts at the first rollout's mean reward; scheduled as --learning_rate.",
+        stage=REWARDING,
+        needs=PPO,
+        above=0,
     )
-    umed_gamma: float = _flag(1.0, "ppo: discount of later rewards, 0-1 (LLaVA-RLHF: 1).")
+    umed_gamma: float = _flag(
+        1.0, "Discount of later rewards (LLaVA-RLHF: 1).", stage=REWARDING, needs=PPO, least=0, most=1
+    )
     umed_gae_lambda: float = _flag(
-        0.95, "ppo: 0 (one step ahead) to 1 (whole return) of the advantages (LLaVA-RLHF: 0.95)."
+        0.95,
+        "Lambda of generalised advantage estimation: 0 is one step ahead, 1 the whole return (LLaVA-RLHF: 0.95).",
+        stage=REWARDING,
+        needs=PPO,
+        least=0,
+        most=1,
     )
     umed_updates_per_rollout: int = _flag(
-        1, "Passes over each rollout: optimizer steps that each sampled answer is in."
+        1, "Epochs over each rollout (TRL: num_ppo_epochs).", stage=REWARDING, least=1
     )
     umed_minibatches_per_rollout: int = _flag(
         1,
-        "Optimizer steps that one pass over a rollout takes: it is sampled whole, then shuffled into so many minibatches.",
+        "Optimizer steps per epoch over a rollout: it is sampled whole, then shuffled into this many minibatches.",
+        stage=REWARDING,
+        least=1,
     )
+
+    # Vision relevance
     umed_vrr_layers: str = _flag(
         "all",
         "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
+        stage=REWARDING,
+        needs=VISION_RELEVANCE,
+        pattern=r"all|last_half|\s*-?\d+\s*(,\s*-?\d+\s*)*",
+        form="all, last_half, or indices such as 16,20,-1",
     )
-    umed_packed: bool = _flag(
-        True,
-        "Let a question's answers grow, and under gradient checkpointing be trained, in one row behind its prompt.",
+    umed_vrr_heads: str = _flag(
+        "all",
+        "Heads averaged by vision_relevance: all, or a comma list of indices.",
+        stage=REWARDING,
+        needs=VISION_RELEVANCE,
+        pattern=r"all|\s*\d+\s*(,\s*\d+\s*)*",
+        form="all, or indices such as 0,3,17",
     )
-    umed_vrr_heads: str = _flag("all", "Heads averaged by vision_relevance: all, or a comma list of indices.")
     umed_vrr_mask_sinks: float = _flag(
         0.0,
-        "Keep attention sinks out of vision_relevance: patches with a hidden value of at least this many times their root mean "
+        "Exclude attention sinks from vision_relevance: patches with a hidden value of at least this many times their root mean "
         "square (arXiv 2503.03321: 20; a model of width D has none above sqrt(D)); 0: mask none.",
+        stage=REWARDING,
+        needs=VISION_RELEVANCE,
+        above=1,
+        or_zero=True,
     )
-    umed_max_new_tokens: int = _flag(128, "Longest sampled answer, in tokens.")
+
+    # Sampling, logging, validation
+    umed_packed: bool = _flag(
+        True,
+        "Sample a question's answers in one row behind its prompt, and train them so under gradient checkpointing.",
+        stage=REWARDING,
+    )
+    umed_max_new_tokens: int = _flag(128, "Maximum length of a sampled answer, in tokens.", stage=REWARDING, least=1)
     umed_temperature: float = _flag(
         1.0,
-        "Sampling temperature, above 0. At 1, a model unsure of its boxes may learn to hedge with large ones: lower it then.",
+        "Sampling temperature. At 1, a model unsure of its boxes may learn to hedge with large ones: lower it then.",
+        stage=REWARDING,
+        above=0,
     )
-    umed_top_p: float = _flag(1.0, "Nucleus of the sampled distribution, above 0 up to 1.")
+    umed_top_p: float = _flag(1.0, "Nucleus (top-p) of the sampled distribution.", stage=REWARDING, above=0, most=1)
     umed_log_candidates: int = _flag(
         0,
         "Write the sampled answers with their rewards to candidates.jsonl, and to TensorBoard or W&B under --report_to, every "
         "this many steps; 0: never.",
+        stage=REWARDING,
+        least=0,
     )
-
     umed_val_every: int = _flag(
         0,
         "Answer held-out records (split val) greedily before the first step and every this many steps, and log val/iou, "
         "val/accuracy and val/box_area_ratio; 0: never.",
+        stage=REWARDING,
+        least=0,
     )
-    umed_val_records: int = _flag(64, "Held-out records that --umed_val_every answers each time, at most.")
+    umed_val_records: int = _flag(
+        64,
+        "Maximum number of held-out records per validation.",
+        stage=REWARDING,
+        needs=Needs("--umed_val_every", lambda flags: flags.umed_val_every > 0),
+        least=1,
+    )
 
     @classmethod
     def of(cls, args: Any) -> UmedFlags:
-        """Copy the flags out of an object that has them as attributes (LLaVA's TrainingArguments)."""
+        """Copy the flags from an object that has them as attributes (LLaVA's TrainingArguments)."""
         return cls(**{flag.name: getattr(args, flag.name) for flag in dataclasses.fields(cls)})
 
     def reward_names(self) -> list[str]:
@@ -206,6 +425,14 @@ class UmedFlags:
             return [1.0] * len(self.reward_names())
         return [float(weight) for weight in self.umed_reward_weights.split(",")]
 
+    def judge_kind(self) -> str:
+        """``lexical``, ``classes``, ``openai`` or ``replay``: the part of ``--umed_judge`` before the colon."""
+        return self.umed_judge.partition(":")[0]
+
+    def judge_target(self) -> str:
+        """The model of ``openai:MODEL`` or the file of ``replay:FILE``; empty for local judges."""
+        return self.umed_judge.partition(":")[2]
+
     def kl_coef(self) -> float:
         """``--umed_kl_coef``, or the algorithm's own default."""
         if self.umed_kl_coef is not None:
@@ -213,7 +440,7 @@ class UmedFlags:
         return 0.1 if self.umed_algorithm == "ppo" else 0.04
 
     def rollout_is_one_batch(self) -> bool:
-        """Whether each batch is a rollout of its own: GRPO compares within a query, and with one update nothing is kept."""
+        """Whether each batch is its own rollout: GRPO compares within a query, and with one update nothing is kept."""
         passes = self.umed_updates_per_rollout * self.umed_minibatches_per_rollout
         return self.umed_algorithm == "grpo" and passes == 1
 

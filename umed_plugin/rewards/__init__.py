@@ -1,41 +1,52 @@
-"""The rewards of Abnormal-Aware Rewarding and how they become one number a candidate.
+"""The rewards of Abnormal-Aware Rewarding, and how they are combined into one number per candidate.
 
-A reward has the signature of TRL's reward functions: a batch in, a list out, ``None`` for a candidate that it cannot score, which
-leaves the term out for it (:mod:`umed_plugin.rewards.combine`); ``None`` is never 0.
+A reward has the signature of TRL's reward functions. It takes a batch and returns a list, with ``None`` for a candidate that it
+cannot score. ``None`` leaves the term out for that candidate (:mod:`umed_plugin.rewards.combine`); it never counts as 0.
 
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 
-Prompts are the questions, completions the candidates' texts, K in a row for each question. Columns hold one entry a
+Prompts are the questions. Completions are the candidates' texts, K in a row for each question. Columns hold one entry per
 candidate: ``record`` (the training record), ``geometry`` (of its image) and ``attention_on_lesion`` (from
-:mod:`umed_plugin.model.attention`, ``None`` where it was not computed). Take ``**columns``: there may be more of them in
-another version.
+:mod:`umed_plugin.model.attention`, ``None`` where it was not computed). Accept ``**columns``: another version may pass more.
 
-``--umed_rewards`` names a reward of this package, or ``my_module:my_reward`` of your own file on ``PYTHONPATH``: a function, a
-callable object, or a class, of which one object is made without arguments in each process. All else is optional, as attributes:
+``--umed_rewards`` names a shipped reward, which is a file of :mod:`umed_plugin.rewards.terms`, or ``my_module:my_reward`` of your
+own file on ``PYTHONPATH``. Your own may be a function, a callable object, or a class: each process creates one object of it,
+without arguments. Everything else is optional, as attributes:
 
-- ``max_normalised = True``: ``--umed_reward_norm max`` divides it by its maximum over the candidates of a question, which is
-  taken for at least ``--umed_reward_floor`` or, where that is too low for it, ``least_maximum``.
-- ``start(prompts, completions, **columns)``: begin slow work and return at once. It is called as soon as the answers are sampled,
-  without ``attention_on_lesion``; the reward itself is called with the same lists after the passes of the policy and the
-  reference, so a judge behind a network answers while the step goes on.
-- ``measures: tuple[str, ...]`` and ``measured() -> dict[str, float]``: names that are logged, and their values in the last call
-  (a name may be missing). The mean over steps and processes is what the log shows.
-- ``stop: str | None``: when it is a text after a step, in any process, the run saves a checkpoint and ends with it as an error.
+- ``max_normalised = True``: ``--umed_reward_norm max`` divides the reward by its maximum over the candidates of a question.
+  The maximum counts as at least ``--umed_reward_floor`` or, if higher, ``least_maximum``.
+- ``start(prompts, completions, **columns)``: begins slow work and returns at once. It is called as soon as the answers are
+  sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and
+  reference policy, so a judge on a server can answer in the meantime.
+- ``metric_names: tuple[str, ...]`` and ``metrics() -> dict[str, float]``: metrics to log, and their values in the last call; a
+  value may be missing. The log shows the mean over steps and processes. The older names of the two, ``measures`` and
+  ``measured()``, still work.
+- ``stop: str | None``: if it is a text after a step, in any process, the run saves a checkpoint and ends with the text as an
+  error.
 """
 
+from typing import Any
+
+from umed_plugin.rewards import terms as _terms  # noqa: F401  (registers the shipped rewards)
 from umed_plugin.rewards.combine import combine_rewards
-from umed_plugin.rewards.running import make_rewards, measured_by, measures_of, start_rewards
-from umed_plugin.rewards.terms import REWARDS, localization, localization_diou, relevance, vision_relevance
+from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, register_reward
+from umed_plugin.rewards.running import collect_metrics, make_rewards, reward_metric_names, start_rewards
 
 __all__ = [
     "REWARDS",
+    "Reward",
+    "collect_metrics",
     "combine_rewards",
-    "localization",
-    "localization_diou",
     "make_rewards",
-    "measured_by",
-    "measures_of",
-    "relevance",
+    "normalisation_of",
+    "register_reward",
+    "reward_metric_names",
     "start_rewards",
-    "vision_relevance",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The shipped rewards by name: ``from umed_plugin.rewards import localization``."""
+    if name in REWARDS:
+        return REWARDS.get(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

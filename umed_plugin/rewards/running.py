@@ -1,6 +1,7 @@
-"""The rewards of one run: made once, started early in a step, asked what to log, and obeyed when one says to stop.
+"""Life cycle of a run's rewards: create once, start asynchronous work early in each step, collect metrics.
 
-The contract that a reward keeps is in the docstring of :mod:`umed_plugin.rewards`.
+The contract of a reward is in the docstring of :mod:`umed_plugin.rewards`; `umed_plugin.training.stopping` ends a run in which a
+reward says to stop.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Any
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.rewards.contract import REWARDS, Reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
-from umed_plugin.rewards.terms import REWARDS, Reward
 
 
 def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
@@ -37,31 +38,43 @@ def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
 def start_rewards(
     rewards: Mapping[str, Reward], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
 ) -> None:
-    """Let the rewards that take their time begin."""
+    """Start the rewards that work in the background."""
     for reward in rewards.values():
         if hasattr(reward, "start"):
             reward.start(prompts, completions, **columns)
 
 
-def measures_of(rewards: Mapping[str, Reward]) -> list[str]:
-    """All names that the rewards may log; the same in every process."""
-    return [name for reward in rewards.values() for name in getattr(reward, "measures", ())]
+def reward_metric_names(rewards: Mapping[str, Reward]) -> list[str]:
+    """All metrics that the rewards may log; the same in every process."""
+    return [name for reward in rewards.values() for name in _names_of(reward)]
 
 
-def measured_by(rewards: Mapping[str, Reward]) -> dict[str, float]:
-    """What the rewards have to log of their last call.
+def collect_metrics(rewards: Mapping[str, Reward]) -> dict[str, float]:
+    """The rewards' metrics of their last call.
 
     Raises:
-        UmedError: a reward logs a name that its ``measures`` does not announce.
+        UmedError: a reward logs a metric that its ``metric_names`` does not list.
     """
     values: dict[str, float] = {}
     for name, reward in rewards.items():
-        measured = reward.measured() if hasattr(reward, "measured") else {}
-        unknown = sorted(set(measured) - set(getattr(reward, "measures", ())))
+        metrics = _metrics_of(reward)
+        unknown = sorted(set(metrics) - set(_names_of(reward)))
         if unknown:
             raise UmedError(
-                f"reward {name!r}: measured() gave {', '.join(unknown)}, which its attribute `measures` does not name. "
-                "Every process must know all names beforehand: add them there."
+                f"reward {name!r}: metrics() returned {', '.join(unknown)}, which its attribute `metric_names` does not list. "
+                "Every process must know all names in advance: add them there."
             )
-        values.update(measured)
+        values.update(metrics)
     return values
+
+
+def _names_of(reward: Reward) -> Sequence[str]:
+    """``metric_names`` of a reward, or ``measures``, the older name."""
+    return getattr(reward, "metric_names", getattr(reward, "measures", ()))
+
+
+def _metrics_of(reward: Reward) -> Mapping[str, float]:
+    """``metrics()`` of a reward, or ``measured()``, the older name, where the reward announces its metrics by the older one."""
+    names = ("metrics", "measured") if hasattr(reward, "metric_names") else ("measured", "metrics")
+    readers = [read for read in (getattr(reward, name, None) for name in names) if callable(read)]
+    return readers[0]() if readers else {}

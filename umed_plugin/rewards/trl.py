@@ -1,16 +1,16 @@
-"""Our rewards in TRL's ``GRPOTrainer`` (TRL 1.x, transformers 5), on a model in transformers' form (``umed convert``).
+"""The rewards in TRL's ``GRPOTrainer`` (TRL 1.x, transformers 5), on a model in transformers' format (``umed convert``).
 
-A reward of :mod:`umed_plugin.rewards` has the signature that TRL calls, so with text prompts it is a ``reward_funcs`` entry as it
-stands. For images TRL wants conversations, whose completions are lists of messages; and it only adds up weighted rewards.
-`CombinedReward` is one ``reward_funcs`` entry that does both: it hands the rewards texts, and combines what they give per
-question as stage 2 does (:func:`umed_plugin.rewards.combine_rewards`, with the division by the maximum over the candidates). What
-TRL does to the sum (``scale_rewards``) comes on top; ``scale_rewards="none"`` leaves it as it is.
+A reward of :mod:`umed_plugin.rewards` has the signature that TRL calls. With text prompts, it is a ``reward_funcs`` entry as it
+is. With images, TRL uses conversations, whose completions are lists of messages, and TRL only adds up weighted rewards.
+`CombinedReward` is one ``reward_funcs`` entry that solves both: it passes texts to the rewards, and combines their values per
+question as stage 2 does (:func:`umed_plugin.rewards.combine_rewards`, with the division by the maximum over the candidates).
+TRL's ``scale_rewards`` then applies to the sum; ``scale_rewards="none"`` leaves the sum unchanged.
 
-Vision relevance needs attention that TRL does not keep: `LesionAttention` reads it from the policy in a pass of its own, with the
-hooks of stage 2 (:mod:`umed_plugin.model.attention`).
+Vision relevance needs attention weights that TRL does not keep. `LesionAttention` reads them from the policy in an extra forward
+pass, with the hooks of stage 2 (:mod:`umed_plugin.model.attention`).
 
-How to run: ``examples/trl_grpo.py``. Different from stage 2: a reward that says ``stop`` ends the run only with
-:class:`umed_plugin.rewards.StopForReward` among the trainer's callbacks.
+How to run: ``examples/trl_grpo.py``. Unlike in stage 2, a reward that sets ``stop`` ends the run only with
+:class:`umed_plugin.training.stopping.StopForReward` among the trainer's callbacks.
 """
 
 from __future__ import annotations
@@ -31,39 +31,38 @@ from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, PromptBatch, base_llava
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
+from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, start_rewards
 
 
 def trl_dataset(records: Sequence[Record], image_folder: Path | str, model: Any) -> Any:
     """Records as a ``datasets.Dataset`` for ``GRPOTrainer``: a conversation with its image, and the columns that rewards read.
 
-    Images are opened when they are asked for. Records are kept as JSON, since the columnar format would give each record the keys
-    of all.
+    Images are opened on access. Records are stored as JSON, because the columnar format would give each record the keys of all.
 
     Args:
-        records: of ``umed recipe build``, in the aspect-ratio mode that the model's processor has.
-        image_folder: that their ``image`` is below.
-        model: transformers' model, for the size of its tower.
+        records: of ``umed recipe build``, in the aspect-ratio mode of the model's processor.
+        image_folder: folder that the records' ``image`` paths are relative to.
+        model: transformers' model, for the image and patch size of its vision tower.
     """
     from datasets import Dataset
 
     tower = base_llava(model).config.vision_config
 
     def example(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        found = [json.loads(line) for line in batch["json"]]
-        questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in found]
+        parsed = [json.loads(line) for line in batch["json"]]
+        questions = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in parsed]
         return {
             "prompt": [[{"role": "user", "content": question}] for question in questions],
-            "image": [open_image(Path(image_folder) / record["image"], record.get("reading")) for record in found],
-            "record": found,
-            "geometry": [record_geometry(record, tower.image_size, tower.patch_size) for record in found],
+            "image": [open_image(Path(image_folder) / record["image"], record.get("reading")) for record in parsed],
+            "record": parsed,
+            "geometry": [record_geometry(record, tower.image_size, tower.patch_size) for record in parsed],
         }
 
     return Dataset.from_dict({"json": [json.dumps(record) for record in records]}).with_transform(example)
 
 
 def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a completion as TRL gives it: a string, or a list of messages whose content is text or a list of parts."""
+    """The text of TRL's completion: a string, or a list of messages whose content is a string or a list of parts."""
     if isinstance(completion, str):
         return completion
     texts = []
@@ -74,13 +73,13 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
 
 
 class LesionAttention:
-    """Attention of the candidates' lesion names on the lesion's patches, from a pass of the policy over prompts and answers.
+    """Attention from the candidates' lesion names to the lesion's patches, by one forward pass over prompts and answers.
 
     Args:
-        model: transformers' ``LlavaForConditionalGeneration``, PEFT-wrapped or not, not split among processes.
-        processor: its processor, which the trainer has too.
-        layers: of the language model; by default the last half.
-        heads: by default all.
+        model: transformers' ``LlavaForConditionalGeneration``, PEFT-wrapped or not, not sharded across ranks.
+        processor: the model's processor, the one that the trainer uses.
+        layers: indices of decoder layers; default: the last half.
+        heads: indices of heads; default: all.
         sink_ratio: masks attention sinks (:func:`umed_plugin.model.attention.attention_sinks`); 0 masks none.
     """
 
@@ -108,25 +107,27 @@ class LesionAttention:
         geometry: Sequence[Any],
         num_generations: int,
     ) -> list[float]:
-        """Share in 0..1 of each of N = Q*K candidates' attention on the image that falls on the lesion; 0 where none is named.
+        """Share of each candidate's image attention that falls on the lesion, in 0..1; 0 where the answer names no lesion.
 
         Args:
-            prompts: N conversations with their images, as TRL gives them to rewards.
+            prompts: N = Q*K conversations with their images, as TRL passes them to rewards.
             completion_ids: N lists of token ids.
-            record, geometry: N, one a candidate.
+            record, geometry: N, one per candidate.
             num_generations: K.
         """
         was_training = self._model.training
-        self._model.eval()  # a dropout would shift the attention
+        self._model.eval()  # dropout would change the attention
         try:
             candidates = self._candidates(completion_ids)
-            cover = [place.patch_cover(true_boxes(item)) for place, item in zip(geometry, record)][::num_generations]
+            cover = [square.patch_cover(true_boxes(study)) for square, study in zip(geometry, record)][
+                ::num_generations
+            ]
             values, _ = attention_on_lesion(
                 self._language,
                 self._embed(prompts[::num_generations], len(cover[0])),
                 candidates,
                 lesion_naming_tokens(self._processor.tokenizer, candidates, record),
-                torch.stack([torch.from_numpy(part) for part in cover]),
+                torch.stack([torch.from_numpy(patches) for patches in cover]),
                 AttentionSettings(self.layers, self._heads, self._sink_ratio),
                 packed=self._language.choose_pass(),
             )
@@ -135,7 +136,7 @@ class LesionAttention:
         return values.tolist()
 
     def _candidates(self, completion_ids: Sequence[Sequence[int]]) -> Candidates:
-        """Answers of different lengths as [N, T] ids and mask, padded on the right."""
+        """Answers as [N, T] token ids and mask (1 = answer token), padded on the right."""
         length = max(1, *map(len, completion_ids))
         eos = self._processor.tokenizer.eos_token_id
         ids = torch.tensor([[*row, *[eos] * (length - len(row))] for row in completion_ids])
@@ -143,7 +144,7 @@ class LesionAttention:
         return Candidates(ids.to(self._language.device), mask.to(self._language.device))
 
     def _embed(self, prompts: Sequence[Any], n_patches: int) -> PromptBatch:
-        """Q conversations as the language model sees them, the image's features in their places."""
+        """Embeddings [Q, L, D] of Q conversations, padded on the left, with the image features in place of the image tokens."""
         model = base_llava(self._model)
         inputs = self._processor.apply_chat_template(
             list(prompts),
@@ -158,15 +159,13 @@ class LesionAttention:
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         image = inputs["input_ids"] == model.config.image_token_id
         embeds = embeds.masked_scatter(image[..., None], features.to(embeds.dtype))
-        # A tower that keeps its class token puts it before the patches.
+        # A vision tower that keeps its class token puts it before the patches.
         start = image.int().argmax(dim=1) + image.sum(dim=1) - n_patches
         return PromptBatch(embeds, inputs["attention_mask"], start, n_patches)
 
 
 class _LanguageModel:
-    """Transformers' model as :mod:`umed_plugin.model.attention` looks at LLaVA's: its decoder, without making logits of
-    any token.
-    """
+    """Transformers' model with the interface of LLaVA's that :mod:`umed_plugin.model.attention` uses: its decoder, no logits."""
 
     def __init__(self, model: Any) -> None:
         self._decoder = model.get_decoder()
@@ -177,7 +176,7 @@ class _LanguageModel:
             num_key_value_heads=text.num_key_value_heads,
             rope_theta=text.rope_parameters["rope_theta"],
             rope_scaling=text.rope_parameters,
-            sliding_window=getattr(text, "sliding_window", None),  # Llama has none
+            sliding_window=getattr(text, "sliding_window", None),  # Llama has no such key
             _attn_implementation=text._attn_implementation,
         )
         self._output = torch.nn.Identity()
@@ -188,9 +187,9 @@ class _LanguageModel:
         return next(self._decoder.parameters()).device
 
     def choose_pass(self) -> bool:
-        """Whether all answers to a question stand in one row behind it; else they read its cache."""
+        """Whether all answers to a question are packed into one row behind it; otherwise they read its KV cache."""
         packed = packing_fault(self) is None
-        self.training = self.is_gradient_checkpointing = packed  # then no cache is kept
+        self.training = self.is_gradient_checkpointing = packed  # then no KV cache is kept
         return packed
 
     def get_model(self) -> Any:
@@ -207,21 +206,24 @@ class _LanguageModel:
 
 
 class CombinedReward:
-    """Several rewards as one entry of ``reward_funcs``, combined per question as stage 2 combines them.
+    """Several rewards as one entry of ``reward_funcs``, combined per question as in stage 2.
 
-    Their means go to TRL's log as ``reward/<name>``, with what the rewards measure themselves.
+    TRL logs the mean of each as ``reward/<name>``, and the rewards' own metrics.
 
     Args:
         rewards: by name, such as ``{name: REWARDS.get(name) for name in ("relevance", "localization")}``.
-        num_generations: K, that of ``GRPOConfig``. The K candidates of a question must be in one process:
-            ``per_device_train_batch_size * steps_per_generation`` is a multiple of K.
-        weights: by name; by default 1 each.
-        norm: of :func:`umed_plugin.rewards.combine_rewards`, as is ``floor``.
-        floor: least value that a maximum is taken for.
-        attention: needed for the reward ``vision_relevance``.
+        num_generations: K, as in ``GRPOConfig``. All K candidates of a question must be on one rank, so
+            ``per_device_train_batch_size * steps_per_generation`` must be a multiple of K.
+        weights: by name; default: 1 each.
+        norm: ``max``, ``zscore`` or ``none``, see :func:`umed_plugin.rewards.combine_rewards`.
+        floor: lower bound of the maximum that ``max`` divides by.
+        attention: required for the reward ``vision_relevance``.
+
+    Raises:
+        UsageError: ``vision_relevance`` without ``attention``.
     """
 
-    __name__ = "umed"  # what TRL's log calls it
+    __name__ = "umed"  # the name in TRL's log
 
     def __init__(
         self,
@@ -252,39 +254,45 @@ class CombinedReward:
         log_metric: Any,
         **columns: Any,
     ) -> list[float]:
-        """N = Q*K rewards, query-major; called by TRL."""
+        """[N = Q*K] rewards, query-major; TRL calls this.
+
+        Raises:
+            UmedError: the candidates of a question are not K in a row.
+        """
         self._check_groups(record)
         texts = [completion_text(completion) for completion in completions]
-        questions = [item["conversations"][0]["value"] for item in record]
+        questions = [study["conversations"][0]["value"] for study in record]
         shared = {**columns, "completion_ids": completion_ids, "record": record, "geometry": geometry}
         start_rewards(self._rewards, questions, texts, **shared)
         attention: Sequence[float | None] = [None] * len(texts)
         if self._attention is not None:
             attention = self._attention(prompts, completion_ids, record, geometry, self._k)
-        values = {n: r(questions, texts, attention_on_lesion=attention, **shared) for n, r in self._rewards.items()}
+        values = {
+            name: reward(questions, texts, attention_on_lesion=attention, **shared)
+            for name, reward in self._rewards.items()
+        }
         for name, column in values.items():
             known = [value for value in column if value is not None]
             if known:
                 log_metric(f"reward/{name}", sum(known) / len(known))
-        for name, value in measured_by(self._rewards).items():
+        for name, value in collect_metrics(self._rewards).items():
             log_metric(name, value)
         combined: Tensor = combine_rewards(
             values,
             self._k,
             weights=self._weights,
             norm=self._norm,
-            max_normalised=[n for n, reward in self._rewards.items() if getattr(reward, "max_normalised", False)],
             floor=self._floor,
-            least_maxima={n: getattr(reward, "least_maximum", 0.0) for n, reward in self._rewards.items()},
+            **normalisation_of(self._rewards),
         )
         return combined.flatten().tolist()
 
     def _check_groups(self, record: Sequence[Record]) -> None:
-        """Refuse a batch whose groups are cut: the maximum would run over the candidates of several questions."""
+        """Refuse a batch with split groups: the maximum would run over candidates of several questions."""
         groups = [record[start : start + self._k] for start in range(0, len(record), self._k)]
-        if any(len(group) != self._k or any(item != group[0] for item in group) for group in groups):
+        if any(len(group) != self._k or any(study != group[0] for study in group) for group in groups):
             raise UmedError(
-                f"{len(record)} candidates came that are not {self._k} in a row for each question. num_generations of "
-                "CombinedReward must be that of GRPOConfig (num_generations_eval too), and per_device_train_batch_size * "
-                "steps_per_generation a multiple of it."
+                f"the {len(record)} candidates of a batch are not {self._k} in a row for each question. num_generations of "
+                "CombinedReward must equal that of GRPOConfig (and num_generations_eval), and per_device_train_batch_size * "
+                "steps_per_generation must be a multiple of it."
             )

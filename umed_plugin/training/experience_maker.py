@@ -32,7 +32,7 @@ from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import combine_rewards, measured_by, start_rewards
+from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, start_rewards
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
 from umed_plugin.training.reference import ReferencePolicy
@@ -232,15 +232,14 @@ class ExperienceMaker:
     ) -> Tensor:
         """[Q, K] rewards; every term is measured on its own."""
         values = {name: reward(questions, texts, **columns) for name, reward in self.rewards.items()}
-        self.measures.add(measured_by(self.rewards))
+        self.measures.add(collect_metrics(self.rewards))
         rewards = combine_rewards(
             values,
             self.flags.umed_num_candidates,
             weights=self.reward_weights,
             norm=self.flags.umed_reward_norm,
-            max_normalised=[n for n, reward in self.rewards.items() if getattr(reward, "max_normalised", False)],
             floor=self.flags.umed_reward_floor,
-            least_maxima={n: getattr(reward, "least_maximum", 0.0) for n, reward in self.rewards.items()},
+            **normalisation_of(self.rewards),
         )
         self.measures.add_rewards(values, rewards, candidates, self.tokenizer.eos_token_id)
         self.measures.watch(texts, columns)

@@ -23,7 +23,7 @@ from umed_plugin.data.records import true_boxes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
-from umed_plugin.rewards import measures_of
+from umed_plugin.rewards import reward_metric_names
 from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE, Guards, vision_relevance_figures
 from umed_plugin.training.candidate_log import log_candidates
 
@@ -45,7 +45,7 @@ _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "e
 def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     """All that a run with these flags and rewards may log, in the order of its gathering."""
     names = [f"reward/{name}" for name in rewards]
-    names += [*measures_of(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE]
+    names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names

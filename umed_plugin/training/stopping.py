@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rewards.terms import Reward
+from umed_plugin.rewards.contract import Reward
 
 
 class StopForReward(TrainerCallback):

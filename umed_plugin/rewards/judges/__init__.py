@@ -1,12 +1,11 @@
-"""Judges: who says how relevant an answer is to the reference diagnosis (``r_llm`` of the paper), chosen by ``--umed_judge``.
+"""Judges score how relevant an answer is to the reference diagnosis (``r_llm`` of the paper); ``--umed_judge`` chooses one.
 
-- ``lexical`` and ``classes``: :mod:`umed_plugin.rewards.judges.lexical`, names and words of the two texts, or names alone; local.
-- ``openai:MODEL``: :mod:`umed_plugin.rewards.judges.relevance`, a language model behind any OpenAI-compatible server. What
-  leaves the
-  machine is text: question, reference diagnosis and answer, boxes blotted out; never pixels, never a header.
-- ``replay:FILE``: the same from the ledger of an earlier run alone, without a network.
+- ``lexical`` and ``classes``: :mod:`umed_plugin.rewards.judges.lexical`, local. They compare names and words, or names only.
+- ``openai:MODEL``: :mod:`umed_plugin.rewards.judges.relevance`, a language model behind any OpenAI-compatible server. Only text
+  leaves the machine: question, reference diagnosis and answer, with boxes blanked out. Pixels and headers never do.
+- ``replay:FILE``: the same from the ledger of an earlier run, without a network.
 
-In the order in which things happen: :mod:`~umed_plugin.rewards.judges.question` writes what is asked and reads the reply,
-:mod:`umed_plugin.remote` asks the server and keeps every reply that was paid for,
-:mod:`~umed_plugin.rewards.judges.relevance` is the reward.
+In order of use: :mod:`~umed_plugin.rewards.judges.question` writes the judge's prompt and reads its reply,
+:mod:`umed_plugin.remote` sends it and keeps every reply that was paid for, :mod:`~umed_plugin.rewards.judges.relevance` is the
+reward.
 """

@@ -1,9 +1,12 @@
-"""The local judges, deterministic and free: ``lexical``, the words of answer and reference, the default; and ``classes``.
+"""The local judges, deterministic and free: ``lexical`` (class names and words, the default) and ``classes`` (class names only).
 
-``score = CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1``, in 0..1. Class F1 asks whether the right abnormalities are
-named; word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets, without numbers, so
-that boxes are not judged twice. Where references say the same in phrases chosen at random, as a template writer's do, word F1
-mostly tells which phrase was guessed, and learning it draws all answers to one wording: ``classes`` is the class F1 alone.
+``lexical`` is ``CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1``, in 0..1. Class F1 asks whether the right abnormalities
+are named. Word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets. It ignores numbers,
+so that boxes are not judged twice.
+
+``classes`` is the class F1 alone. Where references word the same finding in random phrases, as a template writer does, word F1
+mostly tells which phrase was guessed, and learning it draws all answers to one wording.
+
 Departure from the paper: it asks an external LLM (:mod:`umed_plugin.rewards.judges.relevance`).
 """
 
@@ -17,7 +20,7 @@ from typing import Any
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 
-# Halves: a right name in wrong words and wrong names in the reference's words are worth the same.
+# One half: the right name in wrong words is worth as much as wrong names in the reference's words.
 CLASS_WEIGHT = 0.5
 
 _WORD = re.compile(r"[^\W\d_]+")
@@ -33,9 +36,9 @@ def lexical_relevance(
 ) -> list[float | None]:
     """Relevance of each completion to its record's reference diagnosis, in 0..1; never ``None``."""
     scores: list[float | None] = []
-    for completion, item, place in zip(completions, record, geometry):
-        class_f1 = score_answer(completion, item, place).class_f1
-        word_f1 = _word_f1(completion, item["conversations"][1]["value"])
+    for completion, study, in_square in zip(completions, record, geometry):
+        class_f1 = score_answer(completion, study, in_square).class_f1
+        word_f1 = _word_f1(completion, study["conversations"][1]["value"])
         scores.append(CLASS_WEIGHT * class_f1 + (1 - CLASS_WEIGHT) * word_f1)
     return scores
 
@@ -48,14 +51,15 @@ def class_relevance(
     geometry: Sequence[ImageGeometry],
     **columns: Any,
 ) -> list[float | None]:
-    """F1 of the abnormalities that each completion names against its record's, in 0..1; never ``None``."""
-    return [score_answer(text, item, place).class_f1 for text, item, place in zip(completions, record, geometry)]
+    """F1 of the abnormalities that each completion names against those of its record, in 0..1; never ``None``."""
+    scored = zip(completions, record, geometry)
+    return [score_answer(text, study, in_square).class_f1 for text, study, in_square in scored]
 
 
 LOCAL_JUDGES = {"lexical": lexical_relevance, "classes": class_relevance}
 
 
 def _word_f1(text: str, reference: str) -> float:
-    words, wanted = (Counter(_WORD.findall(part.lower())) for part in (text, reference))
-    common = sum((words & wanted).values())
-    return 2 * common / (sum(words.values()) + sum(wanted.values())) if common else 0.0
+    words, expected = (Counter(_WORD.findall(part.lower())) for part in (text, reference))
+    common = sum((words & expected).values())
+    return 2 * common / (sum(words.values()) + sum(expected.values())) if common else 0.0

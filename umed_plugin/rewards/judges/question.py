@@ -1,8 +1,8 @@
-"""What a judge is asked, and what its reply is worth.
+"""The judge's prompt, and the score in its reply.
 
-The question is a text file that a person can edit (``--umed_judge_prompt``): ``{question}``, ``{reference}`` and ``{answer}`` are
-replaced, all else, other braces too, stays as it is. Boxes are blotted out of both texts: the localization reward scores them,
-and candidates that differ in nothing else are asked about once.
+The prompt is a text file that the user can edit (``--umed_judge_prompt``). ``{question}``, ``{reference}`` and ``{answer}`` are
+replaced; everything else, other braces included, stays as it is. Boxes are blanked out of reference and answer: the localization
+reward scores them, and candidates that differ only in boxes are judged once.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any, NoReturn
 
 from umed_plugin.grounding.boxes import blot_boxes
 
-_PLACE = re.compile(r"\{(question|reference|answer)\}")
+_PLACEHOLDER = re.compile(r"\{(question|reference|answer)\}")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL)
-_SHOWN = 200  # characters of a reply in a message
+_MAX_SHOWN = 200  # characters of a reply in a message
 
 
 class NotAScoreError(ValueError):
-    """A reply that holds no score, with what it holds."""
+    """A reply without a score; the message shows the reply."""
 
 
 @dataclass(frozen=True)
-class Question:
+class JudgeQuestion:
     """One answer to judge.
 
     Attributes:
-        key: hex digest of all that decides the reply but the model: prompt file, request options and the three texts.
-        text: what the judge reads.
-        texts: ``question``, ``reference`` and ``answer`` as they stand in ``text``.
+        key: hex digest of everything but the model that decides the reply: prompt file, request options and the three texts.
+        text: the prompt that the judge reads.
+        texts: ``question``, ``reference`` and ``answer`` as they appear in ``text``.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Questionnaire:
     Attributes:
         template: contents of the prompt file.
         options: further fields of the request, such as ``temperature``.
-        max_score: what a perfect answer gets; replies go from 0 to this.
+        max_score: score of a perfect answer; replies range from 0 to this.
     """
 
     template: str
@@ -58,53 +58,54 @@ class Questionnaire:
 
     @classmethod
     def read(cls, prompt_file: str | Path, options: Mapping[str, Any], max_score: float) -> Questionnaire:
-        """A questionnaire from a prompt file, which `umed_plugin.flags.rewards` has checked."""
+        """Read a prompt file that `umed_plugin.flags.rewards` has checked."""
         return cls(Path(prompt_file).read_text(encoding="utf-8"), options, max_score)
 
-    def ask(self, record: Mapping[str, Any], answer: str) -> Question:
+    def ask(self, record: Mapping[str, Any], answer: str) -> JudgeQuestion:
         """The question about ``answer`` to the first turn of ``record``."""
-        asked, reference = (turn["value"] for turn in record["conversations"][:2])
+        question, reference = (turn["value"] for turn in record["conversations"][:2])
         texts = {
-            "question": asked.replace("<image>", "").strip(),
+            "question": question.replace("<image>", "").strip(),
             "reference": blot_boxes(reference).strip(),
             "answer": blot_boxes(answer).strip(),
         }
-        what_decides = json.dumps([self.template, self.options, texts], sort_keys=True)
-        key = hashlib.sha256(what_decides.encode()).hexdigest()[:32]
-        return Question(key, _PLACE.sub(lambda place: texts[place.group(1)], self.template), texts)
+        decisive = json.dumps([self.template, self.options, texts], sort_keys=True)
+        key = hashlib.sha256(decisive.encode()).hexdigest()[:32]
+        text = _PLACEHOLDER.sub(lambda placeholder: texts[placeholder.group(1)], self.template)
+        return JudgeQuestion(key, text, texts)
 
     def score(self, reply: str) -> float:
         """The score of a reply in 0..1.
 
-        The reply must be one JSON object with a number under ``score``, alone or as one fenced block; it may hold other fields.
+        The reply must be one JSON object with a number under ``score``, bare or in one fenced block. Other fields are allowed.
 
         Raises:
             NotAScoreError: it is anything else, or the number is outside 0..``max_score``.
         """
         fenced = _FENCE.fullmatch(reply.strip())
         try:
-            found = json.loads(
+            fields = json.loads(
                 fenced.group(1) if fenced else reply,
-                object_pairs_hook=_once_each,
+                object_pairs_hook=_unique_names,
                 parse_constant=_refuse_constant,
             )
         except (ValueError, RecursionError) as error:
-            raise NotAScoreError(f"the reply is not JSON: {reply[:_SHOWN]!r}") from error
-        score = found.get("score") if isinstance(found, dict) else None
+            raise NotAScoreError(f"the reply is not JSON: {reply[:_MAX_SHOWN]!r}") from error
+        score = fields.get("score") if isinstance(fields, dict) else None
         if isinstance(score, bool) or not isinstance(score, (int, float)):
-            raise NotAScoreError(f'the reply has no number under "score": {reply[:_SHOWN]!r}')
+            raise NotAScoreError(f'the reply has no number under "score": {reply[:_MAX_SHOWN]!r}')
         if not math.isfinite(score) or not 0 <= score <= self.max_score:
-            raise NotAScoreError(f"the score {str(score)[:_SHOWN]} is outside 0 to {self.max_score:g}")
+            raise NotAScoreError(f"the score {str(score)[:_MAX_SHOWN]} is outside 0 to {self.max_score:g}")
         return score / self.max_score
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two scores, neither is meant more than the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice")
-    return found
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are unique: of two scores, neither can be trusted."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return fields
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

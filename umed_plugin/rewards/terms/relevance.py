@@ -1,0 +1,8 @@
+"""Relevance of an answer to the reference diagnosis, by the default judge; ``--umed_judge`` chooses another one."""
+
+from __future__ import annotations
+
+from umed_plugin.rewards.contract import register_reward
+from umed_plugin.rewards.judges.lexical import lexical_relevance
+
+relevance = register_reward("relevance")(lexical_relevance)
