@@ -1,7 +1,7 @@
-"""Everything that can be found, in the order in which it is looked for; the README's table is made of it.
+"""Every finding of the doctor, in the order of its checks. The table in docs/doctor.md is generated from this list.
 
-LLaVA means LLaVA 1.2.2 as it is. Most of what is said of it was tried: `tests/test_doctor_fixes.py` lets it load the faulty
-checkpoints and the mended ones.
+"LLaVA" means unmodified LLaVA 1.2.2. Most statements about it are tested: `tests/commands/test_doctor_fixes.py` lets it load the
+faulty checkpoints and the fixed ones.
 """
 
 from __future__ import annotations
@@ -10,24 +10,25 @@ from typing import Any
 
 from umed_plugin.commands.doctor.findings import ERROR, NOTE, WARNING, Finding, JsonChange, Kind
 
-_AGAIN = "Get the file again: {file}."
+_AGAIN = "Download or copy the file again: {file}."
 
 FILES = (
     Kind(
         "config-missing", ERROR, "no config.json",
         "Nothing says what model this is; LLaVA does not load it.",
-        "Copy config.json from the checkpoint that this one was made from. A LoRA run's checkpoint-N folder has none: take the "
-        "output folder of a run that ended.",
+        "Copy config.json from the checkpoint that this one was made from. A LoRA run's checkpoint-N folder has none: use the "
+        "output folder of a finished run.",
     ),
     Kind(
-        "config-unreadable", ERROR, "config.json or another settings file is no JSON object",
+        "config-unreadable", ERROR, "config.json or another settings file is not a JSON object",
         "LLaVA does not load the checkpoint.",
         "Copy the file from the checkpoint that this one was made from.",
     ),
     Kind(
-        "weights-missing", ERROR, "neither weights, nor an adapter, nor a projector",
+        "weights-missing", ERROR, "no weights, no adapter and no projector",
         "There is nothing to load.",
-        "Needed: model.safetensors or pytorch_model.bin (or their shards and index), adapter_config.json, or mm_projector.bin.",
+        "Needed: model.safetensors or pytorch_model.bin (or their shards and index), adapter_config.json, or "
+        "mm_projector.bin.",
     ),
     Kind(
         "shard-missing", ERROR, "a shard that the index names is missing",
@@ -37,49 +38,50 @@ FILES = (
     Kind(
         "index-missing", ERROR, "shards without an index, or with one that cannot be read",
         "LLaVA finds no weights.",
-        "umed doctor {checkpoint} --fix writes the index where all shards are there; else get the checkpoint again.",
-        "writes the index from the shards' headers, when all shards are there",
+        "umed doctor {checkpoint} --fix writes the index if all shards are present. Otherwise get the checkpoint "
+        "again.",
+        "writes the index from the shards' headers, if all shards are present",
     ),
     Kind(
-        "index-wrong", ERROR, "the index names other tensors than the shards hold",
-        "LLaVA leaves out what the index does not name, and begins those tensors at random without an error.",
-        "umed doctor {checkpoint} --fix writes the index anew from the shards' headers.",
-        "writes the index anew from the shards' headers",
+        "index-wrong", ERROR, "the index and the shards name different tensors",
+        "LLaVA skips tensors that the index does not name and initializes them randomly, without an error.",
+        "umed doctor {checkpoint} --fix rewrites the index from the shards' headers.",
+        "rewrites the index from the shards' headers",
     ),
     Kind(
-        "second-weights", WARNING, "weight files that are not loaded",
-        "Of two sets of weights the loader takes one, which may be the older one.",
-        "Move the files away that do not belong: {files}.",
+        "second-weights", WARNING, "weight files that will not be loaded",
+        "The folder holds two sets of weights. The loader takes one of them, perhaps the older one.",
+        "Move the files that do not belong out of the folder: {files}.",
     ),
     Kind(
-        "file-truncated", ERROR, "a weight file is cut off",
+        "file-truncated", ERROR, "a weight file is truncated",
         "The file cannot be loaded, or part of its tensors is garbage.",
         _AGAIN,
     ),
     Kind(
-        "file-placeholder", ERROR, "a weight file is a placeholder of git LFS",
+        "file-placeholder", ERROR, "a weight file is a git LFS pointer",
         "The weights themselves were not downloaded.",
-        "git lfs pull in the folder, or huggingface-cli download NAME --local-dir DIR.",
+        "Run git lfs pull in the folder, or huggingface-cli download NAME --local-dir DIR.",
     ),
     Kind(
-        "file-unreadable", ERROR, "a weight file is something else than its name says",
+        "file-unreadable", ERROR, "the content of a weight file does not match its name",
         "The file cannot be loaded.",
         _AGAIN,
     ),
     Kind(
         "pickle-runs-code", ERROR, "a weight file holds more than plain tensors",
-        "LLaVA's torch loads pickles without a check: what they name is called. umed refuses them.",
-        "Do not load it. If you trust where it comes from, load it once in a Python without keys and network, and save its "
-        "tensors anew: torch.save({{k: v for k, v in torch.load(F).items()}}, F).",
+        "LLaVA's torch loads pickles without a check and calls the functions that they name. umed refuses them.",
+        "Do not load it. If you trust its source, load it once in a Python without credentials or network, and save its "
+        "tensors again: torch.save({{k: v for k, v in torch.load(F).items()}}, F).",
     ),
     Kind(
-        "pickle-beside", WARNING, "a pickle beside the weights names what no training writes",
-        "Resuming training, or a curious torch.load, runs it.",
-        "Delete it unless training is to be resumed from it: {file}.",
+        "pickle-beside", WARNING, "a pickle beside the weights names functions that no training run writes",
+        "Resuming training, or calling torch.load on it, runs them.",
+        "Delete it, unless you want to resume training from it: {file}.",
     ),
     Kind(
         "code-inside", WARNING, "Python files, or auto_map in config.json",
-        "Programs that trust remote code run it; LLaVA does so for folders with 'mpt' in their names.",
+        "Programs that trust remote code run it. LLaVA does so for folders with 'mpt' in their names.",
         "Read the code, or delete it together with auto_map: LLaVA's Llama and Mistral models need none.",
     ),
 )  # fmt: skip
@@ -87,120 +89,126 @@ FILES = (
 CONFIG = (
     Kind(
         "transformers-form", ERROR, "LlavaForConditionalGeneration, transformers' form",
-        "LLaVA's own code, and training with it, cannot load this form.",
+        "LLaVA's own code cannot load this form, for inference or for training.",
         "umed convert {checkpoint} --out DIR/llava{mistral} writes LLaVA's form. vLLM and TRL take this one.",
     ),
     Kind(
-        "family-unknown", ERROR, "model_type is none of LLaVA's that umed knows",
+        "family-unknown", ERROR, "umed does not support this model_type",
         "umed trains and evaluates Llama- and Mistral-based LLaVA checkpoints.",
         "{advice}",
     ),
     Kind(
-        "config-value", ERROR, "a value in config.json that cannot be, or a size that is missing",
+        "config-value", ERROR, "config.json holds an impossible value, or lacks a size",
         "LLaVA does not load the checkpoint, or builds another model.",
         "Take config.json from the checkpoint that this one was made from.",
     ),
     Kind(
-        "delta", ERROR, "weights are differences from a base model, as LLaVA-Med 1.0 was published",
-        "Loaded as they are, the model writes garbage.",
+        "delta", ERROR, "the weights are differences from a base model, as LLaVA-Med 1.0 was published",
+        "If they are loaded directly, the model writes garbage.",
         "python -m llava.model.apply_delta --base-model-path LLAMA-7B --target-model-path DIR/llava-med-7b "
         "--delta-path {checkpoint}",
     ),
     Kind(
         "mixed-config", WARNING, "llava_llama in config.json over Mistral weights",
-        "LLaVA's train() loads every checkpoint as Llama and saves this; templates and loader are then Llama's.",
-        "Set model_type to llava_mistral and architectures to LlavaMistralForCausalLM, and ask with mistral_instruct. Train "
-        "under umed-run, which loads by model_type.",
-        "sets model_type and architectures, when no sliding window makes the two differ",
+        "LLaVA's train() loads every checkpoint as Llama and saves this. Template and loader are then those of Llama.",
+        "Set model_type to llava_mistral and architectures to LlavaMistralForCausalLM, and use the template mistral_instruct. "
+        "Train under umed-run, which loads by model_type.",
+        "sets model_type and architectures, unless a sliding window makes the two classes differ",
     ),
     Kind(
         "config-of-transformers-5", ERROR, "rope_parameters instead of rope_theta",
-        "LLaVA on its pins reads no rope_parameters and takes a rotary base of 10000 without a warning.",
+        "LLaVA with its pinned transformers does not read rope_parameters. It uses a rotary base of 10000 without a "
+        "warning.",
         "umed doctor {checkpoint} --fix writes rope_theta and rope_scaling.",
         "writes rope_theta, rope_scaling and torch_dtype from the newer keys",
     ),
     Kind(
-        "head-counts", ERROR, "num_key_value_heads does not fit the key and value weights",
-        "Training and umed refuse the checkpoint (size mismatch); LLaVA fails at the first token.",
+        "head-counts", ERROR, "num_key_value_heads does not match the key and value weights",
+        "Training and umed refuse the checkpoint (size mismatch). LLaVA fails at the first token.",
         "Set num_key_value_heads to {heads} in config.json.",
-        "sets num_key_value_heads, when all layers agree",
+        "sets num_key_value_heads, if all layers agree",
     ),
     Kind(
         "layers-dropped", ERROR, "more layers in the weights than num_hidden_layers",
-        "LLaVA leaves the last layers out and says nothing that stops it.",
+        "LLaVA drops the last layers and continues.",
         "Set num_hidden_layers to the number of layers that the model was trained with.",
     ),
     Kind(
         "tensors-missing", ERROR, "tensors that the model needs are missing",
-        "LLaVA begins them at random and only warns.",
-        "Get the checkpoint again, or export it again from the run that trained it.",
+        "LLaVA initializes them randomly and only prints a warning.",
+        "Get the checkpoint again, or export it again from its training run.",
     ),
     Kind(
         "tensors-unknown", WARNING, "tensors that the model does not have",
-        "LLaVA leaves them out and only warns.",
-        "If they were trained, this checkpoint belongs to another class: use the code that trained it.",
+        "LLaVA drops them and only prints a warning.",
+        "If they were trained, this checkpoint belongs to another model class. Use the code that trained it.",
     ),
     Kind(
-        "shape-mismatch", ERROR, "shapes that config.json does not give",
-        "Training and umed refuse the checkpoint (size mismatch); LLaVA's loader does not look, and may fail later.",
+        "shape-mismatch", ERROR, "tensor shapes that do not match config.json",
+        "Training and umed refuse the checkpoint (size mismatch). LLaVA's loader does not check and may fail later.",
         "Take config.json from the checkpoint that the weights belong to.",
     ),
     Kind(
-        "vocabulary-size", ERROR, "vocab_size is not the number of rows of embeddings and output",
-        "Training and umed refuse the checkpoint (size mismatch); LLaVA answers with it, as its loader does not look.",
+        "vocabulary-size", ERROR, "vocab_size differs from the number of rows of the embeddings and the output layer",
+        "Training and umed refuse the checkpoint (size mismatch). LLaVA's loader does not check, so LLaVA answers with "
+        "it.",
         "Set vocab_size to {rows} in config.json.",
-        "sets vocab_size, when embeddings and output layer agree",
+        "sets vocab_size, if embeddings and output layer agree",
     ),
     Kind(
         "projector-missing", ERROR, "no projector weights",
-        "LLaVA begins the projector at random and only warns: the model sees noise.",
-        "Get the checkpoint again; if it was trained in two steps, add mm_projector.bin with --pretrain_mm_mlp_adapter.",
+        "LLaVA initializes the projector randomly and only prints a warning: the model sees noise.",
+        "Get the checkpoint again. If it was trained in two steps, add mm_projector.bin with "
+        "--pretrain_mm_mlp_adapter.",
     ),
     Kind(
-        "projector-type", ERROR, "mm_projector_type is not the projector that lies in the weights",
-        "LLaVA builds another projector and begins it at random, or refuses the weights.",
+        "projector-type", ERROR, "mm_projector_type does not match the projector in the weights",
+        "LLaVA builds another projector and initializes it randomly, or refuses the weights.",
         "Set mm_projector_type to {kind} in config.json.",
-        "sets mm_projector_type, when the weights are those of a linear or mlpNx_gelu one",
+        "sets mm_projector_type, if the weights are those of a linear or mlpNx_gelu projector",
     ),
     Kind(
         "image-mode-unset", WARNING, "image_aspect_ratio is not set",
-        "LLaVA cuts the middle out of images that are not square: lesions at the edge are gone, and boxes count from the cut.",
-        "LLaVA 1.5 and LLaVA-Med 1.5 were trained with \"image_aspect_ratio\": \"pad\"; set what this one was trained with.",
+        "LLaVA center-crops images that are not square: lesions at the edge are lost, and boxes refer to the crop.",
+        "LLaVA 1.5 and LLaVA-Med 1.5 were trained with \"image_aspect_ratio\": \"pad\". Set the value that this one was "
+        "trained with.",
     ),
     Kind(
         "image-mode-unknown", ERROR, "image_aspect_ratio is neither pad, square nor anyres",
-        "LLaVA takes any other word for square without a message, and cuts the middle out.",
+        "LLaVA treats any other word as square without a message, and center-crops the image.",
         "Allowed: pad, square, anyres.",
     ),
     Kind(
         "image-mode-anyres", WARNING, "image_aspect_ratio is anyres",
-        "umed's records know pad and square: boxes in tiles are neither trained nor measured.",
-        "Train with --image_aspect_ratio pad; LLaVA itself answers with anyres as before.",
+        "umed's records support pad and square. Boxes in tiles are neither trained nor evaluated.",
+        "Train with --image_aspect_ratio pad. LLaVA itself still answers with anyres.",
     ),
     Kind(
         "image-tiles-unset", ERROR, "anyres without image_grid_pinpoints, or spatial_unpad without image_newline",
-        "LLaVA fails at the first image, or begins image_newline at random.",
-        "Copy image_grid_pinpoints and mm_patch_merge_type from the config.json of the LLaVA-NeXT checkpoint that this is of.",
+        "LLaVA fails at the first image, or initializes image_newline randomly.",
+        "Copy image_grid_pinpoints and mm_patch_merge_type from the config.json of the LLaVA-NeXT checkpoint that this "
+        "one was made from.",
     ),
     Kind(
         "generation-config", WARNING, "generation_config.json has sampling values without do_sample",
-        "transformers refuses to save it: 4.36 leaves it out of what training saves, later ones fail at the first save "
+        "transformers refuses to save it: 4.36 omits it from what training saves, later versions fail at the first save "
         "(LLaVA #1144, #1252).",
-        "Set do_sample to true in generation_config.json. LLaVA's programs say themselves whether to sample.",
+        "Set do_sample to true in generation_config.json. LLaVA's programs set do_sample themselves.",
         "sets do_sample to true",
     ),
     Kind(
-        "quantized", ERROR, "weights are stored in 8 or 4 bits",
-        "They can be neither trained, nor merged, nor compared.",
-        "Use the checkpoint in half precision; LLaVA quantizes while loading (--load-4bit).",
+        "quantized", ERROR, "the weights are stored in 8 or 4 bits",
+        "They cannot be trained, merged or compared.",
+        "Use the half-precision checkpoint. LLaVA quantizes while loading (--load-4bit).",
     ),
 )  # fmt: skip
 
 TOKENS = (
     Kind(
         "tokenizer-missing", ERROR, "no tokenizer.model",
-        "LLaVA reads its slow tokenizer from tokenizer.model and fails without.",
-        "Copy tokenizer.model, tokenizer_config.json and special_tokens_map.json from the checkpoint that this was made from.",
+        "LLaVA reads its slow tokenizer from tokenizer.model and fails without it.",
+        "Copy tokenizer.model, tokenizer_config.json and special_tokens_map.json from the checkpoint that this one was "
+        "made from.",
     ),
     Kind(
         "tokenizer-unreadable", ERROR, "the tokenizer's files cannot be read",
@@ -209,37 +217,38 @@ TOKENS = (
     ),
     Kind(
         "tokens-without-rows", ERROR, "the tokenizer has more tokens than the embeddings have rows",
-        "LLaVA adds rows of random values for them.",
-        "Take the tokenizer that the model was trained with; if config.json asks for tokens that training did not add, set "
+        "LLaVA adds rows of random values for these tokens.",
+        "Use the tokenizer that the model was trained with. If config.json asks for tokens that training did not add, set "
         "mm_use_im_start_end to false.",
     ),
     Kind(
-        "image-patch-token", WARNING, "mm_use_im_patch_token is not set, and no row is there for `<im_patch>`",
-        "LLaVA takes it for true and adds a row of random values, which the model may come to write.",
-        "Set mm_use_im_patch_token to false in config.json: no prompt holds the token.",
+        "image-patch-token", WARNING, "mm_use_im_patch_token is not set, and `<im_patch>` has no row",
+        "LLaVA treats it as true and adds a row of random values. The model may then write this token.",
+        "Set mm_use_im_patch_token to false in config.json: no prompt uses the token.",
         "sets mm_use_im_patch_token to false",
     ),
     Kind(
-        "rows-without-tokens", WARNING, "embeddings have rows that no token has",
-        "LLaVA cuts them off when it loads. Harmless if they are padding; not if the tokenizer lost its added tokens.",
-        "Compare added_tokens.json with that of the checkpoint that this one was made from.",
+        "rows-without-tokens", WARNING, "the embeddings have more rows than the tokenizer has tokens",
+        "LLaVA removes the extra rows when it loads. That is harmless for padding, but not if the tokenizer lost added "
+        "tokens.",
+        "Compare added_tokens.json with the file of the checkpoint that this one was made from.",
     ),
     Kind(
-        "end-token", ERROR, "config.json or generation_config.json ends answers at another token than the tokenizer's end",
-        "Answers do not end, or end too early.",
+        "end-token", ERROR, "eos_token_id in config.json or generation_config.json is not the tokenizer's end token",
+        "Answers never end, or end too early.",
         "Set eos_token_id to {token} in {files}.",
-        "sets eos_token_id, when `</s>` of LLaVA's templates is the tokenizer's end",
+        "sets eos_token_id, if the tokenizer's end token is the `</s>` of LLaVA's templates",
     ),
     Kind(
-        "questions-masked", NOTE, "a tokenizer that is not legacy, under the templates of Vicuna",
-        "LLaVA's training masks samples with several questions whole, and only prints 'tokenization mismatch' (#661, #1166, "
+        "questions-masked", NOTE, "a non-legacy tokenizer with Vicuna's templates",
+        "LLaVA's training masks samples with several questions entirely, and only prints 'tokenization mismatch' (#661, #1166, "
         "#1706).",
-        "One record for each question, as umed's recipes write them; a run of umed's stops before it trains on masked ones.",
+        "Write one record per question, as umed's recipes do. A umed run stops before it trains on masked records.",
     ),
     Kind(
         "padding-token", ERROR, "pad_token_id lies outside the vocabulary",
-        "The embedding layer cannot be made: LLaVA does not load the checkpoint.",
-        "Set pad_token_id to {token} in config.json; padding is masked, so any token will do.",
+        "The embedding layer cannot be created: LLaVA does not load the checkpoint.",
+        "Set pad_token_id to {token} in config.json. Padding is masked, so any token works.",
         "sets pad_token_id to the tokenizer's unknown token",
     ),
 )  # fmt: skip
@@ -251,58 +260,60 @@ TOWER = (
         "Set mm_vision_tower to the tower that it was trained with, such as openai/clip-vit-large-patch14-336.",
     ),
     Kind(
-        "tower-moved", ERROR, "mm_vision_tower names no folder on this machine, nor a tower that LLaVA knows",
+        "tower-moved", ERROR, "mm_vision_tower is neither a folder on this machine nor a tower that LLaVA knows",
         "LLaVA stops with 'Unknown vision tower'.",
-        "Write the tower's absolute path, or its name on the hub, as mm_vision_tower in config.json.",
-        "names the checkpoint's own folder vision_tower, when it holds one",
+        "Set mm_vision_tower in config.json to the tower's absolute path, or to its name on the hub.",
+        "sets it to the checkpoint's own folder vision_tower, if it has one",
     ),
     Kind(
         "tower-relative", WARNING, "mm_vision_tower is a relative path",
-        "LLaVA resolves it against the folder that it is started in, and fails in any other.",
+        "LLaVA resolves it against the working directory, and fails in any other directory.",
         "Write the absolute path in config.json.",
-        "writes the absolute path of the folder inside the checkpoint, when it is there",
+        "writes the absolute path of the folder inside the checkpoint, if it exists",
     ),
     Kind(
-        "tower-not-here", NOTE, "the tower is on the hub and not on this machine",
+        "tower-not-here", NOTE, "the tower is on the hub, not on this machine",
         "The first load needs the network.",
         "huggingface-cli download {tower}",
     ),
     Kind(
         "tower-ignored", ERROR, "tower weights in the checkpoint differ from the tower that LLaVA loads",
-        "LLaVA drops them and answers with another tower than was trained (LLaVA-Med #86, #105, #109).",
-        "Set unfreeze_mm_vision_tower to true in config.json: LLaVA then loads them. umed uses them in any case.",
-        "sets unfreeze_mm_vision_tower, when the weights fit the tower",
+        "LLaVA drops them and answers with a tower that was not trained with this model (LLaVA-Med #86, #105, #109).",
+        "Set unfreeze_mm_vision_tower to true in config.json: LLaVA then loads them. umed always uses them.",
+        "sets unfreeze_mm_vision_tower, if the weights fit the tower",
     ),
     Kind(
         "tower-copy", NOTE, "tower weights in the checkpoint equal the tower that LLaVA loads",
-        "LLaVA reports them as unused, which is right; they only take room.",
+        "LLaVA reports them as unused, which is correct. They only take disk space.",
         "Nothing to do. umed merge and umed upgrade keep them.",
     ),
     Kind(
-        "tower-not-compared", WARNING, "tower weights in the checkpoint are dropped, and the tower is not here to compare with",
-        "If they were trained, LLaVA answers with another tower than was trained.",
-        "huggingface-cli download {tower}, then umed doctor again; or set unfreeze_mm_vision_tower to true in config.json.",
+        "tower-not-compared", WARNING, "tower weights in the checkpoint are dropped, and the tower is not available for "
+        "comparison",
+        "If they were trained, LLaVA answers with the wrong tower.",
+        "Run huggingface-cli download {tower}, then umed doctor again. Or set unfreeze_mm_vision_tower to true in "
+        "config.json.",
     ),
     Kind(
         "tower-misfit", ERROR, "tower weights in the checkpoint do not fit the tower that config.json names",
-        "umed refuses them; LLaVA drops them, or begins the rest at random when told to use them.",
-        "Name the tower in config.json (mm_vision_tower) that the checkpoint was trained with.",
+        "umed refuses them. LLaVA drops them, or initializes the rest randomly when told to use them.",
+        "Set mm_vision_tower in config.json to the tower that the checkpoint was trained with.",
     ),
     Kind(
         "tower-promised", ERROR, "unfreeze_mm_vision_tower without tower weights",
-        "LLaVA begins the tower at random: the model sees noise.",
-        "Take unfreeze_mm_vision_tower out of config.json.",
-        "takes unfreeze_mm_vision_tower out of config.json",
+        "LLaVA initializes the tower randomly: the model sees noise.",
+        "Remove unfreeze_mm_vision_tower from config.json.",
+        "removes unfreeze_mm_vision_tower from config.json",
     ),
     Kind(
-        "tower-width", ERROR, "mm_hidden_size is not the width of the tower, or not that of the projector's input",
-        "Training and umed refuse the checkpoint (size mismatch); LLaVA's loader does not look, and fails at the first image "
-        "where tower and projector differ.",
-        "Set mm_hidden_size to {width}, and name the tower of that width.",
-        "sets mm_hidden_size, when tower and projector agree",
+        "tower-width", ERROR, "mm_hidden_size differs from the tower's width or from the projector's input width",
+        "Training and umed refuse the checkpoint (size mismatch). LLaVA's loader does not check; LLaVA fails at the first image "
+        "if tower and projector differ.",
+        "Set mm_hidden_size to {width}, and mm_vision_tower to the tower of that width.",
+        "sets mm_hidden_size, if tower and projector agree",
     ),
     Kind(
-        "tower-image-size", ERROR, "the tower's image processor makes images of another size than the tower takes",
+        "tower-image-size", ERROR, "the tower's image processor and the tower disagree about the image size",
         "LLaVA fails at the first image.",
         "Set crop_size and size in the tower's preprocessor_config.json to {size}.",
     ),
@@ -312,22 +323,23 @@ WEIGHTS = (
     Kind(
         "not-finite", ERROR, "NaN or infinite values",
         "Answers are empty or garbage.",
-        "Take an earlier checkpoint of the run. Training in fp16 does this: use bf16, or fp32 on older GPUs.",
+        "Use an earlier checkpoint of the run. Training in fp16 causes this: use bf16, or fp32 on older GPUs.",
     ),
     Kind(
-        "half-overflow", ERROR, "values that half precision cannot hold",
-        "LLaVA loads in fp16, where they become infinite.",
-        "Load in bf16 or fp32 (umed does), or take an earlier checkpoint.",
+        "half-overflow", ERROR, "values that fp16 cannot represent",
+        "LLaVA loads weights in fp16, where these values become infinite.",
+        "Load in bf16 or fp32 (umed does), or use an earlier checkpoint.",
     ),
     Kind(
         "empty-tensors", ERROR, "tensors without values",
-        "Saved under ZeRO-3 without gathering: the weights are not there.",
-        "Run zero_to_fp32.py in the run's folder, or train with stage3_gather_16bit_weights_on_model_save.",
+        "They were saved under ZeRO-3 without gathering: the weights are missing.",
+        "Run zero_to_fp32.py in the run folder, or train with stage3_gather_16bit_weights_on_model_save.",
     ),
     Kind(
-        "mixed-dtypes", WARNING, "language model in several number formats",
-        "LLaVA loads all as fp16, so the finer ones are rounded; some programs refuse the mixture.",
-        "umed merge and umed upgrade keep the formats of the checkpoint that they began with; export again if it was not so.",
+        "mixed-dtypes", WARNING, "the language model has several dtypes",
+        "LLaVA loads everything as fp16, so values of higher precision are rounded. Some programs refuse the mixture.",
+        "umed merge and umed upgrade keep the dtypes of their input checkpoint. If the input was not mixed, export "
+        "again.",
     ),
 )  # fmt: skip
 
@@ -335,79 +347,84 @@ ADAPTER = (
     Kind(
         "adapter-missing", ERROR, "adapter_config.json without adapter weights",
         "There is nothing to load.",
-        "Copy adapter_model.safetensors or adapter_model.bin from the run's folder.",
+        "Copy adapter_model.safetensors or adapter_model.bin from the run folder.",
     ),
     Kind(
         "projector-not-saved", ERROR, "a LoRA folder without non_lora_trainables.bin",
-        "The trained projector is not there: LLaVA writes it at the end of training only (LLaVA #729, #1200), and looks for it "
-        "on the hub.",
-        "Take the output folder of a run that ended. Under umed-run every checkpoint-N has it.",
+        "The trained projector is missing: LLaVA writes it only at the end of training (LLaVA #729, #1200), and then "
+        "looks for it on the hub.",
+        "Use the output folder of a finished run. Under umed-run every checkpoint-N has the file.",
     ),
     Kind(
         "base-missing", ERROR, "the base of a LoRA folder or projector is not on this machine",
-        "Without its base it is no model.",
-        "umed doctor {checkpoint} --base CKPT; and --base, or LLaVA's --model-base, wherever it is used.",
+        "Without its base it is not a model.",
+        "Run umed doctor {checkpoint} --base CKPT. Give --base, or LLaVA's --model-base, wherever you use it.",
     ),
     Kind(
         "base-mismatch", ERROR, "the trained weights do not fit the base",
-        "LLaVA fails, or leaves them out without an error.",
-        "Give the checkpoint that it was trained on with --base.",
+        "LLaVA fails, or drops them without an error.",
+        "With --base, name the checkpoint that it was trained on.",
     ),
     Kind(
         "adapter-of-mistral", ERROR, "a LoRA folder or projector over a Mistral base",
-        "LLaVA loads every base of a LoRA folder or projector as Llama, and fails.",
-        "umed merge {checkpoint} --base CKPT --out DIR/llava-mistral: LLaVA loads the result.",
+        "LLaVA loads the base of every LoRA folder or projector as Llama, and fails.",
+        "Run umed merge {checkpoint} --base CKPT --out DIR/llava-mistral. LLaVA loads the result.",
     ),
     Kind(
         "adapter-model-type", WARNING, "model_type 'llava' in a LoRA folder or projector",
-        "LLaVA reads it by model_type, and transformers takes 'llava' for its own form, which has no defaults for what an older "
-        "config.json leaves out: LLaVA then fails (LLaVA #1031).",
+        "LLaVA reads it by model_type, and transformers treats 'llava' as its own form. That form has no defaults "
+        "for what an older config.json omits, so LLaVA fails (LLaVA #1031).",
         "Set model_type to llava_llama in config.json.",
         "sets model_type to llava_llama",
     ),
     Kind(
         "adapter-fields", WARNING, "adapter_config.json has fields that the installed peft does not know",
-        "peft drops them or fails, depending on its version. These have their neutral values.",
-        "Take the fields out of adapter_config.json, or install the peft that wrote it.",
-        "takes the fields out, as their values change nothing",
+        "Depending on its version, peft drops them or fails. These fields have neutral values.",
+        "Remove the fields from adapter_config.json, or install the peft version that wrote it.",
+        "removes the fields, because their values change nothing",
     ),
     Kind(
-        "adapter-fields-needed", ERROR, "adapter_config.json has such fields that change the model",
-        "peft drops them, and loads another model than was trained, or fails.",
-        "Install the peft that wrote it, or umed merge, which knows use_rslora.",
+        "adapter-fields-needed", ERROR, "adapter_config.json has fields that the installed peft does not know and that "
+        "change the model",
+        "peft fails, or drops them and loads a different model than the trained one.",
+        "Install the peft version that wrote it, or use umed merge, which knows use_rslora.",
     ),
 )  # fmt: skip
 
 NAMES = (
     Kind(
-        "name-without-llava", ERROR, "the folder's name does not hold 'llava'",
-        "LLaVA takes it for a language model without images.",
+        "name-without-llava", ERROR, "the folder's name does not contain 'llava'",
+        "LLaVA treats it as a language model without images.",
         "{advice}",
     ),
     Kind(
-        "name-of-mpt", ERROR, "'mpt' in the folder's name, as in a temporary folder's",
-        "LLaVA loads the weights into an MPT model, and fails (LLaVA #1022, #1416, #1567, #1597).",
+        "name-of-mpt", ERROR, "'mpt' in the folder's name, as some temporary folders have",
+        "LLaVA loads the weights into an MPT model and fails (LLaVA #1022, #1416, #1567, #1597).",
         "{advice}",
     ),
     Kind(
-        "name-of-other-class", WARNING, "'mistral' in the name of a Llama model, or not in that of a Mistral model",
-        "LLaVA chooses class, tokenizer and template by it: what config.json leaves out gets the other class's defaults.",
+        "name-of-other-class", WARNING, "'mistral' in the name of a Llama model, or missing in the name of a Mistral "
+        "model",
+        "LLaVA chooses class, tokenizer and template by the name: what config.json omits gets the other class's "
+        "defaults.",
         "{advice}",
     ),
     Kind(
-        "name-of-adapter", WARNING, "'lora' in the name of a full checkpoint or projector, or not in that of a LoRA folder",
-        "LLaVA treats a folder with a base as LoRA if and only if its name says so.",
+        "name-of-adapter", WARNING, "'lora' in the name of a full checkpoint or projector, or missing in the name of a "
+        "LoRA folder",
+        "LLaVA treats a folder with a base as LoRA if and only if its name contains 'lora'.",
         "{advice}",
     ),
     Kind(
-        "name-template", WARNING, "LLaVA would choose another template by the folder's name",
-        "llava.serve.cli and llava.eval.run_llava choose the template by the name, and the model is asked as it was not trained.",
+        "name-template", WARNING, "by the folder's name LLaVA would choose another template",
+        "llava.serve.cli and llava.eval.run_llava choose the template by the name. The model then gets prompts unlike "
+        "its training.",
         "Give --conv-mode {template}.",
     ),
     Kind(
         "path-with-mpt", WARNING, "'mpt' in the path",
-        "LLaVA's train() takes any path with 'mpt' in it, a temporary folder's too, for an MPT model.",
-        "Train from another path: mv, or ln -s {checkpoint} ELSEWHERE/llava{mistral}.",
+        "LLaVA's train() treats any path that contains 'mpt' as an MPT model, even a temporary folder.",
+        "Train from another path: move it, or ln -s {checkpoint} ELSEWHERE/llava{mistral}.",
     ),
 )  # fmt: skip
 
