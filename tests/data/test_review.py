@@ -174,7 +174,7 @@ def test_decisions_that_cannot_be_used_are_told(built: Path, capsys) -> None:
     told = capsys.readouterr().err
     for words in ("no.json: is not JSON", "gone.json: cannot be read", "decisions[0] has no text under 'id'"):
         assert words in told
-    assert "the decision 'maybe'; allowed: accept, edit, reject" in told and "is an edit without a text" in told
+    assert "the decision 'maybe'; allowed: accept, edit, reject" in told and "is an edit without text" in told
 
 
 def test_decisions_about_an_older_text_are_counted_and_not_used(built: Path, capsys) -> None:

@@ -203,7 +203,7 @@ def test_what_is_never_right_is_asked_three_times_and_put_aside(bad, tmp_path: P
     assert [record["objects"]["ref"] for record in records_of(tmp_path)] == [["nodule"], ["nodule"]]
     (aside,) = records_of(tmp_path, "train.aside.json")
     assert aside["objects"]["ref"] == ["cyst"] and len(aside["provenance"]["replies"]) == 3 and aside["aside"]
-    assert "1 put aside" in capsys.readouterr().out
+    assert "1 records set aside" in capsys.readouterr().out
 
 
 @pytest.mark.llava
@@ -295,8 +295,8 @@ def test_a_server_that_sends_garbage_is_asked_the_same_again_and_the_loss_is_cou
     ("answer", "told", "requests"),
     [
         (Answer({"error": {"message": "no such model"}}, 404), "the server refuses: HTTP 404", 1),
-        (Answer({"error": {"message": "bad"}}, 400), "10 requests in a row failed", 10),
-        (Answer("<html>gateway</html>", 200, {"Content-Type": "text/html"}), "10 requests in a row failed", 10),
+        (Answer({"error": {"message": "bad"}}, 400), "10 consecutive requests failed", 10),
+        (Answer("<html>gateway</html>", 200, {"Content-Type": "text/html"}), "10 consecutive requests failed", 10),
     ],
 )
 def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path: Path, capsys) -> None:
@@ -343,7 +343,10 @@ def test_the_commands_of_the_readme_fit(tmp_path: Path, monkeypatch, capsys) -> 
         (["--writer", "openai", "--model", "m", "--prices", "5"], "two numbers"),
         (["--writer", "openai", "--model", "m", "--answer-words", "9:3"], "such as 15:150"),
         (["--writer", "openai", "--model", "m", "--concurrency", "0"], "must be at least 1"),
-        (["--writer", "openai", "--model", "m", "--request-options", '{"model": "x"}'], "sets model"),
+        (
+            ["--writer", "openai", "--model", "m", "--request-options", '{"model": "x"}'],
+            "must not set `model`; the plugin sets it",
+        ),
         (["--writer", "openai", "--model", "m", "--request-options", "7"], "must be a JSON object"),
     ],
 )
@@ -361,7 +364,7 @@ def test_prompts_are_checked(tmp_path: Path, capsys) -> None:
     (mine / "reflect.txt").write_text("{findings}")
     assert build(tmp_path, None, "--prompts", str(mine)) == 1
     told = capsys.readouterr().err
-    assert "unknown place 'finding'. Did you mean 'findings'" in told and "reflect.txt: has no {draft}" in told
+    assert "unknown placeholder 'finding'. Did you mean 'findings'" in told and "reflect.txt: has no {draft}" in told
     assert "again.txt: cannot be read" in told and "write.txt: has no {findings}" in told
 
 
@@ -413,12 +416,13 @@ def written_about(server) -> int:
 
 
 @pytest.mark.llava
-def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, capsys) -> None:
     burnt_in_data(tmp_path)
     suspects = tmp_path / "out" / "train.burnt_in.txt"
     with judge_server(good) as server:
         assert build(tmp_path, server) == 0
-        assert "2 images may have text burnt into their pixels" in caplog.text and "are left out" in caplog.text
+        warned = capsys.readouterr().err
+        assert "warning: 2 images may have text burnt into their pixels" in warned and "are left out" in warned
         names = [record["id"] for record in records_of(tmp_path)]
         assert names == ["drawn/0.png", "drawn/2.png", "drawn/3.png", "drawn/d.dcm"] and written_about(server) == 4
         listed = [line for line in suspects.read_text().splitlines() if not line.startswith("#")]
@@ -427,9 +431,9 @@ def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplo
 
         # The person has looked: the DICOM is harmless, the name is not.
         suspects.write_text("\n".join(listed[:1]) + "\n")
-        caplog.clear()
         assert build(tmp_path, server, "--burnt-in", "send", "--leave-out", str(suspects)) == 0
-        assert written_about(server) == 5 and "1 images may have text" in caplog.text and "are sent, as" in caplog.text
+        warned = capsys.readouterr().err
+        assert written_about(server) == 5 and "1 images may have text" in warned and "are sent because of" in warned
         assert [record["id"] for record in records_of(tmp_path)] == [*names[:3], "drawn/c.dcm", names[3]]
         assert suspects.read_text() == listed[0] + "\n"
 
@@ -438,14 +442,14 @@ def test_images_with_text_burnt_in_are_listed_and_not_sent(tmp_path: Path, caplo
 
 
 @pytest.mark.llava
-def test_a_list_of_what_is_never_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys) -> None:
+def test_a_list_of_what_is_never_sent(tmp_path: Path, capsys) -> None:
     write_data(tmp_path, 3)
     (tmp_path / "private.txt").write_text("# mine\ndrawn/0001.png\n\ndrawn/0009.png\n")
     with judge_server(good) as server:
         assert build(tmp_path, server, "--leave-out", str(tmp_path / "private.txt")) == 0
     assert [record["id"] for record in records_of(tmp_path)] == ["drawn/0000.png", "drawn/0002.png"]
-    assert len(server.asked) == 4 and "drawn/0009.png" in caplog.text
-    assert "1 images are on the list" in capsys.readouterr().out
+    assert len(server.asked) == 4 and "drawn/0009.png" in (printed := capsys.readouterr()).err
+    assert "1 images are on the list" in printed.out
     assert build(tmp_path, None, "--base-url", "http://127.0.0.1:9/v1", "--leave-out", str(tmp_path / "gone.txt")) == 1
     assert "gone.txt: cannot be read" in capsys.readouterr().err
 

@@ -126,7 +126,7 @@ def test_a_budget_is_kept_and_a_larger_one_goes_on(budget: str, tmp_path: Path, 
         printed = capsys.readouterr().out
         allowed = {"60requests": 60, "6000tokens": 54, "0.05usd": 50}[budget]
         assert allowed - 4 <= len(server.asked) <= allowed + 4
-        assert "has no room for another request" in printed and "with a larger --budget" in printed
+        assert "does not allow another request" in printed and "with a larger --budget" in printed
         assert len(load_records(tmp_path / "out" / "train.json")) >= 10
 
         assert cli.main(command(tmp_path, server, *flags, "--budget", "9usd")) == 0
@@ -139,7 +139,7 @@ def test_tokens_that_the_server_does_not_count_end_a_budget_in_tokens(tmp_path: 
     write_data(tmp_path, 3)
     with judge_server(lambda asked: reply(draft(asked), usage=False)) as server:
         assert cli.main(command(tmp_path, server, "--budget", "5000tokens", "--concurrency", "1")) == 1
-        assert "does not say how many tokens a reply took" in capsys.readouterr().err
+        assert "does not report how many tokens a reply took" in capsys.readouterr().err
         assert len(server.asked) == 1 == len(ledger_lines(tmp_path))
 
 
@@ -151,7 +151,7 @@ def test_a_dry_run_sends_nothing_and_estimates_what_is_missing(tmp_path: Path, m
         printed = capsys.readouterr().out
         assert "8 images with lesions, of which 0" in printed and "about 16 requests" in printed
         read, written = (
-            int(found.replace(",", "")) for found in re.findall(r"([\d,]+) tokens read and ([\d,]+)", printed)[0]
+            int(found.replace(",", "")) for found in re.findall(r"([\d,]+) prompt tokens and ([\d,]+)", printed)[0]
         )
         assert 8 * 765 < read < 20_000 and written == 16 * 200
         assert f"${(read * 10 + written * 100) / 1e6:.2f}" in printed and "at most 32 requests" in printed
@@ -164,7 +164,9 @@ def test_a_dry_run_sends_nothing_and_estimates_what_is_missing(tmp_path: Path, m
         capsys.readouterr()
         assert cli.main(command(tmp_path, server, "--dry-run", *prices)) == 0
         printed = capsys.readouterr().out
-        assert "of which 5 have all their replies" in printed and "about 6 requests, 600 tokens read and 60" in printed
+        assert (
+            "of which 5 have all their replies" in printed and "about 6 requests, 600 prompt tokens and 60" in printed
+        )
         assert "the mean of the replies in the ledger" in printed
         assert (tmp_path / "out" / "train.ledger.jsonl").read_bytes() == before and len(server.asked) == 10
 
@@ -193,4 +195,4 @@ def test_the_progress_bar_tells_images_and_cost(tmp_path: Path) -> None:
     build_templates(tmp_path)
     with judge_server(good) as server:
         printed = finish(start(tmp_path, server, "--prices", "100,1000"), 0)
-    assert re.search(r"4/4 \$0\.16, 0 asked again, 0 aside", printed), printed
+    assert re.search(r"4/4 \$0\.16, 0 revised, 0 set aside", printed), printed

@@ -273,7 +273,7 @@ def test_runs_may_share_a_ledger_and_each_model_has_its_own_replies(tmp_path):
         assert len(server.asked) == 1
         call(judge_of(server, tmp_path / "two", umed_judge="openai:other", **shared), "a")
         assert len(server.asked) == 2
-    with pytest.raises(UmedError, match="other, the-model; replaying needs those of one model"):
+    with pytest.raises(UmedError, match="other, the-model. A replay needs the replies of exactly one model"):
         JudgedRelevance.of(flags(umed_judge=f"replay:{tmp_path / 'shared' / 'all.jsonl'}"), tmp_path)
 
 

@@ -22,12 +22,14 @@ def command(folder: Path, server: JudgeServer, *more: str) -> list[str]:
 WRITING = """
 import sys
 from umed_plugin.cli import build_parser
-from umed_plugin.commands.recipe.write import settings_of, with_decisions, write_diagnoses
+from umed_plugin.commands.recipe.build import with_decisions
+from umed_plugin.commands.recipe.write import write_diagnoses
+from umed_plugin.commands.recipe.writer_flags import read_writer_flags
 from umed_plugin.data.records import load_records, save_records
 
 args = build_parser().parse_args(sys.argv[1:])
 folder = args.out.parent
-records, aside, complete = write_diagnoses(settings_of(args), load_records(folder / "built.json"), folder)
+records, aside, complete = write_diagnoses(read_writer_flags(args), load_records(folder / "built.json"), folder)
 save_records(with_decisions(records, aside, [], args.out), args.out)
 sys.exit(not complete)
 """

@@ -1,5 +1,6 @@
-"""Asking models behind an OpenAI-compatible server for money, for the judge and the writer of diagnoses alike.
+"""Paid requests to models behind an OpenAI-compatible server: the judge and the diagnosis writer share this package.
 
-:mod:`~umed_plugin.remote.client` asks, :mod:`~umed_plugin.remote.ledger` keeps every reply that was paid for,
-:mod:`~umed_plugin.remote.replies` says what can come back.
+:mod:`~umed_plugin.remote.client` sends requests one by one, :mod:`~umed_plugin.remote.batch_api` sends them in batches,
+:mod:`~umed_plugin.remote.ledger` keeps every reply that was paid for, :mod:`~umed_plugin.remote.replies` lists what a request
+can return, and :mod:`~umed_plugin.remote.settings` reads the flags.
 """

@@ -1,8 +1,8 @@
-"""Asks a model by the Batch API: many questions in one file, answered within a day, at OpenAI for half the price.
+"""Requests by the Batch API: many requests in one file, answered within a day, at OpenAI for half the price.
 
-A note file beside the ledger, one line of JSON for each step, written before the next one is taken, makes a batch that was paid
-for survive kill -9: a file is noted when it is uploaded, its batch when it is made, and its end when all replies are kept.
-What a killed process made and could not note is found again on the server by the file that it was made from.
+A notes file beside the ledger lets a batch that was paid for survive kill -9. It has one JSON line per step, written before the
+next step begins: ``file`` when a file is uploaded, ``batch`` when its batch is created, ``ended`` when all its replies are kept.
+A batch that a killed process created but could not note is identified on the server by its input file.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,55 +20,52 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from umed_plugin.errors import UmedError
-from umed_plugin.remote.client import key_from_environment, read_completion, shown
-from umed_plugin.remote.replies import Answer, Failure, Message, Unreadable
+from umed_plugin.remote.client import key_from_environment, read_completion, short_message
+from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
+from umed_plugin.remote.settings import ServerSettings
 
 POLL_SECONDS = 30.0
-MOST_REQUESTS, MOST_BYTES = 50_000, 150_000_000  # of one file; OpenAI allows 50,000 and 200 MB
+MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000  # per file; OpenAI allows 50,000 and 200 MB
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _ENDPOINT: Final = "/v1/chat/completions"
 
 
 class BatchClient:
-    """Sends questions to one model in batches, one batch at a time.
+    """Sends requests to one model in batches, one batch at a time.
 
     Args:
-        model: its name on the server.
-        notes: JSON lines; which files and batches there are.
-        base_url, options, timeout, retries: as of `umed_plugin.remote.client.ModelClient`.
-        on_answer: called with a question's key and its answer; must have kept the reply when it returns.
-        on_wait: called with the state of a batch whenever it was looked at.
+        server: model, address, options, timeout and retries.
+        notes: JSON lines file that records uploaded files and batches.
+        on_result: called with each request's key and result. When it returns, a reply must have been kept.
+        on_wait: called with a batch's status each time it is polled.
     """
 
     def __init__(
         self,
-        model: str,
+        server: ServerSettings,
         notes: Path,
-        *,
-        base_url: str | None,
-        options: Mapping[str, Any],
-        timeout: float,
-        retries: int,
-        on_answer: Callable[[str, Answer], None],
-        on_wait: Callable[[str], None] = lambda state: None,
+        on_result: Callable[[str, RequestResult], None],
+        on_wait: Callable[[str], None] = lambda status: None,
     ) -> None:
-        self._model, self._notes, self._options = model, notes, dict(options)
-        self._on_answer, self._on_wait = on_answer, on_wait
+        self._server, self._notes = server, notes
+        self._on_result, self._on_wait = on_result, on_wait
         self._key = key_from_environment()
-        self._client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout, max_retries=retries)
+        self._client = openai.OpenAI(
+            api_key=self._key, base_url=server.base_url, timeout=server.timeout, max_retries=server.retries
+        )
 
     def finish_old(self) -> int:
-        """Collect batches that an earlier run has begun; returns how many there were.
+        """Collect the batches that an earlier run left open; returns their number.
 
         Raises:
-            UmedError: the server cannot be asked.
+            UmedError: the server cannot be reached or refuses.
         """
-        files, batches, ended = self._noted()
-        lost = [file for file in files if file not in batches.values()]
-        if lost:
-            with self._told():
+        files, batches, ended = self._read_notes()
+        without_batch = [file for file in files if file not in batches.values()]
+        if without_batch:
+            with self._readable_errors():
                 listed = {batch.input_file_id: batch.id for batch in self._client.batches.list(limit=100)}
-            for file in lost:
+            for file in without_batch:
                 if file in listed:
                     self._note(batch=listed[file], file=file)
                     batches[listed[file]] = file
@@ -76,40 +74,41 @@ class BatchClient:
             self._collect(batch)
         return len(open_batches)
 
-    def ask(self, questions: Iterable[tuple[str, Sequence[Message]]]) -> int:
-        """Send questions in as many batches as they need, and wait until each is answered or has failed.
+    def ask(self, requests: Iterable[tuple[str, Sequence[Message]]]) -> int:
+        """Send requests, each a key and its messages, in as many batches as needed; wait until all batches have ended.
 
         Returns:
-            how many were sent.
+            the number of requests sent.
 
         Raises:
-            UmedError: the server cannot be asked.
+            UmedError: the server cannot be reached or refuses.
         """
-        count = 0
-        waiting = iter(questions)
+        total = 0
+        remaining = iter(requests)
         while True:
             with tempfile.NamedTemporaryFile("wb", dir=self._notes.parent, suffix=".batch.jsonl") as file:
-                held = self._write(file, waiting)
-                if not held:
-                    return count
-                count += held
+                count = self._write(file, remaining)
+                if not count:
+                    return total
+                total += count
                 batch = self._begin(Path(file.name))
             self._collect(batch)
 
-    def _write(self, file: Any, questions: Iterable[tuple[str, Sequence[Message]]]) -> int:
+    def _write(self, file: Any, requests: Iterable[tuple[str, Sequence[Message]]]) -> int:
+        """Write requests until the file is full; returns their number."""
         count = size = 0
-        for key, messages in questions:
-            body = {"model": self._model, "messages": list(messages), **self._options}
+        for key, messages in requests:
+            body = {"model": self._server.model, "messages": list(messages), **self._server.options}
             line = {"custom_id": key, "method": "POST", "url": _ENDPOINT, "body": body}
             size += file.write(json.dumps(line).encode() + b"\n")
             count += 1
-            if count == MOST_REQUESTS or size >= MOST_BYTES:
+            if count == MAX_REQUESTS or size >= MAX_BYTES:
                 break
         file.flush()
         return count
 
     def _begin(self, file: Path) -> str:
-        with self._told():
+        with self._readable_errors():
             with file.open("rb") as content:
                 uploaded = self._client.files.create(file=("umed.jsonl", content), purpose="batch").id
             self._note(file=uploaded)
@@ -117,51 +116,60 @@ class BatchClient:
         self._note(batch=batch, file=uploaded)
         return batch
 
-    def _collect(self, batch: str) -> None:
-        """Wait for a batch to end and hand on every answer in it."""
+    def _collect(self, name: str) -> None:
+        """Wait until a batch has ended, and pass every result in it on."""
         while True:
-            with self._told():
-                found = self._client.batches.retrieve(batch)
-            counts = found.request_counts
-            told = f"{counts.completed} of {counts.total} answered" if counts else ""
-            self._on_wait(f"batch {batch}: {found.status} {told}")
-            if found.status in _ENDED:
+            with self._readable_errors():
+                batch = self._client.batches.retrieve(name)
+            counts = batch.request_counts
+            progress = f"{counts.completed} of {counts.total} answered" if counts else ""
+            self._on_wait(f"batch {name}: {batch.status} {progress}")
+            if batch.status in _ENDED:
                 break
             time.sleep(POLL_SECONDS)
-        for file in (found.output_file_id, found.error_file_id):
+        for file in (batch.output_file_id, batch.error_file_id):
             if file:
-                with self._told():
+                with self._readable_errors():
                     text = self._client.files.content(file).text
                 for line in text.splitlines():
-                    self._hand_on(line)
-        if found.status == "failed":
-            self._note(ended=batch)
-            raise UmedError(shown(self._key, f"the server refuses batch {batch}: {found.errors}"))
-        self._note(ended=batch)
+                    self._pass_on(line)
+        self._note(ended=name)
+        if batch.status == "failed":
+            raise UmedError(short_message(self._key, f"the server refuses batch {name}: {batch.errors}"))
 
-    def _hand_on(self, line: str) -> None:
+    def _pass_on(self, line: str) -> None:
+        """Pass on the result in one line of a batch's output or error file."""
         try:
-            found = json.loads(line)
-            key = found["custom_id"]
-            response = found.get("response") or {}
+            fields = json.loads(line)
+            key = fields["custom_id"]
+            response = fields.get("response") or {}
             status = response.get("status_code")
         except (ValueError, KeyError, TypeError, AttributeError):
-            return  # a line that names no question answers none: that question is asked again
+            return  # a line without a request's key has no result: the request will be sent again
         if status != 200:
-            reason = found.get("error") or response.get("body")
-            self._on_answer(key, Failure(shown(self._key, f"in the batch: {status or ''} {reason}"), status))
+            reason = fields.get("error") or response.get("body")
+            self._on_result(key, Failure(short_message(self._key, f"in the batch: {status or ''} {reason}"), status))
             return
         try:
             completion = ChatCompletion.model_validate(response.get("body"))
         except ValueError as error:
-            self._on_answer(key, Unreadable(shown(self._key, f"the server's reply is no chat completion: {error}")))
+            reason = short_message(self._key, f"the server's reply is not a chat completion: {error}")
+            self._on_result(key, Unreadable(reason))
             return
-        self._on_answer(key, read_completion(completion, self._key))
+        self._on_result(key, read_completion(completion, self._key))
 
-    def _told(self) -> _Told:
-        return _Told(self._key)
+    @contextmanager
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn the package's errors into one message without the API key."""
+        try:
+            yield
+        except openai.OpenAIError as error:
+            reason = short_message(self._key, f"the Batch API cannot be used: {error}")
+            raise UmedError(
+                f"{reason}. Run the same command again to continue. If the server has no Batch API, run it without --batch."
+            ) from None
 
-    def _noted(self) -> tuple[list[str], dict[str, str], set[str]]:
+    def _read_notes(self) -> tuple[list[str], dict[str, str], set[str]]:
         """Uploaded files, batches with their files, and batches whose replies are all kept."""
         files: list[str] = []
         batches: dict[str, str] = {}
@@ -169,37 +177,20 @@ class BatchClient:
         lines = self._notes.read_text(encoding="utf-8").splitlines() if self._notes.is_file() else []
         for line in lines:
             try:
-                found = json.loads(line)
-            except ValueError:  # torn by a kill: what it was to say is found again on the server
+                note = json.loads(line)
+            except ValueError:  # a line that a kill left incomplete: the server still knows what it was to record
                 continue
-            if "batch" in found:
-                batches[found["batch"]] = found["file"]
-            elif "file" in found:
-                files.append(found["file"])
-            elif "ended" in found:
-                ended.add(found["ended"])
+            if "batch" in note:
+                batches[note["batch"]] = note["file"]
+            elif "file" in note:
+                files.append(note["file"])
+            elif "ended" in note:
+                ended.add(note["ended"])
         return files, batches, ended
 
-    def _note(self, **facts: str) -> None:
-        # A torn line before it is closed by the newline in front.
+    def _note(self, **fields: str) -> None:
+        # The leading newline closes a line that a kill left incomplete.
         with self._notes.open("ab") as file:
-            file.write(b"\n" + json.dumps(facts).encode() + b"\n")
+            file.write(b"\n" + json.dumps(fields).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-
-
-class _Told:
-    """Turns the package's errors into one message without the key."""
-
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def __enter__(self) -> None:
-        """Nothing is to be done beforehand."""
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, openai.OpenAIError):
-            raise UmedError(
-                shown(self._key, f"the Batch API cannot be used: {error}") + ". The same command goes on where it was; "
-                "a server without a Batch API is asked without --batch."
-            ) from None

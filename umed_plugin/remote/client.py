@@ -1,12 +1,12 @@
-"""Asks a model on an OpenAI-compatible server, many questions at a time, in a thread of its own.
+"""Requests to a model on an OpenAI-compatible server, many at a time, from a thread of their own.
 
-Retries are the ``openai`` package's: connection errors, timeouts, 408, 409, 429 and 5xx, with growing pauses that jitter, or for
-as long as the server's ``Retry-After`` says. On top of it, what one reply tells about the rate limit holds for all questions that
-wait (:class:`_Gate`). The key comes from the environment, is handed to the package and to nothing else, and is blotted out of
-every text that the server sends.
+The ``openai`` package retries connection errors, timeouts, 408, 409, 429 and 5xx. Its pauses grow, are jittered, and follow the
+server's ``Retry-After``. In addition, the rate limit that one response reports holds for all waiting requests
+(:class:`_RateLimit`). The API key comes from the environment, is passed only to that package, and is removed from every text that
+the server sends.
 
-A thread with an event loop, and a daemon: at the end of the process, by error or Ctrl-C too, questions that were not sent are
-dropped, and replies that are on their way are waited for and kept, as they are paid for.
+The thread is a daemon with an event loop. When the process ends, also by an error or Ctrl-C, requests that were not sent are
+dropped. Requests that were sent are waited for and their replies kept, because they are paid for.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 import openai
 from openai.types.chat import ChatCompletion
 
-from umed_plugin.remote.replies import Answer, Failure, Message, Reply, Unreadable
-from umed_plugin.remote.settings import KEY_VARIABLE
+from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
+from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings
 
-_LONGEST_PAUSE = 60.0  # seconds; what servers ask for beyond it is asked again then
+_LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the next request finds out
 _NO_KEY = "none"
 _SHOWN = 300  # characters of an error in a message
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
@@ -36,72 +36,65 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
 class ModelClient:
-    """Sends questions to one model.
+    """Sends requests to one model.
 
     Args:
-        model: its name on the server.
-        base_url: of the server; ``None`` is OpenAI's, or what ``OPENAI_BASE_URL`` says.
-        options: further fields of each request.
-        concurrency: questions that are with the server at the same time.
-        timeout: seconds for one try.
-        retries: further tries after the first.
-        on_reply: called in the client's thread with the question's key and its reply, before the reply counts.
-        last_wait: seconds that the end of the process waits for replies on their way.
+        server: model, address, options, timeout and retries.
+        on_reply: called in the client's thread with the request's key and its reply, before the result is available.
+        concurrency: maximum number of requests that are with the server at the same time.
+        last_wait: seconds to wait for replies in flight when the process ends.
     """
 
     def __init__(
         self,
-        model: str,
-        *,
-        base_url: str | None,
-        options: Mapping[str, Any],
-        concurrency: int,
-        timeout: float,
-        retries: int,
+        server: ServerSettings,
         on_reply: Callable[[str, Reply], None],
+        *,
+        concurrency: int = 8,
         last_wait: float = 10.0,
     ) -> None:
-        self._model, self._options, self._on_reply = model, dict(options), on_reply
-        self._last_wait = last_wait
-        self._concurrency = concurrency
+        self._server, self._on_reply = server, on_reply
+        self._concurrency, self._last_wait = concurrency, last_wait
         self._key = key_from_environment()
-        self._deadline = (retries + 1) * (timeout + _LONGEST_PAUSE)  # for a server that trickles
-        self._gate = _Gate()
+        # For a server that sends its reply so slowly that no single read times out.
+        self._deadline = (server.retries + 1) * (server.timeout + _LONGEST_PAUSE)
+        self._rate_limit = _RateLimit()
         self._client = openai.AsyncOpenAI(
             api_key=self._key,
-            base_url=base_url,
-            timeout=timeout,
-            max_retries=retries,
+            base_url=server.base_url,
+            timeout=server.timeout,
+            max_retries=server.retries,
             http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [self._gate.wait], "response": [self._gate.learn]}
+                event_hooks={"request": [self._rate_limit.wait], "response": [self._rate_limit.learn]}
             ),
         )
         self._sent: set[asyncio.Task[Any]] = set()
         self._waiting: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._process = os.getpid()
-        threading.Thread(target=self._run, name="umed-asking", daemon=True).start()
+        threading.Thread(target=self._run, name="umed-requests", daemon=True).start()
         atexit.register(self.close)
 
-    def ask(self, key: str, messages: Sequence[Message]) -> Future[Answer]:
-        """Send ``messages`` as soon as there is a place; the result is never an exception of the network.
+    def ask(self, key: str, messages: Sequence[Message]) -> Future[RequestResult]:
+        """Send ``messages`` as soon as fewer than ``concurrency`` requests are in flight.
 
-        The key, a digest, goes along as ``X-Client-Request-Id``, by which the server's own log can be compared with ours.
+        The result is a `Failure`, never an exception, when the network or the server fails. The key, a digest, is sent as
+        ``X-Client-Request-Id``, so that the server's log can be compared with the ledger.
         """
         return asyncio.run_coroutine_threadsafe(self._ask(key, messages), self._loop)
 
     def close(self) -> None:
-        """Drop what was not sent, wait a little for what was, and end the thread."""
+        """Drop unsent requests, wait up to ``last_wait`` seconds for those in flight, and end the thread."""
         if os.getpid() == self._process and not self._loop.is_closed() and self._loop.is_running():
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._slots = asyncio.Semaphore(self._concurrency)  # made here: in Python 3.9 it belongs to its thread's loop
+        self._slots = asyncio.Semaphore(self._concurrency)  # created here: in Python 3.9 it binds to this thread's loop
         self._loop.run_forever()
 
-    async def _ask(self, key: str, messages: Sequence[Message]) -> Answer:
+    async def _ask(self, key: str, messages: Sequence[Message]) -> RequestResult:
         task = asyncio.current_task()
         assert task is not None
         self._waiting.add(task)
@@ -109,19 +102,19 @@ class ModelClient:
             async with self._slots:
                 self._waiting.discard(task)
                 self._sent.add(task)
-                answer = await self._request(key, messages)
-                if isinstance(answer, Reply):
-                    self._on_reply(key, answer)
-                return answer
+                result = await self._request(key, messages)
+                if isinstance(result, Reply):
+                    self._on_reply(key, result)
+                return result
         finally:
             self._waiting.discard(task)
             self._sent.discard(task)
 
-    async def _request(self, key: str, messages: Sequence[Message]) -> Answer:
+    async def _request(self, key: str, messages: Sequence[Message]) -> RequestResult:
         request = self._client.chat.completions.create(
-            model=self._model,
+            model=self._server.model,
             messages=cast(Any, list(messages)),
-            extra_body=self._options,
+            extra_body=dict(self._server.options),
             extra_headers={"X-Client-Request-Id": key},
         )
         try:
@@ -129,12 +122,12 @@ class ModelClient:
         except asyncio.TimeoutError:
             return Failure(f"no reply within {self._deadline:g} s, retries included")
         except openai.APIStatusError as error:
-            return Failure(shown(self._key, f"HTTP {error.status_code}: {error.message}"), error.status_code)
+            return Failure(short_message(self._key, f"HTTP {error.status_code}: {error.message}"), error.status_code)
         except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            return Failure(shown(self._key, f"{error}{cause}"))
+            return Failure(short_message(self._key, f"{error}{cause}"))
         except ValueError as error:
-            return Unreadable(shown(self._key, f"the server's reply is not JSON: {error}"))
+            return Unreadable(short_message(self._key, f"the server's reply is not JSON: {error}"))
 
     async def _finish(self) -> None:
         for task in self._waiting:
@@ -147,46 +140,46 @@ class ModelClient:
 
 
 def key_from_environment() -> str:
-    """The key; a server of one's own often wants none, and the package wants one."""
+    """The API key, or a placeholder: the package needs a key even if the user's own server does not."""
     return os.environ.get(KEY_VARIABLE) or _NO_KEY
 
 
-def read_completion(completion: Any, key: str) -> Answer:
-    """The first choice of a completion; the package lets through whatever JSON a server sends."""
+def read_completion(completion: Any, key: str) -> RequestResult:
+    """The first choice of a completion. The package does not validate the JSON that a server sends, so this does."""
     choices = completion.choices if isinstance(completion, ChatCompletion) else None
     if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
-        return Unreadable(shown(key, f"the server's reply is no chat completion: {completion!r}"))
+        return Unreadable(short_message(key, f"the server's reply is not a chat completion: {completion!r}"))
     text = choices[0].message.content
     usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
     counted = {name: count for name, count in usage.items() if isinstance(count, int)}
-    finish, model = (blotted(key, str(said)) for said in (choices[0].finish_reason, completion.model))
-    return Reply(blotted(key, text) if isinstance(text, str) and text else None, counted, finish, model)
+    finish, model = (without_key(key, str(value)) for value in (choices[0].finish_reason, completion.model))
+    return Reply(without_key(key, text) if isinstance(text, str) and text else None, counted, finish, model)
 
 
-def shown(key: str, reason: str) -> str:
-    """What a server or the package said, short, on one line and without the key."""
-    return blotted(key, " ".join(reason.split()))[:_SHOWN]
+def short_message(key: str, reason: str) -> str:
+    """A message of a server or the package on one line, cut to `_SHOWN` characters, without the key."""
+    return without_key(key, " ".join(reason.split()))[:_SHOWN]
 
 
-def blotted(key: str, text: str) -> str:
-    """``text`` with stars in place of the key."""
+def without_key(key: str, text: str) -> str:
+    """``text`` with the key replaced by stars."""
     return text if key == _NO_KEY else text.replace(key, "***")
 
 
-class _Gate:
-    """Holds all requests back until the time that the server has named, spread a little so that they do not come at once."""
+class _RateLimit:
+    """Delays all requests until the time that the server named, with jitter so that they do not all arrive at once."""
 
     def __init__(self) -> None:
         self._until = 0.0
 
     async def wait(self, request: Any) -> None:
-        """Before a request is sent."""
+        """Called before a request is sent."""
         left = self._until - time.monotonic()
         if left > 0:
             await asyncio.sleep(left * random.uniform(1.0, 1.1))
 
     async def learn(self, response: Any) -> None:
-        """From the head of a response."""
+        """Called with each response; reads its headers."""
         pauses = [0.0]
         headers = response.headers
         if response.status_code in (429, 503):
@@ -200,7 +193,7 @@ class _Gate:
 
 
 def _seconds(text: str) -> float:
-    """``2``, ``1.5``, ``20ms`` or ``6m0s`` in seconds; anything else, a date for instance, is 0."""
+    """``2``, ``1.5``, ``20ms`` or ``6m0s`` in seconds; 0 for anything else, such as a date."""
     parts = _DURATION.findall(text)
     if "".join(number + unit for number, unit in parts) != text.strip():
         return 0.0

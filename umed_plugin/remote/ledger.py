@@ -1,8 +1,10 @@
-"""The ledger of a model's replies: one line of JSON for each reply that a server gave, written down before it is used.
+"""The ledger of a model's replies: one JSON line per reply, written to disk before the reply is used.
 
-Every line is on the disk (``fsync``) before the reply counts, a line that a killed process left torn is skipped and closed by the
-next writer, and several processes write to the same file, one at a time (``flock``), and read what the others wrote. So no reply
-is paid for twice: not by another process, not after a crash, not by the next run that is given the same file.
+No reply is paid for twice: not by another process, not after a crash, and not by a later run with the same file.
+
+- Every line is on disk (``fsync``) before the reply counts.
+- A line that a killed process left incomplete is skipped, and the next writer closes it with a newline.
+- Several processes may write to the same file. They take turns (``flock``) and read each other's lines.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ class Entry:
     """One reply.
 
     Attributes:
-        model: that gave it.
-        reply: its text; ``None`` when the model refused or wrote nothing.
-        line: all that stands in the file about it.
+        model: the model that was asked.
+        reply: the text; ``None`` when the model refused or wrote nothing.
+        line: the whole JSON line of the file.
     """
 
     model: str
@@ -37,13 +39,13 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Owner:
-    """Who keeps a ledger, in the words of its messages.
+class LedgerUser:
+    """Who uses a ledger: the words for its error messages.
 
     Attributes:
-        name: "the judge".
-        ends: what happens when it cannot be written, "Training stops".
-        flag: that names another file.
+        name: such as "the judge".
+        ends: what happens when the ledger cannot be written, such as "Training stops".
+        flag: the flag that chooses another file.
     """
 
     name: str = "the model"
@@ -52,21 +54,26 @@ class Owner:
 
 
 class Ledger:
-    """Replies by question, in memory and in a file that only ever grows.
+    """Replies by request key, in memory and in an append-only file.
 
     Args:
-        path: JSON lines; made when it is not there, unless ``read_only``.
-        model: whose replies are looked up; ``None`` takes them from whichever one model the file has.
+        path: JSON lines file; created if it does not exist, unless ``read_only``.
+        model: the model whose replies are looked up. ``None``: the only model in the file.
         read_only: never write.
-        owner: for messages.
+        user: for error messages.
+
+    Attributes:
+        counts: ``requests``, ``prompt_tokens`` and ``completion_tokens`` of all lines, including lost replies.
 
     Raises:
-        UmedError: the file cannot be opened, or ``model`` is ``None`` and the file has replies of several.
+        UmedError: the file cannot be opened, or ``model`` is ``None`` and the file does not hold replies of exactly one model.
     """
 
-    def __init__(self, path: str | Path, model: str | None, *, read_only: bool = False, owner: Owner = Owner()) -> None:
-        self.path, self._owner = Path(path), owner
-        self._lock = threading.Lock()  # replies arrive in the client's thread, and are looked up in the main one
+    def __init__(
+        self, path: str | Path, model: str | None, *, read_only: bool = False, user: LedgerUser = LedgerUser()
+    ) -> None:
+        self.path, self._user = Path(path), user
+        self._lock = threading.Lock()  # replies arrive in the client's thread and are looked up in the main thread
         self._entries: dict[tuple[str, str], Entry] = {}
         self._read_to = 0
         self.counts: Counter[str] = Counter()
@@ -77,8 +84,8 @@ class Ledger:
             self._file = os.open(self.path, flags, 0o644)
         except OSError as error:
             raise UmedError(
-                f"{self.path}: {owner.name}'s ledger cannot be opened ({error.strerror}). Needed: a file "
-                f"{'to read' if read_only else 'that can be written'}; {owner.flag} names another."
+                f"{self.path}: {user.name}'s ledger cannot be opened ({error.strerror}). Needed: a file that can be "
+                f"{'read' if read_only else 'written'}. {user.flag} chooses another."
             ) from error
         self.refresh()
         self.model = model if model is not None else self._only_model()
@@ -87,13 +94,13 @@ class Ledger:
         models = sorted({model for model, _ in self._entries})
         if len(models) != 1:
             raise UmedError(
-                f"{self.path}: has replies of {', '.join(models) or 'no model at all'}; replaying needs those of one model. "
-                "Split the file by its field 'model'."
+                f"{self.path}: holds replies of {', '.join(models) or 'no model'}. A replay needs the replies of exactly one "
+                "model. Split the file by its field 'model'."
             )
         return models[0]
 
     def get(self, key: str) -> Entry | None:
-        """The reply to the question with this key, if there is one."""
+        """The reply to the request with this key, or None."""
         with self._lock:
             return self._entries.get((self.model, key))
 
@@ -103,19 +110,19 @@ class Ledger:
             return [entry for (model, _), entry in self._entries.items() if model == self.model]
 
     def refresh(self) -> None:
-        """Read the whole lines that were written since the last time, by this process or another."""
+        """Read the complete lines that this process or another has written since the last read."""
         with self._lock:
             self._read_on()
 
     def append(self, key: str, reply: str | None, usage: dict[str, int], **more: Any) -> None:
-        """Write a reply down and count it; returns when it is on the disk.
+        """Append a reply and count it; returns when the line is on disk.
 
         Args:
-            key: of the question.
-            reply: text of the reply, ``None`` for a refusal.
+            key: key of the request.
+            reply: text of the reply; ``None`` for a refusal.
             usage: ``prompt_tokens`` and ``completion_tokens``.
-            more: what a person who reads the file may want to know. ``lost`` (why) marks a reply that came and cannot be used:
-                it counts, as it may have been paid for, but answers nothing.
+            more: further fields for people who read the file. ``lost`` (the reason) marks a reply that arrived but cannot be
+                used: it counts towards a budget, because it may have been paid for, but `get` does not return it.
 
         Raises:
             UmedError: the file cannot be locked or written.
@@ -131,9 +138,9 @@ class Ledger:
                     fcntl.flock(self._file, fcntl.LOCK_UN)
             except OSError as error:
                 raise UmedError(
-                    f"{self.path}: {self._owner.name}'s ledger cannot be written ({error.strerror}). {self._owner.ends}, "
-                    "because replies would be paid for and lost. Needed: a disk with room and file locks; "
-                    f"{self._owner.flag} names another."
+                    f"{self.path}: {self._user.name}'s ledger cannot be written ({error.strerror}). {self._user.ends}, "
+                    "because replies would be paid for and lost. Needed: a disk with free space and file locks. "
+                    f"{self._user.flag} chooses another file."
                 ) from error
             self._read_on()
 
@@ -159,16 +166,16 @@ class Ledger:
             self._take(line)
 
     def _take(self, line: bytes) -> None:
-        """Keep one line; one that is torn or no reply is nobody's, and stays in the file."""
+        """Keep one line. A line that is incomplete or not a reply is ignored and stays in the file."""
         try:
-            found = json.loads(line)
+            fields = json.loads(line)
         except ValueError:
             return
-        if not isinstance(found, dict) or not all(isinstance(found.get(name), str) for name in ("key", "model")):
+        if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("key", "model")):
             return
-        reply = found.get("reply")
-        entry = Entry(found["model"], reply if isinstance(reply, str) else None, found)
-        if "lost" not in found:
-            self._entries.setdefault((entry.model, found["key"]), entry)
+        reply = fields.get("reply")
+        entry = Entry(fields["model"], reply if isinstance(reply, str) else None, fields)
+        if "lost" not in fields:
+            self._entries.setdefault((entry.model, fields["key"]), entry)
         self.counts["requests"] += 1
-        self.counts.update({name: found[name] for name in _COUNTS if isinstance(found.get(name), int)})
+        self.counts.update({name: fields[name] for name in _COUNTS if isinstance(fields.get(name), int)})

@@ -1,4 +1,4 @@
-"""What comes back from a model's server."""
+"""What a request to a model's server returns: a reply, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Reply:
     """What the model wrote.
 
     Attributes:
-        text: ``None`` when it refused or wrote nothing.
+        text: ``None`` when the model refused or wrote nothing.
         usage: ``prompt_tokens`` and ``completion_tokens``, as far as the server counted them.
         finish_reason: ``stop``, ``length`` when the text was cut off, ...
-        model: that answered, as the server calls it.
+        model: the model that replied, as the server names it.
     """
 
     text: str | None
@@ -28,7 +28,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no reply; ``status`` is the HTTP status where there was one."""
+    """Why there is no reply. ``status`` is the HTTP status, if there was one."""
 
     reason: str
     status: int | None = None
@@ -36,7 +36,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Unreadable(Failure):
-    """The server said 200 and sent what is no chat completion: it may have counted it all the same."""
+    """The server returned 200, but the body is not a chat completion. The server may have charged for it."""
 
 
-Answer = Union[Reply, Failure]
+RequestResult = Union[Reply, Failure]

@@ -1,6 +1,6 @@
-"""What the flags of all that asks a paid server have in common, the judge's and the diagnosis writer's: read and checked.
+"""Flags that the judge and the diagnosis writer share, because both send requests to a paid server: parsing and checks.
 
-Like `umed_plugin.flags.definition`, this imports the standard library alone.
+Like `umed_plugin.flags.definition`, this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,41 +22,74 @@ SET_BY_US = ("model", "messages", "stream", "n")
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 
+@dataclass(frozen=True)
+class ServerSettings:
+    """Which model is asked, where, and with which requests.
+
+    Attributes:
+        model: the model's name on the server.
+        base_url: address of the server. ``None`` is OpenAI's, or what ``OPENAI_BASE_URL`` says.
+        options: further fields of each request, such as ``temperature``.
+        timeout: seconds for one attempt.
+        retries: further attempts after the first.
+    """
+
+    model: str
+    base_url: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float = 120.0
+    retries: int = 5
+
+
 def parse_budget(text: str) -> tuple[float, str]:
-    """``20usd`` as amount and unit; ValueError when it is none."""
-    found = _BUDGET.fullmatch(text.strip().lower())
-    if found is None or found.group(2) not in UNITS or not float(found.group(1)):
+    """``20usd`` as amount and unit.
+
+    Raises:
+        ValueError: the text is not a budget.
+    """
+    match = _BUDGET.fullmatch(text.strip().lower())
+    if match is None or match.group(2) not in UNITS or not float(match.group(1)):
         raise ValueError("must be a number above 0 and a unit, such as 5000requests, 2000000tokens or 20usd")
-    return float(found.group(1)), found.group(2)
+    return float(match.group(1)), match.group(2)
 
 
 def parse_prices(text: str) -> tuple[float, float]:
-    """``0.15,0.60``, US dollars for a million tokens read and written; ValueError when it is none."""
+    """``0.15,0.60``: US dollars per million prompt tokens and per million completion tokens.
+
+    Raises:
+        ValueError: the text is not a pair of prices.
+    """
     try:
-        read, written = (float(part) for part in text.split(","))
-        fits = all(math.isfinite(price) and price >= 0 for price in (read, written)) and read + written > 0
+        prompt, completion = (float(part) for part in text.split(","))
+        fits = all(math.isfinite(price) and price >= 0 for price in (prompt, completion)) and prompt + completion > 0
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError("must be two numbers, US dollars for a million tokens read and written, such as 0.15,0.60")
-    return read, written
+        raise ValueError(
+            "must be two numbers, US dollars per million prompt tokens and per million completion tokens, such as 0.15,0.60"
+        )
+    return prompt, completion
 
 
 def parse_options(text: str) -> dict[str, Any]:
-    """Further fields of a request as a dictionary; ValueError when it is none."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
+    """Further fields of a request, from JSON.
+
+    Raises:
+        ValueError: the text is not a JSON object.
+    """
+    options = json.loads(text)
+    if not isinstance(options, dict):
         raise ValueError("not an object")
-    return found
+    return options
 
 
 def cost(tokens: Mapping[str, float], prices: tuple[float, float]) -> float:
-    """US dollars for ``prompt_tokens`` and ``completion_tokens``, at dollars for a million of each."""
+    """US dollars for ``prompt_tokens`` and ``completion_tokens``; ``prices`` are dollars per million tokens of each."""
     return (tokens.get("prompt_tokens", 0) * prices[0] + tokens.get("completion_tokens", 0) * prices[1]) / 1e6
 
 
 def spent(counts: Mapping[str, float], unit: str, prices: tuple[float, float] | None) -> float:
-    """What ``requests``, ``prompt_tokens`` and ``completion_tokens`` come to in a budget's unit."""
+    """How much of a budget ``requests``, ``prompt_tokens`` and ``completion_tokens`` use, in the budget's unit."""
     if unit == "usd":
         return cost(counts, prices or (0.0, 0.0))
     if unit == "requests":
@@ -63,21 +97,27 @@ def spent(counts: Mapping[str, float], unit: str, prices: tuple[float, float] | 
     return counts.get("prompt_tokens", 0) + counts.get("completion_tokens", 0)
 
 
-def package_fault(asker: str) -> list[str]:
-    """That the ``openai`` package is missing or too old."""
+def package_fault(requester: str) -> list[str]:
+    """A fault if the ``openai`` package is missing or too old; ``requester`` is the flag that needs it."""
     if importlib.util.find_spec("openai") is None or importlib.util.find_spec("openai.types.chat") is None:
-        return [f"{asker} needs the package openai, 1.40 or newer: pip install 'openai>=1.40'"]
+        return [f"{requester} needs the package openai, 1.40 or newer: pip install 'openai>=1.40'"]
     return []
 
 
-def server_faults(asker: str, flag: str, url: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What is wrong with a server's address and key, as sentences; ``flag`` gives the address, ``asker`` wants it."""
+def server_faults(requester: str, flag: str, url: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Faults of a server's address and key, as sentences.
+
+    Args:
+        requester: the flag that needs a server.
+        flag: the flag that gives the address.
+        url: the address, or None.
+    """
     if url is None:
         if environment.get(KEY_VARIABLE):
             return []
         return [
-            f"{asker}: the environment variable {KEY_VARIABLE} is not set, the only place for the key. "
-            f"A server of your own that needs none: name it with {flag}."
+            f"{requester}: the environment variable {KEY_VARIABLE} is not set. It is the only place for the API key. "
+            f"If your own server needs no key, give its address with {flag}."
         ]
     try:
         parts = urlsplit(url)
@@ -87,7 +127,7 @@ def server_faults(asker: str, flag: str, url: str | None, environment: Mapping[s
         fits, secret = False, False
     if secret:
         return [
-            f"{flag} holds a user name or password; flags are saved and logged. Put the key into the environment "
-            f"variable {KEY_VARIABLE}, and the address alone here."
+            f"{flag} contains a user name or password, and flags are saved and logged. Put the key into the environment "
+            f"variable {KEY_VARIABLE}, and only the address here."
         ]
     return [] if fits else [f"{flag} {url}: must be an address such as http://localhost:8000/v1."]

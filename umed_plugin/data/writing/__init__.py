@@ -1,14 +1,21 @@
 """Diagnoses written by a vision model: ``umed recipe build R --out FILE --writer openai --model M``.
 
-The paper's way to MAU: the model is shown the image with the region marked, is told category and region, and writes a diagnosis;
-a second, reflecting request puts it into the order detection -> localisation -> recognition. What leaves the machine is pixels,
-class names and boxes, and only with ``--writer openai``; never a header, a file name or a patient.
+This is how the paper built MAU: the model is shown the image with the region marked, is told category and region, and writes a
+diagnosis. A second, reflecting request puts it into the order detection -> localisation -> recognition. Pixels, class names and
+boxes leave the machine, and only with ``--writer openai``; headers, file names and patients never do.
 
-In the order in which things happen: :mod:`~umed_plugin.data.images.drawing` draws what is shown,
-:mod:`~umed_plugin.data.writing.prompts` words what is asked, :mod:`~umed_plugin.data.writing.checks` says what is wrong with
-an answer, :mod:`~umed_plugin.data.writing.steps` tells from the replies so far what to ask next, and
-:mod:`~umed_plugin.data.writing.writer` asks.
+The modules in the order in which they are used:
 
-Departures from the paper, which publishes neither prompts nor checks: both are ours. Images without a lesion keep the offline
-writer's words (`umed_plugin.data.template_writer`), as there is no region to show.
+- :mod:`~umed_plugin.data.writing.burnt_in` holds images back that may have text burnt in.
+- :mod:`~umed_plugin.data.images.drawing` draws the images that are sent.
+- :mod:`~umed_plugin.data.writing.prompts` holds the prompts.
+- :mod:`~umed_plugin.data.writing.checks` finds the faults of a reply.
+- :mod:`~umed_plugin.data.writing.steps` decides the next request from the replies so far.
+- :mod:`~umed_plugin.data.writing.writer` and :mod:`~umed_plugin.data.writing.batched` send the requests.
+- :mod:`~umed_plugin.data.writing.merge` puts the texts into the records.
+- :mod:`~umed_plugin.data.writing.review` writes the page for reviewers, :mod:`~umed_plugin.data.writing.decisions` reads what
+  they decided.
+
+Departures from the paper: it publishes neither prompts nor checks; both are ours. Images without a lesion keep the text of the
+offline writer (`umed_plugin.data.template_writer`), because there is no region to show.
 """

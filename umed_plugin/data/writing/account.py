@@ -1,4 +1,4 @@
-"""What the replies in a ledger have taken, and whether a budget has room for more."""
+"""What the replies in a ledger have cost, and whether a budget allows more requests."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from umed_plugin.remote.ledger import Ledger
 
 @dataclass(frozen=True)
 class Account:
-    """A ledger and what its replies may cost.
+    """A ledger with the budget and prices of its replies.
 
     Args:
-        ledger: replies that are there already, and where new ones go.
-        budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach.
-        prices: US dollars for a million tokens read and written.
+        ledger: earlier replies; new ones are added to it.
+        budget: amount and unit (``requests``, ``tokens``, ``usd``). A limit for all replies in the ledger together.
+        prices: US dollars per million prompt tokens and per million completion tokens.
     """
 
     ledger: Ledger
@@ -26,11 +26,11 @@ class Account:
 
     @property
     def spent_usd(self) -> float | None:
-        """US dollars for all replies in the ledger, where prices are known."""
+        """US dollars for all replies in the ledger; None if no prices are known."""
         return None if self.prices is None else settings.cost(self.ledger.counts, self.prices)
 
-    def no_room_for(self, more: Mapping[str, int]) -> str | None:
-        """That the budget has no room for ``more`` requests and tokens beside those in the ledger; None while it has."""
+    def over_budget(self, more: Mapping[str, int]) -> str | None:
+        """A message if ``more`` requests and tokens, added to those in the ledger, would exceed the budget; else None."""
         if self.budget is None:
             return None
         limit, unit = self.budget
@@ -38,4 +38,4 @@ class Account:
         used.update(more)
         if settings.spent(used, unit, self.prices) <= limit:
             return None
-        return f"the budget of {limit:g} {unit} has no room for another request"
+        return f"the budget of {limit:g} {unit} does not allow another request"

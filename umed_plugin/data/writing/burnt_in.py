@@ -1,9 +1,9 @@
-"""Text that is burnt into pixels, where a patient's name may stand: found before an image leaves the machine.
+"""Detects text burnt into pixels, which may be a patient's name, before an image leaves the machine.
 
-Two signs: what the DICOM header says (BurnedInAnnotation, kept by the build as ``provenance.burned_in_annotation``), and a simple
-detector of lines of letters. The detector looks for small, crisp shapes of one brightness that stand in a row, at least
-`LEAST_LETTERS` of them; it does not read. It misses handwriting, single letters and text on a busy ground, and takes some rows of
-structures for text: it is a warning, not a proof in either direction.
+There are two signs: the DICOM header (BurnedInAnnotation, kept by the build as ``provenance.burned_in_annotation``), and a simple
+detector of lines of text. The detector looks for a row of at least `MIN_LETTERS` small, sharp shapes of one brightness; it does
+not read them. It misses handwriting, single letters and text on a busy background, and takes some rows of structures for text. It
+is a warning, not a proof in either direction.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-LEAST_LETTERS = 5
-_HEIGHTS = (5, 64)  # pixels of a letter
-_CONTRAST = 70  # grey levels between a letter and what is around it
+MIN_LETTERS = 5
+_HEIGHTS = (5, 64)  # of a letter, in pixels
+_CONTRAST = 70  # grey levels between a letter and its surroundings
 
 
 @dataclass
-class Divided:
-    """Records by whether they may be sent.
+class Screening:
+    """Which records may be sent.
 
     Attributes:
-        allowed: in their order, those without lesions among them.
-        suspected: record id -> why it may have text burnt in.
-        left_out: number of records that the user's list holds back.
-        unknown: ids in that list that no record has.
+        unknown: ids in the user's list that no record has.
+        allowed: records that may be sent, and those without lesions, in their original order.
+        suspected: record id -> why its image may have text burnt in.
+        left_out: number of records that are left out because of the user's list.
     """
 
     unknown: set[str]
@@ -45,10 +45,11 @@ class Divided:
 
 
 def suspicion(record: Record, folder: Path) -> str | None:
-    """Why an image may have text burnt in, or None.
+    """Why a record's image may have text burnt in, or None.
 
     Args:
-        folder: that the record's ``image`` is relative to.
+        record: as built.
+        folder: the folder that the record's ``image`` is relative to.
     """
     flag = record["provenance"].get("burned_in_annotation")
     if flag == "YES":
@@ -62,12 +63,12 @@ def suspicion(record: Record, folder: Path) -> str | None:
 
 
 def text_lines(image: Image) -> list[tuple[int, int, int, int]]:
-    """Places that look like lines of text, ``(x1, y1, x2, y2)`` in pixels, from top to bottom."""
+    """Regions that look like lines of text, ``(x1, y1, x2, y2)`` in pixels, from top to bottom."""
     import numpy as np
 
     grey = np.asarray(image.convert("L"), dtype=np.int16)
-    found = [line for values in (grey, 255 - grey) for line in _rows(_letters(values))]
-    return sorted(set(found), key=lambda line: (line[1], line[0]))
+    lines = {line for values in (grey, 255 - grey) for line in _rows(_letters(values))}
+    return sorted(lines, key=lambda line: (line[1], line[0], line))
 
 
 def _letters(values: np.ndarray) -> list[tuple[int, int, int, int]]:
@@ -75,63 +76,65 @@ def _letters(values: np.ndarray) -> list[tuple[int, int, int, int]]:
     import numpy as np
     from scipy import ndimage
 
-    # Brighter than what surrounds a letter of any allowed size; the opening takes small bright things away.
+    # The opening removes small bright shapes, so the difference shows what is brighter than its surroundings.
     ground = ndimage.grey_opening(values, size=(9, 9))
     bright = (values - ground > _CONTRAST) & (values > 150)
     labels, _ = ndimage.label(bright, structure=np.ones((3, 3)))
     letters = []
-    for index, place in enumerate(ndimage.find_objects(labels), start=1):
-        height, width = place[0].stop - place[0].start, place[1].stop - place[1].start
+    for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        height, width = rows.stop - rows.start, columns.stop - columns.start
         if not _HEIGHTS[0] <= height <= _HEIGHTS[1] or not 1 <= width <= 1.6 * height:
             continue
-        shape = labels[place] == index
-        inside = values[place][shape]
+        shape = labels[rows, columns] == index
+        inside = values[rows, columns][shape]
         if shape.mean() >= 0.12 and inside.std() < 40:
-            letters.append((place[1].start, place[0].start, place[1].stop, place[0].stop))
+            letters.append((columns.start, rows.start, columns.stop, rows.stop))
     return letters
 
 
 def _rows(letters: Sequence[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-    """Lines of letters of about one height, on one base line, not far from one another."""
+    """Bounding boxes of rows of letters that have about the same height, the same baseline and small gaps."""
     rows: list[list[tuple[int, int, int, int]]] = []
     for letter in sorted(letters):
-        row = next((row for row in rows if _goes_on(row[-1], letter)), None)
+        row = next((row for row in rows if _continues(row[-1], letter)), None)
         if row is None:
             rows.append([letter])
         else:
             row.append(letter)
     return [
-        (row[0][0], min(each[1] for each in row), row[-1][2], max(each[3] for each in row))
+        (row[0][0], min(letter[1] for letter in row), row[-1][2], max(letter[3] for letter in row))
         for row in rows
-        if len(row) >= LEAST_LETTERS
+        if len(row) >= MIN_LETTERS
     ]
 
 
-def _goes_on(last: tuple[int, int, int, int], letter: tuple[int, int, int, int]) -> bool:
-    one, other = last[3] - last[1], letter[3] - letter[1]
-    tall = max(one, other)
-    on_line = abs(last[3] - letter[3]) <= max(1, 0.2 * tall) or abs(last[1] - letter[1]) <= max(1, 0.1 * tall)
-    return on_line and min(one, other) >= 0.55 * tall and -1 <= letter[0] - last[2] <= 1.2 * tall
+def _continues(last: tuple[int, int, int, int], letter: tuple[int, int, int, int]) -> bool:
+    """Whether a letter continues the row that ends with ``last``."""
+    heights = (last[3] - last[1], letter[3] - letter[1])
+    tallest = max(heights)
+    aligned = abs(last[3] - letter[3]) <= max(1, 0.2 * tallest) or abs(last[1] - letter[1]) <= max(1, 0.1 * tallest)
+    return aligned and min(heights) >= 0.55 * tallest and -1 <= letter[0] - last[2] <= 1.2 * tallest
 
 
-_LIST_HEAD = """# Images that may have text burnt in, and why; they were not sent. Look at each, take the lines of harmless ones
-# out, and build again with: --burnt-in send --leave-out THIS_FILE
+_LIST_HEAD = """# Images that may have text burnt in, and why. They were not sent. Look at each image, delete the
+# lines of harmless ones, and build again with: --burnt-in send --leave-out THIS_FILE
 """
 
 
 def write_list(suspected: dict[str, str], file: Path, kept: set[str]) -> None:
-    """Write record ids with the reason behind each, in the form that `read_list` reads.
+    """Write record ids, each with its reason, in the format that `read_list` reads.
 
     Args:
-        kept: ids that were left out by the user's own list: this file may be that list, and must not lose them.
+        suspected: record id -> reason.
+        file: the file to write.
+        kept: ids that the user's own list leaves out. This file may be that list, and must not lose them.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     suspected = {**dict.fromkeys(sorted(kept), "left out by --leave-out"), **suspected}
     files.write_text(file, _LIST_HEAD + "".join(f"{name}\t# {why}\n" for name, why in suspected.items()))
 
 
 def read_list(file: Path) -> set[str]:
-    """Record ids, one a line; what stands behind a tab is a remark, and lines that begin with # are.
+    """Record ids, one per line. Text after a tab and lines that begin with # are comments.
 
     Raises:
         UmedError: the file cannot be read.
@@ -140,24 +143,26 @@ def read_list(file: Path) -> set[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UmedError(
-            f"{file}: cannot be read ({error}). Needed: a text file with a record's id in each line."
+            f"{file}: cannot be read ({error}). Needed: a text file with one record id per line."
         ) from error
     return {line.split("\t")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
 
 
-def divide(records: Iterable[Record], folder: Path, *, send: bool, left_out: set[str]) -> Divided:
-    """Which records with lesions may leave the machine.
+def screen(records: Iterable[Record], folder: Path, *, send: bool, left_out: set[str]) -> Screening:
+    """Decide which records with lesions may leave the machine.
 
     Args:
-        send: also those that are suspected.
-        left_out: ids that never do.
+        records: as built.
+        folder: the folder that the records' ``image`` is relative to.
+        send: allow suspected images, too.
+        left_out: ids of records that are never sent.
     """
-    result = Divided(unknown=set(left_out))
+    result = Screening(unknown=set(left_out))
     for record in records:
         name = record["id"]
         result.unknown.discard(name)
         if not record["objects"]["ref"]:
-            result.allowed.append(record)  # a negative is not sent at all
+            result.allowed.append(record)  # images without a lesion are never sent
         elif name in left_out:
             result.left_out += 1
         elif (why := suspicion(record, folder)) is not None:

@@ -1,7 +1,10 @@
-"""What is wrong with an answer of the vision model, in sentences that the model, the reviewer and the user can read.
+"""Faults of a vision model's replies, as sentences for the model, the reviewer and the user.
 
-Scoring has the last word on what names a class and what is a box: the checks use `umed_plugin.grounding.scoring` and
-`umed_plugin.grounding.boxes`, as rewards and evaluation do.
+What names a class and what is a box is decided as in rewards and evaluation: by `umed_plugin.grounding.terms` and
+`umed_plugin.grounding.boxes`.
+
+These sentences are part of the request for a better reply, and so of its key in the ledger. Changing one means that replies to
+such requests that were paid for are not found again.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from umed_plugin.grounding.terms import find_terms
 
 DEFAULT_WORDS = (15, 150)
 
-# Words that a sentence of a language can hardly do without, and that hardly stand in one of another.
+# Words that are in almost every sentence of a language, and rarely in one of another language.
 _ENGLISH = re.compile(r"the|of|and|is|in|with|at|to|which|a|an|are|this|that|there|it|by|on|from|as|its|has")
 _OTHERS = re.compile(
     "der|die|das|und|ist|mit|ein|eine|im|den|le|la|les|des|et|est|une|dans|du|el|los|las|es|una|con|por|en|que|il|di|che|per|uma|"
     "com|não|het|een|van|de"
 )
-# Of what was only drawn for the writing model: a model that is trained on it would look for frames.
+# Words for the frames, which are drawn only for the writing model: a model trained on such texts would look for frames.
 _MARKING = re.compile(
     r"\b(?:rectangles?|outlined|highlighted|annotat\w*|(?:coloured|colored|green) (?:frame|box)\w*|frames?)\b", re.I
 )
@@ -31,25 +34,25 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 @dataclass(frozen=True)
 class Findings:
-    """What a record says is in its image, as the model is told it.
+    """The lesions of a record, as the model is told them.
 
     Attributes:
         refs: class of each lesion.
         names: plain name of each lesion.
-        boxes01: of each lesion, in 0-1 of the square, not rounded.
-        decimals: of the coordinates in text.
-        terms: class -> plain name and synonyms, of all classes of the source.
+        boxes01: box of each lesion, xyxy, 0-1 of the square, not rounded.
+        decimals: number of decimals of coordinates in text.
+        class_names: class -> plain name and synonyms, for all classes of the source.
     """
 
     refs: tuple[str, ...]
     names: tuple[str, ...]
     boxes01: tuple[Box, ...]
     decimals: int
-    terms: dict[str, list[str]]
+    class_names: dict[str, list[str]]
 
     @classmethod
     def of(cls, record: Record) -> Findings:
-        """Of a record that `umed recipe build` has made."""
+        """The lesions of a record that `umed recipe build` has made."""
         refs = record["objects"]["ref"]
         boxes = record_geometry(record).to_square(true_boxes(record))
         names = tuple(record["terms"][ref][0] for ref in refs)
@@ -57,27 +60,27 @@ class Findings:
 
     @property
     def rounded(self) -> list[Box]:
-        """The boxes as they stand in text."""
+        """The boxes as they are written in text."""
         return [round_box(box, self.decimals) for box in self.boxes01]
 
     def nearest(self, box: Box) -> Box | None:
-        """The lesion's box, as it stands in text, that this is to rounding; None when it is no lesion's."""
+        """The lesion's box, as written in text, that equals this one up to rounding; None if there is none."""
         half = 0.5 * 10**-self.decimals + 1e-9
-        fitting = (own for own in self.rounded if all(abs(said - value) <= half for said, value in zip(box, own)))
-        return next(fitting, None)
+        matches = (true for true in self.rounded if all(abs(a - b) <= half for a, b in zip(box, true)))
+        return next(matches, None)
 
     def lines(self) -> str:
-        """One line a lesion: number, name, box."""
+        """One line per lesion: number, name, box."""
         pairs = enumerate(zip(self.names, self.boxes01), start=1)
         return "\n".join(f"{number}. {name} at {format_box(box, self.decimals)}" for number, (name, box) in pairs)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What an answer must keep to.
+    """Rules for a finished text.
 
     Attributes:
-        words: fewest and most words.
+        words: minimum and maximum number of words.
         language: ``en``, or ``any`` for no check.
     """
 
@@ -86,7 +89,7 @@ class Rules:
 
 
 def reply_faults(text: str | None, finish_reason: str) -> list[str]:
-    """What is wrong with a reply whatever its words: nothing in it, cut off, withheld."""
+    """Faults of any reply, whatever its text: unreadable, withheld, empty, cut off."""
     if finish_reason == "unreadable":
         return ["The server sent no readable answer."]
     if finish_reason == "content_filter":
@@ -99,14 +102,14 @@ def reply_faults(text: str | None, finish_reason: str) -> list[str]:
 
 
 def draft_faults(text: str, findings: Findings) -> list[str]:
-    """What makes a first answer useless to reflect on: it is about something else."""
-    named = {cls for _, _, cls in find_terms(text, findings.terms)}
+    """Faults that make a draft useless for reflection: it does not name a finding."""
+    named = {cls for _, _, cls in find_terms(text, findings.class_names)}
     missing = [name for ref, name in zip(findings.refs, findings.names) if ref not in named]
     return [f'It does not name "{name}".' for name in dict.fromkeys(missing)]
 
 
 def text_faults(text: str, findings: Findings, rules: Rules) -> list[str]:
-    """What is wrong with a finished text."""
+    """Faults of a finished text."""
     return [
         *_class_faults(text, findings),
         *box_faults(text, findings),
@@ -118,39 +121,39 @@ def text_faults(text: str, findings: Findings, rules: Rules) -> list[str]:
 
 
 def box_faults(text: str, findings: Findings) -> list[str]:
-    """Boxes of the record that the text leaves out or repeats, and boxes that are not the record's."""
-    said = [(box, findings.nearest(box)) for box in parse_boxes(text)]
-    counts = Counter(own for _, own in said)
+    """Boxes of the record that the text omits or repeats, and boxes that are not in the record."""
+    matches = [(box, findings.nearest(box)) for box in parse_boxes(text)]
+    counts = Counter(true for _, true in matches)
     faults = []
-    # Two lesions may be alike to the last decimal: then their box is told twice.
-    for own, times in Counter(findings.rounded).items():
-        if counts[own] != times:
-            often = f"stands {counts[own]} times" if counts[own] else "is missing"
-            faults.append(f"The box {format_box(own, findings.decimals)} {often}; needed: {times}.")
-    return faults + [f"The box {list(box)} is none of the image's boxes." for box, own in said if own is None]
+    # Boxes of two lesions may be equal after rounding: then the text must have that box twice.
+    for true, times in Counter(findings.rounded).items():
+        if counts[true] != times:
+            often = f"stands {counts[true]} times" if counts[true] else "is missing"
+            faults.append(f"The box {format_box(true, findings.decimals)} {often}; needed: {times}.")
+    return faults + [f"The box {list(box)} is none of the image's boxes." for box, true in matches if true is None]
 
 
 def in_our_dialect(text: str, findings: Findings) -> str:
-    """A text that `box_faults` finds right, with its boxes written as all others are, on one line without outer blanks."""
+    """A text without `box_faults`, with its boxes in the training dialect, on one line without surrounding blanks."""
 
     def write(box: Box) -> str:
-        own = findings.nearest(box)
-        assert own is not None, f"{box} is no box of the image: box_faults was not asked"
-        return format_box(own, findings.decimals)
+        true = findings.nearest(box)
+        assert true is not None, f"{box} is not a box of the image: call box_faults first"
+        return format_box(true, findings.decimals)
 
     return " ".join(rewrite_boxes(text, write).split())
 
 
 def _class_faults(text: str, findings: Findings) -> list[str]:
     faults = draft_faults(text, findings)
-    named = {cls for _, _, cls in find_terms(text, findings.terms)}
+    named = {cls for _, _, cls in find_terms(text, findings.class_names)}
     others = sorted(named - set(findings.refs))
-    return faults + [f'It names "{findings.terms[ref][0]}", which is not in this image.' for ref in others]
+    return faults + [f'It names "{findings.class_names[ref][0]}", which is not in this image.' for ref in others]
 
 
 def _order_faults(text: str, findings: Findings) -> list[str]:
-    """Localisation comes before recognition: no finding is named before the first box."""
-    named = [start for start, _, ref in find_terms(text, findings.terms) if ref in findings.refs]
+    """Localisation comes before recognition: no finding may be named before the first box."""
+    named = [start for start, _, ref in find_terms(text, findings.class_names) if ref in findings.refs]
     boxes = [start for start, _ in find_boxes(text)]
     if named and boxes and min(named) < min(boxes):
         return ["A finding is named before the first box: first say where it lies, then what it is."]
@@ -158,7 +161,7 @@ def _order_faults(text: str, findings: Findings) -> list[str]:
 
 
 def _language_faults(text: str, language: str) -> list[str]:
-    """Whether a text is English, told by its script and its commonest words: needs no library, and is enough for prose."""
+    """Whether a text is English, by its script and its most common words. That needs no library and is enough for prose."""
     if language == "any":
         return []
     words = [word.lower() for word in _WORD.findall(text)]
@@ -170,7 +173,7 @@ def _language_faults(text: str, language: str) -> list[str]:
 
 
 def _length_faults(text: str, words: tuple[int, int]) -> list[str]:
-    # A box is one word, however many digits it has.
+    # A box counts as one word.
     count = len(rewrite_boxes(text, lambda box: "box").split())
     if words[0] <= count <= words[1]:
         return []
@@ -178,5 +181,5 @@ def _length_faults(text: str, words: tuple[int, int]) -> list[str]:
 
 
 def _marking_faults(text: str) -> list[str]:
-    found = _MARKING.search(text)
-    return [f'It speaks of "{found.group(0)}": write as if the image had no marks.'] if found else []
+    match = _MARKING.search(text)
+    return [f'It speaks of "{match.group(0)}": write as if the image had no marks.'] if match else []

@@ -1,8 +1,9 @@
-"""What reviewers decided, and how it gets into the records: the paper's three-reviewer step.
+"""Reviewers' decisions, and how they are applied to the records: the paper's three-reviewer step.
 
-A decisions file is what the review page's button downloads. Each decision names the record and the digest of the text that the
-reviewer saw: one about a text that has changed since is not applied, and counted. Of several reviewers, one rejection is enough
-to leave an image out; edits go before acceptance, and two different edits of one text are a fault for the reviewers to settle.
+The review page's button downloads a decisions file. Each decision names a record and the digest of the text that the reviewer
+saw. If the text has changed since, the decision is not applied, but counted. With several reviewers, one rejection is enough to
+leave an image out. An edit takes precedence over an acceptance. Two different edits of one text are an error, which the reviewers
+must resolve.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ _FAULTS_SHOWN = 10
 
 @dataclass(frozen=True)
 class Decision:
-    """What one reviewer said about one text.
+    """One reviewer's decision about one text.
 
     Attributes:
-        record: its id.
+        record: id of the record.
         shown: digest of the text that was reviewed.
         kind: ``accept``, ``edit`` or ``reject``.
-        text: the edited text, else empty.
+        text: the edited text; empty unless ``kind`` is ``edit``.
         reviewer, note: as typed into the page; may be empty.
-        file: where it was read.
+        file: the file that it was read from.
     """
 
     record: str
@@ -50,23 +51,24 @@ class Reviewed:
     """Records after review.
 
     Attributes:
-        records: to train on, in their order.
-        aside: still put aside: neither accepted nor rejected.
-        counts: records that were accepted, edited, rejected; decisions on a text that has changed; decisions on no record.
+        records: records to train on, in their original order.
+        set_aside: records that are still set aside: neither accepted, edited nor rejected.
+        counts: number of records by ``accept``, ``edit`` and ``reject``; number of decisions about a text that has changed
+            (``stale``) and about no record of this build (``unknown``).
     """
 
     records: list[Record] = field(default_factory=list)
-    aside: list[Record] = field(default_factory=list)
+    set_aside: list[Record] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((ACCEPT, EDIT, REJECT, "stale", "unknown"), 0))
 
 
 def text_digest(text: str) -> str:
-    """Of a text that is shown to reviewers."""
+    """The digest that identifies a text shown to reviewers."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def answer_of(record: Record) -> str:
-    """The text that is reviewed: the first answer."""
+    """The text that is reviewed: the record's first answer."""
     return str(record["conversations"][1]["value"])
 
 
@@ -74,9 +76,9 @@ def read_decisions(files: Iterable[Path]) -> list[Decision]:
     """Read decisions files.
 
     Raises:
-        UmedError: a file is missing or is not what the review page downloads; all faults at once.
+        UmedError: a file is missing or is not a download of the review page; all faults at once.
     """
-    found: list[Decision] = []
+    decisions: list[Decision] = []
     faults: list[str] = []
     for file in files:
         try:
@@ -88,7 +90,7 @@ def read_decisions(files: Iterable[Path]) -> list[Decision]:
             faults.append(f"{file}: is not JSON ({error}).")
             continue
         if not isinstance(content, dict) or not isinstance(content.get("decisions"), list):
-            faults.append(f"{file}: has no list 'decisions'. Needed: what the review page's button downloads.")
+            faults.append(f"{file}: has no list 'decisions'. Needed: a file that the review page's button downloaded.")
             continue
         reviewer = str(content.get("reviewer", ""))
         for index, item in enumerate(content["decisions"]):
@@ -97,65 +99,76 @@ def read_decisions(files: Iterable[Path]) -> list[Decision]:
                 faults.append(f"{file}: decisions[{index}] {fault}.")
             else:
                 text, note = item.get("text", ""), item.get("note", "")
-                found.append(Decision(item["id"], item["shown"], item["decision"], text, reviewer, note, str(file)))
+                decisions.append(
+                    Decision(
+                        record=item["id"],
+                        shown=item["shown"],
+                        kind=item["decision"],
+                        text=text,
+                        reviewer=reviewer,
+                        note=note,
+                        file=str(file),
+                    )
+                )
     _raise_if_any(faults)
-    return found
+    return decisions
 
 
 def _fault_of(item: Any) -> str:
     if not isinstance(item, dict):
-        return f"is {type(item).__name__}; needed: an object"
+        return f"is of type {type(item).__name__}; needed: an object"
     for name in ("id", "shown", "decision", "text", "note"):
         if not isinstance(item.get(name, "" if name in ("text", "note") else None), str):
             return f"has no text under {name!r}"
     if item["decision"] not in (ACCEPT, EDIT, REJECT):
         return f"has the decision {item['decision']!r}; allowed: {ACCEPT}, {EDIT}, {REJECT}"
     if item["decision"] == EDIT and not item.get("text", "").strip():
-        return "is an edit without a text"
+        return "is an edit without text"
     return ""
 
 
-def apply_decisions(records: Sequence[Record], aside: Sequence[Record], decisions: Sequence[Decision]) -> Reviewed:
-    """Accept, edit and leave out.
+def apply_decisions(records: Sequence[Record], set_aside: Sequence[Record], decisions: Sequence[Decision]) -> Reviewed:
+    """Accept, edit and leave out records.
 
     Args:
-        records: finished.
-        aside: put aside by the writer; one that is accepted or edited joins the records.
+        records: finished records.
+        set_aside: records that the writer set aside; those that are accepted or edited join the finished ones.
+        decisions: of all reviewers.
 
     Raises:
-        UmedError: an accepted or edited text does not hold exactly the record's boxes, or reviewers edited one text differently.
+        UmedError: an accepted or edited text does not have exactly the record's boxes, or reviewers edited one text differently.
     """
     result = Reviewed()
     faults: list[str] = []
     by_record: dict[str, list[Decision]] = {}
     for decision in decisions:
         by_record.setdefault(decision.record, []).append(decision)
-    for record in [*records, *aside]:
-        made = by_record.pop(record["id"], [])
-        fitting = [each for each in made if each.shown == text_digest(answer_of(record))]
-        result.counts["stale"] += len(made) - len(fitting)
-        if not fitting:
-            (result.aside if "aside" in record else result.records).append(record)
+    for record in [*records, *set_aside]:
+        of_record = by_record.pop(record["id"], [])
+        current = [decision for decision in of_record if decision.shown == text_digest(answer_of(record))]
+        result.counts["stale"] += len(of_record) - len(current)
+        if not current:
+            (result.set_aside if "aside" in record else result.records).append(record)
             continue
-        verdict = _settled(record, fitting, faults)
-        if verdict is None:
+        deciding = _deciding(record, current, faults)
+        if deciding is None:
             continue
-        result.counts[verdict.kind] += 1
-        if verdict.kind != REJECT:
-            result.records.append(_reviewed(record, verdict, fitting, faults))
-    result.counts["unknown"] = sum(len(each) for each in by_record.values())
+        result.counts[deciding.kind] += 1
+        if deciding.kind != REJECT:
+            result.records.append(_reviewed(record, deciding, current, faults))
+    result.counts["unknown"] = sum(len(of_record) for of_record in by_record.values())
     _raise_if_any(faults)
-    order = {record["id"]: place for place, record in enumerate(records)}
+    order = {record["id"]: index for index, record in enumerate(records)}
     result.records.sort(key=lambda record: order.get(record["id"], len(order)))
     return result
 
 
-def _settled(record: Record, made: list[Decision], faults: list[str]) -> Decision | None:
-    """The decision that counts; None, and a fault, when reviewers contradict one another."""
+def _deciding(record: Record, decisions: list[Decision], faults: list[str]) -> Decision | None:
+    """The decision that counts; None, with a fault, if reviewers contradict each other."""
     for kind in (REJECT, EDIT, ACCEPT):
-        of_kind = [each for each in made if each.kind == kind]
-        if len({each.text.strip() for each in of_kind}) > 1:
-            files = ", ".join(dict.fromkeys(each.file for each in of_kind))
+        of_kind = [decision for decision in decisions if decision.kind == kind]
+        if len({decision.text.strip() for decision in of_kind}) > 1:
+            files = ", ".join(dict.fromkeys(decision.file for decision in of_kind))
             faults.append(f"record {record['id']!r} was edited in different ways in {files}. Keep one of the edits.")
             return None
         if of_kind:
@@ -163,18 +176,18 @@ def _settled(record: Record, made: list[Decision], faults: list[str]) -> Decisio
     return None
 
 
-def _reviewed(record: Record, verdict: Decision, made: list[Decision], faults: list[str]) -> Record:
+def _reviewed(record: Record, deciding: Decision, decisions: list[Decision], faults: list[str]) -> Record:
     changed: dict[str, Any] = copy.deepcopy(record)
     changed.pop("aside", None)
-    text = verdict.text.strip() if verdict.kind == EDIT else answer_of(record)
+    text = deciding.text.strip() if deciding.kind == EDIT else answer_of(record)
     findings = Findings.of(record)
-    wrong = box_faults(text, findings)
-    if wrong:
-        faults.append(f"{verdict.file}: the text for record {record['id']!r} cannot be used: {' '.join(wrong)}")
+    of_boxes = box_faults(text, findings)
+    if of_boxes:
+        faults.append(f"{deciding.file}: the text for record {record['id']!r} cannot be used: {' '.join(of_boxes)}")
         return changed
     changed["conversations"][1]["value"] = in_our_dialect(text, findings)
-    reviewers = [each.reviewer for each in made]
-    changed["provenance"]["review"] = {"decision": verdict.kind, "reviewers": reviewers}
+    reviewers = [decision.reviewer for decision in decisions]
+    changed["provenance"]["review"] = {"decision": deciding.kind, "reviewers": reviewers}
     return changed
 
 

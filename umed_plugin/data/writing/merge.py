@@ -1,4 +1,4 @@
-"""The writer's texts into the records: what is trained on, and what waits for a person."""
+"""Puts the writer's texts into the records: those to train on, and those set aside for a reviewer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Union
 
 from umed_plugin.data.records import Record
 from umed_plugin.data.writing.prompts import Prompts
-from umed_plugin.data.writing.steps import Aside, Written
+from umed_plugin.data.writing.steps import Diagnosis, SetAside
 from umed_plugin.data.writing.writer import Outcome
 
 WRITER = "openai"
@@ -19,33 +19,33 @@ def with_texts(
 ) -> tuple[list[Record], list[Record]]:
     """Put the texts into copies of the records.
 
-    Images without a lesion keep the offline writer's words; images without an answer are left out.
+    Images without a lesion keep the offline writer's text. Images without a reply are left out.
 
     Returns:
-        the records to train on, and those put aside: with the refused text, and ``aside``, what is wrong with it.
+        the records to train on, and those set aside: they carry the rejected text, and its faults under ``aside``.
     """
     finished: list[Record] = []
-    aside: list[Record] = []
+    set_aside: list[Record] = []
     for record in records:
         name = record["id"]
         if not record["objects"]["ref"]:
             finished.append(record)
         elif name in outcome.written:
             finished.append(_with_text(record, outcome.written[name], model, prompts))
-        elif name in outcome.aside:
-            refused = _with_text(record, outcome.aside[name], model, prompts)
-            aside.append({**refused, "aside": list(outcome.aside[name].faults)})
-    return finished, aside
+        elif name in outcome.set_aside:
+            rejected = _with_text(record, outcome.set_aside[name], model, prompts)
+            set_aside.append({**rejected, "aside": list(outcome.set_aside[name].faults)})
+    return finished, set_aside
 
 
-def _with_text(record: Record, answer: Union[Written, Aside], model: str, prompts: Prompts) -> Record:
+def _with_text(record: Record, result: Union[Diagnosis, SetAside], model: str, prompts: Prompts) -> Record:
     changed: dict[str, Any] = copy.deepcopy(record)
-    changed["conversations"][1]["value"] = answer.text
+    changed["conversations"][1]["value"] = result.text
     changed["provenance"].update(
         writer=WRITER,
         model=model,
-        answered_by=answer.model,
+        answered_by=result.model,
         prompts=prompts.versions,
-        replies=list(answer.keys),
+        replies=list(result.keys),
     )
     return changed

@@ -1,7 +1,7 @@
-"""The prompts: three text files that a person can edit (``--prompts FOLDER``), versioned into every record's provenance.
+"""The prompts: three text files that users can replace (``--prompts FOLDER``); each record's provenance has their versions.
 
-``write.txt`` asks for the diagnosis, ``reflect.txt`` for the ordered one, ``again.txt`` for a better one when an answer failed
-its checks. Places such as ``{findings}`` are replaced, all else stays as it is.
+``write.txt`` requests the diagnosis, ``reflect.txt`` the ordered one, ``again.txt`` a better one when a reply failed its checks.
+Placeholders such as ``{findings}`` are filled in; everything else is sent as it is.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from umed_plugin.errors import UmedError, unknown_name
 
 SHIPPED = Path(__file__).parent / "prompt_files"
-# Prompt -> places that it must have, and those that it may have.
-_PLACES = {
+# Prompt -> placeholders that it must have, and those that it may have.
+_PLACEHOLDERS = {
     "write": (("findings",), ("words",)),
     "reflect": (("findings", "draft"), ("words",)),
     "again": (("faults",), ("findings", "words")),
 }
-_PLACE = re.compile(r"\{([a-z_]+)\}")
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The three texts.
+    """The three prompts.
 
     Attributes:
-        texts: ``write``, ``reflect`` and ``again``.
+        texts: by name: ``write``, ``reflect`` and ``again``.
         folder: where they were read.
     """
 
@@ -38,24 +38,24 @@ class Prompts:
 
     @classmethod
     def read(cls, folder: Path = SHIPPED) -> Prompts:
-        """Read and check the prompts of a folder.
+        """Read and check the prompts in a folder.
 
         Raises:
-            UmedError: a file is missing or no UTF-8 text, or has no place for what the model must know; all faults at once.
+            UmedError: a file is missing, is not UTF-8 text, or lacks a placeholder that the model needs; all faults at once.
         """
         faults: list[str] = []
-        texts = {name: _read(folder / f"{name}.txt", name, faults) for name in _PLACES}
+        texts = {name: _read(folder / f"{name}.txt", name, faults) for name in _PLACEHOLDERS}
         if faults:
-            raise UmedError("\n".join(faults) + f"\nBegin with a copy of {SHIPPED}")
+            raise UmedError("\n".join(faults) + f"\nStart from a copy of {SHIPPED}")
         return cls(texts, folder)
 
-    def fill(self, name: str, **words: str) -> str:
-        """A prompt with its places filled; words that look like a place are left alone."""
-        return _PLACE.sub(lambda place: words[place.group(1)], self.texts[name]).strip()
+    def fill(self, name: str, **values: str) -> str:
+        """A prompt with its placeholders filled in. Values that look like a placeholder are not filled in again."""
+        return _PLACEHOLDER.sub(lambda match: values[match.group(1)], self.texts[name]).strip()
 
     @property
     def versions(self) -> dict[str, str]:
-        """Prompt -> the first 16 digits of its file's SHA-256."""
+        """Prompt -> the first 16 hex digits of its file's SHA-256."""
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in self.texts.items()}
 
 
@@ -68,12 +68,16 @@ def _read(file: Path, name: str, faults: list[str]) -> str:
     except ValueError as error:
         faults.append(f"{file}: is not UTF-8 text ({error}).")
         return ""
-    needed, allowed = _PLACES[name]
-    found = _PLACE.findall(text)
-    faults += [f"{file}: has no {{{place}}}, so the model would not see it." for place in needed if place not in found]
+    required, optional = _PLACEHOLDERS[name]
+    present = _PLACEHOLDER.findall(text)
     faults += [
-        f"{file}: {unknown_name('place', place, [*needed, *allowed])}"
-        for place in dict.fromkeys(found)
-        if place not in (*needed, *allowed)
+        f"{file}: has no {{{placeholder}}}, so the model would not see it."
+        for placeholder in required
+        if placeholder not in present
+    ]
+    faults += [
+        f"{file}: {unknown_name('placeholder', placeholder, [*required, *optional])}"
+        for placeholder in dict.fromkeys(present)
+        if placeholder not in (*required, *optional)
     ]
     return text

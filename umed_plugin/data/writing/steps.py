@@ -1,10 +1,13 @@
-"""What to ask next about one image, told from the replies in the ledger alone.
+"""The next request about one image, decided only from the replies in the ledger.
 
-Asking one by one, asking by the Batch API and estimating costs all walk the same path: while the ledger has the reply to a
-question, the next one follows from it; so a run that was killed goes on where it was, and one that has all replies asks nothing.
+Single requests, the Batch API and the cost estimate all follow the same path. As long as the ledger has the reply to a request,
+the next request follows from it. So a run that was killed continues where it was, and a run that has all replies sends nothing.
 
-The path: ``write`` until the answer can be used, then ``reflect`` on it until the finished text keeps to all rules. An answer
-that does not is asked again, at most `MOST_AGAIN` times an image; then the image is put aside for a person.
+The path: ``write`` until the draft is usable, then ``reflect`` on it until the finished text keeps all rules. A reply with faults
+is requested again, at most `MAX_REVISIONS` times per image; then the image is set aside for a reviewer.
+
+A request's key decides whether a reply that was paid for is found again. Nothing that enters it may change: the shipped prompts,
+the sentences in `umed_plugin.data.writing.checks`, and the order of the values in `ImageTask._key`.
 """
 
 from __future__ import annotations
@@ -24,18 +27,18 @@ from umed_plugin.data.writing.prompts import Prompts
 from umed_plugin.remote.ledger import Entry
 from umed_plugin.remote.replies import Message
 
-MOST_AGAIN = 2
+MAX_REVISIONS = 2
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How images are asked about.
+class DiagnosisSettings:
+    """How diagnoses are requested and checked.
 
     Attributes:
         prompts: the three prompts.
         options: further fields of each request, such as ``max_tokens``.
-        rules: that finished texts keep to.
-        crop: whether each lesion is also shown enlarged.
+        rules: for finished texts.
+        crop: whether each lesion is also sent enlarged.
     """
 
     prompts: Prompts
@@ -45,31 +48,35 @@ class Manner:
 
 
 @dataclass(frozen=True)
-class Question:
+class WriterRequest:
     """A request that has no reply yet.
 
     Attributes:
-        key: hex digest of all that decides the reply but the model.
+        key: hex digest of everything that decides the reply, except the model.
         stage: ``write`` or ``reflect``.
-        again: how often this image was asked again before.
-        characters: of all texts in it.
-        pictures: how many go along.
-        most_written: tokens that the reply may have, where the request's options say so.
-        messages: makes what is sent; draws and encodes the pictures when it is called.
+        revision: number of replies about this image that were rejected before.
+        characters: length of all its texts.
+        image_count: number of images in it.
+        max_tokens: limit of the reply's tokens, if the request's options set one.
+        messages: creates the messages; draws and encodes the images when called.
     """
 
     key: str
     stage: str
-    again: int
+    revision: int
     characters: int
-    pictures: int
-    most_written: int | None
+    image_count: int
+    max_tokens: int | None
     messages: Callable[[], list[Message]]
+
+    def facts(self, record: str) -> dict[str, Any]:
+        """What the ledger notes about this request; ``record`` is the record's id."""
+        return {"record": record, "stage": self.stage, "again": self.revision}
 
 
 @dataclass(frozen=True)
-class Written:
-    """The finished text, the keys of the replies that led to it, and the model as the server called it."""
+class Diagnosis:
+    """A finished text, the keys of the replies that led to it, and the model as the server names it."""
 
     text: str
     keys: tuple[str, ...]
@@ -77,8 +84,8 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Aside:
-    """No answer passed: the last text, if there was one, what is wrong with it, and the keys of the replies."""
+class SetAside:
+    """No reply passed the checks: the last text (empty if there was none), its faults, the replies' keys, and the model."""
 
     text: str
     faults: tuple[str, ...]
@@ -86,111 +93,124 @@ class Aside:
     model: str
 
 
-Step = Union[Question, Written, Aside]
+Step = Union[WriterRequest, Diagnosis, SetAside]
 
 
 class ImageTask:
-    """One record with lesions, for which a diagnosis is to be written.
+    """One record with lesions that needs a diagnosis.
 
     Args:
-        record: as built; its image is read when it is first needed.
-        folder: that the record's ``image`` is relative to.
-        manner: how it is asked about.
+        record: as built. Its image is read when it is first needed.
+        folder: the folder that the record's ``image`` is relative to.
+        settings: how its diagnosis is requested and checked.
 
     Attributes:
         findings: what the model is told.
     """
 
-    def __init__(self, record: Record, folder: Path, manner: Manner) -> None:
-        self.record, self.manner = record, manner
+    def __init__(self, record: Record, folder: Path, settings: DiagnosisSettings) -> None:
+        self.record, self.settings = record, settings
         self.findings = Findings.of(record)
         self._file = folder / record["image"]
 
     def next_step(self, reply_to: Callable[[str], Entry | None]) -> Step:
-        """The first question without a reply, or how it ended.
+        """The first request without a reply, or the result.
 
         Args:
-            reply_to: looks a question's key up in the ledger.
+            reply_to: looks a request's key up in the ledger.
         """
-        stage, draft, keys, again = "write", "", [], 0
-        refused: list[tuple[str, list[str]]] = []
-        model = ""
+        stage, draft, keys, revision = "write", "", [], 0
+        rejected: list[tuple[str, list[str]]] = []
         while True:
-            question = self._question(stage, draft, refused, again)
-            entry = reply_to(question.key)
+            request = self._request(stage, draft, rejected, revision)
+            entry = reply_to(request.key)
             if entry is None:
-                return question
-            keys.append(question.key)
+                return request
+            keys.append(request.key)
             model = entry.line.get("answered_by", "") or entry.model
             text = entry.reply or ""
-            faults = reply_faults(entry.reply, str(entry.line.get("finish_reason", "stop")))
-            if not faults:
-                faults = (
-                    draft_faults(text, self.findings)
-                    if stage == "write"
-                    else text_faults(text, self.findings, self.manner.rules)
-                )
+            faults = self._faults(stage, entry)
             if not faults and stage == "reflect":
-                return Written(in_our_dialect(text, self.findings), tuple(keys), model)
+                return Diagnosis(in_our_dialect(text, self.findings), tuple(keys), model)
             if not faults:
-                stage, draft, refused = "reflect", text, []
-            elif again == MOST_AGAIN:
-                return Aside(text.strip(), tuple(faults), tuple(keys), model)
+                # The draft is usable. Revisions are counted over both stages, rejected texts per stage.
+                stage, draft, rejected = "reflect", text, []
+            elif revision == MAX_REVISIONS:
+                return SetAside(text.strip(), tuple(faults), tuple(keys), model)
             else:
-                again += 1
-                refused = [*refused, (text, faults)]
+                revision += 1
+                rejected = [*rejected, (text, faults)]
 
-    def _question(self, stage: str, draft: str, refused: list[tuple[str, list[str]]], again: int) -> Question:
-        asked = self._asked(stage, draft)
+    def _faults(self, stage: str, entry: Entry) -> list[str]:
+        """Faults of a reply: of any reply first, then of a draft or a finished text."""
+        faults = reply_faults(entry.reply, str(entry.line.get("finish_reason", "stop")))
+        if faults:
+            return faults
+        if stage == "write":
+            return draft_faults(entry.reply or "", self.findings)
+        return text_faults(entry.reply or "", self.findings, self.settings.rules)
+
+    def _request(self, stage: str, draft: str, rejected: list[tuple[str, list[str]]], revision: int) -> WriterRequest:
+        prompt = self._prompt(stage, draft)
         turns: list[Message] = []
-        if refused and refused[-1][0]:  # the last answer alone: it is the one to mend, and every token costs
-            text, faults = refused[-1]
-            listed = "\n".join(f"- {fault}" for fault in faults)
+        if rejected and rejected[-1][0]:  # only the last reply: it is the one to revise, and every token costs
+            text, faults = rejected[-1]
+            fault_list = "\n".join(f"- {fault}" for fault in faults)
             turns = [
                 {"role": "assistant", "content": text},
-                {"role": "user", "content": self._filled("again", faults=listed)},
+                {"role": "user", "content": self._filled("again", faults=fault_list)},
             ]
-        what_decides = [asked, turns, len(refused), dict(self.manner.options)]
-        if stage == "write":
-            what_decides += [self._pixels, [list(box) for box in self.findings.boxes01], self.manner.crop]
-        key = hashlib.sha256(json.dumps(what_decides, sort_keys=True).encode()).hexdigest()[:32]
 
         def messages() -> list[Message]:
-            content: Any = asked
+            content: Any = prompt
             if stage == "write":
-                shown = [{"type": "image_url", "image_url": {"url": url}} for url in self._pictures()]
-                content = [{"type": "text", "text": asked}, *shown]
+                images = [{"type": "image_url", "image_url": {"url": url}} for url in self._image_urls()]
+                content = [{"type": "text", "text": prompt}, *images]
             return [{"role": "user", "content": content}, *turns]
 
-        characters = len(asked) + sum(len(turn["content"]) for turn in turns)
-        most = self.manner.options.get("max_tokens", self.manner.options.get("max_completion_tokens"))
-        return Question(key, stage, again, characters, self.picture_count if stage == "write" else 0, most, messages)
+        options = self.settings.options
+        return WriterRequest(
+            key=self._key(stage, prompt, turns, len(rejected)),
+            stage=stage,
+            revision=revision,
+            characters=len(prompt) + sum(len(turn["content"]) for turn in turns),
+            image_count=self.image_count if stage == "write" else 0,
+            max_tokens=options.get("max_tokens", options.get("max_completion_tokens")),
+            messages=messages,
+        )
 
-    def _asked(self, stage: str, draft: str) -> str:
+    def _key(self, stage: str, prompt: str, turns: list[Message], rejected_count: int) -> str:
+        """Digest of everything that decides the reply. Changing it would pay for every diagnosis again."""
+        parts = [prompt, turns, rejected_count, dict(self.settings.options)]
+        if stage == "write":
+            parts += [self._pixels, [list(box) for box in self.findings.boxes01], self.settings.crop]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    def _prompt(self, stage: str, draft: str) -> str:
         return self._filled("write") if stage == "write" else self._filled("reflect", draft=draft)
 
-    def _filled(self, prompt: str, **words: str) -> str:
-        fewest, most = self.manner.rules.words
-        return self.manner.prompts.fill(prompt, findings=self.findings.lines(), words=f"{fewest} to {most}", **words)
+    def _filled(self, name: str, **values: str) -> str:
+        fewest, most = self.settings.rules.words
+        return self.settings.prompts.fill(name, findings=self.findings.lines(), words=f"{fewest} to {most}", **values)
 
     @property
-    def picture_count(self) -> int:
-        """Pictures that go along with the first request."""
-        return 1 + (len(self.findings.boxes01) if self.manner.crop else 0)
+    def image_count(self) -> int:
+        """Number of images in the first request."""
+        return 1 + (len(self.findings.boxes01) if self.settings.crop else 0)
 
     @property
     def reflection_characters(self) -> int:
-        """Of the second request, without the draft."""
-        return len(self._asked("reflect", ""))
+        """Length of the second request without the draft."""
+        return len(self._prompt("reflect", ""))
 
     @cached_property
     def _pixels(self) -> str:
         return drawing.pixel_digest(drawing.read_pixels(self._file))
 
-    def _pictures(self) -> list[str]:
-        """The square with its frames, and each lesion enlarged if asked for, as ``data:`` addresses."""
+    def _image_urls(self) -> list[str]:
+        """The square with its frames, then each lesion enlarged if requested, as ``data:`` URLs."""
         square = drawing.square_of(drawing.read_pixels(self._file), record_geometry(self.record))
-        shown = [drawing.with_frames(square, self.findings.boxes01)]
-        if self.manner.crop:
-            shown += [drawing.crop_of(square, box) for box in self.findings.boxes01]
-        return [drawing.as_data_url(each) for each in shown]
+        images = [drawing.with_frames(square, self.findings.boxes01)]
+        if self.settings.crop:
+            images += [drawing.crop_of(square, box) for box in self.findings.boxes01]
+        return [drawing.as_data_url(image) for image in images]

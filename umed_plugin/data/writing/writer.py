@@ -1,7 +1,7 @@
-"""Asks a vision model about every image, many at a time, and puts its texts into the records.
+"""Requests the diagnoses of all images from a vision model, many at a time.
 
-Every reply is in the ledger before it counts. A run that was killed, ran out of budget or met a server that failed is started
-again with the same command and pays only for what is missing.
+Every reply is in the ledger before it is used. If a run was killed, exhausted its budget or met a failing server, the same
+command continues it and pays only for what is missing.
 """
 
 from __future__ import annotations
@@ -15,58 +15,61 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin.data.writing.account import Account
 from umed_plugin.data.writing.estimate import TokenEstimate
-from umed_plugin.data.writing.steps import MOST_AGAIN, Aside, ImageTask, Question, Step, Written
+from umed_plugin.data.writing.steps import MAX_REVISIONS, Diagnosis, ImageTask, SetAside, Step, WriterRequest
 from umed_plugin.errors import UmedError
-from umed_plugin.remote.replies import Answer, Failure, Reply, Unreadable
+from umed_plugin.remote.replies import Failure, Reply, RequestResult, Unreadable
 
 if TYPE_CHECKING:
     from umed_plugin.remote.client import ModelClient
 
-# Failures in a row, retries included, after which the server is taken to be down.
+# After this many consecutive failures, each with all its retries, the server is considered down.
 PATIENCE = 10
-# What no further try can mend: a wrong key, no permission, no such model.
-HOPELESS = (401, 403, 404)
+# HTTP statuses that no retry can fix: wrong key, no permission, no such model.
+PERMANENT_FAILURES = (401, 403, 404)
 
 
 @dataclass
 class Outcome:
-    """What became of the images.
+    """What became of the images of a run.
 
     Attributes:
         written: record id -> finished text.
-        aside: record id -> the answer that did not pass.
-        missing: record id -> why there is no answer yet.
-        stopped: why not all were asked, or None.
+        set_aside: record id -> the reply that did not pass the checks.
+        missing: record id -> why there is no finished text yet.
+        stopped: why the run ended before all images were processed, or None.
     """
 
-    written: dict[str, Written] = field(default_factory=dict)
-    aside: dict[str, Aside] = field(default_factory=dict)
+    written: dict[str, Diagnosis] = field(default_factory=dict)
+    set_aside: dict[str, SetAside] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
 
 
 class _Stopped(Exception):
-    """The run ends before this question is asked."""
+    """The run ends before this request is sent."""
 
 
 class DiagnosisWriter:
     """Writes diagnoses with one model.
 
     Args:
-        account: with the replies that are there already; new ones are written to its ledger.
+        account: the ledger with earlier replies, to which new ones are added, and its budget.
+
+    Attributes:
+        revisions: number of requests for a better text, because a reply failed its checks.
     """
 
     def __init__(self, account: Account) -> None:
         self.account, self._ledger = account, account.ledger
         self._lock = threading.Lock()
         self._settled = threading.Condition(self._lock)
-        self._on_their_way: dict[str, Future[Answer]] = {}
+        self._in_flight: dict[str, Future[RequestResult]] = {}
         self._reserved: Counter[str] = Counter()
         self._facts: dict[str, dict[str, Any]] = {}
         self._tokens = TokenEstimate(account.ledger.entries())
-        self._failures_in_a_row = 0
+        self._consecutive_failures = 0
         self._stop: str | None = None
-        self.again = 0
+        self.revisions = 0
 
     def run(
         self,
@@ -75,16 +78,16 @@ class DiagnosisWriter:
         concurrency: int,
         on_progress: Callable[[Outcome], None] = lambda outcome: None,
     ) -> Outcome:
-        """Ask about all images, ``concurrency`` at a time; returns when none is left or the run must stop.
+        """Process all images, ``concurrency`` at a time; returns when every image has an outcome or the run must stop.
 
         Args:
             tasks: images with lesions.
-            connect: makes the client, given what it is to do with each reply.
-            concurrency: images that are worked on at the same time.
+            connect: creates the client, given the function that keeps each reply.
+            concurrency: number of images that are processed at the same time.
             on_progress: called after every image, in the caller's thread.
 
         Raises:
-            UmedError: replies cannot be kept, or the budget's unit cannot be counted.
+            UmedError: replies cannot be kept, or the server does not count the budget's unit.
         """
         outcome = Outcome()
         client = connect(self._keep)
@@ -94,7 +97,7 @@ class DiagnosisWriter:
             try:
                 while True:
                     while len(running) < concurrency and (task := next(waiting, None)) is not None:
-                        running[pool.submit(self._work, task, client)] = task
+                        running[pool.submit(self._process, task, client)] = task
                     if not running:
                         break
                     for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -115,72 +118,77 @@ class DiagnosisWriter:
         except _Stopped as stopped:
             outcome.missing[name] = str(stopped)
             return
-        if isinstance(step, Written):
+        if isinstance(step, Diagnosis):
             outcome.written[name] = step
-        elif isinstance(step, Aside):
-            outcome.aside[name] = step
+        elif isinstance(step, SetAside):
+            outcome.set_aside[name] = step
 
-    def _work(self, task: ImageTask, client: ModelClient) -> Step:
-        """Ask about one image until it is settled; in a thread of its own."""
+    def _process(self, task: ImageTask, client: ModelClient) -> Step:
+        """Send requests about one image until it has an outcome; runs in a thread of its own."""
         unreadable = 0
         while True:
             self._ledger.refresh()
             step = task.next_step(self._ledger.get)
-            if not isinstance(step, Question):
+            if not isinstance(step, WriterRequest):
                 return step
-            asked = self._ask(step, task, client)
-            answer = asked.result() if asked is not None else None
-            if isinstance(answer, Failure):
-                self._count_failure(answer)
-                unreadable += isinstance(answer, Unreadable)
-                if not isinstance(answer, Unreadable) or unreadable > MOST_AGAIN:
-                    raise _Stopped(answer.reason)
-            elif answer is not None:
-                self._failures_in_a_row = unreadable = 0
+            future = self._send(step, task, client)
+            result = future.result() if future is not None else None
+            if isinstance(result, Failure):
+                self._count_failure(result)
+                unreadable += isinstance(result, Unreadable)
+                if not isinstance(result, Unreadable) or unreadable > MAX_REVISIONS:
+                    raise _Stopped(result.reason)
+            elif result is not None:
+                self._consecutive_failures = unreadable = 0
 
-    def _ask(self, question: Question, task: ImageTask, client: ModelClient) -> Future[Answer] | None:
-        """Send a question, or wait with another image that asks the very same; None when its reply has just come."""
-        messages = question.messages()
-        needs = self._tokens.of(question)
+    def _send(self, request: WriterRequest, task: ImageTask, client: ModelClient) -> Future[RequestResult] | None:
+        """Send a request, or share one with the same key that is in flight; None if its reply has just arrived."""
+        messages = request.messages()
+        needs = self._tokens.of(request)
         with self._lock:
             while True:
-                if self._ledger.get(question.key) is not None:
+                if self._ledger.get(request.key) is not None:
                     return None
-                if question.key in self._on_their_way:
-                    return self._on_their_way[question.key]
-                fault = self._stop or self.account.no_room_for(self._reserved + Counter(needs))
+                if request.key in self._in_flight:
+                    return self._in_flight[request.key]
+                fault = self._stop or self.account.over_budget(self._reserved + Counter(needs))
                 if fault is None:
                     break
-                if self._stop is not None or not self._on_their_way:
+                if self._stop is not None or not self._in_flight:
                     self._stop = fault
                     raise _Stopped(fault)
-                # What is on its way is counted at its worst: when it has come, there may be room.
+                # Requests in flight reserve their expected cost. When one settles, the budget may allow this request.
                 self._settled.wait()
-            self.again += question.again > 0
+            self.revisions += request.revision > 0
             self._reserved.update(needs)
-            self._facts[question.key] = {"record": task.record["id"], "stage": question.stage, "again": question.again}
-            settled: Future[Answer] = Future()
-            self._on_their_way[question.key] = settled
-            future = client.ask(question.key, messages)
-        # Who waits must find the question settled: waiters of `future` itself are woken before its callbacks run.
-        future.add_done_callback(lambda done: self._arrived(question, needs, done, settled))
+            self._facts[request.key] = request.facts(task.record["id"])
+            settled: Future[RequestResult] = Future()
+            self._in_flight[request.key] = settled
+            future = client.ask(request.key, messages)
+        # Threads wait for `settled`, not for `future`: a future wakes its waiters before it calls its callbacks, and they must
+        # find the request settled.
+        future.add_done_callback(lambda done: self._arrived(request, needs, done, settled))
         return settled
 
     def _arrived(
-        self, question: Question, needs: Mapping[str, int], done: Future[Answer], settled: Future[Answer]
+        self,
+        request: WriterRequest,
+        needs: Mapping[str, int],
+        done: Future[RequestResult],
+        settled: Future[RequestResult],
     ) -> None:
-        """In the client's thread, when a reply is kept or a question has failed."""
+        """In the client's thread: a reply has been kept, or the request has failed."""
         with self._lock:
-            self._on_their_way.pop(question.key, None)
+            self._in_flight.pop(request.key, None)
             self._reserved.subtract(needs)
-            facts = self._facts.pop(question.key)
+            facts = self._facts.pop(request.key)
             self._settled.notify_all()
-        answer = None if done.cancelled() or done.exception() else done.result()
-        if isinstance(answer, Unreadable):
-            # It may have been paid for, and nothing says how much it took.
+        result = None if done.cancelled() or done.exception() else done.result()
+        if isinstance(result, Unreadable):
+            # It may have been paid for, and nothing says how many tokens it took.
             usage = {name: needs[name] for name in ("prompt_tokens", "completion_tokens")}
             try:
-                self._ledger.append(question.key, None, usage, lost=answer.reason, **facts)
+                self._ledger.append(request.key, None, usage, lost=result.reason, **facts)
             except UmedError as cannot_be_written:
                 settled.set_exception(cannot_be_written)
                 return
@@ -192,7 +200,7 @@ class DiagnosisWriter:
             settled.set_result(done.result())
 
     def _keep(self, key: str, reply: Reply) -> None:
-        """In the client's thread: write a reply down."""
+        """In the client's thread: write a reply into the ledger."""
         facts = self._facts[key]
         self._ledger.append(
             key, reply.text, reply.usage, finish_reason=reply.finish_reason, answered_by=reply.model, **facts
@@ -201,14 +209,14 @@ class DiagnosisWriter:
         budget = self.account.budget
         if not reply.usage and budget is not None and budget[1] != "requests":
             raise UmedError(
-                f"--budget is in {budget[1]}, but the server does not say how many tokens a reply took. "
+                f"--budget is in {budget[1]}, but the server does not report how many tokens a reply took. "
                 "Give the budget in requests, for example 5000requests."
             )
 
     def _count_failure(self, failure: Failure) -> None:
         with self._lock:
-            self._failures_in_a_row += 1
-            if failure.status in HOPELESS:
+            self._consecutive_failures += 1
+            if failure.status in PERMANENT_FAILURES:
                 self._stop = self._stop or f"the server refuses: {failure.reason}"
-            elif self._failures_in_a_row >= PATIENCE:
-                self._stop = self._stop or f"{PATIENCE} requests in a row failed, the last: {failure.reason}"
+            elif self._consecutive_failures >= PATIENCE:
+                self._stop = self._stop or f"{PATIENCE} consecutive requests failed, the last one: {failure.reason}"

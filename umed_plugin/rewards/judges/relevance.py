@@ -20,15 +20,15 @@ from umed_plugin.errors import UmedError, note
 from umed_plugin.flags import rewards as judge_flags
 from umed_plugin.flags.definition import REPLAY, UmedFlags
 from umed_plugin.remote import settings
-from umed_plugin.remote.ledger import Ledger, Owner
-from umed_plugin.remote.replies import Answer, Failure, Reply
+from umed_plugin.remote.ledger import Ledger, LedgerUser
+from umed_plugin.remote.replies import Failure, Reply, RequestResult
 from umed_plugin.rewards.judges.question import JudgeQuestion, NotAScoreError, Questionnaire
 
 if TYPE_CHECKING:
     from umed_plugin.remote.client import ModelClient
 
 LEDGER = "judge.jsonl"
-_OWNER = Owner("the judge", "Training stops", "--umed_judge_ledger")
+_LEDGER_USER = LedgerUser("the judge", "Training stops", "--umed_judge_ledger")
 
 
 class JudgedRelevance:
@@ -56,7 +56,7 @@ class JudgedRelevance:
         self._questionnaire, self._ledger, self._patience = questionnaire, ledger, patience
         self._budget, self._prices = budget, prices
         self._client: ModelClient | None = None
-        self._asked: dict[str, Future[Answer]] = {}
+        self._asked: dict[str, Future[RequestResult]] = {}
         self._texts: dict[str, Mapping[str, str]] = {}
         self._new: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
@@ -83,9 +83,11 @@ class JudgedRelevance:
         target = flags.judge_target()
         if flags.judge_kind() == REPLAY:
             return cls(
-                questionnaire, Ledger(target, None, read_only=True, owner=_OWNER), patience=flags.umed_judge_patience
+                questionnaire,
+                Ledger(target, None, read_only=True, user=_LEDGER_USER),
+                patience=flags.umed_judge_patience,
             )
-        ledger = Ledger(flags.umed_judge_ledger or output_dir / LEDGER, target, owner=_OWNER)
+        ledger = Ledger(flags.umed_judge_ledger or output_dir / LEDGER, target, user=_LEDGER_USER)
         prices = judge_flags.prices(flags)
         judge = cls(
             questionnaire,
@@ -101,15 +103,14 @@ class JudgedRelevance:
         """Send questions that the ledger cannot answer to the server; without this they fail."""
         from umed_plugin.remote.client import ModelClient
 
-        self._client = ModelClient(
-            flags.judge_target(),
+        server = settings.ServerSettings(
+            model=flags.judge_target(),
             base_url=flags.umed_judge_base_url,
             options=judge_flags.options(flags),
-            concurrency=flags.umed_judge_concurrency,
             timeout=flags.umed_judge_timeout,
             retries=flags.umed_judge_retries,
-            on_reply=self._keep,
         )
+        self._client = ModelClient(server, self._keep, concurrency=flags.umed_judge_concurrency)
 
     def start(
         self, prompts: Sequence[str], completions: Sequence[str], *, record: Sequence[Any], **columns: Any
@@ -174,9 +175,9 @@ class JudgedRelevance:
     def _score(self, key: str) -> tuple[float | None, str | None]:
         """The score of a question, or the reason why there is none."""
         if key in self._asked:
-            answer = self._asked[key].result()
-            if isinstance(answer, Failure):
-                return None, answer.reason
+            result = self._asked[key].result()
+            if isinstance(result, Failure):
+                return None, result.reason
         entry = self._ledger.get(key)
         if entry is None:
             return None, f"{self._ledger.path} has no reply for an answer"

@@ -1,0 +1,149 @@
+"""``umed recipe build R --out FILE``: the training JSON, with diagnoses from templates or from a vision model."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
+from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
+from umed_plugin.errors import UsageError, note
+
+if TYPE_CHECKING:
+    from umed_plugin.data.records import Record
+    from umed_plugin.data.writing.decisions import Decision
+
+
+def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
+    """Add ``build`` to the actions of ``umed recipe``."""
+    parser = actions.add_parser(
+        "build",
+        help="write the training JSON (and PNGs of images that LLaVA cannot read)",
+        description="Write records as LLaVA's JSON. Images that LLaVA cannot read are rendered into images/ beside it. "
+        "Train with --data_path FILE --image_folder FOLDER_OF_FILE.",
+        epilog="example:\n  umed recipe build brain_tumor_coco --data-root data/brain_tumor_coco --split train "
+        "--out built/train.json",
+    )
+    add_recipe_and_root(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--image-aspect-ratio",
+        default="pad",
+        choices=("pad", "square"),
+        help="as in training: boxes are written in 0-1 of that square (default: pad)",
+    )
+    parser.add_argument(
+        "--box-decimals", default=2, type=int, choices=(2, 3), help="decimals of box coordinates in text (default: 2)"
+    )
+    parser.add_argument("--split", choices=("train", "val", "test"), help="only this split (default: all)")
+    parser.add_argument("--seed", default=0, type=int, help="seed for the choice of wordings (default: 0)")
+    parser.add_argument(
+        "--on-bad-image",
+        default="stop",
+        choices=("stop", "skip"),
+        help="stop at missing or unreadable images, or skip and report them (default: stop)",
+    )
+    add_against(parser, "left out")
+    add_writer_flags(parser)
+    parser.add_argument(
+        "--decisions",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="reviewers' decisions, as downloaded from the pages of umed recipe review",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build the records; exit status 1 if images are still without a diagnosis."""
+    from umed_plugin.commands.recipe.write import screened, tell_forecast, write_diagnoses
+    from umed_plugin.data.records import save_records
+
+    # Everything that may be wrong with the command line is reported before the first image is read.
+    writer = read_writer_flags(args)
+    decisions = _decisions(args)
+    records, complete = _build(args), True
+    set_aside: list[Record] = []
+    if writer is not None:
+        records = screened(writer, records, args.out.parent)
+        if writer.dry_run:
+            tell_forecast(writer, records, args.out.parent)
+            return 0
+        records, set_aside, complete = write_diagnoses(writer, records, args.out.parent)
+    records = with_decisions(records, set_aside, decisions, args.out)
+    save_records(records, args.out)
+    _tell_result(args, records)
+    return 0 if complete else 1
+
+
+def _decisions(args: argparse.Namespace) -> list[Decision]:
+    """The reviewers' decisions.
+
+    Raises:
+        UsageError: they would have no effect.
+        UmedError: a file is wrong.
+    """
+    from umed_plugin.data.writing.decisions import read_decisions
+
+    if args.decisions and args.dry_run:
+        raise UsageError("--decisions: no effect with --dry-run.")
+    return read_decisions(args.decisions)
+
+
+def _build(args: argparse.Namespace) -> list[Record]:
+    from umed_plugin.data.build import build_records
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    return build_records(
+        load_recipe(args.recipe),
+        out_dir=args.out.parent,
+        image_aspect_ratio=args.image_aspect_ratio,
+        box_decimals=args.box_decimals,
+        seed=args.seed,
+        split=args.split,
+        data_root=args.data_root,
+        on_bad_image=args.on_bad_image,
+        against=args.against,
+        progress=True,
+    )
+
+
+def with_decisions(
+    records: list[Record], set_aside: list[Record], decisions: list[Decision], out: Path
+) -> list[Record]:
+    """The records after review. Those still set aside go to a file beside ``out``, which is removed when none is left."""
+    from umed_plugin.data.records import save_records
+    from umed_plugin.data.writing.decisions import apply_decisions
+
+    reviewed = apply_decisions(records, set_aside, decisions)
+    file = out.with_name(f"{out.stem}.aside.json")
+    if reviewed.set_aside:
+        save_records(reviewed.set_aside, file)
+        note(f"{len(reviewed.set_aside)} records set aside, with their faults: {file}")
+        note(f"review them with: umed recipe review {out}")
+    elif file.is_file():
+        file.unlink()
+    if decisions:
+        _tell_decisions(reviewed.counts)
+    return reviewed.records
+
+
+def _tell_decisions(counts: dict[str, int]) -> None:
+    note(f"reviewed: {counts['accept']} accepted, {counts['edit']} edited, {counts['reject']} rejected")
+    if counts["stale"]:
+        note(f"{counts['stale']} decisions are about a text that has changed since, and were not used")
+    if counts["unknown"]:
+        note(f"{counts['unknown']} decisions name no record of this build, and were not used")
+
+
+def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:
+    counts = Counter(record["answer_type"] for record in records)
+    note(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
+    note(
+        f"train with: --data_path {args.out} --image_folder {args.out.parent} "
+        f"--image_aspect_ratio {args.image_aspect_ratio}"
+    )

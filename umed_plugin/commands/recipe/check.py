@@ -1,0 +1,41 @@
+"""``umed recipe check R``: whether the files on disk match a recipe, and what they hold."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
+from umed_plugin.errors import note
+
+
+def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
+    """Add ``check`` to the actions of ``umed recipe``."""
+    parser = actions.add_parser(
+        "check",
+        help="check that the files on disk match a recipe, and count what they hold",
+        description="Read every annotation and image, count images, lesions and negatives, and report every fault.",
+        epilog="example:\n  umed recipe check brain_tumor_coco --data-root data/brain_tumor_coco",
+    )
+    add_recipe_and_root(parser)
+    add_against(parser, "reported")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write check.html there, with a contact sheet of every source"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check a recipe; exit status 1 if there are faults."""
+    from rich.console import Console
+
+    from umed_plugin.data.checking.check import check_recipe
+    from umed_plugin.data.checking.report import print_check, write_report
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, against=args.against, progress=True)
+    print_check(check, Console())
+    if args.report:
+        note(f"report written: {write_report(check, args.report)}")
+    return 0 if check.ok else 1
