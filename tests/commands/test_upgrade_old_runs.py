@@ -1,0 +1,155 @@
+"""`umed upgrade` continues folders that version 0.1.0 wrote before its modules were moved, and reads summaries of `umed demo`.
+
+``tests/support/old/upgrade`` is a finished upgrade without its weights, ``tests/support/old/demo`` the summary of a demo. Paths
+of the machine that wrote them stand as ``@FOLDER@``; stand-ins take the place of weights. (Tried once with weights: a training
+that was killed under the old modules and finished under the new ones gave the same weights, bit for bit, as one that was not.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from umed_plugin import cli
+from umed_plugin.commands.upgrade.provenance import MANIFEST
+from umed_plugin.commands.upgrade.run import Upgrade
+from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, read_settings
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.stages_table import stages_table
+from umed_plugin.flags.definition import STAGES, UmedFlags
+
+OLD = Path(__file__).resolve().parents[1] / "support" / "old"
+STEPS = (
+    *("records", "evaluation_base", "stage_1_instruction_tuning", "checkpoint_instruction_tuning"),
+    *("evaluation_instruction_tuning", "stage_2_rewarding", "checkpoint_rewarding", "evaluation_rewarding"),
+)
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The old upgrade in ``tmp_path/run``, with its input and its recipe beside it."""
+    shutil.copytree(OLD / "upgrade", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "tiny-llava-mistral" / "vision_tower").mkdir()
+    run, moved = tmp_path / "run", set()
+    for file in (path for path in tmp_path.rglob("*") if path.is_file()):
+        text = file.read_text()
+        if "@FOLDER@" in text:
+            file.write_text(text.replace("@FOLDER@", str(tmp_path)))
+            moved.add(file)
+    for file in run.glob("made/*.json"):
+        record = read(file)
+        states = {run / name: state for name, state in record["outputs"].items()}
+        states.update({Path(state["path"]): state for state in record["inputs"].values()})
+        for path, state in states.items():
+            if not path.exists() and run in path.parents:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(f"stands in for {path.name}")
+                moved.add(path)
+            if path in moved:  # all other files have the hashes that the old version wrote
+                state["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        file.write_text(json.dumps(record))
+    return run
+
+
+def upgrade_of(run: Path, **changes: object) -> Upgrade:
+    return Upgrade(run, read_settings(run / RUN_FILE, changes), Console(quiet=True))
+
+
+def test_nothing_of_an_old_run_is_taken_for_changed(folder):
+    upgrade = upgrade_of(folder)
+    assert tuple(step.name for step in upgrade.steps) == STEPS
+    for step in upgrade.steps:
+        assert upgrade.provenance.differences(step, inputs=True) == []
+        assert upgrade.provenance.damage(step) == []
+        assert upgrade.provenance.is_done(step)
+    # It is the settings that are compared, not the command, whose module may have moved.
+    record = upgrade.provenance.read(upgrade.steps[2])
+    record["command"][:2] = ["python", "-m", "umed_plugin.somewhere_else"]
+    (folder / "made" / f"{STEPS[2]}.json").write_text(json.dumps(record))
+    assert upgrade_of(folder).provenance.differences(upgrade.steps[2], inputs=True) == []
+
+
+def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
+    """Killed behind its last step, it writes summary, manifest and report; no step runs, and the numbers are the old ones."""
+    old, result = read(folder / "summary.json"), folder / "checkpoint" / "tiny-llava-mistral-umed"
+    manifest = read(result / MANIFEST)
+    (folder / "summary.json").unlink()
+    records = {file: file.read_bytes() for file in folder.glob("made/*.json")}
+
+    summary = upgrade_of(folder).run()
+
+    assert {file: file.read_bytes() for file in folder.glob("made/*.json")} == records and not (
+        folder / "logs"
+    ).exists()
+    assert {stage: summary[stage] for stage in ("base", *STAGES)} == {stage: old[stage] for stage in ("base", *STAGES)}
+    assert set(old) <= set(summary) and summary["seed"] == old["seed"]
+    assert set(old["comparison"]) <= set(summary["comparison"])
+    assert "stage 2" in (folder / "report.html").read_text()
+    new = read(result / MANIFEST)
+    assert set(new) == set(manifest) and new["settings"] == manifest["settings"]
+    assert [shlex.split(line)[-6:] for line in new["commands"]] == [
+        shlex.split(line)[-6:] for line in manifest["commands"]
+    ]
+
+
+def test_a_stage_that_an_old_version_began_is_gone_on_with(folder):
+    upgrade = upgrade_of(folder)
+    training = upgrade.steps[5]
+    assert training.name == "stage_2_rewarding"
+    file = folder / "made" / f"{training.name}.json"
+    file.write_text(json.dumps({**read(file), "outputs": None}))
+    (training.outputs[0] / "checkpoint-2").mkdir()
+    again = upgrade_of(folder)
+    assert not again.provenance.is_done(training)
+    again._handle_changes([(training, again.provenance.differences(training, inputs=True))])
+    again.provenance.begin(training)
+    assert (training.outputs[0] / "checkpoint-2").is_dir(), "what the trainer resumes from is still there"
+    with pytest.raises(UmedError, match="rewarding.candidates was 4 and is 5"):
+        upgrade_of(folder, **{"rewarding.candidates": 5}).run()
+
+
+def test_a_swap_that_an_old_version_began_is_ended(folder):
+    checkpoint, result = folder.parent / "tiny-llava-mistral", folder / "checkpoint" / "tiny-llava-mistral-umed"
+    backup = checkpoint.with_name(f"{checkpoint.name}.before-umed")
+    state = folder / "made" / "in_place.json"
+    state.write_text(json.dumps({"result": str(result), "old": str(backup), "done": False}))
+    checkpoint.rename(backup)
+    shutil.copytree(result, folder.parent / f"{checkpoint.name}.umed-new")
+    upgrade_of(folder, in_place=True).run()
+    assert (checkpoint / "model.safetensors").read_bytes() == (result / "model.safetensors").read_bytes()
+    assert backup.is_dir() and read(state)["done"] is True
+
+
+def test_an_old_manifest_says_what_todays_commands_and_settings_take(folder):
+    manifest = read(folder / "checkpoint" / "tiny-llava-mistral-umed" / MANIFEST)
+    assert Settings(**manifest["settings"]) == read_settings(folder / RUN_FILE, {})
+    flags = {flag.name for flag in dataclasses.fields(UmedFlags)}
+    for words in map(shlex.split, manifest["commands"]):
+        if words[0].endswith("/umed"):
+            cli.build_parser().parse_args(words[1:])
+        else:
+            assert {word[2:] for word in words if word.startswith("--umed_")} <= flags
+    assert len(manifest["commands"]) == len(STEPS)
+
+
+def test_the_summary_of_an_old_demo_is_shown(capsys):
+    summary = read(OLD / "demo" / "summary.json")
+    stages = {stage: summary[stage] for stage in ("base", *STAGES)}
+    Console(width=200).print(stages_table(stages, summary["comparison"]))
+    shown = capsys.readouterr().out
+    for metric in ("accuracy", "mean_iou", "acc_at_50", "vision_relevance"):
+        low, high = summary["rewarding"][f"{metric}_ci95"]
+        assert f"{summary['rewarding'][metric]:.3f} [{low:.3f}, {high:.3f}]" in shown
+    assert f"{summary['comparison']['mean_iou']['difference']:+.3f}" in shown and summary["seed"] == 0
