@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint clean environment
+.PHONY: help demo test test-fast lint docs clean environment
 
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 PYTEST_ARGS ?=
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast  the tests that need no torch, in a small environment of their own (.venv-fast): seconds, not minutes"
 	@echo "             demo and test: STACK=current for today's torch and transformers instead of LLaVA's pins"
 	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make clean   remove environments, runs and what tools leave"
 
 environment:
@@ -46,6 +47,11 @@ lint:
 	@.venv-lint/bin/mypy -p umed_plugin
 	@.venv-lint/bin/lint-imports --no-cache
 
+docs:
+	@bash constraints/environment.sh docs .venv-docs
+	@.venv-docs/bin/mkdocs build --quiet --strict
+	@echo "$$PWD/site/index.html"
+
 clean:
-	rm -rf .venv .venv-current .venv-repository .venv-fast .venv-lint runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current .venv-repository .venv-fast .venv-lint .venv-docs runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

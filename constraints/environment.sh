@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes one of the project's environments, or brings it up to date:
-#   bash constraints/environment.sh pinned|current|repository|fast|lint FOLDER
+#   bash constraints/environment.sh pinned|current|repository|fast|lint|docs FOLDER
 # FOLDER is relative to the checkout. A second run with nothing changed does nothing. `make` calls this; CONTRIBUTING.md says
 # how to use an environment of your own.
 set -euo pipefail
@@ -10,7 +10,8 @@ done_mark=$folder/.complete
 case $kind in
   current) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
   pinned | repository | fast | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
-  *) echo "$kind is no environment of this project: pinned, current, repository, fast, lint" >&2; exit 2 ;;
+  docs) lowest=3.9 highest=3.13 needs="mkdocs needs" ;;
+  *) echo "$kind is not an environment of this project: pinned, current, repository, fast, lint, docs" >&2; exit 2 ;;
 esac
 
 fits() {
@@ -95,6 +96,9 @@ case $kind in
   lint)
     echo "Installing the linters"
     install -r constraints/lint.txt ;;
+  docs)
+    echo "Installing mkdocs"
+    install -r constraints/docs.txt ;;
 esac
 echo "$wanted" >"$done_mark"
 echo "$folder is ready ($(du -sm "$folder" | cut -f1) MB)"

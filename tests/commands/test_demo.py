@@ -10,6 +10,7 @@ from pathlib import Path
 import demo_table
 import numpy as np
 import pytest
+import stock_template
 from transformers import AutoTokenizer
 
 from umed_plugin.cli import main
@@ -144,9 +145,9 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
         "\n", ""
     )
 
-    # The command that makes the README's picture, as the README has it, on this run.
+    # The command that makes the README's picture, as docs/results.md has it, on this run.
     (command,) = re.findall(
-        r"^umed report runs/\S+ --picture .*$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+        r"^umed report runs/\S+ --picture .*$", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE
     )
     picture = tmp_path / "docs" / "before_after.png"
     words = command.replace("docs/before_after.png", str(picture)).split()[1:]
@@ -161,3 +162,6 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
     seen = [[(study["true_boxes"], study["boxes"]) for study in map(json.loads, lines)] for lines in (more, own)]
     assert len(more) == 10 and seen[0][:8] == seen[1]
     assert f"| {out.name} |" in capsys.readouterr().out
+
+    stock_template.main(out)
+    assert re.search(r"^accuracy: plugin [01]\.\d{3}, stock LLaVA [01]\.\d{3}, ", capsys.readouterr().out, re.MULTILINE)

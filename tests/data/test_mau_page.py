@@ -1,4 +1,4 @@
-"""The README's page on MAU, from five downloads to ``mau.json``: every command as it stands, on made-up downloads."""
+"""The page docs/mau.md, from five downloads to ``mau.json``: every command as it stands, on made-up downloads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def page() -> str:
-    text = (ROOT / "README.md").read_text()
-    return text[text.index("## MAU") : text.index("\n## ", text.index("## MAU") + 1)]
+    return (ROOT / "docs" / "mau.md").read_text()
 
 
 def commands() -> str:
-    (block,) = re.findall(r"^```bash\n(.*?)^```$", page(), re.MULTILINE | re.DOTALL)
+    block, _changed = re.findall(r"^```bash\n(.*?)^```$", page(), re.MULTILINE | re.DOTALL)
     return block
 
 
@@ -78,7 +77,7 @@ def test_the_page_is_one_page() -> None:
 def test_from_five_downloads_to_mau_json(downloads: Path) -> None:
     """Fewer pictures than the 5,817 are there, which is said and no fault."""
     if shutil.which("unzip") is None:
-        pytest.skip("this machine has no unzip, which the README's commands call")
+        pytest.skip("this machine has no unzip, which the page's commands call")
     programs = downloads / "programs"
     programs.mkdir()
     (programs / "umed").write_text(f'#!/bin/sh\nexec {sys.executable} -m umed_plugin.cli "$@"\n')

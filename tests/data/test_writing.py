@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.judge_server import Answer, Asked, judge_server
-from support.umed_runs import ROOT
+from support.pages import DOCS, blocks
 from support.writer_server import (
     KEY,
     draft,
@@ -312,9 +312,9 @@ def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path:
 
 
 @pytest.mark.llava
-def test_the_commands_of_the_readme_fit(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_the_commands_of_the_page_fit(tmp_path: Path, monkeypatch, capsys) -> None:
     """All but the reading of MAU's archives, which test_mau_page.py does: its recipe is replaced by a small one."""
-    (text,) = re.findall(r"^```console\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    text = blocks(DOCS / "writer.md", "bash")[-1]
     write_data(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     Path("mau").mkdir()

@@ -1,6 +1,6 @@
-"""The README's commands run, its scripts' flags exist, its recipe is valid, and its tables are what the code says.
+"""The training scripts of README and docs/training.md: flags that exist, and both stages from a checkpoint to its evaluation.
 
-``UMED_WRITE_README=1 python -m pytest tests/docs/test_readme.py`` writes the tables anew.
+So do the reward and the judge of docs/rewards.md.
 """
 
 from __future__ import annotations
@@ -17,156 +17,27 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.pages import DOCS, README, blocks, commands, pages
+from support.umed_runs import ROOT
 
-from umed_plugin import cli, patching
-from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin import patching
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches import old_flags
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-
-# Commands that take long or change the environment, and the tests that run them or what they call.
-RUN_ELSEWHERE = {
-    "make demo": "test_demo.py",
-    "make test": "test_readme.py",
-    "pip install .": "test_packaging.py",
-    "umed patches": "test_patches.py",
-    "umed upgrade": "test_upgrade_runs.py",
-    "umed merge": "test_export.py",
-    "umed evaluate": "test_evaluate.py",
-    "umed convert": "test_convert.py",
-    "umed doctor": "test_doctor.py",
-    "umed-run deepspeed": "test_deepspeed.py",
-    **dict.fromkeys(
-        ("mkdir", "cp", "for part", "unzip", "umed recipe check mau", "umed recipe build mau"), "test_mau_page.py"
-    ),
-}
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def between(name: str) -> tuple[str, str, str]:
-    """The README up to and with the first of a pair of marks, inside, and from the second on."""
-    first, second = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    before, rest = README.read_text().split(first)
-    inside, after = rest.split(second)
-    return before + first, inside, second + after
-
-
-def check_table(name: str, rows: list[list[str]]) -> None:
-    """Compare the README's table called ``name`` with ``rows``, the first of which is its head."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in cells)
-    before, inside, after = between(name)
-    if os.environ.get("UMED_WRITE_README"):
-        README.write_text(before + table + after)
-    else:
-        assert inside == table, (
-            "the table is out of date: UMED_WRITE_README=1 python -m pytest tests/docs/test_readme.py"
-        )
-
-
-def test_the_table_of_flags_is_what_the_code_has() -> None:
-    rows = [["flag", "default", "what it does"]]
-    for flag in dataclasses.fields(UmedFlags):
-        default = "" if flag.default is None else f"`{flag.default}`"
-        rows.append([f"`--{flag.name}`", default, flag.metadata["help"]])
-    check_table("flags", rows)
-
-
-def test_the_table_of_patches_is_what_the_code_has() -> None:
-    from umed_plugin.patches import ALL
-
-    rows = [["patch", "changes or relies on", "of", "without it", "can go when"]]
-    for patch in ALL:
-        targets = "<br>".join(dict.fromkeys(f"`{target.path.partition(':')[2]}`" for target in patch.targets))
-        libraries = "<br>".join(sorted({f"{target.library} {target.versions}" for target in patch.targets}))
-        rows.append([f"`{patch.name}`", targets, libraries, patch.why, patch.delete_when])
-    check_table("patches", rows)
-
-
-def test_the_table_of_findings_is_what_the_code_has() -> None:
-    from umed_plugin.commands.doctor.catalogue import GROUPS
-    from umed_plugin.commands.doctor.environment import ENVIRONMENT
-
-    rows = [["finding", "severity", "what is found", "what it leads to", "`--fix`"]]
-    for kinds in (*GROUPS.values(), ENVIRONMENT):
-        rows += [[f"`{kind.code}`", kind.severity, kind.what, kind.why, kind.fix] for kind in kinds]
-    check_table("findings", rows)
-
-
-def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
-    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-
-    rows = [["`--benchmark`", "what is asked", "`--data-root` holds", "figures"]]
-    rows.append(
-        [
-            "`mau`, any recipe, a JSON of records",
-            "the test split's studies",
-            "the recipe's data set",
-            "accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision "
-            "relevance, false boxes on negatives, lesions by size",
-        ]
-    )
-    for one in BENCHMARKS.values():
-        rows.append([f"`{one.name}`", f"{one.title} ([source]({one.url.split(' ')[0]}))", one.needs, one.reported])
-    check_table("benchmarks", rows)
-
-
-@pytest.mark.llava
-@pytest.mark.parametrize("command", commands())
-def test_every_command_is_valid_and_has_a_test(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Valid: `make` has the target, `umed` takes the arguments. What is not run below is run by the test file named above."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
-    if words[0] == "umed":
-        cli.build_parser().parse_args(words[1:])
-    tests = [file for start, file in RUN_ELSEWHERE.items() if command.startswith(start)]
-    runs_here = words[:2] == ["umed", "recipe"] and words[3:4] != ["mau"]
-    assert runs_here != bool(tests), f"no test runs {command!r}"
-    assert all((ROOT / "tests" / file).is_file() for file in tests)
-
-
-def test_the_recipe_commands_run(real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every ``umed recipe`` command as it stands, with the README's own recipe, on the real images."""
-    data = real_data / "brain_tumor_coco"
-    monkeypatch.chdir(tmp_path)
-    (recipe,) = blocks("yaml")
-    Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
-    Path("my_tumors").mkdir()
-    ran = [one for one in commands() if one.startswith("umed recipe") and one.split()[3:4] != ["mau"]]
-    for command in ran:
-        assert cli.main(shlex.split(command.replace("/data/brain_tumor_coco", str(data)))[1:]) == 0, command
-    assert len(ran) == 4
-    assert Path("my_tumors/train.json").stat().st_size > 1000
-
-
-def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
-    (recipe,) = blocks("yaml")
-    assert len(recipe.splitlines()) <= 10
-    (tmp_path / "my_tumors.yaml").write_text(recipe)
-    load_recipe(str(tmp_path / "my_tumors.yaml"))
+REWARDS = DOCS / "rewards.md"
+TRAINING = DOCS / "training.md"
 
 
 def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: Path) -> None:
-    """The README's file as it stands, in a run: its values are written beside the answers that they are for."""
+    """The page's file as it stands, in a run: its values are written beside the answers that they are for."""
     from support.records import grounded_records
     from support.umed_runs import train_flags, umed_run
 
-    (code,) = blocks("python")
+    (code,) = blocks(REWARDS, "python")
     assert len([line for line in code.splitlines() if line]) <= 10
-    (rewards,) = re.findall(r"`--umed_rewards (\S*my_rewards:\S+)`", README.read_text())
+    (rewards,) = re.findall(r"`--umed_rewards (\S*my_rewards:\S+)`", REWARDS.read_text())
     own = rewards.split(",")[-1]
-    assert f"`reward/{own}`" in README.read_text()
+    assert f"`reward/{own}`" in REWARDS.read_text()
     file = grounded_records(tmp_path / "data")
     records = json.loads(file.read_text())
     for record in records[::2]:
@@ -195,21 +66,25 @@ def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: P
     assert f"reward/{own}" in (tmp_path / "out" / "trainer_state.json").read_text()
 
 
-def test_the_judge_of_the_readme_has_flags_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_judge_of_the_page_has_flags_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from support.llava_args import llava_args
     from transformers import HfArgumentParser
 
     from umed_plugin.flags.checks import find_faults
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
-    (line,) = blocks("text")
+    (line,) = blocks(REWARDS, "text")
     (flags,) = HfArgumentParser(UmedFlags).parse_args_into_dataclasses(
         ["--umed_stage", "rewarding", *shlex.split(line)]
     )
     assert flags.umed_judge.startswith("openai:") and flags.umed_judge_budget
     assert find_faults(flags, *llava_args()) == []
-    names = re.findall(r"--umed_judge\w*", README.read_text())
-    assert set(names) <= {f"--{flag.name}" for flag in dataclasses.fields(UmedFlags)}
+
+
+def test_every_training_flag_that_a_page_names_exists() -> None:
+    names = {name for page in pages() for name in re.findall(r"--umed_\w+", page.read_text())}
+    assert "--umed_judge_base_url" in names
+    assert names <= {f"--{flag.name}" for flag in dataclasses.fields(UmedFlags)}
 
 
 def applied(script: list[str], diff: str) -> list[str]:
@@ -277,6 +152,14 @@ SCRIPT = [
 ON_THIS_MACHINE = ["--use_cpu", "True", "--tf32", "False", "--report_to", "none"]
 
 
+def test_the_readme_and_the_page_make_the_same_scripts() -> None:
+    made = []
+    for page in (README, TRAINING):
+        first, second = blocks(page, "diff")
+        made.append((sorted(applied(SCRIPT, first)), sorted(applied(applied(SCRIPT, first), second))))
+    assert made[0] == made[1]
+
+
 @pytest.fixture
 def patched_llava() -> Iterator[ModuleType]:
     """`llava.train.train` with the flags that a training process knows."""
@@ -295,7 +178,7 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(
 
     from umed_plugin.flags.checks import find_faults
 
-    first, second = blocks("diff")
+    first, second = blocks(TRAINING, "diff")
     script = applied(SCRIPT, first)
     if stage == "rewarding":
         script = applied(script, second)
@@ -309,15 +192,15 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(
 
     assert umed.umed_stage == stage and umed.umed_recipe == "brain_tumor_coco"
     assert model_args.version == "umed_mistral" and training_args.lora_r == 128
-    # Where the README's merge looks for it.
+    # Where the page's merge looks for it.
     assert training_args.output_dir == f"./checkpoints/stage{1 if stage == 'instruction_tuning' else 2}-lora"
-    assert any(f"{training_args.output_dir} " in command for command in commands()) or stage == "rewarding"
+    assert any(f"{training_args.output_dir} " in command for command in commands(TRAINING)) or stage == "rewarding"
     assert find_faults(umed, model_args, data_args, training_args) == []
 
 
 def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path) -> str:
-    """The README's script of a stage with model, data and device swapped, and two steps long."""
-    first, second = blocks("diff")
+    """The page's script of a stage with model, data and device swapped, and two steps long."""
+    first, second = blocks(TRAINING, "diff")
     script = applied(SCRIPT, first)
     if stage == "rewarding":
         script = applied(script, second)

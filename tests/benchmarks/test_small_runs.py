@@ -1,0 +1,37 @@
+"""Benchmarks that have no other test run at a small size and check their two sides against each other. Timings are not tested."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from support.umed_runs import ROOT, environment
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_images_of_every_format_are_read_by_every_side(tmp_path):
+    """The benchmark itself compares the sides' tensors. Small images are no test of speed, which it ends with 1 for."""
+    done = run(*"images.py --images 2 --side 64 --slices 3 --turns 1 --json".split(), str(tmp_path / "images.json"))
+    assert done.returncode == 0 or "not as fast as asked for" in done.stderr, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "images.json").read_text())
+    assert figures.pop("peak_mb") > 0
+    assert set(figures) == {"jpeg", "png16", "dicom", "dicom-rle", "dicom-j2k", "nii.gz"}
+    assert all(figure["spread"] < 0.02 for figure in figures.values()), "the sides' tensors differ"
+
+
+def test_answers_with_and_without_sharing_are_compared():
+    done = run(*"evaluating.py --images 1 --questions 2 --batch-size 2 --max-new-tokens 2 --repetitions 1".split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout)
+    assert figures["answers"] == figures["equal_answers"] == 2

@@ -1,0 +1,139 @@
+"""Every command in README.md and docs/ is valid, and a test runs it; the recipe commands run here as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.pages import DOCS, blocks, commands, pages
+from support.umed_runs import ROOT
+
+from umed_plugin import cli
+from umed_plugin.data.recipes.recipe import load_recipe
+
+# The beginning of a command, and the test that runs it or, with device, size and folders swapped, what it calls. The longest
+# beginning counts.
+RUN_BY = {
+    "make demo": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
+    "make test": "docs/test_commands.py::test_every_command_is_valid_and_has_a_test",
+    "pip install .": "test_packaging.py::test_a_wheel_installs",
+    "pip install 'openai>=1.40'": "docs/test_commands.py::test_the_openai_that_is_asked_for_is_the_extras_and_is_here",
+    "umed patches": "patches/test_patches.py::test_the_command_lists_them_all_and_fails_on_a_misfit",
+    "umed demo": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
+    "umed report": "commands/test_report.py::test_the_command_writes_report_and_picture",
+    "umed report runs/seed0 --picture": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
+    "umed upgrade": "commands/test_upgrade_runs.py::test_killed_in_every_step_it_ends_as_the_run_that_was_not",
+    "umed upgrade --config": "commands/test_upgrade.py::test_a_dry_run_prints_commands_and_no_librarys_words",
+    "umed-run bash scripts/v1_5/finetune_task_lora.sh": "docs/test_scripts.py::"
+    "test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
+    "umed-run deepspeed": "training/test_deepspeed.py::test_stage_1_lora_under_zero_2_trains_on_two_nodes_and_is_merged",
+    "umed merge": "docs/test_scripts.py::test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
+    "umed evaluate": "docs/test_scripts.py::test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
+    "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
+    "test_every_benchmark_runs_and_says_the_same_again",
+    "umed evaluate ./checkpoints/llava-mistral-stage2 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
+    "test_every_benchmark_runs_and_says_the_same_again",
+    "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
+    "umed convert": "checkpoints/test_convert.py::test_back_in_llavas_layout_it_is_the_same_checkpoint",
+    "python examples/trl_grpo.py": "rewards/test_trl.py::test_the_example_trains_and_its_model_goes_back_to_llava",
+    "umed doctor": "commands/test_doctor.py::test_the_command_prints_and_exits_by_the_worst",
+    "umed recipe": "docs/test_commands.py::test_the_recipe_commands_run",
+    **dict.fromkeys(
+        (
+            *("mkdir -p mau/", "cp downloads/", "for part in downloads/", "unzip -qn downloads/"),
+            *("umed recipe check mau ", "umed recipe build mau --data-root mau --against"),
+        ),
+        "data/test_mau_page.py::test_from_five_downloads_to_mau_json",
+    ),
+    **dict.fromkeys(
+        ("umed recipe build mau --data-root mau --out mau/built/mau.json --writer", "umed recipe review mau/built/mau.json"),
+        "data/test_writing.py::test_the_commands_of_the_page_fit",
+    ),
+    "python benchmarks/demo_table.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
+    "python benchmarks/stock_template.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
+    "python benchmarks/ablation.py": "benchmarks/test_ablation.py::"
+    "test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_time",
+    "python benchmarks/rewarding_step.py": "benchmarks/test_rewarding_step.py::test_a_small_step_is_measured_on_both_sides",
+    "python benchmarks/trl_step.py": "benchmarks/test_trl_step.py::test_a_small_step_of_both_trainers_is_measured",
+    "python benchmarks/gpu.py": "benchmarks/test_gpu.py::"
+    "test_both_stages_are_measured_under_every_attention_with_torch_and_transformers_alone",
+    "python benchmarks/feature_cache.py": "training/test_feature_cache.py::"
+    "test_the_benchmark_prints_both_sides_and_what_is_saved",
+    "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
+    "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
+}
+COMMANDS = sorted({command for page in pages() for command in commands(page)})
+
+
+def entry(command: str) -> str:
+    """The beginning in `RUN_BY` that counts for a command."""
+    fitting = [beginning for beginning in RUN_BY if command.startswith(beginning)]
+    assert fitting, f"no test runs {command!r}: name one in RUN_BY"
+    return max(fitting, key=len)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_valid_and_has_a_test(command: str) -> None:
+    """Valid: `make` has the target, `umed` takes the arguments, the script is there."""
+    arguments = shlex.split(command.partition(" > ")[0])
+    if arguments[0] == "make":
+        subprocess.run(["make", "-n", *arguments[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    if arguments[0] == "umed":
+        cli.build_parser().parse_args(arguments[1:])
+    if arguments[0] == "python":
+        assert (ROOT / arguments[1]).is_file()
+    file, _, test = RUN_BY[entry(command)].partition("::")
+    assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file} has no {test}"
+
+
+def test_every_entry_is_for_a_command_of_the_pages() -> None:
+    assert {entry(command) for command in COMMANDS} == set(RUN_BY)
+
+
+def test_no_page_hides_commands_in_blocks_of_another_kind() -> None:
+    languages = {language for page in pages() for language in re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE)}
+    assert languages <= {"bash", "diff", "yaml", "python", "text", "bibtex"}
+    other = [block for page in pages() for language in ("text", "yaml", "python") for block in blocks(page, language)]
+    assert not [line for block in other for line in block.splitlines() if re.match(r"\$ |(umed|umed-run|pip|make|python) ", line)]
+
+
+def test_the_openai_that_is_asked_for_is_the_extras_and_is_here() -> None:
+    from importlib.metadata import version
+
+    from packaging.requirements import Requirement
+
+    (command,) = [command for command in COMMANDS if command.startswith("pip install 'openai")]
+    wanted = Requirement(shlex.split(command)[-1])
+    (extra,) = re.findall(r'^judge = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set(wanted.specifier) < set(Requirement(extra).specifier) and version("openai") in wanted.specifier
+
+
+def test_the_recipe_commands_run(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every ``umed recipe`` command as it stands, with the page's own recipe, on the real images."""
+    data = real_data / "brain_tumor_coco"
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = blocks(DOCS / "data.md", "yaml")
+    Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
+    Path("my_tumors").mkdir()
+    ran = [command for command in COMMANDS if entry(command) == "umed recipe"]
+    for command in ran:
+        command, _, file = command.replace("/data/brain_tumor_coco", str(data)).partition(" > ")
+        capsys.readouterr()
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+        if file:
+            Path(file).write_text(capsys.readouterr().out)
+    assert len(ran) == 6
+    assert Path("my_tumors/train.json").stat().st_size > 1000
+    assert load_recipe("my_mau.yaml").size == 5817
+
+
+def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
+    (recipe,) = blocks(DOCS / "data.md", "yaml")
+    assert len(recipe.splitlines()) <= 10
+    (tmp_path / "my_tumors.yaml").write_text(recipe)
+    load_recipe(str(tmp_path / "my_tumors.yaml"))

@@ -1,0 +1,59 @@
+"""The generated parts of docs/ are what the code says.
+
+``UMED_WRITE_DOCS=1 python -m pytest tests/docs/test_generated.py`` writes them anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from support.pages import DOCS, check_generated, table
+
+from umed_plugin.flags.definition import UmedFlags
+
+
+def test_the_table_of_flags_is_what_the_code_has() -> None:
+    rows = [["flag", "default", "what it does"]]
+    for flag in dataclasses.fields(UmedFlags):
+        default = "" if flag.default is None else f"`{flag.default}`"
+        rows.append([f"`--{flag.name}`", default, flag.metadata["help"]])
+    check_generated(DOCS / "flags.md", "flags", table(rows))
+
+
+def test_the_table_of_patches_is_what_the_code_has() -> None:
+    from umed_plugin.patches import ALL
+
+    rows = [["patch", "changes or relies on", "of", "without it", "can go when"]]
+    for patch in ALL:
+        targets = "<br>".join(dict.fromkeys(f"`{target.path.partition(':')[2]}`" for target in patch.targets))
+        libraries = "<br>".join(sorted({f"{target.library} {target.versions}" for target in patch.targets}))
+        rows.append([f"`{patch.name}`", targets, libraries, patch.why, patch.delete_when])
+    check_generated(DOCS / "patches.md", "patches", table(rows))
+
+
+def test_the_table_of_findings_is_what_the_code_has() -> None:
+    from umed_plugin.commands.doctor.catalogue import GROUPS
+    from umed_plugin.commands.doctor.environment import ENVIRONMENT
+
+    rows = [["finding", "severity", "what is found", "what it leads to", "`--fix`"]]
+    for kinds in (*GROUPS.values(), ENVIRONMENT):
+        rows += [[f"`{kind.code}`", kind.severity, kind.what, kind.why, kind.fix] for kind in kinds]
+    check_generated(DOCS / "doctor.md", "findings", table(rows))
+
+
+def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+
+    rows = [["`--benchmark`", "what is asked", "`--data-root` holds", "metrics"]]
+    rows.append(
+        [
+            "`mau`, any recipe, a JSON of records",
+            "the test split's studies",
+            "the recipe's data set",
+            "accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision "
+            "relevance, false boxes on negatives, lesions by size",
+        ]
+    )
+    for one in BENCHMARKS.values():
+        rows.append([f"`{one.name}`", f"{one.title} ([source]({one.url.split(' ')[0]}))", one.needs, one.reported])
+    check_generated(DOCS / "evaluation.md", "benchmarks", table(rows))
