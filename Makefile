@@ -49,7 +49,7 @@ lint:
 
 docs:
 	@bash constraints/environment.sh docs .venv-docs
-	@.venv-docs/bin/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --strict
 	@echo "$$PWD/site/index.html"
 
 clean:

@@ -1,4 +1,4 @@
-"""README's table of the demo: each folder's own figures, and the paired differences of all of them together."""
+"""The table of the demo in docs/results.md: each folder's own figures, and the paired differences of all of them together."""
 
 from __future__ import annotations
 

@@ -22,7 +22,10 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_images_of_every_format_are_read_by_every_side(tmp_path):
     """The benchmark itself compares the sides' tensors. Small images are no test of speed, which it ends with 1 for."""
-    done = run(*"images.py --images 2 --side 64 --slices 3 --turns 1 --json".split(), str(tmp_path / "images.json"))
+    done = run(
+        *["images.py", "--images", "2", "--side", "64", "--slices", "3", "--turns", "1", "--json"],
+        str(tmp_path / "images.json"),
+    )
     assert done.returncode == 0 or "not as fast as asked for" in done.stderr, done.stderr[-3000:]
     figures = json.loads((tmp_path / "images.json").read_text())
     assert figures.pop("peak_mb") > 0
@@ -31,7 +34,21 @@ def test_images_of_every_format_are_read_by_every_side(tmp_path):
 
 
 def test_answers_with_and_without_sharing_are_compared():
-    done = run(*"evaluating.py --images 1 --questions 2 --batch-size 2 --max-new-tokens 2 --repetitions 1".split())
+    done = run(
+        *[
+            "evaluating.py",
+            "--images",
+            "1",
+            "--questions",
+            "2",
+            "--batch-size",
+            "2",
+            "--max-new-tokens",
+            "2",
+            "--repetitions",
+            "1",
+        ]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    figures = json.loads(done.stdout)
+    figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["answers"] == figures["equal_answers"] == 2

@@ -85,7 +85,7 @@ def test_pixels_and_greedy_answers_are_llavas(mode, tiny_mistral, tmp_path):
     checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"image_aspect_ratio": mode}, dict)
     model, processor = loaded_by_transformers(to_transformers(checkpoint, tmp_path / "hf"))
     if mode == "pad" and not type(processor.image_processor).__name__.startswith("LlavaImageProcessor"):
-        pytest.skip("this transformers has no image processor that pads to a square (README: transformers' form)")
+        pytest.skip("this transformers has no image processor that pads to a square (docs/convert.md)")
     tokenizer, llava, image_processor = load_checkpoint(checkpoint, device="cpu")
     pixels = process_images([picture()], image_processor, llava.config)
     chat = [{"role": "user", "content": f"<image>\n{QUESTION}"}]

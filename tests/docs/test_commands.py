@@ -49,7 +49,10 @@ RUN_BY = {
         "data/test_mau_page.py::test_from_five_downloads_to_mau_json",
     ),
     **dict.fromkeys(
-        ("umed recipe build mau --data-root mau --out mau/built/mau.json --writer", "umed recipe review mau/built/mau.json"),
+        (
+            "umed recipe build mau --data-root mau --out mau/built/mau.json --writer",
+            "umed recipe review mau/built/mau.json",
+        ),
         "data/test_writing.py::test_the_commands_of_the_page_fit",
     ),
     "python benchmarks/demo_table.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
@@ -97,7 +100,12 @@ def test_no_page_hides_commands_in_blocks_of_another_kind() -> None:
     languages = {language for page in pages() for language in re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE)}
     assert languages <= {"bash", "diff", "yaml", "python", "text", "bibtex"}
     other = [block for page in pages() for language in ("text", "yaml", "python") for block in blocks(page, language)]
-    assert not [line for block in other for line in block.splitlines() if re.match(r"\$ |(umed|umed-run|pip|make|python) ", line)]
+    assert not [
+        line
+        for block in other
+        for line in block.splitlines()
+        if re.match(r"\$ |(umed|umed-run|pip|make|python) ", line)
+    ]
 
 
 def test_the_openai_that_is_asked_for_is_the_extras_and_is_here() -> None:

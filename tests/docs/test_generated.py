@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from support.pages import DOCS, check_generated, table
+from support.pages import DOCS, check_generated, check_page, table
 
+from umed_plugin.data.recipes.reference import recipe_reference
 from umed_plugin.flags.definition import UmedFlags
 
 
@@ -57,3 +58,7 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
     for one in BENCHMARKS.values():
         rows.append([f"`{one.name}`", f"{one.title} ([source]({one.url.split(' ')[0]}))", one.needs, one.reported])
     check_generated(DOCS / "evaluation.md", "benchmarks", table(rows))
+
+
+def test_the_recipe_reference_is_what_the_models_say() -> None:
+    check_page(DOCS / "recipe-reference.md", recipe_reference())

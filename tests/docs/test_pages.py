@@ -53,18 +53,29 @@ def test_every_link_inside_the_repository_leads_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", **BY_NAME)
 def test_every_path_in_a_page_exists(page: Path) -> None:
-    for name in re.findall(r"`((?:umed_plugin|patches|data_recipes|benchmarks|examples|tests|docs|constraints)/[\w./-]*)`", page.read_text()):
+    for name in re.findall(
+        r"`((?:umed_plugin|patches|data_recipes|benchmarks|examples|tests|docs|constraints)/[\w./-]*)`",
+        page.read_text(),
+    ):
         assert (ROOT / name).exists(), f"{page.name}: {name}"
 
 
 def test_every_room_is_in_the_tree_and_its_layers_are_the_contracts() -> None:
-    tree, layers = re.findall(r"^```text\n(.*?)^```$", (DOCS / "project-layout.md").read_text(), re.MULTILINE | re.DOTALL)
+    tree, layers = re.findall(
+        r"^```text\n(.*?)^```$", (DOCS / "project-layout.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     package = ROOT / "umed_plugin"
-    folders = {entry.name for entry in package.iterdir() if entry.is_dir() and not entry.is_symlink() and entry.name != "__pycache__"}
+    folders = {
+        entry.name
+        for entry in package.iterdir()
+        if entry.is_dir() and not entry.is_symlink() and entry.name != "__pycache__"
+    }
     modules = {entry.name for entry in package.glob("*.py")}
     named = set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE)), set(re.findall(r"\b(\w+\.py)\b", tree))
     assert named == (folders, modules)
-    contract = re.search(r"contract:order\].*?layers =\n(.*?)exhaustive", (ROOT / ".importlinter").read_text(), re.DOTALL)
+    contract = re.search(
+        r"contract:order\].*?layers =\n(.*?)exhaustive", (ROOT / ".importlinter").read_text(), re.DOTALL
+    )
     assert contract and layers.split("\n") == [line.strip() for line in contract[1].split("\n")]
 
 

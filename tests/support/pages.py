@@ -49,6 +49,16 @@ def check_generated(page: Path, name: str, text: str) -> None:
     )
 
 
+def check_page(page: Path, text: str) -> None:
+    """Compare a page that is generated whole, or write it."""
+    if os.environ.get("UMED_WRITE_DOCS"):
+        page.write_text(text)
+        return
+    assert page.read_text() == text, (
+        f"{page.name} is out of date: UMED_WRITE_DOCS=1 python -m pytest tests/docs/test_generated.py"
+    )
+
+
 def sentences(page: Path) -> Iterator[str]:
     """The prose of a page, sentence by sentence.
 

@@ -12,7 +12,7 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that can be found, as it stands in the README's table.
+    """One thing that can be found, as it stands in the table of docs/doctor.md.
 
     Attributes:
         code: its name, for programs.

@@ -56,7 +56,7 @@ class Benchmark:
         title: what it is, in a few words.
         needs: files that ``--data-root`` must hold, in words.
         url: where they are had, and under which terms they stand.
-        reported: what its figures are, in words, for the README and ``--help``.
+        reported: what its figures are, in words, for docs/evaluation.md and ``--help``.
         questions: (data root, split, folder for images that must be written) -> questions.
         score: (question, answer, scorer of boxes) -> named numbers.
         figures: rows -> what is reported.

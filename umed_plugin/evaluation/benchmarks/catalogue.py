@@ -1,4 +1,4 @@
-"""All benchmarks by name, in the order in which the README lists them."""
+"""All benchmarks by name, in the order in which docs/evaluation.md lists them."""
 
 from __future__ import annotations
 
