@@ -1,4 +1,4 @@
-"""The table of the demo in docs/results.md: what each seed's checkpoints answer on held-out studies, and stage 2 minus stage 1 over all seeds.
+"""The demo's table in docs/results.md: each seed's checkpoints on held-out studies, and stage 2 minus stage 1 over all seeds.
 
     umed demo --seed 0 --out runs/seed0        and the same for other seeds, then
     python benchmarks/demo_table.py runs/seed0 runs/seed1 runs/seed2 --studies 3000

@@ -78,6 +78,7 @@ def entry(command: str) -> str:
     return max(fitting, key=len)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_valid_and_has_a_test(command: str) -> None:
     """Valid: `make` has the target, `umed` takes the arguments, the script is there."""
