@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import time
-import timeit
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
+from support.regex_steps import CountingPattern
 
 from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS
+from umed_plugin.grounding import terms
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.grounding.terms import find_terms, named_classes
@@ -111,16 +116,55 @@ def test_letters_that_only_look_alike_to_a_pattern_do_not_raise():
     assert find_terms("a cy\u017ft and a MA\u017fS", TERMS) == [(2, 6, "cyst"), (13, 17, "mass")]
 
 
-def test_the_time_to_find_terms_grows_as_the_text_does():
-    """It runs on every answer of a training step, and an answer may be cut off in the middle of an endless repetition."""
-    text = (
-        "There is no nodule, cyst or mass, but the area at [0.1, 0.2, 0.3, 0.4] shows a small mass. A cyst is absent. "
-    )
+@contextmanager
+def counted_lines(file: str) -> Iterator[list[int]]:
+    """How many lines of one source file run, as the single item of a list."""
+    lines, before = [0], sys.gettrace()
 
-    def seconds(count: int) -> float:
-        return min(timeit.repeat(lambda: find_terms(text * count, TERMS), time.process_time, number=5, repeat=7))
+    def count(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != file:
+            return None
+        lines[0] += event == "line"
+        return count
 
-    assert seconds(64) < 4 * 16 * seconds(4)
+    sys.settrace(count)
+    try:
+        yield lines
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "There is no nodule, cyst or mass, but the area at [0.1, 0.2, 0.3, 0.4] shows a small mass. A cyst is absent. ",
+        "no nodule ",
+        "nodule, and a ",
+        "nodule cannot not be ",
+        "a nodule, the a-b-c ",
+        "cyst is absent ",
+        "fluid-filled cyst  \n ",
+    ],
+)
+def test_the_work_to_find_terms_grows_as_the_text_does(text, monkeypatch):
+    """It runs on every answer of a training step, and an answer may be cut off in the middle of an endless repetition.
+
+    Work is what the two regular expressions try and the lines of Python that run: what a clock would measure, on any machine.
+    """
+    names, owners = terms._pattern(tuple((name, tuple(synonyms)) for name, synonyms in TERMS.items()))
+    patterns = [CountingPattern(names), CountingPattern(terms._CUES)]
+    monkeypatch.setattr(terms, "_pattern", lambda _: (patterns[0], owners))
+    monkeypatch.setattr(terms, "_CUES", patterns[1])
+
+    def work(count: int) -> list[int]:
+        before = [pattern.steps for pattern in patterns]
+        with counted_lines(terms.__file__) as lines:
+            assert isinstance(find_terms(text * count, TERMS), list)
+        return [pattern.steps - steps for pattern, steps in zip(patterns, before)] + lines
+
+    short, long = work(4), work(64)
+    assert min(short) > 10
+    assert all(many < 1.1 * 16 * few for few, many in zip(short, long)), (short, long)
 
 
 def test_places_of_terms_are_character_spans():
