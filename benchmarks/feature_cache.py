@@ -115,7 +115,7 @@ def measure(trainer: Any, clock: Clock) -> list[dict[str, dict[str, float]]]:
     order = list(trainer.get_train_dataloader().sampler)
     size = trainer.args.per_device_train_batch_size
     batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
-    cache, steps = trainer.train_dataset.cache, []
+    cache, steps = trainer.train_dataset.feature_cache, []
     one_step(trainer, batches[0], cache, clock)  # warms up
     for index, batch in enumerate(batches):
         sides = [("without", None), ("with", cache)]
@@ -143,7 +143,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
         return features
 
     torch.manual_seed(0)
-    trainer.train_dataset.cache, trainer.maker._encode = cache, timed
+    trainer.train_dataset.feature_cache, trainer.maker._encode = cache, timed
     began = clock()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in indices])
     seconds["data"] = clock() - began

@@ -204,7 +204,7 @@ def score(work: Work, side: str) -> Any:
 def update(work: Work, side: str, old: Tensor) -> Tensor:
     """Gradients of the objective; returns the loss. The optimizer is the same for both sides and left out."""
     from umed_plugin.model.forward import answer_log_probs
-    from umed_plugin.training.objective import ObjectiveSettings, grpo_objective
+    from umed_plugin.training.objective import ObjectiveSettings, PolicyTensors, grpo_objective
 
     work.model.train()
     work.model.zero_grad()
@@ -212,7 +212,8 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
     advantages = torch.linspace(-1, 1, len(old), device=old.device)[:, None].expand_as(old)
     mask = work.answers.mask
     settings = ObjectiveSettings(clip_range=0.2)
-    loss, _ = grpo_objective(passed.log_probs, old, old, passed.entropy, advantages, mask, settings, kl_coef=0.04)
+    policy = PolicyTensors(passed.log_probs, old, old, passed.entropy)
+    loss, _ = grpo_objective(policy, advantages, mask, settings, kl_coef=0.04)
     loss.backward()
     return loss
 
@@ -220,15 +221,16 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
 @torch.no_grad()
 def score_with_relevance(work: Work, how: str) -> Any:
     """The packed side's scoring pass: with attention of 4 tokens of each answer by hooks, with all returned, or with none."""
-    from umed_plugin.model.attention import attention_on_lesion
+    from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
     from umed_plugin.model.forward import answer_pass, base_llava
 
     work.model.eval()
-    prompts, layers = embedded(work), list(range(work.options.layers))
+    prompts = embedded(work)
     if how == "hooks":
         named = [list(range(work.options.answer_tokens))[-4:]] * len(work.answers.mask)
         cover = torch.rand(len(work.prompts), prompts.n_patches, generator=torch.Generator().manual_seed(0))
-        return attention_on_lesion(work.model, prompts, work.answers, named, cover, layers, packed=work.packs)
+        every_layer = AttentionSettings(range(work.options.layers))
+        return attention_on_lesion(work.model, prompts, work.answers, named, cover, every_layer, packed=work.packs)
     config = base_llava(work.model).config
     if how == "output_attentions":
         config.output_attentions = True

@@ -24,7 +24,7 @@ from support.umed_runs import INTERRUPT, ROOT, TWO_PROCESSES, environment, train
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import encode_images
-from umed_plugin.training.feature_cache import FeatureCache, FeatureShape, open_cache
+from umed_plugin.training.feature_cache import FeatureCache, FeatureShape, open_feature_cache
 from umed_plugin.training.rewarding_data import QueryDataset, collate_queries
 
 FLAGS = shlex.split(
@@ -132,12 +132,12 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", [*CHANGES, "aspect ratio"])
 def test_whatever_decides_the_features_decides_the_folder(tower, tmp_path, change):
-    first = open_cache(tmp_path, tower, tower.image_processor, "pad")
+    first = open_feature_cache(tmp_path, tower, tower.image_processor, "pad")
     tower.config.name_or_path = "elsewhere"
-    assert open_cache(tmp_path, tower, tower.image_processor, "pad").folder == first.folder
+    assert open_feature_cache(tmp_path, tower, tower.image_processor, "pad").folder == first.folder
     if change != "aspect ratio":
         CHANGES[change](tower, tower.image_processor)
-    other = open_cache(tmp_path, tower, tower.image_processor, "square" if change == "aspect ratio" else "pad")
+    other = open_feature_cache(tmp_path, tower, tower.image_processor, "square" if change == "aspect ratio" else "pad")
     assert other.folder != first.folder
     pixels = torch.zeros(1, 3, 64, 64, dtype=tower.dtype)
     if change != "number format":  # a CPU has no convolution in half precision
@@ -147,8 +147,8 @@ def test_whatever_decides_the_features_decides_the_folder(tower, tmp_path, chang
 
 def test_a_tower_that_is_trained_is_refused(tower, tmp_path):
     next(tower.parameters()).requires_grad_(True)
-    with pytest.raises(UmedError, match="1 parameters of the vision tower are trained.*keep the tower frozen"):
-        open_cache(tmp_path, tower, tower.image_processor, "pad")
+    with pytest.raises(UmedError, match="1 parameters of the vision tower are trained.*freeze the tower"):
+        open_feature_cache(tmp_path, tower, tower.image_processor, "pad")
 
 
 SHAPE = FeatureShape(4, 3, torch.bfloat16)
@@ -233,7 +233,9 @@ def test_a_disk_without_room_is_refused_and_what_is_there_needs_none(cache, tmp_
     said = cache.reserve([*names, *names, cache.name_of(str(tmp_path / "none.png"))])
     assert "0 of 2 images" in said and "2 images x 4 patches x 3 x torch.bfloat16 = 48 B" in said
     huge = FeatureCache(cache.folder, FeatureShape(10**12, 1024, torch.float16))
-    with pytest.raises(UmedError, match=r"4096.0 TB.* still to be written .* free\. Give a folder on another disk"):
+    with pytest.raises(
+        UmedError, match=r"4096.0 TB.* still to be written .* free on the disk\. Choose a folder on another disk"
+    ):
         huge.reserve(names)
     for image in images:
         cache.write(cache.name_of(image), features(0))
@@ -247,7 +249,7 @@ def test_what_cannot_be_written_is_reported_once_and_the_run_goes_on(cache, caps
     assert capsys.readouterr().err.count("cannot be written") == 1
     assert cache.read("bb") is None
     with pytest.raises(UmedError, match="cannot be written"):
-        open_cache(cache.folder / "aa" / "below", *_tower_arguments())
+        open_feature_cache(cache.folder / "aa" / "below", *_tower_arguments())
 
 
 def _tower_arguments():
@@ -306,7 +308,7 @@ def epoch(dataset, tower):
     seen = []
     for i in range(len(dataset)):
         batch = collate_queries([dataset[i]])
-        whole = dataset.cache.complete(
+        whole = dataset.feature_cache.complete(
             batch["features"], batch["features_names"], lambda batch=batch: encode_images(llava, batch["images"])
         )
         seen.append((batch["records"][0]["id"], batch["prompt_ids"][0].tolist(), whole))
@@ -316,7 +318,7 @@ def epoch(dataset, tower):
 def test_a_query_is_the_same_with_its_features_read(tokenizer, tower, tmp_path):
     records = grounded_records(tmp_path / "data")
     dataset = query_dataset(records, tokenizer, tower)
-    assert "0 of 9 images" in dataset.use_cache(tmp_path / "cache", tower)
+    assert "0 of 9 images" in dataset.use_feature_cache(tmp_path / "cache", tower)
     first, second = epoch(dataset, tower), epoch(dataset, tower)
     assert {dataset.template_of(i) for i in range(9)} == {"umed_v1", "llava_v1"}
     assert [query[:2] for query in first] == [query[:2] for query in second]
@@ -327,7 +329,7 @@ def test_a_query_is_the_same_with_its_features_read(tokenizer, tower, tmp_path):
 def test_a_changed_image_is_encoded_anew(tokenizer, tower, tmp_path):
     records = grounded_records(tmp_path / "data")
     dataset = query_dataset(records, tokenizer, tower)
-    dataset.use_cache(tmp_path / "cache", tower)
+    dataset.use_feature_cache(tmp_path / "cache", tower)
     first = epoch(dataset, tower)
     Image.new("RGB", (64, 48), "white").save(records.parent / "3.png")
     second = epoch(dataset, tower)
@@ -338,7 +340,7 @@ def test_a_bad_image_is_bad_in_every_epoch(tokenizer, tower, tmp_path):
     records = grounded_records(tmp_path / "data")
     (records.parent / "2.png").write_bytes(b"no image")
     dataset = query_dataset(records, tokenizer, tower, umed_on_bad_image="skip")
-    dataset.use_cache(tmp_path / "cache", tower)
+    dataset.use_feature_cache(tmp_path / "cache", tower)
     for _ in range(2):
         assert [query[0] for query in epoch(dataset, tower)][1:4] == ["record-1", "record-3", "record-3"]
     (records.parent / "3.png").unlink()  # its features are there, and yet it is gone

@@ -10,6 +10,7 @@ import torch
 from umed_plugin.training.advantages import group_advantages
 from umed_plugin.training.objective import (
     ObjectiveSettings,
+    PolicyTensors,
     clipped_policy_loss,
     grpo_objective,
     kl_to_reference,
@@ -51,16 +52,18 @@ def test_every_answer_weighs_the_same():
 
 
 def objective(log_probs, **changes):
-    inputs = {
+    others = {
         "old_log_probs": torch.full((2, 2), -1.0),
         "reference_log_probs": torch.full((2, 2), -1.2),
         "entropy": torch.full((2, 2), 0.5),
-        "advantages": torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
-        "mask": torch.tensor([[1, 1], [1, 0]]),
-        "settings": ObjectiveSettings(clip_range=0.2, entropy_coef=0.01),
-        "kl_coef": 0.1,
     }
-    return grpo_objective(log_probs, **{**inputs, **changes})
+    return grpo_objective(
+        PolicyTensors(log_probs, **{**others, **changes}),
+        advantages=torch.tensor([[1.0, 1.0], [-1.0, -1.0]]),
+        mask=torch.tensor([[1, 1], [1, 0]]),
+        settings=ObjectiveSettings(clip_range=0.2, entropy_coef=0.01),
+        kl_coef=0.1,
+    )
 
 
 def test_loss_is_the_sum_of_its_terms():

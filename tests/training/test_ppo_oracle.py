@@ -15,7 +15,7 @@ from umed_plugin.training.advantages import (
     token_rewards,
     whiten,
 )
-from umed_plugin.training.objective import ObjectiveSettings, ppo_objective
+from umed_plugin.training.objective import ObjectiveSettings, PolicyTensors, ValueTensors, ppo_objective
 
 core = pytest.importorskip(
     "trl.core", reason="TRL's classic PPO, the oracle, is in TRL below 0.10: in the pinned stack alone"
@@ -98,9 +98,9 @@ def test_losses_and_gradients_are_those_of_trl(answers):
     inputs = [[a.new.clone().requires_grad_(), a.new_values.clone().requires_grad_()] for _ in range(2)]
     (ours_new, ours_values), (their_new, their_values) = inputs
 
-    loss, terms = ppo_objective(
-        ours_new, a.old, None, torch.zeros_like(a.old), advantages, ours_values, a.values, returns, a.mask, SETTINGS
-    )
+    policy = PolicyTensors(ours_new, a.old, None, torch.zeros_like(a.old))
+    value = ValueTensors(ours_values, a.values, returns)
+    loss, terms = ppo_objective(policy, value, advantages, a.mask, SETTINGS)
     policy_loss, value_loss, stats = trl_trainer().loss(
         a.old, a.values, a.logits, their_values, their_new, a.mask, advantages, returns
     )
@@ -126,7 +126,9 @@ def test_entropy_bonus_lowers_the_loss_by_its_mean_over_tokens(answers):
     entropy = torch.randn_like(a.old).abs().requires_grad_()
     zeros = torch.zeros_like(a.old)
     settings = ObjectiveSettings(clip_range=0.2, entropy_coef=0.5)
-    loss, terms = ppo_objective(zeros, zeros, a.reference, entropy, zeros, zeros, zeros, zeros, a.mask, settings)
+    loss, terms = ppo_objective(
+        PolicyTensors(zeros, zeros, a.reference, entropy), ValueTensors(zeros, zeros, zeros), zeros, a.mask, settings
+    )
     close(loss, -0.5 * entropy[a.mask.bool()].mean())
     close(terms["kl"], (a.reference.exp() - a.reference - 1)[a.mask.bool()].mean())
     loss.backward()

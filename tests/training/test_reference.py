@@ -57,6 +57,6 @@ def test_only_what_training_changes_is_kept(loaded):
     model = loaded[1]
     model.requires_grad_(True)
     model.get_vision_tower().requires_grad_(False)
-    kept = ReferencePolicy(model)._first_values
+    kept = ReferencePolicy(model)._initial_values
     assert kept
     assert not [name for name in kept if "vision_tower" in name]

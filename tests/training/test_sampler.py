@@ -16,7 +16,7 @@ def test_each_epoch_is_another_permutation_and_the_same_in_another_run():
 
 
 def test_chunks_are_repeated_in_a_row_and_the_rest_is_left_out():
-    sampler = EpochSampler(10, seed=0, chunk=4, repeats=3)
+    sampler = EpochSampler(10, seed=0, rollout_size=4, rollout_epochs=3)
     order = list(sampler)
     assert len(order) == len(sampler) == 24
     assert order[:4] == order[4:8] == order[8:12]
@@ -25,4 +25,6 @@ def test_chunks_are_repeated_in_a_row_and_the_rest_is_left_out():
     assert [sampler.rollout(n) for n in (0, 1)] == [order[:4], order[12:16]]
     assert sampler.rollout(2) == sampler.order(1)[:4]
     assert sampler.order(1) != order
-    assert len(list(EpochSampler(10, seed=0, chunk=4))) == 8, "rollouts are whole also when they are passed over once"
+    assert len(list(EpochSampler(10, seed=0, rollout_size=4))) == 8, (
+        "rollouts are whole also when they are passed over once"
+    )

@@ -77,7 +77,7 @@ def test_truncated_answers_are_reported_and_lost_ones_refused(records, tokenizer
     tokenizer.model_max_length = length - 1
     try:
         assert check_supervision(dataset, tokenizer, 1).truncated >= 1
-        assert "--model_max_length" in capsys.readouterr().out
+        assert "--model_max_length" in capsys.readouterr().err
         tokenizer.model_max_length = 70
         with pytest.raises(UmedError, match="whole answer lies beyond --model_max_length 70"):
             check_supervision(dataset, tokenizer, 1)
@@ -176,7 +176,7 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"id": 1}]'])
 def test_a_data_file_that_is_none_is_named(records, tokenizer, content):
     records.write_text(content)
-    with pytest.raises(UmedError, match=r"records\.json: not"):
+    with pytest.raises(UmedError, match=r"records\.json: is not"):
         make_dataset(records, tokenizer)
 
 

@@ -16,7 +16,7 @@ from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 from umed_plugin.evaluation.grounded import evaluate
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
-from umed_plugin.training.validation import FIGURES, chosen_indices, figures, sums_and_counts
+from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts
 
 FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 60 --umed_rewards relevance,localization"
@@ -63,7 +63,7 @@ def rewarding(checkpoint, file, output, *more, launcher=("python", "-m", "llava.
 def curve(output):
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {
-        line["step"]: {name: line[name] for name in FIGURES if name in line} for line in history if "val/iou" in line
+        line["step"]: {name: line[name] for name in METRICS if name in line} for line in history if "val/iou" in line
     }
 
 
@@ -80,11 +80,11 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     assert list(found) == [0, 2, 4, 5], "before the first step, every 2 steps, after the last"
     folder = Path(taught[1]).parent
     for step, weights_of in ((0, checkpoint), (5, with_curve)):
-        metrics = evaluate(
+        expected = evaluate(
             weights_of, held_out, image_folder=folder, template="mistral_instruct", max_new_tokens=60, device="cpu"
         ).metrics
-        assert found[step]["val/iou"] == pytest.approx(metrics["mean_iou"], abs=1e-6)
-        assert found[step]["val/accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-6)
+        assert found[step]["val/iou"] == pytest.approx(expected["mean_iou"], abs=1e-6)
+        assert found[step]["val/accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
     # Of four studies with a lesion one has a true box of half the area: the fourth root of 2.
     assert found[0]["val/iou"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=0.01)
     assert found[0]["val/box_area_ratio"] == pytest.approx(2 ** (1 / 4), abs=0.01)
@@ -133,7 +133,7 @@ def test_figures_from_sums_of_several_processes():
         score_answer("normal", nothing, square),
     ]
     parts = [sums_and_counts(part) for part in (scores[:1], scores[1:], [])]
-    assert figures(sum(parts)) == pytest.approx({"val/iou": 0.25, "val/accuracy": 1.0, "val/box_area_ratio": 2.0})
-    assert figures(parts[2]) == {}
-    assert math.isfinite(figures(parts[1])["val/iou"])
-    assert "val/box_area_ratio" not in figures(parts[1])
+    assert metrics(sum(parts)) == pytest.approx({"val/iou": 0.25, "val/accuracy": 1.0, "val/box_area_ratio": 2.0})
+    assert metrics(parts[2]) == {}
+    assert math.isfinite(metrics(parts[1])["val/iou"])
+    assert "val/box_area_ratio" not in metrics(parts[1])

@@ -1,8 +1,9 @@
-"""From rewards to advantages, as pure functions: within a group (GRPO), or by a value network (PPO), and the weight of the KL.
+"""Where advantages are computed, as pure functions: `group_advantages` for GRPO, `generalised_advantages` for PPO.
 
-PPO for language models rewards every token: ``r_t = -beta (log p - log p_ref)`` and, at the answer's last token, the sampled
-reward times c1 (Ziegler et al. 2019, arXiv 1909.08593, eq. 2). GRPO has no per-token reward; its KL is a term of the loss.
-Generalised advantage estimation, whitening and the adaptive coefficient are those of TRL 0.9's PPOTrainer, which the tests call.
+PPO for language models rewards every token (`token_rewards`): ``r_t = -beta (log p - log p_ref)``, plus the sampled reward times
+c1 at the answer's last token (Ziegler et al. 2019, arXiv 1909.08593, eq. 2). GRPO has no per-token reward; its KL is a term of
+the loss. `KLCoefficient` is the weight beta. Generalised advantage estimation, whitening and the adaptive coefficient equal those
+of TRL 0.9's PPOTrainer, which the tests use as oracle.
 
 Shapes: Q queries, K candidates, N = Q*K rows, T answer tokens. A mask [N, T] is 1 on tokens and 0 on padding behind them.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def centre_groups(rewards: Tensor) -> Tensor:
-    """Rewards [Q, K] less the mean of their query's candidates."""
+    """Rewards [Q, K] minus the mean over their query's candidates."""
     return rewards - rewards.mean(dim=1, keepdim=True)
 
 
@@ -26,12 +27,12 @@ def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor |
     Args:
         rewards: [Q, K].
         reward_coef: c1 of the paper.
-        spread: what the centred rewards are divided by, a scalar; ``None``: each query's own standard deviation, as in GRPO.
-            One for all queries keeps those whose answers are nearly equal from weighing as much as those that tell right from
-            wrong (Dr. GRPO, arXiv 2503.20783, divides by nothing at all).
+        spread: a scalar that divides the centred rewards; ``None``: each query's own standard deviation, as in GRPO. With one
+            for all queries, a query whose answers are nearly equal does not weigh as much as one whose answers tell right from
+            wrong (Dr. GRPO, arXiv 2503.20783, does not divide at all).
 
     Returns:
-        [Q, K]; 0 for a group whose rewards are all equal: it carries no signal.
+        [Q, K]; 0 for a group whose rewards are all equal, because it carries no signal.
     """
     centred = centre_groups(rewards)
     if spread is None:
@@ -42,13 +43,13 @@ def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor |
 def token_rewards(
     scores: Tensor, log_probs: Tensor, reference_log_probs: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """Rewards of the tokens: ``-kl_coef * (log p - log p_ref)`` each, and the answer's score at its last token.
+    """Per-token rewards: ``-kl_coef * (log p - log p_ref)``, plus the answer's score at its last token.
 
     Args:
         scores: [N] sampled rewards, already times c1.
         log_probs: [N, T] under the policy that sampled.
         reference_log_probs: [N, T]; ``None`` leaves the penalty out.
-        mask: [N, T], at least one token a row.
+        mask: [N, T], at least one token in each row.
         kl_coef: beta.
 
     Returns:
@@ -72,18 +73,19 @@ def generalised_advantages(
 
     Args:
         rewards: [N, T].
-        values: [N, T] of the policy that sampled.
+        values: [N, T] at the time of sampling.
         mask: [N, T].
         gamma: discount, 0-1.
         gae_lambda: 0 (one step, low variance) to 1 (the whole return, no bias).
 
     Returns:
-        [N, T] advantages, not whitened, and [N, T] returns ``A_t + V_t``, what the value network learns; both 0 at padding.
+        [N, T] advantages, not whitened, and [N, T] returns ``A_t + V_t``, which the value network learns; both 0 at padding.
     """
     mask = mask.to(values.dtype)
     values, rewards = values * mask, rewards * mask
-    behind = torch.zeros_like(values[:, 0])
-    next_value, advantage, columns = behind, behind, []
+    after_the_end = torch.zeros_like(values[:, 0])
+    next_value, advantage, columns = after_the_end, after_the_end, []
+    # Backwards, since A_t needs A_{t+1}. At padding rewards and values are 0, so nothing flows from there into the answer.
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = delta + gamma * gae_lambda * advantage
@@ -94,38 +96,38 @@ def generalised_advantages(
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [N, T] over all tokens in the mask: a scalar. Every token weighs the same."""
+    """Mean of [N, T] over all tokens in the mask: a scalar. Every token has the same weight."""
     mask = mask.to(values.dtype)
     return (values * mask).sum() / mask.sum()
 
 
 def masked_variance(values: Tensor, mask: Tensor) -> Tensor:
-    """Unbiased variance of [N, T] over all tokens in the mask; 0 where there is but one."""
+    """Unbiased variance of [N, T] over all tokens in the mask; 0 if there is only one."""
     count = mask.sum()
     return masked_mean((values - masked_mean(values, mask)).square(), mask) * count / (count - 1).clamp(min=1)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """[N, T] moved and scaled to mean 0 and variance 1 over all tokens in the mask; 0 at padding."""
+    """[N, T] shifted and scaled to mean 0 and variance 1 over all tokens in the mask; 0 at padding."""
     scaled = (values - masked_mean(values, mask)) * torch.rsqrt(masked_variance(values, mask) + 1e-8)
     return scaled * mask.to(values.dtype)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var(R - V) / Var(R)`` over the tokens: 1 is a perfect value network, 0 a constant one, below 0 worse than that."""
+    """``1 - Var(R - V) / Var(R)`` over the tokens: 1 for a perfect value network, 0 for a constant, below 0 if it is worse."""
     return 1 - masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-8)
 
 
 @dataclass
 class KLCoefficient:
-    """Weight beta of the KL to the reference, fixed or steered towards a target (Ziegler et al. 2019, section 2.2).
+    """Weight beta of the KL to the reference, fixed or adapted to a target (Ziegler et al. 2019, section 2.2).
 
     ``e = clip(KL / target - 1, -0.2, 0.2)`` and ``beta <- beta (1 + e n / horizon)`` after n answers.
 
     Attributes:
         value: beta now, 0 or more.
-        target: KL of an answer in nats, summed over its tokens; ``None`` keeps beta as it is.
-        horizon: number of answers over which beta changes by a factor of about e^0.2 at most.
+        target: KL of an answer in nats, summed over its tokens; ``None`` keeps beta fixed.
+        horizon: number of answers over which beta changes by a factor of at most about e^0.2.
     """
 
     value: float
@@ -133,7 +135,7 @@ class KLCoefficient:
     horizon: float = 10_000.0
 
     def update(self, kl: float, answers: int) -> None:
-        """Take note of the mean KL, in nats an answer, of so many ``answers``."""
+        """Adapt beta to the mean KL, in nats per answer, of ``answers`` answers."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * answers / self.horizon

@@ -1,7 +1,7 @@
-"""A table of sampled answers with their rewards, every so many steps, where the run's other figures go.
+"""A table of sampled answers with their rewards, every few steps, logged where the run's metrics are.
 
-``candidates.jsonl`` in the output folder always; beside it a table of W&B and a text of TensorBoard where ``--report_to`` names
-them: these are reached through the trainer's own callbacks, so project, run and folder are those of its other figures.
+``candidates.jsonl`` in the output folder is always written. If ``--report_to`` names W&B or TensorBoard, the table goes there
+too, through the trainer's own callbacks: project, run and folder are those of its metrics.
 
 How to run: ``--umed_log_candidates 50`` in stage 2, with ``--report_to tensorboard`` or ``wandb``.
 """
@@ -35,11 +35,11 @@ def log_candidates(
         step: optimizer steps done.
         record: of the query.
         texts: K answers.
-        rewards: their K rewards, as the objective has them.
-        terms: reward name -> K values before normalisation and weights, None where a reward could not score.
-        output_dir: of the run, where ``candidates.jsonl`` gets a line.
+        rewards: their K rewards, as the objective uses them.
+        terms: reward name -> K values before normalisation and weights, None if the reward could not score.
+        output_dir: of the run; ``candidates.jsonl`` there gets one more line.
         callbacks: the trainer's; those of TensorBoard and W&B get the table too.
-        image: path of the query's image file, by which `umed report` finds it.
+        image: path of the query's image file, for `umed report`.
     """
     group = [
         {"text": text, "reward": reward, **{name: column[i] for name, column in terms.items()}}
@@ -47,7 +47,7 @@ def log_candidates(
     ]
     study = {name: record[name] for name in ("source", "modality", "reading", "terms") if name in record}
     if image is not None:
-        # Runs are looked at from other folders than they were started in.
+        # A report may be made in another folder than the run was started in.
         study["image"] = os.path.abspath(image)
         study["image_aspect_ratio"] = record["provenance"]["image_aspect_ratio"]
         study["question"] = record["conversations"][0]["value"].replace("<image>", "").strip()
@@ -62,7 +62,7 @@ def log_candidates(
 
 
 def as_markdown(line: Mapping[str, Any]) -> str:
-    """The table of one line of ``candidates.jsonl``, under the query's id and what is true of it."""
+    """One line of ``candidates.jsonl`` as a table, under the query's id and ground truth."""
     columns = list(line["candidates"][0])
     rows = [columns, ["---"] * len(columns), *([_cell(row[name]) for name in columns] for row in line["candidates"])]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -78,9 +78,9 @@ def _cell(value: Any) -> str:
 def _to_wandb(line: Mapping[str, Any]) -> None:
     import wandb
 
-    if wandb.run is None:  # the callback opens a run in the main process alone
+    if wandb.run is None:  # the callback opens a run only in the main process
         return
     columns = ["id", *line["candidates"][0]]
     table = wandb.Table(columns=columns, data=[[line["id"], *row.values()] for row in line["candidates"]])
-    # Without a step of its own, as the trainer's callback logs: W&B refuses steps that go back.
+    # Without the step argument, like the trainer's callback: W&B refuses steps that go back.
     wandb.log({NAME: table, "train/global_step": line["step"]})

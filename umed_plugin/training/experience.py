@@ -1,7 +1,7 @@
-"""What the updates of a rollout learn from: sampled answers with their rewards, then their advantages, for any part of it.
+"""What the updates of a rollout learn from: sampled answers with their rewards (`Samples`), then advantages (`Experience`).
 
-A rollout is sampled batch by batch, joined, and taken apart again into minibatches of questions. It goes into a checkpoint that
-is written between its updates, so that a resumed run learns from the same answers.
+A rollout is sampled batch by batch, joined, and split again into minibatches of queries. If a checkpoint is written between its
+updates, the checkpoint contains the rollout, so that a resumed run learns from the same answers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from umed_plugin.training.advantages import (
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers to Q questions as they were sampled, K each; N = Q*K rows, T tokens, masks as in `umed_plugin.model.forward`.
+    """Sampled answers to Q queries, K each; N = Q*K rows, T tokens, masks as in `umed_plugin.model.forward`.
 
     Attributes:
         prompt_ids: Q tensors of token ids.
         image_features: [Q, P, D] of the vision tower.
-        token_ids: [N, T]; at padding any id.
+        token_ids: [N, T]; any id at padding.
         mask: [N, T].
-        log_probs: [N, T] under the policy that sampled; None where the update's own pass gives them, as nothing has been learnt
-            between the two.
-        reference_log_probs: [N, T], or None without a KL.
+        log_probs: [N, T] under the policy that sampled (the old policy). None if the update's own pass gives them, because
+            nothing is learned between the two.
+        reference_log_probs: [N, T] under the reference policy, or None without a KL.
         values: [N, T] of the states before each token, or None without a value network.
         rewards: [Q, K].
     """
@@ -54,19 +54,19 @@ class Samples:
 
     @property
     def candidates(self) -> Candidates:
-        """The answers alone."""
+        """The answers without the rest."""
         return Candidates(self.token_ids, self.mask)
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Samples with what they teach.
+    """Samples with their advantages.
 
     Attributes:
         samples: the answers.
         advantages: [N, T].
-        returns: [N, T] of PPO, or None.
-        kl_coef: weight of the KL that held when they were sampled.
+        returns: [N, T] for PPO, or None.
+        kl_coef: weight of the KL at the time of sampling.
     """
 
     samples: Samples
@@ -74,10 +74,10 @@ class Experience:
     returns: Tensor | None
     kl_coef: float
 
-    def minibatch(self, questions: Sequence[int]) -> Experience:
-        """The part on some questions, in that order, without the columns that are padding in all of it."""
+    def minibatch(self, queries: Sequence[int]) -> Experience:
+        """The part for some queries, in that order, without columns that contain only padding."""
         s = self.samples
-        picked = torch.as_tensor(questions, device=s.mask.device)
+        picked = torch.as_tensor(queries, device=s.mask.device)
         k = s.rewards.shape[1]
         rows = (picked[:, None] * k + torch.arange(k, device=picked.device)).flatten()
         tokens = int(s.mask[rows].sum(dim=1).max())
@@ -92,8 +92,8 @@ class Experience:
 
     def save(self, file: Path) -> None:
         """Write it as plain tensors."""
-        whole = {"advantages": self.advantages, "returns": self.returns, "kl_coef": self.kl_coef}
-        torch.save({**_as_dict(self.samples), **whole}, file)
+        rest = {"advantages": self.advantages, "returns": self.returns, "kl_coef": self.kl_coef}
+        torch.save({**_as_dict(self.samples), **rest}, file)
 
     @classmethod
     def load(cls, file: Path, device: Any) -> Experience:
@@ -108,7 +108,7 @@ class Experience:
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-    """Samples of several batches as one, answers padded with 0 to the longest."""
+    """Samples of several batches as one; answers are padded with 0 to the longest."""
     if len(parts) == 1:
         return parts[0]
     longest = max(part.mask.shape[1] for part in parts)
@@ -125,7 +125,7 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 
 def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None) -> Experience:
-    """Samples with the advantages within each question's candidates; ``spread`` as in `group_advantages`."""
+    """Samples with advantages within each query's candidates; ``spread`` as in `group_advantages`."""
     advantages = group_advantages(samples.rewards, reward_coef, spread).flatten().to(samples.mask.device, torch.float32)
     return Experience(samples, advantages[:, None].expand(samples.mask.shape), None, kl_coef)
 
@@ -133,19 +133,19 @@ def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread
 def ppo_experience(
     samples: Samples, kl_coef: float, reward_coef: float, gamma: float, gae_lambda: float
 ) -> tuple[Experience, dict[str, float]]:
-    """Samples with whitened advantages over all of them, and figures for the log."""
+    """Samples with advantages from the value network, whitened over all of them; and metrics for the log."""
     if samples.values is None or samples.log_probs is None:
         raise ValueError("PPO needs the values and log-probabilities of the samples")
     mask = samples.mask
     scores = reward_coef * samples.rewards.flatten().to(samples.log_probs)
     rewards = token_rewards(scores, samples.log_probs, samples.reference_log_probs, mask, kl_coef)
     advantages, returns = generalised_advantages(rewards, samples.values, mask, gamma, gae_lambda)
-    figures = {
+    metrics = {
         "returns_mean": masked_mean(returns, mask).item(),
         "advantage_std": masked_variance(advantages, mask).sqrt().item(),
         "explained_variance": explained_variance(samples.values, returns, mask).item(),
     }
-    return Experience(samples, whiten(advantages, mask), returns, kl_coef), figures
+    return Experience(samples, whiten(advantages, mask), returns, kl_coef), metrics
 
 
 def kl_per_answer(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
@@ -153,17 +153,17 @@ def kl_per_answer(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) 
     return ((log_probs - reference_log_probs) * mask).sum(dim=1).mean().item()
 
 
-def minibatch_order(questions: int, minibatches: int, seed: Sequence[int]) -> list[int]:
-    """Order in which a pass over a rollout takes its questions; shuffled where there is more than one minibatch.
+def minibatch_order(queries: int, minibatches: int, seed: Sequence[int]) -> list[int]:
+    """Order of the queries in one epoch over a rollout; shuffled if there is more than one minibatch.
 
     Args:
-        questions: in the rollout of this process.
-        minibatches: optimizer steps of a pass.
-        seed: whole numbers that name run, rollout, pass and process.
+        queries: number of queries in this rank's rollout.
+        minibatches: optimizer steps per epoch.
+        seed: integers that identify run, rollout, epoch and rank.
     """
     if minibatches == 1:
-        return list(range(questions))
-    return np.random.default_rng(list(seed)).permutation(questions).tolist()
+        return list(range(queries))
+    return np.random.default_rng(list(seed)).permutation(queries).tolist()
 
 
 def _by_token(samples: Samples) -> dict[str, Tensor | None]:
@@ -177,5 +177,5 @@ def _as_dict(samples: Samples) -> Mapping[str, Any]:
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:
-    """[N, T] with zeros behind it up to ``length``."""
+    """[N, T] padded with zeros to [N, length]."""
     return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))

@@ -1,9 +1,9 @@
 """The objective of Abnormal-Aware Rewarding as pure functions: ``E[L_CLIP + c1 r - c2 L_VF + c3 entropy]`` and KL.
 
-PPO (arXiv 1707.06347) has all of these terms, with its KL in the rewards of the tokens (see
-`umed_plugin.training.advantages`). GRPO (arXiv 2402.03300) has no value network, and its KL is a term of the loss. A sampled
-reward has no gradient of its own, so ``c1`` acts through the advantage. PPO averages over tokens, as TRL 0.9 and LLaVA-RLHF
-do; GRPO over the tokens of an answer, then over answers.
+PPO (arXiv 1707.06347) has all of these terms. Its KL is part of the token rewards (see `umed_plugin.training.advantages`). GRPO
+(arXiv 2402.03300) has no value network, and its KL is a term of the loss. A sampled reward has no gradient of its own, so ``c1``
+acts through the advantage. PPO averages over tokens, as TRL 0.9 and LLaVA-RLHF do. GRPO averages over the tokens of an answer,
+then over answers.
 
 Shapes: N answers, T tokens; masks are 1 on tokens and 0 on padding behind them.
 """
@@ -17,17 +17,49 @@ from torch import Tensor
 
 from umed_plugin.training.advantages import masked_mean
 
-Terms = dict[str, Tensor]
+LossTerms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Coefficients of the objective; the flags of the same names say what they do. GRPO has no use for the value's two."""
+    """Coefficients of the objective; the flags of the same names describe them. GRPO does not use the two of the value loss."""
 
     clip_range: float
     entropy_coef: float = 0.0
     value_coef: float = 0.0
     value_clip_range: float = 0.0
+
+
+@dataclass(frozen=True)
+class PolicyTensors:
+    """What the policy's terms compare, [N, T] each.
+
+    Attributes:
+        log_probs: under the policy, with gradient.
+        old_log_probs: under the policy that sampled.
+        reference_log_probs: under the reference policy; None leaves the KL out.
+        entropy: of the policy; with gradient if there is an entropy bonus.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    reference_log_probs: Tensor | None
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class ValueTensors:
+    """What the value loss compares, [N, T] each.
+
+    Attributes:
+        values: of the value network, with gradient.
+        old_values: of the value network when the answers were sampled.
+        returns: what it learns to predict.
+    """
+
+    values: Tensor
+    old_values: Tensor
+    returns: Tensor
 
 
 def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
@@ -47,20 +79,18 @@ def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Te
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
-def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+def clipped_value_loss(value: ValueTensors, clip_range: float) -> Tensor:
     """Per-token value loss ``max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) / 2``.
 
     Args:
-        values: [N, T] of the value network, with gradient.
-        old_values: [N, T] when the answers were sampled.
-        returns: [N, T].
+        value: V, V_old and R.
         clip_range: e, in the unit of the rewards.
 
     Returns:
         [N, T] losses >= 0, not masked.
     """
-    clipped = torch.max(torch.min(values, old_values + clip_range), old_values - clip_range)
-    return torch.max((values - returns).square(), (clipped - returns).square()) / 2
+    clipped = torch.max(torch.min(value.values, value.old_values + clip_range), value.old_values - clip_range)
+    return torch.max((value.values - value.returns).square(), (clipped - value.returns).square()) / 2
 
 
 def kl_to_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
@@ -70,73 +100,49 @@ def kl_to_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
 
 
 def mean_over_answers(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each answer, then over the answers: a scalar. Every answer weighs the same."""
+    """Mean over the tokens of each answer, then over the answers: a scalar. Every answer has the same weight."""
     return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
 
 
 def grpo_objective(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    reference_log_probs: Tensor | None,
-    entropy: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    settings: ObjectiveSettings,
-    kl_coef: float,
-) -> tuple[Tensor, Terms]:
-    """GRPO's loss to minimise, and its terms for the log.
+    policy: PolicyTensors, advantages: Tensor, mask: Tensor, settings: ObjectiveSettings, kl_coef: float
+) -> tuple[Tensor, LossTerms]:
+    """GRPO's loss to minimise, ``L_policy - c3 entropy + kl_coef KL``, and its terms for the log.
 
     Args:
-        log_probs: [N, T] under the policy, with gradient.
-        old_log_probs: [N, T] at sampling.
-        reference_log_probs: [N, T] under the reference policy; ``None`` leaves the KL term out.
-        entropy: [N, T]; with gradient when an entropy bonus is asked for.
-        advantages: [N, T], an answer's own at each of its tokens.
+        policy: log-probabilities and entropy.
+        advantages: [N, T], an answer's advantage at each of its tokens.
         mask: [N, T].
         settings: coefficients.
         kl_coef: weight of the KL term.
 
     Returns:
-        A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl``.
+        A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl`` (k3).
     """
-    mask = mask.to(log_probs.dtype)
+    mask = mask.to(policy.log_probs.dtype)
     policy_loss = mean_over_answers(
-        clipped_policy_loss(log_probs, old_log_probs, advantages, settings.clip_range), mask
+        clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range), mask
     )
-    entropy = mean_over_answers(entropy, mask)
+    entropy = mean_over_answers(policy.entropy, mask)
     loss = policy_loss - settings.entropy_coef * entropy
-    outside = ((log_probs - old_log_probs).exp() - 1).abs() > settings.clip_range
+    outside = ((policy.log_probs - policy.old_log_probs).exp() - 1).abs() > settings.clip_range
     clip_fraction = mean_over_answers(outside.to(mask.dtype), mask)
     terms = {"policy_loss": policy_loss, "entropy": entropy, "clip_fraction": clip_fraction}
-    if reference_log_probs is not None:
-        terms["kl"] = mean_over_answers(kl_to_reference(log_probs, reference_log_probs), mask)
+    if policy.reference_log_probs is not None:
+        terms["kl"] = mean_over_answers(kl_to_reference(policy.log_probs, policy.reference_log_probs), mask)
         loss = loss + kl_coef * terms["kl"]
-    return loss, {name: value.detach() for name, value in terms.items()}
+    return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def ppo_objective(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    reference_log_probs: Tensor | None,
-    entropy: Tensor,
-    advantages: Tensor,
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    settings: ObjectiveSettings,
-) -> tuple[Tensor, Terms]:
+    policy: PolicyTensors, value: ValueTensors, advantages: Tensor, mask: Tensor, settings: ObjectiveSettings
+) -> tuple[Tensor, LossTerms]:
     """PPO's loss to minimise, ``L_policy + c2 L_value - c3 entropy``, and its terms for the log.
 
     Args:
-        log_probs: [N, T] under the policy, with gradient.
-        old_log_probs: [N, T] at sampling.
-        reference_log_probs: [N, T] under the reference policy, for the log alone: PPO's KL is in the advantages.
-        entropy: [N, T]; with gradient when an entropy bonus is asked for.
+        policy: log-probabilities and entropy. The reference is for the log only: PPO's KL is in the advantages.
+        value: values and returns.
         advantages: [N, T], whitened.
-        values: [N, T] of the value network, with gradient.
-        old_values: [N, T] at sampling.
-        returns: [N, T].
         mask: [N, T].
         settings: coefficients.
 
@@ -144,17 +150,18 @@ def ppo_objective(
         A scalar loss, and detached scalars ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction`` (tokens where the
         clipped loss is the larger one), ``value_clip_fraction`` and, with a reference, ``kl`` (k3).
     """
-    unclipped = -(log_probs - old_log_probs).exp() * advantages
-    policy_losses = clipped_policy_loss(log_probs, old_log_probs, advantages, settings.clip_range)
-    value_losses = clipped_value_loss(values, old_values, returns, settings.value_clip_range)
+    unclipped = -(policy.log_probs - policy.old_log_probs).exp() * advantages
+    policy_losses = clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range)
+    value_losses = clipped_value_loss(value, settings.value_clip_range)
+    unclipped_value = (value.values - value.returns).square() / 2
     terms = {
         "policy_loss": masked_mean(policy_losses, mask),
         "value_loss": masked_mean(value_losses, mask),
-        "entropy": masked_mean(entropy, mask),
+        "entropy": masked_mean(policy.entropy, mask),
         "clip_fraction": masked_mean((policy_losses > unclipped).float(), mask),
-        "value_clip_fraction": masked_mean((value_losses > (values - returns).square() / 2).float(), mask),
+        "value_clip_fraction": masked_mean((value_losses > unclipped_value).float(), mask),
     }
     loss = terms["policy_loss"] + settings.value_coef * terms["value_loss"] - settings.entropy_coef * terms["entropy"]
-    if reference_log_probs is not None:
-        terms["kl"] = masked_mean(kl_to_reference(log_probs, reference_log_probs), mask)
-    return loss, {name: value.detach() for name, value in terms.items()}
+    if policy.reference_log_probs is not None:
+        terms["kl"] = masked_mean(kl_to_reference(policy.log_probs, policy.reference_log_probs), mask)
+    return loss, {name: term.detach() for name, term in terms.items()}

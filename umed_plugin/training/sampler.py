@@ -1,4 +1,4 @@
-"""The order of the data, the same in a run that was interrupted and resumed as in one that was not."""
+"""The order of the data: a run that is interrupted and resumed sees the same batches as one that is not."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from torch.utils.data import Sampler
 class EpochSampler(Sampler):
     """Shuffled indices whose order depends on the seed and the number of epochs begun, and on nothing else.
 
-    A sampler that draws from the global random state gives a resumed run other batches, as dropout and the sampling of
-    candidates have moved that state.
+    A sampler that draws from the global random state would give a resumed run other batches, because dropout and the sampling of
+    candidates move that state.
 
     Args:
-        size: number of samples.
+        size: number of records.
         seed: of the shuffling.
-        chunk: samples of one rollout over all processes; what does not fill one is left out of the epoch. ``None``: no rollouts
-            that go over several steps, and nothing is left out.
-        repeats: passes over each chunk, in a row.
+        rollout_size: queries of one rollout over all ranks. Records that do not fill a rollout are left out of the epoch.
+            ``None``: no rollout spans several steps, and nothing is left out.
+        rollout_epochs: epochs over each rollout, one after the other.
     """
 
-    def __init__(self, size: int, seed: int, chunk: int | None = None, repeats: int = 1) -> None:
-        self.size, self.seed, self.chunk, self.repeats = size, seed, chunk, repeats
+    def __init__(self, size: int, seed: int, rollout_size: int | None = None, rollout_epochs: int = 1) -> None:
+        self.size, self.seed = size, seed
+        self.rollout_size, self.rollout_epochs = rollout_size, rollout_epochs
         self.epochs_begun = 0
 
     def __len__(self) -> int:
-        return self.size if self.chunk is None else self.size // self.chunk * self.chunk * self.repeats
+        if self.rollout_size is None:
+            return self.size
+        return self.size // self.rollout_size * self.rollout_size * self.rollout_epochs
 
     def __iter__(self) -> Iterator[int]:
         self.epochs_begun += 1
@@ -37,15 +40,16 @@ class EpochSampler(Sampler):
         """The indices of an epoch, counted from 0."""
         shuffle = torch.Generator().manual_seed(self.seed + epoch)
         order = torch.randperm(self.size, generator=shuffle).tolist()
-        if self.chunk is None:
+        if self.rollout_size is None:
             return order
-        chunks = [order[i : i + self.chunk] for i in range(0, self.size - self.chunk + 1, self.chunk)]
-        return [index for part in chunks for _ in range(self.repeats) for index in part]
+        starts = range(0, self.size - self.rollout_size + 1, self.rollout_size)
+        rollouts = [order[start : start + self.rollout_size] for start in starts]
+        return [index for rollout in rollouts for _ in range(self.rollout_epochs) for index in rollout]
 
     def rollout(self, number: int) -> list[int]:
         """The indices of a rollout, counted from 0 over all epochs."""
-        if self.chunk is None:
+        if self.rollout_size is None:
             raise ValueError("this order has no rollouts")
-        epoch, place = divmod(number, self.size // self.chunk)
-        start = place * self.chunk * self.repeats
-        return self.order(epoch)[start : start + self.chunk]
+        epoch, rollout_in_epoch = divmod(number, self.size // self.rollout_size)
+        start = rollout_in_epoch * self.rollout_size * self.rollout_epochs
+        return self.order(epoch)[start : start + self.rollout_size]

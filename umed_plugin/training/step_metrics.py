@@ -1,10 +1,11 @@
-"""What stage 2 logs beside the loss: means since the last log over all processes, guards with their warnings, sampled answers.
+"""What stage 2 logs beside the loss: means since the last log over all ranks, guards with their warnings, sampled answers.
 
-The figures of `umed_plugin.rewards.guards`, the rewards' own, those of the objective, and these four. Every process logs the same
-names, also one whose batches had nothing to measure, or gathering would hang; a name that no process could measure is left out.
+Logged are the metrics of `umed_plugin.rewards.guards`, those of the rewards and of the objective, and these four. Every rank
+gathers the same names, also a rank whose batches had nothing to measure; otherwise gathering would deadlock. A metric that no
+rank could measure is left out.
 
-- ``reward/<term>``, ``reward/total``: means over the candidates, the terms before normalisation and weights.
-- ``groups_without_signal``: share of questions whose candidates all have one reward, 0-1; GRPO learns nothing from them.
+- ``reward/<term>``, ``reward/total``: means over the candidates; the terms before normalisation and weights.
+- ``groups_without_signal``: share of queries whose candidates all have the same reward, 0-1; GRPO learns nothing from them.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umed_plugin.data.records import true_boxes
+from umed_plugin.errors import warn
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
@@ -43,7 +45,7 @@ _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "e
 
 
 def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
-    """All that a run with these flags and rewards may log, in the order of its gathering."""
+    """All metrics that a run with these flags and rewards may log, in the order in which they are gathered."""
     names = [f"reward/{name}" for name in rewards]
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
@@ -52,33 +54,33 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
 
 
 class StepMetrics:
-    """Collects figures from step to step and hands out their means.
+    """Collects metrics step by step and returns their means.
 
     Args:
-        trainer: of `transformers`; its accelerator gathers, its callbacks show the candidates, its state says the step.
+        trainer: a transformers trainer: its accelerator gathers, its callbacks show the candidates, its state has the step.
         flags: of the run.
-        names: see `metric_names`; the same in every process.
+        names: from `metric_names`; the same on every rank.
     """
 
     def __init__(self, trainer: Any, flags: UmedFlags, names: Sequence[str]) -> None:
         self._trainer, self._flags, self._names = trainer, flags, names
-        self._measured: dict[str, list[float]] = defaultdict(list)
+        self._values: dict[str, list[float]] = defaultdict(list)
         self._guards = Guards()
 
-    def add(self, values: Mapping[str, float]) -> None:
-        """Take in figures of one batch."""
-        for name, value in values.items():
-            self._measured[name].append(value)
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of one batch."""
+        for name, value in metrics.items():
+            self._values[name].append(value)
 
     def add_rewards(
         self,
-        values: Mapping[str, Sequence[float | None]],
+        terms: Mapping[str, Sequence[float | None]],
         rewards: Tensor,
         candidates: Candidates,
         eos_token_id: int,
     ) -> None:
-        """Take in the terms [N] and the rewards [Q, K] of candidates."""
-        for name, column in values.items():
+        """Add the metrics of a batch of candidates: reward terms by name, N values each, and rewards [Q, K]."""
+        for name, column in terms.items():
             known = [value for value in column if value is not None]
             if known:
                 self.add({f"reward/{name}": sum(known) / len(known)})
@@ -93,57 +95,58 @@ class StepMetrics:
             }
         )
 
-    def watch(self, texts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Show the candidates of each query to the guards; columns as a reward gets them."""
+    def add_guards(self, texts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Show the candidates of each query to the guards; N texts, and columns as a reward gets them."""
         k = self._flags.umed_num_candidates
-        seen = [texts, columns["record"], columns["geometry"]]
-        scores = [score_answer(text, record, geometry) for text, record, geometry in zip(*seen)]
+        records, geometries = columns["record"], columns["geometry"]
+        scores = [score_answer(*answer) for answer in zip(texts, records, geometries)]
         for first in range(0, len(texts), k):
             group = slice(first, first + k)
-            self._guards.see(texts[group], scores[group], columns["record"][group], columns["geometry"][group])
+            self._guards.see(texts[group], scores[group], records[group], geometries[group])
         if "vision_relevance" in self._flags.reward_names():
-            covers = [place.patch_cover(true_boxes(record)).mean() for record, place in zip(*seen[1:])]
+            covers = [geometry.patch_cover(true_boxes(record)).mean() for record, geometry in zip(records, geometries)]
             overlaps = [score.set_iou for score in scores]
             self.add(vision_relevance_figures(columns["attention_on_lesion"], covers, overlaps))
 
-    def show_candidates(
-        self, texts: Sequence[str], values: Mapping[str, Sequence[float | None]], rewards: Tensor, record: Any
+    def log_candidates(
+        self, texts: Sequence[str], terms: Mapping[str, Sequence[float | None]], rewards: Tensor, record: Any
     ) -> None:
-        """Write the first query's candidates down, every so many steps."""
+        """Write the first query's candidates to the candidate log, every ``--umed_log_candidates`` steps."""
         trainer, every, k = self._trainer, self._flags.umed_log_candidates, self._flags.umed_num_candidates
         step = trainer.state.global_step
         if not every or step % every or not trainer.is_world_process_zero():
             return
-        terms = {name: column[:k] for name, column in values.items()}
+        first_terms = {name: column[:k] for name, column in terms.items()}
         callbacks = trainer.callback_handler.callbacks
         image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
         out = trainer.args.output_dir
-        log_candidates(step, record, texts[:k], rewards[0].tolist(), terms, out, callbacks, image)
+        log_candidates(step, record, texts[:k], rewards[0].tolist(), first_terms, out, callbacks, image)
 
     def means(self) -> dict[str, float]:
-        """The means since the last call, over all processes, all of which must call; begins anew."""
+        """Means since the last call over all ranks; then starts anew. All ranks must call."""
         self.add(self._guards.figures())
-        columns = [self._measured.pop(name, [float("nan")]) for name in self._names]
+        # A metric that this rank did not measure is NaN here: all ranks gather equally many numbers, and nanmean skips it.
+        columns = [self._values.pop(name, [float("nan")]) for name in self._names]
         means = [[sum(column) / len(column) for column in columns]]
         overall = self._gather(means).nanmean(dim=0).tolist()
         return {name: mean for name, mean in zip(self._names, overall) if mean == mean}
 
-    def warn(self, figures: Mapping[str, float]) -> None:
-        """Print what has crossed a guard's limit for the first time, once for all processes."""
+    def warn(self, metrics: Mapping[str, float]) -> None:
+        """Warn about each guard whose limit the metrics cross for the first time; once, on the first rank."""
         if self._trainer.is_world_process_zero():
-            for warning in self._guards.warnings(figures):
-                print(f"umed: WARNING: step {self._trainer.state.global_step}: {warning}", flush=True)
+            for warning in self._guards.warnings(metrics):
+                warn(f"step {self._trainer.state.global_step}: {warning}")
 
     def mean_over_ranks(self, value: float) -> float:
-        """The mean of a number that each process has one of; all must call."""
+        """The mean of a number that each rank has one of. All ranks must call."""
         return self._gather([value]).mean().item()
 
-    def on_any_rank(self, said: bool) -> bool:
-        """Whether one process at least says so; all must call."""
-        return bool(self._gather([float(said)]).max())
+    def on_any_rank(self, condition: bool) -> bool:
+        """Whether the condition is true on at least one rank. All ranks must call."""
+        return bool(self._gather([float(condition)]).max())
 
     def _gather(self, rows: list[Any]) -> Tensor:
-        # torch takes a row with one of numpy's numbers in it for float64, and processes that differ in this cannot gather.
+        # torch makes float64 of a row that contains a NumPy number, and ranks with different dtypes cannot gather.
         return self._trainer.accelerator.gather(
             torch.tensor(rows, dtype=torch.float32, device=self._trainer.args.device)
         )

@@ -1,4 +1,4 @@
-"""End a run in which a reward says to stop, with a checkpoint to go on from."""
+"""Stop a run when a reward asks for it, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from umed_plugin.rewards.contract import Reward
 
 
 class StopForReward(TrainerCallback):
-    """Ends a run in which a reward says to stop: after the step, with a checkpoint, in all processes, as an error.
+    """Stops a run in which a reward asks for it: after the step, with a checkpoint, on all ranks, as an error.
 
-    An error, because whatever comes after training in a script must not go on with a model that is trained half.
+    It is an error because a script must not continue after training with a half-trained model.
 
     Args:
-        rewards: of this process.
-        on_any_rank: true in all processes when its argument is true in one of them.
+        rewards: of this rank.
+        on_any_rank: returns True on all ranks if its argument is true on at least one of them.
     """
 
     def __init__(self, rewards: Mapping[str, Reward], on_any_rank: Callable[[bool], bool]) -> None:
         self._rewards = [reward for reward in rewards.values() if hasattr(reward, "stop")]
-        self._in_any_process = on_any_rank
+        self._on_any_rank = on_any_rank
         self._stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> Any:
-        """Ask for a checkpoint and the end of training, unless this step is the last one anyway."""
-        if self._rewards and self._in_any_process(self._reason() is not None) and state.global_step < state.max_steps:
+        """Request a checkpoint and the end of training, unless this is the last step anyway."""
+        if self._rewards and self._on_any_rank(self._reason() is not None) and state.global_step < state.max_steps:
             self._stopped = control.should_save = control.should_training_stop = True
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Leave with the reason when the run was stopped; the integrations that log have closed their files by now.
+        """Raise the reason if the run was stopped. By now, logging integrations have closed their files.
 
         Raises:
-            UmedError: naming the checkpoint to go on from.
+            UmedError: names the checkpoint to resume from.
         """
         if self._stopped:
-            reason = self._reason() or "another process was told to stop; its message says why."
+            reason = self._reason() or "a reward on another rank asked to stop; its message says why."
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             raise UmedError(f"training stopped after step {state.global_step}: {reason} Saved: {checkpoint}")
 

@@ -1,10 +1,10 @@
-"""Stage 1's data: LLaVA's own dataset over grounded records, and a check of what is supervised before training starts.
+"""Stage 1's data: LLaVA's own dataset over grounded records.
 
-A share of the records, chosen by a hash of their id, is trained under LLaVA's stock template: stock LLaVA, which does not
-know ours, will ask the exported checkpoint with its own. An image that cannot be read stops the run or is reported and
-skipped, as ``--umed_on_bad_image`` says.
+A share of the records, chosen by a hash of their id, is trained under LLaVA's stock template. Stock LLaVA does not know ours and
+will prompt the exported checkpoint with its own. ``--umed_on_bad_image`` decides whether an unreadable image stops the run, or is
+reported and skipped.
 
-Departure from the paper: it does not say how prompts are built; see `umed_plugin.data.template_writer`.
+Departure from the paper, which does not say how prompts are built: see `umed_plugin.data.template_writer`.
 
 Run through ``umed-run ... --umed_stage instruction_tuning`` (`patches/data_module.py` puts it in LLaVA's place).
 """
@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,17 +35,17 @@ from umed_plugin.data.images import file_states, open_image
 from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
 from umed_plugin.data.records import load_records, save_records
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.definition import REWARDING
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UmedError)
 
 
 def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
-    """The records of ``--umed_recipe`` and of ``--data_path``, of one split only, fit for this run.
+    """The records of ``--umed_recipe`` and ``--data_path`` in one split.
 
     Raises:
-        UmedError: a file cannot be read, nothing is left, or records were written for another ``--image_aspect_ratio``.
+        UmedError: a file cannot be read, the split is empty, or records were written for another ``--image_aspect_ratio``.
     """
     flags = training_args.umed
     records: list[dict[str, Any]] = []
@@ -57,31 +56,31 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     kept = [record for record in records if record.get("split", "train") == split]
     if len(kept) < len(records) and split == "train":
         others = len(records) - len(kept)
-        print(f"umed: {others} records of other splits (val, test) are left out of training.", flush=True)
+        note(f"{others} records of other splits (val, test) are left out of training.")
     if not kept:
-        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: holds no record of the split {split!r}.")
+        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}.")
     _check_aspect_ratio(kept, data_args.image_aspect_ratio)
     if data_args.image_folder is None:
-        # Paths of built records are absolute; os.path.join keeps them, but not with None before them.
+        # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
         data_args.image_folder = os.curdir
     return kept
 
 
 def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
-    """Records of a JSON file; plain LLaVA items are welcome unless ``strict``, because rewards need the true boxes."""
+    """Records of a JSON file. Plain LLaVA items are accepted unless ``strict``: rewards need the true boxes."""
     if strict:
         return load_records(path)
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UmedError(f"--data_path {path}: not JSON ({error}). Expected: a list of LLaVA items.") from error
+        raise UmedError(f"--data_path {path}: is not JSON ({error}). Expected: a list of LLaVA items.") from error
     if not isinstance(records, list) or not all(isinstance(r, dict) and "conversations" in r for r in records):
-        raise UmedError(f"--data_path {path}: not a list of LLaVA items, each with 'conversations'.")
+        raise UmedError(f"--data_path {path}: is not a list of LLaVA items, each with 'conversations'.")
     return records
 
 
 def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) -> None:
-    """Boxes in the text are 0-1 of the square that the model sees, so both sides must agree on that square."""
+    """Boxes in the text are 0-1 of the square that the model sees, so records and training must agree on that square."""
     other = [
         r
         for r in records
@@ -98,7 +97,7 @@ def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) 
 
 
 def _recipe_records(data_args: Any, training_args: Any, split: str) -> list[dict[str, Any]]:
-    """Build the recipe's records into ``output_dir/umed_data``, by one process, unless the same build lies there already."""
+    """The recipe's records, built into ``output_dir/umed_data`` by one process unless the same build exists already."""
     folder = Path(training_args.output_dir).resolve() / "umed_data" / ("" if split == "train" else split)
     with training_args.main_process_first(local=False, desc="building the records"):
         if training_args.process_index == 0:
@@ -107,7 +106,7 @@ def _recipe_records(data_args: Any, training_args: Any, split: str) -> list[dict
 
 
 def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_args: Any) -> None:
-    """Write ``records.json`` and a stamp of all that it was made from, unless both are there and the stamp still holds."""
+    """Write ``records.json`` and a stamp of all that it is built from, unless both exist and the stamp has not changed."""
     flags = training_args.umed
     recipe = load_recipe(flags.umed_recipe)
     file, stamp_file = folder / "records.json", folder / "build.json"
@@ -126,16 +125,16 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         **options,
     }
     if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
-        print(f"umed: recipe and data have not changed: the records in {file} are used again.", flush=True)
+        note(f"recipe and data have not changed: the records in {file} are used again.")
         return
-    # A build that is interrupted must not leave a stamp beside records or images that it has replaced.
+    # An interrupted build must not leave the old stamp beside records or images that it has replaced.
     stamp_file.unlink(missing_ok=True)
     records = build.build_records(recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, **options)
     for record in records:
         record["image"] = str(folder / record["image"])
     save_records(records, file)
     files.write_json(stamp_file, stamp)
-    print(f"umed: built {len(records)} records of {flags.umed_recipe} into {file}", flush=True)
+    note(f"built {len(records)} records of {flags.umed_recipe} into {file}")
 
 
 def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
@@ -159,17 +158,17 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
 
 
 class GroundedDataset(llava_train.LazySupervisedDataset):
-    """LLaVA's dataset over grounded records; an item is LLaVA's ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
+    """LLaVA's dataset over grounded records. An item is LLaVA's: ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
 
     Args:
         tokenizer: the model's.
-        data_args: LLaVA's, with ``umed_run`` on it (see `patches/train_arguments.py`).
+        data_args: LLaVA's, with the attribute ``umed_run`` (see `patches/train_arguments.py`).
         training_args: LLaVA's, with the flags in ``umed``.
-        split: whose records.
+        split: of the records.
     """
 
     def __init__(self, tokenizer: Any, data_args: Any, training_args: Any, split: str = "train") -> None:
-        # LLaVA's own __init__ only reads the one JSON file.
+        # LLaVA's own __init__ reads one JSON file and nothing else.
         Dataset.__init__(self)
         self.tokenizer = tokenizer
         self.data_args = data_args
@@ -189,11 +188,11 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         if self.template not in TEMPLATES:
             return self.template
         name = str(self.list_data_dict[index].get("id", index))
-        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-        return TEMPLATES[self.template].stock if place < self.flags.umed_stock_template_share else self.template
+        fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in 0..1
+        return TEMPLATES[self.template].stock if fraction < self.flags.umed_stock_template_share else self.template
 
     def image_path(self, index: int) -> str | None:
-        """Where LLaVA will look for the record's image; None for a record without one."""
+        """Path where LLaVA will read the record's image; None for a record without one."""
         image = self.list_data_dict[index].get("image")
         return None if image is None else os.path.join(self.data_args.image_folder, image)
 
@@ -209,7 +208,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
     def sample(self, index: int) -> dict[str, Any]:
-        """The item of record ``index``; raises what reading its image raises."""
+        """The item of record ``index``; errors of reading its image pass through."""
         if self.image_cache is not None and self.image_path(index) is not None:
             ids, labels = tokenize_record(self, index, self.template_of(index))
             return {"input_ids": ids, "labels": labels, "image": self.load_image(index)}
@@ -231,7 +230,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         )
 
     def _image_fault(self, index: int) -> str | None:
-        """What is wrong with the image file, or None when it reads well and the fault lies elsewhere."""
+        """What is wrong with the image file, or None if it can be read and the error has another cause."""
         path = self.image_path(index)
         if path is None:
             return None
@@ -248,11 +247,11 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
     def _refuse_or_report(self, index: int, fault: str, error: Exception) -> None:
         if self.flags.umed_on_bad_image == "stop":
             raise UmedError(
-                f"{fault} Mend the file, take the record out, or go on without: --umed_on_bad_image skip."
+                f"{fault} Repair the file, remove the record, or continue without it: --umed_on_bad_image skip."
             ) from error
         if index not in self._reported:
             self._reported.add(index)
-            print(f"umed: {fault} Skipped: the next record takes its place.", file=sys.stderr, flush=True)
+            warn(f"{fault} Skipped: the next record takes its place.")
 
 
 def tokenize_record(dataset: GroundedDataset, index: int, template: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,15 +1,15 @@
-"""Held-out studies while stage 2 runs: greedy answers every so many steps, so that a reward that rises can be checked.
+"""Held-out validation while stage 2 runs: greedy answers every few steps, to check what a rising reward means.
 
-Sampled rewards rise too when boxes grow to catch more of what they might miss; greedy answers to studies of the split ``val``
-show whether the policy reads images better. Logged, with the meaning that `umed evaluate` gives them:
+Sampled rewards also rise if boxes grow to catch more of what they might miss. Greedy answers to studies of the split ``val`` show
+whether the policy reads images better. Logged, with the same meaning as in `umed evaluate`:
 
 - ``val/iou``: mean set IoU over the studies with a lesion, 0-1;
 - ``val/accuracy``: share of studies whose answer names exactly the true classes, 0-1;
-- ``val/box_area_ratio``: mean area of an answer's boxes over that of the true ones, geometric mean over the studies where both
+- ``val/box_area_ratio``: mean area of an answer's boxes over that of the true ones, as geometric mean over the studies where both
   have boxes. It climbs above 1 when boxes hedge.
 
-The first values are those before the first step. Nothing here draws a random number: training samples the same answers with
-and without it.
+The first values are from before the first step. Nothing here draws a random number: training samples the same answers with and
+without it.
 
 How to run: ``--umed_val_every 20`` in stage 2.
 """
@@ -33,13 +33,13 @@ from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
 from umed_plugin.training.rewarding_data import collate_queries
 
-FIGURES = ("val/iou", "val/accuracy", "val/box_area_ratio")
+METRICS = ("val/iou", "val/accuracy", "val/box_area_ratio")
 
 
 class HeldOutValidation(TrainerCallback):
-    """Logs the figures before the first step, every ``--umed_val_every`` steps and after the last one.
+    """Logs the metrics before the first step, every ``--umed_val_every`` steps and after the last one.
 
-    A run that resumes at step s has the values up to s in its checkpoint and goes on behind it.
+    A run that resumes at step s has the values up to s in its checkpoint and continues after them.
 
     Args:
         trainer: a `umed_plugin.training.trainer.RewardingTrainer`.
@@ -60,7 +60,7 @@ class HeldOutValidation(TrainerCallback):
             self.trainer.log(self.measure())
 
     def measure(self) -> dict[str, float]:
-        """The figures of the policy as it is now; each process answers its share of the records."""
+        """The current policy's metrics; each rank answers its share of the records."""
         trainer, args = self.trainer, self.trainer.args
         share = self.chosen[args.process_index :: args.world_size]
         policy = trainer.accelerator.unwrap_model(trainer.model)
@@ -76,13 +76,13 @@ class HeldOutValidation(TrainerCallback):
                 )
         policy.train(was_training)
         totals = sums_and_counts(scores)[None].to(args.device)
-        return figures(trainer.accelerator.gather(totals).sum(dim=0))
+        return metrics(trainer.accelerator.gather(totals).sum(dim=0))
 
 
 def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:
-    """Indices of ``limit`` records, or of all where there are fewer: the same ones in every run, whatever their order."""
-    ranks = sorted(range(len(ids)), key=lambda index: hashlib.sha256(ids[index].encode()).digest())
-    return sorted(ranks[:limit])
+    """Indices of ``limit`` records, or of all if there are fewer: the same records in every run, whatever their order."""
+    by_hash = sorted(range(len(ids)), key=lambda index: hashlib.sha256(ids[index].encode()).digest())
+    return sorted(by_hash[:limit])
 
 
 @torch.no_grad()
@@ -93,12 +93,12 @@ def greedy_scores(
     geometries: Sequence[ImageGeometry],
     max_new_tokens: int,
 ) -> list[AnswerScore]:
-    """Answer queries (items of `QueryDataset`) greedily, as one batch, and score the answers.
+    """Answer queries (items of `QueryDataset`) greedily in one batch, and score the answers.
 
     Args:
         policy: a LLaVA model in evaluation mode.
         tokenizer: its tokenizer.
-        queries: Q of them.
+        queries: Q items.
         geometries: of their images.
         max_new_tokens: longest answer.
     """
@@ -114,7 +114,7 @@ def greedy_scores(
 
 
 def sums_and_counts(scores: Sequence[AnswerScore]) -> Tensor:
-    """[3, 2] float64: for each of `FIGURES` the sum (for the area ratio of its logarithm) and the count, to be added up."""
+    """[3, 2] float64: for each of `METRICS` the sum (for the area ratio, of its logarithm) and the count; add them over ranks."""
     ratios = [box_area_ratio(score.predicted01, score.true01) for score in scores]
     columns = (
         [score.set_iou for score in scores if score.n_true],
@@ -124,9 +124,9 @@ def sums_and_counts(scores: Sequence[AnswerScore]) -> Tensor:
     return torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)
 
 
-def figures(totals: Tensor) -> dict[str, float]:
-    """The figures from [3, 2] sums and counts over all processes; one without anything to count is left out."""
-    means = {name: (total / count).item() for name, (total, count) in zip(FIGURES, totals) if count > 0}
+def metrics(totals: Tensor) -> dict[str, float]:
+    """The metrics from [3, 2] sums and counts over all ranks; a metric whose count is 0 is left out."""
+    means = {name: (total / count).item() for name, (total, count) in zip(METRICS, totals) if count > 0}
     if "val/box_area_ratio" in means:
         means["val/box_area_ratio"] = math.exp(means["val/box_area_ratio"])
     return means

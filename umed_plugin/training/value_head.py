@@ -1,8 +1,8 @@
 """The value network of PPO: one linear layer on the policy's last hidden states, at the positions that predict the answer.
 
-It shares the policy's pass, and its gradient flows on into the policy's trunk, as in TRL. The layer is none of the model's
-modules: no state dict, adapter, configuration or export can hold it. The trainer does for it what it does for the model's
-weights (see `umed_plugin.training.trainer`), and `value_head.safetensors` lies beside a checkpoint's other files.
+It shares the policy's pass, and its gradient flows into the policy's trunk, as in TRL. The layer is not a module of the model, so
+no state dict, adapter, configuration or export can contain it. The trainer handles its gradient as it does the model's
+(see `umed_plugin.training.trainer`), and `value_head.safetensors` lies beside a checkpoint's other files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ VALUE_HEAD = "value_head.safetensors"
 class ValueHead(nn.Module):
     """``V(s_t) = w . h_t + b`` in float32.
 
-    Departure from LLaVA-RLHF and TRL, whose value networks begin at 0 or at random: `begin_at` the first rollout's mean reward.
-    From 0, the value loss of the first steps is one large constant, and its gradient turns the shared trunk away from what the
-    policy knows: in the demo, held-out IoU fell by 0.017 instead of rising by 0.026 (seed 1).
+    Departure from LLaVA-RLHF and TRL, whose value networks start at 0 or at random: this one starts at the mean reward of the
+    first rollout (`begin_at`). From 0, the value loss of the first steps is one large constant, and its gradient turns the shared
+    trunk away from what the policy knows. In the demo, held-out IoU then fell by 0.017 instead of rising by 0.026 (seed 1).
 
     Args:
         hidden_size: H.
@@ -41,7 +41,7 @@ class ValueHead(nn.Module):
             return self.linear(hidden_states.float()).squeeze(-1)
 
     def is_new(self) -> bool:
-        """Whether it is as it was made, neither begun nor loaded."""
+        """Whether it has neither been started by `begin_at` nor loaded."""
         return not (self.linear.weight.any() or self.linear.bias.any())
 
     @torch.no_grad()
@@ -58,16 +58,16 @@ class ValueHead(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            UmedError: it is not there, or of another size.
+            UmedError: the file does not exist, or the layer has another size.
         """
         file = folder / VALUE_HEAD
         if not file.is_file():
             raise UmedError(
                 f"{folder}: has no {VALUE_HEAD}, so it was not written by --umed_algorithm ppo. Resume with the algorithm that "
-                "the run was started with, or give another --output_dir."
+                "the run was started with, or choose another --output_dir."
             )
         weights, own = load_file(file), self.state_dict()
-        found, wanted = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, own))
-        if found != wanted:
-            raise UmedError(f"{file}: holds {found}, but this model's value head is {wanted}. Is --output_dir right?")
+        shapes, own_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, own))
+        if shapes != own_shapes:
+            raise UmedError(f"{file}: holds {shapes}, but this model's value head is {own_shapes}. Check --output_dir.")
         self.load_state_dict(weights)

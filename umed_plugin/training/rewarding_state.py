@@ -1,0 +1,53 @@
+"""Files that stage 2 adds to a checkpoint, so that a resumed run continues as if it had not been interrupted.
+
+- ``rewarding_state.json``: algorithm, and the weight of the KL that ``--umed_kl_target`` has reached
+- ``rollout_<rank>.pt``: the rollout that the rank was learning from, if the checkpoint lies between its updates
+- ``value_head.safetensors``: see `umed_plugin.training.value_head`
+
+The sampler has no file: its order follows from the seed and the number of steps (see `umed_plugin.training.sampler`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from umed_plugin import files
+from umed_plugin.errors import UmedError
+
+STATE = "rewarding_state.json"
+
+
+def rollout_file(folder: Path, rank: int | str) -> Path:
+    """Where a rank keeps its rollout."""
+    return folder / f"rollout_{rank}.pt"
+
+
+def save_state(folder: Path, algorithm: str, kl_coef: float) -> None:
+    """Write ``rewarding_state.json``."""
+    files.write_json(folder / STATE, {"umed_algorithm": algorithm, "kl_coef": kl_coef}, indent=None)
+
+
+def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:
+    """The weight of the KL in a checkpoint; None if the checkpoint has no ``rewarding_state.json``.
+
+    Args:
+        folder: the checkpoint.
+        algorithm: of this run.
+        needed: whether the run adapts the weight and cannot continue without it.
+
+    Raises:
+        UmedError: the checkpoint was written by the other algorithm, or lacks a needed weight.
+    """
+    state = json.loads((folder / STATE).read_text(encoding="utf-8")) if (folder / STATE).is_file() else {}
+    if state.get("umed_algorithm", algorithm) != algorithm:
+        raise UmedError(
+            f"{folder} was written by --umed_algorithm {state['umed_algorithm']}, but this run has {algorithm}. Resume with the "
+            "algorithm that the run was started with, or choose another --output_dir."
+        )
+    if needed and "kl_coef" not in state:
+        raise UmedError(
+            f"{folder}: has no {STATE}, so the KL weight that --umed_kl_target had reached is lost. Resume without "
+            "--umed_kl_target, or choose another --output_dir."
+        )
+    return state.get("kl_coef")
