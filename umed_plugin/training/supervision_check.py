@@ -56,9 +56,9 @@ def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) ->
             f"{len(faults)} of {len(indices) * len(templates)} checked samples would be supervised wrongly "
             f"({masked} of them masked whole), for example:\n"
             + "\n".join(f"  - {fault}" for fault in faults[:_EXAMPLES])
-            + "\n  remedy: the template must fit the checkpoint (--version umed_mistral for LLaVA-Med 1.5, umed_v1 for LLaVA-1.5) "
-            "and its own tokenizer, and --model_max_length must hold image and text. If only records with several questions "
-            "fail, split them into one record per question."
+            + "\n  remedy: the template must fit the checkpoint (--version umed_mistral for LLaVA-Med 1.5, umed_v1 for "
+            "LLaVA-1.5) and its own tokenizer, and --model_max_length must hold image and text. If only records with several "
+            "questions fail, split them into one record per question."
         )
     if truncated:
         warn(
