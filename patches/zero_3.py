@@ -1,10 +1,10 @@
 """Save a LoRA checkpoint where deepspeed is not installed.
 
 Target: `maybe_zero_3` in `llava.train.train` and `llava.train.llava_trainer`.
-Why: it imports deepspeed before it looks whether the parameter needs it, so a LoRA run without deepspeed fails at its very
-end, when hours of training are to be saved.
+Why: it imports deepspeed before it checks whether the parameter is partitioned. So a LoRA run without deepspeed fails at its very
+end, when it saves hours of training.
 Versions: LLaVA 1.2.x.
-Delete when: the import stands behind ``hasattr(param, "ds_id")``.
+Delete when: the import is inside the branch ``hasattr(param, "ds_id")``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PATCH = Patch(
             ("2a26d245a9fb508027879f23d4550112c28d4bbef9a3a735877adee5f1d8de7e",),
         ),
     ),
-    why="saving a LoRA run imports deepspeed, needed or not, and fails without it",
-    delete_when="LLaVA imports deepspeed only for parameters that it partitioned",
+    why="saving a LoRA run imports deepspeed even where it is not needed, and fails without it",
+    delete_when="LLaVA imports deepspeed only for parameters that DeepSpeed has partitioned",
     change=change,
 )

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,7 @@ from umed_plugin.patches import (
     shared_memory_build,
     torch_load,
     vision_tower,
+    zero_3,
 )
 from umed_plugin.patches.attention_implementation import available_attention
 from umed_plugin.patching import PatchMisfit
@@ -152,6 +154,16 @@ def test_any_order_of_all_patches_is_undone():
         expected = changed
         patching.undo_all()
         assert differing(before, places()) == set()
+
+
+def test_the_page_about_a_new_patch_shows_one_as_it_is_and_prints_its_hash(capsys):
+    page = (ROOT / "docs" / "patches-contributing.md").read_text()
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert shown == (ROOT / "patches" / "zero_3.py").read_text()
+    (code,) = re.findall(r'\$python -c "\n(.*?)"; done', page, re.DOTALL)
+    patching.apply(ALL)
+    exec(code, {})
+    assert capsys.readouterr().out.splitlines()[-1] in zero_3.PATCH.targets[0].sha256
 
 
 def test_every_file_in_patches_is_listed():
