@@ -1,4 +1,4 @@
-"""The guards on made-up policies: an honest one, and one for each way around the rewards."""
+"""The guards on simulated policies: an honest one, and one for each way to exploit the rewards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.grounding.boxes import format_box
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
-from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE, WINDOW, Guards, skeleton, vision_relevance_figures
+from umed_plugin.rewards.guards import (
+    GUARDS,
+    VISION_RELEVANCE_METRICS,
+    WINDOW,
+    Guards,
+    skeleton,
+    vision_relevance_metrics,
+)
 
 SQUARE = ImageGeometry(100, 100)
 TERMS = {"nodule": ["nodule", "small nodule"], "cyst": ["cyst"]}
@@ -30,18 +37,18 @@ def study(seed):
     return record, [make_record([box], seed * 100 + i)["conversations"][1]["value"] for i, box in enumerate(moved)]
 
 
-def see(guards, texts, record, geometry=SQUARE):
+def add(guards, texts, record, geometry=SQUARE):
     scores = [score_answer(text, record, geometry) for text in texts]
-    guards.see(texts, scores, [record] * len(texts), [geometry] * len(texts))
+    guards.add(texts, scores, [record] * len(texts), [geometry] * len(texts))
 
 
 def after(policy, questions=WINDOW, window=WINDOW):
-    """The guards and their figures after a policy ``(record, honest answers) -> answers`` was asked."""
+    """The guards and their metrics after a policy ``(record, honest answers) -> answers`` was asked."""
     guards = Guards(window)
     for seed in range(questions):
         record, honest = study(seed)
-        see(guards, policy(record, honest), record)
-    return guards, guards.figures()
+        add(guards, policy(record, honest), record)
+    return guards, guards.metrics()
 
 
 def answer_with(*boxes):
@@ -57,14 +64,14 @@ def grown(record, by):
 
 
 def test_an_honest_policy_gives_every_figure_and_no_warning():
-    guards, figures = after(lambda record, honest: honest)
-    assert set(figures) == set(GUARDS)
-    assert guards.warnings(figures) == []
-    assert figures["guard/box_area_ratio"] == pytest.approx(1, abs=0.1)
-    assert figures["guard/length_ratio"] == pytest.approx(1, abs=0.1)
-    assert figures["guard/whole_image_boxes"] == figures["guard/extra_boxes"] == figures["guard/missing_boxes"] == 0
-    assert figures["guard/top_skeleton"] < 0.2
-    assert figures["guard/distinct_coordinates"] > 60
+    guards, metrics = after(lambda record, honest: honest)
+    assert set(metrics) == set(GUARDS)
+    assert guards.warnings(metrics) == []
+    assert metrics["guard/box_area_ratio"] == pytest.approx(1, abs=0.1)
+    assert metrics["guard/length_ratio"] == pytest.approx(1, abs=0.1)
+    assert metrics["guard/whole_image_boxes"] == metrics["guard/extra_boxes"] == metrics["guard/missing_boxes"] == 0
+    assert metrics["guard/top_skeleton"] < 0.2
+    assert metrics["guard/distinct_coordinates"] > 60
 
 
 @pytest.mark.parametrize(
@@ -82,23 +89,23 @@ def test_an_honest_policy_gives_every_figure_and_no_warning():
     ids=["whole image", "large boxes", "many boxes", "malformed", "bare", "padded", "one sentence", "one box"],
 )
 def test_each_way_around_the_rewards_moves_its_figure_and_is_warned_of_once(policy, name, value):
-    guards, figures = after(policy)
+    guards, metrics = after(policy)
     if value is not None:
-        assert figures[name] == pytest.approx(value, rel=0.05)
-    warned = guards.warnings(figures)
+        assert metrics[name] == pytest.approx(value, rel=0.05)
+    warned = guards.warnings(metrics)
     assert [text for text in warned if text.startswith(f"{name} is ")]
-    assert guards.warnings(figures) == []
+    assert guards.warnings(metrics) == []
 
 
 def test_no_warning_before_the_window_is_full_and_the_window_moves():
-    guards, figures = after(lambda record, honest: ["nodule"] * 4, questions=7, window=8)
-    assert guards.warnings(figures) == []
-    assert figures["guard/missing_boxes"] == 1.0
+    guards, metrics = after(lambda record, honest: ["nodule"] * 4, questions=7, window=8)
+    assert guards.warnings(metrics) == []
+    assert metrics["guard/missing_boxes"] == 1.0
     for seed in range(8):
         record, honest = study(seed)
-        see(guards, honest, record)
-    assert guards.figures()["guard/missing_boxes"] == 0.0
-    assert Guards().figures() == {}
+        add(guards, honest, record)
+    assert guards.metrics()["guard/missing_boxes"] == 0.0
+    assert Guards().metrics() == {}
 
 
 def test_padding_is_no_part_of_the_image():
@@ -107,34 +114,36 @@ def test_padding_is_no_part_of_the_image():
     whole, half = "[0.00, 0.25, 1.00, 0.75]", "[0.00, 0.25, 0.50, 0.75]"
     record = make_record([[10, 10, 60, 60]], geometry=wide)
     guards = Guards()
-    see(guards, [whole, half], record, wide)
-    assert guards.figures()["guard/whole_image_boxes"] == 0.5
+    add(guards, [whole, half], record, wide)
+    assert guards.metrics()["guard/whole_image_boxes"] == 0.5
     guards = Guards()
-    see(guards, [whole, whole], make_record([[0, 0, 200, 100]], geometry=wide), wide)
-    assert guards.figures()["guard/whole_image_boxes"] == 0.0, "here the lesion is as large as that"
+    add(guards, [whole, whole], make_record([[0, 0, 200, 100]], geometry=wide), wide)
+    assert guards.metrics()["guard/whole_image_boxes"] == 0.0, "here the lesion is as large as that"
 
 
 def test_a_study_without_lesion_counts_its_boxes_and_has_no_area_to_compare():
     guards = Guards()
-    see(guards, ["No, nothing.", "[0.1, 0.1, 0.2, 0.2]"], make_record([]))
-    figures = guards.figures()
-    assert figures["guard/extra_boxes"] == 0.5
-    assert "guard/box_area_ratio" not in figures
+    add(guards, ["No, nothing.", "[0.1, 0.1, 0.2, 0.2]"], make_record([]))
+    metrics = guards.metrics()
+    assert metrics["guard/extra_boxes"] == 0.5
+    assert "guard/box_area_ratio" not in metrics
 
 
 def test_the_area_ratio_weighs_half_and_double_alike():
     guards = Guards()
-    see(guards, ["[0.1, 0.1, 0.3, 0.5] nodule", "[0.1, 0.1, 0.5, 0.9] nodule"], make_record([[10, 10, 50, 50]]))
-    assert guards.figures()["guard/box_area_ratio"] == pytest.approx(1.0)
+    add(guards, ["[0.1, 0.1, 0.3, 0.5] nodule", "[0.1, 0.1, 0.5, 0.9] nodule"], make_record([[10, 10, 50, 50]]))
+    assert guards.metrics()["guard/box_area_ratio"] == pytest.approx(1.0)
 
 
 def test_vision_relevance_against_the_area_and_the_iou():
     attention, covers = [0.3, 0.2, 0.1, None, 0.0], [0.1, 0.1, 0.1, 0.0, 0.2]
-    figures = vision_relevance_figures(attention, covers, [0.9, 0.5, 0.1, 1.0, 1.0])
-    assert figures == pytest.approx(dict(zip(VISION_RELEVANCE, (2.0, 1.0))))
-    assert vision_relevance_figures(attention, covers, [0.1, 0.5, 0.9, 1.0, 1.0])[VISION_RELEVANCE[1]] == -1
+    metrics = vision_relevance_metrics(attention, covers, [0.9, 0.5, 0.1, 1.0, 1.0])
+    assert metrics == pytest.approx(dict(zip(VISION_RELEVANCE_METRICS, (2.0, 1.0))))
+    assert vision_relevance_metrics(attention, covers, [0.1, 0.5, 0.9, 1.0, 1.0])[VISION_RELEVANCE_METRICS[1]] == -1
     # A large lesion draws more without being looked at: attention in proportion to the area is no correlation.
-    assert set(vision_relevance_figures([0.1, 0.4, 0.2], [0.1, 0.4, 0.2], [0.1, 0.9, 0.5])) == {VISION_RELEVANCE[0]}
+    assert set(vision_relevance_metrics([0.1, 0.4, 0.2], [0.1, 0.4, 0.2], [0.1, 0.9, 0.5])) == {
+        VISION_RELEVANCE_METRICS[0]
+    }
 
 
 @pytest.mark.parametrize(
@@ -143,8 +152,8 @@ def test_vision_relevance_against_the_area_and_the_iou():
     ids=["two", "equal IoU", "equal attention"],
 )
 def test_no_correlation_is_made_up(attention, overlaps):
-    assert list(vision_relevance_figures(attention, [0.1] * len(attention), overlaps)) == [VISION_RELEVANCE[0]]
-    assert vision_relevance_figures([None, 0.0], [0.1, 0.1], [0.0, 1.0]) == {}
+    assert list(vision_relevance_metrics(attention, [0.1] * len(attention), overlaps)) == [VISION_RELEVANCE_METRICS[0]]
+    assert vision_relevance_metrics([None, 0.0], [0.1, 0.1], [0.0, 1.0]) == {}
 
 
 @pytest.mark.parametrize(

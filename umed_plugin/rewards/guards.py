@@ -1,38 +1,39 @@
-"""Guards against reward hacking: figures that tell a policy that reads images better from one that found a way around.
+"""Guards: metrics that reveal reward hacking, that is, better grounding versus exploiting the reward.
 
-All are taken over the last `WINDOW` questions of each process, with all candidates of each, and logged beside the rewards; the
-log has the mean over the processes. A resumed run fills its window anew.
+Each is taken over the last `WINDOW` questions of each process, with all candidates of each question. The log has the mean over
+processes. A resumed run starts with an empty window.
 
-Each is logged as ``guard/<name>``; after the dash stands what a bad trend looks like:
+Each is logged as ``guard/<name>``. After the dash: what a bad trend looks like.
 
-- ``whole_image_boxes``: share of boxes over more than 0.8 of what is visible of the image, where no true box covers as much
-  - rises: a box around everything always overlaps.
+- ``whole_image_boxes``: share of boxes that cover more than 0.8 of the visible image, where no true box covers as much - rises: a
+  box around everything always overlaps.
 - ``malformed_boxes``: share of boxes without area or outside the square - rises: coordinates are no longer read off the image.
 - ``box_area_ratio``: mean area of an answer's boxes over that of the true ones, geometric mean over the answers that have
   both - climbs above 1 while the rewards rise: boxes hedge. Seen in this project: sampled at temperature 1, greedy boxes grew to
   1.5 times the lesion.
 - ``extra_boxes``: boxes beyond the true number, mean over answers - rises: boxes are scattered in the hope of a hit.
-- ``missing_boxes``: boxes short of the true number, mean over answers - rises: lesions are left out, or every image is normal.
-- ``length_ratio``: words of the answers over words of the references - runs away: padding, or answers stripped to what is scored.
-- ``distinct_skeletons``: number of different wordings over answers, with numbers and class names blanked out - falls towards 0:
-  one sentence for every image. Seen in this project's stage 2.
-- ``top_skeleton``: share of answers with the commonest wording - rises far above ``top_skeleton_reference``, the same of the
+- ``missing_boxes``: boxes short of the true number, mean over answers - rises: lesions are left out, or every image is called
+  normal.
+- ``length_ratio``: words of the answers over words of the references - drifts: answers are padded, or stripped to what is scored.
+- ``distinct_skeletons``: number of different wordings over number of answers, with numbers and class names blanked out - falls
+  towards 0: one sentence for every image. Seen in this project's stage 2.
+- ``top_skeleton``: share of answers with the most frequent wording - rises far above ``top_skeleton_reference``, the same for the
   reference answers.
-- ``distinct_coordinates``: number of different coordinates in all boxes - falls far below ``distinct_coordinates_reference``:
-  a few stock boxes. Seen in this project's stage 2.
+- ``distinct_coordinates``: number of different coordinates in all boxes - falls far below ``distinct_coordinates_reference``: a
+  few stock boxes. Seen in this project's stage 2.
 
-Two figures ask what the vision relevance reward is worth, over the candidates of one step that name the lesion:
+Two more metrics tell what the vision relevance reward is worth, over the candidates of one step that name the lesion:
 
-- ``vision_relevance/over_uniform``: mean attention on the lesion over the mean share of the image that it covers. 1 is no better
-  than looking everywhere alike; a reward that rises while this stays near 1 rewards large lesions.
+- ``vision_relevance/over_uniform``: mean attention on the lesion over the mean share of the image that the lesion covers. 1 is no
+  better than uniform attention. A reward that rises while this stays near 1 rewards large lesions.
 - ``vision_relevance/iou_correlation``: Spearman's rank correlation of that ratio with the IoU of the same candidate, -1 to 1. At
-  0 or below, looking at the lesion has nothing to do with finding it, and the term pulls elsewhere than localization.
+  0 or below, attention on the lesion does not help to find it, and the term works against localization.
 
-The first time that a figure crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. 0.8
-of the image is above any lesion seen: among 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays (NIH) the
-largest covers 0.56. What is visible counts and not the square, half of which may be padding. ``groups_without_signal`` and
-``answers_cut_off`` of `umed_plugin.training.step_metrics` are of the same family. The paper has no such figures; figures and
-limits are ours.
+The first time a metric crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. No lesion that
+was measured comes near 0.8 of the image: the largest of 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays
+(NIH) covers 0.56. The share is of the visible image, not of the square, half of which may be padding. ``groups_without_signal``
+and ``answers_cut_off`` of `umed_plugin.training.step_metrics` are related. The paper has no such metrics; metrics and limits are
+ours.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from umed_plugin.grounding.scoring import AnswerScore
 from umed_plugin.grounding.terms import ClassNames, replace_terms
 
 WINDOW = 64
-WHOLE_IMAGE = 0.8
+WHOLE_IMAGE_SHARE = 0.8
 
 GUARDS = (
     "guard/whole_image_boxes",
@@ -66,52 +67,52 @@ GUARDS = (
     "guard/distinct_coordinates_reference",
 )
 
-VISION_RELEVANCE = ("vision_relevance/over_uniform", "vision_relevance/iou_correlation")
+VISION_RELEVANCE_METRICS = ("vision_relevance/over_uniform", "vision_relevance/iou_correlation")
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _SPACE = re.compile(r"\s+")
 
-# Figure -> (is the limit crossed, given all figures; the limit in words and what it may mean).
+# Metric -> (whether the limit is crossed, given all metrics; the limit in words and what it may mean).
 _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
     "guard/whole_image_boxes": (
-        lambda figures: figures["guard/whole_image_boxes"] > 0.05,
+        lambda metrics: metrics["guard/whole_image_boxes"] > 0.05,
         "above 0.05: the policy may be learning that a box around the whole image always overlaps",
     ),
     "guard/malformed_boxes": (
-        lambda figures: figures["guard/malformed_boxes"] > 0.2,
-        "above 0.2: boxes are losing their form. A lower --learning_rate or a higher --umed_kl_coef keeps the policy closer",
+        lambda metrics: metrics["guard/malformed_boxes"] > 0.2,
+        "above 0.2: boxes lose their form. A lower --learning_rate or a higher --umed_kl_coef keeps the policy closer",
     ),
     "guard/box_area_ratio": (
-        lambda figures: figures["guard/box_area_ratio"] > 1.5,
+        lambda metrics: metrics["guard/box_area_ratio"] > 1.5,
         "above 1.5: boxes hedge by growing. Lower --umed_temperature, and look at val/iou",
     ),
     "guard/extra_boxes": (
-        lambda figures: figures["guard/extra_boxes"] > 0.5,
-        "above 0.5 an answer: boxes are scattered in the hope of a hit",
+        lambda metrics: metrics["guard/extra_boxes"] > 0.5,
+        "above 0.5 per answer: boxes are scattered in the hope of a hit",
     ),
     "guard/length_ratio": (
-        lambda figures: not 0.5 <= figures["guard/length_ratio"] <= 1.5,
-        "outside 0.5-1.5: answers are padded, or stripped to what is scored. A higher --umed_kl_coef holds on to the wording",
+        lambda metrics: not 0.5 <= metrics["guard/length_ratio"] <= 1.5,
+        "outside 0.5-1.5: answers are padded, or stripped to what is scored. A higher --umed_kl_coef preserves the wording",
     ),
     "guard/top_skeleton": (
-        lambda figures: figures["guard/top_skeleton"] > figures["guard/top_skeleton_reference"] + 0.3,
+        lambda metrics: metrics["guard/top_skeleton"] > metrics["guard/top_skeleton_reference"] + 0.3,
         "more than 0.3 above top_skeleton_reference: answers are collapsing to one sentence",
     ),
     "guard/distinct_coordinates": (
-        lambda figures: figures["guard/distinct_coordinates"] < 0.5 * figures["guard/distinct_coordinates_reference"],
+        lambda metrics: metrics["guard/distinct_coordinates"] < 0.5 * metrics["guard/distinct_coordinates_reference"],
         "less than half of distinct_coordinates_reference: boxes are collapsing to a few stock ones",
     ),
 }
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What is kept of one text, an answer or a reference.
+class _TextStats:
+    """What the guards keep of one text, an answer or a reference.
 
     Attributes:
-        malformed, whole: boxes of that kind among ``boxes``.
+        malformed, whole: number of malformed and of whole-image boxes among ``boxes``.
         true: number of true boxes that the model can see.
-        log_area_ratio: logarithm of the mean box area over the mean true one; None where either has none.
+        log_area_ratio: log of the mean box area over the mean true area; None where either has no box.
     """
 
     words: int
@@ -125,30 +126,30 @@ class _Seen:
 
 
 class Guards:
-    """The figures over a moving window of questions, and the warnings that are still to be given.
+    """The guards over a sliding window of questions, and the warnings that have not been given yet.
 
     Args:
         window: number of questions.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
-        self._answers: deque[list[_Seen]] = deque(maxlen=window)
-        self._references: deque[_Seen] = deque(maxlen=window)
+        self._answers: deque[list[_TextStats]] = deque(maxlen=window)
+        self._references: deque[_TextStats] = deque(maxlen=window)
         self._warned: set[str] = set()
 
-    def see(
+    def add(
         self,
         texts: Sequence[str],
         scores: Sequence[AnswerScore],
         records: Sequence[Mapping[str, Any]],
         geometries: Sequence[ImageGeometry],
     ) -> None:
-        """Take in the candidates of one question: ``texts`` and their ``scores``, with one record and geometry for each."""
-        self._answers.append([_seen_answer(*parts) for parts in zip(texts, scores, records, geometries)])
-        self._references.append(_seen(records[0]["conversations"][1]["value"], records[0]["terms"]))
+        """Add the K candidates of one question: ``texts`` and their ``scores``, with one record and geometry per candidate."""
+        self._answers.append([_answer_stats(*parts) for parts in zip(texts, scores, records, geometries)])
+        self._references.append(_text_stats(records[0]["conversations"][1]["value"], records[0]["terms"]))
 
-    def figures(self) -> dict[str, float]:
-        """The figures over the window; one that nothing in the window can give is left out."""
+    def metrics(self) -> dict[str, float]:
+        """The guards over the window, without those that nothing in the window can give."""
         answers = [answer for group in self._answers for answer in group]
         if not answers:
             return {}
@@ -156,7 +157,7 @@ class Guards:
         ratios = [answer.log_area_ratio for answer in answers if answer.log_area_ratio is not None]
         skeletons = Counter(answer.skeleton for answer in answers)
         reference_words = [reference.words for reference in self._references]
-        figures = {
+        metrics = {
             "guard/extra_boxes": _mean([max(answer.boxes - answer.true, 0) for answer in answers]),
             "guard/missing_boxes": _mean([max(answer.true - answer.boxes, 0) for answer in answers]),
             "guard/length_ratio": _mean([answer.words for answer in answers]) / max(_mean(reference_words), 1),
@@ -164,50 +165,52 @@ class Guards:
             "guard/top_skeleton": max(skeletons.values()) / len(answers),
             "guard/top_skeleton_reference": _top_share([reference.skeleton for reference in self._references]),
             "guard/distinct_coordinates": len({c for answer in answers for c in answer.coordinates}),
-            "guard/distinct_coordinates_reference": len({c for one in self._references for c in one.coordinates}),
+            "guard/distinct_coordinates_reference": len(
+                {c for reference in self._references for c in reference.coordinates}
+            ),
         }
         if boxes:
-            figures["guard/whole_image_boxes"] = sum(answer.whole for answer in answers) / boxes
-            figures["guard/malformed_boxes"] = sum(answer.malformed for answer in answers) / boxes
+            metrics["guard/whole_image_boxes"] = sum(answer.whole for answer in answers) / boxes
+            metrics["guard/malformed_boxes"] = sum(answer.malformed for answer in answers) / boxes
         if ratios:
-            figures["guard/box_area_ratio"] = math.exp(_mean(ratios))
-        return figures
+            metrics["guard/box_area_ratio"] = math.exp(_mean(ratios))
+        return metrics
 
-    def warnings(self, figures: Mapping[str, float]) -> list[str]:
-        """A sentence for each figure that crosses its limit for the first time; none before the window is full."""
+    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+        """A sentence for each guard that crosses its limit for the first time; empty until the window is full."""
         if len(self._answers) < (self._answers.maxlen or 0):
             return []
-        crossed = {name: words for name, words in crossed_limits(figures).items() if name not in self._warned}
+        crossed = {name: words for name, words in crossed_limits(metrics).items() if name not in self._warned}
         self._warned.update(crossed)
-        return [f"{name} is {figures[name]:.3g}, {words}." for name, words in crossed.items()]
+        return [f"{name} is {metrics[name]:.3g}, {words}." for name, words in crossed.items()]
 
 
-def crossed_limits(figures: Mapping[str, float]) -> dict[str, str]:
-    """The figures that are beyond their limits, as logged under their names, and each limit in words with what it may mean."""
-    return {name: words for name, (crossed, words) in _LIMITS.items() if name in figures and crossed(figures)}
+def crossed_limits(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The metrics beyond their limits by logged name, each with its limit in words and what it may mean."""
+    return {name: words for name, (crossed, words) in _LIMITS.items() if name in metrics and crossed(metrics)}
 
 
-def vision_relevance_figures(
+def vision_relevance_metrics(
     attention: Sequence[float | None], covers: Sequence[float], overlaps: Sequence[float]
 ) -> dict[str, float]:
-    """The figures in `VISION_RELEVANCE`; one that the candidates cannot give is left out.
+    """The metrics in `VISION_RELEVANCE_METRICS`, without those that the candidates cannot give.
 
     Args:
-        attention: of N candidates, on the lesion, 0-1; 0 where the lesion is not named, None where it was not computed.
-        covers: share of the image's patches that the true boxes cover, 0-1; 0 for a study without a lesion.
-        overlaps: set IoU, 0-1.
+        attention: [N] attention on the lesion, 0-1; 0 where the lesion is not named, None where it was not computed.
+        covers: [N] share of the image's patches that the true boxes cover, 0-1; 0 for a study without a lesion.
+        overlaps: [N] set IoU, 0-1.
     """
     from scipy.stats import spearmanr
 
     named = [(a, c, o) for a, c, o in zip(attention, covers, overlaps) if a is not None and a > 0 and c > 0]
     if not named:
         return {}
-    figures = {VISION_RELEVANCE[0]: sum(a for a, _, _ in named) / sum(c for _, c, _ in named)}
+    metrics = {VISION_RELEVANCE_METRICS[0]: sum(a for a, _, _ in named) / sum(c for _, c, _ in named)}
     ratios, ious = [a / c for a, c, _ in named], [o for _, _, o in named]
-    # Ranks of two candidates always agree or disagree in full, and those of equal values say nothing.
+    # The ranks of only two candidates always correlate at 1 or -1, and equal values have no ranks.
     if len(named) > 2 and len(set(ratios)) > 1 and len(set(ious)) > 1:
-        figures[VISION_RELEVANCE[1]] = float(spearmanr(ratios, ious).statistic)
-    return figures
+        metrics[VISION_RELEVANCE_METRICS[1]] = float(spearmanr(ratios, ious).statistic)
+    return metrics
 
 
 def box_area_ratio(predicted01: Sequence[Box], true01: Sequence[Box]) -> float | None:
@@ -217,21 +220,21 @@ def box_area_ratio(predicted01: Sequence[Box], true01: Sequence[Box]) -> float |
 
 
 def skeleton(text: str, terms: ClassNames) -> str:
-    """The wording of an answer: numbers become ``#``, names of classes ``@``, case and spaces do not count."""
+    """The wording of an answer: numbers become ``#``, class names ``@``; case and spacing are ignored."""
     return _SPACE.sub(" ", _NUMBER.sub("#", replace_terms(text, terms, "@"))).strip().lower()
 
 
-def _seen(text: str, terms: ClassNames) -> _Seen:
+def _text_stats(text: str, terms: ClassNames) -> _TextStats:
     coordinates = tuple(round(value, 3) for box in parse_boxes(text) for value in box)
-    return _Seen(len(text.split()), skeleton(text, terms), coordinates)
+    return _TextStats(len(text.split()), skeleton(text, terms), coordinates)
 
 
-def _seen_answer(text: str, score: AnswerScore, record: Mapping[str, Any], geometry: ImageGeometry) -> _Seen:
-    plain, ratio = _seen(text, record["terms"]), box_area_ratio(score.predicted01, score.true01)
+def _answer_stats(text: str, score: AnswerScore, record: Mapping[str, Any], geometry: ImageGeometry) -> _TextStats:
+    plain, ratio = _text_stats(text, record["terms"]), box_area_ratio(score.predicted01, score.true01)
     (visible,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
-    covers_all = any(_share_of(visible, box) > WHOLE_IMAGE for box in score.true01)
-    whole = 0 if covers_all else sum(_share_of(visible, box) > WHOLE_IMAGE for box in score.predicted01)
-    return _Seen(
+    lesion_covers_image = any(_share_of(visible, box) > WHOLE_IMAGE_SHARE for box in score.true01)
+    whole = 0 if lesion_covers_image else sum(_share_of(visible, box) > WHOLE_IMAGE_SHARE for box in score.predicted01)
+    return _TextStats(
         plain.words,
         plain.skeleton,
         plain.coordinates,
@@ -244,7 +247,7 @@ def _seen_answer(text: str, score: AnswerScore, record: Mapping[str, Any], geome
 
 
 def _share_of(visible: Box, box: Box) -> float:
-    """Share of the area ``visible`` that the box covers, 0-1."""
+    """Share of the area of ``visible`` that the box covers, 0-1."""
     shared = (*map(max, visible[:2], box[:2]), *map(min, visible[2:], box[2:]))
     return 0.0 if is_degenerate(shared) else _area(shared) / _area(visible)
 

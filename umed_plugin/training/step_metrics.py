@@ -26,7 +26,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
-from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE, Guards, vision_relevance_figures
+from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, vision_relevance_metrics
 from umed_plugin.training.candidate_log import log_candidates
 
 _ALWAYS = (
@@ -47,7 +47,7 @@ _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "e
 def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     """All metrics that a run with these flags and rewards may log, in the order in which they are gathered."""
     names = [f"reward/{name}" for name in rewards]
-    names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE]
+    names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE_METRICS]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names
@@ -102,11 +102,11 @@ class StepMetrics:
         scores = [score_answer(*answer) for answer in zip(texts, records, geometries)]
         for first in range(0, len(texts), k):
             group = slice(first, first + k)
-            self._guards.see(texts[group], scores[group], records[group], geometries[group])
+            self._guards.add(texts[group], scores[group], records[group], geometries[group])
         if "vision_relevance" in self._flags.reward_names():
             covers = [geometry.patch_cover(true_boxes(record)).mean() for record, geometry in zip(records, geometries)]
             overlaps = [score.set_iou for score in scores]
-            self.add(vision_relevance_figures(columns["attention_on_lesion"], covers, overlaps))
+            self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps))
 
     def log_candidates(
         self, texts: Sequence[str], terms: Mapping[str, Sequence[float | None]], rewards: Tensor, record: Any
@@ -124,7 +124,7 @@ class StepMetrics:
 
     def means(self) -> dict[str, float]:
         """Means since the last call over all ranks; then starts anew. All ranks must call."""
-        self.add(self._guards.figures())
+        self.add(self._guards.metrics())
         # A metric that this rank did not measure is NaN here: all ranks gather equally many numbers, and nanmean skips it.
         columns = [self._values.pop(name, [float("nan")]) for name in self._names]
         means = [[sum(column) / len(column) for column in columns]]
