@@ -1,4 +1,4 @@
-"""All that a reward of one's own may do, in a run: made from its class, started early, logging, stopping the run."""
+"""What a user's own reward may do in a run: be a class, start early, log metrics, stop the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from support.umed_runs import TWO_PROCESSES, train_flags, umed_run
 
 OWN = '''
 class Slow:
-    """Counts the teacher-forced passes between its start and its call: what a judge has its time for."""
+    """Counts the teacher-forced passes between its start and its call, in which a judge would answer.
+
+    It names its metrics as rewards did before `metric_names` and `metrics()`.
+    """
 
     measures = ("own/passes_meanwhile", "own/started")
     stop = None
@@ -65,12 +68,12 @@ import os
 import numpy as np
 
 class Measures:
-    measures = ("own/rank",)
+    metric_names = ("own/rank",)
 
     def __call__(self, prompts, completions, **columns):
         return [1.0] * len(completions)
 
-    def measured(self):
+    def metrics(self):
         rank = int(os.environ["RANK"])
         return {"own/rank": rank if rank else np.float64(0)}
 """

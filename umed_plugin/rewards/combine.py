@@ -1,8 +1,11 @@
-"""From several rewards a candidate to one: ``r = r_llm + r_loc / max r_loc + r_att / max r_att`` (the paper's eq. for r).
+"""Combine a candidate's rewards into one: ``r = r_llm + r_loc / max r_loc + r_att / max r_att`` (the paper's equation for r).
 
-The maxima run over the K candidates of a query. Departures from the paper: a floor under the maximum,
-so that a best IoU of 0.02 does not count as 1; a group without signal stays 0; one candidate alone is not normalised (it would
-always be 1); weights; and z-scores or raw values instead of the maximum, as options.
+The maxima run over the K candidates of a query. Departures from the paper:
+
+- A floor under the maximum, so that a best IoU of 0.02 does not count as 1.
+- A group in which all rewards are 0 stays 0.
+- A single candidate is not normalised; it would always be 1.
+- Weights, and z-scores or raw values instead of the maximum, as options.
 """
 
 from __future__ import annotations
@@ -29,21 +32,26 @@ def combine_rewards(
     """Sum the rewards of each candidate.
 
     Args:
-        values: reward name -> N values, query-major; ``None`` leaves the term out for that candidate: it takes the mean of
-            the query's other candidates, which moves no advantage. A query without any value gets 0 from that term.
-        num_candidates: K; N is a multiple of it.
+        values: reward name -> N = Q*K values, query-major. ``None`` leaves the term out for that candidate: it takes the mean of
+            the query's other candidates, which changes no advantage. A query without any value gets 0 from that term.
+        num_candidates: K; N must be a multiple of it.
         weights: reward name -> factor after normalisation.
         norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
             standardises every reward over them; ``none`` sums raw values.
-        max_normalised: names that ``max`` applies to.
-        floor: least value that a maximum is taken for, in the reward's own unit.
-        least_maxima: reward name -> a higher floor of its own.
+        max_normalised: names of the rewards that ``max`` applies to.
+        floor: lower bound of every maximum, in the reward's own unit.
+        least_maxima: reward name -> a lower bound of its own, used where it is above ``floor``.
 
     Returns:
         [Q, K] rewards, float32.
 
     Raises:
-        UmedError: a reward gave another number of values than the others, or one that is no finite number.
+        UmedError: the rewards returned different numbers of values, or a value is not a finite number.
+
+    Example:
+        >>> values = {"relevance": [0.5, 1.0], "localization": [0.25, 0.5]}
+        >>> combine_rewards(values, 2, weights={"relevance": 1.0, "localization": 1.0})
+        tensor([[1., 2.]])
     """
     _check(values, num_candidates)
     total = None
@@ -58,22 +66,22 @@ def combine_rewards(
 
 
 def _check(values: Mapping[str, Sequence[float | None]], num_candidates: int) -> None:
-    """Refuse what a reward of the user's own can get wrong, before it turns into a zero."""
+    """Refuse wrong values of a user's own reward, before they turn into a silent zero."""
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1 or any(length % num_candidates for length in lengths.values()):
         raise UmedError(
-            f"rewards must give one value for each candidate ({num_candidates} a question), but gave {lengths}."
+            f"rewards must return one value for each candidate ({num_candidates} per question), but returned {lengths}."
         )
     for name, column in values.items():
         bad = [value for value in column if value is not None and not math.isfinite(value)]
         if bad:
             raise UmedError(
-                f"reward {name!r} gave {bad[0]}. Allowed: finite numbers, or None for a candidate that it cannot score."
+                f"reward {name!r} returned {bad[0]}. Allowed: finite numbers, or None for a candidate that it cannot score."
             )
 
 
 def _fill_missing(term: Tensor) -> Tensor:
-    """[Q, K] with the mean of its query in place of NaN."""
+    """Replace each NaN of [Q, K] by the mean of its query, or by 0 in a query of NaN only."""
     return torch.where(term.isnan(), term.nanmean(dim=1, keepdim=True).nan_to_num(0.0), term)
 
 

@@ -56,7 +56,7 @@ class JudgedRelevance:
         self._questionnaire, self._ledger, self._patience = questionnaire, ledger, patience
         self._budget, self._prices = budget, prices
         self._client: ModelClient | None = None
-        self._asked: dict[str, Future[RequestResult]] = {}
+        self._pending: dict[str, Future[RequestResult]] = {}
         self._texts: dict[str, Mapping[str, str]] = {}
         self._new: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
@@ -122,12 +122,12 @@ class JudgedRelevance:
         """
         self._ledger.refresh()
         for question in self._questions(completions, record):
-            if question.key in self._asked or self._ledger.get(question.key) is not None or self._client is None:
+            if question.key in self._pending or self._ledger.get(question.key) is not None or self._client is None:
                 continue
             if self._spent_before:
                 raise UmedError(self._spent_before)
             self._texts[question.key] = question.texts
-            self._asked[question.key] = self._client.ask(question.key, [{"role": "user", "content": question.text}])
+            self._pending[question.key] = self._client.ask(question.key, [{"role": "user", "content": question.text}])
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], *, record: Sequence[Any], **columns: Any
@@ -146,7 +146,7 @@ class JudgedRelevance:
             scores.append(score)
             if failure:
                 failures.append(failure)
-        asked = len(self._asked)
+        asked = len(self._pending)
         self._metrics = {
             "judge/failed": len(failures) / max(len(scores), 1),
             "judge/requests": asked,
@@ -156,7 +156,7 @@ class JudgedRelevance:
         }
         if self._prices is not None:
             self._metrics["judge/usd"] = self._cost(self._new)
-        self._asked.clear()
+        self._pending.clear()
         self._texts.clear()
         self._new.clear()
         self._note_new_reasons(failures, len(scores))
@@ -174,8 +174,8 @@ class JudgedRelevance:
 
     def _score(self, key: str) -> tuple[float | None, str | None]:
         """The score of a question, or the reason why there is none."""
-        if key in self._asked:
-            result = self._asked[key].result()
+        if key in self._pending:
+            result = self._pending[key].result()
             if isinstance(result, Failure):
                 return None, result.reason
         entry = self._ledger.get(key)
