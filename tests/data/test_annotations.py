@@ -506,8 +506,7 @@ def test_a_users_own_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 OWN_READER = """
 from pydantic import Field
 
-from umed_plugin.data.annotations import Annotated
-from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.annotations import Annotated, ReaderOptions, register_reader
 
 
 class SpotOptions(ReaderOptions):

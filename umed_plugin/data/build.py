@@ -92,7 +92,7 @@ def build_records(
 
     Example:
         >>> import tempfile
-        >>> from umed_plugin.data.recipes.recipe import load_recipe
+        >>> from umed_plugin import load_recipe
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("L", (200, 100)).save(folder / "a.png")
         >>> rows = ["file,x1,y1,x2,y2,finding", "a.png,50,25,100,75,cyst"]

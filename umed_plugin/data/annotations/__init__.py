@@ -16,11 +16,11 @@ from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.splits import deal_out, picked_by_hash, set_patients, without_copies_held_out
 from umed_plugin.data.annotations.table import read_negative_list
-from umed_plugin.data.recipes.readers import READERS
+from umed_plugin.data.recipes.readers import READERS, ReaderOptions, register_reader
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.errors import did_you_mean
 
-__all__ = ["Annotated", "AnnotationSet", "read_annotations"]
+__all__ = ["Annotated", "AnnotationSet", "ReaderOptions", "read_annotations", "register_reader"]
 
 
 def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = None) -> AnnotationSet:

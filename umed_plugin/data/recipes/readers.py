@@ -91,11 +91,12 @@ def register_reader(name: str, options: type[ReaderOptions] = FreeOptions) -> Ca
         ValueError: another reader has this name.
 
     Example:
+        >>> from pydantic import Field
+        >>> from umed_plugin.data.annotations import Annotated, ReaderOptions, register_reader
         >>> class ZoneOptions(ReaderOptions):
         ...     margin: float = Field(0, ge=0, description="Added around each circle, in pixels.")
         >>> @register_reader("zones", ZoneOptions)
         ... def read_zones(options, root, faults):
-        ...     from umed_plugin.data.annotations import Annotated
         ...     items = []
         ...     for line in (root / options.files[""]).read_text().splitlines():
         ...         image, x, y, radius, lesion = line.split()
