@@ -34,11 +34,11 @@ demo: environment
 	  [ ! -e "$$made" ] || echo "$$PWD/$$made"; done
 
 test: environment
-	@$(RUN) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-fast:
 	@bash constraints/environment.sh fast .venv-fast
-	@.venv-fast/bin/python -m pytest -n 2 -m "not llava and not run" $(PYTEST_ARGS)
+	@.venv-fast/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not llava and not run" $(PYTEST_ARGS)
 
 lint:
 	@bash constraints/environment.sh lint .venv-lint

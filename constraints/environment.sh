@@ -8,8 +8,8 @@ cd "$(dirname "$0")/.."
 kind=$1 folder=$PWD/$2
 done_mark=$folder/.complete
 case $kind in
-  current) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
-  pinned | repository | fast | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
+  current | fast) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
+  pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
   docs) lowest=3.9 highest=3.13 needs="mkdocs needs" ;;
   *) echo "$kind is not an environment of this project: pinned, current, repository, fast, lint, docs" >&2; exit 2 ;;
 esac
@@ -89,8 +89,8 @@ case $kind in
     install -r constraints/repository.txt
     install --no-deps llava-torch==1.2.2.post1 -e . ;;
   fast)
-    echo "Installing the plugin and what its tests need, without torch"
-    lock=constraints/lock-$version.txt
+    echo "Installing the plugin and what its tests need on today's libraries, without torch and LLaVA"
+    lock=constraints/lock-current-$version.txt
     install -r constraints/fast.txt $([ ! -f "$lock" ] || echo "-c $lock")
     install --no-deps -e . ;;
   lint)

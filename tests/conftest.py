@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import needs
+from support import budget, needs
 
 from umed_plugin import patching
 from umed_plugin.patches import STACK, prepare_llava
@@ -33,7 +33,8 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs LLaVA and what trains, before ``-m`` selects; skip the first where LLaVA is missing."""
+    """Mark what needs LLaVA and what trains, before ``-m`` selects; skip the first where LLaVA is missing. Slow files first."""
+    items.sort(key=budget.place)
     for item in items:
         functions = needs.functions_of(item)
         if any(needs.function_trains(*place) for place in functions):
@@ -52,6 +53,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Gener
     if missing in needs.LIBRARIES and not LLAVA:
         report.sections.append(("remedy", f"{item.name} needs {missing}: mark it with @pytest.mark.llava"))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """After the whole suite: the time that each folder took, beside its budget."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        reports = [report for kind in terminalreporter.stats.values() for report in kind if hasattr(report, "duration")]
+        terminalreporter.section("budget of all workers together")
+        terminalreporter.write_line("\n".join(budget.table(reports)))
 
 
 @pytest.fixture(scope="module", autouse=True)

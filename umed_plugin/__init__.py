@@ -49,7 +49,7 @@ _MODULES = {
     "compare": "umed_plugin.evaluation",
     "diagnose": "umed_plugin.commands.doctor.examination",
     "register_reward": "umed_plugin.rewards",
-    "register_reader": "umed_plugin.data.annotations",
+    "register_reader": "umed_plugin.data.recipes.readers",
     "UmedError": "umed_plugin.errors",
     "UsageError": "umed_plugin.errors",
 }

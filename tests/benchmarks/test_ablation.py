@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation
 import pytest
+from support import forked
 
+from umed_plugin.commands import processes
 from umed_plugin.commands.demo.pipeline import DemoSettings
 
 SETTINGS = DemoSettings(
@@ -26,7 +30,8 @@ SETTINGS = DemoSettings(
 )
 
 
-def test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_time(tmp_path):
+def test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked.popen, STDOUT=subprocess.STDOUT))
     rows = [
         ablation.Row(
             "without ALR", flags=("--umed_rewards", "relevance", "--umed_reward_weights", "1", "--logging_steps", 1)

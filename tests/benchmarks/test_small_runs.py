@@ -6,7 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
 from support.umed_runs import ROOT, environment
+
+pytestmark = [pytest.mark.llava, pytest.mark.run]
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

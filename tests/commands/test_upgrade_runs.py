@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import forked
 from support.records import grounded_records
 from support.taught import STOCK, write_lora
-from support.umed_runs import environment, python_of_llavas_pins
+from support.umed_runs import environment, python_of_llavas_pins, run_python
 
 from umed_plugin.checkpoints.loading import read_tensors, weight_files
 from umed_plugin.commands.demo.studies import make_studies
@@ -50,7 +51,7 @@ def call(checkpoint: Path, recipe: Path | str, out: Path, *more: str, **settings
 
 
 def run(command: list[str], **keywords: object) -> subprocess.CompletedProcess:
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, **keywords)
+    done = run_python(command[1:], python=command[0], env=environment(), forks_too=True, timeout=600, **keywords)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
@@ -82,9 +83,7 @@ POINTS: dict[str, Callable[[Path], bool]] = {
 
 def kill_at(reached: Callable[[Path], bool], command: list[str], folder: Path) -> None:
     """Start the command, and kill it and all it has started when ``reached`` says so."""
-    process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = forked.start(command, env=environment(), new_session=True, forks_too=True)
     while not reached(folder):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.002)

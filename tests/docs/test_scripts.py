@@ -18,7 +18,7 @@ from types import ModuleType
 
 import pytest
 from support.pages import DOCS, README, blocks, commands, pages
-from support.umed_runs import ROOT
+from support.umed_runs import ROOT, run_python
 
 from umed_plugin import patching
 from umed_plugin.flags.definition import UmedFlags
@@ -241,8 +241,7 @@ def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def umed(module: str, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", f"umed_plugin.{module}", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        done = run_python(["-m", f"umed_plugin.{module}", *arguments], cwd=tmp_path, env=environment, timeout=500)
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
     for number, stage in enumerate(("instruction_tuning", "rewarding"), start=1):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.benchmark_runs import command, figures_of, lines, picture
+from support.umed_runs import environment
 
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
@@ -233,10 +233,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(kind, tiny_mi
 
     def start(out):
         words = [str(out) if word == "OUT" else word for word in arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "umed_plugin.cli", *words], env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path
-        )
+        return forked.start([sys.executable, "-m", "umed_plugin.cli", *words], env=environment(), cwd=tmp_path)
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait(timeout=200) == 0

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from support import forked
+
 if TYPE_CHECKING:
     import torch
 
@@ -37,19 +39,34 @@ def train_flags(checkpoint: Path, records: Path, output: Path, *more: str) -> li
     )
 
 
-def umed_run(command: list[str], *, pythonpath: Path | None = None, **keywords: object) -> subprocess.CompletedProcess:
-    """``umed-run COMMAND`` from a folder that is not the checkout; the plugin is found through the launcher alone."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "umed_plugin" / "launch.py"), *command]
-        if keywords.pop("by_file", False)
-        else [sys.executable, "-m", "umed_plugin.launch", *command],
-        env=environment(*([pythonpath] if pythonpath else [])),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **keywords,
-    )
+def umed_run(
+    command: list[str], *, pythonpath: Path | None = None, fresh: bool = False, **keywords: object
+) -> subprocess.CompletedProcess:
+    """``umed-run COMMAND`` from a folder that is not the checkout; the plugin is found through the launcher alone.
+
+    LLaVA's script in one or two processes is forked from a process that has imported torch, unless ``fresh``: `support.forked`.
+    """
+    by_file = keywords.pop("by_file", False)
+    launcher = [str(ROOT / "umed_plugin" / "launch.py")] if by_file else ["-m", "umed_plugin.launch"]
+    env = environment(*([pythonpath] if pythonpath else []))
+    return run_python([*launcher, *command], env=env, fresh=fresh, **keywords)
+
+
+def run_python(
+    arguments: list[str],
+    *,
+    env: dict[str, str],
+    python: str = sys.executable,
+    fresh: bool = False,
+    forks_too: bool = False,
+    timeout: float = 300,
+    cwd: str | Path | None = None,
+) -> subprocess.CompletedProcess:
+    """``python ARGUMENTS``, forked where `support.forked` can, unless ``fresh``; its own commands too with ``forks_too``."""
+    command = [python, *map(str, arguments)]
+    if not fresh and forked.wanted(command):
+        return forked.Forked(command, env=env, cwd=cwd, forks_too=forks_too).done(timeout)
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def environment(*pythonpath: Path) -> dict[str, str]:
