@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.pages import DOCS, blocks, commands, pages
-from support.umed_runs import ROOT
+from support.umed_runs import ROOT, environment
 
 from umed_plugin import cli
 from umed_plugin.data.recipes.recipe import load_recipe
@@ -55,6 +56,9 @@ RUN_BY = {
         ),
         "data/test_writing.py::test_the_commands_of_the_page_fit",
     ),
+    "for python in .venv/bin/python": "docs/test_commands.py::test_the_hash_that_the_page_prints_is_the_patchs",
+    "UMED_WRITE_DOCS=1": "docs/test_generated.py::test_a_page_that_is_out_of_date_is_named_and_written_anew",
+    ".venv/bin/umed patches": "patches/test_patches.py::test_the_command_lists_them_all_and_fails_on_a_misfit",
     "python benchmarks/demo_table.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
     "python benchmarks/stock_template.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
     "python benchmarks/ablation.py": "benchmarks/test_ablation.py::"
@@ -82,7 +86,7 @@ def entry(command: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_valid_and_has_a_test(command: str) -> None:
     """Valid: `make` has the target, `umed` takes the arguments, the script is there."""
-    arguments = shlex.split(command.partition(" > ")[0])
+    arguments = shlex.split(command.partition(" > ")[0], comments=True)
     if arguments[0] == "make":
         subprocess.run(["make", "-n", *arguments[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
     if arguments[0] == "umed":
@@ -118,6 +122,16 @@ def test_the_openai_that_is_asked_for_is_the_extras_and_is_here() -> None:
     wanted = Requirement(shlex.split(command)[-1])
     (extra,) = re.findall(r'^judge = \["(.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert set(wanted.specifier) < set(Requirement(extra).specifier) and version("openai") in wanted.specifier
+
+
+@pytest.mark.llava
+def test_the_hash_that_the_page_prints_is_the_patchs() -> None:
+    from umed_plugin.patches import zero_3
+
+    (command,) = [command for command in commands(DOCS / "patches-contributing.md") if command.startswith("for python")]
+    run = ["bash", "-euc", re.sub(r"in .*?; do", f"in {sys.executable}; do", command, count=1)]
+    printed = subprocess.run(run, env=environment(), capture_output=True, text=True, check=True, timeout=300).stdout
+    assert printed.split()[-1] in zero_3.PATCH.targets[0].sha256
 
 
 def test_the_recipe_commands_run(

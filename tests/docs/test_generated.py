@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
+import pytest
 from support.pages import DOCS, check_generated, check_page, table
 
 from umed_plugin.data.recipes.reference import recipe_reference
@@ -62,3 +64,16 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
 
 def test_the_recipe_reference_is_what_the_models_say() -> None:
     check_page(DOCS / "recipe-reference.md", recipe_reference())
+
+
+def test_a_page_that_is_out_of_date_is_named_and_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n")
+    monkeypatch.delenv("UMED_WRITE_DOCS", raising=False)
+    with pytest.raises(AssertionError, match=r"page.md is out of date: UMED_WRITE_DOCS=1 "):
+        check_generated(page, "a", "new\n")
+    monkeypatch.setenv("UMED_WRITE_DOCS", "1")
+    check_generated(page, "a", "new\n")
+    assert page.read_text() == "before\n<!-- a -->\n\nnew\n\n<!-- /a -->\nafter\n"
+    monkeypatch.delenv("UMED_WRITE_DOCS")
+    check_generated(page, "a", "new\n")

@@ -25,9 +25,16 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands in a page's bash blocks, continued lines joined."""
-    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    """The commands in a page's bash blocks; continued lines and lines of one quoted argument are joined."""
+    found: list[str] = []
+    open_quote = False
+    for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        if open_quote:
+            found[-1] += f"\n{line}"
+        elif line and not line.startswith("#"):
+            found.append(line)
+        open_quote = found[-1].count('"') % 2 == 1
+    return found
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -21,7 +21,9 @@ import umed_plugin
 
 def python_api() -> str:
     """The whole page as Markdown."""
-    return "\n".join([HEAD, *(_member(name, getattr(umed_plugin, name)) for name in umed_plugin.__all__)])
+    names = [*umed_plugin._MODULES, "__version__"]  # in the order of the work; __all__ is sorted by the alphabet
+    assert set(names) == set(umed_plugin.__all__)
+    return "\n".join([HEAD, *(_member(name, getattr(umed_plugin, name)) for name in names)])
 
 
 def _member(name: str, member: Any) -> str:
@@ -41,7 +43,8 @@ def _signature(name: str, member: Any) -> str:
     if inspect.isclass(member) and issubclass(member, BaseException):
         return f"class {name}({', '.join(base.__name__ for base in member.__bases__)})"
     signature = inspect.signature(member)
-    arguments = [re.sub(r": '([^']*)'", r": \1", str(argument)) for argument in signature.parameters.values()]
+    arguments = [str(argument) for argument in signature.parameters.values()]
+    arguments = [re.sub(r"<function (\w+) at \w+>", r"\1", re.sub(r": '([^']*)'", r": \1", text)) for text in arguments]
     marks = [argument.kind for argument in signature.parameters.values()]
     if inspect.Parameter.KEYWORD_ONLY in marks and inspect.Parameter.VAR_POSITIONAL not in marks:
         arguments.insert(marks.index(inspect.Parameter.KEYWORD_ONLY), "*")
