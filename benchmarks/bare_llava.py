@@ -1,7 +1,7 @@
-"""A LLaVA of any size from torch and transformers 5 alone, with what the plugin calls of LLaVA's class and of PEFT's wrapper.
+"""A LLaVA of any size from torch and transformers 5 alone, with the methods of LLaVA's class and PEFT's wrapper that we call.
 
-The shape is LLaVA-Med 1.5's: Mistral, CLIP-L with patches of 14 pixels, a projector of two layers. Weights are random,
-and made on the device.
+The architecture is LLaVA-Med 1.5's: Mistral, CLIP-L with patches of 14 pixels, a projector of two layers. Weights are random
+and created on the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and beside it the product of two thin ones, which can be switched off."""
+    """A frozen linear layer plus the product of two thin ones (LoRA), which can be switched off."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class LoraLinear(nn.Module):
 
 
 class Tower(nn.Module):
-    """A CLIP tower as LLaVA's class gives it: the patches of its last layer but one."""
+    """A CLIP tower as LLaVA's class uses it: the patches of its penultimate layer."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Tower(nn.Module):
 
 
 class Llava(MistralForCausalLM):
-    """What the plugin calls of LLaVA's class and of PEFT's wrapper."""
+    """The methods of LLaVA's class and of PEFT's wrapper that the plugin calls."""
 
     def __init__(self, config: MistralConfig, tower: CLIPVisionConfig) -> None:
         super().__init__(config)
@@ -91,7 +91,7 @@ class Llava(MistralForCausalLM):
 
 
 def build(options: argparse.Namespace) -> Llava:
-    """The model, its LoRA layers and projector trainable."""
+    """The model; its LoRA layers and projector are trainable."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=options.vocabulary,
@@ -121,10 +121,8 @@ def build(options: argparse.Namespace) -> Llava:
                 if hasattr(block, name):
                     setattr(block, name, LoraLinear(getattr(block, name), options.lora_rank))
     model.model.mm_projector.requires_grad_(True)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
-        None,
-        0,
-    )  # no answer ends before its T tokens
+    # No answer may end before its T tokens.
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model

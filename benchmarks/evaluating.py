@@ -1,9 +1,9 @@
-"""What questions about one image cost when they share its encoding and the computation of all up to it, beside none shared.
+"""Time of questions about one image that share its encoding and KV cache, compared with questions that share nothing.
 
-``python benchmarks/evaluating.py [--images 4] [--questions 11]``: SLAKE asks 11 English test questions about an image, VQA-RAD a
-little more than 2. The model has LLaVA's 576 image tokens, a tower of 24 x 24 patches and a language model of 6 layers of 256,
-float32. Both sides answer the same questions greedily in batches of the same size; the other side computes each prompt whole and
-encodes the image for each question, as LLaVA-Med's script does one by one.
+``python benchmarks/evaluating.py [--images 4] [--questions 11]``: SLAKE has 11 English test questions per image, VQA-RAD a little
+more than 2. The model has LLaVA's 576 image tokens, a tower of 24 x 24 patches and a language model of 6 layers of width 256, in
+float32. Both sides answer the same questions greedily in batches of the same size. The other side encodes the image and computes
+the whole prompt for each question, which LLaVA-Med's script does one by one.
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tiny_checkpoint.IMAGE_SIZE = 24 * tiny_checkpoint.PATCH_SIZE
     made = tiny_checkpoint.make_checkpoint(folder / "llava-mistral", hidden_size=256, layers=6)
     answerer = Answerer(made, AnswererSettings(device="cpu", max_new_tokens=args.max_new_tokens))
-    for layer in answerer.llava.get_model().layers:  # sharp attention: answers that hang on image and question
+    for layer in answerer.llava.get_model().layers:  # sharp attention: answers that depend on image and question
         for projection in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.self_attn.o_proj):
             projection.weight.data *= 6
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     asks = []
     for index in range(args.images):
         path = folder / f"{index}.png"
-        Image.fromarray(chance.integers(0, 255, (192, 192, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 255, (192, 192, 3), dtype=np.uint8)).save(path)
         asks += [
-            ImageQuestion(str(path), " ".join(chance.choice(WORDS, chance.integers(4, 16))))
-            for _ in range(args.questions)
+            ImageQuestion(str(path), " ".join(rng.choice(WORDS, rng.integers(4, 16)))) for _ in range(args.questions)
         ]
     batches = [asks[start : start + args.batch_size] for start in range(0, len(asks), args.batch_size)]
 
@@ -85,10 +84,10 @@ def _one_by_one(answerer: Any, batch: list[Any]) -> list[str]:
         features = answerer.features([ask.image for ask in batch], [None] * len(batch))
         prompts = embed_prompts(answerer.model, [answerer.prompt_ids(ask.text) for ask in batch], features)
         eos, limit = answerer.tokenizer.eos_token_id, answerer.max_new_tokens
-        found = generate(
+        answers = generate(
             answerer.model, prompts, SamplingSettings(max_new_tokens=limit, temperature=0.0, eos_token_id=eos)
         )
-    return decode_answers(answerer.tokenizer, found)
+    return decode_answers(answerer.tokenizer, answers)
 
 
 if __name__ == "__main__":

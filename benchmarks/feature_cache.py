@@ -1,13 +1,12 @@
-"""What a stage 2 step costs with the tower's features read from disk, beside the same step without (`--umed_feature_cache`).
+"""Time of a stage 2 step with and without the feature cache (``--umed_feature_cache``).
 
-One run: LLaVA's own `train()` under the plugin's patches goes through a first epoch, which fills the cache. Then every batch of
-the second epoch is taken both ways, in turn, from the image file to the gradient, with the same weights and the same random
-numbers; the losses must be equal. Images are CT slices in DICOM, 512 pixels wide or so, which the recipe has rendered to PNG
-when it built the records: training opens no DICOM. The data loader has no workers, so reading counts in full, and all files are
-in the page cache.
+LLaVA's own ``train()`` under the plugin's patches runs a first epoch, which fills the cache. Then every batch of the second epoch
+is computed both ways in turn, from the image file to the gradient, with the same weights and random numbers. The losses must be
+equal. Images are CT slices in DICOM, about 512 pixels wide, which the recipe renders to PNG when it builds the records: training
+opens no DICOM. The data loader has no workers, so reading counts in full, and all files are in the page cache.
 
-The tower and the language model have random weights and the sizes of ViT-B/14 at 336 pixels and 8 layers of 512. The saving is
-the tower's and the reader's share of a step: beside a language model of 7 billion parameters the tower's is far smaller.
+Tower and language model have random weights and the sizes of ViT-B/14 at 336 pixels and 8 layers of width 512. The cache saves
+the tower's and the reader's share of a step. Beside a language model of 7 billion parameters the tower's share is far smaller.
 
     python benchmarks/feature_cache.py [--help]
 """
@@ -33,12 +32,10 @@ def arguments() -> argparse.Namespace:
     """The sizes, from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=int, default=8, help="CT slices in the training set")
-    parser.add_argument("--batch", type=int, default=2, help="questions a step")
-    parser.add_argument("--candidates", type=int, default=8, help="answers a question (K)")
-    parser.add_argument("--new-tokens", type=int, default=100, help="tokens an answer, at most")
-    parser.add_argument(
-        "--cpu-seconds", action="store_true", help="count CPU seconds, on a machine that does other work too"
-    )
+    parser.add_argument("--batch", type=int, default=2, help="queries per step")
+    parser.add_argument("--candidates", type=int, default=8, help="answers per query (K)")
+    parser.add_argument("--new-tokens", type=int, default=100, help="maximum tokens per answer")
+    parser.add_argument("--cpu-seconds", action="store_true", help="measure CPU seconds, for a machine with other load")
     parser.add_argument("--tower", type=int, nargs=3, default=(768, 12, 336), metavar=("WIDTH", "LAYERS", "PIXELS"))
     parser.add_argument("--model", type=int, nargs=2, default=(512, 8), metavar=("WIDTH", "LAYERS"))
     return parser.parse_args()
@@ -92,7 +89,7 @@ def make_model(folder: Path, tower: tuple[int, int, int], model: tuple[int, int]
 
 
 def train_and_measure(flags: list[str], clock: Clock) -> list[dict[str, dict[str, float]]]:
-    """Run LLaVA's ``train()`` for an epoch and then `measure`; seconds by side and part for each step."""
+    """Run LLaVA's ``train()`` for an epoch, then `measure`: for each step seconds by side and part."""
     from llava.train import train as llava_train
 
     from umed_plugin.training.trainer import RewardingTrainer
@@ -111,7 +108,7 @@ def train_and_measure(flags: list[str], clock: Clock) -> list[dict[str, dict[str
 
 
 def measure(trainer: Any, clock: Clock) -> list[dict[str, dict[str, float]]]:
-    """Take each batch of an epoch both ways; seconds of data, tower and the rest of the step."""
+    """Compute each batch of an epoch both ways: seconds of data, tower and the rest of the step."""
     order = list(trainer.get_train_dataloader().sampler)
     size = trainer.args.per_device_train_batch_size
     batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
@@ -130,7 +127,7 @@ def measure(trainer: Any, clock: Clock) -> list[dict[str, dict[str, float]]]:
 
 
 def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict[str, float]:
-    """Seconds of one step from the files to the optimizer, by part, and its loss; the weights are left as they were."""
+    """Seconds of one step from the files to the optimizer, by part, and its loss. The weights do not change."""
     import torch
 
     seconds = {}
@@ -167,9 +164,9 @@ def report(steps: list[dict[str, dict[str, float]]]) -> None:
         }
     print(f"median of {len(steps)} steps of the second epoch; losses with and without the cache are equal")
     print(f"{'seconds a step':16}{'without':>10}{'with':>10}{'saved':>10}")
-    for name, found in parts.items():
-        saved = 1 - found["with"] / found["without"]
-        print(f"{name:16}{found['without']:10.4f}{found['with']:10.4f}{saved:10.1%}")
+    for name, seconds in parts.items():
+        saved = 1 - seconds["with"] / seconds["without"]
+        print(f"{name:16}{seconds['without']:10.4f}{seconds['with']:10.4f}{saved:10.1%}")
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
-"""Both stages on a LLaVA of 7 billion parameters on one GPU: step times, tokens a second, memory, share of the matrix rate.
+"""Both stages on a LLaVA of 7 billion parameters on one GPU: step times, tokens per second, memory, share of the matrix rate.
 
-It needs torch and transformers 5 and nothing else: no LLaVA, no network, no checkpoint. The model is that of `bare_llava`, in
-bfloat16; packing, sampling, scoring, objective, reference and vision relevance are the plugin's own code.
+It needs only torch and transformers 5: no LLaVA, no network, no checkpoint. The model is that of `bare_llava`, in bfloat16.
+Packing, sampling, scoring, objective, reference and vision relevance are the plugin's own code.
 
-Full fine-tuning by AdamW keeps 12 to 16 bytes a parameter, which one GPU of 80 GB has not. So training is LoRA (rank 128 as in
-LLaVA's ``finetune_lora.sh``, on every linear layer of the language model) and the projector, both in bfloat16, with gradient
-checkpointing; the optimizer is AdamW.
+Full fine-tuning with AdamW needs 12 to 16 bytes per parameter, more than one GPU of 80 GB has. So what is trained is LoRA (rank
+128 as in LLaVA's ``finetune_lora.sh``, on every linear layer of the language model) and the projector, both in bfloat16, with
+gradient checkpointing and AdamW.
 
-- Matrix rate: a product of two large square matrices in the model's number format, measured in the same run.
-- Share: matrix operations that ran a second, as torch counts them, over the matrix rate. Those that gradient checkpointing
-  repeats count; those inside of flash attention are not seen.
-- Stage 1: a step on ``--batch`` questions with one answer each, logits of all positions, as LLaVA computes them.
+- Matrix rate: operations per second of a product of two large square matrices in the model's dtype, measured in the same run.
+- Share: matrix operations per second, as torch counts them, divided by the matrix rate. Operations that gradient checkpointing
+  repeats count; those inside flash attention are invisible to torch.
+- Stage 1: a step on ``--batch`` questions with one answer each, and logits of all positions, as LLaVA computes them.
 - Stage 2, plain: ``generate(num_return_sequences=K)`` and passes over K rows of prompt and answer. Packed: what
-  ``--umed_stage rewarding`` does. Where the attention takes no block mask (flash attention 2), the answers read the prompt's
-  cache instead, or under gradient checkpointing repeat the prompt, and the table says so.
+  ``--umed_stage rewarding`` does. If the attention takes no block mask (flash attention 2), the answers read the prompt's KV
+  cache instead, or repeat the prompt under gradient checkpointing, and the table says so.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --layers 2 --hidden 256 --tower-layers 2 --image-size 56 --answer-tokens 8
@@ -46,11 +46,11 @@ from umed_plugin.model.forward import embed_prompts, encode_images, repeated_inp
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.training.reference import ReferencePolicy
 
-Figures = dict[str, Any]
+Results = dict[str, Any]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults are a 7B model."""
+    """The command line. The defaults are a 7B model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, default, text in (
         ("layers", 32, "of the language model"),
@@ -60,18 +60,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("image-size", 336, "pixels, a multiple of 14"),
         ("prompt-tokens", 64, "of text"),
         ("answer-tokens", 100, "T"),
-        ("batch", 8, "questions in a step of stage 1"),
-        ("questions", 4, "in a step of stage 2"),
-        ("candidates", 8, "K answers to each question of stage 2"),
+        ("batch", 8, "questions per step of stage 1"),
+        ("questions", 4, "per step of stage 2"),
+        ("candidates", 8, "K answers per question of stage 2"),
         ("lora-rank", 128, ""),
-        ("repetitions", 3, "of each measurement, after one to warm up"),
+        ("repetitions", 3, "of each measurement, after a warm-up"),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--gradient-checkpointing", type=int, choices=(0, 1), default=1)
     parser.add_argument("--attention", nargs="*", help="default: sdpa, and flash_attention_2 where it is installed")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args(argv)
 
 
@@ -85,19 +85,19 @@ class Stopwatch:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
-    def measure(self, run: Callable[[], Any], tokens: int) -> Figures | None:
-        """Figures of a call that works on ``tokens`` tokens; None where the device has too little memory for it."""
+    def measure(self, run: Callable[[], Any], tokens: int) -> Results | None:
+        """Results of a call that works on ``tokens`` tokens; None if the device has too little memory for it."""
         try:
             return self._measured(run, tokens)
         except torch.OutOfMemoryError:
             pass
-        # Behind the handler, as the error holds on to what the call had made.
+        # After the handler: inside it, the error would keep the call's tensors alive.
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
 
-    def _measured(self, run: Callable[[], Any], tokens: int) -> Figures:
+    def _measured(self, run: Callable[[], Any], tokens: int) -> Results:
         with FlopCounterMode(display=False) as counter:
             run()
         self.wait()
@@ -122,16 +122,16 @@ class Stopwatch:
 
 
 def matrix_rate(options: argparse.Namespace) -> float:
-    """Operations a second of a product of two square matrices, large on an accelerator."""
+    """Operations per second of a product of two square matrices, which are large on an accelerator."""
     size = 1024 if options.device == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=options.device).to(getattr(torch, options.dtype))
-    found = Stopwatch(options).measure(lambda: [a @ b for _ in range(10)], 0)
-    assert found is not None
-    return found["operations"] / found["s"]
+    products = Stopwatch(options).measure(lambda: [a @ b for _ in range(10)], 0)
+    assert products is not None
+    return products["operations"] / products["s"]
 
 
 def instruction_tuning(work: Work) -> None:
-    """A step of stage 1, up to the gradients: the loss of LLaVA's forward pass on answers behind their prompts."""
+    """A step of stage 1 up to the gradients: the loss of LLaVA's forward pass on prompts followed by answers."""
     model = work.model
     model.train()
     model.zero_grad()
@@ -141,7 +141,7 @@ def instruction_tuning(work: Work) -> None:
     model(**repeated_inputs(model, prompts, work.answers), labels=labels, use_cache=False).loss.backward()
 
 
-def rewarding(work: Work, side: str, optimizer: Any, watch: Stopwatch) -> dict[str, Figures | None]:
+def rewarding(work: Work, side: str, optimizer: Any, watch: Stopwatch) -> dict[str, Results | None]:
     """The phases of a step of stage 2 on one side."""
     reference = ReferencePolicy(work.model)
     old = torch.zeros_like(work.answers.token_ids, dtype=torch.float32)
@@ -161,14 +161,14 @@ def rewarding(work: Work, side: str, optimizer: Any, watch: Stopwatch) -> dict[s
     return with_sum({name: watch.measure(run, tokens) for name, run in phases.items()}, tokens, watch)
 
 
-def with_sum(phases: dict[str, Figures | None], tokens: int, watch: Stopwatch) -> dict[str, Figures | None]:
-    """The phases, and all of them together as ``step``."""
+def with_sum(phases: dict[str, Results | None], tokens: int, watch: Stopwatch) -> dict[str, Results | None]:
+    """The phases, and their sum as ``step``."""
     parts = list(phases.values())
     if any(part is None for part in parts):
         return {**phases, "step": None}
-    found: list[Figures] = [part for part in parts if part is not None]
-    seconds, operations = sum(part["s"] for part in found), sum(part["operations"] for part in found)
-    peaks = [part["peak_bytes"] for part in found]
+    measured: list[Results] = [part for part in parts if part is not None]
+    seconds, operations = sum(part["s"] for part in measured), sum(part["operations"] for part in measured)
+    peaks = [part["peak_bytes"] for part in measured]
     step = {
         "s": seconds,
         "tokens_per_s": tokens / seconds,
@@ -179,8 +179,8 @@ def with_sum(phases: dict[str, Figures | None], tokens: int, watch: Stopwatch) -
     return {**phases, "step": step}
 
 
-def one_attention(model: Llava, attention: str, options: argparse.Namespace, watch: Stopwatch) -> Figures:
-    """All figures under one implementation of the attention."""
+def one_attention(model: Llava, attention: str, options: argparse.Namespace, watch: Stopwatch) -> Results:
+    """All results for one attention implementation."""
     model.set_attn_implementation(attention)
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-6)
     model.eval()
@@ -195,23 +195,26 @@ def one_attention(model: Llava, attention: str, options: argparse.Namespace, wat
 
     work = queries(model, options, packs=fault is None)
     stage_2 = {side: rewarding(work, side, optimizer, watch) for side in ("plain", "packed")}
-    looks = {
+    relevance = {
         how: watch.measure(lambda how=how: score_with_relevance(work, how), work.answers.token_ids.numel())
         for how in ("without", "hooks")
     }
-    # What ran out of memory above would do so here.
-    fits = stage_2["plain"]["scoring"] and stage_2["packed"]["scoring"] and looks["hooks"]
+    # What ran out of memory above would do so here too.
+    fits = stage_2["plain"]["scoring"] and stage_2["packed"]["scoring"] and relevance["hooks"]
     return {
         "packing_fault": fault,
         "stage_1": stage_1,
         "stage_2": stage_2,
-        "vision_relevance": {**looks, "mean": score_with_relevance(work, "hooks")[0].mean().item() if fits else None},
+        "vision_relevance": {
+            **relevance,
+            "mean": score_with_relevance(work, "hooks")[0].mean().item() if fits else None,
+        },
         "log_probs_differ_by": (score(work, "plain") - score(work, "packed")).abs().max().item() if fits else None,
     }
 
 
-def measure(options: argparse.Namespace) -> Figures:
-    """All figures."""
+def measure(options: argparse.Namespace) -> Results:
+    """All results."""
     flash = ["flash_attention_2"] if is_flash_attn_2_available() and options.device != "cpu" else []
     rate = matrix_rate(options)
     model = build(options)
@@ -231,45 +234,46 @@ def measure(options: argparse.Namespace) -> Figures:
     }
 
 
-def show(figures: Figures) -> None:
+def show(results: Results) -> None:
     """Print the tables."""
-    options = figures["options"]
+    options = results["options"]
     print(
-        f"{figures['device']}, {figures['date']}, {figures['stack']}\n"
-        f"{figures['parameters'] / 1e9:.2f} G parameters, random, {options['dtype']}; trained: "
-        f"{figures['trainable'] / 1e6:.1f} M (LoRA of rank {options['lora_rank']} and the projector, not the whole model), "
+        f"{results['device']}, {results['date']}, {results['stack']}\n"
+        f"{results['parameters'] / 1e9:.2f} G parameters, random, {options['dtype']}; trainable: "
+        f"{results['trainable'] / 1e6:.1f} M (LoRA of rank {options['lora_rank']} and the projector, not the whole model), "
         f"gradient checkpointing {options['gradient_checkpointing']}\n"
         f"prompts of {(options['image_size'] // 14) ** 2} image and {options['prompt_tokens']} text tokens, answers of "
-        f"{options['answer_tokens']}; matrix rate {figures['matrix_rate'] / 1e12:.2f} T operations/s"
+        f"{options['answer_tokens']}; matrix rate {results['matrix_rate'] / 1e12:.2f} T operations/s"
     )
-    for name, found in figures["attention"].items():
-        how = f": {found['packing_fault']}, so nothing is packed" if found["packing_fault"] else ""
+    for name, of_attention in results["attention"].items():
+        how = f": {of_attention['packing_fault']}, so nothing is packed" if of_attention["packing_fault"] else ""
         print(f"\n{name}{how}")
         print(f"{'stage 1':12}{_HEAD}   {options['batch']} questions, one answer each")
-        for phase, row in found["stage_1"].items():
+        for phase, row in of_attention["stage_1"].items():
             print(f"{phase:12}{_cells(row)}")
-        for side, phases in found["stage_2"].items():
+        for side, phases in of_attention["stage_2"].items():
             print(f"{'stage 2':12}{_HEAD}   {side}: {options['questions']} questions, K = {options['candidates']}")
             for phase, row in phases.items():
-                other = found["stage_2"]["plain"][phase]
+                other = of_attention["stage_2"]["plain"][phase]
                 ratio = (
                     f"   {other['s'] / row['s']:.2f} times as fast as plain"
                     if row and other and row is not other
                     else ""
                 )
                 print(f"{phase:12}{_cells(row)}{ratio}")
-        look = found["vision_relevance"]
+        look = of_attention["vision_relevance"]
         if look["without"] and look["mean"] is not None:
             print(
                 f"vision relevance by hooks: {look['hooks']['s'] / look['without']['s'] - 1:+.1%} of a scoring pass, mean "
-                f"{look['mean']:.4f}; log-probabilities of plain and packed differ by {found['log_probs_differ_by']:.0e} at most"
+                f"{look['mean']:.4f}; log-probabilities of plain and packed differ by at most "
+                f"{of_attention['log_probs_differ_by']:.0e}"
             )
 
 
 _HEAD = f"{'seconds':>10}{'tokens/s':>12}{'share':>8}{'peak':>12}"
 
 
-def _cells(row: Figures | None) -> str:
+def _cells(row: Results | None) -> str:
     if row is None:
         return f"{'out of memory':>22}"
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f} GiB"
@@ -279,10 +283,10 @@ def _cells(row: Figures | None) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     options = parse(argv)
-    figures = measure(options)
-    show(figures)
+    results = measure(options)
+    show(results)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

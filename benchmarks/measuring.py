@@ -1,7 +1,7 @@
-"""Seconds of things that take turns with their ratios, and peak memory: what the benchmarks of stage 2 share.
+"""Shared by the benchmarks of stage 2: times of two sides that run in turns, their ratios, and peak memory.
 
-A machine that works for others too stretches both sides of a turn, so the ratio of a turn says more than seconds do; processor
-time leaves the others out, and with them what waiting costs.
+On a machine with other load both sides of a turn slow down, so the ratio within a turn is more robust than seconds. Processor
+time excludes other load, and also excludes the cost of waiting.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ Seconds = tuple[float, float]  # wall time, processor time
 
 
 def now() -> Seconds:
-    """Wall time and processor time of this process, from some beginning on."""
+    """Wall time and processor time of this process, from an arbitrary start."""
     return time.perf_counter(), time.process_time()
 
 
 def since(start: Seconds) -> Seconds:
-    """What has gone by since `now` said ``start``."""
+    """Time since `now` returned ``start``."""
     end = now()
     return end[0] - start[0], end[1] - start[1]
 
 
 def seconds(run: Callable[[], Any]) -> Seconds:
-    """What one call takes."""
+    """Time of one call."""
     start = now()
     run()
     return since(start)
 
 
 def add(*parts: Seconds) -> Seconds:
-    """What several things take together."""
+    """Sum of several times."""
     return sum(wall for wall, _ in parts), sum(processor for _, processor in parts)
 
 
 def ratios(slow: Sequence[Seconds], fast: Sequence[Seconds]) -> dict[str, Any]:
-    """Medians over the turns of two sides: seconds of each, and the ratios of their wall and of their processor times."""
+    """Medians over the turns of two sides: seconds of each, and the ratios of their wall times and processor times."""
     wall, processor = ([a[clock] / b[clock] for a, b in zip(slow, fast)] for clock in (0, 1))
     return {
         "slow_s": statistics.median(a for a, _ in slow),
@@ -55,9 +55,9 @@ def ratios(slow: Sequence[Seconds], fast: Sequence[Seconds]) -> dict[str, Any]:
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Peak memory of ``run`` above what this process has already, in a process of its own.
+    """Peak memory of ``run`` in a forked process, above what this process already has.
 
-    To be called before anything has run on several threads, which a fork would not have.
+    Call it before anything has run on several threads: a fork does not have them.
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
@@ -73,7 +73,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def _send_peak(run: Callable[[], Any], sender: Any) -> None:
-    # Freed tensors go back to the system at once, so that the peak is that of what was alive (malloc.h).
+    # Return freed tensors to the system at once, so that the peak counts live memory only (malloc.h).
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
     libc.mallopt(trim_threshold, 0)
     libc.mallopt(mmap_threshold, 65536)
@@ -83,5 +83,5 @@ def _send_peak(run: Callable[[], Any], sender: Any) -> None:
 
 
 def stack(*more: str) -> str:
-    """Versions of the libraries that the figures depend on."""
+    """Versions of the libraries that the results depend on."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *more))

@@ -1,11 +1,11 @@
-"""What packing saves in a step of stage 2: K answers beside one prompt against the prompt repeated for each.
+"""What packing saves in a step of stage 2: K answers behind one prompt, compared with the prompt repeated for each answer.
 
-Plain is LLaVA's own ``generate(num_return_sequences=K)``, and passes over K rows of prompt and answer. Packed is what
-``--umed_stage rewarding`` does. Both have the same weights (random, LLaVA's own class), images and questions, and answers of
-exactly T tokens. A step is: sample, score under the policy, score under the reference, update. Times are medians of the ratios
-of runs that take turns; memory is the peak of a process of its own for each side, above what the loaded model takes.
+The plain side uses LLaVA's own ``generate(num_return_sequences=K)``, and passes over K rows of prompt and answer. The packed side
+is what ``--umed_stage rewarding`` does. Both have the same weights (random, LLaVA's own class), images and questions, and answers
+of exactly T tokens. A step is: sample, score under the policy, score under the reference, update. The two sides run in turns, and
+ratios are medians over the turns. Memory is the peak of a separate process for each side, above the loaded model's.
 
-It runs on LLaVA's pins and on transformers 5; the title of the table says which it was.
+It runs on LLaVA's pins and on transformers 5; the title of the table names the versions.
 
     python benchmarks/rewarding_step.py
     python benchmarks/rewarding_step.py --tuning full --gradient-checkpointing 0 --json step.json
@@ -30,7 +30,7 @@ from torch import Tensor
 
 SIDES = ("plain", "packed")
 PHASES = ("sampling", "scoring", "update", "scoring + update", "whole step")
-# Ways to score by attention; SDPA returns no attention that could be asked for.
+# Ways to get the attention in a scoring pass; SDPA cannot return its weights.
 RELEVANCE = {"eager": ("without", "hooks", "output_attentions"), "sdpa": ("without", "hooks")}
 
 
@@ -42,14 +42,12 @@ class Work:
     prompts: Tensor  # [Q, L - patches + 1] token ids with the image token
     images: Tensor  # [Q, 3, S, S]
     answers: Any  # Candidates, T tokens each
-    packs: (
-        bool  # whether the model computes packed rows; otherwise the packed side's answers read a cache of their prompt
-    )
+    packs: bool  # the model takes packed rows; if not, the packed side's answers read their prompt's KV cache
     options: argparse.Namespace
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults are the shape that the project's targets are stated for."""
+    """The command line. The project's targets are stated for the default sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, default in (
         ("layers", 8),
@@ -67,14 +65,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient-checkpointing", type=int, choices=(0, 1), default=1)
     parser.add_argument(
-        "--attention", choices=tuple(RELEVANCE), default="eager", help="sdpa is not to be had on LLaVA's pins"
+        "--attention", choices=tuple(RELEVANCE), default="eager", help="sdpa is not available on LLaVA's pins"
     )
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args(argv)
 
 
 def build(options: argparse.Namespace) -> Work:
-    """Make the model and the queries from a seed."""
+    """Create the model and the queries from a seed."""
     from umed_plugin import patching
     from umed_plugin.model.packing import packing_fault
     from umed_plugin.patches import attention_mask, prepare_llava
@@ -156,14 +154,14 @@ def _for_training(model: Any, options: argparse.Namespace) -> Any:
 
 
 def embedded(work: Work) -> Any:
-    """The queries as a PromptBatch, their images encoded anew."""
+    """The queries as a PromptBatch; encodes their images."""
     from umed_plugin.model.forward import embed_prompts, encode_images
 
     return embed_prompts(work.model, list(work.prompts), encode_images(work.model, work.images))
 
 
 def sample(work: Work, side: str) -> Any:
-    """K answers of T tokens to each query: their ids."""
+    """Token ids of K answers of T tokens to each query."""
     from umed_plugin.model.forward import base_llava
     from umed_plugin.model.sampling import SamplingSettings, generate
 
@@ -202,17 +200,17 @@ def score(work: Work, side: str) -> Any:
 
 
 def update(work: Work, side: str, old: Tensor) -> Tensor:
-    """Gradients of the objective; returns the loss. The optimizer is the same for both sides and left out."""
+    """Gradients of the objective; returns the loss. The optimizer, equal on both sides, is left out."""
     from umed_plugin.model.forward import answer_log_probs
     from umed_plugin.training.objective import ObjectiveSettings, PolicyTensors, grpo_objective
 
     work.model.train()
     work.model.zero_grad()
-    passed = answer_log_probs(logits_of(work, side), work.answers)
+    answers = answer_log_probs(logits_of(work, side), work.answers)
     advantages = torch.linspace(-1, 1, len(old), device=old.device)[:, None].expand_as(old)
     mask = work.answers.mask
     settings = ObjectiveSettings(clip_range=0.2)
-    policy = PolicyTensors(passed.log_probs, old, old, passed.entropy)
+    policy = PolicyTensors(answers.log_probs, old, old, answers.entropy)
     loss, _ = grpo_objective(policy, advantages, mask, settings, kl_coef=0.04)
     loss.backward()
     return loss
@@ -220,7 +218,7 @@ def update(work: Work, side: str, old: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_with_relevance(work: Work, how: str) -> Any:
-    """The packed side's scoring pass: with attention of 4 tokens of each answer by hooks, with all returned, or with none."""
+    """The packed side's scoring pass: attention of 4 tokens of each answer by hooks, all attention returned, or none."""
     from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
     from umed_plugin.model.forward import answer_pass, base_llava
 
@@ -241,7 +239,7 @@ def score_with_relevance(work: Work, how: str) -> Any:
 
 
 def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
-    """Seconds of every phase and side, in runs that take turns."""
+    """Seconds of every phase and side, run in turns."""
     from rich.progress import track
 
     old = score(work, "packed")
@@ -258,14 +256,14 @@ def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
             times["vision relevance"][how].append(seconds(lambda how=how: score_with_relevance(work, how)))
     for side in SIDES:
         sampling, scoring, updating = (times[phase][side] for phase in PHASES[:3])
-        # Policy and reference are scored.
+        # Both policy and reference are scored.
         times["scoring + update"][side] = [add(s, s, u) for s, u in zip(scoring, updating)]
         times["whole step"][side] = [add(a, b) for a, b in zip(sampling, times["scoring + update"][side])]
     return times
 
 
 def measure_memory(work: Work, what: str) -> int:
-    """Peak bytes of a step's side or of a scoring pass, above the loaded model."""
+    """Peak bytes of one side of a step, or of a scoring pass, above the loaded model."""
 
     def run() -> None:
         torch.set_num_threads(work.options.threads)
@@ -279,15 +277,15 @@ def measure_memory(work: Work, what: str) -> int:
 
 
 def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict[str, int]) -> dict[str, Any]:
-    """All figures: medians of seconds, medians of ratios, bytes."""
+    """All results: medians of seconds, medians of ratios, bytes."""
     options = work.options
     prefix = (options.image_size // 14) ** 2 + options.prompt_tokens
     k, steps = options.candidates, options.answer_tokens
     relevance = {}
-    for how, taken in times["vision relevance"].items():
-        compared = ratios(taken, times["vision relevance"]["without"])
+    for how, durations in times["vision relevance"].items():
+        compared = ratios(durations, times["vision relevance"]["without"])
         relevance[how] = {
-            "s": statistics.median(wall for wall, _ in taken),
+            "s": statistics.median(wall for wall, _ in durations),
             "time_ratio": compared["ratio"],
             "processor_ratio": compared["processor_ratio"],
             "bytes": memory[how],
@@ -305,29 +303,29 @@ def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict
     }
 
 
-def show(figures: dict[str, Any]) -> None:
+def show(results: dict[str, Any]) -> None:
     """Print the tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else 120)
-    limit = figures["token_limit"]
+    limit = results["token_limit"]
     head = ("plain", "packed", "ratio", "of limit", "lowest - highest", "processor time")
-    table = Table("", *head, title=f"a step of stage 2, {figures['stack']}")
-    for phase, row in figures["phases"].items():
+    table = Table("", *head, title=f"a step of stage 2, {results['stack']}")
+    for phase, row in results["phases"].items():
         spread = " - ".join(f"{ratio:.1f}" for ratio in row["ratio_range"])
         medians = f"{row['slow_s']:.2f} s", f"{row['fast_s']:.2f} s", f"{row['ratio']:.2f}x"
         table.add_row(phase, *medians, f"{row['ratio'] / limit:.0%}", spread, f"{row['processor_ratio']:.2f}x")
-    plain, packed = (figures["step_bytes"][side] / 2**20 for side in SIDES)
+    plain, packed = (results["step_bytes"][side] / 2**20 for side in SIDES)
     table.add_row("peak memory", f"{plain:.0f} MiB", f"{packed:.0f} MiB", f"{plain / packed:.2f}x", "", "", "")
     console.print(table)
     console.print(
-        f"The count of tokens alone allows {limit:.2f}x; the logits of the prompt, which packing leaves out, more. The "
-        f"log-probabilities of both sides differ by {figures['same_log_probs']:.0e} at most."
+        f"The number of tokens alone allows {limit:.2f}x. Packing also skips the prompt's logits, which allows more. The "
+        f"log-probabilities of both sides differ by at most {results['same_log_probs']:.0e}."
     )
     head = ("time", "", "processor time", "peak memory", "")
     table = Table("", *head, title="vision relevance in a scoring pass")
-    for how, row in figures["vision_relevance"].items():
+    for how, row in results["vision_relevance"].items():
         names = ("time_ratio", "processor_ratio", "memory_ratio")
         wall, processor, memory = ("" if how == "without" else f"{row[name] - 1:+.1%}" for name in names)
         table.add_row(how, f"{row['s']:.2f} s", wall, processor, f"{row['bytes'] / 2**20:.0f} MiB", memory)
@@ -342,10 +340,10 @@ def main(argv: list[str] | None = None) -> None:
     memory = {what: measure_memory(work, what) for what in (*SIDES, *RELEVANCE[options.attention])}
     torch.set_num_threads(options.threads)
     times = measure_times(work)
-    figures = summary(work, times, memory)
-    show(figures)
+    results = summary(work, times, memory)
+    show(results)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""An optimizer step of stage 2 beside one of TRL's own ``GRPOTrainer`` (TRL 1.x, transformers 5), in one run.
+"""An optimizer step of stage 2 compared with one of TRL's own ``GRPOTrainer`` (TRL 1.x, transformers 5), in one run.
 
-Both train the same random weights: ours with the trainer that LLaVA's ``train()`` makes under ``umed-run``, TRL's with
-``LlavaForConditionalGeneration`` by ``umed convert``. Both get the same images and questions, sample K answers of exactly T
-tokens for each at temperature 1, score them by the plugin's rewards ``relevance`` and ``localization``, keep a KL to the
-reference, and make one AdamW step; float32, the same attention, threads, LoRA layers and gradient checkpointing. A step runs from
-fetching its batch to the new weights, and the two sides take turns.
+Both train the same random weights: ours with the trainer that LLaVA's ``train()`` creates under ``umed-run``, TRL's with
+``LlavaForConditionalGeneration`` from ``umed convert``. Both get the same images and questions, and sample K answers of exactly T
+tokens for each at temperature 1. Both score them with the plugin's rewards ``relevance`` and ``localization``, keep a KL to the
+reference, and make one AdamW step. Both use float32, the same attention, threads, LoRA layers and gradient checkpointing. A step
+runs from fetching its batch to the new weights, and the two sides run in turns.
 
-What differs: ours encodes each image once and computes each prompt once, TRL once for each answer. With LoRA ours trains the
-projector too, as LLaVA does. TRL samples by ``generate``, and not by vLLM, which needs a GPU. For the policy's log-probabilities
-both take the update's own pass; with vision relevance, which TRL has no counterpart of, ours would have one before it.
+Differences: ours encodes each image once and computes each prompt once, TRL once per answer. With LoRA, ours also trains the
+projector, as LLaVA does. TRL samples with ``generate``, not with vLLM, which needs a GPU. For the policy's log-probabilities both
+use the update's own pass. With vision relevance, which TRL does not have, ours would need one more pass before it.
 
     python benchmarks/trl_step.py
     python benchmarks/trl_step.py --tuning full --gradient-checkpointing 0 --json trl.json
@@ -33,28 +33,28 @@ KL, LEARNING_RATE, LORA_RANK = 0.04, 1e-6, 16
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line; the defaults are the shape that the project's target is stated for."""
+    """The command line. The project's target is stated for the default sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag, default, text in (
         ("layers", 8, "of the language model"),
         ("width", 512, "of the language model, a multiple of 64"),
         ("image-size", 336, "pixels; patches have 14"),
-        ("prompt-tokens", 64, "of text, template and BOS among them"),
+        ("prompt-tokens", 64, "of text, including template and BOS"),
         ("answer-tokens", 100, "T"),
-        ("candidates", 8, "K answers to each question"),
-        ("questions", 2, "in a step"),
-        ("repetitions", 3, "turns of each side"),
+        ("candidates", 8, "K answers per question"),
+        ("questions", 2, "per step"),
+        ("repetitions", 3, "turns per side"),
         ("threads", 2, "of both sides"),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--tuning", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient-checkpointing", type=int, choices=(0, 1), default=1)
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args(argv)
 
 
 def make_checkpoint(folder: Path, options: argparse.Namespace) -> Path:
-    """A checkpoint in LLaVA's layout with random weights; with the default sizes it has 30 million, 25 of them in the layers."""
+    """A checkpoint in LLaVA's layout with random weights: 30 million with the default sizes, 25 of them in the layers."""
     import torch
     from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
     from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
@@ -80,7 +80,7 @@ def make_checkpoint(folder: Path, options: argparse.Namespace) -> Path:
 
 
 def make_records(folder: Path, checkpoint: Path, options: argparse.Namespace) -> Path:
-    """Questions about images of noise whose prompts have exactly the wanted number of tokens; the JSON of the records."""
+    """Questions about noise images whose prompts have exactly ``--prompt-tokens`` tokens; returns the records' JSON file."""
     import numpy as np
     from PIL import Image
     from transformers import LlamaTokenizer
@@ -92,9 +92,9 @@ def make_records(folder: Path, checkpoint: Path, options: argparse.Namespace) ->
     for _ in range(options.prompt_tokens):
         if len(prompt_ids(question, "mistral_instruct", tokenizer, None)) - 1 < options.prompt_tokens:
             question += " abnormality"
-    found = len(prompt_ids(question, "mistral_instruct", tokenizer, None)) - 1
-    if found != options.prompt_tokens:
-        raise SystemExit(f"the shortest prompt has {found} tokens; --prompt-tokens must be as many at least")
+    length = len(prompt_ids(question, "mistral_instruct", tokenizer, None)) - 1
+    if length != options.prompt_tokens:
+        raise SystemExit(f"the shortest prompt has {length} tokens; --prompt-tokens must be at least that")
     records = []
     for index in range(2 * options.questions):
         pixels = np.random.default_rng(index).integers(0, 255, (options.image_size, options.image_size, 3), np.uint8)
@@ -119,7 +119,7 @@ def make_records(folder: Path, checkpoint: Path, options: argparse.Namespace) ->
 
 
 def our_trainer(checkpoint: Path, records: Path, options: argparse.Namespace) -> Any:
-    """The trainer that LLaVA's ``train()`` makes for stage 2, before it trains."""
+    """The trainer that LLaVA's ``train()`` creates for stage 2, before it trains."""
     from llava.train import train as llava_train
 
     from umed_plugin.training.trainer import RewardingTrainer
@@ -135,14 +135,14 @@ def our_trainer(checkpoint: Path, records: Path, options: argparse.Namespace) ->
         --lora_enable {options.tuning == "lora"} --lora_r {LORA_RANK} --use_cpu True --dataloader_num_workers 0
         --report_to none --logging_steps 1 --save_strategy no --disable_tqdm True
     """
-    made: list[Any] = []
-    stock, RewardingTrainer.train = RewardingTrainer.train, lambda self, **_: made.append(self)
+    created: list[Any] = []
+    stock, RewardingTrainer.train = RewardingTrainer.train, lambda self, **_: created.append(self)
     sys.argv = ["train_mem.py", *flags.split()]
     try:
         llava_train.train()
     finally:
         RewardingTrainer.train = stock
-    return made[0]
+    return created[0]
 
 
 def trl_trainer(checkpoint: Path, records: Path, attention: str, options: argparse.Namespace) -> Any:
@@ -201,24 +201,24 @@ def never_end(model: Any, eos_token_id: int) -> None:
 
 
 def timed(trainer: Any) -> list[Seconds]:
-    """The list that the seconds of this trainer's steps will be written to."""
+    """A list to which each step of this trainer will append its time."""
     from transformers import TrainerCallback
 
-    taken: list[Seconds] = []
+    durations: list[Seconds] = []
 
     class Clock(TrainerCallback):
         def on_epoch_begin(self, *_unused: Any, **_more: Any) -> None:
             self.start = now()
 
         def on_step_end(self, *_unused: Any, **_more: Any) -> None:
-            taken.append(since(self.start))
+            durations.append(since(self.start))
 
     trainer.add_callback(Clock())
-    return taken
+    return durations
 
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """All results."""
     import torch
 
     from umed_plugin.model.forward import base_llava
@@ -237,11 +237,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     (our_log, *_), (trl_log, *_) = ours.state.log_history, theirs.state.log_history
     patches = (options.image_size // 14) ** 2
     tokens = options.questions * options.candidates * (patches + options.prompt_tokens + options.answer_tokens)
-    found = our_log["answer_tokens"], trl_log["completions/mean_length"], trl_log["num_tokens"]
-    if found != (options.answer_tokens, options.answer_tokens, tokens):
+    counted = our_log["answer_tokens"], trl_log["completions/mean_length"], trl_log["num_tokens"]
+    if counted != (options.answer_tokens, options.answer_tokens, tokens):
         raise SystemExit(
-            f"answers of {found[0]} and {found[1]} tokens, {found[2]} tokens in a step of TRL; wanted are answers of "
-            f"{options.answer_tokens} and {tokens}"
+            f"answers have {counted[0]} and {counted[1]} tokens, and TRL's step has {counted[2]}; expected: answers of "
+            f"{options.answer_tokens} and a step of {tokens}"
         )
     return {
         "options": {name: value for name, value in vars(options).items() if name != "json"},
@@ -255,18 +255,18 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def show(figures: dict[str, Any]) -> None:
-    """Print the figures."""
-    options = figures["options"]
+def show(results: dict[str, Any]) -> None:
+    """Print the results."""
+    options = results["options"]
     k, tokens = options["candidates"], options["answer_tokens"]
     print(
-        f"{figures['stack']}; {figures['parameters'] / 1e6:.1f} M parameters, {options['tuning']} tuning, {figures['attention']} "
-        f"attention, float32, {figures['threads']} threads, gradient checkpointing {options['gradient_checkpointing']}\n"
+        f"{results['stack']}; {results['parameters'] / 1e6:.1f} M parameters, {options['tuning']} tuning, {results['attention']} "
+        f"attention, float32, {results['threads']} threads, gradient checkpointing {options['gradient_checkpointing']}\n"
         f"a step: {options['questions']} questions, K = {k} answers of {tokens} tokens to each, prompts of "
-        f"{figures['prompt_tokens']} tokens\n"
-        f"TRL's GRPOTrainer {figures['slow_s']:.2f} s, ours {figures['fast_s']:.2f} s: {figures['ratio']:.2f} times faster "
-        f"(of {options['repetitions']} turns {figures['ratio_range'][0]:.2f} - {figures['ratio_range'][1]:.2f}; in processor "
-        f"time {figures['processor_ratio']:.2f})"
+        f"{results['prompt_tokens']} tokens\n"
+        f"TRL's GRPOTrainer {results['slow_s']:.2f} s, ours {results['fast_s']:.2f} s: {results['ratio']:.2f} times faster "
+        f"(of {options['repetitions']} turns {results['ratio_range'][0]:.2f} - {results['ratio_range'][1]:.2f}; in processor "
+        f"time {results['processor_ratio']:.2f})"
     )
 
 
@@ -288,10 +288,10 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="umed-") as temporary, _patched():
-        figures = measure(Path(temporary), options)
-    show(figures)
+        results = measure(Path(temporary), options)
+    show(results)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""TRL's ``GRPOTrainer`` with this plugin's rewards, on a checkpoint in transformers' form.
+"""TRL's ``GRPOTrainer`` with this plugin's rewards, on a checkpoint in transformers' format.
 
     umed convert checkpoints/llava-mistral-stage1 --template umed_mistral --out checkpoints/stage1-hf
     python examples/trl_grpo.py checkpoints/stage1-hf train.json --image-folder images --out checkpoints/trl-hf
     umed convert checkpoints/trl-hf --out checkpoints/llava-mistral-trl
 
-Needs TRL 1.x and transformers 5. The plugin's own stage 2 (``umed-run``) does the same on LLaVA's layout, with less computing.
+Needs TRL 1.x and transformers 5. The plugin's own stage 2 (``umed-run``) does the same on LLaVA's layout, and computes less.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--image-folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--candidates", type=int, default=8, help="answers to each question")
-    parser.add_argument("--questions", type=int, default=4, help="in a step")
+    parser.add_argument("--candidates", type=int, default=8, help="K answers per question")
+    parser.add_argument("--questions", type=int, default=4, help="questions per step")
     parser.add_argument("--answer-tokens", type=int, default=104)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
     args = parser.parse_args()
@@ -62,7 +62,7 @@ def main() -> None:
     trainer.train()
     trainer.save_model(str(args.out))
     processor.save_pretrained(args.out)
-    shutil.copy2(args.checkpoint / "tokenizer.model", args.out)  # transformers 5 leaves it out; LLaVA reads it
+    shutil.copy2(args.checkpoint / "tokenizer.model", args.out)  # transformers 5 does not save it, but LLaVA reads it
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_two_processes_give_the_same_numbers_without_a_cache_with_an_empty_and_w
         assert run.returncode == 0, run.stderr[-3000:]
         if more:
             there = "9 of 9" if name == "full" else "0 of 9"
-            assert run.stdout.count(f"{there} images are there; 9 images x 64 patches") == 1
+            assert run.stdout.count(f"{there} images are cached; 9 images x 64 patches") == 1
     expected, candidates, _ = history(tmp_path / "none")
     assert len(expected) == 6 and all(line["loss"] for line in expected)
     for name, hits in {"empty": [0, 0, 1, 1, 1], "full": [1] * 5}.items():

@@ -116,7 +116,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     run = reward(checkpoint, records, resumed, *cached, "--umed_log_candidates", "1")
     assert run.returncode == 0, run.stderr[-3000:]
     assert (resumed / "checkpoint-6").is_dir() and not list(resumed.glob("tmp-*"))
-    assert not in_a_write or "8 of 9 images are there" in run.stdout
+    assert not in_a_write or "8 of 9 images are cached" in run.stdout
     assert "sample the rollout anew" not in run.stdout + run.stderr
 
     assert sampled(resumed).keys() <= groups.keys()

@@ -6,8 +6,8 @@ They are shown to people, and vision relevance is their share on the lesion. A h
 - ``grid``: [rows, columns] of patches; ``values``: base64 of one byte per patch, row by row, 255 for ``peak``, the largest share
   of the attention on the image that a patch gets.
 - ``covers``: part of the square's side that the patches cover, from its upper left corner.
-- ``of_true_name``: whether the tokens name an abnormality that is there. An answer that names only others gets a heat map too: it
-  shows where the answer went wrong.
+- ``of_true_name``: whether the tokens name an abnormality that is present. An answer that names only others gets a heat map too,
+  which shows where the answer went wrong.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ class ExperienceMaker:
         prompts = embed_prompts(policy, inputs["prompt_ids"], features)
         candidates = generate(policy, prompts, self.sampling)
 
-        # From here on, rewards that wait for a server wait beside the passes of policy and reference.
+        # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, inputs["records"])
         start_rewards(self.rewards, questions, texts, **columns)
         attention, outputs = self._score_policy(policy, prompts, candidates, inputs["records"], columns["record"])

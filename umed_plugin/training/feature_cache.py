@@ -154,8 +154,8 @@ class FeatureCache:
             UmedError: the free space is less than the missing features need.
         """
         wanted = {name for name in names if name is not None}
-        there = sum(self.file_of(name).is_file() for name in wanted)
-        needed = (len(wanted) - there) * (self.shape.bytes + _OVERHEAD)
+        cached = sum(self.file_of(name).is_file() for name in wanted)
+        needed = (len(wanted) - cached) * (self.shape.bytes + _OVERHEAD)
         free = shutil.disk_usage(self.folder).free
         size = (
             f"{len(wanted)} images x {self.shape.patches} patches x {self.shape.width} x {self.shape.dtype} = "
@@ -163,13 +163,13 @@ class FeatureCache:
         )
         if needed > free:
             raise UmedError(
-                f"--umed_feature_cache {self.folder.parent}: the features of {size}, {len(wanted) - there} of them still to be "
+                f"--umed_feature_cache {self.folder.parent}: the features of {size}, {len(wanted) - cached} of them still to be "
                 f"written ({_readable(needed)}), but only {_readable(free)} are free on the disk. Choose a folder on another "
                 f"disk, free some space, or omit the flag."
             )
         others = sum(other.is_dir() for other in self.folder.parent.iterdir()) - 1
-        left = f" Beside it, folders of other towers or preprocessing: {others}." if others else ""
-        return f"feature cache {self.folder}: {there} of {len(wanted)} images are there; {size} in all.{left}"
+        left = f" Other towers or preprocessing have {others} more folders beside it." if others else ""
+        return f"feature cache {self.folder}: {cached} of {len(wanted)} images are cached; {size} in all.{left}"
 
     def read(self, name: str) -> Tensor | None:
         """[P, D] features, or None if there are none, or if they are damaged (which is reported)."""

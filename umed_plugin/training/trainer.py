@@ -177,7 +177,7 @@ class RewardingTrainer(LLaVATrainer):
             entropy_gradient=self.settings.entropy_coef != 0,
         )
 
-        # In the first update of a rollout the policy is still the one that sampled: this pass gives the old log-probabilities.
+        # With a single update per rollout, the policy is still the one that sampled: this pass gives the old log-probabilities.
         old_log_probs = samples.log_probs
         if old_log_probs is None:
             old_log_probs = answers.log_probs.detach()

@@ -53,17 +53,17 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
         records += _recipe_records(data_args, training_args, split)
     if data_args.data_path is not None:
         records += _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
-    kept = [record for record in records if record.get("split", "train") == split]
-    if len(kept) < len(records) and split == "train":
-        others = len(records) - len(kept)
+    of_split = [record for record in records if record.get("split", "train") == split]
+    if len(of_split) < len(records) and split == "train":
+        others = len(records) - len(of_split)
         note(f"{others} records of other splits (val, test) are left out of training.")
-    if not kept:
+    if not of_split:
         raise UmedError(f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}.")
-    _check_aspect_ratio(kept, data_args.image_aspect_ratio)
+    _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
     if data_args.image_folder is None:
         # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
         data_args.image_folder = os.curdir
-    return kept
+    return of_split
 
 
 def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
@@ -139,11 +139,11 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
 
 def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
     """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
-    found = read_annotations(recipe, data_root)
-    digest = hashlib.sha256(repr((found.faults.messages, found.missing)).encode())
-    for item in found.items:
+    annotations = read_annotations(recipe, data_root)
+    digest = hashlib.sha256(repr((annotations.faults.messages, annotations.missing)).encode())
+    for item in annotations.items:
         digest.update(repr((item, file_states(item.image))).encode())
-    return {"data_root": str(found.root), "data_sha256": digest.hexdigest()}
+    return {"data_root": str(annotations.root), "data_sha256": digest.hexdigest()}
 
 
 @contextmanager
