@@ -28,10 +28,12 @@ from typing import Any
 
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
 from umed_plugin.commands.processes import Steps
-from umed_plugin.evaluation.grounded import mean_interval
+from umed_plugin.evaluation.metrics.metric import Row as ScoredStudy
+from umed_plugin.evaluation.metrics.metric import mean_interval
+from umed_plugin.evaluation.results import Evaluation
 
 EARLY = "early"
-SHOWN = {"accuracy": "accuracy", "mean IoU": "set_iou", "vision relevance": "vision_relevance"}
+SHOWN = {"accuracy": "accuracy", "mean IoU": "mean_iou", "vision relevance": "vision_relevance"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class SeedRun:
         words = [str(word) for word in command]
         self._once(f"evaluation-{name}", lambda: subprocess.run(words, check=True, env=environment(), stdout=DEVNULL))
 
-    def cases(self, name: str) -> list[dict[str, Any]]:
+    def cases(self, name: str) -> list[ScoredStudy]:
         """The evaluated studies of a checkpoint, in the order of the records."""
         return read_cases(self.folder, name)
 
@@ -110,10 +112,9 @@ class SeedRun:
         (self._times / name).write_text(str(time.monotonic() - began))
 
 
-def read_cases(folder: Path, name: str) -> list[dict[str, Any]]:
+def read_cases(folder: Path, name: str) -> list[ScoredStudy]:
     """The studies of ``evaluation/NAME`` in a demo's folder, in the order of the records."""
-    lines = (folder / "evaluation" / name / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return Evaluation.load(folder / "evaluation" / name).rows()
 
 
 def folder_name(row_name: str) -> str:
@@ -183,9 +184,9 @@ def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[st
     return figures
 
 
-def values_of(cases: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Accuracy counts all studies, the others those with a lesion, as `umed evaluate` has it."""
-    return [case[key] for case in cases if key == "accuracy" or case["true_boxes"]]
+def values_of(cases: Sequence[ScoredStudy], key: str) -> list[float]:
+    """A metric of the studies that have it: accuracy of all, the others of those with a lesion, as in `umed evaluate`."""
+    return [case.values[key] for case in cases if key in case.values]
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:

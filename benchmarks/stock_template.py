@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.data.records import load_records, record_geometry
+from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.scoring import score_answer
 
 CHUNKS = 2  # one process a core
@@ -55,7 +56,7 @@ def ask_stock_llava(checkpoint: Path, data: Path, records: list[dict[str, Any]],
 
 
 def score(records: list[dict[str, Any]], answers: dict[str, str]) -> dict[str, float]:
-    """Mean IoU over the studies with a lesion and accuracy over all, as `umed_plugin.evaluation.grounded` defines them."""
+    """Mean IoU over the studies with a lesion and accuracy over all, as `umed evaluate` defines them."""
     scores = [score_answer(answers[record["id"]], record, record_geometry(record)) for record in records]
     with_lesion = [one.set_iou for one in scores if one.n_true]
     return {
@@ -65,15 +66,15 @@ def score(records: list[dict[str, Any]], answers: dict[str, str]) -> dict[str, f
 
 
 def main(demo: Path) -> None:
-    """Print both figures and their difference."""
+    """Print both metrics and their difference."""
     demo = demo.resolve()
     data, checkpoint = demo / "data", demo / "checkpoint" / "llava-mistral-umed"
     records = [record for record in load_records(data / "records.json") if record["split"] == "test"]
-    with_plugin = json.loads((demo / "evaluation" / "rewarding" / "evaluation.json").read_text())
+    with_plugin = Evaluation.load(demo / "evaluation" / "rewarding").metrics
     stock = score(records, ask_stock_llava(checkpoint, data, records, demo / "stock"))
     for name, value in stock.items():
-        difference = value - with_plugin[name]
-        print(f"{name}: plugin {with_plugin[name]:.3f}, stock LLaVA {value:.3f}, difference {difference:+.3f}")
+        ours = with_plugin[name]["value"]
+        print(f"{name}: plugin {ours:.3f}, stock LLaVA {value:.3f}, difference {value - ours:+.3f}")
 
 
 if __name__ == "__main__":

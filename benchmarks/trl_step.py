@@ -85,7 +85,7 @@ def make_records(folder: Path, checkpoint: Path, options: argparse.Namespace) ->
     from PIL import Image
     from transformers import LlamaTokenizer
 
-    from umed_plugin.evaluation.grounded import prompt_ids
+    from umed_plugin.model.answerer import prompt_ids
 
     tokenizer = LlamaTokenizer.from_pretrained(checkpoint)
     question = "abnormality"  # one token of the checkpoint's tokenizer

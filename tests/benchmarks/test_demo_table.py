@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import demo_table
 
-from umed_plugin.evaluation.grounded import mean_interval
-
-LESION, NONE = [[0, 0, 8, 8]], []
+from umed_plugin.evaluation.metrics.metric import mean_interval
+from umed_plugin.evaluation.results import Evaluation, Prediction
 
 
 def demo_folder(folder, ious_before, ious_after):
     """What `umed demo` writes, of four studies of which the last has no lesion; accuracy is 1 but 0.75 after stage 2."""
-    boxes = [LESION, LESION, LESION, NONE]
     stages = {"base": [0.0] * 4, "instruction_tuning": ious_before, "rewarding": ious_after}
     for stage, ious in stages.items():
         first_is_right = float(stage != "rewarding")
-        studies = [
-            {"set_iou": iou, "accuracy": 1.0 if number else first_is_right, "true_boxes": true}
-            for number, (iou, true) in enumerate(zip(ious, boxes))
-        ]
-        (folder / "evaluation" / stage).mkdir(parents=True)
-        lines = "\n".join(json.dumps(study) for study in studies)
-        (folder / "evaluation" / stage / "predictions.jsonl").write_text(lines)
+        studies = []
+        for number, iou in enumerate(ious):
+            values = {"accuracy": 1.0 if number else first_is_right, **({"mean_iou": iou} if number < 3 else {})}
+            studies.append(Prediction(str(number), "", "", "", "", values, str(number), groups={"source": ""}))
+        Evaluation("recipe", stage, "umed_mistral", studies, {}).save(folder / "evaluation" / stage)
     return folder
 
 

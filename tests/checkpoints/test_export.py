@@ -16,7 +16,8 @@ from support.umed_runs import python_of_llavas_pins
 from umed_plugin.checkpoints.loading import TOWER
 from umed_plugin.checkpoints.merging import export, merge
 from umed_plugin.errors import UsageError
-from umed_plugin.evaluation.grounded import evaluate
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
 from umed_plugin.patches import tower_layout
 
 
@@ -86,7 +87,8 @@ def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path)
     if python is None:
         pytest.skip("LLaVA runs as it is on its pins alone: UMED_OTHER_PYTHON names a Python that has them")
     checkpoint, images, records = exported
-    ours = evaluate(checkpoint, records, image_folder=images, template="mistral_instruct", max_new_tokens=200)
+    settings = EvaluationSettings(template="mistral_instruct", max_new_tokens=200)
+    ours = evaluate(checkpoint, RECIPE, record_questions(records, images), settings)
     lines = [{"question_id": r["id"], "image": r["image"], "text": QUESTION} for r in records]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = {
@@ -105,5 +107,5 @@ def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path)
     )
     assert done.returncode == 0, done.stderr[-3000:]
     stock = [json.loads(line)["text"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert stock == [case.answer for case in ours.cases]
+    assert stock == [prediction.answer for prediction in ours.predictions]
     assert stock == list(ANSWERS), "the model has learnt its three answers, so the comparison says something"

@@ -21,7 +21,7 @@ from umed_plugin.commands.report.pictures import see
 from umed_plugin.commands.report.run_folder import Training, read_run
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.grounded import Case
+from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
 from umed_plugin.model.heat_map import decode_heat_map
 
 PREDICTIONS = "evaluation/base/predictions.jsonl"
@@ -60,7 +60,7 @@ def test_the_report_has_table_curves_studies_and_candidates(run):
     assert data["candidates"][0]["terms"] == ["relevance", "localization"]
     assert data["candidates"][0]["rows"][2]["terms"] == [None, 0.0]
     summary = json.loads((run / "evaluation" / "rewarding" / "evaluation.json").read_text())
-    assert f"<b>{summary['mean_iou']:.3f}</b>" in page
+    assert f"<b>{summary['metrics']['mean_iou']['value']:.3f}</b>" in page
 
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
@@ -86,7 +86,7 @@ def test_boxes_lie_on_the_lesions_of_dicom_nifti_and_png_as_the_model_sees_them(
 
 def test_what_is_hostile_stays_text_in_the_file(run):
     def change(_number, line):
-        line.update(answer=HOSTILE, id=HOSTILE + line["id"], source=HOSTILE)
+        line.update(answer=HOSTILE, id=HOSTILE + line["id"], groups={"source": HOSTILE})
 
     for stage in ("base", "instruction_tuning", "rewarding"):
         change_predictions(run, stage, change)
@@ -130,7 +130,7 @@ def test_the_folder_of_one_training_gives_its_curves(run):
     assert data_of(page)["studies"] == [] and 'id="results"' not in page
 
 
-def test_figures_that_are_no_numbers_are_gaps(run):
+def test_metrics_that_are_not_numbers_are_gaps(run):
     log = [{"step": 1, "loss": math.inf, "kl": 0.1}, {"step": 2, "loss": 2.0, "kl": 0.2}, {"step": 3, "loss": math.nan}]
     groups = charts_of(Training("t", None, log, 3, 3))
     assert list(groups) == ["Loss", "KL and policy"]
@@ -166,14 +166,14 @@ def test_images_of_a_run_that_was_moved_are_found(finished, tmp_path):
 def test_stages_that_were_asked_other_studies_are_not_compared(run):
     change_predictions(run, "rewarding", lambda number, line: line.update(id=f"other-{number}"))
     page = write_report(run).read_text()
-    assert "were not asked about the same studies" in page and "stage 1 − base" in page
+    assert "were not asked the same questions" in page and "stage 1 − base" in page
     assert "stage 2 − stage 1" not in page
     assert [answer is None for answer in data_of(page)["studies"][0]["answers"]] == [False, False, True]
 
 
 def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(run):
     evaluations = read_run(run).evaluations
-    evaluations["rewarding"].metrics["figures"]["open_recall"] = {"value": 0.25, "ci95": [0.125, 0.5], "n": 8}
+    evaluations["rewarding"].metrics["open_recall"] = {"value": 0.25, "ci95": [0.125, 0.5], "n": 8}
     table, notes = metrics_table(evaluations)
     assert notes == [] and table["heads"][-1] == "stage 2 − base"
     by_title = {row["title"]: row["cells"] for row in table["rows"] + table["more"]}
@@ -190,8 +190,8 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
     ("break_it", "said"),
     [
         (lambda run: (run / "evaluation/base/evaluation.json").write_text("{"), "evaluation.json: is not JSON"),
-        (lambda run: (run / PREDICTIONS).write_text('{"id": "a"}\n'), "predictions.jsonl:1: has no accuracy, answer"),
-        (lambda run: (run / PREDICTIONS).unlink(), "holds no answers"),
+        (lambda run: (run / PREDICTIONS).write_text('{"id": "a"}\n'), "predictions.jsonl:1: has no answer, cluster"),
+        (lambda run: (run / PREDICTIONS).unlink(), "no finished evaluation"),
         (lambda run: (run / "runs/tuned-llava-mistral/trainer_state.json").write_text("[]"), "holds a list"),
         (lambda run: (run / CANDIDATES).write_text("{\n{}\n"), "candidates.jsonl:1: is not JSON"),
     ],
@@ -235,7 +235,7 @@ def test_the_picture_takes_studies_at_even_ranks_and_needs_two_stages(run):
 
 def test_heat_is_what_was_put_in(finished):
     evaluation = read_run(finished[0]).evaluations["rewarding"]
-    found = next(one for one in evaluation.cases if one.heat is not None)
+    found = next(one for one in cases_of(evaluation) if one.heat is not None)
     shares = decode_heat_map(found.heat)
     assert shares.shape == (8, 8) and shares.sum() == pytest.approx(1, abs=0.05)
     with pytest.raises(UmedError, match="64 values for a grid of 4 x 4"):

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 
 import pytest
 from support.browser import Page
-from support.report_runs import HOSTILE, SHIFTS, answered, change_predictions, make_records, write_log, write_run
+from support.report_runs import (
+    HOSTILE,
+    SHIFTS,
+    change_predictions,
+    make_records,
+    write_evaluation,
+    write_log,
+    write_run,
+)
 
 from umed_plugin.commands.report.page import write_report
-from umed_plugin.evaluation.grounded import Evaluation, metrics
 
 CARDS = "[...document.querySelectorAll('#studies-list .card')]"
 # Contrast of every text with the ground behind it (WCAG 2: 4.5 for text); what is disabled need not have it.
@@ -253,7 +259,7 @@ def test_hostile_texts_are_shown_and_do_nothing(run, page, tmp_path):
     hostile = shutil.copytree(run, tmp_path / "run")
     for stage in SHIFTS:
         change_predictions(
-            hostile, stage, lambda _n, line: line.update(answer=HOSTILE, source=HOSTILE, question=HOSTILE)
+            hostile, stage, lambda _n, line: line.update(answer=HOSTILE, groups={"source": HOSTILE}, question=HOSTILE)
         )
     write_log(hostile / "runs" / "tuned-llava-mistral", "instruction_tuning", [{HOSTILE: 1.0, "loss": 1.0}] * 3)
     page.open(write_report(hostile))
@@ -267,9 +273,7 @@ def test_hostile_texts_are_shown_and_do_nothing(run, page, tmp_path):
 def test_500_studies_open_fast(tmp_path, page):
     records = make_records(tmp_path / "run" / "data", 500)
     for stage in SHIFTS:
-        rng = random.Random(0)
-        answers = [answered(record, stage, rng) for record in records]
-        Evaluation(stage, "umed_mistral", answers, metrics(answers)).save(tmp_path / "run" / "evaluation" / stage)
+        write_evaluation(tmp_path / "run", stage, records)
     file = write_report(tmp_path / "run")
     assert file.stat().st_size < 15e6
     began = time.monotonic()

@@ -17,7 +17,7 @@ from umed_plugin.data.build import build_records
 from umed_plugin.data.images import load_image, slice_count
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-from umed_plugin.evaluation.runs import chosen_questions
+from umed_plugin.evaluation.questions import chosen_questions
 
 
 def brain_tumors(root: Path, work: Path) -> None:

@@ -1,4 +1,4 @@
-"""PMC-VQA, MedMNIST, OmniMedVQA, MedVH and Med-GRIT: files in their published forms, figures by hand, and the whole way once."""
+"""PMC-VQA, MedMNIST, OmniMedVQA, MedVH and Med-GRIT: files in their published forms, metrics by hand, and the whole way once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from support.benchmark_runs import command, figures_of, lines, picture
+from support.benchmark_runs import command, lines, metrics_of, picture
 
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.benchmarks.medvh import split_choices
-from umed_plugin.evaluation.runs import chosen_questions
+from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
 
@@ -49,7 +49,7 @@ def test_pmc_vqa_by_hand(tmp_path, column):
     assert [question.truth for question in questions] == ["MRI", "MRI", "heart", "heart"]
     assert questions[0].text == "Question: What is shown? Choices: A: CT B: MRI C: X-ray D: Ultrasound The Answer is:"
     assert questions[1].text == "Question: What is shown? The Answer is:"
-    found = figures_of("pmc_vqa", questions, ["B", "An MRI scan", "A: liver", "the heart"])
+    found = metrics_of("pmc_vqa", questions, ["B", "An MRI scan", "A: liver", "the heart"])
     assert found["choice_accuracy"] == 0.5 and found["blank_accuracy"] == 1
     # 2 of 5 words are right; no brevity penalty, as the answers are longer.
     assert found["blank_bleu_1"] == pytest.approx(2 / 5)
@@ -58,7 +58,7 @@ def test_pmc_vqa_by_hand(tmp_path, column):
 def test_a_pmc_answer_that_is_no_choice_is_named(tmp_path):
     folder = pmc(tmp_path / "pmc")
     (folder / "test.csv").write_text((folder / "test.csv").read_text().replace(",B,B", ",x-ray of a hand,"))
-    with pytest.raises(UmedError, match=r"test.csv, line 2: the answer 'x-ray of a hand' is none of the choices"):
+    with pytest.raises(UmedError, match=r"test.csv, line 2: the answer 'x-ray of a hand' is not one of the choices"):
         questions_of("pmc_vqa", folder)
 
 
@@ -93,7 +93,7 @@ def test_medmnist_by_hand(tmp_path):
     # Losses (normal, pneumonia) -> score of pneumonia rises with the first and falls with the second.
     losses = [(1, 2), (2, 1), (1, 3), (1, 1.5), (2, 1), (1, 2)]
     # Scores by loss difference: normal -1, -2, +1; pneumonia +1, -0.5, -1. Pairs won: 2.5 (tie with +1) + 2 + 1.5 (tie with -1).
-    found = figures_of("medmnist", mine, [("", pair) for pair in losses])
+    found = metrics_of("medmnist", mine, [("", pair) for pair in losses])
     assert found["auc/pneumoniamnist"] == pytest.approx(6 / 9)
     assert found["acc/pneumoniamnist"] == pytest.approx(3 / 6)
 
@@ -102,9 +102,9 @@ def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path):
     questions = [q for q in questions_of("medmnist", mnist(tmp_path / "mnist")) if q.groups["part"] == "chestmnist"]
     assert len({question.image for question in questions}) == 6 and not any(question.write for question in questions)
     right = [("", (2, 1) if question.truth == "yes" else (1, 2)) for question in questions]
-    found = figures_of("medmnist", questions, right)
+    found = metrics_of("medmnist", questions, right)
     assert found == {"auc/chestmnist": 1, "acc/chestmnist": 1}
-    assert figures_of("medmnist", questions, [("", (1, 1))] * len(questions))["auc/chestmnist"] == 0.5
+    assert metrics_of("medmnist", questions, [("", (1, 1))] * len(questions))["auc/chestmnist"] == 0.5
 
 
 def test_an_npz_that_does_not_fit_is_named(tmp_path):
@@ -153,7 +153,7 @@ def test_omnimedvqa_by_hand(tmp_path):
     )
     assert questions[1].options == ["Yes", "No"] and questions[1].options_after == "Question: Glaucoma? The answer is"
     answers = [("It is a fundus photo", (3, 1)), ("zzz", (1, 2)), ("CT", (1, 2))]
-    found = figures_of("omnimedvqa", questions, answers)
+    found = metrics_of("omnimedvqa", questions, answers)
     assert found["qa_score"] == pytest.approx(2 / 3), "an answer that is like no option is wrong"
     assert found["prefix_score"] == pytest.approx(2 / 3)
     assert found["prefix_score_mean_of_sets"] == pytest.approx((0.5 + 1) / 2)
@@ -200,7 +200,7 @@ def test_medvh_by_hand(tmp_path):
         "There is pneumonia and a nodule, but no edema.",  # one right, one wrong, one missed
         "A pneumothorax is present.",
     ]
-    found = figures_of("medvh", questions, answers)
+    found = metrics_of("medvh", questions, answers)
     assert found["accuracy/wrongful_image"] == 1
     assert found["accuracy_first_character/wrongful_image"] == 0.5
     assert found["accuracy/fcj"] == 0 and found["takes_suggestion"] == 1
@@ -252,7 +252,7 @@ def grit(folder):
 
 def test_med_grit_by_hand(tmp_path):
     benchmark, scorer = BENCHMARKS["med_grit"], Scorer()
-    questions = {q.id: q for q in benchmark.in_form(questions_of("med_grit", grit(tmp_path / "grit")), scorer)}
+    questions = {q.id: q for q in benchmark.adapt(questions_of("med_grit", grit(tmp_path / "grit")), scorer)}
     assert questions["VG/ct_1"].text == "Where is liver?"
     # 200 x 100 in a square of 200: the upper left quarter of the image is x 0-0.5, y 0.25-0.5 of the square.
     assert questions["RO/ct_1"].text == "What is at [0.00, 0.25, 0.50, 0.50]?"
@@ -262,7 +262,7 @@ def test_med_grit_by_hand(tmp_path):
         "RO/ct_1": "the left kidney",
         "MII/ct_1": "The liver is large and bright",
     }
-    found = figures_of("med_grit", list(questions.values()), [answers[one] for one in questions], scorer)
+    found = metrics_of("med_grit", list(questions.values()), [answers[one] for one in questions], scorer)
     assert (found["recall_at_50/ct"], found["recall_at_50/mr"], found["recall_at_50"]) == (1, 0.5, 0.75)
     assert found["referring_accuracy"] == 1
     # BLEU 1 each, ROUGE-L 1, METEOR 1 - 0.5 (1/6)^3.
@@ -270,7 +270,7 @@ def test_med_grit_by_hand(tmp_path):
     # The same boxes in Qwen-VL's way.
     qwen = Scorer(dialect=find_dialect("qwen_vl"))
     answers["VG/ct_1"] = "<ref>liver</ref><box>(0,0),(500,500)</box>"
-    found = figures_of("med_grit", list(questions.values()), [answers[one] for one in questions], qwen)
+    found = metrics_of("med_grit", list(questions.values()), [answers[one] for one in questions], qwen)
     assert found["recall_at_50/ct"] == 1
 
 
@@ -278,7 +278,7 @@ def test_med_grit_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "figure"),
+    ("name", "make", "metric"),
     [
         ("pmc_vqa", pmc, "choice_accuracy"),
         ("medmnist", mnist, "auc/pneumoniamnist"),
@@ -287,11 +287,11 @@ def test_med_grit_by_hand(tmp_path):
         ("med_grit", grit, "recall_at_50"),
     ],
 )
-def test_every_benchmark_runs_and_says_the_same_again(name, make, figure, tiny_mistral, tmp_path):
+def test_every_benchmark_runs_and_says_the_same_again(name, make, metric, tiny_mistral, tmp_path):
     root, out = make(tmp_path / "data"), tmp_path / "out"
     assert main(command(tiny_mistral, name, root, out, "--limit", 2, "--batch-size", 5)) == 0
     summary = json.loads((out / "evaluation.json").read_text())
-    assert figure in summary["figures"] and summary["n"] == len(lines(out / "predictions.jsonl"))
+    assert metric in summary["metrics"] and summary["n"] == len(lines(out / "predictions.jsonl"))
     found = [line for line in lines(out / "predictions.jsonl") if line["options"]]
     assert all(len(line["losses"]) == len(line["options"]) and min(line["losses"]) > 0 for line in found)
     before = (out / "evaluation.json").read_bytes()

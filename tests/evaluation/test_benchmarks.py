@@ -1,4 +1,4 @@
-"""Benchmarks read real and made files, ask a small checkpoint, and write figures; a killed run goes on with the same answers."""
+"""Benchmarks read real and made files, ask a small checkpoint, and write metrics; a killed run goes on with the same answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from support import forked
-from support.benchmark_runs import command, figures_of, lines, picture
+from support.benchmark_runs import command, lines, metrics_of, picture, rad
 from support.umed_runs import environment
 
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-from umed_plugin.evaluation.runs import chosen_questions
+from umed_plugin.evaluation.questions import chosen_questions, in_batches
 from umed_plugin.model.answerer import Answerer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,34 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- VQA-RAD and SLAKE
 
 
-def rad(folder, count=6):
-    """VQA-RAD's form: two questions about each image, open and closed, and a training question."""
-    records = []
-    for index in range(count):
-        picture(folder / "VQA_RAD Image Folder" / f"synpic{index // 2}.jpg", seed=index // 2)
-        closed = index % 2 == 1
-        records.append(
-            {
-                "qid": index,
-                "image_name": f"synpic{index // 2}.jpg",
-                "question": "Is it normal?" if closed else "What is shown?",
-                "answer": ("No" if index == 1 else "yes") if closed else "left lung",
-                "answer_type": "CLOSED " if closed else "OPEN",
-                "phrase_type": "test_freeform" if index % 3 else "test_para",
-            }
-        )
-    records.append({**records[0], "qid": 99, "phrase_type": "freeform"})
-    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
-    return folder
-
-
-def test_vqa_rad_figures_by_hand(tmp_path):
+def test_vqa_rad_metrics_by_hand(tmp_path):
     questions, skipped = chosen_questions(BENCHMARKS["vqa_rad"], rad(tmp_path), work=tmp_path)
     assert [question.id for question in questions] == ["0", "1", "2", "3", "4", "5"] and skipped == 0
     assert questions[1].groups == {"answer_type": "CLOSED"}
     # Open: recall 1/2, 1, 0. Closed (truth no, yes, yes): "normal" (wrong, found by the substring), wrong, right.
     answers = ["a lung", "It looks normal", "The left lung.", "no", "heart", "Yes."]
-    found = figures_of("vqa_rad", questions, answers)
+    found = metrics_of("vqa_rad", questions, answers)
     assert found["open_recall"] == pytest.approx(0.5)
     assert found["open_accuracy"] == pytest.approx(1 / 3)
     assert found["closed_llava_med"] == pytest.approx(2 / 2), "the wrong 'no' is not counted there"
@@ -82,7 +62,7 @@ def test_real_rows_of_vqa_rad_and_slake(real_data, tmp_path):
         picture(tmp_path / "slake" / "imgs" / name)
     questions, _ = chosen_questions(BENCHMARKS["slake"], tmp_path / "slake", split="train", work=tmp_path)
     assert len(questions) == sum(record["q_lang"] == "en" for record in records)
-    perfect = figures_of("slake", questions, [question.truth for question in questions])
+    perfect = metrics_of("slake", questions, [question.truth for question in questions])
     assert perfect["closed_accuracy"] == perfect["open_recall"] == perfect["open_accuracy"] == 1
     assert perfect["closed_llava_med"] < 1, (
         "answers other than yes and no are misses in run_eval.py, even when they are right"
@@ -92,7 +72,7 @@ def test_real_rows_of_vqa_rad_and_slake(real_data, tmp_path):
 # --- the whole way
 
 
-def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistral, tmp_path, capsys, monkeypatch):
+def test_the_command_writes_metrics_predictions_and_llava_med_s_files(tiny_mistral, tmp_path, capsys, monkeypatch):
     root, out = rad(tmp_path / "rad"), tmp_path / "out"
     assert main(command(tiny_mistral, "vqa_rad", root, out)) == 0
     assert "closed_accuracy" in capsys.readouterr().out
@@ -103,7 +83,8 @@ def test_the_command_writes_figures_predictions_and_llava_med_s_files(tiny_mistr
         6,
         3,
     )
-    assert summary["figures"]["open_recall"]["n"] == 3 and len(summary["figures"]["open_recall"]["ci95"]) == 2
+    assert summary["metrics"]["open_recall"]["n"] == 3 and len(summary["metrics"]["open_recall"]["ci95"]) == 2
+    assert summary["schema"] == 2 and summary["resampling"] == {"unit": "image", "units": 3, "resamples": 2000}
     predictions = lines(out / "predictions.jsonl")
     assert [line["id"] for line in predictions] == ["0", "1", "2", "3", "4", "5"]
     # What run_eval.py insists on: the same ids in the same order, and these keys.
@@ -151,7 +132,7 @@ def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp
     assert main(command(tiny_llama, "vqa_rad", root, tmp_path / "b", "--compare", tmp_path / "a")) == 0
     assert "difference" in capsys.readouterr().out
     found = json.loads((tmp_path / "b/comparison.json").read_text())["differences"]
-    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text())["figures"] for name in "ab")
+    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text())["metrics"] for name in "ab")
     for name, one in found.items():
         if one["difference"] is not None and name != "closed_llava_med":
             assert one["difference"] == pytest.approx(second[name]["value"] - first[name]["value"])
@@ -198,15 +179,13 @@ def test_a_checkpoint_of_several_squares_an_image_is_refused(tiny_mistral, tmp_p
 
 
 def test_questions_about_one_image_stand_in_one_batch():
-    from umed_plugin.evaluation.benchmarks.benchmark import Question
-    from umed_plugin.evaluation.runs import _batches
 
-    asked = [Question(f"{image}{number}", image, "?", "") for number in range(3) for image in "ab"]
-    asked += [Question(f"c{number}", "c", "?", "") for number in range(7)]
-    found = [[question.id for question in batch] for batch in _batches(asked, 5)]
+    asked = [BenchmarkQuestion(f"{image}{number}", image, "?", "") for number in range(3) for image in "ab"]
+    asked += [BenchmarkQuestion(f"c{number}", "c", "?", "") for number in range(7)]
+    found = [[question.id for question in batch] for batch in in_batches(asked, 5)]
     assert found == [["a0", "a1", "a2"], ["b0", "b1", "b2"], ["c0", "c1", "c2", "c3", "c4"], ["c5", "c6"]]
-    options = [Question(str(number), "d", "?", "x", options=("x", "y")) for number in range(3)]
-    assert [len(batch) for batch in _batches(options, 4)] == [2, 1], "options are rows"
+    options = [BenchmarkQuestion(str(number), "d", "?", "x", options=("x", "y")) for number in range(3)]
+    assert [len(batch) for batch in in_batches(options, 4)] == [2, 1], "options are rows"
 
 
 def test_a_benchmark_without_its_files_says_what_it_needs(tiny_mistral, tmp_path, capsys):

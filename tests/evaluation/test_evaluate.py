@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,17 +15,37 @@ from support.records import evaluated_records
 from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.grounded import Case, Evaluation, compare, evaluate, mean_interval, metrics, prompt_ids
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values, headline, record_questions
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
+from umed_plugin.evaluation.metrics.metric import mean_interval, measure
+from umed_plugin.evaluation.results import Evaluation, Prediction, compare
 from umed_plugin.evaluation.stages_table import stages_table
+from umed_plugin.grounding.scoring import AnswerScore
+from umed_plugin.model.answerer import prompt_ids
 
 
 def case(name, accuracy, iou, relevance=0.5, negative=False):
-    true = [] if negative else [[10, 10, 20, 20]]
-    return Case(name, "", "", "", [], true, [], accuracy, iou, None if negative else relevance)
+    """A study whose answer scores so; the model sees its lesion."""
+    true = [] if negative else [(0.1, 0.1, 0.2, 0.2)]
+    values = case_values(AnswerScore(accuracy, accuracy, iou, [], [], true), None if negative else relevance)
+    return Prediction(name, "", "", "", "", values, name, groups={"source": ""})
 
 
 def evaluation(*cases):
-    return Evaluation("checkpoint", "template", list(cases), metrics(cases))
+    rows = [prediction.row() for prediction in cases]
+    return Evaluation("recipe", "checkpoint", "template", list(cases), measure(RECIPE.metrics(rows), rows))
+
+
+def metrics(cases):
+    return headline(evaluation(*cases))
+
+
+def ask(checkpoint, made, folder, **settings):
+    return evaluate(checkpoint, RECIPE, record_questions(made, folder), EvaluationSettings(**settings))
+
+
+def answers_of(evaluated):
+    return [prediction.answer for prediction in evaluated.predictions]
 
 
 def test_metrics_by_hand():
@@ -73,29 +94,27 @@ def test_compare_pairs_studies_by_id_and_not_by_order():
     assert 0.1 - 1e-9 <= low < high <= 0.3 + 1e-9, "a paired interval lies within the differences seen"
 
 
-def test_compare_refuses_other_studies():
-    with pytest.raises(UmedError, match="same studies"):
+def test_compare_refuses_other_studies_and_other_benchmarks():
+    with pytest.raises(UmedError, match="same questions"):
         compare(evaluation(case("a", 1.0, 1.0)), evaluation(case("b", 1.0, 1.0)))
+    other = dataclasses.replace(evaluation(case("a", 1.0, 1.0)), benchmark="vqa_rad")
+    with pytest.raises(UmedError, match=r"evaluated on vqa_rad, checkpoint on recipe.*the same benchmark"):
+        compare(other, evaluation(case("a", 1.0, 1.0)))
 
 
 def scored(name, source, size, answer, true=True, patient=""):
-    """A case as `evaluate` makes it of an answer, for an image of ``size`` pixels whose lesion is the left upper quarter."""
-    from umed_plugin.evaluation.metrics.mau import case_values
+    """A study as `evaluate` scores an answer, for an image of ``size`` pixels whose lesion is the left upper quarter."""
     from umed_plugin.grounding.geometry import ImageGeometry
     from umed_plugin.grounding.scoring import score_answer
 
     box = [0, 0, size / 2, size / 2]
     objects = {"ref": ["cyst"], "bbox": [box]} if true else {"ref": [], "bbox": []}
     score = score_answer(answer, {"objects": objects, "terms": {"cyst": ["cyst"]}}, ImageGeometry(size, size))
-    looked = 0.5 if true else None
-    boxes, true_boxes = [list(one) for one in score.boxes], objects["bbox"]
-    return Case(
-        name, "", "", answer, objects["ref"], true_boxes, boxes, score.accuracy, score.set_iou, looked,
-        source=source, patient=patient, values=case_values(score, looked),
-    )  # fmt: skip
+    values = case_values(score, 0.5 if true else None)
+    return Prediction(name, "", "", answer, "", values, f"{source}/{patient or name}", groups={"source": source})
 
 
-def test_figures_of_mau_by_hand():
+def test_metrics_of_mau_by_hand():
     cases = [
         scored("a", "deeplesion", 100, "A cyst at [0.00, 0.00, 0.50, 0.50]."),
         scored("b", "deeplesion", 100, "A cyst at [0.00, 0.00, 0.25, 0.50]."),
@@ -104,7 +123,7 @@ def test_figures_of_mau_by_hand():
         scored("e", "tbx11k", 100, "At [0.10, 0.10, 0.20, 0.20] and [0.30, 0.30, 0.40, 0.40].", true=False),
         scored("f", "kvasir", 100, "It is [0.10, 0.10, 0.20, 0.20], a cyst"),
     ]
-    found = {name: one["value"] for name, one in metrics(cases)["figures"].items()}
+    found = {name: one["value"] for name, one in evaluation(*cases).metrics.items()}
     assert found["accuracy"] == pytest.approx(4 / 6)
     assert (found["accuracy/deeplesion"], found["accuracy/kvasir"]) == (1, 1)
     assert found["accuracy/tbx11k"] == pytest.approx(1 / 3)
@@ -119,7 +138,7 @@ def test_figures_of_mau_by_hand():
     # The lesions have half the side of the square of 336: large.
     assert found["lesion_iou/large"] == pytest.approx(found["mean_iou"]) and found["lesion_iou/small"] is None
     assert found["lesions_found/large"] == 0.5
-    counts = {name: one["n"] for name, one in metrics(cases)["figures"].items()}
+    counts = {name: one["n"] for name, one in evaluation(*cases).metrics.items()}
     assert counts["accuracy"] == 6 and counts["mean_iou"] == 4 and counts["false_box_rate"] == 2
 
 
@@ -127,13 +146,13 @@ def test_slices_of_one_patient_are_drawn_together():
     def width(patients):
         answers = ["A cyst.", "nothing"]
         cases = [scored(str(i), "s", 10, answers[i // 4 % 2], patient=f"p{i // patients}") for i in range(48)]
-        return np.ptp(metrics(cases)["figures"]["accuracy"]["ci95"])
+        return np.ptp(evaluation(*cases).metrics["accuracy"]["ci95"])
 
     assert width(4) > 1.5 * width(1), "four slices of a patient that are answered alike tell as much as one"
 
 
 def test_the_attention_of_a_name_hits_a_lesion_or_not():
-    from umed_plugin.evaluation.grounded import _attention_hit
+    from umed_plugin.evaluation.benchmarks.recipe import _attention_hit
     from umed_plugin.grounding.geometry import ImageGeometry
     from umed_plugin.grounding.scoring import score_answer
     from umed_plugin.model.heat_map import encode_heat_map
@@ -151,19 +170,19 @@ def test_the_attention_of_a_name_hits_a_lesion_or_not():
 
 def test_answers_do_not_depend_on_the_batch_they_are_asked_in(tiny_mistral, tmp_path):
     made = evaluated_records(tmp_path)
-    together = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=3, max_new_tokens=6)
-    alone = evaluate(tiny_mistral, made, image_folder=tmp_path, batch_size=1, max_new_tokens=6)
+    together = ask(tiny_mistral, made, tmp_path, batch_size=3, max_new_tokens=6)
+    alone = ask(tiny_mistral, made, tmp_path, batch_size=1, max_new_tokens=6)
     assert together.template == "umed_mistral"
-    assert [case.answer for case in together.cases] == [case.answer for case in alone.cases]
-    assert together.metrics["n"] == 3
+    assert answers_of(together) == answers_of(alone)
+    assert headline(together)["n"] == 3
 
 
 def test_through_the_image_cache_answers_are_the_same_and_the_second_time_no_image_is_opened(tiny_mistral, tmp_path):
     made = evaluated_records(tmp_path)
-    plain = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6)
+    plain = ask(tiny_mistral, made, tmp_path, max_new_tokens=6)
     for _ in range(2):
-        cached = evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6, image_cache=tmp_path / "cache")
-        assert [case.answer for case in cached.cases] == [case.answer for case in plain.cases]
+        cached = ask(tiny_mistral, made, tmp_path, max_new_tokens=6, image_cache=tmp_path / "cache")
+        assert answers_of(cached) == answers_of(plain)
         for record in made:
             # Of the same size and time, but no image any more: whoever opens it fails.
             path = tmp_path / record["image"]
@@ -171,7 +190,7 @@ def test_through_the_image_cache_answers_are_the_same_and_the_second_time_no_ima
             path.write_bytes(bytes(status.st_size))
             os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UmedError, match="cannot be read as an image"):
-        evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=6)
+        ask(tiny_mistral, made, tmp_path, max_new_tokens=6)
 
 
 @pytest.mark.parametrize("start_end", [False, True])
@@ -220,7 +239,7 @@ def test_the_model_is_asked_as_its_config_says(tiny_llama, tmp_path, monkeypatch
     monkeypatch.setattr(
         forward, "embed_prompts", lambda model, ids, features: asked.extend(ids) or stock(model, ids, features)
     )
-    evaluate(checkpoint, evaluated_records(tmp_path, 1), image_folder=tmp_path, max_new_tokens=2)
+    ask(checkpoint, evaluated_records(tmp_path, 1), tmp_path, max_new_tokens=2)
     place = asked[0].tolist().index(-200)
     vocabulary = config["vocab_size"]
     assert (asked[0][place - 1], asked[0][place + 1]) == (vocabulary, vocabulary + 1)
@@ -228,14 +247,14 @@ def test_the_model_is_asked_as_its_config_says(tiny_llama, tmp_path, monkeypatch
 
 def test_records_for_another_aspect_ratio_are_refused(tiny_mistral, tmp_path):
     with pytest.raises(UmedError, match="--image-aspect-ratio pad"):
-        evaluate(tiny_mistral, evaluated_records(tmp_path, mode="square"), image_folder=tmp_path)
+        ask(tiny_mistral, evaluated_records(tmp_path, mode="square"), tmp_path)
 
 
 def test_an_image_that_cannot_be_read_is_named(tiny_mistral, tmp_path):
     made = evaluated_records(tmp_path)
     (tmp_path / "1.png").write_bytes(b"not an image")
     with pytest.raises(UmedError, match=r"1\.png: cannot be read"):
-        evaluate(tiny_mistral, made, image_folder=tmp_path, max_new_tokens=2)
+        ask(tiny_mistral, made, tmp_path, max_new_tokens=2)
 
 
 def test_the_evaluate_command_writes_metrics_and_every_case(tiny_llama, tmp_path, capsys):
@@ -265,10 +284,9 @@ def test_the_evaluate_command_builds_a_recipe_for_the_checkpoint(tiny_mistral, t
 def test_the_table_holds_every_stage(tmp_path):
     from rich.console import Console
 
-    cases = [Case("a", "x.png", "", "", ["cyst"], [[1, 1, 9, 9]], [[2, 2, 8, 8]], 1.0, 0.5, 0.1)]
-    stages = {"base": evaluation(*cases), "rewarding": evaluation(*cases)}
+    stages = {"base": evaluation(case("a", 1.0, 0.5, 0.1)), "rewarding": evaluation(case("a", 1.0, 0.5, 0.1))}
     console = Console(record=True, width=160, file=open(tmp_path / "table", "w"))  # noqa: SIM115
-    console.print(stages_table({n: e.metrics for n, e in stages.items()}, compare(*stages.values())))
+    console.print(stages_table({n: headline(e) for n, e in stages.items()}, compare(*stages.values())))
     text = console.export_text()
     assert "rewarding - " in text.replace("\n", " ") or "rewarding -" in text
     assert "0.500 [0.500, 0.500]" in text and "+0.000" in text

@@ -10,9 +10,9 @@ from scipy.stats import bootstrap
 from support.oracles import oracle
 
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.metrics import captions, choices, classification, figures, grounding, llava_med
-from umed_plugin.evaluation.metrics.figures import (
-    Figure,
+from umed_plugin.evaluation.metrics import captions, choices, classification, grounding, llava_med, metric
+from umed_plugin.evaluation.metrics.metric import (
+    Metric,
     Row,
     by_group,
     compare_rows,
@@ -152,10 +152,10 @@ def test_bleu_is_sacrebleu_s():
     counts = [captions.bleu_counts(*pair) for pair in pairs]
     columns = {name: np.array([one[name] for one in counts]) for name in counts[0]}
     for order in captions.ORDERS:
-        metric = sacrebleu.metrics.BLEU(
+        theirs_of = sacrebleu.metrics.BLEU(
             tokenize="none", smooth_method="none", max_ngram_order=order, effective_order=False, force=True
         )
-        theirs = metric.corpus_score([" ".join(said) for said, _ in pairs], [[" ".join(w) for _, w in pairs]]).score
+        theirs = theirs_of.corpus_score([" ".join(said) for said, _ in pairs], [[" ".join(w) for _, w in pairs]]).score
         assert captions.bleu(columns, order) == pytest.approx(theirs / 100, abs=1e-9)
 
 
@@ -232,6 +232,8 @@ def test_auc_by_hand():
 @pytest.mark.parametrize("classes", [2, 5])
 def test_auc_is_scikit_learn_s(classes):
     metrics = oracle("sklearn.metrics")
+    from scipy.stats import mannwhitneyu
+
     generator = np.random.default_rng(classes)
     truth = generator.integers(0, classes, 300)
     scores = np.round(generator.random((300, classes)) + 0.4 * np.eye(classes)[truth], 1)  # rounded: with ties
@@ -240,6 +242,11 @@ def test_auc_is_scikit_learn_s(classes):
     else:
         theirs = np.mean([metrics.roc_auc_score(truth == one, scores[:, one]) for one in range(classes)])
     assert classification.macro_auc(scores, truth) == pytest.approx(theirs)
+    # The chance that a positive scores above a negative, from ranks.
+    positive = truth == 1
+    pairs = positive.sum() * (~positive).sum()
+    by_ranks = mannwhitneyu(scores[positive, 1], scores[~positive, 1]).statistic / pairs
+    assert classification.auc(scores[:, 1], positive) == pytest.approx(by_ranks)
 
 
 # --- boxes
@@ -293,14 +300,14 @@ def test_recall_at_50_is_that_of_pycocotools_where_one_box_answers_one_lesion():
         assert grounding.lesion_overlaps([a], [b])[0] == pytest.approx(theirs)
 
 
-# --- figures and intervals
+# --- metrics and intervals
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     rows = [row("a", 1, source="u"), row("b", 0, source="u"), row("c", 1, source="v"), row("d", source="v")]
     (x,) = means("x")
     found = measure(
-        [x, *by_group(x, "source", rows), Figure("mean", mean_of_groups("x", "source"), ("x", "source"))], rows
+        [x, *by_group(x, "source", rows), Metric("mean", mean_of_groups("x", "source"), ("x", "source"))], rows
     )
     assert found["x"]["value"] == pytest.approx(2 / 3) and found["x"]["n"] == 3, "a row without the column is left out"
     assert (found["x/u"]["value"], found["x/v"]["value"]) == (0.5, 1.0)
@@ -333,14 +340,14 @@ def test_questions_about_one_image_are_drawn_together():
 
 def test_clusters_of_different_size_keep_all_their_rows():
     rows = [row("a", 0, cluster="one"), *[row(f"b{i}", 1, cluster="two") for i in range(3)]]
-    drawn = [sorted(chosen) for chosen in figures._draws([one.cluster for one in rows])]
+    drawn = [sorted(chosen) for chosen in metric._draws([one.cluster for one in rows])]
     assert {tuple(chosen) for chosen in drawn} == {(0, 0), (0, 1, 2, 3), (1, 1, 2, 2, 3, 3)}
     assert measure(means("x"), rows)["x"]["ci95"] == [0, 1]
 
 
 def test_what_is_undefined_on_too_many_draws_has_no_interval():
     rows = [Row(str(i), str(i), {"hit": 0.0, "counted": float(i == 0)}) for i in range(4)]
-    found = measure([Figure("r", ratio("hit", "counted"), ("hit", "counted"))], rows)["r"]
+    found = measure([Metric("r", ratio("hit", "counted"), ("hit", "counted"))], rows)["r"]
     assert found["value"] == 0 and found["ci95"] is None
 
 
@@ -357,6 +364,6 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
         compare_rows(means("x"), rows[0], rows[1][1:])
 
 
-def test_a_figure_of_a_constant_has_no_width():
-    found = measure([Figure("x", mean("x"), ("x",))], [row("a", 1), row("b", 1)])["x"]
+def test_a_metric_of_a_constant_has_no_width():
+    found = measure([Metric("x", mean("x"), ("x",))], [row("a", 1), row("b", 1)])["x"]
     assert found["ci95"] == [1, 1]

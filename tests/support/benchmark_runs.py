@@ -1,4 +1,4 @@
-"""Benchmarks by ``umed evaluate``: the command line, its files, and figures of answers that are given."""
+"""Benchmarks by ``umed evaluate``: the command line, its files, and metrics of given answers."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import numpy as np
 from PIL import Image
 
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-from umed_plugin.evaluation.metrics.figures import measure
-from umed_plugin.evaluation.runs import scored
+from umed_plugin.evaluation.evaluator import predicted
+from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
 
-def figures_of(name, questions, answers, scorer=None):
-    """Figures of a benchmark for answers that are given as texts, or as (text, losses)."""
+def metrics_of(name, questions, answers, scorer=None):
+    """Metrics of a benchmark for answers that are given as texts, or as (text, losses)."""
     benchmark = BENCHMARKS[name]
     pairs = [answer if isinstance(answer, tuple) else (answer, []) for answer in answers]
     rows = [
-        scored(benchmark, question, ModelAnswer(text, list(losses)), scorer or Scorer())
+        predicted(benchmark, question, ModelAnswer(text, list(losses)), scorer or Scorer()).row()
         for question, (text, losses) in zip(questions, pairs)
     ]
-    return {key: found["value"] for key, found in measure(benchmark.figures(rows), rows).items()}
+    return {key: found["value"] for key, found in measure(benchmark.metrics(rows), rows).items()}
 
 
 def picture(path, size=(60, 40), seed=0):
@@ -39,3 +39,24 @@ def command(checkpoint, name, root, out, *more):
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def rad(folder, count=6):
+    """VQA-RAD's form: two questions about each image, open and closed, and a training question."""
+    records = []
+    for index in range(count):
+        picture(folder / "VQA_RAD Image Folder" / f"synpic{index // 2}.jpg", seed=index // 2)
+        closed = index % 2 == 1
+        records.append(
+            {
+                "qid": index,
+                "image_name": f"synpic{index // 2}.jpg",
+                "question": "Is it normal?" if closed else "What is shown?",
+                "answer": ("No" if index == 1 else "yes") if closed else "left lung",
+                "answer_type": "CLOSED " if closed else "OPEN",
+                "phrase_type": "test_freeform" if index % 3 else "test_para",
+            }
+        )
+    records.append({**records[0], "qid": 99, "phrase_type": "freeform"})
+    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(records))
+    return folder

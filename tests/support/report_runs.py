@@ -12,10 +12,12 @@ from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import record_geometry
-from umed_plugin.evaluation.grounded import Case, Evaluation, metrics
-from umed_plugin.evaluation.metrics.mau import case_values
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
+from umed_plugin.evaluation.evaluator import evaluate
 from umed_plugin.grounding.boxes import format_box, is_degenerate
-from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.grounding.dialects import LLAVA
+from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.model.answerer import ModelAnswer
 from umed_plugin.model.heat_map import encode_heat_map
 from umed_plugin.training.candidate_log import log_candidates
 
@@ -33,44 +35,47 @@ def make_records(folder: Path, count: int, mode: str = "pad") -> list[dict]:
     )
 
 
-def answered(record: dict, stage: str, rng: random.Random) -> Case:
-    """A case whose boxes are the true ones moved to one side."""
-    true, shift, geometry = record["objects"]["bbox"], SHIFTS[stage], record_geometry(record, 64, 8)
-    moved = [] if shift is None else [[x1 + shift, y1, x2 + shift, y2] for x1, y1, x2, y2 in true]
-    said = [box for box in geometry.to_square(moved) if not is_degenerate(box)]
-    names = record["objects"]["ref"]
-    named = names if rng.random() < 0.8 else ["cyst"]
-    looked = geometry.patch_cover(true) + 0.02 * np.arange(64) / 64 + 0.05
-    text = f"There is {', '.join(named) or 'nothing'}. " + " ".join(map(format_box, said))
-    score, relevance = score_answer(text, record, geometry), 0.1 if true else None
-    return Case(
-        id=record["id"],
-        image=record["image"],
-        question=record["conversations"][0]["value"].replace("<image>", "").strip(),
-        answer=text,
-        true_classes=names,
-        true_boxes=[list(map(float, box)) for box in true],
-        boxes=[list(map(float, box)) for box in score.boxes],
-        accuracy=score.accuracy,
-        set_iou=score.set_iou,
-        vision_relevance=relevance,
-        source=record["source"],
-        patient=record["patient"],
-        values=case_values(score, relevance),
-        modality=record["modality"],
-        image_aspect_ratio=record["provenance"]["image_aspect_ratio"],
-        reading=record.get("reading"),
-        heat=encode_heat_map(looked / looked.sum(), geometry, of_true_name=named == names) if named else None,
-    )
+class Stage:
+    """A model of a stage, for `evaluate`: its boxes are the true ones moved to one side."""
+
+    template = "umed_mistral"
+
+    def __init__(self, stage: str, records: list[dict]) -> None:
+        self.shift = SHIFTS[stage]
+        self.mode = records[0]["provenance"]["image_aspect_ratio"]
+        self.asked, self.rng = iter(records), random.Random(0)
+
+    def fingerprint(self) -> dict:
+        return {}
+
+    def scorer(self, dialect=LLAVA) -> Scorer:
+        return Scorer(self.mode, 64, 8, dialect)
+
+    def answer(self, questions, examine=None) -> list[ModelAnswer]:
+        return [self._answer(next(self.asked)) for _ in questions]
+
+    def _answer(self, record: dict) -> ModelAnswer:
+        true, geometry = record["objects"]["bbox"], record_geometry(record, 64, 8)
+        moved = [] if self.shift is None else [[x1 + self.shift, y1, x2 + self.shift, y2] for x1, y1, x2, y2 in true]
+        boxes = [box for box in geometry.to_square(moved) if not is_degenerate(box)]
+        names = record["objects"]["ref"]
+        named = names if self.rng.random() < 0.8 else ["cyst"]
+        looked = geometry.patch_cover(true) + 0.02 * np.arange(64) / 64 + 0.05
+        heat = encode_heat_map(looked / looked.sum(), geometry, of_true_name=named == names) if named else None
+        text = f"There is {', '.join(named) or 'nothing'}. " + " ".join(map(format_box, boxes))
+        return ModelAnswer(text, [], {"vision_relevance": 0.1 if true else 0.0, "heat": heat})
+
+
+def write_evaluation(folder: Path, stage: str, records: list[dict]) -> None:
+    """What a stage answers to the records, as `umed evaluate` keeps it in ``folder/evaluation/STAGE``."""
+    evaluate(Stage(stage, records), RECIPE, record_questions(records)).save(folder / "evaluation" / stage)
 
 
 def write_run(folder: Path, count: int = 16, mode: str = "pad") -> list[dict]:
     """Evaluations of three stages, logs of two trainings, candidates; returns the records."""
     records = make_records(folder / "data", count, mode)
     for stage in SHIFTS:
-        rng = random.Random(0)
-        cases = [answered(record, stage, rng) for record in records]
-        Evaluation(f"runs/{stage}", "umed_mistral", cases, metrics(cases)).save(folder / "evaluation" / stage)
+        write_evaluation(folder, stage, records)
     tuned, rewarded = folder / "runs" / "tuned-llava-mistral", folder / "runs" / "rewarded-llava-mistral"
     write_log(tuned, "instruction_tuning", [{"loss": 3 / step, "learning_rate": 1e-3} for step in range(1, 12)])
     rows = [
@@ -99,7 +104,7 @@ def write_run(folder: Path, count: int = 16, mode: str = "pad") -> list[dict]:
 
 
 def write_log(folder: Path, stage: str | None, rows: list[dict]) -> None:
-    """What a training leaves of its figures."""
+    """What a training leaves of its metrics."""
     folder.mkdir(parents=True, exist_ok=True)
     history = [{"step": 10 * number, "epoch": 0.1 * number, **row} for number, row in enumerate(rows, start=1)]
     history.append({"step": 10 * len(rows), "train_loss": 0.5, "train_runtime": 9.0})

@@ -1,25 +1,31 @@
-"""``umed evaluate``: figures of a checkpoint with confidence intervals, as a table and as JSON."""
+"""``umed evaluate``: metrics of a checkpoint with confidence intervals, as a table and as JSON."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError, UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from umed_plugin.evaluation.benchmarks.benchmark import Benchmark
+    from umed_plugin.evaluation.evaluator import EvaluationSettings
+    from umed_plugin.evaluation.results import Evaluation
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``evaluate``."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="figures of a checkpoint on a benchmark, with confidence intervals",
-        description="Ask a LLaVA checkpoint the questions of a benchmark, greedily, score the answers: each figure with n and "
-        "its 95 % bootstrap interval. The records of a recipe (or 'mau') are scored by diagnosis, boxes and attention; named "
-        "benchmarks by their own metrics. With --out, a run that was killed goes on where it stopped.",
+        help="metrics of a checkpoint on a benchmark, with confidence intervals",
+        description="Ask a LLaVA checkpoint the questions of a benchmark, greedily, and score the answers. Every metric is "
+        "reported with n and a 95 % bootstrap confidence interval, resampled by patient where patients are known, else by image. "
+        "The records of a recipe (such as 'mau') are scored by diagnosis, boxes and attention; named benchmarks by their own "
+        "metrics. With --out, the same command continues a run that was killed.",
         epilog="examples:\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark vqa_rad --data-root VQA-RAD --out rad --compare rad-before",
@@ -42,21 +48,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--compare",
         metavar="DIR",
         type=Path,
-        help="--out of another evaluation of the same questions: print differences",
+        help="the --out of another evaluation of the same questions: print paired differences",
     )
     parser.add_argument(
         "--template",
-        help="of the prompt (default: the checkpoint's stock one for named benchmarks, its umed one for recipes)",
+        help="prompt template (default: the checkpoint's stock one for named benchmarks, its umed one for recipes)",
     )
     parser.add_argument(
         "--boxes",
         metavar="DIALECT",
         default="llava",
-        help="how the checkpoint writes boxes: llava, qwen_vl, qwen2_5_vl, internvl, kosmos, maira, paligemma, radvlm, shikra, "
-        "coco, or order,unit,frame as in xywh,1000,image (default: llava)",
+        help="format in which the checkpoint writes boxes: llava, qwen_vl, qwen2_5_vl, internvl, kosmos, maira, paligemma, "
+        "radvlm, shikra, coco, or order,unit,frame as in xywh,1000,image (default: llava)",
     )
-    parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda (float16) where there is one")
+    parser.add_argument(
+        "--base", metavar="CKPT", type=Path, help="base checkpoint of a LoRA folder (default: as it says)"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda (float16) if there is one")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
@@ -65,32 +73,52 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--on-bad-image", choices=("stop", "skip"), default="stop", help="stop at missing images, or leave them out"
     )
     parser.add_argument(
-        "--image-cache", metavar="DIR", type=Path, help="keep images decoded and resized here, for the next evaluation"
+        "--image-cache", metavar="DIR", type=Path, help="keep decoded and resized images here for the next evaluation"
     )
     parser.add_argument(
-        "--image-cache-gb", metavar="GB", type=float, default=20.0, help="most that it may hold (default: 20)"
+        "--image-cache-gb", metavar="GB", type=float, default=20.0, help="maximum size of the cache (default: 20)"
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
     from umed_plugin.patches import prepare_llava
 
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     prepare_llava()
+    benchmark, settings, before = _benchmark(args), _settings(args), _before(args)
     with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as folder:
-        if args.benchmark in BENCHMARKS:
-            return _run_benchmark(args, BENCHMARKS[args.benchmark], Path(args.out or folder))
-        _check_name(args.benchmark, BENCHMARKS)
-        return _run_records(args, Path(args.out or folder))
+        evaluation = _evaluate(args, benchmark, settings, Path(args.out or folder) / "data")
+    _show(args, evaluation, before)
+    return 0
 
 
-def _check_name(name: str, benchmarks: Iterable[str]) -> None:
-    """Refuse a name that is no recipe's and no file's before the checkpoint is looked at."""
+def _benchmark(args: argparse.Namespace) -> Benchmark:
+    """The named benchmark, or that of a recipe, built as the checkpoint sees images."""
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
+
+    if args.benchmark in BENCHMARKS:
+        named = BENCHMARKS[args.benchmark]
+        if args.data_root is None:
+            raise UsageError(f"--benchmark {named.name} needs --data-root: {named.needs}, from {named.url}")
+        return named
+    _check_recipe(args.benchmark, list(BENCHMARKS))
+    return recipe_benchmark(
+        args.benchmark,
+        data_root=args.data_root,
+        image_aspect_ratio=_aspect_ratio(args),
+        on_bad_image=args.on_bad_image,
+        # Files rendered into a temporary folder would have a new path each time: the cache would never find them again.
+        render=args.image_cache is None,
+    )
+
+
+def _check_recipe(name: str, benchmarks: list[str]) -> None:
+    """Refuse a name that is neither a recipe's nor a file's, before the checkpoint is read."""
     from umed_plugin.data.recipes.recipe import shipped_recipes
 
     is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
@@ -99,94 +127,70 @@ def _check_name(name: str, benchmarks: Iterable[str]) -> None:
         raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
 
 
-def _run_benchmark(args: argparse.Namespace, benchmark: Any, folder: Path) -> int:
-    from umed_plugin.evaluation.runs import chosen_questions, compare_runs, evaluate_benchmark, read_run
+def _aspect_ratio(args: argparse.Namespace) -> str:
+    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
+
+    checkpoint = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
+    return "pad" if read_config(checkpoint).get("image_aspect_ratio") == "pad" else "square"
+
+
+def _settings(args: argparse.Namespace) -> EvaluationSettings:
+    from umed_plugin.evaluation.evaluator import EvaluationSettings
     from umed_plugin.grounding.dialects import find_dialect
 
-    if args.data_root is None:
-        raise UsageError(f"--benchmark {benchmark.name} needs --data-root: {benchmark.needs}, from {benchmark.url}")
-    dialect = find_dialect(args.boxes)
-    before = _read(args.compare, read_run) if args.compare else None
-    if before is not None and before[0] != benchmark.name:
-        raise UmedError(f"{args.compare}: holds an evaluation of {before[0]}, not of {benchmark.name}.")
-    skip = args.on_bad_image == "skip"
+    return EvaluationSettings(
+        base=args.base,
+        template=args.template,
+        device=args.device,
+        dialect=find_dialect(args.boxes),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        image_cache=args.image_cache,
+        image_cache_gb=args.image_cache_gb,
+    )
+
+
+def _before(args: argparse.Namespace) -> Evaluation | None:
+    """The evaluation to compare with, read before hours are spent on answers."""
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.results import Evaluation
+
+    if args.compare is None:
+        return None
+    before = Evaluation.load(args.compare)
+    asked = args.benchmark if args.benchmark in BENCHMARKS else "recipe"
+    if before.benchmark != asked:
+        raise UmedError(f"{args.compare}: holds an evaluation of {before.benchmark}, not of {asked}.")
+    return before
+
+
+def _evaluate(args: argparse.Namespace, benchmark: Benchmark, settings: EvaluationSettings, work: Path) -> Evaluation:
+    from umed_plugin.evaluation.evaluator import evaluate
+    from umed_plugin.evaluation.questions import chosen_questions
+
     questions, skipped = chosen_questions(
-        benchmark, args.data_root, split=args.split, limit=args.limit, work=folder / "data", skip=skip
+        benchmark,
+        args.data_root if benchmark.url else None,
+        split=args.split,
+        limit=args.limit,
+        work=work,
+        skip=args.on_bad_image == "skip",
     )
     with _Bar(len(questions)) as advance:
-        found = evaluate_benchmark(
+        return evaluate(
             args.checkpoint,
             benchmark,
             questions,
+            settings,
             out=args.out,
-            base=args.base,
-            template=args.template,
-            dialect=dialect,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            device=args.device,
-            image_cache=args.image_cache,
-            image_cache_gb=args.image_cache_gb,
             skipped=skipped,
             candidates=benchmark.candidates(args.data_root) if benchmark.candidates else (),
             progress=advance,
         )
-    differences = None if before is None else compare_runs(benchmark, before[1], found.rows)
-    _show(args, found.figures, differences, skipped)
-    return 0
-
-
-def _run_records(args: argparse.Namespace, folder: Path) -> int:
-    from umed_plugin.evaluation.grounded import Evaluation, compare, evaluate
-    from umed_plugin.grounding.dialects import find_dialect
-
-    dialect = find_dialect(args.boxes)
-    before = _read(args.compare, Evaluation.load) if args.compare else None
-    records, image_folder = _records(args, folder)
-    with _Bar(len(records)) as advance:
-        found = evaluate(
-            args.checkpoint,
-            records,
-            image_folder=image_folder,
-            template=args.template,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens or 128,
-            base=args.base,
-            device=args.device,
-            image_cache=args.image_cache,
-            image_cache_gb=args.image_cache_gb,
-            dialect=dialect,
-            folder=args.out,
-            progress=advance,
-        )
-    differences = None if before is None else compare(before, found)["figures"]
-    if args.out:
-        found.save(args.out)
-        _save_for_llava_med(found, records, args.out)
-    _show(args, found.metrics["figures"], differences, 0)
-    return 0
-
-
-def _save_for_llava_med(found: Any, records: Sequence[Any], out: Path) -> None:
-    from umed_plugin.evaluation.benchmarks.benchmark import Question
-    from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
-    from umed_plugin.model.answerer import ModelAnswer
-
-    truth = {str(record["id"]): record["conversations"][1]["value"] for record in records}
-    questions = [Question(case.id, case.image, case.question, truth[case.id]) for case in found.cases]
-    answers = {case.id: ModelAnswer(case.answer, []) for case in found.cases}
-    save_for_llava_med(found.checkpoint, "mau", questions, answers, (), out / "llava_med")
-
-
-def _read(folder: Path, read: Callable[[Path], Any]) -> Any:
-    try:
-        return read(folder)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UmedError(f"{folder}: its files are not those of an evaluation ({error!r}).") from error
 
 
 class _Bar:
-    """A progress bar over questions; what it gives is called with (done, in all)."""
+    """A progress bar over questions; as a context it gives a function of (done, in all)."""
 
     def __init__(self, total: int) -> None:
         from rich.console import Console
@@ -204,48 +208,21 @@ class _Bar:
         self._bar.stop()
 
 
-def _show(args: argparse.Namespace, figures: Any, differences: Any, skipped: int) -> None:
+def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation | None) -> None:
     from rich.console import Console
 
-    from umed_plugin.evaluation.tables import figures_table, sources_table
+    from umed_plugin.evaluation.results import compare
+    from umed_plugin.evaluation.tables import metrics_table, sources_table
 
-    console = Console()
-    if "accuracy_average" in figures:
-        console.print(sources_table(args.checkpoint.name, figures))
-    console.print(figures_table(args.checkpoint.name, figures, differences))
-    if skipped:
-        console.print(f"{skipped} questions were left out: their images are missing.")
+    console, differences = Console(), None if before is None else compare(before, evaluation)
+    if "accuracy_average" in evaluation.metrics:
+        console.print(sources_table(args.checkpoint.name, evaluation.metrics))
+    console.print(metrics_table(args.checkpoint.name, evaluation.metrics, differences))
+    console.print(f"95 % intervals, resampled by {evaluation.unit}", style="dim")
+    if evaluation.skipped:
+        console.print(f"{evaluation.skipped} questions were left out: their images are missing.")
     if args.out:
         if differences is not None:
-            told = {"before": str(args.compare), "after": str(args.out), "differences": differences}
-            files.write_json(args.out / "comparison.json", told)
+            comparison = {"before": str(args.compare), "after": str(args.out), "differences": differences}
+            files.write_json(args.out / "comparison.json", comparison)
         console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}")
-
-
-def _records(args: argparse.Namespace, folder: Path) -> tuple[list[Any], Path]:
-    """(records of the split, folder that their relative image paths start from)."""
-    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
-    from umed_plugin.data.records import load_records
-
-    split = args.split or "test"
-    if args.benchmark.endswith(".json"):
-        records, image_folder = load_records(args.benchmark), Path(args.benchmark).resolve().parent
-    else:
-        from umed_plugin.data.build import build_records
-        from umed_plugin.data.recipes.recipe import load_recipe
-
-        checkpoint = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
-        mode = "pad" if read_config(checkpoint).get("image_aspect_ratio") == "pad" else "square"
-        image_folder = folder / "data"
-        records = build_records(
-            load_recipe(args.benchmark),
-            out_dir=image_folder,
-            image_aspect_ratio=mode,
-            split=split,
-            data_root=args.data_root,
-            on_bad_image=args.on_bad_image,
-            # What is rendered into a folder of its own each time would never be found again.
-            render=args.image_cache is None,
-        )
-    records = [record for record in records if record["split"] == split]
-    return records[: args.limit] if args.limit else records, image_folder

@@ -1,8 +1,8 @@
-"""Answers on disk as they come: JSON lines in a folder, with the settings that they were given under.
+"""Answers on disk as they come: JSON lines in a folder, with the settings under which they were given.
 
-A run that was killed, even with -9, is started again with the same command and goes on behind the last whole batch: its lines
-are on the disk before the next batch begins, a line that was cut off is dropped, and so are the lines of a batch that is not
-whole, which is asked again as it was the first time. Answers are then those of a run that was not disturbed.
+After a crash, even ``kill -9``, the same command continues behind the last complete batch. Its lines are on the disk before the
+next batch begins. A line that was cut off is dropped, and so are the lines of an incomplete batch, which is asked again as it was
+the first time. The answers are those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class KeptAnswers:
     """The lines of a file, by the question's id.
 
     Args:
-        folder: made when it is not there.
+        folder: made if need be.
         name: of the file in it.
         settings: all that the answers depend on. Those of an earlier run in the folder must be the same.
-        key: of a line that holds the question's id.
+        key: field of a line that holds the question's id.
 
     Raises:
-        UmedError: the folder holds answers under other settings, or lines that are none.
+        UmedError: the folder holds answers given under other settings, or lines that are not JSON.
     """
 
     def __init__(self, folder: Path | str, name: str, settings: Mapping[str, Any], key: str = "id") -> None:
@@ -49,15 +49,15 @@ class KeptAnswers:
                 lines.append(json.loads(text))
             except ValueError as error:
                 raise UmedError(
-                    f"{self.path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file, "
-                    "and all is asked again."
+                    f"{self.path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file "
+                    "to ask everything again."
                 ) from error
         return lines
 
     def keep_only(self, ids: Iterable[str]) -> None:
         """Forget all lines but those of ``ids``, on the disk too."""
         wanted = set(ids)
-        self.lines = {one: line for one, line in self.lines.items() if one in wanted}
+        self.lines = {identity: line for identity, line in self.lines.items() if identity in wanted}
         files.write_bytes(self.path, _text(self.lines.values()))
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -76,16 +76,18 @@ def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
 def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None:
     if answers.exists() and not file.exists():
         raise UmedError(
-            f"{answers} is there, but no {SETTINGS} that says under which settings its answers were given. "
+            f"{answers} exists, but no {SETTINGS} that says under which settings its answers were given. "
             "Give another --out, or remove that file."
         )
     if answers.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        other = [name for name in sorted({*found, *settings}) if found.get(name) != settings.get(name)]
-        if other:
-            told = "\n".join(f"  {name}: {found.get(name)!r} there, {settings.get(name)!r} now" for name in other)
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
+        if changed:
+            changes = "\n".join(
+                f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in changed
+            )
             raise UmedError(
-                f"{answers.parent} holds answers that were given under other settings:\n{told}\n"
+                f"{answers.parent} holds answers that were given under other settings:\n{changes}\n"
                 "Give another --out, or remove that folder."
             )
     files.write_json(file, settings)

@@ -1,4 +1,4 @@
-"""Figures for the terminal."""
+"""Metrics for the terminal."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def figures_table(
-    title: str, figures: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]] | None = None
+def metrics_table(
+    title: str, metrics: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Any:
-    """A rich table: one row a figure, with its 95 % interval and n, and the paired difference from another run.
+    """A rich table: one row per metric, with its 95 % interval and n, and the paired difference from another evaluation.
 
     Args:
         title: of the column of values.
-        figures: name -> value, ci95, n, as `umed_plugin.evaluation.metrics.figures.measure` gives them.
-        differences: name -> difference, ci95, n, as `umed_plugin.evaluation.metrics.figures.compare_rows` gives them.
+        metrics: name -> value, ci95, n, as an `umed_plugin.evaluation.results.Evaluation` has them.
+        differences: name -> difference, ci95, n, as `umed_plugin.evaluation.results.compare` gives them.
     """
     from rich.table import Table
 
     table = Table()
-    table.add_column("figure")
+    table.add_column("metric")
     table.add_column(title, justify="right")
     table.add_column("n", justify="right")
     if differences is not None:
         table.add_column("difference", justify="right")
-    for name, found in figures.items():
-        cells = [written(found["value"], found["ci95"]), str(found["n"])]
+    for name, measured in metrics.items():
+        cells = [formatted(measured["value"], measured["ci95"]), str(measured["n"])]
         if differences is not None:
-            other = differences.get(name, {"difference": None, "ci95": None})
-            cells.append(written(other["difference"], other["ci95"], "+.3f"))
+            difference = differences.get(name, {"difference": None, "ci95": None})
+            cells.append(formatted(difference["difference"], difference["ci95"], "+.3f"))
         table.add_row(name, *cells)
     return table
 
 
-def written(value: float | None, interval: list[float] | None, form: str = ".3f") -> str:
-    """``0.123 [0.100, 0.150]``; ``-`` for what is not defined."""
+def formatted(value: float | None, interval: list[float] | None, form: str = ".3f") -> str:
+    """``0.123 [0.100, 0.150]``; ``-`` for what is undefined."""
     if value is None:
         return "-"
     if interval is None:
@@ -42,15 +42,15 @@ def written(value: float | None, interval: list[float] | None, form: str = ".3f"
     return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
 
 
-def sources_table(title: str, figures: Mapping[str, Mapping[str, Any]]) -> Any:
-    """Accuracy of each source and their plain mean in one row, two decimals, as the UMed-LVLM paper prints MAU's."""
+def sources_table(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Accuracy of each source and their unweighted mean in one row, two decimals, as the UMed-LVLM paper prints MAU's."""
     from rich.table import Table
 
-    sources = [name.partition("/")[2] for name in figures if name.startswith("accuracy/")]
+    sources = [name.partition("/")[2] for name in metrics if name.startswith("accuracy/")]
     table = Table(title="accuracy by source")
     table.add_column("")
     for name in (*sources, "Avg"):
         table.add_column(name, justify="right")
-    values = [figures[f"accuracy/{name}"]["value"] for name in sources] + [figures["accuracy_average"]["value"]]
+    values = [metrics[f"accuracy/{name}"]["value"] for name in sources] + [metrics["accuracy_average"]["value"]]
     table.add_row(title, *(f"{value:.2f}".lstrip("0") or "0" for value in values))
     return table

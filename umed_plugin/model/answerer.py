@@ -11,15 +11,21 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.shared_prefix import Continuation, answer_greedily, continuation_losses
+
+if TYPE_CHECKING:
+    from umed_plugin.model.shared_prefix import Continuation
 
 Reading = Mapping[str, Any]
+# A further pass over the answers of a batch, while its prompts are in memory. It gets the indices of the N questions that were
+# answered in text, their embedded prompts (`forward.PromptBatch`) and answers (`forward.Candidates`), and returns N dicts of JSON
+# values.
+Examine = Callable[[Sequence[int], Any, Any], "list[dict[str, Any]]"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +51,17 @@ class ImageQuestion:
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """The model's text (empty if none was wanted), and the mean cross-entropy of each option in nats."""
+    """The model's answer.
+
+    Attributes:
+        text: empty if none was wanted.
+        losses: mean cross-entropy of each option, nats.
+        examined: what a further pass over the answer found; None if there was none.
+    """
 
     text: str
     losses: list[float]
+    examined: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,9 +136,17 @@ class Answerer:
         """Token ids [L] of a question in its template, with the image token."""
         return prompt_ids(question, self.template, self.tokenizer, self.llava.config)
 
-    def answer(self, questions: Sequence[ImageQuestion]) -> list[ModelAnswer]:
-        """Answer a batch. Questions about one image share its computation, wherever they stand in the batch."""
-        from umed_plugin.model.forward import decode_answers
+    def answer(self, questions: Sequence[ImageQuestion], examine: Examine | None = None) -> list[ModelAnswer]:
+        """Answer a batch. Questions about one image share its computation, wherever they stand in the batch.
+
+        Args:
+            questions: at least one.
+            examine: a further pass over the written answers; what it returns becomes `ModelAnswer.examined`.
+        """
+        import torch
+
+        from umed_plugin.model.forward import decode_answers, embed_prompts
+        from umed_plugin.model.shared_prefix import answer_greedily
 
         # Each image is encoded once; image_index[i] says which one question i is about.
         images = list(dict.fromkeys(_image_key(question) for question in questions))
@@ -134,6 +155,7 @@ class Answerer:
         image_index = [images.index(_image_key(question)) for question in questions]
 
         texts = [""] * len(questions)
+        examined: list[dict[str, Any] | None] = [None] * len(questions)
         written = [i for i, question in enumerate(questions) if question.text is not None and question.write]
         if written:
             used = sorted({image_index[i] for i in written})
@@ -143,13 +165,20 @@ class Answerer:
             candidates = answer_greedily(self.model, features[used], index_in_used, ids, limit, eos)
             for i, text in zip(written, decode_answers(self.tokenizer, candidates)):
                 texts[i] = text
+            if examine is not None:
+                with torch.no_grad():
+                    prompts = embed_prompts(self.model, ids, features[[image_index[i] for i in written]])
+                for i, finding in zip(written, examine(written, prompts, candidates)):
+                    examined[i] = finding
         losses = self._losses(questions, image_index, features)
-        return [ModelAnswer(text, values) for text, values in zip(texts, losses)]
+        return [ModelAnswer(*parts) for parts in zip(texts, losses, examined)]
 
     def _losses(
         self, questions: Sequence[ImageQuestion], image_index: Sequence[int], features: Any
     ) -> list[list[float]]:
         """For each question the mean cross-entropy of its options."""
+        from umed_plugin.model.shared_prefix import continuation_losses
+
         losses: list[list[float]] = [[] for _ in questions]
         # Bare prompts and prompts in a template differ before the image, so they share no prefix.
         for bare in (False, True):
@@ -169,6 +198,7 @@ class Answerer:
         from llava.mm_utils import tokenizer_image_token
 
         from umed_plugin.checkpoints.prompt_templates import question_prompt
+        from umed_plugin.model.shared_prefix import Continuation
 
         if question.options_after is None:
             prompt = question_prompt(image_and(question.text or "", self.llava.config), self.template)

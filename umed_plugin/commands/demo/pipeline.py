@@ -229,29 +229,25 @@ class DemoRun:
 
     def evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
         """Ask a checkpoint about the held-out studies; the answers are kept under ``evaluation/STAGE``."""
-        from umed_plugin.evaluation.grounded import evaluate
+        from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
+        from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
 
         self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}")
         held_out = [record for record in records if record["split"] == "test"]
-        found = evaluate(
-            checkpoint,
-            held_out,
-            image_folder=self.data,
-            batch_size=50,
-            max_new_tokens=self.settings.max_new_tokens,
-            device="cpu",
-            progress=self.steps.update,
-        )
-        found.save(self.out / "evaluation" / stage)
-        return found
+        settings = EvaluationSettings(batch_size=50, max_new_tokens=self.settings.max_new_tokens, device="cpu")
+        questions = record_questions(held_out, self.data)
+        evaluation = evaluate(checkpoint, RECIPE, questions, settings, progress=self.steps.update)
+        evaluation.save(self.out / "evaluation" / stage)
+        return evaluation
 
     def _summarise(self, evaluations: dict[str, Any], began: float) -> dict[str, Any]:
         from umed_plugin.commands.report.before_after import write_before_after
         from umed_plugin.commands.report.page import write_report
-        from umed_plugin.evaluation.grounded import compare
+        from umed_plugin.evaluation.benchmarks.recipe import headline
+        from umed_plugin.evaluation.results import compare
         from umed_plugin.evaluation.stages_table import stages_table
 
-        stages = {stage: evaluations[stage].metrics for stage in STAGES}
+        stages = {stage: headline(evaluations[stage]) for stage in STAGES}
         comparison = compare(evaluations["instruction_tuning"], evaluations["rewarding"])
         self.steps.begin("writing the report")
         report = write_report(self.out, progress=lambda _what, done, total: self.steps.update(done, total))

@@ -1,6 +1,6 @@
 """A picture of the same studies before and after, with their boxes: for a README, a talk, or a look at a run.
 
-The studies are not picked: they stand at even distances in the order of the last stage's IoU, from good to bad.
+The studies are not hand-picked: they are evenly spaced in the order of the last stage's IoU, from best to worst.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 from umed_plugin.commands.report.pictures import SeenImage, see
 from umed_plugin.commands.report.run_folder import read_run, stage_label
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.grounded import Case
+from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
 from umed_plugin.grounding.boxes import Box
 
 COLUMNS = 6
 _DPI = 140
-_GREYS, _SHADES = 40, 8  # of the PNG's palette: with all shades of noisy grey images it would be several times as large
+_GREYS, _SHADES = (
+    40,
+    8,
+)  # of the PNG's palette: with all shades of noisy grey images the file would be several times as large
 _TRUE: dict[str, Any] = {"edgecolor": "#f0e442", "linewidth": 1.4}
 _PREDICTED: dict[str, Any] = {"edgecolor": "#ff7a33", "linewidth": 1.6, "linestyle": (0, (3.2, 1.2))}
 
@@ -29,17 +32,17 @@ def write_before_after(run_dir: Path | str, file: Path | str, columns: int = COL
     Args:
         run_dir: folder of `umed demo` or `umed upgrade`.
         file: the PNG.
-        columns: studies at most, all with a lesion.
+        columns: number of studies at most, all with a lesion.
 
     Raises:
         UmedError: fewer than two stages were evaluated, they share no study with a lesion, or an image cannot be read.
     """
     run, file = read_run(run_dir), Path(file)
     if len(run.evaluations) < 2:
-        found = ", ".join(run.evaluations) or "none"
-        raise UmedError(f"{run.folder}: before and after need two evaluations in evaluation/; found: {found}.")
+        stages = ", ".join(run.evaluations) or "none"
+        raise UmedError(f"{run.folder}: before and after need two evaluations in evaluation/; found: {stages}.")
     names = [next(iter(run.evaluations)), list(run.evaluations)[-1]]
-    before, after = (run.evaluations[name].cases for name in names)
+    before, after = (cases_of(run.evaluations[name]) for name in names)
     chosen = at_even_ranks(before, after, columns)
     if not chosen:
         raise UmedError(
@@ -53,12 +56,12 @@ def write_before_after(run_dir: Path | str, file: Path | str, columns: int = COL
 
 
 def at_even_ranks(before: Sequence[Case], after: Sequence[Case], count: int) -> list[tuple[Case, Case]]:
-    """Pairs of one study's cases, the studies in the middle of ``count`` equal parts of all, best last IoU first."""
+    """(before, after) of ``count`` studies: the middle ones of ``count`` equal parts of all, sorted by last IoU, best first."""
     earlier = {case.id: case for case in before}
     shared = [case for case in after if case.true_boxes and case.id in earlier]
     shared.sort(key=lambda case: (-case.set_iou, case.id))
     count = min(count, len(shared))
-    taken = [shared[int((place + 0.5) * len(shared) / count)] for place in range(count)]
+    taken = [shared[int((part + 0.5) * len(shared) / count)] for part in range(count)]
     return [(earlier[case.id], case) for case in taken]
 
 
@@ -69,9 +72,9 @@ def _drawn(rows: Sequence[Sequence[Case]], labels: Sequence[str], run_folder: Pa
     columns = len(rows[0])
     figure = Figure(figsize=(1.5 * columns + 0.6, 4.5), layout="constrained")
     grid = figure.subplots(2, columns, squeeze=False)
-    for place, (title, label, row) in enumerate(zip(("before", "after"), labels, rows)):
-        grid[place][0].set_ylabel(f"{title}\n({label})", fontsize=10, labelpad=6)
-        for axes, case in zip(grid[place], row):
+    for title, label, row, axes_row in zip(("before", "after"), labels, rows, grid):
+        axes_row[0].set_ylabel(f"{title}\n({label})", fontsize=10, labelpad=6)
+        for axes, case in zip(axes_row, row):
             _draw(axes, case, see(case.image, case.image_aspect_ratio, case.reading, run_folder))
     for axes, case in zip(grid[0], rows[0]):
         axes.set_title("\n".join(dict.fromkeys(case.true_classes)), fontsize=9, fontweight="bold", parse_math=False)
@@ -92,21 +95,21 @@ def _drawn(rows: Sequence[Sequence[Case]], labels: Sequence[str], run_folder: Pa
 
 
 def _draw(axes: Any, case: Case, seen: SeenImage) -> None:
-    """One study as the model sees it, its boxes, and below it how the answer scores."""
-    # Everything in 0-1 of the square, the unit of the boxes.
+    """One study as the model sees it, with its boxes; below it, how the answer scores."""
+    # Everything is in 0-1 of the square, the unit of the boxes.
     axes.imshow(seen.square, extent=(0, 1, 1, 0), interpolation="bilinear")
     for style, boxes in ((_TRUE, case.true_boxes), (_PREDICTED, case.boxes)):
         for box in seen.boxes01(boxes):
             _outline(axes, box, style)
     axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    named = "named right" if case.accuracy == 1 else "named wrong"
+    named = "right class" if case.accuracy == 1 else "wrong class"
     overlap = f"IoU {case.set_iou:.2f}" if case.boxes else "no box"
     axes.set_xlabel(f"{named}\n{overlap}", fontsize=9, labelpad=3)
 
 
 def _outline(axes: Any, box: Box, style: dict[str, Any]) -> None:
-    """A box with a dark line under its own, so that it shows on white and on black."""
+    """A box with a dark outline under its own, visible on white and on black."""
     from matplotlib.patches import Rectangle
 
     x1, y1, x2, y2 = box
@@ -124,7 +127,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _palette() -> Any:
-    """Even greys, and the boxes' colours in steps from black and to white, which soft edges have."""
+    """Even greys, and the boxes' colours in steps from black and to white for anti-aliased edges."""
     import numpy as np
     from matplotlib.colors import to_rgb
     from PIL import Image

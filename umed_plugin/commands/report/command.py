@@ -12,18 +12,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "report",
         help="one HTML file of a run: curves, before and after, studies with boxes and attention",
-        description="Write RUN_DIR/report.html: curves of the trainings, metrics before and after with intervals, the held-out "
-        "studies with true and predicted boxes, attention and answers, and the sampled answers of stage 2 with their rewards. "
-        "The file opens without a server and loads nothing. RUN_DIR is a folder of `umed demo` or `umed upgrade`, or a "
-        "training's output folder; the run need not be finished.",
+        description="Write RUN_DIR/report.html: training curves, metrics before and after with confidence intervals, the "
+        "held-out studies with true and predicted boxes, attention and answers, and the sampled answers of stage 2 with their "
+        "rewards. The file opens without a server and loads nothing. RUN_DIR is a folder of `umed demo` or `umed upgrade`, or "
+        "the output folder of a training; the run may be unfinished.",
         epilog="examples:\n  umed report runs/demo\n  umed report runs/demo --picture before_after.png",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of the run")
     parser.add_argument(
-        "--studies", metavar="N", type=_positive, default=500, help="studies in the gallery at most (default: 500)"
+        "--studies",
+        metavar="N",
+        type=_positive,
+        default=500,
+        help="maximum number of studies in the gallery (default: 500)",
     )
     parser.add_argument(
-        "--picture", metavar="FILE", type=Path, help="also draw six studies before and after into this PNG"
+        "--picture", metavar="FILE", type=Path, help="also draw six studies before and after into this PNG file"
     )
     parser.set_defaults(run=run)
 

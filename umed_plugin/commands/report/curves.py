@@ -1,7 +1,7 @@
-"""A training's figures as small charts, drawn by matplotlib as SVG that takes the page's own colours, light or dark.
+"""A training's metrics as small charts, drawn by matplotlib as SVG in the page's own colours, light or dark.
 
-Where a figure has a reference of its own (``guard/top_skeleton`` beside ``guard/top_skeleton_reference``) both are in one chart,
-and points at which a guard is beyond its limit (`umed_plugin.rewards.guards`) are marked.
+A metric and its reference (``guard/top_skeleton`` and ``guard/top_skeleton_reference``) share one chart. Points at which a guard
+is beyond its limit (`umed_plugin.rewards.guards`) are marked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from umed_plugin.commands.report.run_folder import Training
 from umed_plugin.rewards.guards import crossed_limits
 
-# Title -> what a figure's name begins with. The first that fits takes it.
+# Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {
     "Loss": ("loss", "policy_loss", "value_loss", "grad_norm", "learning_rate"),
     "Rewards": ("reward/",),
@@ -32,27 +32,27 @@ GROUPS = {
         "answer_tokens",
     ),
     "Hacking guards": ("guard/", "groups_without_signal", "answers_cut_off", "vision_relevance/"),
-    "Other figures": ("",),
+    "Other metrics": ("",),
 }
 _NOT_SHOWN = {"step", "epoch", "total_flos"}
-_OF_THE_END = "train_"  # what the trainer says once, at the end
+_OF_THE_END = "train_"  # what the trainer logs once, at the end
 _REFERENCE = "_reference"
 
-# Drawn in these and replaced by the page's own colours, which change with light and dark.
+# Drawn in these colours, which are then replaced by the page's own, since those change with light and dark mode.
 _INK, _LINE, _SECOND, _MARK = "#010203", "#010204", "#010205", "#010206"
 _PAGE = {_INK: "currentColor", _LINE: "var(--line)", _SECOND: "var(--second)", _MARK: "var(--alarm)"}
-_WIDTH, _HEIGHT = 3.7, 1.9  # inches; 72 to the unit of the SVG
+_WIDTH, _HEIGHT = 3.7, 1.9  # inches; 72 SVG units each
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure over the steps.
+    """One metric over the steps.
 
     Attributes:
-        name: of the figure in the log.
+        name: of the metric in the log.
         svg: the drawing.
-        summary: what it shows, in words, for who cannot see it and as its caption.
-        alarm: the limit that it crosses, in words; empty where it does not.
+        summary: what it shows, in words: caption, and text for screen readers.
+        alarm: the limit that it crosses, in words; empty if it does not.
     """
 
     name: str
@@ -82,21 +82,21 @@ def _is_shown(name: str, value: Any) -> bool:
 
 def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
     points, reference = _points(name, log), _points(name + _REFERENCE, log)
-    words = {row["step"]: said[name] for row in log if name in (said := crossed_limits(row))}
-    crossed = [(step, value) for step, value in points if step in words]
+    limits = {row["step"]: crossed_by[name] for row in log if name in (crossed_by := crossed_limits(row))}
+    crossed = [(step, value) for step, value in points if step in limits]
     (first_step, first), (last_step, last) = points[0], points[-1]
     summary = f"{first:.4g} at step {first_step}"
     if len(points) > 1:
         summary += f", {last:.4g} at step {last_step}"
     alarm = ""
     if crossed:
-        limit = next(iter(words.values()))
+        limit = next(iter(limits.values()))
         alarm = f"{len(crossed)} of {len(points)} points are {limit}"
     return Chart(name, _draw(name, points, reference, crossed), summary, alarm)
 
 
 def _points(name: str, log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(step, value) of a figure; what is not a finite number (a loss that ran away) is a gap."""
+    """(step, value) of a metric; a value that is not finite (a diverged loss) becomes a gap."""
     return [(row["step"], float(row[name]) if math.isfinite(row[name]) else math.nan) for row in log if name in row]
 
 
@@ -106,12 +106,12 @@ def _draw(
     reference: Sequence[tuple[int, float]],
     crossed: Sequence[tuple[int, float]],
 ) -> str:
-    """The chart as an ``<svg>`` element to stand in the page."""
+    """The chart as an ``<svg>`` element for the page."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # The salt makes the clip paths' names this chart's own, and the same each time.
+    # The salt makes the names of clip paths unique to this chart, and the same each time.
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
@@ -139,7 +139,7 @@ def _draw(
 
 
 def _for_page(svg: str) -> str:
-    """The element alone, as wide as its place, without names that other charts have too, in the page's colours."""
+    """The element alone, as wide as its container, without ids that other charts also have, in the page's colours."""
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)

@@ -1,4 +1,4 @@
-"""The studies of a run and the sampled answers of stage 2, ready to be put into the page as data.
+"""The studies of a run and the sampled answers of stage 2, as data for the page.
 
 Sorting, filtering and drawing happen in the page (``report.js``); what needs pixels or coordinates happens here. Boxes are in 0-1
 of the square that the model sees.
@@ -12,7 +12,8 @@ from typing import Any
 
 from umed_plugin.commands.report.pictures import SeenImage, as_data_url, see
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.grounded import Case, Evaluation
+from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
+from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.boxes import is_degenerate, is_inside, parse_boxes
 
 Card = dict[str, Any]
@@ -27,13 +28,13 @@ def study_cards(
     """A card for each study, at most ``most`` of them, in the order in which they were asked.
 
     Args:
-        evaluations: stage -> evaluation; not every stage need have been asked about every study.
-        run_folder: where images are looked for that have been moved.
+        evaluations: stage -> evaluation; a stage may lack some of the studies.
+        run_folder: where images that have been moved are looked for.
         progress: called with (cards made, cards in all).
     """
     answered: dict[str, dict[str, Case]] = {}
     for stage, evaluation in evaluations.items():
-        for case in evaluation.cases:
+        for case in cases_of(evaluation):
             answered.setdefault(case.id, {})[stage] = case
     chosen = choose([list(cases.values()) for cases in answered.values()], most)
     wanted = {cases[0].id for cases in chosen}
@@ -46,7 +47,7 @@ def study_cards(
 
 
 def choose(studies: Sequence[list[Case]], most: int) -> list[list[Case]]:
-    """Of too many studies a third with the largest gains, a third with the worst last answers, and others at even distances."""
+    """Of too many studies, a third with the largest gains, a third with the worst last answers, and others evenly spaced."""
     if len(studies) <= most:
         return list(studies)
     by_gain = sorted(studies, key=lambda cases: cases[-1].set_iou - cases[0].set_iou, reverse=True)
@@ -55,7 +56,7 @@ def choose(studies: Sequence[list[Case]], most: int) -> list[list[Case]]:
     taken = {cases[0].id: cases for cases in [*by_gain[:third], *by_failure[:third]]}
     others = [cases for cases in studies if cases[0].id not in taken]
     left = most - len(taken)
-    return [*taken.values(), *(others[place * len(others) // left] for place in range(left))]
+    return [*taken.values(), *(others[index * len(others) // left] for index in range(left))]
 
 
 def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Path) -> Card:
@@ -63,7 +64,7 @@ def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Pa
     seen, picture = _seen(first.image, first.image_aspect_ratio, first.reading, run_folder)
     return {
         "id": first.id,
-        "source": first.source or "not said",
+        "source": first.source or "unknown",
         "modality": first.modality,
         "question": first.question,
         "classes": first.true_classes,
@@ -77,7 +78,7 @@ def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Pa
 def _seen(
     image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Path
 ) -> tuple[SeenImage | None, dict[str, str]]:
-    """The image and its part of the card; a picture that is gone is said on its card and stops no report."""
+    """The image and its part of the card. A missing picture is reported on its card and does not stop the report."""
     try:
         seen = see(image, mode, reading, run_folder)
     except UmedError as error:
@@ -100,7 +101,7 @@ def _answer(case: Case, seen: SeenImage | None) -> Card:
 def candidate_cards(
     lines: Sequence[Mapping[str, Any]], run_folder: Path, progress: Progress | None = None
 ) -> list[Card]:
-    """A card for each question of stage 2 whose sampled answers were written down."""
+    """A card for each question of stage 2 whose sampled answers were logged."""
     cards = []
     for line in lines:
         cards.append(_candidate_card(line, run_folder))
@@ -114,7 +115,7 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
     seen: SeenImage | None = None
     picture = {
         "picture": "",
-        "fault": "the run was logged by a version of the plugin that did not write the image's path down",
+        "fault": "the run was logged by a version of the plugin that did not record the image's path",
     }
     if study.get("image"):
         seen, picture = _seen(study["image"], study["image_aspect_ratio"], study.get("reading"), run_folder)
@@ -122,7 +123,7 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
     return {
         "id": line["id"],
         "step": line["step"],
-        "source": study.get("source") or "not said",
+        "source": study.get("source") or "unknown",
         "modality": study.get("modality") or "",
         "question": study.get("question", ""),
         "classes": line["true"]["ref"],
@@ -135,11 +136,11 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
 
 
 def _candidate(row: Mapping[str, Any], terms: Sequence[str]) -> Card:
-    found = parse_boxes(row["text"])
+    boxes = parse_boxes(row["text"])
     return {
         "text": row["text"],
         "reward": row["reward"],
         "terms": [row[name] for name in terms],
-        "boxes": [box for box in found if is_inside(box)],
-        "malformed": sum(not is_inside(box) for box in found),
+        "boxes": [box for box in boxes if is_inside(box)],
+        "malformed": sum(not is_inside(box) for box in boxes),
     }

@@ -1,7 +1,7 @@
 """Writes the report: table, curves and galleries into one HTML file.
 
-The file loads nothing: its Content-Security-Policy forbids it, and lets no script run but its own, known by its hash. Texts of
-models and names of files are escaped where the page is made and set as text where it draws, so that they cannot become markup.
+The file loads nothing: its Content-Security-Policy forbids that and allows only its own script, identified by hash. Texts of
+models and names of files are escaped in the template and set as text by the script, so that they cannot become markup.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from umed_plugin.commands.report.curves import charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
+from umed_plugin.evaluation.benchmarks.recipe import cases_of
 
 FILE = "report.html"
 STUDIES = 500
@@ -27,11 +28,11 @@ STUDIES = 500
 def write_report(
     run_dir: Path | str, most_studies: int = STUDIES, progress: Callable[[str, int, int], None] | None = None
 ) -> Path:
-    """Write ``run_dir/report.html`` and return its path; the file appears whole or not at all.
+    """Write ``run_dir/report.html`` and return its path; the file appears complete or not at all.
 
     Args:
         run_dir: folder of `umed demo`, `umed upgrade` or one training.
-        most_studies: in the gallery; the table is of all.
+        most_studies: in the gallery; the table covers all studies.
         progress: called with (what is being done, done, in all).
 
     Raises:
@@ -50,7 +51,7 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
 
     from umed_plugin import __version__
 
-    def said(what: str) -> Callable[[int, int], None] | None:
+    def advance(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     shelf = Path(__file__).parent
@@ -59,14 +60,14 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         loader=FileSystemLoader(shelf), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     labels = [stage_label(stage) for stage in run.evaluations]
-    studies = study_cards(run.evaluations, most_studies, run.folder, said("drawing studies"))
-    candidates = candidate_cards(run.candidates, run.folder, said("drawing sampled answers"))
+    studies = study_cards(run.evaluations, most_studies, run.folder, advance("drawing studies"))
+    candidates = candidate_cards(run.candidates, run.folder, advance("drawing sampled answers"))
     table, notes = metrics_table(run.evaluations)
-    asked = max((len(evaluation.cases) for evaluation in run.evaluations.values()), default=0)
+    asked = max((len(cases_of(evaluation)) for evaluation in run.evaluations.values()), default=0)
     if len(studies) < asked:
         notes.append(
-            f"The gallery has {len(studies)} of the {asked} studies: a third with the largest gains, a third with the worst last "
-            "answers, and others at even distances. The table is of all."
+            f"The gallery shows {len(studies)} of the {asked} studies: a third with the largest gains, a third with the worst "
+            "last answers, and others evenly spaced. The table covers all of them."
         )
     return environment.get_template("report.html").render(
         name=run.folder.name,
@@ -76,7 +77,7 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         notes=notes,
         table=table,
-        trainings=[_training(training, said("drawing curves")) for training in run.trainings],
+        trainings=[_training(training, advance("drawing curves")) for training in run.trainings],
         stages=labels,
         studies=len(studies),
         candidates=len(candidates),

@@ -17,7 +17,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry
 
-SIDE = 384  # pixels of a picture at most: 500 studies make a page of some megabytes, which opens at once
+SIDE = 384  # pixels of a picture at most: 500 studies make a page of a few megabytes, which opens at once
 QUALITY = 80
 
 
@@ -26,7 +26,7 @@ class SeenImage:
     """One image as the model sees it.
 
     Attributes:
-        square: the picture, RGB, at most as wide as asked; smaller images keep their own size.
+        square: the picture, RGB, at most as wide as asked; smaller images keep their size.
         geometry: of the file; boxes go through it.
     """
 
@@ -34,7 +34,7 @@ class SeenImage:
     geometry: ImageGeometry
 
     def boxes01(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
-        """Boxes in pixels of the file -> 0-1 of the square; those of which nothing is to be seen there are left out."""
+        """Boxes in pixels of the file -> 0-1 of the square; boxes that lie wholly outside it are left out."""
         return [box for box in self.geometry.to_square(boxes_px) if not is_degenerate(box)]
 
 
@@ -42,7 +42,7 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
     """Open an image as training and evaluation do.
 
     Args:
-        image: path of the file; where it is not there any more, the same file below ``run_folder`` is taken.
+        image: path of the file; if it no longer exists, the same file below ``run_folder``.
         mode: ``pad`` or ``square``.
         reading: arguments of `umed_plugin.data.images.load_image` for DICOM and NIfTI files.
         side: of the square at most, in pixels.
@@ -50,7 +50,7 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
     Raises:
         UmedError: the file is missing or cannot be read.
     """
-    path = _found(Path(image), run_folder)
+    path = _existing(Path(image), run_folder)
     if not path.exists():
         raise UmedError(f"{path}: no such image file.")
     try:
@@ -61,8 +61,8 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
     return SeenImage(square_of(opened, geometry, least=1, most=side), geometry)
 
 
-def _found(path: Path, run_folder: Path) -> Path:
-    """The path, or the one below a run's folder that ends alike: runs are moved and copied."""
+def _existing(path: Path, run_folder: Path) -> Path:
+    """The path, or the one below a run's folder with the same ending: runs are moved and copied."""
     if path.exists():
         return path
     ends = [run_folder.joinpath(*path.parts[start:]) for start in range(1, len(path.parts))]
@@ -70,10 +70,10 @@ def _found(path: Path, run_folder: Path) -> Path:
 
 
 def as_data_url(square: Any) -> str:
-    """The picture as WebP in a ``data:`` address, with pixels and nothing else in it."""
+    """The picture as WebP in a ``data:`` URL, with pixels and no metadata."""
     from PIL import Image
 
     clean = Image.frombytes(square.mode, square.size, square.tobytes())
-    held = io.BytesIO()
-    clean.save(held, format="WEBP", quality=QUALITY)
-    return "data:image/webp;base64," + base64.b64encode(held.getvalue()).decode()
+    buffer = io.BytesIO()
+    clean.save(buffer, format="WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,5 +1,5 @@
 "use strict";
-// Texts of models and files get into the page as text alone: no element is ever made from a string.
+// Texts of models and files enter the page as text only: no element is ever created from a string.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 24;
 const byId = id => document.getElementById(id);
@@ -37,8 +37,8 @@ function boxLayer(boxes, name) {
   return layer;
 }
 
-// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, and no red beside green. One scale for all maps, or an
-// even one would look like a sharp one: what gets no attention stays clear, from MOST times an even share on it is yellow.
+// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, safe for colour blindness. All maps share one scale;
+// otherwise a uniform map would look like a sharp one. No attention is transparent, MOST times a uniform share or more is yellow.
 const MOST = 4;
 const RAMP = [[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]];
 
@@ -63,7 +63,7 @@ function picture(card, alt, ...layers) {
   return el("div", {className: "picture"}, el("img", {src: card.picture, alt, decoding: "async"}), ...layers);
 }
 
-// ---- A gallery: a list of cards, sorted and filtered, some at a time, walked through with the arrow keys.
+// ---- A gallery: a list of cards, sorted, filtered, drawn a page at a time; the arrow keys move through it.
 
 class Gallery {
   constructor(name, cards, orders, draw, open) {
@@ -119,7 +119,7 @@ class Gallery {
     this.more.textContent = "Show " + Math.min(PAGE, left) + " more";
     byId(this.name + "-count").textContent = this.shown.length
       ? this.drawn + " of " + this.shown.length + " shown" + (this.shown.length < this.cards.length ? ", " + this.cards.length + " in all" : "")
-      : "None fits this choice.";
+      : "Nothing matches these filters.";
   }
 
   buttons() { return [...this.list.querySelectorAll("button")]; }
@@ -146,7 +146,7 @@ class Gallery {
   openAt(place) { viewer.open(this, place); }
 }
 
-// ---- One card opened: previous and next by button or arrow key, Escape closes and goes back to the card.
+// ---- One open card: previous and next by button or arrow key; Escape closes it and returns to the card.
 
 const viewer = {
   dialog: byId("viewer"), gallery: null, place: 0,
@@ -183,7 +183,7 @@ function facts(card) {
   const pairs = [["True", classesOf(card)], ["Source", card.source], ["Modality", card.modality], ["Question", card.question]];
   if (card.step !== undefined) pairs.push(["Step", String(card.step)]);
   const missing = card.picture ? card.true_count - card.true.length : 0;
-  if (missing) pairs.push(["Note", missing + " true box(es) lie outside what the model sees."]);
+  if (missing) pairs.push(["Note", missing + " true box(es) lie outside the part that the model sees."]);
   return el("dl", {className: "facts"}, ...pairs.filter(([, value]) => value)
     .map(([name, value]) => el("div", {}, el("dt", {textContent: name}), el("dd", {textContent: value}))));
 }
@@ -197,7 +197,7 @@ const studyOrders = {
   asked: () => [0],
 };
 
-// Negative, as the smallest key comes first; a study that a stage was not asked about comes last.
+// Negative, since the smallest key comes first; a study that a stage was not asked about comes last.
 function gainOf(card, what, from, to) {
   return card.answers[from] && card.answers[to] ? card.answers[from][what] - card.answers[to][what] : 9;
 }
@@ -207,9 +207,9 @@ function drawStudy(card) {
   card.answers.forEach((answer, stage) => { if (answer) layers.push(boxLayer(answer.boxes, "stage-" + stage)); });
   const heated = byId("heat").value, answer = heated === "" ? null : card.answers[heated];
   if (answer && answer.heat) layers.unshift(heatLayer(answer.heat));
-  const overlaps = card.answers.map(one => one ? number(one.iou) : "–").join(" → ");
+  const overlaps = card.answers.map(answer => answer ? number(answer.iou) : "–").join(" → ");
   const last = card.answers[card.answers.length - 1];
-  const verdict = last ? (last.accuracy === 1 ? "named right" : "named wrong") : "not asked";
+  const verdict = last ? (last.accuracy === 1 ? "right class" : "wrong class") : "not asked";
   const alt = "Study " + card.id + ", true: " + classesOf(card);
   return [
     picture(card, alt, ...layers),
@@ -235,12 +235,12 @@ function openStudy(card) {
 
 function heatFigure(card, answer) {
   if (!card.picture) return null;
-  const why = answer.relevance ? "this evaluation did not keep it." : "the answer names no abnormality.";
+  const why = answer.relevance ? "this evaluation did not store it." : "the answer names no abnormality.";
   if (!answer.heat) return el("p", {className: "soft", textContent: "No attention map: " + why});
-  const of = answer.heat.of_true_name ? "the abnormality's name" : "the name that it gives, which is not there";
+  const of = answer.heat.of_true_name ? "the abnormality's name" : "the name in the answer, which is wrong";
   return el("figure", {className: "attention"},
     picture(card, "Attention of " + of + " over the image", heatLayer(answer.heat), boxLayer(card.true, "true")),
-    el("figcaption", {}, "Attention of " + of + ". Yellow: " + MOST + " times an even share or more; the highest patch has "
+    el("figcaption", {}, "Attention of " + of + ". Yellow: at least " + MOST + " times a uniform share; the highest patch has "
       + (answer.heat.peak * answer.heat.grid[0] * answer.heat.grid[1]).toFixed(1) + " times."));
 }
 
@@ -277,7 +277,7 @@ function openCandidates(card) {
     frame.replaceChildren(picture(card, "Boxes of the answers", boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(chosen.boxes, "best")));
   };
   const names = ["answer", ...card.terms, "reward"];
-  const table = el("table", {className: "stacked"}, el("caption", {textContent: "Each term as it was scored; the last column is what they add up to after normalisation and weights."}),
+  const table = el("table", {className: "stacked"}, el("caption", {textContent: "The score of each reward; the last column is their weighted sum after normalisation."}),
     el("thead", {}, el("tr", {}, el("th", {scope: "col", textContent: "box"}),
       ...names.map(name => el("th", {scope: "col", textContent: name.replaceAll("_", " ")})))));
   const body = el("tbody");

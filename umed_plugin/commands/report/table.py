@@ -1,4 +1,4 @@
-"""The table of before and after: metrics of each stage with their intervals, and the paired differences of stages."""
+"""The table of before and after: metrics of each stage with confidence intervals, and paired differences of stages."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 from umed_plugin.commands.report.run_folder import stage_label
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.grounded import METRICS, Evaluation, compare
+from umed_plugin.evaluation.benchmarks.recipe import HEADLINE, RECIPE
+from umed_plugin.evaluation.results import Evaluation, compare
 
 _ABOUT = {
-    "accuracy": ("Accuracy", "share of studies with exactly the true classes named"),
+    "accuracy": ("Accuracy", "share of studies whose answer names exactly the true classes"),
     "mean_iou": ("Mean IoU", "of predicted and true boxes, studies with a lesion"),
-    "acc_at_50": ("Acc@0.5", "share of studies with a lesion with IoU of at least 0.5"),
+    "acc_at_50": ("Acc@0.5", "share of studies with a lesion whose IoU is at least 0.5"),
     "vision_relevance": ("Vision relevance", "attention of the abnormality's name on the lesion"),
-    "acc_at_25": ("Acc@0.25", "share of studies with a lesion with IoU of at least 0.25"),
+    "acc_at_25": ("Acc@0.25", "share of studies with a lesion whose IoU is at least 0.25"),
     "false_box_rate": ("false box rate", "share of studies without a lesion on which a box is drawn"),
-    "lesion_iou": ("lesion IoU", "each lesion with the box that it is matched to"),
+    "lesion_iou": ("lesion IoU", "of each lesion and the box that it is matched to"),
     "lesions_found": ("lesions found", "share with IoU of at least 0.5"),
 }
 
@@ -24,8 +25,8 @@ _ABOUT = {
 def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any] | None, list[str]]:
     """What the page's tables hold, None without an evaluation; and what could not be compared, in words.
 
-    ``heads`` are those of the columns, the first ``stages`` of which are stages and the others differences; ``rows`` are of
-    `umed_plugin.evaluation.grounded.METRICS`, ``more`` of the further figures that an evaluation has.
+    ``heads`` are the column heads: first the ``stages``, then the differences. ``rows`` are the metrics of
+    `umed_plugin.evaluation.benchmarks.recipe.HEADLINE`, ``more`` all further metrics.
     """
     if not evaluations:
         return None, []
@@ -35,63 +36,52 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     pairs += [(names[0], names[-1])] if len(names) > 2 else []
     for before, after in pairs:
         try:
-            found = compare(evaluations[before], evaluations[after])
+            difference = compare(evaluations[before], evaluations[after])
         except UmedError as error:
             notes.append(str(error))
             continue
-        differences[f"{stage_label(after)} − {stage_label(before)}"] = found
-    of_all = [found.metrics for found in evaluations.values()]
-    figures = [found.get("figures", {}) for found in of_all]
-    compared = [found["figures"] for found in differences.values()]
-    more = [name for name in dict.fromkeys(name for found in figures for name in found) if name not in METRICS]
+        differences[f"{stage_label(after)} − {stage_label(before)}"] = difference
+    stages = [evaluation.metrics for evaluation in evaluations.values()]
+    reported = dict.fromkeys(name for metrics in stages for name in metrics)
+    first = [name for name in HEADLINE if name in reported]
     table = {
-        "about": _about(evaluations),
+        "about": _about(list(evaluations.values())),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
-        "rows": [_metric_row(name, of_all, list(differences.values())) for name in METRICS],
-        "more": [_figure_row(name, figures, compared) for name in more],
+        "rows": [_row(name, stages, list(differences.values())) for name in first],
+        "more": [_row(name, stages, list(differences.values())) for name in reported if name not in first],
     }
     return table, notes
 
 
-def _about(evaluations: Mapping[str, Evaluation]) -> str:
-    last = list(evaluations.values())[-1].metrics
-    said = f"{last.get('n', 0)} studies"
-    return f"{said}, {last['n_with_lesion']} of them with a lesion." if "n_with_lesion" in last else f"{said}."
+def _about(evaluations: Sequence[Evaluation]) -> str:
+    """How many studies (questions), and what the intervals resample."""
+    last = evaluations[-1]
+    units = " and ".join(dict.fromkeys(evaluation.unit for evaluation in evaluations))
+    resampled = f"Intervals are 95 % bootstrap confidence intervals, resampled by {units}."
+    if last.benchmark != RECIPE.name:
+        return f"{len(last.predictions)} questions of {last.benchmark}. {resampled}"
+    return f"{len(last.predictions)} studies, {last.metrics['mean_iou']['n']} of them with a lesion. {resampled}"
 
 
-def _metric_row(
-    name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    title, about = _ABOUT[name]
-    cells = [_cell(found.get(name), found.get(f"{name}_ci95")) for found in stages]
-    cells += [_cell(found[name]["difference"], found[name]["ci95"], "+.3f") for found in differences]
-    return {"title": title, "about": about, "cells": cells}
-
-
-def _figure_row(
-    name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """A row of a figure of `umed_plugin.evaluation.metrics.figures`; its name may end with a group, as in
-    ``accuracy/deeplesion``.
-    """
+def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A metric's row; its name may end with a group, as in ``accuracy/deeplesion``."""
     base, _, group = name.partition("/")
     title, about = _ABOUT.get(base, (base.replace("_", " "), ""))
-    asked = max(found[name]["n"] for found in stages if name in found)
-    said = [found.get(name, {}) for found in stages]
-    cells = [_cell(one.get("value"), one.get("ci95")) for one in said]
-    cells += [
-        _cell(one.get("difference"), one.get("ci95"), "+.3f") for one in (found.get(name, {}) for found in differences)
-    ]
+    n = max(metrics[name]["n"] for metrics in stages if name in metrics)
+    measured = [metrics.get(name, {}) for metrics in stages]
+    compared = [metrics.get(name, {}) for metrics in differences]
+    cells = [_cell(value.get("value"), value.get("ci95")) for value in measured]
+    cells += [_cell(value.get("difference"), value.get("ci95"), "+.3f") for value in compared]
     return {
         "title": f"{title}, {group}" if group else title,
-        "about": "; ".join(filter(None, [about, f"n = {asked}"])),
+        "about": "; ".join(filter(None, [about, f"n = {n}"])),
         "cells": cells,
     }
 
 
 def _cell(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> dict[str, str]:
-    """A cell's text; a difference has a trend where its interval leaves 0 out."""
+    """A cell's text; a difference has a trend if its interval excludes 0."""
     if value is None or interval is None:
         return {"value": "–", "interval": "", "trend": ""}
     trend = ""

@@ -1,7 +1,7 @@
 """Answers about a picture: greedy, told token by token; what is known of picture and conversation is not computed again.
 
 The features of the last pictures are kept, and the keys and values of the last conversations: a further question costs its
-own tokens. The prompt is that of training, stock LLaVA and `umed_plugin.evaluation.grounded`; earlier questions and answers
+own tokens. The prompt is that of training, stock LLaVA and `umed evaluate`; earlier questions and answers
 stand in it as LLaVA writes them.
 
 Where an answer looks is read in a second pass over prompt and answer (`umed_plugin.model.attention`), for each word of it.

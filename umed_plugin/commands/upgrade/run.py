@@ -207,12 +207,13 @@ class Upgrade:
         return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
-        from umed_plugin.evaluation.grounded import Evaluation, compare
+        from umed_plugin.evaluation.benchmarks.recipe import headline
+        from umed_plugin.evaluation.results import Evaluation, compare
 
         evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
         base, tuned, rewarded = (evaluations[stage] for stage in EVALUATED)
         summary = {
-            **{stage: evaluation.metrics for stage, evaluation in evaluations.items()},
+            **{stage: headline(evaluation) for stage, evaluation in evaluations.items()},
             "comparison": compare(tuned, rewarded),
             "comparison_with_base": compare(base, rewarded),
             "seed": self.settings.seed,

@@ -1,1 +1,1 @@
-"""Published benchmarks, one file each; `catalogue` lists them. `umed_plugin.evaluation` says what a file has to hold."""
+"""Published benchmarks, one file each; `catalogue` finds them. `umed_plugin.evaluation` says what a file has to hold."""

@@ -1,4 +1,4 @@
-"""What a benchmark is: questions with their truth, a score for each answer, and figures over the scores."""
+"""What a benchmark is: how to read its questions, score an answer, and compute metrics over the scores."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.metrics.figures import Figure, Row
+from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
+if TYPE_CHECKING:
+    from umed_plugin.model.forward import Candidates, PromptBatch
+
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One question about one image.
 
     Attributes:
         id: unique within the benchmark.
         image: path of the file.
-        text: the question as the model is asked it, without image token; None where only options behind a bare text count.
+        text: the question as the model gets it, without image token; None if only the options behind a bare text count.
         truth: the reference answer as the benchmark's files have it.
-        options: whose likelihood is asked for, as ``" {option}."`` behind ``options_after``.
+        options: answers whose likelihood is computed, each as ``" {option}."`` behind ``options_after``.
         options_after: a bare text behind the image, without template; None: the question in its template.
-        groups: name -> group, for figures by group and for ``part``, of which ``--limit`` takes the first N each.
-        about: what else scoring needs to know; fit for JSON.
-        write: whether an answer is to be written; else only likelihoods are asked for.
+        groups: name -> group, for metrics by group, and ``part``: ``--limit N`` takes the first N questions of each part.
+        about: what else scoring needs to know; JSON values.
+        write: whether the model writes an answer; else only likelihoods are computed.
+        patient: whom the image shows, unique within the benchmark; empty if unknown. Intervals resample patients.
+        reading: arguments of `umed_plugin.data.images.load_image` for a DICOM or NIfTI file; else None.
     """
 
     id: str
@@ -39,32 +45,43 @@ class Question:
     groups: Mapping[str, str] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     write: bool = True
+    patient: str = ""
+    reading: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a question that asks for nothing."""
-        asked = self.options and (self.options_after or self.text)
-        if not (self.text if self.write else asked):
+        has_options = self.options and (self.options_after or self.text)
+        if not (self.text if self.write else has_options):
             raise ValueError(f"question {self.id!r} has neither a text to answer nor options behind one")
+
+    @property
+    def cluster(self) -> str:
+        """What confidence intervals resample as a whole: the patient where it is known, else the image."""
+        return self.patient or self.image
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark.
+    """A benchmark: what differs between benchmarks. What they share is in `umed_plugin.evaluation.evaluator`.
 
     Attributes:
         name: for ``--benchmark``.
         title: what it is, in a few words.
         needs: files that ``--data-root`` must hold, in words.
-        url: where they are had, and under which terms they stand.
-        reported: what its figures are, in words, for docs/evaluation.md and ``--help``.
-        questions: (data root, split, folder for images that must be written) -> questions.
+        url: where to get them, and their terms of use.
+        reported: what its metrics are, in words, for the documentation.
+        questions: (data root, split, folder for images that must be written) -> questions in the order of the files.
         score: (question, answer, scorer of boxes) -> named numbers.
-        figures: rows -> what is reported.
-        splits: that it has; the first is asked if none is named.
+        metrics: rows -> what is reported.
+        order: place in the documentation's table; equal numbers are sorted by name.
+        splits: all of them; the first is the default.
         max_new_tokens: longest answer that it needs.
-        prepare: writes the images of the questions that are asked, where they are no files of their own.
-        in_form: the questions with their boxes as the model writes them.
-        candidates: (data root) -> the training split's open answers, empty where it is not there.
+        templates: model_type -> default prompt template.
+        prepare: writes the images of the chosen questions, for a benchmark whose images are not files.
+        adapt: (questions, scorer) -> questions fitted to the model, such as boxes in its coordinates.
+        examine: a further pass over the answers of each batch, see `Examine`; None for benchmarks that score texts alone.
+        details: (question, answer, scorer) -> further keys of the question's line in ``predictions.jsonl``.
+        candidates: data root -> the open answers of the training split, empty if its file is missing.
     """
 
     name: str
@@ -72,14 +89,27 @@ class Benchmark:
     needs: str
     url: str
     reported: str
-    questions: Callable[[Path, str, Path], list[Question]]
-    score: Callable[[Question, ModelAnswer, Scorer], dict[str, float]]
-    figures: Callable[[Sequence[Row]], list[Figure]]
+    questions: Callable[[Path, str, Path], list[BenchmarkQuestion]]
+    score: Callable[[BenchmarkQuestion, ModelAnswer, Scorer], dict[str, float]]
+    metrics: Callable[[Sequence[Row]], list[Metric]]
+    order: int = 100
     splits: tuple[str, ...] = ("test",)
     max_new_tokens: int = 128
-    prepare: Callable[[Sequence[Question]], None] | None = None
-    in_form: Callable[[Sequence[Question], Scorer], list[Question]] | None = None
+    templates: Mapping[str, str] = field(default_factory=lambda: STOCK_TEMPLATES)
+    prepare: Callable[[Sequence[BenchmarkQuestion]], None] | None = None
+    adapt: Callable[[Sequence[BenchmarkQuestion], Scorer], list[BenchmarkQuestion]] | None = None
+    examine: Examine | None = None
+    details: Callable[[BenchmarkQuestion, ModelAnswer, Scorer], dict[str, Any]] | None = None
     candidates: Callable[[Path], list[str]] | None = None
+
+
+# A hook for what needs the model again once it has answered, such as attention. It is called for each batch while the prompts,
+# with their image features, are in memory: (answerer, N questions, their N embedded prompts, their N answers) -> N dicts of JSON
+# values. `score` and `details` find the dict of a question in `ModelAnswer.examined`; it is kept with the answer on disk.
+Examine = Callable[
+    [Any, Sequence[BenchmarkQuestion], "PromptBatch", "Candidates"],
+    "list[dict[str, Any]]",
+]
 
 
 def read_json(file: Path, benchmark: str) -> Any:
@@ -89,11 +119,11 @@ def read_json(file: Path, benchmark: str) -> Any:
         UmedError: it is missing or not JSON.
     """
     if not file.is_file():
-        raise UmedError(f"{file}: no such file, and {benchmark} needs it. Is --data-root the folder that holds it?")
+        raise UmedError(f"{file}: no such file; {benchmark} needs it. Is --data-root the folder that holds it?")
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise UmedError(f"{file}: not JSON ({error}). Get it again.") from error
+        raise UmedError(f"{file}: not JSON ({error}). Download it again.") from error
 
 
 def field_of(record: Mapping[str, Any], where: str, *names: str) -> Any:
@@ -111,24 +141,24 @@ def field_of(record: Mapping[str, Any], where: str, *names: str) -> Any:
 
 
 def find_one(root: Path, patterns: Sequence[str], benchmark: str) -> Path:
-    """The first file below ``root`` that fits one of the patterns.
+    """The first file below ``root`` that matches one of the patterns.
 
     Raises:
         UmedError: there is none.
     """
     for pattern in patterns:
-        found = sorted(path for path in root.glob(pattern) if path.is_file())
-        if found:
-            return found[0]
+        matches = sorted(path for path in root.glob(pattern) if path.is_file())
+        if matches:
+            return matches[0]
     raise UmedError(
-        f"{root}: holds none of {', '.join(patterns)}, of which {benchmark} needs one. Is it the right --data-root?"
+        f"{root}: holds none of {', '.join(patterns)}; {benchmark} needs one of them. Is it the right --data-root?"
     )
 
 
 def existing_image(folders: Sequence[Path], name: str) -> str:
-    """Path of an image in the first of the folders that has it; if none has, in the first.
+    """Path of an image in the first of the folders that has it; if none has it, in the first.
 
-    Missing images are reported together, once it is known which are asked about.
+    Missing images are reported together, once it is known which questions are asked.
     """
-    there = [folder / name for folder in folders if (folder / name).is_file()]
-    return str(there[0] if there else folders[0] / name)
+    paths = [folder / name for folder in folders]
+    return str(next((path for path in paths if path.is_file()), paths[0]))

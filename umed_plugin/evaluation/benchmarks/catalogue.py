@@ -1,15 +1,39 @@
-"""All benchmarks by name, in the order in which docs/evaluation.md lists them."""
+"""All benchmarks by name: every file of this folder that defines ``BENCHMARK``, in the order in which the docs list them.
+
+A recipe's records are a benchmark too, but ``--benchmark`` takes the recipe's name or file: `recipe.recipe_benchmark`.
+"""
 
 from __future__ import annotations
 
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark
-from umed_plugin.evaluation.benchmarks.med_grit import MED_GRIT
-from umed_plugin.evaluation.benchmarks.medmnist import MEDMNIST
-from umed_plugin.evaluation.benchmarks.medvh import MEDVH
-from umed_plugin.evaluation.benchmarks.omnimedvqa import OMNIMEDVQA
-from umed_plugin.evaluation.benchmarks.pmc_vqa import PMC_VQA
-from umed_plugin.evaluation.benchmarks.vqa import SLAKE, VQA_RAD
+import importlib
+import pkgutil
 
-BENCHMARKS: dict[str, Benchmark] = {
-    one.name: one for one in (VQA_RAD, SLAKE, PMC_VQA, MEDMNIST, OMNIMEDVQA, MEDVH, MED_GRIT)
-}
+from umed_plugin.errors import UmedError, unknown_name
+from umed_plugin.evaluation import benchmarks
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+
+
+def _discover() -> dict[str, Benchmark]:
+    modules = [
+        importlib.import_module(f"{benchmarks.__name__}.{file.name}")
+        for file in pkgutil.iter_modules(benchmarks.__path__)
+        if f"{benchmarks.__name__}.{file.name}" != __name__
+    ]
+    listed: list[Benchmark] = [module.BENCHMARK for module in modules if hasattr(module, "BENCHMARK")]
+    return {benchmark.name: benchmark for benchmark in sorted(listed, key=lambda item: (item.order, item.name))}
+
+
+BENCHMARKS = _discover()
+
+
+def benchmark_of(name: str) -> Benchmark:
+    """The benchmark that an evaluation names, one of `BENCHMARKS` or that of recipes.
+
+    Raises:
+        UmedError: there is no such benchmark.
+    """
+    known = {**BENCHMARKS, RECIPE.name: RECIPE}
+    if name not in known:
+        raise UmedError(unknown_name("benchmark", name, known))
+    return known[name]

@@ -1,7 +1,7 @@
 """Answers and truth in the files that LLaVA-Med's ``run_eval.py`` and ``run_eval_batch.py`` take.
 
 ``python run_eval.py --gt test.json --pred answers.jsonl --candidate candidate.json``: both lists must hold the same ids in the
-same order, each answer the keys that its ``model_vqa.py`` writes, and each truth ``answer_type`` and two turns.
+same order. Each answer needs the keys that its ``model_vqa.py`` writes, and each truth ``answer_type`` and two turns.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.evaluation.benchmarks.benchmark import Question
+from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 from umed_plugin.model.answerer import ModelAnswer
 
 
 def save_for_llava_med(
     checkpoint: str,
     benchmark: str,
-    questions: Sequence[Question],
+    questions: Sequence[BenchmarkQuestion],
     answers: Mapping[str, ModelAnswer],
     candidates: Sequence[str],
     folder: Path,
 ) -> None:
-    """Write ``answers.jsonl``, ``test.json`` and, where there are candidates, ``candidate.json``.
+    """Write ``answers.jsonl``, ``test.json`` and, if there are candidates, ``candidate.json``.
 
     Args:
         checkpoint: its folder's name becomes ``model_id``.
-        benchmark: part of what ``answer_id`` is made from; theirs is random, this one is the same for the same answer.
+        benchmark: part of what ``answer_id`` is made from. Theirs is random; this one is the same for the same question.
         questions: those without a written answer are left out.
         answers: by question id.
         candidates: the training split's open answers, which their "open accuracy" chooses among.
-        folder: made when it is not there.
+        folder: made if need be.
     """
     folder.mkdir(exist_ok=True)
     model = Path(checkpoint).name
     asked = [question for question in questions if question.write]
-    said: list[dict[str, Any]] = [
+    lines: list[dict[str, Any]] = [
         {
             "question_id": question.id,
             "prompt": question.text,
@@ -62,9 +62,8 @@ def save_for_llava_med(
         }
         for question in asked
     ]
-    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in said))
+    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     files.write_json(folder / "test.json", truth)
     if candidates:
         # Under "0", as their scripts look it up.
-        found = {"0": sorted(set(candidates))}
-        files.write_json(folder / "candidate.json", found, indent=None)
+        files.write_json(folder / "candidate.json", {"0": sorted(set(candidates))}, indent=None)

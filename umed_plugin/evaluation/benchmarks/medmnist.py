@@ -1,12 +1,12 @@
 """MedMNIST v2: classification by the likelihood of class names, with MedMNIST's AUC and ACC.
 
 Yang et al. (Scientific Data 2023). ``<set>.npz`` or ``<set>_224.npz`` with ``{train,val,test}_images`` [n, h, w(, 3)] uint8
-and ``_labels`` [n, classes or 1]. A model that writes text gives no class scores: it is asked what the image shows, and each
-class name's likelihood as the answer is its score (`umed_plugin.evaluation.metrics.classification.likelihoods`). Class names
-are those of MedMNIST's own list, in lower case and with the grades of RetinaMNIST in words.
+and ``_labels`` [n, classes or 1]. A model that writes text gives no class scores. It is asked what the image shows, and a class's
+score is the likelihood of its name as the answer (`umed_plugin.evaluation.metrics.classification.likelihoods`). Class names are
+those of MedMNIST's own list, in lower case and with the grades of RetinaMNIST in words.
 
-A set with several labels an image (ChestMNIST) is asked one yes-or-no question for each label, all about one image. Images are
-written as PNG, losslessly, and go through the loader that training uses.
+ChestMNIST has several labels per image: the model is asked one yes-or-no question for each label. Images are written as PNG,
+losslessly, and go through the loader that training uses.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.classification import auc, likelihoods, macro_auc
-from umed_plugin.evaluation.metrics.figures import Columns, Figure, Row, Statistic, mean
+from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, Statistic, mean
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -26,7 +26,7 @@ _ORGANS = (
     ("bladder", "left femur", "right femur", "heart", "left kidney", "right kidney")
     + ("liver", "left lung", "right lung", "pancreas", "spleen")
 )  # fmt: skip
-# Set -> (what its images are, class names in the order of its labels).
+# Set -> (what its images are, class names in label order).
 SETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pathmnist": (
         "colon pathology slide",
@@ -72,21 +72,24 @@ SETS: dict[str, tuple[str, tuple[str, ...]]] = {
 MULTI_LABEL = ("chestmnist",)
 
 
-def questions(root: Path, split: str, work: Path) -> list[Question]:
-    """One question an image, or one a label of it, for every set that is there."""
-    found: list[Question] = []
+def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
+    """One question per image, or per image and label, of every set whose file is there."""
+    listed: list[BenchmarkQuestion] = []
     for name, (what, classes) in SETS.items():
         files = sorted([*root.glob(f"{name}.npz"), *root.glob(f"{name}_*.npz")])
         if files:
-            found += _of_set(files[-1], name, what, classes, split, work)
-    if not found:
+            listed += _of_set(files[-1], name, what, classes, split, work)
+    if not listed:
         raise UmedError(
-            f"{root}: holds none of {', '.join(f'{name}.npz' for name in SETS)}, of which medmnist needs one."
+            f"{root}: holds none of {', '.join(f'{name}.npz' for name in SETS)}; medmnist needs one of them. Is it the right "
+            "--data-root?"
         )
-    return found
+    return listed
 
 
-def _of_set(file: Path, name: str, what: str, classes: Sequence[str], split: str, work: Path) -> list[Question]:
+def _of_set(
+    file: Path, name: str, what: str, classes: Sequence[str], split: str, work: Path
+) -> list[BenchmarkQuestion]:
     import numpy as np
 
     with np.load(file) as arrays:
@@ -100,7 +103,7 @@ def _of_set(file: Path, name: str, what: str, classes: Sequence[str], split: str
         raise UmedError(
             f"{file}: labels {labels.shape} up to {labels.max(initial=0)} do not fit {name}, which has {len(classes)} classes."
         )
-    found = []
+    listed = []
     for index, label in enumerate(labels.reshape(len(labels), -1)):
         image = str(work / "medmnist" / file.stem / split / f"{index}.png")
         about = {"file": str(file), "split": split, "index": index}
@@ -108,8 +111,10 @@ def _of_set(file: Path, name: str, what: str, classes: Sequence[str], split: str
             for disease, present in zip(classes, label):
                 identity, groups = f"{name}/{index}/{disease}", {"part": name, "label": disease}
                 text, truth = f"Does this {what} show {disease}? Answer yes or no.", "yes" if present else "no"
-                found.append(
-                    Question(identity, image, text, truth, ("no", "yes"), groups=groups, about=about, write=False)
+                listed.append(
+                    BenchmarkQuestion(
+                        identity, image, text, truth, ("no", "yes"), groups=groups, about=about, write=False
+                    )
                 )
         else:
             text, truth = (
@@ -117,12 +122,14 @@ def _of_set(file: Path, name: str, what: str, classes: Sequence[str], split: str
                 classes[int(label[0])],
             )
             identity, groups = f"{name}/{index}", {"part": name}
-            found.append(Question(identity, image, text, truth, classes, groups=groups, about=about, write=False))
-    return found
+            listed.append(
+                BenchmarkQuestion(identity, image, text, truth, classes, groups=groups, about=about, write=False)
+            )
+    return listed
 
 
-def write_images(asked: Sequence[Question]) -> None:
-    """Write the images of these questions as PNG, where they are not there already."""
+def write_images(asked: Sequence[BenchmarkQuestion]) -> None:
+    """Write the images of these questions as PNG, unless an up-to-date file exists."""
     import numpy as np
     from PIL import Image
 
@@ -140,33 +147,33 @@ def write_images(asked: Sequence[Question]) -> None:
                     Image.fromarray(images[index]).save(partial, format="PNG")
 
 
-def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
-    """The likelihood of each class, which is right, and whether the likeliest is."""
+def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
+    """The likelihood of each class, the index of the true one, and whether the likeliest is right."""
     classes = question.options
     scores, right = likelihoods(answer.losses), classes.index(question.truth)
-    values = {f"score_{place}": value for place, value in enumerate(scores)}
+    values = {f"score_{index}": value for index, value in enumerate(scores)}
     return {**values, "truth": float(right), "acc": float(scores.index(max(scores)) == right)}
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
+def metrics(rows: Sequence[Row]) -> list[Metric]:
     """``auc/<set>`` and ``acc/<set>`` as MedMNIST defines them.
 
-    AUC of two classes is that of the second, of several the mean of each against the rest, of several labels the mean over the
-    labels. ACC is the share of images whose likeliest class is right; of several labels the share of labels.
+    AUC: of two classes, that of the second; of more, the mean of each class against the rest; of several labels, the mean over
+    labels. ACC: share of images whose likeliest class is right; of several labels, share of labels.
     """
-    found = []
+    reported = []
     for name in SETS:
-        mine = [row for row in rows if row.groups["part"] == name]
-        if not mine:
+        of_set = [row for row in rows if row.groups["part"] == name]
+        if not of_set:
             continue
-        columns = tuple(key for key in mine[0].values if key.startswith("score_"))
+        columns = tuple(key for key in of_set[0].values if key.startswith("score_"))
         where = {"part": name}
         if name in MULTI_LABEL:
-            found.append(Figure(f"auc/{name}", _mean_over_labels, ("score_1", "truth", "label"), where))
+            reported.append(Metric(f"auc/{name}", _mean_over_labels, ("score_1", "truth", "label"), where))
         else:
-            found.append(Figure(f"auc/{name}", _of_classes(columns), (*columns, "truth"), where))
-        found.append(Figure(f"acc/{name}", mean("acc"), ("acc",), where))
-    return found
+            reported.append(Metric(f"auc/{name}", _of_classes(columns), (*columns, "truth"), where))
+        reported.append(Metric(f"acc/{name}", mean("acc"), ("acc",), where))
+    return reported
 
 
 def _of_classes(names: Sequence[str]) -> Statistic:
@@ -189,7 +196,7 @@ def _mean_over_labels(columns: Columns) -> float:
     return float(sum(each) / len(each))
 
 
-MEDMNIST = Benchmark(
+BENCHMARK = Benchmark(
     name="medmnist",
     title="MedMNIST v2, classification by likelihood of class names",
     needs="`pneumoniamnist.npz`, `breastmnist_224.npz`, ...: those that are there are asked",
@@ -197,7 +204,8 @@ MEDMNIST = Benchmark(
     reported="AUC and ACC of each set, as MedMNIST's evaluator defines them",
     questions=questions,
     score=score,
-    figures=figures,
+    metrics=metrics,
+    order=4,
     splits=("test", "val", "train"),
     prepare=write_images,
 )

@@ -4,11 +4,11 @@ Hu et al. (arXiv 2402.09181). A JSON for each data set in ``QA_information/*``, 
 ``question``, ``option_A`` .. (two to four), ``gt_answer`` (the text of an option), ``image_path`` from the benchmark's root,
 ``modality_type`` (one file says ``modality``) and ``dataset``.
 
-- QA score: the prompt lists the options; the answer counts as the option whose difflib ratio to it is highest.
+- QA score: the prompt lists the options; the answer counts as the option with the highest difflib ratio to it.
 - Prefix score: the option with the lowest mean cross-entropy of `` {option}.`` behind ``Question: {question} The answer is``. The
-  published script gives LLaVA no image there, by an oversight; here it sees the image.
+  published script gives LLaVA no image there, by an oversight; here the model sees the image.
 
-Some of the images are in other sets' training data (Kvasir, NIH): ``umed recipe check ... --against`` names them.
+Some of the images are in other data sets' training data (Kvasir, NIH): ``umed recipe check ... --against`` names them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
-    Question,
+    BenchmarkQuestion,
     existing_image,
     field_of,
     find_one,
     read_json,
 )
 from umed_plugin.evaluation.metrics.choices import LETTERS, lowest, nearest_option
-from umed_plugin.evaluation.metrics.figures import Figure, Row, by_group, mean_of_groups, means
+from umed_plugin.evaluation.metrics.metric import Metric, Row, by_group, mean_of_groups, means
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -36,23 +36,23 @@ _ASKED = (
 )
 
 
-def questions(root: Path, split: str, work: Path) -> list[Question]:
-    """The questions of every data set that is there, data set by data set in alphabetical order."""
+def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
+    """The questions of every data set whose file is there, in alphabetical order of data sets."""
     patterns = ["QA_information/*/*.json", "QA_information/*.json", "*.json"]
     find_one(root, patterns, "omnimedvqa")
     files = next(files for pattern in patterns if (files := sorted(root.glob(pattern))))
-    found = []
+    listed = []
     for file in files:
         for number, record in enumerate(read_json(file, "omnimedvqa")):
             where = f"{file}[{number}]"
-            named = (record.get(f"option_{letter}") for letter in LETTERS[:4])
-            options = [str(option) for option in named if option is not None]
+            texts = (record.get(f"option_{letter}") for letter in LETTERS[:4])
+            options = [str(option) for option in texts if option is not None]
             question, right = str(field_of(record, where, "question")), str(field_of(record, where, "gt_answer"))
             if right not in options:
-                raise UmedError(f"{where}: gt_answer {right!r} is none of its options {options}.")
+                raise UmedError(f"{where}: gt_answer {right!r} is not one of its options {options}.")
             data_set = str(field_of(record, where, "dataset"))
-            found.append(
-                Question(
+            listed.append(
+                BenchmarkQuestion(
                     id=f"{data_set}/{field_of(record, where, 'question_id')}",
                     image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path"))),
                     text=_ASKED.format(question=question, count=len(options), options=options),
@@ -66,32 +66,33 @@ def questions(root: Path, split: str, work: Path) -> list[Question]:
                     },
                 )
             )
-    return found
+    return listed
 
 
-def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
-    """1.0 or 0.0 by each of the two scores. An answer that is like no option is wrong."""
-    said = nearest_option(answer.text, question.options)
+def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
+    """1.0 or 0.0 by each of the two scores. An answer that resembles no option is wrong."""
+    nearest = nearest_option(answer.text, question.options)
     return {
-        "qa_score": float(said is not None and question.options[said] == question.truth),
+        "qa_score": float(nearest is not None and question.options[nearest] == question.truth),
         "prefix_score": float(question.options[lowest(answer.losses)] == question.truth),
     }
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
-    """Both scores: over all questions, the plain mean over data sets, by modality and by type of question."""
+def metrics(rows: Sequence[Row]) -> list[Metric]:
+    """Both scores: over all questions, as the unweighted mean over data sets, by modality and by type of question."""
     both = means("qa_score", "prefix_score")
     over_sets = [
-        Figure(f"{one.name}_mean_of_sets", mean_of_groups(one.name, "part"), (one.name, "part")) for one in both
+        Metric(f"{metric.name}_mean_of_sets", mean_of_groups(metric.name, "part"), (metric.name, "part"))
+        for metric in both
     ]
     return [
         *both,
         *over_sets,
-        *(figure for one in both for group in ("modality", "question_type") for figure in by_group(one, group, rows)),
+        *(part for metric in both for group in ("modality", "question_type") for part in by_group(metric, group, rows)),
     ]
 
 
-OMNIMEDVQA = Benchmark(
+BENCHMARK = Benchmark(
     name="omnimedvqa",
     title="OmniMedVQA, multiple choice over 12 modalities",
     needs="`QA_information/` and the folders of images",
@@ -99,5 +100,6 @@ OMNIMEDVQA = Benchmark(
     reported="QA score and prefix score; over data sets, by modality and by question type",
     questions=questions,
     score=score,
-    figures=figures,
+    metrics=metrics,
+    order=5,
 )

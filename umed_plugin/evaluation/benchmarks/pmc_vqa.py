@@ -2,9 +2,9 @@
 
 Zhang et al. (arXiv 2305.10415). A CSV (``test.csv``, ``test_2.csv``, ``test_clean.csv``) with ``Figure_path``, ``Question``,
 ``Choice A`` .. ``Choice D``, ``Answer`` (older files: ``Anwser``) and, in newer files, ``Answer_label``; values may begin with
-" A:". An answer counts as the choice that its text is nearest to by difflib ratio, in both tasks, as the authors' script has it.
-Departure: an answer that begins with a letter counts as that letter; their script looks at the last character alone, which suits
-models that were trained to answer with it.
+" A:". In both tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script. Departure: an
+answer that begins with a letter counts as that letter; their script looks at the last character alone, which suits models that
+were trained to answer with it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, Question, existing_image, field_of, find_one
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, existing_image, field_of, find_one
 from umed_plugin.evaluation.metrics.captions import bleu, bleu_counts, words
 from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, nearest_option
-from umed_plugin.evaluation.metrics.figures import Figure, Row, means
+from umed_plugin.evaluation.metrics.metric import Metric, Row, means
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
 _BLEU_1 = ("ngrams_shared_1", "ngrams_said_1", "words_said", "words_wanted")
 
 
-def questions(root: Path, split: str, work: Path) -> list[Question]:
+def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """Two questions for each row: with the choices, and without."""
     file = find_one(root, ["test_clean.csv", "test_2.csv", "test.csv", "*test*.csv"], "pmc_vqa")
     folders = [root / "images_2", root / "images", root / "figures", root]
-    found = []
+    listed = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
         for number, record in enumerate(csv.DictReader(stream), start=2):
             where = f"{file}, line {number}"
@@ -37,15 +37,15 @@ def questions(root: Path, split: str, work: Path) -> list[Question]:
             question = field_of(record, where, "Question").strip()
             choices = [_plain(field_of(record, where, f"Choice {letter}")) for letter in LETTERS[:4]]
             right = _right(record, choices, where)
-            listed = " ".join(f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices))
+            options = " ".join(f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices))
             about = {"choices": choices, "right": right}
             for task, text in (
-                ("choice", f"Question: {question} Choices: {listed} The Answer is:"),
+                ("choice", f"Question: {question} Choices: {options} The Answer is:"),
                 ("blank", f"Question: {question} The Answer is:"),
             ):
                 identity, groups = f"{number - 2}/{task}", {"task": task, "part": task}
-                found.append(Question(identity, image, text, choices[right], groups=groups, about=about))
-    return found
+                listed.append(BenchmarkQuestion(identity, image, text, choices[right], groups=groups, about=about))
+    return listed
 
 
 def _plain(choice: str) -> str:
@@ -56,16 +56,18 @@ def _right(record: dict[str, str], choices: Sequence[str], where: str) -> int:
     """Index of the right choice: by its label, else by its text."""
     label = (record.get("Answer_label") or "").strip().upper()
     answer = str(field_of(record, where, "Answer", "Anwser", "Answer_label")).strip()
-    letter = label or (found[1] if (found := re.match(r"([A-D])(?:\s*:|$)", answer)) else "")
+    letter = label or (match[1] if (match := re.match(r"([A-D])(?:\s*:|$)", answer)) else "")
     if letter in LETTERS[:4] and letter:
         return LETTERS.index(letter)
     if _plain(answer) in choices:
         return choices.index(_plain(answer))
-    raise UmedError(f"{where}: the answer {answer!r} is none of the choices {list(choices)} and no letter of A to D.")
+    raise UmedError(
+        f"{where}: the answer {answer!r} is not one of the choices {list(choices)}, nor a letter from A to D."
+    )
 
 
-def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
-    """Whether the right choice was meant; of a blank also what BLEU-1 needs."""
+def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
+    """Whether the right choice was meant; of a blank also the counts of BLEU-1."""
     choices, right = question.about["choices"], question.about["right"]
     if question.groups["task"] == "choice":
         return {"choice_accuracy": float(chosen_option(answer.text, choices) == right)}
@@ -76,15 +78,15 @@ def score(question: Question, answer: ModelAnswer, scorer: Scorer) -> dict[str, 
     }
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
+def metrics(rows: Sequence[Row]) -> list[Metric]:
     """Accuracy of both tasks, and BLEU-1 of the blanks."""
     return [
         *means("choice_accuracy", "blank_accuracy"),
-        Figure("blank_bleu_1", lambda columns: bleu(columns, 1), _BLEU_1),
+        Metric("blank_bleu_1", lambda columns: bleu(columns, 1), _BLEU_1),
     ]
 
 
-PMC_VQA = Benchmark(
+BENCHMARK = Benchmark(
     name="pmc_vqa",
     title="PMC-VQA, figures of biomedical papers",
     needs="`test_clean.csv` (or `test_2.csv`, `test.csv`) and its folder of figures",
@@ -92,5 +94,6 @@ PMC_VQA = Benchmark(
     reported="choice and blank: accuracy by the nearest choice; blank: BLEU-1",
     questions=questions,
     score=score,
-    figures=figures,
+    metrics=metrics,
+    order=3,
 )

@@ -1,11 +1,11 @@
 """BLEU, ROUGE-L and METEOR of captions against one reference each, and their mean as Med-GRIT-270k reports it (mBMR).
 
-Texts are lower-cased and cut into words and numbers; punctuation is dropped, as COCO's caption evaluation does. Departures from
-it, whose tools need Java: words are cut by a pattern, not by the Stanford tokenizer, and METEOR matches equal words alone,
-without stems, WordNet and paraphrases (Banerjee and Lavie 2005, the "exact" module). METEOR is therefore lower than that of
-METEOR 1.5, and mBMR, of which it is a sixth, by a little: compare checkpoints with it, not with printed tables.
+Texts are lower-cased and split into words and numbers; punctuation is dropped, as in COCO's caption evaluation. Departures from
+it, whose tools need Java: a regular expression splits the words, not the Stanford tokenizer, and METEOR matches equal words only,
+without stems, WordNet and paraphrases (Banerjee and Lavie 2005, the "exact" module). METEOR is therefore lower than METEOR 1.5,
+and mBMR, of which it is a sixth, slightly lower: compare checkpoints with it, not with published tables.
 
-BLEU is of the whole set, from sums over captions, and so are its resamples: each caption gives its counts.
+BLEU is computed over the whole set, from sums over captions, and so are its resamples: each caption contributes its counts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ORDERS = (1, 2, 3, 4)
-# Columns that BLEU of a set is computed from.
+# Columns from which the BLEU of a set is computed.
 BLEU_COLUMNS = tuple(f"{kind}_{n}" for n in ORDERS for kind in ("ngrams_shared", "ngrams_said")) + (
     "words_said",
     "words_wanted",
@@ -34,13 +34,13 @@ def words(text: str) -> list[str]:
     return _WORD.findall(re.sub(r"<[^<>]*>", " ", blot_boxes(text, " ")).lower())
 
 
-def bleu_counts(said: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+def bleu_counts(candidate: Sequence[str], reference: Sequence[str]) -> dict[str, float]:
     """One caption's part in BLEU (Papineni et al. 2002): clipped and all n-grams for n = 1..4, and both lengths."""
-    counts: dict[str, float] = {"words_said": len(said), "words_wanted": len(wanted)}
+    counts: dict[str, float] = {"words_said": len(candidate), "words_wanted": len(reference)}
     for n in ORDERS:
-        mine, reference = _ngrams(said, n), _ngrams(wanted, n)
-        counts[f"ngrams_shared_{n}"] = sum((mine & reference).values())
-        counts[f"ngrams_said_{n}"] = sum(mine.values())
+        answered, expected = _ngrams(candidate, n), _ngrams(reference, n)
+        counts[f"ngrams_shared_{n}"] = sum((answered & expected).values())
+        counts[f"ngrams_said_{n}"] = sum(answered.values())
     return counts
 
 
@@ -58,23 +58,23 @@ def bleu(counts: Mapping[str, np.ndarray], order: int) -> float:
     import numpy as np
 
     shared = np.array([counts[f"ngrams_shared_{n}"].sum() for n in ORDERS[:order]], dtype=float)
-    said = np.array([counts[f"ngrams_said_{n}"].sum() for n in ORDERS[:order]], dtype=float)
+    total = np.array([counts[f"ngrams_said_{n}"].sum() for n in ORDERS[:order]], dtype=float)
     if not shared.all():
         return 0.0
-    mine, reference = counts["words_said"].sum(), counts["words_wanted"].sum()
-    brevity = 1.0 if mine > reference else float(np.exp(1 - reference / mine))
-    return float(brevity * np.exp(np.log(shared / said).mean()))
+    length, reference_length = counts["words_said"].sum(), counts["words_wanted"].sum()
+    brevity = 1.0 if length > reference_length else float(np.exp(1 - reference_length / length))
+    return float(brevity * np.exp(np.log(shared / total).mean()))
 
 
-def rouge_l(said: Sequence[str], wanted: Sequence[str], beta: float = 1.2) -> float:
+def rouge_l(candidate: Sequence[str], reference: Sequence[str], beta: float = 1.2) -> float:
     """ROUGE-L (Lin 2004), 0-1: F of the longest common subsequence, (1 + beta^2) P R / (R + beta^2 P).
 
     COCO's caption evaluation takes ``beta`` 1.2; the plain F1 is ``beta`` 1.
     """
-    common = _longest_common_subsequence(said, wanted)
+    common = _longest_common_subsequence(candidate, reference)
     if not common:
         return 0.0
-    precision, recall = common / len(said), common / len(wanted)
+    precision, recall = common / len(candidate), common / len(reference)
     return (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
 
 
@@ -89,34 +89,34 @@ def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> 
     return longest[-1]
 
 
-def meteor(said: Sequence[str], wanted: Sequence[str]) -> float:
+def meteor(candidate: Sequence[str], reference: Sequence[str]) -> float:
     """METEOR with equal words alone (Banerjee and Lavie 2005), 0-1: F (1 - 0.5 (chunks / matches)^3), F = 10 P R / (R + 9 P).
 
     Words are aligned in the longest runs that both texts share, longest first, which keeps the number of chunks low.
     """
-    runs = _shared_runs(list(said), list(wanted))
+    runs = _shared_runs(list(candidate), list(reference))
     matches = sum(runs)
     if not matches:
         return 0.0
-    precision, recall = matches / len(said), matches / len(wanted)
+    precision, recall = matches / len(candidate), matches / len(reference)
     f_mean = 10 * precision * recall / (recall + 9 * precision)
     return f_mean * (1 - 0.5 * (len(runs) / matches) ** 3)
 
 
-def _shared_runs(said: list[str], wanted: list[str]) -> list[int]:
-    """Lengths of the runs of an alignment. Aligned words are blotted out, on each side with another mark."""
+def _shared_runs(candidate: list[str], reference: list[str]) -> list[int]:
+    """Lengths of the runs of an alignment. Aligned words are replaced by a mark of their own side, so that they match nothing."""
     runs: list[int] = []
     while True:
-        length, mine, other = _longest_shared_run(said, wanted)
+        length, start, reference_start = _longest_shared_run(candidate, reference)
         if not length:
             return runs
         runs.append(length)
-        said[mine : mine + length] = ["<said>"] * length
-        wanted[other : other + length] = ["<wanted>"] * length
+        candidate[start : start + length] = ["<candidate>"] * length
+        reference[reference_start : reference_start + length] = ["<reference>"] * length
 
 
 def _longest_shared_run(first: Sequence[str], second: Sequence[str]) -> tuple[int, int, int]:
-    """(length, start in first, start in second) of the longest run of words that both have; length 0 when there is none."""
+    """(length, start in first, start in second) of the longest run of words that both have; length 0 if there is none."""
     best, above = (0, 0, 0), [0] * (len(second) + 1)
     for row, word in enumerate(first):
         here = [0] * (len(second) + 1)
@@ -130,9 +130,9 @@ def _longest_shared_run(first: Sequence[str], second: Sequence[str]) -> tuple[in
 
 
 def caption_values(answer: str, reference: str) -> dict[str, float]:
-    """All that the figures of one caption need: BLEU's counts, ``rouge_l`` and ``meteor``."""
-    said, wanted = words(answer), words(reference)
-    return {**bleu_counts(said, wanted), "rouge_l": rouge_l(said, wanted), "meteor": meteor(said, wanted)}
+    """The columns of one caption: BLEU's counts, ``rouge_l`` and ``meteor``."""
+    pair = words(answer), words(reference)
+    return {**bleu_counts(*pair), "rouge_l": rouge_l(*pair), "meteor": meteor(*pair)}
 
 
 def mbmr(columns: Mapping[str, np.ndarray]) -> float:

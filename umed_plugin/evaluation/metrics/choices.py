@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJ"
-# "B", "B.", "(B)", "B: text", "The answer is B", "Option B": a letter that stands alone, at the start or behind such words.
+# "B", "B.", "(B)", "B: text", "The answer is B", "Option B": a letter by itself, at the start or behind such words.
 _LETTER = re.compile(
     r"\s*(?:(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)?"
     r"[(\[*\"']*([A-J])(?:[)\]*\"':.,;]|\s*$|\s+[-\u2013])",
@@ -16,10 +16,10 @@ _LETTER = re.compile(
 
 
 def nearest_option(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option whose ``difflib`` ratio to the answer is highest, the first of equals; None when all are 0.
+    """Index of the option with the highest ``difflib`` ratio to the answer, the first of equals; None if all are 0.
 
-    The QA score of OmniMedVQA (arXiv 2402.09181) and the choice accuracy of PMC-VQA (arXiv 2305.10415) take this one. The ratio
-    is not symmetric: it is that of ``SequenceMatcher(None, option, answer)``, as there.
+    The QA score of OmniMedVQA (arXiv 2402.09181) and the choice accuracy of PMC-VQA (arXiv 2305.10415) use it. The ratio is
+    not symmetric: as there, it is that of ``SequenceMatcher(None, option, answer)``.
     """
     ratios = [difflib.SequenceMatcher(None, option, answer).ratio() for option in options]
     best = max(ratios, default=0.0)
@@ -31,19 +31,19 @@ def named_letter(answer: str, options: int) -> int | None:
 
     Args:
         answer: of the model.
-        options: how many there are; a letter beyond them is none.
+        options: how many there are; a letter beyond them does not count.
     """
-    found = _LETTER.match(answer)
-    index = LETTERS.index(found[1].upper()) if found else options
+    match = _LETTER.match(answer)
+    index = LETTERS.index(match[1].upper()) if match else options
     return index if index < options else None
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer stands for: by its letter if it begins with one, else the nearest text."""
+    """Index of the option that an answer stands for: by its letter if it begins with one, else by the nearest text."""
     letter = named_letter(answer, len(options))
     return letter if letter is not None else nearest_option(answer, options)
 
 
 def lowest(losses: Sequence[float]) -> int:
-    """Index of the lowest loss, the first of equals: the option that a model holds most likely (OmniMedVQA's prefix score)."""
+    """Index of the lowest loss, the first of equals: the option that is most likely (OmniMedVQA's prefix score)."""
     return min(range(len(losses)), key=losses.__getitem__)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def likelihoods(losses: Sequence[float]) -> list[float]:
     """Class probabilities from the mean cross-entropy (nats) of each class's name: the softmax of the negative losses.
 
-    The mean over a name's tokens, not their sum: a long name would have lost before the image is looked at.
+    The mean over a name's tokens, not their sum: with the sum, a long name would lose whatever the image shows.
     """
     import numpy as np
 
@@ -21,31 +21,31 @@ def likelihoods(losses: Sequence[float]) -> list[float]:
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve, 0-1: the chance that a positive scores above a negative, equal scores counting half.
-
-    From ranks (Mann and Whitney 1947): (R - P (P + 1) / 2) / (P N), R the sum of the positives' ranks, P and N the counts.
+    """Area under the ROC curve, 0-1: the chance that a positive scores above a negative; equal scores count half.
 
     Args:
         scores: [n], higher is more positive.
         positive: [n] bool.
 
     Returns:
-        NaN when there is no positive or no negative.
-    """
-    from scipy.stats import rankdata
+        NaN if there is no positive or no negative.
 
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
+    Example:
+        >>> import numpy as np
+        >>> auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
+        0.75
+    """
+    if positive.all() or not positive.any():
         return float("nan")
-    ranks = rankdata(scores)[positive].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, scores))
 
 
 def macro_auc(scores: np.ndarray, truth: np.ndarray) -> float:
-    """AUC of several classes, 0-1: the plain mean over classes of each against the rest.
+    """AUC of several classes, 0-1: the unweighted mean over classes of each against the rest.
 
-    Two classes: the AUC of the second, as MedMNIST has it. A class without positives or negatives makes it NaN.
+    Two classes: the AUC of the second, as in MedMNIST's evaluator. A class without positives or negatives makes it NaN.
 
     Args:
         scores: [n, classes].
@@ -54,5 +54,4 @@ def macro_auc(scores: np.ndarray, truth: np.ndarray) -> float:
     classes = scores.shape[1]
     if classes == 2:
         return auc(scores[:, 1], truth == 1)
-    found = [auc(scores[:, one], truth == one) for one in range(classes)]
-    return float(sum(found) / classes)
+    return float(sum(auc(scores[:, index], truth == index) for index in range(classes)) / classes)
