@@ -82,7 +82,7 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     folder = Path(taught[1]).parent
     for step, weights_of in ((0, checkpoint), (5, with_curve)):
         settings = EvaluationSettings(template="mistral_instruct", max_new_tokens=60, device="cpu")
-        expected = evaluate(weights_of, RECIPE, record_questions(held_out, folder), settings).expected
+        expected = evaluate(weights_of, RECIPE, record_questions(held_out, folder), settings).metrics
         assert found[step]["val/iou"] == pytest.approx(expected["mean_iou"]["value"], abs=1e-6)
         assert found[step]["val/accuracy"] == pytest.approx(expected["accuracy"]["value"], abs=1e-6)
     # Of four studies with a lesion one has a true box of half the area: the fourth root of 2.
