@@ -12,8 +12,8 @@ from support.llava_args import llava_args
 
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import check, find_faults
-from umed_plugin.flags.definition import UmedFlags, rules_of
-from umed_plugin.flags.rules import STAGES, Rules
+from umed_plugin.flags.definition import UmedFlags, _flag, rules_of
+from umed_plugin.flags.rules import REWARDING, STAGES, Needs, Rules
 
 # A judge that is right by itself, so that one fault is left to find.
 JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
@@ -214,6 +214,47 @@ def test_every_flag_has_help_a_stage_and_a_default_that_its_own_rules_allow():
         assert len(flag.metadata["help"]) > 20
         assert rules.stage in (None, *STAGES)
         assert rules.value_fault(flag.name, flag.default) is None
+
+
+@dataclasses.dataclass
+class OneMore(UmedFlags):
+    """The flags and a new one, added by its field alone."""
+
+    umed_new: float = _flag(
+        0.5,
+        "A number.",
+        stage=REWARDING,
+        least=0,
+        most=1,
+        needs=Needs("--umed_top_p below 1", lambda f: f.umed_top_p < 1),
+    )
+    umed_mode: str = _flag("near", "Which one.", choices=("near", "far"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "faults"),
+    [
+        ({"umed_top_p": 0.9, "umed_new": 0.7, "umed_mode": "far"}, []),
+        ({"umed_new": 0.7}, ["--umed_new has no effect without --umed_top_p below 1."]),
+        ({"umed_new": 1.5, "umed_top_p": 0.9}, ["--umed_new 1.5: must be from 0 to 1."]),
+        ({"umed_mode": "fahr"}, ["--umed_mode: unknown value 'fahr'. Did you mean 'far'? Allowed: far, near."]),
+        (
+            {"umed_stage": "instruction_tuning", "umed_new": 0.7},
+            ["--umed_new has no effect in --umed_stage instruction_tuning, only in rewarding. Remove it."],
+        ),
+        (
+            {"umed_stage": None, "umed_new": 0.7, "umed_mode": "far"},
+            [
+                "--umed_new has no effect without --umed_stage. Add --umed_stage rewarding.",
+                "--umed_mode has no effect without --umed_stage. Add --umed_stage instruction_tuning or rewarding.",
+            ],
+        ),
+    ],
+)
+def test_a_new_flag_is_its_field_and_nothing_else(changes, faults):
+    assert find_faults(OneMore(**{"umed_stage": "rewarding", **changes}), *llava_args()) == faults
+    words = {flag.name: flag.metadata["help"] for flag in dataclasses.fields(OneMore)}
+    assert words["umed_new"] == "A number. Must be from 0 to 1. Needs --umed_top_p below 1."
 
 
 def test_argparse_gets_the_help_text_alone():

@@ -23,7 +23,7 @@ from typing import Any, Optional
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.rules import (
     CREATED,
-    DEFAULT_OPTIONS,
+    DEFAULT_JUDGE_OPTIONS,
     EXISTING,
     REWARDING,
     STAGES,
@@ -35,7 +35,7 @@ from umed_plugin.flags.rules import (
 from umed_plugin.remote import settings
 
 __all__ = [
-    "DEFAULT_OPTIONS",
+    "DEFAULT_JUDGE_OPTIONS",
     "LOCAL_JUDGE_NAMES",
     "OPENAI",
     "PAPER_REWARDS",
@@ -213,7 +213,7 @@ class UmedFlags:
         needs=MODEL_JUDGE,
     )
     umed_judge_options: str = _flag(
-        DEFAULT_OPTIONS,
+        DEFAULT_JUDGE_OPTIONS,
         "Further fields of the judge's requests, as JSON. Some models take no temperature or max_tokens.",
         stage=REWARDING,
         needs=MODEL_JUDGE,

@@ -22,7 +22,7 @@ TUNING, REWARDING = STAGES
 EXISTING, CREATED = "existing", "created"
 
 # Every OpenAI-compatible server knows these; they keep a plain chat model's reply short and repeatable.
-DEFAULT_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
+DEFAULT_JUDGE_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def parse_judge_options(text: str) -> dict[str, Any]:
     try:
         options = settings.parse_options(text)
     except ValueError as error:
-        raise ValueError(f"must be a JSON object such as '{DEFAULT_OPTIONS}'") from error
+        raise ValueError(f"must be a JSON object such as '{DEFAULT_JUDGE_OPTIONS}'") from error
     reserved = sorted(set(options) & set(settings.SET_BY_US))
     if reserved:
         raise ValueError(f"must not set {', '.join(reserved)}; the plugin sets it. Remove it")
