@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``evaluate``."""
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+
     parser = subparsers.add_parser(
         "evaluate",
         help="metrics of a checkpoint on a benchmark, with confidence intervals",
@@ -35,8 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--benchmark",
         metavar="NAME",
         required=True,
-        help="vqa_rad, slake, pmc_vqa, medmnist, omnimedvqa, medvh, med_grit; mau or another recipe (name or YAML); or records "
-        "(JSON) that `umed recipe build` wrote",
+        help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); or records (JSON) that `umed recipe build` wrote",
     )
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
     parser.add_argument("--split", help="train, val or test (default: test)")

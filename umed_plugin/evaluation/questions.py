@@ -47,10 +47,10 @@ def chosen_questions(
     if len(present) < len(questions) and not skip:
         raise UmedError(_missing_images(benchmark, questions))
     if not present:
-        place = f"{root}: " if root else ""
+        prefix = f"{root}: " if root else ""
         missing = " whose image exists" if questions else ""
         raise UmedError(
-            f"{place}there is nothing to evaluate on: no questions of {benchmark.name} in split {split!r}{missing}. "
+            f"{prefix}there is nothing to evaluate on: no questions of {benchmark.name} in split {split!r}{missing}. "
             f"Is it the right --split? Splits: {', '.join(benchmark.splits)}."
         )
     return present, len(questions) - len(present)
