@@ -93,6 +93,17 @@ def test_modality_tables_come_before_the_window(tmp_path: Path) -> None:
     assert np.abs(grey(path, window="full") - theirs / 3000 * 255).max() <= 0.51
 
 
+def test_modality_tables_extend_at_both_ends(tmp_path: Path) -> None:
+    """Values beyond the table, of a type in which their distance from its first value is not a number."""
+    stored = np.linspace(-32768, 32767, 4096).astype(np.int16).reshape(64, 64)
+    entries = [int(value) for value in np.linspace(1000, 3000, 100)]
+    table = item(LUTDescriptor=[100, -1024, 16], LUTData=entries, ModalityLUTType="OD")
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "SS", "US"
+    path = write_dicom_as(tmp_path / "a.dcm", stored, ExplicitVRLittleEndian, ModalityLUTSequence=Sequence([table]))
+    expected = np.array(entries)[np.clip(stored.astype(int) + 1024, 0, 99)]
+    assert np.abs(grey(path, window="full") - (expected - 1000) / 2000 * 255).max() <= 0.51
+
+
 def test_a_table_without_enough_data_is_refused(tmp_path: Path) -> None:
     table = item(LUTDescriptor=[1000, 0, 12], LUTData=[1, 2, 3])
     table["LUTDescriptor"].VR = table["LUTData"].VR = "US"
@@ -262,7 +273,7 @@ def test_enhanced_files_keep_rescale_window_and_directions_in_groups(tmp_path: P
         ({"SamplesPerPixel": 3}, "3 samples per pixel do not fit"),
         ({"RescaleSlope": 0, "RescaleIntercept": 3}, "rescale slope is 0"),
         ({"Rows": 65535, "Columns": 65535}, "65535 x 65535 pixels. Allowed"),
-        ({"NumberOfFrames": 10**9}, "1000000000 frames and none is chosen"),
+        ({"NumberOfFrames": 10**9}, "has 1000000000 frames and none is chosen"),
     ],
 )
 def test_headers_that_make_no_sense_are_named(tmp_path: Path, tags: dict[str, Any], said: str) -> None:
@@ -272,7 +283,7 @@ def test_headers_that_make_no_sense_are_named(tmp_path: Path, tags: dict[str, An
 
 def test_presets_are_for_ct(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", scene(), Modality="MR")
-    with pytest.raises(UmedError, match=r"'lung' is in Hounsfield units.*no CT"):
+    with pytest.raises(UmedError, match=r"'lung' is in Hounsfield units.*not a CT"):
         load_image(path, window="lung")
     assert bright_box(load_image(path, window="full")[0]) == BOX
 
@@ -285,5 +296,5 @@ def test_three_windows_are_three_channels(tmp_path: Path) -> None:
     for channel, window in enumerate(windows):
         np.testing.assert_array_equal(image[:, :, channel], load_image(path, window=window)[0][:, :, 0])
     assert len({image[-1, 0, channel] for channel in range(3)}) == 3
-    with pytest.raises(UsageError, match="is no window. Allowed: a name"):
+    with pytest.raises(UsageError, match="is not a window. Allowed: a name"):
         load_image(path, window=["lung", "bone"])

@@ -34,8 +34,8 @@ def make_processor(**settings: Any) -> Any:
     return CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, **settings)
 
 
-def make_cache(folder: Path, mode: str = "pad", places: int = 1000, **settings: Any) -> ImageCache:
-    return ImageCache(folder, make_processor(**settings), mode, places * ENTRY)
+def make_cache(folder: Path, mode: str = "pad", slots: int = 1000, **settings: Any) -> ImageCache:
+    return ImageCache(folder, make_processor(**settings), mode, slots * ENTRY)
 
 
 def plain(image: Image.Image, mode: str) -> torch.Tensor:
@@ -112,7 +112,7 @@ def test_a_damaged_entry_is_reported_and_replaced(tmp_path: Path, capfd: Any) ->
     for damaged in (content[:-100], content[:500] + bytes([content[500] ^ 1]) + content[501:]):
         entry.write_bytes(damaged)
         assert torch.equal(cache.pixels(path), expected)
-        assert "is damaged: the image is decoded anew" in capfd.readouterr().err
+        assert "is damaged. The image is decoded again" in capfd.readouterr().err
     cache.pixels(path)
     assert cache.hits == 1
     assert "damaged" not in capfd.readouterr().err
@@ -120,7 +120,7 @@ def test_a_damaged_entry_is_reported_and_replaced(tmp_path: Path, capfd: Any) ->
 
 def test_it_never_holds_more_than_its_bound(tmp_path: Path) -> None:
     paths = [write_png(tmp_path / f"{i}.png", scene((i, i, i + 20, i + 20))) for i in range(30)]
-    cache = make_cache(tmp_path / "cache", places=8)
+    cache = make_cache(tmp_path / "cache", slots=8)
     for _ in range(2):
         for path in paths:
             cache.pixels(path)
@@ -128,7 +128,7 @@ def test_it_never_holds_more_than_its_bound(tmp_path: Path) -> None:
             assert held <= 8 * ENTRY
     # What is wanted in this run is not thrown out for what is wanted in this run.
     assert cache.hits >= 6
-    smaller = make_cache(tmp_path / "cache", places=3)
+    smaller = make_cache(tmp_path / "cache", slots=3)
     assert len(entries(tmp_path / "cache")) <= 3
     for file in entries(tmp_path / "cache"):
         os.utime(file, (time.time() - 99, time.time() - 99))
@@ -139,7 +139,7 @@ def test_it_never_holds_more_than_its_bound(tmp_path: Path) -> None:
 
 
 def _read_all(folder: Path, paths: list[Path], expected: list[torch.Tensor], faults: Any) -> None:
-    cache = make_cache(folder, places=12)
+    cache = make_cache(folder, slots=12)
     for _ in range(6):
         for path, tensor in zip(paths, expected):
             if not torch.equal(cache.pixels(path), tensor):
@@ -164,16 +164,16 @@ def test_processes_share_it_and_one_may_be_killed(tmp_path: Path) -> None:
     assert [worker.exitcode for worker in workers[1:]] == [0, 0]
     assert faults.empty()
     assert len(entries(tmp_path / "cache")) <= 12
-    cache = make_cache(tmp_path / "cache", places=12)
+    cache = make_cache(tmp_path / "cache", slots=12)
     for path, tensor in zip(paths, expected):
         assert torch.equal(cache.pixels(path), tensor)
 
 
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UmedError, match="holds none; one takes 9444"):
-        make_cache(tmp_path / "cache", places=0)
+    with pytest.raises(UmedError, match="is too small; one image needs 9444"):
+        make_cache(tmp_path / "cache", slots=0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UmedError, match="cannot be used as image cache"):
+    with pytest.raises(UmedError, match="cannot be used as an image cache"):
         make_cache(tmp_path / "file")
 
     class Sharpening(CLIPImageProcessor):
@@ -196,7 +196,7 @@ def test_a_folder_that_goes_away_ends_the_writing_and_not_the_run(tmp_path: Path
     cache.folder.write_text("a file in its place")
     for _ in range(2):
         assert torch.equal(cache.pixels(path), plain(Image.open(path).convert("RGB"), "pad"))
-    assert capfd.readouterr().err.count("keeps no more images") == 1
+    assert capfd.readouterr().err.count("without caching more images") == 1
 
 
 def test_training_reads_through_it(records: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_dicom_frames(tmp_path: Path) -> None:
     path = write_dicom(tmp_path / "a.dcm", frames)
     assert bright_box(load_image(path, slice=1)[0]) == BOX
     assert bright_box(load_image(path, slice=2)[0]) == (50, 20, 60, 50)
-    with pytest.raises(UmedError, match="holds 3 frames and none is chosen"):
+    with pytest.raises(UmedError, match="has 3 frames and none is chosen"):
         load_image(path)
     with pytest.raises(UmedError, match=r"frame 3 does not exist\. Allowed: 0 to 2"):
         load_image(path, slice=3)
@@ -203,7 +203,7 @@ def test_nifti_as_stored_has_its_first_axis_to_the_right(tmp_path: Path) -> None
 @pytest.mark.llava
 def test_nifti_volume_needs_a_slice(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "a.nii.gz", np.zeros((8, 7, 6)), np.eye(4))
-    with pytest.raises(UmedError, match="holds 6 slices and none is chosen"):
+    with pytest.raises(UmedError, match="has 6 slices and none is chosen"):
         load_image(path)
 
 
@@ -273,5 +273,5 @@ def test_missing_and_unknown_files(tmp_path: Path) -> None:
     with pytest.raises(UmedError, match="no such image file"):
         load_image(tmp_path / "a.png")
     (tmp_path / "a.xyz").write_bytes(b"12345")
-    with pytest.raises(UmedError, match=r"no known image ending and no DICOM header. Allowed: \.png"):
+    with pytest.raises(UmedError, match=r"has neither a known file extension nor a DICOM header. Allowed: \.png"):
         load_image(tmp_path / "a.xyz")

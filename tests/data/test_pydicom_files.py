@@ -66,7 +66,9 @@ DECODED_BY_PLUGINS = [name for name, reason in REFUSED.items() if "installed" in
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_is_shown_or_refused_with_a_reason(path: Path) -> None:
     header = pydicom.dcmread(path, force=True)
-    refusal = REFUSED.get(path.name, None if "PixelData" in header else "no pixels in it|no known image ending")
+    refusal = REFUSED.get(
+        path.name, None if "PixelData" in header else "no pixels in it|neither a known file extension"
+    )
     if refusal is None:
         image, turned = load_image(path, slice=frame_of(path), window="full")
         width, height = turned.size

@@ -109,7 +109,7 @@ def test_one_volume_of_a_series_is_shown(real_data: Path) -> None:
         expected = np.take(series[..., 1], middle, axis=axis).T
         expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
         assert np.abs(shown[:, :, 0] - expected).max() <= 0.51
-    with pytest.raises(UmedError, match=r"holds 2 volumes and none is chosen.*image\.volume"):
+    with pytest.raises(UmedError, match=r"has 2 volumes and none is chosen.*image\.volume"):
         load_image(path, slice=3)
 
 

@@ -55,16 +55,16 @@ def test_a_slice_that_is_added_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.llava
 def test_folders_that_are_no_series_are_refused(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s")
-    with pytest.raises(UmedError, match="holds 12 slices and none is chosen"):
+    with pytest.raises(UmedError, match="has 12 slices and none is chosen"):
         load_image(folder)
     write_dicom(folder / "twice", scene(), SeriesInstanceUID="1.2.3", ImagePositionPatient=[0, 0, -50])
-    with pytest.raises(UmedError, match=r"1 places hold more than one image \(the first: -50\)"):
+    with pytest.raises(UmedError, match=r"1 positions have more than one image \(the first: -50\)"):
         load_image(folder, slice=0)
     write_dicom(folder / "twice", scene(), SeriesInstanceUID="9.9")
-    with pytest.raises(UmedError, match=r"holds 2 series: 1\.2\.3 \(12 images\), 9\.9 \(1 images\)"):
+    with pytest.raises(UmedError, match=r"has 2 series: 1\.2\.3 \(12 images\), 9\.9 \(1 images\)"):
         load_image(folder, slice=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UmedError, match="holds no DICOM images"):
+    with pytest.raises(UmedError, match="has no DICOM images"):
         load_image(tmp_path / "empty", slice=0)
 
 

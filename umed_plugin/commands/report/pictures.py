@@ -58,7 +58,7 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
     except (OSError, SyntaxError, ValueError) as error:
         raise UmedError(f"{path}: cannot be read as an image ({error}).") from error
     geometry = ImageGeometry(opened.width, opened.height, mode)
-    return SeenImage(square_of(opened, geometry, least=1, most=side), geometry)
+    return SeenImage(square_of(opened, geometry, min_side=1, max_side=side), geometry)
 
 
 def _existing(path: Path, run_folder: Path) -> Path:

@@ -18,7 +18,7 @@ from umed_plugin.commands.serve.uploads import Received
 from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_count
 from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
-from umed_plugin.data.images.pictures import PICTURE_ENDINGS
+from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.images.series import series_files
 from umed_plugin.data.images.stored import unreadable
 from umed_plugin.data.recipes.options import WINDOW_PRESETS
@@ -187,7 +187,7 @@ class Study:
             return self._volume(path)
         count = slice_count(path)
         windows = _windows(_middle_slice(path, count))
-        if path.name.endswith(PICTURE_ENDINGS):
+        if path.name.endswith(RASTER_ENDINGS):
             windows = windows[:1]  # of 16 bits without a unit: presets mean nothing
         return Item(self._names[path], (path,), (Plane(2, "", count),), 1, windows)
 

@@ -1,11 +1,11 @@
-"""The one place that reads pixels: PNG, JPEG, 16-bit PNG, DICOM and NIfTI slices -> 8-bit RGB as the model sees it.
+"""The only code that reads pixels: PNG, JPEG, 16-bit PNG, DICOM and NIfTI slices -> 8-bit RGB as the model sees it.
 
-Files are opened by MONAI's readers. The reader objects are used directly: ``LoadImage(reader=...)`` falls back to other
-readers without a word, and PILReader's and PydicomReader's defaults swap rows and columns. Everything in here is
-``[row, column]``, and what is turned for display returns an `Orientation`, through which boxes move along.
+MONAI's readers open the files. The reader objects are used directly, because ``LoadImage(reader=...)`` silently falls back to
+other readers, and because the defaults of PILReader and PydicomReader swap rows and columns. All arrays here are
+``[row, column]``. Whatever turns an image for display also returns an `Orientation`, which turns its boxes.
 
-Grey values: 8-bit images are shown as they are, like LLaVA does. All others go through a window, after the DICOM modality table
-or rescale, the NIfTI scaling or the recipe's offset. `dicom`, `nifti` and `pictures` read; `windows` shows.
+8-bit images keep their grey values, as in LLaVA. All others go through a window, after the DICOM modality table or rescale, the
+NIfTI scaling, or the recipe's offset. `dicom`, `nifti` and `raster` read files, `windows` computes grey levels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from umed_plugin.data.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.data.images.nifti import read_nifti, volume_shape
-from umed_plugin.data.images.pictures import DEEP_MODES, PICTURE_ENDINGS, read_by_llava, read_picture
+from umed_plugin.data.images.raster import DEEP_MODES, RASTER_ENDINGS, read_by_llava, read_raster
 from umed_plugin.data.images.series import burned_in_flag, file_states, series_files, series_flags
 from umed_plugin.data.images.stored import StoredSlice, checked_index
 from umed_plugin.data.images.windows import Window, to_grey_levels
@@ -86,9 +86,9 @@ def load_image(
     """
     path = Path(path)
     if slice is not None and not isinstance(slice, int):
-        how: dict[str, Any] = {"window": window, "offset": offset, "orientation": orientation}
-        how.update(slice_axis=slice_axis, volume=volume)
-        return _montage(path, [load_image(path, slice=one, **how) for one in slice])
+        options: dict[str, Any] = {"window": window, "offset": offset, "orientation": orientation}
+        options.update(slice_axis=slice_axis, volume=volume)
+        return _montage(path, [load_image(path, slice=index, **options) for index in slice])
     stored = read_stored(path, offset=offset, slice=slice, slice_axis=slice_axis, volume=volume)
     height, width = stored.values.shape[:2]
     turned = Orientation(width, height)
@@ -100,12 +100,13 @@ def load_image(
 
 
 def _montage(path: Path, parts: list[tuple[np.ndarray, Orientation]]) -> tuple[np.ndarray, Orientation]:
-    """The slices side by side, with the turn that they share."""
+    """The slices side by side, and the orientation that they share."""
     kinds = {(image.shape, turned) for image, turned in parts}
     if len(kinds) != 1:
         shapes = sorted({f"{shape[1]}x{shape[0]}" for shape, _ in kinds})
         raise UmedError(
-            f"{path}: slices of {', '.join(shapes) or 'no'} pixels, or turned differently, make no montage."
+            f"{path}: slices of {', '.join(shapes) or 'no'} pixels cannot be one montage: all must have the same size and be "
+            "turned in the same way."
         )
     ((shape, turned),) = kinds
     plan = Montage(shape[1], shape[0], len(parts))
@@ -117,10 +118,10 @@ def _montage(path: Path, parts: list[tuple[np.ndarray, Orientation]]) -> tuple[n
 
 
 def slice_count(path: Path, slice_axis: int = 2) -> int:
-    """Slices of a NIfTI volume or a series, frames of a DICOM file, 1 of a picture.
+    """Number of slices of a NIfTI volume or a series, number of frames of a DICOM file, 1 for other images.
 
     Raises:
-        UmedError: it cannot be read.
+        UmedError: the file cannot be read.
     """
     if path.is_dir():
         return len(series_files(path))
@@ -132,15 +133,16 @@ def slice_count(path: Path, slice_axis: int = 2) -> int:
 
 
 def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None) -> Any:
-    """A PIL image in RGB: pictures of 8 bits just as LLaVA opens them, all others by `load_image`.
+    """A PIL image in RGB: 8-bit images exactly as LLaVA opens them, all others by `load_image`.
 
     Args:
-        reading: arguments of `load_image`, as records that name a DICOM or NIfTI file carry them.
+        path: an image file, or the folder of a DICOM series.
+        reading: arguments of `load_image`, as in records that name a DICOM or NIfTI file.
     """
     from PIL import Image
 
     path = Path(path)
-    if not reading and path.name.lower().endswith(PICTURE_ENDINGS):
+    if not reading and path.name.lower().endswith(RASTER_ENDINGS):
         image = Image.open(path)
         if image.mode not in DEEP_MODES:
             return image.convert("RGB")
@@ -155,7 +157,7 @@ def read_stored(
     slice_axis: int = 2,
     volume: Optional[int] = None,
 ) -> StoredSlice:
-    """Read one slice as it lies in the file; arguments as in `load_image`."""
+    """Read one slice as it is stored in the file. The arguments are those of `load_image`."""
     if path.is_dir():
         files = series_files(path)
         return read_dicom(files[checked_index(path, slice, len(files), "slice")], None)
@@ -166,16 +168,16 @@ def read_stored(
         return read_nifti(path, slice, slice_axis, volume)
     if name.endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
         return read_dicom(path, slice)
-    if name.endswith(PICTURE_ENDINGS):
-        return read_picture(path, offset)
-    endings = ", ".join(PICTURE_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
-    raise UmedError(f"{path}: no known image ending and no DICOM header. Allowed: {endings}")
+    if name.endswith(RASTER_ENDINGS):
+        return read_raster(path, offset)
+    endings = ", ".join(RASTER_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
+    raise UmedError(f"{path}: has neither a known file extension nor a DICOM header. Allowed: {endings}")
 
 
 def burned_in_annotation(path: Path) -> Optional[str]:
-    """What a DICOM header says of text in the pixels, ``YES`` or ``NO``; None where it does not, and for other files.
+    """What a DICOM header says about text in the pixels: ``YES`` or ``NO``; None if it says nothing, and for other files.
 
-    A series' folder has text as soon as one of its files says so, and none only where all of them say that.
+    A series has text if one of its files says so, and no text only if all of its files say so.
     """
     if path.is_dir():
         flags = series_flags(path)
@@ -193,17 +195,18 @@ def _has_dicom_magic(path: Path) -> bool:
 
 
 def canonical_orientation(width: int, height: int, along_x: np.ndarray, along_y: np.ndarray) -> Orientation:
-    """The turn that shows a slice as a radiologist sees it.
+    """The orientation in which a radiologist sees a slice.
 
-    Axial: patient's left on the right, back down. Coronal: left on the right, feet down. Sagittal: back on the right, feet
-    down. Oblique slices go to the nearest of these.
+    Axial: the patient's left is on the right, the back is down. Coronal: left on the right, feet down. Sagittal: back on the
+    right, feet down. Oblique slices are treated as the nearest of these.
 
     Args:
-        along_x, along_y: directions in patient coordinates (left, posterior, superior) in which stored x and y grow.
+        width, height: of the stored slice, in pixels.
+        along_x, along_y: directions of stored x and y in patient coordinates (left, posterior, superior).
     """
     pairs = [(i, j) for i in range(3) for j in range(3) if i != j]
     x_axis, y_axis = max(pairs, key=lambda pair: abs(along_x[pair[0]]) + abs(along_y[pair[1]]))
-    # Of the plane's two patient axes the one that comes first (left, posterior, superior) runs to the right.
+    # The first of the plane's two patient axes, in the order left, posterior, superior, must point to the right.
     transpose = x_axis > y_axis
     x_sign, y_sign = along_x[x_axis], along_y[y_axis]
     right, down = (y_sign, x_sign) if transpose else (x_sign, y_sign)

@@ -1,20 +1,20 @@
-"""Images as the tower's processor leaves them, kept on disk: epochs after the first, and later runs, decode and resize nothing.
+"""A cache of preprocessed images on disk: after the first epoch, and in later runs, no image is decoded or resized again.
 
-What is kept is the square after padding, resizing and cropping, in 8 bits: ``3 * S * S`` bytes, 339 kB for 336 pixels. The rest
-of the processor's work, scaling and normalising, maps each of the 256 values of a channel to one number, so a table of
-``[3, 256]`` floats does it to the bit; `ImageCache` looks at that before it is used, and refuses a processor that it does not
-hold for.
+An entry is the square after padding, resizing and cropping, in 8 bits: ``3 * S * S`` bytes, 339 kB for 336 pixels. The rest of
+the processor's work, rescaling and normalising, maps each of the 256 values of a channel to one number. A table of ``[3, 256]``
+floats therefore gives the same result to the bit. `ImageCache` checks this first, and refuses a processor for which it fails.
 
-An entry is named after all that its pixels depend on: the file's path, size and time of change (of every file, for a folder), how
-it is read (window, slice, ...), the processor's settings and ``--image_aspect_ratio``. A changed file is decoded anew.
+An entry's name depends on everything that its pixels depend on: the file's path, size and modification time (of every file, for a
+folder), how it is read (window, slice, ...), the processor's settings and ``--image_aspect_ratio``. A changed file is decoded
+again.
 
-The folder holds a fixed number of places, so it cannot grow beyond its bound, whatever number of processes and nodes write to
-it. An entry may lie in one of `WAYS` places that its name leads to. Where all are taken, one that was not used in this run gives
-way, else the image is not kept: in epochs that go through all images, throwing out what is still wanted never pays. A file is
-written aside and renamed, and carries a checksum.
+The folder has a fixed number of slots, so it cannot exceed its limit, however many processes and nodes write to it. Each entry
+has `WAYS` possible slots. If all are taken, it replaces one that was not used in this run; otherwise the image is not cached. In
+epochs over all images, evicting an entry that is still needed never pays off. Files are written aside and renamed, and have a
+checksum.
 
-Chosen over MONAI's PersistentDataset by `benchmarks/images.py`: from the page cache both give about 2,000 images a second on a
-core, but that keeps float tensors of four times the size, has no bound, and does not notice that a file has changed.
+`benchmarks/images.py` compares it with MONAI's PersistentDataset. From the page cache both give about 2,000 images per second and
+core. PersistentDataset stores float tensors of four times the size, has no size limit, and does not detect changed files.
 
 How to run: ``umed-run ... --umed_image_cache FOLDER``, or ``umed evaluate ... --image-cache FOLDER``.
 """
@@ -24,7 +24,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -36,35 +35,41 @@ import torch
 
 from umed_plugin import files
 from umed_plugin.data.images import file_states, open_image
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, warn
 
-FORMAT = "umed-images-1"  # another one, when what is written or how a file becomes pixels changes
+FORMAT = "umed-images-1"  # change it when the entries, or the way a file becomes pixels, change
 WAYS = 4
 _NAME_BYTES, _CHECKSUM_BYTES = 32, 4
 _STALE_PARTIAL_SECONDS = 3600
 
 
 class ImageCache:
-    """CLIP tensors of images, through a bounded folder of decoded squares.
+    """CLIP tensors of images, from a folder of preprocessed squares with a size limit.
 
     Args:
-        folder: made when it is not there; several processes and runs may share it.
-        processor: the tower's image processor.
-        image_aspect_ratio: ``pad`` or ``square``, as LLaVA is told.
-        most_bytes: bound of the folder.
+        folder: created if it does not exist. Several processes and runs may share it.
+        processor: the vision tower's image processor.
+        image_aspect_ratio: ``pad`` or ``square``, as in LLaVA's arguments.
+        max_bytes: size limit of the folder.
+
+    Attributes:
+        slots: maximum number of entries.
+        hits, misses: number of images that were read from the cache, and that were not.
 
     Raises:
-        UmedError: the folder cannot be written, the bound is below one image, or the processor does more than resize, crop and
-            normalise.
+        UmedError: the folder cannot be written, the limit is less than one image, or the processor does more than resize, crop,
+            rescale and normalise.
     """
 
-    def __init__(self, folder: str | Path, processor: Any, image_aspect_ratio: str, most_bytes: int) -> None:
+    def __init__(self, folder: str | Path, processor: Any, image_aspect_ratio: str, max_bytes: int) -> None:
         self.processor, self.image_aspect_ratio = processor, image_aspect_ratio
         self.table, self.size = _checked_table(processor, image_aspect_ratio)
         self.entry_bytes = _NAME_BYTES + 3 * self.size**2 + _CHECKSUM_BYTES
-        self.places = most_bytes // self.entry_bytes
-        if self.places < 1:
-            raise UmedError(f"{folder}: an image cache of {most_bytes} bytes holds none; one takes {self.entry_bytes}.")
+        self.slots = max_bytes // self.entry_bytes
+        if self.slots < 1:
+            raise UmedError(
+                f"{folder}: an image cache of {max_bytes} bytes is too small; one image needs {self.entry_bytes}."
+            )
         settings = {"format": FORMAT, "processor": processor.to_dict(), "image_aspect_ratio": image_aspect_ratio}
         self._made_by = json.dumps(settings, sort_keys=True, default=str)
         self.folder = Path(folder) / f"{self.size}px"
@@ -73,21 +78,21 @@ class ImageCache:
         self.hits = self.misses = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_what_is_beyond()
+            self._remove_stale_files()
         except OSError as error:
             raise UmedError(
-                f"{folder}: cannot be used as image cache ({error}). Give a folder that can be written."
+                f"{folder}: cannot be used as an image cache ({error}). Choose a writable folder."
             ) from error
 
     def pixels(self, path: str | Path, reading: Optional[dict[str, Any]] = None) -> torch.Tensor:
         """float32 ``[3, S, S]``, to the bit what LLaVA's training makes of the image.
 
         Args:
-            path: of the file, or the folder of a DICOM series.
+            path: an image file, or the folder of a DICOM series.
             reading: arguments of `images.load_image` for a file that LLaVA cannot read by itself.
 
         Raises:
-            UmedError: the file cannot be read (OSError and others of PIL's for a picture of 8 bits, as LLaVA has them).
+            UmedError: the file cannot be read. An 8-bit image raises PIL's errors, such as OSError, as in LLaVA.
         """
         name = self._name(path, reading or {})
         square = self._read(name)
@@ -103,19 +108,20 @@ class ImageCache:
         return _square_of(open_image(path, reading), self.processor, self.image_aspect_ratio)
 
     def _name(self, path: str | Path, reading: dict[str, Any]) -> bytes:
-        """32 bytes that stand for this very state of the file, read in this very way."""
+        """32 bytes that identify this state of the file, read in this way."""
         parts = [os.path.abspath(path), json.dumps(reading, sort_keys=True), self._made_by]
         parts += [repr(state) for state in file_states(path)]
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).digest()
 
-    def _places(self, name: bytes) -> list[Path]:
+    def _slots_of(self, name: bytes) -> list[Path]:
+        """The files that may hold an entry."""
         first = int.from_bytes(name[:8], "big")
-        numbers = {(first + way) % self.places for way in range(WAYS)}
+        numbers = {(first + way) % self.slots for way in range(WAYS)}
         return [self.folder / f"{number // 1000}" / f"{number}.square" for number in sorted(numbers)]
 
     def _read(self, name: bytes) -> Optional[np.ndarray]:
-        """uint8 ``[3, S, S]``, or None where there is none or it is damaged."""
-        for file in self._places(name):
+        """uint8 ``[3, S, S]``, or None if there is no entry or it is damaged."""
+        for file in self._slots_of(name):
             try:
                 with file.open("rb", buffering=0) as opened:
                     if opened.read(_NAME_BYTES) != name:
@@ -124,24 +130,24 @@ class ImageCache:
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
-                _warn(f"{file} cannot be read ({error}): the image is decoded anew.")
+                warn(f"image cache: {file} cannot be read ({error}). The image is decoded again.")
                 continue
             pixels, checksum = content[:-_CHECKSUM_BYTES], content[-_CHECKSUM_BYTES:]
             if len(pixels) == 3 * self.size**2 and zlib.crc32(pixels).to_bytes(_CHECKSUM_BYTES, "big") == checksum:
                 self._mark_used(file)
                 return np.frombuffer(pixels, np.uint8).reshape(3, self.size, self.size)
-            _warn(f"{file} is damaged: the image is decoded anew.")
+            warn(f"image cache: {file} is damaged. The image is decoded again.")
         return None
 
     def _mark_used(self, file: Path) -> None:
         try:
             os.utime(file)
         except OSError:
-            return  # another process has replaced it, or the folder is read-only: then nothing is replaced in it either
+            return  # another process replaced it, or the folder is read-only, and then no entry is replaced anyway
 
     def _write(self, name: bytes, square: np.ndarray) -> None:
-        """Keep a square where there is room. A disk that is full is reported once and ends the writing, not the run."""
-        file = self._room(name)
+        """Write an entry if it has a slot. A full disk is reported once and stops the writing, not the run."""
+        file = self._free_slot(name)
         if file is None or not self._writes:
             return
         pixels = np.ascontiguousarray(square).tobytes()
@@ -150,28 +156,30 @@ class ImageCache:
             files.write_bytes(file, entry, durable=False)
         except OSError as error:
             self._writes = False
-            _warn(f"{file} cannot be written ({error}): this process goes on and keeps no more images.")
+            warn(
+                f"image cache: {file} cannot be written ({error}). This process continues without caching more images."
+            )
 
-    def _room(self, name: bytes) -> Optional[Path]:
-        """The place of this name already (its file is damaged), a free one, or one that no one has used since this run began."""
+    def _free_slot(self, name: bytes) -> Optional[Path]:
+        """The slot that already has this name (its file is damaged), an empty one, or one not used since this run began."""
         oldest: tuple[float, Optional[Path]] = (self._began, None)
         free = None
-        for file in self._places(name):
+        for file in self._slots_of(name):
             try:
                 with file.open("rb", buffering=0) as opened:
                     if opened.read(_NAME_BYTES) == name:
                         return file
-                    oldest = min(oldest, (os.fstat(opened.fileno()).st_mtime, file), key=lambda one: one[0])
+                    oldest = min(oldest, (os.fstat(opened.fileno()).st_mtime, file), key=lambda slot: slot[0])
             except OSError:
                 free = free or file
         return free or oldest[1]
 
-    def _remove_what_is_beyond(self) -> None:
-        """Entries of an earlier, larger bound, and what a process that was killed has left half written."""
+    def _remove_stale_files(self) -> None:
+        """Remove entries beyond the limit, and partial files that a killed process left."""
         for file in _files(self.folder):
             number, _, rest = file.name.partition(".")
             if rest == "square":
-                if not number.isdigit() or int(number) >= self.places:
+                if not number.isdigit() or int(number) >= self.slots:
                     os.unlink(file)
             elif rest.endswith(files.PARTIAL) and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS:
                 os.unlink(file)
@@ -186,7 +194,7 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _square_of(image: Any, processor: Any, image_aspect_ratio: str) -> np.ndarray:
-    """uint8 ``[3, S, S]``: what LLaVA does with an image, up to scaling and normalising."""
+    """uint8 ``[3, S, S]``: LLaVA's preprocessing before rescaling and normalising."""
     square = processor.preprocess(
         _padded(image, processor, image_aspect_ratio), do_rescale=False, do_normalize=False, return_tensors="np"
     )["pixel_values"][0]
@@ -202,7 +210,7 @@ def _padded(image: Any, processor: Any, image_aspect_ratio: str) -> Any:
 
 
 def _normalised(square: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """float32 of the shape of uint8 ``[3, ...]``."""
+    """float32 values for uint8 ``[3, ...]``, in the same shape."""
     result = np.empty(square.shape, np.float32)
     for channel in range(3):
         np.take(table[channel], square[channel], out=result[channel], mode="clip")
@@ -210,10 +218,10 @@ def _normalised(square: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _checked_table(processor: Any, image_aspect_ratio: str) -> tuple[np.ndarray, int]:
-    """What scaling and normalising make of the 256 values of each channel, float32 ``[3, 256]``, and the side of the square.
+    """The 256 values of each channel after rescaling and normalising, float32 ``[3, 256]``, and the side of the square.
 
     Raises:
-        UmedError: on an image of noise the table does not give what the processor gives.
+        UmedError: for an image of noise, the table and the processor give different results.
     """
     from PIL import Image
 
@@ -232,11 +240,7 @@ def _checked_table(processor: Any, image_aspect_ratio: str) -> tuple[np.ndarray,
     square = _square_of(noise, processor, image_aspect_ratio)
     if square.shape != tuple(whole.shape) or not np.array_equal(_normalised(square, table), np.asarray(whole)):
         raise UmedError(
-            f"the image cache cannot be used with {type(processor).__name__}: it does more than resize, crop, scale and "
-            "normalise, or works in other than 8 bits. Leave the cache out."
+            f"the image cache cannot be used with {type(processor).__name__}: it does more than resize, crop, rescale and "
+            "normalise, or does not work in 8 bits. Run without the cache."
         )
     return table, square.shape[-1]
-
-
-def _warn(text: str) -> None:
-    print(f"umed: image cache: {text}", file=sys.stderr, flush=True)

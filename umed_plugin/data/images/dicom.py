@@ -1,11 +1,22 @@
 """One frame of a DICOM file, after its modality table or rescale, with its own window and its directions.
 
-MONAI's reader opens the file and pydicom decodes the one frame that is asked for. MONAI's ``get_data`` is not used: it decodes
-all frames, writes the header with the pixels out as JSON first, and knows neither palettes nor modality tables nor the
-functional groups in which enhanced multi-frame files keep their rescale, window and orientation.
+MONAI's reader opens the file, and pydicom decodes only the requested frame. MONAI's ``get_data`` is not used: it decodes all
+frames, first converts the header with the pixels to JSON, and knows neither palettes nor modality tables nor the functional
+groups in which enhanced multi-frame files keep their rescale, window and orientation.
 
-Compressed files need what pydicom needs: RLE, JPEG Baseline and JPEG 2000 come with pydicom and Pillow; lossless JPEG, JPEG-LS,
-12-bit JPEG and HTJ2K want ``pylibjpeg`` or ``gdcm`` beside them, which pydicom finds by itself.
+Palettes go through `pydicom.pixels.apply_color_lut`. Its three other functions were tried in place of the code below, and gave
+other pixels or errors (tests of ``tests/data/test_dicom.py`` unless another file is named):
+
+- ``apply_voi_lut`` computes the index in the entries' type, so an 8-bit table of over 256 entries wraps: ``test_voi_tables``.
+- ``apply_modality_lut`` computes the index in the pixels' type, which overflows: ``test_modality_tables_extend_at_both_ends``. It
+  also accepts slope 0: ``test_headers_that_make_no_sense_are_named``.
+- ``apply_windowing`` returns the range of the stored values, not 0-1. It fails for width 0:
+  ``test_dicom_without_window_shows_the_full_range`` in ``test_images.py``.
+
+They also know neither functional groups nor padding as NaN, so they would need a merged header for each frame.
+
+Compressed files need the same packages as in pydicom. RLE, JPEG Baseline and JPEG 2000 work with pydicom and Pillow alone.
+Lossless JPEG, JPEG-LS, 12-bit JPEG and HTJ2K need ``pylibjpeg`` or ``gdcm``, which pydicom finds by itself.
 """
 
 from __future__ import annotations
@@ -21,18 +32,22 @@ from umed_plugin.data.images.windows import LinearView, SigmoidView, TableView, 
 from umed_plugin.errors import UmedError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2")
-# pydicom turns these into RGB; of YBR_ICT and YBR_RCT that is the JPEG 2000 decoder's business.
+# pydicom converts these to RGB; for YBR_ICT and YBR_RCT, the JPEG 2000 decoder does.
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-# Two bytes of a run stand for 128 at most.
-_BEST_RLE_RATIO = 64
+# The highest compression ratio of RLE: two bytes of a run encode at most 128.
+_MAX_RLE_RATIO = 64
 _FUNCTIONS = ("LINEAR", "LINEAR_EXACT", "SIGMOID")
 
 
 def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
-    """Read one frame as it lies in the file.
+    """Read one frame as it is stored.
+
+    Args:
+        path: the file.
+        frame: index from 0; None only for files with one frame.
 
     Raises:
-        UmedError: it is damaged, not decodable with what is installed, or holds what cannot be shown.
+        UmedError: the file is damaged, cannot be decoded with the installed packages, or holds something that cannot be shown.
     """
     if find_spec("pydicom.pixels") is None:
         raise UmedError(f"{path}: DICOM images need pydicom 3, which needs Python 3.10: pip install 'pydicom>=3'")
@@ -59,7 +74,7 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
 
 
 def frame_count(path: Path) -> int:
-    """Frames of a DICOM file."""
+    """Number of frames of a DICOM file."""
     with unreadable(path):
         return _frames(open_header(path, pixels=False))
 
@@ -69,15 +84,14 @@ def _frames(header: Any) -> int:
 
 
 def open_header(path: Path, *, pixels: bool = True) -> Any:
-    """The file as a pydicom dataset; without its pixels when they are not wanted.
+    """The file as a pydicom dataset, with or without its pixels.
 
-    Files without the 132 bytes before and the group of file meta information, as old archives have them, are read as what
-    pydicom makes out.
+    Files of old archives, without preamble and file meta information, are read in the encoding that pydicom detects.
     """
     from monai.data import PydicomReader
     from pydicom.misc import is_dicom
 
-    # affine_lps_to_ras only concerns the affine, which is not used: directions are read off the header below.
+    # affine_lps_to_ras only affects the affine, which is not used: directions come from the header.
     reader = PydicomReader(swap_ij=False, affine_lps_to_ras=False)
     header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels)
     if pixels and not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
@@ -89,7 +103,7 @@ def open_header(path: Path, *, pixels: bool = True) -> Any:
 
 
 def _transfer_syntax(header: Any) -> str:
-    """The uncompressed syntax in which the header itself was written, for a file that does not say its syntax."""
+    """The uncompressed transfer syntax of the header itself, for a file that does not state one."""
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     is_implicit, is_little = header.original_encoding
@@ -113,7 +127,7 @@ def _checked_photometric(header: Any, path: Path) -> str:
 
 
 def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
-    """``[rows, columns]`` or RGB ``[rows, columns, 3]`` of one frame, in the file's own numbers."""
+    """``[rows, columns]`` or RGB ``[rows, columns, 3]`` of one frame, as stored values."""
     from pydicom.pixels import get_decoder, pixel_array
     from pydicom.uid import RLELossless
 
@@ -124,15 +138,15 @@ def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
             f"({'; '.join(decoder.missing_dependencies)}), or convert the file."
         )
     if RLELossless == decoder.UID:
-        # pydicom asks for the memory first and fills what is missing with zeros.
+        # pydicom would allocate the memory first and fill missing data with zeros.
         claimed = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8
-        if claimed > _BEST_RLE_RATIO * len(header.PixelData):
+        if claimed > _MAX_RLE_RATIO * len(header.PixelData):
             raise ValueError(f"its header says {claimed} bytes per frame, more than its pixel data can hold")
     return np.asarray(pixel_array(header, index=index))
 
 
 class _Frame:
-    """A header as one frame sees it: what the functional groups say of it stands beside the file's own elements."""
+    """A header for one frame: the file's own elements first, then those of the frame's functional groups."""
 
     def __init__(self, header: Any, index: int) -> None:
         each = getattr(header, "PerFrameFunctionalGroupsSequence", None) or []
@@ -149,7 +163,7 @@ class _Frame:
 
 
 def _macros(group: Any) -> list[Any]:
-    """The items of the macros that concern how a frame is shown and lies."""
+    """The items of the macros that define the display and the position of a frame."""
     names = (
         "PixelValueTransformationSequence",
         "FrameVOILUTSequence",
@@ -163,12 +177,12 @@ def _eight_bit_rgb(values: np.ndarray, header: Any, photometric: str, path: Path
     """uint8 ``[rows, columns, 3]``."""
     if photometric == "PALETTE COLOR":
         values = _from_palette(values, header, path)
-        most = np.iinfo(values.dtype).max
+        maximum = np.iinfo(values.dtype).max
     else:
-        most = 2 ** int(header.BitsStored) - 1
-    if most == 255:
+        maximum = 2 ** int(header.BitsStored) - 1
+    if maximum == 255:
         return values.astype(np.uint8, copy=False)
-    return np.rint(np.clip(values / most, 0, 1) * 255).astype(np.uint8)
+    return np.rint(np.clip(values / maximum, 0, 1) * 255).astype(np.uint8)
 
 
 def _from_palette(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
@@ -177,27 +191,27 @@ def _from_palette(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
     entries, _, bits = header.RedPaletteColorLookupTableDescriptor
     size = len(getattr(header, "RedPaletteColorLookupTableData", b"")) * 8 // (entries or 2**16)
     if 8 in (bits, size) and not 0 < entries <= 256:
-        # pydicom indexes such a table with 8-bit numbers, which wrap.
+        # pydicom indexes such a table with 8-bit integers, which wrap.
         raise UmedError(f"{path}: a palette of {entries or 2**16} entries of 8 bits. Allowed: 1 to 256, or 16 bits.")
     rgb = np.asarray(apply_color_lut(values, header._parts[0]))[..., :3]
-    # Entries of 8 bits that lie in 16 fill the lower half or, multiplied by 257, both.
+    # 8-bit entries stored in 16 bits fill the lower byte or, multiplied by 257, both bytes.
     return rgb.astype(np.uint8) if bits == 8 and rgb.max() < 256 else rgb
 
 
 def _padding(values: np.ndarray, header: Any) -> np.ndarray:
-    """True where the scanner measured nothing."""
+    """True where the pixels are padding, not measurements."""
     first = getattr(header, "PixelPaddingValue", None)
     if first is None:
         return np.zeros(values.shape, dtype=bool)
     last = getattr(header, "PixelPaddingRangeLimit", None)
     low, high = sorted((int(first), int(first if last is None else last)))
     padded = (values >= low) & (values <= high)
-    # A file whose every pixel is padding has the element wrong.
+    # If every pixel were padding, the element must be wrong.
     return padded & ~padded.all()
 
 
 def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
-    """Modality table or rescale (DICOM PS3.3 C.11.1); padding stays NaN."""
+    """Values after the modality table or rescale (DICOM PS3.3 C.11.1); padding stays NaN."""
     tables = getattr(header, "ModalityLUTSequence", None)
     if tables:
         first, entries, _ = _table(tables[0], header)
@@ -215,7 +229,7 @@ def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
 
 
 def _own_view(header: Any, path: Path) -> Optional[View]:
-    """The first VOI table or, without one, the first window; a file may offer several, of which the first is the default."""
+    """The first VOI table or, without one, the first window: the default if a file has several. None if it has none."""
     with unreadable(path):
         tables = getattr(header, "VOILUTSequence", None)
         if tables:
@@ -229,7 +243,7 @@ def _own_view(header: Any, path: Path) -> Optional[View]:
 
 
 def _window(centre: float, width: float, function: str, path: Path) -> View:
-    """DICOM PS3.3 C.11.2.1.2.1 (LINEAR, where pixels are whole numbers and the width counts both ends) and C.11.2.1.3."""
+    """DICOM PS3.3 C.11.2.1.2.1 (LINEAR: pixels are integers, and the width counts both ends) and C.11.2.1.3."""
     function = function.strip().upper()
     if function not in _FUNCTIONS:
         raise UmedError(
@@ -245,7 +259,7 @@ def _window(centre: float, width: float, function: str, path: Path) -> View:
 
 
 def _identity(header: Any) -> Optional[View]:
-    """8-bit values without a window are grey levels, unless a rescale has made something else of them."""
+    """8-bit values without a window are grey levels, unless a rescale changed them."""
     rescaled = _first(getattr(header, "RescaleSlope", None)) not in (None, 1.0)
     shifted = _first(getattr(header, "RescaleIntercept", None)) not in (None, 0.0)
     if rescaled or shifted or int(header.PixelRepresentation):
@@ -254,12 +268,12 @@ def _identity(header: Any) -> Optional[View]:
 
 
 def _table(item: Any, header: Any) -> tuple[int, np.ndarray, int]:
-    """First value, entries as float32 and the largest entry possible, of a modality or VOI table."""
+    """First value, entries as float32, and the largest possible entry of a modality or VOI table."""
     count, first, bits = (int(value) for value in item.LUTDescriptor)
     count = count or 2**16
     if not 1 <= bits <= 16:
         raise ValueError(f"a table of {bits} bits per entry")
-    # Without a value representation of its own the first value is read as unsigned; it has the pixels' sign.
+    # In implicit VR the first value is read as unsigned, but it has the sign of the pixels.
     if first >= 2**15 and int(getattr(header, "PixelRepresentation", 0)):
         first -= 2**16
     data = item.LUTData
@@ -288,7 +302,7 @@ def _directions(header: Any) -> Optional[tuple[np.ndarray, np.ndarray]]:
 
 
 def _first(value: Any) -> Optional[float]:
-    """The number in a DICOM element that may be missing, empty, one number or several."""
+    """The first number of a DICOM element that may be missing, empty, one number or several."""
     if value is None or value == "":
         return None
     values = list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else [value]

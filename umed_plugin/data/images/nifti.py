@@ -1,8 +1,8 @@
 """One slice of a NIfTI volume (``.nii``, ``.nii.gz``), with its scaling and its directions.
 
-Volumes stay in the numbers they are stored in; only the slice is scaled. The first slice that is asked for is read alone. When
-the next one is of the same volume, the volume is kept in memory, as slices of one volume come one after the other; one volume
-at a time, and none above `MOST_KEPT_BYTES`.
+Only the slice is scaled; volumes keep their stored data type. The first slice of a volume is read alone. At the second one the
+whole volume is read and cached, because slices of one volume are usually read one after another. The cache holds one volume of at
+most `MAX_CACHED_BYTES`.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import numpy as np
 from umed_plugin.data.images.stored import StoredSlice, check_size, checked_index, unreadable
 from umed_plugin.errors import UmedError
 
-MOST_KEPT_BYTES = 2**30
-# deflate cannot do better, so a gzip file cannot hold more than this many times its size.
-_BEST_RATIO = 1032
+MAX_CACHED_BYTES = 2**30
+# The highest compression ratio of deflate: a gzip file cannot hold more than this many times its size.
+_MAX_RATIO = 1032
 
 
 def read_nifti(path: Path, index: Optional[int], axis: int, volume: Optional[int]) -> StoredSlice:
-    """Read one slice as it lies in the file: x along the first remaining array axis, y along the second.
+    """Read one slice as it is stored: x along the first remaining array axis, y along the second.
 
     Args:
+        path: the file.
         index: from 0 along ``axis``.
         axis: 0, 1 or 2, of the array as stored.
         volume: from 0, of a 4-D file.
 
     Raises:
-        UmedError: it is damaged, or holds what cannot be shown.
+        UmedError: the file is damaged, or holds something that cannot be shown.
     """
     with unreadable(path):
         image = _open(path)
@@ -47,7 +48,7 @@ def read_nifti(path: Path, index: Optional[int], axis: int, volume: Optional[int
 
 
 def volume_shape(path: Path) -> tuple[int, int, int, int]:
-    """Length of the three axes as stored, and the number of volumes."""
+    """Lengths of the three axes as stored, and the number of volumes."""
     with unreadable(path):
         return _spatial_shape(_open(path), path)
 
@@ -59,20 +60,20 @@ def _open(path: Path) -> Any:
 
 
 def _spatial_shape(image: Any, path: Path) -> tuple[int, int, int, int]:
-    """x, y, z and the number of volumes, all at least 1, that the file is large enough to hold."""
+    """x, y, z and the number of volumes, all at least 1; checks that the file is large enough for them."""
     shape = tuple(int(length) for length in image.shape)
     kind = image.get_data_dtype()
     is_rgb = kind.fields is not None and tuple(kind.fields) == ("R", "G", "B")
     odd = [length for length in shape[4:] if length != 1]
     if odd or not shape or min(shape) < 1 or kind.kind == "c" or not (kind.fields is None or is_rgb):
         raise UmedError(
-            f"{path}: holds an array of shape {shape}, type {kind}. Allowed: volumes of grey values or RGB, 3-D or a series of "
-            "them (4-D). Take what is wanted out of it with nibabel."
+            f"{path}: has an array of shape {shape}, type {kind}. Allowed: volumes of grey values or RGB, 3-D or several in 4-D. "
+            "Extract the volume that you need with nibabel."
         )
     x, y, z, volumes = (*shape, 1, 1, 1)[:4]
     claimed = kind.itemsize * x * y * z * volumes
-    there = path.stat().st_size * (_BEST_RATIO if path.name.lower().endswith(".gz") else 1)
-    if claimed > there:
+    capacity = path.stat().st_size * (_MAX_RATIO if path.name.lower().endswith(".gz") else 1)
+    if claimed > capacity:
         raise ValueError(f"its header says {x} x {y} x {z} x {volumes} values of {kind}, more than the file can hold")
     return x, y, z, volumes
 
@@ -83,39 +84,39 @@ def _plane_size(shape: tuple[int, int, int, int], axis: int) -> tuple[int, int]:
     return height, width
 
 
-class _Kept:
-    """The last file that was read, and its last volume when it was asked for twice."""
+class _Cache:
+    """The volume that was read last, by name, and its values if it was read twice."""
 
-    asked: Optional[tuple[Any, ...]] = None
+    last: Optional[tuple[Any, ...]] = None
     name: Optional[tuple[Any, ...]] = None
     values: Optional[np.ndarray] = None
 
 
 def _plane(path: Path, image: Any, shape: tuple[int, int, int, int], axis: int, index: int, volume: int) -> np.ndarray:
     """One slice, scaled, ``[first axis, second axis]``."""
-    where: list[Any] = [slice(None)] * 3
-    where[axis] = index
+    selection: list[Any] = [slice(None)] * 3
+    selection[axis] = index
     status = path.stat()
     name = (str(path), status.st_size, status.st_mtime_ns, volume)
-    if _Kept.name == name and _Kept.values is not None:
-        return _scaled(_Kept.values[tuple(where)], image)
+    if _Cache.name == name and _Cache.values is not None:
+        return _scaled(_Cache.values[tuple(selection)], image)
     size = image.get_data_dtype().itemsize * shape[0] * shape[1] * shape[2]
-    again, _Kept.asked = _Kept.asked == name, name
-    # Along the other axes a slice is spread over the whole file.
-    if size <= MOST_KEPT_BYTES and (again or axis != 2):
-        _Kept.name = _Kept.values = None  # two volumes in memory would be one too many
-        _Kept.values, _Kept.name = _unscaled(image, shape, (slice(None),) * 3, volume), name
-        return _scaled(_Kept.values[tuple(where)], image)
-    return _scaled(_unscaled(image, shape, tuple(where), volume), image)
+    again, _Cache.last = _Cache.last == name, name
+    # Along the first two axes, a slice is spread over the whole file: read the volume at once.
+    if size <= MAX_CACHED_BYTES and (again or axis != 2):
+        _Cache.name = _Cache.values = None  # before the next volume is read, so that only one is in memory
+        _Cache.values, _Cache.name = _unscaled(image, shape, (slice(None),) * 3, volume), name
+        return _scaled(_Cache.values[tuple(selection)], image)
+    return _scaled(_unscaled(image, shape, tuple(selection), volume), image)
 
 
-def _unscaled(image: Any, shape: tuple[int, int, int, int], where: tuple[Any, ...], volume: int) -> np.ndarray:
-    """Stored numbers at ``where`` of a volume; a file of fewer axes counts as one with axes of length 1."""
+def _unscaled(image: Any, shape: tuple[int, int, int, int], selection: tuple[Any, ...], volume: int) -> np.ndarray:
+    """Stored values of a selection of a volume; missing axes of the file count as axes of length 1."""
     from nibabel.arrayproxy import ArrayProxy
 
     stored = image.dataobj
     plain = ArrayProxy(stored.file_like, (shape, stored.dtype, stored.offset, 1.0, 0.0))
-    return np.asarray(plain[(*where, volume)])
+    return np.asarray(plain[(*selection, volume)])
 
 
 def _scaled(values: np.ndarray, image: Any) -> np.ndarray:
@@ -126,7 +127,7 @@ def _scaled(values: np.ndarray, image: Any) -> np.ndarray:
 
 
 def _directions(affine: np.ndarray, axis: int) -> Optional[tuple[np.ndarray, np.ndarray]]:
-    """Along the two axes that remain; RAS to LPS turns the first two patient axes round."""
+    """Unit vectors along the two remaining axes; from RAS to LPS, the first two patient axes change sign."""
     vectors = affine[:3, :3] * np.array([[-1.0], [-1.0], [1.0]])
     lengths = np.linalg.norm(vectors, axis=0)
     if not np.isfinite(lengths).all() or not lengths.all():

@@ -1,4 +1,4 @@
-"""A folder of DICOM files as one volume: its slices in the order in which they lie in the body."""
+"""A folder of DICOM files as one volume, with its slices in anatomical order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SHOWN = 3
 
 
 def file_states(path: str | Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a file, or of every file in a folder: what tells that an image is still the same.
+    """Name, size in bytes and modification time in ns of a file, or of every file in a folder. Changes if the image does.
 
     Raises:
-        OSError: there is nothing.
+        OSError: the path does not exist.
     """
     if not os.path.isdir(path):
         status = os.stat(path)
@@ -32,18 +32,18 @@ def file_states(path: str | Path) -> list[tuple[str, int, int]]:
 
 
 def series_files(folder: Path) -> tuple[Path, ...]:
-    """The files of a series, ordered along the slices' normal: towards the patient's left, back or head.
+    """The files of a series in the order of their positions along the slice normal: towards the patient's left, back or head.
 
-    Files that are not DICOM, and DICOM files without an image, are passed over.
+    Files that are not DICOM, and DICOM files without an image, are ignored.
 
     Raises:
-        UmedError: the folder holds no images, several series, or a file without a place.
+        UmedError: the folder has no images, several series, or a file without a position.
     """
     return _series(folder, tuple(file_states(folder)))[0]
 
 
 def series_flags(folder: Path) -> frozenset[Optional[str]]:
-    """What the files of a series say of text burnt into their pixels (`burned_in_flag`).
+    """What the files of a series say about text burnt into their pixels (`burned_in_flag`).
 
     Raises:
         UmedError: as `series_files`.
@@ -52,7 +52,7 @@ def series_flags(folder: Path) -> frozenset[Optional[str]]:
 
 
 def burned_in_flag(header: Any) -> Optional[str]:
-    """A header's BurnedInAnnotation, ``YES`` or ``NO`` where it keeps to the standard; None where it does not say."""
+    """A header's BurnedInAnnotation, ``YES`` or ``NO`` in files that follow the standard; None if it says nothing."""
     return str(getattr(header, "BurnedInAnnotation", None) or "").strip().upper() or None
 
 
@@ -71,39 +71,41 @@ def _series(
                 if getattr(header, "Rows", None):
                     headers[path] = header
     if not headers:
-        raise UmedError(f"{folder}: holds no DICOM images. Allowed: the folder of one series, without folders in it.")
+        raise UmedError(f"{folder}: has no DICOM images. Allowed: the folder of one series, without subfolders.")
     counts = Counter(str(getattr(header, "SeriesInstanceUID", "no UID")) for header in headers.values())
     if len(counts) > 1:
         shown = ", ".join(f"{uid} ({count} images)" for uid, count in counts.most_common(_SHOWN))
-        raise UmedError(f"{folder}: holds {len(counts)} series: {shown}. Put each into a folder of its own.")
-    places = {path: _place(path, header) for path, header in headers.items()}
-    kinds = {kind for kind, _ in places.values()}
+        raise UmedError(f"{folder}: has {len(counts)} series: {shown}. Put each series into its own folder.")
+    positions = {path: _position(path, header) for path, header in headers.items()}
+    kinds = {kind for kind, _ in positions.values()}
     if len(kinds) > 1:
         raise UmedError(
-            f"{folder}: some images have an ImagePositionPatient and others have none, so they have no order."
+            f"{folder}: some images have an ImagePositionPatient and others have none, so they cannot be ordered."
         )
-    taken = Counter(place for _, place in places.values())
-    twice = [place for place, count in taken.items() if count > 1]
-    if twice:
+    images_at = Counter(position for _, position in positions.values())
+    repeated = [position for position, count in images_at.items() if count > 1]
+    if repeated:
         raise UmedError(
-            f"{folder}: {len(twice)} places hold more than one image (the first: {twice[0]:g}). Is this a series over time? "
-            "Put each pass into a folder of its own."
+            f"{folder}: {len(repeated)} positions have more than one image (the first: {repeated[0]:g}). Is this a series over "
+            "time? Put each pass into its own folder."
         )
     flags = frozenset(burned_in_flag(header) for header in headers.values())
-    return tuple(sorted(places, key=lambda path: places[path][1])), flags
+    return tuple(sorted(positions, key=lambda path: positions[path][1])), flags
 
 
-def _place(path: Path, header: Any) -> tuple[str, float]:
-    """Millimetres along the normal or, where the file does not say, its number in the series."""
+def _position(path: Path, header: Any) -> tuple[str, float]:
+    """What the position is, and its value: mm along the slice normal or, if the file has none, the instance number."""
     with unreadable(path):
         cosines = getattr(header, "ImageOrientationPatient", None)
         position = getattr(header, "ImagePositionPatient", None)
         if cosines is not None and position is not None and len(cosines) == 6 and len(position) == 3:
             normal = np.cross([float(x) for x in cosines[:3]], [float(x) for x in cosines[3:]])
-            # Whichever way rows and columns run, slices count in one direction of the patient.
+            # The normal points in the same direction of the patient, whichever way rows and columns run.
             normal = normal * np.sign(normal[np.argmax(np.abs(normal))])
             return "position", round(float(np.dot(normal, [float(x) for x in position])), 3)
         number = getattr(header, "InstanceNumber", None)
         if number is None:
-            raise UmedError(f"{path}: has neither ImagePositionPatient nor InstanceNumber, so its slice has no place.")
+            raise UmedError(
+                f"{path}: has neither ImagePositionPatient nor InstanceNumber, so its slice has no position."
+            )
         return "number", float(number)

@@ -20,7 +20,7 @@ Window = Union[OneWindow, Sequence[OneWindow]]
 
 @dataclass(frozen=True)
 class LinearView:
-    """Black up to ``low``, white from ``high`` on, in proportion between."""
+    """Black up to ``low``, white from ``high`` on, linear between them."""
 
     low: float
     high: float
@@ -39,27 +39,24 @@ class SigmoidView:
     width: float
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        # Beyond +-80 the result is 0 or 1 to the last bit, and the exponential would overflow.
+        # Beyond +-80 the result is 0 or 1 to the last bit, and the exponential could overflow.
         return 1 / (1 + np.exp(np.clip(-4 * (values - self.centre) / self.width, -80, 80)))
 
 
 @dataclass(frozen=True)
 class TableView:
-    """A look-up table: ``entries[0]`` for values up to ``first``, then one entry for each whole number; 0-``most`` -> 0-1."""
+    """A look-up table: ``entries[0]`` for values up to ``first``, then one entry per integer; 0-``maximum`` becomes 0-1."""
 
     first: int
     entries: np.ndarray
-    most: int
+    maximum: int
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        return look_up(values, self.first, self.entries) / np.float32(self.most)
+        return look_up(values, self.first, self.entries) / np.float32(self.maximum)
 
 
 def look_up(values: np.ndarray, first: int, entries: np.ndarray) -> np.ndarray:
-    """The entries of values; ``entries[0]`` belongs to ``first``, and both ends reach on. NaN stays NaN.
-
-    pydicom's ``apply_voi`` puts the index into a number of the entries' size, where a table of 4096 entries of 8 bits wraps.
-    """
+    """The table's entries for the values: ``entries[0]`` for ``first`` and below, the last for all above. NaN stays NaN."""
     finite = np.isfinite(values)
     index = np.clip(np.rint(np.where(finite, values, 0)) - first, 0, len(entries) - 1).astype(np.int64)
     return np.where(finite, entries[index], np.float32(np.nan)).astype(np.float32)
@@ -71,19 +68,19 @@ def to_grey_levels(stored: StoredSlice, window: Window, path: Path) -> np.ndarra
         return 255 - stored.values if stored.inverted else stored.values
     finite = np.isfinite(stored.values)
     if not finite.any():
-        raise UmedError(f"{path}: holds no finite value")
-    shown = [_through(stored, finite, one, path) for one in each_window(window)]
+        raise UmedError(f"{path}: has no finite value")
+    shown = [_through(stored, finite, each, path) for each in each_window(window)]
     return shown[0] if len(shown) == 1 else np.stack(shown, axis=2)
 
 
 def _through(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path) -> np.ndarray:
     view = _view(stored, finite, window, path)
-    whole = bool(finite.all())
-    shown = view(stored.values if whole else np.where(finite, stored.values, stored.values[finite].min()))
+    all_finite = bool(finite.all())
+    shown = view(stored.values if all_finite else np.where(finite, stored.values, stored.values[finite].min()))
     grey = np.rint(shown * 255).astype(np.uint8)
     if stored.inverted:
         grey = 255 - grey
-    if not whole:
+    if not all_finite:
         grey[~finite] = 0
     return grey
 
@@ -93,7 +90,7 @@ def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path
     if chosen is not None:
         if isinstance(window, str) and not stored.hounsfield:
             raise UmedError(
-                f"{path}: window {window!r} is in Hounsfield units, and this file says that it is no CT. Allowed for it: "
+                f"{path}: window {window!r} is in Hounsfield units, and this file says that it is not a CT. Allowed here: "
                 "file, full, or a range in its own unit (image.window)."
             )
         return LinearView(*chosen)
@@ -102,28 +99,28 @@ def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path
 
 
 def each_window(window: Window) -> list[OneWindow]:
-    """One window as a list of it, three as they are.
+    """The windows as a list: of one, or of three for red, green and blue.
 
     Raises:
-        UsageError: another number of windows.
+        UsageError: the value is not a window, or there is another number of them.
     """
     if isinstance(window, (str, WindowRange)):
         return [window]
     if len(window) == 2 and all(isinstance(bound, (int, float)) for bound in window):
         return [(float(window[0]), float(window[1]))]  # type: ignore[arg-type]
-    if len(window) != 3 or any(isinstance(one, (int, float)) for one in window):
+    if len(window) != 3 or any(isinstance(each, (int, float)) for each in window):
         raise UsageError(
-            f"{window!r} is no window. Allowed: a name, (low, high), or three windows for red, green, blue."
+            f"{window!r} is not a window. Allowed: a name, (low, high), or three windows for red, green, blue."
         )
     return list(window)
 
 
 def plain_window(window: Window) -> Any:
-    """The same window as JSON can hold it: names, and ``[low, high]`` in place of ranges."""
+    """The same window as JSON: names, and ``[low, high]`` for ranges."""
     if isinstance(window, str):
         return window
-    ones = [one if isinstance(one, str) else list(window_range(one) or ()) for one in each_window(window)]
-    return ones[0] if len(ones) == 1 else ones
+    plain = [each if isinstance(each, str) else list(window_range(each) or ()) for each in each_window(window)]
+    return plain[0] if len(plain) == 1 else plain
 
 
 def window_range(window: OneWindow) -> Optional[tuple[float, float]]:
