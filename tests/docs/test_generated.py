@@ -12,14 +12,15 @@ import pytest
 from support.pages import DOCS, check_generated, check_page, table
 
 from umed_plugin.data.recipes.reference import recipe_reference
-from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.definition import STAGES, UmedFlags, rules_of
 
 
 def test_the_table_of_flags_is_what_the_code_has() -> None:
-    rows = [["flag", "default", "what it does"]]
+    rows = [["flag", "stage", "default", "what it does"]]
     for flag in dataclasses.fields(UmedFlags):
+        stages = ", ".join(str(STAGES.index(stage) + 1) for stage in rules_of(flag).stages)
         default = "" if flag.default is None else f"`{flag.default}`"
-        rows.append([f"`--{flag.name}`", default, flag.metadata["help"]])
+        rows.append([f"`--{flag.name}`", stages, default, flag.metadata["help"]])
     check_generated(DOCS / "flags.md", "flags", table(rows))
 
 
