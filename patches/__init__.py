@@ -1,7 +1,8 @@
-"""Everything that umed-plugin changes in other libraries: one file for each thing, and nothing else touches another library.
+"""Everything that umed-plugin changes in other libraries, one file per change. Nothing outside this folder changes a library.
 
-Each file says what it changes, why, which versions and sources it knows, and when it can be deleted; ``umed patches`` checks
-all of them against what is installed. ``umed-run`` installs `after_import` in every Python child (see `umed_plugin.launch`).
+Each file says what it changes, why, which versions and sources it was written for, and when it can be deleted. ``umed patches``
+checks all of them against the installed libraries. ``umed-run`` installs `after_import` in every Python child (see
+`umed_plugin.launch`). docs/patches-contributing.md says how to add one.
 Importing this package imports no library that is patched.
 """
 
@@ -38,7 +39,7 @@ from umed_plugin.patches import (
 from umed_plugin.patching import Patch, apply
 from umed_plugin.patching.import_hook import install
 
-# Without these LLaVA does not run, or not to the same numbers, on newer libraries than its own: for every process that uses it.
+# Without these LLaVA fails, or computes other numbers, on libraries newer than its pins. For every process that uses LLaVA.
 STACK: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
@@ -51,7 +52,7 @@ STACK: tuple[Patch, ...] = tuple(
         sdpa_mask,
     )
 )
-# These make of LLaVA's training what this plugin is for: for training processes alone.
+# These add the plugin's features to LLaVA's training, or fix LLaVA's training. For training processes only.
 TRAINING: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
@@ -80,11 +81,11 @@ TRIGGERS = frozenset({main_script.TRIGGER, *(patch.trigger for patch in ALL)})
 
 
 def after_import(module: str) -> None:
-    """Apply the patches that wait for ``module``, in a training process.
+    """Apply the patches whose trigger is ``module``, in a training process.
 
     Raises:
         UsageError: LLaVA was started in the one way that cannot be patched.
-        PatchMisfit: one of them does not fit; none was applied.
+        PatchMisfit: a patch does not fit; none was applied.
     """
     main_script.report_errors_plainly()
     if module == main_script.TRIGGER:
@@ -93,10 +94,10 @@ def after_import(module: str) -> None:
 
 
 def prepare_llava() -> None:
-    """Let LLaVA run on the installed libraries, in a process that does not train. To be called before `llava` is imported.
+    """Let LLaVA run on the installed libraries, in a process that does not train. Call it before `llava` is imported.
 
     Raises:
-        PatchMisfit: at once or when LLaVA is imported: one of the patches does not fit.
+        PatchMisfit: a patch does not fit; raised now or when LLaVA is imported.
     """
     install({patch.trigger for patch in STACK}, _after_import_without_training)
 

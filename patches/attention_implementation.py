@@ -1,11 +1,11 @@
 """Run ``train_mem.py`` where flash-attn or CUDA is missing.
 
 Target: `train` in `llava.train.train`, which ``train_mem.py`` imports and calls with ``flash_attention_2``.
-Why: every machine without a GPU, and every environment without flash-attn, fails at loading the model.
+Why: loading the model fails on every machine without a GPU and in every environment without flash-attn.
 Versions: LLaVA 1.2.x.
-Delete when: ``train_mem.py`` asks for what there is.
+Delete when: ``train_mem.py`` requests an attention that is available.
 
-Without a request, transformers takes SDPA where it has it for the model and this torch, else eager attention.
+Without a request, transformers uses SDPA if it has it for the model and this torch, else eager attention.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FLASH = "flash_attention_2"
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap `train`, before ``train_mem.py`` gets hold of it."""
+    """Wrap `train` before ``train_mem.py`` imports it."""
     llava_train = sys.modules["llava.train.train"]
     stock = llava_train.train
 
@@ -33,7 +33,7 @@ def change(recorder: Recorder) -> None:
 
 
 def available_attention(requested: str | None, argv: list[str]) -> str | None:
-    """What to ask transformers for: ``requested``, or None (its own choice) where flash attention cannot run; says so."""
+    """What to request from transformers: ``requested``, or None (its own choice) with a note where flash attention cannot run."""
     from transformers import utils
 
     if requested != FLASH:
@@ -44,17 +44,17 @@ def available_attention(requested: str | None, argv: list[str]) -> str | None:
         reason = "flash-attn 2 or CUDA is missing"
     else:
         return requested
-    # transformers before 4.36 has neither the question nor SDPA.
+    # transformers before 4.36 has neither this function nor SDPA.
     has_sdpa = getattr(utils, "is_torch_sdpa_available", lambda: False)()
     instead = (
-        "sdpa where the model has it, else eager" if has_sdpa else "eager (transformers has no sdpa for this torch)"
+        "sdpa if the model supports it, else eager" if has_sdpa else "eager (transformers has no sdpa for this torch)"
     )
-    note(f"{FLASH} was asked for, but {reason}: training with {instead}.")
+    note(f"{FLASH} was requested, but {reason}. Training with {instead}.")
     return None
 
 
 def _on_cpu(argv: list[str]) -> bool:
-    """Whether ``--use_cpu`` or its old name ``--no_cuda`` is switched on; train() parses the flags only later."""
+    """Whether ``--use_cpu`` or its old name ``--no_cuda`` is on. `train()` parses the flags only later."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--use_cpu", "--no_cuda"):
         parser.add_argument(flag, nargs="?", const="true", default="false")
@@ -65,7 +65,7 @@ def _on_cpu(argv: list[str]) -> bool:
 PATCH = Patch(
     name="attention_implementation",
     targets=(TRAIN,),
-    why="train_mem.py asks for flash_attention_2 and fails where flash-attn or CUDA is missing",
-    delete_when="train_mem.py asks for the attention that is there",
+    why="train_mem.py requests flash_attention_2 and fails if flash-attn or CUDA is missing",
+    delete_when="train_mem.py requests an attention that is available",
     change=change,
 )

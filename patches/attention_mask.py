@@ -1,10 +1,11 @@
-"""Let a ready 4-D attention mask through to the layers of Llama and Mistral.
+"""Pass a prepared 4-D attention mask through to the layers of Llama and Mistral.
 
 Targets: `_prepare_4d_causal_attention_mask` and `_prepare_4d_causal_attention_mask_for_sdpa` in transformers' `modeling_llama`
-and `modeling_mistral` (from 4.37 on the latter has both).
-Why: they take a 2-D mask alone and fail on another, so answers that share a row with their prompt cannot be kept apart.
-Versions: transformers 4.36 and 4.37. (4.37 takes a 4-D mask of ones and zeros, 5 the ready one that is passed here.)
-Delete when: LLaVA's pins reach a transformers that takes the mask as it is added to the scores.
+and `modeling_mistral` (the latter has both from 4.37 on).
+Why: they accept only a 2-D mask and fail on any other. Then answers packed into one row with their prompt cannot be masked from
+one another.
+Versions: transformers 4.36 and 4.37. (4.37 accepts a 4-D mask of ones and zeros, 5 the additive one that is passed here.)
+Delete when: LLaVA's pins reach a transformers that accepts an additive 4-D mask.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _EAGER_HASHES = (
 
 
 def change(recorder: Recorder) -> None:
-    """Rebind the functions where the models look them up."""
+    """Rebind the functions in the modules where the models look them up."""
     for module in (sys.modules[_LLAMA], sys.modules[_MISTRAL]):
         for function in (_EAGER, _SDPA):
             if hasattr(module, function):
-                recorder.replace(module, function, _ready_mask_passes(getattr(module, function)))
+                recorder.replace(module, function, _passing_4d_masks(getattr(module, function)))
 
 
-def _ready_mask_passes(stock: Any) -> Any:
+def _passing_4d_masks(stock: Any) -> Any:
     def prepare(attention_mask: Any, *args: Any, **keywords: Any) -> Any:
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
@@ -69,8 +70,8 @@ PATCH = Patch(
             ),
         ),
     ),
-    why="Llama and Mistral fail on an attention mask that keeps the answers of one row apart",
-    delete_when="LLaVA's pins reach a transformers that takes a ready 4-D mask",
+    why="Llama and Mistral fail on a 4-D attention mask, which packed answers of one row need",
+    delete_when="LLaVA's pins reach a transformers that accepts an additive 4-D mask",
     change=change,
     needed=BEFORE_5,
 )

@@ -1,11 +1,11 @@
-"""Read and write ``config.json`` in the keys that LLaVA and its checkpoints have.
+"""Read and write ``config.json`` with the keys of LLaVA and its checkpoints.
 
 Targets: `LlavaConfig` and `LlavaMistralConfig`: their attribute ``rope_theta`` and their `to_diff_dict`.
-Why: transformers 5 keeps the base of the rotary embedding in ``rope_parameters`` and the number format in ``dtype``, and writes
-them so. A stock LLaVA that loads such a checkpoint finds no ``rope_theta`` and takes 10000 for the 1000000 of LLaVA-Med 1.5: it
-answers nonsense and says nothing.
+Why: transformers 5 keeps the rotary base in ``rope_parameters`` and the precision in ``dtype``, and writes these keys. A stock
+LLaVA that loads such a checkpoint finds no ``rope_theta`` and silently uses 10000 instead of the 1000000 of LLaVA-Med 1.5. Its
+answers are then nonsense.
 Versions: LLaVA 1.2.x, transformers 5.
-Delete when: LLaVA runs on transformers 5 alone.
+Delete when: LLaVA runs only on transformers 5.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 
 def change(recorder: Recorder) -> None:
-    """Add the attribute and wrap the method in both classes."""
+    """Add the attribute to both classes, and wrap the method."""
     from llava.model.language_model.llava_llama import LlavaConfig
     from llava.model.language_model.llava_mistral import LlavaMistralConfig
 
@@ -29,7 +29,7 @@ def change(recorder: Recorder) -> None:
 def _rope_theta(config: Any) -> float:
     try:
         return config.rope_parameters["rope_theta"]
-    except (KeyError, TypeError) as error:  # while the configuration is being made
+    except (KeyError, TypeError) as error:  # while the configuration is being built
         raise AttributeError("rope_theta") from error
 
 
@@ -72,8 +72,8 @@ PATCH = Patch(
             ("1d2d6e6c67c2c5eb1d80e797ad54836731d9e1ac9a24971e77365a4cd2015c63",),
         ),
     ),
-    why="transformers 5 writes config.json in keys that stock LLaVA does not read: it would take another rotary embedding",
-    delete_when="LLaVA runs on transformers 5 alone",
+    why="transformers 5 writes config.json with keys that stock LLaVA does not read, so it would use a wrong rotary base",
+    delete_when="LLaVA runs only on transformers 5",
     change=change,
     trigger="llava.model",
     needed=ON_5,

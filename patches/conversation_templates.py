@@ -1,9 +1,9 @@
 """Add the templates ``umed_v1`` and ``umed_mistral``, and refuse an unknown ``--version``.
 
 Target: the dictionary `llava.conversation.conv_templates`.
-Why: LLaVA finds templates in this dictionary alone, and trains silently with ``vicuna_v1`` when ``--version`` is not in it.
+Why: LLaVA looks up templates only in this dictionary, and silently trains with ``vicuna_v1`` if ``--version`` is not in it.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA takes a template from a file or refuses an unknown one; the templates themselves stay ours.
+Delete when: LLaVA reads templates from a file and refuses an unknown one. The templates themselves stay ours.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
-# train() gives these two a meaning of their own, apart from the dictionary.
+# train() handles these two itself, without the dictionary.
 _VERSIONS_OF_TRAIN = ("v0", "v0.5")
 
 
 def change(recorder: Recorder) -> None:
-    """Put our templates beside LLaVA's."""
+    """Add our templates to LLaVA's."""
     from llava.conversation import conv_templates
 
     from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template
@@ -28,7 +28,7 @@ def change(recorder: Recorder) -> None:
 
 
 def find_faults(run: TrainingRun) -> list[str]:
-    """What is wrong with ``--version``."""
+    """Faults of ``--version``."""
     from llava.conversation import SeparatorStyle, conv_templates
 
     from umed_plugin.checkpoints.prompt_templates import TEMPLATES
@@ -36,9 +36,11 @@ def find_faults(run: TrainingRun) -> list[str]:
     version = run.model_args.version
     allowed = {*conv_templates, *_VERSIONS_OF_TRAIN}
     if version not in allowed:
-        return [f"--version: {unknown_name('template', version, allowed)} (LLaVA alone would train with vicuna_v1.)"]
+        return [
+            f"--version: {unknown_name('template', version, allowed)} (Stock LLaVA would silently train with vicuna_v1.)"
+        ]
     if run.active and (version == "v0.5" or conv_templates[version].sep_style == SeparatorStyle.PLAIN):
-        return [f"--version {version} has no place for questions: use umed_v1 or umed_mistral."]
+        return [f"--version {version} has no place for questions. Use umed_v1 or umed_mistral."]
     if (
         run.active
         and version not in TEMPLATES
@@ -61,7 +63,7 @@ PATCH = Patch(
             ("5ffc2b75bb0fc67ed7bc8ee37156ca4203f802eebb7a83a41fd51bbbe3c42fd3",),
         ),
     ),
-    why="LLaVA knows no medical template and trains with vicuna_v1 when --version is unknown",
-    delete_when="LLaVA takes templates from a file and refuses an unknown one",
+    why="LLaVA has no medical template, and silently trains with vicuna_v1 if --version is unknown",
+    delete_when="LLaVA reads templates from a file and refuses an unknown one",
     change=change,
 )

@@ -1,9 +1,9 @@
 """Give LLaVA's trainer grounded records (stage 1) or queries to sample answers for (stage 2).
 
 Target: `make_supervised_data_module` in `llava.train.train`.
-Why: it can only build LLaVA's own dataset from one JSON file, with one template for all samples.
+Why: it can build only LLaVA's own dataset, from one JSON file, with one template for all samples.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA's `train()` takes a dataset from its caller.
+Delete when: LLaVA's `train()` accepts a dataset from its caller.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def change(recorder: Recorder) -> None:
 
 
 def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
-    """LLaVA's collator over our dataset, after the supervised tokens were looked at."""
+    """Our dataset with LLaVA's collator, after a check of the supervised tokens."""
     from llava.train.train import DataCollatorForSupervisedDataset
 
     from umed_plugin.training.supervision_check import check_supervision
@@ -74,7 +74,7 @@ PATCH = Patch(
             "llava.train.train:preprocess", LLAVA, ("78e406b80f5701892f0356b8f6394057349c82098f966b36186f2bfcc2619726",)
         ),
     ),
-    why="LLaVA builds one dataset from one JSON file under one template",
-    delete_when="LLaVA's train() takes a dataset from its caller",
+    why="LLaVA builds only its own dataset, from one JSON file with one template",
+    delete_when="LLaVA's train() accepts a dataset from its caller",
     change=change,
 )

@@ -1,9 +1,9 @@
-"""Save a full model that DeepSpeed has trained on a machine without CUDA.
+"""Save a full model that DeepSpeed trained on a machine without CUDA.
 
 Target: `safe_save_model_for_hf_trainer` in `llava.train.train`.
-Why: under DeepSpeed it waits for a GPU before it saves, so a run on CPUs fails at its very end, when all of it is to be saved.
+Why: under DeepSpeed it synchronizes with a GPU before it saves. So a run on CPUs fails at its very end, when it saves the model.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA waits for the GPU only where there is one.
+Delete when: LLaVA synchronizes only if there is a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PATCH = Patch(
             ("338fa2d14b46845d88b88350b3ae3202c6b2cb1e6409e8d0d03a0022427ca8fb",),
         ),
     ),
-    why="a DeepSpeed run on CPUs fails when it is to save what it has trained",
-    delete_when="LLaVA waits for the GPU only where there is one",
+    why="a DeepSpeed run on CPUs fails when it saves the trained model",
+    delete_when="LLaVA synchronizes only if there is a GPU",
     change=change,
 )

@@ -1,11 +1,11 @@
-"""Let a run that is started again behind its last step save what it has, and train no step more.
+"""Let a run that is started again after its last step save its result, and train no further step.
 
-Targets: `LLaVATrainer.train`, which is transformers', and `Trainer._inner_training_loop`, which it relies on.
-Why: transformers looks whether the last step is done only after a step. A run that was killed between its last checkpoint and the
-end of saving, which takes minutes for a large model, resumes from that checkpoint and trains one step too many, unless an epoch
-happens to end there.
+Targets: `LLaVATrainer.train`, inherited from transformers, and `Trainer._inner_training_loop`, on which the change relies.
+Why: transformers checks whether the last step is done only after a step. Saving a large model takes minutes. A run that is killed
+after its last checkpoint and before the end of saving resumes from that checkpoint and trains one step too many, unless an epoch
+ends there.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
-Delete when: transformers compares the step that it resumes at with the number of steps.
+Delete when: transformers compares the step at which it resumes with the number of steps.
 
 Only with ``--umed_stage``.
 """
@@ -20,18 +20,18 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 
 class _AllStepsAreDone(Exception):
-    """Leaves transformers' loop before its first batch, when model, optimizer and state are loaded."""
+    """Leaves transformers' loop before its first batch, after model, optimizer and state are loaded."""
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap the method; our own trainer inherits it."""
+    """Wrap the method. Our own trainer inherits it."""
     from llava.train.llava_trainer import LLaVATrainer
     from transformers import TrainerCallback
 
     stock = LLaVATrainer.train
 
     class NoFurtherStep(TrainerCallback):
-        """Looks when a run begins, which is after it has loaded the checkpoint that it resumes from."""
+        """Checks at the beginning of training, after the checkpoint to resume from is loaded."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
             if 0 < state.max_steps <= state.global_step:
@@ -45,7 +45,7 @@ def change(recorder: Recorder) -> None:
             return stock(self, *args, **keywords)
         except _AllStepsAreDone:
             if self.args.process_index == 0:
-                note(f"all {self.state.max_steps} steps were done before; what they made is saved.")
+                note(f"all {self.state.max_steps} steps were done before. Saving their result.")
             return None
 
     recorder.replace(LLaVATrainer, "train", train)
@@ -66,6 +66,6 @@ PATCH = Patch(
         ),
     ),
     why="a run that is killed while it saves its result trains one step too many when it is started again",
-    delete_when="transformers compares the step that it resumes at with the number of steps",
+    delete_when="transformers compares the step at which it resumes with the number of steps",
     change=change,
 )

@@ -1,10 +1,10 @@
-"""Load LLaVA's models in float32 unless another number format is asked for.
+"""Load LLaVA's models in float32 unless another dtype is requested.
 
 Targets: `from_pretrained` of `LlavaLlamaForCausalLM` and `LlavaMistralForCausalLM`. (The tower's is in `tower_layout`.)
-Why: LLaVA trains in the format that its checkpoint is loaded in. Without a request transformers 4 took float32; transformers 5
-takes the one that the checkpoint was saved in, so that a run without ``--bf16`` would train float16 weights.
+Why: LLaVA trains in the dtype in which its checkpoint is loaded. Without a request transformers 4 loads float32; transformers 5
+loads the dtype in which the checkpoint was saved. So a run without ``--bf16`` would train float16 weights.
 Versions: LLaVA 1.2.x, transformers 5.
-Delete when: LLaVA's `train()` asks for the format that it means.
+Delete when: LLaVA's `train()` requests a dtype.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap the methods, each in the class of LLaVA's that it is called on."""
+    """Wrap the method in each of LLaVA's classes on which it is called."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 
@@ -32,7 +32,7 @@ def _from_pretrained(owner: Any) -> Any:
 
 
 def in_float32(keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a `from_pretrained`, with float32 where they ask for no number format."""
+    """The keywords of a `from_pretrained`, with float32 if they request no dtype."""
     import torch
 
     if keywords.get("torch_dtype") is None and keywords.get("dtype") is None:
@@ -55,8 +55,8 @@ PATCH = Patch(
         ),
         Target("transformers.modeling_utils:PreTrainedModel.from_pretrained", TRANSFORMERS_5, ()),
     ),
-    why="transformers 5 loads a checkpoint in the number format that it was saved in, and LLaVA trains in that",
-    delete_when="LLaVA asks for the number format that it means",
+    why="transformers 5 loads a checkpoint in the dtype in which it was saved, and LLaVA trains in that dtype",
+    delete_when="LLaVA's train() requests a dtype",
     change=change,
     trigger="llava.model",
     needed=ON_5,

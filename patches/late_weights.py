@@ -1,12 +1,13 @@
 """Train LoRA in bf16 or fp16 under ZeRO-3.
 
 Target: `DeepSpeedEngine._cast_module_mixed_precision` in `deepspeed.runtime.engine`.
-Why: DeepSpeed takes the weights of a model that was sliced while it was loaded for cast already. Those made later are not: peft
-makes an adapter's in float32. ZeRO-3 then fails on trainable weights of two number formats.
+Why: DeepSpeed assumes that all weights are cast already if the model was partitioned while it was loaded. Weights created later
+are not: peft creates an adapter in float32. ZeRO-3 then fails on trainable weights of two dtypes.
 Versions: DeepSpeed 0.19.
-Delete when: DeepSpeed casts what it has not sliced yet.
+Delete when: DeepSpeed casts weights that it has not partitioned yet.
 
-Without slices DeepSpeed casts an adapter too; the optimizer keeps float32 copies of all that it trains.
+If the model was not partitioned while it was loaded, DeepSpeed casts an adapter too. The optimizer keeps float32 copies of all
+trained weights.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ PATCH = Patch(
             ("3d82870aeee1c22bdeed6bd978083201213aa6738e3d0fee6f8caaabd893e67b",),
         ),
     ),
-    why="LoRA in bf16 fails under ZeRO-3: the adapter is left in float32 among sliced weights",
-    delete_when="DeepSpeed casts the weights that it has not sliced yet",
+    why="LoRA in bf16 or fp16 fails under ZeRO-3: the adapter stays in float32 among partitioned weights",
+    delete_when="DeepSpeed casts weights that it has not partitioned yet",
     change=change,
     trigger="deepspeed.runtime.engine",
     needed=("deepspeed", ">=0.19"),

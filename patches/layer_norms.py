@@ -1,11 +1,11 @@
-"""Give LLaVA the list of layer norms that it imports from transformers.
+"""Provide the list of layer norms that LLaVA imports from transformers.
 
 Target: `ALL_LAYERNORM_LAYERS` in `transformers.trainer`.
-Why: LLaVA's trainer imports it, and transformers 5 has it no longer: ``import llava.train.train`` fails.
+Why: LLaVA's trainer imports it, but transformers 5 has removed it, so ``import llava.train.train`` fails.
 Versions: transformers 5.
-Delete when: LLaVA asks `Trainer.get_decay_parameter_names` which parameters decay.
+Delete when: LLaVA gets the parameters with weight decay from `Trainer.get_decay_parameter_names`.
 
-The list is the one of transformers 4.36, so that the same parameters decay (Mistral's norms are not in it).
+The list is that of transformers 4.36, so the same parameters get weight decay (Mistral's norms are not in it).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def change(recorder: Recorder) -> None:
 PATCH = Patch(
     name="layer_norms",
     targets=(Target("transformers.trainer:get_parameter_names", TRANSFORMERS_5, ()),),
-    why="LLaVA's trainer imports a list that transformers 5 has no longer",
-    delete_when="LLaVA's trainer asks transformers which parameters decay",
+    why="LLaVA's trainer imports a list that transformers 5 has removed",
+    delete_when="LLaVA's trainer gets the parameters with weight decay from transformers",
     change=change,
     trigger="transformers.trainer",
     needed=ON_5,

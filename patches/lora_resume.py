@@ -1,15 +1,15 @@
-"""Resume a LoRA run with all it has trained, and any run with the order of its data.
+"""Resume a LoRA run with all its trained weights, and any run with the same order of its data.
 
 Targets: `LLaVATrainer._save_checkpoint`, `_save`, `save_state`, `_load_from_checkpoint` and `_get_train_sampler`.
-Why: (1) LLaVA saves what LoRA does not cover, the projector first of all, only at the very end (LLaVA #729, #1200, #1245, PR
-#1813): a run resumed from an intermediate checkpoint goes on with a trained adapter and an untrained projector. (2) The order of
-an epoch is drawn from the global random state, which dropout has moved on a CPU, so a resumed run sees other batches. (3) Any
-``checkpoint-*`` in the output folder is resumed from, even one of the other stage, and what the other stage left there is
-written over.
+Why: (1) LLaVA saves trained weights outside the adapter, above all the projector, only at the very end (LLaVA #729, #1200,
+#1245, PR #1813). A run resumed from an intermediate checkpoint continues with a trained adapter and an untrained projector. (2)
+The order of an epoch is drawn from the global random state, which dropout changes on a CPU. So a resumed run sees other
+batches. (3) LLaVA resumes from any ``checkpoint-*`` in the output folder, even one of the other stage, and overwrites the other
+stage's files.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
-Delete when: LLaVA saves ``non_lora_trainables.bin`` at every checkpoint and loads it again.
+Delete when: LLaVA saves ``non_lora_trainables.bin`` with every checkpoint and loads it on resume.
 
-Only with ``--umed_stage``. The files have LLaVA's own names and formats.
+Only with ``--umed_stage``. The files have LLaVA's names and formats.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MARKER = "umed.json"
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap the methods of LLaVA's trainer; our own trainer inherits them."""
+    """Wrap the methods of LLaVA's trainer. Our own trainer inherits them."""
     from llava.train.llava_trainer import LLaVATrainer
 
     stock_save_checkpoint = LLaVATrainer._save_checkpoint
@@ -40,7 +40,7 @@ def change(recorder: Recorder) -> None:
 
     def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
         if _is_lora(self):
-            # Gathering is a joint act of all processes under ZeRO-3; `_save` runs on the first alone.
+            # Under ZeRO-3 all ranks must gather together, but `_save` runs on rank 0 only.
             non_lora_state = sys.modules["llava.train.train"].get_peft_state_non_lora_maybe_zero_3
             self.umed_non_lora = non_lora_state(self.model.named_parameters())
         try:
@@ -55,7 +55,7 @@ def change(recorder: Recorder) -> None:
 
     def save_state(self: Any) -> None:
         stock_save_state(self)
-        # At the end of a LoRA run LLaVA writes the folder without `_save`.
+        # At the end of a LoRA run LLaVA writes the folder without calling `_save`.
         if _has_stage(self) and self.args.should_save:
             _mark(self, Path(self.args.output_dir))
 
@@ -90,12 +90,12 @@ def _is_lora(trainer: Any) -> bool:
 
 
 class SeededOrder:
-    """The order of a sampler that draws from the global random state, made to depend on seed and epochs begun alone.
+    """A sampler that draws from the global random state, made to depend only on the seed and the number of epochs begun.
 
-    LLaVA's grouping by length takes a generator but does not hand it on to all of its draws.
+    LLaVA's grouping by length accepts a generator but does not pass it to all of its draws.
 
     Args:
-        sampler: what gives the order.
+        sampler: gives the order.
         seed: of its draws.
     """
 
@@ -110,19 +110,19 @@ class SeededOrder:
         import torch
 
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPUs too, whose state is not put back here.
+            # torch.manual_seed would also seed the GPUs, whose state is not restored here.
             torch.default_generator.manual_seed(self.seed + self.epochs_begun)
             self.epochs_begun += 1
             return iter(list(self.sampler))
 
 
 def _mark(trainer: Any, folder: Path) -> None:
-    """Note the stage in a folder that holds its weights."""
+    """Record the stage in a folder with its weights."""
     (folder / MARKER).write_text(json.dumps({"umed_stage": trainer.args.umed_stage}))
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:
-    """What a checkpoint needs on top: the stage, and for LoRA the other trained weights and the model's configuration."""
+    """Write what a checkpoint needs besides: the stage; for LoRA also the other trained weights and the model's configuration."""
     import torch
 
     _mark(trainer, folder)
@@ -132,10 +132,10 @@ def _save_beside(trainer: Any, folder: Path) -> None:
 
 
 def _load_non_lora(model: Any, checkpoint: Path) -> None:
-    """Load the projector and what else was trained beside the adapter.
+    """Load the projector and all other weights that were trained besides the adapter.
 
     Raises:
-        UmedError: the checkpoint does not hold all of it.
+        UmedError: the checkpoint lacks some of them.
     """
     import torch
 
@@ -145,31 +145,31 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
         if not trained:
             return
         raise UmedError(
-            f"{checkpoint}: has no {NON_LORA}, so the projector as trained is lost (LLaVA alone saves it only at the end). "
-            "Start again in another --output_dir, or remove the checkpoint-* folders."
+            f"{checkpoint}: has no {NON_LORA}, so the trained projector is lost (stock LLaVA saves it only at the end). "
+            "Start again with another --output_dir, or remove the checkpoint-* folders."
         )
     weights = torch.load(file, map_location="cpu", weights_only=True)
     missing = sorted(trained - set(weights))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if missing or unknown:
         raise UmedError(
-            f"{file}: does not fit this run: missing {missing[:3]}, unknown {unknown[:3]}. Resume with the flags that the run "
-            "was started with (--tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --model_name_or_path)."
+            f"{file}: does not fit this run: missing {missing[:3]}, unknown {unknown[:3]}. Resume with the flags with "
+            "which the run was started (--tune_mm_mlp_adapter, --freeze_mm_mlp_adapter, --model_name_or_path)."
         )
 
 
 def find_faults(run: TrainingRun) -> list[str]:
-    """A checkpoint of the other stage in the output folder would be resumed from, its final weights written over."""
+    """Files of the other stage in the output folder: LLaVA would resume from them or overwrite them."""
     if not run.active:
         return []
     output = Path(run.training_args.output_dir)
     for marker in (*sorted(output.glob(f"checkpoint-*/{MARKER}")), output / MARKER):
         stage = json.loads(marker.read_text())["umed_stage"] if marker.is_file() else run.flags.umed_stage
         if stage != run.flags.umed_stage:
-            found = "what lies in it" if marker.parent == output else marker.parent.name
+            content = "its content" if marker.parent == output else marker.parent.name
             return [
-                f"--output_dir {output}: {found} belongs to --umed_stage {stage}, and LLaVA would resume from it or write over "
-                f"it. Give {run.flags.umed_stage} a folder of its own."
+                f"--output_dir {output}: {content} belongs to --umed_stage {stage}, and LLaVA would resume from it or overwrite "
+                f"it. Use another --output_dir for {run.flags.umed_stage}."
             ]
     return []
 
@@ -219,7 +219,7 @@ PATCH = Patch(
             ),
         ),
     ),
-    why="a resumed LoRA run loses its projector, and sees other batches than the run that was not interrupted",
-    delete_when="LLaVA saves non_lora_trainables.bin at every checkpoint and loads it again",
+    why="a resumed LoRA run loses its trained projector, and sees other batches than an uninterrupted run",
+    delete_when="LLaVA saves non_lora_trainables.bin with every checkpoint and loads it on resume",
     change=change,
 )

@@ -1,12 +1,12 @@
-"""Refuse the one way of starting LLaVA that no patch can reach, and report our errors without a traceback.
+"""Refuse the one way of starting LLaVA that cannot be patched, and report our errors without a traceback.
 
-This is a guard and no patch: it changes nothing in another library, so ``umed patches`` does not list it.
+This is a guard, not a patch: it changes nothing in another library, so ``umed patches`` does not list it.
 
-Target: the run of ``llava/train/train.py`` as ``__main__``, by file or by ``-m llava.train.train``.
-Why: as ``__main__`` the file is executed under another name, so that whatever is rebound in `llava.train.train` has no
-effect, and training would go on as plain LLaVA.
+Target: ``llava/train/train.py`` run as ``__main__``, as a file or with ``-m llava.train.train``.
+Why: as ``__main__`` the file runs under another module name. Names that are rebound in `llava.train.train` then have no effect,
+and stock LLaVA would train.
 Versions: all of LLaVA.
-Delete when: LLaVA's ``train.py`` calls `llava.train.train.train` when it is the main script.
+Delete when: LLaVA's ``train.py`` calls `llava.train.train.train` if it is the main script.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def refuse_main_script() -> None:
     by_file = file is not None and Path(file).resolve().parts[-3:] == ("llava", "train", "train.py")
     if by_name or by_file:
         raise UsageError(
-            f"{'python -m llava.train.train' if by_name else f'python {file}'} cannot be patched: run as the main script, its "
-            "names are fixed. Use llava/train/train_mem.py or `python -m llava.train.train_mem` with the same flags; where "
-            "flash-attn is missing, umed-run lets it train without."
+            f"{'python -m llava.train.train' if by_name else f'python {file}'} cannot be patched when it is the main "
+            "script. Use llava/train/train_mem.py or `python -m llava.train.train_mem` with the same flags. If flash-attn is "
+            "missing, umed-run trains without it."
         )
 
 
 def report_errors_plainly() -> None:
-    """Let an uncaught UmedError be printed without a traceback, with its exit status; once per process."""
+    """Print an uncaught UmedError without a traceback, and exit with its status. Installed once per process."""
     stock = sys.excepthook
     if getattr(stock, "__module__", None) == __name__:
         return
@@ -49,7 +49,7 @@ def report_errors_plainly() -> None:
             stock(kind, error, trace)
             return
         print(f"umed: error: {error}", file=sys.stderr, flush=True)
-        # Python leaves with the status of a SystemExit that the hook raises.
+        # Python exits with the status of a SystemExit that the hook raises.
         raise SystemExit(2 if isinstance(error, UsageError) else 1)
 
     sys.excepthook = excepthook

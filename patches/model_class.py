@@ -1,8 +1,8 @@
 """Choose the model class by the checkpoint's ``model_type``.
 
 Target: the global `LlavaLlamaForCausalLM` of `llava.train.train`.
-Why: `train()` builds only Llama or MPT. LLaVA-Med 1.5 is ``llava_mistral``; loaded as Llama it warns, trains, and saves mixed
-configurations. LLaVA-Med 1.0 is a Llama whose ``model_type`` is ``llava``.
+Why: `train()` builds only Llama or MPT. LLaVA-Med 1.5 is ``llava_mistral``: loaded as Llama it warns, trains, and saves mixed
+configurations. LLaVA-Med 1.0 is a Llama with ``model_type`` ``llava``.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA's `train()` reads the configuration before it chooses a class.
 """
@@ -16,19 +16,19 @@ from umed_plugin.checkpoints.loading import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
-# train() also takes language models, to which it adds the projector.
+# train() also accepts plain language models, to which it adds the projector.
 FAMILIES = {**LLAVA_FAMILIES, "llama": LLAVA_FAMILIES["llava_llama"], "mistral": LLAVA_FAMILIES["llava_mistral"]}
 
 
 def change(recorder: Recorder) -> None:
-    """Rebind the class that `train()` calls `from_pretrained` on."""
+    """Rebind the class on which `train()` calls `from_pretrained`."""
     from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 
     llava_train = sys.modules["llava.train.train"]
     stock = llava_train.LlavaLlamaForCausalLM
 
     class ByModelType(stock):  # type: ignore[valid-type, misc]
-        """Stands in for the Llama class; what it loads is an instance of LLaVA's own class."""
+        """Stands in for the Llama class; `from_pretrained` returns an instance of LLaVA's own class."""
 
         @classmethod
         def from_pretrained(cls, name: str, *args: Any, **keywords: Any) -> Any:
@@ -48,18 +48,18 @@ def read_config(name: str, cache_dir: str | None = None) -> dict[str, Any]:
 
 
 def find_faults(run: TrainingRun) -> list[str]:
-    """What keeps the checkpoint from being trained in a stage; without a stage LLaVA takes what it takes."""
+    """Why the checkpoint cannot be trained in a stage. Without --umed_stage, stock LLaVA behaviour applies."""
     if not run.active:
         return []
     name = run.model_args.model_name_or_path
     try:
         config = read_config(name, run.training_args.cache_dir)
     except (OSError, ValueError) as error:
-        return [f"--model_name_or_path {name}: has no config.json that can be read ({str(error).splitlines()[0]})"]
+        return [f"--model_name_or_path {name}: has no readable config.json ({str(error).splitlines()[0]})"]
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         return [
-            f"--model_name_or_path {name}: model_type is {model_type!r}, which is no LLaVA checkpoint. Allowed: "
+            f"--model_name_or_path {name}: model_type is {model_type!r}, which is not a LLaVA checkpoint. Allowed: "
             f"{', '.join(sorted(FAMILIES))}. Use a LLaVA-Med checkpoint, such as microsoft/llava-med-v1.5-mistral-7b."
         ]
     faults = []
@@ -71,8 +71,8 @@ def find_faults(run: TrainingRun) -> list[str]:
         )
     if "mpt" in name:
         faults.append(
-            f"--model_name_or_path {name}: LLaVA takes any path with 'mpt' in it for an MPT model. "
-            "Rename the folder, or give the path of a link to it."
+            f"--model_name_or_path {name}: LLaVA treats any path with 'mpt' in it as an MPT model. "
+            "Rename the folder, or pass a symbolic link to it."
         )
     return faults
 
@@ -92,7 +92,7 @@ PATCH = Patch(
             ("35ee835e96234834d2927240f971df1a874a3aca544060054805fe081137aa77",),
         ),
     ),
-    why="train() loads every checkpoint as Llama, LLaVA-Med 1.5 (Mistral) too",
+    why="train() loads every checkpoint as Llama, even LLaVA-Med 1.5 (Mistral)",
     delete_when="LLaVA's train() chooses the class by model_type",
     change=change,
 )

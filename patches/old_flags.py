@@ -1,8 +1,8 @@
-"""Take the training flags of LLaVA's scripts that transformers 5 has renamed or dropped.
+"""Accept the training flags of LLaVA's scripts that transformers 5 has renamed or removed.
 
 Target: `TrainingArguments` in `llava.train.train`.
-Why: every script of LLaVA's says ``--evaluation_strategy`` and ``--warmup_ratio``, and LLaVA's trainer asks for
-``group_by_length``; transformers 5 refuses the flags and lacks the attribute.
+Why: every script of LLaVA uses ``--evaluation_strategy`` and ``--warmup_ratio``, and LLaVA's trainer reads ``group_by_length``.
+transformers 5 refuses the flags and lacks the attribute.
 Versions: LLaVA 1.2.x, transformers 5.
 Delete when: LLaVA's scripts are written for transformers 5.
 """
@@ -20,20 +20,20 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 
 def _old(default: Any, now: str) -> Any:
-    return field(default=default, metadata={"help": f"Of transformers 4, for LLaVA's scripts: {now}."})
+    return field(default=default, metadata={"help": f"Flag of transformers 4, for LLaVA's scripts. Now: {now}."})
 
 
 @dataclass
 class OldFlags:
-    """The flags, with the defaults of transformers 4.36; ``now`` says what they do."""
+    """The flags, with the defaults of transformers 4.36; ``now`` names what replaces each."""
 
     evaluation_strategy: Optional[str] = _old(None, "--eval_strategy")
     warmup_ratio: float = _old(0.0, "--warmup_steps below 1")
     group_by_length: bool = _old(False, "--train_sampling_strategy group_by_length")
     no_cuda: bool = _old(False, "--use_cpu")
-    overwrite_output_dir: bool = _old(False, "LLaVA's train() never asked for it")
+    overwrite_output_dir: bool = _old(False, "nothing; LLaVA's train() never read it")
     logging_dir: Optional[str] = _old(None, "the environment variable TENSORBOARD_LOGGING_DIR")
-    save_safetensors: bool = _old(True, "always")
+    save_safetensors: bool = _old(True, "always on")
 
 
 def change(recorder: Recorder) -> None:
@@ -43,14 +43,14 @@ def change(recorder: Recorder) -> None:
 
 
 def _with_old_flags(stock: type) -> type:
-    """LLaVA's dataclass and the flags in one, under the name that checkpoints pickle (see `train_arguments`)."""
+    """LLaVA's dataclass with the flags, under the class name that checkpoints pickle (see `train_arguments`)."""
 
     @dataclass
     class TrainingArguments(OldFlags, stock):
         def __post_init__(self) -> None:
             _translate(self)
             super().__post_init__()
-            self.evaluation_strategy = self.eval_strategy  # under both names, as some ask for the old one
+            self.evaluation_strategy = self.eval_strategy  # under both names: some code reads the old one
 
     TrainingArguments.__module__ = stock.__module__
     TrainingArguments.__qualname__ = stock.__qualname__
@@ -59,10 +59,10 @@ def _with_old_flags(stock: type) -> type:
 
 
 def _translate(args: Any) -> None:
-    """Say the same in the words of transformers 5."""
+    """Set the fields of transformers 5 from the old flags."""
     if args.evaluation_strategy is not None:
         args.eval_strategy = args.evaluation_strategy
-    if args.warmup_ratio and not args.warmup_steps:  # with both, transformers 4 took the steps
+    if args.warmup_ratio and not args.warmup_steps:  # transformers 4 prefers the steps if both are given
         args.warmup_steps = args.warmup_ratio
     if args.group_by_length:
         args.train_sampling_strategy = "group_by_length"
@@ -70,7 +70,7 @@ def _translate(args: Any) -> None:
     if args.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = args.logging_dir
     if not args.save_safetensors:
-        raise UsageError("--save_safetensors False: transformers 5 writes safetensors alone. Leave the flag out.")
+        raise UsageError("--save_safetensors False: transformers 5 writes only safetensors. Remove the flag.")
 
 
 PATCH = Patch(
@@ -87,7 +87,7 @@ PATCH = Patch(
             ("f3f6772df914c89a7964a377591a379ee65e7bfdee82e6d5c4c6f3aaa40f3c3c",),
         ),
     ),
-    why="transformers 5 refuses flags that every script of LLaVA's has",
+    why="transformers 5 refuses flags that every script of LLaVA uses",
     delete_when="LLaVA's scripts are written for transformers 5",
     change=change,
     needed=ON_5,

@@ -1,10 +1,10 @@
-"""Let a resumed run go on with the order of the epoch that it was stopped in.
+"""Let a resumed run continue with the sample order of the epoch in which it was stopped.
 
 Target: `Trainer._run_epoch` of transformers 5.
-Why: transformers 4 began the sampler anew for each epoch that was trained before the run was stopped; transformers 5 does not, so
-a sampler whose order depends on the epochs begun (ours) gives the resumed run the batches of another epoch.
+Why: on resume, transformers 4 iterates the sampler once for each epoch that was trained before; transformers 5 does not. Then a
+sampler whose order depends on the number of epochs begun (ours) gives the resumed run the batches of another epoch.
 Versions: transformers 5.
-Delete when: transformers tells every sampler which epoch begins, also behind skipped batches and in several processes.
+Delete when: transformers tells every sampler which epoch begins, also with skipped batches and in several processes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ def change(recorder: Recorder) -> None:
         if epoch == epochs_trained:
             sampler = _sampler(train_dataloader)
             for _ in range(epochs_trained):
-                iter(
-                    sampler
-                )  # no more than begun: PyTorch's own samplers draw nothing until they are asked for an index
+                iter(sampler)  # only begins an epoch: PyTorch's own samplers draw nothing before the first index
         return stock(self, epoch=epoch, train_dataloader=train_dataloader, epochs_trained=epochs_trained, **keywords)
 
     recorder.replace(Trainer, "_run_epoch", _run_epoch)
 
 
 def _sampler(loader: Any) -> Any:
-    """The sampler beneath the batch samplers that accelerate puts around one another."""
+    """The sampler inside the batch samplers that accelerate nests."""
     while hasattr(loader, "batch_sampler"):
         loader = loader.batch_sampler
     return loader.sampler
@@ -54,7 +52,7 @@ PATCH = Patch(
             ("20ec4276e99fe7aee4db57e6d2dbe9455982362f051a96c9a1be3e6190d7a90a",),
         ),
     ),
-    why="transformers 5 does not begin the trained epochs' order, so a resumed run sees the batches of another epoch",
+    why="transformers 5 does not advance the sampler to the current epoch, so a resumed run sees batches of another epoch",
     delete_when="transformers tells every sampler which epoch begins",
     change=change,
     trigger="transformers.trainer",

@@ -1,9 +1,10 @@
-"""Attend to the right tokens where prompts are padded and answers read a cache of them.
+"""Attend to the right tokens when prompts are padded and answers use a KV cache.
 
 Targets: `_prepare_4d_causal_attention_mask_for_sdpa` in transformers' `modeling_llama` and `modeling_mistral`.
-Why: transformers 4.37 opens the rows of its mask that see nothing (padding), for PyTorch's memory-efficient attention, and counts
-these rows as if there were no cache: with one, it opens rows of real tokens, which then see tokens after them, or fails.
-Versions: transformers 4.37. (4.36 on LLaVA's pins has no such attention, 5 makes its masks otherwise.)
+Why: transformers 4.37 unmasks rows that attend to nothing (padding), for PyTorch's memory-efficient attention. It computes the
+indices of these rows as if there were no KV cache. With a cache it unmasks rows of real tokens, which then attend to later
+tokens, or it fails.
+Versions: transformers 4.37. (4.36 on LLaVA's pins has no such attention; 5 builds its masks in another way.)
 Delete when: LLaVA's repository pins a transformers after 4.38.
 """
 
@@ -20,12 +21,12 @@ _HASHES = ("bfa1a46c307ddfbabde8532f3c8b410b0c5b4b80190882fdb212a35e079a72ae",)
 
 
 def change(recorder: Recorder) -> None:
-    """Rebind the function where the models look it up."""
+    """Rebind the function in the modules where the models look it up."""
     for module in (sys.modules[_LLAMA], sys.modules[_MISTRAL]):
-        recorder.replace(module, _FUNCTION, _counted_with_the_cache(getattr(module, _FUNCTION)))
+        recorder.replace(module, _FUNCTION, _counting_the_cache(getattr(module, _FUNCTION)))
 
 
-def _counted_with_the_cache(stock: Any) -> Any:
+def _counting_the_cache(stock: Any) -> Any:
     import torch
     from transformers.modeling_attn_mask_utils import _prepare_4d_causal_attention_mask
 
@@ -45,7 +46,7 @@ PATCH = Patch(
         Target(f"{_LLAMA}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
         Target(f"{_MISTRAL}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
     ),
-    why="with padded prompts and a cache, transformers 4.37 lets tokens see what comes after them, or fails",
+    why="with padded prompts and a KV cache, transformers 4.37 lets tokens attend to later tokens, or fails",
     delete_when="LLaVA's repository pins a transformers after 4.38",
     change=change,
     trigger="llava.model",

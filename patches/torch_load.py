@@ -1,13 +1,13 @@
-"""Load pickles of a checkpoint without running what is in them.
+"""Load pickles of a checkpoint without executing code in them.
 
-Target: `torch.load`, for calls out of LLaVA, transformers and peft alone.
+Target: `torch.load`, only for calls from LLaVA, transformers and peft.
 Why: ``non_lora_trainables.bin``, ``mm_projector.bin``, ``pytorch_model.bin``, optimizer and scheduler states are pickles, and a
-pickle from the internet can run any code. Versions before torch 2.6 load them without a check.
+pickle from the internet can execute any code. torch before 2.6 loads them without a check.
 Versions: torch 2.0 and 2.1.
 Delete when: LLaVA's torch is 2.6 or newer and transformers loads its RNG states under that default.
 
-``rng_state*.pth`` holds NumPy's generator state, which ``weights_only`` refuses: those files go through an unpickler that
-allows tensors and NumPy arrays alone.
+``rng_state*.pth`` contains NumPy's generator state, which ``weights_only`` refuses. These files go through an unpickler that
+allows only tensors and NumPy arrays.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def change(recorder: Recorder) -> None:
             return stock(f, *args, weights_only=True, **keywords)
         except pickle.UnpicklingError as error:
             raise UmedError(
-                f"{name}: holds more than plain tensors, so loading it could run code from it ({error}). If you trust where it "
-                "comes from, load it once in a Python of its own, keep the tensors, and save them again: "
+                f"{name}: contains more than plain tensors, so loading it could execute code in it ({error}). If you trust its "
+                "source, load it once in a separate Python and save only its tensors: "
                 "torch.save({k: v for k, v in torch.load(F).items()}, F)."
             ) from error
 
@@ -60,14 +60,14 @@ def change(recorder: Recorder) -> None:
 
 
 class _ArraysOnly:
-    """What `torch.load` needs of a pickle module, with an unpickler that finds tensors and NumPy arrays only."""
+    """The part of a pickle module that `torch.load` uses, with an unpickler for tensors and NumPy arrays only."""
 
     class Unpickler(pickle.Unpickler):
-        """Refuses any name outside a short list."""
+        """Refuses every name outside a short list."""
 
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in _PLAIN:
-                raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of random states")
+                raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of RNG states")
             return super().find_class(module, name)
 
     @classmethod
@@ -88,7 +88,7 @@ PATCH = Patch(
             ),
         ),
     ),
-    why="checkpoint pickles (projector, non-LoRA weights, optimizer) can run any code when loaded",
+    why="checkpoint pickles (projector, non-LoRA weights, optimizer) can execute any code when loaded",
     delete_when="LLaVA's torch is 2.6 or newer",
     change=change,
     needed=("torch", "<2.6"),

@@ -1,14 +1,14 @@
-"""Build the vision tower as LLaVA's checkpoints hold it, and give it the images that it was trained on.
+"""Build the vision tower with the names of LLaVA's checkpoints, and give it the pixels on which it was trained.
 
 Targets: `CLIPVisionModel` and `CLIPImageProcessor` in LLaVA's `clip_encoder`.
-Why: (1) transformers 5 has no ``vision_model`` level. It translates the names of a tower's own files, but not those of a tower
-inside a LLaVA checkpoint: its weights would fit no tower, and those that training saves would be unknown to stock LLaVA.
-(2) Unasked it loads the tower in the number format of its file, where transformers 4 took float32. (3) It resizes images
-with torchvision where that is installed, and says so with a warning where it is not; its pixels differ slightly from those of
-Pillow, on which every checkpoint was trained. (4) It builds a checkpoint's model without memory and refuses to load another one
-inside it, which LLaVA does for a tower whose weights the checkpoint holds.
+Why: (1) transformers 5 has no ``vision_model`` level. It translates the names in a tower's own files, but not those of a tower
+inside a LLaVA checkpoint. Such weights would fit no tower, and stock LLaVA would not know the names that training saves.
+(2) Without a request it loads the tower in the dtype of its file; transformers 4 loads float32. (3) It resizes images with
+torchvision if that is installed, else it warns. The pixels differ slightly from Pillow's, on which every checkpoint was trained.
+(4) It builds a checkpoint's model on the meta device and refuses to load another model inside it. LLaVA does that for a tower
+whose weights are in the checkpoint.
 Versions: LLaVA 1.2.x, transformers 5.
-Delete when: no LLaVA checkpoint with ``vision_model`` in its names is of interest.
+Delete when: no LLaVA checkpoint with ``vision_model`` in its names is in use.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def change(recorder: Recorder) -> None:
 
 
 def _with_the_level(stock: Any) -> type:
-    """The class with ``vision_model`` between itself and its layers."""
+    """The class with a ``vision_model`` level between itself and its layers."""
     import torch
 
     class VisionModel(stock):
-        """A class of its own: transformers translates the names of its own classes alone."""
+        """A subclass, since transformers translates only the names of its own classes."""
 
-        weights_follow = False  # built without memory, for a checkpoint's own weights
+        weights_follow = False  # built on the meta device; the checkpoint's weights are loaded afterwards
 
         def _init_weights(self, module: Any) -> None:
             own = module.named_parameters(recurse=False)
             missing = [key for key, weight in own if not getattr(weight, "_is_hf_initialized", False)]
             if self.weights_follow and missing:
                 raise UsageError(
-                    "config.json says unfreeze_mm_vision_tower, so the checkpoint should hold the vision tower's weights, but it "
-                    f"lacks {', '.join(missing)} of a {type(module).__name__}. Take the setting out of config.json to load the "
-                    "tower that mm_vision_tower names, or use a checkpoint with the tower."
+                    "config.json sets unfreeze_mm_vision_tower, so the checkpoint should contain the tower's weights, but it "
+                    f"lacks {', '.join(missing)} of a {type(module).__name__}. Remove the setting from config.json to load the "
+                    "tower that mm_vision_tower names, or use a checkpoint that contains the tower."
                 )
             super()._init_weights(module)
 
@@ -92,9 +92,9 @@ PATCH = Patch(
         ),
         Target("transformers:CLIPImageProcessorPil", TRANSFORMERS_5, ()),
     ),
-    why="transformers 5 builds a CLIP tower with other names than LLaVA's checkpoints have, in the number format of its file, "
-    "and resizes images with torchvision, which gives other pixels",
-    delete_when="no LLaVA checkpoint with vision_model in its names is of interest",
+    why="transformers 5 builds a CLIP tower with other weight names than LLaVA's checkpoints, in the dtype of its file, and "
+    "resizes images with torchvision, which gives other pixels",
+    delete_when="no LLaVA checkpoint with vision_model in its names is in use",
     change=change,
     trigger="llava.model",
     needed=ON_5,

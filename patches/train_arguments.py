@@ -1,12 +1,12 @@
 """Add the ``--umed_*`` flags to LLaVA's training scripts and check all flags before the model is loaded.
 
-Target: `TrainingArguments` in `llava.train.train`, and `transformers.HfArgumentParser`, which `train()` parses with.
-Why: `train()` unpacks exactly three dataclasses and refuses any flag that they do not have.
+Target: `TrainingArguments` in `llava.train.train`, and `transformers.HfArgumentParser`, with which `train()` parses.
+Why: `train()` unpacks exactly three dataclasses and refuses any flag outside them.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
-Delete when: LLaVA's `train()` takes further dataclasses or arguments from its caller.
+Delete when: LLaVA's `train()` accepts further dataclasses or arguments from its caller.
 
-Checkpoints pickle the arguments. The class takes the name of the one it replaces, so ``training_args.bin`` loads with the
-plugin uninstalled as well: LLaVA's own class, with the flags as extra attributes.
+Checkpoints pickle the arguments. The new class has the name of the one it replaces, so ``training_args.bin`` also loads without
+the plugin: as LLaVA's own class, with the flags as extra attributes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from umed_plugin.patching import Patch, Recorder, Target
 def change(recorder: Recorder) -> None:
     """Rebind LLaVA's TrainingArguments and the parser class."""
     llava_train = sys.modules["llava.train.train"]
-    transformers = llava_train.transformers  # transformers 5 may have replaced itself in sys.modules since
+    transformers = (
+        llava_train.transformers
+    )  # sys.modules may hold another object: transformers 5 can replace itself there
     arguments_class = _with_flags(llava_train.TrainingArguments)
     recorder.replace(llava_train, "TrainingArguments", arguments_class)
     recorder.replace(transformers, "HfArgumentParser", _checking_parser(transformers.HfArgumentParser, arguments_class))
 
 
 def _with_flags(stock: type) -> type:
-    """LLaVA's dataclass and the flags in one. The flags come first in the bases, so they come last in ``__init__``."""
+    """LLaVA's dataclass with the flags. They are the first base class, so they come last in ``__init__``."""
 
     @dataclass
     class TrainingArguments(UmedFlags, stock):
@@ -48,7 +50,7 @@ def _with_flags(stock: type) -> type:
 
 
 def _checking_parser(stock: type, arguments_class: type) -> type:
-    """A parser that checks the flags when it has parsed LLaVA's three dataclasses; for all else it is the stock one."""
+    """A parser that checks the flags after it has parsed LLaVA's three dataclasses; otherwise it behaves like the stock one."""
 
     class CheckingArgumentParser(stock):
         def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple:
@@ -61,10 +63,10 @@ def _checking_parser(stock: type, arguments_class: type) -> type:
 
 
 def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRun:
-    """Tie the arguments together, refuse what cannot work, all faults at once, and set the seed.
+    """Attach a `TrainingRun` to the arguments, refuse invalid flags, all faults at once, and set the seed.
 
     Raises:
-        UsageError: with one line for each fault; nothing has been loaded yet.
+        UsageError: with one line per fault; nothing has been loaded yet.
     """
     from transformers import set_seed
 
@@ -81,30 +83,31 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     if run.active and training_args.deepspeed:
         _join_processes(training_args)
     if run.active:
-        # LLaVA makes the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
+        # LLaVA creates the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
         set_seed(training_args.seed)
     return run
 
 
 def _join_processes(training_args: Any) -> None:
-    """Let DeepSpeed know the other processes before the model is loaded: ZeRO-3 slices its weights as they come in.
+    """Initialize DeepSpeed's communication before the model is loaded: ZeRO-3 partitions weights while they are loaded.
 
-    On a CPU, transformers 5 opens torch's process group alone. DeepSpeed then counts one process while it reads its
-    configuration, and refuses the batch size of all.
+    On a CPU, transformers 5 initializes only torch's process group. DeepSpeed then counts one process while it reads its
+    configuration, and refuses the batch size of all processes.
 
     Raises:
-        UsageError: DeepSpeed takes another kind of device than the trainer.
+        UsageError: DeepSpeed runs on another kind of device than the trainer.
     """
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    device, deepspeeds = training_args.device.type, get_accelerator().device_name()  # the first opens torch's group
-    if device != deepspeeds:
+    # Reading `device` initializes torch's process group.
+    device, accelerator = training_args.device.type, get_accelerator().device_name()
+    if device != accelerator:
         raise UsageError(
-            f"--deepspeed {training_args.deepspeed}: training runs on {device}, and the installed DeepSpeed on {deepspeeds}. "
-            "Leave --deepspeed out and start the script with python or torchrun. On a CPU, DeepSpeed 0.12 (LLaVA's pins) cannot "
-            "train, newer ones can (constraints/current.txt); beside a GPU the environment needs DS_ACCELERATOR=cpu for it."
+            f"--deepspeed {training_args.deepspeed}: training runs on {device}, but the installed DeepSpeed on {accelerator}. "
+            "Remove --deepspeed and start the script with python or torchrun. DeepSpeed 0.12 (LLaVA's pins) cannot train on a "
+            "CPU; newer versions can (constraints/current.txt). On a machine with a GPU they need DS_ACCELERATOR=cpu for that."
         )
     if torch.distributed.is_initialized():
         deepspeed.init_distributed()
@@ -128,7 +131,7 @@ PATCH = Patch(
             ),
         ),
     ),
-    why="train() refuses any flag that is not in its three dataclasses",
-    delete_when="LLaVA's train() takes further arguments from its caller",
+    why="train() refuses any flag outside its three dataclasses",
+    delete_when="LLaVA's train() accepts further arguments from its caller",
     change=change,
 )

@@ -1,9 +1,9 @@
-"""Let stage 2 train with our trainer, which subclasses LLaVA's own.
+"""Train stage 2 with our trainer, a subclass of LLaVA's.
 
 Target: the global `LLaVATrainer` of `llava.train.train`.
-Why: `train()` always makes a LLaVATrainer, which can only do supervised steps.
+Why: `train()` always creates a LLaVATrainer, which can only do supervised training.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA's `train()` takes a trainer class from its caller.
+Delete when: LLaVA's `train()` accepts a trainer class from its caller.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PATCH = Patch(
             ("a65e56ee52c884ad0c2b5ea9a8527859b08926bd0cb0592c2ea5e61b9129309f",),
         ),
     ),
-    why="train() always makes a LLaVATrainer, which can only do supervised steps",
-    delete_when="LLaVA's train() takes a trainer class from its caller",
+    why="train() always creates a LLaVATrainer, which can only do supervised training",
+    delete_when="LLaVA's train() accepts a trainer class from its caller",
     change=change,
 )

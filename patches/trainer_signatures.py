@@ -1,12 +1,12 @@
-"""Let LLaVA's trainer and transformers 5 call one another.
+"""Let LLaVA's trainer and transformers 5 call each other.
 
 Targets: `LLaVATrainer.__init__` and `_get_train_sampler`, and `Trainer._save_checkpoint` of transformers.
-Why: (1) LLaVA gives its tokenizer as ``tokenizer``, transformers 5 wants it as ``processing_class``. (2) transformers 5 gives the
-data set to `_get_train_sampler`, LLaVA's takes none. (3) LLaVA gives metrics to `_save_checkpoint`, transformers 5 takes none.
-(4) transformers 4.36 writes a checkpoint into ``tmp-checkpoint-N`` and renames it; transformers 5 writes into its place, so that
-a run that is killed in the write goes on from half a checkpoint, or not at all.
+Why: (1) LLaVA passes its tokenizer as ``tokenizer``; transformers 5 expects ``processing_class``. (2) transformers 5 passes the
+dataset to `_get_train_sampler`; LLaVA's accepts none. (3) LLaVA passes metrics to `_save_checkpoint`; transformers 5 accepts
+none. (4) transformers 4.36 writes a checkpoint into ``tmp-checkpoint-N`` and renames it; transformers 5 writes it in place. So
+a run that is killed while it writes resumes from half a checkpoint, or not at all.
 Versions: LLaVA 1.2.x, transformers 5.
-Delete when: LLaVA's trainer has the signatures of transformers 5, and transformers writes checkpoints aside.
+Delete when: LLaVA's trainer has the signatures of transformers 5, and transformers writes checkpoints atomically.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ def change(recorder: Recorder) -> None:
 
 
 def _written_aside(trainer: Any, stock_save: Any, model: Any, trial: Any) -> None:
-    """Write the checkpoint into ``tmp-checkpoint-N`` and give it its name when it is whole, as transformers 4.36 does."""
+    """Write the checkpoint into ``tmp-checkpoint-N`` and rename it when it is complete, as transformers 4.36 does."""
     from transformers import trainer as transformers_trainer
     from transformers.trainer_utils import rotate_checkpoints
 
     run_dir = trainer._get_output_dir(trial=trial)
     name = f"{transformers_trainer.PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-    aside, place = os.path.join(run_dir, ASIDE + name), os.path.join(run_dir, name)
+    aside, checkpoint = os.path.join(run_dir, ASIDE + name), os.path.join(run_dir, name)
     if trainer.args.should_save:
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
     trainer.accelerator.wait_for_everyone()
     prefix = transformers_trainer.PREFIX_CHECKPOINT_DIR
     transformers_trainer.PREFIX_CHECKPOINT_DIR = ASIDE + prefix
@@ -65,8 +65,8 @@ def _written_aside(trainer: Any, stock_save: Any, model: Any, trial: Any) -> Non
         transformers_trainer.PREFIX_CHECKPOINT_DIR = prefix
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
-        shutil.rmtree(place, ignore_errors=True)
-        os.rename(aside, place)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        os.rename(aside, checkpoint)
         rotate_checkpoints(
             output_dir=run_dir,
             save_total_limit=trainer.args.save_total_limit,
@@ -97,9 +97,9 @@ PATCH = Patch(
         ),
         Target("transformers.trainer:rotate_checkpoints", TRANSFORMERS_5, ()),
     ),
-    why="LLaVA's trainer and transformers 5 give one another arguments that the other does not take, and a checkpoint that was "
-    "being written when the run was killed looks whole",
-    delete_when="LLaVA's trainer has the signatures of transformers 5, and transformers writes checkpoints aside",
+    why="LLaVA's trainer and transformers 5 pass each other arguments that the other does not accept, and a checkpoint that was "
+    "being written when the run was killed looks complete",
+    delete_when="LLaVA's trainer has the signatures of transformers 5, and transformers writes checkpoints atomically",
     change=change,
     trigger="llava.train.llava_trainer",
     needed=ON_5,

@@ -1,7 +1,7 @@
 """What the patches of one training run share: LLaVA's parsed arguments, and the function whose globals they rebind.
 
-LLaVA hands its arguments on in pieces (`make_supervised_data_module` never sees the TrainingArguments), so the run hangs on
-``model_args.umed_run`` and ``data_args.umed_run``. It is not on the TrainingArguments, which every checkpoint pickles.
+LLaVA passes its arguments on in parts (`make_supervised_data_module` never sees the TrainingArguments). So the run is attached to
+``model_args.umed_run`` and ``data_args.umed_run``, but not to the TrainingArguments, which every checkpoint pickles.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LLAVA = ">=1.1.3,<1.3"
 TRANSFORMERS_4, TRANSFORMERS_5 = ">=4.36,<4.38", ">=5.23,<5.24"
 TRANSFORMERS = f"{TRANSFORMERS_4} || {TRANSFORMERS_5}"
 BEFORE_5, ON_5 = ("transformers", "<5"), ("transformers", ">=5")
-# Its globals are read when it runs, so they can be rebound; each patch that does so relies on how it reads them.
+# It reads its globals when it runs, so they can be rebound. Each patch that does so relies on how it reads them.
 TRAIN = Target("llava.train.train:train", LLAVA, ("0ef232c0a416a4da43871d171405fcd795562314a31dbd988f4cb68d07d01dd7",))
 
 
@@ -36,7 +36,7 @@ class TrainingRun:
 
     @property
     def active(self) -> bool:
-        """Whether a stage was asked for; otherwise LLaVA trains as if the plugin were not there."""
+        """Whether ``--umed_stage`` was given; otherwise LLaVA trains as if the plugin were not installed."""
         return self.flags.umed_stage is not None
 
     def say(self, text: str) -> None:

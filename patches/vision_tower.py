@@ -1,15 +1,15 @@
-"""Load the vision tower that the checkpoint carries, in a number format that the device can compute in.
+"""Load the vision tower that is inside the checkpoint, in a dtype in which the device can compute.
 
 Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to`, and `find_all_linear_names` in `llava.train.train`.
-Why: (1) LLaVA builds the tower late, so the tower weights in a checkpoint (LLaVA-Med 1.5 has its own: LLaVA-Med #86, #105,
-#109) are reported as unused and the original CLIP is trained on instead. (2) Without ``--bf16`` `train()` casts the tower to
-fp16, which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint that says
-``unfreeze_mm_vision_tower`` the tower is there before LoRA, and gets adapters that are never trained.
+Why: (1) LLaVA builds the tower late. So the tower weights in a checkpoint (LLaVA-Med 1.5 has its own: LLaVA-Med #86, #105, #109)
+are reported as unused, and training uses the original CLIP instead. (2) Without ``--bf16`` `train()` casts the tower to fp16,
+which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint with
+``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA loads the tower of its checkpoint, casts it to the training's format, and keeps LoRA out of it.
+Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, and keeps LoRA out of it.
 
-A tower that differs from the original sets ``unfreeze_mm_vision_tower`` in the configuration that training saves: that is how
-stock LLaVA is told to load tower weights from a checkpoint.
+If the tower differs from the original, ``unfreeze_mm_vision_tower`` is set in the configuration that training saves. It makes
+stock LLaVA load tower weights from a checkpoint.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def change(recorder: Recorder) -> None:
 
 
 def _prepare_tower(model: Any, run: TrainingRun) -> None:
-    """Tell the data what the tower sees, and give it the checkpoint's weights if a stage asks for them."""
+    """Pass the tower's patch size and count to the data, and load the checkpoint's tower weights if a stage requests them."""
     tower = model.get_vision_tower()
     run.data_args.umed_patch_size = tower.config.patch_size
     run.data_args.umed_num_patches = tower.num_patches + (tower.select_feature == "cls_patch")
@@ -63,7 +63,7 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
 
 
 def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
-    """Replace the original tower weights by those in the checkpoint's weight files, and say how far apart they are."""
+    """Replace the original tower weights with those in the checkpoint's weight files, and report how much they differ."""
     import torch
 
     checkpoint = run.model_args.model_name_or_path
@@ -75,11 +75,11 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
         misfit = tower_misfit(state, weights)
         if misfit:
             raise UmedError(
-                f"{checkpoint}: its vision-tower weights do not fit --vision_tower {tower.vision_tower_name}: {misfit}. Give the "
-                "tower that the checkpoint was trained with, or leave its weights out with --umed_tower_weights original."
+                f"{checkpoint}: its vision-tower weights do not fit --vision_tower {tower.vision_tower_name}: {misfit}. Pass the "
+                "tower with which the checkpoint was trained, or ignore its weights with --umed_tower_weights original."
             )
         own = {name: state[name] for name in weights}
-        # Training in bf16 saves a rounded tower: that is the original one, not another.
+        # Training in bf16 saves a rounded tower, which still counts as the original one.
         differing = [name for name in own if not torch.equal(own[name].cpu().to(weights[name].dtype), weights[name])]
         distance = max((float((own[n].cpu().float() - weights[n].float()).abs().max()) for n in differing), default=0.0)
         if differing:
@@ -90,12 +90,12 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
     model.config.unfreeze_mm_vision_tower = True
     run.say(
         f"vision tower: loaded {len(own)} tensors from {checkpoint}; {len(differing)} of them differ from "
-        f"{tower.vision_tower_name}, by {distance:.3g} at most. (--umed_tower_weights original keeps those instead.)"
+        f"{tower.vision_tower_name}, by {distance:.3g} at most. (To use the latter: --umed_tower_weights original.)"
     )
 
 
 def _gathered(tower: Any) -> Any:
-    """Under DeepSpeed ZeRO-3 a process holds a slice of each parameter: put them together for the block."""
+    """Gather the tower's parameters for the block: under ZeRO-3 each rank holds only a partition."""
     import contextlib
 
     parameters = [p for p in tower.parameters() if hasattr(p, "ds_id")]
@@ -107,7 +107,7 @@ def _gathered(tower: Any) -> Any:
 
 
 def _computable(tower: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-    """`train()` asks for fp16 whenever it does not train in bf16: make that fp32 on a CPU and in fp32 training."""
+    """Replace fp16 with fp32 on a CPU and in fp32 training: `train()` requests fp16 whenever it does not train in bf16."""
     import torch
 
     if keywords.get("dtype") != torch.float16:
@@ -119,7 +119,7 @@ def _computable(tower: Any, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outside_the_tower(model: Any, names: list[str]) -> Any:
-    """LoRA targets: LLaVA's names, or, where the tower is loaded already and has layers of those names, a pattern without it."""
+    """LoRA targets: LLaVA's names, or a pattern that excludes the tower if it is loaded already and has layers of these names."""
     inside = {
         name.rpartition(".")[2] for name, _ in model.named_modules() if "vision_tower" in name or "mm_projector" in name
     }
@@ -148,7 +148,7 @@ PATCH = Patch(
             ("33c886f04eff61dcc01f519c018fd3b0440874853bb8a6b323245a1c28ac9513",),
         ),
     ),
-    why="tower weights in the checkpoint are ignored, the tower is cast to fp16 even on a CPU, and LoRA reaches into it",
-    delete_when="LLaVA loads its checkpoint's tower, in the training's number format, and keeps LoRA out of it",
+    why="tower weights in the checkpoint are ignored, the tower is cast to fp16 even on a CPU, and LoRA adds adapters to it",
+    delete_when="LLaVA loads its checkpoint's tower, in the training's dtype, and keeps LoRA out of it",
     change=change,
 )

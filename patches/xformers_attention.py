@@ -1,9 +1,9 @@
-"""Run ``train_xformers.py`` where xformers is missing.
+"""Run ``train_xformers.py`` without xformers.
 
 Target: `replace_llama_attn_with_xformers_attn` in `llava.train.llama_xformers_attn_monkey_patch`.
-Why: it puts a function into Llama's attention that needs xformers, having logged only that the import failed.
+Why: without xformers it only logs the failed import, and still replaces Llama's attention with a function that needs xformers.
 Versions: LLaVA 1.2.x.
-Delete when: the function refuses or does nothing without xformers.
+Delete when: the function raises an error or does nothing without xformers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _FUNCTION = "replace_llama_attn_with_xformers_attn"
 
 
 def change(recorder: Recorder) -> None:
-    """Let the replacement happen only where it can work."""
+    """Replace the attention only if xformers is installed."""
     module = sys.modules[_MODULE]
     stock = getattr(module, _FUNCTION)
 
     def replace_llama_attn_with_xformers_attn() -> None:
         if importlib.util.find_spec("xformers") is None:
-            note("xformers is missing: training with the attention that transformers chooses.")
+            note("xformers is missing. Training with the attention that transformers chooses.")
             return
         stock()
 
@@ -38,7 +38,7 @@ PATCH = Patch(
     targets=(
         Target(f"{_MODULE}:{_FUNCTION}", LLAVA, ("370fa6a84f46b318f3a31b032c1bbecc8af0379d08a604ff12f962ca91770b87",)),
     ),
-    why="train_xformers.py puts in an attention that fails where xformers is missing",
+    why="train_xformers.py installs an attention that fails without xformers",
     delete_when="LLaVA checks for xformers before it replaces the attention",
     change=change,
     trigger=_MODULE,

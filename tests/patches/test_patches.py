@@ -228,7 +228,7 @@ def test_flags_parse_and_survive_the_pickle_with_and_without_the_plugin(flags, t
         (["--umed_stage", "instruction_tuning", "--version", "plain"], "no place for questions"),
         (["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "2"], "from 0 to 1"),
         (["--umed_num_candidates", "4"], "no effect without --umed_stage"),
-        (["--umed_stage", "instruction_tuning", "--model_name_or_path", "/no/checkpoint"], "no config.json"),
+        (["--umed_stage", "instruction_tuning", "--model_name_or_path", "/no/checkpoint"], "no readable config.json"),
     ],
 )
 def test_wrong_flags_stop_before_anything_is_loaded(flags, more, words):
@@ -292,7 +292,7 @@ def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_pat
     (tmp_path / "out").mkdir()
     state = SimpleNamespace(save_to_json=lambda path: None)
     LLaVATrainer.save_state(SimpleNamespace(args=training_args, state=state, is_world_process_zero=lambda: True))
-    with pytest.raises(UsageError, match="what lies in it belongs to --umed_stage instruction_tuning"):
+    with pytest.raises(UsageError, match="its content belongs to --umed_stage instruction_tuning"):
         parse([*flags, "--umed_stage", "rewarding"])
     parse([*flags, "--umed_stage", "instruction_tuning"])
 
@@ -348,7 +348,7 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(flags, grouped, s
 @pytest.mark.parametrize(
     ("config", "path", "words"),
     [
-        ({"model_type": "gpt2"}, "checkpoint", "'gpt2', which is no LLaVA checkpoint"),
+        ({"model_type": "gpt2"}, "checkpoint", "'gpt2', which is not a LLaVA checkpoint"),
         ({"model_type": "mistral"}, "checkpoint", "without a projector"),
         ({"model_type": "llava"}, "attempt", "'mpt' in it"),
         ({"model_type": "llava"}, "checkpoint", None),
