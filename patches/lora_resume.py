@@ -22,6 +22,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.loading import NON_LORA
 from umed_plugin.errors import UmedError
+from umed_plugin.files import write_json
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -118,7 +119,7 @@ class SeededOrder:
 
 def _mark(trainer: Any, folder: Path) -> None:
     """Record the stage in a folder with its weights."""
-    (folder / MARKER).write_text(json.dumps({"umed_stage": trainer.args.umed_stage}))
+    write_json(folder / MARKER, {"umed_stage": trainer.args.umed_stage})
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:

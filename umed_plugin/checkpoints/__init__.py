@@ -1,1 +1,1 @@
-"""Checkpoints on disk: loading, merging an adapter, converting to and from transformers' form, prompt templates."""
+"""Checkpoints on disk: load, merge an adapter, convert to and from transformers' format, prompt templates."""

@@ -1,8 +1,8 @@
-"""LLaVA's conversation templates in the form that other programs read: a Jinja chat template with the same tokens.
+"""LLaVA's conversation templates as Jinja chat templates that produce the same tokens, for other programs.
 
-LLaVA cuts a prompt at ``<image>`` and tokenizes the parts by themselves, so sentencepiece puts a space before the first word of
-each part. A tokenizer of transformers sees the prompt in one piece. Where it puts a space only at the very start
-(``legacy: false``), the chat template writes the other ones as a ``gap``, and the ids come out the same.
+LLaVA splits a prompt at ``<image>`` and tokenizes the parts separately, so sentencepiece puts a space before the first word of
+each part. A transformers tokenizer gets the prompt as a whole. If it puts a space only at the very start (``legacy: false``), the
+chat template writes the other spaces as a ``gap``, and the token ids are the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 
 IMAGE = "<image>"
-START, END = "<im_start>", "<im_end>"  # what LLaVA's callers write around it where mm_use_im_start_end is set
+START, END = "<im_start>", "<im_end>"  # around <image> if mm_use_im_start_end is set
 
 _FRAME = """\
 {%- macro words(message) -%}
@@ -50,7 +50,7 @@ _FRAME = """\
 
 @dataclass(frozen=True)
 class _Parts:
-    """What stands around system text, questions and answers, as ``Conversation.get_prompt`` of LLaVA puts it there."""
+    """The text around system text, questions and answers, as LLaVA's ``Conversation.get_prompt`` writes it."""
 
     before_system: str = ""
     system_always: bool = True
@@ -65,19 +65,20 @@ class _Parts:
 
 
 def jinja_template(name: str, *, gap: str, image: str) -> str:
-    """The chat template for a conversation template of LLaVA's or ours.
+    """The chat template for one of LLaVA's conversation templates or ours.
 
-    It begins with BOS, so its text is tokenized without adding special tokens, as ``apply_chat_template(tokenize=True)`` and vLLM
-    do. A system message takes the place of the template's own system text. Images stand where the message has them, a line each.
+    It begins with BOS. If you render it to text and tokenize that text, do not add special tokens;
+    ``apply_chat_template(tokenize=True)`` and vLLM do not either. A system message replaces the template's own system text.
+    Images appear where the message has them, one per line.
 
     Args:
         name: such as ``umed_mistral``.
-        gap: what gives a space to the tokens behind BOS: ``""`` or ``" "``.
-        image: what stands for an image in the text, with a gap of its own.
+        gap: gives a space to the token after BOS: ``""`` or ``" "``.
+        image: placeholder of an image in the text, with its own gap.
 
     Raises:
         UsageError: there is no such template.
-        UmedError: it is no conversation (``plain``).
+        UmedError: it is not a conversation (``plain``).
     """
     conversation = conversation_template(name)
     words = {key.upper(): value for key, value in vars(_parts(conversation, name)).items()}
@@ -107,6 +108,6 @@ def _parts(conversation: Any, name: str) -> _Parts:
             answer_begins=assistant,
         )  # fmt: skip
     raise UmedError(
-        f"--template {name}: holds no conversation (it is for pretraining), so there is no chat to convert. Name the template "
-        "that the checkpoint is asked with, such as umed_mistral or llava_v1."
+        f"--template {name}: is not a conversation (it is for pretraining), so it has no chat template. Name the template with "
+        "which the checkpoint is prompted, such as umed_mistral or llava_v1."
     )

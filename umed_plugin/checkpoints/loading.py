@@ -1,8 +1,8 @@
-"""Checkpoints: what lies in one, and loading it by what it is.
+"""Read checkpoints: find their weight files, and load the model.
 
-Stock LLaVA decides by the folder's name how to load a checkpoint; this module reads ``model_type`` from ``config.json``.
-Vision-tower weights that lie inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is
-set). Pickles are loaded with ``weights_only=True``. `umed_plugin.checkpoints.merging` writes checkpoints.
+Stock LLaVA chooses the loader by the folder's name; this module reads ``model_type`` from ``config.json``. Vision-tower weights
+inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is set). Pickles are loaded with
+``weights_only=True``. `umed_plugin.checkpoints.merging` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 
 from umed_plugin.errors import UmedError, unknown_name
 
-# model_type -> module and class of LLaVA's. "llava" is what checkpoints older than LLaVA 1.2 call themselves.
+# model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
 FAMILIES = {
     "llava_mistral": ("llava.model.language_model.llava_mistral", "LlavaMistralForCausalLM"),
     "llava_llama": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
     "llava": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
 }
-# model_type -> template of prompts: the plugin's, and the one that stock LLaVA asks with.
+# model_type -> prompt template: the plugin's, and the one that stock LLaVA uses.
 UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
 STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 TOWER = "model.vision_tower."
-# What LLaVA reads from config.json when it answers; training may have set it anew, so it goes along into a merged checkpoint.
+# Keys of config.json that LLaVA reads when it answers. Training may change them, so a merged checkpoint gets the trained values.
 READ_WHEN_ANSWERING = (
     "image_aspect_ratio",
     "mm_vision_select_layer",
@@ -43,21 +43,21 @@ def read_config(path: Path | str) -> dict[str, Any]:
     """Return ``config.json`` of a LLaVA checkpoint or LoRA folder.
 
     Raises:
-        UmedError: there is none, or it is not LLaVA's.
+        UmedError: there is none, or it is not a LLaVA checkpoint.
     """
     file = Path(path) / "config.json"
     if not file.is_file():
-        found = "no such folder" if not Path(path).is_dir() else "a folder without config.json"
+        fault = "no such folder" if not Path(path).is_dir() else "a folder without config.json"
         raise UmedError(
-            f"{path}: {found}. Needed: a LLaVA checkpoint on this machine (config.json, weights, tokenizer). "
-            "A checkpoint on the Hugging Face hub is fetched with: huggingface-cli download NAME --local-dir DIR"
+            f"{path}: {fault}. Needed: a LLaVA checkpoint on this machine (config.json, weights, tokenizer). "
+            "Download a checkpoint from the Hugging Face Hub with: huggingface-cli download NAME --local-dir DIR"
         )
     config = json.loads(file.read_text(encoding="utf-8"))
     kind = config.get("model_type")
     if kind == "llava" and "text_config" in config:
         raise UmedError(
-            f"{file}: this is the transformers form of LLaVA (it has text_config). Needed: the original form, as on the hub "
-            "under liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b; LLaVA's own code cannot load the other."
+            f"{file}: this is the transformers form of LLaVA (it has text_config), which LLaVA's own code cannot load. Needed: "
+            "the original form, as in liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b on the Hub."
         )
     if kind not in FAMILIES:
         raise UmedError(f"{file}: not a LLaVA checkpoint: {unknown_name('model_type', str(kind), FAMILIES)}")
@@ -70,12 +70,12 @@ def is_lora(path: Path | str) -> bool:
 
 
 def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None = None) -> list[Path]:
-    """The files that hold a full checkpoint's weights: one, or the shards of its index; in transformers' order of preference.
+    """The weight files of a full checkpoint: one file, or the shards of its index, in transformers' order of preference.
 
     Args:
-        checkpoint: a folder, or a name on the Hugging Face hub.
-        prefix: leave out the shards in which no tensor's name begins with it.
-        cache_dir: where files of the hub are kept.
+        checkpoint: a folder, or a name on the Hugging Face Hub.
+        prefix: skip shards without a tensor whose name begins with it.
+        cache_dir: where files from the Hub are cached.
 
     Raises:
         UmedError: there are none, or a shard is missing.
@@ -99,22 +99,22 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
         if file is not None and not name.endswith(".json"):
             return [file]
         if file is not None:
-            places = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted({shard for tensor, shard in places.items() if tensor.startswith(prefix)})
-            found = {shard: find(shard) for shard in shards}
-            missing = [shard for shard, path in found.items() if path is None]
+            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted({shard for tensor, shard in weight_map.items() if tensor.startswith(prefix)})
+            paths = {shard: find(shard) for shard in shards}
+            missing = [shard for shard, path in paths.items() if path is None]
             if missing:
                 raise UmedError(
-                    f"{checkpoint}: {name} names {', '.join(missing)}, which is missing. Get the checkpoint again."
+                    f"{checkpoint}: {name} lists {', '.join(missing)}, which is missing. Download the checkpoint again."
                 )
-            return [path for path in found.values() if path is not None]
+            return [path for path in paths.values() if path is not None]
     raise UmedError(
-        f"{checkpoint}: holds no weights. Needed: model.safetensors or pytorch_model.bin, or their shards with the index."
+        f"{checkpoint}: contains no weights. Needed: model.safetensors or pytorch_model.bin, or their shards with the index."
     )
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """Name -> tensor of one weight file, on the CPU, in the dtype it was saved in."""
+    """Name -> tensor of one weight file, on the CPU, in its saved dtype."""
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -131,12 +131,24 @@ def load_checkpoint(
 
     Args:
         path: a full checkpoint, or a folder that LLaVA's training wrote with ``--lora_enable True``.
-        base: of a LoRA folder; by default the one that its adapter was trained on.
-        device: ``cuda`` where there is one, else ``cpu``.
-        dtype: of the weights; float32 by default.
+        base: base of a LoRA folder; by default the checkpoint that its adapter names.
+        device: by default ``cuda`` if available, else ``cpu``.
+        dtype: of the weights; by default ``torch.float32``.
 
     Returns:
-        (tokenizer, model, image processor); the model of a LoRA folder is a PEFT model whose adapter can be switched off.
+        (tokenizer, model, image processor). For a LoRA folder the model is a PEFT model, whose adapter can be disabled.
+
+    Raises:
+        UmedError: it is not a LLaVA checkpoint, or its base, tower or weights are missing or do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+        >>> checkpoint = make_checkpoint(Path(tempfile.mkdtemp()) / "llava-mistral-tiny")
+        >>> tokenizer, model, image_processor = load_checkpoint(checkpoint, device="cpu")
+        >>> type(model).__name__, model.dtype
+        ('LlavaMistralForCausalLM', torch.float32)
     """
     import torch
 
@@ -155,26 +167,26 @@ def load_checkpoint(
 
 
 def find_base(lora_dir: Path, base: Path | str | None) -> Path:
-    """The base of a LoRA folder: as given, else as its adapter names it.
+    """The base of a LoRA folder: ``base`` if given, else the one that its adapter names.
 
     Raises:
-        UmedError: it is not on this machine, or is itself a LoRA folder.
+        UmedError: it is not on this machine, or it is a LoRA folder itself.
     """
-    named = base or json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named or not Path(named).is_dir():
+    folder = base or json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not folder or not Path(folder).is_dir():
         raise UmedError(
-            f"{lora_dir} is a LoRA folder over {named!r}, which is no folder on this machine. Give the checkpoint that it "
-            "was trained on with --base."
+            f"{lora_dir}: is a LoRA folder over {folder!r}, which is not a folder on this machine. Pass the checkpoint on which "
+            "it was trained with --base."
         )
-    if is_lora(named):
+    if is_lora(folder):
         raise UmedError(
-            f"--base {named} is a LoRA folder itself. Merge it first: umed merge {named} --base CKPT --out DIR"
+            f"--base {folder}: is a LoRA folder itself. Merge it first: umed merge {folder} --base CKPT --out DIR"
         )
-    return Path(named)
+    return Path(folder)
 
 
 def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """(tokenizer, model) of a full checkpoint in float32, its own tower weights included; ``config`` overrides values."""
+    """(tokenizer, model) of a full checkpoint in float32, with its own tower weights; ``config`` overrides values."""
     import importlib
 
     from transformers import AutoTokenizer
@@ -197,15 +209,15 @@ def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, A
         misfit = tower_misfit(tower.state_dict(), inside)
         if misfit:
             raise UmedError(
-                f"{path}: its vision-tower weights do not fit {tower.vision_tower_name}, which its config.json names as "
-                f"mm_vision_tower: {misfit}. Name the tower there that the checkpoint was trained with."
+                f"{path}: its vision-tower weights do not fit {tower.vision_tower_name}, the mm_vision_tower of its "
+                f"config.json: {misfit}. Set mm_vision_tower to the tower with which the checkpoint was trained."
             )
         tower.load_state_dict(inside, strict=False)
     return tokenizer, model
 
 
 def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[str, Any]:
-    """The vision tower's weights inside a checkpoint (folder or hub), under the names of LLaVA's tower; empty without any."""
+    """The vision tower's weights inside a checkpoint (folder or Hub), by their names in LLaVA's tower; empty if none."""
     tensors = {}
     for file in weight_files(checkpoint, TOWER, cache_dir):
         if file.suffix == ".safetensors":
@@ -220,7 +232,7 @@ def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[
 
 
 def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
-    """What keeps ``inside`` from replacing the weights ``own`` of a tower, in words; None when it fits."""
+    """Why the weights ``inside`` a checkpoint cannot replace a tower's ``own`` ones, as text; None if they fit."""
     own = {name: tensor for name, tensor in own.items() if not _is_counter(name)}
     missing, unknown = sorted(set(own) - set(inside)), sorted(set(inside) - set(own))
     shapes = [
@@ -237,7 +249,7 @@ def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
 
 
 def _is_counter(name: str) -> bool:
-    """``position_ids`` is 0, 1, 2, ... and no weight: older transformers save it, newer ones do not."""
+    """``position_ids`` is 0, 1, 2, ... and not a weight: older transformers save it, newer ones do not."""
     return name.endswith("position_ids")
 
 
@@ -245,17 +257,17 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
     tower = config.get("mm_vision_tower", config.get("vision_tower"))
     if tower is None:
         raise UmedError(
-            f"{path}/config.json: has no mm_vision_tower, so this model sees no images. Needed: a LLaVA checkpoint."
+            f"{path}/config.json: has no mm_vision_tower, so this model cannot see images. Needed: a LLaVA checkpoint."
         )
     if os.path.isabs(tower) and not os.path.isdir(tower):
         raise UmedError(
-            f"{path}/config.json: mm_vision_tower is {tower}, and there is no such folder. If the tower was moved, write its "
-            "new absolute path there."
+            f"{path}/config.json: mm_vision_tower is {tower}, which does not exist. If the tower was moved, set mm_vision_tower "
+            "to its new absolute path."
         )
 
 
 def _add_image_tokens(tokenizer: Any, model: Any) -> None:
-    """What LLaVA's loader does after loading: tokens that the config asks for and the tokenizer does not have yet."""
+    """Add the tokens that the configuration requests and the tokenizer lacks, as LLaVA's loader does after loading."""
     from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 
     if getattr(model.config, "mm_use_im_patch_token", True):
@@ -273,9 +285,7 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     adapter, others = adapter_tensors(lora_dir)
     unknown = model.load_state_dict(others, strict=False).unexpected_keys
     if unknown:
-        raise UmedError(
-            f"{lora_dir / NON_LORA}: holds {unknown[0]!r}, which the base does not have. Is --base the right one?"
-        )
+        raise UmedError(f"{lora_dir / NON_LORA}: contains {unknown[0]!r}, which the base does not have. Check --base.")
     config = LoraConfig.from_pretrained(lora_dir)
     with torch.no_grad():
         model = get_peft_model(model, config)
@@ -284,7 +294,7 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
 
 
 def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the adapter's tensors under PEFT's names, the other trained tensors under the base's names) of a LoRA folder."""
+    """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names)."""
     files = [
         lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()
     ]
@@ -292,8 +302,8 @@ def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
     if not (lora_dir / NON_LORA).is_file():
         raise UmedError(
-            f"{lora_dir}: has no {NON_LORA} (the trained projector), which LLaVA writes at the end of training only. Take the "
-            "output folder of a run that ended instead of one of its checkpoint-N folders."
+            f"{lora_dir}: has no {NON_LORA} (the trained projector), which LLaVA writes at the end of training only. Use the "
+            "output folder of a finished run, not one of its checkpoint-N folders."
         )
     others = {name.removeprefix("base_model.model."): t for name, t in read_tensors(lora_dir / NON_LORA).items()}
     return read_tensors(files[0]), others
@@ -301,7 +311,7 @@ def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from warning that tower weights are unused: `_load_full` uses them right after."""
+    """Suppress transformers' warning that tower weights are unused: `_load_full` uses them right afterwards."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

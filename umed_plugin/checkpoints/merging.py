@@ -1,7 +1,7 @@
-"""Writing checkpoints: merge a LoRA folder into its base, export one in the layout of the one that training began with.
+"""Write checkpoints: merge a LoRA folder into its base, or export a fully fine-tuned one in the layout of the original.
 
-Names, shapes and dtypes stay the original's. Merging works in float32, tensor by tensor, on the base's own files: one weight
-file is in memory at a time. Exporting holds the trained checkpoint in memory whole. Everything is written aside and renamed.
+Names, shapes and dtypes stay the original's. Merging works in float32, tensor by tensor, with one weight file in memory at a
+time. Exporting holds the whole trained checkpoint in memory. Folders are written atomically.
 
 How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 """
@@ -28,9 +28,9 @@ from umed_plugin.checkpoints.loading import (
 )
 from umed_plugin.errors import UmedError
 
-_LEFT_BEHIND = (
+_NOT_COPIED = (
     *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "umed.json"),
-    "umed_manifest.json",  # says what its own folder was made from
+    "umed_manifest.json",  # describes only the folder in which it is
 )
 
 
@@ -42,21 +42,43 @@ def merge(
     with_tower: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write the full checkpoint that a LoRA folder and its base make together; return its path.
+    """Merge a LoRA folder into its base and write the full checkpoint; return its path.
 
-    Weight files, tensor names, shapes and dtypes are the base's; so are the keys of ``config.json`` and the tokenizer.
+    Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``.
 
     Args:
-        lora_dir: what LLaVA's training wrote with ``--lora_enable True``.
-        base: the checkpoint it was trained on; None takes the one that the adapter names.
-        out: must not exist, unless ``overwrite``.
-        with_tower: as of `export`.
+        lora_dir: folder that LLaVA's training wrote with ``--lora_enable True``.
+        base: the checkpoint on which it was trained; None: the one that the adapter names.
+        out: must not exist, unless ``overwrite``. See `stock_name_fault` for its name.
+        with_tower: as for `export`.
         overwrite: replace ``out``.
+
+    Raises:
+        UmedError: ``lora_dir`` is not a plain LoRA folder, it does not fit the base, or ``out`` exists.
+
+    Example:
+        A LoRA folder of rank 1 on one layer, with the files that LLaVA's training writes:
+
+        >>> import json, shutil, tempfile, torch
+        >>> from pathlib import Path
+        >>> from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+        >>> base = make_checkpoint(Path(tempfile.mkdtemp()) / "llava-mistral-tiny")
+        >>> lora = base.with_name("stage1-lora")
+        >>> lora.mkdir()
+        >>> config = shutil.copy(base / "config.json", lora)
+        >>> adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+        >>> size = (lora / "adapter_config.json").write_text(json.dumps(adapter))
+        >>> layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        >>> matrices = {f"{layer}.lora_A.weight": torch.ones(1, 128), f"{layer}.lora_B.weight": torch.ones(128, 1)}
+        >>> torch.save(matrices, lora / "adapter_model.bin")
+        >>> torch.save({}, lora / "non_lora_trainables.bin")
+        >>> merge(lora, base, base.with_name("llava-mistral-merged")).name
+        'llava-mistral-merged'
     """
     lora_dir, out = Path(lora_dir), Path(out)
     if not is_lora(lora_dir):
         raise UmedError(
-            f"{lora_dir}: no LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with "
+            f"{lora_dir}: is not a LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with "
             "--lora_enable True."
         )
     trained_config = read_config(lora_dir)
@@ -74,20 +96,21 @@ def merge(
             merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
             holds_tower = holds_tower or _holds_tower(merged)
             _write_tensors(merged, folder / file.name)
-        left = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
-        if left:
+        # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
+        unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
+        if unused:
             raise UmedError(
-                f"{lora_dir}: trained {left[0]!r} ({len(left)} in all), which {base} does not have. Is --base right?"
+                f"{lora_dir}: trained {unused[0]!r} ({len(unused)} in all), which {base} does not have. Check --base."
             )
         if with_tower:
-            _take_tower_along(config, folder, out)
+            _copy_tower(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
         _write_config(config, folder)
     return out
 
 
-def _take_tower_along(config: dict[str, Any], folder: Path, out: Path) -> None:
-    """Copy the tower's folder, if it is one on this machine, into ``folder`` and name it as it will lie in ``out``."""
+def _copy_tower(config: dict[str, Any], folder: Path, out: Path) -> None:
+    """Copy the tower, if it is a folder on this machine, into ``folder``; name it by its final path in ``out``."""
     tower = config.get("mm_vision_tower", "")
     if os.path.isdir(tower):
         shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
@@ -99,9 +122,9 @@ def _holds_tower(tensors: dict[str, Any]) -> bool:
 
 
 def _name_tower(config: dict[str, Any], trained_config: dict[str, Any], holds_tower: bool) -> None:
-    """Tell stock LLaVA to answer with the tower inside the checkpoint, when that is the one it was trained with.
+    """Make stock LLaVA load the tower inside the checkpoint, if training used that one.
 
-    Where no tower lies inside, the key would make stock LLaVA begin with a random one.
+    In a checkpoint without a tower, the key would make stock LLaVA use a randomly initialized one.
     """
     if holds_tower and trained_config.get("unfreeze_mm_vision_tower"):
         config["unfreeze_mm_vision_tower"] = True
@@ -113,7 +136,7 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
     unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported:
         raise UmedError(
-            f"{lora_dir / ADAPTER}: peft_type {config.get('peft_type')!r}, uses {', '.join(unsupported) or 'nothing special'}. "
+            f"{lora_dir / ADAPTER}: peft_type {config.get('peft_type')!r} with {', '.join(unsupported) or 'no extensions'}. "
             "Only plain LoRA, as LLaVA's --lora_enable writes it, can be merged."
         )
     rank = config["r"]
@@ -122,8 +145,8 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
     others = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
     if others:
         raise UmedError(
-            f"{lora_dir}: its adapter holds {others[0]!r} ({len(others)} such in all) beside the low-rank matrices, and merging "
-            "would lose it. Train with --lora_bias none (LLaVA's default) and without adapters on embeddings."
+            f"{lora_dir}: besides low-rank matrices its adapter contains {others[0]!r} ({len(others)} such in all), which "
+            "merging would lose. Train with --lora_bias none (LLaVA's default) and without adapters on embeddings."
         )
     deltas = {}
     for name, a in tensors.items():
@@ -138,7 +161,7 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
 def _merged_tensors(
     tensors: dict[str, Any], deltas: dict[str, Any], others: dict[str, Any], lora_dir: Path
 ) -> dict[str, Any]:
-    """One weight file's tensors with what training changed; what was used is taken out of ``deltas`` and ``others``."""
+    """One weight file's tensors with the trained changes; entries that were used are removed from ``deltas`` and ``others``."""
     merged = {}
     for name, old in tensors.items():
         new, change = others.pop(name, old).float(), None
@@ -149,8 +172,8 @@ def _merged_tensors(
         for trained in (new, change):
             if trained is not None and trained.shape != old.shape:
                 raise UmedError(
-                    f"{lora_dir}: {name} is {tuple(trained.shape)}, in the base {tuple(old.shape)}. Is --base the checkpoint "
-                    "that it was trained on?"
+                    f"{lora_dir}: {name} has shape {tuple(trained.shape)}, but {tuple(old.shape)} in the base. Is --base the "
+                    "checkpoint on which it was trained?"
                 )
         merged[name] = (new if change is None else new + change).to(old.dtype).contiguous()
     return merged
@@ -159,23 +182,28 @@ def _merged_tensors(
 def export(
     checkpoint: Path | str, out: Path | str, *, like: Path | str, with_tower: bool = False, overwrite: bool = False
 ) -> Path:
-    """Write a full checkpoint in the layout of the one it came from; return its path.
+    """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
-    LLaVA's full fine-tuning saves float32 tensors, those of the frozen tower too, and files that only a trainer reads. The
-    export holds exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files.
+    LLaVA's full fine-tuning saves float32 tensors, including the frozen tower's, and files that only a trainer reads. The
+    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files.
 
     Args:
         checkpoint: the trained one.
         out: must not exist, unless ``overwrite``; see `stock_name_fault` for its name.
-        like: the checkpoint that training began with.
-        with_tower: copy the vision tower's folder into ``out`` and name it in ``config.json`` (by absolute path), when it
-            is a folder on this machine: ``out`` then does not need the folder of ``like``.
+        like: the checkpoint with which training began.
+        with_tower: if the vision tower is a folder on this machine, copy it into ``out`` and name it in ``config.json`` by
+            absolute path. ``out`` then does not need the folder of ``like``.
         overwrite: replace ``out``.
+
+    Raises:
+        UmedError: the two are of different model types, a tensor is missing, or ``out`` exists.
     """
     checkpoint, out, like = Path(checkpoint), Path(out), Path(like)
     trained_config, config = read_config(checkpoint), read_config(like)
     if trained_config["model_type"] != config["model_type"]:
-        raise UmedError(f"{checkpoint} is {trained_config['model_type']}, but {like} is {config['model_type']}.")
+        raise UmedError(
+            f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
+        )
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
     holds_tower = False
@@ -185,36 +213,38 @@ def export(
             old = read_tensors(file)
             missing = [name for name in old if name not in trained]
             if missing:
-                raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has.")
+                raise UmedError(
+                    f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has. Check --base."
+                )
             holds_tower = holds_tower or _holds_tower(old)
             _write_tensors(
                 {name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name
             )
         if with_tower:
-            _take_tower_along(config, folder, out)
+            _copy_tower(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
         _write_config(config, folder)
     return out
 
 
 def stock_name_fault(path: Path | str, model_type: str) -> str | None:
-    """What stock LLaVA would get wrong about a folder because of its name; None when it loads it right."""
+    """Why stock LLaVA would load a folder incorrectly because of its name, with advice; None if it loads it correctly."""
     path = Path(path).resolve()
     name = f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
     lowered, wanted = name.lower(), "llava and mistral" if model_type == "llava_mistral" else "llava"
     wrong = [word for word in ("mpt", "mistral", "lora") if word in lowered and word not in wanted]
     if all(word in lowered for word in wanted.split(" and ")) and not wrong:
         return None
-    advice = f"its name should hold {wanted}" + (f" and not {wrong[0]}" if wrong else "")
+    advice = f"its name should contain {wanted}" + (f" and not {wrong[0]}" if wrong else "")
     return f"stock LLaVA chooses its loader by the folder's name; to load {path.name!r} as {model_type}, {advice}."
 
 
 def _copy_small_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, weight index: all files but weights, config.json and a trainer's own."""
+    """Copy tokenizer, generation config, weight index: all files except weights and a trainer's own."""
     weights = {file.name for file in weight_files(source)}
     for file in sorted(source.iterdir()):
         other_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.name not in weights
-        if file.is_file() and file.name not in weights and not other_weights and file.name not in _LEFT_BEHIND:
+        if file.is_file() and file.name not in weights and not other_weights and file.name not in _NOT_COPIED:
             shutil.copy2(file, folder / file.name)
 
 

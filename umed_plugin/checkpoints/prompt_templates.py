@@ -1,7 +1,7 @@
-"""The prompt templates that a checkpoint is trained and asked with: LLaVA's stock ones with another system text.
+"""The prompt templates of training and evaluation: LLaVA's stock templates with another system text.
 
-Stock LLaVA does not know the ``umed_*`` templates: it asks an exported checkpoint with its own ones. Roles and separators must
-then be those of training, so the templates differ in the system text alone.
+Stock LLaVA does not know the ``umed_*`` templates and prompts an exported checkpoint with its own. Roles and separators must then
+match those of training, so the templates differ only in the system text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SYSTEM = "You read medical images. Mark what is abnormal with its box, then name
 
 @dataclass(frozen=True)
 class TemplateSpec:
-    """A prompt template: LLaVA's ``stock`` one with another ``system`` text."""
+    """A prompt template: LLaVA's template ``stock`` with another ``system`` text."""
 
     stock: str
     system: str
@@ -33,7 +33,7 @@ TEMPLATES: dict[str, TemplateSpec] = {
 
 
 def conversation_template(name: str) -> Conversation:
-    """A fresh, empty LLaVA conversation for one of our templates or a stock one.
+    """A new, empty LLaVA conversation for one of our templates or a stock one.
 
     Raises:
         UsageError: there is no such template.
@@ -50,7 +50,7 @@ def conversation_template(name: str) -> Conversation:
 
 
 def question_prompt(question: str, template_name: str) -> str:
-    """The prompt up to where the answer begins; ``<image>`` and a newline are put in front where they are missing."""
+    """The prompt up to the beginning of the answer; ``<image>`` and a newline are prepended if they are missing."""
     conversation = conversation_template(template_name)
     if "<image>" not in question:
         question = "<image>\n" + question

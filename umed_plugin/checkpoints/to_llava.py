@@ -1,8 +1,8 @@
-"""Transformers' form of a LLaVA model (``LlavaForConditionalGeneration``) in LLaVA's own layout, which stock LLaVA loads.
+"""From transformers' form of a LLaVA model (``LlavaForConditionalGeneration``) to LLaVA's own layout, which stock LLaVA loads.
 
-The way back of :mod:`umed_plugin.checkpoints.to_transformers`, also for a model that was trained in transformers' form in
-between. The vision tower goes into the folder ``vision_tower`` of the checkpoint, and ``config.json`` names it by its
-absolute path, because LLaVA resolves a relative one against the working folder.
+The inverse of :mod:`umed_plugin.checkpoints.to_transformers`; the model may have been trained in transformers' form meanwhile.
+The vision tower is written to the checkpoint's folder ``vision_tower``. ``config.json`` names it by its absolute path, because
+LLaVA resolves a relative one against the working folder.
 
 How to run: ``umed convert FOLDER --out DIR``.
 """
@@ -35,7 +35,7 @@ _PROJECTOR = "multi_modal_projector."
 
 
 def is_transformers_form(path: Path | str) -> bool:
-    """Whether the folder holds transformers' form of a LLaVA model, and not LLaVA's own layout."""
+    """Whether the folder contains transformers' form of a LLaVA model, not LLaVA's own layout."""
     config = read_json(Path(path) / "config.json")
     return config.get("model_type") == "llava" and "text_config" in config
 
@@ -54,10 +54,21 @@ def to_llava(
         out: must not exist, unless ``overwrite``. Stock LLaVA chooses its loader by the folder's name:
             `merging.stock_name_fault`.
         overwrite: replace ``out``.
-        progress: called with the bytes done and in all.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
-        UmedError: LLaVA's classes cannot express the model, or a file of it is missing.
+        UmedError: LLaVA's classes cannot express the model, a file of it is missing, or ``out`` exists.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin.checkpoints.to_transformers import to_transformers
+        >>> from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+        >>> checkpoint = make_checkpoint(Path(tempfile.mkdtemp()) / "llava-mistral-tiny")
+        >>> transformers_form = to_transformers(checkpoint, checkpoint.with_name("tiny-hf"))
+        >>> folder = to_llava(transformers_form, checkpoint.with_name("llava-mistral-back"))
+        >>> read_json(folder / "config.json")["model_type"]
+        'llava_mistral'
     """
     checkpoint, out = Path(checkpoint), Path(out)
     config = read_json(checkpoint / "config.json")
@@ -94,9 +105,9 @@ def to_llava(
 
 
 def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Refuse what LLaVA's classes have no place for, all of it at once."""
+    """Refuse what LLaVA's classes cannot express, all faults at once."""
     language, vision = config["text_config"], config.get("vision_config", {})
-    found = {
+    values = {
         "text_config.model_type": (language.get("model_type", "llama"), tuple(_CLASSES)),
         "vision_config.model_type": (vision.get("model_type", "clip_vision_model"), ("clip_vision_model",)),
         "projector_hidden_act": (config.get("projector_hidden_act", "gelu"), tuple(PROJECTORS.values())),
@@ -106,10 +117,10 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
         ),
         "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), (True,)),
     }
-    faults = [f"{k} is {v!r}; allowed: {', '.join(map(str, a))}" for k, (v, a) in found.items() if v not in a]
+    faults = [f"{k} is {v!r}; allowed: {', '.join(map(str, a))}" for k, (v, a) in values.items() if v not in a]
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
-        faults.append(f"vision_feature_layer is {layer!r}; allowed: one layer's number")
+        faults.append(f"vision_feature_layer is {layer!r}; allowed: the index of one layer")
     if faults:
         raise UmedError(
             f"{checkpoint / 'config.json'}: LLaVA's classes cannot express this model: {'; '.join(faults)}."
@@ -117,7 +128,7 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
 
 
 def _old_name(name: str, checkpoint: Path) -> str:
-    """The name by which transformers saves a tensor, of it or of the one that its version 5 has in memory."""
+    """The name under which transformers saves a tensor, given that name or the one that version 5 uses in memory."""
     if name.startswith("model.language_model."):
         return name.replace("model.language_model.", "language_model.model.", 1)
     if name.startswith("lm_head."):
@@ -125,7 +136,7 @@ def _old_name(name: str, checkpoint: Path) -> str:
     known = name.removeprefix("model.")
     if not known.startswith(("language_model.", "vision_tower.", _PROJECTOR)):
         raise UmedError(
-            f"{checkpoint}: holds {name!r}, which LlavaForConditionalGeneration does not have. Is it a LLaVA model?"
+            f"{checkpoint}: contains {name!r}, which LlavaForConditionalGeneration does not have. Needed: a LLaVA model."
         )
     return known
 
@@ -134,14 +145,14 @@ def _llava_name(name: str) -> str:
     return next(ours + name[len(theirs) :] for ours, theirs in NAMES if name.startswith(theirs))
 
 
-def _projector(found: dict[str, Any], kind: str) -> dict[str, Any]:
-    """LLaVA's projector of transformers' two layers; without anything between them they are one linear layer.
+def _projector(tensors: dict[str, Any], kind: str) -> dict[str, Any]:
+    """LLaVA's projector from transformers' two layers; without an activation between them they are one linear layer.
 
-    linear_2(linear_1(x)) = W2 (W1 x + b1) + b2. Where W2 is the identity, as `to_transformers` writes it, W1 stays to the bit.
+    linear_2(linear_1(x)) = W2 (W1 x + b1) + b2. If W2 is the identity, as `to_transformers` writes it, W1 is kept exactly.
     """
     if kind == "mlp2x_gelu":
-        return {re.sub("^linear_2", "2", re.sub("^linear_1", "0", name)): tensor for name, tensor in found.items()}
-    w1, b1, w2, b2 = (found[f"linear_{layer}.{part}"] for layer in (1, 2) for part in ("weight", "bias"))
+        return {re.sub("^linear_2", "2", re.sub("^linear_1", "0", name)): tensor for name, tensor in tensors.items()}
+    w1, b1, w2, b2 = (tensors[f"linear_{layer}.{part}"] for layer in (1, 2) for part in ("weight", "bias"))
     weight, bias = w2.double() @ w1.double(), w2.double() @ b1.double() + b2.double()
     return {"weight": weight.to(w1.dtype), "bias": bias.to(b1.dtype)}
 
@@ -149,7 +160,7 @@ def _projector(found: dict[str, Any], kind: str) -> dict[str, Any]:
 def _llava_config(
     config: dict[str, Any], original: dict[str, Any], rows: int, kind: str, ratio: str, tower_width: int
 ) -> dict[str, Any]:
-    """``config.json``: the language model's, and the ``mm_*`` keys; those that transformers does not have are the original's."""
+    """``config.json``: keys of the language model, and ``mm_*`` keys; those that transformers lacks are the original's."""
     language = {key: value for key, value in old_rope(config["text_config"]).items() if key not in OF_THE_FILE}
     model_type, class_name = _CLASSES[config["text_config"].get("model_type", "llama")]
     defaults = {

@@ -1,15 +1,15 @@
-"""A checkpoint in LLaVA's layout as transformers' ``LlavaForConditionalGeneration`` with its processor, for vLLM, TRL and others.
+"""From LLaVA's layout to transformers' ``LlavaForConditionalGeneration`` with its processor, for vLLM, TRL and others.
 
-Tensors are renamed one by one and keep their values and dtypes, so the logits stay the same. Into transformers' form go also the
-tower's weights, the tokenizer with ``<image>``, the chat template and the image processor; what LLaVA's ``config.json`` says
-beyond that is kept under the key ``llava_checkpoint`` for the way back (:mod:`umed_plugin.checkpoints.to_llava`).
+Tensors are renamed one by one and keep their values and dtypes, so the logits stay the same. Transformers' form also contains the
+tower's weights, the tokenizer with ``<image>``, the chat template and the image processor. All other keys of LLaVA's
+``config.json`` are kept under ``llava_checkpoint`` for the way back (:mod:`umed_plugin.checkpoints.to_llava`).
 
-What the two forms say differently:
-- A linear projector becomes transformers' two layers with nothing between them, the second of which is the identity.
-- ``<image>`` is a row of the embeddings there. Its output row is the mean of all rows, whose probability is at most that of an
-  average token, and ``generate`` is told not to sample it.
-- Padding to a square (``image_aspect_ratio: pad``) is done by transformers' ``LlavaImageProcessor``. Those of 2024
-  and before do not have it, and cut out the middle of the image instead.
+Differences between the two forms:
+- A linear projector becomes transformers' two layers without an activation between them; the second is the identity.
+- ``<image>`` is a row of transformers' embeddings. Its output row is the mean of all rows, so its probability is at most that of
+  an average token, and ``generate`` suppresses it.
+- Padding to a square (``image_aspect_ratio: pad``) is done by transformers' ``LlavaImageProcessor``. Versions from 2024 and
+  before do not have it, and crop the center of the image instead.
 
 How to run: ``umed convert CKPT --out DIR``.
 """
@@ -29,16 +29,15 @@ from umed_plugin.files import replacing_folder, write_json
 
 ORIGINAL = "llava_checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name -> activation between transformers' two layers
-# LLaVA's name begins with the first where transformers' begins with the second. transformers 5 names them otherwise in memory,
-# but reads and writes these.
+PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's type -> activation between transformers' two layers
+# (prefix of LLaVA's name, prefix of transformers' name). transformers 5 uses other names in memory, but reads and writes these.
 NAMES = (
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
-# Keys of LLaVA's config.json that its language model does not have.
+# Keys of LLaVA's config.json that do not belong to the language model.
 LLAVA_KEYS = re.compile(
     "mm_.*|tune_mm.*|freeze_mm.*|unfreeze_mm.*|use_mm_proj|image_aspect_ratio|image_crop_resolution|image_grid_pinpoints|"
     "image_split_resolution|tokenizer_.*|vision_tower|pretrain_mm_mlp_adapter"
@@ -67,12 +66,21 @@ def to_transformers(
     Args:
         checkpoint: in LLaVA's layout; its tower inside, in a folder, or on the hub.
         out: must not exist, unless ``overwrite``.
-        template: conversation template that becomes the chat template; by default the one that stock LLaVA asks with.
+        template: conversation template for the chat template; by default the one that stock LLaVA uses.
         overwrite: replace ``out``.
-        progress: called with the bytes done and in all.
+        progress: called with (bytes done, bytes in all).
 
     Raises:
-        UmedError: transformers' class cannot express the checkpoint, or a file of it is missing.
+        UmedError: transformers' class cannot express the checkpoint, a file of it is missing, or ``out`` exists.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+        >>> checkpoint = make_checkpoint(Path(tempfile.mkdtemp()) / "llava-mistral-tiny")
+        >>> folder = to_transformers(checkpoint, checkpoint.with_name("tiny-hf"), template="umed_mistral")
+        >>> read_json(folder / "config.json")["architectures"]
+        ['LlavaForConditionalGeneration']
     """
     checkpoint, out = Path(checkpoint), Path(out)
     if is_lora(checkpoint):
@@ -106,7 +114,7 @@ def to_transformers(
 
 
 def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
-    """Refuse what transformers' class has no place for, all of it at once."""
+    """Refuse what transformers' class cannot express, all faults at once."""
     allowed = {
         "mm_projector_type": ("linear", tuple(PROJECTORS)),
         "mm_patch_merge_type": ("flat", ("flat",)),
@@ -119,7 +127,7 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
         if config.get(key, default) not in values
     ]
     if _tower_of(config) is None:
-        faults.append("mm_vision_tower is missing, so this model sees no images")
+        faults.append("mm_vision_tower is missing, so this model cannot see images")
     if faults:
         raise UmedError(
             f"{checkpoint / 'config.json'}: transformers' LlavaForConditionalGeneration cannot express this model: "
@@ -132,15 +140,15 @@ def _tower_of(config: dict[str, Any]) -> str | None:
 
 
 def _vision_config(tower: str, checkpoint: Path) -> dict[str, Any]:
-    """Shape of a CLIP tower, a folder or a name on the hub."""
+    """Configuration of a CLIP tower (a folder, or a name on the Hub) without the keys of its file."""
     from transformers import CLIPVisionConfig
 
     try:
         values = CLIPVisionConfig.from_pretrained(tower).to_diff_dict()
     except OSError as error:
         raise UmedError(
-            f"{checkpoint / 'config.json'}: mm_vision_tower is {tower!r}, which is neither a folder with a CLIP model nor to be "
-            "had from the hub. If the tower was moved, write its new absolute path there."
+            f"{checkpoint / 'config.json'}: mm_vision_tower is {tower!r}, which is neither a folder with a CLIP model nor "
+            "available from the Hub. If the tower was moved, set mm_vision_tower to its new absolute path."
         ) from error
     return {
         **{key: value for key, value in values.items() if key not in OF_THE_FILE},
@@ -174,7 +182,7 @@ def _transformers_config(
 
 
 def old_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings as all versions of transformers read them; transformers 5 saves them as ``rope_parameters``."""
+    """Rotary settings under the keys that all versions of transformers read; version 5 saves them as ``rope_parameters``."""
     config = dict(config)
     rope = config.pop("rope_parameters", None)
     if rope:
@@ -185,38 +193,38 @@ def old_rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tensors_of_tower(tower: str) -> dict[str, Any]:
-    """A CLIP checkpoint's vision part; a whole CLIP has a text part too."""
-    found = dict(pair for file in weight_files(tower) for pair in stream(file))
+    """The vision part of a CLIP checkpoint, which may have a text part too."""
+    tensors = dict(pair for file in weight_files(tower) for pair in stream(file))
     return {
-        name: tensor for name, tensor in found.items() if re.match("vision_model|embeddings|encoder|p\\w+_lay", name)
+        name: tensor for name, tensor in tensors.items() if re.match("vision_model|embeddings|encoder|p\\w+_lay", name)
     }
 
 
 def _write_tower(writer: ShardWriter, tensors: dict[str, Any], vision: dict[str, Any], checkpoint: Path) -> None:
-    """Write the tower's weights after a look whether they fit its shape."""
+    """Check that the tower's weights fit its configuration, and write them."""
     tensors = {bare_tower_name(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    places = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
-    wanted = (places, vision["hidden_size"])
-    found = tensors.get("embeddings.position_embedding.weight")
+    positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    expected = (positions, vision["hidden_size"])
+    embedding = tensors.get("embeddings.position_embedding.weight")
     layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
-    if found is None or tuple(found.shape) != wanted or len(layers) != vision["num_hidden_layers"]:
-        shape = None if found is None else tuple(found.shape)
+    shape = None if embedding is None else tuple(embedding.shape)
+    if shape != expected or len(layers) != vision["num_hidden_layers"]:
         raise UmedError(
             f"{checkpoint}: its vision-tower weights do not fit the tower that config.json names as mm_vision_tower: position "
-            f"embeddings {shape} and {len(layers)} layers, needed {wanted} and {vision['num_hidden_layers']}. Name the tower "
-            "there that the checkpoint was trained with."
+            f"embeddings {shape} and {len(layers)} layers. Needed: {expected} and {vision['num_hidden_layers']}. Set "
+            "mm_vision_tower to the tower with which the checkpoint was trained."
         )
     for name, tensor in tensors.items():
         writer.add(f"vision_tower.vision_model.{name}", tensor)
 
 
 def bare_tower_name(name: str) -> str:
-    """``embeddings...`` of whatever stands before it: transformers 5 saves a tower without ``vision_model``."""
+    """A tower tensor's name without any prefix, ``embeddings...``: transformers 5 saves a tower without ``vision_model``."""
     return re.sub(r"^(vision_tower\.)*(vision_model\.)?", "", name)
 
 
 def _language_tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """LLaVA's tensors but for the tower's, and for the rotary frequencies that old transformers saved."""
+    """LLaVA's tensors, except the tower's and the rotary frequencies that old transformers saved."""
     for file in weight_files(checkpoint):
         for name, tensor in stream(file):
             if not name.startswith(TOWER) and not name.endswith("rotary_emb.inv_freq"):
@@ -224,21 +232,21 @@ def _language_tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _transformers_name(name: str, checkpoint: Path) -> str:
-    if name in ("model.mm_projector.weight", "model.mm_projector.bias"):  # the linear one
+    if name in ("model.mm_projector.weight", "model.mm_projector.bias"):  # a linear projector
         return name.replace("model.mm_projector", "multi_modal_projector.linear_1")
     for ours, theirs in NAMES:
         if name.startswith(ours) and (ours != "model." or re.match(r"model\.(embed_tokens|layers|norm)\.", name)):
             return theirs + name[len(ours) :]
     raise UmedError(
-        f"{checkpoint}: holds {name!r}, which transformers' LlavaForConditionalGeneration has no place for."
+        f"{checkpoint}: contains {name!r}, which transformers' LlavaForConditionalGeneration does not have. Serve it with LLaVA."
     )
 
 
 def _with_image_row(tensor: Any, image_id: int) -> Any:
-    """Rows 0..image_id of embeddings [V, H]; those that were not there are the mean of LLaVA's rows.
+    """Rows 0..image_id of embeddings [V, H]; missing rows are the mean of LLaVA's rows.
 
-    By Jensen's inequality a token whose output row is the mean is never likelier than the average token. Rows behind the
-    tokenizer's last token go: LLaVA's loader cuts them off too.
+    By Jensen's inequality a token whose output row is the mean is never likelier than the average token. Rows after the
+    tokenizer's last token are dropped, as LLaVA's loader does.
     """
     import torch
 
@@ -248,7 +256,7 @@ def _with_image_row(tensor: Any, image_id: int) -> Any:
 
 
 def _write_identity(writer: ShardWriter, like: Any) -> None:
-    """The second layer [H, H] behind a linear projector [H, D], which changes nothing."""
+    """Write the identity as second layer [H, H] after a linear projector [H, D]."""
     import torch
 
     size = len(like)

@@ -1,20 +1,20 @@
-"""Weight files that are larger than what should be in memory: read tensor by tensor, written shard by shard."""
+"""Weight files larger than memory: read tensor by tensor, write shard by shard."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.loading import read_tensors
+from umed_plugin.files import write_json
 
-# What waits to be written stays in memory, unless it is mapped from a safetensors file.
+# Size of a shard, which is in memory until it is written, except for tensors mapped from a safetensors file.
 _SHARD_BYTES = 2_000_000_000
 
 
 def stream(file: Path) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of one weight file; of safetensors one tensor at a time is read."""
+    """Yield (name, tensor) of one weight file; safetensors are read one tensor at a time."""
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -26,7 +26,7 @@ def stream(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
-    """``progress(done, total)`` as a function of what is done, for the size of ``files`` as the total."""
+    """``progress(done, total)`` as a function of ``done`` bytes, with the size of ``files`` as the total."""
     if progress is None:
         return None
     total = sum(file.stat().st_size for file in files)
@@ -34,11 +34,11 @@ def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | N
 
 
 class ShardWriter:
-    """Writes tensors as they come into safetensors files of a bounded size, so that one file's worth is in memory.
+    """Writes tensors to safetensors files of a bounded size, with at most one file's tensors in memory.
 
     Args:
         folder: to write ``model.safetensors``, or shards and their index, into.
-        progress: called with the number of bytes taken so far.
+        progress: called with the number of bytes added so far.
     """
 
     def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
@@ -48,9 +48,9 @@ class ShardWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Any) -> None:
-        """Take one tensor."""
+        """Add one tensor."""
         tensor = tensor.contiguous()
-        # What shares memory with another tensor (a slice, tied weights of a pickle) is stored for itself.
+        # safetensors refuses tensors that share memory (slices, tied weights of a pickle): store them separately.
         whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         self._waiting[name] = tensor if whole else tensor.clone()
         self._bytes += tensor.numel() * tensor.element_size()
@@ -69,16 +69,16 @@ class ShardWriter:
         self._waiting, self._bytes = {}, 0
 
     def finish(self) -> None:
-        """Write what is left, name the files and write their index."""
+        """Write the remaining tensors, rename the files and write their index."""
         self._flush()
         count = len(self._shards)
         if count == 1:
             (self._folder / "shard-1").rename(self._folder / "model.safetensors")
             return
-        places = {}
+        weight_map = {}
         for number, names in enumerate(self._shards, start=1):
             file = f"model-{number:05}-of-{count:05}.safetensors"
             (self._folder / f"shard-{number}").rename(self._folder / file)
-            places.update(dict.fromkeys(names, file))
-        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
-        (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self._folder / "model.safetensors.index.json", index, indent=2)
