@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import inspect
 import json
@@ -174,6 +175,8 @@ def serve() -> None:
     _BASE_PATH[:] = [entry for entry in sys.path[1:] if entry not in added]
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # or each garbage collection would search, and copy, all of these libraries' objects
     for line in sys.stdin:
         if os.fork() == 0:
             _attend(json.loads(line))

@@ -9,6 +9,7 @@ Prints one JSON line a folder: ``{"tokens": [...], "logits": [...]}`` of a greed
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import sys
 
@@ -45,6 +46,10 @@ def main() -> None:
         pass
     else:
         raise SystemExit("the plugin can be imported: this process does not show what stock LLaVA does")
+    with contextlib.redirect_stdout(sys.stderr):
+        import llava.model.builder  # noqa: F401
+
+    gc.freeze()  # transformers collects garbage for each model that it loads, which would search all imported libraries
     for path, base in json.loads(sys.argv[1]):
         with contextlib.redirect_stdout(sys.stderr):
             try:
