@@ -173,7 +173,7 @@ def test_pictures_in_two_splits_and_in_an_evaluation_set(tmp_path: Path) -> None
     print_check(check, console)
     text = console.export_text()
     assert (
-        "1 pictures are in two splits (likeness of at least 0.9). The first:\n  1.000  val: drawn/4.png  =  train: "
+        "1 pictures are in two splits (similarity of at least 0.9). The first:\n  1.000  val: drawn/4.png  =  train: "
         in text
     )
     assert "1 pictures are in an evaluation set too" in text

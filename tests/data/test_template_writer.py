@@ -116,7 +116,7 @@ def test_frames_hold_no_name_that_ends_in_a_parenthesis_and_no_plural(monkeypatc
 
 
 def test_a_name_in_every_wording_is_an_error() -> None:
-    with pytest.raises(UmedError, match="every wording of the writer holds one of the source's names"):
+    with pytest.raises(UmedError, match="every template of the writer contains one of the source's names"):
         write_conversation(record_with(terms={"x": ["image", "is", "no"]}), GEOMETRY, random.Random(0))
 
 

@@ -1,7 +1,7 @@
-"""Records: what a recipe builds, what training and evaluation read. A record is one item of LLaVA's JSON and a bit more.
+"""Records: what a recipe builds, and what training and evaluation read. A record is an item of LLaVA's JSON with more fields.
 
-Plain LLaVA trains on ``id``, ``image`` and ``conversations``; beside them stand ``objects`` (ms-swift's schema: ``ref`` class
-keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
+Plain LLaVA trains on ``id``, ``image`` and ``conversations``. The further fields are ``objects`` (ms-swift's schema: ``ref``
+class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
 ``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
 ``split``, ``answer_type`` ("grounded" or "negative") and ``provenance``.
 """
@@ -34,7 +34,7 @@ _FAULTS_SHOWN = 10
 
 
 def record_faults(record: Any) -> list[str]:
-    """Everything that keeps one item from being a record: field by field, what was found and what is needed."""
+    """Why an item is not a valid record, field by field: what was found and what is needed. Empty for a valid record."""
     if not isinstance(record, dict):
         return [f"is {type(record).__name__}; a record is an object"]
     faults = [f"has no field {name!r}" for name in _FIELDS if name not in record]
@@ -133,7 +133,7 @@ def save_records(records: Sequence[Record], path: str | Path) -> None:
 
 
 def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14) -> ImageGeometry:
-    """The geometry of a record's image under the aspect-ratio mode it was built for.
+    """The geometry of a record's image, in the aspect-ratio mode that the record was built for.
 
     Args:
         image_size, patch_size: of the vision tower, in pixels.
@@ -148,5 +148,5 @@ def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14)
 
 
 def true_boxes(record: Record) -> list[tuple[float, float, float, float]]:
-    """The boxes of the lesions, xyxy in pixels of the file that ``image`` names."""
+    """The boxes of a record's lesions, xyxy in pixels of the file that ``image`` names."""
     return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in record["objects"]["bbox"]]

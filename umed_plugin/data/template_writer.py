@@ -1,8 +1,8 @@
-"""What is asked and answered: an offline writer of questions and diagnoses.
+"""Offline writer of questions and diagnoses from templates.
 
-The paper lets GPT-4V write the diagnoses; this writer needs no network. It keeps the paper's order, detection ->
-localisation -> recognition: an answer says how many abnormal areas there are, where each lies, and only then what each is.
-Every lesion is named once, by its plain name, after its box. A negative answer holds no class name and no box.
+In the paper GPT-4V writes the diagnoses; this writer needs no network. It keeps the paper's order of detection, localisation,
+recognition: an answer states how many abnormal areas there are, then where each lies, then what each is. Every lesion is named
+once, by its plain name, after its box. A negative answer contains no class name and no box.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, format_box
 from umed_plugin.grounding.geometry import ImageGeometry
 
-# No wording says "lesion", "mass" or "tumor": those are class names or synonyms in some sources.
+# No template contains "lesion", "mass" or "tumor": in some sources these are class names or synonyms.
 QUESTIONS = (
     "Is there anything abnormal in this image? Mark it and say what it is.",
     "Please examine this scan, locate every abnormal area and name it.",
@@ -32,12 +32,12 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Phrasing:
-    """One way to write an answer.
+    """Templates of one way to write an answer.
 
     Attributes:
         single, several: detection, for one lesion and for more (``{count}`` in words).
-        only, each: localisation and recognition, of the one lesion and of each of several (``{ordinal}``); ``{box}`` comes
-            before ``{name}``, ``{region}`` is "upper left", "centre", ...
+        only, each: localisation and recognition, of a single lesion and of each of several (``{ordinal}``). ``{box}`` comes
+            before ``{name}``; ``{region}`` is "upper left", "centre", ...
     """
 
     single: str
@@ -97,13 +97,16 @@ def write_conversation(
     """Write one question and its answer for a record, from its ``objects`` and ``terms``.
 
     Args:
-        record: ``objects`` in pixels of the image file, in the order in which they are told; ``terms`` for the names.
-        geometry: of the record's image; boxes are written in its square.
-        rng: decides the wording; seed it per record, so that a build can be repeated.
+        record: its ``objects`` (in pixels of the image file, in the order of the answer) and ``terms`` (names) are used.
+        geometry: of the record's image. Boxes are written in 0-1 of its square.
+        rng: selects the templates. Seed it per record, so that a build can be repeated.
         decimals: of the coordinates.
 
     Returns:
         LLaVA's ``conversations``: a human turn that starts with ``<image>``, and a gpt turn.
+
+    Raises:
+        UmedError: every template contains a name or synonym of the record's classes.
     """
     terms = [term for names in record["terms"].values() for term in names]
     question = rng.choice(_without(QUESTIONS, terms, record))
@@ -124,11 +127,11 @@ def _grounded_answer(
     record: Record,
 ) -> str:
     usable = _without([" ".join(vars(phrasing).values()) for phrasing in PHRASINGS], terms, record)
-    phrasing = rng.choice([one for one in PHRASINGS if " ".join(vars(one).values()) in usable])
+    phrasing = rng.choice([candidate for candidate in PHRASINGS if " ".join(vars(candidate).values()) in usable])
     if len(names) == 1:
         box = boxes01[0]
-        told = phrasing.only.format(box=format_box(box, decimals), region=_region(box), name=names[0])
-        return f"{phrasing.single} {told}"
+        finding = phrasing.only.format(box=format_box(box, decimals), region=_region(box), name=names[0])
+        return f"{phrasing.single} {finding}"
     sentences = [phrasing.several.format(count=_word(_COUNTS, len(names)))]
     for number, (name, box) in enumerate(zip(names, boxes01), start=1):
         sentences.append(
@@ -149,7 +152,7 @@ def _word(words: Sequence[str], number: int) -> str:
 
 
 def _region(box01: Box) -> str:
-    """Where the box's middle lies, in thirds of the square: "upper left" ... "centre" ... "lower right"."""
+    """Where the centre of the box lies, in thirds of the square: "upper left" ... "centre" ... "lower right"."""
     across = ("left", "", "right")[min(int((box01[0] + box01[2]) / 2 * 3), 2)]
     down = ("upper", "", "lower")[min(int((box01[1] + box01[3]) / 2 * 3), 2)]
     if down and across:
@@ -157,14 +160,14 @@ def _region(box01: Box) -> str:
     return f"{down} centre" if down else f"{across} centre" if across else "centre"
 
 
-def _without(wordings: Iterable[str], terms: Sequence[str], record: Record) -> list[str]:
-    """The wordings that hold none of the terms: a class named by the frame would be counted as said by the model."""
-    # The same words as `scoring.find_terms` takes for a name.
+def _without(templates: Iterable[str], terms: Sequence[str], record: Record) -> list[str]:
+    """The templates that contain none of the terms: scoring would count such a term as a class that the answer names."""
+    # The same pattern as `terms.find_terms` uses for a name.
     named = re.compile("|".join(rf"(?<!\w){re.escape(term)}(?:s|es)?(?!\w)" for term in terms) or "(?!)", re.IGNORECASE)
-    free = [wording for wording in wordings if not named.search(wording)]
+    free = [template for template in templates if not named.search(template)]
     if not free:
         raise UmedError(
-            f"record {record.get('id')!r}: every wording of the writer holds one of the source's names or synonyms "
-            f"({', '.join(sorted(set(terms)))}). Take the most general of them out of the recipe's classes."
+            f"record {record.get('id')!r}: every template of the writer contains one of the source's names or synonyms "
+            f"({', '.join(sorted(set(terms)))}). Remove the most general of them from the recipe's classes."
         )
     return free

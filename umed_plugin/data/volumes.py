@@ -1,6 +1,7 @@
-"""Volumes and series become images: each annotated slice, the slice with the largest lesion, or a montage of slices.
+"""Select the images of volumes and series: each annotated slice, the slice with the largest lesion, or a montage of slices.
 
-Run through a recipe's ``image: {slices: montage, tiles: 9}``. Boxes go with their slices; `geometry.Montage` moves them.
+A recipe selects with ``image: {slices: montage, tiles: 9}``. Boxes stay with their slices; `geometry.Montage` moves them to their
+tiles.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class MontageItem(Annotated):
     """Several slices of a volume as one image.
 
     Attributes:
-        tiles: the slices, from the first tile on.
-        tile_of_box: the tile, from 0, of each box; boxes are in pixels of their own slice.
+        tiles: index of the slice in each tile, from the first tile on.
+        tile_of_box: index from 0 of the tile of each box. Boxes are in pixels of their own slice.
     """
 
     tiles: tuple[int, ...] = ()
@@ -27,36 +28,37 @@ class MontageItem(Annotated):
 
 
 def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError]) -> list[Annotated]:
-    """The images that a recipe wants of what is annotated, in the order of the first slice of each volume.
+    """The images that recipes make from annotated slices, in the order of the first slice of each volume.
 
     Args:
-        items: with their recipes; those of ``slices: annotated`` stay as they are.
-        bad_images: takes the errors of volumes that cannot be read.
+        items: annotated slices with their recipes. Those of ``slices: annotated`` are returned unchanged.
+        bad_images: errors of volumes that cannot be read are appended to it.
     """
     volumes: dict[tuple[str, str], list[Annotated]] = {}
-    chosen: list[Annotated | tuple[str, str]] = []
+    # Images as they are, and in place of each volume its key, until all of its slices are known.
+    order: list[Annotated | tuple[str, str]] = []
     for item in items:
         key = (item.recipe.name, str(item.image))
         if item.recipe.image.slices == "annotated":
-            chosen.append(item)
+            order.append(item)
             continue
         if key not in volumes:
-            chosen.append(key)
+            order.append(key)
         volumes.setdefault(key, []).append(item)
-    found: list[Annotated] = []
-    for one in chosen:
-        if isinstance(one, Annotated):
-            found.append(one)
+    images: list[Annotated] = []
+    for entry in order:
+        if isinstance(entry, Annotated):
+            images.append(entry)
             continue
         try:
-            found.append(_one_image(volumes[one]))
+            images.append(_one_image(volumes[entry]))
         except UmedError as error:
             bad_images.append(error)
-    return found
+    return images
 
 
 def shown_slices(item: Annotated) -> int | list[int] | None:
-    """What `images.load_image` is to be told as ``slice``."""
+    """The ``slice`` argument of `images.load_image`: one index, several for a montage, or None."""
     return list(item.tiles) if isinstance(item, MontageItem) else item.slice
 
 
@@ -67,7 +69,7 @@ def _one_image(slices: list[Annotated]) -> Annotated:
     if options.slices == "largest_lesion":
         if lesions:
             return max(lesions, key=_largest_area)
-        # Of a volume without lesion the middle shows most of the body.
+        # Without a lesion, the middle slice shows most of the body.
         named = [item for item in slices if item.slice is not None]
         return named[0] if named else replace(slices[0], slice=count // 2 if count > 1 else None)
     return _montage(slices, lesions, count, options.tiles)
@@ -99,9 +101,10 @@ def _largest_area(item: Annotated) -> float:
 
 
 def montage_slices(count: int, most: int, wanted: Sequence[int]) -> tuple[int, ...]:
-    """At most ``most`` of ``count`` slices, in order: spread evenly, and moved onto ``wanted`` ones, the first of which go first.
+    """Indices of at most ``most`` of ``count`` slices, in order: spread evenly, then moved onto the ``wanted`` slices.
 
-    A montage shows whole bodies, so what is not wanted stays spread; with more wanted slices than tiles the rest is not shown.
+    A montage shows the whole body, so the other slices stay spread. If more slices are wanted than there are tiles, the first
+    ones of ``wanted`` are shown.
     """
     tiles = min(most, count)
     even = [int((tile + 0.5) * count / tiles) for tile in range(tiles)]

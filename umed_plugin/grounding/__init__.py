@@ -1,1 +1,1 @@
-"""Boxes and the words that name them: parsing, formatting, coordinates, and the one scorer of rewards and evaluation."""
+"""Boxes and class names in text: parsing, formatting, coordinates, and the one scorer of rewards and evaluation."""

@@ -1,9 +1,9 @@
 """Boxes as numbers and as text: overlap, one-to-one matching, writing and parsing.
 
-One form inside: ``(x1, y1, x2, y2)`` floats, half-open, x to the right and y down. ``box01`` is such a box in 0-1 of the
-square that the model sees, the unit in which boxes stand in text: ``[0.61, 0.36, 0.92, 0.83]`` (LLaVA-1.5's dialect).
-Parsing is lenient about form, scoring is strict: a box that is degenerate or leaves the square stays in the list, overlaps
-nothing, and so counts against the answer.
+A box is ``(x1, y1, x2, y2)`` in floats, half-open, x to the right and y down. ``box01`` is a box in 0-1 of the square that the
+model sees. Boxes in text have this unit: ``[0.61, 0.36, 0.92, 0.83]`` (LLaVA-1.5's dialect). Parsing is lenient about form, and
+scoring is strict: a box that is degenerate or leaves the square stays in the list, overlaps nothing, and so counts against the
+answer.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Box = tuple[float, float, float, float]
 Boxes = Sequence[Sequence[float]]
 Measure = Callable[[Boxes, Boxes], "np.ndarray"]
 
-# Part of `shaped_iou_matrix` that does not ask for overlap: two boxes that do not overlap score below it.
+# Weight of the distance term in `shaped_iou_matrix`. Two boxes that do not overlap score below it.
 DISTANCE_SHARE = 0.25
 
 
 def is_degenerate(box: Sequence[float]) -> bool:
-    """True when the box has no area or a coordinate that is not a finite number."""
+    """True if the box has no area, or a coordinate that is not a finite number."""
     return not all(math.isfinite(value) for value in box) or box[2] <= box[0] or box[3] <= box[1]
 
 
 def is_inside(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> bool:
-    """True when a box with area lies in ``[0, width] x [0, height]`` (default: the unit square of box01)."""
+    """True if a box with area lies in ``[0, width] x [0, height]`` (default: the unit square of box01)."""
     return not is_degenerate(box) and box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
 
 
@@ -44,17 +44,17 @@ def iou_matrix(a: Boxes, b: Boxes) -> np.ndarray:
 
 
 def shaped_iou_matrix(a: Boxes, b: Boxes) -> np.ndarray:
-    """IoU with a share that grows as boxes draw near, so that boxes that do not overlap are told apart too.
+    """IoU plus a term that grows as boxes approach each other, so that boxes without overlap are ranked too.
 
     With the distance term of DIoU (arXiv 1911.08287, eq. 6-7), where rho is the distance of the centres, c the diagonal of the
     smallest box around both, A the areas, and w = `DISTANCE_SHARE`:
 
         (1 - w) * IoU + w * min(A_a, A_b) / max(A_a, A_b) * (1 - rho^2 / c^2)
 
-    Departure from DIoU, whose usual ``(1 + DIoU) / 2`` gives a box over the whole image 0.375 or more wherever the lesion lies,
-    as its centre is never far: the ratio of the areas takes that away. As IoU is at most that ratio, and equal to it when one
-    box holds the other, a box around a lesion never scores above its IoU: hedging gains no more than with IoU alone. Concentric
-    boxes of which one holds the other score their IoU, equal boxes 1.
+    Departure from DIoU: its usual ``(1 + DIoU) / 2`` gives a box over the whole image 0.375 or more wherever the lesion lies,
+    since its centre is never far. The ratio of the areas removes this reward. IoU is at most that ratio, and equal to it if one
+    box contains the other. So a box around a lesion never scores above its IoU, and hedging gains no more than with IoU alone.
+    Concentric boxes of which one contains the other score their IoU; equal boxes score 1.
 
     Returns:
         float64 ``[len(a), len(b)]`` in 0-1, below w without overlap; the row or column of a degenerate box is 0.
@@ -76,9 +76,9 @@ def _shaped_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     around = np.maximum(first[:, None, 2:], second[:, 2:]) - np.minimum(first[:, None, :2], second[:, :2])
     apart = (first[:, None, :2] + first[:, None, 2:] - second[:, :2] - second[:, 2:]) / 2
     nearness = 1 - (apart**2).sum(axis=-1) / (around**2).sum(axis=-1)
-    one, other = _area(first)[:, None], _area(second)
-    alike = np.minimum(one, other) / np.maximum(one, other)
-    return (1 - DISTANCE_SHARE) * _iou(first, second) + DISTANCE_SHARE * alike * nearness
+    first_areas, second_areas = _area(first)[:, None], _area(second)
+    area_ratio = np.minimum(first_areas, second_areas) / np.maximum(first_areas, second_areas)
+    return (1 - DISTANCE_SHARE) * _iou(first, second) + DISTANCE_SHARE * area_ratio * nearness
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
@@ -86,7 +86,7 @@ def _area(boxes: np.ndarray) -> np.ndarray:
 
 
 def _of_proper_boxes(measure: Callable[[np.ndarray, np.ndarray], np.ndarray], a: Boxes, b: Boxes) -> np.ndarray:
-    """``measure`` of float64 arrays [N, 4] and [M, 4] for the boxes that have an area, 0 for the others."""
+    """``measure`` of the boxes that have an area, as float64 arrays [N, 4] and [M, 4]; 0 for the others."""
     import numpy as np
 
     result = np.zeros((len(a), len(b)))
@@ -100,10 +100,10 @@ def _of_proper_boxes(measure: Callable[[np.ndarray, np.ndarray], np.ndarray], a:
 
 
 def match(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> tuple[list[tuple[int, int]], list[float]]:
-    """Pair boxes one to one so that the sum of their ``measure`` (by default IoU) is largest (Hungarian method).
+    """Match boxes one to one so that the sum of their ``measure`` (default: IoU) is maximal (Hungarian method).
 
     Returns:
-        ``pairs`` of (index in predicted, index in true) whose value is above 0, in order of the first, and these values.
+        ``pairs`` (index in predicted, index in true) whose value is above 0, in order of the first index, and these values.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -114,11 +114,13 @@ def match(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> tuple
 
 
 def set_iou(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> float:
-    """Sum of matched IoU over ``max(len(predicted), len(true))``, in 0-1: every unmatched box on either side counts against.
+    """Sum of matched IoU over ``max(len(predicted), len(true))``, in 0-1. Every unmatched box on either side lowers the score.
 
-    Another ``measure`` in 0-1 of pairs takes the IoU's place, in the matching too.
+    If both are empty (a negative image without a box) the score is 1.0; if one is empty it is 0.0.
 
-    Both empty is 1.0 (a negative image without a box), one empty is 0.0.
+    Args:
+        predicted, true: boxes in the same unit.
+        measure: pairwise measure in 0-1 that replaces the IoU, in the matching too.
 
     Example:
         >>> set_iou([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 1.0)])
@@ -136,7 +138,11 @@ def set_iou(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> flo
 
 
 def round_box(box01: Sequence[float], decimals: int = 2) -> Box:
-    """The box on the grid that ``decimals`` allow, within 0-1; an edge pair that would fall together is set one step apart."""
+    """The box rounded to ``decimals`` and clipped to 0-1. Two edges that would coincide are set one step apart.
+
+    Raises:
+        ValueError: the box has no area.
+    """
     if is_degenerate(box01):
         raise ValueError(f"box {tuple(box01)} has no area and cannot be written")
     scale = 10**decimals
@@ -166,7 +172,7 @@ def format_box(box01: Sequence[float], decimals: int = 2) -> str:
 
 
 def best_iou_for_decimals(box01: Sequence[float], decimals: int) -> float:
-    """The best IoU that an answer with this many decimals can reach: the box against its rounded self."""
+    """The best IoU, in 0-1, that an answer with this many decimals can reach: the box against itself rounded."""
     return float(iou_matrix([box01], [round_box(box01, decimals)])[0, 0])
 
 
@@ -175,21 +181,21 @@ _FOUR = r"[,;\s]".join([_NUMBER] * 4)
 _CORNERS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
 _BINS = r"<x(\d+)>\s*<y(\d+)>\s*<x(\d+)>\s*<y(\d+)>"
 _CELLS = r"<patch_index_(\d+)>\s*<patch_index_(\d+)>"
-_PLACES = r"\s*".join([r"<loc(\d{4})>"] * 4)
+_LOCATIONS = r"\s*".join([r"<loc(\d{4})>"] * 4)
 _BOX_TEXT = re.compile(
-    rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|(?P<maira>{_BINS})|(?P<kosmos>{_CELLS})|(?P<pali>{_PLACES})"
+    rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|(?P<maira>{_BINS})|(?P<kosmos>{_CELLS})|(?P<pali>{_LOCATIONS})"
 )
 _KOSMOS_CELLS = 32  # on a side
 
 
 def parse_boxes(text: str) -> list[Box]:
-    """Read every box in ``text``, in order of appearance, as box01; never raises, whatever the text.
+    """Read every box in ``text``, in order of appearance, as box01. Never raises, whatever the text.
 
-    Understood: ``[a, b, c, d]``, also nested, ``(a, b, c, d)``, ``<box>..</box>`` around any of them, Qwen-VL's
+    Supported forms: ``[a, b, c, d]`` (also nested), ``(a, b, c, d)``, ``<box>..</box>`` around either, Qwen-VL's
     ``(x1,y1),(x2,y2)``, MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``), Kosmos-2's cells
-    ``<patch_index_0044><patch_index_0863>`` and PaliGemma's places ``<loc0123>``. Four whole numbers of which one is above 1
-    are read as 0-1000. Values are not clipped or reordered: a box outside 0-1 is the answer's fault, and `is_inside` tells.
-    Numbers in another order or unit: `umed_plugin.grounding.dialects`.
+    ``<patch_index_0044><patch_index_0863>``, and PaliGemma's locations ``<loc0123>``. Four whole numbers of which one is above 1
+    are read as 0-1000. Values are neither clipped nor reordered: a box outside 0-1 is a mistake of the answer, which `is_inside`
+    detects. For numbers in another order or unit, see `umed_plugin.grounding.dialects`.
 
     Example:
         >>> parse_boxes("A nodule at [0.61, 0.36, 0.92, 0.83].")
@@ -201,26 +207,26 @@ def parse_boxes(text: str) -> list[Box]:
 
 
 def find_boxes(text: str) -> list[tuple[int, Box]]:
-    """The boxes that :func:`parse_boxes` reads, each with the place at which it begins."""
-    return [(found.start(), _read(found)) for found in _BOX_TEXT.finditer(text)]
+    """The boxes that :func:`parse_boxes` reads, each with the index of its first character."""
+    return [(occurrence.start(), _read(occurrence)) for occurrence in _BOX_TEXT.finditer(text)]
 
 
 def written_boxes(text: str) -> list[tuple[Box, str]]:
-    """The boxes of a text as written: their four numbers with ``whole`` or ``decimal``, or box01 with ``bins``."""
-    return [_written(found) for found in _BOX_TEXT.finditer(text)]
+    """The boxes of a text as written: four numbers with kind ``whole`` or ``decimal``, or box01 with kind ``bins``."""
+    return [_written(occurrence) for occurrence in _BOX_TEXT.finditer(text)]
 
 
-def _read(found: re.Match[str]) -> Box:
-    box, kind = _written(found)
+def _read(occurrence: re.Match[str]) -> Box:
+    box, kind = _written(occurrence)
     if kind == "whole" and max(box) > 1:
         return box[0] / 1000, box[1] / 1000, box[2] / 1000, box[3] / 1000
     return box
 
 
-def _written(found: re.Match[str]) -> tuple[Box, str]:
-    written = [group for group in found.groups() if group is not None]
-    if found.lastgroup is not None:
-        return _BINNED[found.lastgroup]([int(number) for number in written[1:]]), "bins"
+def _written(occurrence: re.Match[str]) -> tuple[Box, str]:
+    written = [group for group in occurrence.groups() if group is not None]
+    if occurrence.lastgroup is not None:
+        return _BINNED[occurrence.lastgroup]([int(number) for number in written[1:]]), "bins"
     a, b, c, d = (float(number) for number in written)
     return (a, b, c, d), "decimal" if "." in "".join(written) else "whole"
 
@@ -231,7 +237,7 @@ def _maira(bins: Sequence[int]) -> Box:
 
 
 def _kosmos(cells: Sequence[int]) -> Box:
-    """From the middle of the first cell to that of the last; cells in one row or column are taken whole."""
+    """From the centre of the first cell to the centre of the last. Cells in one row or column count as whole cells."""
     (top, left), (bottom, right) = (divmod(cell, _KOSMOS_CELLS) for cell in cells)
     whole = top == bottom or left == right
     near, far = (0.0, 1.0) if whole else (0.5, 0.5)
@@ -240,8 +246,8 @@ def _kosmos(cells: Sequence[int]) -> Box:
     return x1, y1, x2, y2
 
 
-def _pali(places: Sequence[int]) -> Box:
-    y1, x1, y2, x2 = (place / 1024 for place in places)
+def _pali(locations: Sequence[int]) -> Box:
+    y1, x1, y2, x2 = (location / 1024 for location in locations)
     return x1, y1, x2, y2
 
 
@@ -249,8 +255,8 @@ _BINNED = {"maira": _maira, "kosmos": _kosmos, "pali": _pali}
 
 
 def rewrite_boxes(text: str, write: Callable[[Box], str]) -> str:
-    """``text`` with every box that :func:`parse_boxes` reads replaced by what ``write`` makes of it."""
-    return _BOX_TEXT.sub(lambda found: write(_read(found)), text)
+    """``text`` with every box that :func:`parse_boxes` reads replaced by ``write(box01)``."""
+    return _BOX_TEXT.sub(lambda occurrence: write(_read(occurrence)), text)
 
 
 def blot_boxes(text: str, mark: str = "[box]") -> str:

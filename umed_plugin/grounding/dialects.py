@@ -1,10 +1,9 @@
-"""How other models write boxes: the order of the numbers, their unit, and what they are fractions of.
+"""Box dialects of other models: the order of the numbers, their unit, and the frame that they refer to.
 
 LLaVA-1.5 and this plugin write corners in 0-1 of the padded square. Others write 0-1000 (Qwen-VL, InternVL), pixels
-(Qwen2.5-VL), width and height instead of the second corner (COCO), and nearly all but LLaVA mean the image itself and not the
-padded square. Form (brackets, tags, bins) is told from the text by `umed_plugin.grounding.boxes`; these three cannot be told,
-they are
-declared: ``umed evaluate ... --boxes qwen_vl``, or ``--boxes xywh,1000,image``.
+(Qwen2.5-VL), or width and height instead of the second corner (COCO). Nearly all except LLaVA refer to the image itself, not to
+the padded square. `umed_plugin.grounding.boxes` detects the form (brackets, tags, bins) from the text. Order, unit and frame
+cannot be detected and must be declared: ``umed evaluate ... --boxes qwen_vl``, or ``--boxes xywh,1000,image``.
 """
 
 from __future__ import annotations
@@ -25,9 +24,11 @@ class BoxDialect:
     """One way to write boxes.
 
     Attributes:
-        order: ``xyxy`` corners, ``xywh`` upper left corner and size, ``cxcywh`` centre and size, ``yxyx`` corners, y first.
-        unit: what 1 is written as (``1``, ``100``, ``1000``, ``1024``); ``pixels`` of the image file; ``auto``: 1, or 1000 for
-            four whole numbers of which one is above 1. Bins (MAIRA-2, Kosmos-2, PaliGemma) have their own.
+        order: ``xyxy`` (corners), ``xywh`` (upper left corner and size), ``cxcywh`` (centre and size), ``yxyx`` (corners, y
+            first).
+        unit: the number that stands for the full side of the frame (``1``, ``100``, ``1000``, ``1024``); ``pixels`` of the image
+            file; or ``auto``: 1, or 1000 for four whole numbers of which one is above 1. Bins (MAIRA-2, Kosmos-2, PaliGemma)
+            have their own unit.
         frame: the ``square`` that the model sees, or the ``image`` itself.
     """
 
@@ -36,7 +37,7 @@ class BoxDialect:
     frame: str = "square"
 
     def read(self, text: str, width: int, height: int) -> list[Box]:
-        """The boxes of a text as xyxy in 0-1 of the frame, in the order of the text; not clipped or reordered.
+        """The boxes of a text as xyxy in 0-1 of the frame, in the order of the text, neither clipped nor reordered.
 
         Args:
             text: an answer.
@@ -60,7 +61,7 @@ class BoxDialect:
             "xywh": (a, b, a + c, b + d),
             "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
         }[self.order]
-        # A sum of rounded numbers may pass 1 by the error of its binary form.
+        # A sum of rounded numbers may exceed 1 by floating-point error.
         return _just_inside(x1 / wide), _just_inside(y1 / high), _just_inside(x2 / wide), _just_inside(y2 / high)
 
 
@@ -84,10 +85,10 @@ DIALECTS = {
 
 
 def find_dialect(name: str) -> BoxDialect:
-    """The dialect of that name, or that which ``order,unit,frame`` states.
+    """The dialect called ``name``, or the one that ``order,unit,frame`` states.
 
     Raises:
-        UsageError: there is no such name, or one of the three is not allowed.
+        UsageError: there is no such dialect, or one of the three parts is not allowed.
     """
     if "," not in name:
         if name not in DIALECTS:

@@ -1,8 +1,8 @@
-"""The one place that computes coordinates: pixels of the image file <-> the square the model sees <-> its patches.
+"""All coordinate transforms: pixels of the image file <-> the square that the model sees <-> its patches.
 
-It follows LLaVA to the pixel. ``pad`` is ``expand2square`` (the shorter side is padded, with a whole number of pixels in
-front) and then CLIPImageProcessor. ``square`` is LLaVA's default, CLIPImageProcessor alone: the shortest edge is resized to
-``image_size`` and the middle is cut out, so a lesion near the end of the longer side can be lost.
+They match LLaVA to the pixel. ``pad`` is ``expand2square`` (the shorter side is padded, with a whole number of pixels in
+front) followed by CLIPImageProcessor. ``square`` is LLaVA's default, CLIPImageProcessor alone: the shortest edge is resized to
+``image_size`` and the centre is cropped, so a lesion near the end of the longer side can be lost.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MODES = ("pad", "square")
 
 @dataclass(frozen=True)
 class ImageGeometry:
-    """How one image is seen by the model.
+    """How the model sees one image.
 
     Attributes:
         width, height: of the image file, in pixels.
         mode: ``pad`` or ``square``, LLaVA's ``--image_aspect_ratio``.
-        image_size: side of the square the vision tower takes, in pixels.
+        image_size: side of the square that the vision tower takes, in pixels.
         patch_size: side of one patch of the vision tower, in pixels of that square.
 
     Example:
@@ -48,7 +48,7 @@ class ImageGeometry:
     patch_size: int = 14
 
     def __post_init__(self) -> None:
-        """Refuse a mode LLaVA does not have and sizes that are not positive."""
+        """Refuse a mode that LLaVA does not have, and sizes that are not positive."""
         if self.mode not in MODES:
             raise UsageError(unknown_name("image_aspect_ratio", self.mode, MODES))
         if min(self.width, self.height, self.image_size, self.patch_size) < 1:
@@ -56,12 +56,12 @@ class ImageGeometry:
 
     @property
     def grid(self) -> int:
-        """Patches per side (what does not fill a patch at the right and bottom is not seen by the tower)."""
+        """Patches per side. The tower does not see pixels at the right and bottom that do not fill a patch."""
         return self.image_size // self.patch_size
 
     @property
     def patch_span(self) -> float:
-        """Part of the square's side that the patches cover, 0-1, from the upper left corner: 1 where they fill it."""
+        """Fraction of the square's side, in 0-1, that the patches cover from the upper left corner: 1 if they fill it."""
         return self.grid * self.patch_size / self.image_size
 
     def _scale_and_shift(self) -> tuple[float, float, float, float]:
@@ -83,14 +83,14 @@ class ImageGeometry:
     def to_square(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
         """Boxes in pixels of the file -> box01 of the square, clipped to it.
 
-        The list keeps its length: a box that the centre crop cuts off whole comes back without area.
+        The list keeps its length: a box that the centre crop removes entirely is returned without area.
         """
         return [_clip(self._map(box)) for box in boxes_px]
 
     def from_square(self, boxes01: Sequence[Sequence[float]]) -> list[Box]:
-        """box01 of the square -> pixels of the file; not clipped to the image, as an answer may point into the padding.
+        """box01 of the square -> pixels of the file, not clipped to the image, since an answer may point into the padding.
 
-        The list keeps its length: a box01 that `is_inside` refuses becomes ``(0, 0, 0, 0)``, which overlaps nothing.
+        The list keeps its length: a box01 that fails `is_inside` becomes ``(0, 0, 0, 0)``, which overlaps nothing.
         """
         sx, sy, tx, ty = self._scale_and_shift()
         return [
@@ -101,16 +101,16 @@ class ImageGeometry:
         ]
 
     def visible_fraction(self, box_px: Sequence[float]) -> float:
-        """Share of the box's area that the model sees, 0-1: below 1 only where ``square`` cuts it."""
+        """Fraction of the box's area that the model sees, in 0-1; below 1 only if ``square`` crops it."""
         whole = self._map(box_px)
         if is_degenerate(whole):
             return 0.0
         seen = _clip(whole)
-        # Rounding in the mapping may leave a whole box a hair short of 1.
+        # Floating-point error in the mapping may leave an uncropped box slightly below 1.
         return min(1.0, round(_area(seen) / _area(whole), 9))
 
     def patch_cover(self, boxes_px: Sequence[Sequence[float]]) -> np.ndarray:
-        """Share of each patch that the union of the boxes covers.
+        """Fraction of each patch that the union of the boxes covers.
 
         Returns:
             float64 ``[grid * grid]`` in 0-1, row by row from the top left, in the order of CLIP's patch tokens.
@@ -122,6 +122,7 @@ class ImageGeometry:
         if not boxes:
             return np.zeros(self.grid * self.grid)
         scaled = np.clip(np.array(boxes) * to_patches, 0, self.grid)
+        # Cut the square along all patch and box edges: each cell of that grid is covered entirely or not at all.
         lines = np.arange(self.grid + 1, dtype=float)
         xs = np.unique(np.concatenate([lines, scaled[:, [0, 2]].ravel()]))
         ys = np.unique(np.concatenate([lines, scaled[:, [1, 3]].ravel()]))
@@ -137,7 +138,7 @@ class ImageGeometry:
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a slice as stored is turned for display: transposed first, then flipped. Boxes move along.
+    """How a stored slice is turned for display: transposed first, then flipped. Boxes are turned along with it.
 
     Attributes:
         width, height: of the slice as stored, in pixels.
@@ -176,7 +177,7 @@ class Orientation:
 
 @dataclass(frozen=True)
 class Montage:
-    """Tiles of one size in rows, as near to a square as they go; the last row may have room left.
+    """Tiles of one size in rows, in a grid as close to a square as possible. The last row may be incomplete.
 
     Attributes:
         width, height: of a tile, in pixels.

@@ -1,8 +1,8 @@
-"""One scorer for rewards and evaluation: which classes an answer names, and how its boxes fit.
+"""One scorer for rewards and evaluation: which classes an answer names, and how well its boxes fit.
 
-The paper does not say how its accuracy matches an answer. Here an answer is right when the set of classes that it names equals
-the record's set; for a study without abnormality, when it names none and gives no box. `umed_plugin.grounding.terms` says
-which classes an answer names.
+The paper does not define how its accuracy matches an answer. Here an answer is correct if the set of classes that it names equals
+the record's set. For a study without abnormality it is correct if it names no class and gives no box.
+`umed_plugin.grounding.terms` determines which classes an answer names.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _BOX_THAT_IS_NONE: Box = (0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How one answer fits its record.
+    """Scores of one answer against its record.
 
     Attributes:
-        accuracy: 1.0 when exactly the record's classes are named (none, and no box, for a negative), else 0.0.
-        class_f1: F1 in 0..1 of the named classes against the record's; 1.0 when both are empty.
-        set_iou: IoU in 0..1 of predicted and true boxes, matched one to one; a negative scores 1.0 for no box, else 0.0.
+        accuracy: 1.0 if exactly the record's classes are named (none, and no box, for a negative), else 0.0.
+        class_f1: F1 in 0-1 of the named classes against the record's; 1.0 if both are empty.
+        set_iou: IoU in 0-1 of predicted and true boxes, matched one to one. A negative scores 1.0 without a box, else 0.0.
         boxes: predicted boxes in pixels of the record's image, in the order of the answer.
-        predicted01: the same boxes as they are compared, in 0-1 of the square; one that is malformed has no area.
+        predicted01: the same boxes as they are compared, in 0-1 of the square; a malformed one has no area.
         true01: the true boxes that the model can see, in 0-1 of the square.
     """
 
@@ -46,9 +46,9 @@ class AnswerScore:
 
 
 def boxes_in_square(text: str, geometry: ImageGeometry, dialect: BoxDialect = LLAVA) -> list[Box]:
-    """The boxes of an answer in 0-1 of the square that the model sees, in the order of the answer; not clipped to it.
+    """The boxes of an answer in 0-1 of the square that the model sees, in the order of the answer, not clipped.
 
-    A box of the image's frame that leaves the image becomes ``(0, 0, 0, 0)``, which overlaps nothing.
+    If the dialect refers to the image, a box that leaves the image becomes ``(0, 0, 0, 0)``, which overlaps nothing.
     """
     read = dialect.read(text, geometry.width, geometry.height)
     if dialect.frame == "square":
@@ -63,15 +63,15 @@ def score_answer(
 ) -> AnswerScore:
     """Score an answer against its record.
 
-    Boxes are compared as the model sees them, in the square. A lesion that LLaVA's centre crop has cut away whole is not asked
-    for, nor is its class unless another lesion has it. A predicted box that has no area or leaves the square overlaps nothing and
-    counts as wrong.
+    Boxes are compared in the square, as the model sees them. A lesion that LLaVA's centre crop removes entirely is not expected,
+    and neither is its class unless another lesion has it. A predicted box that has no area or leaves the square overlaps nothing
+    and counts as wrong.
 
     Args:
         text: the model's answer.
-        record: of it ``objects`` (``ref`` classes and ``bbox`` in pixels of the image file) and ``terms``.
+        record: its ``objects`` (``ref`` classes and ``bbox`` in pixels of the image file) and ``terms`` are used.
         geometry: of the record's image.
-        dialect: in which the answer writes boxes.
+        dialect: how the answer writes boxes.
 
     Example:
         >>> record = {"objects": {"ref": ["nodule"], "bbox": [[50, 25, 100, 75]]}, "terms": {"nodule": ["nodule"]}}
@@ -94,12 +94,12 @@ def score_answer(
 
 @dataclass(frozen=True)
 class Scorer:
-    """What scoring an evaluated checkpoint's answers needs to know of it.
+    """Properties of an evaluated checkpoint that scoring its answers needs.
 
     Attributes:
-        mode: ``pad`` or ``square``, how it sees images.
+        mode: ``pad`` or ``square``: how it sees images.
         image_size, patch_size: of its vision tower, in pixels.
-        dialect: in which it writes boxes.
+        dialect: how it writes boxes.
     """
 
     mode: str = "pad"
@@ -108,5 +108,5 @@ class Scorer:
     dialect: BoxDialect = LLAVA
 
     def geometry(self, size: Sequence[int]) -> ImageGeometry:
-        """Of an image of this width and height."""
+        """Geometry of an image of this width and height, in pixels."""
         return ImageGeometry(int(size[0]), int(size[1]), self.mode, self.image_size, self.patch_size)

@@ -1,6 +1,6 @@
-"""Which classes a text names: whole words, longest name first, and nothing that the text rules out.
+"""Which classes a text names: whole words, longest name first, without negated names.
 
-A class that the answer rules out ("no nodule") is not named by it. That is told by a few cue words in the manner of NegEx
+A class that the answer rules out ("no nodule") is not named by it. Negation is detected by a few cue words in the manner of NegEx
 (Chapman et al. 2001), not by a parser.
 """
 
@@ -10,16 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+# Class -> its plain name and synonyms.
 ClassNames = Mapping[str, Sequence[str]]
 
-
-# Words that rule classes out, and words at which that ends. At one place the first group that fits is taken.
+# Words that rule classes out, and words at which that scope ends. At each position the first group that matches is used.
 _NOT = r"(?:\b(?:can)?not|n['\u2019]t)"
-
-
 _BE = r"(?:is|are|was|were)"
-
-
 _CUES = re.compile(
     rf"""
     (?P<pseudo>  # looks like a negation, but rules nothing out
@@ -54,42 +50,43 @@ _CUES = re.compile(
 
 @lru_cache(maxsize=256)
 def _pattern(terms: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern[str], list[str]]:
-    """A pattern that finds the longest term at each place, and the class of each of its groups."""
+    """A pattern that finds the longest term at each position, and the class of each of its groups."""
     words = sorted(((name, cls) for cls, names in terms for name in names), key=lambda word: len(word[0]), reverse=True)
     alternatives = "|".join(f"({re.escape(name)})".replace(r"\ ", r"\s+") for name, _ in words)
-    # Not \b, which asks for a letter on one side: a name may end in a parenthesis.
+    # Not \b, which needs a letter on one side: a name may end with a parenthesis.
     return re.compile(rf"(?<!\w)(?:{alternatives})(?:s|es)?(?!\w)", re.I), [cls for _, cls in words]
 
 
 def find_terms(text: str, terms: ClassNames) -> list[tuple[int, int, str]]:
-    """Places where ``text`` names a class: (start, end, class), in order, whole words, longest term first.
+    """Spans where ``text`` names a class: (start, end, class) in characters, in order; whole words, longest term first.
 
     A name that the text rules out ("no nodule", "a nodule is absent") is left out.
     """
     if not terms:
         return []
     pattern, owners = _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))
-    places = [(match.start(), match.end(), owners[(match.lastindex or 1) - 1]) for match in pattern.finditer(text)]
-    if not places:
+    spans = [(match.start(), match.end(), owners[(match.lastindex or 1) - 1]) for match in pattern.finditer(text)]
+    if not spans:
         return []
-    # Names are blotted out before cues are looked for: "mass without calcification" may be a class.
-    blotted = list(text)
-    for start, end, _ in places:
-        blotted[start:end] = "x" * (end - start)
+    # Names are masked before the search for cues: "mass without calcification" may be a class.
+    masked = list(text)
+    for start, end, _ in spans:
+        masked[start:end] = "x" * (end - start)
     ruled_out = bytearray(len(text))  # 1 where a name is given only to say that it is absent
-    for start, end in _ruled_out("".join(blotted)):
+    for start, end in _ruled_out("".join(masked)):
         ruled_out[start:end] = b"\1" * (end - start)
-    return [place for place in places if not ruled_out[place[0]]]
+    return [span for span in spans if not ruled_out[span[0]]]
 
 
 def replace_terms(text: str, terms: ClassNames, filler: str) -> str:
-    """``text`` with ``filler`` in place of every name of a class, ruled out or not."""
+    """``text`` with ``filler`` in place of every class name, ruled out or not."""
     return _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))[0].sub(filler, text) if terms else text
 
 
 def _ruled_out(text: str) -> list[tuple[int, int]]:
-    """Stretches ``[start, end)`` of the text in which a name is given only to say that it is not there."""
-    stretches: list[tuple[int, int]] = []
+    """Spans ``[start, end)`` of the text in which a name is mentioned only to say that it is absent."""
+    spans: list[tuple[int, int]] = []
+    # Where the current clause begins, and the end of the negation cue whose scope is open (None: no scope is open).
     clause, opened = 0, None
     for cue in _CUES.finditer(text):
         kind = cue.lastgroup
@@ -98,12 +95,12 @@ def _ruled_out(text: str) -> list[tuple[int, int]]:
         if kind == "pseudo" or own_verb:
             continue
         if kind == "behind":
-            stretches.append((clause, cue.start()))
+            spans.append((clause, cue.start()))
         elif opened is not None:
-            stretches.append((opened, cue.start()))
+            spans.append((opened, cue.start()))
         opened = cue.end() if kind == "ahead" else None
         clause = clause if kind == "ahead" else cue.end()
-    return stretches if opened is None else [*stretches, (opened, len(text))]
+    return spans if opened is None else [*spans, (opened, len(text))]
 
 
 def named_classes(text: str, terms: ClassNames) -> set[str]:

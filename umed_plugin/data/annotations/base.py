@@ -16,19 +16,19 @@ from umed_plugin.grounding.boxes import Box
 
 @dataclass
 class Annotated:
-    """One image, or one slice of a volume, with what the annotations say about it.
+    """One image, or one slice of a volume, with its annotations.
 
     Attributes:
         image: absolute path of the file.
-        boxes: xyxy, half-open; pixels in the frame the recipe declares, or 0-1 of it when ``normalised``.
-        classes: one per box, as the annotations call it; plain names after `read_annotations`.
+        boxes: xyxy, half-open, in pixels of the frame that the recipe declares (0-1 of it if ``normalised``).
+        classes: one per box: names as in the annotations, and plain names after `read_annotations`.
         where: annotation file and line, for messages.
-        size: width and height that the annotations claim, or None.
+        size: width and height that the annotations state, in pixels, or None.
         slice: index from 0 in a volume, or None.
-        window: low and high that the annotations give, or None.
-        left_out: why the recipe leaves the image out; empty for one that it takes.
-        copy_of: the picture that the image is an augmented copy of, or empty.
-        recipe, root: of the data set that the image belongs to, and its folder; set by `read_annotations`.
+        window: low and high that the annotations state, or None.
+        left_out: why the recipe leaves the image out; empty if it does not.
+        copy_of: the picture of which the image is an augmented copy, or empty.
+        recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
 
     image: Path
@@ -44,7 +44,7 @@ class Annotated:
     window: Optional[tuple[float, float]] = None
     left_out: str = ""
     copy_of: str = ""
-    # Recipes are long, and the same for thousands of images.
+    # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
     root: Path = Path()
 
@@ -55,12 +55,12 @@ class AnnotationSet:
 
     Attributes:
         root: data root.
-        wanted: images that a mixture asks for, or None.
+        wanted: number of images that a mixture asks for, or None.
         items: images that are on disk, with plain class names, patient and split.
         missing: items whose image is not on disk.
         left_out: reason -> number of images left out on purpose.
-        dropped_boxes: degenerate boxes left out, once images are read.
-        faults: what is wrong; nothing may be built while there are any.
+        dropped_boxes: number of degenerate boxes left out, known after the images are read.
+        faults: mistakes in the data. Nothing may be built while there are any.
     """
 
     root: Path
@@ -73,9 +73,9 @@ class AnnotationSet:
 
 
 class ImageFolders:
-    """Where the images of a split are: the folders that match ``image_root``, looked through in order.
+    """Where the images of a split are: the folders that match ``image_root``, searched in order.
 
-    Folders are listed once: asking for each of 100,000 images in each of NIH's 12 folders takes minutes on a network disk.
+    Each folder is listed once. Testing for each of 100,000 images in each of NIH's 12 folders takes minutes on a network disk.
     """
 
     def __init__(self, options: Any, root: Path, split: str, default: Path) -> None:
@@ -84,7 +84,7 @@ class ImageFolders:
         self.folders = [folder for pattern in patterns for folder in _matching_folders(root, pattern)] or [default]
 
     def find(self, names: Sequence[str]) -> Path:
-        """The first file that is there under one of the names; where none is, the path at which the first was looked for."""
+        """The first file that exists under one of the names; if none does, the path at which the first name was tried."""
         for name in names:
             below, file = os.path.split(name)
             for folder in self.folders:
@@ -108,34 +108,40 @@ class ImageFolders:
 
 
 def _matching_folders(root: Path, pattern: str) -> list[Path]:
-    """A pattern that matches nothing stays as it is written, so that a message can name it."""
+    """The folders that match; the pattern itself if none does, so that a message can name it."""
     if "*" not in pattern:
         return [root / pattern]
     return sorted(path for path in root.glob(pattern) if path.is_dir()) or [root / pattern]
 
 
 def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
-    """Files that match a pattern under the root, sorted; none is a fault."""
-    found = sorted(path for path in root.glob(pattern) if path.is_file())
-    if not found:
+    """Files that match a pattern under the root, sorted. It is a fault if none does."""
+    matches = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not matches:
         faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
-    return found
+    return matches
 
 
 def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
     """The file of that name, or the one file that a pattern matches; None after a fault."""
-    found = sorted(path for path in root.glob(name) if path.is_file()) if "*" in name else [root / name]
-    if len(found) > 1:
-        faults.add(root / name, f"matches {', '.join(path.name for path in found)}; needed: one. Name it in the recipe")
+    matches = sorted(path for path in root.glob(name) if path.is_file()) if "*" in name else [root / name]
+    if len(matches) > 1:
+        faults.add(
+            root / name, f"matches {', '.join(path.name for path in matches)}; needed: one. Name it in the recipe"
+        )
         return None
-    if not found or not found[0].is_file():
+    if not matches or not matches[0].is_file():
         faults.add(root / name, "no such annotation file")
         return None
-    return found[0]
+    return matches[0]
 
 
 def as_xyxy(values: Sequence[float], convention: str) -> Box:
-    """Four numbers of a convention (``xyxy``, ``xywh``, ``cxcywh``) as corners, in the same unit."""
+    """A box of four numbers as xyxy, in the same unit.
+
+    Args:
+        convention: ``xyxy`` (two corners), ``xywh`` (corner and size) or ``cxcywh`` (centre and size).
+    """
     a, b, c, d = values
     if convention == "xywh":
         return (a, b, a + c, b + d)

@@ -98,8 +98,8 @@ def _item(
     key: str, entry: Any, where: str, folders: ImageFolders, options: JsonOptions, faults: Faults
 ) -> Optional[Annotated]:
     if not isinstance(entry, dict) or not isinstance(entry.get(options.boxes), list):
-        found = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
-        faults.add(where, f"has no list {options.boxes!r} (annotations.boxes); it holds {found or 'nothing'}")
+        content = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
+        faults.add(where, f"has no list {options.boxes!r} (annotations.boxes); it holds {content or 'nothing'}")
         return None
     try:
         image = options.image.format_map({**entry, "key": key})
@@ -108,24 +108,24 @@ def _item(
         return None
     item = Annotated(folders.find([image]), [], [], where, _size(entry, where, options, faults))
     item.patient = str(entry.get(options.patient, "")) if options.patient is not None else ""
-    for number, found in enumerate(entry[options.boxes]):
-        box = _box(found, options)
-        lesion = options.only_class or (found.get(options.lesion) if isinstance(found, dict) else None)
+    for number, written in enumerate(entry[options.boxes]):
+        box = _box(written, options)
+        lesion = options.only_class or (written.get(options.lesion) if isinstance(written, dict) else None)
         if box is None:
-            faults.add(f"{where} box {number}", f"is {found!r}; needed: {options.box}, numbers in pixels")
+            faults.add(f"{where} box {number}", f"is {written!r}; needed: {options.box}, numbers in pixels")
         elif not isinstance(lesion, (str, int)):
-            faults.add(f"{where} box {number}", f"has no {options.lesion!r} (annotations.lesion): {found!r}")
+            faults.add(f"{where} box {number}", f"has no {options.lesion!r} (annotations.lesion): {written!r}")
         else:
             item.boxes.append(box)
             item.classes.append(str(lesion))
     return item
 
 
-def _box(found: Any, options: JsonOptions) -> Optional[Box]:
+def _box(written: Any, options: JsonOptions) -> Optional[Box]:
     if isinstance(options.box, str):
-        values = found.get(options.box) if isinstance(found, dict) else None
+        values = written.get(options.box) if isinstance(written, dict) else None
     else:
-        values = [found.get(name) for name in options.box] if isinstance(found, dict) else None
+        values = [written.get(name) for name in options.box] if isinstance(written, dict) else None
     if not isinstance(values, list) or len(values) != 4 or not all(isinstance(value, (int, float)) for value in values):
         return None
     return as_xyxy([float(value) for value in values], options.convention)

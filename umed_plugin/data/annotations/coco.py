@@ -10,7 +10,7 @@ from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotatio
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 
-# What a reader needs of each entry, and its type in JSON.
+# Fields that the reader needs of each entry, and their types in JSON.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
     "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},

@@ -68,7 +68,7 @@ def _values(mask: Path, faults: Faults) -> Optional[np.ndarray]:
         return None
     try:
         with Image.open(mask) as image:
-            # A palette's indices are the labels; colours would be turned into shades of grey.
+            # The indices of a palette are the labels. Converting its colours would give shades of grey.
             return np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L")).astype(int)
     except (OSError, SyntaxError, ValueError) as error:
         faults.add(mask, f"cannot be read as an image: {error}")
@@ -91,9 +91,9 @@ def _regions(values: np.ndarray, options: MaskOptions, mask: Path, faults: Fault
     classes: list[str] = []
     for name, layer in layers.items():
         numbered, _ = label(layer, structure=np.ones((3, 3)))
-        for number, found in enumerate(find_objects(numbered), start=1):
-            rows, columns = found
-            if (numbered[found] == number).sum() >= options.min_area:
+        for number, extent in enumerate(find_objects(numbered), start=1):
+            rows, columns = extent
+            if (numbered[extent] == number).sum() >= options.min_area:
                 boxes.append((float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)))
                 classes.append(name)
     return boxes, classes

@@ -1,4 +1,4 @@
-"""Mixtures: how many images each source gives, and which."""
+"""Mixtures: how many images each source contributes, and which."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from umed_plugin.data.recipes.recipe import Mixture, Recipe
 
 
 def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], AnnotationSet]) -> AnnotationSet:
-    """The images that a mixture chooses among its sources'; a source that is not on disk is a fault.
+    """The images that a mixture selects from its sources. A source that is not on disk is a fault.
 
     Args:
-        read: gives all annotations of one source in its folder.
+        read: returns all annotations of one source in its folder.
     """
-    found = AnnotationSet(root, wanted=mixture.size)
+    annotations = AnnotationSet(root, wanted=mixture.size)
     positives: dict[str, list[Annotated]] = {}
     negatives: dict[str, list[Annotated]] = {}
     for name, recipe in mixture.recipes.items():
         folder = root / mixture.sources[name].folder
         if not folder.is_dir():
             terms = recipe.terms
-            found.faults.add(folder, f"no such folder. Get {name} ({terms.licence}) from {terms.url}")
+            annotations.faults.add(folder, f"no such folder. Get {name} ({terms.licence}) from {terms.url}")
             continue
-        one = read(recipe, folder)
-        found.faults.messages += one.faults.messages
-        found.missing += one.missing
-        found.left_out.update({f"{name}: {reason}": count for reason, count in one.left_out.items()})
-        positives[name] = [item for item in one.items if item.boxes]
-        negatives[name] = [item for item in one.items if not item.boxes]
+        source = read(recipe, folder)
+        annotations.faults.messages += source.faults.messages
+        annotations.missing += source.missing
+        annotations.left_out.update({f"{name}: {reason}": count for reason, count in source.left_out.items()})
+        positives[name] = [item for item in source.items if item.boxes]
+        negatives[name] = [item for item in source.items if not item.boxes]
     shares = {name: source.share for name, source in mixture.sources.items()}
     without = dealt(round(mixture.size * mixture.negative_share), _sizes(negatives), shares)
     with_lesion = dealt(mixture.size - sum(without.values()), _sizes(positives), shares)
     for name in positives:
         seed = mixture.split.seed
-        chosen = picked_by_hash(positives[name], with_lesion[name], seed)
-        chosen += picked_by_hash(negatives[name], without[name], seed)
-        found.items += chosen
-        above = len(positives[name]) + len(negatives[name]) - len(chosen)
-        found.left_out[f"{name}: above its share"] += above
-    found.left_out = +found.left_out
-    return found
+        selected = picked_by_hash(positives[name], with_lesion[name], seed)
+        selected += picked_by_hash(negatives[name], without[name], seed)
+        annotations.items += selected
+        above = len(positives[name]) + len(negatives[name]) - len(selected)
+        annotations.left_out[f"{name}: above its share"] += above
+    annotations.left_out = +annotations.left_out
+    return annotations
 
 
 def _sizes(lists: Mapping[str, list[Annotated]]) -> dict[str, int]:
@@ -50,24 +50,25 @@ def _sizes(lists: Mapping[str, list[Annotated]]) -> dict[str, int]:
 
 
 def dealt(size: int, available: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, int]:
-    """How many images each source gives to ``size``: in the ratio of the shares, as far as it has them.
+    """Number of images that each source contributes to ``size``, in the ratio of the shares, as far as it has them.
 
-    A source with fewer than its part gives all; what it lacks is divided among the others in the ratio of their shares. They sum
-    to ``size``, or to all there are.
+    A source with fewer images than its part gives all of them. The rest is divided among the others in the ratio of their shares.
+    The numbers sum to ``size``, or to all images there are.
     """
     given: dict[str, int] = {}
-    left, still = size, {name: shares[name] for name in available}
-    while still:
-        parts = {name: left * share / sum(still.values()) for name, share in still.items()}
+    left, waiting = size, {name: shares[name] for name in available}
+    while waiting:
+        parts = {name: left * share / sum(waiting.values()) for name, share in waiting.items()}
         short = [name for name, part in parts.items() if available[name] <= part]
         if not short:
+            # Largest remainder: round down, then give one more to those that lost most.
             whole = {name: int(part) for name, part in parts.items()}
-            by_rest = sorted(parts, key=lambda name: (whole[name] - parts[name], name))
-            for name in by_rest[: left - sum(whole.values())]:
+            by_remainder = sorted(parts, key=lambda name: (whole[name] - parts[name], name))
+            for name in by_remainder[: left - sum(whole.values())]:
                 whole[name] += 1
             return given | whole
         for name in short:
             given[name] = available[name]
             left -= available[name]
-            del still[name]
+            del waiting[name]
     return given

@@ -1,7 +1,7 @@
-"""Who is in which split: patients, augmented copies, and the hash that deals them out.
+"""Assign images to splits: by patient, with augmented copies kept out of val and test.
 
-A patient's split depends on the seed and the patient's name alone. Dealing out a sorted list would meet the fractions exactly,
-but a patient would change sides when further images are downloaded, and what an earlier run trained on would be tested.
+A patient's split depends only on the seed and the patient's name. Dividing a sorted list would meet the fractions exactly, but a
+patient would change splits when more images are downloaded, and an evaluation would test on images of an earlier training run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from umed_plugin.data.recipes.options import SPLITS, SplitRule
 
 
 def set_patients(items: Sequence[Annotated], rule: SplitRule) -> None:
-    """Name the patient of every image, and the picture that it is an augmented copy of."""
+    """Set the patient of every image, and the picture of which it is an augmented copy."""
     for item in items:
         name = item.image.name
         item.copy_of = _first_group(rule.copy_pattern, name)
@@ -31,24 +31,24 @@ def _first_group(pattern: Optional[str], name: str) -> str:
 
 
 def deal_out(items: Sequence[Annotated], rule: SplitRule) -> None:
-    """Give every image the split of its patient."""
+    """Set the split of every image to that of its patient."""
     for item in items:
         item.split = split_of(item.patient, rule)
 
 
 def split_of(patient: str, rule: SplitRule) -> str:
-    """``train``, ``val`` or ``test``: where the hash of seed and patient, 0-1, falls among the fractions laid end to end."""
-    place, end = _hashed(rule.seed, patient), 0.0
+    """``train``, ``val`` or ``test``: the hash of seed and patient, in 0-1, selects one of the fractions laid end to end."""
+    value, end = _hashed(rule.seed, patient), 0.0
     for split in SPLITS:
         end += rule.fractions.get(split, 0.0)
-        if place < end:
+        if value < end:
             return split
-    # The fractions sum to 1 but for rounding.
+    # The fractions sum to 1 up to rounding error.
     return [split for split in SPLITS if rule.fractions.get(split)][-1]
 
 
 def without_copies_held_out(items: Sequence[Annotated]) -> tuple[list[Annotated], int]:
-    """The items without those of val and test that are a further copy of a picture, and how many those are."""
+    """The items without further copies of a picture in val and test, and the number of items removed."""
     seen: set[tuple[str, str]] = set()
     kept: list[Annotated] = []
     for item in sorted(items, key=lambda item: str(item.image)):
@@ -61,15 +61,15 @@ def without_copies_held_out(items: Sequence[Annotated]) -> tuple[list[Annotated]
 
 
 def picked_by_hash(items: Sequence[Annotated], count: int, seed: int) -> list[Annotated]:
-    """At most so many of the items: the same ones for the same seed, and few others when items are added."""
+    """At most ``count`` items: the same for the same seed, and mostly the same when items are added."""
 
-    def place(item: Annotated) -> tuple[float, str]:
+    def rank(item: Annotated) -> tuple[float, str]:
         name = f"{os.path.relpath(item.image, item.root)}#{item.slice}"
         return _hashed(seed, name), name
 
-    return sorted(items, key=place)[:count]
+    return sorted(items, key=rank)[:count]
 
 
 def _hashed(seed: int, name: str) -> float:
-    """A number in 0-1 (1 not included) that looks random and is the same everywhere."""
+    """A pseudo-random number in [0, 1) that is the same on every machine."""
     return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:13], 16) / 16**13

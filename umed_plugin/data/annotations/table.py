@@ -93,7 +93,7 @@ annotations:
 
 @register_reader("csv", CsvOptions)
 def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]:
-    """Read the rows of every file and gather those of the same image and slice."""
+    """Read the rows of every file and merge those of the same image and slice."""
     items: list[Annotated] = []
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
@@ -123,17 +123,19 @@ def _rows(path: Path, delimiter: str, faults: Faults) -> Optional[list[list[str]
 
 
 def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
-    """(key of the recipe, column) of every column that must be there; the slice column may be absent."""
+    """(recipe key, column) of every column that must exist; the slice column may be absent."""
     wanted: list[tuple[str, Column]] = [("annotations.only_rows", title) for title in options.only_rows]
     wanted += [("annotations.leave_out_images", title) for title in options.leave_out_images]
     for role, given in options.columns:
         columns = given if isinstance(given, list) else [given]
-        wanted += [(f"annotations.columns.{role}", one) for one in columns if one is not None and role != "slice"]
+        wanted += [
+            (f"annotations.columns.{role}", column) for column in columns if column is not None and role != "slice"
+        ]
     return wanted
 
 
 def _columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
-    """Note every column that the recipe names and the file lacks."""
+    """False if the file lacks a column that the recipe names; each is added to the faults."""
     good = True
     for role, column in wanted:
         if column not in header if isinstance(column, str) else not 0 <= column < len(header):
@@ -152,7 +154,7 @@ def _cell(row: list[str], header: list[str], column: Optional[Column]) -> str:
 
 
 class _Table:
-    """One CSV file with its header, for reading row by row."""
+    """One CSV file with its header, read row by row."""
 
     def __init__(
         self, options: CsvOptions, header: list[str], path: Path, folders: ImageFolders, split: str, faults: Faults
@@ -161,36 +163,40 @@ class _Table:
         self.folders, self.split, self.faults = folders, split, faults
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
-        gathered: dict[tuple[Path, Optional[int]], Annotated] = {}
+        merged: dict[tuple[Path, Optional[int]], Annotated] = {}
         for number, row in enumerate(rows, start=2):
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
-            found = self._item(row, f"{self.path}:{number}")
-            if found is None:
+            item = self._item(row, f"{self.path}:{number}")
+            if item is None:
                 continue
-            known = gathered.setdefault((found.image, found.slice), found)
-            if known is found:
-                continue
-            if not found.boxes or not known.boxes:
-                here, there = ("a box" if item.boxes else "no box" for item in (found, known))
-                self.faults.add(
-                    found.where,
-                    f"gives {found.image.name} {here}, and {known.where} gives it {there}. A row with no box says that the "
-                    "image has no lesion and must be its only row. Take out one of the two",
-                )
-            if (found.split, found.patient) != (known.split, known.patient):
-                self.faults.add(found.where, f"patient or split of {found.image.name} differs from {known.where}")
-            if found.window and known.window and found.window != known.window:
-                self.faults.add(
-                    found.where,
-                    f"window of {found.image.name} is {found.window}, but {known.window} in {known.where}. "
-                    "An image is shown in one window: give all its rows the same, or leave the others empty",
-                )
-            known.window = known.window or found.window
-            known.left_out = known.left_out or found.left_out
-            known.boxes += found.boxes
-            known.classes += found.classes
-        return list(gathered.values())
+            first = merged.setdefault((item.image, item.slice), item)
+            if first is not item:
+                self._check_agree(first, item)
+                first.window = first.window or item.window
+                first.left_out = first.left_out or item.left_out
+                first.boxes += item.boxes
+                first.classes += item.classes
+        return list(merged.values())
+
+    def _check_agree(self, first: Annotated, item: Annotated) -> None:
+        """Note what a later row of an image says against its first row."""
+        name = item.image.name
+        if not item.boxes or not first.boxes:
+            here, there = ("a box" if row.boxes else "no box" for row in (item, first))
+            self.faults.add(
+                item.where,
+                f"gives {name} {here}, and {first.where} gives it {there}. A row with no box says that the "
+                "image has no lesion and must be its only row. Remove one of the two",
+            )
+        if (item.split, item.patient) != (first.split, first.patient):
+            self.faults.add(item.where, f"patient or split of {name} differs from {first.where}")
+        if item.window and first.window and item.window != first.window:
+            self.faults.add(
+                item.where,
+                f"window of {name} is {item.window}, but {first.window} in {first.where}. "
+                "An image is shown in one window: give all its rows the same, or leave the others empty",
+            )
 
     def _cell(self, row: list[str], column: Optional[Column]) -> str:
         return _cell(row, self.header, column)
@@ -199,7 +205,7 @@ class _Table:
         return all(self._cell(row, title) in values for title, values in self.options.only_rows.items())
 
     def _left_out(self, row: list[str]) -> str:
-        """Why the row's image is left out whole, or nothing."""
+        """Why the row's image is left out whole, or empty."""
         reasons = (
             f"{title} is {self._cell(row, title)}"
             for title, values in self.options.leave_out_images.items()
@@ -243,7 +249,11 @@ class _Table:
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
         """The row's box in a list, an empty list for a negative, None after a fault."""
         given = self.options.columns.box
-        texts = [self._cell(row, one) for one in given] if isinstance(given, list) else _numbers(self._cell(row, given))
+        texts = (
+            [self._cell(row, column) for column in given]
+            if isinstance(given, list)
+            else _numbers(self._cell(row, given))
+        )
         if not any(texts):
             return []
         try:
@@ -293,7 +303,7 @@ def _numbers(text: str) -> list[str]:
 
 
 def read_negative_list(listed: NegativeList, options: ReaderOptions, root: Path, faults: Faults) -> list[Annotated]:
-    """The images that a CSV lists as being without a lesion; they lie where the annotated ones do."""
+    """The images that a CSV lists as having no lesion. They lie in the folders of the annotated images."""
     path = annotation_file(root, listed.files, faults)
     rows = _rows(path, listed.delimiter, faults) if path is not None else None
     if path is None or not rows:

@@ -1,6 +1,6 @@
-"""Does a recipe fit the files on disk, and what is in them: ``umed recipe check R --data-root FOLDER``.
+"""Check whether a recipe fits the files on disk, and count what they hold: ``umed recipe check R --data-root FOLDER``.
 
-`check_report` prints what is found here and writes it as a page with a contact sheet.
+`report` prints the result and writes it as a page with contact sheets.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class ClassCheck:
     Attributes:
         per_split: split -> number of lesions.
         sides: width and height of every box, in pixels of its image.
-        lost, cut: how many LLaVA's centre crop (mode ``square``) cuts off or trims.
-        best_iou: number of decimals -> the best IoU that they allow, one per box (mode ``pad``).
+        lost, cut: number of lesions that LLaVA's centre crop (mode ``square``) removes or trims.
+        best_iou: number of decimals -> the best IoU that they allow, in 0-1, one per box (mode ``pad``).
     """
 
     per_split: Counter[str] = field(default_factory=Counter)
@@ -44,11 +44,13 @@ class ClassCheck:
 
 @dataclass
 class SourceCheck(ClassCheck):
-    """One data set of a mixture, or the only one, with its lesions.
+    """One data set of a mixture (or the only one) with its lesions.
 
     Attributes:
-        images: with and without a lesion; ``negatives`` are those without.
-        missing: annotated images that are not on disk.
+        images: number of images, with and without a lesion.
+        negatives: number of images without a lesion.
+        missing: number of annotated images that are not on disk.
+        patients: names of the patients.
     """
 
     images: int = 0
@@ -59,18 +61,18 @@ class SourceCheck(ClassCheck):
 
 @dataclass
 class RecipeCheck:
-    """What `check_recipe` found.
+    """Result of `check_recipe`.
 
     Attributes:
-        images, negatives: split -> number of images, and of those without a lesion.
-        patients: split -> patients, with their source; ``shared_patients`` are in more than one.
-        sources: data set -> what of it is there.
+        images, negatives: split -> number of images, and number of images without a lesion.
+        patients: split -> patients, with their source. ``shared_patients`` are in more than one split.
+        sources: data set -> its counts.
         classes: plain name -> its lesions.
-        pictures: split -> small versions of its images, by name.
-        split_leaks: pictures of val and test that are in train, and of test that are in val, too.
-        evaluation_leaks: pictures of train and val that are in an evaluation set too; None when none was given.
-        sheets: pictures with their boxes, for `check_report`.
-        bad_images: what is missing on disk (first) or cannot be read.
+        pictures: split -> thumbnails of its images, by name.
+        split_leaks: images of val and test that are also in train, and images of test that are also in val.
+        evaluation_leaks: images of train and val that are also in an evaluation set; None if no set was given.
+        sheets: images with their boxes, for `report`.
+        bad_images: images that are missing on disk (first) or cannot be read.
     """
 
     recipe: AnyRecipe
@@ -88,17 +90,17 @@ class RecipeCheck:
 
     @property
     def faults(self) -> list[str]:
-        """Everything that would stop a build, apart from missing images."""
+        """Everything that would stop a build, except missing images."""
         return self.annotations.faults.messages + [str(error) for error in self.bad_images]
 
     @property
     def ok(self) -> bool:
-        """True when a build would go through."""
+        """True if a build would succeed."""
         return not self.faults and not self.annotations.missing
 
     @property
     def shared_patients(self) -> list[str]:
-        """Patients in more than one split: what is measured on test would be known from training."""
+        """Patients in more than one split: test results would include patients seen in training."""
         counts = Counter(patient for patients in self.patients.values() for patient in patients)
         return sorted(patient for patient, count in counts.items() if count > 1)
 
@@ -110,10 +112,12 @@ def check_recipe(
     against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
 ) -> RecipeCheck:
-    """Read all annotations and images of a recipe and count.
+    """Read all annotations and images of a recipe, and count what they hold.
 
     Args:
+        data_root: folder of the data set; overrides the recipe's.
         against: folders with the images of evaluation sets, which must not be trained on.
+        progress: show a progress bar.
 
     Raises:
         UmedError: there is no data folder, or a folder of ``against`` holds no image.
@@ -151,16 +155,16 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, name in zip(prepared.boxes, prepared.classes):
         share = cropped.visible_fraction(box)
-        for found in (check.classes[name], source):
-            found.per_split[split] += 1
-            found.sides.append((box[2] - box[0], box[3] - box[1]))
-            found.lost += share < LEAST_VISIBLE
-            found.cut += LEAST_VISIBLE <= share < 1
-            for decimals, values in found.best_iou.items():
+        for counts in (check.classes[name], source):
+            counts.per_split[split] += 1
+            counts.sides.append((box[2] - box[0], box[3] - box[1]))
+            counts.lost += share < LEAST_VISIBLE
+            counts.cut += LEAST_VISIBLE <= share < 1
+            for decimals, values in counts.best_iou.items():
                 values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
 
 
 def picture_name(item: Annotated) -> str:
-    """How a picture is called in messages: split, data set, path in it, and slice."""
+    """Name of an image in messages: split, data set, path in it, and slice."""
     slice_ = "" if item.slice is None else f"#{item.slice}"
     return f"{item.split}: {item.recipe.name}/{os.path.relpath(item.image, item.root)}{slice_}"

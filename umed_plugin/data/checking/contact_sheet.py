@@ -1,7 +1,7 @@
-"""Pictures with their boxes, some of every source and class, to see at a glance whether boxes sit on lesions.
+"""Contact sheets: some images of every source and class with their boxes, to see at a glance whether boxes are on lesions.
 
-Beside each picture stands a closer look at one of its boxes: a kidney stone is 11 pixels wide. Outlines are drawn around the
-boxes, so that what they hold stays in sight.
+Beside each image is a close-up of its smallest box: a kidney stone is 11 pixels wide. Outlines are drawn around the boxes, so
+that the lesions stay visible.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from umed_plugin.grounding.boxes import Box
 
 _SIDE, _CAPTION, _GAP, _COLUMNS = 200, 30, 6, 3
 _PER_SOURCE = 24
-_CLOSER = 3.0  # how many times a box's longer side the closer look is wide
+_CLOSER = 3.0  # width of the close-up, in multiples of the box's longer side
 _COLOURS = ((0, 230, 0), (255, 170, 0), (70, 160, 255), (255, 90, 200), (250, 240, 60), (0, 230, 230))
 
 
 class ContactSheets:
-    """Chooses, of every source, images of all classes and some without a lesion, the same ones every time."""
+    """Selects from every source images of all classes and some without a lesion, always the same ones."""
 
     def __init__(self, items: Sequence[Annotated]) -> None:
         self._wanted: set[int] = set()
@@ -33,19 +33,19 @@ class ContactSheets:
             self._wanted |= {id(item) for item in _chosen([item for item in items if item.recipe.name == source])}
 
     def add(self, prepared: Prepared) -> None:
-        """Draw an image if it is one of the chosen."""
+        """Draw an image if it is selected."""
         if id(prepared.item) in self._wanted:
             self._tiles.setdefault(prepared.item.recipe.name, []).append(_tile(prepared))
 
     def save(self, folder: Path) -> dict[str, Path]:
-        """Write one PNG for every source; source -> its file."""
+        """Write one PNG per source into the folder, and return source -> file."""
         written: dict[str, Path] = {}
         for source, tiles in sorted(self._tiles.items()):
             width, height = tiles[0].size
             rows = -(-len(tiles) // _COLUMNS)
             sheet = Image.new("RGB", (_COLUMNS * (width + _GAP), rows * (height + _GAP)), "white")
-            for place, tile in enumerate(tiles):
-                row, column = divmod(place, _COLUMNS)
+            for index, tile in enumerate(tiles):
+                row, column = divmod(index, _COLUMNS)
                 sheet.paste(tile, (column * (width + _GAP), row * (height + _GAP)))
             written[source] = folder / f"sheet_{source}.png"
             sheet.save(written[source])
@@ -53,7 +53,7 @@ class ContactSheets:
 
 
 def _chosen(items: Sequence[Annotated]) -> list[Annotated]:
-    """The same number of every class and of negatives, as far as there are any."""
+    """The same number of images of every class and of negatives, as far as they exist."""
     groups: dict[str, list[Annotated]] = {}
     for item in items:
         for name in set(item.classes) or {""}:
@@ -63,7 +63,7 @@ def _chosen(items: Sequence[Annotated]) -> list[Annotated]:
 
 
 def _tile(prepared: Prepared) -> Image.Image:
-    """The picture, a closer look at one of its boxes, and beneath them what it is."""
+    """The image, a close-up of its smallest box, and a caption below."""
     tile = Image.new("RGB", (2 * _SIDE + _GAP, _SIDE + _CAPTION), (32, 32, 32))
     height, width = prepared.shown.shape[:2]
     longer = max(width, height)
@@ -73,15 +73,15 @@ def _tile(prepared: Prepared) -> Image.Image:
     if prepared.boxes:
         x1, y1, x2, y2 = min(prepared.boxes, key=lambda box: (box[2] - box[0]) * (box[3] - box[1]))
         half = min(max(x2 - x1, y2 - y1, 8.0) * _CLOSER, longer) / 2
-        # A large box is looked at as part of the whole; a small one stays in the middle.
+        # Centre the close-up on the box, but keep it inside the image.
         x = min(max((x1 + x2) / 2, half), max(width - half, half))
         y = min(max((y1 + y2) / 2, half), max(height - half, half))
         tile.paste(_cut(prepared, (x - half, y - half, x + half, y + half)), (_SIDE + _GAP, 0))
     draw = ImageDraw.Draw(tile)
     item = prepared.item
     names = list(dict.fromkeys(prepared.classes))
-    for place, name in enumerate(names):
-        draw.text((4 + place * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, names))
+    for index, name in enumerate(names):
+        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, names))
     if not names:
         draw.text((4, _SIDE + 2), "no lesion", fill="white")
     draw.text((4, _SIDE + 15), f"{item.split}  {item.image.parent.name}/{item.image.name}"[-64:], fill=(190, 190, 190))
@@ -89,8 +89,12 @@ def _tile(prepared: Prepared) -> Image.Image:
 
 
 def _cut(prepared: Prepared, part: Box) -> Image.Image:
-    """A square part of the picture, which may reach out of it, as ``[_SIDE, _SIDE]`` with the boxes drawn around."""
-    # Whole pixels: what lies outside the picture comes out black.
+    """A square part of the image as ``[_SIDE, _SIDE]`` with outlines around the boxes; it may reach beyond the image.
+
+    Args:
+        part: xyxy in pixels of the image.
+    """
+    # In whole pixels, so that PIL fills what lies outside the image with black.
     x1, y1, x2, y2 = (round(value) for value in part)
     picture = Image.fromarray(np.ascontiguousarray(prepared.shown))
     cut = picture.crop((x1, y1, x2, y2)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)

@@ -1,7 +1,7 @@
-"""What a recipe's check found, for people: tables for the terminal, and a page with a contact sheet of every source.
+"""Report of a recipe's check: tables for the terminal, and a page with a contact sheet per source.
 
-``umed recipe check R --report FOLDER`` writes ``FOLDER/check.html`` and the sheets beside it. Whether boxes sit on lesions no
-table tells: look at the sheets.
+``umed recipe check R --report FOLDER`` writes ``FOLDER/check.html`` and the sheets beside it. Look at the sheets: no table shows
+whether boxes are on lesions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN = 10
-_WIDTH = 150  # of the page's tables, in letters
+_WIDTH = 150  # of the page's tables, in characters
 
 
 def sources_of(recipe: AnyRecipe) -> list[Recipe]:
@@ -31,7 +31,7 @@ def sources_of(recipe: AnyRecipe) -> list[Recipe]:
 
 
 def write_report(check: RecipeCheck, folder: Path) -> Path:
-    """Write the tables and a contact sheet of every source; the path of the page."""
+    """Write the tables and a contact sheet per source, and return the path of the page."""
     from rich.console import Console
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def write_report(check: RecipeCheck, folder: Path) -> Path:
 
 
 def print_check(check: RecipeCheck, console: Console) -> None:
-    """Print the check as tables, faults last so that they are on the screen at the end."""
+    """Print the check as tables. Faults come last, so that they are on the screen at the end."""
     from rich.markup import escape
 
     recipe = check.recipe
@@ -62,8 +62,10 @@ def print_check(check: RecipeCheck, console: Console) -> None:
     if isinstance(recipe, Mixture):
         console.print(_sources_table(check))
         if sum(check.images.values()) < recipe.size:
-            there = f"{sum(check.images.values()):,} of the {recipe.size:,} images that the mixture asks for are there."
-            console.print(f"[yellow]{there}[/yellow]", highlight=False)
+            available = (
+                f"{sum(check.images.values()):,} of the {recipe.size:,} images that the mixture asks for are there."
+            )
+            console.print(f"[yellow]{available}[/yellow]", highlight=False)
     console.print(_splits_table(check))
     console.print(_classes_table(check))
     for reason, count in check.annotations.left_out.items():
@@ -91,14 +93,14 @@ def print_check(check: RecipeCheck, console: Console) -> None:
 def _print_leaks(check: RecipeCheck, console: Console) -> None:
     from rich.markup import escape
 
-    found = {"in two splits": check.split_leaks, "in an evaluation set too": check.evaluation_leaks}
-    for where, leaks in found.items():
+    by_kind = {"in two splits": check.split_leaks, "in an evaluation set too": check.evaluation_leaks}
+    for where, leaks in by_kind.items():
         if leaks is None:
             continue
         if not leaks:
             console.print(f"No picture is {where}.")
             continue
-        console.print(f"[yellow]{len(leaks)} pictures are {where}[/yellow] (likeness of at least {SAME}). The first:")
+        console.print(f"[yellow]{len(leaks)} pictures are {where}[/yellow] (similarity of at least {SAME}). The first:")
         for leak in sorted(leaks, key=lambda leak: -leak.likeness)[:_SHOWN]:
             line = f"  {leak.likeness:.3f}  {escape(leak.name)}  =  {escape(leak.other)}"
             console.print(line, highlight=False, soft_wrap=True)
@@ -129,9 +131,9 @@ def _sources_table(check: RecipeCheck) -> object:
     titles = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
     for title in titles:
         table.add_column(title, justify="left" if title == "source" else "right", overflow="fold")
-    for name, found in check.sources.items():
-        numbers = (found.images, found.negatives, found.missing, len(found.patients), len(found.sides))
-        table.add_row(name, *map(str, numbers), *_about_boxes(found))
+    for name, counts in check.sources.items():
+        numbers = (counts.images, counts.negatives, counts.missing, len(counts.patients), len(counts.sides))
+        table.add_row(name, *map(str, numbers), *_about_boxes(counts))
     return table
 
 
@@ -142,7 +144,7 @@ def _splits_table(check: RecipeCheck) -> object:
     for title in ("split", "images", "without lesion", "patients", "lesions"):
         table.add_column(title, justify="left" if title == "split" else "right")
     for split in [*SPLITS, *sorted(set(check.images) - set(SPLITS))]:
-        lesions = sum(found.per_split[split] for found in check.classes.values())
+        lesions = sum(counts.per_split[split] for counts in check.classes.values())
         numbers = (check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions)
         table.add_row(split or "(none)", *map(str, numbers))
     return table
@@ -154,8 +156,8 @@ def _classes_table(check: RecipeCheck) -> object:
     table = Table(title="Lesions", caption=_ABOUT_BOXES)
     for title in ("class", *SPLITS, *_BOX_TITLES):
         table.add_column(title, justify="left" if title == "class" else "right", overflow="fold")
-    for name, found in check.classes.items():
-        table.add_row(name, *(str(found.per_split[split]) for split in SPLITS), *_about_boxes(found))
+    for name, counts in check.classes.items():
+        table.add_row(name, *(str(counts.per_split[split]) for split in SPLITS), *_about_boxes(counts))
     return table
 
 
@@ -163,9 +165,9 @@ _BOX_TITLES = ("median px", "lost / cut", *(f"IoU {decimals} dec." for decimals 
 _ABOUT_BOXES = "cut: by LLaVA's centre crop (square). IoU: the best that the decimals allow (pad), mean / worst."
 
 
-def _about_boxes(found: ClassCheck) -> list[str]:
-    if not found.sides:
+def _about_boxes(counts: ClassCheck) -> list[str]:
+    if not counts.sides:
         return []
-    width, height = (median(sides) for sides in zip(*found.sides))
-    ious = [f"{mean(values):.2f} / {min(values):.2f}" for values in found.best_iou.values()]
-    return [f"{width:.0f} x {height:.0f}", f"{found.lost} / {found.cut}", *ious]
+    width, height = (median(sides) for sides in zip(*counts.sides))
+    ious = [f"{mean(values):.2f} / {min(values):.2f}" for values in counts.best_iou.values()]
+    return [f"{width:.0f} x {height:.0f}", f"{counts.lost} / {counts.cut}", *ious]

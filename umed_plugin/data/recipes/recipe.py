@@ -91,7 +91,7 @@ class Recipe(StrictModel):
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """Class key of records (the plain name) -> plain name, then synonyms: the ``terms`` of every record."""
+        """The ``terms`` of every record: plain name of a class -> plain name, then synonyms."""
         merged: dict[str, list[str]] = {}
         for entry in self.classes.values():
             words = merged.setdefault(entry.name, [entry.name])
@@ -101,8 +101,11 @@ class Recipe(StrictModel):
     def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
         """The folder of the data set.
 
+        Args:
+            data_root: overrides the recipe's ``data_root``.
+
         Raises:
-            UmedError: it is not given, its variable is not set, or it does not exist.
+            UmedError: the folder is not given, its variable is not set, or it does not exist.
         """
         get = f"Get the data ({self.terms.licence}) from {self.terms.url}"
         return _data_folder(self.path, self.data_root, data_root, get)
@@ -157,14 +160,17 @@ class Mixture(StrictModel):
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """Plain name -> plain name and synonyms, of all sources."""
+        """Plain name -> plain name, then synonyms, of the classes of all sources."""
         return {name: words for recipe in self.recipes.values() for name, words in recipe.names.items()}
 
     def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
         """The folder that holds the sources' folders.
 
+        Args:
+            data_root: overrides the mixture's ``data_root``.
+
         Raises:
-            UmedError: it is not given, its variable is not set, or it does not exist.
+            UmedError: the folder is not given, its variable is not set, or it does not exist.
         """
         return _data_folder(self.path, self.data_root, data_root, f"It holds {self._folders()}")
 
@@ -195,11 +201,11 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
-    """Load a shipped recipe by name or a YAML file by path; one with ``sources`` is a mixture.
+    """Load a shipped recipe by name, or a YAML file by path. A recipe with ``sources`` is a mixture.
 
     Raises:
         UsageError: there is neither a recipe nor a file of that name.
-        UmedError: the file has faults; all are named with their key.
+        UmedError: the file has faults; all are listed with their key.
 
     Example:
         >>> recipe = load_recipe("kvasir_seg")
@@ -257,7 +263,7 @@ def _mixture(data: dict[str, Any], faults: Faults) -> Any:
             faults.add(f"sources.{name}", "is a mixture itself; name its sources here")
         else:
             recipes[name] = recipe
-    # What is chosen depends on the sources' recipes too.
+    # The selected images depend on the sources' recipes too.
     digests = "".join([mixture.sha256, *(recipe.sha256 for recipe in recipes.values())])
     mixture = mixture.model_copy(update={"sha256": hashlib.sha256(digests.encode()).hexdigest()})
     recipes = {name: _as_source(recipe, mixture) for name, recipe in recipes.items()}
@@ -289,7 +295,7 @@ def _reader_options(written: Any, faults: Faults) -> Optional[ReaderOptions]:
 
 
 def _check_together(recipe: Recipe, faults: Faults) -> None:
-    """What one key alone cannot tell."""
+    """Check what depends on several keys."""
     options = recipe.annotations
     per_split = "" not in options.files or bool(getattr(options, "split_lists", None))
     if recipe.split.by == "file" and not per_split:
