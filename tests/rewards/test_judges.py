@@ -16,7 +16,6 @@ from support.umed_runs import TESTS, environment
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.rewards import DEFAULT_PROMPT
-from umed_plugin.remote.ledger import Ledger
 from umed_plugin.rewards.judges.question import NotAScoreError, Questionnaire
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 
@@ -287,63 +286,9 @@ def test_two_judges_that_run_see_each_others_replies(tmp_path):
     assert len(server.asked) == 3
 
 
-def test_a_torn_line_is_skipped_and_closed_by_the_next_writer(tmp_path):
-    file = tmp_path / "judge.jsonl"
-    ledger = Ledger(file, "m")
-    for key in ("k1", "k2"):
-        ledger.append(key, "{}", {"prompt_tokens": 3, "completion_tokens": 1})
-    file.write_bytes(file.read_bytes()[:-9])
-
-    ledger = Ledger(file, "m")
-    assert ledger.get("k1") and not ledger.get("k2")
-    ledger.append("k3", "\ud800 \u2028", {})
-    for reader in (ledger, Ledger(file, "m")):
-        assert reader.get("k1") and not reader.get("k2") and reader.get("k3").reply == "\ud800 \u2028"
-        assert reader.counts == {"requests": 2, "prompt_tokens": 3, "completion_tokens": 1}
-
-
-def test_lines_that_are_no_replies_are_left_alone(tmp_path):
-    file = tmp_path / "judge.jsonl"
-    file.write_text('7\n\n[]\n{"key": 1}\n{"key": "k", "model": ["m"]}\n{"key": "k", "model": "m", "reply": "r"}\n')
-    ledger = Ledger(file, "m")
-    assert ledger.get("k").reply == "r" and ledger.counts["requests"] == 1
-
-
-WRITER = """
-import sys
-from umed_plugin.remote.ledger import Ledger
-ledger = Ledger(sys.argv[1], "m")
-for i in range(int(sys.argv[3])):
-    ledger.append(f"{sys.argv[2]}-{i}", "x" * 5000, {"prompt_tokens": 1})
-    print(i, flush=True)
-"""
-
-
 def python(code: str, *arguments: object, **keywords: object) -> subprocess.Popen:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, env=environment(TESTS), stdout=subprocess.PIPE, text=True, **keywords)
-
-
-def test_several_processes_write_whole_lines(tmp_path):
-    file = tmp_path / "judge.jsonl"
-    writers = [python(WRITER, file, name, 60) for name in "abc"]
-    assert [writer.communicate(timeout=120) and writer.returncode for writer in writers] == [0, 0, 0]
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert sorted(line["key"] for line in lines) == sorted(f"{name}-{i}" for name in "abc" for i in range(60))
-
-
-def test_what_was_written_is_there_after_kill_9(tmp_path):
-    file = tmp_path / "judge.jsonl"
-    writer = python(WRITER, file, "a", 100_000)
-    for last, _ in zip(writer.stdout, range(40)):
-        written = int(last)
-    writer.kill()
-    written = max([written, *map(int, writer.stdout.read().split())])
-    writer.wait(timeout=30)
-    ledger = Ledger(file, "m")
-    assert all(ledger.get(f"a-{i}") for i in range(written + 1))
-    ledger.append("b", "r", {})
-    assert Ledger(file, "m").get("b") and Ledger(file, "m").get(f"a-{written}")
 
 
 JUDGING = """

@@ -1,0 +1,78 @@
+"""The flags of paid servers: budgets, prices, options, addresses and keys."""
+
+from __future__ import annotations
+
+import pytest
+
+from umed_plugin.remote import settings
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        ("20usd", (20.0, "usd")),
+        (" 2.5 USD", (2.5, "usd")),
+        ("5000requests", (5000.0, "requests")),
+        ("7tokens", (7.0, "tokens")),
+    ],
+)
+def test_a_budget_is_an_amount_and_a_unit(text: str, budget: tuple[float, str]) -> None:
+    assert settings.parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["", "20", "usd", "0usd", "-5usd", "5euros", "5 usd now", "infusd", "nantokens"])
+def test_anything_else_is_not_a_budget(text: str) -> None:
+    with pytest.raises(ValueError, match="a number above 0 and a unit, such as 5000requests"):
+        settings.parse_budget(text)
+
+
+def test_prices_are_for_prompt_and_completion_tokens() -> None:
+    assert settings.parse_prices("0.15,0.60") == (0.15, 0.6)
+    assert settings.parse_prices("0,1") == (0.0, 1.0)
+    for text in ("", "1", "1,2,3", "0,0", "-1,2", "inf,1", "a,b"):
+        with pytest.raises(ValueError, match="per million prompt tokens and per million completion tokens"):
+            settings.parse_prices(text)
+
+
+def test_options_are_a_json_object() -> None:
+    assert settings.parse_options('{"temperature": 0}') == {"temperature": 0}
+    for text in ("7", "[]", "{", "null"):
+        with pytest.raises(ValueError):
+            settings.parse_options(text)
+
+
+def test_a_budget_is_spent_in_its_own_unit() -> None:
+    counts = {"requests": 3, "prompt_tokens": 2_000_000, "completion_tokens": 500_000}
+    assert settings.spent(counts, "requests", None) == 3
+    assert settings.spent(counts, "tokens", None) == 2_500_000
+    assert (
+        settings.spent(counts, "usd", (2.5, 10.0))
+        == pytest.approx(2 * 2.5 + 0.5 * 10)
+        == settings.cost(counts, (2.5, 10.0))
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "fault"),
+    [
+        (None, "sk-1", None),
+        (None, "", "OPENAI_API_KEY is not set. It is the only place for the API key"),
+        ("http://localhost:8000/v1", "", None),
+        ("https://example.org/v1", "", None),
+        ("localhost:8000", "sk-1", "must be an address such as http://localhost:8000/v1"),
+        ("http://host/v1?key=1", "sk-1", "must be an address"),
+        ("http://me:pw@host/v1", "sk-1", "contains a user name or password"),
+        ("http://[::1", "sk-1", "must be an address"),
+    ],
+)
+def test_the_address_and_the_key_of_a_server(url: str | None, key: str, fault: str | None) -> None:
+    faults = settings.server_faults("--judge", "--url", url, {"OPENAI_API_KEY": key})
+    assert len(faults) == (fault is not None)
+    assert fault is None or fault in faults[0]
+
+
+def test_settings_have_defaults_and_stay_as_they_are() -> None:
+    server = settings.ServerSettings("m")
+    assert (server.base_url, dict(server.options), server.timeout, server.retries) == (None, {}, 120.0, 5)
+    with pytest.raises(AttributeError):
+        server.model = "other"  # type: ignore[misc]
