@@ -130,62 +130,79 @@ def continue_prompts(
         cache.take_rows(query_of_answer)
     logits = logits[query_of_answer]
 
-    # The result, [N, T]. Three indices connect it to the rows that are still computed:
-    #   slots    [R, A] the answer that each slot of a row writes; -1 once that answer has ended
-    #   active   the answers that go on, and active_slots where each of them stands in the flattened slots
-    token_ids = torch.full((len(query_of_answer), settings.max_new_tokens), settings.eos_token_id, device=device)
+    n_answers = len(query_of_answer)
+    token_ids = torch.full((n_answers, settings.max_new_tokens), settings.eos_token_id, device=device)
     mask = torch.zeros_like(token_ids)
-    ended = torch.zeros(len(query_of_answer), dtype=torch.bool, device=device)
-    slots = torch.arange(len(query_of_answer), device=device).view(-1, answers_per_row)
-    active = slots.flatten()
-    active_slots = torch.arange(slots.numel(), device=device)
-
+    ended = torch.zeros(n_answers, dtype=torch.bool, device=device)
     prompt_length = prompt_mask.sum(dim=1)[query_of_answer]
-    columns = Columns.of_prompts(prompt_mask).take_rows(query_of_answer[::answers_per_row])
+    prompt_columns = Columns.of_prompts(prompt_mask).take_rows(query_of_answer[::answers_per_row])
+    slots = _Slots(torch.arange(n_answers, device=device).view(-1, answers_per_row), prompt_columns)
     for step in range(settings.max_new_tokens):
         # Answers that ended since the last check are still in the batch: they draw EOS, and their mask stays 0.
+        active = slots.active
         tokens = _next_token(logits, settings).masked_fill(ended[active], settings.eos_token_id)
         token_ids[active, step], mask[active, step] = tokens, (~ended[active]).long()
         ended[active] |= tokens == settings.eos_token_id
         if step + 1 == settings.max_new_tokens:
             break
-
-        # Drop what has ended: first its slot, then, where no slot of a row is left, the row with its keys and values.
-        if (step + 1) % check_every == 0:
-            slots = torch.where((slots >= 0) & ~ended[slots], slots, -1)
-            kept_rows, slots = _close_gaps(slots)
-            if len(kept_rows) == 0:
-                break
-            if len(kept_rows) < len(columns.segments):
-                cache.take_rows(kept_rows)
-                columns = columns.take_rows(kept_rows)
-            active_slots = (slots >= 0).flatten().nonzero().flatten()
-            active = slots.flatten()[active_slots]
+        if (step + 1) % check_every == 0 and not slots.drop_ended(ended, cache):
+            break
 
         # The model reads the new tokens, one column per slot, and gives the logits of the next ones.
-        answers = slots.clamp(min=0)
-        new = _new_columns(slots, answers % answers_per_row + 1, prompt_length[answers] + step)
-        columns = columns.then(new)
+        answers = slots.answers.clamp(min=0)
+        new = slots.add_columns(answers % answers_per_row + 1, prompt_length[answers] + step)
         embeds = llava.get_input_embeddings()(token_ids[answers, step])
         attention_mask = (
-            block_mask(new, columns, sliding_window(llava), embeds.dtype)
+            block_mask(new, slots.columns, sliding_window(llava), embeds.dtype)
             if packed
-            else (columns.segments != PADDING).long()
+            else (slots.columns.segments != PADDING).long()
         )
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": new.positions}
         outputs = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
-        logits = outputs.logits.flatten(0, 1)[active_slots]
+        logits = outputs.logits.flatten(0, 1)[slots.active_slots]
     longest = int(mask.sum(dim=1).max())
     return Candidates(token_ids[:, :longest], mask[:, :longest])
 
 
-def _new_columns(slots: Tensor, segments: Tensor, positions: Tensor) -> Columns:
-    """One column per slot [R, A]: segments keep the answers of a row apart, while their positions are the same.
+class _Slots:
+    """The rows that are still computed. Each row has A slots, and each slot writes one answer.
 
-    An empty slot is padding, which no token sees.
+    Attributes:
+        answers: [R, A] index 0..N-1 of the answer that each slot writes; -1 once it has ended.
+        columns: [R, S] what the rows hold in the KV cache.
+        active: indices of the answers that go on.
+        active_slots: where each of them stands in the flattened slots.
     """
-    in_use = slots >= 0
-    return Columns(torch.where(in_use, segments, PADDING), torch.where(in_use, positions, 0))
+
+    def __init__(self, answers: Tensor, columns: Columns) -> None:
+        self.answers, self.columns = answers, columns
+        self._index_active()
+
+    def _index_active(self) -> None:
+        self.active_slots = (self.answers >= 0).flatten().nonzero().flatten()
+        self.active = self.answers.flatten()[self.active_slots]
+
+    def drop_ended(self, ended: Tensor, cache: PreallocatedCache) -> bool:
+        """Free the slots of ended answers, and drop rows without any other from the KV cache; returns whether any is left."""
+        going_on = torch.where((self.answers >= 0) & ~ended[self.answers], self.answers, -1)
+        kept_rows, self.answers = _close_gaps(going_on)
+        if len(kept_rows) == 0:
+            return False
+        if len(kept_rows) < len(self.columns.segments):
+            cache.take_rows(kept_rows)
+            self.columns = self.columns.take_rows(kept_rows)
+        self._index_active()
+        return True
+
+    def add_columns(self, segments: Tensor, positions: Tensor) -> Columns:
+        """Add one column per slot, with segments and positions [R, A], and return the new columns.
+
+        The answers of a row share positions, and their segments keep them apart. A free slot is padding, which no token sees.
+        """
+        in_use = self.answers >= 0
+        new = Columns(torch.where(in_use, segments, PADDING), torch.where(in_use, positions, 0))
+        self.columns = self.columns.then(new)
+        return new
 
 
 def _close_gaps(slots: Tensor) -> tuple[Tensor, Tensor]:
