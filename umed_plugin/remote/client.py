@@ -100,11 +100,12 @@ class ModelClient:
         self._waiting.add(task)
         try:
             async with self._slots:
+                # From here on the request may be paid for: `_finish` waits for it, and drops those that still wait for a slot.
                 self._waiting.discard(task)
                 self._sent.add(task)
                 result = await self._request(key, messages)
                 if isinstance(result, Reply):
-                    self._on_reply(key, result)
+                    self._on_reply(key, result)  # kept before anyone sees the result
                 return result
         finally:
             self._waiting.discard(task)

@@ -16,8 +16,8 @@ def add_writer_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--writer``, and the flags that need ``--writer openai``."""
     group = parser.add_argument_group(
         "diagnoses by a vision model",
-        "Only with --writer openai, pixels, class names and boxes leave the machine. The key comes from OPENAI_API_KEY. Every "
-        "reply is kept in a ledger: the same command again pays only for what is missing.",
+        "Pixels, class names and boxes leave the machine, but only with --writer openai. The key comes from OPENAI_API_KEY. "
+        "Every reply is kept in a ledger: the same command again pays only for what is missing.",
     )
     group.add_argument(
         "--writer",
