@@ -71,7 +71,7 @@ def build_records(
     progress: bool = False,
     render: bool = True,
 ) -> list[Record]:
-    """Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
+    r"""Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
     Args:
         out_dir: folder for rendered images; the ``image_folder`` of the records.
@@ -92,11 +92,13 @@ def build_records(
 
     Example:
         >>> import tempfile
-        >>> from umed_plugin import load_recipe
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from umed_plugin import build_records, load_recipe
         >>> folder = Path(tempfile.mkdtemp())
         >>> Image.new("L", (200, 100)).save(folder / "a.png")
         >>> rows = ["file,x1,y1,x2,y2,finding", "a.png,50,25,100,75,cyst"]
-        >>> _ = (folder / "boxes.csv").write_text(os.linesep.join(rows))
+        >>> _ = (folder / "boxes.csv").write_text("\n".join(rows))
         >>> _ = (folder / "drawn.yaml").write_text('''
         ... name: drawn
         ... description: One drawn image.

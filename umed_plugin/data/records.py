@@ -84,6 +84,8 @@ def load_records(path: str | Path) -> list[Record]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin import load_records, save_records
         >>> record = {
         ...     "id": "drawn/a.png",
         ...     "image": "/data/a.png",
@@ -124,6 +126,8 @@ def save_records(records: Sequence[Record], path: str | Path) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin import load_records, save_records
         >>> path = Path(tempfile.mkdtemp()) / "train.json"
         >>> save_records([], path)
         >>> load_records(path)
@@ -139,6 +143,7 @@ def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14)
         image_size, patch_size: of the vision tower, in pixels.
 
     Example:
+        >>> from umed_plugin import record_geometry
         >>> record = {"image_size": [200, 100], "provenance": {"image_aspect_ratio": "pad"}}
         >>> record_geometry(record).to_square([(50, 25, 100, 75)])
         [(0.25, 0.375, 0.5, 0.625)]

@@ -123,6 +123,7 @@ def set_iou(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> flo
         measure: pairwise measure in 0-1 that replaces the IoU, in the matching too.
 
     Example:
+        >>> from umed_plugin import set_iou
         >>> set_iou([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 1.0)])
         0.5
         >>> set_iou([(0.0, 0.0, 0.5, 0.5)], [(0.0, 0.0, 0.5, 0.5), (0.6, 0.6, 0.9, 0.9)])
@@ -165,6 +166,7 @@ def format_box(box01: Sequence[float], decimals: int = 2) -> str:
         ValueError: the box has no area.
 
     Example:
+        >>> from umed_plugin import format_box
         >>> format_box((0.614, 0.36, 0.92, 0.8349))
         '[0.61, 0.36, 0.92, 0.83]'
     """
@@ -198,6 +200,7 @@ def parse_boxes(text: str) -> list[Box]:
     detects. For numbers in another order or unit, see `umed_plugin.grounding.dialects`.
 
     Example:
+        >>> from umed_plugin import parse_boxes
         >>> parse_boxes("A nodule at [0.61, 0.36, 0.92, 0.83].")
         [(0.61, 0.36, 0.92, 0.83)]
         >>> parse_boxes("<box>(610,360),(920,830)</box>")

@@ -32,6 +32,7 @@ class ImageGeometry:
         patch_size: side of one patch of the vision tower, in pixels of that square.
 
     Example:
+        >>> from umed_plugin import ImageGeometry
         >>> geometry = ImageGeometry(200, 100)  # padded to 200 x 200, 50 pixels above and below
         >>> geometry.to_square([(50, 25, 100, 75)])
         [(0.25, 0.375, 0.5, 0.625)]

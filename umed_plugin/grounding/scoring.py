@@ -74,6 +74,7 @@ def score_answer(
         dialect: how the answer writes boxes.
 
     Example:
+        >>> from umed_plugin import ImageGeometry, score_answer
         >>> record = {"objects": {"ref": ["nodule"], "bbox": [[50, 25, 100, 75]]}, "terms": {"nodule": ["nodule"]}}
         >>> score = score_answer("At [0.25, 0.375, 0.50, 0.625] lies a nodule.", record, ImageGeometry(200, 100))
         >>> score.accuracy, score.set_iou

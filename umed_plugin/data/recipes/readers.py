@@ -104,8 +104,8 @@ def register_reader(name: str, options: type[ReaderOptions] = FreeOptions) -> Ca
         ...         box = (x - r, y - r, x + r, y + r)
         ...         items.append(Annotated(root / image, [box], [lesion], where=line))
         ...     return items
-        >>> reader_options("zones") is ZoneOptions
-        True
+        >>> ZoneOptions(reader="zones", files="zones.txt", margin=2).margin
+        2.0
     """
 
     def add(read: Reader) -> Reader:

@@ -208,6 +208,7 @@ def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
         UmedError: the file has faults; all are listed with their key.
 
     Example:
+        >>> from umed_plugin import load_recipe
         >>> recipe = load_recipe("kvasir_seg")
         >>> recipe.annotations.reader, recipe.split.by
         ('json', 'patient')
