@@ -1,9 +1,10 @@
 """Time of a stage 2 step with and without the feature cache (``--umed_feature_cache``).
 
-LLaVA's own ``train()`` under the plugin's patches runs a first epoch, which fills the cache. Then every batch of the second epoch
-is computed both ways in turn, from the image file to the gradient, with the same weights and random numbers. The losses must be
-equal. Images are CT slices in DICOM, about 512 pixels wide, which the recipe renders to PNG when it builds the records: training
-opens no DICOM. The data loader has no workers, so reading counts in full, and all files are in the page cache.
+LLaVA's own ``train()`` under the plugin's patches runs a first epoch, which fills the cache. Then every batch of the second
+epoch is computed both ways in turn, from the image file to the gradient. Weights and random numbers are the same, and the
+losses must be equal. Images are CT slices in DICOM, about 512 pixels wide, which the recipe renders to PNG when it builds the
+records: training opens no DICOM. The data loader has no workers, so reading counts in full, and all files are in the page
+cache.
 
 Tower and language model have random weights and the sizes of ViT-B/14 at 336 pixels and 8 layers of width 512. The cache saves
 the tower's and the reader's share of a step. Beside a language model of 7 billion parameters the tower's share is far smaller.

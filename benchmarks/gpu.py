@@ -3,9 +3,9 @@
 It needs only torch and transformers 5: no LLaVA, no network, no checkpoint. The model is that of `bare_llava`, in bfloat16.
 Packing, sampling, scoring, objective, reference and vision relevance are the plugin's own code.
 
-Full fine-tuning with AdamW needs 12 to 16 bytes per parameter, more than one GPU of 80 GB has. So what is trained is LoRA (rank
-128 as in LLaVA's ``finetune_lora.sh``, on every linear layer of the language model) and the projector, both in bfloat16, with
-gradient checkpointing and AdamW.
+Full fine-tuning with AdamW needs 12 to 16 bytes per parameter, more than one GPU of 80 GB has. So the benchmark trains LoRA
+and the projector, both in bfloat16, with gradient checkpointing and AdamW. LoRA has rank 128, as in LLaVA's
+``finetune_lora.sh``, on every linear layer of the language model.
 
 - Matrix rate: operations per second of a product of two large square matrices in the model's dtype, measured in the same run.
 - Share: matrix operations per second, as torch counts them, divided by the matrix rate. Operations that gradient checkpointing
@@ -13,7 +13,7 @@ gradient checkpointing and AdamW.
 - Stage 1: a step on ``--batch`` questions with one answer each, and logits of all positions, as LLaVA computes them.
 - Stage 2, plain: ``generate(num_return_sequences=K)`` and passes over K rows of prompt and answer. Packed: what
   ``--umed_stage rewarding`` does. If the attention takes no block mask (flash attention 2), the answers read the prompt's KV
-  cache instead, or repeat the prompt under gradient checkpointing, and the table says so.
+  cache instead; under gradient checkpointing they repeat the prompt. The table says so.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --layers 2 --hidden 256 --tower-layers 2 --image-size 56 --answer-tokens 8

@@ -1,4 +1,4 @@
-"""The order of queries: a permutation, its own in each epoch, chunks in a row where updates share a rollout."""
+"""The order of queries: a permutation, its own in each epoch, epochs over a rollout one after the other."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_each_epoch_is_another_permutation_and_the_same_in_another_run():
     assert list(EpochSampler(20, seed=4)) != epochs[0]
 
 
-def test_chunks_are_repeated_in_a_row_and_the_rest_is_left_out():
+def test_epochs_over_a_rollout_follow_each_other_and_the_rest_is_left_out():
     sampler = EpochSampler(10, seed=0, rollout_size=4, rollout_epochs=3)
     order = list(sampler)
     assert len(order) == len(sampler) == 24

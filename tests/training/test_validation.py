@@ -123,7 +123,7 @@ def test_the_choice_of_records_does_not_depend_on_their_order():
     assert chosen_indices(names, 10) != list(range(10))
 
 
-def test_figures_from_sums_of_several_processes():
+def test_metrics_from_sums_of_several_ranks():
     square = ImageGeometry(100, 100)
     lesion = {"objects": {"ref": ["nodule"], "bbox": [[10, 10, 50, 50]]}, "terms": {"nodule": ["nodule"]}}
     nothing = {"objects": {"ref": [], "bbox": []}, "terms": {"nodule": ["nodule"]}}

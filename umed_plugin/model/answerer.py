@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 Reading = Mapping[str, Any]
 # A further pass over the answers of a batch, while its prompts are in memory. It gets the indices of the N questions that were
-# answered in text, their embedded prompts (`forward.PromptBatch`) and answers (`forward.Candidates`), and returns N dicts of JSON
-# values.
+# answered in text, their embedded prompts (`forward.PromptBatch`) and their answers (`forward.Candidates`). It returns N dicts of
+# JSON values.
 Examine = Callable[[Sequence[int], Any, Any], "list[dict[str, Any]]"]
 
 

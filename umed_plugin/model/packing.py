@@ -1,8 +1,9 @@
 """Packed rows: K answers behind one prompt in a single row, kept apart by a block mask.
 
-A packed row is the prompt (padded left, L columns) followed by the tokens of the query's K answers, without padding between them
-(A columns in the longest row). Each answer sees the prompt and itself, causally, and never another answer. Its positions continue
-the prompt's. So the prompt is computed once, and a pass shrinks from K*(L + T) tokens to L + K*T.
+A packed row is the prompt (padded left, L columns) followed by the tokens of the query's K answers. There is no padding
+between answers, and the longest row has A answer columns. Each answer sees the prompt and itself, causally, and never another
+answer. Its positions continue the prompt's. So the prompt is computed once, and a pass shrinks from K*(L + T) tokens to
+L + K*T.
 
 Every column has a segment: 0 is the prompt, 1..K are its answers, -1 is padding. `block_mask` turns segments and positions into a
 4-D mask that is added to the attention scores. transformers 5 accepts such a mask; 4.36 does with

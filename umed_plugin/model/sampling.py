@@ -59,7 +59,7 @@ def merged_adapter(model: Any) -> Iterator[None]:
     """Add the LoRA adapter to the weights below it, and restore the very same weights at the end.
 
     A token then costs one matrix product per layer instead of three. Weights of fewer than 32 bits are left alone: rounded to
-    them, an update of a few steps would be lost, and the answers would come from another policy than the one that learns from
+    them, an update of a few steps would be lost. The answers would then come from another policy than the one that learns from
     them. Inside the block, merged weights are in memory twice.
 
     Args:

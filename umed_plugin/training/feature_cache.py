@@ -2,9 +2,9 @@
 
 One file holds the features of one image, before the projector (which is trained), in the tower's dtype. The folder's name is a
 hash of all that the features depend on beside the image: the tower's weights, configuration, selected layer and dtype, the image
-processor's settings and ``--image_aspect_ratio``. A file's name is a hash of the image's path, size and modification time and, if
-a record names a DICOM or NIfTI file itself, of how it is read: slice, window, orientation. After any change another name is
-looked up, so nothing stale is read. Folders of other towers are not removed.
+processor's settings and ``--image_aspect_ratio``. A file's name is a hash of the image's path, size and modification time. If a
+record names a DICOM or NIfTI file itself, the hash includes how it is read: slice, window, orientation. After any change another
+name is looked up, so nothing stale is read. Folders of other towers are not removed.
 
 Files are written aside and renamed, so processes can share a folder. Each has a checksum; a damaged file is reported and its
 image encoded anew. On a GPU a tower's rounding depends on the rest of the batch; the cache keeps the first result.

@@ -6,7 +6,7 @@ stay the trainer's. ``per_device_train_batch_size`` counts queries.
 
 A rollout of PPO feeds ``--umed_minibatches_per_rollout`` optimizer steps and is sampled whole before the first of them. There
 are ``--umed_updates_per_rollout`` epochs over it, each shuffled into new minibatches. (GRPO works the same if one of the two is
-above 1.) The data loader then only counts, so that the Trainer's steps, epochs and skipped batches stay right. The rollout is
+above 1.) The data loader then only counts, which keeps the Trainer's steps, epochs and skipped batches right. The rollout is
 kept here, and it goes into a checkpoint that falls between its updates. PPO's advantages are whitened over the rollout of one
 rank, as in TRL.
 
