@@ -1,10 +1,17 @@
-"""What keeps the tests in order: no test module imports another one."""
+"""What keeps the tests in order: their imports, markers and budgets, and that a forked process is like a started one."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import signal
+import time
 from pathlib import Path
+
+import pytest
+from support import budget, forked, needs
+from support.umed_runs import environment, run_python, train_flags
 
 TESTS = Path(__file__).resolve().parent
 # Also in the code of a child process, which stands in a string.
@@ -44,3 +51,53 @@ def test_no_test_module_is_imported():
 def test_imports_are_found_wherever_they_stand():
     code = "def f():\n    from test_cli import run\nimport test_files\nX = '''\nfrom test_launch import y\n'''\nimport test_time"
     assert only_tests(imported(ast.parse(code))) == {"test_cli.run", "test_files", "test_launch"}
+
+
+def test_what_needs_llava_is_read_from_imports():
+    """At the top of the module, through helpers, in a function; what only the library imports lazily does not count."""
+    files = {file.stem: file for file in TESTS.rglob("test_*.py")}
+    assert needs.file_needs_llava(files["test_forward"])
+    assert needs.file_needs_llava(TESTS / "support" / "taught.py")
+    assert not needs.file_needs_llava(files["test_cli"])
+    assert needs.function_needs_llava(TESTS / "conftest.py", "tiny_mistral")
+    assert not needs.function_needs_llava(TESTS / "conftest.py", "records")
+    assert needs.function_trains(files["test_resume"], "test_started_again_behind_its_last_step_it_trains_no_step_more")
+    assert not needs.function_trains(files["test_launch"], "test_the_environment_gets_one_folder_once")
+
+
+def test_every_folder_has_a_budget_and_the_slowest_files_exist():
+    folders = {file.parent.name for file in TESTS.rglob("test_*.py")} - {TESTS.name}
+    assert set(budget.BUDGET) == {*folders, "."}
+    assert sum(budget.BUDGET.values()) <= 2 * 12 * 60, "more than twelve minutes on two cores"
+    assert set(budget.SLOWEST) <= {file.name for file in TESTS.rglob("test_*.py")}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "umed_plugin.cli", "--version"],
+        ["-m", "umed_plugin.cli", "evaluate", "somewhere"],
+        ["-m", "umed_plugin.launch", "python", "-m", "llava.train.train_mem", "--umed_stage", "no"],
+    ],
+    ids=["exit 0", "exit 2", "training"],
+)
+def test_a_forked_process_ends_and_prints_as_a_started_one(arguments, tmp_path):
+    said = []
+    for fresh in (False, True):
+        done = run_python(arguments, env=environment(), cwd=tmp_path, fresh=fresh)
+        last = [line for line in done.stderr.splitlines() if not line.startswith(" ")][-1:]
+        said.append((done.returncode, done.stdout.splitlines()[-1:], last))
+    assert said[0] == said[1] and any(said[0][1:])
+
+
+def test_a_forked_process_dies_like_a_started_one(tiny_llama, records, tmp_path):
+    """By a signal to its session, with the status that a shell sees."""
+    flags = train_flags(
+        tiny_llama, records, tmp_path / "out", "--umed_stage", "instruction_tuning", "--max_steps", "999"
+    )
+    command = ["python", "-m", "umed_plugin.launch", "python", "-m", "llava.train.train_mem", *flags]
+    process = forked.start(command, env=environment(), new_session=True)
+    time.sleep(1)
+    assert process.poll() is None, process.done()
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL

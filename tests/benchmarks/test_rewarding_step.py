@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"layers": 1, "width": 64, "vocabulary": 300, "image-size": 28, "prompt-tokens": 10, "answer-tokens": 4}
 
 
+@pytest.mark.run
 def test_a_small_step_is_measured_on_both_sides(tmp_path):
     file = tmp_path / "step.json"
     command = [

@@ -110,6 +110,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.run
 def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
     settings = DemoSettings(
         tuning=16,

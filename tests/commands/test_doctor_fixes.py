@@ -170,6 +170,7 @@ def test_every_fix_of_the_catalogue_is_tried():
     assert tried == {code for code, kind in KINDS.items() if kind.fix}
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("code", [code for code, kind in KINDS.items() if kind.fix])
 def test_stock_llava_answers_right_after_the_fix(code, told):
     clean, mended = told[code]["clean"], told[code]["mended"]
@@ -177,6 +178,7 @@ def test_stock_llava_answers_right_after_the_fix(code, told):
     assert mended == clean
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("code", [one.code for one in MENDED if not one.harmless] + ["adapter-model-type"])
 def test_stock_llava_fails_or_errs_before_the_fix(code, told):
     assert told[code]["faulty"] != told[code]["clean"]
@@ -267,6 +269,7 @@ def by_name(tiny_mistral: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
     return dict(zip([*cases, "without llava, by a link", "a temporary folder, by a link"], stock(pairs, folder)))
 
 
+@pytest.mark.run
 def test_what_the_findings_about_names_say_is_so(by_name):
     good = by_name.pop("good mistral")
     assert "error" not in good
@@ -318,6 +321,7 @@ def untouched(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return dict(zip(["good", *CLAIMS], stock(pairs, folder)))
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("code", list(CLAIMS))
 def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
     good, found = untouched["good"], untouched[code]
@@ -326,6 +330,7 @@ def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
     assert does == CLAIMS[code], found
 
 
+@pytest.mark.run
 def test_a_delta_that_llava_made_is_named_and_its_remedy_restores_the_model(tiny_llama, tmp_path):
     """LLaVA-Med 1.0 was published as what LLaVA's make_delta leaves of it."""
     python = python_of_llavas_pins()
@@ -373,5 +378,6 @@ def write_base(target: Path, folder: Path) -> None:
         shutil.copy2(file, folder)
 
 
+@pytest.mark.run
 def test_forgotten_in_the_index_means_random(told):
     assert "error" not in told["index-wrong"]["faulty"], "LLaVA says nothing, which is why this is an error"

@@ -15,7 +15,7 @@ import torch
 from support.records import write_records
 from support.umed_runs import TESTS, environment, other_python
 
-pytestmark = pytest.mark.timeout(1800)  # two stacks, one after the other
+pytestmark = [pytest.mark.run, pytest.mark.timeout(1800)]  # two stacks, one after the other
 
 FACTS = TESTS / "support" / "stack_facts.py"
 FAMILIES = ("mistral", "llama")

@@ -21,8 +21,11 @@ LIBRARIES = frozenset(
     ("accelerate", "deepspeed", "llava", "monai", "peft", "safetensors", "sentencepiece", "tokenizers")
 )
 LIBRARIES |= {"torch", "torchvision", "transformers", "trl"}
-# Helpers in support/umed_runs.py with which a test starts a training process.
-TRAINERS = frozenset(("train", "train_flags", "reward"))
+# Of the library's functions that import torch when they are called, the one that most tests use.
+LAZY = "make_checkpoint"
+# What a test starts training or evaluation with, in a process of its own.
+TRAINERS = ("support.umed_runs.train", "support.umed_runs.train_flags", "support.umed_runs.reward")
+TRAINERS += ("support.umed_runs.run_python", "support.forked")
 # Where the modules of this repository lie: first part of a dotted name -> folder.
 PACKAGES = {"umed_plugin": ROOT / "umed_plugin", "support": ROOT / "tests" / "support"}
 
@@ -49,15 +52,16 @@ def file_needs_llava(file: Path) -> bool:
 @cache
 def function_needs_llava(file: Path, name: str) -> bool:
     """Whether a function, or a helper of the same file that it names, imports one of `LIBRARIES` when it runs."""
-    imported = (name for node in _used(file, name) for name in _imports(ast.walk(node)))
-    return function_trains(file, name) or any(map(_needs, imported))
+    used = _used(file, name)
+    imported = (name for node in used for name in _imports(ast.walk(node)))
+    return function_trains(file, name) or any(LAZY in _names(node) for node in used) or any(map(_needs, imported))
 
 
 @cache
 def function_trains(file: Path, name: str) -> bool:
     """Whether a function, or a helper of the same file that it names, uses one of `TRAINERS`."""
     imported = set(_imports(ast.walk(_tree(file))))
-    trainers = {name for name in TRAINERS if f"support.umed_runs.{name}" in imported}
+    trainers = {name.rpartition(".")[2] for name in TRAINERS if name in imported}
     return bool(trainers) and any(not trainers.isdisjoint(_names(node)) for node in _used(file, name))
 
 

@@ -350,6 +350,7 @@ def test_a_bad_image_is_bad_in_every_epoch(tokenizer, tower, tmp_path):
         epoch(dataset, tower)
 
 
+@pytest.mark.run
 def test_the_benchmark_prints_both_sides_and_what_is_saved():
     """Small sizes; that the losses agree is checked by the benchmark itself."""
     sizes = "--images 4 --candidates 2 --new-tokens 6 --tower 64 2 56 --model 64 1 --cpu-seconds"
