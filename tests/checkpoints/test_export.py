@@ -17,7 +17,7 @@ from umed_plugin.checkpoints.loading import TOWER
 from umed_plugin.checkpoints.merging import export, merge
 from umed_plugin.errors import UsageError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 from umed_plugin.patches import tower_layout
 
 
@@ -88,7 +88,7 @@ def test_stock_llava_gives_the_answers_that_the_plugin_gives(exported, tmp_path)
         pytest.skip("LLaVA runs as it is on its pins alone: UMED_OTHER_PYTHON names a Python that has them")
     checkpoint, images, records = exported
     settings = EvaluationSettings(template="mistral_instruct", max_new_tokens=200)
-    ours = evaluate(checkpoint, RECIPE, record_questions(records, images), settings)
+    ours = evaluate_questions(checkpoint, RECIPE, record_questions(records, images), settings)
     lines = [{"question_id": r["id"], "image": r["image"], "text": QUESTION} for r in records]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = {

@@ -16,7 +16,7 @@ from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values, headline, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 from umed_plugin.evaluation.metrics.metric import mean_interval, measure
 from umed_plugin.evaluation.results import Evaluation, Prediction, compare
 from umed_plugin.evaluation.stages_table import stages_table
@@ -41,7 +41,7 @@ def metrics(cases):
 
 
 def ask(checkpoint, made, folder, **settings):
-    return evaluate(checkpoint, RECIPE, record_questions(made, folder), EvaluationSettings(**settings))
+    return evaluate_questions(checkpoint, RECIPE, record_questions(made, folder), EvaluationSettings(**settings))
 
 
 def answers_of(evaluated):

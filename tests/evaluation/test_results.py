@@ -19,7 +19,7 @@ from umed_plugin.cli import main
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, cases_of, headline, record_questions
-from umed_plugin.evaluation.evaluator import evaluate
+from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.evaluation.results import Evaluation, compare, resampling_unit
 from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import Scorer
@@ -60,7 +60,7 @@ def old_records(folder):
 def test_what_is_saved_is_loaded_and_every_metric_stands_there_once(tmp_path):
     model = Says(RIGHT)
     model.examined = {"vision_relevance": 0.25, "heat": None}
-    made = evaluate(model, RECIPE, record_questions(old_records(tmp_path), tmp_path))
+    made = evaluate_questions(model, RECIPE, record_questions(old_records(tmp_path), tmp_path))
     made.save(tmp_path / "out")
     assert Evaluation.load(tmp_path / "out") == dataclasses.replace(made, unit=made.unit)
     text = (tmp_path / "out" / "evaluation.json").read_text()
@@ -122,8 +122,8 @@ def test_the_first_version_of_a_recipe_s_lines_had_the_scores_alone(tmp_path):
 
 
 def test_a_new_evaluation_is_compared_with_an_old_one(tmp_path):
-    new = evaluate(Says(RIGHT), RECIPE, record_questions(old_records(tmp_path), tmp_path))
-    differences = compare(Evaluation.load(OLD / "recipe"), new)
+    new = evaluate_questions(Says(RIGHT), RECIPE, record_questions(old_records(tmp_path), tmp_path))
+    differences = compare(OLD / "recipe", new)
     assert differences["mean_iou"]["difference"] == pytest.approx(0.5) and differences["mean_iou"]["n"] == 3
     assert differences["accuracy"]["difference"] == 0.0, "one more right, and a box on the study without a lesion"
     assert differences["vision_relevance"]["n"] == 0, "the new model's attention was not read"
@@ -234,7 +234,7 @@ def test_the_attention_pass_sees_the_answers_that_were_written(tiny_mistral, tmp
         ]
 
     benchmark = dataclasses.replace(RECIPE, examine=look, max_new_tokens=6)
-    made = evaluate(tiny_mistral, benchmark, record_questions(old_records(tmp_path), tmp_path))
+    made = evaluate_questions(tiny_mistral, benchmark, record_questions(old_records(tmp_path), tmp_path))
     assert shapes == [(4, 4, 4, 64)]
     assert [(p.examined["id"], p.examined["text"]) for p in made.predictions] == [
         (p.id, p.answer) for p in made.predictions

@@ -13,7 +13,7 @@ from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import record_geometry
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-from umed_plugin.evaluation.evaluator import evaluate
+from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import Scorer
@@ -68,7 +68,7 @@ class Stage:
 
 def write_evaluation(folder: Path, stage: str, records: list[dict]) -> None:
     """What a stage answers to the records, as `umed evaluate` keeps it in ``folder/evaluation/STAGE``."""
-    evaluate(Stage(stage, records), RECIPE, record_questions(records)).save(folder / "evaluation" / stage)
+    evaluate_questions(Stage(stage, records), RECIPE, record_questions(records)).save(folder / "evaluation" / stage)
 
 
 def write_run(folder: Path, count: int = 16, mode: str = "pad") -> list[dict]:

@@ -14,7 +14,7 @@ from support.taught import learn_by_heart, study_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts
@@ -82,7 +82,7 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     folder = Path(taught[1]).parent
     for step, weights_of in ((0, checkpoint), (5, with_curve)):
         settings = EvaluationSettings(template="mistral_instruct", max_new_tokens=60, device="cpu")
-        expected = evaluate(weights_of, RECIPE, record_questions(held_out, folder), settings).metrics
+        expected = evaluate_questions(weights_of, RECIPE, record_questions(held_out, folder), settings).metrics
         assert found[step]["val/iou"] == pytest.approx(expected["mean_iou"]["value"], abs=1e-6)
         assert found[step]["val/accuracy"] == pytest.approx(expected["accuracy"]["value"], abs=1e-6)
     # Of four studies with a lesion one has a true box of half the area: the fourth root of 2.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
-from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.errors import UmedError, UsageError
 
 if TYPE_CHECKING:
-    from umed_plugin.evaluation.benchmarks.benchmark import Benchmark
-    from umed_plugin.evaluation.evaluator import EvaluationSettings
     from umed_plugin.evaluation.results import Evaluation
+
+# Options that are fields of `EvaluationSettings` by the same name.
+_SETTINGS = (
+    "base", "template", "device", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image"
+)  # fmt: skip
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -84,71 +86,29 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
+    from umed_plugin.evaluation.evaluator import evaluate
+    from umed_plugin.grounding.dialects import find_dialect
     from umed_plugin.patches import prepare_llava
 
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     prepare_llava()
-    benchmark, settings, before = _benchmark(args), _settings(args), _before(args)
-    with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as folder:
-        evaluation = _evaluate(args, benchmark, settings, Path(args.out or folder) / "data")
+    dialect, before = find_dialect(args.boxes), _before(args)
+    with _Bar() as advance:
+        evaluation = evaluate(
+            args.checkpoint,
+            args.benchmark,
+            args.data_root,
+            split=args.split,
+            limit=args.limit,
+            out=args.out,
+            progress=advance,
+            dialect=dialect,
+            **{name: getattr(args, name) for name in _SETTINGS},
+        )
     _show(args, evaluation, before)
     return 0
-
-
-def _benchmark(args: argparse.Namespace) -> Benchmark:
-    """The named benchmark, or that of a recipe, built as the checkpoint sees images."""
-    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-    from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
-
-    if args.benchmark in BENCHMARKS:
-        named = BENCHMARKS[args.benchmark]
-        if args.data_root is None:
-            raise UsageError(f"--benchmark {named.name} needs --data-root: {named.needs}, from {named.url}")
-        return named
-    _check_recipe(args.benchmark, list(BENCHMARKS))
-    return recipe_benchmark(
-        args.benchmark,
-        data_root=args.data_root,
-        image_aspect_ratio=_aspect_ratio(args),
-        on_bad_image=args.on_bad_image,
-        # Files rendered into a temporary folder would have a new path each time: the cache would never find them again.
-        render=args.image_cache is None,
-    )
-
-
-def _check_recipe(name: str, benchmarks: list[str]) -> None:
-    """Refuse a name that is neither a recipe's nor a file's, before the checkpoint is read."""
-    from umed_plugin.data.recipes.recipe import shipped_recipes
-
-    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
-    if not is_file and name not in shipped_recipes():
-        known = {*benchmarks, *shipped_recipes()}
-        raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
-
-
-def _aspect_ratio(args: argparse.Namespace) -> str:
-    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
-
-    checkpoint = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
-    return "pad" if read_config(checkpoint).get("image_aspect_ratio") == "pad" else "square"
-
-
-def _settings(args: argparse.Namespace) -> EvaluationSettings:
-    from umed_plugin.evaluation.evaluator import EvaluationSettings
-    from umed_plugin.grounding.dialects import find_dialect
-
-    return EvaluationSettings(
-        base=args.base,
-        template=args.template,
-        device=args.device,
-        dialect=find_dialect(args.boxes),
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        image_cache=args.image_cache,
-        image_cache_gb=args.image_cache_gb,
-    )
 
 
 def _before(args: argparse.Namespace) -> Evaluation | None:
@@ -165,45 +125,20 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
     return before
 
 
-def _evaluate(args: argparse.Namespace, benchmark: Benchmark, settings: EvaluationSettings, work: Path) -> Evaluation:
-    from umed_plugin.evaluation.evaluator import evaluate
-    from umed_plugin.evaluation.questions import chosen_questions
-
-    questions, skipped = chosen_questions(
-        benchmark,
-        args.data_root if benchmark.url else None,
-        split=args.split,
-        limit=args.limit,
-        work=work,
-        skip=args.on_bad_image == "skip",
-    )
-    with _Bar(len(questions)) as advance:
-        return evaluate(
-            args.checkpoint,
-            benchmark,
-            questions,
-            settings,
-            out=args.out,
-            skipped=skipped,
-            candidates=benchmark.candidates(args.data_root) if benchmark.candidates else (),
-            progress=advance,
-        )
-
-
 class _Bar:
     """A progress bar over questions; as a context it gives a function of (done, in all)."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("answering", total=total)
+        self._task = self._bar.add_task("answering", total=None)
 
     def __enter__(self) -> Callable[[int, int], None]:
         self._bar.start()
-        return lambda done, _total: self._bar.update(self._task, completed=done)
+        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
 
     def __exit__(self, *_error: object) -> None:
         self._bar.stop()

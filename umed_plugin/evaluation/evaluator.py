@@ -13,24 +13,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from umed_plugin import __version__
-from umed_plugin.errors import UmedError
+from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.evaluation.asking import AnswersQuestions, Progress, ask, kept_line
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
+from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
+from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.kept_answers import SETTINGS, KeptAnswers
 from umed_plugin.evaluation.metrics.metric import measure
-from umed_plugin.evaluation.questions import in_batches
+from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, read_object, resampling_unit
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
-from umed_plugin.model.answerer import Answerer, AnswererSettings, Examine, ImageQuestion, ModelAnswer
-
-Progress = Callable[[int, int], None]
+from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class EvaluationSettings:
         max_new_tokens: longest answer; None: the benchmark's.
         image_cache: folder that keeps images decoded and resized (`umed_plugin.data.images.cache`).
         image_cache_gb: its maximum size, GB.
+        on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
     """
 
     base: Path | str | None = None
@@ -56,28 +60,120 @@ class EvaluationSettings:
     max_new_tokens: int | None = None
     image_cache: Path | str | None = None
     image_cache_gb: float = 20.0
-
-
-class AnswersQuestions(Protocol):
-    """What `evaluate` needs of a model; `umed_plugin.model.answerer.Answerer` is one, of a LLaVA checkpoint.
-
-    Attributes:
-        template: of its prompts, for the record.
-    """
-
-    template: str
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that its answers depend on; JSON values."""
-
-    def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:
-        """How it sees images and writes boxes."""
-
-    def answer(self, questions: Sequence[ImageQuestion], examine: Examine | None = None) -> list[ModelAnswer]:
-        """Answer a batch. A model whose attention cannot be read ignores ``examine``."""
+    on_bad_image: str = "stop"
 
 
 def evaluate(
+    checkpoint: Path | str | AnswersQuestions,
+    benchmark: str,
+    data_root: Path | str | None = None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation:
+    """Ask a checkpoint the questions of a benchmark, greedily, score the answers and compute the metrics.
+
+    Args:
+        checkpoint: a full LLaVA checkpoint, a LoRA folder, or any object with the methods of `AnswersQuestions`.
+        benchmark: name of a benchmark, name or YAML of a recipe, or a JSON of records.
+        data_root: folder of its files; None: as the recipe says.
+        split: ``test``, ``val`` or ``train``; None: ``test``.
+        limit: at most this many questions of each part of the benchmark.
+        out: folder for the files that docs/evaluation.md lists; a killed run continues from them. None: nothing is written.
+        progress: called with (questions done, questions in all).
+        settings: fields of `EvaluationSettings`, such as ``batch_size``.
+
+    Raises:
+        UmedError: the benchmark is unknown or its files are missing, an image cannot be read, or ``out`` holds answers given
+            under other settings.
+
+    Example:
+        A model that always says yes, on two questions in SLAKE's form:
+
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from umed_plugin.grounding.scoring import Scorer
+        >>> from umed_plugin.model.answerer import ModelAnswer
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> Image.new("L", (64, 64)).save(folder / "xray.png")
+        >>> closed = {"img_name": "xray.png", "answer_type": "CLOSED"}
+        >>> questions = [
+        ...     {"qid": 1, "question": "Is there a fracture?", "answer": "Yes", **closed},
+        ...     {"qid": 2, "question": "Is the heart enlarged?", "answer": "No", **closed},
+        ... ]
+        >>> size = (folder / "test.json").write_text(json.dumps(questions))
+        >>> class SaysYes:
+        ...     template = "none"
+        ...     def fingerprint(self):
+        ...         return {}
+        ...     def scorer(self, dialect=None):
+        ...         return Scorer()
+        ...     def answer(self, questions, examine=None):
+        ...         return [ModelAnswer("Yes.", []) for question in questions]
+        >>> evaluate(SaysYes(), "slake", folder).metrics["closed_accuracy"]
+        {'value': 0.5, 'ci95': [0.5, 0.5], 'n': 2}
+    """
+    chosen = EvaluationSettings(**settings)
+    root = None if data_root is None else Path(data_root)
+    asked = _benchmark_of(benchmark, checkpoint, root, chosen)
+    with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as temporary:
+        questions, skipped = chosen_questions(
+            asked,
+            root if asked.name in BENCHMARKS else None,
+            split=split,
+            limit=limit,
+            work=Path(out or temporary) / "data",
+            skip=chosen.on_bad_image == "skip",
+        )
+        candidates = asked.candidates(root) if asked.candidates and root else ()
+        return evaluate_questions(
+            checkpoint, asked, questions, chosen, out=out, skipped=skipped, candidates=candidates, progress=progress
+        )
+
+
+def _benchmark_of(
+    name: str, checkpoint: Path | str | AnswersQuestions, root: Path | None, settings: EvaluationSettings
+) -> Benchmark:
+    """A named benchmark, or that of a recipe, whose records are built as the checkpoint sees images."""
+    if name in BENCHMARKS:
+        named = BENCHMARKS[name]
+        if root is None:
+            raise UsageError(f"--benchmark {name} needs --data-root: {named.needs}, from {named.url}")
+        return named
+    _check_recipe(name)
+    return recipe_benchmark(
+        name,
+        data_root=root,
+        image_aspect_ratio=_aspect_ratio(checkpoint, settings),
+        on_bad_image=settings.on_bad_image,
+        # Files rendered into a temporary folder would have a new path each time: the cache would never find them again.
+        render=settings.image_cache is None,
+    )
+
+
+def _check_recipe(name: str) -> None:
+    """Refuse a name that is neither a recipe's nor a file's, before the checkpoint is read."""
+    from umed_plugin.data.recipes.recipe import shipped_recipes
+
+    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
+    if not is_file and name not in shipped_recipes():
+        known = {*BENCHMARKS, *shipped_recipes()}
+        raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
+
+
+def _aspect_ratio(checkpoint: Path | str | AnswersQuestions, settings: EvaluationSettings) -> str:
+    if not isinstance(checkpoint, (Path, str)):
+        return checkpoint.scorer().mode
+    folder = Path(checkpoint)
+    folder = find_base(folder, settings.base) if is_lora(folder) else folder
+    return "pad" if read_config(folder).get("image_aspect_ratio") == "pad" else "square"
+
+
+def evaluate_questions(
     checkpoint: Path | str | AnswersQuestions,
     benchmark: Benchmark,
     questions: Sequence[BenchmarkQuestion],
@@ -88,40 +184,20 @@ def evaluate(
     candidates: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Ask a checkpoint the questions of a benchmark, greedily, score the answers and compute the metrics.
+    """`evaluate` for questions that are at hand.
 
     Args:
-        checkpoint: a full LLaVA checkpoint, a LoRA folder, or any object that answers (`AnswersQuestions`).
+        checkpoint: as for `evaluate`.
         benchmark: one of `umed_plugin.evaluation.benchmarks.catalogue.BENCHMARKS`, a recipe's, or your own.
         questions: from `umed_plugin.evaluation.questions.chosen_questions`, or `record_questions` for records.
         settings: how the checkpoint is asked; None: the defaults.
-        out: folder for the files that the module's docstring lists; a killed run continues from them. None: nothing is written.
+        out: as for `evaluate`.
         skipped: number of questions that were left out, for the record.
         candidates: open answers of the training split, which LLaVA-Med's "open accuracy" chooses among.
         progress: called with (questions done, questions in all).
 
     Raises:
         UmedError: there are no questions, an image cannot be read, or ``out`` holds answers given under other settings.
-
-    Example:
-        A model that always says yes, on two questions of VQA-RAD's kind:
-
-        >>> from umed_plugin.evaluation.benchmarks.vqa_rad import BENCHMARK as VQA_RAD
-        >>> class SaysYes:
-        ...     template = "none"
-        ...     def fingerprint(self):
-        ...         return {}
-        ...     def scorer(self, dialect=LLAVA):
-        ...         return Scorer(dialect=dialect)
-        ...     def answer(self, questions, examine=None):
-        ...         return [ModelAnswer("Yes.", []) for question in questions]
-        >>> closed = {"answer_type": "CLOSED"}
-        >>> questions = [
-        ...     BenchmarkQuestion("1", "a.png", "Is there a fracture?", "yes", groups=closed),
-        ...     BenchmarkQuestion("2", "b.png", "Is the heart enlarged?", "no", groups=closed),
-        ... ]
-        >>> evaluate(SaysYes(), VQA_RAD, questions).metrics["closed_accuracy"]
-        {'value': 0.5, 'ci95': [0.0, 1.0], 'n': 2}
     """
     if not questions:
         raise UmedError("there is nothing to evaluate on: no questions. Is it the right --split?")
@@ -208,76 +284,11 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def ask(
-    benchmark: Benchmark,
-    questions: Sequence[BenchmarkQuestion],
-    answerer: AnswersQuestions,
-    kept: KeptAnswers | None,
-    *,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> dict[str, ModelAnswer]:
-    """Answers by question id; those that are kept already are not asked for again.
-
-    Args:
-        kept: where answers are written as they come; None: nowhere.
-        batch_size: rows at a time: questions, or options of questions.
-        progress: called with (questions done, questions in all).
-    """
-    batches = in_batches(questions, batch_size)
-    answers: dict[str, ModelAnswer] = {}
-    if kept is not None:
-        # A batch that is not whole is asked again, as it was the first time: answers may depend on it by rounding.
-        whole = [batch for batch in batches if all(question.id in kept.lines for question in batch)]
-        kept.keep_only(question.id for batch in whole for question in batch)
-        answers = {
-            identity: ModelAnswer(line["answer"], line["losses"], line.get("examined"))
-            for identity, line in kept.lines.items()
-        }
-    for batch in batches:
-        if batch[0].id not in answers:
-            new = _ask_batch(benchmark, batch, answerer)
-            answers.update({question.id: answer for question, answer in zip(batch, new)})
-            if kept is not None:
-                kept.add([_kept_line(*pair) for pair in zip(batch, new)])
-        if progress is not None:
-            progress(len(answers), len(questions))
-    return answers
-
-
-def _ask_batch(
-    benchmark: Benchmark, batch: Sequence[BenchmarkQuestion], answerer: AnswersQuestions
-) -> list[ModelAnswer]:
-    questions = [ImageQuestion(q.image, q.text, q.options, q.options_after, q.write, q.reading) for q in batch]
-    hook = benchmark.examine
-    if hook is None:
-        return answerer.answer(questions)
-
-    def examine(written: Sequence[int], prompts: Any, answers: Any) -> list[dict[str, Any]]:
-        return hook(answerer, [batch[index] for index in written], prompts, answers)
-
-    return answerer.answer(questions, examine)
-
-
-def _kept_line(question: BenchmarkQuestion, answer: ModelAnswer) -> dict[str, Any]:
-    line = {
-        "id": question.id,
-        "image": question.image,
-        "question": question.text or question.options_after,
-        "answer": answer.text,
-        "truth": question.truth,
-        "options": list(question.options),
-        "losses": answer.losses,
-        "groups": dict(question.groups),
-    }
-    return line if answer.examined is None else {**line, "examined": answer.examined}
-
-
 def predicted(benchmark: Benchmark, question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> Prediction:
     """One answer with its scores."""
     details: Mapping[str, Any] = {} if benchmark.details is None else benchmark.details(question, answer, scorer)
     return Prediction(
-        **_kept_line(question, answer),
+        **kept_line(question, answer),
         values=benchmark.score(question, answer, scorer),
         cluster=question.cluster,
         details=details,

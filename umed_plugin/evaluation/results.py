@@ -260,15 +260,20 @@ def resampling_unit(patients: Sequence[str]) -> str:
     return "patient, or image where no patient is known" if any(patients) else "image"
 
 
-def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
+def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> dict[str, dict[str, Any]]:
     """Paired differences ``after - before`` of every metric: ``{metric: {"difference", "ci95", "n"}}``.
 
-    Questions are paired by id; intervals resample as those of the metrics do, with the same draws for both evaluations.
+    Questions are paired by id. Intervals resample as those of the metrics do, with the same draws for both evaluations.
+
+    Args:
+        before: an evaluation, or the folder that holds one.
+        after: the same of the other checkpoint.
 
     Raises:
         UmedError: the two are of different benchmarks, or were not asked the same questions.
 
     Example:
+        >>> from umed_plugin.evaluation.results import Evaluation, Prediction
         >>> def answered(*right):
         ...     scores = [{"closed_accuracy": float(value)} for value in right]
         ...     rows = [Prediction(f"q{i}", f"{i}.png", "Normal?", "", "", score, f"{i}.png") for i, score in enumerate(scores)]
@@ -278,6 +283,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """
     from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
 
+    before, after = (item if isinstance(item, Evaluation) else Evaluation.load(item) for item in (before, after))
     if before.benchmark != after.benchmark:
         raise UmedError(
             f"{before.checkpoint} was evaluated on {before.benchmark}, {after.checkpoint} on {after.benchmark}: they cannot be "

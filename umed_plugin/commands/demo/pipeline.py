@@ -230,13 +230,13 @@ class DemoRun:
     def evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
         """Ask a checkpoint about the held-out studies; the answers are kept under ``evaluation/STAGE``."""
         from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-        from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate
+        from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 
         self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}")
         held_out = [record for record in records if record["split"] == "test"]
         settings = EvaluationSettings(batch_size=50, max_new_tokens=self.settings.max_new_tokens, device="cpu")
         questions = record_questions(held_out, self.data)
-        evaluation = evaluate(checkpoint, RECIPE, questions, settings, progress=self.steps.update)
+        evaluation = evaluate_questions(checkpoint, RECIPE, questions, settings, progress=self.steps.update)
         evaluation.save(self.out / "evaluation" / stage)
         return evaluation
 

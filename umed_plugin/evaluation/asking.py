@@ -1,0 +1,100 @@
+"""Asks a model the questions of a benchmark in batches, and keeps the answers as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
+from umed_plugin.evaluation.kept_answers import KeptAnswers
+from umed_plugin.evaluation.questions import in_batches
+from umed_plugin.grounding.dialects import LLAVA, BoxDialect
+from umed_plugin.grounding.scoring import Scorer
+from umed_plugin.model.answerer import Examine, ImageQuestion, ModelAnswer
+
+Progress = Callable[[int, int], None]
+
+
+class AnswersQuestions(Protocol):
+    """What `evaluate` needs of a model; `umed_plugin.model.answerer.Answerer` is one, of a LLaVA checkpoint.
+
+    Attributes:
+        template: of its prompts, for the record.
+    """
+
+    template: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that its answers depend on; JSON values."""
+
+    def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:
+        """How it sees images and writes boxes."""
+
+    def answer(self, questions: Sequence[ImageQuestion], examine: Examine | None = None) -> list[ModelAnswer]:
+        """Answer a batch. A model whose attention cannot be read ignores ``examine``."""
+
+
+def ask(
+    benchmark: Benchmark,
+    questions: Sequence[BenchmarkQuestion],
+    answerer: AnswersQuestions,
+    kept: KeptAnswers | None,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, ModelAnswer]:
+    """Answers by question id; those that are kept already are not asked for again.
+
+    Args:
+        kept: where answers are written as they come; None: nowhere.
+        batch_size: rows at a time: questions, or options of questions.
+        progress: called with (questions done, questions in all).
+    """
+    batches = in_batches(questions, batch_size)
+    answers: dict[str, ModelAnswer] = {}
+    if kept is not None:
+        # A batch that is not whole is asked again, as it was the first time: answers may depend on it by rounding.
+        whole = [batch for batch in batches if all(question.id in kept.lines for question in batch)]
+        kept.keep_only(question.id for batch in whole for question in batch)
+        answers = {
+            identity: ModelAnswer(line["answer"], line["losses"], line.get("examined"))
+            for identity, line in kept.lines.items()
+        }
+    for batch in batches:
+        if batch[0].id not in answers:
+            new = _ask_batch(benchmark, batch, answerer)
+            answers.update({question.id: answer for question, answer in zip(batch, new)})
+            if kept is not None:
+                kept.add([kept_line(*pair) for pair in zip(batch, new)])
+        if progress is not None:
+            progress(len(answers), len(questions))
+    return answers
+
+
+def _ask_batch(
+    benchmark: Benchmark, batch: Sequence[BenchmarkQuestion], answerer: AnswersQuestions
+) -> list[ModelAnswer]:
+    questions = [ImageQuestion(q.image, q.text, q.options, q.options_after, q.write, q.reading) for q in batch]
+    hook = benchmark.examine
+    if hook is None:
+        return answerer.answer(questions)
+
+    def examine(written: Sequence[int], prompts: Any, answers: Any) -> list[dict[str, Any]]:
+        return hook(answerer, [batch[index] for index in written], prompts, answers)
+
+    return answerer.answer(questions, examine)
+
+
+def kept_line(question: BenchmarkQuestion, answer: ModelAnswer) -> dict[str, Any]:
+    """What is kept of an answer before it is scored: the first part of its line in ``predictions.jsonl``."""
+    line = {
+        "id": question.id,
+        "image": question.image,
+        "question": question.text or question.options_after,
+        "answer": answer.text,
+        "truth": question.truth,
+        "options": list(question.options),
+        "losses": answer.losses,
+        "groups": dict(question.groups),
+    }
+    return line if answer.examined is None else {**line, "examined": answer.examined}
