@@ -52,10 +52,12 @@ class HeldOutValidation(TrainerCallback):
         self.chosen = chosen_indices(names, trainer.flags.umed_val_records)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Log the values before the first step, unless the run is resumed."""
         if state.global_step == 0:
             self.trainer.log(self.measure())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Log every ``--umed_val_every`` steps, and after the last step."""
         if state.global_step % self.trainer.flags.umed_val_every == 0 or state.global_step == state.max_steps:
             self.trainer.log(self.measure())
 
