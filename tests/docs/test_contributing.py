@@ -31,7 +31,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_example_has_a_test_and_at_most_one_other_file() -> None:
-    assert len(EXAMPLES) == len(SUBJECTS) >= 3
+    assert len(EXAMPLES) == len(SUBJECTS) == 4
     for example in EXAMPLES:
         files = re.findall(r"^\+\+\+ b/(.*)$", example, re.MULTILINE)
         assert len(files) == 2 and [file.startswith("tests/") for file in files] == [False, True]

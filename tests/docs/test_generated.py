@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.pages import DOCS, check_generated, check_page, table
+from support.python_api import python_api
 
 from umed_plugin.data.recipes.reference import recipe_reference
 from umed_plugin.flags.definition import STAGES, UmedFlags, rules_of
@@ -59,6 +60,11 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
 
 def test_the_recipe_reference_is_what_the_models_say() -> None:
     check_page(DOCS / "recipe-reference.md", recipe_reference())
+
+
+@pytest.mark.llava
+def test_the_python_api_is_what_the_package_exports() -> None:
+    check_page(DOCS / "python-api.md", python_api())
 
 
 def test_a_page_that_is_out_of_date_is_named_and_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
