@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from umed_plugin.checkpoints.to_llava import to_llava
     from umed_plugin.checkpoints.to_transformers import to_transformers
     from umed_plugin.commands.doctor.examination import diagnose
+    from umed_plugin.data.annotations import register_reader
     from umed_plugin.data.build import build_records
     from umed_plugin.data.images import load_image
     from umed_plugin.data.recipes.recipe import load_recipe
     from umed_plugin.data.records import load_records, record_geometry, save_records
     from umed_plugin.errors import UmedError, UsageError
+    from umed_plugin.evaluation import compare, evaluate
     from umed_plugin.grounding.boxes import format_box, parse_boxes, set_iou
     from umed_plugin.grounding.geometry import ImageGeometry
     from umed_plugin.grounding.scoring import score_answer
+    from umed_plugin.rewards import register_reward
 
 __version__ = "0.2.0"
 
