@@ -1,4 +1,4 @@
-"""The flags: every fault named at once, and nothing heavy imported."""
+"""The flags: all faults are named at once, a field says all that holds for a flag, and nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from umed_plugin.flags.checks import check, find_faults
 from umed_plugin.flags.definition import UmedFlags, _flag, rules_of
 from umed_plugin.flags.rules import REWARDING, STAGES, Needs, Rules
 
-# A judge that is right by itself, so that one fault is left to find.
+# A valid judge, so that only the fault under test remains.
 JUDGED = {"umed_judge": "openai:gpt", "umed_judge_base_url": "http://localhost:8000/v1"}
 
 
@@ -218,7 +218,7 @@ def test_every_flag_has_help_a_stage_and_a_default_that_its_own_rules_allow():
 
 @dataclasses.dataclass
 class OneMore(UmedFlags):
-    """The flags and a new one, added by its field alone."""
+    """The flags and two new ones, each added only by its field."""
 
     umed_new: float = _flag(
         0.5,

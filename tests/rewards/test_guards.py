@@ -29,7 +29,7 @@ def make_record(boxes, seed=0, geometry=SQUARE):
 
 
 def study(seed):
-    """A record with one lesion at a place of its own, and honest candidates: other wordings, boxes a little off."""
+    """A record with one lesion at a random position, and honest candidates: other wordings, boxes slightly off."""
     draw = random.Random(seed)
     x, y, side = draw.uniform(0, 60), draw.uniform(0, 60), draw.uniform(15, 35)
     record = make_record([[x, y, x + side, y + side]], seed)
@@ -43,7 +43,7 @@ def add(guards, texts, record, geometry=SQUARE):
 
 
 def after(policy, questions=WINDOW, window=WINDOW):
-    """The guards and their metrics after a policy ``(record, honest answers) -> answers`` was asked."""
+    """The guards and their metrics after a policy ``(record, honest answers) -> answers`` has answered."""
     guards = Guards(window)
     for seed in range(questions):
         record, honest = study(seed)
@@ -56,7 +56,7 @@ def answer_with(*boxes):
 
 
 def grown(record, by):
-    """The true box with ``by`` times its area, as far as the square goes, and no other fault."""
+    """The true box with ``by`` times its area, moved to fit into the square."""
     x1, y1, x2, y2 = (value / 100 for value in record["objects"]["bbox"][0])
     side = (x2 - x1) * by**0.5
     x, y = min(x1, 1 - side), min(y1, 1 - side)
@@ -140,7 +140,7 @@ def test_vision_relevance_against_the_area_and_the_iou():
     metrics = vision_relevance_metrics(attention, covers, [0.9, 0.5, 0.1, 1.0, 1.0])
     assert metrics == pytest.approx(dict(zip(VISION_RELEVANCE_METRICS, (2.0, 1.0))))
     assert vision_relevance_metrics(attention, covers, [0.1, 0.5, 0.9, 1.0, 1.0])[VISION_RELEVANCE_METRICS[1]] == -1
-    # A large lesion draws more without being looked at: attention in proportion to the area is no correlation.
+    # Attention in proportion to the area of the lesion has no correlation: large lesions get more without being looked at.
     assert set(vision_relevance_metrics([0.1, 0.4, 0.2], [0.1, 0.4, 0.2], [0.1, 0.9, 0.5])) == {
         VISION_RELEVANCE_METRICS[0]
     }

@@ -26,7 +26,7 @@ PYTHON = ("python", "-m", "llava.train.train_mem")
 
 
 def by_text(asked: Asked) -> Answer:
-    """A score that the text alone decides, and that differs between candidates."""
+    """A score that depends only on the text, and that differs between candidates."""
     return score(zlib.crc32(asked.text.encode()) % 11)
 
 
@@ -53,7 +53,7 @@ def start(checkpoint: Path, records: Path, output: Path, *more: str, launcher: t
 
 
 def finish(process: subprocess.Popen, returncode: int | None = 0) -> str:
-    """All that the process printed; the key is not in it."""
+    """Everything that the process printed; the key must not be in it."""
     stdout, stderr = process.communicate(timeout=300)
     assert returncode is None or process.returncode == returncode, f"{stdout[-1500:]}\n{stderr[-3000:]}"
     assert KEY not in stdout + stderr
@@ -81,7 +81,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tiny_mistral: Path, records: Path) -> tuple[Path, list[Asked]]:
-    """A run that was not interrupted, and what its judge was asked."""
+    """An uninterrupted run, and the requests to its judge."""
     output = records.parent.parent / "whole"
     with judge_server(by_text) as server:
         finish(start(tiny_mistral, records, output, *judged(server)))

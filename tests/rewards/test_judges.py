@@ -1,4 +1,4 @@
-"""Relevance by a judge, against a real server on loopback: what is asked, what counts, what is kept, what is never written."""
+"""Relevance by a judge, against a real server on loopback: prompts, scores, stored replies, and the key that is never written."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def by_length(asked: Asked) -> Answer:
     return score(min(len(answer_in(asked)), 10))
 
 
-# What is asked, and what a reply is worth ------------------------------------------------------------------------------------
+# Prompts and scores ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_judge_is_told_question_reference_and_answer_and_nothing_else():
@@ -49,7 +49,7 @@ def test_the_judge_is_told_question_reference_and_answer_and_nothing_else():
         "answer": "A {reference} at [box].",
     }
     assert all(text in question.text for text in question.texts.values())
-    assert question.text.count("It is a nodule.") == 1  # a place written in an answer is no place
+    assert question.text.count("It is a nodule.") == 1  # a placeholder inside an answer is not replaced
     assert '{"score": S}' in question.text
 
 
@@ -205,7 +205,7 @@ def test_a_retry_after_holds_for_all_questions(tmp_path):
 
 @pytest.mark.parametrize("limit", [{"Retry-After-Ms": "700"}, {"X-RateLimit-Reset-Requests": "0m0.7s"}])
 def test_what_one_reply_says_of_the_limit_holds_the_others_back(limit, tmp_path):
-    """The second question is not the one that was refused: only the gate can hold it back."""
+    """The second question was not refused itself: only the shared gate can delay it."""
     told: list[float] = []
 
     def limited(asked: Asked) -> Answer:
@@ -277,7 +277,7 @@ def test_runs_may_share_a_ledger_and_each_model_has_its_own_replies(tmp_path):
 
 
 def test_two_judges_that_run_see_each_others_replies(tmp_path):
-    """As two processes of one run do."""
+    """As two ranks of one run do."""
     with judge_server(by_length) as server:
         one, two = judge_of(server, tmp_path), judge_of(server, tmp_path)
         call(one, "a", "b")
@@ -310,7 +310,7 @@ raise SystemExit("a step failed")
 
 @pytest.mark.parametrize("killed", [True, False], ids=["kill-9", "an error"])
 def test_replies_are_kept_when_the_process_ends_in_between(killed, tmp_path):
-    """Two replies have come, four are on their way: kill -9 keeps the two, an error all six, and none is asked again."""
+    """Two replies have arrived, four are pending: kill -9 keeps two, an error keeps all six, and none is requested again."""
     let_go = threading.Event()
 
     def two_at_once(asked: Asked) -> Answer:
@@ -330,7 +330,7 @@ def test_replies_are_kept_when_the_process_ends_in_between(killed, tmp_path):
         else:
             process.stdin.write("\n")
             process.stdin.flush()
-            time.sleep(0.3)  # the questions that wait for a place must be dropped before there is one
+            time.sleep(0.3)  # queued questions must be dropped before a slot is free
             let_go.set()
         process.communicate(timeout=60)
         let_go.set()
@@ -374,7 +374,7 @@ def test_a_spent_budget_asks_to_stop_after_a_whole_step(budget, spent, tmp_path)
         assert f"budget of {spent} is spent" in judge.stop and "larger --umed_judge_budget" in judge.stop
 
         again = judge_of(server, tmp_path, **limit)
-        assert call(again, "ab") == [0.2]  # what is paid for may be used
+        assert call(again, "ab") == [0.2]  # a reply that is already paid for may be used
         with pytest.raises(UmedError, match="is spent"):
             call(again, "new")
         assert len(server.asked) == 3

@@ -94,7 +94,7 @@ def test_the_flags_know_every_reward():
 
 def test_relevance_of_the_reference_is_one_and_falls_with_class_and_words():
     answers = [
-        "One area at [0.90, 0.10, 0.95, 0.20] is a nodule.",  # the box is not relevance's to judge
+        "One area at [0.90, 0.10, 0.95, 0.20] is a nodule.",  # relevance does not judge the box
         "One area at [0.20, 0.20, 0.60, 0.60] is a cyst.",  # class wrong: 0; words: 5 of 6
         "zzz",
     ]
@@ -225,7 +225,7 @@ def test_one_new_file_is_a_new_reward_for_flags_help_errors_and_runs(tmp_path):
 
 @pytest.mark.parametrize("module", ["contract", "combine"])
 def test_the_example_of_the_docstring_runs(module):
-    """In a process of its own, since one of them registers a reward."""
+    """In a separate process, because one of them registers a reward."""
     code = f"import doctest, umed_plugin.rewards.{module} as m; print(*doctest.testmod(m))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["0", "2"], done.stdout
@@ -239,7 +239,7 @@ class New:
 
 
 class Old:
-    """The names that rewards had before; with an attribute that happens to be called as one of today's."""
+    """Uses the older names, and has an unrelated attribute with a name of today."""
 
     measures, metrics = ("own/old",), [3]
 

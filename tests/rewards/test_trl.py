@@ -1,4 +1,4 @@
-"""Our rewards inside TRL's own ``GRPOTrainer``, on a tiny LLaVA in transformers' form."""
+"""The rewards inside TRL's own ``GRPOTrainer``, on a tiny LLaVA in transformers' format."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def processor(converted):
 
 @pytest.fixture(scope="module")
 def examples(model, tmp_path_factory) -> list[dict]:
-    """Two studies with lesions and one without, as the trainer gives them to rewards."""
+    """Two studies with lesions and one without, as the trainer passes them to rewards."""
     file = grounded_records(tmp_path_factory.mktemp("data"))
     records = load_records(file)
     records[1]["conversations"][0]["value"] += (
-        " Mark all of it."  # prompts of different lengths, so that padding is at work
+        " Mark all of it."  # prompts of different lengths, so that padding is needed
     )
     return list(trl_dataset(records, file.parent, model).select([1, 2, 0]))
 
@@ -170,7 +170,7 @@ def test_lesion_attention_of_other_models(case, model, processor, examples, tiny
         processor = type(processor).from_pretrained(there)
     if case == "one head":
         heads = [2]
-    if case == "cached prompt":  # what a model does that takes no block mask, such as with flash attention
+    if case == "cached prompt":  # for a model that takes no block mask, as with flash attention
         monkeypatch.setattr("umed_plugin.rewards.trl.packing_fault", lambda language: "takes no block mask")
     columns = columns_of(examples, 2)
     answers = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in ANSWERS]
@@ -216,7 +216,7 @@ def test_groups_that_are_cut_are_refused(examples):
 
 
 def test_a_reward_is_a_reward_function_of_trl_as_it_stands(model, processor, examples, tmp_path):
-    """With text prompts: TRL's completions are texts then, and its further columns go by."""
+    """With text prompts: TRL's completions are then strings, and the rewards ignore its further columns."""
     texts = [{"prompt": "[INST] Where is it? [/INST]", "line": index} for index in range(3)]
 
     def with_columns(batch: dict) -> dict:
@@ -232,6 +232,6 @@ def test_a_reward_is_a_reward_function_of_trl_as_it_stands(model, processor, exa
     trainer = trl.GRPOTrainer(copy.deepcopy(model), functions, config, data, processing_class=processor)
     trainer.train()
     (line,) = [line for line in trainer.state.log_history if "reward" in line]
-    # No answer of four tokens has a box, which is right for one of the three studies.
+    # No answer of four tokens has a box, which is correct for one of the three studies.
     assert line["rewards/localization/mean"] == pytest.approx(1 / 3)
     assert 0 <= line["rewards/lexical_relevance/mean"] < 1
