@@ -27,9 +27,10 @@ def test_sentences_are_counted_as_a_reader_would() -> None:
     assert all("```" not in sentence for sentence in sentences(page))
 
 
+@pytest.mark.parametrize("cells", [True, False], ids=["with-tables", "without-tables"])
 @pytest.mark.parametrize("page", **BY_NAME)
-def test_nine_of_ten_sentences_have_at_most_28_words(page: Path) -> None:
-    counted = sorted((words(sentence), sentence) for sentence in sentences(page) if words(sentence))
+def test_nine_of_ten_sentences_have_at_most_28_words(page: Path, cells: bool) -> None:
+    counted = sorted((words(sentence), sentence) for sentence in sentences(page, cells) if words(sentence))
     count, sentence = counted[math.ceil(0.9 * len(counted)) - 1]
     assert count <= 28, f"{page.name}: {sentence}"
 

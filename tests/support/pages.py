@@ -66,8 +66,8 @@ def check_page(page: Path, text: str) -> None:
     )
 
 
-def sentences(page: Path) -> Iterator[str]:
-    """The prose of a page, sentence by sentence.
+def sentences(page: Path, cells: bool = True) -> Iterator[str]:
+    """The prose of a page, sentence by sentence, with or without the cells of tables.
 
     Code blocks do not count. A heading, a list item and a table cell begin a sentence of their own. Inline code is one word,
     and of a link its text counts.
@@ -77,7 +77,7 @@ def sentences(page: Path) -> Iterator[str]:
     text = re.sub(r"`[^`]+`", "code", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"^\s*\|[\s|:-]*\|\s*$", "", text, flags=re.MULTILINE)  # the line below a table's head
-    text = re.sub(r"^(\s*\|.*)$", lambda row: row[1].replace("|", "\n\n"), text, flags=re.MULTILINE)
+    text = re.sub(r"^(\s*\|.*)$", lambda row: row[1].replace("|", "\n\n") if cells else "", text, flags=re.MULTILINE)
     text = re.sub(r"^\s*(#+|[-*]|\d+\.)\s+", "\n\n", text, flags=re.MULTILINE)
     for paragraph in re.split(r"\n\s*\n", text):
         line = " ".join(paragraph.split())
