@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import budget, forked, needs
+from support.records import write_records
 from support.umed_runs import environment, run_python, train_flags
 
 TESTS = Path(__file__).resolve().parent
@@ -90,14 +91,14 @@ def test_a_forked_process_ends_and_prints_as_a_started_one(arguments, tmp_path):
     assert said[0] == said[1] and any(said[0][1:])
 
 
-def test_a_forked_process_dies_like_a_started_one(tiny_llama, records, tmp_path):
+def test_a_forked_process_dies_like_a_started_one(tiny_llama, tmp_path):
     """By a signal to its session, with the status that a shell sees."""
-    flags = train_flags(
-        tiny_llama, records, tmp_path / "out", "--umed_stage", "instruction_tuning", "--max_steps", "999"
-    )
+    more = ["--umed_stage", "instruction_tuning", "--max_steps", "999"]
+    flags = train_flags(tiny_llama, write_records(tmp_path / "data"), tmp_path / "out", *more)
     command = ["python", "-m", "umed_plugin.launch", "python", "-m", "llava.train.train_mem", *flags]
     process = forked.start(command, env=environment(), new_session=True)
-    time.sleep(1)
-    assert process.poll() is None, process.done()
+    while not (tmp_path / "out").is_dir():
+        assert process.poll() is None, process.done()
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
