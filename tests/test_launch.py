@@ -25,7 +25,7 @@ PROBE = (
 
 
 def test_without_a_command_it_is_a_usage_error():
-    for command, words in (([], "no command was given"), (["--umed_stage", "x"], "is no flag of umed-run")):
+    for command, words in (([], "no command was given"), (["--umed_stage", "x"], "is not a flag of umed-run")):
         run = umed_run(command)
         assert run.returncode == 2
         assert words in run.stderr

@@ -1,6 +1,6 @@
 """The ``umed`` command: ``umed COMMAND ...``, or ``python -m umed_plugin.cli COMMAND ...``.
 
-Exit status: 0 done, 1 failed (the message says what to mend), 2 wrong usage, 130 interrupted. What a person can mend is
+Exit status: 0 done, 1 failed (the message says what to fix), 2 wrong usage, 130 interrupted. An error that the user can fix is
 printed as one message; any other exception is a bug and keeps its traceback.
 """
 
@@ -20,14 +20,14 @@ DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are `UsageError`, with a suggestion where a word is misspelt."""
+    """An argument parser whose errors are `UsageError`, with a suggestion for a misspelled word."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting, so that `main` is the one place that knows exit statuses."""
+        """Raise instead of exiting: only `main` sets exit statuses."""
         raise UsageError(f"{message}\nSee {self.prog} --help")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("umed: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `umed recipe list | head`: the reader has seen enough
+    except BrokenPipeError:  # `umed recipe list | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
 

@@ -1,11 +1,11 @@
-"""``umed-run COMMAND...``: run a training command that works today, with the patches in every Python that it starts.
+"""``umed-run COMMAND...``: run an existing training command with the patches in every Python process that it starts.
 
 How to run: ``umed-run bash finetune.sh``, ``umed-run torchrun --nproc_per_node 2 ...``, ``umed-run deepspeed ...``, or
-``python -m umed_plugin.launch COMMAND...`` from a checkout. The command keeps its arguments; settings of ours are flags on it
-(``--umed_stage ...``), because launchers pass PYTHONPATH on to other nodes but not the rest of the environment.
+``python -m umed_plugin.launch COMMAND...`` from a checkout. The command keeps its arguments. Our settings are flags of the
+command (``--umed_stage ...``), because launchers pass PYTHONPATH on to other nodes, but not the rest of the environment.
 
-The command replaces this process, so signals, terminal and exit status are its own. It exits 2 without a command, 127 when
-there is no such command and 126 when it cannot be run, like a shell.
+The command replaces this process, so signals, terminal and exit status are its own. Like a shell, umed-run exits with 127 if
+there is no such command and 126 if it cannot be run; without a command it exits with 2.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ example:
   umed-run torchrun --nproc_per_node 2 llava/train/train_mem.py ... --umed_stage rewarding
 
 The --umed_* flags are part of the training command; `python -m llava.train.train_mem --help` under umed-run lists them.
-Before it trains, `umed patches` says whether the plugin fits the installed libraries.
+Before you train, check with `umed patches` that the plugin fits the installed libraries.
 """
-_USUAL = ("python", "python3", "bash", "sh", "torchrun", "deepspeed", "accelerate")
+_COMMON_COMMANDS = ("python", "python3", "bash", "sh", "torchrun", "deepspeed", "accelerate")
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` with our site folder first on PYTHONPATH, once."""
+    """``environment`` with our site folder exactly once on PYTHONPATH, at the front."""
     entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(SITE)]
     return {**environment, "PYTHONPATH": os.pathsep.join([str(SITE), *entries])}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Replace this process by the command in ``argv``."""
+    """Replace this process with the command in ``argv``."""
     command = list(sys.argv[1:] if argv is None else argv)
     if command and command[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     if command and command[0] == "--":
         command = command[1:]
     if not command or command[0].startswith("-"):
-        found = (
-            f"{command[0]} is no flag of umed-run; flags belong behind the command."
+        fault = (
+            f"{command[0]} is not a flag of umed-run. Flags come after the command."
             if command
             else "no command was given."
         )
-        print(f"umed-run: error: {found}\n\n{USAGE}", file=sys.stderr, end="")
+        print(f"umed-run: error: {fault}\n\n{USAGE}", file=sys.stderr, end="")
         raise SystemExit(2)
     _run(command)
 
@@ -66,7 +66,9 @@ def _run(command: list[str]) -> NoReturn:
         reason = (
             "is not executable. Run it through its interpreter, for example `umed-run bash` or `umed-run python`"
             if exists
-            else (f"no such command.{did_you_mean(command[0], _USUAL)} It must be a program on PATH or a path to one")
+            else (
+                f"no such command.{did_you_mean(command[0], _COMMON_COMMANDS)} It must be a program on PATH or a path to one"
+            )
         )
         print(f"umed-run: error: {command[0]}: {reason}.", file=sys.stderr)
         raise SystemExit(126 if exists else 127)

@@ -72,7 +72,7 @@ def test_chat_templates_give_llavas_ids(family, template, system, tiny_mistral, 
 
 
 def test_what_is_no_conversation_has_no_chat_template():
-    with pytest.raises(UmedError, match="plain: holds no conversation"):
+    with pytest.raises(UmedError, match="plain: is not a conversation"):
         jinja_template("plain", gap="", image="<image>")
     with pytest.raises(UsageError, match="umed_mistral"):
         jinja_template("umed_mistrl", gap="", image="<image>")
@@ -201,7 +201,7 @@ def test_what_transformers_class_cannot_express_is_refused(name, tiny_mistral, t
 def test_a_tensor_without_a_place_is_refused(tiny_mistral, tmp_path):
     newline = {"model.image_newline": torch.zeros(128)}
     checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {}, lambda tensors: {**tensors, **newline})
-    with pytest.raises(UmedError, match=r"holds 'model\.image_newline'"):
+    with pytest.raises(UmedError, match=r"contains 'model\.image_newline'"):
         to_transformers(checkpoint, tmp_path / "hf")
 
 
@@ -249,7 +249,7 @@ def test_a_tower_of_a_whole_clip(tiny_mistral, tmp_path):
 def test_a_linear_projector_is_told_of(tiny_mistral, tmp_path, capsys):
     checkpoint = variant(tiny_mistral, tmp_path / "llava-mistral", {"mm_projector_type": "linear"}, linear_projector)
     assert main(["convert", str(checkpoint), "--out", str(tmp_path / "hf")]) == 0
-    assert "note: the projector is linear" in capsys.readouterr().out
+    assert "umed: the projector is linear" in capsys.readouterr().out
 
 
 def test_a_template_for_the_way_back_is_wrong_usage(tiny_mistral, tmp_path, capsys):
@@ -260,4 +260,4 @@ def test_a_template_for_the_way_back_is_wrong_usage(tiny_mistral, tmp_path, caps
     command = ["convert", str(tmp_path / "hf"), "--out", str(tmp_path / "back")]
     assert main([*command, "--template", "umed_mistral"]) == 2
     assert main(command) == 0
-    assert "note: stock LLaVA chooses its loader by the folder's name" in capsys.readouterr().out
+    assert "umed: stock LLaVA chooses its loader by the folder's name" in capsys.readouterr().out

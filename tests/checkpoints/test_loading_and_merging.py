@@ -185,7 +185,7 @@ def test_a_merge_that_fails_leaves_nothing_behind(lora, float32_base, tmp_path):
     from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
 
     narrow = make_checkpoint(tmp_path / "narrow-llava-mistral", hidden_size=64)
-    with pytest.raises(UmedError, match="Is --base the checkpoint that it was trained on"):
+    with pytest.raises(UmedError, match="Is --base the checkpoint on which it was trained"):
         merge(lora, narrow, tmp_path / "out" / "llava-mistral-merged")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -199,7 +199,7 @@ def test_what_is_no_llava_checkpoint_is_refused_with_what_was_found(tmp_path, ti
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {}}))
     with pytest.raises(UmedError, match="transformers form of LLaVA"):
         load_checkpoint(tmp_path)
-    with pytest.raises(UmedError, match="no LoRA folder"):
+    with pytest.raises(UmedError, match="is not a LoRA folder"):
         merge(tiny_mistral, None, tmp_path / "out")
     with pytest.raises(UmedError, match="Merge it first"):
         merge(lora, lora, tmp_path / "out")

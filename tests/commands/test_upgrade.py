@@ -76,7 +76,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
         ({"recipe": "demo_studis"}, "unknown recipe 'demo_studis'"),
         (
             {"name": "my-lora"},
-            "name: stock LLaVA chooses its loader by the folder's name.*should hold llava and mistral",
+            "name: stock LLaVA chooses its loader by the folder's name.*should contain llava and mistral",
         ),
         ({"accept_findings": ["tower-mooved"]}, "unknown finding 'tower-mooved'.*'tower-moved'"),
         ({"method": "full", "lora.r": 4}, "lora: has no effect"),

@@ -1,7 +1,7 @@
-"""The files around the weights: tokenizer, chat template and image processor, from LLaVA's form to transformers' and back.
+"""Tokenizer, chat template and image processor: from LLaVA's form to transformers' and back.
 
-LLaVA's tokenizer does not know ``<image>``; transformers' must. It is put behind all other tokens. ``tokenizer.json`` is made
-from ``tokenizer.model`` with the rules for spaces that LLaVA's slow tokenizer follows, and is compared with it.
+LLaVA's tokenizer does not know ``<image>``; transformers' must. It becomes the last token. ``tokenizer.json`` is made from
+``tokenizer.model`` with the space rules of LLaVA's slow tokenizer, and its ids are compared with that tokenizer's.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from umed_plugin.checkpoints.prompt_templates import question_prompt
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
-_SPACE = "\u2581"  # of sentencepiece
-# What a slow Llama tokenizer reads of tokenizer_config.json.
+_SPACE = "\u2581"  # sentencepiece's space
+# Keys of tokenizer_config.json that a slow Llama tokenizer reads.
 _TOKENIZER_KEYS = (
     "add_bos_token", "add_eos_token", "bos_token", "eos_token", "unk_token", "pad_token", "clean_up_tokenization_spaces",
     "legacy", "model_max_length", "sp_model_kwargs", "spaces_between_special_tokens", "use_default_system_prompt",
@@ -28,10 +28,10 @@ _TOKENIZER_KEYS = (
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ids that the converted model is told of.
+    """Token ids that the converted model needs.
 
     Attributes:
-        image: id of ``<image>``, which is also the number of LLaVA's own tokens.
+        image: id of ``<image>``; equals the number of LLaVA's own tokens.
         pad: id of the padding token.
     """
 
@@ -40,7 +40,7 @@ class Vocabulary:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The file's content, or {} when there is no such file."""
+    """The file's content, or {} if there is no such file."""
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
@@ -53,8 +53,8 @@ def sentencepiece_file(checkpoint: Path) -> Path:
     file = checkpoint / "tokenizer.model"
     if not file.is_file():
         raise UmedError(
-            f"{checkpoint}: has no tokenizer.model, the sentencepiece vocabulary that LLaVA's tokenizer is read from (newer "
-            "transformers leave it out when they save). Copy it there from the checkpoint that this one was made from."
+            f"{checkpoint}: has no tokenizer.model, the sentencepiece vocabulary that LLaVA's tokenizer reads (newer "
+            "transformers do not save it). Copy it there from the checkpoint from which this one was made."
         )
     return file
 
@@ -69,19 +69,19 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
         template: name of the conversation template.
 
     Raises:
-        UmedError: no ``tokenizer.model``; or the result does not tokenize as LLaVA does.
+        UmedError: there is no ``tokenizer.model``, or the result does not tokenize as LLaVA does.
     """
     from transformers import AutoTokenizer
 
     source = sentencepiece_file(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, use_fast=False)
-    if config.get("mm_use_im_patch_token", True):  # LLaVA's loader adds what the config asks for
+    if config.get("mm_use_im_patch_token", True):  # LLaVA's loader adds the tokens that the configuration requests
         tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
     marked = START + IMAGE + END if config.get("mm_use_im_start_end") else IMAGE
     if marked != IMAGE:
         tokenizer.add_tokens([START, END], special_tokens=True)
     old = read_json(checkpoint / "tokenizer_config.json")
-    legacy = old.get("legacy") in (None, True)  # a tokenizer from before the key is legacy
+    legacy = old.get("legacy") in (None, True)  # without the key, a tokenizer is legacy
     added = {int(key): token for key, token in tokenizer.added_tokens_decoder.items()}
     vocabulary = Vocabulary(len(tokenizer), _pad_id(tokenizer))
     tokens = [_added_token(key, token.content, token.special) for key, token in sorted(added.items())]
@@ -105,13 +105,13 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """LLaVA pads with UNK where a tokenizer has no token for it; padding is masked, so no new token is needed."""
+    """LLaVA pads with UNK if a tokenizer has no padding token. Padding is masked, so no new token is needed."""
     pad = tokenizer.pad_token_id
     return tokenizer.unk_token_id if pad is None else pad
 
 
 def _gap_before_end(tokenizer: Any) -> str:
-    """What a part of the prompt that begins with the end mark has before it; not all tokenizers put a space there."""
+    """The gap before a part of the prompt that begins with the end mark; not all tokenizers put a space there."""
     return "" if tokenizer(END, add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids(END)] else " "
 
 
@@ -121,24 +121,24 @@ def _added_token(index: int, content: str, special: bool) -> dict[str, Any]:
 
 
 def _tokenizer_json(source: Path, added: list[dict[str, Any]], tokenizer: Any, legacy: bool) -> dict[str, Any]:
-    """``tokenizer.json``: the sentencepiece model's pieces and merges, spaces as the slow tokenizer puts them.
+    """``tokenizer.json``: the sentencepiece model's pieces and merges, with the slow tokenizer's space rules.
 
-    The slow tokenizer puts a space before each stretch between special tokens when it is legacy, else before the first one.
+    A legacy slow tokenizer puts a space before each segment between special tokens, others only before the first segment.
     """
     from transformers import LlamaTokenizerFast
 
-    with tempfile.TemporaryDirectory() as alone:  # a tokenizer.json beside it would be read instead
+    with tempfile.TemporaryDirectory() as alone:  # a tokenizer.json in the same folder would be read instead
         shutil.copy2(source, alone)
         made = json.loads(LlamaTokenizerFast.from_pretrained(alone).backend_tokenizer.to_str())
     model = made["model"]
-    model.pop("ignore_merges", None)  # older tokenizers do not know it
+    model.pop("ignore_merges", None)  # unknown to older versions of tokenizers
     model.update(
         unk_token=tokenizer.unk_token,
         merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     )
     bos = {"id": tokenizer.bos_token, "ids": [tokenizer.bos_token_id], "tokens": [tokenizer.bos_token]}
-    one = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    two = [{"SpecialToken": {"id": bos["id"], "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    single = [{"SpecialToken": {"id": bos["id"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": bos["id"], "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     prepend = {"type": "Prepend", "prepend": _SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     first = {"type": "Metaspace", "replacement": _SPACE, "add_prefix_space": True, "prepend_scheme": "first"}
@@ -148,14 +148,14 @@ def _tokenizer_json(source: Path, added: list[dict[str, Any]], tokenizer: Any, l
         "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]} if legacy else None,
         "pre_tokenizer": None if legacy else {**first, "split": False},
         "post_processor": {
-            "type": "TemplateProcessing", "single": one, "pair": one + two, "special_tokens": {bos["id"]: bos}
+            "type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": {bos["id"]: bos}
         },
         "model": model,
     }  # fmt: skip
 
 
 def _compare(tokenizer: Any, folder: Path, text: str, template: str, marked: str) -> None:
-    """Refuse a result that gives other ids to a question than LLaVA does."""
+    """Refuse a result whose token ids for a question differ from LLaVA's."""
     from llava.constants import IMAGE_TOKEN_INDEX
     from llava.mm_utils import tokenizer_image_token
     from transformers import PreTrainedTokenizerFast
@@ -164,22 +164,22 @@ def _compare(tokenizer: Any, folder: Path, text: str, template: str, marked: str
     ours = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), bos_token=tokenizer.bos_token)
     chat = [{"role": "user", "content": f"{IMAGE}\n{question}"}]
     prompt = ours.apply_chat_template(chat, chat_template=text, tokenize=False, add_generation_prompt=True)
-    found = ours(prompt, add_special_tokens=False).input_ids
-    wanted = tokenizer_image_token(question_prompt(f"{marked}\n{question}", template), tokenizer)
+    ids = ours(prompt, add_special_tokens=False).input_ids
+    expected = tokenizer_image_token(question_prompt(f"{marked}\n{question}", template), tokenizer)
     image_id = ours.convert_tokens_to_ids(IMAGE)
-    wanted = [image_id if index == IMAGE_TOKEN_INDEX else index for index in wanted]
-    if found != wanted:
+    expected = [image_id if index == IMAGE_TOKEN_INDEX else index for index in expected]
+    if ids != expected:
         raise UmedError(
-            f"{tokenizer.name_or_path}: its tokenizer cannot be written in transformers' form: the question {prompt!r} becomes "
-            f"{found}, but LLaVA makes {wanted} of it. Please report the checkpoint's name and tokenizer_config.json."
+            f"{tokenizer.name_or_path}: its tokenizer cannot be written in transformers' form: the prompt {prompt!r} becomes "
+            f"{ids}, but {expected} in LLaVA. Please report the checkpoint's name and tokenizer_config.json."
         )
 
 
 def write_image_processor(tower: Path | str, config: dict[str, Any], folder: Path, patch_size: int) -> None:
-    """Write the image processor of the tower, padding to a square where the checkpoint wants it, and the processor around it.
+    """Write the tower's image processor, with padding to a square if the checkpoint uses it, and ``processor_config.json``.
 
     Args:
-        tower: folder or hub name with ``preprocessor_config.json``.
+        tower: folder or Hub name with ``preprocessor_config.json``.
         config: LLaVA's ``config.json``.
         folder: to write to.
         patch_size: of the tower, in pixels.
@@ -215,7 +215,7 @@ def read_image_processor(checkpoint: Path) -> tuple[dict[str, Any], str]:
     if not values:
         raise UmedError(
             f"{checkpoint}: has no image processor (preprocessor_config.json, or image_processor in processor_config.json). "
-            "Copy it there from the model that this one was made from."
+            "Copy it there from the model from which this one was made."
         )
     ratio = "pad" if values.get("do_pad") else "square"
     dropped = ("do_pad", "pad_size", "processor_class", "image_processor_type")
@@ -224,30 +224,30 @@ def read_image_processor(checkpoint: Path) -> tuple[dict[str, Any], str]:
 
 
 def write_llava_tokenizer(checkpoint: Path, folder: Path, original: dict[str, Any], image_id: int) -> int:
-    """Write the tokenizer as LLaVA reads it, without ``<image>``; returns how many rows of the embeddings it uses.
+    """Write the tokenizer as LLaVA reads it, without ``<image>``; return the number of embedding rows that it uses.
 
-    ``<image>`` is taken out where nothing but padding stands behind it; else it stays, which LLaVA does not mind.
+    ``<image>`` is removed if only padding follows it; otherwise it stays, which does not affect LLaVA.
 
     Args:
         checkpoint: in transformers' form.
         folder: to write to.
-        original: ``tokenizer_config.json`` of the LLaVA checkpoint that it was made from; {} when that is not known.
+        original: ``tokenizer_config.json`` of the LLaVA checkpoint from which it was made; {} if unknown.
         image_id: id of ``<image>``.
     """
     shutil.copy2(sentencepiece_file(checkpoint), folder)
-    found = read_json(checkpoint / "tokenizer_config.json")
-    added = found.get("added_tokens_decoder")
+    settings = read_json(checkpoint / "tokenizer_config.json")
+    added = settings.get("added_tokens_decoder")
     if added is None:
         listed = read_json(checkpoint / "tokenizer.json").get("added_tokens", [])
         added = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in listed}
-    behind = {key for key, token in added.items() if int(key) >= image_id}
-    pad = found.get("pad_token")
+    last = {key for key, token in added.items() if int(key) >= image_id}
+    pad = settings.get("pad_token")
     pad = pad["content"] if isinstance(pad, dict) else pad
-    removable = all(added[key]["content"] in (IMAGE, pad) for key in behind)
-    kept = {key: token for key, token in added.items() if not (removable and key in behind)}
-    config = original or {key: found[key] for key in _TOKENIZER_KEYS if key in found}
-    if not original and pad in {added[key]["content"] for key in behind}:
-        config["pad_token"] = found.get("unk_token")
+    removable = all(added[key]["content"] in (IMAGE, pad) for key in last)
+    kept = {key: token for key, token in added.items() if not (removable and key in last)}
+    config = original or {key: settings[key] for key in _TOKENIZER_KEYS if key in settings}
+    if not original and pad in {added[key]["content"] for key in last}:
+        config["pad_token"] = settings.get("unk_token")
     own = {"tokenizer_class": "LlamaTokenizer", "padding_side": "right", "added_tokens_decoder": kept}
     write_json(folder / "tokenizer_config.json", {**config, **own}, indent=2)
     return image_id if removable else max(map(int, added)) + 1

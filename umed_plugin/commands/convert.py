@@ -13,35 +13,36 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``convert``."""
     parser = subparsers.add_parser(
         "convert",
-        help="write a LLaVA checkpoint in transformers' form (for vLLM, TRL, ...), or back",
-        description="Write a checkpoint of LLaVA's layout as transformers' LlavaForConditionalGeneration with its processor and "
-        "chat template, which vLLM, TRL and others read; or such a folder in LLaVA's layout, which stock LLaVA loads. Which of "
-        "the two CKPT is shows in its config.json. Logits stay the same.",
+        help="convert a LLaVA checkpoint to transformers' form (for vLLM, TRL, ...), or back",
+        description="Convert a checkpoint in LLaVA's layout to transformers' LlavaForConditionalGeneration with its processor "
+        "and chat template, which vLLM, TRL and others read; or convert such a folder to LLaVA's layout, for stock LLaVA. The "
+        " direction follows from CKPT's config.json. Logits stay the same.",
         epilog="examples:\n"
         "  umed convert checkpoints/llava-mistral-umed --template umed_mistral --out checkpoints/umed-hf\n"
         "  umed convert checkpoints/umed-hf --out checkpoints/llava-mistral-back",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint in either form")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the other form")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for the other form")
     parser.add_argument(
         "--template",
-        help="conversation template that becomes the chat template, such as umed_mistral or umed_v1 (default: the one that stock "
-        "LLaVA asks with); only into transformers' form",
+        help="conversation template for the chat template, such as umed_mistral or umed_v1 (default: the one that stock LLaVA "
+        "uses); only to transformers' form",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what the next program has to know."""
+    """Convert, and report what other programs have to know."""
     from umed_plugin.checkpoints.to_llava import is_transformers_form
 
-    return _back(args) if is_transformers_form(args.checkpoint) else _there(args)
+    return _to_llava(args) if is_transformers_form(args.checkpoint) else _to_transformers(args)
 
 
-def _there(args: argparse.Namespace) -> int:
+def _to_transformers(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, read_config
     from umed_plugin.checkpoints.to_transformers import to_transformers
+    from umed_plugin.errors import note
 
     with _bar("writing transformers' form") as progress:
         out = to_transformers(
@@ -50,30 +51,30 @@ def _there(args: argparse.Namespace) -> int:
     config = read_config(args.checkpoint)
     print(f"transformers' form: {out}\nchat template: {args.template or STOCK_TEMPLATES[config['model_type']]}")
     if config.get("mm_projector_type", "linear") == "linear":
-        print(
-            "note: the projector is linear, which transformers reads (projector_hidden_act: linear) and vLLM does not: it "
-            "refuses the activation. Other programs may take GELU whatever config.json says."
+        note(
+            "the projector is linear. transformers reads it (projector_hidden_act: linear); vLLM refuses the activation. Other "
+            "programs may use GELU whatever config.json says."
         )
     return 0
 
 
-def _back(args: argparse.Namespace) -> int:
+def _to_llava(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.loading import read_config
     from umed_plugin.checkpoints.merging import stock_name_fault
     from umed_plugin.checkpoints.to_llava import to_llava
-    from umed_plugin.errors import UsageError
+    from umed_plugin.errors import UsageError, note
 
     if args.template:
         raise UsageError(
-            f"--template {args.template}: {args.checkpoint} is in transformers' form already, and LLaVA's layout holds no "
-            "template. Leave it out."
+            f"--template {args.template}: {args.checkpoint} is in transformers' form already, and LLaVA's layout has no "
+            "template. Remove --template."
         )
     with _bar("writing LLaVA's layout") as progress:
         out = to_llava(args.checkpoint, args.out, overwrite=args.overwrite, progress=progress)
     print(f"LLaVA's layout: {out}")
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
-        print(f"note: {fault}")
+        note(fault)
     return 0
 
 

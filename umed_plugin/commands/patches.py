@@ -1,4 +1,4 @@
-"""``umed patches``: every change to another library, and whether it is in force here, not needed, or does not fit."""
+"""``umed patches``: every change to another library, and whether it is in force, not needed, or does not fit here."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``patches``."""
     parser = subparsers.add_parser(
         "patches",
-        help="list the changes to LLaVA and say whether they fit the installed libraries",
-        description="List every change that umed-run makes to another library, with the reason, the versions it knows, and "
-        "whether it is in force with what is installed here, not needed, or does not fit. Exit status 1 when one does not fit: "
-        "training would refuse to start.",
+        help="list the changes to LLaVA and check that they fit the installed libraries",
+        description="List every change that umed-run makes to another library, with its reason, its known versions, and whether "
+        "it is in force with the installed libraries, not needed, or does not fit. Exit status 1 if one does not fit: training "
+        "would refuse to start.",
         epilog="example:\n  umed patches",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table; 1 when a patch does not fit."""
+    """Print the table; return 1 if a patch does not fit."""
     from rich.console import Console
     from rich.table import Table
 
     from umed_plugin.patches import ALL, prepare_llava
     from umed_plugin.patching import misfit
 
-    prepare_llava()  # LLaVA's training code cannot be looked at where it cannot be imported
+    prepare_llava()  # so that LLaVA's training code can be imported and inspected
     table = Table("patch", "target", "known", "installed", "here", "why", "delete when", show_lines=True)
     idle, misfits = 0, []
     for patch in ALL:
-        spared, message = patch.not_needed(), misfit(patch)
-        idle += spared is not None
+        idle_reason, message = patch.not_needed(), misfit(patch)
+        idle += idle_reason is not None
         misfits += [message] if message else []
-        here = "DOES NOT FIT" if message else f"not needed: {spared}" if spared else "in force"
+        here = "DOES NOT FIT" if message else f"not needed: {idle_reason}" if idle_reason else "in force"
         table.add_row(patch.name, _targets(patch), _known(patch), _installed(patch), here, patch.why, patch.delete_when)
-    # Piped into a file there is no terminal to fit into, and wrapped names could not be searched for.
+    # In a pipe or file, use a fixed width: wrapped names could not be searched for.
     console = Console(width=None if Console().is_terminal else 250)
     console.print(table)
     for message in misfits:
@@ -56,13 +56,13 @@ def _targets(patch: Patch) -> str:
 
 
 def _known(patch: Patch) -> str:
-    """Version ranges, one for each library."""
+    """Version ranges, one per library."""
     ranges = {target.library: target.versions for target in patch.targets}
     return "\n".join(f"{library} {versions}" for library, versions in ranges.items())
 
 
 def _installed(patch: Patch) -> str:
-    """Distribution and version, one for each library."""
+    """Distribution and version, one per library."""
     from umed_plugin.patching import installed
 
     libraries = dict.fromkeys(target.library for target in patch.targets)

@@ -1,7 +1,7 @@
-"""Commands that take long: run in a process of their own, with what they print in a log, a progress bar, and their error found.
+"""Run long commands as child processes, with a log, a progress bar, and the relevant error on failure.
 
-Training under torchrun or DeepSpeed ends with the launcher's own traceback, which says no more than that a child has failed; the
-child's stands somewhere above it. `what_went_wrong` finds that one.
+If training under torchrun or DeepSpeed fails, the log ends with the launcher's traceback, which only says that a child failed.
+The child's own traceback is somewhere above it; `what_went_wrong` finds it.
 
 How to run: ``run_logged(["python", "-m", "llava.train.train_mem", ...], Path("run.log"), "training")``.
 """
@@ -20,14 +20,14 @@ from typing import Any
 
 from umed_plugin.errors import UmedError
 
-# tqdm's "12/130 [00:05<00:51": its own bars and those of transformers' trainer.
+# "12/130 [00:05<00:51" of tqdm, which transformers' trainer uses too.
 _STEP = re.compile(r"(\d+)/(\d+) \[")
 _RANK = re.compile(r"^\[rank\d+\]:\s?", re.MULTILINE)
-_ONE = r"Traceback \(most recent call last\):\n(?:(?:[ \t].*)?\n)+\S.*(?:\n(?!Traceback )\S.*){0,5}"
+_SINGLE = r"Traceback \(most recent call last\):\n(?:(?:[ \t].*)?\n)+\S.*(?:\n(?!Traceback )\S.*){0,5}"
 _CHAINED = r"\n\n(?:The above exception was|During handling of).*\n\n"
-_TRACEBACK = re.compile(rf"^{_ONE}(?:{_CHAINED}{_ONE})*", re.MULTILINE)
-_SAID_PLAINLY = re.compile(r"^umed(?:-run)?: error: .*(?:\n[ \t]+\S.*)*", re.MULTILINE)
-# What launchers and the other processes of a run print because of the first one's failure.
+_TRACEBACK = re.compile(rf"^{_SINGLE}(?:{_CHAINED}{_SINGLE})*", re.MULTILINE)
+_PLAIN_ERROR = re.compile(r"^umed(?:-run)?: error: .*(?:\n[ \t]+\S.*)*", re.MULTILINE)
+# Errors that launchers and other ranks print as a consequence of the first failure.
 _CONSEQUENCES = (
     "ChildFailedError",
     "CalledProcessError",
@@ -41,7 +41,7 @@ _LAST_LINES, _LONGEST = 15, 60
 
 
 class Steps:
-    """One progress bar for each step, with what is being done."""
+    """A progress bar per step, with its description."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -60,7 +60,7 @@ class Steps:
         self.progress.stop()
 
     def begin(self, description: str) -> None:
-        """Close the bar of the step before and open one of unknown length."""
+        """Close the previous step's bar and open one of unknown length."""
         self.end()
         self.task = self.progress.add_task(description, total=None)
 
@@ -69,7 +69,7 @@ class Steps:
         self.progress.update(self.task, completed=done, total=total)
 
     def end(self) -> None:
-        """Fill the open bar, if any."""
+        """Fill and close the open bar, if any."""
         if self.task is not None:
             task = self.progress.tasks[self.task]
             self.progress.update(self.task, total=task.total or 1, completed=task.total or 1)
@@ -86,18 +86,18 @@ def run_logged(
     environment: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Run a command to its end; it and what it prints are added to ``log``.
+    """Run a command to its end; append the command and its output to ``log``.
 
     Args:
         command: argument list.
-        log: file; made with its folder.
+        log: file; it and its folder are created if missing.
         name: of the command, for the error.
-        cwd: folder to run it in; by default this process's.
+        cwd: working folder; by default this process's.
         environment: by default this process's.
-        progress: called with (steps done, steps in all) whenever the log's last bar has moved.
+        progress: called with (steps done, steps in all), read from the last progress bar in the log.
 
     Raises:
-        UmedError: it ended with another status than 0; the message shows what of the log says why.
+        UmedError: it ended with a status other than 0; the message shows the relevant part of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as stream:
@@ -121,28 +121,28 @@ def run_logged(
 
 def _ending(status: int) -> str:
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        return "was killed (SIGKILL), as Linux does with a process when memory runs out"
+        return "was killed (SIGKILL), as Linux does when memory runs out"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def read_from(log: Path, start: int) -> str:
-    """A log from a byte on, as text; tqdm's carriage returns become line ends."""
+    """The log from byte ``start``, as text; tqdm's carriage returns become newlines."""
     with open(log, "rb") as stream:
         stream.seek(start)
         return stream.read().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def what_went_wrong(printed: str) -> str:
-    """The part of what a failed command printed that says why.
+    """The part of a failed command's output that gives the reason.
 
-    That is an error in this plugin's words if there is one; else the first traceback that is not about another process's
-    failure, which the slowest process of a run may print last; else the last lines.
+    That is an error message of this plugin if there is one; else the first traceback that is not a consequence of another rank's
+    failure (the slowest rank may print it last); else the last lines.
     """
     plain = _RANK.sub("", printed)
-    said = _SAID_PLAINLY.findall(plain)
-    if said:
-        return said[0]
-    tracebacks = [found.group(0) for found in _TRACEBACK.finditer(plain + "\n")]
+    errors = _PLAIN_ERROR.findall(plain)
+    if errors:
+        return errors[0]
+    tracebacks = [match.group(0) for match in _TRACEBACK.finditer(plain + "\n")]
     causes = [text for text in tracebacks if not any(word in _conclusion(text) for word in _CONSEQUENCES)]
     if causes:
         lines = causes[0].rstrip().splitlines()
@@ -151,14 +151,14 @@ def what_went_wrong(printed: str) -> str:
 
 
 def _conclusion(traceback: str) -> str:
-    """The lines of a traceback that name the exception: all after the last indented one."""
+    """The lines of a traceback with the exception: all after the last indented one."""
     lines = traceback.splitlines()
     last = max(index for index, line in enumerate(lines) if line[:1].isspace() or index == 0)
     return "\n".join(lines[last + 1 :])
 
 
 def importable(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment (this process's by default) with the plugin importable in children, from a checkout too."""
+    """The environment (by default this process's) in which children can import the plugin, also from a checkout."""
     import umed_plugin
 
     environment = os.environ if environment is None else environment

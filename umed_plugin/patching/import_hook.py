@@ -1,7 +1,7 @@
-"""A hook that runs after a module's import: how patches reach a library before anything has used it.
+"""A hook that runs right after a module's import, so that patches reach a library before anything uses it.
 
 `install` puts a finder on ``sys.meta_path``; `umed_plugin/site/sitecustomize.py` does it in every Python child of ``umed-run``.
-This module imports nothing but the standard library, and installing the hook imports no library that is patched.
+This module imports only the standard library, and installing the hook imports no patched library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _PatchingLoader(importlib.abc.Loader):
-    """The module's own loader, with one call after the module has run."""
+    """The module's own loader, with a call after the module has been executed."""
 
     def __init__(self, loader: Any, after: Callable[[str], None]) -> None:
         self._loader = loader
@@ -27,7 +27,7 @@ class _PatchingLoader(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # The module must show its own loader afterwards: inspect and pkgutil ask it for the source.
+        # The module must have its own loader again: inspect and pkgutil get the source from it.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
@@ -36,7 +36,7 @@ class _PatchingLoader(importlib.abc.Loader):
 
 
 class PostImportFinder(importlib.abc.MetaPathFinder):
-    """Lets the other finders find a trigger module and wraps the loader that they come up with."""
+    """Lets the other finders find a trigger module, and wraps its loader."""
 
     def __init__(self, triggers: Iterable[str], after: Callable[[str], None]) -> None:
         self.triggers = frozenset(triggers)
@@ -47,11 +47,11 @@ class PostImportFinder(importlib.abc.MetaPathFinder):
         """The spec of a trigger module with its loader wrapped; None for any other module."""
         if fullname not in self.triggers or fullname in self._searching:
             return None
-        # Another finder of this kind would ask this one in turn.
+        # Two finders of this kind would otherwise call each other forever.
         self._searching.add(fullname)
         try:
             specs = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-            spec = next((found for found in specs if found is not None), None)
+            spec = next((spec for spec in specs if spec is not None), None)
         finally:
             self._searching.discard(fullname)
         if spec is not None and spec.loader is not None:
@@ -60,9 +60,9 @@ class PostImportFinder(importlib.abc.MetaPathFinder):
 
 
 def install(triggers: Iterable[str], after: Callable[[str], None]) -> PostImportFinder:
-    """Call ``after(name)`` right after each import of a module in ``triggers``, at once for those imported already.
+    """Call ``after(name)`` right after each import of a module in ``triggers``; immediately for those already imported.
 
-    Installing the same hook twice gives the finder that is there.
+    Installing the same hook twice returns the existing finder.
     """
     for finder in sys.meta_path:
         if isinstance(finder, PostImportFinder) and finder.after is after:
@@ -75,6 +75,6 @@ def install(triggers: Iterable[str], after: Callable[[str], None]) -> PostImport
 
 
 def uninstall(finder: PostImportFinder) -> None:
-    """Take the hook away; patches stay as they are."""
+    """Remove the hook; applied patches stay in place."""
     if finder in sys.meta_path:
         sys.meta_path.remove(finder)

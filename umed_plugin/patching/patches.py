@@ -1,11 +1,10 @@
-"""How another library is changed: recorded replacements, and patches that know what they fit.
+"""The patch contract: recorded replacements, and patches that know which code they fit.
 
-When the trigger module of a patch has been imported (`umed_plugin.patching.import_hook` waits for it), the patches of that
-trigger are verified (all of them, before the first is applied) and applied; a patch that does not fit raises `PatchMisfit`,
-so training stops before the model is loaded. `undo` and `undo_all` put everything back, newest first.
+After the trigger module of a patch is imported (`umed_plugin.patching.import_hook`), all patches of that trigger are verified
+before the first is applied. A patch that does not fit raises `PatchMisfit`, so training stops before the model is loaded. `undo`
+and `undo_all` restore everything, newest first.
 
-This module imports nothing but the standard library, and importing it imports no library that is patched.
-What fits is listed by ``umed patches``.
+Importing this module imports only the standard library, and no patched library. ``umed patches`` shows which patches fit.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from typing import Any
 
 from umed_plugin.errors import UmedError
 
-# A module's distribution: LLaVA's forks share the import name `llava`.
+# Import name -> possible distributions: LLaVA's forks share the import name `llava`.
 DISTRIBUTIONS = {"llava": ("llava-torch", "llava", "llava-med", "llava_med", "llava-next")}
 _ABSENT = object()
 
 
 class PatchMisfit(UmedError):
-    """A patch was written for other code than the installed one."""
+    """A patch was written for other code than the installed code."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Target:
     Args:
         path: ``module:attribute.path``, for example ``llava.train.train:train``.
         versions: ranges of the library's version, for example ``>=4.36,<4.37 || >=5.23,<5.24``. Version strings do not prove
-            much (LLaVA's tag 1.2.0 says 1.1.3), so the hash decides as well.
-        sha256: accepted hashes of ``inspect.getsource`` of the object; empty where an object has no source of its own
+            much (LLaVA's tag 1.2.0 calls itself 1.1.3), so the hash must match too.
+        sha256: accepted hashes of ``inspect.getsource`` of the object; empty if the object has no source of its own
             (a dictionary, a module).
     """
 
@@ -62,14 +61,14 @@ class Patch:
     """A change to another library: what, why, for which versions, and until when.
 
     Args:
-        name: the patch's file name in ``patches/``.
-        targets: everything it replaces or relies on.
+        name: the patch's file name in ``patches/``, without ``.py``.
+        targets: everything that it replaces or relies on.
         why: what goes wrong without it.
-        delete_when: what has to happen so that the file can go.
-        change: does the change through the recorder that it gets.
+        delete_when: what must happen before the file can be deleted.
+        change: makes the change through the recorder that it is given.
         trigger: module after whose import the patch is applied.
-        needed: library and range of its versions that want this change, for example ``("transformers", ">=5")``. With others
-            there is nothing to do, and nothing to fit, and so without the library. None: with all versions.
+        needed: library and range of versions that need this change, for example ``("transformers", ">=5")``. With other versions,
+            or without the library, the patch is neither verified nor applied. None: needed with all versions.
     """
 
     name: str
@@ -81,7 +80,7 @@ class Patch:
     needed: tuple[str, str] | None = None
 
     def not_needed(self) -> str | None:
-        """Why the installed libraries do without this patch, in words; None when it is needed."""
+        """Why the installed libraries do not need this patch, as text; None if it is needed."""
         if self.needed is None:
             return None
         library, versions = self.needed
@@ -91,13 +90,13 @@ class Patch:
         return None if version_fits(version, versions) else f"{library} {version} is not {versions}"
 
     def apply(self, recorder: Recorder) -> None:
-        """Make the change; every replacement is noted in ``recorder``."""
+        """Make the change; ``recorder`` records every replacement."""
         self.change(recorder)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """What `Recorder` noted: ``old`` is absent when the name was inherited or new."""
+    """One recorded replacement; ``old`` is absent if the name was inherited or new."""
 
     owner: Any
     name: str
@@ -122,15 +121,15 @@ class Replacement:
 
 @dataclass
 class Recorder:
-    """Replaces attributes and dictionary items and remembers how to put them back (like pytest's monkeypatch)."""
+    """Replaces attributes and dictionary items, and records how to restore them (like pytest's monkeypatch)."""
 
     done: list[Replacement] = field(default_factory=list)
 
     def replace(self, owner: Any, name: str, new: Any) -> None:
-        """Set ``owner.name``, which must exist (inherited counts).
+        """Set ``owner.name``, which must exist (it may be inherited).
 
         Raises:
-            PatchMisfit: there is nothing to replace.
+            PatchMisfit: it does not exist.
         """
         if not hasattr(owner, name):
             raise PatchMisfit(f"nothing to replace: {getattr(owner, '__name__', owner)!r} has no {name!r}.")
@@ -142,7 +141,7 @@ class Recorder:
         """Set ``owner.name``, which must not exist.
 
         Raises:
-            PatchMisfit: there is something already.
+            PatchMisfit: it exists already.
         """
         if hasattr(owner, name):
             raise PatchMisfit(f"nothing to add: {getattr(owner, '__name__', owner)!r} has {name!r} already.")
@@ -155,17 +154,17 @@ class Recorder:
         owner[name] = new
 
     def undo(self) -> None:
-        """Put everything back, newest first."""
+        """Restore everything, newest first."""
         while self.done:
             self.done.pop().restore()
 
 
-# Applied patches in order. The module object tells a fresh import from the one that was patched.
+# Applied patches in order. The module object distinguishes a fresh import from the module that was patched.
 _applied: dict[str, tuple[Patch, Recorder, ModuleType]] = {}
 
 
 def original(owner: Any, name: str) -> Any:
-    """``owner.name`` as its library made it, whatever the patches applied so far have put there."""
+    """``owner.name`` as its library defines it, even if applied patches have replaced it."""
     for _, recorder, _ in _applied.values():
         for replacement in recorder.done:
             if replacement.owner is owner and replacement.name == name and not replacement.is_item:
@@ -176,12 +175,12 @@ def original(owner: Any, name: str) -> Any:
 
 
 def _bound(owner: Any, old: Any) -> Any:
-    """A class keeps its methods raw: give them back as attribute access would."""
+    """Bind a class's raw method, as attribute access would."""
     return old.__get__(None, owner) if isinstance(owner, type) and hasattr(old, "__get__") else old
 
 
 def resolve(path: str) -> tuple[Any, str]:
-    """Owner and name of ``module:attribute.path``; the module is imported."""
+    """Owner and name of ``module:attribute.path``. Imports the module."""
     module_name, _, attribute = path.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = attribute.split(".")
@@ -191,12 +190,12 @@ def resolve(path: str) -> tuple[Any, str]:
 
 
 def source_hash(thing: Any) -> str:
-    """SHA-256 of the source text of a function or class, beneath any decorator that keeps ``__wrapped__``."""
+    """SHA-256 of the source text of a function or class, without decorators that set ``__wrapped__``."""
     return hashlib.sha256(inspect.getsource(inspect.unwrap(thing)).encode()).hexdigest()
 
 
 def installed(library: str) -> tuple[str, str]:
-    """Distribution name and version of an import name, or the folder and ``unknown`` where no metadata tells."""
+    """Distribution name and version of an import name; the import name and ``unknown`` if there is no metadata."""
     for name in DISTRIBUTIONS.get(library, (library,)):
         try:
             return name, importlib.metadata.version(name)
@@ -235,7 +234,7 @@ def version_fits(version: str, versions: str) -> bool:
 
 
 def misfit(patch: Patch) -> str | None:
-    """Why ``patch`` does not fit what is installed, as one message; None when it fits or is not needed.
+    """Why ``patch`` does not fit the installed libraries, as one message; None if it fits or is not needed.
 
     Imports the targets' modules.
     """
@@ -251,8 +250,8 @@ def misfit(patch: Patch) -> str | None:
                 f"  installed: {distribution} {version} ({getattr(module, '__file__', 'not importable')})\n"
                 f"  known: {target.library} {target.versions}\n"
                 f"  it exists because: {patch.why}\n"
-                "  remedy: install a known version, or compare the installed source with what the patch replaces and, where "
-                f"the change does not matter, add the hash to patches/{patch.name}.py. `umed patches` lists all patches."
+                "  remedy: install a known version. Or compare the installed source with what the patch replaces; if the patch "
+                f"still fits, add the hash to patches/{patch.name}.py. `umed patches` lists all patches."
             )
     return None
 
@@ -260,7 +259,7 @@ def misfit(patch: Patch) -> str | None:
 def _target_misfit(target: Target) -> str | None:
     try:
         owner, name = resolve(target.path)
-        found = original(owner, name)
+        target_object = original(owner, name)
     except (ImportError, AttributeError) as error:
         return f"the target is missing ({error})."
     except PatchMisfit as error:
@@ -270,15 +269,15 @@ def _target_misfit(target: Target) -> str | None:
         return f"version {version} is outside the known range."
     if not target.sha256:
         return None
-    digest = source_hash(found)
+    digest = source_hash(target_object)
     return None if digest in target.sha256 else f"its source has the unknown SHA-256 {digest}."
 
 
 def apply(patches: Sequence[Patch]) -> None:
-    """Verify all of ``patches``, then apply those that are needed and not in place yet.
+    """Verify all of ``patches``, then apply those that are needed and not applied yet.
 
     Raises:
-        PatchMisfit: one does not fit; then none of them has been applied.
+        PatchMisfit: a patch does not fit; none of them was applied.
     """
     pending = []
     for patch in patches:
@@ -304,15 +303,15 @@ def apply(patches: Sequence[Patch]) -> None:
 
 
 def is_applied(patch: Patch) -> bool:
-    """Whether ``patch`` is in place."""
+    """Whether ``patch`` is applied."""
     return patch.name in _applied
 
 
 def undo(patch: Patch) -> None:
-    """Take one patch back; nothing happens when it is not in place.
+    """Undo one patch; does nothing if it is not applied.
 
     Raises:
-        PatchMisfit: something else has replaced the same target since; undo that first.
+        PatchMisfit: the same target was replaced again since; undo that first.
     """
     if patch.name not in _applied:
         return
@@ -327,7 +326,7 @@ def undo(patch: Patch) -> None:
 
 
 def undo_all() -> None:
-    """Take every patch back, newest first."""
+    """Undo every patch, newest first."""
     for name in reversed(list(_applied)):
         _undo_one(name)
 

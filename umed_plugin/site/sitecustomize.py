@@ -1,8 +1,8 @@
 """Python runs this at the start of every child of ``umed-run``, which puts this folder on PYTHONPATH.
 
-It waits for `llava` to be imported, then installs the hook that applies the patches, and runs the sitecustomize that it
-hides, if there is one. A Python that has nothing to do with LLaVA loses no time and cannot fail here. Python would only
-print an error that is raised here; so an error is kept and raised when LLaVA's training code is imported.
+When `llava` is imported, it installs the hook that applies the patches. It also runs the sitecustomize that it hides, if any. A
+Python process that does not use LLaVA loses no time and cannot fail here. Python would only print an error raised here, so an
+error is kept and raised when LLaVA's training code is imported.
 """
 
 import os
@@ -14,7 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(HERE))
 
 
 class UmedDoor:
-    """A finder that finds nothing: when `llava` is asked for, it puts the real hook in its place."""
+    """A finder that finds nothing; when `llava` is imported, it replaces itself with the real hook."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "llava":
@@ -23,7 +23,7 @@ class UmedDoor:
 
 
 class _Refusal:
-    """A finder that lets nobody import LLaVA's training code, because its patches could not be installed."""
+    """A finder that blocks the import of LLaVA's training code, because the patches could not be installed."""
 
     def __init__(self, reason):
         self.reason = reason
@@ -46,7 +46,7 @@ def _install():
 
 
 def _find_plugin():
-    """Make this very copy of umed_plugin importable: a checkout need not be installed, nor be the current folder."""
+    """Make this copy of umed_plugin importable, even if the checkout is neither installed nor the current folder."""
     spec = PathFinder.find_spec("umed_plugin")
     if spec is None:
         sys.path.append(ROOT)
@@ -57,7 +57,7 @@ def _find_plugin():
 
 
 def _run_hidden():
-    """Run the next sitecustomize on the path, as Python would have done without this one."""
+    """Run the next sitecustomize on the path, as Python would without this one."""
     elsewhere = [entry for entry in sys.path if os.path.realpath(entry or os.curdir) != os.path.realpath(HERE)]
     spec = PathFinder.find_spec("sitecustomize", elsewhere)
     if spec is None or spec.loader is None:
