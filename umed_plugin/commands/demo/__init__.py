@@ -1,1 +1,1 @@
-"""The main job on an embedded default: generated studies and a checkpoint made on the spot (`umed demo`)."""
+"""`umed demo`: both stages from end to end, on generated studies and a small checkpoint made on the spot."""

@@ -1,4 +1,4 @@
-"""``umed demo``: the whole job on generated studies and a small checkpoint made on the spot."""
+"""``umed demo``: both stages from end to end, on generated studies and a small checkpoint made on the spot."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``demo``."""
     parser = subparsers.add_parser(
         "demo",
-        help="see the whole job at work: both stages, evaluation, export, on generated studies",
+        help="run both stages, evaluation and export on generated studies",
         description="Make a small LLaVA-Med-style checkpoint and DICOM, NIfTI and PNG studies, train both stages through "
-        "umed-run, evaluate on held-out studies before and after, and export. About 10 minutes on two CPU cores; no GPU, no "
-        "network. Writes DIR/report.html, DIR/summary.json, DIR/before_after.png and DIR/checkpoint/llava-mistral-umed/.",
+        "umed-run, evaluate on held-out studies before and after, and export. Takes about 10 minutes on two CPU cores, without "
+        "GPU or network. Writes DIR/report.html, DIR/summary.json, DIR/before_after.png and DIR/checkpoint/llava-mistral-umed/.",
         epilog="example:\n  umed demo --out runs/demo --seed 0",
     )
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of studies, weights and training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of studies, weights and training (default: 0)")
     parser.set_defaults(run=run)
 
 

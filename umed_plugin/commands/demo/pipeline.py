@@ -1,22 +1,21 @@
-"""The whole job on an embedded default: a checkpoint that names abnormalities learns to show where they are.
+"""Both stages from end to end: a small checkpoint that names abnormalities learns to show where they are.
 
 Steps: generated studies, a small checkpoint and its prior, records by the shipped recipe ``demo_studies``, stage 1 (full
 fine-tuning) and stage 2 through ``umed-run`` with LLaVA's own training script, evaluation on held-out studies before, between
-and after, export. Runs on a CPU in float32, without network. What lies in the folder afterwards:
+and after, export. Runs on a CPU in float32, without network. Content of the folder afterwards:
 
-- ``checkpoint/llava-mistral-umed/``: the upgraded checkpoint. Stock LLaVA chooses its loader by a folder's name, hence this one.
-- ``summary.json``: metrics of ``base``, ``instruction_tuning``, ``rewarding`` with intervals, ``comparison`` (stage 2 minus
-  stage 1, paired), ``seed`` and ``seconds``; ``evaluation/<stage>/``: every answer.
+- ``checkpoint/llava-mistral-umed/``: the upgraded checkpoint. Its name makes stock LLaVA choose the right loader.
+- ``summary.json``: metrics of ``base``, ``instruction_tuning``, ``rewarding`` with confidence intervals, ``comparison`` (stage 2
+  minus stage 1, paired), ``seed`` and ``seconds``; ``evaluation/<stage>/``: every answer.
 - ``report.html``: curves, before and after, studies with boxes and attention (`umed_plugin.commands.report`);
   ``before_after.png``.
-- ``data/``: studies and records; ``runs/``: base checkpoint and both stages; ``logs/``: what training printed.
+- ``data/``: studies and records; ``runs/``: base checkpoint and both stages; ``logs/``: output of the trainings.
 
-How to run: ``umed demo --out DIR``. The same seed gives the same summary, ``seconds`` aside.
+How to run: ``umed demo --out DIR``. The same seed gives the same summary, except for ``seconds``.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -50,15 +49,15 @@ class DemoSettings:
     queries: int = 12
     candidates: int = 8
     max_new_tokens: int = 104
-    # Two processes of one thread each train such small tensors nearly twice as fast as two threads do. A fixed number keeps a
-    # seed's summary the same: another one rounds sums differently.
+    # With tensors this small, two processes of one thread each train nearly twice as fast as one process of two threads. The
+    # number is fixed, since another number would round sums differently and so change a seed's summary.
     processes: int = 2
 
 
 def run_demo(
     out: Path | str, seed: int = 0, settings: DemoSettings | None = None, console: Any = None
 ) -> dict[str, Any]:
-    """Do the whole job under ``out``, write ``summary.json`` and return it.
+    """Run the demo under ``out``, write ``summary.json`` and return its content.
 
     Args:
         out: a folder that does not exist or is empty.
@@ -67,7 +66,7 @@ def run_demo(
         console: a rich console for progress and the table; by default the terminal.
 
     Raises:
-        UmedError: the folder holds something already, or a training run failed (its log is named).
+        UmedError: the folder is not empty, or a training run failed (the message names its log).
     """
     from rich.console import Console
 
@@ -83,10 +82,10 @@ def run_demo(
 
 
 class DemoRun:
-    """One folder's demo: its steps in the order of `run`; the benchmarks call them one by one.
+    """One demo: its steps in the order of `run`. The benchmarks call single steps.
 
     Args:
-        out: folder of everything that is made.
+        out: folder of the demo.
         seed: of studies, weights and training.
         settings: sizes.
         steps: shows the progress.
@@ -100,11 +99,11 @@ class DemoRun:
         self.exported = out / "checkpoint" / NAME
 
     def checkpoint(self, name: str) -> Path:
-        """Where the checkpoint of a training run lies; the folder's name decides by which class stock LLaVA loads it."""
+        """Folder of a training run's checkpoint; stock LLaVA chooses the class by the folder's name."""
         return self.runs / f"{name}-llava-mistral"
 
     def run(self) -> dict[str, Any]:
-        """Do every step; returns the summary."""
+        """Run all steps; return the summary."""
         from umed_plugin.checkpoints.merging import export
 
         began = time.monotonic()
@@ -135,15 +134,15 @@ class DemoRun:
             load_recipe("demo_studies"), out_dir=self.data, image_aspect_ratio="pad", seed=self.seed, data_root=studies
         )
         save_records(records, self.data / "records.json")
-        # Stage 1 knows its studies by heart; on others its answers go wrong as often as on held-out ones, and can be rewarded
-        # for being right.
-        learnt = [record for record in records if record["split"] == "train"]
-        save_records(learnt[: sizes.tuning], self.tuning_records)
-        save_records(learnt[sizes.tuning :], self.rewarding_records)
+        # The stages train on different studies: stage 1 memorizes its own. On others its answers are wrong as often as on
+        # held-out studies, so rewards can tell right from wrong.
+        train_records = [record for record in records if record["split"] == "train"]
+        save_records(train_records[: sizes.tuning], self.tuning_records)
+        save_records(train_records[sizes.tuning :], self.rewarding_records)
         return records
 
     def base_checkpoint(self) -> None:
-        """Make the small checkpoint and teach it captions: what a medical LLaVA knows before the plugin is used."""
+        """Make the small checkpoint and train it on captions: what a medical LLaVA knows before the plugin is used."""
         from umed_plugin.checkpoints.merging import export
         from umed_plugin.commands.demo.prior import caption_records, corpus
         from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
@@ -152,19 +151,18 @@ class DemoRun:
         self.steps.begin("base checkpoint: captions without boxes")
         make_checkpoint(self.tiny, seed=self.seed, corpus=corpus(self.seed))
         captions = self.data / "captions.json"
-        known = caption_records(load_records(self.tuning_records), self.seed)
-        captions.write_text(json.dumps(known), encoding="utf-8")
+        files.write_json(captions, caption_records(load_records(self.tuning_records), self.seed))
         sizes = self.settings
-        taught = self._train(
+        captioned = self._train(
             "captions",
             ["--model_name_or_path", self.tiny, "--data_path", captions, "--version", "mistral_instruct"]
             + ["--num_train_epochs", sizes.prior_epochs, "--learning_rate", sizes.prior_lr]
             + ["--per_device_train_batch_size", TUNING_BATCH // sizes.processes],
         )
-        export(taught, self.base, like=self.tiny)
+        export(captioned, self.base, like=self.tiny)
 
     def instruction_tuning(self, name: str = "tuned", start: Path | None = None, flags: Sequence[Any] = ()) -> Path:
-        """Stage 1 from ``start``, the base unless given; ``flags`` come last and win. Returns the checkpoint."""
+        """Train stage 1 from ``start`` (default: the base); ``flags`` come last and override. Returns the checkpoint."""
         sizes = self.settings
         self.steps.begin("stage 1: instruction tuning")
         return self._train(
@@ -176,22 +174,22 @@ class DemoRun:
         )
 
     def rewarding(self, start: Path, name: str = "rewarded", flags: Sequence[Any] = ()) -> Path:
-        """Stage 2 on a checkpoint of stage 1; ``flags`` come last and win. Returns the checkpoint."""
+        """Train stage 2 from a checkpoint of stage 1; ``flags`` come last and override. Returns the checkpoint."""
         sizes = self.settings
         self.steps.begin("stage 2: rewarding")
-        # Full fine-tuning: on a model as narrow as this one, an adapter costs as much as the weights that it spares.
+        # Full fine-tuning: in a model this narrow, an adapter has about as many weights as it saves.
         return self._train(
             name,
             ["--model_name_or_path", start, "--data_path", self.rewarding_records]
             + ["--version", "umed_mistral", "--umed_stage", "rewarding", "--umed_algorithm", "grpo"]
             + ["--umed_num_candidates", sizes.candidates, "--umed_max_new_tokens", sizes.max_new_tokens]
-            # At temperature 1 the digits of a box that this model is unsure of are noise, and large boxes that hedge against the
-            # noise are rewarded; nearer to greedy, it is the greedy box that is rewarded.
+            # At temperature 1, the digits of an uncertain box are noise, and large boxes that hedge against it are rewarded. At a
+            # lower temperature the rewarded boxes are close to the greedy one.
             + ["--umed_temperature", 0.5, "--umed_kl_coef", 0.015]
-            # Scaled for each question, two boxes that differ by the noise of their digits would weigh as much as a right and a
-            # wrong diagnosis, and diagnoses are unlearnt.
+            # Scaled per question, the difference of two boxes by noisy digits would weigh as much as a right against a wrong
+            # diagnosis, and the model would unlearn diagnoses.
             + ["--umed_advantage_scale", "batch"]
-            # The recipe's template writer draws its phrases at random, which the lexical judge would ask to be guessed.
+            # The recipe's template writer draws phrases at random; the lexical judge would reward guessing them.
             + ["--umed_judge", "classes", "--umed_reward_weights", "4,2,1"]
             + ["--umed_log_candidates", max(sizes.rewarding_steps // 13, 1)]
             + ["--max_steps", sizes.rewarding_steps, "--learning_rate", sizes.rewarding_lr, "--warmup_ratio", 0.1]
@@ -199,14 +197,14 @@ class DemoRun:
         )
 
     def _train(self, name: str, arguments: Sequence[Any]) -> Path:
-        """Run LLaVA's training script under umed-run; the command and what it prints go to ``logs/NAME.log``."""
-        # Not --standalone: before torch 2.1 it takes one fixed port, and two demos at a time would meet there.
+        """Run LLaVA's training script under umed-run; the command and its output go to ``logs/NAME.log``."""
+        # Not --standalone: before torch 2.1 it uses one fixed port, on which two demos would collide.
         torchrun = ["-m", "torch.distributed.run", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         torchrun += ["--nproc_per_node", str(self.settings.processes)]
         output = self.checkpoint(name)
         script = [sys.executable, *torchrun, "-m", "llava.train.train_mem", "--output_dir", output]
         parts = [sys.executable, "-m", "umed_plugin.launch", *script, *self._common_arguments(), *arguments]
-        # In the demo's folder: runs/ and wandb folders that libraries make must not land elsewhere.
+        # cwd: libraries create folders such as runs/ and wandb/, which belong in the demo's folder.
         run_logged(
             [str(part) for part in parts],
             self.out / "logs" / f"{name}.log",
@@ -228,7 +226,7 @@ class DemoRun:
         ]
 
     def evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
-        """Ask a checkpoint about the held-out studies; the answers are kept under ``evaluation/STAGE``."""
+        """Evaluate a checkpoint on the held-out studies; the answers are saved under ``evaluation/STAGE``."""
         from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
         from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 

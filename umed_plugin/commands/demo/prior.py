@@ -1,8 +1,8 @@
-"""What the demo's checkpoint knows before the plugin is used: it names abnormalities and says nothing about where.
+"""What the demo's checkpoint knows before the plugin is used: it names abnormalities, but gives no boxes.
 
-A checkpoint with random weights would make a before/after comparison empty. So the small model is first taught captions
-(detection and recognition, never a box) by LLaVA's stock training script, without any ``--umed_*`` flag: it then plays the
-part of LLaVA-Med, which has seen many captions and no boxes.
+With random weights, a before/after comparison would be meaningless. So the small model is first trained on captions (detection
+and recognition, never a box) with LLaVA's stock training script, without any ``--umed_*`` flag. It then stands for LLaVA-Med,
+which has seen many captions and no boxes.
 
 How to run: ``write_captions(annotations.csv, out)``, then train on it; `umed_plugin.commands.demo.pipeline` does both.
 """
@@ -27,12 +27,12 @@ CAPTION_QUESTIONS = (
 
 
 def caption(record: Record, geometry: ImageGeometry, rng: random.Random) -> list[dict[str, str]]:
-    """LLaVA's ``conversations`` for one record: a question, and an answer that names every lesion and locates none."""
+    """LLaVA's ``conversations`` for one record: a question, and an answer that names every lesion without a box."""
     names = [record["terms"][ref][0] for ref in record["objects"]["ref"]]
     if names:
         boxes = geometry.to_square(record["objects"]["bbox"])
-        told = [f"{name} in the {region_words(box)}" for name, box in zip(names, boxes)]
-        answer = f"The image shows {' and '.join(told)}."
+        phrases = [f"{name} in the {region_words(box)}" for name, box in zip(names, boxes)]
+        answer = f"The image shows {' and '.join(phrases)}."
     else:
         answer = "The image looks normal."
     question = rng.choice(CAPTION_QUESTIONS + QUESTIONS)
@@ -40,14 +40,14 @@ def caption(record: Record, geometry: ImageGeometry, rng: random.Random) -> list
 
 
 def region_words(box01: Sequence[float]) -> str:
-    """Roughly where a box lies, in words: thirds of the square."""
+    """Where a box is, in words: thirds of the square. ``box01`` is (x1, y1, x2, y2), 0-1 of the square."""
     across = ("left", "centre", "right")[min(int((box01[0] + box01[2]) / 2 * 3), 2)]
     down = ("upper", "middle", "lower")[min(int((box01[1] + box01[3]) / 2 * 3), 2)]
     return f"{down} {across}"
 
 
 def caption_records(records: Sequence[Record], seed: int = 0) -> list[Record]:
-    """The records with captions instead of grounded diagnoses, as plain LLaVA data: no boxes, no provenance."""
+    """The records with captions instead of grounded diagnoses, as plain LLaVA data without boxes and provenance."""
     rng = random.Random(seed)
     return [
         {"id": record["id"], "image": record["image"], "conversations": caption(record, record_geometry(record), rng)}
@@ -56,11 +56,11 @@ def caption_records(records: Sequence[Record], seed: int = 0) -> list[Record]:
 
 
 def corpus(seed: int = 0, size: int = 400) -> list[str]:
-    """Texts for the tokenizer: questions, captions and diagnoses as the demo will meet them, about no image in particular."""
+    """Texts to train the tokenizer: questions, captions and diagnoses like the demo's, about random boxes."""
     rng = random.Random(seed)
     terms = {name: [name] for name in LESIONS}
     geometry = ImageGeometry(100, 100)
-    # What stands in every prompt is repeated, so that it costs few tokens.
+    # Text of every prompt is repeated, so that it needs few tokens.
     texts = [SYSTEM, "[INST] <<SYS>>", "<</SYS>>", "a [/INST]"] * (size // 4)
     texts += [*CAPTION_QUESTIONS, *QUESTIONS, *NEGATIVES] * 8
     texts += [text for phrasing in PHRASINGS for text in vars(phrasing).values()]

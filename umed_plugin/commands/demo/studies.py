@@ -1,14 +1,14 @@
 """Generated studies for the demo: CT as DICOM, MR as NIfTI volumes, X-ray as 8-bit PNG, with boxes in ``annotations.csv``.
 
-The pictures are drawn, not modelled on any person: a body with soft organs and noise, and in it lesions of four kinds that
-differ in shape and brightness. About one study in eight has none, about one in six has two. The files are real ones: the
-DICOM has rescale and window tags, the NIfTI volume holds the lesion in one of its slices, most pictures are not square.
+The images are drawn and contain no patient data: a body with soft organs and noise, and lesions of four classes that differ in
+shape and brightness. About one study in eight has no lesion, about one in six has two. The file formats are complete: DICOM with
+rescale and window tags, NIfTI volumes with the lesion in one of the slices. Most images are not square.
 
-``annotations.csv`` has one row per lesion: ``file, x1, y1, x2, y2, lesion, patient, split, modality, slice``. Boxes are
-pixels of the image as a viewer shows it (x to the right, y down, half-open); a study without a lesion has one row with empty
-box and lesion; ``slice`` is the 0-based index along the volume's last axis, empty for other formats. Splits are by patient.
+``annotations.csv`` has one row per lesion: ``file, x1, y1, x2, y2, lesion, patient, split, modality, slice``. Boxes are pixels of
+the image as a viewer shows it (x to the right, y down, half-open). A study without a lesion has one row with empty box and
+lesion. ``slice`` is the 0-based index along the volume's last axis, empty for other formats. Splits are by patient.
 
-How to run: ``make_studies(Path("studies"), seed=0)``. The same seed gives the same bytes, except that gzip stores no time.
+How to run: ``make_studies(Path("studies"), seed=0)``. The same seed gives the same bytes; gzip stores no time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 COLUMNS = ("file", "x1", "y1", "x2", "y2", "lesion", "patient", "split", "modality", "slice")
 LESIONS = ("nodule", "cyst", "calcification", "effusion")
 STUDIES_PER_PATIENT = 4
-# DICOM, PNG, NIfTI: volumes cost most to write and read.
+# DICOM, PNG, DICOM, NIfTI: volumes are the slowest to write and read, so there are fewest of them.
 FORMATS = ("CT", "X-ray", "CT", "MR")
 SIZES = ((128, 128), (144, 112), (112, 144), (136, 104), (104, 136))
 SLICES = 5
@@ -52,9 +52,9 @@ def make_studies(
     """Write the studies under ``folder`` and return the path of ``annotations.csv``.
 
     Args:
-        folder: made when missing.
-        seed: decides every pixel.
-        train: how many studies of this split; the last patient of a split may have fewer than the others.
+        folder: created if missing.
+        seed: determines every pixel.
+        train: number of studies in this split; the last patient of a split may have fewer than the others.
         val: as ``train``.
         test: as ``train``.
         progress: called with (studies done, studies in all).
@@ -67,7 +67,7 @@ def make_studies(
         for index in range(count):
             if index % STUDIES_PER_PATIENT == 0:
                 patient += 1
-            # A study depends on the seed and its own number alone, so a smaller set is not a different one.
+            # A study depends only on the seed, its split and its index, so a smaller set is a prefix of a larger one.
             rng = np.random.default_rng([seed, ("train", "val", "test").index(split), index])
             rows += _write_study(folder, f"D{patient:04d}", split, index % STUDIES_PER_PATIENT, rng)
             done += 1
@@ -82,7 +82,7 @@ def make_studies(
 
 
 def draw_study(rng: np.random.Generator) -> tuple[np.ndarray, list[Lesion]]:
-    """Draw one study: (grey picture ``[height, width]``, nominally 0-1 but free to leave it, and its lesions)."""
+    """Draw one study: (gray image ``[height, width]``, nominally 0-1 but not clipped; its lesions)."""
     width, height = SIZES[rng.integers(len(SIZES))]
     picture = _draw_body(rng, width, height)
     draw = rng.random()
@@ -101,7 +101,7 @@ def draw_study(rng: np.random.Generator) -> tuple[np.ndarray, list[Lesion]]:
 
 
 def _ellipse(width: int, height: int, cx: float, cy: float, rx: float, ry: float, edge: float) -> np.ndarray:
-    """Cover 0-1 of an ellipse over the picture, ``[height, width]``; ``edge`` is the width of its rim in pixels."""
+    """Coverage 0-1 of an ellipse per pixel, ``[height, width]``; ``edge`` is the width of its soft rim in pixels."""
     y, x = np.mgrid[0:height, 0:width] + 0.5
     distance = np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2)
     return np.clip(0.5 + (1 - distance) * min(rx, ry) / edge, 0, 1)
@@ -120,7 +120,7 @@ def _draw_body(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 def _place_lesion(
     rng: np.random.Generator, name: str, width: int, height: int, taken: list[tuple[int, int, int, int]]
 ) -> tuple[np.ndarray, float] | None:
-    """Return (cover 0-1, grey value) of a lesion inside the body that keeps clear of ``taken``; None if there is no room."""
+    """Return (coverage 0-1, gray value) of a lesion inside the body that does not touch ``taken``; None if there is no room."""
     side = min(width, height)
     if name == "nodule":
         rx = ry = rng.uniform(0.10, 0.16) * side
@@ -182,7 +182,7 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def _write_dicom(path: Path, picture: np.ndarray, patient: str, index: int) -> None:
-    """16-bit CT in stored values of HU + 1024, with the soft-tissue window in which grey 0-1 is what the picture says."""
+    """Write 16-bit CT: stored values are HU + 1024, and the soft-tissue window maps them back to the image's gray 0-1."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -209,7 +209,7 @@ def _write_dicom(path: Path, picture: np.ndarray, patient: str, index: int) -> N
 
 
 def _write_nifti(path: Path, picture: np.ndarray, index: int, rng: np.random.Generator) -> None:
-    """int16 volume ``[x, y, slice]`` whose first axis runs to the patient's left and second to the back (as DICOM's do)."""
+    """Write an int16 volume ``[x, y, slice]``; its first axis runs to the patient's left, the second to the back, as in DICOM."""
     import nibabel
 
     height, width = picture.shape
@@ -217,8 +217,8 @@ def _write_nifti(path: Path, picture: np.ndarray, index: int, rng: np.random.Gen
     for z in range(SLICES):
         shown = picture if z == index else _draw_body(rng, width, height) + rng.normal(0, 0.025, picture.shape)
         volume[:, :, z] = np.round(np.clip(shown, 0, 1) * 1000).T
-    # A marker beside the body, black and white: MR has no units, so a viewer shows a slice over its own range of values.
+    # A black and a white pixel beside the body: MR has no units, so a viewer scales a slice by its own range of values.
     volume[0, 0, :], volume[1, 0, :] = 0, 1000
     image = nibabel.Nifti1Image(volume, np.diag([-1.0, -1.0, 5.0, 1.0]))
-    # gzip's header holds the time and the name, so nibabel's own compression would not be the same twice.
+    # gzip's header contains time and name, so nibabel's own compression would not be reproducible.
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -1,13 +1,12 @@
 """A LLaVA checkpoint of about a million parameters, made from LLaVA's own classes, for the demo and the tests.
 
-It has everything that a real one has: ``config.json`` with the ``mm_*`` keys, a sentencepiece tokenizer, half-precision
-weights, and a CLIP vision tower in a folder of its own. Only its size and its knowledge are small. The tower's
-weights are not inside the checkpoint (as in LLaVA-1.5), and ``config.mm_vision_tower`` names ``PATH/vision_tower`` as
-an absolute path, because LLaVA resolves a relative one against the working folder: whoever moves the folder edits that
-one line of ``config.json``.
+It has all parts of a real one: ``config.json`` with the ``mm_*`` keys, a sentencepiece tokenizer, half-precision weights, and a
+CLIP vision tower in its own folder. The tower's weights are not inside the checkpoint (as in LLaVA-1.5).
+``config.mm_vision_tower`` is the absolute path of ``PATH/vision_tower``, because LLaVA resolves a relative one against the
+working folder. If you move the folder, edit that line of ``config.json``.
 
-How to run: ``make_checkpoint(Path("somewhere/tiny-llava-mistral"), corpus=[...])``. Stock LLaVA chooses its loader by
-the folder's name, so the last part of the path should hold ``llava``, and ``mistral`` for that family.
+How to run: ``make_checkpoint(Path("somewhere/tiny-llava-mistral"), corpus=[...])``. Stock LLaVA chooses its loader by the
+folder's name, so the last part of the path should contain ``llava``, and for that family ``mistral``.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PATCH_SIZE = 8
 TOWER_WIDTH = 96
 TOWER_LAYERS = 2
 CONTEXT = 1024
-# A sentencepiece model with byte fallback spends 256 entries on bytes and 3 on the special ones.
+# A sentencepiece model with byte fallback uses 256 entries for bytes and 3 for special tokens.
 VOCABULARY = 768
 
 DEFAULT_CORPUS = (
@@ -50,12 +49,12 @@ def make_checkpoint(
     """Write a small checkpoint with random weights under ``path`` and return the absolute path.
 
     Args:
-        path: the folder to make; files of an earlier checkpoint in it are overwritten.
+        path: the folder to create; files of an earlier checkpoint in it are overwritten.
         family: ``mistral`` (``model_type: llava_mistral``, LLaVA-Med 1.5's) or ``llama`` (``llava_llama``, LLaVA-1.5's).
-        seed: decides every weight.
+        seed: determines every weight.
         hidden_size: width of the language model, a multiple of 64.
         layers: its number of layers.
-        corpus: texts that the tokenizer is trained on: its words become single tokens, all else falls back to bytes.
+        corpus: texts to train the tokenizer. Their words become single tokens; everything else falls back to bytes.
     """
     if family not in FAMILIES:
         raise UsageError(unknown_name("checkpoint family", family, FAMILIES))
@@ -101,21 +100,21 @@ def train_sentencepiece(corpus: Sequence[str], vocabulary: int = VOCABULARY) -> 
 
 
 def _make_tokenizer(path: Path, corpus: Sequence[str], legacy: bool) -> Any:
-    # Every character that a prompt can hold needs a piece of its own, or box digits would become bytes.
+    # Every character of a prompt needs its own piece, or box digits would become bytes.
     alphabet = " ".join(chr(code) for code in range(33, 127))
-    # LLaVA-Med 1.5 ships a legacy tokenizer, LLaVA-1.5 a non-legacy one; LLaVA's masking treats the two differently.
+    # LLaVA-Med 1.5 has a legacy tokenizer, LLaVA-1.5 a non-legacy one; LLaVA's masking treats them differently.
     return write_tokenizer(path, train_sentencepiece([*corpus, alphabet]), legacy=legacy)
 
 
 def write_tokenizer(path: Path, model: bytes, *, legacy: bool, longest: int = CONTEXT) -> Any:
-    """Write the files of a Llama tokenizer as LLaVA's checkpoints hold them, and load them.
+    """Write the files of a Llama tokenizer as in LLaVA's checkpoints, and load it.
 
-    By hand, as what a library writes depends on its version.
+    Written by hand, since the files that a library writes depend on its version.
 
     Args:
         path: an existing folder.
         model: a sentencepiece model with UNK 0, BOS 1, EOS 2.
-        legacy: whether a text behind a special token begins with a space, as in LLaVA-Med 1.5.
+        legacy: whether text after a special token begins with a space, as in LLaVA-Med 1.5.
         longest: ``model_max_length``.
     """
     from transformers import LlamaTokenizer
@@ -158,7 +157,7 @@ def _make_tower(path: Path) -> Path:
     _give_filters(tower)
     _give_positions(tower)
     tower.half().save_pretrained(path)
-    # (122, 116, 104)/255 is CLIP's own mean; it is also the colour of the padding.
+    # (122, 116, 104)/255 is CLIP's own mean and also the color of the padding.
     CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     ).save_pretrained(path)
@@ -166,9 +165,9 @@ def _make_tower(path: Path) -> Path:
 
 
 def _give_filters(tower: Any) -> None:
-    """Make the frozen tower see brightness, edges and texture, as a trained one does: cosine waves over each patch.
+    """Give the frozen tower filters for brightness, edges and texture, as a trained one has: cosine waves over each patch.
 
-    With random filters the mean grey of a patch drowns all else, and learning to find a lesion takes several times longer.
+    With random filters the mean gray of a patch dominates, and learning to find a lesion takes several times longer.
     """
     import torch
 
@@ -185,12 +184,12 @@ def _give_filters(tower: Any) -> None:
 
 
 def _give_positions(tower: Any) -> None:
-    """Make the frozen tower say where a patch is, as a trained one does: waves over the row and over the column."""
+    """Give the frozen tower position embeddings as a trained one has: waves over rows and over columns."""
     import torch
 
     grid = IMAGE_SIZE // PATCH_SIZE
-    place = (torch.arange(grid) + 0.5) / grid
-    waves = [torch.sin(place * math.pi * k + shift) for k in (0.5, 1, 2, 4) for shift in (0.0, math.pi / 2)]
+    position = (torch.arange(grid) + 0.5) / grid
+    waves = [torch.sin(position * math.pi * k + shift) for k in (0.5, 1, 2, 4) for shift in (0.0, math.pi / 2)]
     along = torch.stack(waves, dim=1)  # [grid, 8]
     rows = along[:, None, :].expand(grid, grid, -1)
     columns = along[None, :, :].expand(grid, grid, -1)
