@@ -45,8 +45,17 @@ def functions_of(item: pytest.Item) -> list[tuple[Path, str]]:
 
 @cache
 def file_needs_llava(file: Path) -> bool:
-    """Whether importing the file imports one of `LIBRARIES`."""
-    return any(name.split(".")[0] in LIBRARIES for name in _reached(file))
+    """Whether importing the file imports one of `LIBRARIES`, itself or through this repository's modules."""
+    waiting, seen = [file], set()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if any(name.split(".")[0] in LIBRARIES for name in _imported_by(current)):
+            return True
+        waiting += [inner for name in _imported_by(current) for inner in _files_of(name)]
+    return False
 
 
 @cache
@@ -98,19 +107,10 @@ def _definitions(file: Path) -> dict[str, ast.AST]:
     return {node.name: node for node in _tree(file).body if isinstance(node, kinds)}
 
 
-def _reached(start: Path) -> set[str]:
-    """Dotted names of all modules that importing a file imports, through this repository's own."""
-    names: set[str] = set()
-    waiting, seen = [start], set()
-    while waiting:
-        file = waiting.pop()
-        if file in seen:
-            continue
-        seen.add(file)
-        imported = set(_imports(_at_import(_tree(file).body)))
-        names |= imported
-        waiting += [inner for name in imported for inner in _files_of(name)]
-    return names
+@cache
+def _imported_by(file: Path) -> frozenset[str]:
+    """Dotted names that importing a file imports itself."""
+    return frozenset(_imports(_at_import(_tree(file).body)))
 
 
 def _at_import(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
