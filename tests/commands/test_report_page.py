@@ -92,8 +92,8 @@ def test_sorted_by_gain_and_by_failure_and_filtered(run, page):
 
     choose(page, "studies-sort", "failure")
     shown = [title.split(",")[0].removeprefix("Study ") for title in titles(page)]
-    worst = sorted((one["accuracy"], one["set_iou"]) for one in after.values())
-    assert [(after[name]["accuracy"], after[name]["set_iou"]) for name in shown] == worst[:24]
+    worst = sorted((one["values"]["accuracy"], one["set_iou"]) for one in after.values())
+    assert [(after[name]["values"]["accuracy"], after[name]["set_iou"]) for name in shown] == worst[:24]
 
     choose(page, "studies-sort", "loss")
     choose(page, "studies-from", "1")

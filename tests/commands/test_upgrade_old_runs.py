@@ -69,6 +69,7 @@ def upgrade_of(run: Path, **changes: object) -> Upgrade:
     return Upgrade(run, read_settings(run / RUN_FILE, changes), Console(quiet=True))
 
 
+@pytest.mark.llava
 def test_nothing_of_an_old_run_is_taken_for_changed(folder):
     upgrade = upgrade_of(folder)
     assert tuple(step.name for step in upgrade.steps) == STEPS
@@ -83,6 +84,7 @@ def test_nothing_of_an_old_run_is_taken_for_changed(folder):
     assert upgrade_of(folder).provenance.differences(upgrade.steps[2], inputs=True) == []
 
 
+@pytest.mark.llava
 def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
     """Killed behind its last step, it writes summary, manifest and report; no step runs, and the numbers are the old ones."""
     old, result = read(folder / "summary.json"), folder / "checkpoint" / "tiny-llava-mistral-umed"
@@ -112,6 +114,7 @@ def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
     ]
 
 
+@pytest.mark.llava
 def test_a_stage_that_an_old_version_began_is_gone_on_with(folder):
     upgrade = upgrade_of(folder)
     training = upgrade.steps[5]
@@ -128,6 +131,7 @@ def test_a_stage_that_an_old_version_began_is_gone_on_with(folder):
         upgrade_of(folder, **{"rewarding.candidates": 5}).run()
 
 
+@pytest.mark.llava
 def test_a_swap_that_an_old_version_began_is_ended(folder):
     checkpoint, result = folder.parent / "tiny-llava-mistral", folder / "checkpoint" / "tiny-llava-mistral-umed"
     backup = checkpoint.with_name(f"{checkpoint.name}.before-umed")
