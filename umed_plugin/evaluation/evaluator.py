@@ -91,11 +91,10 @@ def evaluate(
             under other settings.
 
     Example:
-        A model that always says yes, on two questions in SLAKE's form:
-
         >>> import json, tempfile
         >>> from pathlib import Path
         >>> from PIL import Image
+        >>> from umed_plugin import evaluate
         >>> from umed_plugin.grounding.scoring import Scorer
         >>> from umed_plugin.model.answerer import ModelAnswer
         >>> folder = Path(tempfile.mkdtemp())
@@ -106,7 +105,7 @@ def evaluate(
         ...     {"qid": 2, "question": "Is the heart enlarged?", "answer": "No", **closed},
         ... ]
         >>> size = (folder / "test.json").write_text(json.dumps(questions))
-        >>> class SaysYes:
+        >>> class SaysYes:  # in place of a checkpoint
         ...     template = "none"
         ...     def fingerprint(self):
         ...         return {}

@@ -273,6 +273,7 @@ def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> 
         UmedError: the two are of different benchmarks, or were not asked the same questions.
 
     Example:
+        >>> from umed_plugin import compare
         >>> from umed_plugin.evaluation.results import Evaluation, Prediction
         >>> def answered(*right):
         ...     scores = [{"closed_accuracy": float(value)} for value in right]
