@@ -134,6 +134,7 @@ def test_the_hash_that_the_page_prints_is_the_patchs() -> None:
     assert printed.split()[-1] in zero_3.PATCH.targets[0].sha256
 
 
+@pytest.mark.llava
 def test_the_recipe_commands_run(
     real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
