@@ -76,8 +76,9 @@ def test_differences_are_paired_with_the_start_and_pooled_over_seeds(tmp_path):
             self.answers = {"early": before, "row": after, "base": before}
 
         def cases(self, name):
+            grounded = ("mean_iou", "vision_relevance")  # a study without a lesion has none of the two
             return [
-                {"accuracy": value, "set_iou": value, "vision_relevance": value, "true_boxes": boxes}
+                SimpleNamespace(values={"accuracy": value, **(dict.fromkeys(grounded, value) if boxes else {})})
                 for value, boxes in self.answers[name]
             ]
 

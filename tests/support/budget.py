@@ -25,6 +25,7 @@ BUDGET = {
     "flags": 15,
     "grounding": 15,
     "patching": 5,
+    "remote": 10,
     ".": 100,
 }
 # Files in which one core is busy longest: they start first, so that none is left alone at the end.
