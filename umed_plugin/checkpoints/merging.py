@@ -85,6 +85,7 @@ def merge(
     base = find_base(lora_dir, base)
     config = read_config(base)
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config and key in config})
+    # LLaVA reads a missing key as `square`, so the key is added if training used another value.
     if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
         config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]
     holds_tower = False
@@ -92,6 +93,7 @@ def merge(
     _, others = adapter_tensors(lora_dir)
     with files.replacing_folder(out, overwrite=overwrite) as folder:
         _copy_small_files(base, folder)
+        # Each of the base's files is read, merged and written before the next; used entries leave `deltas` and `others`.
         for file in weight_files(base):
             merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
             holds_tower = holds_tower or _holds_tower(merged)

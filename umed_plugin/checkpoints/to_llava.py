@@ -81,6 +81,8 @@ def to_llava(
         processor, ratio = read_image_processor(checkpoint)
         files = weight_files(checkpoint)
         writer = ShardWriter(folder, of_all_bytes(files, progress))
+        # One pass over the weights. The language model goes straight into shards; tower and projector, both small, are collected
+        # first, since the one gets a folder of its own and the other may become a single layer.
         for file in files:
             for name, tensor in stream(file):
                 known = _old_name(name, checkpoint)
@@ -91,6 +93,7 @@ def to_llava(
                 else:
                     ours = _llava_name(known)
                     writer.add(ours, tensor[:rows] if ours in (EMBEDDING, HEAD) else tensor)
+        # Without an activation between its two layers, transformers' projector is LLaVA's linear one.
         kind = "linear" if config.get("projector_hidden_act", "gelu") == PROJECTORS["linear"] else "mlp2x_gelu"
         for name, tensor in _projector(projector, kind).items():
             writer.add(f"model.mm_projector.{name}", tensor)

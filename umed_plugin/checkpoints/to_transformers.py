@@ -100,6 +100,7 @@ def to_transformers(
         generation = read_json(checkpoint / "generation_config.json")
         generation.update(pad_token_id=vocabulary.pad, suppress_tokens=[vocabulary.image])
         write_json(folder / "generation_config.json", generation, indent=2)
+        # Weights last: the tokenizer decides how many rows the embeddings have, and is checked against LLaVA's before that.
         writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         _write_tower(writer, inside or _tensors_of_tower(tower), vision, checkpoint)
         for llava_name, tensor in _language_tensors(checkpoint):
