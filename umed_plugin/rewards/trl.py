@@ -119,12 +119,12 @@ class LesionAttention:
         self._model.eval()  # dropout would change the attention
         try:
             candidates = self._candidates(completion_ids)
-            cover = [square.patch_cover(true_boxes(study)) for square, study in zip(geometry, record)][
-                ::num_generations
-            ]
+            # Image, question and lesion are the same for the K candidates: one per question is enough.
+            first = slice(None, None, num_generations)
+            cover = [square.patch_cover(true_boxes(study)) for square, study in zip(geometry[first], record[first])]
             values, _ = attention_on_lesion(
                 self._language,
-                self._embed(prompts[::num_generations], len(cover[0])),
+                self._embed(prompts[first], len(cover[0])),
                 candidates,
                 lesion_naming_tokens(self._processor.tokenizer, candidates, record),
                 torch.stack([torch.from_numpy(patches) for patches in cover]),
