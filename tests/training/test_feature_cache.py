@@ -142,7 +142,7 @@ def test_whatever_decides_the_features_decides_the_folder(tower, tmp_path, chang
     pixels = torch.zeros(1, 3, 64, 64, dtype=tower.dtype)
     if change != "number format":  # a CPU has no convolution in half precision
         assert other.shape.fits(tower(pixels)[0])
-    assert "other towers or preprocessing: 1." in other.reserve([])
+    assert " Other towers or preprocessing have 1 more folders beside it." in other.reserve([])
 
 
 def test_a_tower_that_is_trained_is_refused(tower, tmp_path):
