@@ -34,8 +34,10 @@ def _member(name: str, member: Any) -> str:
     parts = [f"## `{name}`\n", f"```python\n{_signature(name, member)}\n```\n", f"{summary}\n"]
     example = re.search(r"^Examples?:\n((?:(?: {4}.*)?\n?)+)", doc, re.MULTILINE)
     if example:
-        parts.append(f"```python\n{inspect.cleandoc(example[1])}\n```\n")
-    return "\n".join(parts)
+        prose, mark, code = inspect.cleandoc(example[1]).partition(">>> ")
+        parts.append(f"{prose.strip()}\n" if prose.strip() else "")
+        parts.append(f"```python\n{mark}{code}\n```\n")
+    return "\n".join(filter(None, parts))
 
 
 def _signature(name: str, member: Any) -> str:
