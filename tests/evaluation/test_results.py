@@ -62,7 +62,7 @@ def test_what_is_saved_is_loaded_and_every_metric_stands_there_once(tmp_path):
     model.examined = {"vision_relevance": 0.25, "heat": None}
     made = evaluate_questions(model, RECIPE, record_questions(old_records(tmp_path), tmp_path))
     made.save(tmp_path / "out")
-    assert Evaluation.load(tmp_path / "out") == dataclasses.replace(made, unit=made.unit)
+    assert Evaluation.load(tmp_path / "out") == made
     text = (tmp_path / "out" / "evaluation.json").read_text()
     content = json.loads(text)
     assert (content["schema"], content["benchmark"], content["n"], content["images"]) == (2, "recipe", 4, 4)
@@ -75,6 +75,17 @@ def test_what_is_saved_is_loaded_and_every_metric_stands_there_once(tmp_path):
     assert content["metrics"]["accuracy"] == {"value": 0.75, "ci95": [0.0, 1.0], "n": 4}
     short = headline(made)
     assert (short["accuracy"], short["accuracy_ci95"], short["n"], short["n_with_lesion"]) == (0.75, [0.0, 1.0], 4, 3)
+
+
+def test_an_answer_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
+    made = evaluate_questions(
+        Says("Left.\u2028Right.\x85\x0c\nBelow."), RECIPE, record_questions(old_records(tmp_path))
+    )
+    made.save(tmp_path / "out")
+    assert Evaluation.load(tmp_path / "out") == made
+    (tmp_path / "out" / "predictions.jsonl").write_text("")
+    with pytest.raises(UmedError, match=r"predictions.jsonl: holds no answers beside evaluation.json"):
+        Evaluation.load(tmp_path / "out")
 
 
 def test_the_resampling_unit_is_the_patient_where_it_is_known():

@@ -214,8 +214,11 @@ def _old_values(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.stat().st_size:
+        raise UmedError(f"{file}: holds no answers beside {SUMMARY}. Evaluate again.")
     lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are.
+    for number, text in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             line = json.loads(text)
         except ValueError as error:
@@ -223,8 +226,6 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         if not isinstance(line, dict):
             raise UmedError(f"{file}:{number}: holds a {type(line).__name__}; expected an object. Evaluate again.")
         lines.append(line)
-    if not lines:
-        raise UmedError(f"{file}: holds no answers beside {SUMMARY}. Evaluate again.")
     return lines
 
 
