@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,19 +27,22 @@ def metrics_of(name, questions, answers, scorer=None):
     return {key: found["value"] for key, found in measure(benchmark.metrics(rows), rows).items()}
 
 
-def picture(path, size=(60, 40), seed=0):
+def picture(path: Path, size: tuple[int, int] = (60, 40), seed: int = 0) -> None:
+    """Write a grey image of noise, of (width, height)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0]), dtype=np.uint8)).save(path)
 
 
-def command(checkpoint, name, root, out, *more):
+def command(checkpoint: Path, name: str, root: Path, out: Path, *more: object) -> list[str]:
+    """The words behind ``umed`` for a short evaluation."""
     return [
         "evaluate", str(checkpoint), "--benchmark", name, "--data-root", str(root), "--out", str(out),
         "--max-new-tokens", "6", *map(str, more),
     ]  # fmt: skip
 
 
-def lines(file):
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 

@@ -55,7 +55,7 @@ def table(reports: Iterable[pytest.TestReport]) -> list[str]:
     lines = [f"{'folder':<14}{'tests':>7}{'seconds':>10}{'budget':>9}{'used':>8}"]
     for folder, spent in seconds.most_common():
         lines.append(_line(folder, tests[folder], spent, BUDGET.get(folder, 0)))
-    return [*lines, _line("all", tests.total(), seconds.total(), sum(BUDGET.values()))]
+    return [*lines, _line("all", sum(tests.values()), sum(seconds.values()), sum(BUDGET.values()))]
 
 
 def _line(name: str, tests: int, seconds: float, budget: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,21 +89,25 @@ def check_both_ways(checkpoint: Path, template: str, folder: Path) -> tuple[Path
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name."""
     return {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
 
 
 def config_of(checkpoint: Path) -> dict:
+    """What its config.json holds."""
     return json.loads((checkpoint / "config.json").read_text())
 
 
 def linear_projector(tensors: dict) -> dict:
+    """The tensors with a linear projector of random values instead of the MLP."""
     kept = {name: tensor for name, tensor in tensors.items() if "mm_projector" not in name}
     values = torch.Generator().manual_seed(1)
     weight = torch.randn(128, 96, generator=values).half() / 10
     return {**kept, "model.mm_projector.weight": weight, "model.mm_projector.bias": weight[:, 0].clone()}
 
 
-def variant(checkpoint: Path, out: Path, config: dict, change) -> Path:
+def variant(checkpoint: Path, out: Path, config: dict, change: Callable[[dict], dict]) -> Path:
+    """A copy with other values in config.json, and with changed tensors."""
     shutil.copytree(checkpoint, out)
     (out / "config.json").write_text(json.dumps({**config_of(out), **config}))
     save_file(change(load_file(out / "model.safetensors")), out / "model.safetensors", metadata={"format": "pt"})

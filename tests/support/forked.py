@@ -297,6 +297,7 @@ class Forked:
             os.kill(pid, number)
 
     def terminate(self) -> None:
+        """SIGTERM to the process, or to each rank."""
         self.send_signal(signal.SIGTERM)
 
     def done(self, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -326,11 +327,13 @@ class _Server:
         atexit.register(self._end)
 
     def request(self, request: dict[str, Any]) -> None:
+        """Send a request; what comes of it is seen in its folder."""
         with _LOCK:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
 
     def check(self) -> None:
+        """Raise if the server has ended."""
         if self._process.poll() is not None:
             self._log.seek(0)
             raise RuntimeError(f"the fork server has ended: {self._log.read().decode()[-3000:]}")

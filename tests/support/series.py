@@ -17,6 +17,7 @@ SLICES = 12
 
 
 def slices() -> list[np.ndarray]:
+    """Grey levels 0-1 of each slice, [HEIGHT, WIDTH]."""
     empty = np.full((HEIGHT, WIDTH), 0.1)
     empty[-4:, -6:] = 0.4
     return [scene(LESIONS[k]) if k in LESIONS else empty for k in range(SLICES)]
@@ -35,4 +36,5 @@ def write_series(folder: Path, *, feet_first: bool = True, **tags: Any) -> Path:
 
 
 def write_volume(path: Path) -> Path:
+    """The series as one NIfTI file."""
     return write_nifti(path, np.stack([values.T for values in slices()], axis=2), np.diag([-0.7, -0.7, 3, 1]))

@@ -132,7 +132,10 @@ def half(prompts, completions, **columns):
 """
 
 
-def reward(checkpoint, records, output, *more, hook=None):
+def reward(
+    checkpoint: Path, records: Path, output: Path, *more: str, hook: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Stage 2 with the rewards of `FLAGS`; ``hook`` is a folder on the path, whose sitecustomize runs."""
     folder = hook or records.parent
     (folder / "half.py").write_text(OWN_REWARD)
     flags = train_flags(checkpoint, records, output, *FLAGS, *more)

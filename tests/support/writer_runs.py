@@ -14,6 +14,7 @@ from umed_plugin import cli
 
 
 def command(folder: Path, server: JudgeServer, *more: str) -> list[str]:
+    """The words behind ``umed`` that build the recipe of a folder with the writer."""
     flags = ["--writer", "openai", "--model", "the-model", "--base-url", server.url, *more]
     return ["recipe", "build", str(folder / "recipe.yaml"), "--out", str(folder / "out" / "train.json"), *flags]
 
@@ -47,6 +48,7 @@ def start(folder: Path, server: JudgeServer, *more: str) -> subprocess.Popen:
 
 
 def build_templates(folder: Path) -> None:
+    """Build the recipe with template answers, into ``out/built.json``."""
     out = str(folder / "out" / "built.json")
     assert cli.main(["recipe", "build", str(folder / "recipe.yaml"), "--out", out]) == 0
 
