@@ -72,22 +72,37 @@ class ModelClient:
         self._waiting: set[asyncio.Task[Any]] = set()
         self._loop = asyncio.new_event_loop()
         self._process = os.getpid()
+        self._closing = threading.Lock()
+        self._closed = self._stopped = False
         threading.Thread(target=self._run, name="umed-requests", daemon=True).start()
         atexit.register(self.close)
 
     def ask(self, key: str, messages: Sequence[Message]) -> Future[RequestResult]:
         """Send ``messages`` as soon as fewer than ``concurrency`` requests are in flight.
 
-        The result is a `Failure`, never an exception, when the network or the server fails. The key, a digest, is sent as
-        ``X-Client-Request-Id``, so that the server's log can be compared with the ledger.
+        The result is a `Failure`, never an exception, when the network or the server fails. After `close` it is cancelled. The
+        key, a digest, is sent as ``X-Client-Request-Id``, so that the server's log can be compared with the ledger.
         """
-        return asyncio.run_coroutine_threadsafe(self._ask(key, messages), self._loop)
+        with self._closing:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(self._ask(key, messages), self._loop)
+        dropped: Future[RequestResult] = Future()
+        dropped.cancel()
+        return dropped
 
     def close(self) -> None:
-        """Drop unsent requests, wait up to ``last_wait`` seconds for those in flight, and end the thread."""
-        if os.getpid() == self._process and not self._loop.is_closed() and self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        """Drop unsent requests, wait up to ``last_wait`` seconds for those in flight, and end the thread.
+
+        A call after that, such as the one at the end of the process, does nothing: it would wait for ever for a coroutine that
+        the stopping loop no longer runs.
+        """
+        if os.getpid() != self._process or self._stopped or not self._loop.is_running():
+            return
+        with self._closing:
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        self._stopped = True
+        self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
