@@ -83,11 +83,7 @@ def merge(
         )
     trained_config = read_config(lora_dir)
     base = find_base(lora_dir, base)
-    config = read_config(base)
-    config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config and key in config})
-    # LLaVA reads a missing key as `square`, so the key is added if training used another value.
-    if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
-        config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]
+    config = _merged_config(read_config(base), trained_config)
     holds_tower = False
     deltas = _lora_deltas(lora_dir)
     _, others = adapter_tensors(lora_dir)
@@ -109,6 +105,17 @@ def merge(
         _name_tower(config, trained_config, holds_tower)
         _write_config(config, folder)
     return out
+
+
+def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> dict[str, Any]:
+    """The base's ``config.json`` with the trained values of the keys that it has."""
+    config = {
+        key: trained_config.get(key, value) if key in READ_WHEN_ANSWERING else value for key, value in config.items()
+    }
+    # LLaVA reads a missing key as `square`, so the key is added if training used another value.
+    if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
+        config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]
+    return config
 
 
 def _copy_tower(config: dict[str, Any], folder: Path, out: Path) -> None:
