@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata as metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,11 @@ assert (pathlib.Path(umed_plugin.__file__).parent / "site" / "sitecustomize.py")
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd)
+    # What is installed is tested, not a checkout that the caller has put on the path.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=cwd, env=env
+    )
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
