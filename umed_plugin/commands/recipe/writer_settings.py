@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from umed_plugin.data.writing.burnt_in import read_list
-from umed_plugin.data.writing.checks import DEFAULT_WORDS, Rules
+from umed_plugin.data.writing.checks import DEFAULT_WORDS, TextRules
 from umed_plugin.data.writing.prompts import SHIPPED, Prompts
 from umed_plugin.data.writing.steps import DiagnosisSettings
 from umed_plugin.errors import UsageError
@@ -98,7 +98,7 @@ class WriterSettings:
         words = _parsed("--answer-words", flags.answer_words, parse_words, faults) or DEFAULT_WORDS
         if faults:
             raise UsageError("\n".join(faults))
-        rules = Rules(words, flags.language or "en")
+        rules = TextRules(words, flags.language or "en")
         return cls(
             diagnosis=DiagnosisSettings(Prompts.read(flags.prompts or SHIPPED), options, rules, crop=flags.crop),
             server=_server(flags, options),

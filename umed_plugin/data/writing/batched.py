@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from umed_plugin.data.writing.account import Account
 from umed_plugin.data.writing.estimate import TokenEstimate
-from umed_plugin.data.writing.steps import MAX_REVISIONS, Diagnosis, ImageTask, WriterRequest
+from umed_plugin.data.writing.steps import MAX_REVISIONS, ImageTask, WriterRequest, WrittenDiagnosis
 from umed_plugin.data.writing.writer import Outcome
 from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
 
@@ -70,7 +70,7 @@ class BatchedWriter:
                     outcome.missing[name] = reasons[-1]
                 else:
                     self._open[step.key] = (step, task)
-            elif isinstance(step, Diagnosis):
+            elif isinstance(step, WrittenDiagnosis):
                 outcome.written[name] = step
             else:
                 outcome.set_aside[name] = step

@@ -76,7 +76,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Rules:
+class TextRules:
     """Rules for a finished text.
 
     Attributes:
@@ -108,7 +108,7 @@ def draft_faults(text: str, findings: Findings) -> list[str]:
     return [f'It does not name "{name}".' for name in dict.fromkeys(missing)]
 
 
-def text_faults(text: str, findings: Findings, rules: Rules) -> list[str]:
+def text_faults(text: str, findings: Findings, rules: TextRules) -> list[str]:
     """Faults of a finished text."""
     return [
         *_class_faults(text, findings),

@@ -8,7 +8,7 @@ from typing import Any, Union
 
 from umed_plugin.data.records import Record
 from umed_plugin.data.writing.prompts import Prompts
-from umed_plugin.data.writing.steps import Diagnosis, SetAside
+from umed_plugin.data.writing.steps import SetAside, WrittenDiagnosis
 from umed_plugin.data.writing.writer import Outcome
 
 WRITER = "openai"
@@ -38,7 +38,7 @@ def with_texts(
     return finished, set_aside
 
 
-def _with_text(record: Record, result: Union[Diagnosis, SetAside], model: str, prompts: Prompts) -> Record:
+def _with_text(record: Record, result: Union[WrittenDiagnosis, SetAside], model: str, prompts: Prompts) -> Record:
     changed: dict[str, Any] = copy.deepcopy(record)
     changed["conversations"][1]["value"] = result.text
     changed["provenance"].update(

@@ -22,7 +22,7 @@ from typing import Any, Union
 
 from umed_plugin.data.images import drawing
 from umed_plugin.data.records import Record, record_geometry
-from umed_plugin.data.writing.checks import Findings, Rules, draft_faults, in_our_dialect, reply_faults, text_faults
+from umed_plugin.data.writing.checks import Findings, TextRules, draft_faults, in_our_dialect, reply_faults, text_faults
 from umed_plugin.data.writing.prompts import Prompts
 from umed_plugin.remote.ledger import Entry
 from umed_plugin.remote.replies import Message
@@ -43,7 +43,7 @@ class DiagnosisSettings:
 
     prompts: Prompts
     options: Mapping[str, Any]
-    rules: Rules
+    rules: TextRules
     crop: bool = False
 
 
@@ -75,7 +75,7 @@ class WriterRequest:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class WrittenDiagnosis:
     """A finished text, the keys of the replies that led to it, and the model as the server names it."""
 
     text: str
@@ -93,7 +93,7 @@ class SetAside:
     model: str
 
 
-Step = Union[WriterRequest, Diagnosis, SetAside]
+Step = Union[WriterRequest, WrittenDiagnosis, SetAside]
 
 
 class ImageTask:
@@ -131,7 +131,7 @@ class ImageTask:
             text = entry.reply or ""
             faults = self._faults(stage, entry)
             if not faults and stage == "reflect":
-                return Diagnosis(in_our_dialect(text, self.findings), tuple(keys), model)
+                return WrittenDiagnosis(in_our_dialect(text, self.findings), tuple(keys), model)
             if not faults:
                 # The draft is usable. Revisions are counted over both stages, rejected texts per stage.
                 stage, draft, rejected = "reflect", text, []

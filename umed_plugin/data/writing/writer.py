@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin.data.writing.account import Account
 from umed_plugin.data.writing.estimate import TokenEstimate
-from umed_plugin.data.writing.steps import MAX_REVISIONS, Diagnosis, ImageTask, SetAside, Step, WriterRequest
+from umed_plugin.data.writing.steps import MAX_REVISIONS, ImageTask, SetAside, Step, WriterRequest, WrittenDiagnosis
 from umed_plugin.errors import UmedError
 from umed_plugin.remote.replies import Failure, Reply, RequestResult, Unreadable
 
@@ -39,7 +39,7 @@ class Outcome:
         stopped: why the run ended before all images were processed, or None.
     """
 
-    written: dict[str, Diagnosis] = field(default_factory=dict)
+    written: dict[str, WrittenDiagnosis] = field(default_factory=dict)
     set_aside: dict[str, SetAside] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     stopped: str | None = None
@@ -118,7 +118,7 @@ class DiagnosisWriter:
         except _Stopped as stopped:
             outcome.missing[name] = str(stopped)
             return
-        if isinstance(step, Diagnosis):
+        if isinstance(step, WrittenDiagnosis):
             outcome.written[name] = step
         elif isinstance(step, SetAside):
             outcome.set_aside[name] = step
