@@ -10,7 +10,7 @@ done_mark=$folder/.complete
 case $kind in
   current | fast) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
   pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
-  docs) lowest=3.9 highest=3.13 needs="mkdocs needs" ;;
+  docs) lowest=3.11 highest=3.13 needs="mkdocs-material needs" ;;
   *) echo "$kind is not an environment of this project: pinned, current, repository, fast, lint, docs" >&2; exit 2 ;;
 esac
 
