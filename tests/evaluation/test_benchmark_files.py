@@ -98,7 +98,13 @@ def test_medmnist_by_hand(tmp_path):
     assert found["acc/pneumoniamnist"] == pytest.approx(3 / 6)
 
 
-def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path):
+@pytest.fixture
+def short_bootstrap(monkeypatch):
+    """100 resamples instead of 2,000: 14 AUCs for each of them take a while, and these tests look at no interval."""
+    monkeypatch.setattr("umed_plugin.evaluation.metrics.metric.RESAMPLES", 100)
+
+
+def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path, short_bootstrap):
     questions = [q for q in questions_of("medmnist", mnist(tmp_path / "mnist")) if q.groups["part"] == "chestmnist"]
     assert len({question.image for question in questions}) == 6 and not any(question.write for question in questions)
     right = [("", (2, 1) if question.truth == "yes" else (1, 2)) for question in questions]
@@ -287,7 +293,7 @@ def test_med_grit_by_hand(tmp_path):
         ("med_grit", grit, "recall_at_50"),
     ],
 )
-def test_every_benchmark_runs_and_says_the_same_again(name, make, metric, tiny_mistral, tmp_path):
+def test_every_benchmark_runs_and_says_the_same_again(name, make, metric, tiny_mistral, tmp_path, short_bootstrap):
     root, out = make(tmp_path / "data"), tmp_path / "out"
     assert main(command(tiny_mistral, name, root, out, "--limit", 2, "--batch-size", 5)) == 0
     summary = json.loads((out / "evaluation.json").read_text())

@@ -23,8 +23,7 @@ def likelihoods(losses: Sequence[float]) -> list[float]:
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """Area under the ROC curve, 0-1: the chance that a positive scores above a negative; equal scores count half.
 
-    From ranks (Mann and Whitney 1947): (R - P (P + 1) / 2) / (P N), R the sum of the positives' ranks, P and N the counts.
-    scikit-learn's function gives the same value, but takes 1 ms a call, most of it checks: 28 times as long in a bootstrap.
+    scikit-learn computes it. A rank formula of our own is 2.5 to 20 times as fast, and one more thing to get wrong.
 
     Args:
         scores: [n], higher is more positive.
@@ -38,14 +37,11 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
         >>> auc(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True]))
         0.75
     """
-    from scipy.stats import rankdata
-
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
+    if positive.all() or not positive.any():
         return float("nan")
-    ranks = rankdata(scores)[positive].sum()
-    return float((ranks - positives * (positives + 1) / 2) / (positives * negatives))
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(positive, scores))
 
 
 def macro_auc(scores: np.ndarray, truth: np.ndarray) -> float:
