@@ -1,4 +1,4 @@
-"""The chat page's server over a real connection: what it answers, whom it refuses, and that nothing brings it down."""
+"""The chat page's server over real connections: its responses, the requests that it refuses, and its robustness."""
 
 from __future__ import annotations
 
@@ -387,7 +387,7 @@ def test_the_command_ends_cleanly_and_tells_nothing_of_patients(
         assert process.wait(30) == 0
     assert not folder.exists()
     assert "Doe" not in printed and "secret-7" not in printed and "Traceback" not in printed
-    assert printed.splitlines()[-1] == "umed serve: ending" and "umed serve: warning" not in printed
+    assert printed.splitlines()[-1] == "umed serve: stopping" and "umed: warning" not in printed
 
 
 def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_path: Path, dicom: Path) -> None:
@@ -407,7 +407,7 @@ def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_p
 
 def test_an_address_beyond_this_machine_is_warned_of(tiny_mistral: Path, tmp_path: Path) -> None:
     with served(tiny_mistral, tmp_path, "--host", "0.0.0.0") as process:
-        assert "warning: 0.0.0.0 is not this machine alone" in process.began
+        assert "umed: warning: 0.0.0.0 can be reached from other machines" in process.began
         assert Client(process).ask("GET", "/")[0] == 200
         assert Client(process).ask("GET", "/", Host="evil.example")[0] == 403
 

@@ -1,4 +1,4 @@
-"""What the chat page's model says: the same as the evaluation asks it for, whatever is kept from one question to the next."""
+"""The chat page's answers equal those of the evaluation, with and without cached features and KV caches."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_what_does_not_fit_is_left_out_from_the_beginning_and_told(tiny_mistral)
     answer = asked.answer("a", PICTURE, turns, QUESTIONS[0], silent)
     assert 0 < answer.forgotten < 4
     assert len(answer.prompt_ids) - 1 + answer.features.shape[1] + 8 <= asked.llava.config.max_position_embeddings
-    with pytest.raises(UmedError, match=r"too long: \d+ tokens\. This model has room for \d+"):
+    with pytest.raises(UmedError, match=r"too long: \d+ tokens\. This model has room for \d+\. Shorten it"):
         asked.answer("a", PICTURE, [], "word " * 2000, silent)
 
 

@@ -64,7 +64,7 @@ def test_from_a_series_to_boxes_and_a_heat_map(page: Page, tmp_path: Path) -> No
     page.give_files("#files", *sorted(series.iterdir()))
     shown(page)
     assert page.run("document.querySelector('#slice-shown').textContent") == "7 of 12"
-    assert "readme.txt: is no image" in page.run("document.querySelector('#left-out').textContent")
+    assert "readme.txt: is not a supported image" in page.run("document.querySelector('#left-out').textContent")
     assert page.run("[...document.querySelector('#window').options].map(o => o.value)")[:2] == ["file", "full"]
 
     # By keyboard: the slider, then the question.
@@ -142,10 +142,10 @@ def test_the_window_changes_the_picture(page: Page, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("notes.txt", b"text", "notes.txt: is no image that is known here"),
+        ("notes.txt", b"text", "notes.txt: is not a supported image"),
         ("cut.png", b"\x89PNG\r\n\x1a\n" + bytes(50), "cut.png: cannot be read as an image"),
         ("large.png", bytes(3_000_000), "large.png: 3 MB. Allowed: 2 MB."),
-        ("<img src=x onerror=alert(1)>.png", b"x", "<img src=x onerror=alert(1)>.png: is no image"),
+        ("<img src=x onerror=alert(1)>.png", b"x", "<img src=x onerror=alert(1)>.png: is not a supported image"),
     ],
 )
 def test_bad_files_are_told_and_the_page_goes_on(

@@ -1,4 +1,4 @@
-"""Uploads to the chat page: told apart by content, shown as the image package shows them, refused in words where bad."""
+"""Uploads to the chat page: recognized by content, shown as `umed_plugin.data.images` reads them, refused with a reason."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_series_of_files_or_in_a_zip_is_ordered_by_place(packed: bool, folder:
     if packed:
         archive = zipped(*((f"CT/Doe^Jane/{file.name}", file.read_bytes()) for file in files))
         study = study_of(folder, ("export.zip", archive))
-        assert study.left_out == [("readme.txt", "no image")]
+        assert study.left_out == [("readme.txt", "not an image")]
     else:
         study = study_of(folder, *(file for file in files if file.suffix != ".txt"))
     (item,) = study.items
@@ -132,7 +132,7 @@ def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Pa
         write_dicom(tmp_path / name, scene((ord(name) - 90, 7, 42, 19)), SeriesInstanceUID="1.2")
     study = study_of(folder, *(tmp_path / name for name in "bca"))
     (item,) = study.items
-    assert "by file name" in item.label and item.planes[0].slices == 3
+    assert "sorted by file name" in item.label and item.planes[0].slices == 3
     assert [bright_box(pixels(study, slice=k, window="full"))[0] for k in range(3)] == [7, 8, 9]
 
 
@@ -205,14 +205,14 @@ def test_messages_hold_neither_folders_nor_header_text(folder: Path, tmp_path: P
     [("a.txt", b"text"), ("a.png", b"not a png"), ("a.nii", b"short"), ("a.gz", b"\x1f\x8b rubbish"), ("a.exe", b"MZ")],
 )  # fmt: skip
 def test_what_is_no_image_is_refused_with_what_is_allowed(name: str, content: bytes, folder: Path) -> None:
-    with pytest.raises(UmedError, match=f"{name}: is no image that is known here. Allowed: PNG"):
+    with pytest.raises(UmedError, match=f"{name}: is not a supported image. Allowed: PNG"):
         uploaded(folder, (name, content))
     assert list(folder.iterdir()) == []
 
 
 def test_no_more_is_stored_than_is_allowed(folder: Path, tmp_path: Path) -> None:
     picture = write_png(tmp_path / "a.png", scene()).read_bytes()
-    with pytest.raises(UmedError, match=r"more than 0 MB.*--upload-mb"):
+    with pytest.raises(UmedError, match=r"larger than 0 MB.*--upload-mb"):
         uploaded(folder, ("a.png", picture), ("b.png", picture), most_bytes=len(picture) + 5)
     assert sum(file.stat().st_size for file in folder.iterdir()) == len(picture)
 
@@ -231,7 +231,7 @@ def test_a_zip_writes_nothing_outside_and_unpacks_no_zip_in_it(folder: Path, tmp
     archive = zipped(("../../evil.png", picture), ("/etc/evil.png", picture), ("inner.zip", zipped(("x.png", picture))))
     study = study_of(folder, ("a.zip", archive))
     assert [item.label for item in study.items] == ["evil.png", "evil.png"]
-    assert study.left_out == [("inner.zip", "an archive in an archive")]
+    assert study.left_out == [("inner.zip", "an archive inside an archive")]
     assert {file.parent for file in tmp_path.rglob("*evil*")} == set()
     assert sorted(file.name for file in folder.iterdir()) == ["00002.png", "00003.png"]
 
@@ -256,7 +256,7 @@ def test_zips_that_cannot_be_unpacked(content: bytes, said: str, folder: Path) -
 
 def test_a_connection_that_is_cut_leaves_nothing(folder: Path) -> None:
     uploads = Uploads(folder, 1000)
-    with pytest.raises(UmedError, match="cut before all of it was there"):
+    with pytest.raises(UmedError, match="lost before the whole file arrived"):
         uploads.take(io.BytesIO(b"\x89PNG"), 100, "a.png")
     assert list(folder.iterdir()) == [] and uploads.files == []
 
@@ -267,7 +267,7 @@ def test_a_header_that_claims_a_huge_volume_is_refused_at_once(folder: Path) -> 
     header.set_data_dtype(np.uint8)
     header.set_data_shape((50_000, 50_000, 50_000))
     header["vox_offset"], header["magic"] = 544, b"n+2\0\r\n\x1a\n"
-    with pytest.raises(UmedError, match="damaged, cut off"):
+    with pytest.raises(UmedError, match="damaged, truncated"):
         study_of(folder, ("huge.nii", header.binaryblock + bytes(100)))
 
 

@@ -1,9 +1,10 @@
-"""Who may speak to the server: pages of its own, by an address that no foreign name server can have turned to this machine.
+"""Which requests are allowed: only those of the server's own page. This protects against CSRF and DNS rebinding.
 
-A page on the internet can send requests to programs on its reader's machine. Two checks stop it. Its scripts' requests carry its
-own ``Origin``, which is not ours. And under DNS rebinding, where its name suddenly stands for 127.0.0.1, the ``Host`` is that
-name: here only numbers, ``localhost`` and the name that the server was started with are taken. A port is not checked, since a
-tunnel may have another at its end.
+Any website can make the browser send requests to programs on its user's machine. Two checks stop this:
+
+- ``Origin``: requests from a foreign page's scripts carry that page's origin, not ours.
+- ``Host``: under DNS rebinding a foreign name resolves to 127.0.0.1, and ``Host`` is that name. Allowed are only IP addresses,
+  ``localhost`` and the name that the server was started with. The port is not checked, because a tunnel may use another one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there."""
+    """Whether a server on ``host`` can be reached from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -26,23 +27,23 @@ def is_loopback(host: str) -> bool:
 def refusal(
     host_header: Optional[str], origin: Optional[str], fetch_site: Optional[str], own_name: str
 ) -> Optional[str]:
-    """Why a request is not answered, or None.
+    """The reason to refuse a request, or None if it is allowed.
 
     Args:
-        host_header, origin, fetch_site: headers ``Host``, ``Origin`` and ``Sec-Fetch-Site``; None where there is none.
-        own_name: what the server was told to listen on.
+        host_header, origin, fetch_site: the headers ``Host``, ``Origin`` and ``Sec-Fetch-Site``; None if missing.
+        own_name: the host name or address that the server listens on.
     """
     if not host_header or not _is_ours(_name_of(host_header), own_name):
-        return "This server answers only under a numeric address, localhost, or the name it was started with."
+        return "Wrong Host header. Allowed: an IP address, localhost, or the name that the server was started with."
     if origin is not None and urlsplit(origin).netloc.lower() != host_header.lower():
-        return "This request comes from another page."
+        return "This request comes from another website. Allowed: requests from this server's own page."
     if fetch_site not in (None, "same-origin", "none"):
-        return "This request comes from another page."
+        return "This request comes from another website. Allowed: requests from this server's own page."
     return None
 
 
 def _name_of(host_header: str) -> str:
-    """The host without its port and without the brackets of IPv6; empty where it is malformed."""
+    """The host without its port and without the brackets of IPv6; empty if malformed."""
     try:
         return urlsplit(f"//{host_header}").hostname or ""
     except ValueError:

@@ -1,11 +1,10 @@
-"""``umed serve``: a local chat page for a checkpoint, with its boxes and heat maps on the picture."""
+"""``umed serve``: a local chat page for a checkpoint that draws boxes and heat maps on the image."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,28 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "serve",
         help="a local chat page with boxes and heat maps",
-        description="Ask a checkpoint about PNG, JPEG, DICOM and NIfTI images on a page of this machine's own: choose slice and "
-        "window, see the answer, its boxes and where its words look. Images stay on this machine and are removed at the end.",
+        description="Chat with a checkpoint about PNG, JPEG, DICOM or NIfTI images on a local page. Choose slice and window; see "
+        "the answer, its boxes, and heat maps of its words. Images stay on this machine and are removed at the end.",
         epilog="example:\n  umed serve runs/demo/checkpoint/llava-mistral-umed",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
-    parser.add_argument("--base", metavar="CKPT", type=Path, help="of a LoRA folder (default: as the adapter says)")
     parser.add_argument(
-        "--template", help="of the prompt, e.g. mistral_instruct to ask as stock LLaVA does (default: by model)"
+        "--base", metavar="CKPT", type=Path, help="base of a LoRA folder (default: the one that the adapter names)"
     )
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
+        "--template",
+        help="prompt template, e.g. mistral_instruct to prompt as stock LLaVA does (default: by model)",
     )
-    parser.add_argument("--port", type=int, default=8470, help="to listen on (default: 8470; 0 takes a free one)")
-    parser.add_argument("--upload-mb", metavar="MB", type=int, default=1024, help="most of one upload (default: 1024)")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="longest answer (default: 256)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8470, help="port to listen on (default: 8470; 0: any free port)")
+    parser.add_argument(
+        "--upload-mb", metavar="MB", type=int, default=1024, help="maximum size of one upload (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="maximum length of an answer (default: 256)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -55,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"umed serve: loading {args.checkpoint}", flush=True)
     dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens)
     shelf = Shelf(args.upload_mb * 10**6)
-    # A service is stopped by SIGTERM, and the images must go then too.
+    # Service managers stop with SIGTERM; the images must be removed then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _serve(args, dialogue, shelf)
@@ -68,7 +74,7 @@ def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
     from umed_plugin.commands.serve.access import is_loopback
     from umed_plugin.commands.serve.server import ChatServer
     from umed_plugin.data.template_writer import QUESTIONS
-    from umed_plugin.errors import UmedError
+    from umed_plugin.errors import UmedError, warn
 
     about = {
         "checkpoint": args.checkpoint.resolve().name,
@@ -79,26 +85,25 @@ def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
         server = ChatServer(args.host, args.port, dialogue, shelf, about)
     except OSError as error:
         raise UmedError(
-            f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror or error}). Give another address, or "
-            "--port 0 for a free port."
+            f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror or error}). Choose another address or "
+            "port; --port 0 takes any free port."
         ) from error
     if not is_loopback(args.host):
-        print(
-            f"umed serve: warning: {args.host} is not this machine alone. Whoever reaches it can use the model, and images "
-            "travel unencrypted. An ssh tunnel to 127.0.0.1 is safer.",
-            file=sys.stderr,
+        warn(
+            f"{args.host} can be reached from other machines. Anyone on that network can use the model, and "
+            "images are sent unencrypted. An ssh tunnel to 127.0.0.1 is safer."
         )
-    print(f"umed serve: {server.url} (Ctrl-C ends it)", flush=True)
+    print(f"umed serve: {server.url} (Ctrl-C stops it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("umed serve: ending", flush=True)
+        print("umed serve: stopping", flush=True)
     finally:
         server.end(_SECONDS_TO_END)
 
 
 def _keep_headers_out_of_the_terminal() -> None:
-    """The libraries quote what they find odd in a header, where a patient's name may stand."""
+    """Silence the image libraries: their warnings quote header values, which may include a patient's name."""
     for name in ("pydicom", "nibabel", "PIL", "monai"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.simplefilter("ignore")

@@ -1,10 +1,10 @@
-"""Answers about a picture: greedy, told token by token; what is known of picture and conversation is not computed again.
+"""Answers about a picture: greedy decoding, streamed token by token, with cached image features and KV caches.
 
-The features of the last pictures are kept, and the keys and values of the last conversations: a further question costs its
-own tokens. The prompt is that of training, stock LLaVA and `umed evaluate`; earlier questions and answers
-stand in it as LLaVA writes them.
+The image features of the latest pictures and the KV caches of the latest conversations are kept, so a follow-up question costs
+only its own tokens. The prompt is the one of training, stock LLaVA and `umed evaluate`; earlier questions and answers are added
+the way LLaVA adds them.
 
-Where an answer looks is read in a second pass over prompt and answer (`umed_plugin.model.attention`), for each word of it.
+The attention of each word on the image comes from a second forward pass over prompt and answer (`umed_plugin.model.attention`).
 """
 
 from __future__ import annotations
@@ -37,20 +37,24 @@ if TYPE_CHECKING:
 
 Turn = tuple[str, str]
 
-MOST_PICTURES = 64  # whose features are kept: about 1 MB each for a tower of 336 pixels
-MOST_CONVERSATIONS = 2  # whose keys and values are kept: about 0.5 GB each for a Llama of 13 billion
-ROOM_TO_GO_ON = 512  # columns that are kept free for further questions
+MOST_PICTURES = 64  # with cached features: about 1 MB each for a 336-pixel tower
+MOST_CONVERSATIONS = 2  # with a KV cache: about 0.5 GB each for a 13B Llama
+ROOM_TO_GO_ON = 512  # free columns in a KV cache for follow-up questions
 _WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what is needed to look again at how it came to it.
+    """An answer of the model, and what its attention maps are computed from.
 
     Attributes:
-        text: as it is shown.
-        boxes: xyxy in pixels of the picture, in the order of the text; None for one that is malformed or leaves the square.
-        forgotten: earlier questions that did not fit before this one.
+        text: the decoded answer, without special tokens and separator.
+        boxes: xyxy in pixels of the picture, in the order of the text; None for a box that is malformed or leaves the square.
+        forgotten: number of earlier questions that did not fit into the context and were left out.
+        prompt_ids: token ids [L] of the prompt, with the image token.
+        token_ids: the generated token ids, EOS included.
+        features: image features [1, P, D].
+        geometry: maps between the picture and the model's square.
     """
 
     text: str
@@ -64,11 +68,11 @@ class Answer:
 
 @dataclass
 class _Held:
-    """Keys and values of a conversation.
+    """The KV cache of a conversation.
 
     Attributes:
-        columns: what they belong to: token ids, and the image's token for each of its patches.
-        fits: columns that there is room for.
+        columns: what each cached column stands for: a token id, or the image token for each patch.
+        fits: number of columns that the cache has room for.
     """
 
     cache: PreallocatedCache
@@ -77,28 +81,28 @@ class _Held:
 
 
 class Dialogue:
-    """A checkpoint that is asked about pictures, by one caller at a time.
+    """A checkpoint that answers questions about pictures. Not thread-safe: one call at a time.
 
     Args:
         checkpoint: a full checkpoint, or a LoRA folder over ``base``.
-        template: of the prompt; by default the umed template of the checkpoint's family.
-        most_tokens: longest answer.
+        template: prompt template; by default the umed template of the checkpoint's family.
+        most_tokens: maximum number of tokens of an answer.
 
     Raises:
-        UmedError: it cannot be loaded, or sees images in a way in which boxes have no place.
+        UmedError: the checkpoint cannot be loaded, or uses an image mode without box support (`anyres`).
     """
 
     def __init__(
         self, checkpoint: Path, base: Optional[Path] = None, template: Optional[str] = None, most_tokens: int = 256
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # As `umed evaluate`: stock LLaVA answers in half precision, which a CPU cannot compute.
+        # As in `umed evaluate`: stock LLaVA runs in fp16, which does not work on a CPU.
         dtype = torch.float32 if device == "cpu" else torch.float16
         self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, dtype)
         self.llava = base_llava(self.model)
         self.mode = ModelImages(checkpoint, self.processor, self.llava.config, None, 0).mode
         self.template = template or UMED_TEMPLATES[self.llava.config.model_type]
-        conversation_template(self.template)  # an unknown one is refused here
+        conversation_template(self.template)  # raises for an unknown name
         self.most_tokens = most_tokens
         self.terms = shipped_terms()
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
@@ -108,17 +112,17 @@ class Dialogue:
     def answer(
         self, key: Hashable, picture: Image, turns: Sequence[Turn], question: str, tell: Callable[[str], None]
     ) -> Answer:
-        """Answer a question about a picture, greedily.
+        """Answer a question about a picture by greedy decoding.
 
         Args:
-            key: the same for the same picture.
-            picture: in RGB.
-            turns: earlier questions about it and their answers.
-            question: without image token.
-            tell: called with the text so far after each token; what it raises ends the answer.
+            key: identifies the picture in the caches.
+            picture: an RGB image.
+            turns: earlier (question, answer) pairs about it.
+            question: without the image token.
+            tell: called with the text so far after each token; an exception from it stops the answer.
 
         Raises:
-            UmedError: the question is too long for the model.
+            UmedError: the question does not fit into the model's context.
         """
         features = self._seen(key, picture)
         turns = [turn for turn in turns if turn[1].strip()]
@@ -133,23 +137,26 @@ class Dialogue:
 
     @torch.no_grad()
     def attention(self, answer: Answer) -> dict[str, Any]:
-        """Where each word of an answer looks on the picture, the mean over layers and heads.
+        """The attention of each word of an answer on the image patches, averaged over layers and heads.
 
         Returns:
-            ``grid`` (patches on a side), ``place`` (xyxy of the grid in pixels of the picture), ``words``: ``text``, ``is_name``
-            (of an abnormality that a shipped recipe knows; these come first), ``map`` (base64, a byte a patch, row by row, 255
-            for the largest) and ``peak`` (the largest patch's share of the attention on the image, 0-1).
+            ``grid``: patches per side. ``place``: xyxy of the grid in pixels of the picture. ``words``: a list of
+
+            - ``text``: the word;
+            - ``is_name``: whether it names an abnormality that a shipped recipe knows; these words come first;
+            - ``map``: base64, one byte per patch, row by row, 255 for the largest;
+            - ``peak``: the largest patch's share of the attention on the image, 0-1.
         """
         geometry = answer.geometry
         span = geometry.patch_span
-        found: dict[str, Any] = {"grid": geometry.grid, "place": geometry.from_square([(0.0, 0.0, span, span)])[0]}
+        attended: dict[str, Any] = {"grid": geometry.grid, "place": geometry.from_square([(0.0, 0.0, span, span)])[0]}
         ids = [token for token in answer.token_ids if token != self.tokenizer.eos_token_id]
         text, ends = decode_with_offsets(self.tokenizer, ids)
         names = [(start, end) for start, end, _ in find_terms(text, self.terms)]
         words = [match.span() for match in _WORD.finditer(text)]
         spans = [*names, *(word for word in words if word not in names)]
         maps = self._maps(answer, ids) if spans else None
-        found["words"] = [
+        attended["words"] = [
             {
                 "text": text[slice(*span)],
                 "is_name": span in names,
@@ -158,16 +165,16 @@ class Dialogue:
             for span in spans
             if maps is not None
         ]
-        return found
+        return attended
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
-        """Drop what is kept of the pictures whose key ``belongs``; by the one caller at a time, as all else."""
+        """Drop the features and KV caches of all keys for which ``belongs`` is true. One call at a time, like all methods."""
         for kept in (self._features, self._held):
             for key in [key for key in kept if belongs(key)]:
                 del kept[key]
 
     def _seen(self, key: Hashable, picture: Image) -> Tensor:
-        """Features [1, P, D] of a picture, kept for the next question."""
+        """Image features [1, P, D] of a picture, cached for the next question."""
         from llava.mm_utils import process_images
 
         if key not in self._features:
@@ -176,13 +183,15 @@ class Dialogue:
         return _latest(self._features, key, MOST_PICTURES)
 
     def _fitting_prompt(self, turns: Sequence[Turn], question: str, patches: int) -> tuple[Tensor, int]:
-        """Token ids [L] of the prompt, and how many of the earliest turns were left out to make it fit."""
+        """Token ids [L] of the prompt, and the number of earliest turns that were left out so that it fits."""
         most = self.llava.config.max_position_embeddings - self.most_tokens
         for forgotten in range(len(turns) + 1):
             ids = self._prompt(turns[forgotten:], question)
             if len(ids) - 1 + patches <= most:
                 return ids, forgotten
-        raise UmedError(f"The question is too long: {len(ids) - 1} tokens. This model has room for {most - patches}.")
+        raise UmedError(
+            f"The question is too long: {len(ids) - 1} tokens. This model has room for {most - patches}. Shorten it."
+        )
 
     def _prompt(self, turns: Sequence[Turn], question: str) -> Tensor:
         from llava.constants import DEFAULT_IMAGE_TOKEN
@@ -197,7 +206,7 @@ class Dialogue:
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
 
     def _spoken(self, key: Hashable, ids: Tensor, features: Tensor, tell: Callable[[str], None]) -> list[int]:
-        """The answer's token ids, EOS included where it came."""
+        """The answer's token ids, including EOS if it was generated."""
         prompts = embed_prompts(self.model, [ids], features)
         held = self._held_for(key, ids, prompts.n_patches)
         logits = prefill(self.model, prompts, held.cache).logits
@@ -213,43 +222,44 @@ class Dialogue:
             logits = self._next_logits(spoken[-1], held)
 
     def _next_logits(self, token: int, held: _Held) -> Tensor:
-        place = len(held.columns)
+        position = len(held.columns)
         device = self.llava.get_input_embeddings().weight.device
         inputs = {
             "inputs_embeds": self.llava.get_input_embeddings()(torch.tensor([[token]], device=device)),
-            "attention_mask": torch.ones(1, place + 1, dtype=torch.long, device=device),
-            "position_ids": torch.tensor([[place]], device=device),
+            "attention_mask": torch.ones(1, position + 1, dtype=torch.long, device=device),
+            "position_ids": torch.tensor([[position]], device=device),
         }
         logits = self.model(**inputs, past_key_values=held.cache, use_cache=True, return_dict=True).logits
         held.columns.append(token)
         return logits
 
     def _held_for(self, key: Hashable, ids: Tensor, patches: int) -> _Held:
-        """A cache that holds the beginning that this prompt shares with the conversation before it, and has room for the rest."""
+        """A KV cache that holds the prefix shared with the previous prompt of this picture, with room for the rest."""
         columns = _columns(ids, patches)
         held = self._held.get(key)
         if held is None or len(columns) + self.most_tokens > held.fits:
             room = self.most_tokens + ROOM_TO_GO_ON
             self._held[key] = _Held(PreallocatedCache(room), [], len(columns) + room)
         else:
-            shared = _shared(held.columns, columns[:-1])  # the last column is computed: it gives the first logits
+            # The last column is always computed: it gives the first logits.
+            shared = _shared_prefix(held.columns, columns[:-1])
             held.cache.truncate(shared)
             held.columns = held.columns[:shared]
         return _latest(self._held, key, MOST_CONVERSATIONS)
 
     def _stop(self) -> str:
-        """What ends an answer beside EOS, for templates whose separator is text; else something that no text holds."""
+        """The separator that ends an answer besides EOS, if the template has one as text; else NUL, which no text contains."""
         from llava.conversation import SeparatorStyle
 
         conversation = conversation_template(self.template)
-        mark = conversation.sep if conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT) else ""
-        return mark or "\0"
+        separator = conversation.sep if conversation.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.MPT) else ""
+        return separator or "\0"
 
     def _shown(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
     def _maps(self, answer: Answer, ids: Sequence[int]) -> Tensor:
-        """[T, P] attention of each token on the image's patches, each row summing to 1."""
+        """Attention [T, P] of each token on the image patches, averaged over layers and heads; each row sums to 1."""
         prompts = embed_prompts(self.model, [answer.prompt_ids], answer.features)
         tokens = torch.tensor([list(ids)], device=prompts.mask.device)
         maps = torch.zeros(len(ids), prompts.n_patches, device=tokens.device)
@@ -264,7 +274,7 @@ class Dialogue:
 
 
 def shipped_terms() -> ClassNames:
-    """Every abnormality that a shipped recipe knows -> its names, so that an answer's own can be pointed out."""
+    """Abnormality -> names, merged from all shipped recipes; used to highlight the names in an answer."""
     from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 
     merged: dict[str, list[str]] = {}
@@ -276,23 +286,23 @@ def shipped_terms() -> ClassNames:
 
 
 def _columns(ids: Tensor, patches: int) -> list[int]:
-    """What stands in each column of an embedded prompt: a token's id, or the image token for each patch."""
+    """What each column of an embedded prompt stands for: a token id, or the image token for each patch."""
     columns: list[int] = []
     for token in ids.tolist():
         columns += [token] * (patches if token == IMAGE_TOKEN_INDEX else 1)
     return columns
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the beginning that both have in common."""
-    for place, (one, other) in enumerate(zip(first, second)):
-        if one != other:
-            return place
+def _shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    for index, (column, other) in enumerate(zip(first, second)):
+        if column != other:
+            return index
     return min(len(first), len(second))
 
 
 def _latest(kept: OrderedDict[Hashable, Any], key: Hashable, most: int) -> Any:
-    """The entry, made the newest; the oldest beyond ``most`` are dropped."""
+    """Return the entry and mark it as the most recently used; drop the oldest entries beyond ``most``."""
     kept.move_to_end(key)
     while len(kept) > most:
         kept.popitem(last=False)

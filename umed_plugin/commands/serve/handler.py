@@ -1,17 +1,17 @@
 """The chat page over HTTP: uploads, pictures, questions.
 
-| request | answer |
+| request | response |
 | --- | --- |
 | ``GET /`` and ``/page.css``, ``/page.js`` | the page |
 | ``POST /studies`` | ``{"study": NAME}`` |
-| ``PUT /studies/NAME/files?name=N`` | takes one file, its bytes as they are |
-| ``POST /studies/NAME/open`` | what the files hold |
-| ``GET /studies/NAME/picture?item=&axis=&slice=&volume=&window=`` | one slice as an image |
-| ``POST /studies/NAME/questions`` | lines of JSON: ``waiting``, ``text`` so far, and at last ``answer`` or ``error`` |
-| ``POST /studies/NAME/answers/N/attention`` | lines of JSON: ``waiting``, and at last ``attention`` or ``error`` |
+| ``PUT /studies/NAME/files?name=N`` | stores one file; the body is its raw bytes |
+| ``POST /studies/NAME/open`` | the images in the files |
+| ``GET /studies/NAME/picture?item=&axis=&slice=&volume=&window=`` | one slice as a JPEG |
+| ``POST /studies/NAME/questions`` | lines of JSON: ``waiting``, ``text`` so far, finally ``answer`` or ``error`` |
+| ``POST /studies/NAME/answers/N/attention`` | lines of JSON: ``waiting``, finally ``attention`` or ``error`` |
 | ``POST /studies/NAME/forget`` | removes its files |
 
-Errors are ``{"error": TEXT}``. Requests are not logged: their names and addresses lead to patients' images.
+Errors are ``{"error": TEXT}``. Requests are not logged: file names and URLs would give access to patients' images.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from umed_plugin.commands.serve.studies import View
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import StrictModel
 
-SHOWN_SIDE = 1280  # pixels of a picture's longer side in the browser
+SHOWN_SIDE = 1280  # longer side of a picture in the browser, in pixels
 _MOST_JSON = 1 << 18
-_SILENCE = 60  # seconds after which a connection that says nothing is closed
+_SILENCE = 60  # seconds without data after which a connection is closed
 _FILES = {
     "/": ("page.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
 _HEADERS = {
-    # Nothing from elsewhere, no frames, nothing kept: the images are patients'.
+    # Nothing from other sites, no frames, nothing cached: these are images of patients.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -56,8 +56,8 @@ _HEADERS = {
 }
 
 
-class Question(StrictModel):
-    """The body of a question: what it is about, what was said before, and the question."""
+class ChatRequest(StrictModel):
+    """The JSON body of a question: the view it is about, the earlier turns, and the question."""
 
     item: int = 0
     axis: int = 2
@@ -69,11 +69,11 @@ class Question(StrictModel):
 
 
 class Ending(Exception):
-    """The server is being stopped."""
+    """The server is shutting down."""
 
 
 class _Refused(Exception):
-    """A request that gets an error: its status and text."""
+    """A request that is answered with an error status and text."""
 
     def __init__(self, status: HTTPStatus, text: str) -> None:
         super().__init__(text)
@@ -81,7 +81,7 @@ class _Refused(Exception):
 
 
 class ChatState(Protocol):
-    """What all connections share; `umed_plugin.commands.serve.server.ChatServer` holds it."""
+    """The state that all connections share; `umed_plugin.commands.serve.server.ChatServer` implements it."""
 
     dialogue: Dialogue
     shelf: Shelf
@@ -92,7 +92,7 @@ class ChatState(Protocol):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handles the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "umed", ""
@@ -109,29 +109,27 @@ class Handler(BaseHTTPRequestHandler):
         self._handle(self._put)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def _handle(self, route: Callable[[str, list[str], dict[str, str]], None]) -> None:
-        """Check who asks, find the route, and turn errors into answers."""
+        """Check the headers, call the route, and turn errors into responses."""
         self._replied = False
         self._unread = _whole_number(self.headers.get("Content-Length"))
-        asked = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(asked.query).items()}
+        address = urlsplit(self.path)
+        query = {name: values[-1] for name, values in parse_qs(address.query).items()}
         host, origin, site = (self.headers.get(name) for name in ("Host", "Origin", "Sec-Fetch-Site"))
         try:
             reason = refusal(host, origin, site, self.server.own_name)
             if reason is not None:
                 raise _Refused(HTTPStatus.FORBIDDEN, reason)
-            route(asked.path, [unquote(part) for part in asked.path.split("/")[1:]], query)
+            route(address.path, [unquote(part) for part in address.path.split("/")[1:]], query)
         except _Refused as refused:
             self._error(refused.status, str(refused))
         except UmedError as error:
             self._error(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
         finally:
             if not self._replied:
-                self._error(
-                    HTTPStatus.INTERNAL_SERVER_ERROR, "Something went wrong in umed serve; its terminal says where."
-                )
+                self._error(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error in umed serve. Its terminal shows where.")
 
     # Routes.
 
@@ -143,21 +141,21 @@ class Handler(BaseHTTPRequestHandler):
             return self._reply(HTTPStatus.NO_CONTENT, b"", "")
         case = self._case(parts)
         if parts[2:] != ["picture"]:
-            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
+            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
         picture = case.opened().picture(_view(query))
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
-        held = io.BytesIO()
-        picture.save(held, format="JPEG", quality=92, subsampling=0)
-        return self._reply(HTTPStatus.OK, held.getvalue(), "image/jpeg")
+        jpeg = io.BytesIO()
+        picture.save(jpeg, format="JPEG", quality=92, subsampling=0)
+        return self._reply(HTTPStatus.OK, jpeg.getvalue(), "image/jpeg")
 
     def _put(self, path: str, parts: list[str], query: dict[str, str]) -> None:
         case = self._case(parts)
         if parts[2:] != ["files"]:
-            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
+            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
         length = self._length()
         with case.busy:
             if case.study is not None:
-                raise _Refused(HTTPStatus.CONFLICT, "This upload is complete. Begin another one.")
+                raise _Refused(HTTPStatus.CONFLICT, "This upload is already complete. Start a new one.")
             case.uploads.take(self.rfile, length, query.get("name", "file"))
             self._unread = 0
         self._json({"files": len(case.uploads.files)})
@@ -173,26 +171,26 @@ class Handler(BaseHTTPRequestHandler):
         if parts[2:] == ["forget"]:
             return self._forget(case)
         if parts[2:] == ["questions"]:
-            return self._ask(case, _question(body))
+            return self._ask(case, _chat_request(body))
         if len(parts) == 5 and parts[2] == "answers" and parts[4] == "attention":
             answer = case.answer(_whole_number(parts[3]) or 0)
             return self._stream(lambda tell: {"attention": self.server.dialogue.attention(answer)})
-        raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page.")
+        raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
 
     def _forget(self, case: Case) -> None:
         self.server.shelf.forget(case.name)
-        self._json({})  # a page that is being closed does not wait
+        self._json({})  # respond first: a closing page does not wait
         with self.server.line.turn(lambda before: None):
             self.server.dialogue.forget(case.owns)
 
-    def _ask(self, case: Case, question: Question) -> None:
-        view = View(question.item, question.axis, question.slice, question.volume, question.window)
+    def _ask(self, case: Case, request: ChatRequest) -> None:
+        view = View(request.item, request.axis, request.slice, request.volume, request.window)
         picture = case.opened().picture(view)
         dialogue = self.server.dialogue
 
         def work(tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             answer = dialogue.answer(
-                case.key(view), picture, question.turns, question.question, lambda text: tell({"text": text})
+                case.key(view), picture, request.turns, request.question, lambda text: tell({"text": text})
             )
             number = case.keep(answer)
             shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "forgotten": answer.forgotten}
@@ -201,19 +199,19 @@ class Handler(BaseHTTPRequestHandler):
         self._stream(work)
 
     def _stream(self, work: Callable[[Callable[[dict[str, Any]], None]], dict[str, Any]]) -> None:
-        """Wait for the model, do the work with it, and tell how it goes, a line of JSON at a time."""
+        """Wait for the model, run ``work`` with it, and stream the progress as lines of JSON."""
         self._begin(HTTPStatus.OK, "application/x-ndjson", None)
 
-        def tell(said: dict[str, Any]) -> None:
+        def tell(message: dict[str, Any]) -> None:
             if self.server.ending.is_set():
                 raise Ending
-            self.wfile.write(json.dumps(said).encode() + b"\n")
+            self.wfile.write(json.dumps(message).encode() + b"\n")
 
         try:
             with self.server.line.turn(lambda before: tell({"waiting": before})):
                 tell({"waiting": 0})
-                found = work(tell)
-            tell(found)
+                result = work(tell)
+            tell(result)
         except UmedError as error:
             tell({"error": str(error)})
 
@@ -222,22 +220,24 @@ class Handler(BaseHTTPRequestHandler):
     def _case(self, parts: list[str]) -> Case:
         case = self.server.shelf.find(parts[1]) if parts[0] == "studies" and len(parts) > 2 else None
         if case is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, "These images are not on the server any more. Choose them again.")
+            raise _Refused(HTTPStatus.NOT_FOUND, "These images are no longer on the server. Choose them again.")
         return case
 
     def _length(self) -> int:
         if self._unread is None:
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "The request does not say how long it is.")
+            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing or is not a whole number.")
         return self._unread
 
     def _body(self) -> bytes:
         length = self._length()
         if length > _MOST_JSON:
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The request is too long.")
+            raise _Refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The request is too long: {length} bytes. Allowed: {_MOST_JSON}."
+            )
         self._unread = 0
         return self.rfile.read(length)
 
-    # Parts of an answer.
+    # Parts of a response.
 
     def _json(self, content: dict[str, Any]) -> None:
         self._reply(HTTPStatus.OK, json.dumps(content).encode(), "application/json")
@@ -251,7 +251,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _begin(self, status: HTTPStatus, kind: str, length: Optional[int]) -> None:
-        """Status and headers; without a length, or with a body that nobody read, the connection ends with the answer."""
+        """Send status and headers. Without a length, or with an unread request body, the connection closes after the response."""
         self._replied = True
         self.send_response(status)
         for name, value in _HEADERS.items():
@@ -279,17 +279,17 @@ def _page_file(name: str, about: dict[str, Any]) -> bytes:
 def _view(query: dict[str, str]) -> View:
     numbers = {name: _whole_number(query.get(name)) for name in ("item", "axis", "slice", "volume")}
     if None in numbers.values():
-        raise _Refused(HTTPStatus.BAD_REQUEST, "item, axis, slice and volume are needed, as whole numbers.")
+        raise _Refused(HTTPStatus.BAD_REQUEST, "item, axis, slice and volume must all be given, as whole numbers.")
     return View(window=query.get("window", "file"), **numbers)  # type: ignore[arg-type]
 
 
-def _question(body: bytes) -> Question:
+def _chat_request(body: bytes) -> ChatRequest:
     try:
-        return Question.model_validate_json(body)
+        return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the request"
-        raise _Refused(HTTPStatus.BAD_REQUEST, f"{place}: {first['msg']}.") from error
+        key = ".".join(str(part) for part in first["loc"]) or "the request"
+        raise _Refused(HTTPStatus.BAD_REQUEST, f"{key}: {first['msg']}.") from error
 
 
 def _whole_number(text: Optional[str]) -> Optional[int]:

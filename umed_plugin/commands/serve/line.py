@@ -1,4 +1,4 @@
-"""One request after the other, first come first served, each told how many are before it."""
+"""A first-come, first-served queue for the model. Each waiting request learns how many are before it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TELL_EVERY = 1.0  # seconds: who has gone meanwhile is noticed when telling fails
+_TELL_EVERY = 1.0  # seconds; telling fails if the browser has disconnected
 
 
 class Line:
-    """Requests that wait for the model."""
+    """The requests that wait for the model."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -19,10 +19,10 @@ class Line:
 
     @contextmanager
     def turn(self, tell: Callable[[int], None]) -> Iterator[None]:
-        """Wait for one's turn and hold it.
+        """Wait until it is this request's turn, and hold the model inside the ``with`` block.
 
         Args:
-            tell: called with the number of requests before this one, at least once a second; what it raises ends the wait.
+            tell: called with the number of requests before this one, at least once a second; an exception from it ends the wait.
         """
         ticket = object()
         with self._changed:

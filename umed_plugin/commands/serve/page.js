@@ -1,12 +1,12 @@
-// The page of `umed serve`. Pictures and coordinates come from the server; here they are only laid on one another.
+// The page of `umed serve`. Pictures and coordinates come from the server; this script only draws one over the other.
 
 const $ = id => document.getElementById(id);
 const WINDOWS = {file: "the file's own", full: "whole range", soft_tissue: "soft tissue"};
 const state = {study: null, items: [], view: null, turns: [], chosen: null, uploads: 0, stop: null, wanted: false};
 
-// ---- Speaking to the server -------------------------------------------------------------------------------------------
+// ---- Requests to the server -------------------------------------------------------------------------------------------
 
-const GONE = "The server does not answer. Is umed serve still running?";
+const GONE = "The server does not respond. Check that umed serve is still running.";
 
 async function send(method, path, body) {
   let reply;
@@ -16,7 +16,7 @@ async function send(method, path, body) {
   return said;
 }
 
-function sendFile(path, file, onProgress) {  // fetch does not tell how far an upload is
+function sendFile(path, file, onProgress) {  // XMLHttpRequest, because fetch reports no upload progress
   return new Promise((done, failed) => {
     const request = new XMLHttpRequest();
     request.open("PUT", path + "?name=" + encodeURIComponent(file.name));
@@ -25,14 +25,14 @@ function sendFile(path, file, onProgress) {  // fetch does not tell how far an u
     request.onload = () => {
       if (request.status === 200) return done();
       let said = GONE;
-      try { said = JSON.parse(request.responseText).error; } catch { /* no answer of ours */ }
+      try { said = JSON.parse(request.responseText).error; } catch { /* not a response of our server */ }
       failed(new Error(said));
     };
     request.send(file);
   });
 }
 
-// Lines of JSON, one object at a time; ends with what holds the key `wanted`.
+// Reads lines of JSON, one object each, and returns the value of the first one with the key `wanted`.
 async function follow(path, body, wanted, signal, onLine) {
   let reply;
   try { reply = await fetch(path, {method: "POST", body: JSON.stringify(body), signal}); }
@@ -42,7 +42,7 @@ async function follow(path, body, wanted, signal, onLine) {
   let held = "";
   for (;;) {
     const {value, done} = await reader.read();
-    if (done) throw new Error("The server broke off.");
+    if (done) throw new Error("The connection to the server was lost. Ask again.");
     const lines = (held + value).split("\n");
     held = lines.pop();
     for (const line of lines) {
@@ -57,7 +57,7 @@ async function follow(path, body, wanted, signal, onLine) {
 function fault(text) { $("fault").textContent = text; }
 function status(text) { $("status").textContent = text; }
 function waiting(before) {
-  return before ? `Waiting: ${before} ${before === 1 ? "request is" : "requests are"} before this one.` : "The model is looking.";
+  return before ? `Waiting: ${before} ${before === 1 ? "request is" : "requests are"} before this one.` : "The model is reading the image.";
 }
 
 // ---- Choosing images --------------------------------------------------------------------------------------------------
@@ -70,11 +70,11 @@ async function choose(list) {
   fault("");
   if (total > most * 1e6) {
     return fault(`${files.length === 1 ? files[0].name : "These files"}: ${(total / 1e6).toFixed(0)} MB. Allowed: ${most} MB. `
-      + "Start the server with a larger --upload-mb for more.");
+      + "Restart the server with a larger --upload-mb to send more.");
   }
   forget();
   $("progress").hidden = false;
-  status(files.length === 1 ? "Sending the file." : `Sending ${files.length} files.`);
+  status(files.length === 1 ? "Uploading the file." : `Uploading ${files.length} files.`);
   const refused = [];
   try {
     const study = (await send("POST", "/studies")).study;
@@ -85,7 +85,7 @@ async function choose(list) {
       catch (error) { if (files.length === 1 || error.message === GONE) throw error; refused.push(error.message); }
       sent += file.size;
     }
-    status("Reading.");
+    status("Reading the images.");
     if (refused.length === files.length) throw new Error(refused.slice(0, 3).join(" "));
     const opened = await send("POST", `/studies/${study}/open`);
     if (mine !== state.uploads) return void send("POST", `/studies/${study}/forget`);
@@ -98,7 +98,7 @@ async function choose(list) {
   }
 }
 
-// Files of a drop, those in folders too; the entries must be asked for before anything is waited for.
+// The dropped files, including those in folders. All entries must be read from the event before the first await.
 async function dropped(transfer) {
   const entries = [...transfer.items].map(item => item.webkitGetAsEntry()).filter(entry => entry), files = [...transfer.files];
   if (!entries.some(entry => entry.isDirectory)) return files;
@@ -144,7 +144,7 @@ function begin(study, items, leftOut) {
 const same = (a, b) => a && b && JSON.stringify(a) === JSON.stringify(b);
 const wordsOf = window => WINDOWS[window] || window;
 
-// Change parts of the view; what the new item or plane does not have falls back to its first or middle.
+// Change parts of the view. Values that the new item or plane lacks fall back to its first, or to the middle slice.
 function show(change) {
   const before = state.view || {}, item = state.items[change.item ?? before.item];
   const sameItem = (change.item ?? before.item) === before.item;
@@ -193,7 +193,7 @@ function told(view) {
   return parts.join(", ") || item.label;
 }
 
-// One picture at a time: while one is on its way, only the latest wish is remembered.
+// One picture at a time: while one loads, only the latest request is remembered.
 function loadPicture() {
   if ($("stage").classList.contains("loading")) { state.wanted = true; return; }
   const address = `/studies/${state.study}/picture?${new URLSearchParams(state.view)}`;
@@ -219,7 +219,7 @@ function loadPicture() {
   picture.src = address;
 }
 
-// As large as the room allows; on a phone as wide as the page.
+// As large as the space allows; on a phone as wide as the page.
 function fit() {
   const {naturalWidth: width, naturalHeight: height} = $("picture");
   if (!width || $("shown").hidden) return;
@@ -244,7 +244,7 @@ function showOverlays() {
   showWords(here && $("with-heat").checked ? turn : null);
   const away = turn && turn.answer && !here;
   $("elsewhere").hidden = !away;
-  if (away) $("elsewhere").firstElementChild.textContent = `The answer is about another view (${told(turn.view)}).`;
+  if (away) $("elsewhere").firstElementChild.textContent = `The answer refers to another view (${told(turn.view)}).`;
   for (const other of state.turns) other.entry.classList.toggle("chosen", other === turn && state.turns.length > 1);
 }
 
@@ -302,7 +302,7 @@ function drawHeat({grid, place: [x1, y1, x2, y2]}, word, [width, height]) {
   const canvas = $("heat"), pen = canvas.getContext("2d");
   canvas.width = canvas.height = grid;
   const pixels = pen.createImageData(grid, grid);
-  values.forEach((value, index) => {  // from clear over red to yellow
+  values.forEach((value, index) => {  // from transparent via red to yellow
     pixels.data.set([255, Math.max(0, value - 100) * 1.6, 0, Math.min(255, value * 1.3)], 4 * index);
   });
   pen.putImageData(pixels, 0, 0);
@@ -316,11 +316,11 @@ async function look(turn) {
   try {
     const path = `/studies/${state.study}/answers/${turn.answer.number}/attention`;
     const attention = await follow(path, {}, "attention", turn.signal, said => status(said.waiting ? waiting(said.waiting)
-      : "Reading where the words look."));
+      : "Computing the attention maps."));
     turn.attention = attention;
     turn.word = attention.words.some(word => word.is_name) ? 0 : -1;
     status(!attention.words.length || turn.word === 0 ? ""
-      : "The answer names no abnormality that is known here. Choose a word for the heat map.");
+      : "No known abnormality is named in the answer. Choose a word for the heat map.");
   } catch (error) {
     if (error.name !== "AbortError") { status(""); fault(error.message); }
     return;
@@ -347,7 +347,7 @@ async function ask(question) {
   state.stop = control;
   busy(true);
   $("question").value = "";
-  $("talk").setAttribute("aria-busy", "true");  // read out the whole answer, not each word
+  $("talk").setAttribute("aria-busy", "true");  // screen readers read the whole answer, not each word
   try {
     turn.answer = await follow(`/studies/${state.study}/questions`, {...view, turns: turns.slice(-50), question}, "answer",
       control.signal, said => {
@@ -384,8 +384,8 @@ function answered(turn) {
   const {text, boxes, forgotten} = turn.answer, about = document.createElement("p"), button = document.createElement("button");
   turn.said.textContent = text || "(no text)";
   const good = boxes.filter(box => box).length, parts = [told(turn.view), `${good} ${good === 1 ? "box" : "boxes"}`];
-  if (good < boxes.length) parts.push(`${boxes.length - good} outside the picture or without area`);
-  if (forgotten) parts.push(`${forgotten} of the earliest questions did not fit and were left out`);
+  if (good < boxes.length) parts.push(`${boxes.length - good} malformed, without area or outside the picture`);
+  if (forgotten) parts.push(`${forgotten} of the earliest questions did not fit into the context and were left out`);
   about.className = "about";
   about.textContent = parts.join(" · ");
   button.type = "button";
@@ -405,7 +405,7 @@ function busy(is) {
 
 function scroll() { $("talk").lastElementChild?.scrollIntoView({block: "nearest"}); }
 
-// ---- What a person does -----------------------------------------------------------------------------------------------
+// ---- User input -------------------------------------------------------------------------------------------------------
 
 for (const id of ["files", "folder"]) {
   $(id).addEventListener("change", event => { choose(event.target.files); event.target.value = ""; });

@@ -1,4 +1,4 @@
-"""The chat page's server: one thread a connection, one model call at a time, and an end that waits for all of them."""
+"""The chat page's HTTP server: one thread per connection, one model call at a time, and a shutdown that waits for all threads."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from umed_plugin.commands.serve.shelf import Shelf
 
 
 class ChatServer(ThreadingHTTPServer):
-    """The server.
+    """The HTTP server of the chat page.
 
     Args:
-        host, port: to listen on; port 0 takes a free one.
-        dialogue: of the questions.
-        shelf: for the uploads.
-        about: what the page shows of the checkpoint.
+        host, port: address to listen on; port 0 takes any free one.
+        dialogue: answers the questions.
+        shelf: stores the uploads.
+        about: variables of the page template: ``checkpoint``, ``upload_mb`` and ``questions``.
+
+    Raises:
+        OSError: it cannot listen on that address.
     """
 
     daemon_threads = True
@@ -42,19 +45,19 @@ class ChatServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """The address for the browser."""
+        """The URL to open in the browser."""
         host, port = self.server_address[:2]
         shown = str(host) if self.own_name != "localhost" else "localhost"
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a connection's thread."""
+        """Start the thread of a connection."""
         with self._changed:
             self._connections.add(request)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """A connection's thread, from its first request to its last."""
+        """Run in a connection's thread, from its first request to its last."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -63,20 +66,23 @@ class ChatServer(ThreadingHTTPServer):
                 self._changed.notify_all()
 
     def end(self, seconds: float) -> None:
-        """Take no more requests, stop an answer that is being written at its next token, and wait for all threads.
+        """Accept no more requests, stop a running answer at its next token, and wait for all threads.
 
-        Python must not end before them: a thread that is inside torch then aborts the process.
+        If Python exits first, a thread that is still inside torch aborts the process.
+
+        Args:
+            seconds: maximum time to wait.
         """
         self.ending.set()
         self.server_close()
         with self._changed:
             for connection in self._connections:
-                with contextlib.suppress(OSError):  # it has just been closed by the browser
+                with contextlib.suppress(OSError):  # the browser has just closed it
                     connection.shutdown(socket.SHUT_RD)
             self._changed.wait_for(lambda: not self._connections, seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that has gone is no error. Of others the place is told, but no message, which may quote a file."""
+        """Ignore disconnected browsers. Print other errors with traceback but without message, which may quote a file."""
         kind, _, trace = sys.exc_info()
         if kind is None or issubclass(kind, (ConnectionError, TimeoutError, Ending)):
             return

@@ -1,4 +1,4 @@
-"""The studies of all open pages, each under a name that nobody can guess; the oldest give way, and all go at the end."""
+"""The studies of all open pages, each under an unguessable name. The oldest are evicted; all are removed at shutdown."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from umed_plugin.commands.serve.uploads import Uploads
 from umed_plugin.errors import UmedError
 
 MOST_STUDIES = 16
-MOST_ANSWERS = 40  # of one study, that can be looked at again
+MOST_ANSWERS = 40  # kept for each study, for their attention maps
 
 
 class Case:
-    """One upload of one page, from the first byte to the last question.
+    """One upload of one page, from its first byte to the last question about it.
 
     Attributes:
-        name: cannot be guessed: who knows it may see the images.
-        study: None until all files are there.
+        name: unguessable, because it grants access to the images.
+        study: None until all files are uploaded.
     """
 
     def __init__(self, folder: Path, most_bytes: int) -> None:
@@ -33,15 +33,15 @@ class Case:
         self.uploads = Uploads(folder, most_bytes)
         self.study: Optional[Study] = None
         self._fault: Optional[UmedError] = None
-        self.busy = threading.Lock()  # files of one upload come one after the other
+        self.busy = threading.Lock()  # stores the files of one upload one after the other
         self._answers: OrderedDict[int, Answer] = OrderedDict()
         self._count = 0
 
     def opened(self) -> Study:
-        """The images, once they have been looked through.
+        """The study, read from the uploaded files at the first call.
 
         Raises:
-            UmedError: none can be shown.
+            UmedError: none of the files can be shown.
         """
         with self.busy:
             if self._fault is not None:
@@ -55,15 +55,15 @@ class Case:
             return self.study
 
     def key(self, view: View) -> tuple[str, View]:
-        """What the model knows a picture by."""
+        """The key of a picture in the model's caches."""
         return self.name, view
 
     def owns(self, key: tuple[str, View]) -> bool:
-        """Whether a key is of one of this case's pictures."""
+        """Whether a key belongs to one of this case's pictures."""
         return key[0] == self.name
 
     def keep(self, answer: Answer) -> int:
-        """A number under which the answer can be had again."""
+        """Keep an answer and return its number, for `answer`."""
         self._count += 1
         self._answers[self._count] = answer
         while len(self._answers) > MOST_ANSWERS:
@@ -71,22 +71,22 @@ class Case:
         return self._count
 
     def answer(self, number: int) -> Answer:
-        """An answer that was kept.
+        """Return the answer with this number.
 
         Raises:
-            UmedError: it has given way to newer ones, or there never was one.
+            UmedError: there is none, or newer answers have replaced it.
         """
-        found = self._answers.get(number)
-        if found is None:
-            raise UmedError("This answer is not kept any more. Ask again.")
-        return found
+        answer = self._answers.get(number)
+        if answer is None:
+            raise UmedError("This answer is not kept any longer. Ask again.")
+        return answer
 
 
 class Shelf:
-    """All cases, in one temporary folder that only this user may read.
+    """All cases, in one temporary folder that only this user can read.
 
     Args:
-        most_bytes: of one upload, unpacked.
+        most_bytes: maximum size of one upload, unpacked.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -96,19 +96,19 @@ class Shelf:
         self._changing = threading.Lock()
 
     def begin(self) -> Case:
-        """An empty case; the one that was not used for longest gives way where there are too many."""
+        """Create an empty case. Above ``MOST_STUDIES`` the least recently used one is evicted."""
         folder = self.folder / secrets.token_urlsafe(16)
         folder.mkdir()
         case = Case(folder, self._most_bytes)
         with self._changing:
             self._cases[case.name] = case
-            gone = [self._cases.popitem(last=False)[1] for _ in range(len(self._cases) - MOST_STUDIES)]
-        for old in gone:
+            evicted = [self._cases.popitem(last=False)[1] for _ in range(len(self._cases) - MOST_STUDIES)]
+        for old in evicted:
             shutil.rmtree(old.folder, ignore_errors=True)
         return case
 
     def find(self, name: str) -> Optional[Case]:
-        """The case of that name, or None."""
+        """Return the case with this name, or None."""
         with self._changing:
             case = self._cases.get(name)
             if case is not None:

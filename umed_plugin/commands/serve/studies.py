@@ -1,7 +1,7 @@
-"""What was uploaded, as a viewer shows it: series and files, their slices, planes and windows, and one slice as a picture.
+"""The uploaded images as a viewer shows them: series and files with their slices, planes and windows, and one slice as a picture.
 
-Everything is read by `umed_plugin.data.images`, one slice at a time in the whole process. Of a DICOM header nothing is shown or
-written down; messages of the libraries, which may quote it, are replaced.
+`umed_plugin.data.images` reads everything, one slice at a time in the whole process. Nothing of a DICOM header is shown or
+stored. Error messages of the libraries are replaced, because they may quote it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import numpy as np
 
-from umed_plugin.commands.serve.uploads import Received
+from umed_plugin.commands.serve.uploads import ALLOWED, Received
 from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_count
 from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
@@ -31,13 +31,13 @@ MOST_VOXELS = 2**31
 PLANES = ("sagittal", "coronal", "axial")
 _MIDDLE = 0.5
 
-# The readers keep the last volume between calls.
+# One reader at a time: the readers cache the last volume between calls.
 _reading = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A way to cut a volume: along which stored axis, what that is called, and how many slices there are."""
+    """A plane of a volume: the stored axis that its slices are across, its name, and the number of slices."""
 
     axis: int
     name: str
@@ -46,7 +46,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class View:
-    """One slice as it is looked at: an item of the study, and how `load_image` reads it."""
+    """One slice as it is shown: an item of the study, and the options that `load_image` reads it with."""
 
     item: int = 0
     axis: int = 2
@@ -60,11 +60,11 @@ class Item:
     """A series, a volume or a picture.
 
     Attributes:
-        label: what the page calls it.
-        paths: one file, the folder of a series, or files that have no common order: then ``slice`` counts them.
-        planes: at least one; the first is shown first.
-        volumes: of a 4-D file, else 1.
-        windows: that make a difference, the first by default; none for grey levels and colours.
+        label: its name on the page.
+        paths: one file, the folder of a series, or several files without slice positions, which ``slice`` indexes.
+        planes: at least one; the first is the default.
+        volumes: number of volumes of a 4-D file, else 1.
+        windows: windows that make a difference, the first is the default; none for grey levels and colours.
     """
 
     label: str
@@ -74,16 +74,16 @@ class Item:
     windows: tuple[str, ...]
 
     def reading(self, view: View) -> tuple[Path, dict[str, Any]]:
-        """The file, and the arguments of `load_image`.
+        """The file, and the arguments for `load_image`.
 
         Raises:
             UmedError: there is no such slice, plane, volume or window.
         """
         plane = next((plane for plane in self.planes if plane.axis == view.axis), None)
         if plane is None or not 0 <= view.slice < plane.slices or not 0 <= view.volume < self.volumes:
-            raise UmedError(f"{self.label}: has no such slice.")
+            raise UmedError(f"{self.label}: no such slice, plane or volume. Choose one that the page offers.")
         if view.window not in (self.windows or ("file",)):
-            raise UmedError(f"{self.label}: has no such window. Allowed: {', '.join(self.windows) or 'file'}.")
+            raise UmedError(f"{self.label}: no such window. Allowed: {', '.join(self.windows) or 'file'}.")
         if len(self.paths) > 1:
             return self.paths[view.slice], {"window": view.window}
         how = {"window": view.window, "slice": view.slice, "slice_axis": view.axis, "volume": view.volume}
@@ -94,8 +94,9 @@ class Study:
     """The images of one upload.
 
     Args:
-        folder: that they lie in, below which series get folders of their own.
-        files: as uploaded.
+        folder: holds the files; each series is moved to a subfolder.
+        files: the uploaded images.
+        left_out: (name, reason) of files that were already left out.
 
     Raises:
         UmedError: none of them can be shown.
@@ -113,25 +114,25 @@ class Study:
             raise UmedError(self._why_nothing())
 
     def picture(self, view: View) -> Image:
-        """One slice in RGB, turned as a radiologist sees it.
+        """One slice in RGB, in radiological orientation.
 
         Raises:
-            UmedError: it cannot be read, or there is no such view.
+            UmedError: the slice cannot be read, or the view does not exist.
         """
         from PIL import Image
 
         if not 0 <= view.item < len(self.items):
-            raise UmedError("There is no such image in this upload.")
+            raise UmedError("There is no such image in this upload. Choose one that the page offers.")
         item = self.items[view.item]
         path, how = item.reading(view)
         with _reading:
             try:
                 return Image.fromarray(load_image(path, **how)[0])
             except UmedError as error:
-                raise UmedError(self._said(error, item.label)) from error
+                raise UmedError(self._message(error, item.label)) from error
 
     def described(self) -> dict[str, Any]:
-        """The study as the page gets it."""
+        """The study as JSON for the page."""
         items = [
             {
                 "label": item.label,
@@ -144,7 +145,7 @@ class Study:
         return {"items": items, "left_out": [f"{name}: {why}" for name, why in self.left_out]}
 
     def _groups(self, files: Sequence[Received]) -> list[list[Path]]:
-        """Files that belong together: the slices of a series; every other image by itself."""
+        """Group the slices of a series; every other image is a group of its own."""
         series: dict[str, list[Path]] = {}
         groups: list[list[Path]] = []
         for file in files:
@@ -160,7 +161,7 @@ class Study:
         return groups
 
     def _series_of(self, file: Received) -> Optional[str]:
-        """The series of a DICOM file with one frame; None for what stands alone, be it an image or not."""
+        """The series UID of a single-frame DICOM file; None for any other file."""
         if file.kind != "dicom":
             return None
         try:
@@ -170,7 +171,7 @@ class Study:
                     return None
                 return str(getattr(header, "SeriesInstanceUID", None) or "") or None
         except UmedError:
-            return None  # `_add` meets the same error and reports it
+            return None  # `_add` hits the same error and reports it
 
     def _add(self, group: list[Path]) -> None:
         try:
@@ -180,7 +181,7 @@ class Study:
                 self.items.append(self._single(group[0]))
         except UmedError as error:
             name = self._names[group[0]]
-            self.left_out.append((name, self._said(error, name).removeprefix(f"{name}: ")))
+            self.left_out.append((name, self._message(error, name).removeprefix(f"{name}: ")))
 
     def _single(self, path: Path) -> Item:
         if path.name.endswith((".nii", ".nii.gz")):
@@ -188,17 +189,17 @@ class Study:
         count = slice_count(path)
         windows = _windows(_middle_slice(path, count))
         if path.name.endswith(RASTER_ENDINGS):
-            windows = windows[:1]  # of 16 bits without a unit: presets mean nothing
+            windows = windows[:1]  # 16-bit values without a unit: Hounsfield presets do not apply
         return Item(self._names[path], (path,), (Plane(2, "", count),), 1, windows)
 
     def _volume(self, path: Path) -> Item:
         x, y, z, volumes = volume_shape(path)
         if x * y * z > MOST_VOXELS:
-            raise UmedError(f"{path}: {x} x {y} x {z} voxels are too many to show. Allowed: {MOST_VOXELS}.")
+            raise UmedError(f"{path}: {x} x {y} x {z} voxels are too many to show. Allowed: up to {MOST_VOXELS}.")
         stored = _middle_slice(path, z, volume=0)
         names = _plane_names(stored)
         planes = [Plane(axis, name, count) for axis, name, count in zip(range(3), names, (x, y, z))]
-        # The way in which recipes cut by default comes first. A flat image has no other.
+        # The recipes' default plane comes first. A flat image has no other.
         chosen = (planes[2], *planes[:2]) if z > 1 else (planes[2],)
         return Item(self._names[path], (path,), chosen, volumes, _windows(stored))
 
@@ -210,7 +211,7 @@ class Study:
             self._names[path.rename(folder / path.name)] = self._names.pop(path)
         count = len(group)
         label = f"series {number} ({count} slices)"
-        self._names[group[0]] = label  # for `_add`, if it cannot be shown
+        self._names[group[0]] = label  # `_add` needs it if the series cannot be shown
         try:
             ordered = len(series_files(folder)) == count
         except UmedError:
@@ -220,14 +221,14 @@ class Study:
             first = read_stored(folder, slice=int(count * _MIDDLE))
         else:
             paths = tuple(sorted(folder.iterdir(), key=lambda path: self._names[path]))
-            label += ", by file name, as they have no places"
+            label += ", sorted by file name: no slice positions"
             first = read_stored(paths[int(count * _MIDDLE)])
         return Item(label, paths, (Plane(2, "", count),), 1, _windows(first))
 
-    def _said(self, error: UmedError, name: str) -> str:
-        """The error for the person who sent the file: its own name, and no text of a library, which may quote the header."""
+    def _message(self, error: UmedError, name: str) -> str:
+        """The error for the user, with the uploaded file's name and without library messages, which may quote the header."""
         if error.__cause__ is not None:
-            return f"{name}: cannot be read as an image. It is damaged, cut off, or of a kind that is not supported."
+            return f"{name}: cannot be read as an image. It is damaged, truncated, or in an unsupported format."
         text = str(error)
         for path in (*self._names, self._folder):
             text = text.replace(str(path), name)
@@ -235,10 +236,10 @@ class Study:
 
     def _why_nothing(self) -> str:
         if not self.left_out:
-            return "There is no image in this upload."
+            return f"There is no image in this upload. Allowed: {ALLOWED}."
         shown = " ".join(f"{name}: {why}" for name, why in self.left_out[:3])
         more = len(self.left_out) - 3
-        return shown + (f" And {more} more files like these." if more > 0 else "")
+        return shown + (f" And {more} more files could not be shown." if more > 0 else "")
 
 
 def _middle_slice(path: Path, count: int, volume: Optional[int] = None) -> StoredSlice:
@@ -246,7 +247,7 @@ def _middle_slice(path: Path, count: int, volume: Optional[int] = None) -> Store
 
 
 def _windows(stored: StoredSlice) -> tuple[str, ...]:
-    """Windows between which a choice makes sense for such a slice."""
+    """The windows that apply to a slice: the file's own, the full range, and Hounsfield presets."""
     if stored.is_grey_levels:
         return ()
     try:
@@ -258,7 +259,7 @@ def _windows(stored: StoredSlice) -> tuple[str, ...]:
 
 
 def _plane_names(stored: StoredSlice) -> tuple[str, str, str]:
-    """What slices across each stored axis are called, from the directions of the first two."""
+    """The plane names of slices across each stored axis, from the directions of the first two axes."""
     if stored.directions is None:
         return ("along x", "along y", "along z")
     first, second = stored.directions

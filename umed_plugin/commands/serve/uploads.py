@@ -1,6 +1,6 @@
-"""Uploaded files: taken up to a limit, told apart by their content, zip archives unpacked. Nothing in them is trusted.
+"""Uploaded files: stored up to a size limit, recognized by content, zip archives unpacked. Their content is not trusted.
 
-A file is stored under a number and the ending of what it is. The name that it came with is only ever shown to who sent it.
+A file is stored under a number and the extension of its detected type. Its original name is only shown to the user who sent it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Optional, Protocol
 from umed_plugin.errors import UmedError
 
 MOST_FILES = 5000
-_HEAD_BYTES = 8192  # enough of a compressed NIfTI to see its header
+_HEAD_BYTES = 8192  # enough of a compressed NIfTI file to read its header
 _PIECE = 1 << 20
 _MOST_NAME = 80
 
@@ -27,12 +27,12 @@ _PICTURES = {
     b"MM\0*": ".tif",
     b"BM": ".bmp",
 }
-_OLD_DICOM = (".dcm", ".dicom", ".ima")  # archives of the 1990s have no mark in the file
+_OLD_DICOM = (".dcm", ".dicom", ".ima")  # DICOM files of the 1990s lack the DICM mark
 ALLOWED = "PNG, JPEG, TIFF or BMP, DICOM (several files or a zip of a series too), NIfTI (.nii, .nii.gz)"
 
 
 class Readable(Protocol):
-    """What a file comes from."""
+    """A stream to read a file from."""
 
     def read(self, most: int, /) -> bytes: ...
 
@@ -42,8 +42,8 @@ class Received:
     """A stored file.
 
     Attributes:
-        path: where it lies.
-        name: what the sender calls it, without folders.
+        path: where it is stored.
+        name: its original name, without folders.
         kind: ``picture``, ``dicom`` or ``nifti``.
     """
 
@@ -54,13 +54,13 @@ class Received:
 
 @dataclass
 class Uploads:
-    """What one study has been sent.
+    """The uploaded files of one study.
 
     Attributes:
-        folder: that it is stored in.
-        most_bytes: that all files may take together, unpacked.
-        files: images, in the order in which they came.
-        left_out: names of files that are no images, with the reason.
+        folder: where they are stored.
+        most_bytes: maximum total size, unpacked.
+        files: the images, in upload order.
+        left_out: (name, reason) of files in archives that are not images.
     """
 
     folder: Path
@@ -71,15 +71,15 @@ class Uploads:
     _count: int = 0
 
     def take(self, stream: Readable, length: int, name: str) -> None:
-        """Store one file, or what a zip archive holds.
+        """Store one file, or the images in a zip archive.
 
         Args:
-            stream: that the file is read from.
-            length: in bytes, as the sender says.
-            name: as the sender calls it.
+            stream: source of the bytes.
+            length: number of bytes, as the sender states it.
+            name: the original file name.
 
         Raises:
-            UmedError: it is too large, cut off, no image, or an archive that cannot be unpacked.
+            UmedError: the file is too large, truncated, not an image, or an archive that cannot be unpacked.
         """
         name = shown_name(name)
         self._check_room(length, name)
@@ -93,12 +93,12 @@ class Uploads:
                 path.unlink()
         elif ending is None:
             path.unlink()
-            raise UmedError(f"{name}: is no image that is known here. Allowed: {ALLOWED}.")
+            raise UmedError(f"{name}: is not a supported image. Allowed: {ALLOWED}.")
         else:
             self._keep(path, name, ending)
 
     def _stored(self, pieces: Iterator[bytes], name: str) -> Path:
-        """A new file with the pieces; it is taken away again where they are too many or break off."""
+        """Write the pieces to a new file. It is removed if they exceed the limit or the connection breaks."""
         self._count += 1
         path = self.folder / f"{self._count:05d}"
         try:
@@ -116,8 +116,8 @@ class Uploads:
     def _check_room(self, more: int, name: str) -> None:
         if self._bytes + more > self.most_bytes:
             raise UmedError(
-                f"{name}: with this file the upload takes more than {self.most_bytes / 1e6:.0f} MB, unpacked. Send less, or "
-                "start the server with a larger --upload-mb."
+                f"{name}: with this file the upload is larger than {self.most_bytes / 1e6:.0f} MB, unpacked. Send fewer files, "
+                "or restart the server with a larger --upload-mb."
             )
         if self._count > MOST_FILES:
             raise UmedError(f"{name}: more than {MOST_FILES} files. Send one series at a time.")
@@ -127,15 +127,15 @@ class Uploads:
         self.files.append(Received(path.rename(path.with_name(path.name + ending)), name, kind))
 
     def _unpack(self, archive: Path, name: str) -> None:
-        """Store the images in a zip archive; sizes are counted as they come out, whatever the archive says."""
+        """Store the images in a zip archive. Unpacked bytes are counted; sizes stated in the archive are not trusted."""
         try:
             with zipfile.ZipFile(archive) as opened:
                 for entry in opened.infolist():
                     if not entry.is_dir():
                         self._unpack_one(opened, entry)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            said = "it is encrypted" if "encrypted" in str(error) else "it is damaged or cut off"
-            raise UmedError(f"{name}: cannot be unpacked: {said}. Pack it again, without a password.") from error
+            reason = "it is encrypted" if "encrypted" in str(error) else "it is damaged or truncated"
+            raise UmedError(f"{name}: cannot be unpacked: {reason}. Pack it again, without a password.") from error
 
     def _unpack_one(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
         name = shown_name(entry.filename)
@@ -145,19 +145,19 @@ class Uploads:
         if ending is None or ending == ".zip":
             self._bytes -= path.stat().st_size
             path.unlink()
-            self.left_out.append((name, "an archive in an archive" if ending else "no image"))
+            self.left_out.append((name, "an archive inside an archive" if ending else "not an image"))
         else:
             self._keep(path, name, ending)
 
 
 def shown_name(name: str) -> str:
-    """The last part of a file's name, printable and short."""
+    """The last component of a file's path, printable and at most 80 characters long."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return "".join(c if c.isprintable() else "?" for c in last)[:_MOST_NAME] or "file"
 
 
 def ending_of(head: bytes, name: str) -> Optional[str]:
-    """The ending of what a file's first bytes are: an image's, ``.zip``, or None."""
+    """The extension for a file's first bytes: an image type, ``.zip``, or None if unknown."""
     if head[128:132] == b"DICM":
         return ".dcm"
     if head.startswith(b"PK\x03\x04"):
@@ -192,6 +192,6 @@ def _pieces(stream: Readable, length: int, name: str) -> Iterator[bytes]:
     while length > 0:
         piece = stream.read(min(length, _PIECE))
         if not piece:
-            raise UmedError(f"{name}: the connection was cut before all of it was there. Send it again.")
+            raise UmedError(f"{name}: the connection was lost before the whole file arrived. Send it again.")
         length -= len(piece)
         yield piece
