@@ -1,4 +1,4 @@
-"""The doctor names every family and every fault, and runs nothing of what it looks at."""
+"""The doctor identifies every family and reports every fault, and runs no code of the checkpoint."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_lora_folder_over_another_base_does_not_fit(lora, tmp_path):
 
     narrow = make_checkpoint(tmp_path / "narrow-llava-v1", family="llama", hidden_size=64)
     (found,) = examine(lora[0], narrow)
-    assert found.code == "base-mismatch" and ", in the base" in found.found
+    assert found.code == "base-mismatch" and ", and in the base" in found.found
     (found,) = examine(lora[0], lora[0])
     assert found.code == "base-mismatch" and "no full model" in found.found
 

@@ -1,1 +1,1 @@
-"""``umed doctor``: what a checkpoint is, and what would go wrong with it. `examination` is the entry point."""
+"""``umed doctor``: what a checkpoint is, and which problems it will cause. `examination` is the entry point."""

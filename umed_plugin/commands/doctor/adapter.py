@@ -1,4 +1,4 @@
-"""LoRA folders and projectors: whether base, adapter and installed peft go together."""
+"""LoRA folders and projectors: whether base, adapter and the installed peft are compatible."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from umed_plugin.commands.doctor.contents import LORA, Contents
 from umed_plugin.commands.doctor.contents import PROJECTOR as PROJECTOR_ONLY
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 
-# Values under which a field of newer versions of peft changes nothing, beside None, False and what is empty.
+# Values with which a field of newer peft versions has no effect, besides None, False and empty ones.
 _NEUTRAL = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _ABOUT_THE_FILE = ("peft_version", "auto_mapping")
 
 
 def check_adapter(contents: Contents) -> Iterator[Finding]:
-    """What a LoRA folder or projector lacks before it is a model."""
+    """Check whether a LoRA folder or projector can be loaded over its base by stock LLaVA and the installed peft."""
     config = contents.config
     if contents.kind not in (LORA, PROJECTOR_ONLY) or is_transformers_form(config):
         return
@@ -38,25 +38,25 @@ def _base(contents: Contents) -> Iterator[Finding]:
     if base is None:
         named = contents.adapter_config.get("base_model_name_or_path") or contents.config.get("_name_or_path")
         where = str(contents.path / ADAPTER if contents.kind == LORA else contents.config_file)
-        yield finding("base-missing", f"it names {named!r}", where, checkpoint=contents.path)
+        yield finding("base-missing", f"the base that it names is {named!r}", where, checkpoint=contents.path)
         return
     if not base.weights:
         yield finding("base-mismatch", f"{base.path} holds no full model ({base.kind})", str(base.path))
         return
     misfits = list(_misfits(contents, base))
     if misfits:
-        found = f"{len(misfits)} tensors; {misfits[0]} ({base.path})"
-        yield finding("base-mismatch", found, str(contents.path))
+        text = f"{len(misfits)} tensors do not fit: {misfits[0]} ({base.path})"
+        yield finding("base-mismatch", text, str(contents.path))
 
 
 def _misfits(contents: Contents, base: Contents) -> Iterator[str]:
-    """Low-rank matrices and other trained tensors that the base has no place for, in words."""
+    """Describe the low-rank matrices and other trained tensors that do not fit the base."""
     for name, tensor in contents.adapter.items():
         if ".lora_A." not in name and ".lora_B." not in name:
             continue
         target = name.removeprefix("base_model.model.").replace(".default", "")
         target = target.replace(".lora_A", "").replace(".lora_B", "")
-        # The adapter may sit on the tower too, which the base need not hold.
+        # The adapter may also target the tower, which the base need not contain.
         if target not in base.weights:
             if "vision_tower" not in target:
                 yield f"{target} is not in the base"
@@ -64,11 +64,11 @@ def _misfits(contents: Contents, base: Contents) -> Iterator[str]:
         side = 1 if ".lora_A." in name else 0
         wanted = base.weights[target].shape
         if len(tensor.shape) == 2 and len(wanted) == 2 and tensor.shape[side] != wanted[side]:
-            yield f"{name} is {tensor.shape}, in the base {target} is {wanted}"
+            yield f"{name} has shape {tensor.shape}, and in the base {target} has shape {wanted}"
     for name, tensor in contents.others.items():
-        there = base.weights.get(name)
-        if there is not None and there.shape != tensor.shape and not name.startswith(PROJECTOR):
-            yield f"{name} is {tensor.shape}, in the base {there.shape}"
+        in_base = base.weights.get(name)
+        if in_base is not None and in_base.shape != tensor.shape and not name.startswith(PROJECTOR):
+            yield f"{name} has shape {tensor.shape}, and in the base {in_base.shape}"
 
 
 def _fields(contents: Contents) -> Iterator[Finding]:
@@ -81,8 +81,8 @@ def _fields(contents: Contents) -> Iterator[Finding]:
     needed = {key: value for key, value in unknown.items() if not _is_neutral(key, value)}
     file = contents.path / ADAPTER
     if needed:
-        found = ", ".join(f"{key}: {value}" for key, value in needed.items())
-        yield finding("adapter-fields-needed", found, str(file))
+        text = ", ".join(f"{key}: {value}" for key, value in needed.items())
+        yield finding("adapter-fields-needed", text, str(file))
     neutral = tuple(key for key in unknown if key not in needed)
     if neutral:
         change = JsonChange(file, {}, remove=neutral)

@@ -1,4 +1,4 @@
-"""``umed doctor``: what a checkpoint is and what would go wrong with it; without one, what is installed here."""
+"""``umed doctor``: what a checkpoint is and which problems it will cause; without a checkpoint, examine the environment."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``doctor``."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say what a checkpoint is and what would go wrong with it",
-        description="Say what a checkpoint is (family, template, image mode, tower) and what would go wrong with it, with the "
-        "remedy; nothing in it is run. Without CKPT: what is installed here, and whether LLaVA and the patches fit. Exit status "
-        "0 when no error was found, 1 when one was, 2 on wrong usage.",
+        help="identify a checkpoint and find its problems",
+        description="Identify a checkpoint (family, template, image mode, tower) and report its problems, each with a remedy. No "
+        "code in the checkpoint is run. Without CKPT: examine the environment, and whether LLaVA and the patches fit. Exit "
+        "status: 0 without errors, 1 if an error was found, 2 on wrong usage.",
         epilog="examples:\n"
         "  umed doctor checkpoints/llava-mistral-umed\n"
         "  umed doctor checkpoints/llava-mistral-umed --fix\n"
@@ -33,46 +33,46 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "checkpoint", metavar="CKPT", type=Path, nargs="?", help="full checkpoint, LoRA folder or projector"
     )
     parser.add_argument(
-        "--base", metavar="CKPT", type=Path, help="base of a LoRA folder or projector (default: as it says)"
+        "--base", metavar="CKPT", type=Path, help="base of a LoRA folder or projector (default: the one that it names)"
     )
     parser.add_argument(
         "--fix",
         action="store_true",
-        help="make the changes that are safe: in small JSON files alone, each kept as FILE.before-doctor; never in weights",
+        help="apply the safe fixes, to small JSON files only; each original is kept as FILE.before-doctor. Weights never change",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine; 1 when there is an error in the end."""
+    """Examine the checkpoint or the environment. Return 1 if an error remains, else 0."""
     if args.checkpoint is None:
         return _environment(args)
     from umed_plugin.commands.doctor.examination import diagnose, fix
 
-    made: list[str] = []
+    changes: list[str] = []
     with redirect_stdout(sys.stderr), _bar(quiet=args.json) as progress:
 
         def look() -> Diagnosis:
             return diagnose(args.checkpoint, args.base, progress)
 
         if args.fix:
-            fix(lambda: look().findings, made.append)
+            fix(lambda: look().findings, changes.append)
         diagnosis = look()
     if args.json:
-        print(json.dumps({**diagnosis.as_dict(), "changes": made}, indent=2, ensure_ascii=False))
+        print(json.dumps({**diagnosis.as_dict(), "changes": changes}, indent=2, ensure_ascii=False))
     else:
-        _print(diagnosis, made, fixing=args.fix)
+        _print(diagnosis, changes, fixing=args.fix)
     return _status(diagnosis.findings)
 
 
 def _status(findings: Sequence[Finding]) -> int:
     from umed_plugin.commands.doctor.examination import ERROR
 
-    return int(any(one.severity == ERROR for one in findings))
+    return int(any(finding.severity == ERROR for finding in findings))
 
 
-def _print(diagnosis: Diagnosis, made: list[str], fixing: bool) -> None:
+def _print(diagnosis: Diagnosis, changes: list[str], fixing: bool) -> None:
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 250, highlight=False)
@@ -84,37 +84,38 @@ def _print(diagnosis: Diagnosis, made: list[str], fixing: bool) -> None:
         "model": identity.language_model,
         "weights": f"{identity.parameters:,} values, "
         + ", ".join(f"{count} tensors of {dtype}" for dtype, count in identity.dtypes.items()),
-        "template": f"{identity.template} in stock LLaVA, {identity.umed_template} here",
+        "template": f"{identity.template} in stock LLaVA, {identity.umed_template} in umed",
         "images": f"{identity.image_mode}; {identity.image_tokens} in the prompt",
         "tower": f"{identity.tower}; {identity.tower_inside} of its tensors in the checkpoint",
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:<11}[/bold]", end="")
         console.print(text, markup=False)
-    for line in made:
+    for line in changes:
         console.print(f"[green]fixed[/green]      {_escaped(line)}")
-    if fixing and not made:
+    if fixing and not changes:
         console.print("nothing to fix")
     print_findings(diagnosis.findings, console)
-    fixable = sum(one.fixable for one in diagnosis.findings)
+    fixable = sum(finding.fixable for finding in diagnosis.findings)
     if fixable and not fixing:
-        console.print(f"{fixable} of these can be mended: umed doctor {diagnosis.checkpoint} --fix", markup=False)
+        console.print(f"{fixable} of these can be fixed: umed doctor {diagnosis.checkpoint} --fix", markup=False)
 
 
 def print_findings(findings: Sequence[Finding], console: Any) -> None:
-    """One block each, then their number."""
+    """Print one block per finding, then the number of each severity."""
     from umed_plugin.commands.doctor.examination import SEVERITIES
 
-    for one in findings:
-        colour = COLOURS[one.severity]
-        console.print(f"\n[bold {colour}]{one.severity}[/bold {colour}] [bold]{one.code}[/bold]: {_escaped(one.found)}")
-        console.print(f"  where:  {one.where}", markup=False)
-        console.print(f"  why:    {one.why}", markup=False)
-        mend = " (--fix does it)" if one.fixable else ""
-        console.print(f"  remedy: {one.remedy}{mend}", markup=False)
-    counts = {severity: sum(one.severity == severity for one in findings) for severity in SEVERITIES}
-    told = [f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()]
-    console.print(f"\n{', '.join(told)}" if findings else "\nnothing found")
+    for finding in findings:
+        severity, text = finding.severity, _escaped(finding.found)
+        colour = COLOURS[severity]
+        console.print(f"\n[bold {colour}]{severity}[/bold {colour}] [bold]{finding.code}[/bold]: {text}")
+        console.print(f"  where:  {finding.where}", markup=False)
+        console.print(f"  why:    {finding.why}", markup=False)
+        by_fix = " (--fix does this)" if finding.fixable else ""
+        console.print(f"  remedy: {finding.remedy}{by_fix}", markup=False)
+    counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
+    totals = [f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()]
+    console.print(f"\n{', '.join(totals)}" if findings else "\nnothing found")
 
 
 def _escaped(text: str) -> str:
@@ -131,11 +132,11 @@ def _environment(args: argparse.Namespace) -> int:
     from umed_plugin.patches import ALL, prepare_llava
 
     if args.fix or args.base:
-        raise UsageError("--fix and --base belong to a checkpoint: umed doctor CKPT --fix")
+        raise UsageError("--fix and --base need a checkpoint. Give one: umed doctor CKPT --fix")
     with redirect_stdout(sys.stderr):  # libraries print while they are imported
         facts, findings = examine_environment(ALL, prepare_llava)
     if args.json:
-        print(json.dumps({"environment": facts, "findings": [one.as_dict() for one in findings]}, indent=2))
+        print(json.dumps({"environment": facts, "findings": [finding.as_dict() for finding in findings]}, indent=2))
         return _status(findings)
     console = Console(width=None if Console().is_terminal else 250, highlight=False)
     for name, text in facts.items():
@@ -147,7 +148,7 @@ def _environment(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the bytes of the weights, on the terminal."""
+    """A progress bar over the bytes of the weights, on standard error."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,7 +1,7 @@
-"""What config.json says, held against the shapes of the weights.
+"""Checks of config.json, also against the shapes of the weights.
 
-The language model's tensors are known by name: Llama and Mistral have the same. A LoRA folder or projector is checked with its
-base, whose weights it takes.
+The language model's tensor names are known: Llama and Mistral share them. A LoRA folder or projector is checked together with its
+base, because it uses the weights of the base.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MODES = ("pad", "square", "anyres")
 
 
 def is_transformers_form(config: dict[str, Any]) -> bool:
-    """Whether config.json is that of transformers' class instead of LLaVA's."""
+    """Whether config.json belongs to transformers' LLaVA class instead of LLaVA's own."""
     return "text_config" in config and str(config.get("model_type", "")).startswith("llava")
 
 
 def check_configuration(contents: Contents) -> Iterator[Finding]:
-    """What config.json says, and whether the weights agree."""
+    """Check config.json, and whether the weights agree with it."""
     config = contents.config
     if not config:
         return
@@ -67,16 +67,16 @@ def _other_family(contents: Contents) -> Finding:
 
 
 def _mixed(contents: Contents) -> Iterator[Finding]:
-    """A Mistral checkpoint that went through LLaVA's train(): saved as Llama, with keys that only Mistral has."""
+    """Detect a Mistral checkpoint that LLaVA's train() saved as Llama: it has keys that only Mistral has."""
     config = contents.config
     named = " ".join(map(str, config.get("architectures") or []))
     is_mistral = config["model_type"] == MISTRAL
     if is_mistral and "Llama" in named:
         signs, change = [f"architectures is {named}"], None
     else:
-        signs = [] if is_mistral else [sign for sign, found in _signs_of_mistral(config, named).items() if found]
+        signs = [] if is_mistral else [sign for sign, present in _signs_of_mistral(config, named).items() if present]
         window, longest = config.get("sliding_window"), config.get("tokenizer_model_max_length") or 2048
-        # Without a window within the context both classes compute the same.
+        # Both classes compute the same unless the sliding window is shorter than the context.
         same = not window or window >= max(longest, 4096)
         values = {"model_type": MISTRAL, "architectures": ["LlavaMistralForCausalLM"]}
         change = contents.configures(**values) if same and not config.get("attention_bias") else None
@@ -99,12 +99,12 @@ def _newer_keys(contents: Contents) -> Iterator[Finding]:
         return
     kind = rope.get("rope_type", "default")
     older = {"rope_theta": rope.get("rope_theta")}
-    if kind in ("linear", "dynamic"):  # those that LLaVA's transformers knows
+    if kind in ("linear", "dynamic"):  # the types that LLaVA's transformers supports
         older["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
     if "dtype" in config and "torch_dtype" not in config:
         older["torch_dtype"] = config["dtype"]
     known = kind in ("default", "linear", "dynamic") and None not in older.values()
-    found = f"rope_parameters is {rope}, and there is no rope_theta"
+    found = f"rope_parameters is {rope}, and rope_theta is not set"
     where = f"{contents.config_file}: rope_theta"
     change = contents.configures(**older) if known else None
     yield finding("config-of-transformers-5", found, where, change, checkpoint=contents.path)
@@ -122,7 +122,7 @@ def _image_mode(contents: Contents) -> Iterator[Finding]:
         if not config.get("image_grid_pinpoints"):
             yield finding("image-tiles-unset", "image_grid_pinpoints is not set", str(contents.config_file))
     if unpad and contents.kind == FULL and contents.weights and NEWLINE not in contents.weights:
-        found = f"mm_patch_merge_type is {config['mm_patch_merge_type']}, and the weights hold no image_newline"
+        found = f"mm_patch_merge_type is {config['mm_patch_merge_type']}, and the weights contain no image_newline"
         yield finding("image-tiles-unset", found, str(contents.config_file))
 
 
@@ -139,7 +139,12 @@ def _sampling(contents: Contents) -> Iterator[Finding]:
 
 
 def expected_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the language model's tensors, as config.json gives them."""
+    """Name -> shape of the language model's tensors according to config.json.
+
+    Args:
+        config: of config.json.
+        layers: number of decoder layers.
+    """
     width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or max(width // heads, 1)
@@ -167,47 +172,47 @@ def _language_model(contents: Contents) -> Iterator[Finding]:
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     unset = [key for key in needed if key not in config]
     if unset:
-        if not any(one.code == "config-value" for one in contents.findings):
+        if not any(noted.code == "config-value" for noted in contents.findings):
             yield finding("config-value", f"{', '.join(unset)} is not set", str(contents.config_file))
         return
     if any(tensor.dtype in ("U8", "I8") for tensor in weights.values()) or "quantization_config" in config:
-        yield finding("quantized", "integers, or quantization_config", str(contents.path))
+        yield finding("quantized", "integer weights, or quantization_config in config.json", str(contents.path))
         return
     stored = 1 + max((int(match[1]) for match in map(_LAYER.match, weights) if match), default=-1)
     layers = config["num_hidden_layers"]
     if stored > layers:
-        found = f"num_hidden_layers is {layers}, but the weights hold {stored} layers"
+        found = f"num_hidden_layers is {layers}, but the weights contain {stored} layers"
         yield finding("layers-dropped", found, f"{contents.config_file}: num_hidden_layers")
     expected = expected_shapes(config, layers)
     missing = sorted(name for name in expected if name not in weights)
-    # What could not be read is missing for that reason alone.
+    # Tensors of unreadable files have a finding of their own.
     unread = any(f.code.startswith(("file-", "shard-", "pickle-")) for f in contents.findings)
     if missing and not unread:
-        yield finding("tensors-missing", f"{len(missing)} are missing ({missing[0]}, ...)", str(contents.path))
+        yield finding("tensors-missing", f"{len(missing)} tensors are missing ({missing[0]}, ...)", str(contents.path))
     unknown = sorted(name for name in weights if name not in expected and not _is_known_beside(name, layers))
     if unknown:
-        yield finding("tensors-unknown", f"{len(unknown)} are unknown ({unknown[0]}, ...)", str(contents.path))
+        yield finding("tensors-unknown", f"{len(unknown)} tensors are unknown ({unknown[0]}, ...)", str(contents.path))
     yield from _wrong_shapes(contents, expected)
 
 
 def _is_known_beside(name: str, layers: int) -> bool:
     match = _LAYER.match(name)
-    dropped = match is not None and int(match[1]) >= layers  # has a finding of its own
+    dropped = match is not None and int(match[1]) >= layers  # reported as layers-dropped
     return dropped or name.startswith((PROJECTOR, TOWER)) or name in (NEWLINE, HEAD) or bool(_BUFFER.match(name))
 
 
 def _wrong_shapes(contents: Contents, expected: dict[str, tuple[int, ...]]) -> Iterator[Finding]:
-    """Sorted by what in config.json is wrong: vocabulary, key and value heads, or anything else."""
+    """Group wrong shapes by their cause in config.json: vocabulary, key and value heads, or anything else."""
     weights, config = contents.weights, contents.config
     wrong = {name for name, shape in expected.items() if name in weights and weights[name].shape != shape}
-    wrong -= {name for name in wrong if 0 in weights[name].shape}  # have a finding of their own
+    wrong -= {name for name in wrong if 0 in weights[name].shape}  # reported as empty-tensors
     rows = {name: weights[name].shape for name in (EMBEDDING, HEAD) if name in wrong}
     if rows and all(shape[1:] == (config["hidden_size"],) for shape in rows.values()):
         wrong -= set(rows)
         counts = {weights[name].shape[0] for name in (EMBEDDING, HEAD) if name in weights}
         change = contents.configures(vocab_size=next(iter(counts))) if len(counts) == 1 else None
-        said = ", ".join(f"{name} has {shape[0]} rows" for name, shape in rows.items())
-        found = f"vocab_size is {config['vocab_size']}, but {said}"
+        stored = ", ".join(f"{name} has {shape[0]} rows" for name, shape in rows.items())
+        found = f"vocab_size is {config['vocab_size']}, but {stored}"
         where = f"{contents.config_file}: vocab_size"
         yield finding("vocabulary-size", found, where, change, rows=" or ".join(map(str, sorted(counts))))
     keys = {name for name in wrong if re.search(r"\.(k|v)_proj\.weight$", name)}
@@ -216,7 +221,9 @@ def _wrong_shapes(contents: Contents, expected: dict[str, tuple[int, ...]]) -> I
         yield _wrong_heads(contents, {name: weights[name] for name in expected if re.search(r"\.(k|v)_proj\.", name)})
     if wrong:
         name = min(wrong)
-        found = f"{len(wrong)} tensors: {name} is {weights[name].shape}, by config.json {expected[name]}"
+        found = (
+            f"{len(wrong)} tensors; {name} has shape {weights[name].shape}, but config.json implies {expected[name]}"
+        )
         yield finding("shape-mismatch", found, str(weights[name].file))
 
 
@@ -227,38 +234,38 @@ def _wrong_heads(contents: Contents, keys: dict[str, StoredTensor]) -> Finding:
     counts = {count // head for count in rows}
     agree = len(rows) == 1 and min(rows) % head == 0 and config["num_attention_heads"] % max(min(counts), 1) == 0
     change = contents.configures(num_key_value_heads=min(counts)) if agree else None
-    said = config.get("num_key_value_heads", f"not set, so {config['num_attention_heads']}")
-    there = " or ".join(map(str, sorted(rows)))
-    found = f"num_key_value_heads is {said}, but k_proj and v_proj have {there} rows, {head} to a head"
+    value = config.get("num_key_value_heads", f"not set, so {config['num_attention_heads']}")
+    stored = " or ".join(map(str, sorted(rows)))
+    found = f"num_key_value_heads is {value}, but k_proj and v_proj have {stored} rows, {head} per head"
     where = f"{contents.config_file}: num_key_value_heads"
     return finding("head-counts", found, where, change, heads=" or ".join(map(str, sorted(counts))))
 
 
 def _projector(contents: Contents) -> Iterator[Finding]:
-    """Its type is told by its tensors' names; its widths are the tower's and the language model's."""
+    """Check the projector's type, known from its tensor names, and its output width."""
     stored = contents.weights if contents.kind == FULL else contents.others
     projector = {name[len(PROJECTOR) :]: tensor for name, tensor in stored.items() if name.startswith(PROJECTOR)}
     kind, where = contents.config.get("mm_projector_type", "linear"), f"{contents.config_file}: mm_projector_type"
     if not projector:
         if kind != "identity" and not any(f.code.startswith(("file-", "shard-")) for f in contents.findings):
-            yield finding("projector-missing", "no tensor is called model.mm_projector.*", str(contents.path))
+            yield finding("projector-missing", "no tensor is named model.mm_projector.*", str(contents.path))
         return
-    there = projector_type(projector)
-    if there != kind:
-        said = kind if "mm_projector_type" in contents.config else "not set, so linear"
-        found = f"mm_projector_type is {said}, but the weights are {there or ', '.join(sorted(projector)[:3])}"
-        change = contents.configures(mm_projector_type=there) if there else None
-        yield finding("projector-type", found, where, change, kind=there or "the one that it was trained with")
+    stored_type = projector_type(projector)
+    if stored_type != kind:
+        value = kind if "mm_projector_type" in contents.config else "not set, so linear"
+        found = f"mm_projector_type is {value}, but the weights are {stored_type or ', '.join(sorted(projector)[:3])}"
+        change = contents.configures(mm_projector_type=stored_type) if stored_type else None
+        yield finding("projector-type", found, where, change, kind=stored_type or "the type that it was trained with")
     first = next((projector[name] for name in ("weight", "0.weight") if name in projector), None)
     width = contents.config.get("hidden_size")
     last = max((name for name in projector if name.endswith("weight")), default="")
     if first is not None and isinstance(width, int) and projector[last].shape[0] != width:
-        found = f"{PROJECTOR}{last} is {projector[last].shape}, but hidden_size is {width}"
+        found = f"{PROJECTOR}{last} has shape {projector[last].shape}, but hidden_size is {width}"
         yield finding("shape-mismatch", found, str(projector[last].file))
 
 
 def projector_type(projector: dict[str, StoredTensor]) -> str | None:
-    """``linear`` or ``mlpNx_gelu``, as LLaVA would build it; None for anything else."""
+    """The projector type for these tensor names, ``linear`` or ``mlpNx_gelu`` as in LLaVA; None for anything else."""
     if set(projector) == {"weight", "bias"}:
         return "linear"
     depth = len(projector) // 2

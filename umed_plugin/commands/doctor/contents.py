@@ -1,6 +1,6 @@
-"""A checkpoint folder as the checks see it: its config.json, what kind it is, and the tensors in its files.
+"""A checkpoint folder as the checks see it: its config.json, its kind, and the tensors in its files.
 
-Files are read once, headers alone. What is wrong with the files themselves is found here.
+Files are read once, headers only. Problems of the files themselves are found here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from umed_plugin.commands.doctor.stored import BadFile, StoredTensor, read_safet
 FULL, LORA, PROJECTOR, NOTHING = "full", "LoRA", "projector only", "nothing"
 MM_PROJECTOR = "mm_projector.bin"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# In the order in which transformers looks for them.
+# In transformers' search order.
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim", "sliding_window", "tokenizer_model_max_length")
@@ -31,11 +31,11 @@ _SIZES = (
 )  # fmt: skip
 _TEXTS = ("model_type", "mm_vision_tower", "vision_tower", "mm_projector_type", "_name_or_path")
 _LISTS = ("architectures",)
-# What transformers, PyTorch, DeepSpeed and LLaVA write beside weights; a pickle that names more was made by something else.
+# Modules that pickles of transformers, PyTorch, DeepSpeed and LLaVA name; a pickle with other names has another origin.
 _TRAINING = re.compile(
     r"(transformers|torch|accelerate|deepspeed|llava|numpy|collections|_codecs|datetime|pathlib|argparse|umed_plugin)\b"
 )
-# Nothing that a trainer saves, in whatever library it stands.
+# Names that no trainer saves, in whichever library.
 _CALLS = re.compile(
     r"(torch\.hub|torch\.utils\.cpp_extension|numpy\.(f2py|distutils|testing)|.*\.(system|popen|exec|eval))\b"
 )
@@ -46,14 +46,14 @@ class Contents:
     """A checkpoint folder.
 
     Attributes:
-        path: absolute; links are kept, because LLaVA reads the folder's name.
-        config: of config.json; empty when there is none.
+        path: absolute; symbolic links are not resolved, because LLaVA reads the folder's name.
+        config: of config.json, without impossible values; empty if there is none.
         kind: full, LoRA, projector only, or nothing.
         weights: the full model's tensors, by name.
         adapter: a LoRA folder's low-rank matrices.
-        others: of ``non_lora_trainables.bin`` or ``mm_projector.bin``, under the names of the full model.
-        base: the checkpoint that a LoRA folder or projector belongs to; None when it is not on this machine.
-        findings: what is wrong with the files.
+        others: tensors of ``non_lora_trainables.bin`` or ``mm_projector.bin``, under the full model's names.
+        base: the base of a LoRA folder or projector; None if it is not on this machine.
+        findings: problems of the files.
     """
 
     path: Path
@@ -71,34 +71,34 @@ class Contents:
 
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
-        """Of a LoRA folder; {} without."""
+        """adapter_config.json of a LoRA folder; {} if there is none."""
         return read_object(self.path / ADAPTER)
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """{} without."""
+        """generation_config.json; {} if there is none."""
         return read_object(self.path / "generation_config.json")
 
     def configures(self, **values: Any) -> JsonChange:
-        """The change that sets ``values`` in config.json."""
+        """A change that sets ``values`` in config.json."""
         return JsonChange(self.config_file, values)
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """A JSON file's object; {} when there is no such file, or it holds something else."""
+    """Read a JSON object; {} if the file is missing or is not a JSON object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_contents(path: Path, base: Path | None = None) -> Contents:
-    """Look into a folder.
+    """Read a checkpoint folder.
 
     Args:
-        path: of the checkpoint.
-        base: of a LoRA folder or projector; by default the one that its files name.
+        path: the folder.
+        base: base of a LoRA folder or projector; by default the one that its files name.
     """
     contents = Contents(path)
     add = contents.findings.append
@@ -106,7 +106,7 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
         add(finding("config-missing", "there is no config.json", str(path)))
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", ADAPTER):
         if (path / name).is_file() and not read_object(path / name):
-            add(finding("config-unreadable", "holds no JSON object", str(path / name)))
+            add(finding("config-unreadable", "the file is not a JSON object", str(path / name)))
     contents.config = _sensible(contents, read_object(contents.config_file))
     contents.kind = _kind(path)
     if contents.kind == FULL:
@@ -123,7 +123,7 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
 
 
 def _sensible(contents: Contents, config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` without the values that nothing can be computed with, which are noted."""
+    """``config`` without impossible values, each of which is reported."""
     odd = {key for key in _SIZES if key in config and not _is_size(config[key], key in _MAY_BE_NULL)}
     odd |= {key for key in _TEXTS if not isinstance(config.get(key, ""), (str, type(None)))}
     odd |= {key for key in _LISTS if not isinstance(config.get(key, []), (list, type(None)))}
@@ -146,7 +146,7 @@ def _kind(path: Path) -> str:
 
 
 def _full_weights(contents: Contents) -> dict[str, StoredTensor]:
-    """The tensors that transformers would load, from the first of the forms that is there."""
+    """The tensors that transformers would load: from the first weight file or index that exists."""
     path = contents.path
     first = next((name for name in WHOLE if (path / name).is_file()), None)
     shards = sorted(file for file in path.iterdir() if _SHARD.fullmatch(file.name))
@@ -160,13 +160,13 @@ def _full_weights(contents: Contents) -> dict[str, StoredTensor]:
     idle = [name for name in WHOLE if (path / name).is_file() and name not in used]
     idle += [file.name for file in shards if file.name not in used]
     if idle:
-        found = f"{', '.join(idle)}: not loaded beside {first or files[0].name}"
+        found = f"{', '.join(idle)}: not loaded, because {first or files[0].name} is"
         contents.findings.append(finding("second-weights", found, str(path), files=", ".join(idle)))
     return tensors
 
 
 def _by_index(contents: Contents, index: Path) -> tuple[dict[str, StoredTensor], list[Path]]:
-    """What an index names, from the shards that are there."""
+    """The tensors that an index names, from the shards that exist."""
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         return _without_index(
@@ -188,7 +188,7 @@ def _by_index(contents: Contents, index: Path) -> tuple[dict[str, StoredTensor],
     held = {name: tensor.file.name for name, tensor in tensors.items()}
     if whole and not missing and held != places:
         wrong = sorted(name for name in set(held) | set(places) if held.get(name) != places.get(name))
-        # Shards that the index leaves out may belong to it, or be older ones.
+        # Shards that the index does not name may belong to it or be older: no automatic fix.
         change = _new_index(index, tensors) if not _left_out(contents.path, names) else None
         found = f"the index and the shards disagree on {len(wrong)} tensors ({wrong[0]}, ...)"
         contents.findings.append(finding("index-wrong", found, str(index), change, checkpoint=contents.path))
@@ -200,7 +200,7 @@ def _left_out(path: Path, names: list[str]) -> list[Path]:
 
 
 def _without_index(contents: Contents, shards: list[Path]) -> tuple[dict[str, StoredTensor], list[Path]]:
-    """All shards that are there: of one set, when it is complete, their index can be written."""
+    """The tensors of all shards. If they form one complete set, ``--fix`` can write their index."""
     tensors, whole = _read_all(contents, shards)
     matches = [_SHARD.fullmatch(file.name) for file in shards]
     sets = {(match[1], match[3], match[4]) for match in matches if match}
@@ -209,7 +209,7 @@ def _without_index(contents: Contents, shards: list[Path]) -> tuple[dict[str, St
     index = contents.path / ("model.safetensors.index.json" if suffix == ".safetensors" else WHOLE[3])
     change = _new_index(index, tensors) if complete and whole else None
     found = f"{len(shards)} shards and no {index.name} that names them" + (
-        "" if complete else ", and they are not all of one set"
+        "" if complete else ", and they are not one complete set"
     )
     contents.findings.append(finding("index-missing", found, str(contents.path), change, checkpoint=contents.path))
     return tensors, shards
@@ -222,18 +222,18 @@ def _new_index(index: Path, tensors: dict[str, StoredTensor]) -> JsonChange:
 
 
 def _read_all(contents: Contents, files: list[Path]) -> tuple[dict[str, StoredTensor], bool]:
-    """(tensors of all files, whether all of them could be read)."""
+    """The tensors of all files, and whether all files could be read."""
     tensors: dict[str, StoredTensor] = {}
     whole = True
     for file in files:
-        found = _read(contents, file)
-        whole = whole and found is not None
-        tensors.update(found or {})
+        stored = _read(contents, file)
+        whole = whole and stored is not None
+        tensors.update(stored or {})
     return tensors, whole
 
 
 def _read(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
-    """The tensors of one weight file; None when it cannot be read, which is noted."""
+    """The tensors of one weight file; None if it cannot be read, which is reported."""
     try:
         if file.suffix == ".safetensors":
             return read_safetensors(file)
@@ -242,13 +242,13 @@ def _read(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
         contents.findings.append(finding(error.code, error.found, str(file), file=file.name))
         return None
     if pickled.foreign:
-        found = f"names {', '.join(pickled.foreign[:5])}"
+        found = f"it names {', '.join(pickled.foreign[:5])}"
         contents.findings.append(finding("pickle-runs-code", found, str(file)))
     return pickled.tensors
 
 
 def _read_trained_parts(contents: Contents) -> None:
-    """What a LoRA folder or projector holds."""
+    """Read the tensors of a LoRA folder or projector."""
     path = contents.path
     name = NON_LORA if contents.kind == LORA else MM_PROJECTOR
     if contents.kind == LORA:
@@ -256,17 +256,17 @@ def _read_trained_parts(contents: Contents) -> None:
         if files:
             contents.adapter = _read(contents, files[0]) or {}
         else:
-            found = f"neither {ADAPTER_WEIGHTS[0]} nor {ADAPTER_WEIGHTS[1]}"
+            found = f"there is neither {ADAPTER_WEIGHTS[0]} nor {ADAPTER_WEIGHTS[1]}"
             contents.findings.append(finding("adapter-missing", found, str(path)))
     if (path / name).is_file():
-        found_tensors = _read(contents, path / name) or {}
-        contents.others = {key.removeprefix("base_model.model."): tensor for key, tensor in found_tensors.items()}
+        trained = _read(contents, path / name) or {}
+        contents.others = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}
     else:
         contents.findings.append(finding("projector-not-saved", f"there is no {name}", str(path)))
 
 
 def _beside(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    """Code, and pickles that are no weights."""
+    """Report Python code, and pickles that are not weights."""
     scripts = sorted(file.name for file in path.glob("*.py"))
     if scripts or "auto_map" in config:
         found = ", ".join([*scripts, *(["auto_map in config.json"] if "auto_map" in config else [])])
@@ -278,7 +278,7 @@ def _beside(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
         try:
             foreign = read_pickle(file).foreign
         except BadFile:
-            continue  # nothing reads it but a training that is resumed, which will say so
+            continue  # only a resumed training run reads it, and reports the error
         odd = [name for name in foreign if not _TRAINING.match(name) or _CALLS.match(name)]
         if odd:
-            yield finding("pickle-beside", f"names {', '.join(odd[:5])}", str(file), file=file.name)
+            yield finding("pickle-beside", f"it names {', '.join(odd[:5])}", str(file), file=file.name)

@@ -1,6 +1,6 @@
-"""What is installed here: which ``llava`` is imported, its pins, the accelerator, and the patches.
+"""What is installed: which ``llava`` is imported, LLaVA's version pins, the accelerator, and the patches.
 
-The patches are given by the caller, since nothing but the launcher and the commands knows them.
+The caller passes the patches in, since only the launcher and the commands know them.
 """
 
 from __future__ import annotations
@@ -21,47 +21,47 @@ from umed_plugin.patching import DISTRIBUTIONS, Patch, installed, misfit
 ENVIRONMENT = (
     Kind(
         "llava-missing", ERROR, "no llava can be imported",
-        "There is nothing to train or to answer with.",
-        "Install the plugin into the environment in which LLaVA trains: llava-torch 1.2.2.post1.",
+        "Without LLaVA, umed can neither train nor evaluate.",
+        "Install the plugin into the environment that LLaVA trains in, with llava-torch 1.2.2.post1.",
     ),
     Kind(
-        "llava-broken", ERROR, "llava is there and its model cannot be imported",
-        "llava.model swallows the error, and what is missing shows much later.",
-        "Mend what the error names; umed patches says whether the libraries are known.",
+        "llava-broken", ERROR, "llava is installed, but its model cannot be imported",
+        "llava.model swallows the error, so the missing class shows up much later.",
+        "Fix what the error names. Run umed patches to see whether the library versions are supported.",
     ),
     Kind(
-        "llava-other", WARNING, "the llava that is imported is another project's",
+        "llava-other", WARNING, "the imported llava belongs to another project",
         "LLaVA-Med, LLaVA-NeXT and LLaVA-RLHF share the import name, and the patches are written for LLaVA 1.2.",
-        "Use an environment with llava-torch 1.2.2.post1, and a folder to start from that holds no other llava.",
+        "Use an environment with llava-torch 1.2.2.post1, and a working directory without another llava folder.",
     ),
     Kind(
-        "pins", WARNING, "other versions than LLaVA pins, and patches that do not fit them",
+        "pins", WARNING, "library versions that differ from LLaVA's pins, and patches that do not fit them",
         "Training refuses to start.",
-        "Install LLaVA's pins, or the versions of constraints/current.txt, which the patches know.",
+        "Install LLaVA's pins, or the versions of constraints/current.txt, which the patches support.",
     ),
     Kind(
-        "pins-known", NOTE, "other versions than LLaVA pins, which the patches know",
-        "LLaVA runs on them under umed-run; without the plugin it may not.",
-        "Nothing to do. Stock LLaVA on its pins loads what is trained here.",
+        "pins-known", NOTE, "library versions that differ from LLaVA's pins, supported by the patches",
+        "LLaVA runs on them under umed-run; it may not run without the plugin.",
+        "Nothing to do. Stock LLaVA on its pins loads checkpoints trained here.",
     ),
     Kind(
         "patch-misfit", ERROR, "a patch does not fit the installed code",
         "Training refuses to start.",
-        "umed patches says what was found and what is known.",
+        "Run umed patches: it prints the code that was found and the versions that are supported.",
     ),
     Kind(
         "no-accelerator", NOTE, "no GPU",
-        "Small models train on a CPU; checkpoints of 7 billion parameters do not.",
-        "Nothing to do if this is where only files are looked at.",
+        "Small models train on a CPU; 7B checkpoints do not.",
+        "Nothing to do if this machine only examines files.",
     ),
     Kind(
         "no-flash-attention", NOTE, "a GPU without flash-attn",
-        "train_mem.py asks for it. Under umed-run it takes another attention and says so.",
-        "pip install flash-attn --no-build-isolation, or leave it so.",
+        "train_mem.py requests it. Under umed-run, training uses another attention implementation and says so.",
+        "Run pip install flash-attn --no-build-isolation, or continue without it.",
     ),
 )  # fmt: skip
 _KINDS = {kind.code: kind for kind in ENVIRONMENT}
-# A module that only one of the projects has -> the project.
+# A module that only one project has -> the project.
 _PROJECTS = {
     "model.language_model.llava_qwen": "LLaVA-NeXT",
     "model.llava": "LLaVA(-Med) 1.0",
@@ -76,16 +76,19 @@ def _finding(code: str, found: str, where: str) -> Finding:
 
 
 def examine_environment(patches: Sequence[Patch], prepare: Callable[[], None]) -> tuple[dict[str, Any], list[Finding]]:
-    """Facts about what is installed, and findings about it.
+    """Collect facts about the environment, and findings about its problems.
 
     Args:
-        patches: all of them.
-        prepare: lets LLaVA be imported on the installed libraries.
+        patches: all patches.
+        prepare: applies what LLaVA needs before it can be imported on the installed libraries.
+
+    Returns:
+        Facts by name (a text, or a list of texts for ``accelerator``), and the findings.
     """
     facts: dict[str, Any] = {"python": f"{platform.python_version()} ({sys.executable})"}
     findings: list[Finding] = []
     findings += _llava(facts, prepare)
-    misfits = [] if any(one.severity == ERROR for one in findings) else _patches(facts, patches)
+    misfits = [] if any(finding.severity == ERROR for finding in findings) else _patches(facts, patches)
     findings += _pins(facts, bool(misfits))
     findings += [_finding("patch-misfit", message.splitlines()[0], "umed patches") for message in misfits]
     findings += _accelerator(facts)
@@ -96,7 +99,7 @@ def _llava(facts: dict[str, Any], prepare: Callable[[], None]) -> Iterator[Findi
     spec = importlib.util.find_spec("llava")
     if spec is None:
         facts["llava"] = "not installed"
-        yield _finding("llava-missing", "import llava finds nothing", os.pathsep.join(sys.path))
+        yield _finding("llava-missing", "import llava finds no module", os.pathsep.join(sys.path))
         return
     folder = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or [""])))
     distribution, version = installed("llava")
@@ -123,7 +126,7 @@ def _patches(facts: dict[str, Any], patches: Sequence[Patch]) -> list[str]:
 
 
 def _pins(facts: dict[str, Any], misfit_found: bool) -> Iterator[Finding]:
-    """What LLaVA's metadata asks for, beside what is installed."""
+    """Compare the installed versions with those that LLaVA's metadata requires."""
     for name in _SHOWN:
         if importlib.util.find_spec(name) is not None:
             facts[name] = installed(name)[1]
@@ -169,6 +172,6 @@ def _accelerator(facts: dict[str, Any]) -> Iterator[Finding]:
         return
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     half = "bf16" if torch.cuda.is_bf16_supported() else "fp16 only"
-    facts["accelerator"] = [f"{one.name}, {one.total_memory / 2**30:.0f} GiB" for one in devices] + [half]
+    facts["accelerator"] = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices] + [half]
     if importlib.util.find_spec("flash_attn") is None:
         yield _finding("no-flash-attention", "flash_attn cannot be imported", sys.prefix)

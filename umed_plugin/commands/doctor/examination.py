@@ -1,10 +1,10 @@
-"""What is wrong with a checkpoint, before LLaVA, training or a person finds out.
+"""Find the problems of a checkpoint before LLaVA or a training run hits them.
 
-`examine` looks into a folder and returns findings, each with what was found, where, why it matters and what to do; `diagnose`
-says beside that what the checkpoint is. Nothing in it is run: config files are read, headers of weight files, then each tensor
-once and in pieces, and pickles by a reader that calls nothing. LLaVA itself is not needed.
+`examine` returns findings: what was found, where, why it matters and what to do. `diagnose` also identifies the checkpoint. No
+code in the checkpoint is run: config files and headers of weight files are read, then each tensor once, in pieces. Pickles are
+read by a reader that calls nothing. LLaVA itself is not needed.
 
-Everything that can be found is listed in `umed_plugin.commands.doctor.catalogue`. How to run: ``umed doctor CKPT``.
+All findings are listed in `umed_plugin.commands.doctor.catalogue`. How to run: ``umed doctor CKPT``.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a checkpoint is, and what was found in it, the worst first."""
+    """What a checkpoint is, and its findings, the most severe first."""
 
     checkpoint: str
     identity: Identity
     findings: list[Finding]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The diagnosis as JSON."""
         return {
             "checkpoint": self.checkpoint,
             "identity": self.identity.as_dict(),
-            "findings": [one.as_dict() for one in self.findings],
+            "findings": [finding.as_dict() for finding in self.findings],
         }
 
 
 def examine(checkpoint: Path | str, base: Path | str | None = None) -> list[Finding]:
-    """The findings about a checkpoint, the worst first; see `diagnose`."""
+    """Return the findings about a checkpoint, the most severe first; see `diagnose`."""
     return diagnose(checkpoint, base).findings
 
 
@@ -58,15 +58,15 @@ def diagnose(
     base: Path | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Diagnosis:
-    """Look at a checkpoint.
+    """Identify a checkpoint and find its problems.
 
     Args:
         checkpoint: folder of a full checkpoint, a LoRA run's output, or a projector, in LLaVA's or transformers' form.
-        base: of a LoRA folder or projector; by default the one that its files name.
-        progress: called with (bytes of weights read, bytes in all).
+        base: base of a LoRA folder or projector; by default the one that its files name.
+        progress: called with (bytes of weights read, total bytes).
 
     Raises:
-        UsageError: one of the two is not a folder.
+        UsageError: ``checkpoint`` or ``base`` is not a folder.
 
     Example:
         >>> import tempfile
@@ -77,12 +77,12 @@ def diagnose(
     for path in (checkpoint, base):
         if path is not None and not Path(path).is_dir():
             raise UsageError(
-                f"{path}: no such folder. Needed: a checkpoint on this machine. One on the Hugging Face hub is fetched with: "
+                f"{path}: no such folder. Needed: a checkpoint on this machine. To download one from the Hugging Face hub, run: "
                 "huggingface-cli download NAME --local-dir DIR"
             )
     contents = read_contents(Path(checkpoint).absolute(), None if base is None else Path(base).absolute())
     values = read_values(contents, progress)
-    found = [
+    findings = [
         *contents.findings,
         *check_configuration(contents),
         *check_tokens(contents),
@@ -91,5 +91,5 @@ def diagnose(
         *check_adapter(contents),
         *check_name(contents),
     ]
-    found.sort(key=lambda one: SEVERITIES.index(one.severity))
-    return Diagnosis(str(checkpoint), identify(contents, values), found)
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Diagnosis(str(checkpoint), identify(contents, values), findings)

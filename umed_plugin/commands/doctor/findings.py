@@ -1,4 +1,4 @@
-"""What a finding is, and the change that ``--fix`` would make for it."""
+"""A finding of the doctor, and the change that ``--fix`` makes for it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ SEVERITIES = (ERROR, WARNING, NOTE)
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that can be found, as it stands in the table of docs/doctor.md.
+    """One kind of finding: a row of the table in docs/doctor.md.
 
     Attributes:
-        code: its name, for programs.
-        severity: ``error`` (LLaVA fails, or answers with another model than was trained), ``warning`` (it depends on how the
+        code: its identifier, for programs.
+        severity: ``error`` (LLaVA fails, or answers with a model other than the trained one), ``warning`` (depends on how the
             checkpoint is used), ``note`` (good to know).
         what: what is found, in a few words.
-        why: what it leads to.
-        remedy: what to do; names in braces are filled in for the checkpoint at hand.
-        fix: what ``--fix`` changes where that is safe; empty where nothing is changed.
+        why: its consequences.
+        remedy: what to do; names in braces are filled in for each checkpoint.
+        fix: what ``--fix`` changes, where that is safe; empty if it changes nothing.
     """
 
     code: str
@@ -37,9 +37,9 @@ class JsonChange:
     """New values in a small JSON file of the checkpoint.
 
     Attributes:
-        file: made when it does not exist.
-        values: keys of the file's top level that get a value.
-        remove: keys that go.
+        file: created if it does not exist.
+        values: top-level keys to set, with their values.
+        remove: top-level keys to remove.
     """
 
     file: Path
@@ -49,16 +49,16 @@ class JsonChange:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found in a checkpoint or an environment.
+    """One problem or fact that was found in a checkpoint or an environment.
 
     Attributes:
-        code: of its `Kind`.
+        code: the code of its `Kind`.
         severity: ``error``, ``warning`` or ``note``.
         found: what was found, with the values.
         where: file, and key or tensor.
-        why: what it leads to.
+        why: its consequences.
         remedy: what to do.
-        change: what ``--fix`` would do; None where a person has to decide.
+        change: what ``--fix`` changes; None if the user must decide.
     """
 
     code: str
@@ -74,7 +74,7 @@ class Finding:
         return self.change is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The finding as JSON, without the change."""
         return {
             "code": self.code,
             "severity": self.severity,

@@ -1,7 +1,7 @@
-"""``--fix``: the changes that are safe, in small JSON files alone. Weights are never written.
+"""``--fix``: apply the safe changes, to small JSON files only. Weights are never written.
 
-A file that is changed is kept beside it under a further name first, then written aside and renamed: a crash leaves the old or the
-new one, and never half of it.
+Each file is backed up beside the original first. The new content is written to another file that then replaces it: a crash leaves
+either the old or the new file, never a partial one.
 """
 
 from __future__ import annotations
@@ -16,53 +16,59 @@ from umed_plugin.commands.doctor.contents import read_object
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 
 BACKUP = "before-doctor"
-# One change may uncover what could not be seen before it; more rounds than this would be a loop.
+# One fix may uncover further problems; more rounds than this would be an endless loop.
 _ROUNDS = 5
 
 
 def fix(find: Callable[[], list[Finding]], say: Callable[[str], None]) -> list[Finding]:
-    """Make the changes of all findings that have one, until there is none left; return what is found in the end.
+    """Apply the changes of all findings that have one, until none is left. Return the remaining findings.
 
     Args:
-        find: looks at the checkpoint anew.
-        say: is told what was done.
+        find: examines the checkpoint again.
+        say: called with a description of each change.
     """
-    found = find()
+    findings = find()
     for _ in range(_ROUNDS):
-        changes = _by_file(found)
-        if not changes:
-            return found
-        for file, those in changes.items():
-            apply(file, those, say)
-        found = find()
-    return found
+        by_file = _by_file(findings)
+        if not by_file:
+            return findings
+        for file, fixable in by_file.items():
+            apply(file, fixable, say)
+        findings = find()
+    return findings
 
 
-def _by_file(found: list[Finding]) -> dict[Path, list[Finding]]:
-    files: dict[Path, list[Finding]] = {}
-    for one in found:
-        if one.change is not None:
-            files.setdefault(one.change.file, []).append(one)
-    return files
+def _by_file(findings: list[Finding]) -> dict[Path, list[Finding]]:
+    by_file: dict[Path, list[Finding]] = {}
+    for finding in findings:
+        if finding.change is not None:
+            by_file.setdefault(finding.change.file, []).append(finding)
+    return by_file
 
 
-def apply(file: Path, found: list[Finding], say: Callable[[str], None]) -> None:
-    """Make the changes of ``found``, all of them in ``file``."""
+def apply(file: Path, findings: list[Finding], say: Callable[[str], None]) -> None:
+    """Apply the changes of ``findings``, all of which are in ``file``.
+
+    Args:
+        file: created if it does not exist, else backed up first.
+        findings: each has a change.
+        say: called with a description of each change.
+    """
     old = read_object(file)
     new = dict(old)
-    for one in found:
-        assert one.change is not None
-        new = changed(new, one.change)
+    for finding in findings:
+        assert finding.change is not None
+        new = changed(new, finding.change)
     if file.is_file():
         backup = _backup(file)
-        say(f"{file}: the old one is kept as {backup.name}")
+        say(f"{file}: the original is kept as {backup.name}")
     files.write_json(file, new, indent=2)
-    for one in found:
-        say(f"{file}: {_said(old, one)}")
+    for finding in findings:
+        say(f"{file}: {_described(old, finding)}")
 
 
 def changed(values: dict, change: JsonChange) -> dict:
-    """``values`` with the change made."""
+    """Return ``values`` with the change applied."""
     return {**{key: value for key, value in values.items() if key not in change.remove}, **change.values}
 
 
@@ -78,15 +84,15 @@ def _backup(file: Path) -> Path:
     return backup
 
 
-def _said(old: dict, one: Finding) -> str:
-    change = one.change
+def _described(old: dict, finding: Finding) -> str:
+    change = finding.change
     assert change is not None
     parts = []
     for key, value in change.values.items():
-        was = _short(old[key]) if key in old else "not set"
-        parts.append(f"{key} is {_short(value)} (was {was})")
-    parts += [f"{key} is gone (was {_short(old.get(key))})" for key in change.remove]
-    return f"{'; '.join(parts)} [{one.code}]"
+        previous = _short(old[key]) if key in old else "not set"
+        parts.append(f"{key} is {_short(value)} (was {previous})")
+    parts += [f"{key} is removed (was {_short(old.get(key))})" for key in change.remove]
+    return f"{'; '.join(parts)} [{finding.code}]"
 
 
 def _short(value: object) -> str:

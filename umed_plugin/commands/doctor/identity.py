@@ -25,19 +25,19 @@ class Identity:
     """What a checkpoint is, in words.
 
     Attributes:
-        family: the published checkpoint whose layout it has.
+        family: the published checkpoint family whose layout it has.
         kind: full, LoRA, projector only, or nothing.
-        model_type: of config.json.
+        model_type: as config.json names it.
         language_model: its class and size.
-        template: that stock LLaVA is to ask it with (``--conv-mode``).
-        umed_template: that umed trains and evaluates it with (``--version``).
-        image_mode: what happens to images that are not square.
+        template: the template to use with stock LLaVA (``--conv-mode``).
+        umed_template: the template that umed trains and evaluates with (``--version``).
+        image_mode: how images that are not square are processed (image_aspect_ratio).
         tower: the vision tower that config.json names.
         tower_inside: number of tower tensors in the checkpoint.
-        image_tokens: how the image stands in the prompt.
-        parameters: number of values in the files, the tower's included.
-        dtypes: number format -> number of tensors.
-        base: of a LoRA folder or projector.
+        image_tokens: how the prompt marks the image.
+        parameters: number of values in the files, including the tower's.
+        dtypes: dtype -> number of tensors.
+        base: base of a LoRA folder or projector; None for others, or if no base is named.
     """
 
     family: str
@@ -55,16 +55,16 @@ class Identity:
     base: str | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The identity as JSON."""
         return asdict(self)
 
 
 def identify(contents: Contents, values: Values) -> Identity:
-    """Say what a checkpoint is.
+    """Identify a checkpoint.
 
     Args:
         contents: of its folder.
-        values: what its tensors' values showed.
+        values: statistics of its tensors' values.
     """
     config = contents.config
     stored = [*contents.weights.values(), *contents.adapter.values(), *contents.others.values()]
@@ -87,7 +87,7 @@ def identify(contents: Contents, values: Values) -> Identity:
 
 
 def family_of(contents: Contents, values: Values) -> str:
-    """The published checkpoint that it is like."""
+    """The published checkpoint family that it belongs to."""
     config = contents.config
     if is_transformers_form(config):
         return TRANSFORMERS
@@ -103,12 +103,12 @@ def family_of(contents: Contents, values: Values) -> str:
 
 
 def _is_first(config: dict[str, Any]) -> bool:
-    """LLaVA 1.0 and LLaVA-Med 1.0: one linear layer from the tower, and marks around the image."""
+    """LLaVA 1.0 and LLaVA-Med 1.0: a linear projector, and start and end tokens around the image."""
     return config.get("mm_projector_type", "linear") == "linear" and bool(config.get("mm_use_im_start_end"))
 
 
 def stock_template(contents: Contents) -> tuple[str, ...]:
-    """The templates of stock LLaVA under which the model is asked as it was trained, the usual one first."""
+    """The stock LLaVA templates that match the model's training, the usual one first."""
     config = contents.config
     named = f"{config.get('_name_or_path', '')} {contents.path.name}".lower()
     if config.get("model_type") == MISTRAL:

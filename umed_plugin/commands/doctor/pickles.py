@@ -1,10 +1,10 @@
-"""What lies in a file that `torch.save` wrote, without running any of it.
+"""Read files written by `torch.save` without running any code in them.
 
-A pickle is a program: it names functions and calls them. Here every name is noted and nothing is imported: what PyTorch's tensors
-are made of becomes a `StoredTensor` (name, shape, place in the file), anything else an object that does nothing. A file is plain
-when it names no more than ``torch.load(weights_only=True)`` allows.
+A pickle is a program: it names functions and calls them. This reader records every name and imports nothing. Tensors become a
+`StoredTensor` (name, shape, offset in the file); anything else becomes an object that does nothing. A file is plain if it names
+nothing beyond what ``torch.load(weights_only=True)`` allows.
 
-Both forms are read: the zip archive of PyTorch 1.6 and later, and the sequence of pickles before it.
+Both formats are supported: the zip archive since PyTorch 1.6, and the older sequence of pickles.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _STORAGES = {
     "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",
     "UntypedStorage": "U8",
 }  # fmt: skip
-# A pickle may ask for any operation on any object, and a zip archive for any place: what does not work is no file of tensors.
+# A pickle may request any operation on any object, and a zip archive any offset: if that fails, it is not a file of tensors.
 _NO_TENSORS = (
     AttributeError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, RecursionError, TypeError,
     ValueError, struct.error,
 )  # fmt: skip
-_MAGIC = 0x1950A86A20F9469CFC6C  # of the sequence of pickles
+_MAGIC = 0x1950A86A20F9469CFC6C  # first value in the sequence of pickles
 
 
 @dataclass(frozen=True)
 class Pickled:
-    """What a file of PyTorch's holds.
+    """The content of a PyTorch file.
 
     Attributes:
-        tensors: by their keys; empty when the file holds something else than a dictionary of tensors.
-        foreign: names (``module.name``) that a file of plain tensors does not hold, sorted.
+        tensors: by key; empty if the file is not a dictionary of tensors.
+        foreign: names (``module.name``) that do not occur in a file of plain tensors, sorted.
     """
 
     tensors: dict[str, StoredTensor]
@@ -61,7 +61,7 @@ class _Tensor:
 
 
 class _Nothing:
-    """Stands for whatever a pickle names: it can be called, filled and restored, and does nothing."""
+    """Stands in for any object that a pickle names: it can be called, filled and restored, and does nothing."""
 
     def __new__(cls, *args: Any, **keywords: Any) -> _Nothing:
         return object.__new__(cls)
@@ -79,7 +79,7 @@ class _Nothing:
         pass
 
     def append(self, value: Any) -> None:
-        """As a list."""
+        """Ignore the value, like `extend` and `add`."""
 
     extend = add = append
 
@@ -88,7 +88,7 @@ def _tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> A
     return _Tensor(storage, offset, tuple(shape), tuple(stride)) if isinstance(storage, _Storage) else _Nothing()
 
 
-# What torch.load(weights_only=True) of PyTorch 2.0 allows, and what stands for it here.
+# What torch.load(weights_only=True) of PyTorch 2.0 allows, and what replaces it here.
 _PLAIN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor"): _tensor,
@@ -105,7 +105,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64", "int64", "int32", "int16
 
 
 class _Reader(pickle.Unpickler):
-    """Notes the names that a pickle calls for, and imports none of them."""
+    """Records the names in a pickle, and imports none of them."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(stream)
@@ -129,10 +129,10 @@ class _Reader(pickle.Unpickler):
 
 
 def read_pickle(file: Path) -> Pickled:
-    """What a file that `torch.save` wrote holds.
+    """Read a file written by `torch.save`.
 
     Raises:
-        BadFile: it is cut off, or no such file.
+        BadFile: it is truncated, or is not a PyTorch file.
     """
     refuse_placeholder(file)
     with open(file, "rb") as stream:
@@ -141,9 +141,9 @@ def read_pickle(file: Path) -> Pickled:
             return _read_zip(file) if zipped else _read_sequence(file)
         except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
             code = "file-truncated" if zipped or isinstance(error, EOFError) else "file-unreadable"
-            raise BadFile(code, f"cannot be read as a file of PyTorch's ({error})") from error
+            raise BadFile(code, f"cannot be read as a PyTorch file ({error})") from error
         except _NO_TENSORS as error:
-            raise BadFile("file-unreadable", f"cannot be read as a file of PyTorch's ({error!r})") from error
+            raise BadFile("file-unreadable", f"cannot be read as a PyTorch file ({error!r})") from error
 
 
 def _read_zip(file: Path) -> Pickled:
@@ -157,14 +157,14 @@ def _read_zip(file: Path) -> Pickled:
         folder = inner[0][: -len("data.pkl")]
         entries = {name: archive.getinfo(name) for name in archive.namelist()}
 
-    def place(storage: _Storage) -> int:
+    def offset_of(storage: _Storage) -> int:
         return _begin(file, entries[f"{folder}data/{storage.key}"])
 
-    return Pickled(_stored(file, content, place), tuple(sorted(reader.foreign)))
+    return Pickled(_stored(file, content, offset_of), tuple(sorted(reader.foreign)))
 
 
 def _begin(file: Path, entry: zipfile.ZipInfo) -> int:
-    """Byte at which an entry's data begins; its own header says how long its name and padding are."""
+    """Byte offset of an entry's data; the entry's local header states the lengths of its name and padding."""
     with open(file, "rb") as stream:
         stream.seek(entry.header_offset + 26)
         name, padding = struct.unpack("<HH", stream.read(4))
@@ -172,7 +172,7 @@ def _begin(file: Path, entry: zipfile.ZipInfo) -> int:
 
 
 def _read_sequence(file: Path) -> Pickled:
-    """PyTorch before 1.6: magic number, version, machine, content, storage keys, then the storages one after another."""
+    """Format before PyTorch 1.6: magic number, version, machine, content, storage keys, then the storages one after another."""
     with open(file, "rb") as stream:
         if _Reader(stream).load() != _MAGIC:
             return _read_bare(file)
@@ -181,20 +181,20 @@ def _read_sequence(file: Path) -> Pickled:
         reader = _Reader(stream)
         content = reader.load()
         keys = [str(key) for key in _Reader(stream).load()]
-        at = stream.tell()
-        places = {}
+        position = stream.tell()
+        offsets = {}
         for key in keys:
-            stream.seek(at)
+            stream.seek(position)
             (count,) = struct.unpack("<q", stream.read(8))
-            places[key] = at + 8
-            at += 8 + count * BYTES[reader.storages[key]]
-    if at > file.stat().st_size:
-        raise BadFile("file-truncated", f"has {at - file.stat().st_size} bytes fewer than its tensors take")
-    return Pickled(_stored(file, content, lambda storage: places[storage.key]), tuple(sorted(reader.foreign)))
+            offsets[key] = position + 8
+            position += 8 + count * BYTES[reader.storages[key]]
+    if position > file.stat().st_size:
+        raise BadFile("file-truncated", f"has {position - file.stat().st_size} bytes fewer than its tensors need")
+    return Pickled(_stored(file, content, lambda storage: offsets[storage.key]), tuple(sorted(reader.foreign)))
 
 
 def _read_bare(file: Path) -> Pickled:
-    """A pickle that PyTorch did not write."""
+    """A plain pickle, not written by PyTorch."""
     with open(file, "rb") as stream:
         reader = _Reader(stream)
         reader.load()
@@ -207,22 +207,23 @@ def _tensors(content: Any) -> dict[str, _Tensor]:
     return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, _Tensor)}
 
 
-def _stored(file: Path, content: Any, place: Callable[[_Storage], int]) -> dict[str, StoredTensor]:
+def _stored(file: Path, content: Any, offset_of: Callable[[_Storage], int]) -> dict[str, StoredTensor]:
     begins: dict[str, int] = {}
     tensors = {}
-    for name, found in _tensors(content).items():
-        key, dtype = found.storage.key, found.storage.dtype
-        if min((found.offset, *found.shape, *found.stride)) < 0 or len(found.shape) != len(found.stride):
-            raise ValueError(f"{name} has the shape {found.shape} and the stride {found.stride}")
+    for name, tensor in _tensors(content).items():
+        key, dtype = tensor.storage.key, tensor.storage.dtype
+        if min((tensor.offset, *tensor.shape, *tensor.stride)) < 0 or len(tensor.shape) != len(tensor.stride):
+            raise ValueError(f"{name} has shape {tensor.shape} and stride {tensor.stride}")
         if key not in begins:
-            begins[key] = place(found.storage)
-        start = begins[key] + found.offset * BYTES[dtype]
-        stride = None if found.stride == _in_order(found.shape) else found.stride
-        tensors[name] = StoredTensor(name, dtype, found.shape, file, start, stride)
+            begins[key] = offset_of(tensor.storage)
+        start = begins[key] + tensor.offset * BYTES[dtype]
+        stride = None if tensor.stride == _contiguous(tensor.shape) else tensor.stride
+        tensors[name] = StoredTensor(name, dtype, tensor.shape, file, start, stride)
     return tensors
 
 
-def _in_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of a contiguous tensor."""
     steps, step = [], 1
     for size in reversed(shape):
         steps.append(step)

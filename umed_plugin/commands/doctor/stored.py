@@ -1,7 +1,7 @@
-"""Tensors as they lie in weight files: names, shapes and places from the headers, values only when asked for, in pieces.
+"""Tensors in weight files: names, shapes and offsets from the headers; values only on request, in pieces.
 
-Nothing here needs more memory than one piece of one tensor. A file that is cut off or is something else is a `BadFile`, which
-says what it is instead. Pickles are read by `umed_plugin.commands.doctor.pickles`.
+Headers and `StoredTensor.pieces` need no more memory than one piece of one tensor. A truncated or other file raises `BadFile`,
+which says what the file is instead. Pickles are read by `umed_plugin.commands.doctor.pickles`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TORCH = {
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 _PIECE = 2**24
-_LONGEST_HEADER = 100_000_000  # what the safetensors library allows
+_LONGEST_HEADER = 100_000_000  # limit of the safetensors library
 _LFS = b"version https://git-lfs"
 
 
@@ -31,7 +31,7 @@ class BadFile(Exception):
     """A weight file that cannot be read.
 
     Args:
-        code: of the finding that it makes.
+        code: code of the finding to report.
         found: what the file is, in words.
     """
 
@@ -46,11 +46,11 @@ class StoredTensor:
 
     Attributes:
         name: its key.
-        dtype: in the letters of safetensors, such as ``F16``.
-        shape: may be empty.
-        file: that holds it.
-        start: byte at which its first value lies.
-        stride: in values; None when the values lie in order without gaps.
+        dtype: safetensors name, such as ``F16``.
+        shape: empty for a scalar.
+        file: the weight file.
+        start: byte offset of its first value.
+        stride: in values; None if contiguous.
     """
 
     name: str
@@ -62,18 +62,22 @@ class StoredTensor:
 
     @property
     def values(self) -> int:
-        """Number of values in the file, gaps of a stride included."""
+        """Number of values in the file, including gaps of a stride."""
         if self.stride is None or 0 in self.shape:
             return math.prod(self.shape)
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.values * BYTES[self.dtype]
 
     def pieces(self) -> Iterator[Any]:
-        """Its values as flat torch tensors of at most 16 MiB, in order."""
+        """Yield its values as flat torch tensors of at most 16 MiB, in file order.
+
+        Raises:
+            BadFile: the file ends within the tensor.
+        """
         import torch
 
         dtype, left = getattr(torch, _TORCH[self.dtype]), self.size
@@ -87,7 +91,7 @@ class StoredTensor:
                 yield torch.frombuffer(data, dtype=dtype)
 
     def read(self) -> Any:
-        """The whole tensor."""
+        """Read the whole tensor, in its shape."""
         import torch
 
         pieces = list(self.pieces())
@@ -98,41 +102,41 @@ class StoredTensor:
 
 
 def refuse_placeholder(file: Path) -> None:
-    """Raise for an empty file, and for the text that git leaves where the large file was not fetched."""
+    """Raise `BadFile` for an empty file, and for a git LFS pointer whose large file was not downloaded."""
     with open(file, "rb") as stream:
         start = stream.read(len(_LFS))
     if not start:
         raise BadFile("file-truncated", "is empty")
     if start == _LFS:
-        raise BadFile("file-placeholder", f"is a placeholder of git LFS of {file.stat().st_size} bytes")
+        raise BadFile("file-placeholder", f"is a git LFS pointer of {file.stat().st_size} bytes")
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header alone.
+    """The tensors of a safetensors file, from its header only.
 
     Raises:
-        BadFile: it is cut off, or no safetensors file.
+        BadFile: it is truncated, or is not a safetensors file.
     """
     refuse_placeholder(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > _LONGEST_HEADER:
-            raise BadFile("file-unreadable", "does not begin as a safetensors file does")
+            raise BadFile("file-unreadable", "does not start like a safetensors file")
         if 8 + length > size:
             raise BadFile("file-truncated", f"ends within its header of {length} bytes")
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise BadFile("file-unreadable", f"has a header that is no JSON ({error})") from error
+            raise BadFile("file-unreadable", f"has a header that is not JSON ({error})") from error
     try:
         return _placed(file, header, 8 + length, size)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise BadFile("file-unreadable", f"has a header that describes no tensors ({error!r})") from error
+        raise BadFile("file-unreadable", f"has a header that does not describe tensors ({error!r})") from error
 
 
 def _placed(file: Path, header: dict[str, Any], begin: int, size: int) -> dict[str, StoredTensor]:
-    """The tensors that a header names, whose data begins at a byte of the file and must end with it."""
+    """The tensors that a header names. Their data starts at byte ``begin`` and must end with the file."""
     header.pop("__metadata__", None)
     end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end != size:
@@ -142,6 +146,6 @@ def _placed(file: Path, header: dict[str, Any], begin: int, size: int) -> dict[s
     for name, entry in header.items():
         tensor = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, begin + entry["data_offsets"][0])
         if tensor.dtype not in BYTES or tensor.size != entry["data_offsets"][1] - entry["data_offsets"][0]:
-            raise BadFile("file-unreadable", f"holds {name!r} as {entry}, whose shape and place do not agree")
+            raise BadFile("file-unreadable", f"holds {name!r} as {entry}, whose shape and offsets do not match")
         tensors[name] = tensor
     return tensors

@@ -1,4 +1,4 @@
-"""The tokenizer beside the embeddings: tokens without a row, rows without a token, and the ids that end and pad."""
+"""Checks of the tokenizer against the embeddings: tokens without a row, rows without a token, EOS and padding ids."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from umed_plugin.commands.doctor.findings import Finding, JsonChange
 from umed_plugin.commands.doctor.identity import stock_template
 
 PATCH, START, END = "<im_patch>", "<im_start>", "<im_end>"  # llava.constants
-_END_OF_ANSWER = "</s>"  # of LLaVA's templates, but for the one of MPT
+_END_OF_ANSWER = "</s>"  # in all LLaVA templates except MPT's
 
 
 def check_tokens(contents: Contents) -> Iterator[Finding]:
-    """Whether every token that LLaVA feeds or waits for is one that the model was trained with."""
+    """Check that every token that LLaVA feeds or stops at is one that the model was trained with."""
     config = contents.config
     if contents.kind != FULL or is_transformers_form(config) or config.get("model_type") not in FAMILIES:
         return
     if not (contents.path / "tokenizer.model").is_file():
-        found = "tokenizer.json alone" if (contents.path / "tokenizer.json").is_file() else "no tokenizer file"
-        yield finding("tokenizer-missing", f"{found}, and no tokenizer.model", str(contents.path))
+        found = "only tokenizer.json" if (contents.path / "tokenizer.json").is_file() else "no tokenizer file"
+        yield finding("tokenizer-missing", f"{found}, but no tokenizer.model", str(contents.path))
         return
     try:
         tokenizer = _load(contents)
-    # What a broken file makes of the library's code is of no kind in particular.
+    # A broken file can raise any exception in the library's code.
     except Exception as error:  # noqa: BLE001
         yield finding("tokenizer-unreadable", f"{type(error).__name__}: {error}", str(contents.path))
         return
@@ -40,20 +40,20 @@ def check_tokens(contents: Contents) -> Iterator[Finding]:
         unknown = tokenizer.unk_token_id or 0
         where = f"{contents.config_file}: pad_token_id"
         change = contents.configures(pad_token_id=unknown)
-        yield finding("padding-token", f"pad_token_id is {pad}, and vocab_size {rows}", where, change, token=unknown)
+        yield finding("padding-token", f"pad_token_id is {pad}, but vocab_size is {rows}", where, change, token=unknown)
 
 
 def _several_questions(contents: Contents) -> Iterator[Finding]:
-    """LLaVA counts the tokens of each round by itself, where a legacy tokenizer puts a space that others do not."""
+    """LLaVA counts the tokens of each round separately; a legacy tokenizer adds a space there that others do not add."""
     file = contents.path / "tokenizer_config.json"
     if "llava_v1" in stock_template(contents) and read_object(file).get("legacy") is False:
-        yield finding("questions-masked", "legacy is false, and the template llava_v1", f"{file}: legacy")
+        yield finding("questions-masked", "legacy is false, and the template is llava_v1", f"{file}: legacy")
 
 
 def _load(contents: Contents) -> Any:
     from transformers import AutoTokenizer, LlamaTokenizer
 
-    # Without a class of its own the automatic choice would need LLaVA's configuration classes.
+    # Without tokenizer_class, AutoTokenizer would need LLaVA's configuration classes.
     named = "tokenizer_class" in read_object(contents.path / "tokenizer_config.json")
     if not named:
         return LlamaTokenizer.from_pretrained(contents.path)
@@ -61,13 +61,13 @@ def _load(contents: Contents) -> Any:
 
 
 def _rows(contents: Contents, tokenizer: Any) -> Iterator[Finding]:
-    """LLaVA adds the tokens that config.json asks for and makes as many rows as there are tokens."""
+    """LLaVA adds the tokens that config.json requests, and resizes the embeddings to the number of tokens."""
     config, rows = contents.config, contents.weights[EMBEDDING].shape[0]
     known = set(tokenizer.get_vocab())
     where = f"{EMBEDDING} and tokenizer of {contents.path}"
-    asked = [PATCH] if config.get("mm_use_im_patch_token", True) else []
-    asked += [START, END] if config.get("mm_use_im_start_end") else []
-    added = [token for token in asked if token not in known]
+    requested = [PATCH] if config.get("mm_use_im_patch_token", True) else []
+    requested += [START, END] if config.get("mm_use_im_start_end") else []
+    added = [token for token in requested if token not in known]
     count = len(tokenizer) + len(added)
     if count > rows and added == [PATCH] and count == rows + 1 and "mm_use_im_patch_token" not in config:
         change = contents.configures(mm_use_im_patch_token=False)
@@ -75,10 +75,10 @@ def _rows(contents: Contents, tokenizer: Any) -> Iterator[Finding]:
         yield finding("image-patch-token", found, f"{contents.config_file}: mm_use_im_patch_token", change)
     elif count > rows:
         beyond = [token for token, index in tokenizer.get_vocab().items() if index >= rows] + added
-        found = f"{count} tokens, {rows} rows: none for {', '.join(sorted(beyond)[:5])}"
+        found = f"{count} tokens, but {rows} rows; no rows for {', '.join(sorted(beyond)[:5])}"
         yield finding("tokens-without-rows", found, where)
     elif count < rows:
-        yield finding("rows-without-tokens", f"{rows} rows, {count} tokens", where)
+        yield finding("rows-without-tokens", f"{rows} rows, but {count} tokens", where)
 
 
 def _end(contents: Contents, tokenizer: Any) -> Iterator[Finding]:
@@ -88,10 +88,10 @@ def _end(contents: Contents, tokenizer: Any) -> Iterator[Finding]:
         contents.path / "generation_config.json": contents.generation_config,
     }
     for file, values in files.items():
-        said = values.get("eos_token_id", end)
-        if said == end or (isinstance(said, list) and end in said):
+        value = values.get("eos_token_id", end)
+        if value == end or (isinstance(value, list) and end in value):
             continue
-        sure = tokenizer.convert_tokens_to_ids(_END_OF_ANSWER) == end
-        change = JsonChange(file, {"eos_token_id": end}) if sure else None
-        found = f"eos_token_id is {said}, the tokenizer's end {end} ({tokenizer.eos_token!r})"
+        is_standard = tokenizer.convert_tokens_to_ids(_END_OF_ANSWER) == end
+        change = JsonChange(file, {"eos_token_id": end}) if is_standard else None
+        found = f"eos_token_id is {value}, but the tokenizer's end token is {end} ({tokenizer.eos_token!r})"
         yield finding("end-token", found, f"{file}: eos_token_id", change, token=end, files=file.name)

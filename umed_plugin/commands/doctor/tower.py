@@ -1,4 +1,4 @@
-"""The vision tower: the one that config.json names, the weights that lie in the checkpoint, and which of them LLaVA loads."""
+"""Checks of the vision tower: the one that config.json names, the weights in the checkpoint, and which of the two LLaVA loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HUB = ("openai", "laion")
 
 
 def check_tower(contents: Contents) -> Iterator[Finding]:
-    """Whether LLaVA finds the tower, and whether it is the one that the model was trained with."""
+    """Check that LLaVA finds the tower, and that it loads the one that the model was trained with."""
     config = contents.config
     if contents.kind == NOTHING or is_transformers_form(config) or config.get("model_type") not in FAMILIES:
         return
@@ -36,7 +36,7 @@ def check_tower(contents: Contents) -> Iterator[Finding]:
             "tower-unset", "mm_vision_select_layer is not set", f"{contents.config_file}: mm_vision_select_layer"
         )
     folder = tower_folder(contents.path, name)
-    yield from _place(contents, name, folder, where)
+    yield from _location(contents, name, folder, where)
     if folder is not None:
         yield from _sizes(contents, folder)
     if contents.kind == FULL:
@@ -44,7 +44,12 @@ def check_tower(contents: Contents) -> Iterator[Finding]:
 
 
 def tower_folder(checkpoint: Path, name: str) -> Path | None:
-    """The folder with the tower that config.json names, or that stands for it; None when it is not on this machine."""
+    """The folder of the tower that config.json names, or its replacement; None if it is not on this machine.
+
+    Args:
+        checkpoint: a relative name is also looked up here, and its ``vision_tower`` replaces a tower that has moved.
+        name: mm_vision_tower of config.json: a path, or a name on the hub (looked up in the local cache only).
+    """
     candidates = [Path(name), checkpoint / name, *([] if _is_on_hub(name) else [checkpoint / "vision_tower"])]
     for folder in candidates:
         if (folder / "config.json").is_file():
@@ -53,20 +58,20 @@ def tower_folder(checkpoint: Path, name: str) -> Path | None:
         return None
     from transformers.utils import cached_file
 
-    found = cached_file(
+    cached = cached_file(
         name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return None if found is None else Path(found).parent
+    return None if cached is None else Path(cached).parent
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether LLaVA would look for the name on the hub."""
+    """Whether LLaVA looks for this name on the hub."""
     return name.startswith(_HUB) or "ShareGPT4V" in name
 
 
-def _place(contents: Contents, name: str, folder: Path | None, where: str) -> Iterator[Finding]:
-    """Where LLaVA would look: a path that exists, else the hub for names that it knows."""
+def _location(contents: Contents, name: str, folder: Path | None, where: str) -> Iterator[Finding]:
+    """Check where LLaVA looks: a path if it exists, else the hub for names that it knows."""
     own = contents.path / "vision_tower"
     to_own = contents.configures(mm_vision_tower=str(own)) if (own / "config.json").is_file() else None
     inside = contents.path / name
@@ -84,32 +89,34 @@ def _place(contents: Contents, name: str, folder: Path | None, where: str) -> It
 
 def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
     shape = read_object(folder / "config.json")
-    shape = shape.get("vision_config", shape)  # of a whole CLIP
-    width, said = shape.get("hidden_size"), contents.config.get("mm_hidden_size")
+    shape = shape.get("vision_config", shape)  # for a complete CLIP model
+    width, configured = shape.get("hidden_size"), contents.config.get("mm_hidden_size")
     stored = contents.weights if contents.kind == FULL else contents.others
     first = next((stored[PROJECTOR + n] for n in ("weight", "0.weight") if PROJECTOR + n in stored), None)
     taken = first.shape[1] if first is not None and len(first.shape) == 2 else width
-    if width is not None and not width == said == taken:
+    if width is not None and not width == configured == taken:
         change = contents.configures(mm_hidden_size=width) if width == taken else None
-        found = f"mm_hidden_size is {said}, the tower's width {width}, and the projector takes {taken}"
+        found = (
+            f"mm_hidden_size is {configured}, the tower's width is {width}, and the projector's input width is {taken}"
+        )
         yield finding("tower-width", found, f"{contents.config_file}: mm_hidden_size", change, width=taken)
     processor, size = read_object(folder / "preprocessor_config.json"), shape.get("image_size")
     crop = processor.get("crop_size")
     made = crop.get("height") if isinstance(crop, dict) else crop
     if made is not None and size is not None and made != size:
-        found = f"crop_size is {made}, but the tower takes images of {size}"
+        found = f"crop_size is {made}, but the tower expects images of size {size}"
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two towers are.
+    """The distance between the checkpoint's tower and the tower that LLaVA loads.
 
     Attributes:
-        tensors: compared.
-        differing: of these, not equal after rounding to the number format of the checkpoint.
-        largest: difference of two values.
-        relative: norm of all differences over the norm of the tower that LLaVA loads.
+        tensors: number of tensors compared.
+        differing: number of these that differ after rounding to the checkpoint's dtype.
+        largest: largest absolute difference of two values.
+        relative: norm of all differences divided by the norm of the tower that LLaVA loads.
     """
 
     tensors: int
@@ -120,7 +127,7 @@ class Distance:
     def __str__(self) -> str:
         return (
             f"{self.differing} of {self.tensors} tensors differ, by {self.largest:.3g} at most and "
-            f"{100 * self.relative:.2g} % of the tower's norm in all"
+            f"{100 * self.relative:.2g} % of the tower's norm in total"
         )
 
 
@@ -130,7 +137,7 @@ def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Find
     if not own:
         if used and not any(f.code.startswith(("file-", "shard-")) for f in contents.findings):
             change = JsonChange(contents.config_file, {}, remove=(UNFREEZE,))
-            yield finding("tower-promised", f"{UNFREEZE} is true, and no tensor is called {TOWER}*", where, change)
+            yield finding("tower-promised", f"{UNFREEZE} is true, but no tensor is named {TOWER}*", where, change)
         return
     loaded = None if folder is None else tower_weights(folder)
     if not loaded:
@@ -140,7 +147,7 @@ def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Find
         return
     odd = sorted(set(own) ^ set(loaded)) + [n for n in own if n in loaded and own[n].shape != loaded[n].shape]
     if odd:
-        found = f"{len(odd)} tensors are missing, unknown or of another shape ({odd[0]}, ...)"
+        found = f"{len(odd)} tensors are missing, unknown or have another shape ({odd[0]}, ...)"
         yield finding("tower-misfit", found, str(contents.path))
         return
     if used:
@@ -154,7 +161,7 @@ def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Find
 
 
 def tower_weights(folder: Path) -> dict[str, StoredTensor]:
-    """A CLIP's vision part, from its folder; empty when there are no weights that can be read."""
+    """The vision tensors of a CLIP folder; empty if it has no readable weights."""
     first = next((name for name in WHOLE if (folder / name).is_file()), None)
     if first is None:
         return {}
@@ -172,19 +179,24 @@ def tower_weights(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Under the names that all versions share, without the counter that only older ones save."""
+    """The tensors under the names that all transformers versions share, without position_ids, which only older ones save."""
     return {bare_tower_name(name): t for name, t in tensors.items() if not name.endswith("position_ids")}
 
 
 def compare(own: dict[str, StoredTensor], loaded: dict[str, StoredTensor]) -> Distance:
-    """How far the checkpoint's tower is from the one that LLaVA loads; tensors are read one by one."""
+    """Compare the checkpoint's tower with the one that LLaVA loads, reading one tensor at a time.
+
+    Args:
+        own: tensors of the checkpoint's tower.
+        loaded: tensors of the other tower, with the same names and shapes.
+    """
     import torch
 
     differing, largest, squares, norm = 0, 0.0, 0.0, 0.0
     for name, tensor in own.items():
         inside, outside = tensor.read(), loaded[name].read()
         norm += float(outside.double().square().sum())
-        # Training in bf16 saves a rounded tower: that is the original one, not another.
+        # Training in bf16 saves the tower rounded: that still counts as the original tower.
         if torch.equal(outside.to(inside.dtype), inside):
             continue
         gap = (inside.double() - outside.double()).abs()

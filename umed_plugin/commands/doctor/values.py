@@ -1,4 +1,4 @@
-"""One look at every value: not finite, too large for half precision, or differences instead of weights."""
+"""Checks that read every value once: NaN or infinity, fp16 overflow, or delta weights instead of weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from umed_plugin.commands.doctor.findings import Finding
 from umed_plugin.commands.doctor.stored import FLOATS, BadFile, StoredTensor
 
 _LARGEST_HALF = 65504.0
-# The weights of a root-mean-square norm are positive in a trained model; differences of two such lie around 0.
+# RMSNorm weights are positive in a trained model; differences of two such weights are centered at 0.
 _LEAST_POSITIVE = 0.75
 
 
 @dataclass
 class Values:
-    """What the values of all tensors showed.
+    """Statistics of the values of all tensors.
 
     Attributes:
-        not_finite: tensor -> number of values that are NaN or infinite.
-        too_large: tensor -> largest magnitude, where fp16 cannot hold it.
-        unread: files that end within a tensor.
-        norms: number of values of the language model's norms.
-        positive: of these, those above 0.
+        not_finite: tensor name -> number of values that are NaN or infinite.
+        too_large: tensor name -> largest magnitude, if fp16 cannot represent it.
+        unread: file -> error, for files that end within a tensor.
+        norms: number of values in the language model's norms.
+        positive: number of these that are above 0.
     """
 
     not_finite: dict[str, int] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Values:
 
     @property
     def is_delta(self) -> bool:
-        """Whether the language model's weights are differences from a base."""
+        """Whether the language model's weights are differences from a base model."""
         return self.norms > 0 and self.positive < _LEAST_POSITIVE * self.norms
 
 
@@ -46,7 +46,7 @@ def read_values(contents: Contents, progress: Callable[[int, int], None] | None 
 
     Args:
         contents: of the folder.
-        progress: called with (bytes read, bytes in all).
+        progress: called with (bytes read, total bytes).
     """
     values = Values()
     stored = [*contents.weights.values(), *contents.adapter.values(), *contents.others.values()]
@@ -69,7 +69,7 @@ def _look(tensor: StoredTensor, values: Values) -> None:
     is_norm = tensor.name.startswith("model.") and tensor.name.endswith("norm.weight") and TOWER not in tensor.name
     for piece in tensor.pieces():
         piece = piece.double() if tensor.dtype == "F64" else piece.float()
-        low, high = piece.aminmax()  # NaN if there is one
+        low, high = piece.aminmax()  # both NaN if any value is NaN
         top = max(-float(low), float(high)) if bool(low.isfinite()) else float("nan")
         if not math.isfinite(top):
             bad += int((~piece.isfinite()).sum())
@@ -85,7 +85,7 @@ def _look(tensor: StoredTensor, values: Values) -> None:
 
 
 def check_values(contents: Contents, values: Values) -> Iterator[Finding]:
-    """What `read_values` saw, as findings."""
+    """Turn the statistics of `read_values` into findings."""
     where = str(contents.path)
     for file, error in values.unread.items():
         yield finding(error.code, error.found, file, file=file)
@@ -99,20 +99,20 @@ def check_values(contents: Contents, values: Values) -> Iterator[Finding]:
         yield finding("half-overflow", found, where)
     empty = [tensor for tensor in _language(contents) if 0 in tensor.shape]
     if empty:
-        found = f"{len(empty)} tensors; {empty[0].name} has the shape {empty[0].shape}"
+        found = f"{len(empty)} tensors; {empty[0].name} has shape {empty[0].shape}"
         yield finding("empty-tensors", found, str(empty[0].file))
     if values.is_delta:
         share = values.positive / values.norms
         found = f"only {share:.0%} of the values of the language model's norms are positive"
         yield finding("delta", found, where, checkpoint=contents.path)
-    formats = sorted({tensor.dtype for tensor in _language(contents) if tensor.dtype in FLOATS})
-    if contents.kind == FULL and len(formats) > 1:
-        rare = min(formats, key=lambda one: sum(tensor.dtype == one for tensor in _language(contents)))
+    dtypes = sorted({tensor.dtype for tensor in _language(contents) if tensor.dtype in FLOATS})
+    if contents.kind == FULL and len(dtypes) > 1:
+        rare = min(dtypes, key=lambda dtype: sum(tensor.dtype == dtype for tensor in _language(contents)))
         name = next(tensor.name for tensor in _language(contents) if tensor.dtype == rare)
-        yield finding("mixed-dtypes", f"{', '.join(formats)}; {name} is {rare}", where)
+        yield finding("mixed-dtypes", f"{', '.join(dtypes)}; {name} is {rare}", where)
 
 
 def _language(contents: Contents) -> list[StoredTensor]:
-    """All tensors but the tower's, which is often kept in a format of its own, and buffers."""
+    """All tensors except buffers and the tower's, which often has its own dtype."""
     stored = [*contents.weights.values(), *contents.adapter.values(), *contents.others.values()]
     return [tensor for tensor in stored if not tensor.name.startswith(TOWER) and "inv_freq" not in tensor.name]
