@@ -46,12 +46,12 @@ def good(tiny_mistral: Path, tiny_llama: Path) -> dict[str, Path]:
     return {"mistral": tiny_mistral, "llama": tiny_llama}
 
 
-# A Llama tokenizer is not legacy in LLaVA-1.5, nor in the small checkpoint.
+# The Llama tokenizer is non-legacy in LLaVA-1.5, and in the small checkpoint.
 ALWAYS = {"mistral": set(), "llama": {"questions-masked"}}
 
 
 def codes(folder: Path, base: Path | None = None) -> set[str]:
-    return {one.code for one in examine(folder, base)}
+    return {finding.code for finding in examine(folder, base)}
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])
@@ -60,7 +60,7 @@ def test_nothing_is_found_in_a_good_checkpoint(family, good, tmp_path):
 
 
 def test_the_folder_above_counts_for_a_checkpoint_of_a_run(good, tmp_path):
-    """LLaVA reads the name of ``checkpoint-N`` together with that of its folder."""
+    """LLaVA reads the name of a ``checkpoint-N`` folder together with that of its parent folder."""
     assert examine(copied(good["mistral"], tmp_path / "llava-mistral-run" / "checkpoint-20")) == []
     assert codes(copied(good["mistral"], tmp_path / "run" / "checkpoint-20")) == {
         "name-without-llava", "name-of-other-class", "name-template",
@@ -71,12 +71,12 @@ def test_the_folder_above_counts_for_a_checkpoint_of_a_run(good, tmp_path):
 def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
     folder = copied(good[fault.family], fault.folder(tmp_path))
     fault.make(folder)
-    found = examine(folder)
-    assert {one.code for one in found} == {fault.code} | fault.also | ALWAYS[fault.family]
-    (named,) = [one for one in found if one.code == fault.code]
+    findings = examine(folder)
+    assert {finding.code for finding in findings} == {fault.code} | fault.also | ALWAYS[fault.family]
+    (named,) = [finding for finding in findings if finding.code == fault.code]
     assert fault.said in named.found
     assert named.where and named.why and named.remedy and "{" not in named.remedy.replace("{k: v", "")
-    assert not mark_of(folder).exists(), "the doctor ran what a pickle names"
+    assert not mark_of(folder).exists(), "the doctor called a function that a pickle names"
 
 
 def test_every_kind_is_made_by_a_fault_or_a_family():
@@ -109,7 +109,7 @@ def test_a_family_is_named_with_its_template(family, good, tmp_path):
     assert (diagnosis.identity.family, diagnosis.identity.kind) == (family, "full")
     assert diagnosis.identity.template == template
     assert diagnosis.identity.image_mode == config(folder)["image_aspect_ratio"]
-    assert {one.code for one in diagnosis.findings} == expected
+    assert {finding.code for finding in diagnosis.findings} == expected
     assert diagnosis.identity.parameters == sum(tensor.numel() for tensor in tensors(folder).values())
 
 
@@ -125,7 +125,7 @@ def test_what_llavas_training_masks_is_what_the_finding_says(family, template, l
 
     folder = copied(good[family], tmp_path / NAMES[family])
     edit(folder, "tokenizer_config.json", legacy=legacy)
-    told = "questions-masked" in codes(folder)
+    reported = "questions-masked" in codes(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False, model_max_length=1024, padding_side="right")
     tokenizer.pad_token = tokenizer.unk_token
     for rounds in (1, 2):
@@ -135,7 +135,7 @@ def test_what_llavas_training_masks_is_what_the_finding_says(family, template, l
             item = llava_train.preprocess([[dict(turn) for turn in spoken]], tokenizer, has_image=True)
         record = {"id": rounds, "conversations": spoken}
         fault = supervision_fault(record, template, tokenizer, item["input_ids"][0], item["labels"][0])
-        assert ("masked whole" in (fault or "")) == (told and rounds == 2), fault
+        assert ("masked whole" in (fault or "")) == (reported and rounds == 2), fault
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama"])
@@ -210,7 +210,7 @@ def test_a_lora_folder_that_stock_llava_cannot_load(lora, tiny_mistral, tmp_path
 
 
 def test_a_projector_is_named(tiny_llama, tmp_path):
-    """As LLaVA's pretraining leaves it."""
+    """A projector folder as LLaVA's pretraining saves it."""
     base = copied(tiny_llama, tmp_path / "llava-v1-base")
     folder = tmp_path / "llava-v1-pretrain"
     folder.mkdir()
@@ -224,7 +224,7 @@ def test_a_projector_is_named(tiny_llama, tmp_path):
 
 
 def test_pickles_are_read_as_torch_reads_them(tiny_mistral, tmp_path):
-    """Both forms: places, dtypes and strides, also of views into one storage."""
+    """Both formats: offsets, dtypes and strides, also of views into one storage."""
     whole = torch.arange(24, dtype=torch.float32).reshape(4, 6)
     content = {
         "whole": whole, "turned": whole.T, "row": whole[2], "every other": whole[::2, 1::2], "half": whole.half(),
@@ -234,11 +234,11 @@ def test_pickles_are_read_as_torch_reads_them(tiny_mistral, tmp_path):
     for zipped in (True, False):
         file = tmp_path / f"{zipped}.bin"
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
-        found = read_pickle(file)
-        assert found.foreign == ()
-        assert set(found.tensors) == set(content)
+        pickled = read_pickle(file)
+        assert pickled.foreign == ()
+        assert set(pickled.tensors) == set(content)
         for name, tensor in content.items():
-            read = found.tensors[name].read()
+            read = pickled.tensors[name].read()
             assert read.dtype == tensor.dtype and torch.equal(read, tensor), name
 
 
@@ -250,7 +250,7 @@ def test_safetensors_are_read_as_the_library_reads_them(tiny_mistral):
 
 @pytest.mark.parametrize("form", ["zip", "sequence", "safetensors"])
 def test_a_damaged_file_is_a_bad_file_and_nothing_worse(form, tmp_path):
-    """Cut anywhere, or some bytes changed."""
+    """The file is cut anywhere, or some bytes are changed."""
     file, content = tmp_path / "weights", {"a": torch.randn(4, 5), "b": torch.randn(3).half()}
     if form == "safetensors":
         save_file(content, file)
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_a_bad_file_and_nothing_worse(form, tmp_path):
                 tensor.read()
         except BadFile:
             bad += 1
-    assert bad >= 200, "each cut at the least"
+    assert bad >= 200, "at least every truncated file"
 
 
 @pytest.mark.parametrize("value", [None, "x", -1, {"a": 1}], ids=str)
@@ -279,7 +279,7 @@ def test_an_odd_value_in_config_json_is_no_crash(value, tiny_mistral, tmp_path):
     whole = config(folder)
     for key in [*whole, "rope_parameters", "head_dim", "quantization_config", "vision_tower", "image_grid_pinpoints"]:
         (folder / "config.json").write_text(json.dumps({**whole, key: value}))
-        assert all(one.found for one in examine(folder))
+        assert all(finding.found for finding in examine(folder))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -290,7 +290,7 @@ def test_a_checkpoint_in_pickles_is_as_good_as_one_in_safetensors(zipped, tiny_m
 
 
 def test_what_llavas_train_makes_of_a_mistral_checkpoint_is_a_mixed_config(tiny_mistral, tmp_path):
-    """Its class for Llama loads the checkpoint and saves it again: model_type changes, the keys of Mistral stay."""
+    """Its Llama class loads the checkpoint and saves it again: model_type changes, the Mistral keys stay."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
     folder = tmp_path / "llava-v1-trained"
@@ -298,7 +298,7 @@ def test_what_llavas_train_makes_of_a_mistral_checkpoint_is_a_mixed_config(tiny_
     for file in tiny_mistral.glob("*token*"):
         shutil.copy2(file, folder)
     assert config(folder)["model_type"] == "llava_llama"
-    (mixed,) = [one for one in examine(folder) if one.code == "mixed-config"]
+    (mixed,) = [finding for finding in examine(folder) if finding.code == "mixed-config"]
     assert mixed.fixable and "sliding_window" in mixed.found
 
 
@@ -316,7 +316,7 @@ def test_what_training_leaves_beside_the_weights_is_no_finding(tiny_mistral, tmp
 
 
 def test_memory_does_not_grow_with_the_weights(tiny_mistral, tmp_path):
-    """A tensor of 120 MB beside the others: the most that the process holds grows by a fraction of it."""
+    """With an extra tensor of 120 MB, the peak memory of the process grows by a fraction of that."""
     folder = copied(tiny_mistral, tmp_path / "tiny-llava-mistral")
     script = (
         "import sys; from pathlib import Path; from umed_plugin.commands.doctor.examination import examine;"
@@ -361,25 +361,25 @@ def test_the_command_prints_and_exits_by_the_worst(tiny_mistral, tmp_path, capsy
     shown = capsys.readouterr().out
     assert "error tower-ignored: 1 of 39 tensors differ" in shown and f"umed doctor {folder} --fix" in shown
     assert main(["doctor", str(folder), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["identity"]["family"] == "LLaVA-Med 1.5 Mistral" and told["identity"]["tower_inside"] == 39
-    assert [(one["code"], one["fixable"]) for one in told["findings"]] == [("tower-ignored", True)]
+    report = json.loads(capsys.readouterr().out)
+    assert report["identity"]["family"] == "LLaVA-Med 1.5 Mistral" and report["identity"]["tower_inside"] == 39
+    assert [(finding["code"], finding["fixable"]) for finding in report["findings"]] == [("tower-ignored", True)]
     assert main(["doctor", str(tmp_path / "nowhere")]) == 2
     assert main(["doctor", "--fix"]) == 2
 
 
 def test_the_environment(capsys):
     assert main(["doctor", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert "llava-torch 1.2.2" in told["environment"]["llava"]
-    assert told["environment"]["patches"].endswith(" 0 do not fit")
-    assert told["environment"]["torch"] == torch.__version__.partition("+")[0] or told["environment"]["torch"]
+    facts = json.loads(capsys.readouterr().out)["environment"]
+    assert "llava-torch 1.2.2" in facts["llava"]
+    assert facts["patches"].endswith(" 0 do not fit")
+    assert facts["torch"] == torch.__version__.partition("+")[0] or facts["torch"]
     assert main(["doctor"]) == 0
     assert "in force under umed-run" in capsys.readouterr().out
 
 
 def test_nothing_but_the_object_is_printed_for_programs():
-    """In a process of its own, where libraries are imported for the first time and print what they like."""
+    """In a separate process, where libraries are imported for the first time and may print anything."""
     command = [sys.executable, "-m", "umed_plugin.cli", "doctor", "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -397,7 +397,7 @@ def test_nothing_but_the_object_is_printed_for_programs():
     ],
 )
 def test_another_llava_is_named(files, code, tmp_path):
-    """A folder named llava where Python is started, as it is in a checkout of LLaVA-Med."""
+    """A folder named llava in the working directory, as in a checkout of LLaVA-Med."""
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -410,6 +410,6 @@ def test_another_llava_is_named(files, code, tmp_path):
         timeout=300,
     )
     assert done.returncode == 1, done.stderr[-2000:]
-    told = json.loads(done.stdout)
-    assert code in [one["code"] for one in told["findings"]]
-    assert str(tmp_path) in told["environment"]["llava"]
+    report = json.loads(done.stdout)
+    assert code in [finding["code"] for finding in report["findings"]]
+    assert str(tmp_path) in report["environment"]["llava"]

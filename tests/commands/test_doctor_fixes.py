@@ -1,4 +1,4 @@
-"""``umed doctor --fix``: stock LLaVA, in a process without the plugin, fails or errs before and answers right after."""
+"""``umed doctor --fix``: stock LLaVA, in a process without the plugin, fails or answers wrongly before and correctly after."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ SCRIPT = Path(__file__).resolve().parents[1] / "support" / "stock_loads.py"
 
 
 def as_it_is(folder: Path) -> None:
-    """Without a change."""
+    """Change nothing."""
 
 
 @dataclass(frozen=True)
 class Mended:
-    """A fault that ``--fix`` mends.
+    """A fault that ``--fix`` repairs.
 
     Attributes:
-        make: puts the fault in.
-        clean: what the checkpoint was before, where that is not the small one as it is.
-        harmless: stock LLaVA answers the same without the fix: what the fault does shows elsewhere.
+        make: introduces the fault.
+        clean: prepares the checkpoint before the fault; by default the small checkpoint is used unchanged.
+        harmless: stock LLaVA answers the same without the fix; the fault has effects elsewhere.
     """
 
     code: str
@@ -75,7 +75,7 @@ MENDED = (
         harmless=True,
     ),
     Mended("image-patch-token", drop("mm_use_im_patch_token"), harmless=True),
-    # With _from_model_config LLaVA's pins take the end from config.json.
+    # With _from_model_config, transformers at LLaVA's pins takes EOS from config.json.
     Mended(
         "end-token",
         lambda f: edit(f, "generation_config.json", ("_from_model_config",), eos_token_id=list(range(3, 768))),
@@ -94,12 +94,12 @@ MENDED = (
 
 
 def stock(folders: list[tuple[Path, Path | None]], working: Path) -> list[dict]:
-    """What stock LLaVA on its pins says about each folder."""
+    """The answer or error of stock LLaVA on its pins for each (folder, base)."""
     python = python_of_llavas_pins()
     if python is None:
-        pytest.skip("LLaVA runs as it is on its pins alone: UMED_OTHER_PYTHON names a Python that has them")
+        pytest.skip("unpatched LLaVA runs only on its pins: set UMED_OTHER_PYTHON to a Python that has them")
     pairs = [[str(path), None if base is None else str(base)] for path, base in folders]
-    # -I leaves out PYTHONPATH and the working folder, from which the plugin could come.
+    # -I ignores PYTHONPATH and the working directory, from which the plugin could be imported.
     done = subprocess.run(
         [python, "-I", str(SCRIPT), json.dumps(pairs)], cwd=working, capture_output=True, text=True, timeout=500
     )
@@ -109,7 +109,7 @@ def stock(folders: list[tuple[Path, Path | None]], working: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def told(tiny_mistral: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict]]:
-    """Code -> what stock LLaVA says of the checkpoint clean, faulty and mended; one process loads them all."""
+    """Code -> stock LLaVA's results for the clean, faulty and fixed checkpoint; one process loads them all."""
     good = {"mistral": tiny_mistral, "llama": tiny_llama}
     folder = tmp_path_factory.mktemp("mended")
     asked: list[tuple[str, str, Path, Path | None]] = []
@@ -174,7 +174,7 @@ def test_every_fix_of_the_catalogue_is_tried():
 @pytest.mark.parametrize("code", [code for code, kind in KINDS.items() if kind.fix])
 def test_stock_llava_answers_right_after_the_fix(code, told):
     clean, mended = told[code]["clean"], told[code]["mended"]
-    assert "error" not in clean, "the checkpoint without the fault must answer, or this test says nothing"
+    assert "error" not in clean, "the checkpoint without the fault must answer, otherwise this test proves nothing"
     assert mended == clean
 
 
@@ -192,7 +192,7 @@ def test_a_second_fix_finds_nothing_to_do(fault, tiny_mistral, tiny_llama, tmp_p
     weights = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")}
     small = {file.name: file.read_bytes() for file in folder.glob("*.json")}
     if not any(found.fixable for found in examine(folder)):
-        return  # one of the faults that a person has to decide about
+        return  # one of the faults that the user must decide about
     main(["doctor", str(folder), "--fix", "--json"])
     first = json.loads(capsys.readouterr().out)
     assert first["changes"]
@@ -226,7 +226,7 @@ def test_a_crash_while_a_file_is_written_leaves_the_old_one(tiny_mistral, tmp_pa
     monkeypatch.setattr(os, "replace", stock_replace)
     fix(lambda: examine(folder), lambda text: None)
     assert examine(folder) == []
-    # Both attempts kept what they found, and the second did not write over the first.
+    # Both attempts made a backup, and the second did not overwrite the first.
     kept = sorted(folder.glob("config.json.before-doctor*"))
     assert [file.read_bytes() for file in kept] == [before, before]
 
@@ -243,7 +243,7 @@ def test_what_is_kept_can_be_put_back(tiny_mistral, tmp_path):
 
 @pytest.fixture(scope="module")
 def by_name(tiny_mistral: Path, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What stock LLaVA makes of good checkpoints under names that mislead it."""
+    """Stock LLaVA's results for good checkpoints under misleading names."""
     folder = tmp_path_factory.mktemp("names")
     cases = {
         "good mistral": (tiny_mistral, "tiny-llava-mistral", None),
@@ -285,7 +285,7 @@ def test_what_the_findings_about_names_say_is_so(by_name):
 
 @pytest.mark.parametrize("values", [{"vocab_size": 999}, {"mm_hidden_size": 1024}, {"intermediate_size": 128}], ids=str)
 def test_shapes_that_stock_llava_lets_pass_are_refused_by_training(values, tiny_mistral, tmp_path):
-    """LLaVA's loader loads with ``low_cpu_mem_usage``, which on its pins does not look at shapes; its train() does without."""
+    """LLaVA's loader uses ``low_cpu_mem_usage``, which on its pins does not check shapes; its train() does not use it."""
     from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 
     folder = copied(tiny_mistral, tmp_path / NAMES["mistral"])
@@ -297,7 +297,7 @@ def test_shapes_that_stock_llava_lets_pass_are_refused_by_training(values, tiny_
         LlavaMistralForCausalLM.from_pretrained(folder)
 
 
-# What stock LLaVA does with faults that nothing mends: stops, answers something else, or answers as without the fault.
+# What stock LLaVA does with faults that --fix does not repair: it stops, answers differently, or answers as without the fault.
 STOPS, ERRS, PASSES = "stops", "errs", "passes"
 CLAIMS = {
     "config-missing": STOPS, "shard-missing": STOPS, "file-truncated": STOPS, "second-weights": PASSES,
@@ -310,7 +310,7 @@ CLAIMS = {
 
 @pytest.fixture(scope="module")
 def untouched(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What stock LLaVA says of the first checkpoint with each fault, and of the good one."""
+    """Stock LLaVA's results for the good checkpoint, and for the first checkpoint with each fault."""
     folder = tmp_path_factory.mktemp("untouched")
     pairs: list[tuple[Path, Path | None]] = [(copied(tiny_mistral, folder / "good" / NAMES["mistral"]), None)]
     for code in CLAIMS:
@@ -324,18 +324,18 @@ def untouched(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.run
 @pytest.mark.parametrize("code", list(CLAIMS))
 def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
-    good, found = untouched["good"], untouched[code]
+    good, answer = untouched["good"], untouched[code]
     assert "error" not in good
-    does = STOPS if "error" in found else PASSES if found == good else ERRS
-    assert does == CLAIMS[code], found
+    does = STOPS if "error" in answer else PASSES if answer == good else ERRS
+    assert does == CLAIMS[code], answer
 
 
 @pytest.mark.run
 def test_a_delta_that_llava_made_is_named_and_its_remedy_restores_the_model(tiny_llama, tmp_path):
-    """LLaVA-Med 1.0 was published as what LLaVA's make_delta leaves of it."""
+    """LLaVA-Med 1.0 was published as the output of LLaVA's make_delta."""
     python = python_of_llavas_pins()
     if python is None:
-        pytest.skip("make_delta runs on LLaVA's pins alone: UMED_OTHER_PYTHON names a Python that has them")
+        pytest.skip("make_delta runs only on LLaVA's pins: set UMED_OTHER_PYTHON to a Python that has them")
     target = copied(tiny_llama, tmp_path / "llava-med-7b")
     first_kind(target)
     edit(target, model_type="llava_llama")
@@ -366,7 +366,7 @@ def run(python: str, *words: str | Path) -> None:
 
 
 def write_base(target: Path, folder: Path) -> None:
-    """The language model that the target was trained from, as far as LLaVA's script looks at it."""
+    """Write the language model that the target was trained from, as far as LLaVA's script reads it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = config(target)
@@ -380,4 +380,4 @@ def write_base(target: Path, folder: Path) -> None:
 
 @pytest.mark.run
 def test_forgotten_in_the_index_means_random(told):
-    assert "error" not in told["index-wrong"]["faulty"], "LLaVA says nothing, which is why this is an error"
+    assert "error" not in told["index-wrong"]["faulty"], "LLaVA reports nothing, which is why this is an error"

@@ -58,14 +58,14 @@ def dicom(tmp_path: Path) -> Path:
     return write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=2000)
 
 
-def until(come_true: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20
-    while not come_true():
-        assert time.monotonic() < deadline, "it did not come true"
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met within 20 s"
         time.sleep(0.05)
 
 
-# What it is for.
+# Requests that succeed.
 
 
 def test_from_a_file_to_boxes_and_a_heat_map(client: Client, dicom: Path) -> None:
@@ -74,11 +74,11 @@ def test_from_a_file_to_boxes_and_a_heat_map(client: Client, dicom: Path) -> Non
     status, data = client.picture(study, window="lung")
     assert status == 200
     shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(shown - load_image(dicom, window="lung")[0]).mean() < 3, "but for JPEG"
+    assert np.abs(shown - load_image(dicom, window="lung")[0]).mean() < 3, "equal up to JPEG compression"
 
-    *told, last = client.question(study)
-    assert told[0] == {"waiting": 0}
-    texts = [line["text"] for line in told[1:]]
+    *progress, last = client.question(study)
+    assert progress[0] == {"waiting": 0}
+    texts = [line["text"] for line in progress[1:]]
     assert texts == sorted(texts, key=len) and len(texts) > 20, "the text grows token by token"
     answer = last["answer"]
     assert answer["text"] == SENTENCE and answer["size"] == [97, 61]
@@ -112,19 +112,19 @@ def test_two_pages_do_not_mix(client: Client, dicom: Path, tmp_path: Path) -> No
 
 def test_many_pages_at_once(client: Client, tmp_path: Path) -> None:
     """Eight pages upload and ask at the same time; each gets the answer about its own picture."""
-    found: dict[int, Any] = {}
+    sizes: dict[int, Any] = {}
 
     def visit(number: int) -> None:
         width = 40 + number
         study, _ = client.upload(write_png(tmp_path / f"{number}.png", scene(width=width, box=(1, 1, 9, 9))))
-        found[number] = client.question(study)[-1]["answer"]["size"]
+        sizes[number] = client.question(study)[-1]["answer"]["size"]
 
     threads = [threading.Thread(target=visit, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {number: [40 + number, 61] for number in range(8)}
+    assert sizes == {number: [40 + number, 61] for number in range(8)}
 
 
 def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
@@ -139,7 +139,7 @@ def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
     client.question(studies[2])
     assert client.ask("POST", f"/studies/{studies[2]}/forget", b"")[0] == 200
     until(lambda: not [key for key in list(server.dialogue._features) if key[0] == studies[2]])
-    assert server.shelf.folder.stat().st_mode & 0o077 == 0, "for this user alone"
+    assert server.shelf.folder.stat().st_mode & 0o077 == 0, "readable by this user only"
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_takes_names_as_text(client: Client) -> None:
@@ -158,7 +158,7 @@ def test_a_page_needs_all_that_it_shows() -> None:
         _page_file("page.html", {"checkpoint": "c"})
 
 
-# Whom it refuses.
+# Requests that are refused.
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_wrong_requests_are_told_what_is_wrong(
     client: Client, dicom: Path, path: str, body: Any, status: int, said: str
 ) -> None:
     study, _ = client.upload(dicom)
-    found, answer, _ = client.ask("POST", f"/studies/{study}/{path}", body)
-    assert (found, said in answer["error"]) == (status, True), answer
-    assert client.question(study)[-1]["answer"]["text"] == SENTENCE, "and it goes on"
+    actual, answer, _ = client.ask("POST", f"/studies/{study}/{path}", body)
+    assert (actual, said in answer["error"]) == (status, True), answer
+    assert client.question(study)[-1]["answer"]["text"] == SENTENCE, "the server still works"
 
 
 @pytest.mark.parametrize("query", ["", "item=0", "item=-1&axis=2&slice=0&volume=0", "item=0&axis=2&slice=9e9&volume=0"])
@@ -275,7 +275,7 @@ def test_what_is_no_request_does_no_harm(
     assert capfd.readouterr().err == ""
 
 
-# One after the other.
+# The queue.
 
 
 def test_the_line_is_served_in_order_and_told() -> None:
@@ -344,7 +344,7 @@ def test_a_browser_that_goes_away_stops_its_answer(server: Any, client: Client, 
 
 @contextlib.contextmanager
 def served(checkpoint: Path, temporary: Path, *more: str) -> Any:
-    """`umed serve` in a process of its own, and its address."""
+    """Run `umed serve` in a separate process; yields it with its address."""
     command = [sys.executable, "-m", "umed_plugin.cli", "serve", str(checkpoint), "--port", "0", *more]
     environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
@@ -397,12 +397,12 @@ def test_ctrl_c_does_not_wait_for_a_long_answer_to_end(tiny_mistral: Path, tmp_p
         heard: list[Any] = []
         asking = threading.Thread(target=lambda: heard.extend(client.question(study)))
         asking.start()
-        with socket.create_connection(process.server_address):  # a browser keeps connections on which it says nothing
+        with socket.create_connection(process.server_address):  # browsers keep idle connections open
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
         asking.join()
-    assert "answer" not in heard[-1], "it was cut"
+    assert "answer" not in heard[-1], "the answer was stopped"
 
 
 def test_an_address_beyond_this_machine_is_warned_of(tiny_mistral: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ QUESTIONS = ("What abnormality can be seen in this image?", "Where does it lie?"
 
 
 def silent(text: str) -> None:
-    """Hear nothing."""
+    """Ignore the text."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def dialogue(request):
 
 
 def columns_of(dialogue, work):
-    """How many columns of prompts and answers the model computes meanwhile."""
+    """The result of ``work``, and the number of prompt and answer columns that the model computes during it."""
     seen = []
     layer = dialogue.llava.get_model().layers[0].self_attn.q_proj
     handle = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1]))
@@ -139,7 +139,7 @@ def test_a_lora_folder_over_its_base_is_asked_with_its_adapter(tiny_mistral, tmp
 
 
 def test_an_answer_ends_at_its_templates_separator(tiny_mistral, tmp_path):
-    """LLaVA's template of MPT ends a turn with text; what comes behind it is the model's own next question."""
+    """LLaVA's MPT template ends a turn with text; what follows is the model's own next question."""
     taught = teach(tiny_mistral, tmp_path, "A cyst.<|im_end|>Where", template="mpt")
     asked = Dialogue(taught, template="mpt", most_tokens=60)
     answer = asked.answer("a", PICTURE, [], "What is it?", silent)
@@ -169,15 +169,15 @@ def test_boxes_are_in_pixels_of_the_picture_and_words_have_maps(speaking):
     x1, y1, x2, y2 = (60 * value for value in BOX01)
     assert answer.boxes == [pytest.approx((x1, y1 - 10, x2, y2 - 10))]
 
-    found = asked.attention(answer)
-    words = found["words"]
+    attended = asked.attention(answer)
+    words = attended["words"]
     assert [word["text"] for word in words if word["is_name"]] == ["nodule"] and words[0]["is_name"]
     assert [word["text"] for word in words[1:]] == ["The", "finding", "is", "a", "at"]
-    assert found["grid"] == 8 and found["place"] == pytest.approx((0, -10, 60, 50))
+    assert attended["grid"] == 8 and attended["place"] == pytest.approx((0, -10, 60, 50))
     values = np.frombuffer(base64.b64decode(words[0]["map"]), np.uint8)
     assert len(values) == 64 and values.max() == 255
 
-    # The map's part on a lesion is what the reward is given for.
+    # The map's share on a lesion equals the attention that the reward scores.
     geometry = ImageGeometry(60, 40, "pad", 64, 8)
     cover = torch.from_numpy(geometry.patch_cover([(0, 0, 30, 40)]))
     token = asked.tokenizer.convert_ids_to_tokens(answer.token_ids).index("\u2581nodule")

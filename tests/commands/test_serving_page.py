@@ -1,4 +1,4 @@
-"""The chat page in a real browser: from a file to a box on the picture, on a desk and on a phone, with mouse and with keys."""
+"""The chat page in a real browser: from a file to a box on the picture, at desktop and phone size, by mouse and by keyboard."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def page(server: Any, tmp_path: Path) -> Any:
 
 
 def shot(page: Page, name: str) -> None:
-    """Keep a picture of the page where one is wanted."""
+    """Save a screenshot if ``UMED_SCREENSHOTS`` names a folder."""
     if SHOTS:
         page.screenshot(Path(SHOTS) / f"{name}.png")
 
@@ -52,7 +52,7 @@ def answers(page: Page) -> list[str]:
 
 
 def boxes(page: Page) -> list[list[float]]:
-    """Of the boxes on the picture their corners, in 0-1 of it, as they lie on the screen."""
+    """The corners of the drawn boxes as they appear on the screen, 0-1 of the picture."""
     return page.run("""[...document.querySelectorAll('#boxes rect.line')].map(box => {
       const b = box.getBoundingClientRect(), p = document.querySelector('#picture').getBoundingClientRect();
       return [(b.left - p.left) / p.width, (b.top - p.top) / p.height, (b.right - p.left) / p.width,

@@ -96,7 +96,7 @@ def test_a_dicom_offers_its_own_window_and_the_presets(folder: Path, tmp_path: P
     for window in study.items[0].windows:
         np.testing.assert_array_equal(pixels(study, window=window), load_image(file, window=window)[0])
     mr = write_dicom(tmp_path / "b.dcm", scene(), Modality="MR")
-    assert study_of(folder, mr).items[0].windows == ("full",), "Hounsfield presets mean nothing for MR"
+    assert study_of(folder, mr).items[0].windows == ("full",), "Hounsfield presets do not apply to MR"
 
 
 @pytest.mark.llava
@@ -127,7 +127,7 @@ def test_two_series_and_a_picture_are_three_items(folder: Path, tmp_path: Path) 
 
 @pytest.mark.llava
 def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Path) -> None:
-    """A series over time holds several images at each place."""
+    """A time series has several images at each slice position."""
     for name in ("b", "a", "c"):
         write_dicom(tmp_path / name, scene((ord(name) - 90, 7, 42, 19)), SeriesInstanceUID="1.2")
     study = study_of(folder, *(tmp_path / name for name in "bca"))
@@ -194,10 +194,11 @@ def test_messages_hold_neither_folders_nor_header_text(folder: Path, tmp_path: P
     odd = write_dicom(tmp_path / "odd.dcm", scene(), PhotometricInterpretation="MONOCHROME2")
     content = odd.read_bytes().replace(b"-1000", b"Doe^J", 1)
     assert content != odd.read_bytes()
-    with pytest.raises(UmedError) as told:
+    with pytest.raises(UmedError) as raised:
         study_of(folder, ("odd.dcm", content))
-    assert "odd.dcm" in str(told.value) and "Doe" not in str(told.value) and str(tmp_path) not in str(told.value)
-    assert "odd.dcm: odd.dcm" not in str(told.value)
+    message = str(raised.value)
+    assert "odd.dcm" in message and "Doe" not in message and str(tmp_path) not in message
+    assert "odd.dcm: odd.dcm" not in message
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_old_dicom_without_a_mark_goes_by_its_ending(folder: Path, tmp_path: Pat
 
 @pytest.mark.llava
 def test_changed_bytes_never_do_more_than_leave_a_file_out(tmp_path: Path) -> None:
-    """Files of every kind with bytes changed, cut and doubled at random: shown or refused in words."""
+    """Files of every kind with bytes changed or cut at random are either shown or refused with a reason."""
     rng = random.Random(0)
     kinds = [
         write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=1, WindowWidth=2),
