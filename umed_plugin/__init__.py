@@ -2,8 +2,8 @@
 
 ``__all__`` is the public API. Every other name in this package is private and may change without notice.
 
-Every Python process under ``umed-run`` imports this module, so it imports the standard library alone. Each public name is
-imported from its module when it is first used (PEP 562).
+Under ``umed-run`` every process that uses LLaVA imports this module, so it imports the standard library alone. Each public
+name is imported from its module when it is first used (PEP 562).
 """
 
 from __future__ import annotations

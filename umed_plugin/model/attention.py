@@ -1,8 +1,9 @@
 """Attention of chosen answer tokens on the image patches, without ``output_attentions``.
 
-Vision relevance (the reward is in ``rewards.vision_relevance``) asks which share of the attention that a token pays to the image
-falls on the lesion. Two things of a layer are needed: q at the tokens and k at the patches. Hooks on ``q_proj`` and ``k_proj``
-keep just these rows. That works the same under eager, SDPA and flash attention; the last two return no weights.
+Vision relevance (the reward is in `umed_plugin.rewards.terms.vision_relevance`) asks which share of the attention that a
+token pays to the image falls on the lesion. Two things of a layer are needed: q at the tokens and k at the patches. Hooks on
+``q_proj`` and ``k_proj`` keep just these rows. That works the same under eager, SDPA and flash attention; the last two return
+no weights.
 
 For a token n, a layer l and a head h, with P all image patches and w_p in [0, 1] the part of patch p that the true boxes cover:
 

@@ -1,7 +1,7 @@
 """The machinery of patches: how a file in ``patches/`` describes its change, and how the change is verified, applied and undone.
 
 `umed_plugin.patching.patches` defines the patch contract; `umed_plugin.patching.import_hook` applies patches after imports. Both
-can be imported with the standard library alone: every Python process under ``umed-run`` loads them.
+can be imported with the standard library alone: under ``umed-run`` every process that uses LLaVA loads them.
 """
 
 from umed_plugin.patching.patches import (

@@ -1,9 +1,11 @@
 """The objective of Abnormal-Aware Rewarding as pure functions: ``E[L_CLIP + c1 r - c2 L_VF + c3 entropy]`` and KL.
 
-PPO (arXiv 1707.06347) has all of these terms. Its KL is part of the token rewards (see `umed_plugin.training.advantages`). GRPO
-(arXiv 2402.03300) has no value network, and its KL is a term of the loss. A sampled reward has no gradient of its own, so ``c1``
-acts through the advantage. PPO averages over tokens, as TRL 0.9 and LLaVA-RLHF do. GRPO averages over the tokens of an answer,
-then over answers.
+PPO (arXiv 1707.06347) has all of these terms. Its KL is part of the token rewards (see `umed_plugin.training.advantages`).
+GRPO (arXiv 2402.03300) has no value network, and its KL is a term of the loss. PPO averages over tokens, as TRL 0.9 and
+LLaVA-RLHF do. GRPO averages over the tokens of an answer, then over answers.
+
+Departures from the paper: a sampled reward has no gradient of its own, so ``c1`` acts through the advantage. GRPO is not in the
+paper.
 
 Shapes: N answers, T tokens; masks are 1 on tokens and 0 on padding behind them.
 """
