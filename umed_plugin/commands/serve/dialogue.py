@@ -52,7 +52,7 @@ class Answer:
         boxes: xyxy in pixels of the picture, in the order of the text; None for a box that is malformed or leaves the square.
         forgotten: number of earlier questions that did not fit into the context and were left out.
         prompt_ids: token ids [L] of the prompt, with the image token.
-        token_ids: the generated token ids, EOS included.
+        token_ids: the generated token ids, including EOS if it was generated.
         features: image features [1, P, D].
         geometry: maps between the picture and the model's square.
     """
@@ -124,10 +124,10 @@ class Dialogue:
         Raises:
             UmedError: the question does not fit into the model's context.
         """
-        features = self._seen(key, picture)
+        features = self._image_features(key, picture)
         turns = [turn for turn in turns if turn[1].strip()]
         ids, forgotten = self._fitting_prompt(turns, question, features.shape[1])
-        token_ids = self._spoken(key, ids, features, tell)
+        token_ids = self._generated(key, ids, features, tell)
         text = self._shown(token_ids).split(self._stop())[0].strip()
         tower = self.llava.get_vision_tower().config
         geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
@@ -173,7 +173,7 @@ class Dialogue:
             for key in [key for key in kept if belongs(key)]:
                 del kept[key]
 
-    def _seen(self, key: Hashable, picture: Image) -> Tensor:
+    def _image_features(self, key: Hashable, picture: Image) -> Tensor:
         """Image features [1, P, D] of a picture, cached for the next question."""
         from llava.mm_utils import process_images
 
@@ -205,21 +205,21 @@ class Dialogue:
         conversation.append_message(conversation.roles[1], None)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")
 
-    def _spoken(self, key: Hashable, ids: Tensor, features: Tensor, tell: Callable[[str], None]) -> list[int]:
+    def _generated(self, key: Hashable, ids: Tensor, features: Tensor, tell: Callable[[str], None]) -> list[int]:
         """The answer's token ids, including EOS if it was generated."""
         prompts = embed_prompts(self.model, [ids], features)
-        held = self._held_for(key, ids, prompts.n_patches)
+        held = self._cache_for(key, ids, prompts.n_patches)
         logits = prefill(self.model, prompts, held.cache).logits
         held.columns = _columns(ids, prompts.n_patches)
-        spoken: list[int] = []
+        token_ids: list[int] = []
         while True:
-            spoken.append(int(logits[0, -1].argmax()))
-            if spoken[-1] == self.tokenizer.eos_token_id or self._stop() in self._shown(spoken):
-                return spoken
-            tell(self._shown(spoken))
-            if len(spoken) == self.most_tokens:
-                return spoken
-            logits = self._next_logits(spoken[-1], held)
+            token_ids.append(int(logits[0, -1].argmax()))
+            if token_ids[-1] == self.tokenizer.eos_token_id or self._stop() in self._shown(token_ids):
+                return token_ids
+            tell(self._shown(token_ids))
+            if len(token_ids) == self.most_tokens:
+                return token_ids
+            logits = self._next_logits(token_ids[-1], held)
 
     def _next_logits(self, token: int, held: _Held) -> Tensor:
         position = len(held.columns)
@@ -233,7 +233,7 @@ class Dialogue:
         held.columns.append(token)
         return logits
 
-    def _held_for(self, key: Hashable, ids: Tensor, patches: int) -> _Held:
+    def _cache_for(self, key: Hashable, ids: Tensor, patches: int) -> _Held:
         """A KV cache that holds the prefix shared with the previous prompt of this picture, with room for the rest."""
         columns = _columns(ids, patches)
         held = self._held.get(key)

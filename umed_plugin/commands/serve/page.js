@@ -11,9 +11,9 @@ const GONE = "The server does not respond. Check that umed serve is still runnin
 async function send(method, path, body) {
   let reply;
   try { reply = await fetch(path, {method, body}); } catch { throw new Error(GONE); }
-  const said = await reply.json().catch(() => ({error: GONE}));
-  if (!reply.ok) throw new Error(said.error || GONE);
-  return said;
+  const content = await reply.json().catch(() => ({error: GONE}));
+  if (!reply.ok) throw new Error(content.error || GONE);
+  return content;
 }
 
 function sendFile(path, file, onProgress) {  // XMLHttpRequest, because fetch reports no upload progress
@@ -24,9 +24,9 @@ function sendFile(path, file, onProgress) {  // XMLHttpRequest, because fetch re
     request.onerror = () => failed(new Error(GONE));
     request.onload = () => {
       if (request.status === 200) return done();
-      let said = GONE;
-      try { said = JSON.parse(request.responseText).error; } catch { /* not a response of our server */ }
-      failed(new Error(said));
+      let message = GONE;
+      try { message = JSON.parse(request.responseText).error; } catch { /* not a response of our server */ }
+      failed(new Error(message));
     };
     request.send(file);
   });
@@ -46,10 +46,10 @@ async function follow(path, body, wanted, signal, onLine) {
     const lines = (held + value).split("\n");
     held = lines.pop();
     for (const line of lines) {
-      const said = JSON.parse(line);
-      if (said.error) throw new Error(said.error);
-      if (wanted in said) return said[wanted];
-      onLine(said);
+      const message = JSON.parse(line);
+      if (message.error) throw new Error(message.error);
+      if (wanted in message) return message[wanted];
+      onLine(message);
     }
   }
 }
@@ -102,16 +102,16 @@ async function choose(list) {
 async function dropped(transfer) {
   const entries = [...transfer.items].map(item => item.webkitGetAsEntry()).filter(entry => entry), files = [...transfer.files];
   if (!entries.some(entry => entry.isDirectory)) return files;
-  const found = [];
+  const inFolders = [];
   const walk = async entry => {
-    if (entry.isFile) return void found.push(await new Promise((take, fail) => entry.file(take, fail)));
+    if (entry.isFile) return void inFolders.push(await new Promise((take, fail) => entry.file(take, fail)));
     const reader = entry.createReader();
     for (let part; (part = await new Promise((take, fail) => reader.readEntries(take, fail))).length;) {
       for (const inner of part) await walk(inner);
     }
   };
   for (const entry of entries) await walk(entry);
-  return found;
+  return inFolders;
 }
 
 function forget() {
@@ -168,10 +168,10 @@ function showControls(item, plane) {
   const view = state.view;
   $("item").value = view.item;
   $("plane-label").hidden = item.planes.length < 2;
-  $("plane").replaceChildren(...item.planes.map(one => new Option(one.name, one.axis)));
+  $("plane").replaceChildren(...item.planes.map(each => new Option(each.name, each.axis)));
   $("plane").value = view.axis;
   $("window-label").hidden = item.windows.length < 2;
-  $("window").replaceChildren(...item.windows.map(one => new Option(wordsOf(one), one)));
+  $("window").replaceChildren(...item.windows.map(name => new Option(wordsOf(name), name)));
   $("window").value = view.window;
   for (const [name, count] of [["slice", plane.slices], ["volume", item.volumes]]) {
     $(name + "-label").hidden = count < 2;
@@ -180,10 +180,10 @@ function showControls(item, plane) {
     $(name + "-shown").textContent = `${view[name] + 1} of ${count}`;
     $(name).setAttribute("aria-valuetext", `${view[name] + 1} of ${count}`);
   }
-  $("picture").alt = told(view);
+  $("picture").alt = describe(view);
 }
 
-function told(view) {
+function describe(view) {
   const item = state.items[view.item], plane = item.planes.find(plane => plane.axis === view.axis), parts = [];
   if (state.items.length > 1) parts.push(item.label);
   if (item.planes.length > 1) parts.push(plane.name);
@@ -209,8 +209,8 @@ function loadPicture() {
       fault("");
     } else {
       const reply = await fetch(address).catch(() => null);
-      const said = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
-      fault(said.error || GONE);
+      const content = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
+      fault(content.error || GONE);
     }
     if (state.wanted) { state.wanted = false; if (state.view) loadPicture(); }
   };
@@ -244,14 +244,14 @@ function showOverlays() {
   showWords(here && $("with-heat").checked ? turn : null);
   const away = turn && turn.answer && !here;
   $("elsewhere").hidden = !away;
-  if (away) $("elsewhere").firstElementChild.textContent = `The answer refers to another view (${told(turn.view)}).`;
+  if (away) $("elsewhere").firstElementChild.textContent = `The answer refers to another view (${describe(turn.view)}).`;
   for (const other of state.turns) other.entry.classList.toggle("chosen", other === turn && state.turns.length > 1);
 }
 
 function showBoxes(answer) {
   const parts = [];
   if (answer) {
-    const [width, height] = answer.size, boxes = answer.boxes.map((box, index) => ({box, index})).filter(one => one.box);
+    const [width, height] = answer.size, boxes = answer.boxes.map((box, index) => ({box, index})).filter(({box}) => box);
     $("boxes").setAttribute("viewBox", `0 0 ${width} ${height}`);
     const size = Math.max(width, height) / 28;
     for (const {box: [x1, y1, x2, y2], index} of boxes) {
@@ -315,7 +315,7 @@ async function look(turn) {
   turn.looking = true;
   try {
     const path = `/studies/${state.study}/answers/${turn.answer.number}/attention`;
-    const attention = await follow(path, {}, "attention", turn.signal, said => status(said.waiting ? waiting(said.waiting)
+    const attention = await follow(path, {}, "attention", turn.signal, message => status(message.waiting ? waiting(message.waiting)
       : "Computing the attention maps."));
     turn.attention = attention;
     turn.word = attention.words.some(word => word.is_name) ? 0 : -1;
@@ -350,16 +350,16 @@ async function ask(question) {
   $("talk").setAttribute("aria-busy", "true");  // screen readers read the whole answer, not each word
   try {
     turn.answer = await follow(`/studies/${state.study}/questions`, {...view, turns: turns.slice(-50), question}, "answer",
-      control.signal, said => {
-        if ("waiting" in said) status(waiting(said.waiting));
-        if ("text" in said) { turn.said.textContent = said.text; status("Answering."); scroll(); }
+      control.signal, message => {
+        if ("waiting" in message) status(waiting(message.waiting));
+        if ("text" in message) { turn.reply.textContent = message.text; status("Answering."); scroll(); }
       });
     status("");
     answered(turn);
   } catch (error) {
     state.turns = state.turns.filter(other => other !== turn);
-    turn.said.classList.add("wrong");
-    turn.said.textContent = error.name === "AbortError" ? "Stopped." : error.message;
+    turn.reply.classList.add("wrong");
+    turn.reply.textContent = error.name === "AbortError" ? "Stopped." : error.message;
     status("");
   } finally {
     $("talk").removeAttribute("aria-busy");
@@ -369,21 +369,21 @@ async function ask(question) {
 }
 
 function entry(question) {
-  const entry = document.createElement("li"), asked = document.createElement("p"), said = document.createElement("p");
+  const entry = document.createElement("li"), asked = document.createElement("p"), reply = document.createElement("p");
   asked.className = "question";
   asked.textContent = question;
-  said.className = "answer";
-  said.textContent = "…";
-  entry.append(asked, said);
+  reply.className = "answer";
+  reply.textContent = "…";
+  entry.append(asked, reply);
   $("talk").append(entry);
   scroll();
-  return {entry, said};
+  return {entry, reply};
 }
 
 function answered(turn) {
   const {text, boxes, forgotten} = turn.answer, about = document.createElement("p"), button = document.createElement("button");
-  turn.said.textContent = text || "(no text)";
-  const good = boxes.filter(box => box).length, parts = [told(turn.view), `${good} ${good === 1 ? "box" : "boxes"}`];
+  turn.reply.textContent = text || "(no text)";
+  const good = boxes.filter(box => box).length, parts = [describe(turn.view), `${good} ${good === 1 ? "box" : "boxes"}`];
   if (good < boxes.length) parts.push(`${boxes.length - good} malformed, without area or outside the picture`);
   if (forgotten) parts.push(`${forgotten} of the earliest questions did not fit into the context and were left out`);
   about.className = "about";
