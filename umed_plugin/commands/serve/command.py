@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--upload-mb", metavar="MB", type=int, default=1024, help="maximum size of one upload (default: 1024)"
     )
     parser.add_argument(
-        "--max-new-tokens", metavar="N", type=int, default=256, help="maximum length of an answer (default: 256)"
+        "--max-new-tokens", metavar="N", type=int, default=256, help="maximum tokens of an answer (default: 256)"
     )
     parser.set_defaults(run=run)
 

@@ -89,7 +89,7 @@ class Dialogue:
         most_tokens: maximum number of tokens of an answer.
 
     Raises:
-        UmedError: the checkpoint cannot be loaded, or uses an image mode without box support (`anyres`).
+        UmedError: the checkpoint cannot be loaded, or uses an image mode without box support, such as `anyres`.
     """
 
     def __init__(
@@ -208,6 +208,7 @@ class Dialogue:
     def _generated(self, key: Hashable, ids: Tensor, features: Tensor, tell: Callable[[str], None]) -> list[int]:
         """The answer's token ids, including EOS if it was generated."""
         prompts = embed_prompts(self.model, [ids], features)
+        # The cache already holds the prefix shared with the previous prompt; prefill computes only the rest.
         held = self._cache_for(key, ids, prompts.n_patches)
         logits = prefill(self.model, prompts, held.cache).logits
         held.columns = _columns(ids, prompts.n_patches)
