@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -89,3 +90,43 @@ def test_a_folder_replaces_another_only_when_asked(tmp_path: Path) -> None:
         (folder / "new").touch()
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    old, young = tmp_path / "a.json.0123abcd.partial", tmp_path / "a.json.4567abcd.partial"
+    for left in (old, young):
+        left.touch()
+    os.utime(old, (0, 0))
+    files.write_json(tmp_path / "a.json", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", young.name], (
+        "another rank may still write its own"
+    )
+
+
+def test_a_name_that_is_not_utf_8_is_written_in_escapes(tmp_path: Path) -> None:
+    value = {"image": os.fsdecode(b"scan-\xff.png"), "note": "größe"}
+    files.write_json(tmp_path / "a.json", value)
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == value
+
+
+@pytest.mark.parametrize(("number", "tolerated"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.ENOSPC, False)])
+def test_a_file_system_that_cannot_flush_is_no_error_and_a_full_disk_is(
+    number: int, tolerated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if tolerated:
+        files.write_text(tmp_path / "a.txt", "a")
+        assert (tmp_path / "a.txt").read_text() == "a"
+    else:
+        with pytest.raises(OSError, match="No space left"):
+            files.write_text(tmp_path / "a.txt", "a")
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_may_hold_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    with files.replacing_folder(tmp_path / "model") as folder:
+        (folder / "link").symlink_to("nowhere")
+    assert (tmp_path / "model" / "link").is_symlink()

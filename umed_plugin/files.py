@@ -1,15 +1,18 @@
 """Write files and folders so that they appear whole or not at all, and survive a power cut.
 
 Everything goes through the same three steps: write beside the target, flush to the disk (``fsync``), rename over the target. A
-process that is killed leaves the old file, or none, and at most a file that ends with ``.partial``. Several processes may write
-the same file: each has a partial file of its own, and the last rename wins.
+process that is killed leaves the old file, or none, and a file that ends with ``.partial``; a later write of the same target
+removes it. Several processes may write the same file: each has a partial file of its own, and the last rename wins.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +22,9 @@ from typing import Any
 from umed_plugin.errors import UmedError
 
 PARTIAL = ".partial"
+_STALE_SECONDS = 3600  # no file takes so long to write: its writer was killed
+# What file systems answer that cannot flush, or folders that may be written and not read. The file itself is whole.
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -39,7 +45,7 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         yield partial
         if durable:
@@ -47,6 +53,7 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(partial, target)
         if durable:
             _flush(target.parent)
+            _remove_stale(target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -64,7 +71,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
     """Replace the file's content with JSON and a final newline; letters that are not ASCII stay readable."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    try:
+        write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    except UnicodeEncodeError:  # a file name that is not UTF-8: only JSON's escapes can hold it
+        write_text(path, json.dumps(value, indent=indent) + "\n")
 
 
 @contextmanager
@@ -104,12 +114,27 @@ def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[P
 
 def _flush(path: Path) -> None:
     """Bring a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_symlink():
+        return  # it stands in its folder's list, and what it points to is not ours
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
-    except OSError:
-        # Some network file systems refuse this for folders. A file that cannot be flushed is an error: the disk may be full.
-        if not path.is_dir():
+    except OSError as error:
+        # Anything else is an error: the disk may be full or broken.
+        if error.errno not in _CANNOT_FLUSH:
             raise
     finally:
         os.close(descriptor)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what earlier writers of ``target`` left half written when they were killed."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            if name.startswith(f"{target.name}.") and name.endswith(PARTIAL):
+                left = target.with_name(name)
+                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                    left.unlink()

@@ -124,7 +124,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         **_data_stamp(recipe, flags.umed_data_root),
         **options,
     }
-    if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text()) == stamp:
+    if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
         note(f"recipe and data have not changed: the records in {file} are used again.")
         return
     # An interrupted build must not leave the old stamp beside records or images that it has replaced.
