@@ -15,17 +15,24 @@ R = TypeVar("R", bound=Callable[..., Any])
 REWARDS: Registry[Any] = Registry("reward")
 
 
-def register_reward(name: str, *, max_normalised: bool = False, least_maximum: float = 0.0) -> Callable[[R], R]:
+def register_reward(
+    name: str, *, max_normalised: Optional[bool] = None, least_maximum: Optional[float] = None
+) -> Callable[[R], R]:
     """Decorator that adds a reward to `REWARDS` and sets its attributes.
+
+    A reward is a function, a callable object, or a class whose objects are callable.
 
     Args:
         name: of the reward; a shipped one is named as its file in `umed_plugin.rewards.terms`. ``--umed_rewards`` knows shipped
             rewards by this name, and those of your own file as ``my_module:my_reward``.
-        max_normalised: whether ``--umed_reward_norm max`` divides the reward by its maximum over a question's candidates.
-        least_maximum: lower bound of that maximum where it is above ``--umed_reward_floor``, in the reward's own unit.
+        max_normalised: whether ``--umed_reward_norm max`` divides the reward by its maximum over a question's candidates. None:
+            the reward's own attribute of this name, or False.
+        least_maximum: lower bound of that maximum where it is above ``--umed_reward_floor``, in the reward's own unit. None: the
+            reward's own attribute of this name, or 0.
 
     Raises:
         ValueError: the name is taken.
+        TypeError: the attributes cannot be set on the reward.
 
     Example:
         >>> @register_reward("brevity", max_normalised=True)
@@ -36,11 +43,27 @@ def register_reward(name: str, *, max_normalised: bool = False, least_maximum: f
     """
 
     def add(reward: R) -> R:
-        vars(reward).update(max_normalised=max_normalised, least_maximum=least_maximum)
+        given = {"max_normalised": max_normalised, "least_maximum": least_maximum}
+        for attribute, value in given.items():
+            if value is not None:
+                _set(reward, name, attribute, value)
         REWARDS.register(name)(reward)
         return reward
 
     return add
+
+
+def _set(reward: Reward, name: str, attribute: str, value: Any) -> None:
+    try:
+        setattr(reward, attribute, value)
+    except (
+        AttributeError,
+        TypeError,
+    ) as error:  # __slots__, a frozen dataclass, a bound method, a function written in C
+        raise TypeError(
+            f"reward {name!r}: {attribute} cannot be set on {reward!r} ({error}). Define `{attribute} = {value!r}` in its class "
+            "and leave the argument out, or register a function that calls it."
+        ) from error
 
 
 def normalisation_of(rewards: Mapping[str, Reward]) -> dict[str, Any]:
