@@ -24,6 +24,7 @@ from umed_plugin.rewards import (
     reward_metric_names,
     vision_relevance,
 )
+from umed_plugin.rewards.contract import normalisation_of, register_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +232,76 @@ def test_the_example_of_the_docstring_runs(module):
     assert done.stdout.split() == ["0", "2"], done.stdout
 
 
+class Counting:
+    """A reward as a callable object with state."""
+
+    max_normalised = True
+    least_maximum = 0.3
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0 for _ in completions]
+
+
+class Slotted:
+    """A reward whose objects take no further attributes."""
+
+    __slots__ = ("limit",)
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0 for _ in completions]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(REWARDS, "_entries", dict(REWARDS._entries))
+    return REWARDS
+
+
+def test_functions_objects_and_classes_can_be_registered(registered):
+    def short(prompts, completions, **columns):
+        return [0.0 for _ in completions]
+
+    class Fresh(Counting):
+        pass
+
+    given = {"short": short, "counting": Counting(), "fresh": Fresh}
+    for name, reward in given.items():
+        assert register_reward(name, max_normalised=False, least_maximum=0.5)(reward) is reward
+        assert registered.get(name) is reward
+    assert normalisation_of(given) == {"max_normalised": [], "least_maxima": dict.fromkeys(given, 0.5)}
+    assert (Counting.max_normalised, Counting.least_maximum) == (True, 0.3)
+
+
+def test_attributes_that_the_reward_has_are_kept_where_no_argument_is_given(registered):
+    given = {"object": Counting(), "class": type("Own", (Counting,), {}), "slotted": Slotted()}
+    for name, reward in given.items():
+        register_reward(name)(reward)
+    assert normalisation_of(given) == {
+        "max_normalised": ["object", "class"],
+        "least_maxima": {"object": 0.3, "class": 0.3, "slotted": 0.0},
+    }
+    half = register_reward("half", least_maximum=0.1)(Counting())
+    assert (half.max_normalised, half.least_maximum) == (True, 0.1)
+
+
+@pytest.mark.parametrize("reward", [Slotted(), len, Counting().__call__], ids=["slots", "builtin", "method"])
+def test_a_reward_that_takes_no_attributes_is_told_what_to_do(registered, reward):
+    with pytest.raises(
+        TypeError, match=r"reward 'mine': max_normalised cannot be set on .* Define `max_normalised = True`"
+    ):
+        register_reward("mine", max_normalised=True)(reward)
+    assert "mine" not in registered
+
+
+def test_the_name_of_a_shipped_reward_is_refused_at_the_users_line(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(NEW_REWARD.replace('"brevity"', '"localization"'))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", "import my_rewards"], env=environment, capture_output=True, text=True)
+    assert "ValueError: reward 'localization' is registered already, as <function localization" in done.stderr
+    assert 'my_rewards.py", line 4' in done.stderr
+
+
 class New:
     metric_names = ("own/new",)
 
@@ -251,6 +322,19 @@ def test_metrics_of_ones_own_rewards_are_read_under_new_and_old_names():
     rewards = {"new": New(), "old": Old(), "silent": localization}
     assert reward_metric_names(rewards) == ["own/new", "own/old"]
     assert collect_metrics(rewards) == {"own/new": 1.0, "own/old": 2.0}
+
+
+def test_methods_of_these_names_are_left_alone_in_rewards_that_announce_no_metrics():
+    class Unrelated:
+        def metrics(self, needed):
+            raise AssertionError("not the plugin's to call")
+
+        def measured(self, needed):
+            raise AssertionError("not the plugin's to call")
+
+    rewards = {"unrelated": Unrelated()}
+    assert reward_metric_names(rewards) == []
+    assert collect_metrics(rewards) == {}
 
 
 def test_a_metric_that_was_not_announced_is_an_error_that_names_it():

@@ -74,7 +74,15 @@ def _names_of(reward: Reward) -> Sequence[str]:
 
 
 def _metrics_of(reward: Reward) -> Mapping[str, float]:
-    """``metrics()`` of a reward, or ``measured()``, the older name, where the reward announces its metrics by the older one."""
-    names = ("metrics", "measured") if hasattr(reward, "metric_names") else ("measured", "metrics")
+    """``metrics()`` of a reward, or ``measured()``, the older name, where the reward announces its metrics by the older one.
+
+    Empty for a reward that announces none: its method of such a name is its own affair.
+    """
+    if hasattr(reward, "metric_names"):
+        names = ("metrics", "measured")
+    elif hasattr(reward, "measures"):
+        names = ("measured", "metrics")
+    else:
+        return {}
     readers = [read for read in (getattr(reward, name, None) for name in names) if callable(read)]
     return readers[0]() if readers else {}
