@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,53 @@ def test_modules_of_the_package_are_imported_at_the_first_lookup(
     assert list(orchard_of_the_test.FRUIT) == ["cherry", "fig", "plum"]
     assert orchard_of_the_test.FRUIT.get("plum")() == "plum"
     assert "fig" in orchard_of_the_test.FRUIT and "date" not in orchard_of_the_test.FRUIT
+
+
+ORCHARD = """
+from umed_plugin.registry import Registry
+
+FRUIT = Registry("fruit", __name__)
+"""
+SHIPPED = """
+from {package} import FRUIT
+
+
+@FRUIT.register("plum")
+def grow():
+    return "plum"
+
+
+FRUIT.register("fig")(len)  # defined outside of the package, while the package is being imported
+"""
+
+
+@pytest.mark.parametrize("first", ["", "shipped"])
+def test_a_shipped_name_is_refused_at_the_users_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """Whether or not the module with the shipped entry has been imported by then."""
+    name = f"orchard_that_ships_{first or 'later'}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text(ORCHARD)
+    (tmp_path / name / "shipped.py").write_text(SHIPPED.format(package=name))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry: Registry[object] = importlib.import_module(name).FRUIT
+    if first:
+        importlib.import_module(f"{name}.{first}")
+    with pytest.raises(ValueError, match="fruit 'plum' is registered already, as <function grow"):
+        registry.register("plum")(fruit)
+    registry.register("mine")(fruit)
+    assert list(registry) == ["fig", "mine", "plum"]
+
+
+def test_a_package_that_cannot_be_imported_says_so_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "barren_orchard").mkdir()
+    (tmp_path / "barren_orchard" / "__init__.py").write_text(ORCHARD)
+    (tmp_path / "barren_orchard" / "pear.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry: Registry[object] = importlib.import_module("barren_orchard").FRUIT
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+            registry.register("apple")(fruit)
+        with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+            registry.get("apple")

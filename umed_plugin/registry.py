@@ -27,15 +27,19 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str = "") -> None:
         self.kind = kind
         self._package = package
+        self._discovering = False
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that adds an object under ``name``.
 
-        A name can be taken once. Running the same definition again, as a notebook does, replaces the entry.
+        A name can be taken once. Running the same definition again, as a notebook does, replaces the entry. The decorator raises
+        ValueError if another object has the name, whether the user or the plugin registered it.
         """
 
         def add(entry: T) -> T:
+            if not self._discovering and not self._is_shipped(entry):
+                self._discover()  # otherwise the clash would be found later, and at a line of the plugin
             if name in self._entries and _origin(self._entries[name]) != _origin(entry):
                 raise ValueError(f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}")
             self._entries[name] = entry
@@ -72,10 +76,19 @@ class Registry(Generic[T]):
 
     def _discover(self) -> None:
         """Import every module of the package once; each registers its entries while it is imported."""
-        if self._package:
+        if not self._package:
+            return
+        self._discovering = True
+        try:
             for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__, f"{self._package}."):
                 importlib.import_module(module.name)
-            self._package = ""
+        finally:
+            self._discovering = False
+        self._package = ""
+
+    def _is_shipped(self, entry: T) -> bool:
+        """Whether an entry was defined in the package, so that its module may be in the middle of its own import."""
+        return f"{getattr(entry, '__module__', '')}.".startswith(f"{self._package}.")
 
     def __contains__(self, name: object) -> bool:
         self._discover()
