@@ -37,8 +37,8 @@ class StrictModel(BaseModel):
     """Base of the models of a user's file: refuses unknown keys and cannot be changed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    # Fields that the code sets, not the user.
-    filled_in: ClassVar[tuple[str, ...]] = ()
+    # Fields that the code sets, not the user. No key of a file ends in an underscore, so that none can have this name.
+    filled_in_: ClassVar[tuple[str, ...]] = ()
 
 
 # Pydantic names the types of a union in a fault's location; the user knows keys only.
@@ -64,12 +64,12 @@ def _in_words(mistake: Any, model: type[BaseModel]) -> str:
     value, location = mistake["input"], mistake["loc"]
     if mistake["type"] == "extra_forbidden":
         owner = _model_at(model, location[:-1])
-        allowed = [name for name in owner.model_fields if name not in getattr(owner, "filled_in", ())]
+        allowed = [name for name in owner.model_fields if name not in getattr(owner, "filled_in_", ())]
         return unknown_name("key", str(location[-1]), allowed)
     if mistake["type"] == "missing":
         field = _model_at(model, location[:-1]).model_fields.get(location[-1])
         description = (field.description if field is not None else None) or "It must be given"
-        return f"missing. {description.split('. ')[0].rstrip('.')}."
+        return f"missing. {description.replace('``', '`').rstrip('.')}."
     if mistake["type"] == "value_error":
         return str(mistake["ctx"]["error"])
     expected = str(mistake.get("ctx", {}).get("expected", ""))

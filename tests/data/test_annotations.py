@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -510,7 +511,7 @@ from umed_plugin.data.annotations import Annotated, ReaderOptions, register_read
 
 
 class SpotOptions(ReaderOptions):
-    example = "annotations: {reader: spots, files: a.txt, label: nod}"
+    yaml_example_ = "annotations: {reader: spots, files: a.txt, label: nod}"
 
     label: str = Field(description="Class of every spot.")
     side: int = Field(2, gt=0, description="Side of the box around a spot, in pixels.")
@@ -536,6 +537,38 @@ def test_a_users_own_reader_with_options(folder: Path, monkeypatch: pytest.Monke
     assert "annotations.sied: unknown key 'sied'. Did you mean 'side'? Allowed: files, image_root" in str(caught.value)
     with pytest.raises(UmedError, match=r"annotations.label: missing. Class of every spot."):
         read(folder, "{reader: spots, files: x}")
+
+
+def test_a_users_own_reader_may_take_any_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that the models use for themselves are none that a recipe would use."""
+    list(READERS)
+    monkeypatch.setattr(READERS, "_entries", dict(READERS._entries))
+    keys = "    example: str = Field(description='An example.')\n    filled_in: str = Field('cy', description='A class.')\n\n"
+    text = OWN_READER.replace("    label: str", f"{keys}    label: str").replace(
+        "[options.label]", "[options.filled_in]"
+    )
+    (folder / "key_reader.py").write_text(text.replace("spots", "spots_of_keys"))
+    monkeypatch.syspath_prepend(str(folder))
+    keys = "{reader: 'key_reader:read_spots_of_keys', files: x, label: nod, example: a"
+    assert by_name(read(folder, f"{keys}}}"))["pos.png"].classes == ["cyst"]
+    assert by_name(read(folder, f"{keys}, filled_in: nod}}"))["pos.png"].classes == ["nodule"]
+    with pytest.raises(UmedError, match=r"unknown key 'exampel'. Did you mean 'example'\? Allowed: .*filled_in"):
+        read(folder, f"{keys}, exampel: b}}")
+    with pytest.raises(UmedError, match=r"annotations.example: missing. An example\."):
+        read(folder, keys.replace(", example: a", "}"))
+
+
+@pytest.mark.parametrize("module", ["data.annotations", "data.recipes.readers"])
+def test_the_name_of_a_shipped_reader_is_refused_at_the_users_line(folder: Path, module: str) -> None:
+    """In a fresh process, in which the shipped reader has not been imported by then."""
+    (folder / "clash.py").write_text(
+        f"from umed_plugin.{module} import register_reader\n\n@register_reader('mask')\n"
+        "def read(options, root, faults):\n    return []\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
+    run = subprocess.run([sys.executable, "-c", "import clash"], env=environment, capture_output=True, text=True)
+    assert "ValueError: annotation reader 'mask' is registered already, as <function read_mask" in run.stderr
+    assert 'clash.py", line 3, in <module>' in run.stderr
 
 
 def test_an_own_reader_that_does_not_exist(folder: Path) -> None:

@@ -111,6 +111,25 @@ split: {by: patients, fractions: {train: .5}}
         ),
         ("{files: a}", "{by: patient}", "", "annotations.reader: missing. Allowed: coco, csv, json, mask, voc, yolo"),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),
+        (
+            "{reader: json, files: a, boxes: b, box: c, only_class: nod}",
+            "{by: patient}",
+            "",
+            "annotations.image: missing. Path of an image. `{key}` is its name in the object, `{field}` a field of its entry.",
+        ),
+        (
+            "{reader: mask, files: a, only_class: nod}",
+            "{by: patient}",
+            "",
+            "annotations.masks: missing. Path of an image's mask. `{stem}` is the image's name without ending, `{split}` the",
+        ),
+        (
+            CSV,
+            "{seed: 1}",
+            "",
+            "split.by: missing. `file`: `annotations.files` or `split_lists` decide. `column`: the split column of the CSV. "
+            "`patient`: a hash of",
+        ),
         ("{reader: coco, files: a}", "{by: file}", "", "split.by: is 'file', but annotations.files is one for all"),
         (CSV, "{by: column}", "", "split.by: is 'column', but annotations.columns.split names none"),
         (CSV, "{by: patient}", "image: {window: column}", "image.window: is 'column', but annotations.columns.window"),

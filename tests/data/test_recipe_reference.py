@@ -59,7 +59,7 @@ def test_every_field_is_described_and_on_the_page(model: type[StrictModel]) -> N
         meaning = field.description.replace("``", "`")
         assert meaning[0].isupper() or meaning[0] == "`"
         assert meaning.endswith(".")
-        if name in model.filled_in:
+        if name in model.filled_in_:
             assert f"`{name}` (" in page
         else:
             assert meaning in listed[name], f"{model.__name__}.{name} is not on the page"
@@ -69,9 +69,9 @@ def test_every_field_is_described_and_on_the_page(model: type[StrictModel]) -> N
 def test_every_reader_has_an_example_that_its_model_takes(name: str) -> None:
     model = reader_options(name)
     assert f"### `reader: {name}`" in recipe_reference()
-    assert model.example.strip() in recipe_reference()
+    assert model.yaml_example_.strip() in recipe_reference()
     faults = Faults()
-    options = validated(model, yaml.safe_load(model.example)["annotations"], "annotations.", faults)
+    options = validated(model, yaml.safe_load(model.yaml_example_)["annotations"], "annotations.", faults)
     assert faults.messages == []
     assert options.reader == name
     assert model is not FreeOptions and issubclass(model, ReaderOptions)
@@ -79,8 +79,8 @@ def test_every_reader_has_an_example_that_its_model_takes(name: str) -> None:
 
 def test_filled_in_keys_are_fields() -> None:
     for model in (Recipe, Mixture):
-        assert set(model.filled_in) < set(model.model_fields)
-        assert all(model.model_fields[name].default in ("", {}) for name in model.filled_in)
+        assert set(model.filled_in_) < set(model.model_fields)
+        assert all(model.model_fields[name].default in ("", {}) for name in model.filled_in_)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from umed_plugin.grounding.boxes import Box
 class JsonOptions(ReaderOptions):
     """JSON with one entry per image: an object of image name and entry, or a list of entries."""
 
-    example = """
+    yaml_example_ = """
 annotations:
   reader: json
   files: boxes.json

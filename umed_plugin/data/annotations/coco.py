@@ -21,7 +21,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 class CocoOptions(ReaderOptions):
     """COCO JSON: ``images``, ``annotations`` with ``bbox`` [x, y, width, height], ``categories``."""
 
-    example = """
+    yaml_example_ = """
 annotations:
   reader: coco
   files: {train: annotations/train.json, val: annotations/val.json}

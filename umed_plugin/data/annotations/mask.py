@@ -18,7 +18,7 @@ from umed_plugin.grounding.boxes import Box
 class MaskOptions(ReaderOptions):
     """Mask images. ``files`` is a pattern of the images; each connected region of an image's mask is a lesion."""
 
-    example = """
+    yaml_example_ = """
 annotations:
   reader: mask
   files: images/*.jpg

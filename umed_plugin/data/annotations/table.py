@@ -46,7 +46,7 @@ class CsvColumns(StrictModel):
 class CsvOptions(ReaderOptions):
     """CSV with a header line. Rows of the same image (and slice) belong together."""
 
-    example = """
+    yaml_example_ = """
 annotations:
   reader: csv
   files: boxes.csv

@@ -22,7 +22,7 @@ class YoloOptions(ReaderOptions):
     An image without a label file is negative.
     """
 
-    example = """
+    yaml_example_ = """
 annotations:
   reader: yolo
   files: {train: train/labels, val: valid/labels}

@@ -38,11 +38,11 @@ ImageRoot = Annotated[
 class ReaderOptions(StrictModel):
     """Keys of ``annotations`` that every reader takes.
 
-    A reader's own options derive from this class, give each field a ``description``, and set ``example``: the text of an
+    A reader's own options derive from this class, give each field a ``description``, and set ``yaml_example_``: the text of an
     ``annotations`` block. The recipe reference is generated from them.
     """
 
-    example: ClassVar[str] = ""
+    yaml_example_: ClassVar[str] = ""  # with an underscore at its end, so that a reader may take a key ``example``
 
     reader: str = Field(description="Format of the annotations: name of a reader, or ``my_module:my_reader``.")
     files: FilesBySplit = Field(

@@ -36,7 +36,7 @@ def _short_form(value: Any) -> Any:
 class Recipe(StrictModel):
     """A data set: where it is, what it holds, how it is read."""
 
-    filled_in: ClassVar[tuple[str, ...]] = ("path", "sha256", "mixture")
+    filled_in_: ClassVar[tuple[str, ...]] = ("path", "sha256", "mixture")
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the data set: letters, digits, ``_``, ``.`` and ``-``."
@@ -128,7 +128,7 @@ class MixedSplit(StrictModel):
 class Mixture(StrictModel):
     """Several data sets as one."""
 
-    filled_in: ClassVar[tuple[str, ...]] = ("path", "sha256", "recipes")
+    filled_in_: ClassVar[tuple[str, ...]] = ("path", "sha256", "recipes")
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_.-]+$", description="Name of the mixture: letters, digits, ``_``, ``.`` and ``-``."
@@ -231,7 +231,7 @@ def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
             f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
         )
     faults = Faults()
-    for key in dict.fromkeys(Recipe.filled_in + Mixture.filled_in):
+    for key in dict.fromkeys(Recipe.filled_in_ + Mixture.filled_in_):
         if key in data:
             faults.add(key, "is filled in by umed; remove it")
     data = {**data, "path": str(path), "sha256": hashlib.sha256(raw).hexdigest()}

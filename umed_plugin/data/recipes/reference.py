@@ -65,7 +65,7 @@ def recipe_reference() -> str:
 
 
 def _section(model: type[StrictModel], title: str) -> str:
-    filled_in = ", ".join(f"`{name}` ({_first_lower(_meaning(model, name))})" for name in model.filled_in)
+    filled_in = ", ".join(f"`{name}` ({_first_lower(_meaning(model, name))})" for name in model.filled_in_)
     note = f"\nFilled in when the recipe is loaded, never written by hand: {filled_in}.\n" if filled_in else ""
     return f"## {title}\n\n{_summary(model)}\n\n{_table(model)}{note}"
 
@@ -80,7 +80,7 @@ def _reader(name: str) -> str:
         inner = model_in(model.model_fields[field].annotation)
         if inner is not None and inner not in _SECTIONS:
             parts.append(f"Keys of `annotations.{field}`:\n\n{_table(inner)}")
-    parts.append(f"```yaml\n{model.example.strip()}\n```\n")
+    parts.append(f"```yaml\n{model.yaml_example_.strip()}\n```\n")
     return "\n".join(parts)
 
 
@@ -91,7 +91,7 @@ def _summary(model: Any) -> str:
 def _table(model: Any, names: Any = None) -> str:
     """One row per field; without ``names``, all that a user may write."""
     hints = get_type_hints(model, include_extras=True)
-    shown = names or [name for name in model.model_fields if name not in getattr(model, "filled_in", ())]
+    shown = names or [name for name in model.model_fields if name not in getattr(model, "filled_in_", ())]
     rows = ["| Key | Type | Default | Meaning |", "|---|---|---|---|"]
     for name in shown:
         field = model.model_fields[name]
