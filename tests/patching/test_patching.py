@@ -201,6 +201,9 @@ def test_a_patch_that_fails_half_way_leaves_nothing_behind(library):
         ("1.1.2", ">=1.1.3", False),
         ("2", "==2.0", True),
         ("unknown", ">=1", True),
+        ("1.2.2-med", ">=1.1.3,<1.3", True),
+        ("1.3-med", ">=1.1.3,<1.3", False),
+        ("2.1.0a0.nv23.dirty", ">=2.2", False),
         ("2.13.0+cpu", ">=2.13", True),
         ("2.13.0+cpu", "<2.13", False),
         ("4.37.0.dev0", ">=4.36,<4.38", True),
@@ -225,6 +228,14 @@ def test_a_version_is_on_one_side_of_a_limit(version):
 def test_what_is_not_a_range_is_an_error(versions):
     with pytest.raises(ValueError, match="Invalid specifier"):
         patching.version_fits("4.36", versions)
+
+
+@pytest.mark.parametrize("versions", ["", ">=1 ||", "|| >=1", ">=1 || || <5", ",", ">=1 || ,"])
+def test_an_empty_range_is_an_error(versions):
+    """It would hold every version."""
+    for version in ("4.36", "unknown"):
+        with pytest.raises(ValueError, match=r"Invalid specifier: a range in '.*' is empty"):
+            patching.version_fits(version, versions)
 
 
 @pytest.mark.parametrize("name", ["umed_plugin.patching", "umed_plugin.patching.import_hook", "umed_plugin.patches"])

@@ -14,6 +14,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -211,11 +212,12 @@ def version_fits(version: str, versions: str) -> bool:
     exactly one holds for 5.0.0rc1. Hashes judge the source itself.
 
     Args:
-        version: as metadata gives it; one that is not a version at all, such as ``unknown``, is in every range.
+        version: as metadata gives it. Of one that PEP 440 does not allow, such as ``1.2-med``, the leading numbers count; one
+            without them, such as ``unknown``, is in every range.
         versions: PEP 440 specifiers, such as ``>=1.1.3,<1.3``, or several of them separated by ``||``.
 
     Raises:
-        ValueError: ``versions`` is not such a range.
+        ValueError: ``versions`` is not such a range, or has nothing on one side of a ``||``.
 
     Example:
         >>> version_fits("2.13.0+cpu", ">=2.0,<2.2 || >=2.13")
@@ -226,10 +228,15 @@ def version_fits(version: str, versions: str) -> bool:
     from packaging.version import InvalidVersion, Version
 
     ranges = [SpecifierSet(specifiers) for specifiers in versions.split("||")]
+    if not all(len(specifiers) for specifiers in ranges):  # an empty set would hold every version
+        raise ValueError(f"Invalid specifier: a range in {versions!r} is empty; write each as in '>=1.1.3,<1.3'")
     try:
         release = Version(version).base_version
     except InvalidVersion:
-        return True
+        numbers = re.match(r"\d+(\.\d+)*", version)
+        if numbers is None:
+            return True
+        release = numbers.group()
     return any(release in specifiers for specifiers in ranges)
 
 
