@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,19 @@ def test_questions_about_one_image_stand_in_one_batch():
     assert found == [["a0", "a1", "a2"], ["b0", "b1", "b2"], ["c0", "c1", "c2", "c3", "c4"], ["c5", "c6"]]
     options = [BenchmarkQuestion(str(number), "d", "?", "x", options=("x", "y")) for number in range(3)]
     assert [len(batch) for batch in in_batches(options, 4)] == [2, 1], "options are rows"
+
+
+def test_slices_of_one_volume_fill_batches_as_other_images_do():
+    """12 volumes of 9 slices in batches of 16: slices of one volume share no computation, so they may be parted."""
+
+    def about(volume, index):
+        return BenchmarkQuestion(f"{volume}-{index}", f"{volume}.nii", "?", "", reading={"slice": index})
+
+    slices = [about(volume, index) for volume in range(12) for index in range(9)]
+    assert [len(batch) for batch in in_batches(slices, 16)] == [16, 16, 16, 16, 16, 16, 12]
+    # Two questions about each of two slices, alternating: those about the same slice stay together.
+    twice = [replace(about(0, index), id=f"{index}{turn}") for turn in "ab" for index in range(2)]
+    assert [[question.id for question in batch] for batch in in_batches(twice, 3)] == [["0a", "0b"], ["1a", "1b"]]
 
 
 def test_a_benchmark_without_its_files_says_what_it_needs(tiny_mistral, tmp_path, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
+from umed_plugin.model.answerer import image_key
 
 _MISSING_SHOWN = 5
 
@@ -89,10 +90,13 @@ def _first_of_parts(questions: Sequence[BenchmarkQuestion], limit: int | None) -
 
 
 def in_batches(questions: Sequence[BenchmarkQuestion], batch_size: int) -> list[list[BenchmarkQuestion]]:
-    """Batches of at most ``batch_size`` rows; questions about one image are in one batch, unless they are more than that."""
-    of_image: dict[str, list[BenchmarkQuestion]] = {}
+    """Batches of at most ``batch_size`` rows; questions about one image are in one batch, unless they are more than that.
+
+    Slices of one volume are different images: they share no computation.
+    """
+    of_image: dict[tuple[str, str], list[BenchmarkQuestion]] = {}
     for question in questions:
-        of_image.setdefault(question.image, []).append(question)
+        of_image.setdefault(image_key(question.image, question.reading), []).append(question)
     batches: list[list[BenchmarkQuestion]] = []
     room = 0
     for group in of_image.values():

@@ -149,10 +149,10 @@ class Answerer:
         from umed_plugin.model.shared_prefix import answer_greedily
 
         # Each image is encoded once; image_index[i] says which one question i is about.
-        images = list(dict.fromkeys(_image_key(question) for question in questions))
-        first = {_image_key(question): question for question in reversed(questions)}
+        images = list(dict.fromkeys(image_key(question.image, question.reading) for question in questions))
+        first = {image_key(question.image, question.reading): question for question in reversed(questions)}
         features = self.features([path for path, _ in images], [first[key].reading for key in images])
-        image_index = [images.index(_image_key(question)) for question in questions]
+        image_index = [images.index(image_key(question.image, question.reading)) for question in questions]
 
         texts = [""] * len(questions)
         examined: list[dict[str, Any] | None] = [None] * len(questions)
@@ -214,8 +214,9 @@ class Answerer:
         return Continuation(image, ids, full)
 
 
-def _image_key(question: ImageQuestion) -> tuple[str, str]:
-    return question.image, json.dumps(question.reading, sort_keys=True)
+def image_key(path: str, reading: Reading | None) -> tuple[str, str]:
+    """What questions must share to be about the same pixels: the file, and how it is read (such as the slice of a volume)."""
+    return path, json.dumps(reading, sort_keys=True)
 
 
 def image_and(question: str, config: Any) -> str:
