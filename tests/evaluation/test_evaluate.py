@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,8 @@ from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values, headline, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
-from umed_plugin.evaluation.metrics.metric import mean_interval, measure
+from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate, evaluate_questions
+from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import Evaluation, Prediction, compare
 from umed_plugin.evaluation.stages_table import stages_table
 from umed_plugin.grounding.scoring import AnswerScore
@@ -290,3 +291,20 @@ def test_the_table_holds_every_stage(tmp_path):
     text = console.export_text()
     assert "rewarding - " in text.replace("\n", " ") or "rewarding -" in text
     assert "0.500 [0.500, 0.500]" in text and "+0.000" in text
+
+
+def test_a_record_whose_question_is_the_image_alone_is_evaluated(tiny_mistral, tmp_path):
+    made = evaluated_records(tmp_path, 2)
+    made[0]["conversations"][0]["value"] = "<image>"
+    (tmp_path / "records.json").write_text(json.dumps(made))
+    evaluated = evaluate(tiny_mistral, str(tmp_path / "records.json"), max_new_tokens=4, out=tmp_path / "out")
+    assert [prediction.question for prediction in evaluated.predictions] == ["", "What is it?"]
+    assert all("vision_relevance" in prediction.values for prediction in evaluated.predictions)
+    assert Evaluation.load(tmp_path / "out") == evaluated
+
+
+def test_records_may_be_given_as_a_path(tiny_mistral, tmp_path):
+    file: Path = tmp_path / "records.json"
+    file.write_text(json.dumps(evaluated_records(tmp_path, 2)))
+    by_path, by_text = (evaluate(tiny_mistral, benchmark, max_new_tokens=4) for benchmark in (file, str(file)))
+    assert by_path.predictions == by_text.predictions and len(by_path.predictions) == 2

@@ -90,7 +90,7 @@ def kept_line(question: BenchmarkQuestion, answer: ModelAnswer) -> dict[str, Any
     line = {
         "id": question.id,
         "image": question.image,
-        "question": question.text or question.options_after,
+        "question": question.options_after if question.text is None else question.text,
         "answer": answer.text,
         "truth": question.truth,
         "options": list(question.options),

@@ -65,7 +65,7 @@ class EvaluationSettings:
 
 def evaluate(
     checkpoint: Path | str | AnswersQuestions,
-    benchmark: str,
+    benchmark: Path | str,
     data_root: Path | str | None = None,
     *,
     split: str | None = None,
@@ -118,7 +118,7 @@ def evaluate(
     """
     chosen = EvaluationSettings(**settings)
     root = None if data_root is None else Path(data_root)
-    asked = _benchmark_of(benchmark, checkpoint, root, chosen)
+    asked = _benchmark_of(str(benchmark), checkpoint, root, chosen)
     with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as temporary:
         questions, skipped = chosen_questions(
             asked,

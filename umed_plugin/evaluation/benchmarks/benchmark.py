@@ -25,7 +25,8 @@ class BenchmarkQuestion:
     Attributes:
         id: unique within the benchmark.
         image: path of the file.
-        text: the question as the model gets it, without image token; None if only the options behind a bare text count.
+        text: the question as the model gets it, without image token; may be empty. None if only the options behind a bare text
+            count.
         truth: the reference answer as the benchmark's files have it.
         options: answers whose likelihood is computed, each as ``" {option}."`` behind ``options_after``.
         options_after: a bare text behind the image, without template; None: the question in its template.
@@ -50,8 +51,9 @@ class BenchmarkQuestion:
 
     def __post_init__(self) -> None:
         """Refuse a question that asks for nothing."""
-        has_options = self.options and (self.options_after or self.text)
-        if not (self.text if self.write else has_options):
+        has_text = self.text is not None
+        has_options = self.options and (self.options_after is not None or has_text)
+        if not (has_text if self.write else has_options):
             raise ValueError(f"question {self.id!r} has neither a text to answer nor options behind one")
 
     @property
