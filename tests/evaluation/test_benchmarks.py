@@ -170,6 +170,15 @@ def test_a_name_that_is_no_benchmark_is_answered_with_those_that_are(tiny_mistra
     assert "Did you mean 'vqa_rad'?" in capsys.readouterr().err
 
 
+def test_a_misspelt_benchmark_is_named_before_the_evaluation_to_compare_with_is_read(tiny_mistral, tmp_path, capsys):
+    root = rad(tmp_path / "rad")
+    assert main(command(tiny_mistral, "vqa_rad", root, tmp_path / "a")) == 0
+    capsys.readouterr()
+    for before in (tmp_path / "a", tmp_path / "missing"):
+        assert main(command(tiny_mistral, "slkae", root, tmp_path / "b", "--compare", before)) == 2
+        assert "unknown benchmark 'slkae'. Did you mean 'slake'?" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_several_squares_an_image_is_refused(tiny_mistral, tmp_path, capsys):
     """LLaVA-NeXT's: its images are not one square, and boxes and prefixes would be wrong."""
     copy = shutil.copytree(tiny_mistral, tmp_path / "llava-next-mistral")

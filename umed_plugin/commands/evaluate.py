@@ -86,13 +86,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    from umed_plugin.evaluation.evaluator import evaluate
+    from umed_plugin.evaluation.evaluator import check_benchmark, evaluate
     from umed_plugin.grounding.dialects import find_dialect
     from umed_plugin.patches import prepare_llava
 
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
+    check_benchmark(args.benchmark)
     prepare_llava()
     dialect, before = find_dialect(args.boxes), _before(args)
     with _Bar() as advance:

@@ -143,7 +143,7 @@ def _benchmark_of(
         if root is None:
             raise UsageError(f"--benchmark {name} needs --data-root: {named.needs}, from {named.url}")
         return named
-    _check_recipe(name)
+    check_benchmark(name)
     return recipe_benchmark(
         name,
         data_root=root,
@@ -154,13 +154,17 @@ def _benchmark_of(
     )
 
 
-def _check_recipe(name: str) -> None:
-    """Refuse a name that is neither a recipe's nor a file's, before the checkpoint is read."""
+def check_benchmark(name: str) -> None:
+    """Refuse a name that is neither a benchmark's, a recipe's nor a file's, before a checkpoint or another evaluation is read.
+
+    Raises:
+        UsageError: there is no benchmark of that name.
+    """
     from umed_plugin.data.recipes.recipe import shipped_recipes
 
     is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
-    if not is_file and name not in shipped_recipes():
-        known = {*BENCHMARKS, *shipped_recipes()}
+    known = {*BENCHMARKS, *shipped_recipes()}
+    if not is_file and name not in known:
         raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
 
 
