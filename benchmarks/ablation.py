@@ -26,10 +26,11 @@ from statistics import fmean
 from subprocess import DEVNULL
 from typing import Any
 
+from intervals import mean_interval
+
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
 from umed_plugin.commands.processes import Steps
 from umed_plugin.evaluation.metrics.metric import Row as ScoredStudy
-from umed_plugin.evaluation.metrics.metric import mean_interval
 from umed_plugin.evaluation.results import Evaluation
 
 EARLY = "early"

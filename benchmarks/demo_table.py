@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import fmean
 
 from ablation import SHOWN, read_cases, values_of
+from intervals import mean_interval
 
 from umed_plugin.commands.demo.pipeline import STAGES, DemoRun, DemoSettings
 from umed_plugin.commands.processes import Steps
-from umed_plugin.evaluation.metrics.metric import mean_interval
 
 METRICS = ("mean IoU", "accuracy")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import demo_table
+from intervals import mean_interval
 
-from umed_plugin.evaluation.metrics.metric import mean_interval
 from umed_plugin.evaluation.results import Evaluation, Prediction
 
 

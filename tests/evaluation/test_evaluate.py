@@ -72,16 +72,6 @@ def test_metrics_that_nothing_answers_are_none_and_equal_values_have_no_width():
     found = metrics([case("a", 1.0, 1.0, negative=True)])
     assert found["mean_iou"] is None and found["mean_iou_ci95"] is None
     assert found["accuracy_ci95"] == [1.0, 1.0]
-    assert mean_interval([]) is None
-
-
-def test_the_interval_covers_the_mean_as_the_normal_approximation_does_and_is_repeatable():
-    values = list(np.random.default_rng(3).random(400))
-    low, high = mean_interval(values)
-    half = 1.96 * np.std(values) / 20
-    assert low == pytest.approx(np.mean(values) - half, abs=0.1 * half)
-    assert high == pytest.approx(np.mean(values) + half, abs=0.1 * half)
-    assert mean_interval(values) == [low, high]
 
 
 def test_compare_pairs_studies_by_id_and_not_by_order():

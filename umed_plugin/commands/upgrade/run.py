@@ -235,10 +235,7 @@ class Upgrade:
             "versions": versions(),
             "settings": self.settings.model_dump(),
             "commands": [step.line() for step in self.steps],
-            "evaluation": {
-                stage: {name: value for name, value in summary[stage].items() if name != "figures"}
-                for stage in EVALUATED
-            },
+            "evaluation": {stage: summary[stage] for stage in EVALUATED},
             "files": self.provenance.hashes(self.plan.result),
         }
         write_json(self.plan.result / MANIFEST, content)

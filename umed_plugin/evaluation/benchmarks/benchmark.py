@@ -81,7 +81,7 @@ class Benchmark:
         templates: model_type -> default prompt template.
         prepare: writes the images of the chosen questions, for a benchmark whose images are not files.
         adapt: (questions, scorer) -> questions fitted to the model, such as boxes in its coordinates.
-        examine: a further pass over the answers of each batch, see `Examine`; None for benchmarks that score texts alone.
+        examine: a further pass over the answers of each batch, see `ExamineHook`; None for benchmarks that score texts alone.
         details: (question, answer, scorer) -> further keys of the question's line in ``predictions.jsonl``.
         candidates: data root -> the open answers of the training split, empty if its file is missing.
     """
@@ -100,7 +100,7 @@ class Benchmark:
     templates: Mapping[str, str] = field(default_factory=lambda: STOCK_TEMPLATES)
     prepare: Callable[[Sequence[BenchmarkQuestion]], None] | None = None
     adapt: Callable[[Sequence[BenchmarkQuestion], Scorer], list[BenchmarkQuestion]] | None = None
-    examine: Examine | None = None
+    examine: ExamineHook | None = None
     details: Callable[[BenchmarkQuestion, ModelAnswer, Scorer], dict[str, Any]] | None = None
     candidates: Callable[[Path], list[str]] | None = None
 
@@ -108,7 +108,7 @@ class Benchmark:
 # A hook for what needs the model again once it has answered, such as attention. It is called for each batch while the prompts,
 # with their image features, are in memory: (answerer, N questions, their N embedded prompts, their N answers) -> N dicts of JSON
 # values. `score` and `details` find the dict of a question in `ModelAnswer.examined`; it is kept with the answer on disk.
-Examine = Callable[
+ExamineHook = Callable[
     [Any, Sequence[BenchmarkQuestion], "PromptBatch", "Candidates"],
     "list[dict[str, Any]]",
 ]

@@ -95,7 +95,7 @@ def check_aspect_ratio(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -
 def look(
     answerer: Answerer, questions: Sequence[BenchmarkQuestion], prompts: PromptBatch, answers: Candidates
 ) -> list[dict[str, Any]]:
-    """The attention pass, an `Examine` hook: ``vision_relevance`` 0-1, and ``heat`` (`umed_plugin.model.heat_map`) or None."""
+    """The attention pass, an `ExamineHook`: ``vision_relevance`` 0-1, and ``heat`` (`umed_plugin.model.heat_map`) or None."""
     from umed_plugin.model.heat_map import relevance_and_heat_maps
 
     records = [question.about["record"] for question in questions]

@@ -216,22 +216,3 @@ def _interval(resampled: Sequence[float]) -> list[float] | None:
 
 def _number(value: float) -> float | None:
     return None if value != value else float(value)
-
-
-def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean of independent values, resampled one by one.
-
-    One value, or equal values, give that value twice; no values give None.
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    if not values:
-        return None
-    if len(set(values)) == 1:
-        return [float(values[0])] * 2
-    sample = np.asarray(values, dtype=float)
-    interval = bootstrap(
-        (sample,), np.mean, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0)
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
