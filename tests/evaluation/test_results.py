@@ -203,7 +203,8 @@ def test_an_old_evaluation_of_records_is_not_continued_but_left_as_it_is(tiny_mi
     assert main([*start, "--out", str(out)]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "an evaluation of records by an earlier version" in said and "Give another --out, or remove that folder" in said
+        "an evaluation of records by an earlier version" in said
+        and "Remove that folder to evaluate again; `umed evaluate` also takes another --out." in said
     )
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 

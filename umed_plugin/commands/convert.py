@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="convert a LLaVA checkpoint to transformers' form (for vLLM, TRL, ...), or back",
         description="Convert a checkpoint in LLaVA's layout to transformers' LlavaForConditionalGeneration with its processor "
         "and chat template, which vLLM, TRL and others read; or convert such a folder to LLaVA's layout, for stock LLaVA. The "
-        " direction follows from CKPT's config.json. Logits stay the same.",
+        "direction follows from CKPT's config.json. Logits stay the same.",
         epilog="examples:\n"
         "  umed convert checkpoints/llava-mistral-umed --template umed_mistral --out checkpoints/umed-hf\n"
         "  umed convert checkpoints/umed-hf --out checkpoints/llava-mistral-back",

@@ -279,7 +279,7 @@ def _refuse_older(file: Path) -> None:
     if file.is_file() and "records" in read_object(file):
         raise UmedError(
             f"{file.parent}: holds an evaluation of records by an earlier version of umed-plugin, which this version reads and "
-            "compares but does not continue. Give another --out, or remove that folder."
+            "compares but does not continue. Remove that folder to evaluate again; `umed evaluate` also takes another --out."
         )
 
 
