@@ -37,7 +37,7 @@ class StrictModel(BaseModel):
     """Base of the models of a user's file: refuses unknown keys and cannot be changed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    # Fields that the code sets, not the user. No key of a file ends in an underscore, so that none can have this name.
+    # Fields that the code sets, not the user. The underscore keeps the name free for a key of the file.
     filled_in_: ClassVar[tuple[str, ...]] = ()
 
 

@@ -76,7 +76,7 @@ def _names_of(reward: Reward) -> Sequence[str]:
 def _metrics_of(reward: Reward) -> Mapping[str, float]:
     """``metrics()`` of a reward, or ``measured()``, the older name, where the reward announces its metrics by the older one.
 
-    Empty for a reward that announces none: its method of such a name is its own affair.
+    Empty for a reward that announces none. A method of such a name then serves another purpose and is not called.
     """
     if hasattr(reward, "metric_names"):
         names = ("metrics", "measured")
