@@ -539,6 +539,7 @@ def test_a_users_own_reader_with_options(folder: Path, monkeypatch: pytest.Monke
         read(folder, "{reader: spots, files: x}")
 
 
+@pytest.mark.filterwarnings("error:Field name .* shadows an attribute:UserWarning")
 def test_a_users_own_reader_may_take_any_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names that the models use for themselves are none that a recipe would use."""
     list(READERS)
