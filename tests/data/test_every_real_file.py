@@ -129,6 +129,7 @@ def test_every_file_is_read_or_has_a_reason(real_data: Path) -> None:
     assert [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in names)] == []
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("reader", dict.fromkeys(READ.values()), ids=lambda reader: reader.__name__)
 def test_what_is_read_holds_what_is_known_of_it(reader: Reader, real_data: Path, tmp_path: Path) -> None:
     reader(real_data, tmp_path)

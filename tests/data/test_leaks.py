@@ -56,6 +56,7 @@ def test_pictures_of_one_grey_are_like_nothing() -> None:
     assert Pictures().also_in(grey) == grey.also_in(Pictures()) == []
 
 
+@pytest.mark.llava
 def test_real_pictures_are_told_apart_and_copies_found(real_data: Path) -> None:
     """CT, MRI and endoscopy: halved and saved as JPEG anew, each is like itself and no other patient's."""
     ours, copies = Pictures(), Pictures()

@@ -16,6 +16,8 @@ from umed_plugin.data.records import record_geometry, true_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import parse_boxes, set_iou
 
+pytestmark = pytest.mark.llava  # pixels are read by MONAI, which needs torch
+
 
 def test_brain_tumors(real_data: Path, tmp_path: Path) -> None:
     records = build_records(load_recipe("brain_tumor_coco"), out_dir=tmp_path, data_root=real_data / "brain_tumor_coco")

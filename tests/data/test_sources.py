@@ -52,6 +52,7 @@ def test_deeplesions_real_rows(real_data: Path) -> None:
     assert len({item.split for item in found.missing if item.patient == "91"}) == 1
 
 
+@pytest.mark.llava
 def test_deeplesions_liver_rows_by_the_full_recipe(real_data: Path, tmp_path: Path) -> None:
     """23 real rows with their images, laid out as the archives are, and as Key_slices/ is: both give the same pictures."""
     flat = real_data / "deeplesion" / "liver_flat"
@@ -167,6 +168,7 @@ def test_nihs_folders_header_and_negatives(tmp_path: Path) -> None:
     assert check_recipe(recipe, data_root=tmp_path).ok
 
 
+@pytest.mark.llava
 def test_kvasirs_real_boxes_and_masks_agree(real_data: Path, tmp_path: Path) -> None:
     """11 entries, 5 with their image, of which one has a sliver at the border; grey JPEG masks give the same boxes."""
     root = real_data / "kvasir_seg"
