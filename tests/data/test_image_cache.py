@@ -169,6 +169,19 @@ def test_processes_share_it_and_one_may_be_killed(tmp_path: Path) -> None:
         assert torch.equal(cache.pixels(path), tensor)
 
 
+def test_a_file_that_another_process_renames_meanwhile_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_cache(tmp_path / "cache", slots=2)
+    partial = tmp_path / "cache" / "7.square.0123abcd.partial"
+    partial.touch()
+    with os.scandir(partial.parent) as listed:
+        (entry,) = [file for file in listed if file.name == partial.name]
+    partial.unlink()
+    monkeypatch.setattr("umed_plugin.data.images.cache._files", lambda folder: iter([entry]))
+    make_cache(tmp_path / "cache", slots=2)
+
+
 def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UmedError, match="is too small; one image needs 9444"):
         make_cache(tmp_path / "cache", slots=0)

@@ -21,6 +21,7 @@ How to run: ``umed-run ... --umed_image_cache FOLDER``, or ``umed evaluate ... -
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -177,12 +178,16 @@ class ImageCache:
     def _remove_stale_files(self) -> None:
         """Remove entries beyond the limit, and partial files that a killed process left."""
         for file in _files(self.folder):
-            number, _, rest = file.name.partition(".")
-            if rest == "square":
-                if not number.isdigit() or int(number) >= self.slots:
+            # Another process may rename or remove it at this moment.
+            with contextlib.suppress(FileNotFoundError):
+                if self._is_stale(file):
                     os.unlink(file)
-            elif rest.endswith(files.PARTIAL) and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS:
-                os.unlink(file)
+
+    def _is_stale(self, file: os.DirEntry[str]) -> bool:
+        number, _, rest = file.name.partition(".")
+        if rest == "square":
+            return not number.isdigit() or int(number) >= self.slots
+        return rest.endswith(files.PARTIAL) and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
