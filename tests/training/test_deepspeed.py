@@ -228,4 +228,4 @@ def test_a_deepspeed_for_another_device_is_refused_before_the_model_is_loaded(
     more = [*TUNING, "--deepspeed", str(tmp_path / "zero2.json")]
     run = umed_run(["python", script(), *train_flags(tiny_llama, records, tmp_path / "out", *more)])
     assert run.returncode == 2
-    assert "training runs on cpu, and the installed DeepSpeed on cuda" in run.stderr and "torchrun" in run.stderr
+    assert "training runs on cpu, but the installed DeepSpeed on cuda" in run.stderr and "torchrun" in run.stderr
