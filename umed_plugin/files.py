@@ -130,11 +130,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_stale_partial(file: os.DirEntry[str]) -> bool:
+    """Whether a killed writer left this file half written: it ends with `PARTIAL` and is an hour old.
+
+    Raises:
+        FileNotFoundError: its writer has renamed or removed it since it was listed.
+    """
+    return file.name.endswith(PARTIAL) and time.time() - file.stat().st_mtime > _STALE_SECONDS
+
+
 def _remove_stale(target: Path) -> None:
     """Remove what earlier writers of ``target`` left half written when they were killed."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(target.parent):
-            if name.startswith(f"{target.name}.") and name.endswith(PARTIAL):
-                left = target.with_name(name)
-                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                    left.unlink()
+    with contextlib.suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.startswith(f"{target.name}.") and is_stale_partial(entry):
+                    os.unlink(entry)

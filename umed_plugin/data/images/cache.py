@@ -41,7 +41,6 @@ from umed_plugin.errors import UmedError, warn
 FORMAT = "umed-images-1"  # change it when the entries, or the way a file becomes pixels, change
 WAYS = 4
 _NAME_BYTES, _CHECKSUM_BYTES = 32, 4
-_STALE_PARTIAL_SECONDS = 3600
 
 
 class ImageCache:
@@ -187,7 +186,7 @@ class ImageCache:
         number, _, rest = file.name.partition(".")
         if rest == "square":
             return not number.isdigit() or int(number) >= self.slots
-        return rest.endswith(files.PARTIAL) and time.time() - file.stat().st_mtime > _STALE_PARTIAL_SECONDS
+        return files.is_stale_partial(file)
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
