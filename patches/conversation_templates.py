@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from umed_plugin.errors import unknown_name
 from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.patches import model_class
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
 # train() handles these two itself, without the dictionary.
 _VERSIONS_OF_TRAIN = ("v0", "v0.5")
+# LLaVA's programs ask a `llava_mistral` checkpoint under this template, and no other checkpoint.
+_OF_MISTRAL = ("mistral_instruct",)
 
 
 def change(recorder: Recorder) -> None:
@@ -41,6 +44,9 @@ def find_faults(run: TrainingRun) -> list[str]:
         ]
     if run.active and (version == "v0.5" or conv_templates[version].sep_style == SeparatorStyle.PLAIN):
         return [f"--version {version} has no place for questions. Use umed_v1 or umed_mistral."]
+    contradiction = _contradicts_checkpoint(run, version) if run.active else None
+    if contradiction is not None:
+        return [contradiction]
     if (
         run.active
         and version not in TEMPLATES
@@ -50,6 +56,30 @@ def find_faults(run: TrainingRun) -> list[str]:
             f"--umed_stock_template_share has no effect with --version {version}, only with {' and '.join(TEMPLATES)}."
         ]
     return []
+
+
+def _contradicts_checkpoint(run: TrainingRun, version: str) -> str | None:
+    """Why a template does not belong to the checkpoint's ``model_type``, as a sentence.
+
+    Stock LLaVA and ``umed evaluate`` choose the template by the checkpoint. A model that was trained under another one answers
+    with empty or garbled text there.
+    """
+    from umed_plugin.checkpoints.prompt_templates import TEMPLATES
+
+    name = run.model_args.model_name_or_path
+    try:
+        model_type = str(model_class.read_config(name, run.training_args.cache_dir).get("model_type"))
+    except (OSError, ValueError):
+        return None  # `model_class.find_faults` says so
+    of_mistral = "mistral" in model_type
+    stock = TEMPLATES[version].stock if version in TEMPLATES else version
+    if model_type not in model_class.FAMILIES or of_mistral == (stock in _OF_MISTRAL):
+        return None
+    fitting = "umed_mistral (or stock mistral_instruct)" if of_mistral else "umed_v1 (or stock v1)"
+    return (
+        f"--version {version}: does not fit --model_name_or_path {name}, whose model_type is {model_type!r}. Stock LLaVA and "
+        f"`umed evaluate` would ask the trained checkpoint under another template. Use --version {fitting}."
+    )
 
 
 PATCH = Patch(

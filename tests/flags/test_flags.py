@@ -183,14 +183,16 @@ def test_stage_2_refuses_what_it_cannot_shard_and_says_what_works(algorithm, cha
     assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(deepspeed="zero3.json")) == []
 
 
-def test_stage_2_refuses_evaluations_that_it_has_no_data_for():
+@pytest.mark.parametrize(
+    ("stage", "instead"), [("rewarding", "--umed_val_every"), ("instruction_tuning", "umed evaluate")]
+)
+def test_evaluations_without_an_evaluation_set_are_refused(stage, instead):
     from transformers.trainer_utils import IntervalStrategy
 
-    for strategy in ("steps", IntervalStrategy.STEPS):
-        (fault,) = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=strategy))
-        assert "--evaluation_strategy steps" in fault and "--umed_val_every" in fault
-        assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(evaluation_strategy=strategy)) == []
-    assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
+    for strategy in ("steps", "epoch", IntervalStrategy.STEPS):
+        (fault,) = find_faults(UmedFlags(umed_stage=stage), *llava_args(evaluation_strategy=strategy))
+        assert f"--evaluation_strategy {getattr(strategy, 'value', strategy)}" in fault and instead in fault
+    assert find_faults(UmedFlags(umed_stage=stage), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
 
 
 def test_all_faults_come_at_once():

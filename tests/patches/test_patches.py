@@ -238,6 +238,41 @@ def test_wrong_flags_stop_before_anything_is_loaded(flags, more, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "version", "fits"),
+    [
+        ("llava_mistral", "v1", False),
+        ("llava_mistral", "umed_v1", False),
+        ("llava_mistral", "llava_v1", False),
+        ("llava_mistral", "v0", False),
+        ("llava_mistral", "llama_2", False),
+        ("llava_mistral", "mistral_instruct", True),
+        ("llava_mistral", "umed_mistral", True),
+        ("llava", "mistral_instruct", False),
+        ("llava_llama", "umed_mistral", False),
+        ("llava_llama", "v1", True),
+        ("llava", "v0", True),
+        ("llava", "llava_llama_2", True),
+    ],
+)
+@pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
+def test_a_template_of_another_family_than_the_checkpoints_is_refused(
+    flags, tmp_path, stage, model_type, version, fits
+):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": "x"}))
+    patching.apply(ALL)
+    command = [*flags, "--model_name_or_path", str(checkpoint), "--version", version]
+    if fits:
+        parse([*command, "--umed_stage", stage])
+        return
+    with pytest.raises(UsageError, match=f"--version {version}: does not fit") as caught:
+        parse([*command, "--umed_stage", stage])
+    wanted = "umed_mistral" if model_type == "llava_mistral" else "umed_v1"
+    assert f"Use --version {wanted}" in str(caught.value)
+
+
 def test_every_flag_is_in_the_help_of_llavas_script(capsys):
     patching.apply(ALL)
     with pytest.raises(SystemExit):

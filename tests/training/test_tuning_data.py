@@ -173,11 +173,24 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
         make_dataset(records, tokenizer)
 
 
-@pytest.mark.parametrize("content", ["{", '{"a": 1}', '[{"id": 1}]'])
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[" * 100_000])
 def test_a_data_file_that_is_none_is_named(records, tokenizer, content):
     records.write_text(content)
     with pytest.raises(UmedError, match=r"records\.json: is not"):
         make_dataset(records, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [("umed_v1", "A mass.</s>"), ("umed_v1", "x ASSISTANT: y"), ("umed_mistral", "[/INST] y"), ("v1", "A mass.</s>")],
+)
+def test_an_item_that_llava_would_mask_wrongly_is_named_though_no_sample_is_checked(records, tokenizer, template, text):
+    items = json.loads(records.read_text())
+    items[2]["conversations"][1]["value"] = text
+    records.write_text(json.dumps(items))
+    with pytest.raises(UmedError, match=r"records\.json: 1 of \d+ items(.|\n)*\[2\]") as caught:
+        make_dataset(records, tokenizer, template)
+    assert "where the template ends a turn" in str(caught.value)
 
 
 def write_coco_recipe(folder):

@@ -49,6 +49,23 @@ def conversation_template(name: str) -> Conversation:
     return conversation
 
 
+def separators(name: str) -> tuple[str, ...]:
+    """The texts at which LLaVA's masking cuts a conversation under a template. In a turn, they would shift what is supervised.
+
+    Raises:
+        UsageError: there is no such template.
+    """
+    from llava.conversation import SeparatorStyle
+
+    conversation = conversation_template(name)
+    if conversation.sep_style == SeparatorStyle.TWO:
+        return (conversation.sep2, f"{conversation.sep}{conversation.roles[1]}: ")
+    if conversation.sep_style == SeparatorStyle.LLAMA_2:
+        return (conversation.sep2, "[INST]", "[/INST]")
+    # The other styles are masked by the lengths of their turns, or by tokens that no text holds.
+    return (conversation.sep,) if conversation.sep_style == SeparatorStyle.MPT else ()
+
+
 def question_prompt(question: str, template_name: str) -> str:
     """The prompt up to the beginning of the answer; ``<image>`` and a newline are prepended if they are missing."""
     conversation = conversation_template(template_name)

@@ -72,6 +72,12 @@ def _is_asked_and_answered(turns: list[Any]) -> bool:
     return written and [turn.get("from") for turn in turns[:2]] == ["human", "gpt"]
 
 
+def _is_plain_item(record: Any) -> bool:
+    return (
+        isinstance(record, dict) and "conversations" in record and not {"objects", "image_size", "terms"} & set(record)
+    )
+
+
 def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
 
@@ -114,6 +120,13 @@ def load_records(path: str | Path) -> list[Record]:
         raise UmedError(f"{path}: not JSON ({error}). Expected: what `umed recipe build` writes.") from error
     if not isinstance(records, list):
         raise UmedError(f"{path}: holds a {type(records).__name__}. Expected: a list of records.")
+    plain = [index for index, record in enumerate(records) if _is_plain_item(record)]
+    if plain:
+        raise UmedError(
+            f"{path}: {len(plain)} of {len(records)} items (the first: [{plain[0]}]) are plain LLaVA items without true boxes: "
+            "they have no 'objects', 'image_size' and 'terms'. Stage 2 and evaluation need the records that `umed recipe build` "
+            "writes."
+        )
     faults = [f"{path}[{i}]: {fault}" for i, record in enumerate(records) for fault in record_faults(record)]
     if faults:
         more = f"\n... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""

@@ -126,11 +126,20 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
                 "--deepspeed does not work with --umed_algorithm ppo: the value network is not part of the model that DeepSpeed "
                 "trains. Use --umed_algorithm grpo, or remove --deepspeed and start the script with torchrun."
             )
-        strategy = training_args.evaluation_strategy  # an enum of strings, or a string
-        if strategy != "no":
-            faults.append(
-                f"--evaluation_strategy {getattr(strategy, 'value', strategy)}: "
-                "stage 2 does not use LLaVA's evaluation set. Leave it at no; --umed_val_every N evaluates on held-out records "
-                "every N steps."
-            )
-    return faults
+    return [*faults, *_evaluation_faults(flags, training_args)]
+
+
+def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:
+    """LLaVA's `train()` has no evaluation set, so its trainer would stop at the first evaluation, hours into the run."""
+    strategy = training_args.evaluation_strategy  # an enum of strings, or a string
+    if strategy == "no":
+        return []
+    instead = (
+        "--umed_val_every N evaluates on held-out records every N steps."
+        if flags.umed_stage == REWARDING
+        else "After the run, `umed evaluate` measures a checkpoint on held-out records."
+    )
+    return [
+        f"--evaluation_strategy {getattr(strategy, 'value', strategy)}: LLaVA's training script has no evaluation set. Leave "
+        f"it at no. {instead}"
+    ]

@@ -28,11 +28,12 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from umed_plugin import files
-from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template
+from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, separators
 from umed_plugin.data import build
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.images import file_states, open_image
 from umed_plugin.data.images.cache import ImageCache
+from umed_plugin.data.items import check_items
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
 from umed_plugin.data.records import load_records, save_records
 from umed_plugin.errors import UmedError, note, warn
@@ -45,14 +46,17 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     """The records of ``--umed_recipe`` and ``--data_path`` in one split.
 
     Raises:
-        UmedError: a file cannot be read, the split is empty, or records were written for another ``--image_aspect_ratio``.
+        UmedError: a file cannot be read, an item cannot be trained on (`umed_plugin.data.items`), the split is empty, or records
+            were written for another ``--image_aspect_ratio``.
     """
     flags = training_args.umed
+    marks = separators(data_args.umed_run.model_args.version)
     records: list[dict[str, Any]] = []
     if flags.umed_recipe is not None:
-        records += _recipe_records(data_args, training_args, split)
+        records += check_items(_recipe_records(data_args, training_args, split), flags.umed_recipe, marks)
     if data_args.data_path is not None:
-        records += _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
+        in_file = _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
+        records += check_items(in_file, f"--data_path {data_args.data_path}", marks)
     of_split = [record for record in records if record.get("split", "train") == split]
     if len(of_split) < len(records) and split == "train":
         others = len(records) - len(of_split)
@@ -71,10 +75,13 @@ def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
     if strict:
         return load_records(path)
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UmedError(f"--data_path {path}: is not JSON ({error}). Expected: a list of LLaVA items.") from error
-    if not isinstance(records, list) or not all(isinstance(r, dict) and "conversations" in r for r in records):
+        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        lines = " Its ending says JSON lines: make one list of them." if path.endswith("l") else ""
+        raise UmedError(
+            f"--data_path {path}: is not JSON ({error}). Expected: a list of LLaVA items.{lines}"
+        ) from error
+    if not isinstance(records, list):
         raise UmedError(f"--data_path {path}: is not a list of LLaVA items, each with 'conversations'.")
     return records
 

@@ -1,0 +1,216 @@
+"""LLaVA's training items: what makes one usable, checked for a whole file before a model is loaded. No image is opened.
+
+LLaVA itself looks at an item when its turn comes, in a worker, and stops with a traceback that names neither file nor record. Or
+it trains on something else than the file means, without a word.
+
+An item is ``{"id": .., "image": FILE, "conversations": [{"from": "human", "value": ..}, {"from": "gpt", "value": ..}, ..]}``. The
+picture is put where the tag ``<image>`` stands in a question.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from umed_plugin.errors import UmedError, warn
+
+Item = dict[str, Any]
+
+IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
+_ROLES = ("human", "gpt")
+_SHOWN = 10
+_NAMED = 3
+# Names under which other tools keep the picture; LLaVA reads `image` alone.
+_OTHER_IMAGE_KEYS = ("images", "image_path", "image_file", "img", "video", "videos")
+
+
+def check_items(items: Sequence[Any], where: str, separators: Iterable[str] = ()) -> list[Item]:
+    r"""The items as they are meant, after a check of all of them.
+
+    ``"image": null`` means an item without an image, and a list of one image that image. As LLaVA does, a ``gpt`` turn before the
+    first question is left out. So is a last question without an answer. Both are counted in a warning.
+
+    Args:
+        items: of the JSON list.
+        where: its file, for messages.
+        separators: texts at which LLaVA's masking cuts a conversation, such as ``</s>``; none may stand in a turn.
+
+    Raises:
+        UmedError: items that LLaVA cannot train on, the first ten by index, id and field. Or no item with an image has
+            ``<image>`` in a question, so no image would be seen.
+
+    Example:
+        >>> from umed_plugin.data.items import check_items
+        >>> turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cyst."}]
+        >>> check_items([{"id": 1, "image": ["a.png"], "conversations": turns}], "train.json")[0]["image"]
+        'a.png'
+        >>> check_items([{"id": 1, "image": "a.png", "conversations": turns[:1]}], "train.json")
+        Traceback (most recent call last):
+        umed_plugin.errors.UmedError: train.json: 1 of 1 items cannot be trained on:
+          - [0] (id 1): has no answer: no turn is from 'gpt'
+        Each item needs turns from 'human' and 'gpt' in turn, each with its text as 'value', and at most one image.
+    """
+    marks = tuple(separators)
+    meant = [_as_meant(item) for item in items]
+    by_item = {index: found for index, item in enumerate(meant) if (found := item_faults(item, marks))}
+    faults = [f"[{index}]{_id_of(meant[index])}: {fault}" for index, found in by_item.items() for fault in found]
+    if faults:
+        more = f"\n  ... and {len(faults) - _SHOWN} more faults" if len(faults) > _SHOWN else ""
+        raise UmedError(
+            f"{where}: {len(by_item)} of {len(items)} items cannot be trained on:\n"
+            + "\n".join(f"  - {fault}" for fault in faults[:_SHOWN])
+            + more
+            + "\nEach item needs turns from 'human' and 'gpt' in turn, each with its text as 'value', and at most one image."
+        )
+    _warn_of_turns_left_out(items, meant, where)
+    _refuse_or_warn_of_unseen_images(meant, where)
+    return meant
+
+
+def item_faults(item: Any, separators: Sequence[str] = ()) -> list[str]:
+    """Why LLaVA cannot train on an item: what was found and what is needed. Empty for a usable one."""
+    if not isinstance(item, dict):
+        return [f"is {_shown(item)}; an item is an object"]
+    image, turns = item.get("image"), item.get("conversations")
+    faults = [] if "image" not in item else _image_faults(image)
+    if not isinstance(turns, list) or not turns:
+        return [*faults, f"'conversations' is {_shown(turns)}; needed: a list of turns"]
+    wrong = [n for n, turn in enumerate(turns) if not isinstance(turn, dict) or not isinstance(turn.get("value"), str)]
+    if wrong:
+        turn = turns[wrong[0]]
+        found = f"'value' is {_shown(turn.get('value'))}" if isinstance(turn, dict) else f"is {_shown(turn)}"
+        return [*faults, f"conversations[{wrong[0]}]: {found}; needed: {{'from': 'human' or 'gpt', 'value': a text}}"]
+    return [*faults, *_role_faults(turns), *_text_faults(turns, separators)]
+
+
+def _image_faults(image: Any) -> list[str]:
+    if isinstance(image, list):
+        return [f"'image' names {len(image)} images; LLaVA takes one for each item"]
+    if not isinstance(image, str):
+        return [f"'image' is {_shown(image)}; needed: the image's file as a text, or no 'image'"]
+    if not image.strip():
+        return ["'image' is an empty text; needed: the image's file, or no 'image'"]
+    return []
+
+
+def _role_faults(turns: list[Any]) -> list[str]:
+    roles = [turn.get("from") for turn in turns]
+    if any(role not in _ROLES for role in roles):
+        others = ", ".join(sorted({_shown(role) for role in roles if role not in _ROLES}))
+        hint = " A system text is set by --version, not by an item." if "system" in roles else ""
+        return [f"turns are from {others}; LLaVA knows 'human' and 'gpt'.{hint}"]
+    if "gpt" not in roles:
+        return ["has no answer: no turn is from 'gpt'"]
+    for n, role in enumerate(roles):
+        if role != _ROLES[n % 2]:
+            return [f"conversations[{n}] is from {role!r}; needed: human and gpt in turn, beginning with human"]
+    return []
+
+
+def _text_faults(turns: list[Any], separators: Sequence[str]) -> list[str]:
+    faults = []
+    tagged = [n for n, turn in enumerate(turns) if IMAGE_TAG in turn["value"]]
+    in_answer = [n for n in tagged if turns[n].get("from") == "gpt"]
+    if in_answer:
+        faults.append(
+            f"conversations[{in_answer[0]}] is an answer with {IMAGE_TAG}: the picture's place is in a question"
+        )
+    elif len(tagged) > 1:
+        faults.append(f"{len(tagged)} turns hold {IMAGE_TAG}; the item has one image at most, so one turn may")
+    for n, turn in enumerate(turns):
+        if turn.get("from") == "gpt" and not turn["value"].strip():
+            faults.append(f"conversations[{n}] is an empty answer: nothing would be learned from it")
+        mark = next((mark for mark in separators if mark in turn["value"]), None)
+        if mark is not None:
+            faults.append(f"conversations[{n}] holds {mark!r}, where the template ends a turn; remove it from the text")
+    return faults
+
+
+def _as_meant(item: Any) -> Any:
+    """The item in LLaVA's form where there is one meaning only; anything else is returned as it is."""
+    if not isinstance(item, dict):
+        return item
+    image, turns = item.get("image"), item.get("conversations")
+    if isinstance(image, list) and len(image) == 1:
+        item = {**item, "image": image[0]}
+    elif "image" in item and (image is None or image == []):
+        item = {name: value for name, value in item.items() if name != "image"}
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return item
+    kept = turns[1:] if turns and turns[0].get("from") == "gpt" else turns
+    if len(kept) > 2 and kept[-1].get("from") == "human":
+        kept = kept[:-1]
+    # A conversation of nothing but an answer, or a question, has a fault that should be seen.
+    return item if len(kept) in (0, len(turns)) else {**item, "conversations": kept}
+
+
+def _warn_of_turns_left_out(items: Sequence[Any], meant: Sequence[Item], where: str) -> None:
+    changed = [
+        index
+        for index, (item, kept) in enumerate(zip(items, meant))
+        if len(item["conversations"]) != len(kept["conversations"])
+    ]
+    if changed:
+        warn(
+            f"{where}: in {len(changed)} of {len(items)} items ({_indices(changed)}) an answer before the first question, or a "
+            "last question without an answer, is left out."
+        )
+
+
+def _refuse_or_warn_of_unseen_images(items: Sequence[Item], where: str) -> None:
+    """Images without a tag are never seen; tags without an image are learned as text."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    with_image = 0
+    other_keys: Counter[str] = Counter()
+    for index, item in enumerate(items):
+        tagged = any(IMAGE_TAG in turn["value"] for turn in item["conversations"])
+        with_image += "image" in item
+        if "image" in item and not tagged:
+            kinds["image"].append(index)
+        elif "image" not in item and tagged:
+            kinds["tag"].append(index)
+            other_keys.update(key for key in _OTHER_IMAGE_KEYS if key in item)
+        if any(VIDEO_TAG in turn["value"] for turn in item["conversations"]) or "video" in item:
+            kinds["video"].append(index)
+    unseen, without = kinds["image"], kinds["tag"]
+    if unseen and len(unseen) == with_image:
+        raise UmedError(
+            f"{where}: no item with an image ({with_image}, {_indices(unseen)}) has {IMAGE_TAG} in a question, so the model "
+            f"would see no image. Begin each first question with '{IMAGE_TAG}\\n'."
+        )
+    if unseen:
+        warn(
+            f"{where}: {len(unseen)} of {with_image} items with an image ({_indices(unseen)}) have no {IMAGE_TAG} in a question. "
+            f"The model never sees these images. Begin the question with '{IMAGE_TAG}\\n'."
+        )
+    if without:
+        found = f" They have {', '.join(map(repr, sorted(other_keys)))}; LLaVA reads 'image'." if other_keys else ""
+        warn(
+            f"{where}: {len(without)} of {len(items)} items ({_indices(without)}) have {IMAGE_TAG} in a question and no "
+            f"'image'. The tag would be learned as text.{found}"
+        )
+    if kinds["video"]:
+        warn(
+            f"{where}: {len(kinds['video'])} items ({_indices(kinds['video'])}) have a video. This LLaVA reads images alone, and "
+            f"{VIDEO_TAG} would be learned as text."
+        )
+
+
+def _indices(indices: Sequence[int]) -> str:
+    more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
+    return ", ".join(f"[{index}]" for index in indices[:_NAMED]) + more
+
+
+def _id_of(item: Any) -> str:
+    return f" (id {item['id']})" if isinstance(item, dict) and "id" in item else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: short, and null as JSON calls it."""
+    if value is None:
+        return "missing or null"
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
