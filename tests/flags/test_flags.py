@@ -124,6 +124,15 @@ class Narrow:
 def with_columns(prompts, completions, record, **columns):
     return [0.0] * len(completions)
 
+def trl_form(completions, **kwargs):
+    return [0.0] * len(completions)
+
+def with_labels(completions, labels, **kwargs):
+    return [0.0] * len(completions)
+
+async def waiting(completions, **kwargs):
+    return [0.0] * len(completions)
+
 an_object, weighted, narrow = Made(), Weighted(2), Narrow()
 """
 
@@ -138,6 +147,10 @@ an_object, weighted, narrow = Made(), Weighted(2), Narrow()
         ("Weighted", "its __init__ requires some"),
         ("Narrow", "does not accept the arguments of a reward"),
         ("narrow", "does not accept the arguments of a reward"),
+        ("narrow", "it does not take record, geometry, attention_on_lesion."),
+        ("trl_form", None),
+        ("with_labels", "it needs labels, which no reward is given."),
+        ("waiting", "is an async function"),
     ],
 )
 def test_a_reward_of_ones_own_is_a_function_an_object_or_a_class_that_takes_columns(name, fault, tmp_path, monkeypatch):

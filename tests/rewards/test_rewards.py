@@ -22,10 +22,13 @@ from umed_plugin.rewards import (
     localization_diou,
     relevance,
     reward_metric_names,
+    run_rewards,
+    start_rewards,
     vision_relevance,
 )
 from umed_plugin.rewards.contract import normalisation_of, register_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
+from umed_plugin.rewards.terms.vision_relevance import even_share
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = ImageGeometry(100, 100, "pad", 336, 14)
@@ -122,6 +125,112 @@ def test_maxima_are_those_of_the_query():
 def test_floor_keeps_a_tiny_maximum_from_scoring_one():
     values = {"localization": [0.02, 0.0]}
     torch.testing.assert_close(combine_rewards(values, 2, weights=WEIGHTS, floor=0.1), torch.tensor([[0.2, 0.0]]))
+
+
+ATTENTION = [0.0021, 0.0024, 0.0027, 0.0030, 0.0032, 0.0035, 0.0037, 0.0039]
+
+
+def small_lesion():
+    """20 px of 512, as in DeepLesion: 0.0015 of the patches."""
+    return {**NODULE, "objects": {"ref": ["nodule"], "bbox": [[100, 100, 120, 120]]}}, ImageGeometry(512, 512)
+
+
+def test_attention_on_a_small_lesion_is_divided_by_its_maximum():
+    study, geometry = small_lesion()
+    columns = {"record": [study] * 8, "geometry": [geometry] * 8, "attention_on_lesion": ATTENTION}
+    rewards = {"vision_relevance": vision_relevance}
+    values = run_rewards(rewards, ["Where?"] * 8, ["a nodule"] * 8, **columns)
+    normalised = normalisation_of(rewards, columns)
+    assert normalised["scales"]["vision_relevance"] == pytest.approx([(20 / 512) ** 2] * 8)
+    terms = combine_rewards(values, 8, weights=WEIGHTS, **normalised)
+    torch.testing.assert_close(terms, torch.tensor([ATTENTION]) / 0.0039)
+
+
+def test_the_floor_of_attention_is_a_multiple_of_the_even_share_of_each_query():
+    """A floor of 1 asks for the even share: a third of it scores a third. The other query's share is 100 times as large."""
+    values = {"vision_relevance": [0.0005, 0.0, 0.3, 0.15]}
+    scales = {"vision_relevance": [0.0015, 0.0015, 0.15, 0.15]}
+    terms = combine_rewards(values, 2, weights=WEIGHTS, floor=1.0, scales=scales)
+    torch.testing.assert_close(terms, torch.tensor([[1 / 3, 0.0], [1.0, 0.5]]))
+
+
+@pytest.mark.parametrize(("floor", "given"), [(0.1, 1.0), (1.0, 0.5)])
+def test_the_only_candidate_that_names_the_lesion_is_paid_for_the_naming(floor, given):
+    """The paper's maximum cannot tell it: half the even share is the group's maximum. A floor of 1 halves what it is given."""
+    study, geometry = small_lesion()
+    columns = {"record": [study] * 4, "geometry": [geometry] * 4}
+    half = 0.5 * even_share(**columns)[0]
+    values = {"vision_relevance": [half, 0.0, 0.0, 0.0]}
+    scales = {"vision_relevance": even_share(**columns)}
+    terms = combine_rewards(values, 4, weights=WEIGHTS, floor=floor, scales=scales)
+    torch.testing.assert_close(terms, torch.tensor([[given, 0.0, 0.0, 0.0]]))
+
+
+def test_a_lesion_that_the_crop_removes_gives_0_and_no_nan():
+    study = {**NODULE, "objects": {"ref": ["nodule"], "bbox": [[0, 0, 20, 20]]}}
+    columns = {"record": [study] * 2, "geometry": [ImageGeometry(200, 100, "square")] * 2}
+    scales = {"vision_relevance": even_share(**columns)}
+    assert scales["vision_relevance"] == [0.0, 0.0]
+    terms = combine_rewards({"vision_relevance": [0.0, 0.0]}, 2, weights=WEIGHTS, scales=scales)
+    assert terms.tolist() == [[0.0, 0.0]]
+
+
+def test_a_users_reward_may_have_a_scale_and_a_least_maximum(registered):
+    def tiny(completions, **kwargs):
+        return [0.001 * len(text) for text in completions]
+
+    register_reward("tiny", max_normalised=True, scale=0.001)(tiny)
+    made = {"tiny": tiny}
+    values = run_rewards(made, ["Where?"] * 2, ["ab", "abcd"])
+    terms = combine_rewards(values, 2, weights={"tiny": 1.0}, **normalisation_of(made, {}))
+    torch.testing.assert_close(terms, torch.tensor([[0.5, 1.0]]))
+    normalised = {**normalisation_of(made, {}), "least_maxima": {"tiny": 0.008}}
+    least = combine_rewards(values, 2, weights={"tiny": 1.0}, **normalised)
+    torch.testing.assert_close(least, torch.tensor([[0.25, 0.5]]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e-9, 1e6])
+def test_zscores_do_not_depend_on_the_size_of_the_values(scale):
+    values = {"localization": [0.25 * scale, 0.75 * scale, 0.5 * scale, 0.5 * scale]}
+    terms = combine_rewards(values, 4, weights=WEIGHTS, norm="zscore")
+    torch.testing.assert_close(terms, torch.tensor([[-(2**0.5), 2**0.5, 0.0, 0.0]]))
+    equal = combine_rewards({"localization": [0.1 * scale] * 7}, 7, weights=WEIGHTS, norm="zscore")
+    assert equal.eq(0).all()
+
+
+def trl_form(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def with_prompts(prompts, completions, **kwargs):
+    return [float(len(prompt)) for prompt in prompts]
+
+
+def other_names(questions, answers, **columns):
+    return [float(len(answer)) for answer in answers]
+
+
+def all_by_keyword(*, completions, record, **columns):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("reward", "values"),
+    [(trl_form, [1, 2]), (with_prompts, [6, 6]), (other_names, [1, 2]), (all_by_keyword, [1, 2])],
+)
+def test_a_reward_is_called_by_keyword_as_in_trl(reward, values):
+    columns = {"record": [NODULE] * 2, "geometry": [GEOMETRY] * 2, "attention_on_lesion": [None] * 2}
+    assert run_rewards({"own": reward}, ["Where?"] * 2, ["a", "bc"], **columns) == {"own": values}
+
+
+def test_slow_work_begins_by_keyword_too():
+    class Slow:
+        def start(self, completions, **kwargs):
+            self.started = completions, sorted(kwargs)
+
+    slow = Slow()
+    start_rewards({"slow": slow}, ["Where?"], ["a"], record=[NODULE])
+    assert slow.started == (["a"], ["prompts", "record"])
 
 
 def test_group_of_zeros_stays_zero():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from umed_plugin.training.advantages import group_advantages
+from umed_plugin.training.advantages import group_advantages, has_signal
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
@@ -22,6 +22,14 @@ def test_advantages_are_standardised_within_the_query():
     rewards = torch.tensor([[0.0, 2.0], [5.0, 5.0]])
     torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), atol=2e-4, rtol=0)
     torch.testing.assert_close(group_advantages(rewards, 3.0), 3 * group_advantages(rewards))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-9])
+def test_advantages_do_not_depend_on_the_size_of_the_rewards(size):
+    rewards = torch.tensor([[0.2, 0.8], [0.5, 0.5]]) * size
+    torch.testing.assert_close(group_advantages(rewards), torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), atol=5e-4, rtol=0)
+    assert has_signal(rewards).tolist() == [[True], [False]]
+    assert not has_signal(torch.zeros(1, 4)).any()
 
 
 def test_one_spread_for_all_queries_keeps_their_proportion():

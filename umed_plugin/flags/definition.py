@@ -183,7 +183,8 @@ class UmedFlags:
     )
     umed_reward_floor: float = _flag(
         0.1,
-        "Lower bound of the maximum that max divides by, so that a best IoU of 0.02 does not become 1.",
+        "Lower bound of the maximum that max divides by, so that a best IoU of 0.02 does not become 1. In each reward's "
+        "own scale: for vision_relevance a multiple of the even share, the share of the patches that the lesion covers.",
         stage=REWARDING,
         needs=Needs("--umed_reward_norm max", lambda flags: flags.umed_reward_norm == "max"),
         least=0,

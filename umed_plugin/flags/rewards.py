@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +61,65 @@ def _own_reward_fault(name: str) -> str | None:
     if not callable_:
         what = "class whose objects cannot be called" if is_class else type(reward).__name__
         return f"--umed_rewards: {name!r} is {what} and not a function."
-    if is_class and not _takes(reward):
+    if is_class and not takes_arguments(reward):
         return f"--umed_rewards: the class {name!r} must be callable without arguments, but its __init__ requires some."
-    self_argument = [None] if is_class else []
-    function = reward.__call__ if is_class else reward
-    if not _takes(function, *self_argument, [], [], record=[], geometry=[], attention_on_lesion=[]):
-        return (
-            f"--umed_rewards: {name!r} does not accept the arguments of a reward: reward(prompts, completions, record=..., "
-            "geometry=..., attention_on_lesion=...). Declare it as def my_reward(prompts, completions, **columns)."
-        )
-    return None
+    if inspect.iscoroutinefunction(reward.__call__ if is_class else reward):
+        return f"--umed_rewards: {name!r} is an async function. Declare it with def; slow work begins in its method `start`."
+    self_argument = (None,) if is_class else ()
+    return _signature_fault(name, reward.__call__ if is_class else reward, self_argument)
 
 
-def _takes(function: Any, *positional: Any, **keywords: Any) -> bool:
-    """Whether a function's signature accepts these arguments."""
+# What a reward gets by keyword in stage 2, as `umed_plugin.rewards` says.
+_COLUMNS = ("record", "geometry", "attention_on_lesion")
+
+
+def _signature_fault(name: str, function: Any, self_argument: tuple[Any, ...]) -> str | None:
+    """Why a function cannot be called as a reward, with the parameters that are in the way; None if it can.
+
+    As `umed_plugin.rewards.contract.call_reward` calls it: all by keyword, or the first two by position.
+    """
+    by_keyword = ("prompts", "completions", *_COLUMNS)
+    by_position = is_called_by_position(function, _COLUMNS, *self_argument)
+    if by_position or takes_arguments(function, *self_argument, **dict.fromkeys(by_keyword)):
+        return None
+    declared = list(inspect.signature(function).parameters.values())[len(self_argument) :]
+    named = {parameter.name for parameter in declared}
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in declared)
+    refused = [] if open_ended else [given for given in by_keyword if given not in named]
+    unknown = [
+        parameter.name
+        for parameter in declared
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and parameter.name not in by_keyword
+    ]
+    found = [f"it does not take {', '.join(refused)}"] if refused else []
+    found += [f"it needs {', '.join(unknown)}, which no reward is given"] if unknown else []
+    return (
+        f"--umed_rewards: {name!r} does not accept the arguments of a reward: {'; '.join(found) or 'wrong order'}. A reward is "
+        f"called by keyword with {', '.join(by_keyword)}. Declare it as def my_reward(prompts, completions, **columns), or as in "
+        "TRL def my_reward(completions, **kwargs)."
+    )
+
+
+def is_called_by_position(function: Any, columns: Iterable[str], *self_argument: Any) -> bool:
+    """Whether a reward gives questions and answers other names than TRL's, so that it must get the two by position."""
+    rest = dict.fromkeys(columns)
+    if takes_arguments(function, *self_argument, prompts=None, completions=None, **rest):
+        return False
+    if not takes_arguments(function, *self_argument, None, None, **rest):
+        return False
+    first_two = list(inspect.signature(function).parameters)[len(self_argument) :][:2]
+    return first_two[:1] != ["completions"] and "prompts" not in first_two[1:]
+
+
+def takes_arguments(function: Any, *positional: Any, **keywords: Any) -> bool:
+    """Whether a function's signature accepts these arguments; True for a function written in C that has none."""
     try:
         inspect.signature(function).bind(*positional, **keywords)
     except TypeError:
         return False
-    except ValueError:  # a C function without a signature
+    except ValueError:
         return True
     return True
 

@@ -8,13 +8,16 @@ cannot score. ``None`` leaves the term out for that candidate (:mod:`umed_plugin
 Prompts are the questions. Completions are the candidates' texts, K in a row for each question. Columns hold one entry per
 candidate: ``record`` (the training record), ``geometry`` (of its image) and ``attention_on_lesion`` (from
 :mod:`umed_plugin.model.attention`, ``None`` where it was not computed). Accept ``**columns``: another version may pass more.
+As in TRL, all are passed by keyword: ``def my_reward(completions, **columns)`` is enough. Completions are texts, not messages.
 
 ``--umed_rewards`` names a shipped reward, which is a file of :mod:`umed_plugin.rewards.terms`, or ``my_module:my_reward`` of your
 own file on ``PYTHONPATH``. Your own may be a function, a callable object, or a class: each process creates one object of it,
 without arguments. Everything else is optional, as attributes:
 
 - ``max_normalised = True``: ``--umed_reward_norm max`` divides the reward by its maximum over the candidates of a question.
-  The maximum counts as at least ``--umed_reward_floor`` or, if higher, ``least_maximum``.
+  The maximum counts as at least ``--umed_reward_floor`` times ``scale`` or, if higher, ``least_maximum``.
+- ``scale``: how large the reward's values are: a number, or a function of the columns that gives one per candidate; default 1.
+  Give one if the values are much smaller than 1, or the floor keeps them from being divided by their maximum.
 - ``start(prompts, completions, **columns)``: begins slow work and returns at once. It is called as soon as the answers are
   sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and
   reference policy, so a judge on a server can answer in the meantime.
@@ -30,7 +33,13 @@ from typing import Any
 from umed_plugin.rewards import terms as _terms  # noqa: F401  (registers the shipped rewards)
 from umed_plugin.rewards.combine import combine_rewards
 from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, register_reward
-from umed_plugin.rewards.running import collect_metrics, make_rewards, reward_metric_names, start_rewards
+from umed_plugin.rewards.running import (
+    collect_metrics,
+    make_rewards,
+    reward_metric_names,
+    run_rewards,
+    start_rewards,
+)
 
 __all__ = [
     "REWARDS",
@@ -41,6 +50,7 @@ __all__ = [
     "normalisation_of",
     "register_reward",
     "reward_metric_names",
+    "run_rewards",
     "start_rewards",
 ]
 

@@ -2,7 +2,10 @@
 
 The maxima run over the K candidates of a query. Departures from the paper:
 
-- A floor under the maximum, so that a best IoU of 0.02 does not count as 1.
+- A floor under the maximum, so that a best IoU of 0.02 does not count as 1. It is in each term's own scale: 0.1 of an IoU, but
+  0.1 times the lesion's share of the patches for vision relevance, whose values are about that share.
+- Vision relevance is 0 for an answer that does not name the lesion. If one candidate alone names it, the division gives that one
+  up to 1 for the naming, however much it looks at the lesion. A floor of 1 asks for the even share before it gives 1.
 - A group in which all rewards are 0 stays 0.
 - A single candidate is not normalised; it would always be 1.
 - Weights, and z-scores or raw values instead of the maximum, as options.
@@ -28,6 +31,7 @@ def combine_rewards(
     max_normalised: Collection[str] = ("localization", "vision_relevance"),
     floor: float = 0.1,
     least_maxima: Mapping[str, float] | None = None,
+    scales: Mapping[str, float | Sequence[float]] | None = None,
 ) -> Tensor:
     """Sum the rewards of each candidate.
 
@@ -39,8 +43,10 @@ def combine_rewards(
         norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
             standardises every reward over them; ``none`` sums raw values.
         max_normalised: names of the rewards that ``max`` applies to.
-        floor: lower bound of every maximum, in the reward's own unit.
-        least_maxima: reward name -> a lower bound of its own, used where it is above ``floor``.
+        floor: lower bound of every maximum, as a multiple of the reward's scale.
+        least_maxima: reward name -> a lower bound of its own in the reward's unit, used where it is above that.
+        scales: reward name -> how large its values are, in its own unit: one number, or N of them, 0 or more. A query's is the
+            largest of its candidates'. A name that is missing has scale 1.
 
     Returns:
         [Q, K] rewards, float32.
@@ -57,12 +63,18 @@ def combine_rewards(
     total = None
     for name, column in values.items():
         raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
-        least = max(floor, (least_maxima or {}).get(name, 0.0))
+        least = _least_maxima(raw, floor, (least_maxima or {}).get(name, 0.0), (scales or {}).get(name, 1.0))
         term = weights[name] * _fill_missing(_normalise(raw, norm, name in max_normalised, least))
         total = term if total is None else total + term
     if total is None:
         raise ValueError("no rewards to combine")
     return total
+
+
+def _least_maxima(raw: Tensor, floor: float, own: float, scale: float | Sequence[float]) -> Tensor:
+    """[Q, 1] lower bounds of the queries' maxima of ``raw`` [Q, K], above 0."""
+    scales = torch.as_tensor(scale, dtype=raw.dtype).flatten().expand(raw.numel()).view(raw.shape)
+    return (floor * scales.amax(dim=1, keepdim=True)).clamp(min=max(own, torch.finfo(raw.dtype).tiny))
 
 
 def _check(values: Mapping[str, Sequence[float | None]], num_candidates: int) -> None:
@@ -85,7 +97,7 @@ def _fill_missing(term: Tensor) -> Tensor:
     return torch.where(term.isnan(), term.nanmean(dim=1, keepdim=True).nan_to_num(0.0), term)
 
 
-def _normalise(raw: Tensor, norm: str, by_maximum: bool, floor: float) -> Tensor:
+def _normalise(raw: Tensor, norm: str, by_maximum: bool, least_maxima: Tensor) -> Tensor:
     """Normalise [Q, K] values over K; NaN is a missing value and stays NaN."""
     if raw.shape[1] == 1 or norm == "none":
         return raw
@@ -94,7 +106,12 @@ def _normalise(raw: Tensor, norm: str, by_maximum: bool, floor: float) -> Tensor
         count = known.sum(dim=1, keepdim=True).clamp(min=1)
         centred = raw - raw.nansum(dim=1, keepdim=True) / count
         spread = (centred.square().nansum(dim=1, keepdim=True) / count).sqrt()
-        return torch.where(spread > 1e-6, centred / spread.clamp(min=1e-6), torch.where(known, 0.0, float("nan")))
+        # Relative to the values: 1e-6 is rounding for an IoU, and may be all the spread of a term whose values are as small.
+        rounding = 1e-6 * raw.nan_to_num(0.0).abs().amax(dim=1, keepdim=True)
+        smallest = torch.finfo(raw.dtype).tiny
+        return torch.where(
+            spread > rounding, centred / spread.clamp(min=smallest), torch.where(known, 0.0, float("nan"))
+        )
     if norm != "max":
         raise ValueError(f"unknown reward norm {norm!r}. Allowed: max, none, zscore.")
-    return raw / raw.nan_to_num(0.0).amax(dim=1, keepdim=True).clamp(min=floor) if by_maximum else raw
+    return raw / raw.nan_to_num(0.0).amax(dim=1, keepdim=True).maximum(least_maxima) if by_maximum else raw

@@ -5,18 +5,25 @@ The contract in words is in :mod:`umed_plugin.rewards`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Optional, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional, TypeVar, Union
 
+from umed_plugin.flags.rewards import is_called_by_position
 from umed_plugin.registry import Registry
 
 Reward = Callable[..., "list[Optional[float]]"]
+# The size of a reward's values: one number, or a function of the columns that gives N numbers.
+Scale = Union[float, Callable[..., "list[float]"]]
 R = TypeVar("R", bound=Callable[..., Any])
 REWARDS: Registry[Any] = Registry("reward")
 
 
 def register_reward(
-    name: str, *, max_normalised: Optional[bool] = None, least_maximum: Optional[float] = None
+    name: str,
+    *,
+    max_normalised: Optional[bool] = None,
+    least_maximum: Optional[float] = None,
+    scale: Optional[Scale] = None,
 ) -> Callable[[R], R]:
     """Decorator that adds a reward to `REWARDS` and sets its attributes.
 
@@ -27,8 +34,12 @@ def register_reward(
             rewards by this name, and those of your own file as ``my_module:my_reward``.
         max_normalised: whether ``--umed_reward_norm max`` divides the reward by its maximum over a question's candidates. None:
             the reward's own attribute of this name, or False.
-        least_maximum: lower bound of that maximum where it is above ``--umed_reward_floor``, in the reward's own unit. None: the
-            reward's own attribute of this name, or 0.
+        least_maximum: lower bound of that maximum, in the reward's own unit, where it is above the floor. None: the reward's own
+            attribute of this name, or 0.
+        scale: how large the reward's values are, in its own unit; ``--umed_reward_floor`` is a multiple of it. A number, or a
+            function of the columns, called as ``scale(record=..., geometry=..., ...)``, that returns N of them. A reward whose
+            values are about 0.01 needs one: under a floor of 0.1 it would never be divided by its maximum. None: the reward's
+            own attribute of this name, or 1.
 
     Raises:
         ValueError: the name is taken.
@@ -43,7 +54,7 @@ def register_reward(
     """
 
     def add(reward: R) -> R:
-        given = {"max_normalised": max_normalised, "least_maximum": least_maximum}
+        given = {"max_normalised": max_normalised, "least_maximum": least_maximum, "scale": scale}
         for attribute, value in given.items():
             if value is not None:
                 _set(reward, name, attribute, value)
@@ -66,9 +77,37 @@ def _set(reward: Reward, name: str, attribute: str, value: Any) -> None:
         ) from error
 
 
-def normalisation_of(rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """What the rewards' attributes say of their normalisation, as arguments of :func:`umed_plugin.rewards.combine_rewards`."""
-    return {
+def normalisation_of(
+    rewards: Mapping[str, Reward], columns: Optional[Mapping[str, Sequence[Any]]] = None
+) -> dict[str, Any]:
+    """What the rewards' attributes say of their normalisation, as arguments of :func:`umed_plugin.rewards.combine_rewards`.
+
+    Args:
+        rewards: by name.
+        columns: as the rewards get them, N entries each. The key ``scales`` is there if some reward has a ``scale``.
+    """
+    normalisation: dict[str, Any] = {
         "max_normalised": [name for name, reward in rewards.items() if getattr(reward, "max_normalised", False)],
         "least_maxima": {name: getattr(reward, "least_maximum", 0.0) for name, reward in rewards.items()},
     }
+    scales = {name: _scale_of(reward, columns) for name, reward in rewards.items() if hasattr(reward, "scale")}
+    return {**normalisation, "scales": scales} if scales else normalisation
+
+
+def _scale_of(reward: Any, columns: Optional[Mapping[str, Sequence[Any]]]) -> Union[float, list[float]]:
+    if callable(reward.scale):
+        return [float(value) for value in reward.scale(**(columns or {}))]
+    return float(reward.scale)
+
+
+def call_reward(
+    reward: Callable[..., Any], prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+) -> Any:
+    """What a reward, or its ``start``, returns for a batch.
+
+    As in TRL, everything is passed by keyword, so ``def f(completions, **kwargs)`` is a reward too. A function that gives its
+    first two parameters other names gets them by position.
+    """
+    if is_called_by_position(reward, columns):
+        return reward(prompts, completions, **columns)
+    return reward(prompts=prompts, completions=completions, **columns)

@@ -12,7 +12,7 @@ from typing import Any
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.rewards.contract import REWARDS, Reward
+from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 
@@ -41,7 +41,14 @@ def start_rewards(
     """Start the rewards that work in the background."""
     for reward in rewards.values():
         if hasattr(reward, "start"):
-            reward.start(prompts, completions, **columns)
+            call_reward(reward.start, prompts, completions, columns)
+
+
+def run_rewards(
+    rewards: Mapping[str, Reward], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+) -> dict[str, list[float | None]]:
+    """The values of each reward by name, one for each of the N candidates."""
+    return {name: call_reward(reward, prompts, completions, columns) for name, reward in rewards.items()}
 
 
 def reward_metric_names(rewards: Mapping[str, Reward]) -> list[str]:

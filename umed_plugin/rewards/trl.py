@@ -31,7 +31,7 @@ from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, PromptBatch, base_llava
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, start_rewards
+from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
 
 
 def trl_dataset(records: Sequence[Record], image_folder: Path | str, model: Any) -> Any:
@@ -216,7 +216,7 @@ class CombinedReward:
             ``per_device_train_batch_size * steps_per_generation`` must be a multiple of K.
         weights: by name; default: 1 each.
         norm: ``max``, ``zscore`` or ``none``, see :func:`umed_plugin.rewards.combine_rewards`.
-        floor: lower bound of the maximum that ``max`` divides by.
+        floor: lower bound of the maximum that ``max`` divides by, as a multiple of each reward's scale.
         attention: required for the reward ``vision_relevance``.
 
     Raises:
@@ -267,10 +267,8 @@ class CombinedReward:
         attention: Sequence[float | None] = [None] * len(texts)
         if self._attention is not None:
             attention = self._attention(prompts, completion_ids, record, geometry, self._k)
-        values = {
-            name: reward(questions, texts, attention_on_lesion=attention, **shared)
-            for name, reward in self._rewards.items()
-        }
+        shared["attention_on_lesion"] = attention
+        values = run_rewards(self._rewards, questions, texts, **shared)
         for name, column in values.items():
             known = [value for value in column if value is not None]
             if known:
@@ -283,7 +281,7 @@ class CombinedReward:
             weights=self._weights,
             norm=self._norm,
             floor=self._floor,
-            **normalisation_of(self._rewards),
+            **normalisation_of(self._rewards, shared),
         )
         return combined.flatten().tolist()
 

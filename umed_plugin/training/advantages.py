@@ -37,7 +37,16 @@ def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor |
     centred = centre_groups(rewards)
     if spread is None:
         spread = centred.square().mean(dim=1, keepdim=True).sqrt()
-    return reward_coef * torch.where(spread > 1e-6, centred / (spread + 1e-4), torch.zeros_like(centred))
+    # TRL's 1e-4 suits rewards of about 1. Smaller ones (raw attention, a weight of 0.001) would lose their signal to it.
+    size = rewards.abs().amax(dim=1, keepdim=True)
+    scaled = centred / (spread + 1e-4 * size.clamp(max=1.0, min=torch.finfo(rewards.dtype).tiny))
+    return reward_coef * torch.where(has_signal(rewards), scaled, torch.zeros_like(centred))
+
+
+def has_signal(rewards: Tensor) -> Tensor:
+    """[Q, 1] bool: whether the rewards [Q, K] of a query differ by more than rounding, relative to their size."""
+    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
+    return spread > 1e-6 * rewards.abs().amax(dim=1, keepdim=True)
 
 
 def token_rewards(

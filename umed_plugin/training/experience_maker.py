@@ -40,7 +40,7 @@ from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, start_rewards
+from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
 from umed_plugin.training.reference import ReferencePolicy
@@ -251,7 +251,7 @@ class ExperienceMaker:
         self, candidates: Candidates, questions: list[str], texts: list[str], columns: dict[str, list[Any]]
     ) -> Tensor:
         """[Q, K] rewards; each term is logged separately."""
-        terms = {name: reward(questions, texts, **columns) for name, reward in self.rewards.items()}
+        terms = run_rewards(self.rewards, questions, texts, **columns)
         self.metrics.add(collect_metrics(self.rewards))
         rewards = combine_rewards(
             terms,
@@ -259,7 +259,7 @@ class ExperienceMaker:
             weights=self.reward_weights,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
-            **normalisation_of(self.rewards),
+            **normalisation_of(self.rewards, columns),
         )
         self.metrics.add_rewards(terms, rewards, candidates, self.tokenizer.eos_token_id)
         self.metrics.add_guards(texts, columns)

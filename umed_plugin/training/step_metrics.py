@@ -27,6 +27,7 @@ from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
 from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, vision_relevance_metrics
+from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
 
 _ALWAYS = (
@@ -84,12 +85,11 @@ class StepMetrics:
             known = [value for value in column if value is not None]
             if known:
                 self.add({f"reward/{name}": sum(known) / len(known)})
-        spread = rewards.max(dim=1).values - rewards.min(dim=1).values
         ended = (candidates.token_ids.eq(eos_token_id) & candidates.mask.bool()).any(dim=1)
         self.add(
             {
                 "reward/total": rewards.mean().item(),
-                "groups_without_signal": (spread < 1e-6).float().mean().item(),
+                "groups_without_signal": 1 - has_signal(rewards).float().mean().item(),
                 "answer_tokens": candidates.mask.sum(dim=1).float().mean().item(),
                 "answers_cut_off": 1 - ended.float().mean().item(),
             }

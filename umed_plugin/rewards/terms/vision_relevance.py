@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umed_plugin.data.records import true_boxes
+from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards.contract import register_reward
 
 
-@register_reward("vision_relevance", max_normalised=True)
+def even_share(
+    *, record: Sequence[Mapping[str, Any]], geometry: Sequence[ImageGeometry], **columns: Any
+) -> list[float]:
+    """The attention on the lesion, in 0..1, of a token that looks at all patches alike: the lesion's share of the patches."""
+    shares: dict[tuple[int, int], float] = {}  # the K candidates of a question share record and geometry
+    for study, in_square in zip(record, geometry):
+        if (id(study), id(in_square)) not in shares:
+            shares[id(study), id(in_square)] = float(in_square.patch_cover(true_boxes(dict(study))).mean())
+    return [shares[id(study), id(in_square)] for study, in_square in zip(record, geometry)]
+
+
+@register_reward("vision_relevance", max_normalised=True, scale=even_share)
 def vision_relevance(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -19,6 +32,7 @@ def vision_relevance(
 ) -> list[float | None]:
     """Attention on the lesion's patches by the tokens that name the abnormality, in 0..1 (:mod:`umed_plugin.model.attention`).
 
-    0 when no token names it. ``None`` for a study without abnormality: it has no lesion patches.
+    0 when no token names it. ``None`` for a study without abnormality: it has no lesion patches. The scale is the even share, so
+    that a small lesion, which can only draw little attention, is divided by its maximum as a large one is.
     """
     return [share if study["objects"]["bbox"] else None for share, study in zip(attention_on_lesion, record)]
