@@ -37,6 +37,8 @@ RUN_BY = {
     "test_every_benchmark_runs_and_says_the_same_again",
     "umed evaluate ./checkpoints/llava-mistral-stage2 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
     "test_every_benchmark_runs_and_says_the_same_again",
+    "torchrun --nproc_per_node 8 --no-python umed evaluate": "evaluation/test_benchmarks.py::"
+    "test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill",
     "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
     "umed convert": "checkpoints/test_convert.py::test_back_in_llavas_layout_it_is_the_same_checkpoint",
     "python examples/trl_grpo.py": "rewards/test_trl.py::test_the_example_trains_and_its_model_goes_back_to_llava",

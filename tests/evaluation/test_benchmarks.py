@@ -254,3 +254,74 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_files(kind, tiny_mi
     assert start(killed).wait(timeout=200) == 0
     for name in ("predictions.jsonl", "evaluation.json"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+def shared_evaluation(tiny_mistral, folder):
+    """The command of an evaluation of 40 records in 20 batches; OUT stands for its folder."""
+    from support.records import evaluated_records
+
+    (folder / "data").mkdir()
+    (folder / "data/records.json").write_text(json.dumps(evaluated_records(folder / "data", 40)))
+    return [
+        "evaluate", str(tiny_mistral), "--benchmark", str(folder / "data/records.json"), "--out", "OUT",
+        "--max-new-tokens", "6", "--batch-size", "2",
+    ]  # fmt: skip
+
+
+def test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill(tiny_mistral, tmp_path):
+    arguments = shared_evaluation(tiny_mistral, tmp_path)
+
+    def start(out, **ranks):
+        words = [str(out) if word == "OUT" else word for word in arguments]
+        variables = {**environment(), **{name: str(value) for name, value in ranks.items()}}
+        return forked.start([sys.executable, "-m", "umed_plugin.cli", *words], env=variables, cwd=tmp_path)
+
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert start(whole).wait(timeout=200) == 0
+    first, second = (start(shared, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2) for rank in (0, 1))
+    deadline, written = time.monotonic() + 150, shared / "predictions.shard-2-of-2.jsonl"
+    while time.monotonic() < deadline and not (written.exists() and written.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    assert second.wait(timeout=20) == -signal.SIGKILL, "it ended before it could be killed"
+    assert first.poll() is None, "rank 0 does not end before all questions are answered"
+    assert start(shared, RANK=1, LOCAL_RANK=1, WORLD_SIZE=2).wait(timeout=200) == 0
+    assert first.wait(timeout=60) == 0
+    for name in ("predictions.jsonl", "evaluation.json"):
+        assert (shared / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(shared.glob("*shard*"))
+
+
+def test_shards_of_a_scheduler_are_joined_by_the_last(tiny_mistral, tmp_path, capsys):
+    arguments = shared_evaluation(tiny_mistral, tmp_path)
+    whole, shared = (
+        [str(tmp_path / out) if word == "OUT" else word for word in arguments] for out in ("whole", "shared")
+    )
+    assert main(whole) == 0
+    capsys.readouterr()
+    for shard in ("3/3", "1/3"):
+        assert main([*shared, "--shard", shard]) == 0
+        assert f"shard {shard} is answered" in capsys.readouterr().out
+        assert not (tmp_path / "shared/evaluation.json").exists()
+    assert main([*shared, "--shard", "2/3"]) == 0
+    assert "evaluation.json" in capsys.readouterr().out
+    for name in ("predictions.jsonl", "evaluation.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "variables", "words"),
+    [
+        (["--shard", "0/4", "--out", "x"], {}, "I from 1 to N"),
+        (["--shard", "5/4", "--out", "x"], {}, "I from 1 to N"),
+        (["--shard", "half", "--out", "x"], {}, "I from 1 to N"),
+        (["--shard", "1/4"], {}, "needs --out"),
+        ([], {"RANK": "1", "WORLD_SIZE": "4"}, "shard 2/4 needs --out"),
+        (["--shard", "1/4", "--out", "x"], {"RANK": "1", "WORLD_SIZE": "4"}, "a launcher has already given"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(more, variables, words, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", "ckpt", "--benchmark", "vqa_rad", *more]) == 2
+    assert words in capsys.readouterr().err

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UmedError, UsageError, note
 
 if TYPE_CHECKING:
+    from umed_plugin.data.shards import Shard
     from umed_plugin.evaluation.results import Evaluation
 
 # Options that are fields of `EvaluationSettings` by the same name.
@@ -29,7 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         description="Ask a LLaVA checkpoint the questions of a benchmark, greedily, and score the answers. Every metric is "
         "reported with n and a 95 % bootstrap confidence interval, resampled by patient where patients are known, else by image. "
         "The records of a recipe (such as 'mau') are scored by diagnosis, boxes and attention; named benchmarks by their own "
-        "metrics. With --out, the same command continues a run that was killed.",
+        "metrics. With --out, the same command continues a run that was killed. Several processes share the questions under "
+        "torchrun or accelerate launch, or with --shard; all write to the same --out.",
         epilog="examples:\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark demo_studies --data-root studies --out evaluation\n"
         "  umed evaluate runs/llava-mistral-umed --benchmark vqa_rad --data-root VQA-RAD --out rad --compare rad-before",
@@ -47,6 +50,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--limit", metavar="N", type=int, help="only the first N questions of each part of the benchmark"
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="write evaluation.json and predictions.jsonl here")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="answer only share I of N, for a scheduler that starts N processes; the last one to end writes evaluation.json",
+    )
     parser.add_argument(
         "--compare",
         metavar="DIR",
@@ -86,30 +94,59 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
-    from umed_plugin.evaluation.evaluator import check_benchmark, evaluate
+    from umed_plugin.evaluation.evaluator import check_benchmark, evaluate, evaluate_shard
     from umed_plugin.grounding.dialects import find_dialect
     from umed_plugin.patches import prepare_llava
 
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
+    shard, ranks = _share_of(args)
     check_benchmark(args.benchmark)
     prepare_llava()
     dialect, before = find_dialect(args.boxes), _before(args)
+    what = (args.checkpoint, args.benchmark, args.data_root)
+    how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
+    how.update({name: getattr(args, name) for name in _SETTINGS})
     with _Bar() as advance:
-        evaluation = evaluate(
-            args.checkpoint,
-            args.benchmark,
-            args.data_root,
-            split=args.split,
-            limit=args.limit,
-            out=args.out,
-            progress=advance,
-            dialect=dialect,
-            **{name: getattr(args, name) for name in _SETTINGS},
-        )
+        if shard is None:
+            evaluation: Evaluation | None = evaluate(*what, progress=advance, **how)
+        else:
+            first = shard.index == 1
+            # Under a launcher rank 0 reports for all; a scheduler may start the shares at any time.
+            evaluation = evaluate_shard(*what, shard=shard, wait=ranks and first, progress=advance, **how)
+            if ranks and not first:
+                return 0
+    if evaluation is None:
+        note(f"shard {shard} is answered. Whoever answers the last one writes {args.out / 'evaluation.json'}.")
+        return 0
     _show(args, evaluation, before)
     return 0
+
+
+def _share_of(args: argparse.Namespace) -> tuple[Shard | None, bool]:
+    """The share of this process, None for all questions; and whether a launcher gave it, which starts all shares at once."""
+    from umed_plugin.data.shards import parse_shard, shard_of_process
+
+    of_rank = shard_of_process()
+    shard = of_rank if args.shard is None else parse_shard(args.shard)
+    if shard is not None and args.out is None:
+        raise UsageError(f"shard {shard} needs --out: a folder that all processes see, where their answers are joined.")
+    if of_rank is not None and args.shard is not None:
+        raise UsageError(
+            f"--shard {args.shard}: a launcher has already given this process shard {of_rank}. Remove one of the two."
+        )
+    if of_rank is not None:
+        _take_own_gpu(args.device)
+    return shard, of_rank is not None
+
+
+def _take_own_gpu(device: str | None) -> None:
+    """Make "cuda" this rank's own GPU."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def _before(args: argparse.Namespace) -> Evaluation | None:
@@ -162,4 +199,4 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
         if differences is not None:
             comparison = {"before": str(args.compare), "after": str(args.out), "differences": differences}
             files.write_json(args.out / "comparison.json", comparison)
-        console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}")
+        console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
@@ -45,6 +45,9 @@ def ask(
 ) -> dict[str, ModelAnswer]:
     """Answers by question id; those that are kept already are not asked for again.
 
+    Batches are the same however many processes share them, and so are the answers. A process with a shard asks its own batches;
+    what it returns also holds the answers of others that were kept when it started.
+
     Args:
         kept: where answers are written as they come; None: nowhere.
         batch_size: rows at a time: questions, or options of questions.
@@ -54,13 +57,11 @@ def ask(
     answers: dict[str, ModelAnswer] = {}
     if kept is not None:
         # A batch that is not whole is asked again, as it was the first time: answers may depend on it by rounding.
-        whole = [batch for batch in batches if all(question.id in kept.lines for question in batch)]
+        known = {**kept.of_others(), **kept.lines}
+        whole = [batch for batch in batches if all(question.id in known for question in batch)]
         kept.keep_only(question.id for batch in whole for question in batch)
-        answers = {
-            identity: ModelAnswer(line["answer"], line["losses"], line.get("examined"))
-            for identity, line in kept.lines.items()
-        }
-    for batch in batches:
+        answers = {question.id: answer_of(known[question.id]) for batch in whole for question in batch}
+    for batch in batches if kept is None or kept.shard is None else kept.shard.of(batches):
         if batch[0].id not in answers:
             new = _ask_batch(benchmark, batch, answerer)
             answers.update({question.id: answer for question, answer in zip(batch, new)})
@@ -83,6 +84,11 @@ def _ask_batch(
         return hook(answerer, [batch[index] for index in written], prompts, answers)
 
     return answerer.answer(questions, examine)
+
+
+def answer_of(line: Mapping[str, Any]) -> ModelAnswer:
+    """The answer that `kept_line` has kept."""
+    return ModelAnswer(line["answer"], line["losses"], line.get("examined"))
 
 
 def kept_line(question: BenchmarkQuestion, answer: ModelAnswer) -> dict[str, Any]:

@@ -7,6 +7,8 @@ After an evaluation the folder given as ``--out`` holds:
   --gt llava_med/test.json --pred llava_med/answers.jsonl --candidate llava_med/candidate.json``. The last file holds the open
   answers of the training split, if there are any;
 - ``settings.json``: what the answers depend on. After a crash the same command continues where the run stopped.
+
+Several processes may share one evaluation, by a folder that all of them see (`evaluate_shard`).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +24,9 @@ from typing import Any
 
 from umed_plugin import __version__
 from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
-from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.evaluation.asking import AnswersQuestions, Progress, ask, kept_line
+from umed_plugin.data.shards import Shard
+from umed_plugin.errors import UmedError, UsageError, note, unknown_name
+from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answer_of, ask, kept_line
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
@@ -34,6 +38,9 @@ from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, 
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
+
+_POLL = 0.5  # seconds between looks at the answers of other processes
+_SAY_EVERY = 30.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,57 @@ def evaluate(
         >>> evaluate(SaysYes(), "slake", folder).metrics["closed_accuracy"]
         {'value': 0.5, 'ci95': [0.5, 0.5], 'n': 2}
     """
+    evaluation = _evaluate(checkpoint, benchmark, data_root, None, split, limit, out, progress, settings)
+    assert evaluation is not None, "only a shard can end before the evaluation does"
+    return evaluation
+
+
+def evaluate_shard(
+    checkpoint: Path | str | AnswersQuestions,
+    benchmark: Path | str,
+    data_root: Path | str | None = None,
+    *,
+    shard: Shard,
+    out: Path | str,
+    wait: bool = False,
+    split: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Evaluation | None:
+    """`evaluate` by several processes: each answers its share, and whoever finds all answers there computes the metrics.
+
+    The questions are put into the same batches however many processes there are, so answers and metrics are those of a single
+    process to the last digit. A process that was killed is started again with the same command.
+
+    Args:
+        checkpoint, benchmark, data_root, split, limit, settings: as for `evaluate`; the same in all processes.
+        shard: the share of this process.
+        out: folder that all processes see.
+        wait: wait for the answers of the others, instead of returning without an evaluation.
+        progress: called with (questions answered or found, questions in all).
+
+    Returns:
+        The evaluation; None while other processes still have to answer.
+
+    Raises:
+        UmedError: as for `evaluate`.
+    """
+    shared = (shard, wait)
+    return _evaluate(checkpoint, benchmark, data_root, shared, split, limit, out, progress, settings)
+
+
+def _evaluate(
+    checkpoint: Path | str | AnswersQuestions,
+    benchmark: Path | str,
+    data_root: Path | str | None,
+    shared: tuple[Shard, bool] | None,
+    split: str | None,
+    limit: int | None,
+    out: Path | str | None,
+    progress: Progress | None,
+    settings: dict[str, Any],
+) -> Evaluation | None:
     chosen = EvaluationSettings(**settings)
     root = None if data_root is None else Path(data_root)
     asked = _benchmark_of(str(benchmark), checkpoint, root, chosen)
@@ -129,9 +187,9 @@ def evaluate(
             skip=chosen.on_bad_image == "skip",
         )
         candidates = asked.candidates(root) if asked.candidates and root else ()
-        return evaluate_questions(
-            checkpoint, asked, questions, chosen, out=out, skipped=skipped, candidates=candidates, progress=progress
-        )
+        run = _Run(checkpoint, asked, questions, chosen, out, None if shared is None else shared[0])
+        answers = run.ask(progress, wait=shared is None or shared[1])
+        return None if answers is None else run.evaluation(answers, skipped, candidates)
 
 
 def _benchmark_of(
@@ -202,35 +260,93 @@ def evaluate_questions(
     Raises:
         UmedError: there are no questions, an image cannot be read, or ``out`` holds answers given under other settings.
     """
-    if not questions:
-        raise UmedError("there is nothing to evaluate on: no questions. Is it the right --split?")
-    settings = settings or EvaluationSettings()
-    answerer = _answerer(checkpoint, benchmark, settings)
-    scorer = answerer.scorer(settings.dialect)
-    if benchmark.adapt is not None:
-        questions = benchmark.adapt(questions, scorer)
-    kept = None
-    if out is not None:
-        _refuse_older(Path(out) / SETTINGS)
-        kept = KeptAnswers(out, PREDICTIONS, _what_answers_depend_on(benchmark, questions, answerer, settings))
-    answers = ask(benchmark, questions, answerer, kept, batch_size=settings.batch_size, progress=progress)
-    predictions = [predicted(benchmark, question, answers[question.id], scorer) for question in questions]
-    rows = [prediction.row() for prediction in predictions]
-    evaluation = Evaluation(
-        benchmark.name,
-        _name_of(checkpoint),
-        answerer.template,
-        predictions,
-        measure(benchmark.metrics(rows), rows),
-        resampling_unit([question.patient for question in questions]),
-        asdict(scorer.dialect),
-        skipped,
-    )
-    if out is not None:
-        evaluation.save(out)
-        folder = Path(out) / "llava_med"
-        save_for_llava_med(evaluation.checkpoint, benchmark.name, questions, answers, candidates, folder)
-    return evaluation
+    run = _Run(checkpoint, benchmark, questions, settings or EvaluationSettings(), out)
+    answers = run.ask(progress)
+    assert answers is not None, "only a shard can end before the evaluation does"
+    return run.evaluation(answers, skipped, candidates)
+
+
+class _Run:
+    """One process's part of an evaluation: it loads the checkpoint, asks its share of the questions, and scores all answers.
+
+    Args:
+        checkpoint, benchmark, questions, settings, out: as for `evaluate_questions`.
+        shard: the share of this process; None: it asks all questions.
+
+    Raises:
+        UmedError: there are no questions, or ``out`` holds answers given under other settings.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path | str | AnswersQuestions,
+        benchmark: Benchmark,
+        questions: Sequence[BenchmarkQuestion],
+        settings: EvaluationSettings,
+        out: Path | str | None,
+        shard: Shard | None = None,
+    ) -> None:
+        if not questions:
+            raise UmedError("there is nothing to evaluate on: no questions. Is it the right --split?")
+        self._name, self._benchmark, self._settings = _name_of(checkpoint), benchmark, settings
+        self._out = None if out is None else Path(out)
+        self._answerer = _answerer(checkpoint, benchmark, settings)
+        self._scorer = self._answerer.scorer(settings.dialect)
+        self._questions = questions if benchmark.adapt is None else benchmark.adapt(questions, self._scorer)
+        self._kept: KeptAnswers | None = None
+        if self._out is not None:
+            _refuse_older(self._out / SETTINGS)
+            depends = _what_answers_depend_on(benchmark, self._questions, self._answerer, settings)
+            self._kept = KeptAnswers(self._out, PREDICTIONS, depends, shard=shard)
+
+    def ask(self, progress: Progress | None, *, wait: bool = True) -> dict[str, ModelAnswer] | None:
+        """All answers by question id; None if those of other processes are missing, and nobody waits for them."""
+        answers = ask(
+            self._benchmark,
+            self._questions,
+            self._answerer,
+            self._kept,
+            batch_size=self._settings.batch_size,
+            progress=progress,
+        )
+        if self._kept is None or self._kept.shard is None:
+            return answers
+        asked, said = {question.id for question in self._questions}, time.monotonic()
+        while missing := asked - set(answers):
+            answers.update({name: answer_of(line) for name, line in self._kept.of_others().items() if name in missing})
+            left = len(asked - set(answers))
+            if progress is not None:
+                progress(len(answers), len(asked))
+            if left and not wait:
+                return None
+            if left and time.monotonic() - said > _SAY_EVERY:
+                said = time.monotonic()
+                note(f"waiting for other processes: {left} of {len(asked)} questions are not answered yet.")
+            time.sleep(_POLL if left else 0)
+        return answers
+
+    def evaluation(self, answers: Mapping[str, ModelAnswer], skipped: int, candidates: Sequence[str]) -> Evaluation:
+        """Score all answers, and write the files of ``out``."""
+        predictions = [predicted(self._benchmark, q, answers[q.id], self._scorer) for q in self._questions]
+        rows = [prediction.row() for prediction in predictions]
+        evaluation = Evaluation(
+            self._benchmark.name,
+            self._name,
+            self._answerer.template,
+            predictions,
+            measure(self._benchmark.metrics(rows), rows),
+            resampling_unit([question.patient for question in self._questions]),
+            asdict(self._scorer.dialect),
+            skipped,
+        )
+        if self._out is not None and self._kept is not None:
+            evaluation.save(self._out)
+            self._kept.remove_shards()
+            folder = self._out / "llava_med"
+            save_for_llava_med(
+                evaluation.checkpoint, self._benchmark.name, self._questions, answers, candidates, folder
+            )
+        return evaluation
 
 
 def _answerer(

@@ -3,6 +3,9 @@
 After a crash, even ``kill -9``, the same command continues behind the last complete batch. Its lines are on the disk before the
 next batch begins. A line that was cut off is dropped, and so are the lines of an incomplete batch, which is asked again as it was
 the first time. The answers are those of an undisturbed run.
+
+Several processes may share the questions. Each writes a file of its own (``predictions.shard-1-of-4.jsonl``) and reads those of
+the others, so answers also count when the number of processes changes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.data.shards import Shard
 from umed_plugin.errors import UmedError
 
 SETTINGS = "settings.json"
@@ -27,21 +31,55 @@ class KeptAnswers:
         name: of the file in it.
         settings: all that the answers depend on. Those of an earlier run in the folder must be the same.
         key: field of a line that holds the question's id.
+        shard: the share of this process; None: it asks all questions.
+
+    Attributes:
+        lines: of this process's file.
 
     Raises:
         UmedError: the folder holds answers given under other settings, or lines that are not JSON.
     """
 
-    def __init__(self, folder: Path | str, name: str, settings: Mapping[str, Any], key: str = "id") -> None:
-        self.path, self._key = Path(folder) / name, key
+    def __init__(
+        self,
+        folder: Path | str,
+        name: str,
+        settings: Mapping[str, Any],
+        key: str = "id",
+        shard: Shard | None = None,
+    ) -> None:
+        self._joined, self._key, self.shard = Path(folder) / name, key, shard
+        self.path = self._joined if shard is None else self._shard_file(shard)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _check_settings(Path(folder) / SETTINGS, json.loads(json.dumps(settings)), self.path)
-        self.lines: dict[str, dict[str, Any]] = {str(line[key]): line for line in self._read()}
+        answers = [file for file in (self._joined, *self._shard_files()) if file.exists()]
+        _check_settings(Path(folder) / SETTINGS, json.loads(json.dumps(settings)), answers)
+        self.lines: dict[str, dict[str, Any]] = self._read(self.path)
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
+    def _shard_file(self, shard: Shard) -> Path:
+        return self._joined.with_name(f"{self._joined.stem}.{shard.file_part}{self._joined.suffix}")
+
+    def _shard_files(self) -> list[Path]:
+        return sorted(self._joined.parent.glob(f"{self._joined.stem}.shard-*{self._joined.suffix}"))
+
+    def of_others(self) -> dict[str, dict[str, Any]]:
+        """Lines of all other processes' files as they are now, and of the joined file, by the question's id."""
+        lines: dict[str, dict[str, Any]] = {}
+        # The joined file last: whoever joins writes it, and only then removes the others.
+        for file in (*self._shard_files(), self._joined):
+            if file != self.path:
+                lines.update(self._read(file))
+        return lines
+
+    def remove_shards(self) -> None:
+        """Remove the files of all processes, once the joined file holds their lines."""
+        for file in self._shard_files():
+            file.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, dict[str, Any]]:
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return {}
         whole = content[: content.rfind(b"\n") + 1]
         lines = []
         for number, text in enumerate(whole.splitlines(), start=1):
@@ -49,10 +87,10 @@ class KeptAnswers:
                 lines.append(json.loads(text))
             except ValueError as error:
                 raise UmedError(
-                    f"{self.path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file "
-                    "to ask everything again."
+                    f"{path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file to "
+                    "ask everything again."
                 ) from error
-        return lines
+        return {str(line[self._key]): line for line in lines}
 
     def keep_only(self, ids: Iterable[str]) -> None:
         """Forget all lines but those of ``ids``, on the disk too."""
@@ -73,13 +111,13 @@ def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n" for line in lines)
 
 
-def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None:
-    if answers.exists() and not file.exists():
+def _check_settings(file: Path, settings: dict[str, Any], answers: Sequence[Path]) -> None:
+    if answers and not file.exists():
         raise UmedError(
-            f"{answers} exists, but no {SETTINGS} that says under which settings its answers were given. "
+            f"{answers[0]} exists, but no {SETTINGS} that says under which settings its answers were given. "
             "Give another --out, or remove that file."
         )
-    if answers.exists():
+    if answers:
         earlier = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
         if changed:
@@ -87,7 +125,7 @@ def _check_settings(file: Path, settings: dict[str, Any], answers: Path) -> None
                 f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in changed
             )
             raise UmedError(
-                f"{answers.parent} holds answers that were given under other settings:\n{changes}\n"
+                f"{file.parent} holds answers that were given under other settings:\n{changes}\n"
                 "Give another --out, or remove that folder."
             )
     files.write_json(file, settings)
