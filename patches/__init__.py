@@ -39,7 +39,8 @@ from umed_plugin.patches import (
 from umed_plugin.patching import Patch, apply
 from umed_plugin.patching.import_hook import install
 
-# Without these LLaVA fails, or computes other numbers, on libraries newer than its pins. For every process that uses LLaVA.
+# Without these LLaVA fails, or computes other numbers, on libraries newer than its pins. Without `torch_load` it runs code in a
+# checkpoint's pickles. For every process that uses LLaVA.
 STACK: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
@@ -50,6 +51,7 @@ STACK: tuple[Patch, ...] = tuple(
         tower_layout,
         config_layout,
         sdpa_mask,
+        torch_load,
     )
 )
 # These add the plugin's features to LLaVA's training, or fix LLaVA's training. For training processes only.
@@ -66,7 +68,6 @@ TRAINING: tuple[Patch, ...] = tuple(
         attention_mask,
         xformers_attention,
         vision_tower,
-        torch_load,
         zero_3,
         shared_memory_build,
         late_weights,

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import NON_LORA
+from umed_plugin.checkpoints.loading import NON_LORA, read_tensors
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
@@ -138,8 +138,6 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
     Raises:
         UmedError: the checkpoint lacks some of them.
     """
-    import torch
-
     file = checkpoint / NON_LORA
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     if not file.is_file():
@@ -149,7 +147,7 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
             f"{checkpoint}: has no {NON_LORA}, so the trained projector is lost (stock LLaVA saves it only at the end). "
             "Start again with another --output_dir, or remove the checkpoint-* folders."
         )
-    weights = torch.load(file, map_location="cpu", weights_only=True)
+    weights = read_tensors(file)
     missing = sorted(trained - set(weights))
     unknown = model.load_state_dict(weights, strict=False).unexpected_keys
     if missing or unknown:

@@ -33,12 +33,12 @@ from support.taught import write_lora
 from support.umed_runs import environment
 
 from umed_plugin.checkpoints.merging import merge
+from umed_plugin.checkpoints.pickles import read_pickle
+from umed_plugin.checkpoints.stored import BadFile, read_safetensors
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
 from umed_plugin.commands.doctor.catalogue import KINDS
 from umed_plugin.commands.doctor.examination import diagnose, examine
-from umed_plugin.commands.doctor.pickles import read_pickle
-from umed_plugin.commands.doctor.stored import BadFile, read_safetensors
 
 
 @pytest.fixture(scope="session")

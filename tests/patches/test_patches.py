@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.canaries import KINDS, hostile
 from support.records import write_records
 from support.umed_runs import ROOT, train_flags
 
@@ -444,39 +445,41 @@ def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeyp
     assert "flash-attn 2 or CUDA is missing" in capsys.readouterr().out
 
 
-class Hostile:
-    """A pickle that would run code."""
-
-    def __reduce__(self):
-        return (print, ("code ran",))
-
-
 def load_as(caller: str, file: Path):
     """`torch.load` called from a module of that name."""
     namespace = {"__name__": caller, "torch": torch, "file": str(file)}
-    exec("result = torch.load(file, map_location='cpu')", namespace)
+    exec("result = torch.load(file, map_location='cpu', weights_only=False)", namespace)
     return namespace["result"]
 
 
-without_torch_load = pytest.mark.skipif(
-    torch_load.PATCH.not_needed() is not None, reason="this torch loads nothing but tensors by itself"
+CALLERS = (
+    "llava.model.builder",
+    "transformers.trainer",
+    "peft.peft_model",
+    "accelerate.utils",
+    "deepspeed.runtime.engine",
 )
 
 
-@without_torch_load
-def test_pickles_of_a_checkpoint_run_no_code(tmp_path, capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickles_of_a_checkpoint_run_no_code(kind, tmp_path):
+    """Also where the caller switches the check off, as DeepSpeed does."""
     patching.apply([torch_load.PATCH])
     for name in ("mm_projector.bin", "rng_state.pth"):
-        torch.save({"a": Hostile()}, tmp_path / name)
-        for caller in ("llava.model.llava_arch", "transformers.trainer", "peft.peft_model"):
-            with pytest.raises(UmedError, match=f"{name}: contains more than plain tensors"):
-                load_as(caller, tmp_path / name)
-    assert "code ran" not in capsys.readouterr().out
-    load_as("somebody.else", tmp_path / "mm_projector.bin")
-    assert "code ran" in capsys.readouterr().out
+        file = hostile(kind, tmp_path / name, tmp_path / "canary")
+        for caller in CALLERS:
+            with pytest.raises(UmedError, match=f"{name}: .*It was not loaded") as told:
+                load_as(caller, file)
+            assert "weights_only" not in str(told.value)
+    assert not (tmp_path / "canary").exists()
 
 
-@without_torch_load
+def test_other_callers_load_as_they_please(tmp_path):
+    patching.apply([torch_load.PATCH])
+    load_as("somebody.else", hostile("reduce", tmp_path / "own.bin", tmp_path / "canary"))
+    assert (tmp_path / "canary").exists()
+
+
 def test_states_of_a_real_run_load(tmp_path):
     patching.apply([torch_load.PATCH])
     model = torch.nn.Linear(2, 2)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from support import canaries
 from umed_plugin.checkpoints.loading import TOWER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -218,6 +219,41 @@ def mark_of(folder: Path) -> Path:
     return folder.parent / "ran"
 
 
+def point_outside(folder: Path, name: object) -> None:
+    """Let the index name a file that is not beside it."""
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][KEY] = name
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def as_hostile(folder: Path, kind: str) -> None:
+    (folder / WEIGHTS).unlink()
+    canaries.hostile(kind, folder / "pytorch_model.bin", mark_of(folder))
+
+
+def tower_as_hostile(folder: Path, kind: str) -> None:
+    content = load_file(folder / "vision_tower" / WEIGHTS)
+    (folder / "vision_tower" / WEIGHTS).unlink()
+    canaries.hostile(kind, folder / "vision_tower" / "pytorch_model.bin", mark_of(folder), content)
+
+
+def beside(folder: Path, kind: str, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    canaries.hostile(kind, folder / name, mark_of(folder))
+
+
+def move(folder: Path, place: Callable[[int, int], tuple[int, int]]) -> None:
+    """Change the place of one tensor in a safetensors header, which keeps its length."""
+    file = folder / WEIGHTS
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[KEY]["data_offsets"] = place(*header[KEY]["data_offsets"])
+    new = json.dumps(header, separators=(",", ":")).encode()
+    new += b" " * (-len(new) % 8)
+    file.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + length :])
+
+
 def pickled(value: object, file: Path) -> None:
     file.write_bytes(pickle.dumps(value))
 
@@ -230,6 +266,9 @@ FAULTS = (
     Fault("index-missing", then(split, lambda f: (f / INDEX).unlink())),
     Fault("index-missing", then(split, lambda f: (f / INDEX).write_text("{")), said="that names them"),
     Fault("index-wrong", then(split, forget), said=KEY),
+    Fault("shard-outside", then(split, lambda f: point_outside(f, "../elsewhere.safetensors")), said="../elsewhere"),
+    Fault("shard-outside", then(split, lambda f: point_outside(f, "/etc/passwd")), said="/etc/passwd"),
+    Fault("shard-outside", then(split, lambda f: point_outside(f, 5)), said="'5'"),
     Fault("second-weights", lambda f: torch.save(tensors(f), f / "pytorch_model.bin"), said="pytorch_model.bin"),
     Fault("file-truncated", lambda f: cut(f / WEIGHTS), said="100 bytes fewer"),
     Fault("file-truncated", then(as_pickle, lambda f: cut(f / "pytorch_model.bin"))),
@@ -240,6 +279,13 @@ FAULTS = (
     Fault("file-unreadable", lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"x"), said="1 bytes more"),
     Fault("pickle-runs-code", lambda f: as_pickle(f, harm=Harmful(mark_of(f))), said="mkdir"),
     Fault("pickle-runs-code", lambda f: as_pickle(f, False, harm=Harmful(mark_of(f))), said="mkdir"),
+    *(Fault("pickle-runs-code", lambda f, k=k: as_hostile(f, k)) for k in canaries.KINDS),
+    *(Fault("pickle-runs-code", lambda f, k=k: tower_as_hostile(f, k)) for k in canaries.KINDS),
+    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "optimizer.pt")) for k in canaries.KINDS),
+    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "checkpoint-4/rng_state.pth")) for k in canaries.KINDS),
+    Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 8, e - 8)), said="overlaps another tensor"),
+    Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 2**60, e - 2**60)), said="not a tensor's place"),
+    Fault("file-truncated", lambda f: move(f, lambda s, e: (s, 2**62)), said="bytes fewer"),
     Fault("pickle-beside", lambda f: torch.save(Harmful(mark_of(f)), f / "training_args.bin"), said="mkdir"),
     Fault("pickle-beside", lambda f: pickled(Harmful(mark_of(f)), f / "notes.pkl"), said="mkdir"),
     Fault("code-inside", lambda f: (f / "modeling_llava.py").write_text("raise SystemExit")),

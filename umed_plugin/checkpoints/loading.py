@@ -1,8 +1,9 @@
 """Read checkpoints: find their weight files, and load the model.
 
 Stock LLaVA chooses the loader by the folder's name; this module reads ``model_type`` from ``config.json``. Vision-tower weights
-inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is set). Pickles are loaded with
-``weights_only=True``. `umed_plugin.checkpoints.merging` writes checkpoints.
+inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is set). Weight files are checked by
+`umed_plugin.checkpoints.safe_loading` before anything opens them, and no Python in a checkpoint is imported.
+`umed_plugin.checkpoints.merging` writes checkpoints.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.pickles import printable
+from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
 from umed_plugin.errors import UmedError, unknown_name
 
 # model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
@@ -99,7 +102,7 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
         if file is not None and not name.endswith(".json"):
             return [file]
         if file is not None:
-            weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(file)
             shards = sorted({shard for tensor, shard in weight_map.items() if tensor.startswith(prefix)})
             paths = {shard: find(shard) for shard in shards}
             missing = [shard for shard, path in paths.items() if path is None]
@@ -113,15 +116,47 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
     )
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard of an index.
+
+    Raises:
+        UmedError: the index cannot be read, or names files outside its folder.
+    """
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted(shard for shard in set(weight_map.values()) if not is_plain_name(shard))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise UmedError(f"{index}: is not an index of weight files ({error!r}). Copy or download it again.") from error
+    if outside:
+        raise UmedError(
+            f"{index}: names {printable(outside[0])!r}, which is not a file of its folder ({len(outside)} such in all). Allowed: "
+            "names of files beside the index. Download the checkpoint again."
+        )
+    return weight_map
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name in an index is that of a file beside it, not a path to somewhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
 def read_tensors(file: Path) -> dict[str, Any]:
-    """Name -> tensor of one weight file, on the CPU, in its saved dtype."""
+    """Name -> tensor of one weight file, on the CPU, in its saved dtype.
+
+    Raises:
+        UmedError: it holds more than plain tensors, or cannot be read.
+    """
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
+        check_plain([file])
         return load_file(file)
     import torch
 
-    return torch.load(file, map_location="cpu", weights_only=True)
+    tensors = load_pickle(file)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UmedError(f"{file}: is not a dictionary of tensors, as weight files are. Copy or download it again.")
+    return dict(tensors)
 
 
 def load_checkpoint(
@@ -156,10 +191,10 @@ def load_checkpoint(
     dtype = dtype or torch.float32
     path = Path(path)
     if not is_lora(path):
-        tokenizer, model = _load_full(path)
+        tokenizer, model = _load_full(path, dtype)
     else:
         config = read_config(path)
-        tokenizer, model = _load_full(find_base(path, base), config)
+        tokenizer, model = _load_full(find_base(path, base), dtype, config)
         model = _wrap_adapter(model, path)
     model = model.to(device=device, dtype=dtype).eval()
     tower = model.get_vision_tower() if not is_lora(path) else model.get_base_model().get_vision_tower()
@@ -185,8 +220,8 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
     return Path(folder)
 
 
-def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """(tokenizer, model) of a full checkpoint in float32, with its own tower weights; ``config`` overrides values."""
+def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> tuple[Any, Any]:
+    """(tokenizer, model) of a full checkpoint, with its own tower weights; ``config`` overrides values."""
     import importlib
 
     from transformers import AutoTokenizer
@@ -194,12 +229,16 @@ def _load_full(path: Path, config: dict[str, Any] | None = None) -> tuple[Any, A
     own = read_config(path)
     changes = {key: config[key] for key in READ_WHEN_ANSWERING if key in config} if config else {}
     _check_tower(path, own)
+    check_plain([*weight_files(path), *_files_of_tower(own)])
     module, name = FAMILIES[own["model_type"]]
     model_class = getattr(importlib.import_module(module), name)
     with _quiet():
         model_config = model_class.config_class.from_pretrained(path, **changes)
-        model = model_class.from_pretrained(path, config=model_config)
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False)
+        # In the requested dtype at once: 7 billion parameters in float32 are 28 GB. A tower inside the checkpoint is built, and
+        # filled, while the model is: its weights need memory from the start.
+        lean = not own.get("unfreeze_mm_vision_tower")
+        model = model_class.from_pretrained(path, config=model_config, torch_dtype=dtype, low_cpu_mem_usage=lean)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             tower.load_model()
@@ -223,6 +262,7 @@ def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[
         if file.suffix == ".safetensors":
             from safetensors import safe_open
 
+            check_plain([file])
             with safe_open(str(file), framework="pt", device="cpu") as stream:
                 names = [name for name in list(stream.keys()) if name.startswith(TOWER)]
                 tensors.update({name[len(TOWER) :]: stream.get_tensor(name) for name in names})
@@ -264,6 +304,12 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
             f"{path}/config.json: mm_vision_tower is {tower}, which does not exist. If the tower was moved, set mm_vision_tower "
             "to its new absolute path."
         )
+
+
+def _files_of_tower(config: dict[str, Any]) -> list[Path]:
+    """Weight files of a tower that is a folder on this machine."""
+    tower = config.get("mm_vision_tower", config.get("vision_tower"))
+    return weight_files(tower) if tower and os.path.isdir(tower) else []
 
 
 def _add_image_tokens(tokenizer: Any, model: Any) -> None:

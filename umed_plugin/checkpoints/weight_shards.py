@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.loading import read_tensors
+from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.files import write_json
 
 # Size of a shard, which is in memory until it is written, except for tensors mapped from a safetensors file.
@@ -18,6 +19,7 @@ def stream(file: Path) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
+        check_plain([file])
         with safe_open(str(file), framework="pt", device="cpu") as opened:
             for name in list(opened.keys()):
                 yield name, opened.get_tensor(name)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from umed_plugin.checkpoints.safe_loading import load_pickle
 from umed_plugin.model.forward import Candidates
 from umed_plugin.training.advantages import (
     explained_variance,
@@ -98,7 +99,7 @@ class Experience:
     @classmethod
     def load(cls, file: Path, device: Any) -> Experience:
         """Read what `save` wrote; rewards stay on the CPU."""
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_pickle(file)
         moved = {
             name: value.to(device) if isinstance(value, Tensor) and name != "rewards" else value
             for name, value in content.items()

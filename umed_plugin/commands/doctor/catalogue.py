@@ -49,6 +49,11 @@ FILES = (
         "rewrites the index from the shards' headers",
     ),
     Kind(
+        "shard-outside", ERROR, "the index names files outside the checkpoint's folder",
+        "The loader would read whatever lies there. umed refuses it.",
+        "Get the checkpoint again, from its publisher.",
+    ),
+    Kind(
         "second-weights", WARNING, "weight files that will not be loaded",
         "The folder holds two sets of weights. The loader takes one of them, perhaps the older one.",
         "Move the files that do not belong out of the folder: {files}.",
@@ -69,8 +74,9 @@ FILES = (
         _AGAIN,
     ),
     Kind(
-        "pickle-runs-code", ERROR, "a weight file holds more than plain tensors",
-        "LLaVA's torch loads pickles without a check and calls the functions that they name. umed refuses them.",
+        "pickle-runs-code", ERROR, "a weight file of the checkpoint or its tower holds more than plain tensors",
+        "LLaVA's torch loads pickles without a check and calls the functions that they name. It also runs TorchScript archives. "
+        "umed refuses both.",
         "Do not load it. If you trust its source, load it once in a Python without credentials or network, and save its "
         "tensors again: torch.save({{k: v for k, v in torch.load(F).items()}}, F).",
     ),
@@ -80,7 +86,7 @@ FILES = (
         "Delete it, unless you want to resume training from it: {file}.",
     ),
     Kind(
-        "code-inside", WARNING, "Python files, or auto_map in config.json",
+        "code-inside", WARNING, "Python files, or auto_map in config.json or tokenizer_config.json",
         "Programs that trust remote code run it. LLaVA does so for folders with 'mpt' in their names.",
         "Read the code, or delete it together with auto_map: LLaVA's Llama and Mistral models need none.",
     ),

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
-from umed_plugin.commands.doctor.stored import StoredTensor
 from umed_plugin.errors import did_you_mean
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -13,11 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import ADAPTER, NON_LORA
+from umed_plugin.checkpoints.loading import ADAPTER, NON_LORA, is_plain_name
+from umed_plugin.checkpoints.pickles import PROGRAM, read_pickle
+from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.commands.doctor.catalogue import finding
-from umed_plugin.commands.doctor.findings import Finding, JsonChange
-from umed_plugin.commands.doctor.pickles import read_pickle
-from umed_plugin.commands.doctor.stored import BadFile, StoredTensor, read_safetensors
+from umed_plugin.commands.doctor.findings import ERROR, Finding, JsonChange
 
 FULL, LORA, PROJECTOR, NOTHING = "full", "LoRA", "projector only", "nothing"
 MM_PROJECTOR = "mm_projector.bin"
@@ -35,9 +35,12 @@ _LISTS = ("architectures",)
 _TRAINING = re.compile(
     r"(transformers|torch|accelerate|deepspeed|llava|numpy|collections|_codecs|datetime|pathlib|argparse|umed_plugin)\b"
 )
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_SETTINGS = ("config.json", "tokenizer_config.json")  # whose auto_map names Python in the checkpoint, or on the Hub
+_SHOWN = 5
 # Names that no trainer saves, in whichever library.
 _CALLS = re.compile(
-    r"(torch\.hub|torch\.utils\.cpp_extension|numpy\.(f2py|distutils|testing)|.*\.(system|popen|exec|eval))\b"
+    r"(torch\.(hub|jit|load|package|classes|ops)|torch\.serialization\.load|numpy\.load|torch\.utils\.cpp_extension|numpy\.(f2py|distutils|testing)|.*\.(system|popen|exec|eval))\b"
 )
 
 
@@ -88,7 +91,7 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object; {} if the file is missing or is not a JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -118,6 +121,7 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
         named = base or contents.adapter_config.get("base_model_name_or_path") or contents.config.get("_name_or_path")
         if named and Path(named).is_dir():
             contents.base = read_contents(Path(named).absolute())
+            contents.findings += [fault for fault in contents.base.findings if fault.severity == ERROR]
     contents.findings += _beside(path, contents.config)
     return contents
 
@@ -155,7 +159,7 @@ def _full_weights(contents: Contents) -> dict[str, StoredTensor]:
     elif first.endswith(".json"):
         tensors, files = _by_index(contents, path / first)
     else:
-        tensors, files = _read(contents, path / first) or {}, [path / first]
+        tensors, files = read_weights(contents, path / first) or {}, [path / first]
     used = {file.name for file in files} | {first}
     idle = [name for name in WHOLE if (path / name).is_file() and name not in used]
     idle += [file.name for file in shards if file.name not in used]
@@ -172,6 +176,11 @@ def _by_index(contents: Contents, index: Path) -> tuple[dict[str, StoredTensor],
         return _without_index(
             contents, [file for file in sorted(contents.path.iterdir()) if _SHARD.fullmatch(file.name)]
         )
+    outside = sorted({str(name) for name in places.values() if not is_plain_name(name)})
+    if outside:
+        found = f"it names {outside[0]!r}, which is not a file of its folder ({len(outside)} such in all)"
+        contents.findings.append(finding("shard-outside", found, str(index)))
+        return {}, [file for file in contents.path.iterdir() if _SHARD.fullmatch(file.name)]
     names = sorted(set(places.values()))
     files = [contents.path / name for name in names]
     missing = [name for name in names if not (contents.path / name).is_file()]
@@ -226,13 +235,13 @@ def _read_all(contents: Contents, files: list[Path]) -> tuple[dict[str, StoredTe
     tensors: dict[str, StoredTensor] = {}
     whole = True
     for file in files:
-        stored = _read(contents, file)
+        stored = read_weights(contents, file)
         whole = whole and stored is not None
         tensors.update(stored or {})
     return tensors, whole
 
 
-def _read(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
+def read_weights(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
     """The tensors of one weight file; None if it cannot be read, which is reported."""
     try:
         if file.suffix == ".safetensors":
@@ -242,8 +251,8 @@ def _read(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
         contents.findings.append(finding(error.code, error.found, str(file), file=file.name))
         return None
     if pickled.foreign:
-        found = f"it names {', '.join(pickled.foreign[:5])}"
-        contents.findings.append(finding("pickle-runs-code", found, str(file)))
+        found = f"it names {', '.join(pickled.foreign[:_SHOWN])}"
+        contents.findings.append(finding(PROGRAM, found, str(file)))
     return pickled.tensors
 
 
@@ -254,31 +263,44 @@ def _read_trained_parts(contents: Contents) -> None:
     if contents.kind == LORA:
         files = [path / weights for weights in ADAPTER_WEIGHTS if (path / weights).is_file()]
         if files:
-            contents.adapter = _read(contents, files[0]) or {}
+            contents.adapter = read_weights(contents, files[0]) or {}
         else:
             found = f"there is neither {ADAPTER_WEIGHTS[0]} nor {ADAPTER_WEIGHTS[1]}"
             contents.findings.append(finding("adapter-missing", found, str(path)))
     if (path / name).is_file():
-        trained = _read(contents, path / name) or {}
+        trained = read_weights(contents, path / name) or {}
         contents.others = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}
     else:
         contents.findings.append(finding("projector-not-saved", f"there is no {name}", str(path)))
 
 
 def _beside(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    """Report Python code, and pickles that are not weights."""
-    scripts = sorted(file.name for file in path.glob("*.py"))
-    if scripts or "auto_map" in config:
-        found = ", ".join([*scripts, *(["auto_map in config.json"] if "auto_map" in config else [])])
+    """Report Python code, and pickles that are not weights, in the folder and in those below it (towers, checkpoint-N)."""
+    scripts = sorted(str(file.relative_to(path)) for file in path.rglob("*.py"))
+    settings = [
+        name for name in _SETTINGS if "auto_map" in (config if name == "config.json" else read_object(path / name))
+    ]
+    if scripts or settings:
+        found = ", ".join([*scripts[:_SHOWN], *(f"auto_map in {name}" for name in settings)])
         yield finding("code-inside", found, str(path))
     weights = (*WHOLE, *ADAPTER_WEIGHTS, NON_LORA, MM_PROJECTOR)
-    for file in sorted(path.iterdir()):
-        if file.suffix not in (".bin", ".pt", ".pth", ".pkl") or file.name in weights or _SHARD.fullmatch(file.name):
+    for file in sorted(path.rglob("*")):
+        # Those of a tower are read by the checks of the tower.
+        read = file.parent == path or file.parent == path / "vision_tower"
+        is_weights = read and (file.name in weights or _SHARD.fullmatch(file.name))
+        if file.suffix not in _PICKLES or is_weights or not file.is_file():
             continue
-        try:
-            foreign = read_pickle(file).foreign
-        except BadFile:
-            continue  # only a resumed training run reads it, and reports the error
-        odd = [name for name in foreign if not _TRAINING.match(name) or _CALLS.match(name)]
+        odd = _odd_names(file)
         if odd:
-            yield finding("pickle-beside", f"it names {', '.join(odd[:5])}", str(file), file=file.name)
+            yield finding("pickle-beside", f"it {odd}", str(file), file=file.relative_to(path))
+
+
+def _odd_names(file: Path) -> str | None:
+    """What a pickle holds that no trainer saves, in words; None if nothing."""
+    try:
+        foreign = read_pickle(file).foreign
+    except BadFile as error:
+        # Only a resumed training run reads it, and reports that it cannot be read.
+        return error.found if error.code == PROGRAM else None
+    odd = [name for name in foreign if not _TRAINING.match(name) or _CALLS.match(name)]
+    return f"names {', '.join(odd[:_SHOWN])}" if odd else None

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.checkpoints.loading import FAMILIES, TOWER, is_plain_name
+from umed_plugin.checkpoints.pickles import read_pickle
+from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
-from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object
+from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
-from umed_plugin.commands.doctor.pickles import read_pickle
-from umed_plugin.commands.doctor.stored import BadFile, StoredTensor, read_safetensors
 
 UNFREEZE = "unfreeze_mm_vision_tower"
 _HUB = ("openai", "laion")
@@ -39,6 +39,9 @@ def check_tower(contents: Contents) -> Iterator[Finding]:
     yield from _location(contents, name, folder, where)
     if folder is not None:
         yield from _sizes(contents, folder)
+        yield from _files(folder)
+    if folder != contents.path / "vision_tower":
+        yield from _files(contents.path / "vision_tower")
     if contents.kind == FULL:
         yield from _inside(contents, name, folder)
 
@@ -108,6 +111,26 @@ def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
 
 
+def _files(folder: Path) -> Iterator[Finding]:
+    """Check every weight file of the tower: LLaVA loads one of them, and which one depends on its version of transformers."""
+    tower = Contents(folder)
+    names = {name for name in WHOLE if (folder / name).is_file()}
+    for index in [name for name in names if name.endswith(".json")]:
+        names |= set(_shards(folder / index))
+    for name in sorted(name for name in names if not name.endswith(".json")):
+        if (folder / name).is_file():
+            read_weights(tower, folder / name)
+        else:
+            yield finding("shard-missing", f"{name} is missing", str(folder), file=name)
+    yield from tower.findings
+
+
+def _shards(index: Path) -> list[str]:
+    """The files beside an index that it names; what it names elsewhere is not looked at."""
+    places = read_object(index).get("weight_map", {})
+    return sorted({name for name in places.values() if is_plain_name(name)}) if isinstance(places, dict) else []
+
+
 @dataclass(frozen=True)
 class Distance:
     """The distance between the checkpoint's tower and the tower that LLaVA loads.
@@ -167,7 +190,7 @@ def tower_weights(folder: Path) -> dict[str, StoredTensor]:
         return {}
     names = [first]
     if first.endswith(".json"):
-        names = sorted(set(read_object(folder / first).get("weight_map", {}).values()))
+        names = _shards(folder / first)
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         try:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from umed_plugin.checkpoints.loading import TOWER
+from umed_plugin.checkpoints.stored import FLOATS, BadFile, StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents
 from umed_plugin.commands.doctor.findings import Finding
-from umed_plugin.commands.doctor.stored import FLOATS, BadFile, StoredTensor
 
 _LARGEST_HALF = 65504.0
 # RMSNorm weights are positive in a trained model; differences of two such weights are centered at 0.

@@ -4,13 +4,16 @@ A pickle is a program: it names functions and calls them. This reader records ev
 `StoredTensor` (name, shape, offset in the file); anything else becomes an object that does nothing. A file is plain if it names
 nothing beyond what ``torch.load(weights_only=True)`` allows.
 
-Both formats are supported: the zip archive since PyTorch 1.6, and the older sequence of pickles.
+Both formats are supported: the zip archive since PyTorch 1.6, and the older sequence of pickles. Two others are programs by
+their nature and are refused: a TorchScript archive, which every `torch.load` hands to `torch.jit.load`, and the tar archive of
+PyTorch before 0.1.10, whose members are pickles of their own.
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from umed_plugin.commands.doctor.stored import BYTES, BadFile, StoredTensor, refuse_placeholder
+from umed_plugin.checkpoints.stored import BYTES, BadFile, StoredTensor, refuse_placeholder
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
@@ -30,6 +33,7 @@ _NO_TENSORS = (
     AttributeError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, RecursionError, TypeError,
     ValueError, struct.error,
 )  # fmt: skip
+PROGRAM = "pickle-runs-code"  # code of the finding
 _MAGIC = 0x1950A86A20F9469CFC6C  # first value in the sequence of pickles
 
 
@@ -117,7 +121,7 @@ class _Reader(pickle.Unpickler):
             return _PLAIN[module, name]
         if module == "torch" and name in _DTYPES:
             return _Nothing
-        self.foreign.add(f"{module}.{name}")
+        self.foreign.add(printable(f"{module}.{name}"))
         return _Nothing
 
     def persistent_load(self, pid: Any) -> Any:
@@ -128,16 +132,22 @@ class _Reader(pickle.Unpickler):
         return _Storage(dtype, str(key))
 
 
+def printable(text: str) -> str:
+    """``text`` without control characters, which a terminal would obey."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def read_pickle(file: Path) -> Pickled:
     """Read a file written by `torch.save`.
 
     Raises:
-        BadFile: it is truncated, or is not a PyTorch file.
+        BadFile: it is truncated, is a program, or is not a PyTorch file.
     """
     refuse_placeholder(file)
     with open(file, "rb") as stream:
         zipped = stream.read(2) == b"PK"
         try:
+            refuse_program(stream)
             return _read_zip(file) if zipped else _read_sequence(file)
         except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
             code = "file-truncated" if zipped or isinstance(error, EOFError) else "file-unreadable"
@@ -146,10 +156,53 @@ def read_pickle(file: Path) -> Pickled:
             raise BadFile("file-unreadable", f"cannot be read as a PyTorch file ({error!r})") from error
 
 
+def refuse_program(stream: IO[bytes]) -> None:
+    """Refuse a file that no flag of `torch.load` makes safe: a TorchScript archive, or a tar archive of old PyTorch.
+
+    Args:
+        stream: the whole file; read from its start, and left there.
+
+    Raises:
+        BadFile: it is one of the two.
+    """
+    stream.seek(0)
+    zipped = stream.read(2) == b"PK"
+    stream.seek(0)
+    try:
+        if zipped:
+            _refuse_torchscript(stream)
+        else:
+            _refuse_tar(stream)
+    finally:
+        stream.seek(0)
+
+
+def _refuse_torchscript(stream: IO[bytes]) -> None:
+    # PyTorch compares names without their case, and calls an archive TorchScript if it has constants.pkl.
+    with zipfile.ZipFile(stream) as archive:
+        names = [name.lower() for name in archive.namelist()]
+    if any(name.rpartition("/")[2] == "constants.pkl" or "code" in name.split("/")[:-1] for name in names):
+        raise BadFile(PROGRAM, "is a TorchScript archive, which contains code that runs when it is loaded")
+    if len(set(names)) < len(names):
+        raise BadFile("file-unreadable", "is a zip archive with two entries of one name")
+
+
+def _refuse_tar(stream: IO[bytes]) -> None:
+    try:
+        with tarfile.open(fileobj=stream, mode="r:"):
+            pass
+    except (tarfile.TarError, ValueError, OverflowError):
+        return
+    raise BadFile(
+        PROGRAM, "is a tar archive of PyTorch before 0.1.10, which cannot be read without running its pickles"
+    )
+
+
 def _read_zip(file: Path) -> Pickled:
     with zipfile.ZipFile(file) as archive:
         inner = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-        if len(inner) != 1:
+        # PyTorch stores every entry as it is: a compressed pickle may unpack to any size.
+        if len(inner) != 1 or archive.getinfo(inner[0]).compress_type != zipfile.ZIP_STORED:
             raise BadFile("file-unreadable", "is a zip archive that PyTorch did not write")
         with archive.open(inner[0]) as stream:
             reader = _Reader(stream)
@@ -174,13 +227,17 @@ def _begin(file: Path, entry: zipfile.ZipInfo) -> int:
 def _read_sequence(file: Path) -> Pickled:
     """Format before PyTorch 1.6: magic number, version, machine, content, storage keys, then the storages one after another."""
     with open(file, "rb") as stream:
-        if _Reader(stream).load() != _MAGIC:
+        readers = [_Reader(stream)]
+        if readers[0].load() != _MAGIC:
             return _read_bare(file)
+        # Each of the five pickles can call functions: PyTorch's version, the machine, the content and the keys too.
         for _ in range(2):
-            _Reader(stream).load()
-        reader = _Reader(stream)
+            readers.append(_Reader(stream))
+            readers[-1].load()
+        readers.append(reader := _Reader(stream))
         content = reader.load()
-        keys = [str(key) for key in _Reader(stream).load()]
+        readers.append(_Reader(stream))
+        keys = [str(key) for key in readers[-1].load()]
         position = stream.tell()
         offsets = {}
         for key in keys:
@@ -190,7 +247,8 @@ def _read_sequence(file: Path) -> Pickled:
             position += 8 + count * BYTES[reader.storages[key]]
     if position > file.stat().st_size:
         raise BadFile("file-truncated", f"has {position - file.stat().st_size} bytes fewer than its tensors need")
-    return Pickled(_stored(file, content, lambda storage: offsets[storage.key]), tuple(sorted(reader.foreign)))
+    foreign = set().union(*(each.foreign for each in readers))
+    return Pickled(_stored(file, content, lambda storage: offsets[storage.key]), tuple(sorted(foreign)))
 
 
 def _read_bare(file: Path) -> Pickled:

@@ -1,7 +1,7 @@
 """Tensors in weight files: names, shapes and offsets from the headers; values only on request, in pieces.
 
 Headers and `StoredTensor.pieces` need no more memory than one piece of one tensor. A truncated or other file raises `BadFile`,
-which says what the file is instead. Pickles are read by `umed_plugin.commands.doctor.pickles`.
+which says what the file is instead. Pickles are read by `umed_plugin.checkpoints.pickles`.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             raise BadFile("file-truncated", f"ends within its header of {length} bytes")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             raise BadFile("file-unreadable", f"has a header that is not JSON ({error})") from error
     try:
         return _placed(file, header, 8 + length, size)
@@ -147,5 +147,13 @@ def _placed(file: Path, header: dict[str, Any], begin: int, size: int) -> dict[s
         tensor = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, begin + entry["data_offsets"][0])
         if tensor.dtype not in BYTES or tensor.size != entry["data_offsets"][1] - entry["data_offsets"][0]:
             raise BadFile("file-unreadable", f"holds {name!r} as {entry}, whose shape and offsets do not match")
+        if min((tensor.start, *tensor.shape)) < 0 or not all(type(size) is int for size in tensor.shape):
+            raise BadFile("file-unreadable", f"holds {name!r} as {entry}, which is not a tensor's place")
         tensors[name] = tensor
+    position = begin
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != position:
+            word = "overlaps another tensor" if tensor.start < position else "leaves a gap before it"
+            raise BadFile("file-unreadable", f"holds {tensor.name!r} at byte {tensor.start}, which {word}")
+        position += tensor.size
     return tensors
