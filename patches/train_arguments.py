@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches import conversation_templates, lora_resume, model_class
-from umed_plugin.patches.training_run import LLAVA, TRAIN, TRANSFORMERS, TrainingRun
-from umed_plugin.patching import Patch, Recorder, Target
+from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
+from umed_plugin.patching import Patch, Recorder, Target, version_fits
 
 
 def change(recorder: Recorder) -> None:
@@ -78,14 +79,33 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *conversation_templates.find_faults(run),
             *model_class.find_faults(run),
             *lora_resume.find_faults(run),
+            *_find_unused_faults(run),
         ]
     )
+    if run.active and training_args.ddp_find_unused_parameters is None:
+        # All that a stage trains takes part in each step. transformers asks DDP to search for unused weights under LoRA, and
+        # that search fails under the reentrant gradient checkpointing of transformers 4.
+        training_args.ddp_find_unused_parameters = False
     if run.active and training_args.deepspeed:
         _join_processes(training_args)
     if run.active:
         # LLaVA creates the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
         set_seed(training_args.seed)
     return run
+
+
+def _find_unused_faults(run: TrainingRun) -> list[str]:
+    """A search for unused weights under reentrant checkpointing, which ends in a RuntimeError of DDP at the first step."""
+    args = run.training_args
+    options = getattr(args, "gradient_checkpointing_kwargs", None) or {}
+    reentrant = options.get("use_reentrant", version_fits(version("transformers"), BEFORE_5[1]))
+    searched = run.active and args.ddp_find_unused_parameters and args.gradient_checkpointing and not args.deepspeed
+    if searched and reentrant and args.parallel_mode.value == "distributed":
+        return [
+            "--ddp_find_unused_parameters True does not work with --gradient_checkpointing True on this transformers: a weight "
+            "would be ready twice. Remove it; all that a stage trains takes part in each step."
+        ]
+    return []
 
 
 def _join_processes(training_args: Any) -> None:

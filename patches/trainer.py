@@ -1,7 +1,9 @@
-"""Train stage 2 with our trainer, a subclass of LLaVA's.
+"""Train stage 2 with our trainer, a subclass of LLaVA's, and both stages with float32 weights and random numbers of each rank.
 
 Target: the global `LLaVATrainer` of `llava.train.train`.
-Why: `train()` always creates a LLaVATrainer, which can only do supervised training.
+Why: (1) `train()` always creates a LLaVATrainer, which can only do supervised training. (2) Under ``--bf16`` and ``--fp16`` it
+trains weights of 16 bits. Without DeepSpeed nothing keeps float32 copies of them, and small steps are rounded away. (3) All
+processes are seeded alike, so they would sample with the same random numbers.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA's `train()` accepts a trainer class from its caller.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from umed_plugin.errors import note, warn
 from umed_plugin.flags.definition import REWARDING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
@@ -22,13 +25,55 @@ def change(recorder: Recorder) -> None:
     stock = llava_train.LLaVATrainer
 
     def choose_trainer(*positional: Any, **keywords: Any) -> Any:
-        if keywords["args"].umed_stage != REWARDING:
+        args, trainer_class = keywords["args"], stock
+        if args.umed_stage is None:
             return stock(*positional, **keywords)
-        from umed_plugin.training.trainer import RewardingTrainer
+        if args.umed_stage == REWARDING:
+            from umed_plugin.training.trainer import RewardingTrainer
 
-        return RewardingTrainer(*positional, **keywords)
+            trainer_class = RewardingTrainer
+        _keep_masters(keywords["model"], args)
+        trainer = trainer_class(*positional, **keywords)
+        _watch_weights(trainer)
+        _seed_this_rank(args)
+        return trainer
 
     recorder.replace(llava_train, "LLaVATrainer", choose_trainer)
+
+
+def _keep_masters(model: Any, args: Any) -> None:
+    """Keep what is trained in float32; DeepSpeed does so itself."""
+    if args.deepspeed or not (args.bf16 or args.fp16):
+        return
+    if args.fsdp:
+        if args.process_index == 0:
+            # FSDP shards weights of one dtype only, so those that are trained cannot be cast alone.
+            warn(
+                "--fsdp trains weights of 16 bits without float32 copies: small steps are lost. Use --deepspeed instead."
+            )
+        return
+    from umed_plugin.training.trained_weights import keep_in_float32
+
+    cast = keep_in_float32(model)
+    if cast.tensors and args.process_index == 0:
+        note(str(cast))
+
+
+def _watch_weights(trainer: Any) -> None:
+    """Say after the first steps which share of the weights moved, where a process has whole weights in the trained dtype."""
+    if trainer.args.deepspeed or trainer.args.fsdp:
+        return
+    from umed_plugin.training.trained_weights import MovedShare
+
+    trainer.add_callback(MovedShare)
+
+
+def _seed_this_rank(args: Any) -> None:
+    """Give each of several processes its own random numbers, after all have made the same model. Resuming restores them."""
+    from transformers import set_seed
+
+    if args.world_size > 1:
+        set_seed(args.seed + args.process_index)
 
 
 PATCH = Patch(
@@ -41,7 +86,8 @@ PATCH = Patch(
             ("a65e56ee52c884ad0c2b5ea9a8527859b08926bd0cb0592c2ea5e61b9129309f",),
         ),
     ),
-    why="train() always creates a LLaVATrainer, which can only do supervised training",
+    why="train() always creates a LLaVATrainer, which can only do supervised training; it trains 16-bit weights without float32 "
+    "copies, and gives all processes the same random numbers",
     delete_when="LLaVA's train() accepts a trainer class from its caller",
     change=change,
 )

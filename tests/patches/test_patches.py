@@ -623,21 +623,43 @@ def test_a_lora_checkpoint_without_all_that_was_trained_is_refused(tmp_path):
     assert torch.equal(model.mm_projector.weight, torch.full((2, 2), 7.0))
 
 
-def test_the_trainer_is_chosen_by_the_stage(monkeypatch):
+class AnyTrainer:
+    """Takes what LLaVA hands to its trainer."""
+
+    def __init__(self, *, model, args):
+        self.model, self.args, self.callbacks = model, args, []
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+
+
+def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed(monkeypatch, capsys):
+    import torch
     from llava.train import train as llava_train
 
-    monkeypatch.setattr(
-        llava_train, "LLaVATrainer", stock := type("LLaVATrainer", (), {"__init__": lambda s, *, args: None})
-    )
-    ours = type("RewardingTrainer", (stock,), {})
+    monkeypatch.setattr(llava_train, "LLaVATrainer", AnyTrainer)
+    ours = type("RewardingTrainer", (AnyTrainer,), {})
     monkeypatch.setitem(sys.modules, "umed_plugin.training.trainer", SimpleNamespace(RewardingTrainer=ours))
     from umed_plugin.patches import trainer
+
+    def made(**changes):
+        """The trainer for these arguments, and the dtype of its bf16 model then."""
+        values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
+        args = SimpleNamespace(**{**values, "process_index": 0, **changes})
+        model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+        chosen = llava_train.LLaVATrainer(model=model, args=args)
+        return type(chosen), model.weight.dtype, len(chosen.callbacks)
 
     recorder = patching.Recorder()
     trainer.PATCH.apply(recorder)
     try:
-        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage=None))) is stock
-        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage="instruction_tuning"))) is stock
-        assert type(llava_train.LLaVATrainer(args=SimpleNamespace(umed_stage="rewarding"))) is ours
+        assert made(bf16=True) == (AnyTrainer, torch.bfloat16, 0)
+        assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 1)
+        assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 1)
+        assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 1)
+        assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 0)
+        assert not capsys.readouterr().err
+        assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 0)
+        assert "--fsdp trains weights of 16 bits" in capsys.readouterr().err
     finally:
         recorder.undo()

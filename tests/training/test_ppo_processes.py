@@ -37,7 +37,7 @@ FLAGS = shlex.split(
     "--umed_stage rewarding --umed_algorithm ppo --umed_rewards each:Pays --umed_reward_norm none --umed_top_p 1e-6"
     " --umed_num_candidates 2 --umed_max_new_tokens 4 --umed_updates_per_rollout 2 --max_steps 4 --save_strategy no"
     " --umed_kl_target 0.05 --umed_kl_horizon 50 --umed_value_clip_range 10 --learning_rate 1e-9"
-    " --umed_value_learning_rate 1e-2 --lr_scheduler_type constant"
+    " --umed_value_learning_rate 1e-2 --lr_scheduler_type constant --gradient_checkpointing True"
 )
 
 

@@ -164,6 +164,15 @@ class RewardingTrainer(LLaVATrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Tensor:
         """The objective on a batch of queries; candidates are sampled first unless an earlier update has sampled them."""
+        # Sampling and scoring call parts of the model, which accelerate does not wrap. Without this, the policy that samples
+        # would compute in another precision than the one that learns.
+        args = self.args
+        if args.deepspeed or not (args.bf16 or args.fp16):
+            return self._objective(model, inputs)
+        with torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16):
+            return self._objective(model, inputs)
+
+    def _objective(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         experience = self._minibatch(model, inputs)
         samples = experience.samples
 

@@ -1,0 +1,86 @@
+"""Weights that are trained in bf16 learn: they are kept in float32, through checkpoints too, and the run says what moved."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.records import grounded_records
+from support.umed_runs import reward, train, weights
+from torch import nn
+
+from umed_plugin.training.trained_weights import keep_in_float32, say_moved
+
+# The default learning rate of the projector in `umed upgrade`, and in LLaVA's LoRA scripts.
+TWENTY = shlex.split("--bf16 True --max_steps 20 --lr_scheduler_type constant --mm_projector_lr 2e-5 --save_steps 10")
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.bfloat16, 0, 0.2), (torch.float32, 1, 1)])
+def test_share_of_entries_that_twenty_steps_of_the_projectors_learning_rate_move(dtype, least, most):
+    """The fault itself: 20 steps of 2e-5 leave most bf16 entries where they are."""
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 256, bias=False, dtype=dtype)
+    before, target = layer.weight.detach().clone(), torch.randn(256, 256, dtype=dtype)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=2e-5, weight_decay=0.0)
+    for _ in range(20):
+        layer.weight.grad = layer.weight.detach() - target
+        optimizer.step()
+    assert least <= (layer.weight != before).float().mean().item() <= most
+
+
+def test_a_lora_runs_projector_moves_whole_and_its_checkpoint_keeps_float32(tiny_mistral, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    lora = ("--lora_enable", "True", "--lora_r", "4")
+    run = train(tiny_mistral, records, tmp_path / "out", *TWENTY, *lora)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "trained tensors (28,928 entries) are kept in float32" in run.stdout
+    assert re.search(r"100.0% of the trained entries moved in the first 10 steps \(61,6\d\d of 61,696\)", run.stdout), (
+        run.stdout
+    )
+    first = load_file(tiny_mistral / "model.safetensors")
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-10"):
+        projector = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+        assert len(projector) == 4
+        for name, tensor in projector.items():
+            assert tensor.dtype == torch.float32
+            start = first[name.removeprefix("base_model.model.")].bfloat16().float()
+            assert (tensor != start).float().mean() > 0.999, name
+
+
+def test_full_fine_tuning_in_bf16_keeps_float32_and_resumes_to_the_same_weights(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    flags = [*TWENTY, "--learning_rate", "1e-6", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
+    flags += ["--gradient_checkpointing", "True", "--umed_updates_per_rollout", "2", "--save_steps", "3"]
+    steps = ("--max_steps", "6")
+    run = reward(tiny_llama, records, tmp_path / "out", *flags, *steps)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "100.0% of the trained entries moved in the first 6 steps" in run.stdout
+    found = weights(tmp_path / "out")
+    (tmp_path / "again").mkdir()
+    (tmp_path / "out" / "checkpoint-3").rename(tmp_path / "again" / "checkpoint-3")
+    run = reward(tiny_llama, records, tmp_path / "again", *flags, *steps)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name, tensor in weights(tmp_path / "again").items():
+        assert torch.equal(tensor, found[name]), name
+        assert tensor.dtype == torch.float32 or "vision_tower" in name, name
+
+
+def test_only_what_is_trained_and_short_is_cast():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 3, dtype=torch.float16), nn.Linear(3, 2, dtype=torch.bfloat16))
+    model[2].weight.requires_grad_(False)
+    cast = keep_in_float32(model)
+    assert (cast.tensors, cast.entries) == (3, 6 + 3 + 2)
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 4 + [torch.bfloat16, torch.float32]
+
+
+def test_the_run_warns_if_little_moved(capsys):
+    say_moved(157, 1000, 10)
+    printed = capsys.readouterr()
+    assert "15.7% of the trained entries moved in the first 10 steps (157 of 1,000)" in printed.out
+    assert "only 15.7%" in printed.err
+    say_moved(900, 1000, 1)
+    printed = capsys.readouterr()
+    assert "90.0% of the trained entries moved in the first step" in printed.out and not printed.err
