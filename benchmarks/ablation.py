@@ -29,9 +29,9 @@ from typing import Any
 from intervals import mean_interval
 
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
-from umed_plugin.commands.processes import Steps
 from umed_plugin.evaluation.metrics.metric import Row as ScoredStudy
 from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.terminal.progress import Steps
 
 EARLY = "early"
 SHOWN = {"accuracy": "accuracy", "mean IoU": "mean_iou", "vision relevance": "vision_relevance"}

@@ -19,7 +19,7 @@ from ablation import SHOWN, read_cases, values_of
 from intervals import mean_interval
 
 from umed_plugin.commands.demo.pipeline import STAGES, DemoRun, DemoSettings
-from umed_plugin.commands.processes import Steps
+from umed_plugin.terminal.progress import Steps
 
 METRICS = ("mean IoU", "accuracy")
 

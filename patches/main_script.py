@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UmedError, UsageError, say
 
 TRIGGER = "llava.train.llava_trainer"
 
@@ -48,7 +48,7 @@ def report_errors_plainly() -> None:
         if not isinstance(error, UmedError):
             stock(kind, error, trace)
             return
-        print(f"umed: error: {error}", file=sys.stderr, flush=True)
+        say(f"umed: error: {error}", stderr=True)
         # Python exits with the status of a SystemExit that the hook raises.
         raise SystemExit(2 if isinstance(error, UsageError) else 1)
 

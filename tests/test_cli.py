@@ -96,9 +96,61 @@ def test_what_a_person_can_mend_has_no_traceback(
     assert capsys.readouterr().err == message
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        fails_with(ZeroDivisionError(), monkeypatch)
+def test_a_bug_is_one_line_that_says_where_and_how_to_report_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(cli.TRACEBACK, raising=False)
+    assert fails_with(KeyError("no\x1b[2J\nsecond"), monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("umed: unexpected error: KeyError: 'no\\x1b[2J\\nsecond' (")
+    assert "test_cli.py, line " in error and "report it" in error and "UMED_TRACEBACK=1" in error
+
+
+def test_a_bug_shows_its_traceback_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    assert fails_with(ZeroDivisionError("by\x1b[2Jzero"), monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback (most recent call last)") and "ZeroDivisionError: by\\x1b[2Jzero" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "/o\x1but.json"), "umed: /o\\x1but.json: No space left on device.\n"),
+        (PermissionError(13, "Permission denied"), "umed: reading or writing: Permission denied.\n"),
+        (MemoryError("8 GB"), "umed: there is not enough memory: 8 GB\n"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    error: BaseException, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails_with(error, monkeypatch) == 1
+    assert capsys.readouterr().err == message
+
+
+def test_a_name_cannot_pretend_to_be_a_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails_with(UmedError("a\numed: all is well\x1b]0;owned\x07.png: no such image"), monkeypatch) == 1
+    assert capsys.readouterr().err == "umed: a\n  umed: all is well\\x1b]0;owned\\x07.png: no such image\n"
+
+
+def test_what_print_and_libraries_write_is_escaped_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        print("\x1b[31mred\x1b[0m \x9b2J \u202egnp.exe")
+        print("\r 3/9 [00:01", end="", file=sys.stderr)
+        return 0
+
+    monkeypatch.setattr(cli, "add_commands", lambda parsers: parsers.add_parser("work").set_defaults(run=run))
+    streams = sys.stdout, sys.stderr
+    assert cli.main(["work"]) == 0
+    assert (sys.stdout, sys.stderr) == streams
+    shown = capsys.readouterr()
+    assert shown.out == "red \\x9b2J \\u202egnp.exe\n" and shown.err == "\r 3/9 [00:01"
 
 
 def test_help_imports_nothing_heavy() -> None:

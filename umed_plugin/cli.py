@@ -1,22 +1,31 @@
 """The ``umed`` command: ``umed COMMAND ...``, or ``python -m umed_plugin.cli COMMAND ...``.
 
-Exit status: 0 done, 1 failed (the message says what to fix), 2 wrong usage, 130 interrupted. An error that the user can fix is
-printed as one message; any other exception is a bug and keeps its traceback.
+Exit status: 0 done, 1 failed (the message says what to fix), 2 wrong usage, 130 interrupted, 128 + N ended by signal N. An error
+that the user can fix is printed as one message. Any other exception is a bug: it is printed as one line, and with its traceback
+if the environment has UMED_TRACEBACK=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from umed_plugin import __version__
-from umed_plugin.commands import add_commands
-from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.commands import add_commands, signals
+from umed_plugin.errors import UmedError, UsageError, fail, unknown_name
+from umed_plugin.terminal.console import guarded_streams
+from umed_plugin.terminal.progress import be_quiet
+from umed_plugin.terminal.text import one_line
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
+TRACEBACK = "UMED_TRACEBACK"
+_LONGEST = 300  # characters of an unforeseen error's message
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,25 +61,73 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    parser = build_parser()
     try:
+        with guarded_streams(), signals.raised():
+            return _run(argv)
+    finally:
+        be_quiet(False)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    _silence_imports()
+    try:
+        parser = build_parser()
         args = parser.parse_args(argv)
         if args.command is None:
             parser.print_help()
             return DONE
+        be_quiet(getattr(args, "quiet", False))
         return int(args.run(args))
     except UsageError as error:
-        print(f"umed: {error}", file=sys.stderr)
+        fail(str(error))
         return WRONG_USAGE
     except UmedError as error:
-        print(f"umed: {error}", file=sys.stderr)
+        fail(str(error))
         return FAILED
     except KeyboardInterrupt:
-        print("umed: interrupted", file=sys.stderr)
+        fail("interrupted")
         return INTERRUPTED
+    except signals.Ended as error:
+        fail(f"ended by {error}")
+        return error.status
     except BrokenPipeError:  # `umed recipe list | head` closes the pipe early
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
+    except Exception as error:  # noqa: BLE001  the last line of every command
+        return _unforeseen(error)
+
+
+def _unforeseen(error: Exception) -> int:
+    """One line for what no command has foreseen; the traceback on demand."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exc()
+    elif isinstance(error, OSError) and error.strerror:
+        # The disk is full, a folder is read-only: the machine says what is wrong, and the user can change it.
+        fail(f"{one_line(error.filename or 'reading or writing')}: {error.strerror}.")
+    elif isinstance(error, MemoryError):
+        fail(f"there is not enough memory: {one_line(error) or 'MemoryError'}")
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = one_line(f"{type(error).__name__}: {error}")
+        what = what if len(what) <= _LONGEST else f"{what[:_LONGEST]} ..."
+        fail(
+            f"unexpected error: {what} ({place.filename}, line {place.lineno}). This is a bug: please report it to the "
+            f"authors of umed-plugin, with what the same command prints after `export {TRACEBACK}=1`."
+        )
+    return FAILED
+
+
+def _silence_imports() -> None:
+    """Hide what libraries say while they are imported about hardware and packages that the command does not use."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        warnings.filterwarnings("ignore", message="The installed version of bitsandbytes")
+    # LLaVA reports through the root logger that the optional xformers is missing.
+    logging.getLogger().addFilter(_is_not_about_xformers)
+
+
+def _is_not_about_xformers(record: logging.LogRecord) -> bool:
+    return "xformers not found" not in str(record.msg)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """What the person at the terminal is told: errors, warnings and notes.
 
 Every message says what was found, where (file, record, flag), what is allowed and what to do. The command line prints a
-`UmedError` without a traceback; anything else that is raised is a bug and keeps its traceback. Outside the tables that a command
-prints, `note` and `warn` are the one way to speak to the user.
+`UmedError` without a traceback; anything else that is raised is a bug, of which it prints one line. Outside the tables that a
+command prints, `note`, `warn` and `say` are the one way to speak to the user.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+
+from umed_plugin.terminal.text import printable
 
 
 class UmedError(Exception):
@@ -44,12 +46,27 @@ class UsageError(UmedError):
 
 def note(text: str) -> None:
     """Tell the user something that needs no action, as a line of standard output: ``umed: TEXT``."""
-    print(f"umed: {text}", flush=True)
+    say(f"umed: {text}")
 
 
 def warn(text: str) -> None:
     """Tell the user something to look at, as a line of standard error: ``umed: warning: TEXT``."""
-    print(f"umed: warning: {text}", file=sys.stderr, flush=True)
+    say(f"umed: warning: {text}", stderr=True)
+
+
+def fail(text: str) -> None:
+    """Tell the user why the command ends, on standard error: ``umed: TEXT``."""
+    say(f"umed: {text}", stderr=True)
+
+
+def say(text: str, stderr: bool = False) -> None:
+    """Print text, with control characters escaped: file names and file contents in it are not trusted.
+
+    A line after the first that looks as if it came from `umed` itself is indented: it comes from a name that holds a newline.
+    """
+    lines = printable(text).split("\n")
+    shown = [lines[0], *(f"  {line}" if line.startswith("umed") else line for line in lines[1:])]
+    print("\n".join(shown), file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from umed_plugin.errors import UmedError, did_you_mean, unknown_name
+from umed_plugin.terminal.text import one_line
 
 
 class Faults:
@@ -20,7 +21,7 @@ class Faults:
 
     def add(self, where: object, message: str) -> None:
         """Add one fault. ``where`` is a file, a line of it, or a key."""
-        self.messages.append(f"{where}: {message}")
+        self.messages.append(f"{one_line(where)}: {message}")
 
     def raise_if_any(self, title: str) -> None:
         """Raise one `UmedError` with the title and the faults (the first 25, then how many more)."""

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from umed_plugin.errors import did_you_mean
+from umed_plugin.errors import did_you_mean, say
 
 SITE = Path(__file__).resolve().parent / "site"
 USAGE = """usage: umed-run COMMAND [ARGUMENT...]
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             if command
             else "no command was given."
         )
-        print(f"umed-run: error: {fault}\n\n{USAGE}", file=sys.stderr, end="")
+        say(f"umed-run: error: {fault}\n\n{USAGE.rstrip()}", stderr=True)
         raise SystemExit(2)
     _run(command)
 
@@ -70,14 +70,14 @@ def _run(command: list[str]) -> NoReturn:
                 f"no such command.{did_you_mean(command[0], _COMMON_COMMANDS)} It must be a program on PATH or a path to one"
             )
         )
-        print(f"umed-run: error: {command[0]}: {reason}.", file=sys.stderr)
+        say(f"umed-run: error: {command[0]}: {reason}.", stderr=True)
         raise SystemExit(126 if exists else 127)
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execve(program, command, child_environment(os.environ))
     except OSError as error:
-        print(f"umed-run: error: {program}: {error.strerror}. Run it through its interpreter.", file=sys.stderr)
+        say(f"umed-run: error: {program}: {error.strerror}. Run it through its interpreter.", stderr=True)
         raise SystemExit(126) from error
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from support.umed_runs import TWO_PROCESSES, environment
 
-from umed_plugin.commands.processes import run_logged, what_went_wrong
+from umed_plugin.commands import processes
+from umed_plugin.commands.processes import importable, run_logged, steps_in, what_went_wrong
 from umed_plugin.errors import UmedError
 
 # Rank 1 fails by itself; rank 0 waits for it in a collective act and fails because of it.
@@ -94,3 +99,74 @@ def test_ctrl_c_ends_the_command_too(tmp_path):
         run_logged([sys.executable, "-c", code], tmp_path / "run.log", "the run", progress=interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+# A command under a signal: the command, its launcher, and a worker in a session of its own that does not listen to SIGTERM.
+WORKER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+LAUNCHER = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", os.environ["WORKER"], sys.argv[1]], start_new_session=True)
+print("7/9 [00:01", flush=True)
+time.sleep(60)
+"""
+COMMAND = """
+import os, sys
+from pathlib import Path
+from umed_plugin import cli
+from umed_plugin.commands import processes
+
+def run(args):
+    launch = [sys.executable, "-c", os.environ["LAUNCHER"], sys.argv[2]]
+    processes.run_logged(launch, Path(sys.argv[1]), "stage 1")
+    return 0
+
+processes._SECONDS_TO_END = 0.5
+cli.add_commands = lambda parsers: parsers.add_parser("work").set_defaults(run=run)
+sys.exit(cli.main(["work"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_command_and_every_process_below_it(number, tmp_path):
+    log, pid = tmp_path / "run.log", tmp_path / "pid"
+    variables = {**importable(), "LAUNCHER": LAUNCHER, "WORKER": WORKER}
+    argv = [sys.executable, "-c", COMMAND, str(log), str(pid)]
+    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while not (pid.is_file() and pid.read_text()):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert error == ("umed: interrupted\n" if number == signal.SIGINT else f"umed: ended by {number.name}\n")
+    assert has_ended(int(pid.read_text()))
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or a zombie that only its new parent can remove."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_command_that_fails_leaves_no_worker(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_SECONDS_TO_END", 0.5)
+    pid, env = tmp_path / "pid", {**importable(), "WORKER": WORKER}
+    launcher = LAUNCHER.replace(
+        "time.sleep(60)",
+        "\nwhile not (os.path.exists(sys.argv[1]) and open(sys.argv[1]).read()): time.sleep(.01)\nsys.exit(3)",
+    )
+    with pytest.raises(UmedError, match="status 3"):
+        run_logged([sys.executable, "-c", launcher, str(pid)], tmp_path / "log", "the run", environment=env)
+    assert has_ended(int(pid.read_text()))
+
+
+def test_lines_of_our_own_commands_are_read_and_bars_of_loading_are_not():
+    log = "Loading: 2/2 [00:01\numed: answering: question 30 of 400 (7 %), 2.0 questions/s\nLoading: 1/2 [00:01\n"
+    assert steps_in(log, bars=False) == steps_in(log, bars=True) == (30, 400)
+    assert steps_in("Loading: 2/2 [00:01", bars=False) is None

@@ -26,6 +26,7 @@ BUDGET = {
     "grounding": 15,
     "patching": 5,
     "remote": 10,
+    "terminal": 5,
     ".": 100,
 }
 # Files in which one core is busy longest: they start first, so that none is left alone at the end.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from umed_plugin.checkpoints.loading import (
     read_tensors,
     weight_files,
 )
+from umed_plugin.checkpoints.weight_shards import told
 from umed_plugin.errors import UmedError
 
 _NOT_COPIED = (
@@ -41,6 +43,7 @@ def merge(
     *,
     with_tower: bool = False,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Merge a LoRA folder into its base and write the full checkpoint; return its path.
 
@@ -52,6 +55,7 @@ def merge(
         out: must not exist, unless ``overwrite``. See `stock_name_fault` for its name.
         with_tower: as for `export`.
         overwrite: replace ``out``.
+        progress: called with (weight files written, weight files in all).
 
     Raises:
         UmedError: ``lora_dir`` is not a plain LoRA folder, it does not fit the base, or ``out`` exists.
@@ -90,7 +94,7 @@ def merge(
     with files.replacing_folder(out, overwrite=overwrite) as folder:
         _copy_small_files(base, folder)
         # Each of the base's files is read, merged and written before the next; used entries leave `deltas` and `others`.
-        for file in weight_files(base):
+        for file in told(weight_files(base), progress):
             merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
             holds_tower = holds_tower or _holds_tower(merged)
             _write_tensors(merged, folder / file.name)
@@ -189,7 +193,13 @@ def _merged_tensors(
 
 
 def export(
-    checkpoint: Path | str, out: Path | str, *, like: Path | str, with_tower: bool = False, overwrite: bool = False
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    like: Path | str,
+    with_tower: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
@@ -203,6 +213,7 @@ def export(
         with_tower: if the vision tower is a folder on this machine, copy it into ``out`` and name it in ``config.json`` by
             absolute path. ``out`` then does not need the folder of ``like``.
         overwrite: replace ``out``.
+        progress: called with (weight files written, weight files in all).
 
     Raises:
         UmedError: the two are of different model types, a tensor is missing, or ``out`` exists.
@@ -218,7 +229,7 @@ def export(
     holds_tower = False
     with files.replacing_folder(out, overwrite=overwrite) as folder:
         _copy_small_files(like, folder)
-        for file in weight_files(like):
+        for file in told(weight_files(like), progress):
             old = read_tensors(file)
             missing = [name for name in old if name not in trained]
             if missing:

@@ -35,6 +35,14 @@ def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | N
     return lambda done: progress(min(done, total), total)
 
 
+def told(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> Iterator[Path]:
+    """The files; ``progress`` is called with (files done, files in all) after each."""
+    for done, file in enumerate(files, start=1):
+        yield file
+        if progress is not None:
+            progress(done, len(files))
+
+
 class ShardWriter:
     """Writes tensors to safetensors files of a bounded size, with at most one file's tensors in memory.
 

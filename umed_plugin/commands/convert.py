@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from umed_plugin.errors import say
+from umed_plugin.terminal.progress import add_quiet_flag, progress
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -29,6 +30,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "uses); only to transformers' form",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,12 +46,12 @@ def _to_transformers(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.to_transformers import to_transformers
     from umed_plugin.errors import note
 
-    with _bar("writing transformers' form") as progress:
+    with progress("writing transformers' form", "byte") as advance:
         out = to_transformers(
-            args.checkpoint, args.out, template=args.template, overwrite=args.overwrite, progress=progress
+            args.checkpoint, args.out, template=args.template, overwrite=args.overwrite, progress=advance
         )
     config = read_config(args.checkpoint)
-    print(f"transformers' form: {out}\nchat template: {args.template or STOCK_TEMPLATES[config['model_type']]}")
+    say(f"transformers' form: {out}\nchat template: {args.template or STOCK_TEMPLATES[config['model_type']]}")
     if config.get("mm_projector_type", "linear") == "linear":
         note(
             "the projector is linear. transformers reads it (projector_hidden_act: linear); vLLM refuses the activation. Other "
@@ -69,22 +71,10 @@ def _to_llava(args: argparse.Namespace) -> int:
             f"--template {args.template}: {args.checkpoint} is in transformers' form already, and LLaVA's layout has no "
             "template. Remove --template."
         )
-    with _bar("writing LLaVA's layout") as progress:
-        out = to_llava(args.checkpoint, args.out, overwrite=args.overwrite, progress=progress)
-    print(f"LLaVA's layout: {out}")
+    with progress("writing LLaVA's layout", "byte") as advance:
+        out = to_llava(args.checkpoint, args.out, overwrite=args.overwrite, progress=advance)
+    say(f"LLaVA's layout: {out}")
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         note(fault)
     return 0
-
-
-@contextmanager
-def _bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over bytes, on the terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError, UsageError, note
+from umed_plugin.terminal.console import console as make_console
+from umed_plugin.terminal.progress import add_quiet_flag, progress
 
 if TYPE_CHECKING:
     from umed_plugin.data.shards import Shard
@@ -89,6 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--image-cache-gb", metavar="GB", type=float, default=20.0, help="maximum size of the cache (default: 20)"
     )
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     what = (args.checkpoint, args.benchmark, args.data_root)
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
     how.update({name: getattr(args, name) for name in _SETTINGS})
-    with _Bar() as advance:
+    with progress("answering", "question") as advance:
         if shard is None:
             evaluation: Evaluation | None = evaluate(*what, progress=advance, **how)
         else:
@@ -163,32 +165,11 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
     return before
 
 
-class _Bar:
-    """A progress bar over questions; as a context it gives a function of (done, in all)."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task("answering", total=None)
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        return lambda done, total: self._bar.update(self._task, completed=done, total=total)
-
-    def __exit__(self, *_error: object) -> None:
-        self._bar.stop()
-
-
 def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation | None) -> None:
-    from rich.console import Console
-
     from umed_plugin.evaluation.results import compare
     from umed_plugin.evaluation.tables import metrics_table, sources_table
 
-    console, differences = Console(), None if before is None else compare(before, evaluation)
+    console, differences = make_console(), None if before is None else compare(before, evaluation)
     if "accuracy_average" in evaluation.metrics:
         console.print(sources_table(args.checkpoint.name, evaluation.metrics))
     console.print(metrics_table(args.checkpoint.name, evaluation.metrics, differences))

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import UsageError, note
+from umed_plugin.errors import UsageError, note, say
+from umed_plugin.terminal.progress import add_quiet_flag, progress
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -34,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="also copy the vision tower into DIR, if it is a folder on this machine",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -43,16 +45,17 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
 
     options = {"with_tower": args.with_tower, "overwrite": args.overwrite}
-    if is_lora(args.trained):
-        out = merge(args.trained, args.base, args.out, **options)
-    elif args.base is None:
+    if not is_lora(args.trained) and args.base is None:
         raise UsageError(
             f"{args.trained}: is not a LoRA folder. For the output of full fine-tuning, pass the checkpoint with which it began: "
             "--base CKPT"
         )
-    else:
-        out = export(args.trained, args.out, like=args.base, **options)
-    print(f"checkpoint: {out}")
+    with progress("writing the full checkpoint", "file") as advance:
+        if is_lora(args.trained):
+            out = merge(args.trained, args.base, args.out, progress=advance, **options)
+        else:
+            out = export(args.trained, args.out, like=args.base, progress=advance, **options)
+    say(f"checkpoint: {out}")
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         note(fault)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.terminal.console import console as make_console
+
 if TYPE_CHECKING:
     from umed_plugin.patching import Patch
 
@@ -24,7 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; return 1 if a patch does not fit."""
-    from rich.console import Console
     from rich.table import Table
 
     from umed_plugin.patches import ALL, prepare_llava
@@ -39,11 +40,10 @@ def run(args: argparse.Namespace) -> int:
         misfits += [message] if message else []
         here = "DOES NOT FIT" if message else f"not needed: {idle_reason}" if idle_reason else "in force"
         table.add_row(patch.name, _targets(patch), _known(patch), _installed(patch), here, patch.why, patch.delete_when)
-    # In a pipe or file, use a fixed width: wrapped names could not be searched for.
-    console = Console(width=None if Console().is_terminal else 250)
+    console = make_console(wide_in_pipes=True)
     console.print(table)
     for message in misfits:
-        console.print(message, markup=False, highlight=False)
+        console.print(message)
     console.print(
         f"{len(ALL)} patches: {len(ALL) - idle - len(misfits)} are in force under umed-run, {idle} are not needed with these "
         f"libraries, {len(misfits)} do not fit." + (" Training would stop before it starts." if misfits else "")

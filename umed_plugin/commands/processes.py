@@ -1,4 +1,4 @@
-"""Run long commands as child processes, with a log, a progress bar, and the relevant error on failure.
+"""Run long commands as child processes, with a log, progress, and the relevant error on failure.
 
 If training under torchrun or DeepSpeed fails, the log ends with the launcher's traceback, which only says that a child failed.
 The child's own traceback is somewhere above it; `what_went_wrong` finds it.
@@ -8,20 +8,27 @@ How to run: ``run_logged(["python", "-m", "llava.train.train_mem", ...], Path("r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
+from umed_plugin.commands.signals import held_back
 from umed_plugin.errors import UmedError
 
-# "12/130 [00:05<00:51" of tqdm, which transformers' trainer uses too.
-_STEP = re.compile(r"(\d+)/(\d+) \[")
+# "12/130 [00:05<00:51" of tqdm, which transformers' trainer uses too, and "umed: answering: question 12 of 130 (9 %)" of ours.
+_BAR = re.compile(r"(\d+)/(\d+) \[")
+_LINE = re.compile(r"^umed: .*: \w+ (\d+) of (\d+) \(", re.MULTILINE)
+# Environment variable of a command and of all that it starts.
+MARK = "UMED_CHILD_OF"
+_SECONDS_TO_END = 10
 _RANK = re.compile(r"^\[rank\d+\]:\s?", re.MULTILINE)
 _SINGLE = r"Traceback \(most recent call last\):\n(?:(?:[ \t].*)?\n)+\S.*(?:\n(?!Traceback )\S.*){0,5}"
 _CHAINED = r"\n\n(?:The above exception was|During handling of).*\n\n"
@@ -40,43 +47,6 @@ _CONSEQUENCES = (
 _LAST_LINES, _LONGEST = 15, 60
 
 
-class Steps:
-    """A progress bar per step, with its description."""
-
-    def __init__(self, console: Any) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.console = console
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-        )
-        self.task: Any = None
-
-    def __enter__(self) -> Steps:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def begin(self, description: str) -> None:
-        """Close the previous step's bar and open one of unknown length."""
-        self.end()
-        self.task = self.progress.add_task(description, total=None)
-
-    def update(self, done: int, total: int) -> None:
-        """Set the open bar."""
-        self.progress.update(self.task, completed=done, total=total)
-
-    def end(self) -> None:
-        """Fill and close the open bar, if any."""
-        if self.task is not None:
-            task = self.progress.tasks[self.task]
-            self.progress.update(self.task, total=task.total or 1, completed=task.total or 1)
-            self.progress.stop_task(self.task)
-            self.task = None
-
-
 def run_logged(
     command: Sequence[str],
     log: Path,
@@ -85,6 +55,7 @@ def run_logged(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    bars: bool = True,
 ) -> None:
     """Run a command to its end; append the command and its output to ``log``.
 
@@ -94,29 +65,97 @@ def run_logged(
         name: of the command, for the error.
         cwd: working folder; by default this process's.
         environment: by default this process's.
-        progress: called with (steps done, steps in all), read from the last progress bar in the log.
+        progress: called with (steps done, steps in all), read from the log.
+        bars: read tqdm's bars as well as our own lines. Outside trainings, bars count loaded files and not the steps.
+
+    However this call ends, by an error, Ctrl-C or a signal, none of the command's processes is left.
 
     Raises:
         UmedError: it ended with a status other than 0; the message shows the relevant part of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
     with open(log, "ab") as stream:
-        stream.write(f"{shlex.join(command)}\n".encode())
+        stream.write(f"{shlex.join(command)}\n".encode("utf-8", "surrogateescape"))
         stream.flush()
         began = stream.tell()
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+        marked = {**(os.environ if environment is None else environment), MARK: mark}
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, env=marked)
         try:
             while process.poll() is None:
                 time.sleep(0.2)
-                steps = _STEP.findall(read_from(log, max(began, log.stat().st_size - 6000))) if progress else []
+                steps = steps_in(read_from(log, max(began, log.stat().st_size - 6000)), bars) if progress else None
                 if steps and progress:
-                    progress(int(steps[-1][0]), int(steps[-1][1]))
+                    progress(*steps)
         finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+            if process.poll() != 0:
+                with held_back():
+                    end_all(process, mark)
     if process.returncode:
         raise UmedError(f"{name} {_ending(process.returncode)}. From {log}:\n{what_went_wrong(read_from(log, began))}")
+
+
+def steps_in(printed: str, bars: bool) -> Optional[tuple[int, int]]:
+    """(steps done, steps in all) of the last progress line, or else of the last bar, in a log; None if there is neither."""
+    found = _LINE.findall(printed) or (_BAR.findall(printed) if bars else [])
+    return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+
+def end_all(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a command and every process that it has started: SIGTERM, and SIGKILL to those that are left after ten seconds.
+
+    torchrun and DeepSpeed start their workers in sessions of their own, and a worker whose parent was killed has another parent.
+    So they are found as descendants and by the environment variable that all inherit.
+    """
+    import psutil
+
+    family = {process.pid: psutil.Process(process.pid)} if process.poll() is None else {}
+    for parent in list(family.values()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.update((child.pid, child) for child in parent.children(recursive=True))
+    family.update((other.pid, other) for other in marked_processes(MARK, mark))
+    left = _signalled(family.values(), "terminate")
+    left.update((other.pid, other) for other in marked_processes(MARK, mark))
+    _signalled(left.values(), "kill")
+    process.wait()
+
+
+def _signalled(processes: Iterable[Any], method: str) -> dict[int, Any]:
+    """Signal all, and give those that are still there after `_SECONDS_TO_END`."""
+    import psutil
+
+    left = {process.pid: process for process in processes}
+    for process in left.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            getattr(process, method)()
+    end = time.monotonic() + _SECONDS_TO_END
+    while (left := {pid: process for pid, process in left.items() if _runs(process)}) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def _runs(process: Any) -> bool:
+    """Whether it is there. A zombie is not: in a container, nothing may collect an orphan's exit status."""
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def marked_processes(name: str, value: str) -> list[Any]:
+    """The processes of this user, except this one, whose environment has ``name=value``."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(name) == value:
+                found.append(process)
+        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
+            continue  # another user's process, or already gone
+    return found
 
 
 def _ending(status: int) -> str:

@@ -30,6 +30,7 @@ from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry, Montage
+from umed_plugin.terminal.progress import tracked
 
 WRITER = "templates-1"
 # A lesion is not trained on when LLaVA's centre crop leaves less than this fraction of its area: nobody could find it.
@@ -165,12 +166,8 @@ def prepare(
     Args:
         title: of the progress bar; None shows none.
     """
-    from rich.console import Console
-    from rich.progress import track
-
     items = choose_slices(items, bad_images)
-    shown = track(items, f"{title}: images", console=Console(stderr=True), disable=title is None, transient=True)
-    for item in shown:
+    for item in items if title is None else tracked(items, f"{title}: images", "image"):
         try:
             prepared = _prepare_one(item, annotations)
         except UmedError as error:

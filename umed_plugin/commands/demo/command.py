@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.signals import Ended
+from umed_plugin.errors import warn
+from umed_plugin.terminal.progress import add_quiet_flag
+
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``demo``."""
@@ -21,6 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of studies, weights and training (default: 0)")
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -30,5 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.patches import prepare_llava
 
     prepare_llava()
-    run_demo(args.out, args.seed)
+    try:
+        run_demo(args.out, args.seed)
+    except (KeyboardInterrupt, Ended):
+        warn(f"{args.out}: the demo is not finished. Remove the folder and start it again.")
+        raise
     return 0

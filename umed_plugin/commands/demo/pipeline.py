@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.commands.processes import Steps, importable, run_logged
+from umed_plugin.commands.processes import importable, run_logged
 from umed_plugin.errors import UmedError
+from umed_plugin.terminal.console import console as make_console
+from umed_plugin.terminal.progress import Steps
 
 STAGES = ("base", "instruction_tuning", "rewarding")
 NAME = "llava-mistral-umed"
@@ -68,8 +70,6 @@ def run_demo(
     Raises:
         UmedError: the folder is not empty, or a training run failed (the message names its log).
     """
-    from rich.console import Console
-
     out = Path(out).resolve()
     if out.exists() and any(out.iterdir()):
         raise UmedError(f"{out}: is not empty and is left as it is. Choose another --out, or remove the folder first.")
@@ -77,7 +77,7 @@ def run_demo(
 
     settings = settings or DemoSettings()
     torch.set_num_threads(settings.processes)
-    with Steps(console or Console()) as steps:
+    with Steps(console or make_console()) as steps:
         return DemoRun(out, seed, settings, steps).run()
 
 
@@ -125,7 +125,7 @@ class DemoRun:
         from umed_plugin.data.records import save_records
 
         sizes = self.settings
-        self.steps.begin("drawing DICOM, NIfTI and PNG studies")
+        self.steps.begin("drawing DICOM, NIfTI and PNG studies", "study")
         studies = self.data / "studies"
         train = sizes.tuning + sizes.rewarding
         make_studies(studies, seed=self.seed, train=train, val=sizes.val, test=sizes.test, progress=self.steps.update)
@@ -148,7 +148,7 @@ class DemoRun:
         from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
         from umed_plugin.data.records import load_records
 
-        self.steps.begin("base checkpoint: captions without boxes")
+        self.steps.begin("base checkpoint: captions without boxes", note=f"log: {self._log('captions')}")
         make_checkpoint(self.tiny, seed=self.seed, corpus=corpus(self.seed))
         captions = self.data / "captions.json"
         files.write_json(captions, caption_records(load_records(self.tuning_records), self.seed))
@@ -164,7 +164,7 @@ class DemoRun:
     def instruction_tuning(self, name: str = "tuned", start: Path | None = None, flags: Sequence[Any] = ()) -> Path:
         """Train stage 1 from ``start`` (default: the base); ``flags`` come last and override. Returns the checkpoint."""
         sizes = self.settings
-        self.steps.begin("stage 1: instruction tuning")
+        self.steps.begin("stage 1: instruction tuning", note=f"log: {self._log(name)}")
         return self._train(
             name,
             ["--model_name_or_path", start or self.base, "--data_path", self.tuning_records]
@@ -176,7 +176,7 @@ class DemoRun:
     def rewarding(self, start: Path, name: str = "rewarded", flags: Sequence[Any] = ()) -> Path:
         """Train stage 2 from a checkpoint of stage 1; ``flags`` come last and override. Returns the checkpoint."""
         sizes = self.settings
-        self.steps.begin("stage 2: rewarding")
+        self.steps.begin("stage 2: rewarding", note=f"log: {self._log(name)}")
         # Full fine-tuning: in a model this narrow, an adapter has about as many weights as it saves.
         return self._train(
             name,
@@ -207,13 +207,16 @@ class DemoRun:
         # cwd: libraries create folders such as runs/ and wandb/, which belong in the demo's folder.
         run_logged(
             [str(part) for part in parts],
-            self.out / "logs" / f"{name}.log",
+            self._log(name),
             f"training ({name})",
             cwd=self.out,
             environment=environment(),
             progress=self.steps.update,
         )
         return output
+
+    def _log(self, name: str) -> Path:
+        return self.out / "logs" / f"{name}.log"
 
     def _common_arguments(self) -> list[Any]:
         return [
@@ -230,7 +233,7 @@ class DemoRun:
         from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
         from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
 
-        self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}")
+        self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}", "question")
         held_out = [record for record in records if record["split"] == "test"]
         settings = EvaluationSettings(batch_size=50, max_new_tokens=self.settings.max_new_tokens, device="cpu")
         questions = record_questions(held_out, self.data)
@@ -254,7 +257,9 @@ class DemoRun:
         summary = {**stages, "comparison": comparison, "seed": self.seed, "seconds": round(time.monotonic() - began, 1)}
         files.write_json(self.out / "summary.json", summary)
         self.steps.console.print(stages_table(stages, comparison))
-        self.steps.console.print(f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}\nreport: {report}")
+        self.steps.console.print(
+            f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}\nreport: {report}", soft_wrap=True
+        )
         return summary
 
 

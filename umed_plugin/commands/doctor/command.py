@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from umed_plugin.terminal.console import console as make_console
+from umed_plugin.terminal.progress import add_quiet_flag, progress
+from umed_plugin.terminal.text import printable_json
 
 if TYPE_CHECKING:
     from umed_plugin.commands.doctor.examination import Diagnosis, Finding
@@ -41,6 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="apply the safe fixes, to small JSON files only; each original is kept as FILE.before-doctor. Weights never change",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.commands.doctor.examination import diagnose, fix
 
     changes: list[str] = []
-    with redirect_stdout(sys.stderr), _bar(quiet=args.json) as progress:
+    with redirect_stdout(sys.stderr), progress("reading weights", "byte", quiet=args.json) as advance:
 
         def look() -> Diagnosis:
-            return diagnose(args.checkpoint, args.base, progress)
+            return diagnose(args.checkpoint, args.base, advance)
 
         if args.fix:
             fix(lambda: look().findings, changes.append)
         diagnosis = look()
     if args.json:
-        print(json.dumps({**diagnosis.as_dict(), "changes": changes}, indent=2, ensure_ascii=False))
+        print(printable_json({**diagnosis.as_dict(), "changes": changes}))
     else:
         _print(diagnosis, changes, fixing=args.fix)
     return _status(diagnosis.findings)
@@ -73,9 +77,9 @@ def _status(findings: Sequence[Finding]) -> int:
 
 
 def _print(diagnosis: Diagnosis, changes: list[str], fixing: bool) -> None:
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console(width=None if Console().is_terminal else 250, highlight=False)
+    console = make_console(wide_in_pipes=True)
     identity = diagnosis.identity
     lines = {
         "checkpoint": diagnosis.checkpoint,
@@ -89,44 +93,37 @@ def _print(diagnosis: Diagnosis, changes: list[str], fixing: bool) -> None:
         "tower": f"{identity.tower}; {identity.tower_inside} of its tensors in the checkpoint",
     }
     for name, text in lines.items():
-        console.print(f"[bold]{name:<11}[/bold]", end="")
-        console.print(text, markup=False)
+        console.print(f"{name:<11}", style="bold", end="")
+        console.print(text)
     for line in changes:
-        console.print(f"[green]fixed[/green]      {_escaped(line)}")
+        console.print(Text.assemble(("fixed", "green"), f"      {line}"))
     if fixing and not changes:
         console.print("nothing to fix")
     print_findings(diagnosis.findings, console)
     fixable = sum(finding.fixable for finding in diagnosis.findings)
     if fixable and not fixing:
-        console.print(f"{fixable} of these can be fixed: umed doctor {diagnosis.checkpoint} --fix", markup=False)
+        console.print(f"{fixable} of these can be fixed: umed doctor {diagnosis.checkpoint} --fix")
 
 
 def print_findings(findings: Sequence[Finding], console: Any) -> None:
     """Print one block per finding, then the number of each severity."""
+    from rich.text import Text
+
     from umed_plugin.commands.doctor.examination import SEVERITIES
 
     for finding in findings:
-        severity, text = finding.severity, _escaped(finding.found)
-        colour = COLOURS[severity]
-        console.print(f"\n[bold {colour}]{severity}[/bold {colour}] [bold]{finding.code}[/bold]: {text}")
-        console.print(f"  where:  {finding.where}", markup=False)
-        console.print(f"  why:    {finding.why}", markup=False)
+        severity = (finding.severity, f"bold {COLOURS[finding.severity]}")
+        console.print(Text.assemble("\n", severity, " ", (finding.code, "bold"), f": {finding.found}"))
+        console.print(f"  where:  {finding.where}")
+        console.print(f"  why:    {finding.why}")
         by_fix = " (--fix does this)" if finding.fixable else ""
-        console.print(f"  remedy: {finding.remedy}{by_fix}", markup=False)
+        console.print(f"  remedy: {finding.remedy}{by_fix}")
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
     totals = [f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items()]
     console.print(f"\n{', '.join(totals)}" if findings else "\nnothing found")
 
 
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
 def _environment(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from umed_plugin.commands.doctor.environment import examine_environment
     from umed_plugin.errors import UsageError
     from umed_plugin.patches import ALL, prepare_llava
@@ -136,23 +133,11 @@ def _environment(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # libraries print while they are imported
         facts, findings = examine_environment(ALL, prepare_llava)
     if args.json:
-        print(json.dumps({"environment": facts, "findings": [finding.as_dict() for finding in findings]}, indent=2))
+        print(printable_json({"environment": facts, "findings": [finding.as_dict() for finding in findings]}))
         return _status(findings)
-    console = Console(width=None if Console().is_terminal else 250, highlight=False)
+    console = make_console(wide_in_pipes=True)
     for name, text in facts.items():
-        console.print(f"[bold]{name:<13}[/bold]", end="")
-        console.print(", ".join(text) if isinstance(text, list) else str(text), markup=False)
+        console.print(f"{name:<13}", style="bold", end="")
+        console.print(", ".join(text) if isinstance(text, list) else str(text))
     print_findings(findings, console)
     return _status(findings)
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the bytes of the weights, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("reading weights"), BarColumn(), DownloadColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UsageError, note
+from umed_plugin.terminal.progress import add_quiet_flag
 
 if TYPE_CHECKING:
     from umed_plugin.data.records import Record
@@ -55,6 +56,7 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         metavar="FILE",
         help="reviewers' decisions, as downloaded from the pages of umed recipe review",
     )
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.errors import note
+from umed_plugin.terminal.console import console as make_console
+from umed_plugin.terminal.progress import add_quiet_flag
 
 
 def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
@@ -23,19 +25,18 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="write check.html there, with a contact sheet of every source"
     )
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check a recipe; exit status 1 if there are faults."""
-    from rich.console import Console
-
     from umed_plugin.data.checking.check import check_recipe
     from umed_plugin.data.checking.report import print_check, write_report
     from umed_plugin.data.recipes.recipe import load_recipe
 
     check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, against=args.against, progress=True)
-    print_check(check, Console())
+    print_check(check, make_console())
     if args.report:
         note(f"report written: {write_report(check, args.report)}")
     return 0 if check.ok else 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.recipe import build, check, review
+from umed_plugin.terminal.console import console
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -51,7 +52,6 @@ def _add_show(actions: argparse._SubParsersAction[Any]) -> None:
 
 def run_list(args: argparse.Namespace) -> int:
     """Print a table of the shipped recipes."""
-    from rich.console import Console
     from rich.table import Table
 
     from umed_plugin.data.checking.report import sources_of
@@ -62,7 +62,7 @@ def run_list(args: argparse.Namespace) -> int:
         recipe = load_recipe(name)
         terms = "; ".join(dict.fromkeys(source.terms.licence for source in sources_of(recipe)))
         table.add_row(name, ", ".join(recipe.names), terms, recipe.description)
-    Console().print(table)
+    console().print(table)
     return 0
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umed_plugin.errors import note, warn
+from umed_plugin.terminal.progress import progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from umed_plugin.commands.recipe.writer_settings import WriterSettings
     from umed_plugin.data.records import Record
     from umed_plugin.data.writing.account import Account
@@ -101,28 +100,13 @@ def _run_with_progress(settings: WriterSettings, account: Account, tasks: list[I
         return ModelClient(settings.server, keep, concurrency=settings.concurrency, last_wait=timeout)
 
     writer = DiagnosisWriter(account)
-    with _progress_bar() as bar:
-        row = bar.add_task("", total=len(tasks), status="")
+    with progress("diagnoses", "image") as advance:
 
         def on_progress(outcome: Outcome) -> None:
             completed = len(outcome.written) + len(outcome.set_aside) + len(outcome.missing)
-            bar.update(row, completed=completed, status=_status(writer, outcome))
+            advance(completed, len(tasks), _status(writer, outcome))
 
         return writer.run(tasks, connect, settings.concurrency, on_progress)
-
-
-def _progress_bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    return Progress(
-        TextColumn("diagnoses"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _status(writer: DiagnosisWriter, outcome: Outcome) -> str:
@@ -136,16 +120,15 @@ def _status(writer: DiagnosisWriter, outcome: Outcome) -> str:
 
 def _run_in_batches(settings: WriterSettings, account: Account, tasks: list[ImageTask]) -> Outcome:
     """Send requests by the Batch API; the status line shows the batch that is waited for."""
-    from rich.console import Console
-
     from umed_plugin.data.writing.batched import BatchedWriter
     from umed_plugin.remote.batch_api import BatchClient
 
     notes = settings.ledger.with_name(f"{settings.ledger.stem}.batches.jsonl")
-    with Console(stderr=True).status("diagnoses: looking for batches of earlier runs") as status:
+    with progress("diagnoses", "image") as advance:
+        advance(0, None, "looking for batches of earlier runs")
 
         def connect(keep: Callable[[str, RequestResult], None]) -> BatchClient:
-            return BatchClient(settings.server, notes, keep, lambda state: status.update(f"diagnoses: {state}"))
+            return BatchClient(settings.server, notes, keep, lambda state: advance(0, None, state))
 
         return BatchedWriter(account).run(tasks, connect)
 

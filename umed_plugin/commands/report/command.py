@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.errors import say
+from umed_plugin.terminal.progress import Steps, add_quiet_flag
+
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``report``."""
@@ -29,6 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--picture", metavar="FILE", type=Path, help="also draw six studies before and after into this PNG file"
     )
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -41,20 +45,22 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Write the files and say where they are."""
-    from rich.progress import Progress
-
     from umed_plugin.commands.report.before_after import write_before_after
     from umed_plugin.commands.report.page import write_report
 
-    with Progress(transient=True) as bars:
-        tasks: dict[str, Any] = {}
+    with Steps(transient=True) as steps:
+        shown: list[str] = []
 
         def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
+            if shown[-1:] != [what]:
+                steps.begin(what)
+                shown.append(what)
+            steps.update(done, total)
 
-        print(f"written: {write_report(args.run_dir, args.studies, advance)}")
-        if args.picture:
-            print(f"written: {write_before_after(args.run_dir, args.picture)}")
+        written = [write_report(args.run_dir, args.studies, advance)]
+        steps.end()
+    if args.picture:
+        written.append(write_before_after(args.run_dir, args.picture))
+    for file in written:
+        say(f"written: {file}")
     return 0

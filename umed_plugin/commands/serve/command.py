@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.errors import say
+
 _SECONDS_TO_END = 20
 
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.commands.serve.dialogue import Dialogue
     from umed_plugin.commands.serve.shelf import Shelf
 
-    print(f"umed serve: loading {args.checkpoint}", flush=True)
+    say(f"umed serve: loading {args.checkpoint}")
     dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens)
     shelf = Shelf(args.upload_mb * 10**6)
     # Service managers stop with SIGTERM; the images must be removed then too.
@@ -93,11 +95,11 @@ def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
             f"{args.host} can be reached from other machines. Anyone on that network can use the model, and "
             "images are sent unencrypted. An ssh tunnel to 127.0.0.1 is safer."
         )
-    print(f"umed serve: {server.url} (Ctrl-C stops it)", flush=True)
+    say(f"umed serve: {server.url} (Ctrl-C stops it)")
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        print("umed serve: stopping", flush=True)
+        say("umed serve: stopping")
     finally:
         server.end(_SECONDS_TO_END)
 

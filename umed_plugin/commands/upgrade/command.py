@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin.errors import UsageError
+from umed_plugin.commands.signals import Ended
+from umed_plugin.errors import UsageError, say, warn
+from umed_plugin.terminal.console import console
+from umed_plugin.terminal.progress import add_quiet_flag
 
 if TYPE_CHECKING:
     from umed_plugin.commands.upgrade.plan import Step
@@ -63,13 +66,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--redo-changed", action="store_true", help="redo steps whose settings or inputs have changed")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and write nothing")
+    add_quiet_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Upgrade, or print the commands."""
-    from rich.console import Console
-
     from umed_plugin.commands.upgrade.run import Upgrade
     from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings
 
@@ -77,11 +79,15 @@ def run(args: argparse.Namespace) -> int:
     sys.path.append(os.getcwd())
     folder, file = _run_folder(args, RUN_FILE)
     settings = read_settings(file, _changes(args))
-    upgrade = Upgrade(folder, settings, Console(), args.redo_changed)
+    upgrade = Upgrade(folder, settings, console(), args.redo_changed)
     if args.dry_run:
         _print_commands(upgrade.steps)
         return 0
-    upgrade.run()
+    try:
+        upgrade.run()
+    except (KeyboardInterrupt, Ended):
+        warn(f"{folder}: the upgrade is not finished. The same command continues it.")
+        raise
     return 0
 
 
@@ -94,9 +100,9 @@ def _print_commands(steps: Sequence[Step]) -> None:
     try:
         version("umed-plugin")
     except PackageNotFoundError:  # a checkout that is not installed
-        print(f"export PYTHONPATH={shlex.quote(importable()['PYTHONPATH'])}\n")
+        say(f"export PYTHONPATH={shlex.quote(importable()['PYTHONPATH'])}\n")
     for step in steps:
-        print(f"# {step.title}\n{step.line()}\n")
+        say(f"# {step.title}\n{step.line()}\n")
 
 
 def _run_folder(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | None]:

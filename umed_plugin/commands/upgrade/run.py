@@ -5,15 +5,15 @@ How to run: ``umed upgrade CKPT --recipe R --out DIR``. The same command continu
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.examination import ERROR, examine
-from umed_plugin.commands.processes import Steps, importable, run_logged
+from umed_plugin.commands.processes import importable, marked_processes, run_logged
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
@@ -22,6 +22,8 @@ from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_j
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
+from umed_plugin.terminal.progress import Steps
+from umed_plugin.terminal.text import one_line
 
 REPORT, LOCK = "report.html", ".lock"
 # Environment variable of every process of a run; identifies processes that outlive a killed run.
@@ -122,7 +124,6 @@ class Upgrade:
             self.console.print(
                 f"doctor: {finding.severity} {finding.code}: {finding.found} ({finding.where})",
                 soft_wrap=True,
-                markup=False,
             )
         accepted = {*_STOCK_LOADING_ERRORS, *self.settings.accept_findings}
         errors = [finding for finding in findings if finding.severity == ERROR and finding.code not in accepted]
@@ -158,18 +159,17 @@ class Upgrade:
             return False
         self._note_other_versions(step)
         self.provenance.begin(step)
-        bars.begin(step.title)
+        log = self.folder / "logs" / f"{step.name}.log"
+        bars.begin(step.title, note=f"log: {log}")
         run_logged(
-            step.command,
-            self.folder / "logs" / f"{step.name}.log",
-            step.title,
-            environment={**importable(), MARK: str(self.folder)},
-            # The bars in other steps' logs count loaded files, not the step's progress.
-            progress=bars.update if step.trains else None,
+            step.command, log, step.title, environment=self._environment(), progress=bars.update, bars=step.trains
         )
         self.provenance.end(step)
         bars.end()
         return True
+
+    def _environment(self) -> dict[str, str]:
+        return {**importable(), MARK: str(self.folder)}
 
     def _note_other_versions(self, step: Step) -> None:
         """Resuming a step under other library versions may change its result."""
@@ -204,6 +204,7 @@ class Upgrade:
             self._write_manifest(self._summarise())
             bars.begin("writing the report")
             write_report(self.folder, progress=lambda _what, done, total: bars.update(done, total))
+            bars.end()
         return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
@@ -259,9 +260,9 @@ class Upgrade:
         checkpoint = self.swap.checkpoint if self.settings.in_place else self.plan.result
         paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
         for name, path in paths.items():
-            self.console.print(f"{name}: {path}", soft_wrap=True)
+            self.console.print(f"{name}: {one_line(path)}", soft_wrap=True)
         if self.settings.in_place:
-            self.console.print(f"old checkpoint: {self.swap.backup}", soft_wrap=True)
+            self.console.print(f"old checkpoint: {one_line(self.swap.backup)}", soft_wrap=True)
 
 
 def end_left_running(folder: Path) -> Sequence[int]:
@@ -272,14 +273,9 @@ def end_left_running(folder: Path) -> Sequence[int]:
     """
     import psutil
 
-    processes = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
-                processes.append(process)
-        except (psutil.AccessDenied, psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue  # another user's process, or already gone
+    processes = marked_processes(MARK, str(folder))
     for process in processes:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(processes, timeout=60)
     return [process.pid for process in processes]

@@ -17,6 +17,8 @@ from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.data.leaks import SAME
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
+from umed_plugin.terminal.console import console as make_console
+from umed_plugin.terminal.text import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,10 +34,8 @@ def sources_of(recipe: AnyRecipe) -> list[Recipe]:
 
 def write_report(check: RecipeCheck, folder: Path) -> Path:
     """Write the tables and a contact sheet per source, and return the path of the page."""
-    from rich.console import Console
-
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(record=True, file=io.StringIO(), width=_WIDTH)
+    console = make_console(record=True, file=io.StringIO(), width=_WIDTH)
     print_check(check, console)
     page = console.export_html(inline_styles=True)
     pictures = "".join(
@@ -51,21 +51,21 @@ def write_report(check: RecipeCheck, folder: Path) -> Path:
 
 def print_check(check: RecipeCheck, console: Console) -> None:
     """Print the check as tables. Faults come last, so that they are on the screen at the end."""
-    from rich.markup import escape
+    from rich.text import Text
 
     recipe = check.recipe
-    console.print(f"[bold]{recipe.name}[/bold]: {escape(recipe.description)}", highlight=False)
+    console.print(Text.assemble((recipe.name, "bold"), f": {recipe.description}"))
     for source in sources_of(recipe):
         whose = f" of {source.name}" if isinstance(recipe, Mixture) else ""
-        console.print(f"Terms{whose}: {escape(source.terms.licence)}. {escape(source.terms.url)}", highlight=False)
-    console.print(f"Data:  {escape(str(check.annotations.root))}", highlight=False, soft_wrap=True)
+        console.print(f"Terms{whose}: {source.terms.licence}. {source.terms.url}")
+    console.print(f"Data:  {one_line(check.annotations.root)}", soft_wrap=True)
     if isinstance(recipe, Mixture):
         console.print(_sources_table(check))
         if sum(check.images.values()) < recipe.size:
             available = (
                 f"{sum(check.images.values()):,} of the {recipe.size:,} images that the mixture asks for are there."
             )
-            console.print(f"[yellow]{available}[/yellow]", highlight=False)
+            console.print(available, style="yellow")
     console.print(_splits_table(check))
     console.print(_classes_table(check))
     for reason, count in check.annotations.left_out.items():
@@ -75,23 +75,25 @@ def print_check(check: RecipeCheck, console: Console) -> None:
     shared = check.shared_patients
     if shared:
         console.print(
-            f"[yellow]{len(shared)} patients are in more than one split[/yellow] "
-            f"({escape(', '.join(shared[:_SHOWN]))}): results on test will look better than they are."
+            Text.assemble(
+                (f"{len(shared)} patients are in more than one split", "yellow"),
+                f" ({one_line(', '.join(shared[:_SHOWN]))}): results on test will look better than they are.",
+            )
         )
     _print_leaks(check, console)
     _print_missing(check, console)
     if check.faults:
-        console.print(f"[red]{len(check.faults)} faults:[/red]")
+        console.print(f"{len(check.faults)} faults:", style="red")
         for fault in check.faults[:_SHOWN]:
-            console.print(f"  {escape(fault)}", highlight=False, soft_wrap=True)
+            console.print(f"  {fault}", soft_wrap=True)
         if len(check.faults) > _SHOWN:
             console.print(f"  ... and {len(check.faults) - _SHOWN} more")
     if check.ok:
-        console.print("[green]The recipe fits the data.[/green]")
+        console.print("The recipe fits the data.", style="green")
 
 
 def _print_leaks(check: RecipeCheck, console: Console) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     by_kind = {"in two splits": check.split_leaks, "in an evaluation set too": check.evaluation_leaks}
     for where, leaks in by_kind.items():
@@ -100,14 +102,15 @@ def _print_leaks(check: RecipeCheck, console: Console) -> None:
         if not leaks:
             console.print(f"No picture is {where}.")
             continue
-        console.print(f"[yellow]{len(leaks)} pictures are {where}[/yellow] (similarity of at least {SAME}). The first:")
+        found = (f"{len(leaks)} pictures are {where}", "yellow")
+        console.print(Text.assemble(found, f" (similarity of at least {SAME}). The first:"))
         for leak in sorted(leaks, key=lambda leak: -leak.likeness)[:_SHOWN]:
-            line = f"  {leak.likeness:.3f}  {escape(leak.name)}  =  {escape(leak.other)}"
-            console.print(line, highlight=False, soft_wrap=True)
+            line = f"  {leak.likeness:.3f}  {one_line(leak.name)}  =  {one_line(leak.other)}"
+            console.print(line, soft_wrap=True)
 
 
 def _print_missing(check: RecipeCheck, console: Console) -> None:
-    from rich.markup import escape
+    from rich.text import Text
 
     for source in sources_of(check.recipe):
         missing = [item for item in check.annotations.missing if item.recipe.name == source.name]
@@ -116,12 +119,14 @@ def _print_missing(check: RecipeCheck, console: Console) -> None:
         total = len(missing) + sum(item.recipe.name == source.name for item in check.annotations.items)
         whose = f" of {source.name}" if isinstance(check.recipe, Mixture) else ""
         console.print(
-            f"[red]{len(missing)} of {total} images{whose} are missing on disk.[/red] Get them from "
-            f"{escape(source.terms.url)}. The first:",
+            Text.assemble(
+                (f"{len(missing)} of {total} images{whose} are missing on disk.", "red"),
+                f" Get them from {source.terms.url}. The first:",
+            ),
             soft_wrap=True,
         )
         for item in missing[:_SHOWN]:
-            console.print(f"  {escape(str(item.image))}", highlight=False, soft_wrap=True)
+            console.print(f"  {one_line(item.image)}", soft_wrap=True)
 
 
 def _sources_table(check: RecipeCheck) -> object:

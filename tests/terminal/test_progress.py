@@ -1,0 +1,83 @@
+"""Progress: lines where there is no terminal, a bar where there is one, and nothing when it is not wanted."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from umed_plugin.terminal import progress
+from umed_plugin.terminal.console import console
+from umed_plugin.terminal.progress import Steps, duration, tracked
+
+
+@pytest.fixture(autouse=True)
+def loud() -> Iterator[None]:
+    yield
+    progress.be_quiet(False)
+
+
+def wait_for(text: str, shown: io.StringIO) -> None:
+    end = time.monotonic() + 10
+    while not re.search(text, shown.getvalue()):
+        assert time.monotonic() < end, shown.getvalue()
+        time.sleep(0.01)
+
+
+def test_a_file_gets_lines_with_step_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    shown = io.StringIO()
+    with Steps(console(file=shown)) as steps:
+        steps.begin("stage 1", note="log: a.log")
+        wait_for("stage 1: running for 0 s", shown)
+        steps.update(10, 130)
+        time.sleep(0.02)
+        steps.update(20, 130)
+        wait_for(r"umed: stage 1: step 20 of 130 \(15 %\), [\d.]+ steps/s, \d+ s left\n", shown)
+        steps.begin("stage\x1b[2J\n2", "byte")
+        steps.update(10**9, 2 * 10**9, "half\x07")
+        wait_for(r"1\.00 of 2\.00 GB \(50 %\), half\\x07\n", shown)
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "umed: stage 1: started; log: a.log" and "umed: stage\\x1b[2J\\n2: started" in lines
+    assert all(line.startswith("umed: stage") for line in lines)
+
+
+def test_a_resumed_step_is_timed_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    lines = progress._Lines(console(file=shown))
+    lines.begin("stage 2", "step", "")
+    clock = iter([100.0, 110.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    lines.update(1000, 1100, "")
+    lines.update(1005, 1100, "")
+    assert lines._now() == "step 1005 of 1100 (91 %), 2.0 s per step, 3 min 10 s left"
+
+
+def test_a_terminal_gets_a_bar_and_no_lines() -> None:
+    shown = io.StringIO()
+    with Steps(console(file=shown, force_terminal=True, width=120)) as steps:
+        steps.begin("[red]\x1b]0;owned\x07")
+        steps.update(3, 9, "[bold]")
+    text = shown.getvalue()
+    assert "[red]\\x1b]0;owned\\x07" in text and "step 3 of 9 (33 %)" in text and "[bold]" in text
+    assert "umed:" not in text and "\x07" not in text
+
+
+def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.be_quiet(True)
+    assert list(tracked([1, 2], "items", "item")) == [1, 2]
+    with Steps(console(stderr=True)) as steps:
+        steps.begin("one")
+        steps.update(1, 2)
+    assert capsys.readouterr() == ("", "")
+    progress.be_quiet(False)
+    assert list(tracked([1, 2], "items", "item")) == [1, 2]
+    assert capsys.readouterr().err == "umed: items: started\n"
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(12.4, "12 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")])
+def test_durations_are_read_at_a_glance(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
