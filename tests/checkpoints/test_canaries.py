@@ -1,0 +1,175 @@
+"""The canary walk: no command runs code that lies in a file of a checkpoint, wherever it lies and of whatever kind it is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from support.canaries import KINDS, hostile
+from support.records import grounded_records, write_records
+from support.taught import write_lora
+from support.umed_runs import reward, train
+
+from umed_plugin import patching
+from umed_plugin.checkpoints.loading import load_checkpoint
+from umed_plugin.checkpoints.to_transformers import to_transformers
+from umed_plugin.cli import main
+from umed_plugin.errors import UmedError
+from umed_plugin.patches import STACK, torch_load
+
+
+@pytest.fixture(scope="module")
+def good(tiny_mistral, tmp_path_factory) -> Path:
+    """A folder with a base, a LoRA folder over it, and its transformers' form."""
+    folder = tmp_path_factory.mktemp("good")
+    base = shutil.copytree(tiny_mistral, folder / "base-llava-mistral")
+    name_tower(base, base / "vision_tower")
+    to_transformers(base, folder / "hf-llava")
+    write_lora(base, folder / "llava-lora")
+    return folder
+
+
+def name_tower(checkpoint: Path, tower: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["mm_vision_tower"] = str(tower)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+BASE, LORA, HF = "base-llava-mistral", "llava-lora", "hf-llava"
+# Where a pickle can lie, and the safetensors file that a loader would prefer to it.
+PLACES = {
+    "weights": (BASE, "pytorch_model.bin", "model.safetensors"),
+    "tower": (BASE, "vision_tower/pytorch_model.bin", "vision_tower/model.safetensors"),
+    "adapter": (LORA, "adapter_model.bin", "adapter_model.safetensors"),
+    "projector": (LORA, "non_lora_trainables.bin", None),
+    "hf": (HF, "pytorch_model.bin", "model.safetensors"),
+}
+COMMANDS = {
+    "evaluate": ("evaluate {base} --benchmark vqa_rad --data-root {data} --limit 1", ("weights", "tower")),
+    "evaluate-lora": ("evaluate {lora} --base {base} --benchmark vqa_rad --data-root {data}", ("adapter", "projector", "tower")),
+    "serve": ("serve {base} --port 0", ("weights", "tower")),
+    "serve-lora": ("serve {lora} --base {base} --port 0", ("weights", "adapter", "projector")),
+    "merge": ("merge {lora} --base {base} --out {out}", ("weights", "adapter", "projector")),
+    "merge-full": ("merge {base} --base {base} --out {out}", ("weights",)),
+    "convert": ("convert {base} --out {out}", ("weights", "tower")),
+    "convert-back": ("convert {hf} --out {out}", ("hf",)),
+    "doctor": ("doctor {base}", ("weights", "tower")),
+    "doctor-lora": ("doctor {lora} --base {base}", ("weights", "tower", "adapter", "projector")),
+    "upgrade": ("upgrade {base} --recipe {recipe} --out {out}", ("weights", "tower")),
+}  # fmt: skip
+
+
+def planted(good: Path, place: str, kind: str, root: Path) -> Path:
+    """A copy of the good folders with one hostile file."""
+    folder = shutil.copytree(good, root / "made")
+    for checkpoint in (BASE, LORA):
+        name_tower(folder / checkpoint, folder / BASE / "vision_tower")
+    part, name, preferred = PLACES[place]
+    file, content = folder / part / name, {}
+    if preferred and (folder / part / preferred).is_file():
+        content = load_file(folder / part / preferred)
+        (folder / part / preferred).unlink()
+    elif file.is_file():
+        content = torch.load(file, weights_only=True)
+    hostile(kind, file, root / "canary", content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vqa_rad")
+    rows = [
+        {
+            "qid": "1",
+            "image_name": "a.jpg",
+            "question": "Is it?",
+            "answer": "Yes",
+            "answer_type": "CLOSED",
+            "phrase_type": "test",
+        }
+    ]
+    (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
+    (folder / "VQA_RAD Image Folder").mkdir()
+    Image.new("L", (64, 48)).save(folder / "VQA_RAD Image Folder" / "a.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_code_in_a_checkpoint(command, kind, good, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("UMED_DATA_ROOT", str(data))
+    line, places = COMMANDS[command]
+    for place in places:
+        root = tmp_path / place
+        root.mkdir()
+        folder = planted(good, place, kind, root)
+        words = line.format(
+            base=folder / BASE,
+            lora=folder / LORA,
+            hf=folder / HF,
+            data=data,
+            out=root / "llava-mistral-out",
+            recipe="demo_studies",
+        )
+        assert main(words.split()) != 0, place
+        told = capsys.readouterr()
+        assert not (root / "canary").exists(), place
+        assert Path(PLACES[place][1]).name in told.out + told.err
+        assert "weights_only" not in told.err and "Traceback" not in told.err
+        assert not (root / "llava-mistral-out").exists() or command == "upgrade"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_library_refuses_them_without_its_patches(kind, good, tmp_path):
+    """`load_checkpoint` in a program that never called `prepare_llava`."""
+    for place in ("weights", "tower"):
+        (tmp_path / place).mkdir()
+        folder = planted(good, place, kind, tmp_path / place)
+        patching.undo_all()
+        try:
+            with pytest.raises(UmedError, match=r"pytorch_model\.bin: .*It was not loaded"):
+                load_checkpoint(folder / BASE, device="cpu")
+        finally:
+            patching.apply(STACK)
+        assert not (tmp_path / place / "canary").exists()
+    assert patching.is_applied(torch_load.PATCH)
+
+
+FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "files"),
+    [(train, "torchscript", FILES), (train, "reduce", FILES), (reward, "tar", (*FILES, "rollout_0.pt"))],
+    ids=["stage 1, torchscript", "stage 1, reduce", "stage 2, tar"],
+)
+def test_resuming_runs_no_code(stage, kind, files, tiny_mistral, tmp_path):
+    """Every state of the checkpoint is hostile at once: the first that is read ends the run, and each is named in its turn."""
+    records = grounded_records(tmp_path / "data") if stage is reward else write_records(tmp_path / "data")
+    output = tmp_path / "out"
+    steps = ("--max_steps", "2", "--save_steps", "1", "--save_total_limit", "1")
+    assert stage(tiny_mistral, records, output, *steps, "--num_train_epochs", "1").returncode == 0
+    checkpoint = next(output.glob("checkpoint-*"))
+    for name in files:
+        file = checkpoint / name
+        if not file.is_file():
+            continue
+        kept = file.read_bytes()
+        hostile(kind, file, tmp_path / "canary")
+        run = stage(tiny_mistral, records, output, *steps[2:], "--max_steps", "4")
+        assert not (tmp_path / "canary").exists(), name
+        assert run.returncode == 1 and f"umed: error: {file}" in run.stderr, run.stderr[-2000:]
+        file.write_bytes(kept)
+
+
+@pytest.mark.parametrize("place", ["weights", "tower"])
+def test_training_runs_no_code(place, good, tmp_path):
+    folder = planted(good, place, "torchscript", tmp_path)
+    run = train(folder / BASE, write_records(tmp_path / "data"), tmp_path / "out", "--max_steps", "1")
+    assert not (tmp_path / "canary").exists()
+    assert run.returncode == 1 and "is a TorchScript archive" in run.stderr, run.stderr[-2000:]
