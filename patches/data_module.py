@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from umed_plugin.flags.definition import REWARDING
+from umed_plugin.patches import lora_resume
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -28,8 +29,11 @@ def change(recorder: Recorder) -> None:
         if run.flags.umed_stage == REWARDING:
             from umed_plugin.training.rewarding_data import make_rewarding_data_module
 
-            return make_rewarding_data_module(tokenizer, data_args, run.training_args)
-        return _instruction_tuning_data(tokenizer, run)
+            data = make_rewarding_data_module(tokenizer, data_args, run.training_args)
+        else:
+            data = _instruction_tuning_data(tokenizer, run)
+        lora_resume.check_records(run, data["train_dataset"].list_data_dict)
+        return data
 
     recorder.replace(llava_train, "make_supervised_data_module", make_supervised_data_module)
 

@@ -1,11 +1,12 @@
-"""Let a run that is started again after its last step save its result, and train no further step.
+"""Let a run that is started again after its last step save its result, and a resumed one use its own batch size.
 
-Targets: `LLaVATrainer.train`, inherited from transformers, and `Trainer._inner_training_loop`, on which the change relies.
-Why: transformers checks whether the last step is done only after a step. Saving a large model takes minutes. A run that is killed
-after its last checkpoint and before the end of saving resumes from that checkpoint and trains one step too many, unless an epoch
-ends there.
+Targets: `LLaVATrainer.train` and `_inner_training_loop`, inherited from transformers.
+Why: (1) transformers checks whether the last step is done only after a step. Saving a large model takes minutes. A run that is
+killed after its last checkpoint and before the end of saving resumes from that checkpoint and trains one step too many, unless
+an epoch ends there. (2) transformers 4 resumes with the checkpoint's batch size, whatever --per_device_train_batch_size says. A
+run that goes on in other processes, with batches of another size, would then take other steps than its flags say.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
-Delete when: transformers compares the step at which it resumes with the number of steps.
+Delete when: transformers compares the step at which it resumes with the number of steps, and LLaVA's pins are no longer used.
 
 Only with ``--umed_stage``.
 """
@@ -24,11 +25,11 @@ class _AllStepsAreDone(Exception):
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap the method. Our own trainer inherits it."""
+    """Wrap both methods. Our own trainer inherits it."""
     from llava.train.llava_trainer import LLaVATrainer
     from transformers import TrainerCallback
 
-    stock = LLaVATrainer.train
+    stock, stock_loop = LLaVATrainer.train, LLaVATrainer._inner_training_loop
 
     class NoFurtherStep(TrainerCallback):
         """Checks at the beginning of training, after the checkpoint to resume from is loaded."""
@@ -45,10 +46,19 @@ def change(recorder: Recorder) -> None:
             return stock(self, *args, **keywords)
         except _AllStepsAreDone:
             if self.args.process_index == 0:
-                note(f"all {self.state.max_steps} steps were done before. Saving their result.")
+                note(
+                    f"all {self.state.max_steps} steps were done before. Saving their result. To go on, raise --max_steps "
+                    "or --num_train_epochs; to train anew, choose another --output_dir."
+                )
             return None
 
+    def _inner_training_loop(self: Any, batch_size: int | None = None, *args: Any, **keywords: Any) -> Any:
+        if getattr(self.args, "umed_stage", None) is not None and not self.args.auto_find_batch_size:
+            batch_size = self._train_batch_size = self.args.train_batch_size
+        return stock_loop(self, batch_size, *args, **keywords)
+
     recorder.replace(LLaVATrainer, "train", train)
+    recorder.replace(LLaVATrainer, "_inner_training_loop", _inner_training_loop)
 
 
 PATCH = Patch(
@@ -65,7 +75,9 @@ PATCH = Patch(
             ),
         ),
     ),
-    why="a run that is killed while it saves its result trains one step too many when it is started again",
-    delete_when="transformers compares the step at which it resumes with the number of steps",
+    why="a run that is killed while it saves its result trains one step too many when it is started again, and transformers 4 "
+    "resumes with the checkpoint's batch size",
+    delete_when="transformers compares the step at which it resumes with the number of steps, and "
+    "LLaVA's pins are no longer used",
     change=change,
 )

@@ -5,7 +5,7 @@ Why: (1) LLaVA saves trained weights outside the adapter, above all the projecto
 #1245, PR #1813). A run resumed from an intermediate checkpoint continues with a trained adapter and an untrained projector. (2)
 The order of an epoch is drawn from the global random state, which dropout changes on a CPU. So a resumed run sees other
 batches. (3) LLaVA resumes from any ``checkpoint-*`` in the output folder, even one of the other stage, and overwrites the other
-stage's files.
+stage's files. (4) It resumes under any flags, even with other data or another learning rate, and says nothing.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
 Delete when: LLaVA saves ``non_lora_trainables.bin`` with every checkpoint and loads it on resume.
 
@@ -14,6 +14,7 @@ Only with ``--umed_stage``. The files have LLaVA's names and formats.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.loading import NON_LORA, read_tensors
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, did_you_mean
 from umed_plugin.files import write_json
+from umed_plugin.flags.checks import raise_faults
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
-
-MARKER = "umed.json"
+from umed_plugin.training import run_settings
+from umed_plugin.training.run_settings import MARKER
 
 
 def change(recorder: Recorder) -> None:
@@ -118,8 +120,9 @@ class SeededOrder:
 
 
 def _mark(trainer: Any, folder: Path) -> None:
-    """Record the stage in a folder with its weights."""
-    write_json(folder / MARKER, {"umed_stage": trainer.args.umed_stage})
+    """Record the stage, and what the run was started with, in a folder with its weights."""
+    settings = getattr(trainer.args, "umed_settings", {})
+    write_json(folder / MARKER, {"umed_stage": trainer.args.umed_stage, run_settings.SETTINGS: settings})
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:
@@ -158,9 +161,14 @@ def _load_non_lora(model: Any, checkpoint: Path) -> None:
 
 
 def find_faults(run: TrainingRun) -> list[str]:
-    """Files of the other stage in the output folder: LLaVA would resume from them or overwrite them."""
+    """Files of the other stage in the output folder, or a checkpoint that was trained under other settings."""
     if not run.active:
         return []
+    return _other_stage(run) or _unknown_names(run) or _changed_settings(run)
+
+
+def _other_stage(run: TrainingRun) -> list[str]:
+    """LLaVA would resume from files of the other stage, or overwrite them."""
     output = Path(run.training_args.output_dir)
     for marker in (*sorted(output.glob(f"checkpoint-*/{MARKER}")), output / MARKER):
         stage = json.loads(marker.read_text())["umed_stage"] if marker.is_file() else run.flags.umed_stage
@@ -171,6 +179,55 @@ def find_faults(run: TrainingRun) -> list[str]:
                 f"it. Use another --output_dir for {run.flags.umed_stage}."
             ]
     return []
+
+
+def _unknown_names(run: TrainingRun) -> list[str]:
+    """Names in ``--umed_accept_changed`` that no flag has."""
+    parts = (run.model_args, run.data_args, run.training_args)
+    known = {flag.name for part in parts for flag in dataclasses.fields(part)} | {*run_settings.OTHER_NAMES}
+    unknown = sorted(run.flags.accepted_changes() - known)
+    return [f"--umed_accept_changed {name}: there is no such flag.{did_you_mean(name, known)}" for name in unknown]
+
+
+def _changed_settings(run: TrainingRun) -> list[str]:
+    """What has changed since the checkpoint from which LLaVA would resume was written, as far as it cannot go on."""
+    args = run.training_args
+    args.umed_settings = run_settings.settings_of(run.model_args, run.data_args, args)
+    checkpoint = run_settings.last_checkpoint(Path(args.output_dir))
+    if checkpoint is None:
+        return []
+    before = run_settings.stored_settings(checkpoint)
+    if before is None:
+        run.say(f"{checkpoint} does not say with which flags it was trained, so they are not compared.")
+        return []
+    return _compared(run, checkpoint, before, args.umed_settings)
+
+
+def check_records(run: TrainingRun, records: list[dict[str, Any]]) -> None:
+    """Refuse to resume on other records of ``--umed_recipe``, which are known only when they are built.
+
+    Raises:
+        UsageError: they have changed, and ``--umed_accept_changed`` does not name them.
+    """
+    args = run.training_args
+    if not run.active or run.flags.umed_recipe is None:
+        return
+    now = {run_settings.RECORDS: run_settings.records_digest(records)}
+    args.umed_settings.update(now)
+    checkpoint = run_settings.last_checkpoint(Path(args.output_dir))
+    before = None if checkpoint is None else run_settings.stored_settings(checkpoint)
+    if checkpoint is not None and before is not None:
+        raise_faults(_compared(run, checkpoint, before, now))
+
+
+def _compared(run: TrainingRun, checkpoint: Path, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Compare settings, say what goes on under changed ones, and return what does not."""
+    between, accepted = any(checkpoint.glob("rollout_*.pt")), run.flags.accepted_changes()
+    changes = run_settings.find_changes(before, now, between_updates=between)
+    faults = run_settings.refusals(changes, checkpoint.name, accepted, between_updates=between)
+    if changes and not faults:
+        run.say(f"{checkpoint.name} was trained under other settings: {'; '.join(map(str, changes))}. Going on.")
+    return faults
 
 
 PATCH = Patch(

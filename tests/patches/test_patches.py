@@ -333,6 +333,32 @@ def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_pat
     parse([*flags, "--umed_stage", "instruction_tuning"])
 
 
+def test_other_records_of_a_recipe_are_refused_when_they_are_built(flags, tmp_path):
+    patching.apply(ALL)
+    _, _, args = parse([*flags, "--umed_stage", "instruction_tuning", "--umed_recipe", "brain_tumor_coco"])
+    run = SimpleNamespace(active=True, flags=args.umed, training_args=args, say=print)
+    lora_resume.check_records(run, [{"id": 1, "image": "/a/1.png"}])
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    lora_resume._mark(SimpleNamespace(args=args), checkpoint)
+    assert json.loads((checkpoint / lora_resume.MARKER).read_text())["settings"]["records"]["path"] == "1 records"
+    lora_resume.check_records(run, [{"id": 1, "image": "/b/1.png"}])
+    with pytest.raises(
+        UsageError, match="the records of --umed_recipe 2 records .*: checkpoint-5 was trained with 1 records"
+    ):
+        lora_resume.check_records(run, [{"id": 1, "image": "/a/1.png"}, {"id": 2}])
+    args.umed_accept_changed = "records"
+    run.flags = args.umed
+    lora_resume.check_records(run, [{"id": 1, "image": "/a/1.png"}, {"id": 2}])
+
+
+def test_a_name_that_no_flag_has_cannot_be_accepted(flags):
+    patching.apply(ALL)
+    stage = ["--umed_stage", "instruction_tuning", "--umed_accept_changed", "seed,--learning_rat"]
+    with pytest.raises(UsageError, match="learning_rat: there is no such flag. Did you mean 'learning_rate'"):
+        parse([*flags, *stage])
+
+
 def test_a_share_of_stock_templates_needs_a_template_of_ours(flags):
     patching.apply(ALL)
     stage = ["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "0.2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 
 import pytest
@@ -64,3 +65,26 @@ def test_started_again_behind_its_last_step_it_trains_no_step_more(family, flags
     found = weights(output)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    # Under other settings it names them; what it did before is not taken for their result.
+    other = records.with_name("other.json")
+    other.write_text(json.dumps(json.loads(records.read_text())[:-1]))
+    run = train(checkpoint, other, output, *flags, "--learning_rate", "0.5")
+    assert run.returncode == 2 and run.stderr.count("\n  - ") == 2
+    assert "--learning_rate 0.5: checkpoint-3 was trained with 0.001" in run.stderr
+    assert f"--data_path {other}" in run.stderr and "--umed_accept_changed data_path" in run.stderr
+
+
+def test_a_run_goes_on_with_its_own_batches_and_with_data_whose_change_is_accepted(tiny_llama, tmp_path):
+    """Four steps are an epoch of eight records. transformers 4 would take the checkpoint's batch size for the flag's."""
+    records, output = write_records(tmp_path / "data"), tmp_path / "out"
+    assert train(tiny_llama, records, output, "--max_steps", "4", "--save_steps", "4").returncode == 0
+    items = json.loads(records.read_text())
+    records.write_text(json.dumps([*items[:-1], {**items[-1], "id": "another"}]))
+    dealt = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--max_steps", "6")
+    run = train(tiny_llama, records, output, *dealt, "--umed_accept_changed", "data_path")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "checkpoint-4 was trained under other settings: --data_path: " in run.stdout
+    assert "--max_steps: 4 -> 6" in run.stdout and "--per_device_train_batch_size: 2 -> 1" in run.stdout
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["global_step"] == 6 and state["epoch"] == 1.5

@@ -184,10 +184,26 @@ def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sa
     lost = tmp_path / "lost"
     shutil.copytree(tmp_path / "out" / "checkpoint-1", lost / "checkpoint-1")
     (lost / "checkpoint-1" / "rollout_0.pt").unlink()
-    run = reward(tiny_llama, records, lost, *flags, "--max_steps", "2")
+    accept = ("--umed_accept_changed", "max_grad_norm,per_device_train_batch_size")
+    run = reward(tiny_llama, records, lost, *flags, *accept, "--max_steps", "2")
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stderr.count("not each of the 1 processes finds its rollout_N.pt") == 1
     assert set(sampled(lost)) == {1}
+
+    # Between the updates of a rollout nothing may change that shapes it, even if the change is accepted.
+    between = tmp_path / "between"
+    shutil.copytree(tmp_path / "out" / "checkpoint-1", between / "checkpoint-1")
+    run = reward(tiny_llama, records, between, *flags, *accept, "--per_device_train_batch_size", "1")
+    assert run.returncode == 2
+    assert (
+        "--per_device_train_batch_size 1: checkpoint-1 was trained with 2, and is in the middle of a rollout"
+        in run.stderr
+    )
+    # A checkpoint that is older than stored settings tells by its rollout.
+    (between / "checkpoint-1" / "umed.json").write_text('{"umed_stage": "rewarding"}')
+    run = reward(tiny_llama, records, between, *flags, "--per_device_train_batch_size", "1")
+    assert run.returncode == 1 and "does not say with which flags it was trained" in run.stdout
+    assert "is a rollout of 4 queries with 4 candidates each, but this run has 2 with 4" in run.stderr
 
 
 def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny_llama, tmp_path):

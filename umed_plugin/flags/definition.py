@@ -25,7 +25,11 @@ from umed_plugin.flags.rules import (
     CREATED,
     DEFAULT_JUDGE_OPTIONS,
     EXISTING,
+    FIXED,
+    FREE,
+    RESTORED,
     REWARDING,
+    SAID,
     STAGES,
     TUNING,
     Needs,
@@ -99,15 +103,28 @@ class UmedFlags:
         None,
         "instruction_tuning (stage 1) or rewarding (stage 2). Without it, stock LLaVA behaviour applies.",
         choices=STAGES,
+        on_resume=FREE,
+    )
+
+    umed_accept_changed: Optional[str] = _flag(
+        None,
+        "Comma list of flags that may differ from the run that is resumed, such as umed_temperature,data_path. Without it a run "
+        "whose batches, order, objective or weights would change is refused.",
+        on_resume=FREE,
     )
 
     # Data
     umed_recipe: Optional[str] = _flag(
         None,
         "Recipe name or YAML file to build the records from. They replace --data_path, or add to it if both are given.",
+        on_resume=SAID,
     )
     umed_data_root: Optional[str] = _flag(
-        None, "Folder that holds the recipe's data set.", needs=RECIPE, folder=EXISTING
+        None,
+        "Folder that holds the recipe's data set.",
+        needs=RECIPE,
+        folder=EXISTING,
+        on_resume=SAID,
     )
     umed_box_decimals: int = _flag(
         2,
@@ -130,30 +147,35 @@ class UmedFlags:
         "checkpoint",
         "Weights of the vision tower: checkpoint (the checkpoint's own, if it has any) or original (as stock LLaVA).",
         choices=("checkpoint", "original"),
+        on_resume=FIXED,
     )
     umed_image_cache: Optional[str] = _flag(
         None,
         "Folder that caches decoded and resized images, so that later epochs and runs decode nothing. A recipe's DICOM and "
         "NIfTI files are then read in place, not rendered to PNG.",
         folder=CREATED,
+        on_resume=FREE,
     )
     umed_image_cache_gb: float = _flag(
         20.0,
         "Maximum size of the image cache, in GB (10^9 bytes).",
         needs=Needs("--umed_image_cache", lambda flags: flags.umed_image_cache is not None),
         above=0,
+        on_resume=FREE,
     )
     umed_feature_cache: Optional[str] = _flag(
         None,
         "Folder that caches the frozen vision tower's features, so that later epochs and runs do not open the image.",
         stage=REWARDING,
         folder=CREATED,
+        on_resume=FREE,
     )
     umed_supervision_check_samples: int = _flag(
         64,
         "Records per template whose supervised tokens are checked before training; 0: no check.",
         stage=TUNING,
         least=0,
+        on_resume=FREE,
     )
 
     # Rewards
@@ -162,6 +184,7 @@ class UmedFlags:
         "grpo: advantages within a question's group of answers, no value network. ppo: the paper's, with a value network.",
         stage=REWARDING,
         choices=("grpo", "ppo"),
+        on_resume=FIXED,
     )
     umed_num_candidates: int = _flag(
         8, "Answers sampled per question (K): at least 2 with grpo, at least 1 with ppo.", stage=REWARDING, least=1
@@ -206,6 +229,7 @@ class UmedFlags:
         "Address of the judge's server, such as http://localhost:8000/v1. Default: OpenAI's.",
         stage=REWARDING,
         needs=SERVER_JUDGE,
+        on_resume=SAID,
     )
     umed_judge_prompt: Optional[str] = _flag(
         None,
@@ -232,15 +256,31 @@ class UmedFlags:
         "File that keeps the judge's replies; runs may share one. Default: judge.jsonl in --output_dir.",
         stage=REWARDING,
         needs=SERVER_JUDGE,
+        on_resume=FREE,
     )
     umed_judge_concurrency: int = _flag(
-        16, "Concurrent requests to the judge per process.", stage=REWARDING, needs=SERVER_JUDGE, least=1
+        16,
+        "Concurrent requests to the judge per process.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
+        least=1,
+        on_resume=FREE,
     )
     umed_judge_timeout: float = _flag(
-        60.0, "Timeout of one request to the judge, in seconds.", stage=REWARDING, needs=SERVER_JUDGE, above=0
+        60.0,
+        "Timeout of one request to the judge, in seconds.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
+        above=0,
+        on_resume=FREE,
     )
     umed_judge_retries: int = _flag(
-        5, "Retries after a failed request to the judge.", stage=REWARDING, needs=SERVER_JUDGE, least=0
+        5,
+        "Retries after a failed request to the judge.",
+        stage=REWARDING,
+        needs=SERVER_JUDGE,
+        least=0,
+        on_resume=FREE,
     )
     umed_judge_budget: Optional[str] = _flag(
         None,
@@ -249,6 +289,7 @@ class UmedFlags:
         stage=REWARDING,
         needs=SERVER_JUDGE,
         parse=settings.parse_budget,
+        on_resume=FREE,
     )
     umed_judge_prices: Optional[str] = _flag(
         None,
@@ -256,6 +297,7 @@ class UmedFlags:
         stage=REWARDING,
         needs=SERVER_JUDGE,
         parse=settings.parse_prices,
+        on_resume=FREE,
     )
     umed_judge_patience: int = _flag(
         3,
@@ -263,6 +305,7 @@ class UmedFlags:
         stage=REWARDING,
         needs=MODEL_JUDGE,
         least=1,
+        on_resume=FREE,
     )
 
     # Objective
@@ -326,6 +369,7 @@ class UmedFlags:
         stage=REWARDING,
         needs=PPO,
         above=0,
+        on_resume=RESTORED,
     )
     umed_gamma: float = _flag(
         1.0, "Discount of later rewards (LLaVA-RLHF: 1).", stage=REWARDING, needs=PPO, least=0, most=1
@@ -380,6 +424,7 @@ class UmedFlags:
         True,
         "Sample a question's answers in one row behind its prompt, and train them so under gradient checkpointing.",
         stage=REWARDING,
+        on_resume=SAID,
     )
     umed_max_new_tokens: int = _flag(128, "Maximum length of a sampled answer, in tokens.", stage=REWARDING, least=1)
     umed_temperature: float = _flag(
@@ -395,6 +440,7 @@ class UmedFlags:
         "this many steps; 0: never.",
         stage=REWARDING,
         least=0,
+        on_resume=FREE,
     )
     umed_val_every: int = _flag(
         0,
@@ -402,6 +448,7 @@ class UmedFlags:
         "val/accuracy and val/box_area_ratio; 0: never.",
         stage=REWARDING,
         least=0,
+        on_resume=FREE,
     )
     umed_val_records: int = _flag(
         64,
@@ -409,12 +456,18 @@ class UmedFlags:
         stage=REWARDING,
         needs=Needs("--umed_val_every", lambda flags: flags.umed_val_every > 0),
         least=1,
+        on_resume=FREE,
     )
 
     @classmethod
     def of(cls, args: Any) -> UmedFlags:
         """Copy the flags from an object that has them as attributes (LLaVA's TrainingArguments)."""
         return cls(**{flag.name: getattr(args, flag.name) for flag in dataclasses.fields(cls)})
+
+    def accepted_changes(self) -> set[str]:
+        """``--umed_accept_changed`` as names without dashes."""
+        names = (self.umed_accept_changed or "").split(",")
+        return {name.strip().lstrip("-") for name in names} - {""}
 
     def reward_names(self) -> list[str]:
         """``--umed_rewards`` as a list."""

@@ -21,6 +21,9 @@ TUNING, REWARDING = STAGES
 # Kinds of folders that a flag can name.
 EXISTING, CREATED = "existing", "created"
 
+# What a run does when it is resumed with another value of a flag: see `umed_plugin.training.run_settings`.
+FREE, SAID, ACCEPTED, RESTORED, FIXED = "free", "said", "accepted", "restored", "fixed"
+
 # Every OpenAI-compatible server knows these; they keep a plain chat model's reply short and repeatable.
 DEFAULT_JUDGE_OPTIONS = '{"temperature": 0, "max_tokens": 200}'
 
@@ -55,6 +58,7 @@ class Rules:
         pattern, form: regular expression that a text matches in full, and the same in words.
         parse: reads a text, or raises a ValueError that says what the text must be.
         folder: `EXISTING`, or `CREATED` where it is missing.
+        on_resume: whether a run can be resumed with another value.
     """
 
     stage: Optional[str] = None
@@ -69,6 +73,7 @@ class Rules:
     form: str = ""
     parse: Optional[Callable[[str], Any]] = None
     folder: Optional[str] = None
+    on_resume: str = ACCEPTED
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -268,11 +268,24 @@ class RewardingTrainer(LLaVATrainer):
         file = rollout_file(folder, self.args.process_index)
         if not self.metrics.on_any_rank(not file.is_file()):
             self._experience = Experience.load(file, self.args.device)
+            self._check_rollout(file, self._experience)
         elif self.args.process_index == 0:
             warn(
                 f"{folder} lies between the updates of a rollout, but not each of the {self.args.world_size} processes finds its "
                 f"{rollout_file(folder, 'N').name} there. All processes sample the rollout anew, so this run departs from the "
                 "stopped one."
+            )
+
+    def _check_rollout(self, file: Path, experience: Experience) -> None:
+        """Refuse a rollout of another shape: checkpoints before settings were stored cannot be compared flag by flag."""
+        queries, candidates = experience.samples.rewards.shape
+        needed = self._batches_per_epoch * self.args.train_batch_size
+        if (queries, candidates) != (needed, self.flags.umed_num_candidates):
+            raise UmedError(
+                f"{file}: is a rollout of {queries} queries with {candidates} candidates each, but this run has {needed} with "
+                f"{self.flags.umed_num_candidates}. Resume with the --per_device_train_batch_size, "
+                "--gradient_accumulation_steps, --umed_minibatches_per_rollout and --umed_num_candidates with which the run was "
+                "started, or choose another --output_dir."
             )
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:

@@ -1,0 +1,151 @@
+"""What a resumed run compares with its checkpoint, and what it does about each change."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.rules import ACCEPTED, FIXED, RESTORED, SAID
+from umed_plugin.training.run_settings import (
+    RECORDS,
+    WORLD_SIZE,
+    find_changes,
+    kind_of,
+    last_checkpoint,
+    records_digest,
+    refusals,
+    settings_of,
+    stored_settings,
+)
+
+BATCH, ACCUMULATION = "per_device_train_batch_size", "gradient_accumulation_steps"
+
+
+@dataclasses.dataclass
+class Arguments:
+    learning_rate: float = 1e-3
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 1
+    data_path: str = ""
+    model_name_or_path: str = ""
+    image_folder: str = ""
+    deepspeed: str | None = None
+    logging_steps: int = 1
+    max_steps: int = 4
+    seed: int = 0
+    lora_r: int = 4
+
+
+def changes(before, now, **keywords):
+    return {change.name: change.kind for change in find_changes(before, now, **keywords)}
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({"learning_rate": 1.0}, RESTORED),
+        ({"lora_r": 8}, FIXED),
+        ({"seed": 1}, ACCEPTED),
+        ({"data_path": "other.json"}, ACCEPTED),
+        ({"model_name_or_path": "other/model"}, FIXED),
+        ({"deepspeed": "zero2.json"}, FIXED),
+        ({"max_steps": 8}, SAID),
+        ({"logging_steps": 5}, None),
+        ({BATCH: 4}, ACCEPTED),
+    ],
+)
+def test_each_kind_of_flag(change, kind):
+    found = changes(settings_of(Arguments()), settings_of(Arguments(**change)))
+    assert found == ({} if kind is None else {next(iter(change)): kind})
+
+
+def test_the_same_records_a_step_dealt_otherwise_go_on(monkeypatch):
+    before = settings_of(Arguments())
+    assert changes(before, settings_of(Arguments(**{BATCH: 1, ACCUMULATION: 2}))) == {BATCH: SAID, ACCUMULATION: SAID}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert changes(before, settings_of(Arguments())) == {WORLD_SIZE: ACCEPTED}
+    assert changes(before, settings_of(Arguments(**{BATCH: 1}))) == {BATCH: SAID, WORLD_SIZE: SAID}
+    # DeepSpeed's processes each have a part of the optimizer's state.
+    before["deepspeed"] = "zero2.json"
+    now = settings_of(Arguments(**{BATCH: 1, "deepspeed": "zero2.json"}))
+    assert changes(before, now) == {BATCH: SAID, WORLD_SIZE: FIXED}
+
+
+def test_between_updates_nothing_that_shapes_the_rollout_may_change():
+    before, now = UmedFlags(umed_stage="rewarding"), UmedFlags(umed_stage="rewarding", umed_num_candidates=4)
+    now.umed_log_candidates, now.umed_packed = 3, False
+    before, now = settings_of(before, Arguments()), settings_of(now, Arguments(**{BATCH: 1, ACCUMULATION: 2}))
+    assert changes(before, now) == {
+        "umed_num_candidates": ACCEPTED,
+        "umed_packed": SAID,
+        BATCH: SAID,
+        ACCUMULATION: SAID,
+    }
+    assert changes(before, now, between_updates=True) == {
+        "umed_num_candidates": FIXED,
+        "umed_packed": SAID,
+        BATCH: FIXED,
+        ACCUMULATION: FIXED,
+    }
+    found = find_changes(before, now, between_updates=True)
+    faults = refusals(found, "checkpoint-3", {"umed_num_candidates"}, between_updates=True)
+    assert len(faults) == 3 and all("is in the middle of a rollout" in fault for fault in faults)
+
+
+def test_files_and_checkpoints_count_by_content(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(2**20))
+        (tmp_path / f"{name}.json").write_text("[]")
+
+    def of(name):
+        return settings_of(Arguments(data_path=str(tmp_path / f"{name}.json"), model_name_or_path=str(tmp_path / name)))
+
+    before = of("a")
+    assert changes(before, of("b")) == {}
+    weights = bytearray(2**20)
+    weights[-1] = 1
+    (tmp_path / "b" / "model.safetensors").write_bytes(weights)
+    (tmp_path / "b.json").write_text("[1]")
+    assert changes(before, of("b")) == {"data_path": ACCEPTED, "model_name_or_path": FIXED}
+
+
+def test_records_count_wherever_their_images_are():
+    first = [{"id": 1, "image": "/here/1.png"}, {"id": 2}]
+    moved = [{"id": 1, "image": "/there/1.png"}, {"id": 2}]
+    assert records_digest(first) == records_digest(moved) != records_digest(first[:1])
+    found = find_changes({RECORDS: records_digest(first)}, {RECORDS: records_digest(first[:1])})
+    (fault,) = refusals(found, "checkpoint-3", set())
+    assert "the records of --umed_recipe 1 records" in fault and "--umed_accept_changed records" in fault
+
+
+def test_refusals_name_the_flag_and_both_values_and_what_can_be_accepted():
+    found = find_changes(settings_of(Arguments()), settings_of(Arguments(learning_rate=0.5, seed=7, lora_r=8)))
+    rate, rank, seed = sorted(refusals(found, "checkpoint-4", set()))
+    assert rate.startswith("--learning_rate 0.5: checkpoint-4 was trained with 0.001, and its optimizer")
+    assert rank.startswith("--lora_r 8: checkpoint-4 was trained with 4, which")
+    assert "--umed_accept_changed seed" in seed
+    assert len(refusals(found, "checkpoint-4", {"seed", "lora_r"})) == 2
+
+
+def test_every_flag_of_the_plugin_has_a_kind_and_what_samples_is_compared():
+    kinds = {flag.name: kind_of(flag.name) for flag in dataclasses.fields(UmedFlags)}
+    assert kinds["umed_algorithm"] == FIXED and kinds["umed_value_learning_rate"] == RESTORED
+    compared = ("umed_rewards", "umed_temperature", "umed_kl_coef", "umed_on_bad_image", "umed_stock_template_share")
+    assert {kinds[name] for name in compared} == {ACCEPTED}
+
+
+def test_the_last_checkpoint_and_one_without_settings(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-11.partial"):
+        (tmp_path / name).mkdir()
+    checkpoint = last_checkpoint(tmp_path)
+    assert checkpoint.name == "checkpoint-10" and stored_settings(checkpoint) is None
+    (checkpoint / "umed.json").write_text(json.dumps({"umed_stage": "rewarding"}))
+    assert stored_settings(checkpoint) is None
+    # A flag that only one of the two knows, as after an update of a library, is not compared.
+    assert find_changes({"old": 1}, {"new": 1}) == []
