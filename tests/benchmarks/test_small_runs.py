@@ -55,3 +55,16 @@ def test_answers_with_and_without_sharing_are_compared():
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["answers"] == figures["equal_answers"] == 2
+
+
+def test_every_row_of_the_real_size_runs_on_a_small_checkpoint(tmp_path):
+    from umed_plugin.commands.demo.tiny_checkpoint import DEFAULT_CORPUS, train_sentencepiece
+
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(train_sentencepiece(DEFAULT_CORPUS))
+    done = run("real_size.py", str(tmp_path / "size"), "--tokenizer", str(tokenizer), "--small", "--threads", "1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((tmp_path / "size" / "rows.json").read_text())
+    assert len(rows) == 11
+    assert all(row["own_gb"] > 0 and row["seconds"] > 0 for row in rows.values())
+    assert done.stdout.count("\n| ") == 12

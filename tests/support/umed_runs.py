@@ -63,7 +63,21 @@ def run_python(
     cwd: str | Path | None = None,
 ) -> subprocess.CompletedProcess:
     """``python ARGUMENTS``, forked where `support.forked` can, unless ``fresh``; its own commands too with ``forks_too``."""
-    command = [python, *map(str, arguments)]
+    return run_command(
+        [python, *map(str, arguments)], env=env, fresh=fresh, forks_too=forks_too, timeout=timeout, cwd=cwd
+    )
+
+
+def run_command(
+    command: list[str],
+    *,
+    env: dict[str, str],
+    fresh: bool = False,
+    forks_too: bool = False,
+    timeout: float = 300,
+    cwd: str | Path | None = None,
+) -> subprocess.CompletedProcess:
+    """A command by its full words, such as a plan's, run as `run_python` runs its own."""
     if not fresh and forked.wanted(command):
         return forked.Forked(command, env=env, cwd=cwd, forks_too=forks_too).done(timeout)
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.merging import stock_name_fault
 from umed_plugin.commands.doctor.catalogue import KINDS
+from umed_plugin.commands.upgrade.machine import Machine
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings
 from umed_plugin.commands.upgrade.training import training_flags
@@ -17,17 +18,18 @@ from umed_plugin.flags.checks import find_faults
 from umed_plugin.flags.definition import STAGES, UmedFlags
 
 
-def check_together(settings: Settings, origin: Origin) -> None:
+def check_together(settings: Settings, origin: Origin, machine: Machine) -> None:
     """Refuse invalid settings, all faults at once.
 
     Args:
         settings: filled in.
         origin: the checkpoint to upgrade.
+        machine: that the run is for.
 
     Raises:
         UmedError: with one line per fault.
     """
-    faults = _machine_faults(settings)
+    faults = _machine_faults(settings, machine)
     if settings.in_place and origin.lora:
         faults.append("in_place: the result is a full checkpoint, but the input is a LoRA folder. Remove in_place.")
     name_fault = stock_name_fault(str(settings.name), origin.config["model_type"])
@@ -43,17 +45,14 @@ def check_together(settings: Settings, origin: Origin) -> None:
         raise UmedError("invalid settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def _machine_faults(settings: Settings) -> list[str]:
-    import torch
-
+def _machine_faults(settings: Settings, machine: Machine) -> list[str]:
     if settings.device == "cpu":
         fp16 = settings.precision == "fp16"
         return ["precision: fp16 needs a GPU. On a CPU use fp32 or bf16."] if fp16 else []
-    gpus = torch.cuda.device_count()
-    if not gpus:
+    if not machine.gpus:
         return ["device: cuda, but torch sees no GPU on this machine."]
-    if settings.processes is not None and settings.processes > gpus:
-        return [f"processes: {settings.processes}, but torch sees {gpus} GPUs. Each process needs one."]
+    if settings.processes is not None and settings.processes > machine.gpus:
+        return [f"processes: {settings.processes}, but torch sees {machine.gpus} GPUs. Each process needs one."]
     return []
 
 

@@ -16,6 +16,7 @@ from umed_plugin.commands.doctor.examination import ERROR, examine
 from umed_plugin.commands.processes import importable, marked_processes, run_logged
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
+from umed_plugin.commands.upgrade.machine import Machine, this_machine
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
@@ -47,6 +48,7 @@ class Upgrade:
         settings: as read; unset values are filled in.
         console: a rich console.
         redo_changed: redo steps whose settings or inputs have changed, instead of refusing to run.
+        machine: that the run is for; None: this one.
 
     Attributes:
         steps: in their order.
@@ -55,17 +57,25 @@ class Upgrade:
         UmedError: the input cannot be upgraded, or the settings contradict it.
     """
 
-    def __init__(self, folder: Path, settings: Settings, console: Any, redo_changed: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        console: Any,
+        redo_changed: bool = False,
+        machine: Machine | None = None,
+    ) -> None:
         self.folder, self.console, self.redo_changed = folder.resolve(), console, redo_changed
         self.provenance = Provenance(self.folder)
         checkpoint = Path(settings.checkpoint)
         self.swap = CheckpointSwap(self.folder, checkpoint)
         moved = self.swap.begun() and self.swap.backup.exists()
         self.origin = find_origin(self.swap.backup if moved else checkpoint, settings.base)
-        self.settings = filled_in(settings, self.origin.config, result_name(self.origin))
+        self.machine = machine or this_machine()
+        self.settings = filled_in(settings, self.origin.config, result_name(self.origin), machine or this_machine())
         self.plan = Plan(self.folder, self.settings, self.origin)
         self.steps = self.plan.steps()
-        check_together(self.settings, self.origin)
+        check_together(self.settings, self.origin, self.machine)
 
     def run(self) -> dict[str, Any]:
         """Run the steps that are left; return the content of ``summary.json``."""

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from umed_plugin import files
+from umed_plugin.commands.upgrade.machine import Machine
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
 from umed_plugin.flags.definition import PAPER_REWARDS
@@ -213,26 +214,23 @@ def _check_paths(settings: Settings, faults: Faults) -> None:
         faults.add("data_root", "has no effect: the records are built already")
 
 
-def filled_in(settings: Settings, config: dict[str, Any], name: str) -> Settings:
+def filled_in(settings: Settings, config: dict[str, Any], name: str, machine: Machine) -> Settings:
     """Fill in the settings that depend on machine or checkpoint and are still null.
 
     Args:
         settings: as read.
         config: ``config.json`` of the checkpoint, or of a LoRA checkpoint's base.
         name: default name of the result's folder.
+        machine: that the run is for.
     """
-    import torch
-
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or ("cuda" if machine.gpus else "cpu")
     gpu = device == "cuda"
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if bf16 else "fp16") if gpu else "fp32"
     defaults = {
         "name": name,
         "model_max_length": config.get("tokenizer_model_max_length") or 2048,
         "device": device,
-        "precision": precision,
-        "processes": max(1, torch.cuda.device_count()) if gpu else 1,
+        "precision": machine.precision if gpu else "fp32",
+        "processes": max(1, machine.gpus) if gpu else 1,
         "gradient_checkpointing": gpu,
     }
     update: dict[str, Any] = {key: value for key, value in defaults.items() if getattr(settings, key) is None}

@@ -1,0 +1,47 @@
+"""The machine that a plan is for: its GPUs, and what they can compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan depends on.
+
+    Attributes:
+        gpus: number of visible GPUs; 0: training runs on the CPU.
+        gpu_bytes: memory of the smallest of them, bytes.
+        bf16: whether they compute in bfloat16 (Ampere and later; V100 and T4 do not).
+
+    Example:
+        >>> from umed_plugin.commands.upgrade.machine import Machine
+        >>> Machine(gpus=1, gpu_bytes=24 * 2**30).precision
+        'bf16'
+        >>> Machine(gpus=1, gpu_bytes=32 * 2**30, bf16=False).precision
+        'fp16'
+        >>> Machine().precision
+        'fp32'
+    """
+
+    gpus: int = 0
+    gpu_bytes: int = 0
+    bf16: bool = True
+
+    @property
+    def precision(self) -> str:
+        """The precision that training uses here."""
+        if not self.gpus:
+            return "fp32"
+        return "bf16" if self.bf16 else "fp16"
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Machine()
+    gpus = torch.cuda.device_count()
+    memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
+    return Machine(gpus, memory, torch.cuda.is_bf16_supported())
