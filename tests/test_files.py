@@ -130,3 +130,71 @@ def test_a_folder_may_hold_a_link_that_leads_nowhere(tmp_path: Path) -> None:
     with files.replacing_folder(tmp_path / "model") as folder:
         (folder / "link").symlink_to("nowhere")
     assert (tmp_path / "model" / "link").is_symlink()
+
+
+HOLDER = """
+import sys, time
+from umed_plugin import files
+with files.replacing_folder(sys.argv[1]) as folder:
+    (folder / "a").write_text("first")
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def holder(target: Path) -> subprocess.Popen:
+    """A process that is writing ``target``, until a line is written to it."""
+    code = [sys.executable, "-c", HOLDER, str(target)]
+    process = subprocess.Popen(
+        code, cwd=Path(files.__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_folder_has_one_writer_and_a_killed_ones_lock_ends_with_it(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    first = holder(target)
+    with pytest.raises(UmedError, match="another process is writing it"), files.replacing_folder(target):
+        pass
+    with pytest.raises(UmedError, match="another process is writing it"), files.locked(target):
+        pass
+    first.kill()
+    first.wait()
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")], "it was killed within"
+    with files.replacing_folder(target) as folder:
+        (folder / "a").write_text("second")
+    assert (target / "a").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept_and_so_is_the_result(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with (
+        pytest.raises(UmedError, match="appeared while it was being written"),
+        files.replacing_folder(target) as folder,
+    ):
+        (folder / "a").write_text("mine")
+        target.mkdir()
+        (target / "a").write_text("theirs")
+    assert (target / "a").read_text() == "theirs"
+    (kept,) = tmp_path.glob("model.finished-*")
+    assert (kept / "a").read_text() == "mine"
+
+
+@pytest.mark.parametrize("new_is_there", [True, False])
+def test_a_writer_that_was_killed_between_its_renames_loses_nothing(new_is_there: bool, tmp_path: Path) -> None:
+    target, old = tmp_path / "model", tmp_path / "model.old-0123abcd"
+    for folder in [old, *([target] if new_is_there else [])]:
+        folder.mkdir()
+        (folder / "a").write_text(folder.name)
+    with pytest.raises(ValueError, match="stop"), files.replacing_folder(target, overwrite=True):
+        raise ValueError("stop")
+    assert (target / "a").read_text() == ("model" if new_is_there else "model.old-0123abcd")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UmedError, match="cannot be written"), files.replacing_folder(tmp_path / "file" / "model"):
+        pass

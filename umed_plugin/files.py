@@ -2,19 +2,22 @@
 
 Everything goes through the same three steps: write beside the target, flush to the disk (``fsync``), rename over the target. A
 process that is killed leaves the old file, or none, and a file that ends with ``.partial``; a later write of the same target
-removes it. Several processes may write the same file: each has a partial file of its own, and the last rename wins.
+removes it. Several processes may write the same file: each has a partial file of its own, and the last rename wins. A folder is
+written by one process at a time: `locked`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ from umed_plugin.errors import UmedError
 
 PARTIAL = ".partial"
 _STALE_SECONDS = 3600  # no file takes so long to write: its writer was killed
+# What file systems answer that have no locks.
+_CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 # What file systems answer that cannot flush, or folders that may be written and not read. The file itself is whole.
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
@@ -78,38 +83,180 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
 
 
 @contextmanager
-def replacing_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder to fill; it takes the place of ``path`` when the block ends without an error.
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold a file or folder for this process; a second process that writes it is refused. The lock ends with its process.
 
-    What an earlier, killed process has left half written is removed first: checkpoints are too large to keep by mistake.
+    Args:
+        path: what is written; the lock is a file beside it, which is removed at the end.
 
     Raises:
-        UmedError: ``path`` exists and ``overwrite`` is False.
+        UmedError: another process holds it, or the folder around it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with locked(Path(tempfile.mkdtemp()) / "model"):
+        ...     pass
     """
-    target = Path(path)
-    if target.exists() and not overwrite:
+    target = Path(os.path.realpath(path))
+    file = target.with_name(f".{target.name}.lock")
+    descriptor = _lock(file, target)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _lock(file: Path, target: Path) -> int:
+    """Open and lock ``file``; return its descriptor, which holds the lock."""
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UmedError(f"{target}: cannot be written ({error.strerror}). Choose another --out.") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UmedError(
+                f"{target}: another process is writing it. Wait for that one, stop it, or choose another --out."
+            ) from None
+        except OSError as error:
+            # A file system without locks: the process goes on as if it were alone.
+            if error.errno not in _CANNOT_LOCK:
+                raise
+            return descriptor
+        # Its last holder may have removed the file meanwhile: then another process can lock a new one of that name.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                return descriptor
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing_folder(
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Iterable[str | Path] = (),
+    foreign: Callable[[Path], str | None] = lambda folder: None,
+) -> Iterator[Path]:
+    """Yield an empty folder to fill; it takes the place of ``path`` when the block ends without an error.
+
+    What an earlier, killed process has left half written is removed first: checkpoints are too large to keep by mistake. Links
+    are followed: the folder to which ``path`` leads is replaced.
+
+    Args:
+        path: the folder.
+        overwrite: replace what is there.
+        inputs: files and folders that are read meanwhile; ``path`` must not be, hold, or replace a part of one of them.
+        foreign: why an existing folder must not be replaced, as text; None if it may.
+
+    Raises:
+        UmedError: ``path`` exists and must not be replaced, or another process is writing it.
+    """
+    target = Path(os.path.realpath(path))
+    _refuse_inputs(target, [Path(item) for item in inputs])
+    _refuse_existing(target, overwrite, foreign)
+    with locked(target):
+        _tidy(target)
+        partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+        partial.mkdir()
+        try:
+            yield partial
+            for entry in (*partial.rglob("*"), partial):
+                _flush(entry)
+            _put_in_place(partial, target, overwrite, foreign)
+            _flush(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
         raise UmedError(
             f"{target}: exists already and is left as it is. Choose another --out, or replace it with --overwrite."
         )
-    partial, old = target.with_name(target.name + PARTIAL), target.with_name(f"{target.name}.old-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    is_empty = target.is_dir() and not any(target.iterdir())
+    reason = "it is a file" if not target.is_dir() else None if is_empty else foreign(target)
+    if reason:
+        raise UmedError(
+            f"{target}: is left as it is, in spite of --overwrite: {reason}. --overwrite replaces only a folder of the kind that "
+            "is written. Choose another --out, or remove the folder yourself."
+        )
+
+
+def _refuse_inputs(target: Path, inputs: list[Path]) -> None:
+    """Refuse a target that is an input, holds one, or is a part of one."""
+    for item in inputs:
+        real = Path(os.path.realpath(item))
+        # Links inside an input may lead into the target, as in the cache of the Hub.
+        reached = [real, *(Path(os.path.realpath(entry.path)) for entry in _links(real))]
+        if any(_is_same(target, place) for path in reached for place in (path, *path.parents)):
+            held = "is" if _is_same(target, real) else "holds"
+            raise UmedError(f"{target}: {held} the input {item}, which would be deleted. Choose another --out.")
+        if target.exists() and real in target.parents:
+            raise UmedError(f"{target}: is a part of the input {item}. Choose another --out.")
+
+
+def _is_same(one: Path, other: Path) -> bool:
     try:
-        yield partial
-        for entry in (*partial.rglob("*"), partial):
-            _flush(entry)
-        if target.exists():
-            os.replace(target, old)
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if old.exists():
-                os.replace(old, target)
+        return one == other or os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _links(folder: Path) -> list[os.DirEntry[str]]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.is_symlink()]
+    return []
+
+
+def _tidy(target: Path) -> None:
+    """Remove what killed processes left beside ``target``; the lock says that none of them is alive.
+
+    One that was killed between its two renames left the old folder under another name, and nothing at ``target``.
+    """
+    left = [entry for entry in target.parent.iterdir() if entry.name.startswith(f"{target.name}.")]
+    for entry in left:
+        middle = entry.name[len(target.name) :]
+        if re.fullmatch(r"(\.[0-9a-f]{8})?\.partial", middle) and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif re.fullmatch(r"\.old-(\d+|[0-9a-f]{8})", middle):
+            if target.exists():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                os.rename(entry, target)
+
+
+def _put_in_place(partial: Path, target: Path, overwrite: bool, foreign: Callable[[Path], str | None]) -> None:
+    """Rename the finished folder. What appeared at ``target`` meanwhile is never deleted without ``overwrite``."""
+    try:
+        if not overwrite:
+            os.replace(partial, target)  # fails if there is anything but an empty folder
+            return
+        _refuse_existing(target, overwrite, foreign)
+    except (OSError, UmedError) as error:
+        if not target.exists():
             raise
-        _flush(target.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        kept = target.with_name(f"{target.name}.finished-{uuid.uuid4().hex[:8]}")
+        os.rename(partial, kept)
+        raise UmedError(
+            f"{target}: appeared while it was being written, and is left as it is. What was to be there is {kept}."
+        ) from error
+    old = target.with_name(f"{target.name}.old-{uuid.uuid4().hex[:8]}")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

@@ -134,6 +134,10 @@ def test_an_existing_folder_is_replaced_only_when_asked(lora, float32_base, tmp_
     with pytest.raises(UmedError, match="exists already.*--overwrite"):
         merge(lora, float32_base, out)
     assert (out / "mine").read_text() == "keep"
+    with pytest.raises(UmedError, match="in spite of --overwrite: it is not a LLaVA checkpoint"):
+        merge(lora, float32_base, out, overwrite=True)
+    assert (out / "mine").read_text() == "keep"
+    shutil.copy(float32_base / "config.json", out)
     merge(lora, float32_base, out, overwrite=True)
     assert not (out / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]

@@ -378,3 +378,52 @@ def test_a_checkpoint_that_cuts_images_into_tiles_is_refused(tiny_mistral, tmp_p
 def test_a_missing_run_file_is_wrong_usage(tmp_path):
     with pytest.raises(UsageError, match="no such file"):
         read_settings(tmp_path / "run.yaml", {})
+
+
+def swapped(tmp_path: Path) -> tuple[CheckpointSwap, Path]:
+    """A swap that is about to begin, and its result."""
+    checkpoint, result = tmp_path / "llava", tmp_path / "run" / "checkpoint" / "llava-umed"
+    for folder, text in ((checkpoint, "old"), (result, "new")):
+        (folder / "vision_tower").mkdir(parents=True)
+        (folder / "weights").write_text(text)
+        (folder / "config.json").write_text(json.dumps({"mm_vision_tower": str(folder / "vision_tower")}))
+    return CheckpointSwap(tmp_path / "run", checkpoint), result
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_complete_swap_is_left_alone_when_its_backup_is_removed(recorded, tmp_path):
+    """Also if the run was killed after the last rename, before it wrote that the swap was done."""
+    swap, result = swapped(tmp_path)
+    swap.finish(result)
+    shutil.rmtree(swap.backup)
+    if not recorded:
+        swap.state_file.write_text("{}")
+    for _ in range(2):
+        swap.finish(result)
+        assert (swap.checkpoint / "weights").read_text() == "new"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["llava", "run"]
+    assert swap.done()
+
+
+def test_a_swap_whose_folders_were_moved_loses_none_of_them(tmp_path):
+    swap, result = swapped(tmp_path)
+    swap._stage(result)
+    swap.state_file.parent.mkdir()
+    swap.state_file.write_text("{}")
+    shutil.copytree(swap.checkpoint, swap.backup)
+    with pytest.raises(UmedError, match="both exist, and neither is the result"):
+        swap.finish(result)
+    assert (swap.checkpoint / "weights").read_text() == (swap.backup / "weights").read_text() == "old"
+    shutil.rmtree(swap.staged)  # and the copy is made again
+    shutil.rmtree(swap.checkpoint)
+    swap.finish(result)
+    assert (swap.checkpoint / "weights").read_text() == "new" and (swap.backup / "weights").read_text() == "old"
+
+
+def test_a_folder_of_the_users_is_not_taken_for_the_copy(tmp_path):
+    swap, result = swapped(tmp_path)
+    swap.staged.mkdir()
+    (swap.staged / "notes.txt").write_text("mine")
+    with pytest.raises(UmedError, match=r"umed-new: is left as it is.*no config\.json"):
+        swap.finish(result)
+    assert (swap.staged / "notes.txt").read_text() == "mine" and (swap.checkpoint / "weights").read_text() == "old"

@@ -142,6 +142,13 @@ def test_a_swap_that_an_old_version_began_is_ended(folder):
     upgrade_of(folder, in_place=True).run()
     assert (checkpoint / "model.safetensors").read_bytes() == (result / "model.safetensors").read_bytes()
     assert backup.is_dir() and read(state)["done"] is True
+    shutil.copy(
+        backup / "config.json", checkpoint
+    )  # the old run's own stands for a file, and holds none of its settings
+    shutil.rmtree(backup)
+    upgrade_of(folder, in_place=True).run()
+    assert (checkpoint / "model.safetensors").read_bytes() == (result / "model.safetensors").read_bytes()
+    assert not backup.exists()
 
 
 def test_an_old_manifest_says_what_todays_commands_and_settings_take(folder):

@@ -28,6 +28,7 @@ from umed_plugin.checkpoints.loading import (
     weight_files,
 )
 from umed_plugin.checkpoints.weight_shards import told
+from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
 
 _NOT_COPIED = (
@@ -91,7 +92,7 @@ def merge(
     holds_tower = False
     deltas = _lora_deltas(lora_dir)
     _, others = adapter_tensors(lora_dir)
-    with files.replacing_folder(out, overwrite=overwrite) as folder:
+    with writing_checkpoint(out, overwrite=overwrite, inputs=(lora_dir, base)) as folder:
         _copy_small_files(base, folder)
         # Each of the base's files is read, merged and written before the next; used entries leave `deltas` and `others`.
         for file in told(weight_files(base), progress):
@@ -227,7 +228,7 @@ def export(
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
     holds_tower = False
-    with files.replacing_folder(out, overwrite=overwrite) as folder:
+    with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint, like)) as folder:
         _copy_small_files(like, folder)
         for file in told(weight_files(like), progress):
             old = read_tensors(file)

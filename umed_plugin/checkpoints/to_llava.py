@@ -27,8 +27,9 @@ from umed_plugin.checkpoints.to_transformers import (
     old_rope,
 )
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
+from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
-from umed_plugin.files import replacing_folder, write_json
+from umed_plugin.files import write_json
 
 _CLASSES = {"mistral": ("llava_mistral", "LlavaMistralForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
 _PROJECTOR = "multi_modal_projector."
@@ -75,7 +76,7 @@ def to_llava(
     _check_expressible(checkpoint, config)
     original = config.get(ORIGINAL, {})
     tower, projector = {}, {}
-    with replacing_folder(out, overwrite=overwrite) as folder:
+    with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         image_id = config["image_token_index"] if "image_token_index" in config else config["image_token_id"]
         rows = write_llava_tokenizer(checkpoint, folder, original.get("tokenizer_config", {}), image_id)
         processor, ratio = read_image_processor(checkpoint)

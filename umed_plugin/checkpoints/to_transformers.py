@@ -24,8 +24,9 @@ from typing import Any
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, TOWER, is_lora, read_config, tower_tensors, weight_files
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
+from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
-from umed_plugin.files import replacing_folder, write_json
+from umed_plugin.files import write_json
 
 ORIGINAL = "llava_checkpoint"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,7 +92,7 @@ def to_transformers(
     _check_expressible(checkpoint, config)
     tower, inside = str(_tower_of(config)), tower_tensors(checkpoint)
     vision = _vision_config(tower, checkpoint)
-    with replacing_folder(out, overwrite=overwrite) as folder:
+    with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         name = template or STOCK_TEMPLATES[config["model_type"]]
         vocabulary = write_tokenizer(checkpoint, config, folder, name)
         write_image_processor(tower, config, folder, vision["patch_size"])

@@ -6,6 +6,7 @@ started again.
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from pathlib import Path
@@ -54,23 +55,60 @@ class CheckpointSwap:
                 f"in_place: {self.checkpoint.parent} is not writable. Make it writable, or leave in_place out."
             )
 
+    def done(self) -> bool:
+        """Whether the swap is complete. The backup may be gone since: it is the user's."""
+        return self.begun() and read_json(self.state_file).get("done") is True
+
     def finish(self, result: Path) -> None:
-        """Do the steps of the swap that are left to do."""
+        """Do the steps of the swap that are left to do; nothing, once it is complete.
+
+        Raises:
+            UmedError: somebody has moved the folders meanwhile, so that a rename would lose one of them.
+        """
+        if self.done():
+            return
         if not self.begun():
             self._stage(result)
             write_json(self.state_file, {"result": str(result), "old": str(self.backup), "done": False})
-        if not self.backup.exists():
-            os.replace(self.checkpoint, self.backup)
-        if self.staged.exists():
-            os.replace(self.staged, self.checkpoint)
+        if not self._holds(result):
+            self._place(result)
         write_json(self.state_file, {**read_json(self.state_file), "done": True})
+
+    def _place(self, result: Path) -> None:
+        """Bring the result to the checkpoint's path; what is there becomes the backup."""
+        if not self.staged.exists():
+            self._stage(result)
+        if self.checkpoint.exists():
+            if self.backup.exists():
+                raise UmedError(
+                    f"in_place: {self.checkpoint} and {self.backup} both exist, and neither is the result. Move one of them "
+                    f"away, and give the command again. The result is {result}."
+                )
+            os.replace(self.checkpoint, self.backup)
+        os.replace(self.staged, self.checkpoint)
+
+    def _holds(self, result: Path) -> bool:
+        """Whether the checkpoint's path holds the result already: all of its files, of the same sizes."""
+        if self.staged.exists() or not self.checkpoint.is_dir():
+            return False
+        files = [file for file in result.rglob("*") if file.is_file() and file.name != "config.json"]
+        places = [(file, self.checkpoint / file.relative_to(result)) for file in files]
+        same_sizes = all(there.is_file() and there.stat().st_size == file.stat().st_size for file, there in places)
+        return same_sizes and all(filecmp.cmp(file, there, shallow=False) for file, there in places)
 
     def _stage(self, result: Path) -> None:
         """Copy the result beside the checkpoint, on the same file system, with the paths that it will have in its place."""
-        with replacing_folder(self.staged, overwrite=True) as partial:
+        inputs = (result, self.checkpoint, self.backup)
+        with replacing_folder(self.staged, overwrite=True, inputs=inputs, foreign=_foreign) as partial:
             shutil.copytree(result, partial, dirs_exist_ok=True)
             config = read_json(partial / "config.json")
             tower = Path(config.get("mm_vision_tower", ""))
             if result in tower.parents:
                 config["mm_vision_tower"] = str(self.checkpoint / tower.relative_to(result))
                 write_json(partial / "config.json", config, indent=2)
+
+
+def _foreign(folder: Path) -> str | None:
+    return (
+        None if (folder / "config.json").is_file() else "it has no config.json, so it is not the copy of a checkpoint"
+    )

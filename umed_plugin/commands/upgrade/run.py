@@ -258,6 +258,11 @@ class Upgrade:
                 f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and the settings have changed since "
                 "it was made. Choose another --out."
             )
+        if self.swap.done() and not self.swap.checkpoint.is_dir():
+            raise UmedError(
+                f"{self.swap.checkpoint}: the result of this run was put there, and is not there now. A copy of it is "
+                f"{self.plan.result}."
+            )
         self.swap.finish(self.plan.result)
         summary = read_json(self.folder / "summary.json")
         self._print_summary(summary)
@@ -271,7 +276,7 @@ class Upgrade:
         paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
         for name, path in paths.items():
             self.console.print(f"{name}: {one_line(path)}", soft_wrap=True)
-        if self.settings.in_place:
+        if self.settings.in_place and self.swap.backup.exists():
             self.console.print(f"old checkpoint: {one_line(self.swap.backup)}", soft_wrap=True)
 
 
