@@ -1,7 +1,7 @@
 """Write checkpoints: merge a LoRA folder into its base, or export a fully fine-tuned one in the layout of the original.
 
-Names, shapes and dtypes stay the original's. Merging works in float32, tensor by tensor, with one weight file in memory at a
-time. Exporting holds the whole trained checkpoint in memory. Folders are written atomically.
+Names, shapes and dtypes stay the original's, unless another dtype is requested. Merging works in float32, tensor by tensor, with
+one weight file in memory at a time. Exporting holds the whole trained checkpoint in memory. Folders are written atomically.
 
 How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.checkpoints.kept_share import KeptShare
 from umed_plugin.checkpoints.loading import (
     ADAPTER,
     READ_WHEN_ANSWERING,
@@ -45,6 +46,8 @@ def merge(
     with_tower: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    dtype: str | None = None,
+    kept: KeptShare | None = None,
 ) -> Path:
     """Merge a LoRA folder into its base and write the full checkpoint; return its path.
 
@@ -57,6 +60,8 @@ def merge(
         with_tower: as for `export`.
         overwrite: replace ``out``.
         progress: called with (weight files written, weight files in all).
+        dtype: of all weights, such as ``float32``; None: each has that of the base.
+        kept: collects how much of what was learnt the dtype keeps.
 
     Raises:
         UmedError: ``lora_dir`` is not a plain LoRA folder, it does not fit the base, or ``out`` exists.
@@ -96,7 +101,7 @@ def merge(
         _copy_small_files(base, folder)
         # Each of the base's files is read, merged and written before the next; used entries leave `deltas` and `others`.
         for file in told(weight_files(base), progress):
-            merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir)
+            merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir, dtype, kept)
             holds_tower = holds_tower or _holds_tower(merged)
             _write_tensors(merged, folder / file.name)
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
@@ -108,6 +113,7 @@ def merge(
         if with_tower:
             _copy_tower(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
+        _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out
 
@@ -173,7 +179,12 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
 
 
 def _merged_tensors(
-    tensors: dict[str, Any], deltas: dict[str, Any], others: dict[str, Any], lora_dir: Path
+    tensors: dict[str, Any],
+    deltas: dict[str, Any],
+    others: dict[str, Any],
+    lora_dir: Path,
+    dtype: str | None,
+    kept: KeptShare | None,
 ) -> dict[str, Any]:
     """One weight file's tensors with the trained changes; entries that were used are removed from ``deltas`` and ``others``."""
     merged = {}
@@ -189,8 +200,19 @@ def _merged_tensors(
                     f"{lora_dir}: {name} has shape {tuple(trained.shape)}, but {tuple(old.shape)} in the base. Is --base the "
                     "checkpoint on which it was trained?"
                 )
-        merged[name] = (new if change is None else new + change).to(old.dtype).contiguous()
+        merged[name] = _written(name, old, new if change is None else new + change, dtype, kept)
     return merged
+
+
+def _written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptShare | None) -> Any:
+    """A trained tensor as it is written: in the base's dtype, or, if it holds fractions, in the requested one."""
+    import torch
+
+    wanted = base.dtype if dtype is None or not base.is_floating_point() else getattr(torch, dtype)
+    written = trained.to(wanted).contiguous()
+    if kept is not None:
+        kept.add(name, base, trained, written)
+    return written
 
 
 def export(
@@ -201,6 +223,8 @@ def export(
     with_tower: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    dtype: str | None = None,
+    kept: KeptShare | None = None,
 ) -> Path:
     """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
@@ -215,6 +239,7 @@ def export(
             absolute path. ``out`` then does not need the folder of ``like``.
         overwrite: replace ``out``.
         progress: called with (weight files written, weight files in all).
+        dtype, kept: as for `merge`.
 
     Raises:
         UmedError: the two are of different model types, a tensor is missing, or ``out`` exists.
@@ -239,11 +264,12 @@ def export(
                 )
             holds_tower = holds_tower or _holds_tower(old)
             _write_tensors(
-                {name: trained[name].to(t.dtype).contiguous() for name, t in old.items()}, folder / file.name
+                {name: _written(name, t, trained[name], dtype, kept) for name, t in old.items()}, folder / file.name
             )
         if with_tower:
             _copy_tower(config, folder, out)
         _name_tower(config, trained_config, holds_tower)
+        _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out
 
@@ -278,6 +304,18 @@ def _write_tensors(tensors: dict[str, Any], file: Path) -> None:
         import torch
 
         torch.save(tensors, file)
+
+
+def _name_dtype(config: dict[str, Any], dtype: str | None, folder: Path) -> None:
+    """State a requested dtype where the base's is stated, and the size of the weights in their index."""
+    if dtype is None:
+        return
+    config.update({key: dtype for key in ("torch_dtype", "dtype") if key in config})
+    for file in folder.glob("*.index.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        tensors = (tensor for part in weight_files(folder) for tensor in read_tensors(part).values())
+        index.setdefault("metadata", {})["total_size"] = sum(t.numel() * t.element_size() for t in tensors)
+        files.write_json(file, index, indent=2)
 
 
 def _write_config(config: dict[str, Any], folder: Path) -> None:

@@ -34,6 +34,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="also copy the vision tower into DIR, if it is a folder on this machine",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="dtype of all weights (default: that of the base). 16 bits lose small changes; the command says how much it keeps",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
@@ -41,10 +46,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, and report how stock LLaVA would load a folder of that name."""
+    from umed_plugin.checkpoints.kept_share import KeptShare
     from umed_plugin.checkpoints.loading import is_lora, read_config
     from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
 
-    options = {"with_tower": args.with_tower, "overwrite": args.overwrite}
+    kept = KeptShare()
+    options = {"with_tower": args.with_tower, "overwrite": args.overwrite, "dtype": args.dtype, "kept": kept}
     if not is_lora(args.trained) and args.base is None:
         raise UsageError(
             f"{args.trained}: is not a LoRA folder. For the output of full fine-tuning, pass the checkpoint with which it began: "
@@ -56,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             out = export(args.trained, args.out, like=args.base, progress=advance, **options)
     say(f"checkpoint: {out}")
+    kept.report()
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         note(fault)

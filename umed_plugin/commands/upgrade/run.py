@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.examination import ERROR, examine
-from umed_plugin.commands.processes import importable, marked_processes, run_logged
+from umed_plugin.commands.processes import importable, marked_processes, read_from, run_logged
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
 from umed_plugin.commands.upgrade.machine import Machine, this_machine
@@ -29,6 +29,9 @@ from umed_plugin.terminal.text import one_line
 REPORT, LOCK = "report.html", ".lock"
 # Environment variable of every process of a run; identifies processes that outlive a killed run.
 MARK = "UMED_UPGRADE_OF"
+# Beginnings of lines in a step's log that are shown.
+_PASSED_ON = ("umed: warning:", "umed: the merge keeps")
+_MOST_PASSED_ON = 8
 # Doctor errors that concern only stock LLaVA loading the input. An upgrade does not choose the loader by the folder's name,
 # trains with the tower inside the input, and merges an adapter, so its result has none of these faults.
 _STOCK_LOADING_ERRORS = (
@@ -170,13 +173,23 @@ class Upgrade:
         self._note_other_versions(step)
         self.provenance.begin(step)
         log = self.folder / "logs" / f"{step.name}.log"
+        began = log.stat().st_size if log.is_file() else 0
         bars.begin(step.title, note=f"log: {log}")
         run_logged(
             step.command, log, step.title, environment=self._environment(), progress=bars.update, bars=step.trains
         )
         self.provenance.end(step)
         bars.end()
+        self._pass_on(step, read_from(log, began))
         return True
+
+    def _pass_on(self, step: Step, printed: str) -> None:
+        """Show a step's warnings, and what its merge keeps, which otherwise stand in its log alone."""
+        lines = dict.fromkeys(line for line in printed.splitlines() if line.startswith(_PASSED_ON))
+        for line in [*lines][:_MOST_PASSED_ON]:
+            self.console.print(f"{step.title}: {one_line(line)}", soft_wrap=True, markup=False)
+        if len(lines) > _MOST_PASSED_ON:
+            self.console.print(f"{step.title}: {len(lines) - _MOST_PASSED_ON} more warnings in its log", soft_wrap=True)
 
     def _environment(self) -> dict[str, str]:
         return {**importable(), MARK: str(self.folder)}
