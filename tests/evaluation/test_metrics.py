@@ -80,6 +80,134 @@ def test_closed_accuracies_by_hand(answer, truth, run_eval, batch, corrected):
     assert llava_med.closed_accuracy(answer, truth) == corrected
 
 
+YES = [
+    *(
+        "Yes",
+        "yes.",
+        "YES!",
+        '"Yes"',
+        "\u201cYes\u201d",
+        "\u2018Yes\u2019",
+        "Yes\u2026",
+        "Yes...",
+        "**Yes**, a nodule is visible.",
+        "*Yes*",
+    ),
+    *(
+        "Yes: a nodule.",
+        "Yes\u2014there is.",
+        "Yes - there is",
+        "_Yes_",
+        "# Yes",
+        "- Yes",
+        "Answer:Yes",
+        "Answer: Yes",
+        "**Answer:** Yes",
+    ),
+    *(
+        "The answer is yes.",
+        "<answer>Yes</answer>",
+        "\\boxed{Yes}",
+        "`Yes`",
+        "(Yes)",
+        "[Yes]",
+        "Yes/",
+        "\uff39\uff45\uff53",
+        "Yes\n\nThere is.",
+    ),
+    *(
+        "It is not normal. Answer: Yes",
+        "<think>No, wait. No.</think>Yes",
+        "<think>no</think><answer>Yes.</answer>",
+        "\u00abYes\u00bb",
+    ),
+    *(
+        "There is no fracture, but a nodule, so the answer is: **yes**",
+        "Final answer: Yes, no doubt",
+        "I think yes",
+        "Yes\u3002",
+        "\tYes;",
+    ),
+]
+NO = [
+    *(
+        "No",
+        "No: the ribs are intact.",
+        "**No**",
+        "\u201cNo\u201d",
+        "Answer:No",
+        "There is no fracture.",
+        "<answer>no</answer>",
+        "No\u2026",
+    ),
+    *(
+        "no\u2014none",
+        "No, I cannot see a nodule.",
+        "The answer is: No.",
+        "No evidence of a nodule.",
+        "'No'",
+        "There's no nodule",
+    ),
+]
+NEITHER = [
+    *(
+        "Not visible",
+        "I cannot tell",
+        "I cannot tell.",
+        "normal",
+        "It is a nodule",
+        "",
+        "...",
+        "Nothing",
+        "Unknown",
+        "nodule",
+        "know",
+    ),
+    *(
+        "I have no idea.",
+        "No idea",
+        "I do not know whether there is no fracture",
+        "It cannot be determined; there is no lateral view.",
+    ),
+    *("yes or no", "It is neither yes nor no", "Yesterday", "Nor", "eyes", "N/A", "I'm not sure if yes"),
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [*((text, "yes") for text in YES), *((text, "no") for text in NO), *((text, None) for text in NEITHER)],
+)
+def test_a_verdict_is_found_in_any_spelling(answer, verdict):
+    assert llava_med.closed_accuracy(answer, "Yes") == (verdict == "yes")
+    assert llava_med.closed_accuracy(answer, "no.") == (verdict == "no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("**CT**", "CT", 1),
+        ("CT: with contrast", "CT", 1),
+        ("\u201cCT\u201d", "CT", 1),
+        ("<answer>CT</answer>", "CT", 1),
+        ("an electrocardiogram-CT", "CT", 1),
+        ("PACT", "CT", 0),
+        ("in the left lower lobe:", "left lower lobe.", 1),
+        ("Left-lower lobe", "left lower lobe", 1),
+        ("*left lower lobe*", "Left lower lobe", 1),
+        ("the lobe, left lower", "left lower lobe", 0),
+        ("two lesions", "2 lesions", 1),
+        ("3.5 cm", "3.5cm", 1),
+        ("3.5 cm", "3 cm", 0),
+        ("5 cm", "3.5 cm", 0),
+        ("Crohn\u2019s disease", "Crohn's disease", 1),
+        ("\u80ba\u7ed3\u8282\u3002", "\u80ba\u7ed3\u8282", 1),
+    ],
+)
+def test_words_are_compared_without_marks(answer, truth, right):
+    assert llava_med.open_accuracy(answer, truth) == right
+    assert llava_med.closed_accuracy(answer, truth) == right
+
+
 def test_open_accuracy_wants_the_words_in_a_row():
     assert llava_med.open_accuracy("It is the left upper lobe.", "left upper lobe") == 1
     assert llava_med.open_accuracy("upper left lobe", "left upper lobe") == 0
@@ -367,3 +495,99 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
 def test_a_metric_of_a_constant_has_no_width():
     found = measure([Metric("x", mean("x"), ("x",))], [row("a", 1), row("b", 1)])["x"]
     assert found["ci95"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "B",
+            "b",
+            "B.",
+            "B)",
+            "(B)",
+            "[B]",
+            "B:",
+            "**B**",
+            "*B*",
+            "_B_",
+            "`B`",
+            '"B"',
+            "\u201cB\u201d",
+            "{B}",
+            "$B$",
+            "B\n",
+            "B!",
+            "#B",
+            "> B",
+        ),
+        *(
+            "B because A is wrong",
+            "B, since A is wrong",
+            "B is correct",
+            "B is the correct answer, A is not.",
+            "B - left",
+            "B\nA is wrong.",
+        ),
+        *(
+            "option B is correct",
+            "Option B",
+            "Choice B.",
+            "option (B)",
+            "The answer is B.",
+            "The answer is B",
+            "the correct answer is: B",
+        ),
+        *(
+            "The best choice is B.",
+            "Answer: B",
+            "Answer:B",
+            "**Answer: B**",
+            "**Answer:** B",
+            "Final answer: (B)",
+            "<answer>B</answer>",
+        ),
+        *(
+            "<think>A? C?</think>B",
+            "A is wrong, so the answer is B.",
+            "Option A is incorrect. Option B is correct.",
+            "\\boxed{B}",
+        ),
+        *(
+            "I choose B.",
+            "I would go with option B because of the shape",
+            "A is not right. B is right.",
+            "<answer>\n(B) left\n</answer>",
+        ),
+        *(
+            "Answer: A. Wait, no. Answer: B",
+            "The answer is based on the shape.\nB",
+            "B: left side",
+            "\uff22",
+            "The lesion is round. Therefore: B",
+        ),
+    ],
+)
+def test_a_letter_is_found_in_any_spelling(answer):
+    assert choices.named_letter(answer, 4) == 1
+    assert choices.chosen_option(answer, ["right side", "left side", "both", "neither"]) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A nodule",
+        "B cells",
+        "a mass in the lung",
+        "Both",
+        "hepatitis B infection",
+        "vitamin A",
+        "In the lung",
+        "I see it",
+        "E",
+        "J.",
+        "",
+    ],
+)
+def test_what_is_no_letter(answer):
+    assert choices.named_letter(answer, 4) is None

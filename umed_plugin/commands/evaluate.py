@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
-from umed_plugin.errors import UmedError, UsageError, note
+from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
 
@@ -96,7 +96,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
+    from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
     from umed_plugin.evaluation.evaluator import check_benchmark, evaluate, evaluate_shard
+    from umed_plugin.evaluation.tables import unread_boxes_line
     from umed_plugin.grounding.dialects import find_dialect
     from umed_plugin.patches import prepare_llava
 
@@ -123,6 +125,10 @@ def run(args: argparse.Namespace) -> int:
         note(f"shard {shard} is answered. Whoever answers the last one writes {args.out / 'evaluation.json'}.")
         return 0
     _show(args, evaluation, before)
+    if benchmark_of(evaluation.benchmark).reads_boxes:
+        line = unread_boxes_line([prediction.answer for prediction in evaluation.predictions], dialect)
+        if line is not None:
+            warn(line)
     return 0
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from umed_plugin.grounding.dialects import BoxDialect
+
+_SHOWN = 60  # characters of an answer
 
 
 def metrics_table(
@@ -31,6 +35,18 @@ def metrics_table(
             cells.append(formatted(difference["difference"], difference["ci95"], "+.3f"))
         table.add_row(name, *cells)
     return table
+
+
+def unread_boxes_line(answers: Sequence[str], dialect: BoxDialect) -> str | None:
+    """A sentence for the user if answers hold numbers that were not read as a box, with the first as an example."""
+    unread = [found for text in answers if (found := dialect.unread(text))]
+    if not unread:
+        return None
+    shown = ascii(unread[0][0][:_SHOWN]) + (" ..." if len(unread[0][0]) > _SHOWN else "")
+    return (
+        f"{len(unread)} of {len(answers)} answers hold numbers that were not read as a box, e.g. {shown}; see --boxes. What was "
+        "meant as a box and cannot be read counts as a box without area."
+    )
 
 
 def formatted(value: float | None, interval: list[float] | None, form: str = ".3f") -> str:

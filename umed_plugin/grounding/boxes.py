@@ -9,14 +9,15 @@ answer.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from umed_plugin.grounding.box_bins import Box as Box  # named here by all others
+from umed_plugin.grounding.box_text import WrittenBox, scan
 
 if TYPE_CHECKING:
     import numpy as np
 
-Box = tuple[float, float, float, float]
 Boxes = Sequence[Sequence[float]]
 Measure = Callable[[Boxes, Boxes], "np.ndarray"]
 
@@ -178,26 +179,17 @@ def best_iou_for_decimals(box01: Sequence[float], decimals: int) -> float:
     return float(iou_matrix([box01], [round_box(box01, decimals)])[0, 0])
 
 
-_NUMBER = r"\s*(-?(?:\d+\.?\d*|\.\d+))\s*"
-_FOUR = r"[,;\s]".join([_NUMBER] * 4)
-_CORNERS = rf"\({_NUMBER},{_NUMBER}\)\s*,?\s*\({_NUMBER},{_NUMBER}\)"
-_BINS = r"<x(\d+)>\s*<y(\d+)>\s*<x(\d+)>\s*<y(\d+)>"
-_CELLS = r"<patch_index_(\d+)>\s*<patch_index_(\d+)>"
-_LOCATIONS = r"\s*".join([r"<loc(\d{4})>"] * 4)
-_BOX_TEXT = re.compile(
-    rf"\[{_FOUR}\]|\({_FOUR}\)|<box>{_FOUR}</box>|{_CORNERS}|(?P<maira>{_BINS})|(?P<kosmos>{_CELLS})|(?P<pali>{_LOCATIONS})"
-)
-_KOSMOS_CELLS = 32  # on a side
-
-
 def parse_boxes(text: str) -> list[Box]:
     """Read every box in ``text``, in order of appearance, as box01. Never raises, whatever the text.
 
     Supported forms: ``[a, b, c, d]`` (also nested), ``(a, b, c, d)``, ``<box>..</box>`` around either, Qwen-VL's
-    ``(x1,y1),(x2,y2)``, MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``), Kosmos-2's cells
-    ``<patch_index_0044><patch_index_0863>``, and PaliGemma's locations ``<loc0123>``. Four whole numbers of which one is above 1
-    are read as 0-1000. Values are neither clipped nor reordered: a box outside 0-1 is a mistake of the answer, which `is_inside`
-    detects. For numbers in another order or unit, see `umed_plugin.grounding.dialects`.
+    ``(x1,y1),(x2,y2)``, percent, decimal commas, full-width characters, names (``x1=..``, ``"xmin": ..``, ``"x": .., "w": ..``),
+    MAIRA-2's bins ``<x55><y45><x70><y56>`` (bin n is ``(n + 0.5) / 100``), Kosmos-2's cells
+    ``<patch_index_0044><patch_index_0863>``, Florence-2's ``<loc_160>`` (thousandths) and PaliGemma's ``<loc0123>``. Four whole
+    numbers of which one is above 1 are read as 0-1000; without a word such as "at" or "bbox" before them, only if one is 100 or
+    more, so that "see (1, 2, 3, 4)" is no box. Values are neither clipped nor reordered: a box outside 0-1 is a mistake of the
+    answer, which `is_inside` detects. For numbers in another order or unit, see `umed_plugin.grounding.dialects`. What was meant
+    as a box and cannot be read is not here: `umed_plugin.grounding.box_text` finds it, and scoring counts it.
 
     Example:
         >>> from umed_plugin import parse_boxes
@@ -211,57 +203,30 @@ def parse_boxes(text: str) -> list[Box]:
 
 def find_boxes(text: str) -> list[tuple[int, Box]]:
     """The boxes that :func:`parse_boxes` reads, each with the index of its first character."""
-    return [(occurrence.start(), _read(occurrence)) for occurrence in _BOX_TEXT.finditer(text)]
+    return [(written.start, _in_01(written)) for written in scan(text) if written.is_box()]
 
 
-def written_boxes(text: str) -> list[tuple[Box, str]]:
-    """The boxes of a text as written: four numbers with kind ``whole`` or ``decimal``, or box01 with kind ``bins``."""
-    return [_written(occurrence) for occurrence in _BOX_TEXT.finditer(text)]
-
-
-def _read(occurrence: re.Match[str]) -> Box:
-    box, kind = _written(occurrence)
-    if kind == "whole" and max(box) > 1:
-        return box[0] / 1000, box[1] / 1000, box[2] / 1000, box[3] / 1000
-    return box
-
-
-def _written(occurrence: re.Match[str]) -> tuple[Box, str]:
-    written = [group for group in occurrence.groups() if group is not None]
-    if occurrence.lastgroup is not None:
-        return _BINNED[occurrence.lastgroup]([int(number) for number in written[1:]]), "bins"
-    a, b, c, d = (float(number) for number in written)
-    return (a, b, c, d), "decimal" if "." in "".join(written) else "whole"
-
-
-def _maira(bins: Sequence[int]) -> Box:
-    x1, y1, x2, y2 = ((number + 0.5) / 100 for number in bins)
-    return x1, y1, x2, y2
-
-
-def _kosmos(cells: Sequence[int]) -> Box:
-    """From the centre of the first cell to the centre of the last. Cells in one row or column count as whole cells."""
-    (top, left), (bottom, right) = (divmod(cell, _KOSMOS_CELLS) for cell in cells)
-    whole = top == bottom or left == right
-    near, far = (0.0, 1.0) if whole else (0.5, 0.5)
-    edges = (left + near, top + near, right + far, bottom + far)
-    x1, y1, x2, y2 = (edge / _KOSMOS_CELLS for edge in edges)
-    return x1, y1, x2, y2
-
-
-def _pali(locations: Sequence[int]) -> Box:
-    y1, x1, y2, x2 = (location / 1024 for location in locations)
-    return x1, y1, x2, y2
-
-
-_BINNED = {"maira": _maira, "kosmos": _kosmos, "pali": _pali}
+def _in_01(written: WrittenBox) -> Box:
+    a, b, c, d = written.corners()
+    if written.kind == "whole" and max(a, b, c, d) > 1:
+        return a / 1000, b / 1000, c / 1000, d / 1000
+    return a, b, c, d
 
 
 def rewrite_boxes(text: str, write: Callable[[Box], str]) -> str:
     """``text`` with every box that :func:`parse_boxes` reads replaced by ``write(box01)``."""
-    return _BOX_TEXT.sub(lambda occurrence: write(_read(occurrence)), text)
+    return _replaced(text, [(written, write(_in_01(written))) for written in scan(text) if written.is_box()])
 
 
 def blot_boxes(text: str, mark: str = "[box]") -> str:
-    """``text`` with ``mark`` in place of every box that :func:`parse_boxes` reads."""
-    return _BOX_TEXT.sub(mark, text)
+    """``text`` with ``mark`` in place of every box that :func:`parse_boxes` reads, and of every attempt at one."""
+    return _replaced(text, [(found, mark) for found in scan(text) if found.is_box() or found.is_attempt()])
+
+
+def _replaced(text: str, parts: Sequence[tuple[WrittenBox, str]]) -> str:
+    pieces, done = [], 0
+    for found, new in parts:
+        if found.start >= done:
+            pieces += [text[done : found.start], new]
+            done = found.end
+    return "".join([*pieces, text[done:]])

@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass
 
 from umed_plugin.errors import UsageError, unknown_name
-from umed_plugin.grounding.boxes import Box, written_boxes
+from umed_plugin.grounding.box_bins import Box
+from umed_plugin.grounding.box_text import WrittenBox, scan
 
 ORDERS = ("xyxy", "xywh", "cxcywh", "yxyx")
 UNITS = ("auto", "1", "100", "1000", "1024", "pixels")
@@ -43,24 +44,33 @@ class BoxDialect:
             text: an answer.
             width, height: of the image file, in pixels.
         """
-        return [self._read(box, kind, width, height) for box, kind in written_boxes(text)]
+        return [box for box in self.read_all(text, width, height) if box is not None]
 
-    def _read(self, box: Box, kind: str, width: int, height: int) -> Box:
-        if kind == "bins":
-            return box
-        if self.unit == "pixels":
+    def read_all(self, text: str, width: int, height: int) -> list[Box | None]:
+        """As `read`, with None for each attempt at a box that cannot be read, such as one that is cut off."""
+        return [
+            self._read(written, width, height) if written.is_box(self.unit) else None
+            for written in scan(text)
+            if written.is_box(self.unit) or written.is_attempt()
+        ]
+
+    def unread(self, text: str) -> list[str]:
+        """The places of a text that hold numbers in brackets, or an attempt at a box, and were not read as one."""
+        plain = [written for written in scan(text) if not written.is_box(self.unit)]
+        return [text[written.start : written.end] for written in plain]
+
+    def _read(self, written: WrittenBox, width: int, height: int) -> Box:
+        if written.kind == "bins" and written.numbers is not None:
+            return written.numbers
+        if written.kind == "percent":
+            wide = high = 1.0
+        elif self.unit == "pixels":
             wide, high = float(width), float(height)
         elif self.unit == "auto":
-            wide = high = 1000.0 if kind == "whole" and max(box) > 1 else 1.0
+            wide = high = 1000.0 if written.kind == "whole" and max(written.numbers or ()) > 1 else 1.0
         else:
             wide = high = float(self.unit)
-        a, b, c, d = box
-        x1, y1, x2, y2 = {
-            "xyxy": (a, b, c, d),
-            "yxyx": (b, a, d, c),
-            "xywh": (a, b, a + c, b + d),
-            "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-        }[self.order]
+        x1, y1, x2, y2 = written.corners(self.order)
         # A sum of rounded numbers may exceed 1 by floating-point error.
         return _just_inside(x1 / wide), _just_inside(y1 / high), _just_inside(x2 / wide), _just_inside(y2 / high)
 

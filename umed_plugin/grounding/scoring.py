@@ -30,6 +30,7 @@ class AnswerScore:
         boxes: predicted boxes in pixels of the record's image, in the order of the answer.
         predicted01: the same boxes as they are compared, in 0-1 of the square; a malformed one has no area.
         true01: the true boxes that the model can see, in 0-1 of the square.
+        unread: number of boxes in the answer that could not be read; they are among the boxes, without area.
     """
 
     accuracy: float
@@ -38,6 +39,7 @@ class AnswerScore:
     boxes: list[Box]
     predicted01: list[Box]
     true01: list[Box]
+    unread: int = 0
 
     @property
     def n_true(self) -> int:
@@ -48,9 +50,10 @@ class AnswerScore:
 def boxes_in_square(text: str, geometry: ImageGeometry, dialect: BoxDialect = LLAVA) -> list[Box]:
     """The boxes of an answer in 0-1 of the square that the model sees, in the order of the answer, not clipped.
 
-    If the dialect refers to the image, a box that leaves the image becomes ``(0, 0, 0, 0)``, which overlaps nothing.
+    An attempt at a box that cannot be read (cut off, three numbers) is ``(0, 0, 0, 0)``, which overlaps nothing: it is not an
+    absence. If the dialect refers to the image, so is a box that leaves the image.
     """
-    read = dialect.read(text, geometry.width, geometry.height)
+    read = [box or _BOX_THAT_IS_NONE for box in dialect.read_all(text, geometry.width, geometry.height)]
     if dialect.frame == "square":
         return read
     width, height = geometry.width, geometry.height
@@ -90,7 +93,9 @@ def score_answer(
     right = named == wanted and (bool(wanted) or not predicted)
     f1 = 2 * len(named & wanted) / (len(named) + len(wanted)) if named or wanted else 1.0
     compared = [box if is_inside(box) else _BOX_THAT_IS_NONE for box in predicted]
-    return AnswerScore(float(right), f1, set_iou(compared, true), geometry.from_square(predicted), compared, true)
+    unread = dialect.read_all(text, geometry.width, geometry.height).count(None)
+    placed = geometry.from_square(predicted)
+    return AnswerScore(float(right), f1, set_iou(compared, true), placed, compared, true, unread)
 
 
 @dataclass(frozen=True)

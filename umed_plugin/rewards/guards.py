@@ -8,6 +8,9 @@ Each is logged as ``guard/<name>``. After the dash: what a bad trend looks like.
 - ``whole_image_boxes``: share of boxes that cover more than 0.8 of the visible image, where no true box covers as much - rises: a
   box around everything always overlaps.
 - ``malformed_boxes``: share of boxes without area or outside the square - rises: coordinates are no longer read off the image.
+  Boxes that could not be read are among them.
+- ``unread_boxes``: boxes that could not be read, such as one that is cut off, mean over answers - rises: boxes lose their
+  form, or answers are too long for ``--umed_max_new_tokens``.
 - ``box_area_ratio``: mean area of an answer's boxes over that of the true ones, geometric mean over the answers that have
   both - climbs above 1 while the rewards rise: boxes hedge. Seen in this project: sampled at temperature 1, greedy boxes grew to
   1.5 times the lesion.
@@ -56,6 +59,7 @@ WHOLE_IMAGE_SHARE = 0.8
 GUARDS = (
     "guard/whole_image_boxes",
     "guard/malformed_boxes",
+    "guard/unread_boxes",
     "guard/box_area_ratio",
     "guard/extra_boxes",
     "guard/missing_boxes",
@@ -81,6 +85,11 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
     "guard/malformed_boxes": (
         lambda metrics: metrics["guard/malformed_boxes"] > 0.2,
         "above 0.2: boxes lose their form. A lower --learning_rate or a higher --umed_kl_coef keeps the policy closer",
+    ),
+    "guard/unread_boxes": (
+        lambda metrics: metrics["guard/unread_boxes"] > 0.2,
+        "above 0.2 per answer: boxes lose their form, or are cut off. Read some answers (--umed_log_candidates), and raise "
+        "--umed_max_new_tokens if they end too early",
     ),
     "guard/box_area_ratio": (
         lambda metrics: metrics["guard/box_area_ratio"] > 1.5,
@@ -111,6 +120,7 @@ class _TextStats:
 
     Attributes:
         malformed, whole: number of malformed and of whole-image boxes among ``boxes``.
+        unread: number of boxes that could not be read, among ``boxes``.
         true: number of true boxes that the model can see.
         log_area_ratio: log of the mean box area over the mean true area; None where either has no box.
     """
@@ -121,6 +131,7 @@ class _TextStats:
     boxes: int = 0
     malformed: int = 0
     whole: int = 0
+    unread: int = 0
     true: int = 0
     log_area_ratio: float | None = None
 
@@ -159,6 +170,7 @@ class Guards:
         reference_words = [reference.words for reference in self._references]
         metrics = {
             "guard/extra_boxes": _mean([max(answer.boxes - answer.true, 0) for answer in answers]),
+            "guard/unread_boxes": _mean([answer.unread for answer in answers]),
             "guard/missing_boxes": _mean([max(answer.true - answer.boxes, 0) for answer in answers]),
             "guard/length_ratio": _mean([answer.words for answer in answers]) / max(_mean(reference_words), 1),
             "guard/distinct_skeletons": len(skeletons) / len(answers),
@@ -241,6 +253,7 @@ def _answer_stats(text: str, score: AnswerScore, record: Mapping[str, Any], geom
         boxes=len(score.predicted01),
         malformed=sum(is_degenerate(box) for box in score.predicted01),
         whole=whole,
+        unread=score.unread,
         true=score.n_true,
         log_area_ratio=None if ratio is None else math.log(ratio),
     )

@@ -84,6 +84,7 @@ class Benchmark:
         examine: a further pass over the answers of each batch, see `ExamineHook`; None for benchmarks that score texts alone.
         details: (question, answer, scorer) -> further keys of the question's line in ``predictions.jsonl``.
         candidates: data root -> the open answers of the training split, empty if its file is missing.
+        reads_boxes: whether boxes in the answers are scored, so that the user is told of those that could not be read.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Benchmark:
     examine: ExamineHook | None = None
     details: Callable[[BenchmarkQuestion, ModelAnswer, Scorer], dict[str, Any]] | None = None
     candidates: Callable[[Path], list[str]] | None = None
+    reads_boxes: bool = False
 
 
 # A hook for what needs the model again once it has answered, such as attention. It is called for each batch while the prompts,

@@ -154,4 +154,5 @@ BENCHMARK = Benchmark(
     metrics=metrics,
     order=7,
     adapt=in_the_models_form,
+    reads_boxes=True,
 )

@@ -145,7 +145,8 @@ def case_values(
     """
     if not score.true01:
         boxes = len(score.predicted01)
-        return {"accuracy": score.accuracy, "false_boxes": float(boxes), "false_box_rate": float(boxes > 0)}
+        values = {"accuracy": score.accuracy, "false_boxes": float(boxes), "false_box_rate": float(boxes > 0)}
+        return {**values, "unread_boxes": float(score.unread)}
     overlaps = lesion_overlaps(score.predicted01, score.true01)
     values = {
         "accuracy": score.accuracy,
@@ -154,6 +155,7 @@ def case_values(
         "acc_at_50": float(score.set_iou >= 0.5),
         "pointing_game": points_at(score.predicted01, score.true01),
         **overlaps_by_size(overlaps, score.true01),
+        "unread_boxes": float(score.unread),
     }
     attention = {"vision_relevance": vision_relevance, "pointing_game_attention": attention_hit}
     return {**values, **{name: value for name, value in attention.items() if value is not None}}
@@ -164,6 +166,7 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
 
     ``lesion_iou/small`` is the mean IoU of the small lesions, each with the box that it is matched to. ``lesions_found/small``
     is the share of them with an IoU of at least 0.5. Sizes are those of `umed_plugin.evaluation.metrics.grounding`.
+    ``unread_boxes`` is the mean number of boxes in an answer that could not be read; each counts as a box without area.
     """
     several = len({row.groups["source"] for row in rows}) > 1
     accuracy, iou, at_50 = means("accuracy", "mean_iou", "acc_at_50")
@@ -176,6 +179,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     if several:
         reported += [*by_group(iou, "source", rows), *by_group(at_50, "source", rows)]
     reported += [*means("false_box_rate"), Metric("false_boxes_per_negative", mean("false_boxes"), ("false_boxes",))]
+    if any("unread_boxes" in row.values for row in rows):  # evaluations of earlier versions did not count them
+        reported += means("unread_boxes")
     for size in SIZES:
         lesions = f"lesions_{size}"
         for name in ("lesion_iou", "lesions_found"):
@@ -317,7 +322,7 @@ RECIPE = Benchmark(
     needs="the recipe's data set",
     url="",
     reported="accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision "
-    "relevance, false boxes on negatives, lesions by size",
+    "relevance, false boxes on negatives, boxes that could not be read, lesions by size",
     questions=_mau,
     score=score,
     metrics=metrics,
@@ -326,4 +331,5 @@ RECIPE = Benchmark(
     adapt=check_aspect_ratio,
     examine=look,
     details=details,
+    reads_boxes=True,
 )

@@ -6,13 +6,21 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from umed_plugin.evaluation.metrics.answers import called_answer, in_tags, plain
+
 LETTERS = "ABCDEFGHIJ"
-# "B", "B.", "(B)", "B: text", "The answer is B", "Option B": a letter by itself, at the start or behind such words.
+# Plain text that begins with a letter by itself: "B", "(B)", "B: text", "The answer is B", "Option B", "B because A is wrong".
+# Not "A nodule" or "B cells": behind the letter must stand a mark, a dash, the end, or a word that no option goes on with.
 _LETTER = re.compile(
-    r"\s*(?:(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)(?:\s+is)?\s*:?\s*)?"
-    r"[(\[*\"']*([A-J])(?:[)\]*\"':.,;]|\s*$|\s+[-\u2013])",
+    r"(?:(?:the )?(?:(?:final|correct|best|right) )?(?:answer|option|choice)(?: is)? ?:? ?)?(?:option |choice )?"
+    r"[(\[{]?([A-J])"
+    r"(?:[)\]}:.,;!?]|$| [-\u2013\u2014(]| (?:because|since|as|due|which|seems|is(?! (?:not|wrong|false|in|un)))\b)",
     re.IGNORECASE,
 )
+# "B is correct" anywhere; the last one counts.
+_RIGHT = re.compile(r"(?<!\w)\(?([A-J])\)? (?:is|seems|must be|would be) (?:the )?(?:correct|right|best|true)\b")
+_CHOSEN = re.compile(r"\b(?:choose|select|pick|go with) (?:option |choice |answer )?(?=[(\[{]?[A-J]\b)")
+_ALONE = re.compile(r"(?:^|\. |: )[(\[{]?([A-J])[)\]}]?\.?$")
 
 
 def nearest_option(answer: str, options: Sequence[str]) -> int | None:
@@ -27,21 +35,28 @@ def nearest_option(answer: str, options: Sequence[str]) -> int | None:
 
 
 def named_letter(answer: str, options: int) -> int | None:
-    """Index of the option whose letter the answer begins with (``B``, ``B: ..``, ``(B)``, ``The answer is B.``), or None.
+    """Index of the option whose letter the answer states (``B``, ``B: ..``, ``(B)``, ``**B**``, ``The answer is B.``), or None.
+
+    The final answer counts: what stands in answer tags, else behind the last "answer is", else "B is correct", else a letter at
+    the start, else one alone at the end.
 
     Args:
         answer: of the model.
         options: how many there are; a letter beyond them does not count.
     """
-    match = _LETTER.match(answer)
-    index = LETTERS.index(match[1].upper()) if match else options
-    return index if index < options else None
+    text = plain(in_tags(answer))
+    chosen = [match.end() for match in _CHOSEN.finditer(text)]
+    behind = [called_answer(text), text[chosen[-1] :] if chosen else None]
+    found = [match for part in behind if part is not None and (match := _LETTER.match(part))]
+    found += [*_RIGHT.finditer(text)][-1:] + [match for match in (_LETTER.match(text), _ALONE.search(text)) if match]
+    indices = [LETTERS.index(match[1].upper()) for match in found]
+    return next((index for index in indices if index < options), None)
 
 
 def chosen_option(answer: str, options: Sequence[str]) -> int | None:
-    """Index of the option that an answer stands for: by its letter if it begins with one, else by the nearest text."""
+    """Index of the option that an answer stands for: by its letter if it states one, else by the nearest text."""
     letter = named_letter(answer, len(options))
-    return letter if letter is not None else nearest_option(answer, options)
+    return letter if letter is not None else nearest_option(in_tags(answer), options)
 
 
 def lowest(losses: Sequence[float]) -> int:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from umed_plugin.evaluation.metrics.answers import called_answer, in_tags, plain, words
+
 # The challenge's table maps words written without their apostrophe to the proper ones. With two apostrophes, one or the other is
 # missing. Forms that are words of their own without it (she'd, it's, let's, I'll) are not in the table.
 _ONE_APOSTROPHE = (
@@ -114,26 +116,48 @@ def closed_hit_batch(answer: str, truth: str) -> float:
     return float(normalise(truth.lower()) in normalise(answer.lower()))
 
 
+# Who writes this has not decided, whatever "no" stands beside it.
+_UNDECIDED = re.compile(
+    r"\b(?:yes or no|no or yes|no idea|no way to|not sure|uncertain|(?:do not|dont) know|(?:im|un|not )possible to|unable to|"
+    r"(?:cannot|can not|cant|could not|couldnt) (?:be )?(?:tell|say|know|answer|determined?|judged?|assess(?:ed)?))\b"
+)
+
+
 def closed_accuracy(answer: str, truth: str) -> float:
     """1.0 for a closed question that is answered right, else 0.0; every question counts.
 
+    Words are compared without markup and punctuation (`umed_plugin.evaluation.metrics.answers.words`), not in LLaVA-Med's
+    normalisation. What stands in answer tags or behind the last "answer is" counts alone.
+
     If the truth is "yes" or "no", the answer's first word decides if it is one of the two, else the one that it contains as a
-    whole word. An answer that contains neither, or both behind another first word, is wrong. With any other truth, an answer is
-    right if it contains the truth's words, whole and in a row.
+    whole word. An answer that contains neither, or both behind another first word, is wrong, and so is one that says that it
+    cannot tell. With any other truth, an answer is right if it contains the truth's words, whole and in a row.
     """
-    answered, expected = normalise(answer.lower()).split(), normalise(truth.lower()).split()
-    if expected in (["yes"], ["no"]):
-        verdicts = {word for word in answered if word in ("yes", "no")}
-        return float(answered[:1] == expected or (answered[:1] not in (["yes"], ["no"]) and verdicts == set(expected)))
-    return holds(answered, expected)
+    text = in_tags(answer)
+    expected = words(truth)
+    called = called_answer(plain(text))
+    if expected not in (["yes"], ["no"]):
+        return holds(words(text), expected)
+    verdict = _verdict(called) if called is not None else None
+    return float((verdict or _verdict(text)) == expected[0])
+
+
+def _verdict(text: str) -> str | None:
+    """``yes`` or ``no``, or None for an answer that says neither, or both."""
+    said = words(text)
+    if said[:1] in (["yes"], ["no"]) and not _UNDECIDED.match(" ".join(said)):
+        return said[0]
+    verdicts = {word for word in said if word in ("yes", "no")}
+    return verdicts.pop() if len(verdicts) == 1 and not _UNDECIDED.search(" ".join(said)) else None
 
 
 def open_accuracy(answer: str, truth: str) -> float:
     """1.0 if an open answer contains the words of the truth, whole and in a row, else 0.0.
 
-    LLaVA-Med reports recall instead; the UMed-LVLM paper's open scores are an accuracy, whose rule is not public.
+    Words as in `closed_accuracy`. LLaVA-Med reports recall instead; the UMed-LVLM paper's open scores are an accuracy, whose rule
+    is not public.
     """
-    return holds(normalise(answer.lower()).split(), normalise(truth.lower()).split())
+    return holds(words(in_tags(answer)), words(truth))
 
 
 def holds(answered: list[str], expected: list[str]) -> float:
