@@ -72,12 +72,13 @@ class Pays:
     def __init__(self):
         roll_out, state = maker.ExperienceMaker.roll_out, {}
 
-        def noting(self, policy, inputs):
+        def noting(self, policy, batches):
             self_k = self.flags.umed_num_candidates
-            odd = [int(record["patient"]) % 2 for record in inputs["records"] for _ in range(self_k)]
+            records = [record for batch in batches for record in batch["records"]]
+            odd = [int(record["patient"]) % 2 for record in records for _ in range(self_k)]
             state.update(step=0, k=self_k, eos=self.tokenizer.eos_token_id, odd=torch.tensor(odd, dtype=torch.bool))
             state["weights"] = list(policy.parameters())
-            return roll_out(self, policy, inputs)
+            return roll_out(self, policy, batches)
 
         def next_token(logits, settings):
             assert all(weight.numel() == getattr(weight, "ds_numel", weight.numel()) for weight in state["weights"])

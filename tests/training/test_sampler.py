@@ -22,8 +22,9 @@ def test_epochs_over_a_rollout_follow_each_other_and_the_rest_is_left_out():
     assert order[:4] == order[4:8] == order[8:12]
     assert order[12:16] == order[16:20] == order[20:24]
     assert len({*order[:4], *order[12:16]}) == 8
-    assert [sampler.rollout(n) for n in (0, 1)] == [order[:4], order[12:16]]
-    assert sampler.rollout(2) == sampler.order(1)[:4]
+    assert sampler.reading_order(0) == [*order[:4], *order[12:16]], "a rollout is read once"
+    assert [sampler.rollout(n) for n in (0, 1, 2)] == [(0, 0), (0, 1), (1, 0)]
+    assert sampler.reading_order(1)[:4] == sampler.order(1)[:4]
     assert sampler.order(1) != order
     assert len(list(EpochSampler(10, seed=0, rollout_size=4))) == 8, (
         "rollouts are whole also when they are passed over once"

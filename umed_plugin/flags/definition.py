@@ -420,6 +420,20 @@ class UmedFlags:
     )
 
     # Sampling, logging, validation
+    umed_sampling_batch_size: Optional[int] = _flag(
+        None,
+        "Maximum number of questions per process whose answers are sampled together. Default: all of an optimizer step (batch "
+        "size x accumulation steps). Lower it if sampling runs out of memory.",
+        stage=REWARDING,
+        least=1,
+    )
+    umed_cut_off: str = _flag(
+        "penalise",
+        "What to do with answers that --umed_max_new_tokens cuts off: keep (reward them as they are), mask (leave them out of "
+        "the loss and the statistics), or penalise (subtract the sum of --umed_reward_weights from their reward).",
+        stage=REWARDING,
+        choices=("keep", "mask", "penalise"),
+    )
     umed_packed: bool = _flag(
         True,
         "Sample a question's answers in one row behind its prompt, and train them so under gradient checkpointing.",
@@ -493,10 +507,13 @@ class UmedFlags:
             return self.umed_kl_coef
         return 0.1 if self.umed_algorithm == "ppo" else 0.04
 
-    def rollout_is_one_batch(self) -> bool:
-        """Whether each batch is its own rollout: GRPO compares within a query, and with one update nothing is kept."""
-        passes = self.umed_updates_per_rollout * self.umed_minibatches_per_rollout
-        return self.umed_algorithm == "grpo" and passes == 1
+    def learnt_from_once(self) -> bool:
+        """Whether a rollout feeds a single optimizer step: the policy that learns is then the one that sampled."""
+        return self.umed_updates_per_rollout * self.umed_minibatches_per_rollout == 1
+
+    def rollout_is_any_step(self) -> bool:
+        """Whether a rollout is what an optimizer step takes, even less at an epoch's end: GRPO compares within a query."""
+        return self.umed_algorithm == "grpo" and self.learnt_from_once()
 
     def vrr_layer_indices(self, num_layers: int) -> list[int]:
         """``--umed_vrr_layers`` as sorted indices in ``range(num_layers)``.

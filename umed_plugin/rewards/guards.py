@@ -25,6 +25,9 @@ Each is logged as ``guard/<name>``. After the dash: what a bad trend looks like.
 - ``distinct_coordinates``: number of different coordinates in all boxes - falls far below ``distinct_coordinates_reference``: a
   few stock boxes. Seen in this project's stage 2.
 
+- ``unscored/<reward>``: share of answers for which the reward returned None - 1: the reward scores nothing, and the run trains
+  without it.
+
 Two more metrics tell what the vision relevance reward is worth, over the candidates of one step that name the lesion:
 
 - ``vision_relevance/over_uniform``: mean attention on the lesion over the mean share of the image that the lesion covers. 1 is no
@@ -35,8 +38,8 @@ Two more metrics tell what the vision relevance reward is worth, over the candid
 The first time a metric crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. No lesion that
 was measured comes near 0.8 of the image: the largest of 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays
 (NIH) covers 0.56. The share is of the visible image, not of the square, half of which may be padding. ``groups_without_signal``
-and ``answers_cut_off`` of `umed_plugin.training.step_metrics` are related. The paper has no such metrics; metrics and limits are
-ours.
+and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here too; they are means since the last log. The paper
+has no such metrics; metrics and limits are ours.
 """
 
 from __future__ import annotations
@@ -107,11 +110,29 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
         lambda metrics: metrics["guard/top_skeleton"] > metrics["guard/top_skeleton_reference"] + 0.3,
         "more than 0.3 above top_skeleton_reference: answers are collapsing to one sentence",
     ),
+    "answers_cut_off": (
+        lambda metrics: metrics["answers_cut_off"] > 0.2,
+        "above 0.2: --umed_max_new_tokens ends these answers, perhaps before their box. Raise it if candidates.jsonl shows whole "
+        "answers that are only long; if answers do not end at all, use --umed_cut_off penalise",
+    ),
+    "groups_without_signal": (
+        lambda metrics: metrics["groups_without_signal"] > 0.95,
+        "above 0.95: the answers to nearly every question have equal rewards, and grpo learns nothing from those. Look at the "
+        "single rewards in the log; a higher --umed_temperature or --umed_num_candidates makes answers differ",
+    ),
     "guard/distinct_coordinates": (
         lambda metrics: metrics["guard/distinct_coordinates"] < 0.5 * metrics["guard/distinct_coordinates_reference"],
         "less than half of distinct_coordinates_reference: boxes are collapsing to a few stock ones",
     ),
 }
+
+
+_UNSCORED = "guard/unscored/"
+
+
+def unscored(reward: str) -> str:
+    """The logged name of the share of answers that a reward could not score."""
+    return f"{_UNSCORED}{reward}"
 
 
 @dataclass(frozen=True)
@@ -146,6 +167,7 @@ class Guards:
     def __init__(self, window: int = WINDOW) -> None:
         self._answers: deque[list[_TextStats]] = deque(maxlen=window)
         self._references: deque[_TextStats] = deque(maxlen=window)
+        self._unscored: deque[dict[str, float]] = deque(maxlen=window)
         self._warned: set[str] = set()
 
     def add(
@@ -158,6 +180,10 @@ class Guards:
         """Add the K candidates of one question: ``texts`` and their ``scores``, with one record and geometry per candidate."""
         self._answers.append([_answer_stats(*parts) for parts in zip(texts, scores, records, geometries)])
         self._references.append(_text_stats(records[0]["conversations"][1]["value"], records[0]["terms"]))
+
+    def add_terms(self, terms: Mapping[str, Sequence[float | None]]) -> None:
+        """Add the rewards of one question: K values of each, None for an answer that the reward cannot score."""
+        self._unscored.append({name: sum(v is None for v in column) / len(column) for name, column in terms.items()})
 
     def metrics(self) -> dict[str, float]:
         """The guards over the window, without those that nothing in the window can give."""
@@ -181,6 +207,8 @@ class Guards:
                 {c for reference in self._references for c in reference.coordinates}
             ),
         }
+        for name in self._unscored[-1] if self._unscored else ():
+            metrics[unscored(name)] = _mean([shares[name] for shares in self._unscored])
         if boxes:
             metrics["guard/whole_image_boxes"] = sum(answer.whole for answer in answers) / boxes
             metrics["guard/malformed_boxes"] = sum(answer.malformed for answer in answers) / boxes
@@ -199,7 +227,14 @@ class Guards:
 
 def crossed_limits(metrics: Mapping[str, float]) -> dict[str, str]:
     """The metrics beyond their limits by logged name, each with its limit in words and what it may mean."""
-    return {name: words for name, (crossed, words) in _LIMITS.items() if name in metrics and crossed(metrics)}
+    found = {name: words for name, (crossed, words) in _LIMITS.items() if name in metrics and crossed(metrics)}
+    for name, share in metrics.items():
+        if name.startswith(_UNSCORED) and share == 1:
+            reward = name[len(_UNSCORED) :]
+            found[name] = (
+                f"so --umed_rewards {reward} returned None for every answer: the run trains without it. Mend it or remove it"
+            )
+    return found
 
 
 def vision_relevance_metrics(

@@ -16,12 +16,25 @@ import torch
 from torch import Tensor
 
 
-def centre_groups(rewards: Tensor) -> Tensor:
-    """Rewards [Q, K] minus the mean over their query's candidates."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+def centre_groups(rewards: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Rewards [Q, K] minus the mean over their query's candidates; those not in bool [Q, K] ``counted`` are 0 and in no mean."""
+    filled = rewards if counted is None else _at_the_mean_unless(counted, rewards)
+    return filled - (rewards.mean(dim=1, keepdim=True) if counted is None else _mean_of(counted, rewards))
 
 
-def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor | None = None) -> Tensor:
+def _mean_of(counted: Tensor, rewards: Tensor) -> Tensor:
+    """[Q, 1] mean of the counted candidates of each query; 0 without any."""
+    return (rewards * counted).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _at_the_mean_unless(counted: Tensor, rewards: Tensor) -> Tensor:
+    """Rewards [Q, K] in which the other candidates have the mean of the counted ones, so that they change no signal."""
+    return torch.where(counted.bool(), rewards, _mean_of(counted, rewards))
+
+
+def group_advantages(
+    rewards: Tensor, reward_coef: float = 1.0, spread: Tensor | None = None, counted: Tensor | None = None
+) -> Tensor:
     """Advantages of the candidates within their query: ``c1 * (r - mean) / spread`` (GRPO, arXiv 2402.03300).
 
     Args:
@@ -30,13 +43,17 @@ def group_advantages(rewards: Tensor, reward_coef: float = 1.0, spread: Tensor |
         spread: a scalar that divides the centred rewards; ``None``: each query's own standard deviation, as in GRPO. With one
             for all queries, a query whose answers are nearly equal does not weigh as much as one whose answers tell right from
             wrong (Dr. GRPO, arXiv 2503.20783, does not divide at all).
+        counted: bool [Q, K]; the other candidates get 0 and are in no mean and no standard deviation. None: all count.
 
     Returns:
         [Q, K]; 0 for a group whose rewards are all equal, because it carries no signal.
     """
-    centred = centre_groups(rewards)
+    centred = centre_groups(rewards, counted)
+    if counted is not None:
+        rewards = _at_the_mean_unless(counted, rewards)
     if spread is None:
-        spread = centred.square().mean(dim=1, keepdim=True).sqrt()
+        number = rewards.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
+        spread = (centred.square().sum(dim=1, keepdim=True) / number).sqrt()
     # TRL's 1e-4 suits rewards of about 1. Smaller ones (raw attention, a weight of 0.001) would lose their signal to it.
     size = rewards.abs().amax(dim=1, keepdim=True)
     scaled = centred / (spread + 1e-4 * size.clamp(max=1.0, min=torch.finfo(rewards.dtype).tiny))
@@ -105,9 +122,9 @@ def generalised_advantages(
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [N, T] over all tokens in the mask: a scalar. Every token has the same weight."""
+    """Mean of [N, T] over all tokens in the mask: a scalar. Every token has the same weight. 0 for an empty mask."""
     mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_variance(values: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What the updates of a rollout learn from: sampled answers with their rewards (`Samples`), then advantages (`Experience`).
 
-A rollout is sampled batch by batch, joined, and split again into minibatches of queries. If a checkpoint is written between its
-updates, the checkpoint contains the rollout, so that a resumed run learns from the same answers.
+A rollout is sampled whole and split into minibatches of queries. If a checkpoint is written between its updates, the checkpoint
+contains the rollout, so that a resumed run learns from the same answers.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Samples:
         image_features: [Q, P, D] of the vision tower.
         token_ids: [N, T]; any id at padding.
         mask: [N, T].
-        log_probs: [N, T] under the policy that sampled (the old policy). None if the update's own pass gives them, because
-            nothing is learned between the two.
+        log_probs: [N, T] under the policy that sampled (the old policy). None if only the update needs them and its own pass
+            gives them, because nothing is learned between the two.
         reference_log_probs: [N, T] under the reference policy, or None without a KL.
         values: [N, T] of the states before each token, or None without a value network.
         rewards: [Q, K].
+        counted: bool [N] answers that are learnt from; None for all.
     """
 
     prompt_ids: list[Tensor]
@@ -52,11 +53,17 @@ class Samples:
     reference_log_probs: Tensor | None
     values: Tensor | None
     rewards: Tensor
+    counted: Tensor | None = None
 
     @property
     def candidates(self) -> Candidates:
         """The answers without the rest."""
         return Candidates(self.token_ids, self.mask)
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[N, T] 1 at tokens that are learnt from: ``mask`` without the answers that are not counted."""
+        return self.mask if self.counted is None else self.mask * self.counted[:, None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Experience:
             s.image_features[picked],
             **{name: None if t is None else t[rows, :tokens] for name, t in _by_token(s).items()},
             rewards=s.rewards[picked.to(s.rewards.device)],
+            counted=None if s.counted is None else s.counted[rows],
         )
         returns = None if self.returns is None else self.returns[rows, :tokens]
         return Experience(part, self.advantages[rows, :tokens], returns, self.kl_coef)
@@ -104,54 +112,51 @@ class Experience:
             name: value.to(device) if isinstance(value, Tensor) and name != "rewards" else value
             for name, value in content.items()
         }
-        samples = Samples(**{field.name: moved[field.name] for field in fields(Samples)})
+        # A rollout of an earlier release lacks what was added since; that has a default.
+        samples = Samples(**{field.name: moved[field.name] for field in fields(Samples) if field.name in moved})
         return cls(samples, moved["advantages"], moved["returns"], moved["kl_coef"])
 
 
-def join(parts: Sequence[Samples]) -> Samples:
-    """Samples of several batches as one; answers are padded with 0 to the longest."""
-    if len(parts) == 1:
-        return parts[0]
-    longest = max(part.mask.shape[1] for part in parts)
-    columns: dict[str, Tensor | None] = {}
-    for name, first in _by_token(parts[0]).items():
-        tensors = [_by_token(part)[name] for part in parts]
-        columns[name] = None if first is None else torch.cat([_padded(t, longest) for t in tensors if t is not None])
-    return Samples(
-        [ids for part in parts for ids in part.prompt_ids],
-        torch.cat([part.image_features for part in parts]),
-        **columns,
-        rewards=torch.cat([part.rewards for part in parts]),
-    )
+def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """[N_i, T_i] tensors as one [N, T], padded with 0 to the longest; None if they are None."""
+    tensors = [part for part in parts if part is not None]
+    if not tensors:
+        return None
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([_padded(tensor, longest) for tensor in tensors])
 
 
 def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None) -> Experience:
     """Samples with advantages within each query's candidates; ``spread`` as in `group_advantages`."""
-    advantages = group_advantages(samples.rewards, reward_coef, spread).flatten().to(samples.mask.device, torch.float32)
+    counted = None if samples.counted is None else samples.counted.view_as(samples.rewards).to(samples.rewards.device)
+    advantages = group_advantages(samples.rewards, reward_coef, spread, counted)
+    advantages = advantages.flatten().to(samples.mask.device, torch.float32)
     return Experience(samples, advantages[:, None].expand(samples.mask.shape), None, kl_coef)
 
 
 def ppo_experience(
     samples: Samples, kl_coef: float, reward_coef: float, gamma: float, gae_lambda: float
 ) -> tuple[Experience, dict[str, float]]:
-    """Samples with advantages from the value network, whitened over all of them; and metrics for the log."""
-    if samples.values is None or samples.log_probs is None:
-        raise ValueError("PPO needs the values and log-probabilities of the samples")
-    mask = samples.mask
-    scores = reward_coef * samples.rewards.flatten().to(samples.log_probs)
-    rewards = token_rewards(scores, samples.log_probs, samples.reference_log_probs, mask, kl_coef)
+    """Samples with advantages from the value network, whitened over all that are learnt from; and metrics for the log."""
+    if samples.values is None or (samples.log_probs is None and samples.reference_log_probs is not None):
+        raise ValueError("PPO needs the values of the samples and, with a reference, their log-probabilities")
+    # Without a reference, the rewards of tokens need no log-probabilities.
+    log_probs = torch.zeros_like(samples.values) if samples.log_probs is None else samples.log_probs
+    mask, loss_mask = samples.mask, samples.loss_mask
+    scores = reward_coef * samples.rewards.flatten().to(log_probs)
+    rewards = token_rewards(scores, log_probs, samples.reference_log_probs, mask, kl_coef)
     advantages, returns = generalised_advantages(rewards, samples.values, mask, gamma, gae_lambda)
     metrics = {
-        "returns_mean": masked_mean(returns, mask).item(),
-        "advantage_std": masked_variance(advantages, mask).sqrt().item(),
-        "explained_variance": explained_variance(samples.values, returns, mask).item(),
+        "returns_mean": masked_mean(returns, loss_mask).item(),
+        "advantage_std": masked_variance(advantages, loss_mask).sqrt().item(),
+        "explained_variance": explained_variance(samples.values, returns, loss_mask).item(),
     }
-    return Experience(samples, whiten(advantages, mask), returns, kl_coef), metrics
+    return Experience(samples, whiten(advantages, loss_mask), returns, kl_coef), metrics
 
 
-def kl_per_answer(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> float:
-    """Mean over the answers of ``sum_t log p - log p_ref``, in nats, from [N, T] of the policy that sampled."""
-    return ((log_probs - reference_log_probs) * mask).sum(dim=1).mean().item()
+def kl_per_answer(log_probs: Tensor, reference_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """[N] ``sum_t log p - log p_ref`` of each answer, in nats, from [N, T] of the policy that sampled."""
+    return ((log_probs - reference_log_probs) * mask).sum(dim=1)
 
 
 def minibatch_order(queries: int, minibatches: int, seed: Sequence[int]) -> list[int]:

@@ -9,16 +9,21 @@ of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 4. one pass of the reference policy: its log-probabilities;
 5. rewards. IoU is one of them: `umed_plugin.rewards.terms.localization`;
 6. advantages: `umed_plugin.training.advantages`.
+
+A rollout holds all batches of an optimizer step, or of several. A token costs nearly the same time for one answer and for a
+hundred, since reading the weights dominates. So all batches of a step are sampled together, and under ZeRO-3 the weights are
+gathered once. The passes of 3 and 4 go batch by batch: their logits need as much memory as the update's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.errors import note
@@ -42,10 +47,41 @@ from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
-from umed_plugin.training.experience import Experience, Samples, grpo_experience, join, kl_per_answer, ppo_experience
+from umed_plugin.training.cut_off import CutOff, ended
+from umed_plugin.training.experience import (
+    Experience,
+    Samples,
+    grpo_experience,
+    kl_per_answer,
+    ppo_experience,
+    stacked,
+)
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.step_metrics import StepMetrics
 from umed_plugin.training.value_head import ValueHead
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """Q queries: prompts, [Q, P, D] features of their images, and records."""
+
+    prompt_ids: list[Tensor]
+    features: Tensor
+    records: list[Record]
+
+    def part(self, first: int, count: int) -> _Queries:
+        picked = slice(first, first + count)
+        return _Queries(self.prompt_ids[picked], self.features[picked], self.records[picked])
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What the passes over N answers give, as in `Samples`; ``attention`` has N shares of attention on the lesion."""
+
+    attention: Sequence[float | None]
+    log_probs: Tensor | None
+    values: Tensor | None
+    reference_log_probs: Tensor | None
 
 
 class ExperienceMaker:
@@ -93,7 +129,12 @@ class ExperienceMaker:
             num_candidates=flags.umed_num_candidates,
             packed=self.packed,
         )
+        self.sampled_together = (
+            flags.umed_sampling_batch_size or args.train_batch_size * args.gradient_accumulation_steps
+        )
+        self.cut_off = CutOff(flags.umed_cut_off, penalty=sum(flags.reward_weights()))
         self.kl_coef = KLCoefficient(flags.kl_coef(), flags.umed_kl_target, flags.umed_kl_horizon)
+        self._kl_of_answers: list[Tensor] = []
         self.reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
 
     def _can_pack(self, llava: Any) -> bool:
@@ -110,7 +151,7 @@ class ExperienceMaker:
             )
         return fault is None
 
-    def make(self, policy: Any, batches: Iterable[dict[str, Any]]) -> Experience:
+    def make(self, policy: Any, batches: Sequence[dict[str, Any]]) -> Experience:
         """Sample a rollout of one or more batches, and turn its rewards into advantages.
 
         Args:
@@ -118,10 +159,10 @@ class ExperienceMaker:
             batches: from `umed_plugin.training.rewarding_data.collate_queries`, on the policy's device.
         """
         with gathered_parameters(policy):
-            samples = join([self.roll_out(policy, batch) for batch in batches])
+            samples = self.roll_out(policy, batches)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
-            experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples.rewards))
+            experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples))
         else:
             if self.value_head.is_new():
                 samples = self._begin_values(samples, self.value_head)
@@ -129,18 +170,25 @@ class ExperienceMaker:
                 samples, kl_coef, flags.umed_reward_coef, flags.umed_gamma, flags.umed_gae_lambda
             )
             self.metrics.add(metrics)
-        # Without log-probabilities from here, the update's own pass gives them and calls adapt_kl.
+        # Without log-probabilities from here, the update's own passes give them and call these two.
         if samples.log_probs is not None:
-            self.adapt_kl(samples, samples.log_probs)
+            self.measure_kl(samples, samples.log_probs)
+            self.adapt_kl()
         return experience
 
-    def adapt_kl(self, samples: Samples, log_probs: Tensor) -> None:
-        """Measure the KL of the policy that sampled, with its ``log_probs`` [N, T], and adapt its weight to the target."""
+    def measure_kl(self, samples: Samples, log_probs: Tensor) -> None:
+        """Measure the KL of the policy that sampled, with its ``log_probs`` [N, T]; `adapt_kl` uses it."""
         if samples.reference_log_probs is not None:
-            own_kl = kl_per_answer(log_probs, samples.reference_log_probs, samples.mask)
-            kl = self.metrics.mean_over_ranks(own_kl)
+            self._kl_of_answers.append(kl_per_answer(log_probs, samples.reference_log_probs, samples.mask))
+
+    def adapt_kl(self) -> None:
+        """Adapt the weight of the KL to the target, by all answers measured since the last call. All ranks must call."""
+        if self._kl_of_answers:
+            own = torch.cat(self._kl_of_answers)
+            self._kl_of_answers = []
+            kl = self.metrics.mean_over_ranks(own.mean().item())
             self.metrics.add({"kl_per_answer": kl, "kl_coef": self.kl_coef.value})
-            self.kl_coef.update(kl, len(samples.mask) * self.args.world_size)
+            self.kl_coef.update(kl, len(own) * self.args.world_size)
 
     def _begin_values(self, samples: Samples, value_head: ValueHead) -> Samples:
         """Let a new value network predict the mean reward of all ranks, also in these samples."""
@@ -148,46 +196,55 @@ class ExperienceMaker:
         value_head.begin_at(mean)
         return replace(samples, values=torch.full(samples.mask.shape, mean, device=samples.mask.device))
 
-    def _common_spread(self, rewards: Tensor) -> Tensor | None:
+    def _common_spread(self, samples: Samples) -> Tensor | None:
         """Standard deviation of all ranks' rewards around their queries' means; None if each query uses its own."""
         if self.flags.umed_advantage_scale == "group":
             return None
-        variance = self.metrics.mean_over_ranks(centre_groups(rewards).square().mean().item())
-        return rewards.new_tensor(variance).sqrt()
+        rewards = samples.rewards
+        counted = torch.ones_like(rewards) if samples.counted is None else samples.counted.view_as(rewards).to(rewards)
+        squares = self.metrics.mean_over_ranks(centre_groups(rewards, counted).square().sum().item())
+        answers = self.metrics.mean_over_ranks(counted.sum().item())
+        return rewards.new_tensor(squares / max(answers, 1e-6)).sqrt()
 
     @torch.no_grad()
-    def roll_out(self, policy: Any, inputs: dict[str, Any]) -> Samples:
-        """Sample K candidates for each query of a batch, reward them, and keep what the update needs."""
+    def roll_out(self, policy: Any, batches: Sequence[dict[str, Any]]) -> Samples:
+        """Sample K candidates for each query of all batches, reward them, and keep what the updates need."""
         was_training = policy.training
         policy.eval()
-        features = self._encode(policy, inputs)
-        prompts = embed_prompts(policy, inputs["prompt_ids"], features)
-        candidates = generate(policy, prompts, self.sampling)
+        queries = self._queries(policy, batches)
+        candidates = self._sample(policy, queries)
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
-        questions, texts, columns = self._reward_inputs(candidates, inputs["records"])
+        questions, texts, columns = self._reward_inputs(candidates, queries.records)
         start_rewards(self.rewards, questions, texts, **columns)
-        attention, outputs = self._score_policy(policy, prompts, candidates, inputs["records"], columns["record"])
-        values = None if self.value_head is None or outputs is None else self.value_head(outputs.hidden)
-        old_log_probs = None if outputs is None else self._log_probs(outputs, candidates)
-        reference_log_probs = self._reference_log_probs(policy, inputs["prompt_ids"], features, candidates)
+        sizes = [len(batch["prompt_ids"]) for batch in batches]
+        parts = [self._score(policy, *part, was_training) for part in self._parts(queries, candidates, sizes)]
 
         # Vision relevance rewards the attention that the policy's pass has recorded.
-        columns["attention_on_lesion"] = list(attention)
-        rewards = self._reward(candidates, questions, texts, columns)
+        columns["attention_on_lesion"] = [share for part in parts for share in part.attention]
+        counted, rewards = self._reward(candidates, questions, texts, columns, sizes)
         policy.train(was_training)
         # Under CPU autocast the passes above have cached half-precision copies of the weights without a graph. The update would
         # use them, and LoRA would get no gradient.
         torch.clear_autocast_cache()
         return Samples(
-            inputs["prompt_ids"],
-            features,
+            queries.prompt_ids,
+            queries.features,
             candidates.token_ids,
             candidates.mask,
-            old_log_probs,
-            reference_log_probs,
-            values,
+            stacked([part.log_probs for part in parts]),
+            stacked([part.reference_log_probs for part in parts]),
+            stacked([part.values for part in parts]),
             rewards,
+            counted,
+        )
+
+    def _queries(self, policy: Any, batches: Sequence[dict[str, Any]]) -> _Queries:
+        """The queries of all batches; their images are encoded batch by batch."""
+        return _Queries(
+            [ids for batch in batches for ids in batch["prompt_ids"]],
+            torch.cat([self._encode(policy, batch) for batch in batches]),
+            [record for batch in batches for record in batch["records"]],
         )
 
     def _encode(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
@@ -200,6 +257,49 @@ class ExperienceMaker:
         names = inputs["features_names"]
         return self.feature_cache.complete(cached, names, lambda: encode_images(policy, inputs["images"]))
 
+    def _sample(self, policy: Any, queries: _Queries) -> Candidates:
+        """K answers to each query, for as many queries at a time as may be sampled together."""
+        parts = []
+        for first in range(0, len(queries.records), self.sampled_together):
+            part = queries.part(first, self.sampled_together)
+            parts.append(generate(policy, embed_prompts(policy, part.prompt_ids, part.features), self.sampling))
+        longest = max(part.mask.shape[1] for part in parts)
+        ends = self.sampling.eos_token_id
+        return Candidates(
+            torch.cat([pad(part.token_ids, (0, longest - part.mask.shape[1]), value=ends) for part in parts]),
+            torch.cat([pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]),
+        )
+
+    def _parts(
+        self, queries: _Queries, candidates: Candidates, sizes: Sequence[int]
+    ) -> Iterator[tuple[_Queries, Candidates]]:
+        """The queries of each batch and their candidates, without columns that contain only padding."""
+        k, first = self.flags.umed_num_candidates, 0
+        for size in sizes:
+            rows = slice(first * k, (first + size) * k)
+            tokens = int(candidates.mask[rows].sum(dim=1).max())
+            part = Candidates(candidates.token_ids[rows, :tokens], candidates.mask[rows, :tokens])
+            yield queries.part(first, size), part
+            first += size
+
+    def _score(self, policy: Any, queries: _Queries, candidates: Candidates, learning: bool) -> _Scores:
+        """The passes of policy and reference over the candidates of one batch; ``learning``: the mode that updates run in."""
+        prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
+        attention, outputs = self._attend(policy, prompts, candidates, queries.records)
+        outputs = self._old_policy(policy, prompts, candidates, outputs, learning)
+        needs_log_probs = outputs is not None and self._needs_log_probs()
+        return _Scores(
+            attention,
+            self._log_probs(outputs, candidates) if needs_log_probs and outputs is not None else None,
+            None if self.value_head is None or outputs is None else self.value_head(outputs.hidden),
+            self._reference_log_probs(policy, queries, candidates),
+        )
+
+    def _needs_log_probs(self) -> bool:
+        """Whether the log-probabilities of the old policy are needed before the update's own pass, which is theirs at first."""
+        penalty_in_rewards = self.value_head is not None and self.reference is not None
+        return penalty_in_rewards or not self.flags.learnt_from_once()
+
     def _reward_inputs(
         self, candidates: Candidates, records: list[Any]
     ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
@@ -209,21 +309,13 @@ class ExperienceMaker:
         questions = [record["conversations"][0]["value"] for record in repeated]
         return questions, decode_answers(self.tokenizer, candidates), columns
 
-    def _score_policy(
-        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: list[Any], repeated: list[Any]
+    def _attend(
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: Sequence[Record]
     ) -> tuple[Sequence[float | None], AnswerPass | None]:
-        """The policy's pass over its candidates: N shares of attention on the lesion, and the pass's outputs.
-
-        The pass serves the old log-probabilities, the values and vision relevance. It is skipped, and the outputs are None, if
-        the update's own pass gives all that is needed.
-
-        Args:
-            records: Q records; ``repeated`` has one for each candidate.
-        """
+        """N shares of attention on the lesion, and the outputs of the pass that has them; no pass without vision relevance."""
         if "vision_relevance" not in self.rewards:
-            unneeded = self.flags.rollout_is_one_batch()
-            outputs = None if unneeded else answer_pass(policy, prompts, candidates, packed=self.packed)
-            return [None] * len(candidates.mask), outputs
+            return [None] * len(candidates.mask), None
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
         tokens = lesion_naming_tokens(self.tokenizer, candidates, repeated)
         cover = torch.stack(
             [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
@@ -233,39 +325,71 @@ class ExperienceMaker:
         )
         return shares.tolist(), outputs
 
-    def _reference_log_probs(
-        self, policy: Any, prompt_ids: list[Tensor], features: Tensor, candidates: Candidates
-    ) -> Tensor | None:
+    def _old_policy(
+        self, policy: Any, prompts: PromptBatch, candidates: Candidates, outputs: AnswerPass | None, learning: bool
+    ) -> AnswerPass | None:
+        """The pass that gives old log-probabilities and values; None if nothing of it is needed.
+
+        If several updates compare with it, it runs in their mode: under gradient checkpointing they take another path through
+        the model, and the rounding of the two paths differs. ``outputs`` of a pass in evaluation mode serve where that is equal.
+        """
+        several = not self.flags.learnt_from_once()
+        if self.value_head is None and not several:
+            return None
+        checkpointed = several and learning and base_llava(policy).is_gradient_checkpointing
+        if outputs is not None and not checkpointed:
+            return outputs
+        policy.train(checkpointed)
+        outputs = answer_pass(policy, prompts, candidates, packed=self.packed)
+        policy.eval()
+        return outputs
+
+    def _reference_log_probs(self, policy: Any, queries: _Queries, candidates: Candidates) -> Tensor | None:
         """[N, T] under the reference policy, or None without a KL."""
         if self.reference is None:
             return None
         with self.reference.as_reference(policy):
             # The projector is trained, so the prompts are embedded anew under the reference.
-            outputs = answer_pass(policy, embed_prompts(policy, prompt_ids, features), candidates, packed=self.packed)
-            return self._log_probs(outputs, candidates)
+            prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
+            return self._log_probs(answer_pass(policy, prompts, candidates, packed=self.packed), candidates)
 
     def _log_probs(self, outputs: AnswerPass, candidates: Candidates) -> Tensor:
         return answer_log_probs(outputs.logits, candidates, temperature=self.flags.umed_temperature).log_probs
 
     def _reward(
-        self, candidates: Candidates, questions: list[str], texts: list[str], columns: dict[str, list[Any]]
-    ) -> Tensor:
-        """[Q, K] rewards; each term is logged separately."""
+        self,
+        candidates: Candidates,
+        questions: list[str],
+        texts: list[str],
+        columns: dict[str, list[Any]],
+        sizes: Sequence[int],
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which answers are learnt from, as in `Samples`, and [Q, K] rewards; each term is logged separately."""
         terms = run_rewards(self.rewards, questions, texts, **columns)
         self.metrics.add(collect_metrics(self.rewards))
+        has_ended = ended(candidates, self.tokenizer.eos_token_id)
+        counted = self.cut_off.counted(has_ended)
         rewards = combine_rewards(
-            terms,
+            {name: _left_out(column, counted) for name, column in terms.items()},
             self.flags.umed_num_candidates,
             weights=self.reward_weights,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
             **normalisation_of(self.rewards, columns),
         )
-        self.metrics.add_rewards(terms, rewards, candidates, self.tokenizer.eos_token_id)
-        self.metrics.add_guards(texts, columns)
-        self.metrics.log_candidates(texts, terms, rewards, columns["record"][0])
-        return rewards
+        rewards = self.cut_off.rewards(rewards, has_ended.to(rewards.device))
+        self.metrics.add_rewards(terms, rewards, candidates, has_ended)
+        self.metrics.add_guards(texts, columns, terms)
+        self.metrics.log_candidates(texts, terms, rewards, columns["record"], sizes)
+        return counted, rewards
 
     def geometry(self, record: Record) -> ImageGeometry:
         """Where a record's image lies in the square that the vision tower sees."""
         return record_geometry(record, self.image_size, self.patch_size)
+
+
+def _left_out(column: Sequence[float | None], counted: Tensor | None) -> Sequence[float | None]:
+    """A reward's N values, None for answers that are not learnt from: `combine_rewards` leaves them out of its statistics."""
+    if counted is None:
+        return column
+    return [value if count else None for value, count in zip(column, counted.tolist())]

@@ -2,7 +2,8 @@
 
 PPO (arXiv 1707.06347) has all of these terms. Its KL is part of the token rewards (see `umed_plugin.training.advantages`).
 GRPO (arXiv 2402.03300) has no value network, and its KL is a term of the loss. PPO averages over tokens, as TRL 0.9 and
-LLaVA-RLHF do. GRPO averages over the tokens of an answer, then over answers.
+LLaVA-RLHF do. GRPO averages over the tokens of an answer, then over answers. Both averages run over all micro-batches and
+processes of an optimizer step. TRL 0.9 averages within a micro-batch: a token then weighs more in a short one.
 
 Departures from the paper: a sampled reward has no gradient of its own, so ``c1`` acts through the advantage. GRPO is not in the
 paper.
@@ -12,12 +13,11 @@ Shapes: N answers, T tokens; masks are 1 on tokens and 0 on padding behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from umed_plugin.training.advantages import masked_mean
 
 LossTerms = dict[str, Tensor]
 
@@ -101,43 +101,75 @@ def kl_to_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
+def loss_weights(mask: Tensor, *, by_answer: bool) -> Tensor:
+    """[N, T] what each token weighs in the loss, before `grpo_objective` or `ppo_objective` divides it by the ``step_weight``.
+
+    Args:
+        mask: [N, T] 1 at tokens that are learnt from.
+        by_answer: every answer weighs 1, shared equally by its tokens (grpo). Otherwise every token weighs 1 (ppo).
+
+    Example:
+        >>> loss_weights(torch.tensor([[1, 1, 0], [1, 0, 0]]), by_answer=True).tolist()
+        [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    """
+    weights = mask.to(torch.float32)
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1) if by_answer else weights
+
+
+def _mean_by(mask: Tensor, step_weight: float | None, by_answer: bool) -> Callable[[Tensor], Tensor]:
+    """A function that takes the weighted sum of [N, T] values: over a whole optimizer step, its mean is the weighted mean."""
+    weights = loss_weights(mask, by_answer=by_answer)
+    total = weights.sum().clamp(min=1) if step_weight is None else max(step_weight, 1e-6)
+    return lambda values: (values * (weights / total)).sum()
+
+
 def mean_over_answers(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of each answer, then over the answers: a scalar. Every answer has the same weight."""
-    return ((values * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    """Mean over the tokens of each answer, then over the answers that have any: a scalar. Every answer has the same weight."""
+    return _mean_by(mask, None, by_answer=True)(values)
 
 
 def grpo_objective(
-    policy: PolicyTensors, advantages: Tensor, mask: Tensor, settings: ObjectiveSettings, kl_coef: float
+    policy: PolicyTensors,
+    advantages: Tensor,
+    mask: Tensor,
+    settings: ObjectiveSettings,
+    kl_coef: float,
+    step_weight: float | None = None,
 ) -> tuple[Tensor, LossTerms]:
     """GRPO's loss to minimise, ``L_policy - c3 entropy + kl_coef KL``, and its terms for the log.
 
     Args:
         policy: log-probabilities and entropy.
         advantages: [N, T], an answer's advantage at each of its tokens.
-        mask: [N, T].
+        mask: [N, T] 1 at tokens that are learnt from.
         settings: coefficients.
         kl_coef: weight of the KL term.
+        step_weight: number of answers that are learnt from in an average micro-batch of this optimizer step, over all ranks. The
+            mean loss of all micro-batches and ranks is then the mean over all answers of the step. None: this batch alone.
 
     Returns:
         A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl`` (k3).
     """
-    mask = mask.to(policy.log_probs.dtype)
-    policy_loss = mean_over_answers(
-        clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range), mask
-    )
-    entropy = mean_over_answers(policy.entropy, mask)
+    mean = _mean_by(mask, step_weight, by_answer=True)
+    policy_loss = mean(clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range))
+    entropy = mean(policy.entropy)
     loss = policy_loss - settings.entropy_coef * entropy
     outside = ((policy.log_probs - policy.old_log_probs).exp() - 1).abs() > settings.clip_range
-    clip_fraction = mean_over_answers(outside.to(mask.dtype), mask)
+    clip_fraction = mean(outside.float())
     terms = {"policy_loss": policy_loss, "entropy": entropy, "clip_fraction": clip_fraction}
     if policy.reference_log_probs is not None:
-        terms["kl"] = mean_over_answers(kl_to_reference(policy.log_probs, policy.reference_log_probs), mask)
+        terms["kl"] = mean(kl_to_reference(policy.log_probs, policy.reference_log_probs))
         loss = loss + kl_coef * terms["kl"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def ppo_objective(
-    policy: PolicyTensors, value: ValueTensors, advantages: Tensor, mask: Tensor, settings: ObjectiveSettings
+    policy: PolicyTensors,
+    value: ValueTensors,
+    advantages: Tensor,
+    mask: Tensor,
+    settings: ObjectiveSettings,
+    step_weight: float | None = None,
 ) -> tuple[Tensor, LossTerms]:
     """PPO's loss to minimise, ``L_policy + c2 L_value - c3 entropy``, and its terms for the log.
 
@@ -145,25 +177,27 @@ def ppo_objective(
         policy: log-probabilities and entropy. The reference is for the log only: PPO's KL is in the advantages.
         value: values and returns.
         advantages: [N, T], whitened.
-        mask: [N, T].
+        mask: [N, T] 1 at tokens that are learnt from.
         settings: coefficients.
+        step_weight: as in `grpo_objective`, in tokens.
 
     Returns:
         A scalar loss, and detached scalars ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction`` (tokens where the
         clipped loss is the larger one), ``value_clip_fraction`` and, with a reference, ``kl`` (k3).
     """
+    mean = _mean_by(mask, step_weight, by_answer=False)
     unclipped = -(policy.log_probs - policy.old_log_probs).exp() * advantages
     policy_losses = clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range)
     value_losses = clipped_value_loss(value, settings.value_clip_range)
     unclipped_value = (value.values - value.returns).square() / 2
     terms = {
-        "policy_loss": masked_mean(policy_losses, mask),
-        "value_loss": masked_mean(value_losses, mask),
-        "entropy": masked_mean(policy.entropy, mask),
-        "clip_fraction": masked_mean((policy_losses > unclipped).float(), mask),
-        "value_clip_fraction": masked_mean((value_losses > unclipped_value).float(), mask),
+        "policy_loss": mean(policy_losses),
+        "value_loss": mean(value_losses),
+        "entropy": mean(policy.entropy),
+        "clip_fraction": mean((policy_losses > unclipped).float()),
+        "value_clip_fraction": mean((value_losses > unclipped_value).float()),
     }
     loss = terms["policy_loss"] + settings.value_coef * terms["value_loss"] - settings.entropy_coef * terms["entropy"]
     if policy.reference_log_probs is not None:
-        terms["kl"] = masked_mean(kl_to_reference(policy.log_probs, policy.reference_log_probs), mask)
+        terms["kl"] = mean(kl_to_reference(policy.log_probs, policy.reference_log_probs))
     return loss, {name: term.detach() for name, term in terms.items()}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
 
 class EpochSampler(Sampler):
@@ -38,18 +40,39 @@ class EpochSampler(Sampler):
 
     def order(self, epoch: int) -> list[int]:
         """The indices of an epoch, counted from 0."""
-        shuffle = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(self.size, generator=shuffle).tolist()
+        order = self.reading_order(epoch)
         if self.rollout_size is None:
             return order
-        starts = range(0, self.size - self.rollout_size + 1, self.rollout_size)
-        rollouts = [order[start : start + self.rollout_size] for start in starts]
+        rollouts = [order[start : start + self.rollout_size] for start in range(0, len(order), self.rollout_size)]
         return [index for rollout in rollouts for _ in range(self.rollout_epochs) for index in rollout]
 
-    def rollout(self, number: int) -> list[int]:
-        """The indices of a rollout, counted from 0 over all epochs."""
+    def reading_order(self, epoch: int) -> list[int]:
+        """The indices of an epoch, each record once: a rollout is read once for all epochs over it."""
+        shuffle = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(self.size, generator=shuffle).tolist()
+        return order if self.rollout_size is None else order[: self.size // self.rollout_size * self.rollout_size]
+
+    def rollout(self, number: int) -> tuple[int, int]:
+        """Epoch, and number within it, of a rollout; all are counted from 0."""
         if self.rollout_size is None:
             raise ValueError("this order has no rollouts")
-        epoch, rollout_in_epoch = divmod(number, self.size // self.rollout_size)
-        start = rollout_in_epoch * self.rollout_size * self.rollout_epochs
-        return self.order(epoch)[start : start + self.rollout_size]
+        return divmod(number, self.size // self.rollout_size)
+
+
+class ResumeEpoch(TrainerCallback):
+    """Lets a resumed run begin in the epoch that it was stopped in.
+
+    LLaVA's pins begin each earlier epoch anew and so count it. transformers 5 calls ``set_epoch``, which does not reach the
+    sampler of a run in several processes.
+
+    Args:
+        sampler: returns the run's sampler.
+    """
+
+    def __init__(self, sampler: Callable[[], EpochSampler]) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        """Count the epochs that the checkpoint has behind it."""
+        sampler = self._sampler()
+        sampler.epochs_begun = max(sampler.epochs_begun, int(state.epoch or 0))

@@ -5,13 +5,15 @@ gathers the same names, also a rank whose batches had nothing to measure; otherw
 rank could measure is left out.
 
 - ``reward/<term>``, ``reward/total``: means over the candidates; the terms before normalisation and weights.
-- ``groups_without_signal``: share of queries whose candidates all have the same reward, 0-1; GRPO learns nothing from them.
+- ``groups_without_signal``: share of queries whose candidates all have the same reward, 0-1; GRPO learns nothing from them. Not
+  logged for a single candidate per query.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
-from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, vision_relevance_metrics
+from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, unscored, vision_relevance_metrics
 from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
 
@@ -48,7 +50,7 @@ _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "e
 def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     """All metrics that a run with these flags and rewards may log, in the order in which they are gathered."""
     names = [f"reward/{name}" for name in rewards]
-    names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *VISION_RELEVANCE_METRICS]
+    names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names
@@ -78,49 +80,68 @@ class StepMetrics:
         terms: Mapping[str, Sequence[float | None]],
         rewards: Tensor,
         candidates: Candidates,
-        eos_token_id: int,
+        ended: Tensor,
     ) -> None:
-        """Add the metrics of a batch of candidates: reward terms by name, N values each, and rewards [Q, K]."""
+        """Add the metrics of a rollout: reward terms by name, N values each, rewards [Q, K], and which answers end, bool [N]."""
         for name, column in terms.items():
             known = [value for value in column if value is not None]
             if known:
                 self.add({f"reward/{name}": sum(known) / len(known)})
-        ended = (candidates.token_ids.eq(eos_token_id) & candidates.mask.bool()).any(dim=1)
+        if rewards.shape[1] > 1:  # a single answer has no group
+            self.add({"groups_without_signal": 1 - has_signal(rewards).float().mean().item()})
         self.add(
             {
                 "reward/total": rewards.mean().item(),
-                "groups_without_signal": 1 - has_signal(rewards).float().mean().item(),
                 "answer_tokens": candidates.mask.sum(dim=1).float().mean().item(),
                 "answers_cut_off": 1 - ended.float().mean().item(),
             }
         )
 
-    def add_guards(self, texts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> None:
-        """Show the candidates of each query to the guards; N texts, and columns as a reward gets them."""
+    def add_guards(
+        self,
+        texts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        terms: Mapping[str, Sequence[float | None]],
+    ) -> None:
+        """Show the candidates of each query to the guards; N texts, columns as a reward gets them, and N values of each term."""
         k = self._flags.umed_num_candidates
         records, geometries = columns["record"], columns["geometry"]
         scores = [score_answer(*answer) for answer in zip(texts, records, geometries)]
         for first in range(0, len(texts), k):
             group = slice(first, first + k)
             self._guards.add(texts[group], scores[group], records[group], geometries[group])
+            self._guards.add_terms({name: column[group] for name, column in terms.items()})
         if "vision_relevance" in self._flags.reward_names():
             covers = [geometry.patch_cover(true_boxes(record)).mean() for record, geometry in zip(records, geometries)]
             overlaps = [score.set_iou for score in scores]
             self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps))
 
     def log_candidates(
-        self, texts: Sequence[str], terms: Mapping[str, Sequence[float | None]], rewards: Tensor, record: Any
+        self,
+        texts: Sequence[str],
+        terms: Mapping[str, Sequence[float | None]],
+        rewards: Tensor,
+        records: Sequence[Any],
+        sizes: Sequence[int],
     ) -> None:
-        """Write the first query's candidates to the candidate log, every ``--umed_log_candidates`` steps."""
+        """Write the candidates of each batch's first query to the candidate log, every ``--umed_log_candidates`` steps.
+
+        Args:
+            texts: N answers; ``terms`` and ``records`` have N entries too.
+            rewards: [Q, K].
+            sizes: queries of each batch; their sum is Q.
+        """
         trainer, every, k = self._trainer, self._flags.umed_log_candidates, self._flags.umed_num_candidates
         step = trainer.state.global_step
         if not every or step % every or not trainer.is_world_process_zero():
             return
-        first_terms = {name: column[:k] for name, column in terms.items()}
-        callbacks = trainer.callback_handler.callbacks
-        image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
-        out = trainer.args.output_dir
-        log_candidates(step, record, texts[:k], rewards[0].tolist(), first_terms, out, callbacks, image)
+        callbacks, out = trainer.callback_handler.callbacks, trainer.args.output_dir
+        for first in itertools.accumulate([0, *sizes[:-1]]):
+            group = slice(first * k, (first + 1) * k)
+            record = records[group.start]
+            image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
+            shown = {name: column[group] for name, column in terms.items()}
+            log_candidates(step, record, texts[group], rewards[first].tolist(), shown, out, callbacks, image)
 
     def means(self) -> dict[str, float]:
         """Means since the last call over all ranks; then starts anew. All ranks must call."""

@@ -4,11 +4,14 @@ A training step takes a batch of queries. `umed_plugin.training.experience_maker
 computes advantages; `RewardingTrainer.compute_loss` returns the objective as the loss. LoRA, schedules, logging and checkpoints
 stay the trainer's. ``per_device_train_batch_size`` counts queries.
 
-A rollout of PPO feeds ``--umed_minibatches_per_rollout`` optimizer steps and is sampled whole before the first of them. There
-are ``--umed_updates_per_rollout`` epochs over it, each shuffled into new minibatches. (GRPO works the same if one of the two is
-above 1.) The data loader then only counts, which keeps the Trainer's steps, epochs and skipped batches right. The rollout is
-kept here, and it goes into a checkpoint that falls between its updates. PPO's advantages are whitened over the rollout of one
-rank, as in TRL.
+A rollout is sampled whole before the first batch that learns from it. In GRPO it holds the batches of one optimizer step (at an
+epoch's end: those that are left), and nothing of it is kept after the step. In PPO it feeds ``--umed_minibatches_per_rollout``
+optimizer steps, and there are ``--umed_updates_per_rollout`` epochs over it, each shuffled into new minibatches. (GRPO works the
+same if one of the two is above 1.) Such a rollout goes into a checkpoint that falls between its updates. PPO's advantages are
+whitened over the rollout of one rank, as in TRL.
+
+The Trainer's data loader only yields indices, which keeps its steps, epochs and skipped batches right. The images of a whole
+rollout are read by `umed_plugin.training.query_reader`.
 
 The value network's layer lies outside the model (see `umed_plugin.training.value_head`). `RewardingTrainer.training_step` does
 for its gradient what the Trainer and DDP do for the model's. ``--max_grad_norm`` bounds the norm of each separately; TRL takes
@@ -20,7 +23,7 @@ Run it with ``umed-run ... --umed_stage rewarding``. Departures from the paper a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,19 @@ from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, embed_prompts
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import make_rewards
-from umed_plugin.training.experience import Experience, minibatch_order
+from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
-from umed_plugin.training.objective import ObjectiveSettings, PolicyTensors, ValueTensors, grpo_objective, ppo_objective
+from umed_plugin.training.objective import (
+    ObjectiveSettings,
+    PolicyTensors,
+    ValueTensors,
+    grpo_objective,
+    loss_weights,
+    ppo_objective,
+)
+from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
 from umed_plugin.training.rewarding_state import load_kl_coef, rollout_file, save_state
-from umed_plugin.training.sampler import EpochSampler
+from umed_plugin.training.sampler import EpochSampler, ResumeEpoch
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
 from umed_plugin.training.validation import HeldOutValidation
@@ -53,10 +64,6 @@ def switch_off_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):  # not a module, but an argument of a function
             module.attention_dropout = 0.0
-
-
-def _as_indices(indices: list[int]) -> dict[str, Tensor]:
-    return {"indices": torch.tensor(indices)}
 
 
 class RewardingTrainer(LLaVATrainer):
@@ -91,6 +98,13 @@ class RewardingTrainer(LLaVATrainer):
         )
         self._experience: Experience | None = None
         self._batches_seen = 0
+        self._step_begun, self._batches_in_step = -1, 0
+        self._sampled_ahead: deque[tuple[list[int], Experience]] = deque()
+        self._step_weight: float | None = None
+        self._reader = QueryReader(
+            self.train_dataset, self.data_collator, self.args.dataloader_num_workers, self._batches_of_epoch
+        )
+        self.add_callback(ResumeEpoch(lambda: self._sampler))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 
@@ -100,8 +114,9 @@ class RewardingTrainer(LLaVATrainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         rollout = step * flags.umed_minibatches_per_rollout
-        if self.flags.rollout_is_one_batch():
-            return EpochSampler(len(self.train_dataset), seed)
+        if flags.rollout_is_any_step():
+            self._sampler = EpochSampler(len(self.train_dataset), seed)
+            return self._sampler
         if len(self.train_dataset) < rollout:
             raise UmedError(
                 f"{len(self.train_dataset)} records do not fill one rollout of {rollout} queries (batch size x processes x "
@@ -112,12 +127,28 @@ class RewardingTrainer(LLaVATrainer):
         return self._sampler
 
     def get_train_dataloader(self) -> Any:
-        """LLaVA's data loader. If a rollout is more than the current batch, batches only count, and no image is read for them."""
-        if self.flags.rollout_is_one_batch():
-            return super().get_train_dataloader()
-        indices = range(len(self.train_dataset))
-        size, sampler = self.args.train_batch_size, self._get_train_sampler()
-        return self.accelerator.prepare(DataLoader(indices, size, sampler=sampler, collate_fn=_as_indices))
+        """A data loader that only says which records come next; no image is read for its batches."""
+        indices, args = range(len(self.train_dataset)), self.args
+        sampler = self._get_train_sampler()
+        loader = DataLoader(
+            indices,
+            args.train_batch_size,
+            sampler=sampler,
+            collate_fn=as_indices,
+            drop_last=args.dataloader_drop_last,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _batches_of_epoch(self, epoch: int) -> list[list[int]]:
+        """All batches that this rank reads in an epoch over the data."""
+        args = self.args
+        return rank_batches(
+            self._sampler.reading_order(epoch),
+            args.train_batch_size,
+            args.world_size,
+            args.process_index,
+            args.dataloader_drop_last,
+        )
 
     @property
     def _batches_per_epoch(self) -> int:
@@ -141,6 +172,7 @@ class RewardingTrainer(LLaVATrainer):
     def train(self, *positional: Any, **keywords: Any) -> Any:
         """Train, and save the value network's layer beside what LLaVA saves at the end."""
         output = super().train(*positional, **keywords)
+        self._reader.close()
         if self.value_head is not None and self.args.should_save:
             self.value_head.save(Path(self.args.output_dir))
         return output
@@ -163,7 +195,7 @@ class RewardingTrainer(LLaVATrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **unused: Any) -> Tensor:
-        """The objective on a batch of queries; candidates are sampled first unless an earlier update has sampled them."""
+        """The objective on a batch of queries; their rollout is sampled first unless an earlier batch has sampled it."""
         # Sampling and scoring call parts of the model, which accelerate does not wrap. Without this, the policy that samples
         # would compute in another precision than the one that learns.
         args = self.args
@@ -173,7 +205,7 @@ class RewardingTrainer(LLaVATrainer):
             return self._objective(model, inputs)
 
     def _objective(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        experience = self._minibatch(model, inputs)
+        experience = self._minibatch(self.accelerator.unwrap_model(model), inputs["indices"].tolist())
         samples = experience.samples
 
         # The only pass with gradient: over the candidates, through projector and language model.
@@ -186,52 +218,82 @@ class RewardingTrainer(LLaVATrainer):
             entropy_gradient=self.settings.entropy_coef != 0,
         )
 
-        # With a single update per rollout, the policy is still the one that sampled: this pass gives the old log-probabilities.
-        old_log_probs = samples.log_probs
-        if old_log_probs is None:
-            old_log_probs = answers.log_probs.detach()
-            self.maker.adapt_kl(samples, old_log_probs)
+        # With a single update per rollout, the policy is still the one that sampled: this pass gives the old log-probabilities,
+        # and the ratio is exactly 1. Those of another pass would differ by rounding.
+        old_log_probs = answers.log_probs.detach() if self.flags.learnt_from_once() else samples.log_probs
+        assert old_log_probs is not None
+        if samples.log_probs is None:
+            self.maker.measure_kl(samples, old_log_probs)
+            if not self._sampled_ahead:
+                self.maker.adapt_kl()
         policy = PolicyTensors(answers.log_probs, old_log_probs, samples.reference_log_probs, answers.entropy)
 
+        mask, weight = samples.loss_mask, self._step_weight
         if self.value_head is None:
-            loss, terms = grpo_objective(policy, experience.advantages, samples.mask, self.settings, experience.kl_coef)
+            loss, terms = grpo_objective(policy, experience.advantages, mask, self.settings, experience.kl_coef, weight)
         else:
             assert samples.values is not None and experience.returns is not None
             value = ValueTensors(self.value_head(outputs.hidden), samples.values, experience.returns)
-            loss, terms = ppo_objective(policy, value, experience.advantages, samples.mask, self.settings)
+            loss, terms = ppo_objective(policy, value, experience.advantages, mask, self.settings, weight)
         # One transfer for all terms: each waits for the accelerator.
         self.metrics.add(dict(zip(terms, torch.stack(list(terms.values())).tolist())))
         return loss
 
-    def _minibatch(self, model: Any, inputs: dict[str, Any]) -> Experience:
+    def _minibatch(self, policy: Any, indices: list[int]) -> Experience:
         """What this batch learns from. The first batch of a rollout samples all of it."""
-        seen, policy = self._batches_seen, self.accelerator.unwrap_model(model)
+        seen = self._batches_seen
         self._batches_seen += 1
-        if self.flags.rollout_is_one_batch():
-            return self.maker.make(policy, [inputs])
+        if self.flags.rollout_is_any_step():
+            return self._batch_of_step(policy, indices)
+        return self._batch_of_rollout(policy, seen)
+
+    def _batch_of_step(self, policy: Any, indices: list[int]) -> Experience:
+        """The batch with these indices. The first one of an optimizer step samples all that the step will take."""
+        if self._step_begun != self.state.global_step:
+            self._step_begun, self._batches_in_step = self.state.global_step, 0
+            self._sampled_ahead.clear()
+        if not self._sampled_ahead or self._sampled_ahead[0][0] != indices:
+            left_in_step = self.args.gradient_accumulation_steps - self._batches_in_step
+            self._sampled_ahead = self._sample_ahead(policy, indices, left_in_step)
+        self._batches_in_step += 1
+        return self._sampled_ahead.popleft()[1]
+
+    def _sample_ahead(self, policy: Any, indices: list[int], count: int) -> deque[tuple[list[int], Experience]]:
+        """Sample the batch with these indices and those that follow in this epoch, ``count`` at most."""
+        epoch = self._sampler.epochs_begun - 1
+        first = self._reader.position(epoch, indices)
+        batches = [self._prepare_inputs(batch) for batch in self._reader.read(epoch, first, count)]
+        whole = self.maker.make(policy, batches)
+        self._weigh_step(whole.samples, len(batches))
+        coming: deque[tuple[list[int], Experience]] = deque()
+        start = 0
+        for batch, name in zip(batches, self._reader.plan(epoch)[first:]):
+            size = len(batch["records"])
+            coming.append((name, whole.minibatch(range(start, start + size))))
+            start += size
+        return coming
+
+    def _batch_of_rollout(self, policy: Any, seen: int) -> Experience:
+        """Batch number ``seen`` of this run, where a rollout feeds a fixed number of batches."""
         rollout, batch_in_rollout = divmod(seen, self._batches_per_rollout)
         if self._experience is None or batch_in_rollout == 0:
-            self._experience = self.maker.make(policy, self._batches_of_rollout(rollout))
+            data_epoch, number = self._sampler.rollout(rollout)
+            batches = self._reader.read(data_epoch, number * self._batches_per_epoch, self._batches_per_epoch)
+            self._experience = self.maker.make(policy, [self._prepare_inputs(batch) for batch in batches])
         # Which queries come next follows from counters and seed alone: a resumed run takes the same ones.
-        size = self.args.train_batch_size
+        size, accumulation = self.args.train_batch_size, self.args.gradient_accumulation_steps
         epoch, batch = divmod(batch_in_rollout, self._batches_per_epoch)
         seed = (self.args.seed, rollout, epoch, self.args.process_index)
         order = minibatch_order(self._batches_per_epoch * size, self.flags.umed_minibatches_per_rollout, seed)
+        if batch % accumulation == 0:
+            step = self._experience.minibatch(order[batch * size : (batch + accumulation) * size])
+            self._weigh_step(step.samples, accumulation)
         return self._experience.minibatch(order[batch * size : (batch + 1) * size])
 
-    def _batches_of_rollout(self, rollout: int) -> Iterator[dict[str, Any]]:
-        """This rank's queries of a rollout, batch by batch."""
-        args, indices = self.args, self._sampler.rollout(rollout)
-        batches = range(self._batches_per_epoch)
-        starts = [(batch * args.world_size + args.process_index) * args.train_batch_size for batch in batches]
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=[indices[start : start + args.train_batch_size] for start in starts],
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            generator=torch.Generator(),  # without one, it would draw from the state that answers are sampled with
-        )
-        return map(self._prepare_inputs, loader)
+    def _weigh_step(self, samples: Samples, batches: int) -> None:
+        """Set what an average micro-batch of the optimizer step weighs, over all ranks, from this rank's samples of the step."""
+        own = loss_weights(samples.loss_mask, by_answer=self.value_head is None).sum().item()
+        self._step_weight = self.metrics.mean_over_ranks(own) / batches
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what else a resumed run needs; every rank calls this at each checkpoint, for its random state."""
