@@ -110,7 +110,7 @@ def train_and_measure(flags: list[str], clock: Clock) -> list[dict[str, dict[str
 
 def measure(trainer: Any, clock: Clock) -> list[dict[str, dict[str, float]]]:
     """Compute each batch of an epoch both ways: seconds of data, tower and the rest of the step."""
-    order = list(trainer.get_train_dataloader().sampler)
+    order = list(trainer._get_train_sampler())
     size = trainer.args.per_device_train_batch_size
     batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
     cache, steps = trainer.train_dataset.feature_cache, []
@@ -132,26 +132,28 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     import torch
 
     seconds = {}
-    stock = trainer.maker._encode
+    encode, read = trainer.maker._encode, trainer._reader.read
 
-    def timed(*positional: Any) -> Any:
-        began = clock()
-        features = stock(*positional)
-        seconds["tower"] = clock() - began
-        return features
+    def timed(part: str, stock: Any) -> Any:
+        def call(*positional: Any) -> Any:
+            began = clock()
+            result = stock(*positional)
+            seconds[part] = clock() - began
+            return result
+
+        return call
 
     torch.manual_seed(0)
-    trainer.train_dataset.feature_cache, trainer.maker._encode = cache, timed
+    trainer.train_dataset.feature_cache = cache
+    trainer.maker._encode, trainer._reader.read = timed("tower", encode), timed("data", read)
     began = clock()
-    batch = trainer.data_collator([trainer.train_dataset[index] for index in indices])
-    seconds["data"] = clock() - began
-    loss = trainer.training_step(trainer.model, batch)
+    loss = trainer.training_step(trainer.model, {"indices": torch.tensor(indices)})
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.optimizer.step()
     trainer.model.zero_grad()
     seconds["rest"] = clock() - began - seconds["data"] - seconds["tower"]
-    trainer.maker._encode = stock
+    trainer.maker._encode, trainer._reader.read = encode, read
     return {**seconds, "loss": loss.item()}
 
 

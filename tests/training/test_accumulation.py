@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from support.records import grounded_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
+from umed_plugin.errors import UmedError
 from umed_plugin.training.query_reader import QueryReader, rank_batches
 from umed_plugin.training.sampler import EpochSampler
 
@@ -47,7 +47,7 @@ class Pays:
             drawn, state["drawn"] = state["drawn"], state["drawn"] + 1
             if drawn == 0:
                 ranks = torch.arange(len(logits)) % state["k"]
-                return logits.topk(state["k"]).indices.gather(1, ranks[:, None])[:, 0]
+                return logits[:, 3:].topk(state["k"]).indices.gather(1, ranks[:, None])[:, 0] + 3
             tokens = logits[:, 3:].argmax(-1) + 3
             return torch.where(state["odd"], state["eos"], tokens) if drawn == 1 else tokens
 
@@ -172,7 +172,7 @@ def test_the_reader_reads_each_batch_once_ahead_and_from_anywhere():
     assert reader.read(1, 3, 1) == [[16, 17]]
     assert read == [*range(10), 16, 17]
     assert reader.position(1, [18, 19]) == 4 and reader.position(1, [10, 11]) == 0
-    with pytest.raises(ValueError):
+    with pytest.raises(UmedError, match="not a batch of epoch 0"):
         reader.position(0, [10, 11])
 
 
@@ -180,9 +180,12 @@ def test_the_reader_reads_each_batch_once_ahead_and_from_anywhere():
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_rank_reads_what_accelerate_deals_it(processes, drop_last):
     """As in the trainer: the batches of a data loader that accelerate has prepared."""
+    from accelerate import Accelerator
     from accelerate.data_loader import prepare_data_loader
 
-    def dealt(rank: int) -> Iterator[list[int]]:
+    Accelerator(cpu=True)  # its state is asked for the device
+
+    def dealt(rank: int) -> list[list[int]]:
         loader = torch.utils.data.DataLoader(range(11), 2, sampler=range(10, -1, -1), drop_last=drop_last)
         loader = prepare_data_loader(loader, num_processes=processes, process_index=rank, put_on_device=False)
         return list(loader.batch_sampler)

@@ -28,7 +28,7 @@ FLAGS = shlex.split(
     "--umed_stage rewarding --umed_algorithm ppo --umed_reward_norm none --umed_kl_coef 0"
     " --umed_num_candidates 16 --umed_updates_per_rollout 2 --umed_minibatches_per_rollout 2"
     " --umed_gae_lambda 1 --umed_value_clip_range 10 --lr_scheduler_type constant"
-    " --save_strategy no"
+    " --save_strategy no --umed_cut_off keep"
 )
 POLICY_MOVES = shlex.split(
     f"--umed_rewards toy:short --umed_max_new_tokens {LONGEST} --learning_rate 1e-3 --umed_value_learning_rate 3e-3"

@@ -16,6 +16,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from umed_plugin.errors import UmedError
+
 
 def as_indices(indices: list[int]) -> dict[str, Tensor]:
     """A batch that only says which records it has: a collate function for a data loader over ``range(n)``."""
@@ -72,11 +74,16 @@ class QueryReader:
         """Number of a batch in its epoch: the one that is read next if it fits, else the first with these indices.
 
         Raises:
-            ValueError: the epoch has no such batch.
+            UmedError: the epoch has no such batch, because accelerate was told to deal out batches in another way.
         """
         plan = self.plan(epoch)
         if self._at is not None and self._at[0] == epoch and plan[self._at[1] : self._at[1] + 1] == [indices]:
             return self._at[1]
+        if indices not in plan:
+            raise UmedError(
+                f"the data loader yields the records {indices}, which are not a batch of epoch {epoch}. Stage 2 does not support "
+                "split_batches, dispatch_batches or even_batches of accelerate: leave them at their defaults."
+            )
         return plan.index(indices)
 
     def read(self, epoch: int, start: int, count: int) -> list[Any]:

@@ -253,7 +253,8 @@ class RewardingTrainer(LLaVATrainer):
             self._step_begun, self._batches_in_step = self.state.global_step, 0
             self._sampled_ahead.clear()
         if not self._sampled_ahead or self._sampled_ahead[0][0] != indices:
-            left_in_step = self.args.gradient_accumulation_steps - self._batches_in_step
+            accumulation = self.args.gradient_accumulation_steps
+            left_in_step = accumulation - self._batches_in_step % accumulation
             self._sampled_ahead = self._sample_ahead(policy, indices, left_in_step)
         self._batches_in_step += 1
         return self._sampled_ahead.popleft()[1]
