@@ -426,6 +426,7 @@ class UmedFlags:
         "size x accumulation steps). Lower it if sampling runs out of memory.",
         stage=REWARDING,
         least=1,
+        on_resume=SAID,
     )
     umed_cut_off: str = _flag(
         "penalise",
