@@ -206,6 +206,41 @@ def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sa
     assert "is a rollout of 4 queries with 4 candidates each, but this run has 2 with 4" in run.stderr
 
 
+# Writes down which queries of its rollout each batch learns from.
+TAKEN = """
+import os
+from umed_plugin.training.experience import Experience
+made = Experience.minibatch
+
+def minibatch(self, queries):
+    with open(os.environ["TAKEN"], "a") as file:
+        print(*queries, file=file)
+    return made(self, queries)
+
+Experience.minibatch = minibatch
+
+def taken(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_each_epoch_over_a_rollout_learns_from_every_query_once(algorithm, tiny_llama, tmp_path, monkeypatch):
+    records = grounded_records(tmp_path / "data")
+    (records.parent / "taken.py").write_text(TAKEN)
+    monkeypatch.setenv("TAKEN", str(tmp_path / "taken"))
+    flags = shlex.split(
+        f"--umed_algorithm {algorithm} --umed_rewards taken:taken --umed_reward_weights 1 --umed_kl_coef 0 --max_steps 6"
+        " --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --umed_minibatches_per_rollout 3"
+        " --umed_updates_per_rollout 2 --save_strategy no"
+    )
+    run = reward(tiny_llama, records, tmp_path / "out", *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+    taken = [int(line) for line in (tmp_path / "taken").read_text().splitlines()]
+    assert sorted(taken[:6]) == sorted(taken[6:]) == list(range(6))
+    assert taken[:6] != taken[6:], "each epoch is shuffled anew"
+
+
 def test_a_model_that_cannot_pack_is_trained_apart_and_the_run_says_so_once(tiny_llama, tmp_path):
     records = grounded_records(tmp_path / "data")
     checkpoint = with_config(tiny_llama, tmp_path / "checkpoint", rope_scaling={"type": "dynamic", "factor": 2.0})

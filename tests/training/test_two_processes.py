@@ -7,6 +7,7 @@ import shlex
 from importlib.metadata import version
 
 import pytest
+import torch
 from support.records import grounded_records, write_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run
 
@@ -73,3 +74,36 @@ def test_a_search_for_unused_weights_is_refused_where_ddp_would_fail(tiny_mistra
     reentrant = version("transformers").startswith("4.")
     assert (run.returncode != 0) == reentrant, run.stderr[-3000:]
     assert ("--ddp_find_unused_parameters True does not work" in run.stderr) == reentrant
+
+
+# Rewards of rank 1 lie ten times as far apart. Each rank writes down its rewards and the spread that divides them.
+FAR = """
+import json, os
+import umed_plugin.training.experience_maker as maker
+RANK, made = int(os.environ["RANK"]), maker.grpo_experience
+
+def experience(samples, kl_coef, reward_coef, spread, *rest):
+    with open(os.environ["SEEN"] + str(RANK), "a") as file:
+        file.write(json.dumps([samples.rewards.tolist(), spread.item()]) + "\\n")
+    return made(samples, kl_coef, reward_coef, spread, *rest)
+
+maker.grpo_experience = experience
+
+def far(prompts, completions, **columns):
+    return [float(number % 3) * 10 ** RANK for number in range(len(completions))]
+"""
+
+
+def test_a_spread_of_the_batch_is_that_of_all_ranks(tiny_mistral, tmp_path, monkeypatch):
+    records = grounded_records(tmp_path / "data")
+    (tmp_path / "data" / "far.py").write_text(FAR)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    flags = shlex.split("--umed_rewards far:far --umed_reward_norm none --umed_advantage_scale batch --max_steps 1")
+    command = [*TWO_PROCESSES, *train_flags(tiny_mistral, records, tmp_path / "out", *CHECKPOINTED, *REWARDING, *flags)]
+    run = umed_run(command, pythonpath=tmp_path / "data")
+    assert run.returncode == 0, run.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"seen{rank}").read_text()) for rank in "01"]
+    rewards = torch.tensor([group for rank_rewards, _ in ranks for group in rank_rewards])
+    spread = (rewards - rewards.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
+    assert [found for _, found in ranks] == pytest.approx([spread] * 2)
+    assert spread == pytest.approx((101 / 3) ** 0.5)
