@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from support.drawn import BOX, bright_box, scene, write_dicom, write_dicom_as, write_nifti, write_png, write_png16
 from support.series import SLICES, write_series, write_volume
 
+from umed_plugin.commands.serve import archives
 from umed_plugin.commands.serve.studies import Study, View
 from umed_plugin.commands.serve.uploads import Uploads, ending_of, shown_name
 from umed_plugin.data.images import load_image
@@ -253,6 +255,75 @@ def test_zips_that_cannot_be_unpacked(content: bytes, said: str, folder: Path) -
     with pytest.raises(UmedError, match=f"a.zip: cannot be unpacked: it is {said}"):
         uploaded(folder, ("a.zip", content))
     assert list(folder.iterdir()) == []
+
+
+METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
+
+
+def packed_by(method: int, content: bytes) -> bytes:
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w", method) as archive:
+        archive.writestr("a.png", content)
+    return held.getvalue()
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_zip_bomb_is_inflated_in_pieces(method: int, folder: Path) -> None:
+    bomb = packed_by(method, b"\x89PNG\r\n\x1a\n" + bytes(60_000_000))
+    tracemalloc.start()
+    with pytest.raises(UmedError, match="larger than 20 MB, unpacked"):
+        uploaded(folder, ("a.zip", bomb), most_bytes=20_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12_000_000 and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_a_damaged_entry_is_one_sentence(method: int, folder: Path, tmp_path: Path) -> None:
+    picture = write_png(tmp_path / "a.png", scene()).read_bytes()
+    whole = packed_by(method, picture)
+    assert (folder / uploaded(folder, ("a.zip", whole)).files[0].path.name).read_bytes() == picture
+    for place in range(40, len(whole) - 80, 7):
+        damaged, made = bytearray(whole), folder.with_name(f"damaged-{place}")
+        made.mkdir()
+        damaged[place] ^= 0x55
+        try:
+            uploads = uploaded(made, ("a.zip", bytes(damaged)))
+        except UmedError as error:
+            assert str(error).startswith("a.zip: cannot be unpacked: it") and "\n" not in str(error)
+        else:
+            # The damage is in bytes without a meaning, such as the size of LZMA's dictionary.
+            assert [file.path.read_bytes() for file in uploads.files] in ([picture], [])
+
+
+def test_a_compression_that_cannot_be_read_is_named(folder: Path) -> None:
+    content = bytearray(packed_by(zipfile.ZIP_DEFLATED, b"\x89PNG\r\n\x1a\n"))
+    for mark, place in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        content[content.index(mark) + place] = 9  # Deflate64, of Windows
+    with pytest.raises(UmedError, match=r"a.zip: cannot be unpacked: its compression \(method 9\) is not supported"):
+        uploaded(folder, ("a.zip", bytes(content)))
+
+
+def test_a_zip_of_too_many_entries_is_refused_before_they_are_listed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = zipped(*((f"{number}/", b"") for number in range(300)))
+    uploaded(folder, ("a.zip", folders))
+    monkeypatch.setattr(archives, "MOST_ENTRIES", 299)
+    with pytest.raises(UmedError, match="a.zip: it has 300 entries. Allowed: 299"):
+        uploaded(folder, ("a.zip", folders))
+    monkeypatch.setattr(archives, "_MOST_LIST_BYTES", 10_000)
+    with pytest.raises(UmedError, match="a.zip: it has too many entries"):
+        uploaded(folder, ("a.zip", folders))
+
+
+def test_what_is_no_image_is_not_unpacked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many entries may share the same bytes of an archive: 10 MB unpack to terabytes."""
+    seen: list[int] = []
+    crc32 = archives.zlib.crc32
+    monkeypatch.setattr(archives.zlib, "crc32", lambda piece, value: seen.append(len(piece)) or crc32(piece, value))
+    uploads = uploaded(folder, ("a.zip", packed_by(zipfile.ZIP_DEFLATED, bytes(30_000_000))), most_bytes=10**6)
+    assert uploads.left_out == [("a.png", "not an image")] and sum(seen) < 10**6
 
 
 def test_a_connection_that_is_cut_leaves_nothing(folder: Path) -> None:

@@ -195,4 +195,4 @@ def test_the_progress_bar_tells_images_and_cost(tmp_path: Path) -> None:
     build_templates(tmp_path)
     with judge_server(good) as server:
         printed = finish(start(tmp_path, server, "--prices", "100,1000"), 0)
-    assert re.search(r"4/4 \$0\.16, 0 revised, 0 set aside", printed), printed
+    assert re.search(r"image 4 of 4 \(100 %\), \$0\.16, 0 revised, 0 set aside", printed), printed

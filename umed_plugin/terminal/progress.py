@@ -195,8 +195,10 @@ class _Lines:
 
     def end(self) -> None:
         with self._lock:
-            if self._title is not None and time.monotonic() - self._began >= _SHORT:
-                self._say(f"done in {duration(time.monotonic() - self._began)}")
+            seconds = time.monotonic() - self._began
+            if self._title is not None and (seconds >= _SHORT or self._status):
+                made = f": {_count(self._done, self._total, self._unit)}, {self._status}" if self._status else ""
+                self._say(f"done in {duration(seconds)}{made}")
             self._title = None
 
     def _tell_now_and_then(self) -> None:

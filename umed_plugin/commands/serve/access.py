@@ -1,5 +1,7 @@
 """Which requests are allowed: only those of the server's own page. This protects against CSRF and DNS rebinding.
 
+And whose they are: each browser gets a random cookie with the page, and sees the studies alone that it has uploaded itself.
+
 Any website can make the browser send requests to programs on its user's machine. Two checks stop this:
 
 - ``Origin``: requests from a foreign page's scripts carry that page's origin, not ours.
@@ -10,6 +12,9 @@ Any website can make the browser send requests to programs on its user's machine
 from __future__ import annotations
 
 import ipaddress
+import re
+import secrets
+from http.cookies import CookieError, SimpleCookie
 from typing import Optional
 from urllib.parse import urlsplit
 
@@ -58,3 +63,30 @@ def _is_ours(name: str, own_name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_COOKIE = "umed-serve"
+_TOKEN = re.compile(r"[\w-]{22,64}", re.ASCII)
+
+
+def person(cookie_header: Optional[str], address: str) -> str:
+    """Whose request it is: the token in the browser's cookie, or the address of a client without one."""
+    return _token(cookie_header) or f"address {address}"
+
+
+def new_cookie(cookie_header: Optional[str]) -> Optional[str]:
+    """The ``Set-Cookie`` header for a browser without a token; None if it has one.
+
+    Scripts cannot read the cookie, other sites cannot send it, and it ends with the browser's session.
+    """
+    if _token(cookie_header):
+        return None
+    return f"{_COOKIE}={secrets.token_urlsafe(16)}; Path=/; HttpOnly; SameSite=Strict"
+
+
+def _token(cookie_header: Optional[str]) -> Optional[str]:
+    try:
+        morsel = SimpleCookie(cookie_header or "").get(_COOKIE)
+    except CookieError:
+        return None
+    return morsel.value if morsel is not None and _TOKEN.fullmatch(morsel.value) else None

@@ -16,9 +16,11 @@ Errors are ``{"error": TEXT}``. Requests are not logged: file names and URLs wou
 
 from __future__ import annotations
 
+import errno
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -28,16 +30,17 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import Field, ValidationError
 
-from umed_plugin.commands.serve.access import refusal
+from umed_plugin.commands.serve.access import new_cookie, person, refusal
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.line import Line
-from umed_plugin.commands.serve.shelf import Case, Shelf
+from umed_plugin.commands.serve.shelf import Case, Full, Shelf
 from umed_plugin.commands.serve.studies import View
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import StrictModel
 
 SHOWN_SIDE = 1280  # longer side of a picture in the browser, in pixels
 _MOST_JSON = 1 << 18
+_GONE = "These images are no longer on the server. Choose them again."
 _SILENCE = 60  # seconds without data after which a connection is closed
 _FILES = {
     "/": ("page.html", "text/html"),
@@ -136,35 +139,54 @@ class Handler(BaseHTTPRequestHandler):
     def _get(self, path: str, parts: list[str], query: dict[str, str]) -> None:
         if path in _FILES:
             name, kind = _FILES[path]
-            return self._reply(HTTPStatus.OK, _page_file(name, self.server.about), f"{kind}; charset=utf-8")
+            cookie = new_cookie(self.headers.get("Cookie")) if path == "/" else None
+            return self._reply(HTTPStatus.OK, _page_file(name, self.server.about), f"{kind}; charset=utf-8", cookie)
         if path == "/favicon.ico":
             return self._reply(HTTPStatus.NO_CONTENT, b"", "")
-        case = self._case(parts)
         if parts[2:] != ["picture"]:
             raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
-        picture = case.opened().picture(_view(query))
+        with self._case(parts) as case:
+            picture = case.opened().picture(_view(query))
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         jpeg = io.BytesIO()
         picture.save(jpeg, format="JPEG", quality=92, subsampling=0)
         return self._reply(HTTPStatus.OK, jpeg.getvalue(), "image/jpeg")
 
     def _put(self, path: str, parts: list[str], query: dict[str, str]) -> None:
-        case = self._case(parts)
         if parts[2:] != ["files"]:
             raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
         length = self._length()
-        with case.busy:
+        with self._case(parts) as case, case.busy:
             if case.study is not None:
                 raise _Refused(HTTPStatus.CONFLICT, "This upload is already complete. Start a new one.")
-            case.uploads.take(self.rfile, length, query.get("name", "file"))
+            self._store(case, length, query.get("name", "file"))
             self._unread = 0
-        self._json({"files": len(case.uploads.files)})
+            held = len(case.uploads.files)
+        self._json({"files": held})
+
+    def _store(self, case: Case, length: int, name: str) -> None:
+        try:
+            case.uploads.take(self.rfile, length, name)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _Refused(
+                    HTTPStatus.INSUFFICIENT_STORAGE, "The server's disk is full. Send fewer images."
+                ) from error
+            if isinstance(error, FileNotFoundError):  # the page has given the upload up meanwhile
+                raise _Refused(HTTPStatus.NOT_FOUND, _GONE) from error
+            raise
 
     def _post(self, path: str, parts: list[str], query: dict[str, str]) -> None:
         if parts == ["studies"]:
             self._body()
-            return self._json({"study": self.server.shelf.begin().name})
-        case = self._case(parts)
+            try:
+                return self._json({"study": self.server.shelf.begin(self._person()).name})
+            except Full as full:
+                raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(full)) from full
+        with self._case(parts) as case:
+            return self._post_to(case, parts)
+
+    def _post_to(self, case: Case, parts: list[str]) -> None:
         body = self._body()
         if parts[2:] == ["open"]:
             return self._json(case.opened().described())
@@ -217,11 +239,16 @@ class Handler(BaseHTTPRequestHandler):
 
     # Parts of a request.
 
-    def _case(self, parts: list[str]) -> Case:
-        case = self.server.shelf.find(parts[1]) if parts[0] == "studies" and len(parts) > 2 else None
-        if case is None:
-            raise _Refused(HTTPStatus.NOT_FOUND, "These images are no longer on the server. Choose them again.")
-        return case
+    def _person(self) -> str:
+        return person(self.headers.get("Cookie"), str(self.client_address[0]))
+
+    @contextmanager
+    def _case(self, parts: list[str]) -> Iterator[Case]:
+        name = parts[1] if parts[0] == "studies" and len(parts) > 2 else ""
+        with self.server.shelf.using(name, self._person()) as case:
+            if case is None:
+                raise _Refused(HTTPStatus.NOT_FOUND, _GONE)
+            yield case
 
     def _length(self) -> int:
         if self._unread is None:
@@ -246,11 +273,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self._replied:
             self._reply(status, json.dumps({"error": text}).encode(), "application/json")
 
-    def _reply(self, status: HTTPStatus, content: bytes, kind: str) -> None:
-        self._begin(status, kind, len(content))
+    def _reply(self, status: HTTPStatus, content: bytes, kind: str, cookie: Optional[str] = None) -> None:
+        self._begin(status, kind, len(content), cookie)
         self.wfile.write(content)
 
-    def _begin(self, status: HTTPStatus, kind: str, length: Optional[int]) -> None:
+    def _begin(self, status: HTTPStatus, kind: str, length: Optional[int], cookie: Optional[str] = None) -> None:
         """Send status and headers. Without a length, or with an unread request body, the connection closes after the response."""
         self._replied = True
         self.send_response(status)
@@ -258,6 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if kind:
             self.send_header("Content-Type", kind)
+        if cookie:
+            self.send_header("Set-Cookie", cookie)
         if length is not None:
             self.send_header("Content-Length", str(length))
         if length is None or (self._unread or 0) > 0:

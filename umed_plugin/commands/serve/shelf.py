@@ -1,4 +1,4 @@
-"""The studies of all open pages, each under an unguessable name. The oldest are evicted; all are removed at shutdown."""
+"""The studies of all open pages, each under an unguessable name and with an owner; all are removed at shutdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -15,7 +18,11 @@ from umed_plugin.commands.serve.studies import Study, View
 from umed_plugin.commands.serve.uploads import Uploads
 from umed_plugin.errors import UmedError
 
-MOST_STUDIES = 16
+MOST_STUDIES_OF_ONE = 16
+MOST_STUDIES = 64
+MOST_UPLOADS = 16  # of the largest size, together
+IDLE_SECONDS = 2 * 3600
+UPLOAD_SECONDS = 600  # without a request, after which an upload counts as given up
 MOST_ANSWERS = 40  # kept for each study, for their attention maps
 
 
@@ -24,12 +31,18 @@ class Case:
 
     Attributes:
         name: unguessable, because it grants access to the images.
+        owner: the person whose case it is.
         study: None until all files are uploaded.
+        users: the number of requests that use it now.
+        touched: when the last request ended, on the monotonic clock.
     """
 
-    def __init__(self, folder: Path, most_bytes: int) -> None:
+    def __init__(self, folder: Path, most_bytes: int, owner: str) -> None:
         self.name = folder.name
         self.folder = folder
+        self.owner = owner
+        self.users = 0
+        self.touched = time.monotonic()
         self.uploads = Uploads(folder, most_bytes)
         self.study: Optional[Study] = None
         self._fault: Optional[UmedError] = None
@@ -53,6 +66,15 @@ class Case:
                     self._fault = error
                     raise
             return self.study
+
+    def idle(self) -> float:
+        """Seconds since the last request."""
+        return time.monotonic() - self.touched
+
+    def is_free(self) -> bool:
+        """Whether it may be removed: no request uses it, and it is not between two files of an upload."""
+        uploading = self.study is None and self._fault is None and self.idle() < UPLOAD_SECONDS
+        return not self.users and not uploading
 
     def key(self, view: View) -> tuple[str, View]:
         """The key of a picture in the model's caches."""
@@ -82,8 +104,15 @@ class Case:
         return answer
 
 
+class Full(Exception):
+    """There is no room for another study; the message says why and what to do."""
+
+
 class Shelf:
     """All cases, in one temporary folder that only this user can read.
+
+    Each case belongs to a person, that is a browser (see `umed_plugin.commands.serve.access`). A new case may replace the oldest
+    one of the same person. It never replaces another person's, or one that is being uploaded or asked about.
 
     Args:
         most_bytes: maximum size of one upload, unpacked.
@@ -95,25 +124,59 @@ class Shelf:
         self._cases: OrderedDict[str, Case] = OrderedDict()
         self._changing = threading.Lock()
 
-    def begin(self) -> Case:
-        """Create an empty case. Above ``MOST_STUDIES`` the least recently used one is evicted."""
-        folder = self.folder / secrets.token_urlsafe(16)
-        folder.mkdir()
-        case = Case(folder, self._most_bytes)
+    def begin(self, owner: str) -> Case:
+        """Create an empty case for a person.
+
+        Raises:
+            Full: all of this person's cases are in use, or there is no room among those of all people.
+        """
         with self._changing:
+            removed = [case for case in self._cases.values() if case.is_free() and case.idle() > IDLE_SECONDS]
+            kept = [case for case in self._cases.values() if case not in removed]
+            own = [case for case in kept if case.owner == owner]
+            if len(own) >= MOST_STUDIES_OF_ONE:
+                free = [case for case in own if case.is_free()]
+                if not free:
+                    raise Full(f"You are uploading {len(own)} studies already. Wait until one of them is complete.")
+                removed.append(free[0])
+                kept.remove(free[0])
+            self._check_room(kept)
+            folder = self.folder / secrets.token_urlsafe(16)
+            folder.mkdir()
+            case = Case(folder, self._most_bytes, owner)
+            for old in removed:
+                del self._cases[old.name]
             self._cases[case.name] = case
-            evicted = [self._cases.popitem(last=False)[1] for _ in range(len(self._cases) - MOST_STUDIES)]
-        for old in evicted:
+        for old in removed:
             shutil.rmtree(old.folder, ignore_errors=True)
         return case
 
-    def find(self, name: str) -> Optional[Case]:
-        """Return the case with this name, or None."""
+    def _check_room(self, kept: list[Case]) -> None:
+        held = sum(case.uploads.size for case in kept)
+        if len(kept) >= MOST_STUDIES or held >= MOST_UPLOADS * self._most_bytes:
+            raise Full(
+                f"The server is full: it holds {len(kept)} studies of all its users, {held / 1e6:.0f} MB. Allowed: "
+                f"{MOST_STUDIES} studies, {MOST_UPLOADS * self._most_bytes / 1e6:.0f} MB. Close pages that you do not need, or "
+                f"try again later: a study is removed after {IDLE_SECONDS // 3600} hours without a request."
+            )
+
+    @contextmanager
+    def using(self, name: str, owner: str) -> Iterator[Optional[Case]]:
+        """The case with this name, which stays while it is used; None if there is none, or it is another person's."""
         with self._changing:
             case = self._cases.get(name)
+            if case is not None and case.owner != owner:
+                case = None
             if case is not None:
                 self._cases.move_to_end(name)
-            return case
+                case.users += 1
+        try:
+            yield case
+        finally:
+            if case is not None:
+                with self._changing:
+                    case.users -= 1
+                    case.touched = time.monotonic()
 
     def forget(self, name: str) -> None:
         """Remove a case and its files."""

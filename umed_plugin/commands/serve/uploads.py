@@ -6,13 +6,14 @@ A file is stored under a number and the extension of its detected type. Its orig
 from __future__ import annotations
 
 import re
-import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Optional, Protocol
 
+from umed_plugin.commands.serve.archives import Damaged, entries
 from umed_plugin.errors import UmedError
 
 MOST_FILES = 5000
@@ -61,13 +62,14 @@ class Uploads:
         most_bytes: maximum total size, unpacked.
         files: the images, in upload order.
         left_out: (name, reason) of files in archives that are not images.
+        size: of all of them, in bytes.
     """
 
     folder: Path
     most_bytes: int
     files: list[Received] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    _bytes: int = 0
+    size: int = 0
     _count: int = 0
 
     def take(self, stream: Readable, length: int, name: str) -> None:
@@ -89,7 +91,7 @@ class Uploads:
             try:
                 self._unpack(path, name)
             finally:
-                self._bytes -= path.stat().st_size
+                self.size -= path.stat().st_size
                 path.unlink()
         elif ending is None:
             path.unlink()
@@ -99,26 +101,29 @@ class Uploads:
 
     def _stored(self, pieces: Iterator[bytes], name: str) -> Path:
         """Write the pieces to a new file. It is removed if they exceed the limit or the connection breaks."""
-        self._count += 1
-        path = self.folder / f"{self._count:05d}"
+        self._count_file(name)
+        path, before = self.folder / f"{self._count:05d}", self.size
         try:
             with path.open("xb") as file:
                 for piece in pieces:
                     self._check_room(len(piece), name)
-                    self._bytes += len(piece)
+                    self.size += len(piece)
                     file.write(piece)
         except BaseException:
-            self._bytes -= path.stat().st_size
-            path.unlink()
+            self.size = before
+            path.unlink(missing_ok=True)
             raise
         return path
 
     def _check_room(self, more: int, name: str) -> None:
-        if self._bytes + more > self.most_bytes:
+        if self.size + more > self.most_bytes:
             raise UmedError(
                 f"{name}: with this file the upload is larger than {self.most_bytes / 1e6:.0f} MB, unpacked. Send fewer files, "
                 "or restart the server with a larger --upload-mb."
             )
+
+    def _count_file(self, name: str) -> None:
+        self._count += 1
         if self._count > MOST_FILES:
             raise UmedError(f"{name}: more than {MOST_FILES} files. Send one series at a time.")
 
@@ -129,25 +134,29 @@ class Uploads:
     def _unpack(self, archive: Path, name: str) -> None:
         """Store the images in a zip archive. Unpacked bytes are counted; sizes stated in the archive are not trusted."""
         try:
-            with zipfile.ZipFile(archive) as opened:
-                for entry in opened.infolist():
-                    if not entry.is_dir():
-                        self._unpack_one(opened, entry)
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
-            reason = "it is encrypted" if "encrypted" in str(error) else "it is damaged or truncated"
-            raise UmedError(f"{name}: cannot be unpacked: {reason}. Pack it again, without a password.") from error
+            with entries(archive) as held:
+                for entry, pieces in held:
+                    self._unpack_one(shown_name(entry), pieces)
+        except Damaged as error:
+            raise UmedError(
+                f"{name}: cannot be unpacked: {error}. Pack it again as an ordinary zip, without a password."
+            ) from error
+        except UmedError as error:
+            raise error if str(error).startswith(f"{name}: ") else UmedError(f"{name}: {error}") from error
 
-    def _unpack_one(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
-        name = shown_name(entry.filename)
-        with archive.open(entry) as stream:
-            path = self._stored(iter(lambda: stream.read(_PIECE), b""), name)
-        ending = ending_of(_head(path), name)
+    def _unpack_one(self, name: str, pieces: Iterator[bytes]) -> None:
+        """Store an entry if its first bytes are those of an image. The rest of anything else is not even unpacked."""
+        head = b""
+        for piece in pieces:
+            head += piece
+            if len(head) >= _HEAD_BYTES:
+                break
+        ending = ending_of(head[:_HEAD_BYTES], name)
         if ending is None or ending == ".zip":
-            self._bytes -= path.stat().st_size
-            path.unlink()
+            self._count_file(name)
             self.left_out.append((name, "an archive inside an archive" if ending else "not an image"))
         else:
-            self._keep(path, name, ending)
+            self._keep(self._stored(chain([head], pieces), name), name, ending)
 
 
 def shown_name(name: str) -> str:
