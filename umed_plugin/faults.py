@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Optional
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, Optional, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from umed_plugin.errors import UmedError, did_you_mean, unknown_name
 from umed_plugin.terminal.text import one_line
 
+Value = TypeVar("Value")
+
 
 class Faults:
-    """Collects faults so that the user sees all of them at once."""
+    """Collects faults so that the user sees all of them at once, and remarks on what stops nothing but should be known.
+
+    Attributes:
+        messages: the faults. Nothing may be built while there are any.
+        remarks: what applies to nothing, is ambiguous or unusual. Shown by ``check`` and ``build``.
+        left_out: (what, why) -> number of boxes, rows or other parts of the files that are not used.
+    """
 
     SHOWN = 25
 
     def __init__(self) -> None:
         self.messages: list[str] = []
+        self.remarks: list[str] = []
+        self.left_out: Counter[tuple[str, str]] = Counter()
 
     def add(self, where: object, message: str) -> None:
         """Add one fault. ``where`` is a file, a line of it, or a key."""
         self.messages.append(f"{one_line(where)}: {message}")
+
+    def remark(self, where: object, message: str) -> None:
+        """Add one remark. ``where`` is a file, a line of it, or a key."""
+        self.remarks.append(one_line(f"{where}: {message}"))
+
+    def read(self, reading: Callable[..., Value], *arguments: Any) -> Optional[Value]:
+        """What a function of `umed_plugin.texts` returns; None after a fault, which is added."""
+        try:
+            return reading(*arguments)
+        except UmedError as error:
+            self.messages.append(str(error))
+            return None
 
     def raise_if_any(self, title: str) -> None:
         """Raise one `UmedError` with the title and the faults (the first 25, then how many more)."""
@@ -97,14 +120,3 @@ def model_in(annotation: Any) -> Optional[type[BaseModel]]:
         return annotation
     inner = (model_in(argument) for argument in getattr(annotation, "__args__", ()) or ())
     return next((model for model in inner if model is not None), None)
-
-
-class NoDuplicates(yaml.SafeLoader):
-    """YAML loader that refuses duplicate keys, of which PyYAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in seen:
-            if seen.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)

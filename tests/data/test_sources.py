@@ -53,9 +53,12 @@ def test_deeplesions_real_rows(real_data: Path) -> None:
 
 
 @pytest.mark.llava
-def test_deeplesions_liver_rows_by_the_full_recipe(real_data: Path, tmp_path: Path) -> None:
+def test_deeplesions_liver_rows_by_the_full_recipe(
+    real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """23 real rows with their images, laid out as the archives are, and as Key_slices/ is: both give the same pictures."""
     flat = real_data / "deeplesion" / "liver_flat"
+    monkeypatch.setenv("UMED_LINKED_ROOTS", str(flat))
     pictures = {}
     for layout in ("Images_png", "Key_slices"):
         root = tmp_path / layout

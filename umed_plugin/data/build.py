@@ -19,6 +19,7 @@ from PIL import Image
 
 from umed_plugin import files
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.images import burned_in_annotation, load_image, read_by_llava
 from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.leaks import evaluation_pictures
@@ -28,6 +29,7 @@ from umed_plugin.data.records import Record
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
+from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry, Montage
 from umed_plugin.terminal.progress import tracked
@@ -120,7 +122,8 @@ def build_records(
     evaluated = evaluation_pictures(against)
     annotations = read_annotations(recipe, data_root)
     keep = [item for item in annotations.items if split in (None, item.split)]
-    bad_images = [missing_image(item) for item in annotations.missing if split in (None, item.split)]
+    missing = [item for item in annotations.missing if split in (None, item.split)]
+    bad_images = [missing_image(item, number < Faults.SHOWN) for number, item in enumerate(missing)]
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
     for prepared in prepare(keep, annotations, bad_images, recipe.name if progress else None):
@@ -150,9 +153,12 @@ def _check_arguments(split: Optional[str], on_bad_image: str) -> None:
         raise UsageError(unknown_name("on_bad_image", on_bad_image, ("stop", "skip")))
 
 
-def missing_image(item: Annotated) -> UmedError:
-    """The error for an annotated image that is not on disk."""
-    return UmedError(f"{item.image}: no such image, but {item.where} names it. Get it from {item.recipe.terms.url}")
+def missing_image(item: Annotated, look_for_near: bool = True) -> UmedError:
+    """The error for an annotated image that is not on disk; with the name that was probably meant, which takes time to find."""
+    meant = did_you_mean_file(item.image, item.root) if look_for_near else ""
+    return UmedError(
+        f"{item.image}: no such image, but {item.where} names it.{meant} Get it from {item.recipe.terms.url}"
+    )
 
 
 def prepare(
@@ -354,10 +360,8 @@ def _report(
     annotations.faults.raise_if_any(title + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
     if annotations.wanted is not None and len(annotations.items) < annotations.wanted:
         warn(f"{recipe.name}: {annotations.wanted} images wanted, {len(annotations.items)} found")
-    if annotations.dropped_boxes:
-        warn(f"{recipe.name}: {annotations.dropped_boxes} degenerate boxes left out")
-    for reason, count in annotations.left_out.items():
-        warn(f"{recipe.name}: {count} images left out ({reason})")
+    for line in annotations.told():
+        warn(f"{recipe.name}: {line}")
     if tally["lost"] or tally["cut"]:
         warn(
             f"{recipe.name}: LLaVA's centre crop (image_aspect_ratio square) removes {tally['lost']} lesions, which are not "

@@ -8,7 +8,6 @@ class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_typ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
+from umed_plugin.texts import read_json
 
 Record = dict[str, Any]
 
@@ -115,9 +115,9 @@ def load_records(path: str | Path) -> list[Record]:
     if not path.is_file():
         raise UmedError(f"{path}: no such file. Write it with: umed recipe build RECIPE --out {path}")
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UmedError(f"{path}: not JSON ({error}). Expected: what `umed recipe build` writes.") from error
+        records = read_json(path)
+    except UmedError as error:
+        raise UmedError(f"{error}. Expected: what `umed recipe build` writes.") from error
     if not isinstance(records, list):
         raise UmedError(f"{path}: holds a {type(records).__name__}. Expected: a list of records.")
     plain = [index for index, record in enumerate(records) if _is_plain_item(record)]

@@ -124,9 +124,8 @@ def _run_folder(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | N
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value of every setting on the command line."""
-    import yaml
-
     from umed_plugin.commands.upgrade.settings import recipe_path
+    from umed_plugin.texts import parse_yaml
 
     here = Path.cwd()
     changes: dict[str, Any] = {}
@@ -148,5 +147,5 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise UsageError(f"--set {item}: must be KEY=VALUE, such as rewarding.steps=100")
-        changes[key] = yaml.safe_load(value)
+        changes[key] = parse_yaml(value, f"--set {key}")
     return changes

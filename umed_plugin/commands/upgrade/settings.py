@@ -20,8 +20,9 @@ from pydantic import BaseModel, Field, model_validator
 from umed_plugin import files
 from umed_plugin.commands.upgrade.machine import Machine
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
+from umed_plugin.faults import Faults, StrictModel, validated
 from umed_plugin.flags.definition import PAPER_REWARDS
+from umed_plugin.texts import read_yaml
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
@@ -170,10 +171,7 @@ def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
 def _load(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UsageError(f"{file}: no such file. `umed upgrade CKPT --recipe R --out DIR` writes one.")
-    try:
-        data = yaml.load(file.read_text(encoding="utf-8"), Loader=NoDuplicates)
-    except yaml.YAMLError as error:
-        raise UmedError(f"{file}: not valid YAML: {error}") from error
+    data = read_yaml(file)
     if not isinstance(data, dict):
         raise UmedError(f"{file}: contains a {type(data).__name__}. Needed: a mapping of keys to values.")
     return data

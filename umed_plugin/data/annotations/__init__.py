@@ -6,16 +6,19 @@ model of its options. Users name their own as ``my_module:my_reader`` in a recip
 
 from __future__ import annotations
 
-import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Optional, Union
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.annotations.effects import tell_unused_rules
+from umed_plugin.data.annotations.inside import check_inside
+from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
-from umed_plugin.data.annotations.splits import deal_out, picked_by_hash, set_patients, without_copies_held_out
-from umed_plugin.data.annotations.table import read_negative_list
+from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
+from umed_plugin.data.annotations.patients import set_patients, tell_empty_files, tell_empty_splits, tell_headers
+from umed_plugin.data.annotations.splits import deal_out, without_copies_held_out
+from umed_plugin.data.annotations.units import check_stated_sizes, check_units
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, register_reader
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.errors import did_you_mean
@@ -36,26 +39,47 @@ def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = 
 
 def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotations = AnnotationSet(root)
+    faults = annotations.faults
     reader = READERS.get(recipe.annotations.reader)
-    annotated = reader(recipe.annotations, annotations.root, annotations.faults)
+    annotated = without_repeated_images(reader(recipe.annotations, root, faults), recipe, faults)
+    met = Counter(name for item in annotated for name in item.classes)
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
-    items += _listed_negatives({item.image for item in annotated}, recipe, annotations)
-    set_patients(items, recipe.split)
-    if recipe.split.by == "patient":
-        deal_out(items, recipe.split)
+    items += listed_negatives(annotated, recipe, annotations)
+    tell_unused_rules(recipe, met, sum(not item.boxes for item in items), faults)
+    check_inside(items, recipe, root, faults)
+    drop_repeated_boxes(items, faults)
+    _deal_out(items, recipe, annotations)
     items, copies = without_copies_held_out(items)
     annotations.left_out["augmented copy in val or test"] += copies
     for item in items:
         item.modality = item.modality or recipe.modality
-        item.recipe, item.root = recipe, annotations.root
         (annotations.items if item.image.exists() else annotations.missing).append(item)
-    _choose_negatives(recipe, annotations)
+    check_units(items, faults)
+    check_stated_sizes(annotations.missing, recipe, faults)
+    tell_headers(annotations.items, recipe.split, faults)
+    choose_negatives(recipe, annotations)
     annotations.left_out = +annotations.left_out
     return annotations
 
 
+def _deal_out(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet) -> None:
+    """Set patient and split of every image, and say where that is not what the recipe asks for."""
+    for item in items:
+        item.recipe, item.root = recipe, annotations.root
+    set_patients(items, recipe.split, annotations.root, annotations.faults)
+    if recipe.split.by == "patient":
+        deal_out(items, recipe.split)
+        # A mixture chooses from its sources, and says itself which of its splits are empty.
+        if not recipe.mixture:
+            tell_empty_splits(items, recipe.split.fractions, annotations.faults)
+    elif recipe.split.by == "file":
+        tell_empty_files(items, recipe, annotations.faults)
+
+
 def _without_left_out(items: list[Annotated], annotations: AnnotationSet) -> list[Annotated]:
     for item in items:
+        if item.dropped_boxes and not item.boxes:
+            item.left_out = item.left_out or "all of its boxes are left out"
         if item.left_out:
             annotations.left_out[item.left_out] += 1
     return [item for item in items if not item.left_out]
@@ -74,7 +98,7 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
             annotations.left_out["holds an ignored class"] += 1
         elif not item.classes and recipe.negatives.use == "drop":
             annotations.left_out["negative"] += 1
-        elif not item.classes and not _may_be_negative(item, recipe, annotations.root):
+        elif not item.classes and not may_be_negative(item, recipe, annotations.root):
             annotations.left_out["without a lesion, but not one of negatives.only"] += 1
         elif all(name in recipe.classes for name in item.classes):
             item.classes = [recipe.classes[name].name for name in item.classes]
@@ -86,41 +110,3 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
             f"Allowed: {', '.join(recipe.classes)}. Add it to classes or ignore_classes of {recipe.path}",
         )
     return kept
-
-
-def _may_be_negative(item: Annotated, recipe: Recipe, root: Path) -> bool:
-    pattern = recipe.negatives.only
-    return pattern is None or re.search(pattern, os.path.relpath(item.image, root)) is not None
-
-
-def _listed_negatives(annotated: set[Path], recipe: Recipe, annotations: AnnotationSet) -> list[Annotated]:
-    """Listed images that are on disk. For an image that the annotations cover, the annotations count."""
-    listed = recipe.negatives.listed
-    if listed is None:
-        return []
-    kept: list[Annotated] = []
-    for item in read_negative_list(listed, recipe.annotations, annotations.root, annotations.faults):
-        if item.image in annotated:
-            annotations.left_out["listed as negative, but annotated"] += 1
-        elif not item.image.is_file():
-            annotations.left_out["listed as negative, not on disk"] += 1
-        elif _may_be_negative(item, recipe, annotations.root):
-            kept.append(item)
-        else:
-            annotations.left_out["listed as negative, but not one of negatives.only"] += 1
-    return kept
-
-
-def _choose_negatives(recipe: Recipe, annotations: AnnotationSet) -> None:
-    """Keep as many negatives in each split as ``per_positive`` allows."""
-    if recipe.negatives.per_positive is None:
-        return
-    positives = Counter(item.split for item in annotations.items if item.boxes)
-    chosen = [item for item in annotations.items if item.boxes]
-    for split in sorted({item.split for item in annotations.items}):
-        negatives = [item for item in annotations.items if not item.boxes and item.split == split]
-        wanted = round(recipe.negatives.per_positive * positives[split])
-        chosen += picked_by_hash(negatives, wanted, recipe.split.seed)
-    annotations.left_out["negative above negatives.per_positive"] += len(annotations.items) - len(chosen)
-    kept = {id(item) for item in chosen}
-    annotations.items = [item for item in annotations.items if id(item) in kept]

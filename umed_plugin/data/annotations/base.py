@@ -1,13 +1,13 @@
-"""What every annotation reader returns, and how readers find files."""
+"""What every annotation reader returns, and boxes in the conventions of the formats."""
 
 from __future__ import annotations
 
-import os
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
@@ -28,6 +28,7 @@ class Annotated:
         window: low and high that the annotations state, or None.
         left_out: why the recipe leaves the image out; empty if it does not.
         copy_of: the picture of which the image is an augmented copy, or empty.
+        dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
 
@@ -44,6 +45,7 @@ class Annotated:
     window: Optional[tuple[float, float]] = None
     left_out: str = ""
     copy_of: str = ""
+    dropped_boxes: int = field(default=0, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
     root: Path = Path()
@@ -58,9 +60,10 @@ class AnnotationSet:
         wanted: number of images that a mixture asks for, or None.
         items: images that are on disk, with plain class names, patient and split.
         missing: items whose image is not on disk.
-        left_out: reason -> number of images left out on purpose.
+        left_out: reason -> number of images left out.
         dropped_boxes: number of degenerate boxes left out, known after the images are read.
-        faults: mistakes in the data. Nothing may be built while there are any.
+        faults: mistakes in the data, with remarks and the boxes and rows that are not used. Nothing may be built while there
+            are mistakes.
     """
 
     root: Path
@@ -71,69 +74,13 @@ class AnnotationSet:
     dropped_boxes: int = 0
     faults: Faults = field(default_factory=Faults)
 
-
-class ImageFolders:
-    """Where the images of a split are: the folders that match ``image_root``, searched in order.
-
-    Each folder is listed once. Testing for each of 100,000 images in each of NIH's 12 folders takes minutes on a network disk.
-    """
-
-    def __init__(self, options: Any, root: Path, split: str, default: Path) -> None:
-        self._listed: dict[str, set[str]] = {}
-        patterns = options.image_roots(split)
-        self.folders = [folder for pattern in patterns for folder in _matching_folders(root, pattern)] or [default]
-
-    def find(self, names: Sequence[str]) -> Path:
-        """The first file that exists under one of the names; if none does, the path at which the first name was tried."""
-        for name in names:
-            below, file = os.path.split(name)
-            for folder in self.folders:
-                if file in self._names_in(os.path.join(folder, below)):
-                    return folder / name
-        return self.folders[0] / names[0]
-
-    def images(self, endings: Iterable[str]) -> list[Path]:
-        """All files with one of the endings (lower case), sorted."""
-        return sorted(
-            folder / name
-            for folder in self.folders
-            for name in self._names_in(os.path.join(folder, ""))
-            if os.path.splitext(name)[1].lower() in endings
-        )
-
-    def _names_in(self, folder: str) -> set[str]:
-        if folder not in self._listed:
-            self._listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        return self._listed[folder]
-
-
-def _matching_folders(root: Path, pattern: str) -> list[Path]:
-    """The folders that match; the pattern itself if none does, so that a message can name it."""
-    if "*" not in pattern:
-        return [root / pattern]
-    return sorted(path for path in root.glob(pattern) if path.is_dir()) or [root / pattern]
-
-
-def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
-    """Files that match a pattern under the root, sorted. It is a fault if none does."""
-    matches = sorted(path for path in root.glob(pattern) if path.is_file())
-    if not matches:
-        faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
-    return matches
-
-
-def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
-    """The file of that name, or the one file that a pattern matches; None after a fault."""
-    matches = sorted(path for path in root.glob(name) if path.is_file()) if "*" in name else [root / name]
-    if len(matches) > 1:
-        faults.add(
-            root / name, f"matches {', '.join(path.name for path in matches)}; needed: one. Name it in the recipe"
-        )
-        return None
-    if not matches or not matches[0].is_file():
-        faults.add(root / name, "no such annotation file")
-        return None
-    return matches[0]
+    def told(self) -> list[str]:
+        """What ``check`` and ``build`` say about data that stops nothing: what is left out, then remarks."""
+        lines = [f"{count} images left out ({reason})" for reason, count in self.left_out.items()]
+        lines += [f"{count} {what} left out ({reason})" for (what, reason), count in self.faults.left_out.items()]
+        if self.dropped_boxes:
+            lines.append(f"{self.dropped_boxes} degenerate boxes left out")
+        return lines + self.faults.remarks
 
 
 def as_xyxy(values: Sequence[float], convention: str) -> Box:
@@ -146,3 +93,39 @@ def as_xyxy(values: Sequence[float], convention: str) -> Box:
     if convention == "xywh":
         return (a, b, a + c, b + d)
     return (a - c / 2, b - d / 2, a + c / 2, b + d / 2) if convention == "cxcywh" else (a, b, c, d)
+
+
+def four_numbers(values: Any) -> Optional[Box]:
+    """Four numbers of JSON as floats; None for anything else, such as text, null, true or a number above all floats."""
+    if not isinstance(values, (list, tuple)) or len(values) != 4:
+        return None
+    if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
+        return None
+    try:
+        a, b, c, d = (float(value) for value in values)
+    except OverflowError:
+        return None
+    return a, b, c, d
+
+
+def drop_box(item: Annotated, reason: str, faults: Faults) -> None:
+    """Count a box that is not used. An image of which no box is left is left out: it must not become a negative."""
+    item.dropped_boxes += 1
+    faults.left_out["boxes", reason] += 1
+
+
+# How coordinates are given: in pixels, in fractions of the image (0-1), or in percent of it (0-100).
+Unit = Literal[False, True, "percent"]
+
+
+def in_unit(box: Box, unit: Unit) -> Box:
+    """The box in pixels, or in fractions of the image if the unit is not pixels."""
+    if unit != "percent":
+        return box
+    return box[0] / 100, box[1] / 100, box[2] / 100, box[3] / 100
+
+
+def stated_size(width: Any, height: Any) -> Optional[tuple[int, int]]:
+    """Width and height in pixels; None where a tool writes 0 or nothing. Other values are returned for the comparison."""
+    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (width, height)]
+    return (sides[0], sides[1]) if all(side and math.isfinite(side) and side > 0 for side in sides) else None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file, as_xyxy
+from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
+from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
+from umed_plugin.texts import read_json as read_file
 
 
 class JsonOptions(ReaderOptions):
@@ -44,8 +46,18 @@ annotations:
     )
     patient: Optional[str] = Field(None, description="Field of the entry that names the patient.")
     convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
-        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size. In pixels."
+        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
     )
+    normalised: Unit = Field(
+        False,
+        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), as "
+        "Label Studio writes them, ``false`` if they are pixels.",
+    )
+
+    @field_validator("image")
+    @classmethod
+    def _plain_fields(cls, value: str) -> str:
+        return checked_template(value)
 
     @field_validator("box")
     @classmethod
@@ -69,7 +81,7 @@ def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotate
         path = annotation_file(root, name, faults)
         if path is None:
             continue
-        folders = ImageFolders(options, root, split, path.parent)
+        folders = ImageFolders(options, root, split, path.parent, faults)
         for key, entry in _entries(path, faults):
             item = _item(key, entry, f"{path} entry {key}", folders, options, faults)
             if item is not None:
@@ -79,10 +91,9 @@ def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotate
 
 
 def _entries(path: Path, faults: Faults) -> list[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        faults.add(path, f"not JSON: {error}")
+    before = len(faults.messages)
+    content = faults.read(read_file, path)
+    if len(faults.messages) > before:
         return []
     if isinstance(content, dict):
         return list(content.items())
@@ -106,13 +117,24 @@ def _item(
     except KeyError as error:
         faults.add(where, f"has no field {error} (annotations.image); it holds {', '.join(entry)}")
         return None
-    item = Annotated(folders.find([image]), [], [], where, _size(entry, where, options, faults))
-    item.patient = str(entry.get(options.patient, "")) if options.patient is not None else ""
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        faults.add(where, f"does not fit annotations.image {options.image!r}: {error}")
+        return None
+    size = _size(entry, where, options, faults)
+    item = Annotated(folders.find([image]), [], [], where, size, bool(options.normalised))
+    patient = entry.get(options.patient) if options.patient is not None else None
+    item.patient = "" if patient is None else str(patient)
     for number, written in enumerate(entry[options.boxes]):
         box = _box(written, options)
         lesion = options.only_class or (written.get(options.lesion) if isinstance(written, dict) else None)
         if box is None:
             faults.add(f"{where} box {number}", f"is {written!r}; needed: {options.box}, numbers in pixels")
+        elif "original_width" in written and options.normalised != "percent":
+            faults.add(
+                f"{where} box {number}",
+                "has original_width, as Label Studio writes it, whose boxes are in percent. Add normalised: percent, and for its "
+                "x, y, width, height convention: xywh",
+            )
         elif not isinstance(lesion, (str, int)):
             faults.add(f"{where} box {number}", f"has no {options.lesion!r} (annotations.lesion): {written!r}")
         else:
@@ -126,9 +148,8 @@ def _box(written: Any, options: JsonOptions) -> Optional[Box]:
         values = written.get(options.box) if isinstance(written, dict) else None
     else:
         values = [written.get(name) for name in options.box] if isinstance(written, dict) else None
-    if not isinstance(values, list) or len(values) != 4 or not all(isinstance(value, (int, float)) for value in values):
-        return None
-    return as_xyxy([float(value) for value in values], options.convention)
+    numbers = four_numbers(values)
+    return None if numbers is None else in_unit(as_xyxy(numbers, options.convention), options.normalised)
 
 
 def _size(entry: dict[str, Any], where: str, options: JsonOptions, faults: Faults) -> Optional[tuple[int, int]]:
@@ -138,4 +159,4 @@ def _size(entry: dict[str, Any], where: str, options: JsonOptions, faults: Fault
     if not isinstance(width, int) or not isinstance(height, int):
         faults.add(where, f"{' and '.join(options.size)} are {[width, height]}; needed: whole numbers of pixels")
         return None
-    return width, height
+    return stated_size(width, height)

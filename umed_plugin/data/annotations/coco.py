@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Optional
 
-from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file
+from pydantic import Field
+
+from umed_plugin.data.annotations.base import Annotated, Unit, drop_box, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box, iou_matrix
+from umed_plugin.texts import read_json
 
+# A bbox is the extent of its polygons, up to rounding; one of corners instead of a size is mostly another box.
+_LEAST_AGREEMENT = 0.5
 # Fields that the reader needs of each entry, and their types in JSON.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
@@ -28,6 +34,17 @@ annotations:
   image_root: images
 """
 
+    normalised: Unit = Field(
+        False,
+        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), "
+        "``false`` if they are pixels, as in COCO.",
+    )
+    crowd: Literal["drop", "keep"] = Field(
+        "drop",
+        description="Annotations with ``iscrowd`` or ``ignore``, which mark a region of many objects. ``drop``: leave the box "
+        "out, and the image if no other box is left. ``keep``: each is a lesion (CVAT marks every mask so).",
+    )
+
 
 @register_reader("coco", CocoOptions)
 def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotated]:
@@ -37,15 +54,15 @@ def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotate
         path = annotation_file(root, name, faults)
         content = _content(path, faults) if path is not None else None
         if path is not None and content is not None:
-            items += _items(content, path, split, ImageFolders(options, root, split, path.parent), faults)
+            folders = ImageFolders(options, root, split, path.parent, faults)
+            items += _CocoFile(options, path, split, folders, faults).items(content)
     return items
 
 
 def _content(path: Path, faults: Faults) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        faults.add(path, f"not JSON: {error}")
+    before = len(faults.messages)
+    content = faults.read(read_json, path)
+    if len(faults.messages) > before:
         return None
     if not isinstance(content, dict):
         faults.add(
@@ -77,31 +94,99 @@ def _entry_faults(entry: Any, fields: dict[str, tuple[type, ...]]) -> list[str]:
     ]
 
 
-def _items(content: Any, path: Path, split: str, folders: ImageFolders, faults: Faults) -> list[Annotated]:
-    names = {category["id"]: str(category["name"]) for category in content["categories"]}
-    by_id = {
-        image["id"]: Annotated(
-            folders.find([image["file_name"]]),
-            [],
-            [],
-            f"{path} image {image['id']}",
-            (image["width"], image["height"]),
-            split=split,
+class _CocoFile:
+    """One COCO file, read entry by entry."""
+
+    def __init__(self, options: CocoOptions, path: Path, split: str, folders: ImageFolders, faults: Faults) -> None:
+        self.options, self.path, self.split, self.folders, self.faults = options, path, split, folders, faults
+
+    def items(self, content: Any) -> list[Annotated]:
+        names = self._categories(content["categories"])
+        by_id = self._images(content["images"])
+        disagreeing: list[str] = []
+        with_outline = 0
+        for annotation in content["annotations"]:
+            where = f"{self.path} annotation {annotation.get('id')}"
+            item = by_id.get(annotation["image_id"])
+            box = self._box(annotation, where)
+            if item is None:
+                self.faults.add(where, f"image_id {annotation['image_id']!r} is not among the images")
+            elif annotation["category_id"] not in names:
+                self.faults.add(where, f"category_id {annotation['category_id']!r} is not among {list(names)}")
+            elif box is not None and self._is_crowd(annotation):
+                drop_box(item, "iscrowd or ignore; annotations.crowd", self.faults)
+            elif box is not None:
+                item.boxes.append(in_unit(box, self.options.normalised))
+                item.classes.append(names[annotation["category_id"]])
+                outline = _outline(annotation.get("segmentation"))
+                with_outline += outline is not None
+                if outline is not None and iou_matrix([box], [outline])[0, 0] < _LEAST_AGREEMENT:
+                    disagreeing.append(where)
+        self._tell_disagreeing(disagreeing, with_outline)
+        return list(by_id.values())
+
+    def _categories(self, entries: list[Any]) -> dict[Any, str]:
+        names: dict[Any, str] = {}
+        for entry in entries:
+            name = names.setdefault(entry["id"], str(entry["name"]))
+            if name != str(entry["name"]):
+                self.faults.add(
+                    f"{self.path} category {entry['id']!r}",
+                    f"is named {name!r} and {entry['name']!r}; needed: one name",
+                )
+        return names
+
+    def _images(self, entries: list[Any]) -> dict[Any, Annotated]:
+        by_id: dict[Any, Annotated] = {}
+        names: dict[Any, str] = {}
+        for entry in entries:
+            where, name = f"{self.path} image {entry['id']}", entry["file_name"]
+            if names.setdefault(entry["id"], name) != name:
+                self.faults.add(
+                    where,
+                    f"is {names[entry['id']]!r} and {name!r}. Nothing says whose the boxes are; give each its own id",
+                )
+            if entry["id"] in by_id:
+                continue
+            size = stated_size(entry["width"], entry["height"])
+            by_id[entry["id"]] = Annotated(
+                self.folders.find([name]), [], [], where, size, bool(self.options.normalised), split=self.split
+            )
+        return by_id
+
+    def _box(self, annotation: Any, where: str) -> Optional[Box]:
+        numbers = four_numbers(annotation["bbox"])
+        if numbers is None:
+            self.faults.add(where, f"bbox is {annotation['bbox']!r}; needed: [x, y, width, height], numbers in pixels")
+            return None
+        x, y, width, height = numbers
+        return (x, y, x + width, y + height)
+
+    def _is_crowd(self, annotation: Any) -> bool:
+        flags = (annotation.get("iscrowd"), annotation.get("ignore"))
+        return self.options.crowd == "drop" and any(str(flag).lower() in ("1", "1.0", "true") for flag in flags)
+
+    def _tell_disagreeing(self, disagreeing: list[str], with_outline: int) -> None:
+        """A bbox that holds corners instead of a size agrees with hardly any outline."""
+        if not disagreeing:
+            return
+        message = (
+            f"bbox and segmentation disagree (IoU below {_LEAST_AGREEMENT}), as in {len(disagreeing)} of {with_outline} "
+            "annotations with both; bbox must be [x, y, width, height]"
         )
-        for image in content["images"]
-    }
-    for annotation in content["annotations"]:
-        where = f"{path} annotation {annotation.get('id')}"
-        box = annotation["bbox"]
-        if annotation["image_id"] not in by_id:
-            faults.add(where, f"image_id {annotation['image_id']!r} is not among the images")
-        elif annotation["category_id"] not in names:
-            faults.add(where, f"category_id {annotation['category_id']!r} is not among {list(names)}")
-        elif len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-            faults.add(where, f"bbox is {box!r}; needed: [x, y, width, height], numbers in pixels")
+        if 2 * len(disagreeing) > with_outline:
+            self.faults.add(disagreeing[0], message)
         else:
-            item = by_id[annotation["image_id"]]
-            x, y, width, height = (float(value) for value in box)
-            item.boxes.append((x, y, x + width, y + height))
-            item.classes.append(names[annotation["category_id"]])
-    return list(by_id.values())
+            self.faults.remark(disagreeing[0], f"{message}. The bbox is used")
+
+
+def _outline(segmentation: Any) -> Optional[Box]:
+    """The extent of all polygons of an annotation, in the unit of its bbox; None without polygons."""
+    if not isinstance(segmentation, list):
+        return None
+    numbers = [part for part in segmentation if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
+    if not numbers or not all(type(value) in (int, float) for part in numbers for value in part):
+        return None
+    xs = [float(x) for part in numbers for x in part[::2]]
+    ys = [float(y) for part in numbers for y in part[1::2]]
+    return (min(xs), min(ys), max(xs), max(ys)) if max(xs) > min(xs) and max(ys) > min(ys) else None

@@ -7,12 +7,17 @@ from typing import Optional
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, matching_files
+from umed_plugin.data.annotations.base import Annotated, drop_box
+from umed_plugin.data.annotations.effects import Applied
+from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files
+from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
-from umed_plugin.grounding.boxes import Box
+
+# Black of a mask that was saved as JPEG, in grey levels.
+_JPEG_NOISE = 32
 
 
 class MaskOptions(ReaderOptions):
@@ -36,7 +41,15 @@ annotations:
     threshold: int = Field(
         128, description="For binary masks: the lowest grey value that counts (JPEG masks hold grey levels)."
     )
-    min_area: int = Field(1, description="Regions with fewer pixels are left out as slivers.")
+    min_area: int = Field(
+        1,
+        description="Regions with fewer pixels are left out as slivers, and with them an image that has no other region.",
+    )
+
+    @field_validator("masks")
+    @classmethod
+    def _known_places(cls, value: str) -> str:
+        return checked_template(value, ("stem", "split"))
 
     @model_validator(mode="after")
     def _one_class_source(self) -> MaskOptions:
@@ -49,25 +62,51 @@ annotations:
 def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read the mask of every image; an empty mask is a negative."""
     items: list[Annotated] = []
+    owners: dict[Path, Path] = {}
+    applied = Applied({"annotations.values": [str(value) for value in options.values]})
     for split, pattern in options.files.items():
         for image in matching_files(root, pattern, faults):
             mask = root / options.masks.format(stem=image.stem, split=split)
-            values = _values(mask, faults)
-            if values is not None:
-                boxes, classes = _regions(values, options, mask, faults)
-                items.append(
-                    Annotated(image, boxes, classes, str(mask), (values.shape[1], values.shape[0]), split=split)
-                )
+            if owners.setdefault(mask, image) != image:
+                faults.add(mask, f"is the mask of {owners[mask]} and of {image}, and nothing says which it is about")
+                continue
+            values = _values(mask, root, faults)
+            if values is None:
+                continue
+            for value in np.unique(values).tolist() if options.values else []:
+                applied.meet("annotations.values", str(value))
+            item = Annotated(image, [], [], str(mask), (values.shape[1], values.shape[0]), split=split)
+            _add_regions(item, values, options, mask, faults)
+            items.append(item)
+    applied.tell(faults)
+    if options.values and "threshold" in options.model_fields_set:
+        faults.remark("annotations.threshold", "has no effect together with annotations.values")
+    _tell_unused_masks(options, root, set(owners), faults)
     return items
 
 
-def _values(mask: Path, faults: Faults) -> Optional[np.ndarray]:
+def _tell_unused_masks(options: MaskOptions, root: Path, used: set[Path], faults: Faults) -> None:
+    """Masks that belong to no image: their lesions are not read."""
+    written = options.masks.replace("{split}", "*").replace("{stem}", "*")
+    if used and "{stem}" in options.masks:
+        unused = [path for path in matches(root, written) if path not in used]
+        if unused:
+            faults.left_out["masks", "no image of annotations.files has this name"] += len(unused)
+            faults.remark(root / written, f"{len(unused)} masks belong to no image. The first: {unused[0].name}")
+
+
+def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
     """Grey values ``[height, width]`` of a mask, or None after a fault."""
     if not mask.is_file():
-        faults.add(mask, "no such mask (annotations.masks). An image without a lesion needs an empty mask")
+        faults.add(
+            mask,
+            f"no such mask (annotations.masks).{did_you_mean_file(mask, root)} An image without a lesion needs an empty mask",
+        )
         return None
     try:
         with Image.open(mask) as image:
+            if image.mode in ("LA", "RGBA", "PA"):
+                return _of_transparent(image, mask, faults)
             # The indices of a palette are the labels. Converting its colours would give shades of grey.
             return np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L")).astype(int)
     except (OSError, SyntaxError, ValueError) as error:
@@ -75,25 +114,66 @@ def _values(mask: Path, faults: Faults) -> Optional[np.ndarray]:
         return None
 
 
-def _regions(values: np.ndarray, options: MaskOptions, mask: Path, faults: Faults) -> tuple[list[Box], list[str]]:
+def _of_transparent(image: Image.Image, mask: Path, faults: Faults) -> Optional[np.ndarray]:
+    """Grey values of a mask with an alpha channel; a fault if the shape is in that channel alone."""
+    values = np.asarray(image.convert("LA"))
+    grey, alpha = values[:, :, 0].astype(int), values[:, :, 1]
+    if grey.min() == grey.max() and alpha.min() != alpha.max():
+        faults.add(
+            mask, "has the same colour everywhere, and its shape in the alpha channel. Save it as black and white"
+        )
+        return None
+    return grey * (alpha > 0)
+
+
+def _add_regions(item: Annotated, values: np.ndarray, options: MaskOptions, mask: Path, faults: Faults) -> None:
     from scipy.ndimage import find_objects, label
 
     if options.only_class is not None:
         # A 1-bit mask holds 0 and 1.
         threshold = options.threshold if values.max(initial=0) > 1 else 1
-        layers = {options.only_class: values >= threshold}
+        layers = [(options.only_class, values >= threshold)]
+        _check_threshold(values, threshold, options, mask, faults)
     else:
         unknown = sorted(set(np.unique(values).tolist()) - {0} - set(options.values))
         if unknown:
             faults.add(mask, f"holds the values {unknown[:10]}. Allowed: 0 (nothing) and {options.values}")
-        layers = {name: values == value for value, name in options.values.items()}
-    boxes: list[Box] = []
-    classes: list[str] = []
-    for name, layer in layers.items():
+        # By value, so that lesions of one class that touch stay apart.
+        layers = [(name, values == value) for value, name in options.values.items()]
+    for name, layer in layers:
         numbered, _ = label(layer, structure=np.ones((3, 3)))
         for number, extent in enumerate(find_objects(numbered), start=1):
             rows, columns = extent
-            if (numbered[extent] == number).sum() >= options.min_area:
-                boxes.append((float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)))
-                classes.append(name)
-    return boxes, classes
+            if (numbered[extent] == number).sum() < options.min_area:
+                drop_box(item, f"regions below annotations.min_area {options.min_area}", faults)
+                continue
+            item.boxes.append((float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)))
+            item.classes.append(name)
+
+
+def _check_threshold(values: np.ndarray, threshold: int, options: MaskOptions, mask: Path, faults: Faults) -> None:
+    """A fault if something is painted that the threshold does not see: the image would become a negative, or lose a lesion.
+
+    A region counts if all of it is below the threshold, and above what JPEG compression leaves of black.
+    """
+    from scipy.ndimage import find_objects, label
+
+    lossy = mask.suffix.lower() in (".jpg", ".jpeg")
+    painted = values > (_JPEG_NOISE if lossy else 0)
+    if not painted.any() or not (values[painted] < threshold).any():
+        return
+    numbered, _ = label(painted, structure=np.ones((3, 3)))
+    unseen = [
+        extent
+        for number, extent in enumerate(find_objects(numbered), start=1)
+        if not (values[extent][numbered[extent] == number] >= threshold).any()
+        and (numbered[extent] == number).sum() >= options.min_area
+    ]
+    if unseen:
+        held = sorted(set(np.unique(values[painted]).tolist()))
+        faults.add(
+            mask,
+            f"has {len(unseen)} painted regions below annotations.threshold {threshold}; it holds the values "
+            f"{', '.join(map(str, held[:10]))}{' ...' if len(held) > 10 else ''}. If every value above 0 is a lesion: "
+            "threshold: 1. If values tell classes or lesions apart: annotations.values",
+        )

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.annotations.patients import tell_empty_splits
 from umed_plugin.data.annotations.splits import picked_by_hash
 from umed_plugin.data.recipes.recipe import Mixture, Recipe
 
@@ -27,6 +29,9 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
             continue
         source = read(recipe, folder)
         annotations.faults.messages += source.faults.messages
+        annotations.faults.remarks += [f"{name}: {remark}" for remark in source.faults.remarks]
+        for (what, why), count in source.faults.left_out.items():
+            annotations.faults.left_out[what, f"{name}: {why}"] += count
         annotations.missing += source.missing
         annotations.left_out.update({f"{name}: {reason}": count for reason, count in source.left_out.items()})
         positives[name] = [item for item in source.items if item.boxes]
@@ -41,8 +46,28 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         annotations.items += selected
         above = len(positives[name]) + len(negatives[name]) - len(selected)
         annotations.left_out[f"{name}: above its share"] += above
+    _check_shared_images(annotations)
+    tell_empty_splits(annotations.items, mixture.split.fractions, annotations.faults)
     annotations.left_out = +annotations.left_out
     return annotations
+
+
+def _check_shared_images(annotations: AnnotationSet) -> None:
+    """Add a fault for images that two sources describe: each says that the lesions of the other are not there."""
+    folders: dict[str, str] = {}
+    first: dict[tuple[str, object], Annotated] = {}
+    shared: list[tuple[Annotated, Annotated]] = []
+    for item in annotations.items:
+        earlier = first.setdefault((real_path(str(item.image), folders), item.slice), item)
+        if earlier is not item:
+            shared.append((earlier, item))
+    if shared:
+        one, other = shared[0]
+        annotations.faults.add(
+            "sources",
+            f"{one.recipe.name} and {other.recipe.name} both describe {one.image}, like {len(shared)} images in all. An "
+            "image must be in one source",
+        )
 
 
 def _sizes(lists: Mapping[str, list[Annotated]]) -> dict[str, int]:

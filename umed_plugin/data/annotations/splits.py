@@ -8,26 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
-from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.recipes.options import SPLITS, SplitRule
-
-
-def set_patients(items: Sequence[Annotated], rule: SplitRule) -> None:
-    """Set the patient of every image, and the picture of which it is an augmented copy."""
-    for item in items:
-        name = item.image.name
-        item.copy_of = _first_group(rule.copy_pattern, name)
-        stem = name.split(".nii")[0] if ".nii" in name else item.image.stem
-        item.patient = item.patient or _first_group(rule.patient_pattern, name) or item.copy_of or stem
-
-
-def _first_group(pattern: Optional[str], name: str) -> str:
-    named = re.search(pattern, name) if pattern is not None else None
-    return (named.group(1) or "") if named else ""
 
 
 def deal_out(items: Sequence[Annotated], rule: SplitRule) -> None:

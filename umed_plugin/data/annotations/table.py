@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, ImageFolders, annotation_file, as_xyxy
-from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, NegativeList, Split
+from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, in_unit
+from umed_plugin.data.annotations.effects import Applied
+from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
+from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, Split, compiled
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.grounding.boxes import Box
+from umed_plugin.texts import read_rows
 
 
 class CsvColumns(StrictModel):
@@ -59,7 +60,11 @@ annotations:
     convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
         "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
     )
-    normalised: bool = Field(False, description="True if coordinates are fractions of the image (0-1), not pixels.")
+    normalised: Unit = Field(
+        False,
+        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), "
+        "``false`` if they are pixels.",
+    )
     delimiter: str = Field(",", description="Character between two columns.")
     only_class: Optional[str] = Field(None, description="Class of every row, if no column names it.")
     split_values: dict[str, Split] = Field(
@@ -76,8 +81,18 @@ annotations:
     rename: Optional[tuple[str, str]] = Field(
         None,
         description="Regular expression and replacement that turn the file column into a path. If there is no such file, the "
-        "name is looked up unchanged.",
+        "name is looked up unchanged. Holds for ``negatives.listed`` too.",
     )
+
+    @field_validator("rename")
+    @classmethod
+    def _can_rename(cls, value: Optional[tuple[str, str]]) -> Optional[tuple[str, str]]:
+        if value is not None:
+            try:
+                compiled(value[0]).sub(value[1], "")
+            except re.error as error:
+                raise ValueError(f"the replacement {value[1]!r} does not fit the expression: {error}") from error
+        return value
 
     @field_validator("split_values", mode="before")
     @classmethod
@@ -95,31 +110,26 @@ annotations:
 def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read the rows of every file and merge those of the same image and slice."""
     items: list[Annotated] = []
+    applied = _rules(options)
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
-        rows = _rows(path, options.delimiter, faults) if path is not None else None
+        rows = faults.read(read_rows, path, options.delimiter) if path is not None else None
         if path is None or rows is None:
             continue
         header = [title.strip() for title in rows[0]] if rows else []
-        if _columns_exist(_wanted_columns(options), header, path, faults):
-            folders = ImageFolders(options, root, split, path.parent)
-            items += _Table(options, header, path, folders, split, faults).items(rows[1:])
+        if columns_exist(_wanted_columns(options), header, path, faults):
+            folders = ImageFolders(options, root, split, path.parent, faults)
+            items += _Table(options, header, path, folders, split, faults, applied).items(rows[1:])
+    if not faults.messages:
+        applied.tell(faults)
     return items
 
 
-def _rows(path: Path, delimiter: str, faults: Faults) -> Optional[list[list[str]]]:
-    try:
-        # utf-8-sig: a byte-order mark from Excel would hide in the first header.
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        faults.add(
-            f"{path}:{line}",
-            f"byte 0x{error.object[error.start]:02x} is not UTF-8. Save the file as UTF-8; if it is Latin-1 (Western Europe), "
-            f"with: iconv -f LATIN1 -t UTF-8 {path.name} > new.csv",
-        )
-        return None
-    return list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+def _rules(options: CsvOptions) -> Applied:
+    """The rules of the recipe that name values of the file."""
+    rules = {f"annotations.only_rows.{title}": values for title, values in options.only_rows.items()}
+    rules |= {f"annotations.leave_out_images.{title}": values for title, values in options.leave_out_images.items()}
+    return Applied({**rules, "annotations.split_values": list(options.split_values)})
 
 
 def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
@@ -134,7 +144,7 @@ def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
     return wanted
 
 
-def _columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
+def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
     """False if the file lacks a column that the recipe names; each is added to the faults."""
     good = True
     for role, column in wanted:
@@ -142,10 +152,16 @@ def _columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Pa
             close = did_you_mean(str(column), header)
             faults.add(path, f"has no column {column!r} ({role}).{close} It has: {', '.join(header) or 'none'}")
             good = False
+        elif isinstance(column, str) and header.count(column) > 1:
+            faults.add(
+                path,
+                f"has {header.count(column)} columns {column!r} ({role}). Name the one that is meant by its number",
+            )
+            good = False
     return good
 
 
-def _cell(row: list[str], header: list[str], column: Optional[Column]) -> str:
+def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:
     """Text of a cell; empty where the recipe names no column or the row is too short."""
     if column is None or (isinstance(column, str) and column not in header):
         return ""
@@ -157,17 +173,27 @@ class _Table:
     """One CSV file with its header, read row by row."""
 
     def __init__(
-        self, options: CsvOptions, header: list[str], path: Path, folders: ImageFolders, split: str, faults: Faults
+        self,
+        options: CsvOptions,
+        header: list[str],
+        path: Path,
+        folders: ImageFolders,
+        split: str,
+        faults: Faults,
+        applied: Applied,
     ) -> None:
         self.options, self.header, self.path = options, header, path
-        self.folders, self.split, self.faults = folders, split, faults
+        self.folders, self.split, self.faults, self.applied = folders, split, faults, applied
+        self.names = Renamed(options.rename)
+        needed = [column for _, column in _wanted_columns(options)]
+        self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
         merged: dict[tuple[Path, Optional[int]], Annotated] = {}
         for number, row in enumerate(rows, start=2):
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
-            item = self._item(row, f"{self.path}:{number}")
+            item = self._item(row, f"{self.path}:{number}") if self._is_whole(row, number) else None
             if item is None:
                 continue
             first = merged.setdefault((item.image, item.slice), item)
@@ -177,7 +203,26 @@ class _Table:
                 first.left_out = first.left_out or item.left_out
                 first.boxes += item.boxes
                 first.classes += item.classes
+        self.names.tell(self.path, self.faults)
         return list(merged.values())
+
+    def _is_whole(self, row: list[str], number: int) -> bool:
+        """False after a fault: in a row that ends early, a missing box would say that the image has no lesion."""
+        if len(row) <= self.last_needed:
+            self.faults.add(
+                f"{self.path}:{number}",
+                f"has {len(row)} cells, and the header has {len(self.header)}. Is the file whole, and is "
+                "annotations.delimiter right?",
+            )
+            return False
+        if any(cell.strip() for cell in row[len(self.header) :]):
+            self.faults.add(
+                f"{self.path}:{number}",
+                f"has {len(row)} cells, and the header has {len(self.header)}. Put text that holds {self.options.delimiter!r} "
+                "into quotes",
+            )
+            return False
+        return True
 
     def _check_agree(self, first: Annotated, item: Annotated) -> None:
         """Note what a later row of an image says against its first row."""
@@ -199,19 +244,27 @@ class _Table:
             )
 
     def _cell(self, row: list[str], column: Optional[Column]) -> str:
-        return _cell(row, self.header, column)
+        return cell_of(row, self.header, column)
 
     def _wanted(self, row: list[str]) -> bool:
-        return all(self._cell(row, title) in values for title, values in self.options.only_rows.items())
+        wanted = True
+        for title, values in self.options.only_rows.items():
+            value = self._cell(row, title)
+            self.applied.meet(f"annotations.only_rows.{title}", value)
+            wanted = wanted and value in values
+        if not wanted:
+            self.faults.left_out["rows of the CSV", "annotations.only_rows"] += 1
+        return wanted
 
     def _left_out(self, row: list[str]) -> str:
         """Why the row's image is left out whole, or empty."""
-        reasons = (
-            f"{title} is {self._cell(row, title)}"
-            for title, values in self.options.leave_out_images.items()
-            if self._cell(row, title) in values
-        )
-        return next(reasons, "")
+        reason = ""
+        for title, values in self.options.leave_out_images.items():
+            value = self._cell(row, title)
+            self.applied.meet(f"annotations.leave_out_images.{title}", value)
+            if value in values:
+                reason = reason or f"{title} is {value}"
+        return reason
 
     def _item(self, row: list[str], where: str) -> Optional[Annotated]:
         columns = self.options.columns
@@ -219,7 +272,6 @@ class _Table:
         if not file:
             self.faults.add(where, f"column {columns.file!r} is empty; needed: an image file")
             return None
-        names = [re.sub(*self.options.rename, file), file] if self.options.rename is not None else [file]
         lesion = self.options.only_class or self._cell(row, columns.lesion)
         box = self._box(row, where)
         if box is None:
@@ -233,11 +285,11 @@ class _Table:
             )
             return None
         return Annotated(
-            self.folders.find(names),
+            self.folders.find(self.names.of(file)),
             box,
             [lesion] * len(box),
             where,
-            normalised=self.options.normalised,
+            normalised=bool(self.options.normalised),
             patient=self._cell(row, columns.patient),
             split=self._split(row, where),
             modality=self._cell(row, columns.modality),
@@ -261,21 +313,14 @@ class _Table:
         except ValueError:
             self.faults.add(where, f"box is {texts}; needed: 4 numbers, or all empty for an image without a lesion")
             return None
-        return [as_xyxy((a, b, c, d), self.options.convention)]
+        return [in_unit(as_xyxy((a, b, c, d), self.options.convention), self.options.normalised)]
 
     def _split(self, row: list[str], where: str) -> str:
         text = self._cell(row, self.options.columns.split)
         if self.options.columns.split is None:
             return self.split
-        split = self.options.split_values.get(text, text)
-        if split not in SPLITS:
-            allowed = ", ".join(self.options.split_values or SPLITS)
-            self.faults.add(
-                where,
-                f"split is {text!r}.{did_you_mean(text, SPLITS)} Allowed: {allowed} "
-                "(map others with annotations.split_values)",
-            )
-        return split
+        self.applied.meet("annotations.split_values", text)
+        return checked_split(text, self.options.split_values, where, self.faults)
 
     def _slice(self, row: list[str], where: str) -> Optional[int]:
         text = self._cell(row, self.options.columns.slice)
@@ -302,22 +347,13 @@ def _numbers(text: str) -> list[str]:
     return [part for part in re.split(r"[,;\s]+", text.strip(" []()")) if part]
 
 
-def read_negative_list(listed: NegativeList, options: ReaderOptions, root: Path, faults: Faults) -> list[Annotated]:
-    """The images that a CSV lists as having no lesion. They lie in the folders of the annotated images."""
-    path = annotation_file(root, listed.files, faults)
-    rows = _rows(path, listed.delimiter, faults) if path is not None else None
-    if path is None or not rows:
-        return []
-    header = [title.strip() for title in rows[0]]
-    named = [("file", listed.file), ("patient", listed.patient), *(("only_rows", title) for title in listed.only_rows)]
-    wanted = [(f"negatives.listed.{role}", column) for role, column in named if column is not None]
-    if not _columns_exist(wanted, header, path, faults):
-        return []
-    folders = ImageFolders(options, root, "", path.parent)
-    items: dict[str, Annotated] = {}
-    for number, row in enumerate(rows[1:], start=2):
-        file = _cell(row, header, listed.file)
-        if file and all(_cell(row, header, title) in values for title, values in listed.only_rows.items()):
-            patient = _cell(row, header, listed.patient)
-            items.setdefault(file, Annotated(folders.find([file]), [], [], f"{path}:{number}", patient=patient))
-    return list(items.values())
+def checked_split(text: str, values: dict[str, Split], where: str, faults: Faults) -> str:
+    """The split that a cell names, by ``split_values`` or itself; a fault is added where it names none."""
+    split = values.get(text, text)
+    if split not in SPLITS:
+        faults.add(
+            where,
+            f"split is {text!r}.{did_you_mean(text, SPLITS)} Allowed: {', '.join(values or SPLITS)} "
+            "(map others with annotations.split_values)",
+        )
+    return split

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
-from typing import Literal, Optional
+from typing import TYPE_CHECKING, Literal, Optional
 
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, ImageFolders, matching_files
+from umed_plugin.data.annotations.base import Annotated, drop_box
+from umed_plugin.data.annotations.finding import ImageFolders, matching_files, without_ending
 from umed_plugin.data.recipes.options import Split
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box
+from umed_plugin.texts import read_text, read_xml
+
+if TYPE_CHECKING:
+    from xml.etree import ElementTree
 
 # What to add to xmin, ymin, xmax, ymax to count from 0 and leave the last pixel's far edge outside.
 _SHIFTS = {"one_based": (-1, -1, 0, 0), "inclusive": (0, 0, 1, 1), "half_open": (0, 0, 0, 0)}
@@ -34,6 +40,11 @@ annotations:
         description="How pixels are counted. ``one_based``: as in Pascal VOC, the first pixel is 1 and the last pixel belongs to "
         "the box. ``inclusive``: from 0, the last pixel belongs to the box. ``half_open``: from 0, the last pixel does not.",
     )
+    difficult: Literal["keep", "drop"] = Field(
+        "keep",
+        description="Objects that are marked as difficult. ``keep``: read them as the others. ``drop``: leave the box out, and "
+        "the image if no other box is left.",
+    )
     split_lists: dict[Split, str] = Field(
         {}, description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``)."
     )
@@ -42,20 +53,30 @@ annotations:
 @register_reader("voc", VocOptions)
 def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read all XML files of each pattern; ``split_lists`` say which split a file belongs to, others are left out."""
-    splits = _listed_splits(options, root, faults)
+    paths = {split: matching_files(root, pattern, faults) for split, pattern in options.files.items()}
+    splits = _listed_splits(options, root, {path.stem for found in paths.values() for path in found}, faults)
+    difficult: Counter[str] = Counter()
     items: list[Annotated] = []
-    for split, pattern in options.files.items():
-        folders = ImageFolders(options, root, split, root)
-        for path in matching_files(root, pattern, faults):
-            if splits is None or path.stem in splits:
-                item = _item(path, folders, options, faults)
-                if item is not None:
-                    item.split = splits[path.stem] if splits is not None else split
-                    items.append(item)
+    for split, found in paths.items():
+        folders = ImageFolders(options, root, split, root, faults)
+        for path in found:
+            item = _item(path, folders, options, faults, difficult)
+            if item is None:
+                continue
+            item.split = split if splits is None else splits.get(path.stem, "")
+            if splits is not None and path.stem not in splits:
+                item.left_out = "its XML is in none of split_lists"
+            items.append(item)
+    if difficult["keep"]:
+        faults.remark(
+            "annotations.difficult",
+            f"{difficult['keep']} boxes are marked difficult and are read as the others; drop leaves them out",
+        )
     return items
 
 
-def _listed_splits(options: VocOptions, root: Path, faults: Faults) -> Optional[dict[str, str]]:
+def _listed_splits(options: VocOptions, root: Path, stems: set[str], faults: Faults) -> Optional[dict[str, str]]:
+    """Stem -> split, by the lists; None without lists."""
     if not options.split_lists:
         return None
     splits: dict[str, str] = {}
@@ -64,33 +85,76 @@ def _listed_splits(options: VocOptions, root: Path, faults: Faults) -> Optional[
         if not path.is_file():
             faults.add(path, "no such split list")
             continue
-        for stem in path.read_text(encoding="utf-8").split():
-            if splits.setdefault(stem, split) != split:
+        lost = []
+        for written in _written_names(faults.read(read_text, path) or "", stems):
+            stem = _stem_of(written, stems)
+            if stem is None:
+                lost.append(written)
+            elif splits.setdefault(stem, split) != split:
                 faults.add(path, f"{stem!r} is in {splits[stem]} already")
+        if lost:
+            faults.left_out[f"names in {name}", "no XML has this name"] += len(lost)
+            faults.remark(path, f"{len(lost)} names have no XML. The first: {lost[0]!r}")
     return splits
 
 
-def _item(path: Path, folders: ImageFolders, options: VocOptions, faults: Faults) -> Optional[Annotated]:
-    try:
-        tree = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        faults.add(path, f"not XML: {error}")
+def _written_names(text: str, stems: set[str]) -> list[str]:
+    """One name per line, as Pascal VOC has it, or several; ``name -1`` and ``name 1`` in the lists of one class."""
+    names: list[str] = []
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        words = line.split()
+        if _stem_of(line, stems) is not None or len(words) == 1:
+            names.append(line)
+        elif len(words) == 2 and words[1] in ("1", "0", "-1") and words[1] not in stems:
+            names.append(words[0])
+        else:
+            names += words
+    return names
+
+
+def _stem_of(written: str, stems: set[str]) -> Optional[str]:
+    """The XML's stem for a name that may have folders before it and an ending: ``JPEGImages/a.png`` is ``a``."""
+    last = written.replace("\\", "/").rsplit("/", 1)[-1]
+    return next((name for name in (written, last, without_ending(last)) if name in stems), None)
+
+
+def _item(
+    path: Path, folders: ImageFolders, options: VocOptions, faults: Faults, difficult: Counter[str]
+) -> Optional[Annotated]:
+    tree = faults.read(read_xml, path)
+    if tree is None:
         return None
-    name = tree.findtext("filename")
+    name = (tree.findtext("filename") or "").strip()
     if not name:
         faults.add(path, "has no <filename>")
         return None
     item = Annotated(folders.find([name]), [], [], str(path), _size(tree, path, faults))
     for number, entry in enumerate(tree.findall("object")):
         texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-        try:
-            x1, y1, x2, y2 = (float(text or "") + shift for text, shift in zip(texts, _SHIFTS[options.convention]))
-        except ValueError:
+        box = _box(texts, options.convention)
+        if box is None:
             faults.add(f"{path} object {number}", f"bndbox is {texts}; needed: numbers xmin, ymin, xmax, ymax")
             continue
-        item.boxes.append((x1, y1, x2, y2))
-        item.classes.append(entry.findtext("name") or "")
+        if (entry.findtext("difficult") or "").strip() == "1":
+            difficult[options.difficult] += 1
+            if options.difficult == "drop":
+                drop_box(item, "difficult; annotations.difficult", faults)
+                continue
+        item.boxes.append(box)
+        item.classes.append((entry.findtext("name") or "").strip())
     return item
+
+
+def _box(texts: list[Optional[str]], convention: str) -> Optional[Box]:
+    """The box half-open from 0. One without width or height as written has none here either: it is a mistake, not a pixel."""
+    try:
+        x1, y1, x2, y2 = (float(text or "") for text in texts)
+    except ValueError:
+        return None
+    if x1 >= x2 or y1 >= y2:
+        return (x1, y1, x2, y2)
+    left, top, right, bottom = _SHIFTS[convention]
+    return (x1 + left, y1 + top, x2 + right, y2 + bottom)
 
 
 def _size(tree: ElementTree.Element, path: Path, faults: Faults) -> Optional[tuple[int, int]]:

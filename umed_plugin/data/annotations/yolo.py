@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Literal, NamedTuple, Optional, Union
 
-import yaml
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, ImageFolders
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.finding import ImageFolders, did_you_mean_file, matches
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
+from umed_plugin.texts import read_text, read_yaml
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
@@ -19,7 +22,7 @@ _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 class YoloOptions(ReaderOptions):
     """YOLO text files. ``files`` is the folder of the label files, ``image_root`` the folder of the images.
 
-    An image without a label file is negative.
+    An image without a label file is negative. Images in a sub folder belong to the labels in the sub folder of the same name.
     """
 
     yaml_example_ = """
@@ -33,71 +36,164 @@ annotations:
     names: Union[str, list[str]] = Field(
         description="Class names in order, or the YAML file (``data.yaml``) that holds them under ``names``."
     )
+    rows: Optional[Literal["boxes", "polygons"]] = Field(
+        None,
+        description="What the numbers of a row are after its class. ``boxes``: the first four are cx cy w h; what follows, such "
+        "as keypoints or a confidence, is not read. ``polygons``: x y x y ... Default: four numbers are a box; more are a box "
+        "and keypoints if the YAML file of ``names`` has ``kpt_shape``, and else a polygon.",
+    )
+
+
+class _Row(NamedTuple):
+    """A line of a label file: its numbers after the class, in 0-1."""
+
+    item: Annotated
+    where: str
+    name: str
+    numbers: list[float]
 
 
 @register_reader("yolo", YoloOptions)
 def read_yolo(options: YoloOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read every image of ``image_root`` with the label file of the same stem, or of none."""
-    names = _class_names(options.names, root, faults)
+    names, keypoints = _class_names(options.names, root, faults)
     items: list[Annotated] = []
+    rows: list[_Row] = []
     for split, label_folder in options.files.items():
-        folders = ImageFolders(options, root, split, root)
+        folders = ImageFolders(options, root, split, root, faults)
         if not (root / label_folder).is_dir():
             faults.add(root / label_folder, "no such label folder (annotations.files)")
             continue
-        images = folders.images(_IMAGES)
-        folder = ", ".join(map(str, folders.folders))
-        if not images:
-            faults.add(folder, f"holds no image ({', '.join(_IMAGES)}); check annotations.image_root")
-        stems = {path.stem for path in images}
-        for label in sorted((root / label_folder).glob("*.txt")):
-            if label.stem not in stems and label.stem != "classes":
-                faults.add(label, f"there is no image {label.stem}.* in {folder}")
-        for image in images:
-            items.append(_item(image, root / label_folder / f"{image.stem}.txt", split, names, faults))
+        for image, label in _pairs(root / label_folder, folders, faults):
+            item = Annotated(image, [], [], str(label or image), normalised=True, split=split)
+            items.append(item)
+            rows += _rows(item, label, names, faults) if label is not None else []
+    _fill_boxes(rows, options, keypoints, faults)
     return items
 
 
-def _class_names(names: Union[str, list[str]], root: Path, faults: Faults) -> dict[int, str]:
+def _class_names(names: Union[str, list[str]], root: Path, faults: Faults) -> tuple[dict[int, str], Optional[int]]:
+    """Number -> name of every class, and how many numbers of keypoints follow a box; None if no file says."""
     if isinstance(names, list):
-        return dict(enumerate(names))
+        return dict(enumerate(names)), None
     path = root / names
     if not path.is_file():
-        faults.add(path, "no such file (annotations.names)")
-        return {}
-    listed = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("names", {})
-    pairs = listed.items() if isinstance(listed, dict) else enumerate(listed)
-    return {int(number): str(name) for number, name in pairs}
+        faults.add(path, f"no such file (annotations.names).{did_you_mean_file(path, root)}")
+        return {}, None
+    content = faults.read(read_yaml, path)
+    content = content if isinstance(content, dict) else {}
+    listed = content.get("names")
+    pairs = dict(enumerate(listed)) if isinstance(listed, list) else listed
+    if not isinstance(pairs, dict) or not all(str(number).isdigit() for number in pairs):
+        faults.add(path, "has no class names under 'names'; needed: a list, or a mapping of number to name")
+        return {}, None
+    shape: Any = content.get("kpt_shape")
+    if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
+        return {int(number): str(name) for number, name in pairs.items()}, shape[0] * shape[1]
+    return {int(number): str(name) for number, name in pairs.items()}, None
 
 
-def _item(image: Path, label: Path, split: str, names: dict[int, str], faults: Faults) -> Annotated:
-    item = Annotated(image, [], [], str(label if label.is_file() else image), normalised=True, split=split)
-    lines = label.read_text(encoding="utf-8").splitlines() if label.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
+def _pairs(label_folder: Path, folders: ImageFolders, faults: Faults) -> list[tuple[Path, Optional[Path]]]:
+    """Every image with its label file, or None. A label file without an image, or with several, is a fault."""
+    labels = _by_place(label_folder, matches(label_folder, "**/*"), (".txt",))
+    below = {os.path.dirname(place) for place in labels}
+    images: dict[str, list[Path]] = {}
+    passed_over: list[Path] = []
+    for folder in folders.folders:
+        for place, paths in _by_place(folder, matches(folder, "**/*"), _IMAGES).items():
+            # Other sub folders may hold anything: masks, plots, or the images of another split.
+            if not os.path.dirname(place) or os.path.dirname(place) in below:
+                images.setdefault(place, []).extend(paths)
+            else:
+                passed_over += paths
+    shown = ", ".join(map(str, folders.folders))
+    if not images:
+        faults.add(shown, f"holds no image ({', '.join(_IMAGES)}); check annotations.image_root")
+    if passed_over:
+        faults.remark(
+            shown,
+            f"{len(passed_over)} images are in sub folders of which {label_folder} has none, and are not read. The first: "
+            f"{passed_over[0]}",
+        )
+    for place, paths in labels.items():
+        if len(paths) > 1:
+            faults.add(paths[0], f"is there as {paths[1].name} too; needed: one label file for an image")
+        if place not in images and os.path.basename(place) != "classes":
+            faults.add(paths[0], f"there is no image {place}.* in {shown}")
+    for place, paths in images.items():
+        if len(paths) > 1 and place in labels:
+            faults.add(labels[place][0], f"fits {paths[0]} and {paths[1]}, and nothing says which of them it is about")
+    return sorted((image, labels.get(place, [None])[0]) for place, paths in images.items() for image in paths)
+
+
+def _by_place(folder: Path, paths: Sequence[Path], endings: tuple[str, ...]) -> dict[str, list[Path]]:
+    """Path below the folder without ending -> the files there with one of the endings, in any case."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        if path.suffix.lower() in endings:
+            found.setdefault(os.path.relpath(path.with_suffix(""), folder), []).append(path)
+    return found
+
+
+def _rows(item: Annotated, label: Path, names: dict[int, str], faults: Faults) -> list[_Row]:
+    rows = []
+    for number, line in enumerate((faults.read(read_text, label) or "").splitlines(), start=1):
+        where, words = f"{label}:{number}", line.split()
+        if not words:
             continue
-        box = _box(line.split()[1:])
-        index = line.split()[0]
+        try:
+            numbers = [float(word) for word in words[1:]]
+        except ValueError:
+            numbers = []
+        if len(numbers) < 4:
+            faults.add(where, f"found {line[:200]!r}; needed: class cx cy w h, or class and a polygon, all in 0-1")
+        elif not words[0].isdigit() or int(words[0]) not in names:
+            number_or_text = words[0] if words[0].isdigit() else repr(words[0][:80])
+            faults.add(where, f"class {number_or_text} has no name. Allowed: {names}")
+        else:
+            rows.append(_Row(item, where, names[int(words[0])], numbers))
+    return rows
+
+
+def _fill_boxes(rows: list[_Row], options: YoloOptions, keypoints: Optional[int], faults: Faults) -> None:
+    """Give every row's box to its image."""
+    if options.rows is None and keypoints is None and _may_hold_keypoints(rows):
+        faults.add(
+            rows[0].where,
+            f"every row has {len(rows[0].numbers)} numbers after its class, which may be a polygon, or a box and keypoints. "
+            "Add annotations.rows: polygons, or boxes",
+        )
+        return
+    for row in rows:
+        box = _box(row.numbers, options.rows, keypoints)
         if box is None:
             faults.add(
-                f"{label}:{number}", f"found {line!r}; needed: class cx cy w h, or class and a polygon, all in 0-1"
+                row.where,
+                f"has {len(row.numbers)} numbers after its class; needed: cx cy w h, or a polygon, all in 0-1. If keypoints or a "
+                "confidence follow the box: annotations.rows: boxes",
             )
-        elif not index.isdigit() or int(index) not in names:
-            faults.add(f"{label}:{number}", f"class {index} has no name. Allowed: {names}")
         else:
-            item.boxes.append(box)
-            item.classes.append(names[int(index)])
-    return item
+            row.item.boxes.append(box)
+            row.item.classes.append(row.name)
 
 
-def _box(words: list[str]) -> Optional[Box]:
-    try:
-        values = [float(word) for word in words]
-    except ValueError:
-        return None
-    if len(values) == 4:
-        x, y, width, height = values
+def _may_hold_keypoints(rows: list[_Row]) -> bool:
+    """True if all rows have the same even number of numbers, as with keypoints, and are not corners of turned boxes."""
+    counts = {len(row.numbers) for row in rows}
+    if len(counts) != 1 or min(counts) == 4 or min(counts) % 2:
+        return False
+    return not (counts == {8} and all(_is_parallelogram(row.numbers) for row in rows))
+
+
+def _is_parallelogram(corners: list[float]) -> bool:
+    """True for four corners in a row, as of an oriented box: both diagonals have the same middle."""
+    return all(abs(corners[i] + corners[i + 4] - corners[i + 2] - corners[i + 6]) < 0.01 for i in (0, 1))
+
+
+def _box(numbers: list[float], form: Optional[str], keypoints: Optional[int]) -> Optional[Box]:
+    if form == "boxes" or len(numbers) == 4 or (form is None and keypoints and len(numbers) == 4 + keypoints):
+        x, y, width, height = numbers[:4]
         return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-    if len(values) >= 6 and len(values) % 2 == 0:
-        return (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
+    if len(numbers) >= 6 and len(numbers) % 2 == 0 and (form == "polygons" or not keypoints):
+        return (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
     return None

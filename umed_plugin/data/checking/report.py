@@ -13,6 +13,7 @@ from statistics import mean, median
 from typing import TYPE_CHECKING
 
 from umed_plugin import files
+from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.data.leaks import SAME
 from umed_plugin.data.recipes.options import SPLITS
@@ -68,10 +69,8 @@ def print_check(check: RecipeCheck, console: Console) -> None:
             console.print(available, style="yellow")
     console.print(_splits_table(check))
     console.print(_classes_table(check))
-    for reason, count in check.annotations.left_out.items():
-        console.print(f"{count} images left out: {reason}")
-    if check.annotations.dropped_boxes:
-        console.print(f"{check.annotations.dropped_boxes} degenerate boxes left out")
+    for line in check.annotations.told():
+        console.print(one_line(line), style="yellow", soft_wrap=True)
     shared = check.shared_patients
     if shared:
         console.print(
@@ -126,7 +125,8 @@ def _print_missing(check: RecipeCheck, console: Console) -> None:
             soft_wrap=True,
         )
         for item in missing[:_SHOWN]:
-            console.print(f"  {one_line(item.image)}", soft_wrap=True)
+            meant = did_you_mean_file(item.image, item.root)
+            console.print(f"  {one_line(item.image)}{one_line(meant)}", soft_wrap=True)
 
 
 def _sources_table(check: RecipeCheck) -> object:

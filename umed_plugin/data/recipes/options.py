@@ -7,7 +7,9 @@ for a missing key are made of it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
 from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -164,30 +166,56 @@ class SplitRule(StrictModel):
         {"train": 0.8, "val": 0.1, "test": 0.1},
         description="Share of each split for ``by: patient``. They are met on average: the more patients, the closer.",
     )
+    patient: Optional[Literal["header"]] = Field(
+        None,
+        description="``header``: a hash of the PatientID in the DICOM header is the patient, where an image has one.",
+    )
     patient_pattern: Optional[str] = Field(
         None,
-        description="Regular expression on the image's file name. Its first group is the patient, if no column names one. "
-        "Default: the first group of ``copy_pattern``, else the file name without its ending.",
+        description="Regular expression on the image's file name, or on its path under the data root if the expression has a "
+        "slash. Its first group is the patient, if no column names one. Default: the first group of ``copy_pattern``, else the "
+        "file name without its ending.",
     )
     copy_pattern: Optional[str] = Field(
         None,
-        description="Regular expression on the image's file name. Its first group is the picture that the image is an augmented "
+        description="Regular expression on the same name or path. Its first group is the picture that the image is an augmented "
         "copy of. Training uses all copies; val and test keep only the first by name, since copies add no information there.",
     )
 
     @field_validator("patient_pattern", "copy_pattern")
     @classmethod
     def _has_group(cls, value: Optional[str]) -> Optional[str]:
-        if not _compiled(value).groups and value is not None:
+        if not compiled(value).groups and value is not None:
             raise ValueError("needs a group in parentheses around what names the patient or picture")
         return value
 
 
-def _compiled(pattern: Optional[str]) -> re.Pattern[str]:
+def compiled(pattern: Optional[str]) -> re.Pattern[str]:
+    """A regular expression; the empty one for None.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
         return re.compile(pattern or "")
     except re.error as error:
         raise ValueError(f"is not a regular expression: {error}") from error
+
+
+def checked_template(text: str, allowed: Optional[Sequence[str]] = None) -> str:
+    """A text with ``{name}`` to fill in.
+
+    Args:
+        allowed: the names that it may hold; None allows every plain name.
+
+    Raises:
+        ValueError: it has another name, or braces that do not match.
+    """
+    names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    for name in names:
+        if not re.fullmatch(r"[^.!:{}]+", name) or (allowed is not None and name not in allowed):
+            raise ValueError(unknown_name("name in braces", name, allowed or ("key", "field")))
+    return text
 
 
 class NegativeList(StrictModel):
@@ -196,6 +224,7 @@ class NegativeList(StrictModel):
     files: str = Field(description="The CSV under the data root. A pattern stands for the one file that it matches.")
     file: Column = Field(description="Column of the image file.")
     patient: Optional[Column] = Field(None, description="Column of the patient.")
+    split: Optional[Column] = Field(None, description="Column of the split, needed for ``split.by: column``.")
     only_rows: dict[str, list[str]] = Field(
         {}, description="Column header and the values to keep. Other rows are left out."
     )
@@ -224,7 +253,7 @@ class NegativeRule(StrictModel):
     @field_validator("only")
     @classmethod
     def _is_pattern(cls, value: Optional[str]) -> Optional[str]:
-        _compiled(value)
+        compiled(value)
         return value
 
     @model_validator(mode="after")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from umed_plugin.data.recipes.options import InWords, Split
+from umed_plugin.data.recipes.options import InWords, Split, checked_template
 from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.registry import Registry
 
@@ -55,6 +55,14 @@ class ReaderOptions(StrictModel):
         "split. ``*`` stands for any part of a name, ``{split}`` for the split. Default: the folder of the annotation file "
         "(coco, csv, json) or the data root (the others).",
     )
+
+    @field_validator("image_root")
+    @classmethod
+    def _only_the_split(cls, value: Any) -> Any:
+        given = list(value.values()) if isinstance(value, dict) else [value]
+        for folder in (folder for part in given for folder in (part if isinstance(part, list) else [part])):
+            checked_template(folder or "", ("split",))
+        return value
 
     def image_roots(self, split: str) -> list[str]:
         """The folders of a split's images as the recipe writes them; empty if the recipe leaves them to the reader."""

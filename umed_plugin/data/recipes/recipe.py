@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
-import yaml
 from pydantic import BeforeValidator, Field, field_validator
 
 from umed_plugin.data.recipes.options import (
@@ -26,7 +25,8 @@ from umed_plugin.data.recipes.options import (
 )
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
 from umed_plugin.errors import UmedError, UsageError, unknown_name
-from umed_plugin.faults import Faults, NoDuplicates, StrictModel, validated
+from umed_plugin.faults import Faults, StrictModel, validated
+from umed_plugin.texts import parse_yaml
 
 
 def _short_form(value: Any) -> Any:
@@ -46,6 +46,11 @@ class Recipe(StrictModel):
     data_root: str = Field(
         "${UMED_DATA_ROOT}",
         description="Folder of the data set. ``${VARIABLE}`` is taken from the environment; ``--data-root`` overrides this key.",
+    )
+    linked_roots: list[str] = Field(
+        [],
+        description="Folders outside of the data root in which images may lie, such as a disk to which the data root links. "
+        "``${VARIABLE}`` is taken from the environment. Other images outside of the data root are faults.",
     )
     modality: str = Field("", description="Modality of images for which no column names one, such as CT.")
     annotations: Annotated[Any, InWords("see Annotation readers")] = Field(
@@ -222,10 +227,7 @@ def load_recipe(name_or_path: Union[str, Path]) -> AnyRecipe:
             raise UsageError(unknown_name("recipe", str(name_or_path), shipped) + " Or the path of a YAML file.")
         path = shipped[str(name_or_path)]
     raw = path.read_bytes()
-    try:
-        data = yaml.load(raw, Loader=NoDuplicates)
-    except yaml.YAMLError as error:
-        raise UmedError(f"{path}: not valid YAML: {error}") from error
+    data = parse_yaml(raw, path)
     if not isinstance(data, dict):
         raise UmedError(
             f"{path}: holds a {type(data).__name__}; a recipe is a mapping. See: umed recipe show demo_studies"
@@ -263,6 +265,11 @@ def _mixture(data: dict[str, Any], faults: Faults) -> Any:
         if isinstance(recipe, Mixture):
             faults.add(f"sources.{name}", "is a mixture itself; name its sources here")
         else:
+            owner = next((other for other, known in recipes.items() if known.name == recipe.name), None)
+            if owner is not None:
+                faults.add(
+                    f"sources.{name}", f"has the name {recipe.name!r}, like {owner}; ids of records begin with it"
+                )
             recipes[name] = recipe
     # The selected images depend on the sources' recipes too.
     digests = "".join([mixture.sha256, *(recipe.sha256 for recipe in recipes.values())])
@@ -302,6 +309,19 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
     if recipe.split.by == "file" and not per_split:
         faults.add(
             "split.by", "is 'file', but annotations.files is one for all. Give it per split: {train: ..., val: ...}"
+        )
+    if "" in options.files and (isinstance(options.image_root, dict) or "{split}" in str(options.image_root)):
+        faults.add(
+            "annotations.image_root", "is given per split, but annotations.files is one for all; give both per split"
+        )
+    listed = recipe.negatives.listed
+    if listed is not None and recipe.split.by == "file":
+        faults.add(
+            "negatives.listed", "gives its images no split, and split.by is 'file'. Use split.by: patient or column"
+        )
+    if listed is not None and recipe.split.by == "column" and listed.split is None:
+        faults.add(
+            "negatives.listed.split", "missing. split.by is 'column', so the list must name the column of its split"
         )
     columns = getattr(options, "columns", None)
     if recipe.split.by == "column" and (columns is None or columns.split is None):

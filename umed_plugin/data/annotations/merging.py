@@ -1,0 +1,97 @@
+"""One image, one record: entries of the same image are merged, and a box that is given twice is one box.
+
+Two records of an image would each teach that the lesions of the other are not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.recipes.recipe import Recipe
+from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box, iou_matrix
+
+# Boxes of one class that overlap more are probably one lesion, marked twice or by several readers.
+_MOST_OVERLAP = 0.5
+
+
+def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> list[Annotated]:
+    """The items with those of one image (and slice) merged, whatever path they name it by.
+
+    It is a fault if they contradict each other: one with and one without a lesion, or in different splits.
+    """
+    first: dict[tuple[str, object], Annotated] = {}
+    merged: list[str] = []
+    folders: dict[str, str] = {}
+    for item in items:
+        earlier = first.setdefault((real_path(str(item.image), folders), item.slice), item)
+        if earlier is item:
+            continue
+        contradiction = _contradiction(earlier, item, recipe)
+        if contradiction:
+            faults.add(item.where, f"is about {item.image.name} again, like {earlier.where}, {contradiction}")
+            continue
+        merged.append(f"{earlier.where} and {item.where}")
+        earlier.boxes = [*earlier.boxes, *item.boxes]
+        earlier.classes = [*earlier.classes, *item.classes]
+        earlier.left_out = earlier.left_out or item.left_out
+        earlier.dropped_boxes += item.dropped_boxes
+        earlier.window = earlier.window or item.window
+    if merged:
+        faults.remark(
+            "images", f"{len(merged)} entries are about an image that has one, and are merged with it: {merged[0]}"
+        )
+    return list(first.values())
+
+
+def _contradiction(first: Annotated, item: Annotated, recipe: Recipe) -> str:
+    if recipe.split.by != "patient" and first.split != item.split:
+        return f"but in split {item.split or '(none)'}, and there in {first.split or '(none)'}"
+    if bool(first.boxes or first.dropped_boxes) != bool(item.boxes or item.dropped_boxes):
+        return "but only one of the two has a box. An entry without boxes says that the image has no lesion. Remove it"
+    if first.patient and item.patient and first.patient != item.patient:
+        return f"but of patient {item.patient!r}, and there of {first.patient!r}"
+    for name in ("size", "window"):
+        here, there = getattr(item, name), getattr(first, name)
+        if here is not None and there is not None and tuple(here) != tuple(there):
+            return f"but with {name} {here}, and there with {there}"
+    return "" if first.normalised == item.normalised else "but in another unit"
+
+
+def drop_repeated_boxes(items: Sequence[Annotated], faults: Faults) -> None:
+    """Keep one of several equal boxes of a class, and remark on boxes of a class that overlap by more than half."""
+    overlapping, first = 0, ""
+    for item in items:
+        seen: set[tuple[object, ...]] = set()
+        kept: list[int] = []
+        for index, (box, name) in enumerate(zip(item.boxes, item.classes)):
+            key = (name, *(round(value, 6 if item.normalised else 3) for value in box))
+            if key in seen:
+                faults.left_out["boxes", "the same box of the same class twice"] += 1
+            else:
+                kept.append(index)
+            seen.add(key)
+        if len(kept) < len(item.boxes):
+            item.boxes = [item.boxes[index] for index in kept]
+            item.classes = [item.classes[index] for index in kept]
+        found = _overlapping(item.boxes, item.classes)
+        overlapping += found
+        first = first or (item.where if found else "")
+    if overlapping:
+        faults.remark(
+            first,
+            f"{overlapping} boxes overlap another of their class by IoU > {_MOST_OVERLAP}. Each is read as a lesion. Did "
+            "several readers mark the same one?",
+        )
+
+
+def _overlapping(boxes: Sequence[Box], classes: Sequence[str]) -> int:
+    """Number of boxes that overlap an earlier one of their class by more than half."""
+    if len(boxes) < 2:
+        return 0
+    overlap = iou_matrix(boxes, boxes)
+    return sum(
+        any(overlap[i, j] > _MOST_OVERLAP and classes[i] == classes[j] for j in range(i)) for i in range(1, len(boxes))
+    )
