@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated
-from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.annotations.finding import matching_folders, real_path
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
 
@@ -47,9 +47,8 @@ def _declared(recipe: Recipe, root: Path) -> list[Path]:
     options = recipe.annotations
     named = [folder for split in ("", "train", "val", "test") for folder in options.image_roots(split)]
     named += [os.path.dirname(name) for name in options.files.values()]
-    # A pattern allows the folder before its first `*`.
-    named = [os.path.normpath(root / folder.split("*")[0]) for folder in named]
-    return [Path(folder) for folder in named if os.path.relpath(folder, root).startswith(os.pardir)]
+    outside = [folder for folder in named if os.path.relpath(root / folder, root).startswith(os.pardir)]
+    return [match for folder in outside for match in matching_folders(root, folder)]
 
 
 def _linked(recipe: Recipe) -> list[Path]:
