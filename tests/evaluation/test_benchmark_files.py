@@ -14,6 +14,7 @@ from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.benchmarks.medvh import split_choices
+from umed_plugin.evaluation.metrics.choices import right_option
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
@@ -55,11 +56,19 @@ def test_pmc_vqa_by_hand(tmp_path, column):
     assert found["blank_bleu_1"] == pytest.approx(2 / 5)
 
 
-def test_a_pmc_answer_that_is_no_choice_is_named(tmp_path):
+def test_a_pmc_answer_that_is_no_choice_is_left_out_and_named(tmp_path, capsys):
     folder = pmc(tmp_path / "pmc")
     (folder / "test.csv").write_text((folder / "test.csv").read_text().replace(",B,B", ",x-ray of a hand,"))
-    with pytest.raises(UmedError, match=r"test.csv, line 2: the answer 'x-ray of a hand' is not one of the choices"):
-        questions_of("pmc_vqa", folder)
+    assert [question.id for question in questions_of("pmc_vqa", folder)] == ["1/choice", "1/blank"]
+    told = capsys.readouterr().err
+    assert "pmc_vqa: 1 of 2 rows are left out" in told
+    assert "test.csv, line 2: the answer 'x-ray of a hand' is not one of the choices" in told
+
+
+def test_a_pmc_label_is_not_trusted_over_the_text(tmp_path):
+    folder = pmc(tmp_path / "pmc")
+    (folder / "test.csv").write_text((folder / "test.csv").read_text().replace(",B,B", ",X-ray,B"))
+    assert questions_of("pmc_vqa", folder)[0].truth == "X-ray"
 
 
 # --- MedMNIST
@@ -211,6 +220,105 @@ def test_medvh_by_hand(tmp_path):
     assert found["accuracy_first_character/wrongful_image"] == 0.5
     assert found["accuracy/fcj"] == 0 and found["takes_suggestion"] == 1
     assert found["report_chair"] == pytest.approx(2 / 3) and found["report_recall"] == pytest.approx(1 / 2)
+
+
+CHOICES = "A: big mass, cyst. B: none. C: stone. D: cyst."
+
+
+@pytest.mark.parametrize(
+    ("truth", "right"),
+    [
+        *(
+            ("D", 3),
+            ("d", 3),
+            ("D: cyst", 3),
+            ("D: cyst.", 3),
+            ("a: cyst", 3),
+            ("n: stone", 2),
+            ("cyst", 3),
+            ("(C)", 2),
+            ("C.", 2),
+        ),
+        *(
+            ("A: big mass", 0),
+            ("A. big mass, cyst", 0),
+            ("C) Stone", 2),
+            ("n: Nodule", None),
+            ("E", None),
+            ("", None),
+            ("h: rib", None),
+        ),
+        *(("B: stones", None), ("C: stones", 2)),
+    ],
+)
+def test_the_text_of_a_truth_goes_before_its_letter(truth, right):
+    assert right_option(truth, split_choices(CHOICES)) == right
+
+
+def test_one_odd_row_of_medvh_is_left_out_and_reports_of_both_forms_are_read(tmp_path, capsys):
+    root = medvh(tmp_path)
+    rows = [{"question_id": n, "img_name": "m1.jpg", "question": "q", "choices": CHOICES, "gt": "D"} for n in range(8)]
+    rows[1]["gt"], rows[2]["gt"] = "n: Nodule", "a: cyst"
+    rows[3] = {"question_id": 3}
+    rows[4] = "not a row"
+    rows[5]["choices"] = "none at all"
+    (root / "multi_choices" / "test_wrongful_image.json").write_text(json.dumps(rows))
+    reports = [
+        {"report_id": 0, "image_name": "m1.jpg", "gt_labels": ["pleural effusion", "Edema"]},
+        {"report_id": 1, "image_name": "m1.jpg", "gt_labels": []},
+        {"report_id": 2, "image_name": "m1.jpg", "gt_labels": "No Finding"},
+        {"report_id": 3, "image_name": "m1.jpg", "gt_labels": ["Lump"]},
+    ]
+    (root / "text_generation" / "test_report_generation.json").write_text(json.dumps(reports))
+    questions = questions_of("medvh", root)
+    wrongful = [question for question in questions if question.groups["part"] == "wrongful_image"]
+    assert [question.id for question in wrongful] == [f"wrongful_image/{n}" for n in (0, 2, 6, 7)]
+    assert {question.truth for question in wrongful} == {"cyst"}
+    found = [question.about["findings"] for question in questions if "findings" in question.about]
+    assert found == [["Pleural Effusion", "Edema"], [], ["No Finding"]]
+    told = capsys.readouterr().err
+    assert "medvh/wrongful_image: 4 of 8 rows are left out" in told
+    for words in (
+        "[1]: gt 'n: Nodule' is none of its choices",
+        "[3]: has none of the fields img_name",
+        "[4]: is a str",
+    ):
+        assert words in told
+    assert "medvh/report_generation: 1 of 4 rows are left out" in told and "unknown labels 'Lump'" in told
+
+
+def test_pictures_of_the_published_folders_are_found(tmp_path):
+    rows = [{"question_id": 0, "img_name": "m1.jpg", "question": "q", "choices": CHOICES, "gt": "D"}]
+    file = tmp_path / "multi_choices" / "baseline_worngful_image" / "test_wrongful_image_baseline_src.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(rows))
+    picture(tmp_path / "multi_choices" / "wrongful_image" / "m1.jpg")
+    assert len(questions_of("medvh", tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "file", "key"),
+    [
+        ("omnimedvqa", omni, "QA_information/Open-access/ACRIMA.json", "gt_answer"),
+        ("slake", None, "test.json", "answer_type"),
+    ],
+)
+def test_one_odd_row_of_a_json_is_left_out_and_more_than_half_end_it(name, make, file, key, tmp_path, capsys):
+    if make is None:
+        row = {"qid": 0, "img_name": "a.png", "question": "q", "answer": "Yes", "answer_type": "CLOSED", "q_lang": "en"}
+        (tmp_path / file).write_text(json.dumps([{**row, "qid": n} for n in range(3)]))
+        picture(tmp_path / "imgs" / "a.png")
+    else:
+        make(tmp_path)
+    rows = json.loads((tmp_path / file).read_text())
+    whole = len(questions_of(name, tmp_path))
+    (tmp_path / file).write_text(json.dumps([{**rows[0], key: "\x1b[31mneither"}, *rows[1:]]))
+    assert len(questions_of(name, tmp_path)) == whole - 1
+    told = capsys.readouterr().err
+    assert f"{name}: 1 of {whole} rows are left out" in told and "[0]: " in told and "\x1b" not in told
+    (tmp_path / file).write_text(json.dumps([{"id": 1}] * 6 + rows))
+    with pytest.raises(UmedError, match=r"rows cannot be read. Is it the right file\?"):
+        questions_of(name, tmp_path)
 
 
 def test_choices_in_one_text():

@@ -19,6 +19,8 @@ from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+from umed_plugin.evaluation.benchmarks.llava_med import file_benchmark, is_question_file
+from umed_plugin.evaluation.evaluator import check_benchmark
 from umed_plugin.evaluation.questions import chosen_questions, in_batches
 from umed_plugin.model.answerer import Answerer
 
@@ -47,6 +49,60 @@ def test_the_training_part_is_the_rest(tmp_path):
     assert [question.id for question in questions] == ["99"]
     with pytest.raises(UmedError, match=r"unknown split of vqa_rad 'val'.*test, train"):
         chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, split="val", work=tmp_path)
+
+
+def test_a_file_without_a_test_split_says_why(tmp_path):
+    """VQA-Med 2019 in VQA-RAD's schema: no phrase_type begins with test."""
+    file = rad(tmp_path) / "VQA_RAD Dataset Public.json"
+    rows = [{**row, "phrase_type": "freeform"} for row in json.loads(file.read_text())]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UmedError, match=r"none has a phrase_type that begins with 'test'. Found: 'freeform'"):
+        chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, work=tmp_path)
+    row = {"qid": 0, "img_name": "a.png", "question": "q", "answer": "a", "answer_type": "OPEN", "q_lang": "zh"}
+    (tmp_path / "test.json").write_text(json.dumps([row]))
+    with pytest.raises(UmedError, match="none of its 1 questions is in English"):
+        chosen_questions(BENCHMARKS["slake"], tmp_path, work=tmp_path)
+
+
+def test_missing_images_are_the_reason_also_when_they_are_skipped(tmp_path):
+    shutil.rmtree(rad(tmp_path) / "VQA_RAD Image Folder")
+    with pytest.raises(
+        UmedError, match="nothing is left to ask: 3 images of vqa_rad are missing, with 6 of 6 questions"
+    ):
+        chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, work=tmp_path, skip=True)
+
+
+def test_llava_med_s_own_question_files_are_a_benchmark(tmp_path):
+    picture(tmp_path / "images" / "a.png")
+    turns = [{"from": "human", "value": "Is it normal?\n<image>"}, {"from": "gpt", "value": "No"}]
+    truth = [
+        {"id": 1, "image": "a.png", "answer_type": "CLOSED", "conversations": turns},
+        {
+            "id": 2,
+            "image": "a.png",
+            "answer_type": "OPEN",
+            "conversations": [turns[0], {"from": "gpt", "value": "left lung"}],
+        },
+    ]
+    (tmp_path / "test.json").write_text(json.dumps(truth))
+    asked = [{"question_id": n, "image": "a.png", "text": "Is it normal?\n<image>"} for n in (1, 2)]
+    own = {"question_id": 3, "image": "a.png", "text": "Lesion?", "gpt4_answer": "yes"}
+    lines = [*map(json.dumps, [*asked, own]), "not JSON"]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    for name, kinds in (("questions.jsonl", "COC"), ("test.json", "CO")):
+        file = str(tmp_path / name)
+        assert is_question_file(file)
+        check_benchmark(file)
+        questions, _ = chosen_questions(file_benchmark(file, None), None, work=tmp_path)
+        assert "".join(question.groups["answer_type"][0] for question in questions) == kinds
+        assert [question.truth for question in questions] == ["No", "left lung", "yes"][: len(kinds)]
+        assert questions[0].text == "Is it normal?"
+    assert not is_question_file("mau") and not is_question_file("recipe.yaml")
+    (tmp_path / "test.json").unlink()
+    with pytest.raises(UmedError, match="has no answer to compare with"):
+        chosen_questions(file_benchmark(str(tmp_path / "questions.jsonl"), None), None, work=tmp_path)
+    found = metrics_of("llava_med", questions, ["**No**", "The left lung."])
+    assert found["closed_accuracy"] == found["open_accuracy"] == 1
 
 
 def test_real_rows_of_vqa_rad_and_slake(real_data, tmp_path):

@@ -43,7 +43,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--benchmark",
         metavar="NAME",
         required=True,
-        help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); or records (JSON) that `umed recipe build` wrote",
+        help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); records (JSON) that `umed recipe build` wrote; or "
+        "LLaVA-Med's question file (.jsonl)",
     )
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
     parser.add_argument("--split", help="train, val or test (default: test)")
@@ -160,12 +161,19 @@ def _take_own_gpu(device: str | None) -> None:
 def _before(args: argparse.Namespace) -> Evaluation | None:
     """The evaluation to compare with, read before hours are spent on answers."""
     from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.benchmarks.llava_med import is_question_file
     from umed_plugin.evaluation.results import Evaluation
 
     if args.compare is None:
         return None
     before = Evaluation.load(args.compare)
-    asked = args.benchmark if args.benchmark in BENCHMARKS else "recipe"
+    asked = (
+        args.benchmark
+        if args.benchmark in BENCHMARKS
+        else "llava_med"
+        if is_question_file(args.benchmark)
+        else "recipe"
+    )
     if before.benchmark != asked:
         raise UmedError(f"{args.compare}: holds an evaluation of {before.benchmark}, not of {asked}.")
     return before

@@ -29,6 +29,7 @@ from umed_plugin.errors import UmedError, UsageError, note, unknown_name
 from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answer_of, ask, kept_line
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+from umed_plugin.evaluation.benchmarks.llava_med import file_benchmark, is_question_file
 from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
 from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.kept_answers import SETTINGS, KeptAnswers
@@ -202,6 +203,8 @@ def _benchmark_of(
             raise UsageError(f"--benchmark {name} needs --data-root: {named.needs}, from {named.url}")
         return named
     check_benchmark(name)
+    if is_question_file(name):
+        return file_benchmark(name, root)
     return recipe_benchmark(
         name,
         data_root=root,
@@ -220,10 +223,12 @@ def check_benchmark(name: str) -> None:
     """
     from umed_plugin.data.recipes.recipe import shipped_recipes
 
-    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".yaml", ".yml")
+    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".yaml", ".yml")
     known = {*BENCHMARKS, *shipped_recipes()}
     if not is_file and name not in known:
-        raise UsageError(unknown_name("benchmark", name, known) + " Or a recipe's YAML, or a JSON of records.")
+        raise UsageError(
+            unknown_name("benchmark", name, known) + " Or a recipe's YAML, a JSON of records, or LLaVA-Med's .jsonl."
+        )
 
 
 def _aspect_ratio(checkpoint: Path | str | AnswersQuestions, settings: EvaluationSettings) -> str:

@@ -49,9 +49,10 @@ def chosen_questions(
         raise UmedError(_missing_images(benchmark, questions))
     if not present:
         prefix = f"{root}: " if root else ""
-        missing = " whose image exists" if questions else ""
+        if questions:
+            raise UmedError(f"nothing is left to ask: {_missing_images(benchmark, questions)}")
         raise UmedError(
-            f"{prefix}there is nothing to evaluate on: no questions of {benchmark.name} in split {split!r}{missing}. "
+            f"{prefix}there is nothing to evaluate on: no questions of {benchmark.name} in split {split!r}. "
             f"Is it the right --split? Splits: {', '.join(benchmark.splits)}."
         )
     return present, len(questions) - len(present)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
@@ -128,6 +128,59 @@ def read_json(file: Path, benchmark: str) -> Any:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UmedError(f"{file}: not JSON ({error}). Download it again.") from error
+
+
+def read_records(file: Path, benchmark: str) -> list[Any]:
+    """The rows of a JSON file.
+
+    Raises:
+        UmedError: it is not a list of objects.
+    """
+    records = read_json(file, benchmark)
+    if not isinstance(records, list) or not any(isinstance(record, dict) for record in records):
+        raise UmedError(f"{file}: is not a list of questions, which {benchmark} needs. Is it the right file?")
+    return records
+
+
+Rows = Iterable[tuple[str, Any]]
+_ODD_SHOWN = 5
+# What reading a row raises if a key is missing, or a value has another type than the published files have.
+_ODD = (UmedError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+
+
+def questions_of_rows(
+    rows: Rows, make: Callable[[Any, str], Sequence[BenchmarkQuestion]], benchmark: str
+) -> list[BenchmarkQuestion]:
+    """The questions of a benchmark's rows. A row that cannot be read is left out, counted and named, and ends nothing.
+
+    Args:
+        rows: where each row stands, such as ``test.json[13]``, and the row.
+        make: the questions of a row, none to pass over it; raises what is wrong with it.
+        benchmark: its name, for the message.
+
+    Raises:
+        UmedError: more than half of the rows cannot be read: it is not the right file.
+    """
+    listed: list[BenchmarkQuestion] = []
+    odd: list[str] = []
+    count = 0
+    for where, row in rows:
+        count += 1
+        try:
+            if not isinstance(row, Mapping):
+                raise UmedError(f"{where}: is a {type(row).__name__}, not an object.")
+            listed += make(row, where)
+        except _ODD as error:
+            message = str(error) if isinstance(error, UmedError) else f"{where}: {type(error).__name__}: {error}"
+            odd.append("".join(char if char.isprintable() else ascii(char)[1:-1] for char in message))
+    if not odd:
+        return listed
+    shown = "\n".join(f"  {message[:300]}" for message in odd[:_ODD_SHOWN])
+    shown += f"\n  ... and {len(odd) - _ODD_SHOWN} more" if len(odd) > _ODD_SHOWN else ""
+    if len(odd) > count / 2:
+        raise UmedError(f"{benchmark}: {len(odd)} of {count} rows cannot be read. Is it the right file?\n{shown}")
+    warn(f"{benchmark}: {len(odd)} of {count} rows are left out, because they cannot be read:\n{shown}")
+    return listed
 
 
 def field_of(record: Mapping[str, Any], where: str, *names: str) -> Any:

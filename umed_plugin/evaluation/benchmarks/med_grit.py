@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
-    read_json,
+    questions_of_rows,
+    read_records,
 )
 from umed_plugin.evaluation.metrics.captions import BLEU_COLUMNS, caption_values, mbmr
 from umed_plugin.evaluation.metrics.grounding import recalled
@@ -49,13 +51,18 @@ _TAGS = re.compile(r"</?(?:ref|box)>")
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of every task whose file is there."""
     find_one(root, ["*_VG*.json", "*_RO*.json", "*_GC*.json", "*_MII*.json", "*/*_VG*.json"], "med_grit")
-    listed = []
+    folders, listed = [root / "images", root], []
     for file in sorted(root.glob("**/*.json")):
         tasks = [task for task in TASKS if re.search(rf"(?:^|_){task}(?:_|$)", file.stem)]
         if len(tasks) == 1:
-            for number, record in enumerate(read_json(file, "med_grit")):
-                listed.append(_question(record, tasks[0], f"{file}[{number}]", [root / "images", root]))
+            rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "med_grit")))
+            make = partial(_questions, task=tasks[0], folders=folders)
+            listed += questions_of_rows(rows, make, f"med_grit/{tasks[0]}")
     return listed
+
+
+def _questions(record: dict[str, Any], where: str, *, task: str, folders: Sequence[Path]) -> list[BenchmarkQuestion]:
+    return [_question(record, task, where, folders)]
 
 
 def _question(record: dict[str, Any], task: str, where: str, folders: Sequence[Path]) -> BenchmarkQuestion:

@@ -3,20 +3,23 @@
 Gu et al. (arXiv 2407.02730). JSON lists in ``multi_choices`` and ``text_generation``, told apart by their names:
 
 - multiple choice (wrong image, none of the above, clinically incorrect question, their baselines): ``question``, ``choices`` in
-  one text ("A: ..., B: ..."), ``gt``, which is "C" or "C: ...": first letters are compared. An answer that does not begin
-  with a letter counts as the choice with the highest difflib ratio to it. The authors compare the first character alone, which is
-  reported too.
+  one text ("A: ..., B: ..."), ``gt``, which is "C" or "C: ...". Where the two differ ("a: atelectasis", which is D), the text
+  counts; a row whose ``gt`` is no choice is left out and named. An answer that states no letter counts as the choice with the
+  highest difflib ratio to it. The authors compare the answer's first character with the whole ``gt``; the first character alone
+  is reported too.
 - false confidence justification (``FCJ``): a wrong answer is suggested. Departure: the authors let a language model read the
   justification; here the model is asked to begin with the letter that it considers right, and that letter counts.
-- report (``report``): ``pos_labels`` are what the image shows. Departure: the authors label reports with CheXpert's tool;
-  here `umed_plugin.grounding.scoring` finds what a report names, without what it negates. ``report_chair`` is the share of named
-  findings that are not present (CHAIR, Rohrbach et al. 2018); ``report_recall`` is the share of present findings that are named.
+- report (``report``): ``gt_labels`` (or ``pos_labels``) are what the image shows. Departure: the authors label reports with
+  CheXpert's tool; here `umed_plugin.grounding.scoring` finds what a report names, without what it negates. ``report_chair``
+  is the share of named findings that are not present (CHAIR, Rohrbach et al. 2018); ``report_recall`` is the share of present
+  findings that are named.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,10 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
-    read_json,
+    questions_of_rows,
+    read_records,
 )
-from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option
+from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, right_option
 from umed_plugin.evaluation.metrics.metric import Metric, Row, by_group, means, ratio
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.grounding.terms import named_classes
@@ -76,36 +80,53 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     listed = []
     for file in sorted([*root.glob("multi_choices/**/*.json"), *root.glob("text_generation/**/*.json")]):
         task = re.sub(r"^test_|_src$", "", file.stem).lower()
-        for number, record in enumerate(read_json(file, "medvh")):
-            listed.append(_question(record, task, file, f"{file}[{number}]"))
+        rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "medvh")))
+        listed += questions_of_rows(rows, partial(_questions, task=task, file=file), f"medvh/{task}")
     return listed
+
+
+def _questions(record: dict[str, Any], where: str, *, task: str, file: Path) -> list[BenchmarkQuestion]:
+    return [_question(record, task, file, where)]
 
 
 def _question(record: dict[str, Any], task: str, file: Path, where: str) -> BenchmarkQuestion:
     name = str(field_of(record, where, "img_name", "image_name"))
     folder = re.sub(r"^test_|_src$|_baseline", "", file.stem)
-    image = existing_image([file.parent / folder, file.parent / folder.upper(), file.parent], name)
+    beside = file.parent.parent  # the published files lie in folders of their own, beside the folder of pictures
+    image = existing_image([file.parent / folder, file.parent / folder.upper(), file.parent, beside / folder], name)
     if "report" in task:
         identity = f"{task}/{field_of(record, where, 'report_id', 'question_id')}"
-        labels = [str(label) for label in field_of(record, where, "pos_labels")]
+        labels = _findings(field_of(record, where, "gt_labels", "pos_labels"), where)
         return BenchmarkQuestion(
             identity, image, _REPORT, ", ".join(labels), groups={"part": task}, about={"findings": labels}
         )
     question, listed = str(field_of(record, where, "question")), str(field_of(record, where, "choices"))
     choices = split_choices(listed)
-    right = str(field_of(record, where, "gt")).strip()[:1].upper()
-    if right not in LETTERS[: len(choices)] or not right:
-        raise UmedError(f"{where}: gt {record['gt']!r} is not a letter of its choices {listed!r}.")
-    about: dict[str, Any] = {"choices": choices, "right": LETTERS.index(right)}
+    right = right_option(str(field_of(record, where, "gt")), choices)
+    if right is None:
+        raise UmedError(f"{where}: gt {record['gt']!r} is none of its choices {listed!r}.")
+    about: dict[str, Any] = {"choices": choices, "right": right}
     text = _ASKED.format(question=question, choices=listed)
     if "fcj" in task:
         suggested = str(field_of(record, where, "suggested_answer")).strip()
         text = _SUGGESTED.format(question=question, choices=listed, suggested=suggested)
-        about["suggested"] = LETTERS.index(suggested[:1].upper())
+        about["suggested"] = right_option(suggested, choices)
+        if about["suggested"] is None:
+            raise UmedError(f"{where}: suggested_answer {suggested!r} is none of its choices {listed!r}.")
     truth = choices[about["right"]]
     return BenchmarkQuestion(
         f"{task}/{field_of(record, where, 'question_id')}", image, text, truth, groups={"part": task}, about=about
     )
+
+
+def _findings(labels: Any, where: str) -> list[str]:
+    """The names of CheXpert's findings in a report's labels, a list or a text with commas; empty or "No Finding" for none."""
+    texts = str(labels).split(",") if isinstance(labels, str) else [str(label) for label in labels or ()]
+    names = {name.lower(): name for name in (*FINDINGS, NOTHING)}
+    unknown = [text for text in texts if text.strip().lower() not in names and text.strip()]
+    if unknown:
+        raise UmedError(f"{where}: unknown labels {', '.join(map(repr, unknown))}. Known: {', '.join(names.values())}.")
+    return [names[text.strip().lower()] for text in texts if text.strip()]
 
 
 def split_choices(listed: str) -> list[str]:

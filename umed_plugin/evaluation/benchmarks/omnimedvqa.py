@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
@@ -23,9 +24,10 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
-    read_json,
+    questions_of_rows,
+    read_records,
 )
-from umed_plugin.evaluation.metrics.choices import LETTERS, lowest, nearest_option
+from umed_plugin.evaluation.metrics.choices import LETTERS, lowest, nearest_option, right_option
 from umed_plugin.evaluation.metrics.metric import Metric, Row, by_group, mean_of_groups, means
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
@@ -41,32 +43,35 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     patterns = ["QA_information/*/*.json", "QA_information/*.json", "*.json"]
     find_one(root, patterns, "omnimedvqa")
     files = next(files for pattern in patterns if (files := sorted(root.glob(pattern))))
-    listed = []
-    for file in files:
-        for number, record in enumerate(read_json(file, "omnimedvqa")):
-            where = f"{file}[{number}]"
-            texts = (record.get(f"option_{letter}") for letter in LETTERS[:4])
-            options = [str(option) for option in texts if option is not None]
-            question, right = str(field_of(record, where, "question")), str(field_of(record, where, "gt_answer"))
-            if right not in options:
-                raise UmedError(f"{where}: gt_answer {right!r} is not one of its options {options}.")
-            data_set = str(field_of(record, where, "dataset"))
-            listed.append(
-                BenchmarkQuestion(
-                    id=f"{data_set}/{field_of(record, where, 'question_id')}",
-                    image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path"))),
-                    text=_ASKED.format(question=question, count=len(options), options=options),
-                    truth=right,
-                    options=options,
-                    options_after=f"Question: {question} The answer is",
-                    groups={
-                        "part": data_set,
-                        "modality": str(field_of(record, where, "modality_type", "modality")),
-                        "question_type": str(record.get("question_type", "")),
-                    },
-                )
-            )
-    return listed
+    rows = (
+        (f"{file}[{number}]", record)
+        for file in files
+        for number, record in enumerate(read_records(file, "omnimedvqa"))
+    )
+    return questions_of_rows(rows, lambda row, where: [_question(row, where, root)], "omnimedvqa")
+
+
+def _question(record: dict[str, Any], where: str, root: Path) -> BenchmarkQuestion:
+    texts = (record.get(f"option_{letter}") for letter in LETTERS[:4])
+    options = [str(option) for option in texts if option is not None]
+    question, truth = str(field_of(record, where, "question")), str(field_of(record, where, "gt_answer"))
+    right = options.index(truth) if truth in options else right_option(truth, options)
+    if right is None:
+        raise UmedError(f"{where}: gt_answer {truth!r} is not one of its options {options}.")
+    data_set = str(field_of(record, where, "dataset"))
+    return BenchmarkQuestion(
+        id=f"{data_set}/{field_of(record, where, 'question_id')}",
+        image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path"))),
+        text=_ASKED.format(question=question, count=len(options), options=options),
+        truth=options[right],
+        options=options,
+        options_after=f"Question: {question} The answer is",
+        groups={
+            "part": data_set,
+            "modality": str(field_of(record, where, "modality_type", "modality")),
+            "question_type": str(record.get("question_type", "")),
+        },
+    )
 
 
 def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import (
-    BenchmarkQuestion,
-    field_of,
-    read_json,
-)
+from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion, field_of
 from umed_plugin.evaluation.metrics.llava_med import (
     closed_accuracy,
     closed_hit,
@@ -32,18 +27,6 @@ def open_answers(questions: Sequence[BenchmarkQuestion]) -> list[str]:
     return [question.truth for question in questions if question.groups["answer_type"] == OPEN]
 
 
-def read_records(file: Path, benchmark: str) -> list[dict[str, Any]]:
-    """The questions of a JSON file.
-
-    Raises:
-        UmedError: it is not a list of objects.
-    """
-    records = read_json(file, benchmark)
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UmedError(f"{file}: is not a list of questions, which {benchmark} needs. Is it the right file?")
-    return records
-
-
 def question_of(record: dict[str, Any], where: str, image: str) -> BenchmarkQuestion:
     """A question of the fields ``qid``, ``question``, ``answer`` and ``answer_type``.
 
@@ -53,11 +36,14 @@ def question_of(record: dict[str, Any], where: str, image: str) -> BenchmarkQues
     kind = str(field_of(record, where, "answer_type")).strip().upper()
     if kind not in (OPEN, CLOSED):
         raise UmedError(f"{where}: answer_type is {kind!r}; allowed: {OPEN}, {CLOSED}.")
+    asked, truth = field_of(record, where, "question"), field_of(record, where, "answer")
+    if asked is None or truth is None:
+        raise UmedError(f"{where}: its {'question' if asked is None else 'answer'} is empty.")
     return BenchmarkQuestion(
         id=str(field_of(record, where, "qid")),
         image=image,
-        text=str(field_of(record, where, "question")).strip(),
-        truth=str(field_of(record, where, "answer")).strip(),
+        text=str(asked).strip(),
+        truth=str(truth).strip(),
         groups={"answer_type": kind},
     )
 

@@ -15,9 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, existing_image, field_of, find_one
+from umed_plugin.evaluation.benchmarks.benchmark import (
+    Benchmark,
+    BenchmarkQuestion,
+    existing_image,
+    field_of,
+    find_one,
+    questions_of_rows,
+)
 from umed_plugin.evaluation.metrics.captions import bleu, bleu_counts, words
-from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, nearest_option
+from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, nearest_option, right_option
 from umed_plugin.evaluation.metrics.metric import Metric, Row, means
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
@@ -29,23 +36,28 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """Two questions for each row: with the choices, and without."""
     file = find_one(root, ["test_clean.csv", "test_2.csv", "test.csv", "*test*.csv"], "pmc_vqa")
     folders = [root / "images_2", root / "images", root / "figures", root]
-    listed = []
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        for number, record in enumerate(csv.DictReader(stream), start=2):
-            where = f"{file}, line {number}"
-            image = existing_image(folders, field_of(record, where, "Figure_path"))
-            question = field_of(record, where, "Question").strip()
-            choices = [_plain(field_of(record, where, f"Choice {letter}")) for letter in LETTERS[:4]]
-            right = _right(record, choices, where)
-            options = " ".join(f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices))
-            about = {"choices": choices, "right": right}
-            for task, text in (
-                ("choice", f"Question: {question} Choices: {options} The Answer is:"),
-                ("blank", f"Question: {question} The Answer is:"),
-            ):
-                identity, groups = f"{number - 2}/{task}", {"task": task, "part": task}
-                listed.append(BenchmarkQuestion(identity, image, text, choices[right], groups=groups, about=about))
-    return listed
+        rows = ((f"{file}, line {number}", row) for number, row in enumerate(csv.DictReader(stream), start=2))
+        return questions_of_rows(rows, lambda row, where: _of_row(row, where, folders), "pmc_vqa")
+
+
+def _of_row(record: dict[str, str], where: str, folders: Sequence[Path]) -> list[BenchmarkQuestion]:
+    image = existing_image(folders, field_of(record, where, "Figure_path"))
+    question = field_of(record, where, "Question").strip()
+    choices = [_plain(field_of(record, where, f"Choice {letter}")) for letter in LETTERS[:4]]
+    right = _right(record, choices, where)
+    options = " ".join(f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices))
+    about = {"choices": choices, "right": right}
+    number = int(where.rsplit(" ", 1)[1]) - 2
+    return [
+        BenchmarkQuestion(
+            f"{number}/{task}", image, text, choices[right], groups={"task": task, "part": task}, about=about
+        )
+        for task, text in (
+            ("choice", f"Question: {question} Choices: {options} The Answer is:"),
+            ("blank", f"Question: {question} The Answer is:"),
+        )
+    ]
 
 
 def _plain(choice: str) -> str:
@@ -53,14 +65,14 @@ def _plain(choice: str) -> str:
 
 
 def _right(record: dict[str, str], choices: Sequence[str], where: str) -> int:
-    """Index of the right choice: by its label, else by its text."""
-    label = (record.get("Answer_label") or "").strip().upper()
-    answer = str(field_of(record, where, "Answer", "Anwser", "Answer_label")).strip()
-    letter = label or (match[1] if (match := re.match(r"([A-D])(?:\s*:|$)", answer)) else "")
-    if letter in LETTERS[:4] and letter:
-        return LETTERS.index(letter)
-    if _plain(answer) in choices:
-        return choices.index(_plain(answer))
+    """Index of the right choice: by the answer's text; by its label where the answer is a letter or the text agrees with it."""
+    label = (record.get("Answer_label") or "").strip()
+    answer = str(field_of(record, where, "Answer", "Anwser", "Answer_label") or label).strip()
+    right = right_option(answer, choices)
+    if right is None and label:
+        right = right_option(f"{label}: {_plain(answer)}", choices)
+    if right is not None:
+        return right
     raise UmedError(
         f"{where}: the answer {answer!r} is not one of the choices {list(choices)}, nor a letter from A to D."
     )

@@ -7,20 +7,23 @@ slake/imgs``. Scores: `umed_plugin.evaluation.benchmarks.open_closed`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
     existing_image,
     field_of,
     find_one,
+    questions_of_rows,
+    read_records,
 )
 from umed_plugin.evaluation.benchmarks.open_closed import (
     REPORTED,
     metrics,
     open_answers,
     question_of,
-    read_records,
     score,
 )
 
@@ -31,11 +34,18 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The English questions of a split, in the file's order."""
     file = find_one(root, [_FILES[split], f"*/{_FILES[split]}"], "slake")
     folders = [file.parent / "imgs", file.parent]
-    return [
-        question_of(record, f"{file}[{number}]", existing_image(folders, str(field_of(record, file.name, "img_name"))))
-        for number, record in enumerate(read_records(file, "slake"))
-        if record.get("q_lang", "en") == "en"
-    ]
+    records = read_records(file, "slake")
+
+    def in_english(record: dict[str, Any], where: str) -> list[BenchmarkQuestion]:
+        if record.get("q_lang", "en") != "en":
+            return []
+        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "img_name"))))]
+
+    rows = ((f"{file}[{number}]", record) for number, record in enumerate(records))
+    listed = questions_of_rows(rows, in_english, "slake")
+    if not listed:
+        raise UmedError(f"{file}: none of its {len(records)} questions is in English (q_lang 'en').")
+    return listed
 
 
 def candidates(root: Path) -> list[str]:

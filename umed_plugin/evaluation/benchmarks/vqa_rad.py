@@ -7,20 +7,23 @@ new questions, not new patients. Scores: `umed_plugin.evaluation.benchmarks.open
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
     existing_image,
     field_of,
     find_one,
+    questions_of_rows,
+    read_records,
 )
 from umed_plugin.evaluation.benchmarks.open_closed import (
     REPORTED,
     metrics,
     open_answers,
     question_of,
-    read_records,
     score,
 )
 
@@ -29,13 +32,22 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of the test or training part, in the file's order."""
     file = find_one(root, ["VQA_RAD Dataset Public.json", "*VQA_RAD*.json", "*.json"], "vqa_rad")
     folders = [file.parent / name for name in ("VQA_RAD Image Folder", "images", ".")]
-    chosen = []
-    for number, record in enumerate(read_records(file, "vqa_rad")):
-        where = f"{file}[{number}]"
-        if str(field_of(record, where, "phrase_type")).startswith("test") == (split == "test"):
-            image = existing_image(folders, str(field_of(record, where, "image_name")))
-            chosen.append(question_of(record, where, image))
-    return chosen
+    kinds: set[str] = set()
+
+    def of_split(record: dict[str, Any], where: str) -> list[BenchmarkQuestion]:
+        kinds.add(str(field_of(record, where, "phrase_type")))
+        if str(record["phrase_type"]).startswith("test") != (split == "test"):
+            return []
+        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "image_name"))))]
+
+    rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "vqa_rad")))
+    listed = questions_of_rows(rows, of_split, "vqa_rad")
+    if not listed and split == "test":
+        raise UmedError(
+            f"{file}: no question is of the test split: none has a phrase_type that begins with 'test'. Found: "
+            f"{', '.join(map(repr, sorted(kinds)[:8]))}. Is it VQA-RAD's own file? --split train takes the others."
+        )
+    return listed
 
 
 def candidates(root: Path) -> list[str]:

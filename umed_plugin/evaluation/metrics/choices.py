@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from umed_plugin.evaluation.metrics.answers import called_answer, in_tags, plain
+from umed_plugin.evaluation.metrics.answers import called_answer, in_tags, plain, words
 
 LETTERS = "ABCDEFGHIJ"
 # Plain text that begins with a letter by itself: "B", "(B)", "B: text", "The answer is B", "Option B", "B because A is wrong".
@@ -20,6 +20,8 @@ _LETTER = re.compile(
 # "B is correct" anywhere; the last one counts.
 _RIGHT = re.compile(r"(?<!\w)\(?([A-J])\)? (?:is|seems|must be|would be) (?:the )?(?:correct|right|best|true)\b")
 _CHOSEN = re.compile(r"\b(?:choose|select|pick|go with) (?:option |choice |answer )?(?=[(\[{]?[A-J]\b)")
+# A letter and, behind a mark, a text.
+_TRUTH = re.compile(r"\s*\(?([A-Za-z])\)?(?:\s*[:.)]\s*|\s*$)(.*)", re.DOTALL)
 _ALONE = re.compile(r"(?:^|\. |: )[(\[{]?([A-J])[)\]}]?\.?$")
 
 
@@ -57,6 +59,32 @@ def chosen_option(answer: str, options: Sequence[str]) -> int | None:
     """Index of the option that an answer stands for: by its letter if it states one, else by the nearest text."""
     letter = named_letter(answer, len(options))
     return letter if letter is not None else nearest_option(in_tags(answer), options)
+
+
+def right_option(truth: str, options: Sequence[str]) -> int | None:
+    """Index of the option that a benchmark's own answer names (``C``, ``C: text``, ``text``), or None if it fits none.
+
+    A letter is never trusted over a text behind it: "a: cyst" is the option "cyst", whichever letter that has. If no option has
+    this very text, the letter counts only if its option begins with the text, or is the one that is most like it.
+    """
+    match = _TRUTH.match(truth)
+    if not match:
+        return _with_text(truth, options)
+    letter, text = LETTERS.find(match[1].upper()), match[2].strip()
+    letter_fits = 0 <= letter < len(options)
+    if not words(text):
+        return letter if letter_fits else _with_text(truth, options)
+    same = [index for index, option in enumerate(options) if words(option) == words(text)]
+    if len(same) == 1:
+        return same[0]
+    begins = letter_fits and words(options[letter])[: len(words(text))] == words(text)
+    return letter if letter_fits and (letter in same or begins or nearest_option(text, options) == letter) else None
+
+
+def _with_text(text: str, options: Sequence[str]) -> int | None:
+    same = [index for index, option in enumerate(options) if option.strip() == text.strip()]
+    same = same or [index for index, option in enumerate(options) if words(text) and words(option) == words(text)]
+    return same[0] if same else None
 
 
 def lowest(losses: Sequence[float]) -> int:
