@@ -8,6 +8,7 @@ import importlib
 import json
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from umed_plugin.patches import (
 )
 from umed_plugin.patches.attention_implementation import available_attention
 from umed_plugin.patching import PatchMisfit
+from umed_plugin.patching.sources import surely_fits
 
 
 @pytest.fixture(autouse=True)
@@ -689,3 +691,26 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
         assert "--fsdp trains weights of 16 bits" in capsys.readouterr().err
     finally:
         recorder.undo()
+
+
+@pytest.mark.parametrize("patch", NEEDED, ids=lambda patch: patch.name)
+def test_the_files_alone_show_that_a_patch_fits(patch):
+    """`umed patches` imports neither torch nor LLaVA for it; whether the hash is the imported object's, the tests above show."""
+    assert surely_fits(patch)
+    for target in patch.targets:
+        if target.module == "transformers":
+            continue  # a name that it lacks is looked for in all its models
+        other = dataclasses.replace(target, path=f"{target.path}_2")
+        assert not surely_fits(dataclasses.replace(patch, targets=(other,)))
+        if target.sha256:
+            other = dataclasses.replace(target, sha256=("0" * 64,))
+            assert not surely_fits(dataclasses.replace(patch, targets=(other,)))
+
+
+def test_the_command_imports_no_library_and_is_silent(tmp_path):
+    code = (
+        "import sys; from umed_plugin import cli; status = cli.main(['patches']);"
+        "print(status, sorted({'torch', 'transformers', 'llava', 'monai', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr == "0 []\n"

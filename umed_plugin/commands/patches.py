@@ -28,14 +28,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; return 1 if a patch does not fit."""
     from rich.table import Table
 
-    from umed_plugin.patches import ALL, prepare_llava
-    from umed_plugin.patching import misfit
+    from umed_plugin.patches import ALL
 
-    prepare_llava()  # so that LLaVA's training code can be imported and inspected
     table = Table("patch", "target", "known", "installed", "here", "why", "delete when", show_lines=True)
     idle, misfits = 0, []
     for patch in ALL:
-        idle_reason, message = patch.not_needed(), misfit(patch)
+        idle_reason = patch.not_needed()
+        message = None if idle_reason else _misfit(patch)
         idle += idle_reason is not None
         misfits += [message] if message else []
         here = "DOES NOT FIT" if message else f"not needed: {idle_reason}" if idle_reason else "in force"
@@ -49,6 +48,18 @@ def run(args: argparse.Namespace) -> int:
         f"libraries, {len(misfits)} do not fit." + (" Training would stop before it starts." if misfits else "")
     )
     return 1 if misfits else 0
+
+
+def _misfit(patch: Patch) -> str | None:
+    """Why a patch does not fit; LLaVA is imported only if its files do not show that it does."""
+    from umed_plugin.patches import prepare_llava
+    from umed_plugin.patching import misfit
+    from umed_plugin.patching.sources import surely_fits
+
+    if surely_fits(patch):
+        return None
+    prepare_llava()
+    return misfit(patch)
 
 
 def _targets(patch: Patch) -> str:
