@@ -12,6 +12,7 @@ from umed_plugin.errors import UmedError, did_you_mean, unknown_name
 from umed_plugin.terminal.text import one_line
 
 Value = TypeVar("Value")
+_LONGEST = 1500  # of a fault's text, in characters
 
 
 class Faults:
@@ -32,11 +33,11 @@ class Faults:
 
     def add(self, where: object, message: str) -> None:
         """Add one fault. ``where`` is a file, a line of it, or a key."""
-        self.messages.append(f"{one_line(where)}: {message}")
+        self.messages.append(f"{one_line(where)}: {_cut(message)}")
 
     def remark(self, where: object, message: str) -> None:
         """Add one remark. ``where`` is a file, a line of it, or a key."""
-        self.remarks.append(one_line(f"{where}: {message}"))
+        self.remarks.append(one_line(f"{where}: {_cut(message)}"))
 
     def read(self, reading: Callable[..., Value], *arguments: Any) -> Optional[Value]:
         """What a function of `umed_plugin.texts` returns; None after a fault, which is added."""
@@ -55,6 +56,11 @@ class Faults:
         if len(self.messages) > self.SHOWN:
             lines.append(f"  ... and {len(self.messages) - self.SHOWN} more like these")
         raise UmedError("\n".join(lines))
+
+
+def _cut(message: str) -> str:
+    """A message that quotes no endless value: a file may hold a number of 4,000 digits."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
 
 
 class StrictModel(BaseModel):

@@ -734,3 +734,49 @@ def test_links_among_the_images_of_a_folder(tmp_path: Path, reader: str) -> None
     (message,) = read(folder, (YOLO if reader == "yolo" else MASK) % "").faults.messages
     assert "leads to" in message
     assert "is not in the data root" in message
+
+
+# Values that are none
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "a" * 300 + ".png", "\ud800.png"])
+@pytest.mark.parametrize("form", ["coco", "json"])
+def test_names_that_no_file_can_have(tmp_path: Path, form: str, name: str) -> None:
+    if form == "coco":
+        coco(tmp_path, [(1, name)], [(1, [10, 20, 20, 20], {})])
+    else:
+        put(tmp_path / "a.json", json.dumps({name: {"b": []}}))
+    (message,) = read(tmp_path, (COCO if form == "coco" else JSON) % "").faults.messages
+    assert "cannot be the path of a file" in message
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "words"),
+    [
+        (
+            [{"id": 1, "file_name": "a.png", "width": float("nan"), "height": 80}],
+            [],
+            "width and height are [nan, 80]",
+        ),
+        pytest.param(
+            [{"id": 1, "file_name": "a.png", "width": 100, "height": 80}],
+            [{"image_id": 1, "category_id": 1, "bbox": [10**4000, 1, 2, 3]}],
+            "needed: [x, y, width, height], numbers",
+            id="huge",
+        ),
+    ],
+)
+def test_numbers_that_are_none(tmp_path: Path, images: list[Any], annotations: list[Any], words: str) -> None:
+    put(tmp_path / "a.png")
+    categories = [{"id": 1, "name": "nod"}]
+    put(tmp_path / "a.json", json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    (message,) = read(tmp_path, COCO % "").faults.messages
+    assert words in message
+    assert len(message) < 2000
+
+
+def test_a_class_in_superscript_is_a_fault(tmp_path: Path) -> None:
+    put(tmp_path / "images" / "a.png")
+    put(tmp_path / "labels" / "a.txt", "\u00b2 0.5 0.5 0.2 0.2")
+    (message,) = read(tmp_path, YOLO % "").faults.messages
+    assert "a.txt:1: class '\u00b2' has no name" in message

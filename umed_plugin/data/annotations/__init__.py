@@ -12,7 +12,7 @@ from typing import Optional, Union
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.effects import tell_unused_rules
-from umed_plugin.data.annotations.inside import check_inside
+from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
@@ -41,7 +41,8 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotations = AnnotationSet(root)
     faults = annotations.faults
     reader = READERS.get(recipe.annotations.reader)
-    annotated = without_repeated_images(reader(recipe.annotations, root, faults), recipe, faults)
+    annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
+    annotated = without_repeated_images(annotated, recipe, faults)
     met = Counter(name for item in annotated for name in item.classes)
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)

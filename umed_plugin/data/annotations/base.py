@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -126,6 +125,6 @@ def in_unit(box: Box, unit: Unit) -> Box:
 
 
 def stated_size(width: Any, height: Any) -> Optional[tuple[int, int]]:
-    """Width and height in pixels; None where a tool writes 0 or nothing. Other values are returned for the comparison."""
+    """Width and height in pixels; None where a tool writes 0 for what it does not know."""
     sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (width, height)]
-    return (sides[0], sides[1]) if all(side and math.isfinite(side) and side > 0 for side in sides) else None
+    return (sides[0], sides[1]) if all(sides) else None

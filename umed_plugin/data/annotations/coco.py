@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -148,7 +149,10 @@ class _CocoFile:
                 )
             if entry["id"] in by_id:
                 continue
-            size = stated_size(entry["width"], entry["height"])
+            sides = (entry["width"], entry["height"])
+            if not all(0 <= side < math.inf for side in sides):
+                self.faults.add(where, f"width and height are {list(sides)}; needed: numbers of pixels")
+            size = stated_size(*sides)
             by_id[entry["id"]] = Annotated(
                 self.folders.find([name]), [], [], where, size, bool(self.options.normalised), split=self.split
             )

@@ -17,6 +17,22 @@ from umed_plugin.faults import Faults
 
 VARIABLE = "UMED_LINKED_ROOTS"
 _SHOWN = 5
+_LONGEST_NAME = 255  # in bytes, on all common file systems
+
+
+def with_possible_paths(items: Sequence[Annotated], faults: Faults) -> list[Annotated]:
+    """The items whose image can be the path of a file; a fault for each other one, such as a name with a NUL."""
+    kept = []
+    for item in items:
+        try:
+            parts = [os.fsencode(part) for part in item.image.parts]
+        except UnicodeEncodeError:
+            parts = [b"\0"]
+        if any(b"\0" in part or len(part) > _LONGEST_NAME for part in parts):
+            faults.add(item.where, f"the image {str(item.image)[-200:]!r} cannot be the path of a file")
+        else:
+            kept.append(item)
+    return kept
 
 
 def check_inside(items: Sequence[Annotated], recipe: Recipe, root: Path, faults: Faults) -> None:

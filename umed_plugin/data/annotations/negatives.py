@@ -11,6 +11,7 @@ from pathlib import Path
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
+from umed_plugin.data.annotations.inside import with_possible_paths
 from umed_plugin.data.annotations.splits import picked_by_hash
 from umed_plugin.data.annotations.table import cell_of, checked_split, columns_exist
 from umed_plugin.data.recipes.options import Column, NegativeList
@@ -33,7 +34,9 @@ def listed_negatives(annotated: Sequence[Annotated], recipe: Recipe, annotations
     folders: dict[str, str] = {}
     covered = {real_path(str(item.image), folders) for item in annotated}
     kept: list[Annotated] = []
-    for item in _read_list(listed, recipe.annotations, annotations.root, annotations):
+    for item in with_possible_paths(
+        _read_list(listed, recipe.annotations, annotations.root, annotations), annotations.faults
+    ):
         if real_path(str(item.image), folders) in covered:
             annotations.left_out["listed as negative, but annotated"] += 1
         elif not item.image.exists():

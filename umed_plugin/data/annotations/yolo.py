@@ -80,17 +80,24 @@ def _class_names(names: Union[str, list[str]], root: Path, faults: Faults) -> tu
     if not path.is_file():
         faults.add(path, f"no such file (annotations.names).{did_you_mean_file(path, root)}")
         return {}, None
+    before = len(faults.messages)
     content = faults.read(read_yaml, path)
+    if len(faults.messages) > before:
+        return {}, None
     content = content if isinstance(content, dict) else {}
     listed = content.get("names")
     pairs = dict(enumerate(listed)) if isinstance(listed, list) else listed
-    if not isinstance(pairs, dict) or not all(str(number).isdigit() for number in pairs):
+    if not isinstance(pairs, dict) or not all(_is_number(str(number)) for number in pairs):
         faults.add(path, "has no class names under 'names'; needed: a list, or a mapping of number to name")
         return {}, None
     shape: Any = content.get("kpt_shape")
     if isinstance(shape, list) and len(shape) == 2 and all(isinstance(side, int) for side in shape):
         return {int(number): str(name) for number, name in pairs.items()}, shape[0] * shape[1]
     return {int(number): str(name) for number, name in pairs.items()}, None
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) < 10
 
 
 def _pairs(label_folder: Path, folders: ImageFolders, faults: Faults) -> list[tuple[Path, Optional[Path]]]:
@@ -147,8 +154,8 @@ def _rows(item: Annotated, label: Path, names: dict[int, str], faults: Faults) -
             numbers = []
         if len(numbers) < 4:
             faults.add(where, f"found {line[:200]!r}; needed: class cx cy w h, or class and a polygon, all in 0-1")
-        elif not words[0].isdigit() or int(words[0]) not in names:
-            number_or_text = words[0] if words[0].isdigit() else repr(words[0][:80])
+        elif not _is_number(words[0]) or int(words[0]) not in names:
+            number_or_text = words[0] if _is_number(words[0]) else repr(words[0][:80])
             faults.add(where, f"class {number_or_text} has no name. Allowed: {names}")
         else:
             rows.append(_Row(item, where, names[int(words[0])], numbers))
