@@ -601,6 +601,18 @@ def test_links_to_folders_are_followed_and_files_that_a_pattern_misses_are_told(
             "",
             "copy_pattern: matches 0 of 2 names",
         ),
+        (
+            "",
+            ALL_IN_TRAIN,
+            "image: {slice_axis: 1}",
+            "image.slice_axis: has no effect, since it concerns NIfTI volumes",
+        ),
+        (
+            "",
+            ALL_IN_TRAIN,
+            "image: {slices: montage}",
+            "image.slices: has no effect, since it concerns DICOM and NIfTI",
+        ),
         (", image_root: nowhere", ALL_IN_TRAIN, "", "annotations.image_root: there is no folder"),
         (
             "",
@@ -780,3 +792,10 @@ def test_a_class_in_superscript_is_a_fault(tmp_path: Path) -> None:
     put(tmp_path / "labels" / "a.txt", "\u00b2 0.5 0.5 0.2 0.2")
     (message,) = read(tmp_path, YOLO % "").faults.messages
     assert "a.txt:1: class '\u00b2' has no name" in message
+
+
+def test_lists_of_images_that_are_never_sent_have_no_mark(tmp_path: Path) -> None:
+    from umed_plugin.data.writing.burnt_in import read_list
+
+    put(tmp_path / "never.txt", b"\xef\xbb\xbfdrawn/a.png\ndrawn/b.png\n")
+    assert read_list(tmp_path / "never.txt") == {"drawn/a.png", "drawn/b.png"}

@@ -96,3 +96,12 @@ def test_evaluation_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "broken.png" in warning
     with pytest.raises(UmedError, match="nowhere: not a folder with images in it or below"):
         evaluation_pictures([tmp_path / "nowhere"])
+
+
+@pytest.mark.llava
+def test_links_to_folders_of_an_evaluation_set_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    Image.fromarray(picture(1)).save(tmp_path / "disk" / "a.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
+    assert evaluation_pictures([tmp_path / "set"]).names == [str(tmp_path / "set" / "images" / "a.png")]

@@ -16,6 +16,7 @@ from typing import Union
 import numpy as np
 from PIL import Image
 
+from umed_plugin.data.annotations.finding import matches
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError, warn
 
@@ -99,7 +100,8 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:
     """
     pictures = Pictures()
     for path in map(Path, paths):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _ENDINGS)
+        # Links to folders are followed: evaluation sets often lie on another disk.
+        files = [file for file in matches(path, "**/*") if file.suffix.lower() in _ENDINGS]
         if not files:
             raise UmedError(
                 f"{path}: not a folder with images in it or below. Give the folder of an evaluation set's images"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
-from umed_plugin.data.annotations.effects import tell_unused_rules
+from umed_plugin.data.annotations.effects import tell_unused_image_options, tell_unused_rules
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
@@ -47,6 +47,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
     tell_unused_rules(recipe, met, sum(not item.boxes for item in items), faults)
+    tell_unused_image_options((item.image for item in items), recipe.image, faults)
     check_inside(items, recipe, root, faults)
     drop_repeated_boxes(items, faults)
     _deal_out(items, recipe, annotations)

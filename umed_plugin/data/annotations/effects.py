@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from umed_plugin.data.recipes.options import ImageOptions
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults
 
 _SHOWN = 5
+# Option of `image` -> the kinds of files that it concerns, and what they are called. PNG and TIFF may have more than 8 bits.
+_VOLUMES = ({"nifti", "dicom"}, "DICOM and NIfTI files")
+_CONCERN = {
+    "window": ({"nifti", "dicom", "deep"}, "images of more than 8 bits"),
+    "offset": ({"deep"}, "PNG and TIFF files"),
+    "orientation": _VOLUMES,
+    "box_frame": _VOLUMES,
+    "slices": _VOLUMES,
+    "slice_axis": ({"nifti"}, "NIfTI volumes"),
+    "volume": ({"nifti"}, "NIfTI volumes"),
+}
 
 
 class Applied:
@@ -56,6 +69,24 @@ def tell_unused_rules(recipe: Recipe, met: Counter[str], without_lesion: int, fa
     given_rules = [f"negatives.{name}" for name, value in rules.items() if value is not None]
     if given_rules and not without_lesion:
         faults.remark(" and ".join(given_rules), "has no effect, since every image has a lesion")
+
+
+def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, faults: Faults) -> None:
+    """Remark on options of ``image`` that concern kinds of files of which the data has none, by their endings."""
+    kinds = {_kind(image) for image in images}
+    for key, (concerned, words) in _CONCERN.items():
+        default = type(options).model_fields[key].default
+        if kinds and getattr(options, key) != default and not kinds & concerned:
+            faults.remark(f"image.{key}", f"has no effect, since it concerns {words}, and the data has none")
+
+
+def _kind(image: Path) -> str:
+    name = image.name.lower()
+    if name.endswith((".nii", ".nii.gz")):
+        return "nifti"
+    if name.endswith((".png", ".tif", ".tiff")):
+        return "deep"
+    return "flat" if name.endswith((".jpg", ".jpeg", ".bmp")) else "dicom"
 
 
 def _listed(names: list[str]) -> str:

@@ -140,7 +140,8 @@ def read_list(file: Path) -> set[str]:
         UmedError: the file cannot be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: behind a byte-order mark, the first id would name no record, and that image would be sent.
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise UmedError(
             f"{file}: cannot be read ({error}). Needed: a text file with one record id per line."

@@ -82,11 +82,11 @@ def read_decisions(files: Iterable[Path]) -> list[Decision]:
     faults: list[str] = []
     for file in files:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
         except OSError as error:
             faults.append(f"{file}: cannot be read ({error.strerror}).")
             continue
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             faults.append(f"{file}: is not JSON ({error}).")
             continue
         if not isinstance(content, dict) or not isinstance(content.get("decisions"), list):

@@ -61,7 +61,7 @@ class Prompts:
 
 def _read(file: Path, name: str, faults: list[str]) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         faults.append(f"{file}: cannot be read ({error.strerror}).")
         return ""
