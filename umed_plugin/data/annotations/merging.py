@@ -15,6 +15,7 @@ from umed_plugin.grounding.boxes import Box, iou_matrix
 
 # Boxes of one class that overlap more are probably one lesion, marked twice or by several readers.
 _MOST_OVERLAP = 0.5
+_MOST_COMPARED = 1000  # boxes of one image
 
 
 def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> list[Annotated]:
@@ -91,6 +92,8 @@ def _overlapping(boxes: Sequence[Box], classes: Sequence[str]) -> int:
     """Number of boxes that overlap an earlier one of their class by more than half."""
     if len(boxes) < 2:
         return 0
+    # A file of strangers may hold 100,000 boxes of one image, which would be compared in 80 GB.
+    boxes = boxes[:_MOST_COMPARED]
     overlap = iou_matrix(boxes, boxes)
     return sum(
         any(overlap[i, j] > _MOST_OVERLAP and classes[i] == classes[j] for j in range(i)) for i in range(1, len(boxes))
