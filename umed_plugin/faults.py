@@ -40,7 +40,7 @@ class Faults:
         self.remarks.append(one_line(f"{where}: {_cut(message)}"))
 
     def read(self, reading: Callable[..., Value], *arguments: Any) -> Optional[Value]:
-        """What a function of `umed_plugin.texts` returns; None after a fault, which is added."""
+        """What a function of `umed_plugin.data.texts` returns; None after a fault, which is added."""
         try:
             return reading(*arguments)
         except UmedError as error:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
-from umed_plugin.texts import read_json
 
 Record = dict[str, Any]
 

@@ -125,7 +125,7 @@ def _run_folder(args: argparse.Namespace, run_file: str) -> tuple[Path, Path | N
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """Dotted key -> value of every setting on the command line."""
     from umed_plugin.commands.upgrade.settings import recipe_path
-    from umed_plugin.texts import parse_yaml
+    from umed_plugin.data.texts import parse_yaml
 
     here = Path.cwd()
     changes: dict[str, Any] = {}

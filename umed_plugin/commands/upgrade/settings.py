@@ -19,10 +19,10 @@ from pydantic import BaseModel, Field, model_validator
 
 from umed_plugin import files
 from umed_plugin.commands.upgrade.machine import Machine
+from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.faults import Faults, StrictModel, validated
 from umed_plugin.flags.definition import PAPER_REWARDS
-from umed_plugin.texts import read_yaml
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]

@@ -11,9 +11,9 @@ from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, four_num
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_json as read_file
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
-from umed_plugin.texts import read_json as read_file
 
 
 class JsonOptions(ReaderOptions):

@@ -11,9 +11,9 @@ from pydantic import Field
 from umed_plugin.data.annotations.base import Annotated, Unit, drop_box, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, iou_matrix
-from umed_plugin.texts import read_json
 
 # A bbox is the extent of its polygons, up to rounding; one of corners instead of a size is mostly another box.
 _LEAST_AGREEMENT = 0.5

@@ -17,7 +17,7 @@ from umed_plugin.data.annotations.table import cell_of, checked_split, columns_e
 from umed_plugin.data.recipes.options import Column, NegativeList
 from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.data.recipes.recipe import Recipe
-from umed_plugin.texts import read_rows
+from umed_plugin.data.texts import read_rows
 
 
 def may_be_negative(item: Annotated, recipe: Recipe, root: Path) -> bool:

@@ -13,10 +13,10 @@ from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, Split, compiled
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_rows
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.grounding.boxes import Box
-from umed_plugin.texts import read_rows
 
 
 class CsvColumns(StrictModel):

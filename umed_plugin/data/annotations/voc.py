@@ -13,9 +13,9 @@ from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files, without_ending
 from umed_plugin.data.recipes.options import Split
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_text, read_xml
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
-from umed_plugin.texts import read_text, read_xml
 
 if TYPE_CHECKING:
     from xml.etree import ElementTree

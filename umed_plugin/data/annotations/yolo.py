@@ -12,9 +12,9 @@ from pydantic import Field
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import ImageFolders, did_you_mean_file, matches
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_text, read_yaml
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
-from umed_plugin.texts import read_text, read_yaml
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 

@@ -24,9 +24,9 @@ from umed_plugin.data.recipes.options import (
     UsageTerms,
 )
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
+from umed_plugin.data.texts import parse_yaml
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.faults import Faults, StrictModel, validated
-from umed_plugin.texts import parse_yaml
 
 
 def _short_form(value: Any) -> Any:

@@ -11,8 +11,8 @@ import pytest
 
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import load_records
+from umed_plugin.data.texts import read_json, read_rows, read_text, read_xml, read_yaml
 from umed_plugin.errors import UmedError
-from umed_plugin.texts import read_json, read_rows, read_text, read_xml, read_yaml
 
 Read = Callable[[Path], Any]
 BOMB = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><a>&c;</a>'
