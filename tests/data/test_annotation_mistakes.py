@@ -648,6 +648,12 @@ def test_rename_holds_for_listed_negatives_and_a_row_with_a_finding_counts(tmp_p
         (CSV % ", image_root: {train: a}", ALL_IN_TRAIN, "", "annotations.image_root: is given per split"),
         (CSV % ", image_root: '{stem}'", ALL_IN_TRAIN, "", "unknown name in braces 'stem'. Allowed: split"),
         (CSV % ", rename: [a, '\\2']", ALL_IN_TRAIN, "", "annotations.rename: the replacement"),
+        (
+            CSV % ", split_values: {1: train, '1': test}",
+            ALL_IN_TRAIN,
+            "",
+            "annotations.split_values: the key '1' is there as number and as text",
+        ),
         ((MASK % "").replace("{stem}", "{name}"), ALL_IN_TRAIN, "", "unknown name in braces 'name'"),
         (JSON.replace("{key}", "{key") % "", ALL_IN_TRAIN, "", "annotations.image: expected '}'"),
         (

@@ -197,6 +197,14 @@ def test_all_faults_at_once(folder: Path) -> None:
 
 
 @pytest.mark.llava
+def test_a_missing_image_and_the_name_that_was_meant(folder: Path) -> None:
+    with pytest.raises(
+        UmedError, match=r"A\.PNG: no such image, but .* names it\. Did you mean 'a\.png'\? Get it from"
+    ):
+        build(folder, row("A.PNG"))
+
+
+@pytest.mark.llava
 def test_bad_images_can_be_skipped_and_bad_boxes_cannot(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "broken.png").write_bytes(b"\x89PNG")
     records = build(folder, row("a.png"), row("broken.png"), row("gone.png"), on_bad_image="skip")

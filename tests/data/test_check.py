@@ -179,3 +179,12 @@ def test_pictures_in_two_splits_and_in_an_evaluation_set(tmp_path: Path) -> None
     assert "1 pictures are in an evaluation set too" in text
     records = build_records(recipe, out_dir=tmp_path / "out", against=[tmp_path / "evaluated"])
     assert [Path(record["image"]).name for record in records] == ["1.png", "3.png", "4.png", "5.png"]
+
+
+@pytest.mark.llava
+def test_a_class_has_one_colour_in_all_pictures(recipe_file: Path, tmp_path: Path) -> None:
+    """2.png has a cyst alone, which is the second class of the recipe."""
+    write_report(check_recipe(load_recipe(recipe_file)), tmp_path / "report")
+    sheet = np.asarray(Image.open(tmp_path / "report" / "sheet_drawn.png")).astype(int)
+    orange = (abs(sheet - (255, 170, 0)) < 30).all(axis=2)
+    assert orange.any()

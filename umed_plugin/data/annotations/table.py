@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, in_unit
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
-from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, Split, compiled
+from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, Split, compiled, with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_rows
 from umed_plugin.errors import did_you_mean
@@ -97,7 +97,7 @@ annotations:
     @field_validator("split_values", mode="before")
     @classmethod
     def _keys_as_text(cls, value: Any) -> Any:
-        return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
+        return with_text_keys(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _one_class_source(self) -> CsvOptions:

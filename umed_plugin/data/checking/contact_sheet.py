@@ -6,7 +6,7 @@ that the lesions stay visible.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def _tile(prepared: Prepared) -> Image.Image:
     item = prepared.item
     names = list(dict.fromkeys(prepared.classes))
     for index, name in enumerate(names):
-        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, names))
+        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, item.recipe.names))
     if not names:
         draw.text((4, _SIDE + 2), "no lesion", fill="white")
     draw.text((4, _SIDE + 15), f"{item.split}  {item.image.parent.name}/{item.image.name}"[-64:], fill=(190, 190, 190))
@@ -99,13 +99,13 @@ def _cut(prepared: Prepared, part: Box) -> Image.Image:
     picture = Image.fromarray(np.ascontiguousarray(prepared.shown))
     cut = picture.crop((x1, y1, x2, y2)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(cut)
-    names = list(dict.fromkeys(prepared.classes))
     for box, name in zip(prepared.boxes, prepared.classes):
         left, right = ((x - x1) * _SIDE / (x2 - x1) for x in (box[0], box[2]))
         top, bottom = ((y - y1) * _SIDE / (y2 - y1) for y in (box[1], box[3]))
-        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=_colour(name, names))
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=_colour(name, prepared.item.recipe.names))
     return cut
 
 
-def _colour(name: str, names: Sequence[str]) -> tuple[int, int, int]:
-    return _COLOURS[names.index(name) % len(_COLOURS)]
+def _colour(name: str, names: Iterable[str]) -> tuple[int, int, int]:
+    """The colour of a class: the same in all pictures of a source, whose class names are given."""
+    return _COLOURS[list(names).index(name) % len(_COLOURS)]

@@ -202,6 +202,21 @@ def compiled(pattern: Optional[str]) -> re.Pattern[str]:
         raise ValueError(f"is not a regular expression: {error}") from error
 
 
+def with_text_keys(value: dict[Any, Any]) -> dict[str, Any]:
+    """A mapping with its keys as text: YAML reads ``1`` as a number, and annotations have names.
+
+    Raises:
+        ValueError: two keys are the same text, such as ``1`` and ``"1"``.
+    """
+    texts = {str(key): item for key, item in value.items()}
+    if len(texts) < len(value):
+        names = [str(key) for key in value]
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} is there as number and as text"
+        )
+    return texts
+
+
 def checked_template(text: str, allowed: Optional[Sequence[str]] = None) -> str:
     """A text with ``{name}`` to fill in.
 

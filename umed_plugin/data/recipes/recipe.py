@@ -22,6 +22,7 @@ from umed_plugin.data.recipes.options import (
     NegativeRule,
     SplitRule,
     UsageTerms,
+    with_text_keys,
 )
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
 from umed_plugin.data.texts import parse_yaml
@@ -91,7 +92,7 @@ class Recipe(StrictModel):
     @classmethod
     def _classes_as_text(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {str(key): item for key, item in value.items()}
+            return with_text_keys(value)
         return [str(item) for item in value] if isinstance(value, list) else value
 
     @property
