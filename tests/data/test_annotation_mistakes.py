@@ -805,3 +805,10 @@ def test_lists_of_images_that_are_never_sent_have_no_mark(tmp_path: Path) -> Non
 
     put(tmp_path / "never.txt", b"\xef\xbb\xbfdrawn/a.png\ndrawn/b.png\n")
     assert read_list(tmp_path / "never.txt") == {"drawn/a.png", "drawn/b.png"}
+
+
+def test_voc_objects_in_another_element_are_not_taken_for_none(tmp_path: Path) -> None:
+    put(tmp_path / "img" / "a.png")
+    put(tmp_path / "xml" / "a.xml", xml("a.png", f"<objects>{an_object()}</objects>"))
+    (message,) = read(tmp_path, VOC % "").faults.messages
+    assert "has 1 <object> that are not directly in <annotation>" in message

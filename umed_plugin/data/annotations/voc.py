@@ -128,6 +128,9 @@ def _item(
     if not name:
         faults.add(path, "has no <filename>")
         return None
+    elsewhere = sum(1 for _ in tree.iter("object")) - len(tree.findall("object"))
+    if elsewhere:
+        faults.add(path, f"has {elsewhere} <object> that are not directly in <{tree.tag}>, where Pascal VOC has them")
     item = Annotated(folders.find([name]), [], [], str(path), _size(tree, path, faults))
     for number, entry in enumerate(tree.findall("object")):
         texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
