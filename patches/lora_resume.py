@@ -1,4 +1,4 @@
-"""Resume a LoRA run with all its trained weights, and any run with the same order of its data.
+"""Resume a run with all its trained weights, the same order of its data, and the flags with which it was begun.
 
 Targets: `LLaVATrainer._save_checkpoint`, `_save`, `save_state`, `_load_from_checkpoint` and `_get_train_sampler`.
 Why: (1) LLaVA saves trained weights outside the adapter, above all the projector, only at the very end (LLaVA #729, #1200,
@@ -6,6 +6,7 @@ Why: (1) LLaVA saves trained weights outside the adapter, above all the projecto
 The order of an epoch is drawn from the global random state, which dropout changes on a CPU. So a resumed run sees other
 batches. (3) LLaVA resumes from any ``checkpoint-*`` in the output folder, even one of the other stage, and overwrites the other
 stage's files. (4) It resumes under any flags, even with other data or another learning rate, and says nothing.
+(5) With ``--tune_mm_mlp_adapter`` its checkpoints hold the projector alone, from which no run can be resumed.
 Versions: LLaVA 1.2.x, transformers 4.36, 4.37 and 5.23.
 Delete when: LLaVA saves ``non_lora_trainables.bin`` with every checkpoint and loads it on resume.
 
@@ -22,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.loading import NON_LORA, read_tensors
-from umed_plugin.errors import UmedError, did_you_mean
+from umed_plugin.errors import UmedError, did_you_mean, warn
 from umed_plugin.files import write_json
 from umed_plugin.flags.checks import raise_faults
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 from umed_plugin.training import run_settings
 from umed_plugin.training.run_settings import MARKER
+
+PROJECTOR = "mm_projector.bin"
 
 
 def change(recorder: Recorder) -> None:
@@ -42,12 +45,16 @@ def change(recorder: Recorder) -> None:
     stock_sampler = LLaVATrainer._get_train_sampler
 
     def _save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
-        if _is_lora(self):
+        if _is_lora(self) or _is_projector_alone(self):
             # Under ZeRO-3 all ranks must gather together, but `_save` runs on rank 0 only.
             non_lora_state = sys.modules["llava.train.train"].get_peft_state_non_lora_maybe_zero_3
             self.umed_non_lora = non_lora_state(self.model.named_parameters())
         try:
-            stock_save_checkpoint(self, model, trial, metrics)
+            if _is_projector_alone(self):
+                # LLaVA's own would save the projector without the optimizer.
+                super(LLaVATrainer, self)._save_checkpoint(model, trial, metrics)
+            else:
+                stock_save_checkpoint(self, model, trial, metrics)
         finally:
             self.umed_non_lora = None
 
@@ -63,9 +70,13 @@ def change(recorder: Recorder) -> None:
             _mark(self, Path(self.args.output_dir))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, loaded = Path(resume_from_checkpoint), self.model if model is None else model
+        if _is_projector_alone(self):
+            _load_non_lora(loaded, folder, PROJECTOR)
+            return
         stock_load(self, resume_from_checkpoint, model)
         if _is_lora(self):
-            _load_non_lora(self.model if model is None else model, Path(resume_from_checkpoint))
+            _load_non_lora(loaded, folder, NON_LORA)
 
     def _get_train_sampler(self: Any, *data: Any) -> Any:
         if not _has_stage(self) or self.train_dataset is None:
@@ -90,6 +101,11 @@ def _has_stage(trainer: Any) -> bool:
 
 def _is_lora(trainer: Any) -> bool:
     return _has_stage(trainer) and trainer.args.lora_enable
+
+
+def _is_projector_alone(trainer: Any) -> bool:
+    """--tune_mm_mlp_adapter, as LLaVA has copied it to the training arguments."""
+    return _has_stage(trainer) and not trainer.args.lora_enable and getattr(trainer.args, "tune_mm_mlp_adapter", False)
 
 
 class SeededOrder:
@@ -126,28 +142,28 @@ def _mark(trainer: Any, folder: Path) -> None:
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:
-    """Write what a checkpoint needs besides: the stage; for LoRA also the other trained weights and the model's configuration."""
+    """Write what a checkpoint needs besides: the stage, and the trained weights outside an adapter with the configuration."""
     import torch
 
     _mark(trainer, folder)
     if getattr(trainer, "umed_non_lora", None) is not None:
-        torch.save(trainer.umed_non_lora, folder / NON_LORA)
+        torch.save(trainer.umed_non_lora, folder / (PROJECTOR if _is_projector_alone(trainer) else NON_LORA))
         trainer.model.config.save_pretrained(folder)
 
 
-def _load_non_lora(model: Any, checkpoint: Path) -> None:
-    """Load the projector and all other weights that were trained besides the adapter.
+def _load_non_lora(model: Any, checkpoint: Path, name: str = NON_LORA) -> None:
+    """Load the projector and all other weights that were trained besides an adapter, from the file ``name``.
 
     Raises:
         UmedError: the checkpoint lacks some of them.
     """
-    file = checkpoint / NON_LORA
+    file = checkpoint / name
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     if not file.is_file():
         if not trained:
             return
         raise UmedError(
-            f"{checkpoint}: has no {NON_LORA}, so the trained projector is lost (stock LLaVA saves it only at the end). "
+            f"{checkpoint}: has no {name}, so the trained projector is lost (stock LLaVA saves it only at the end). "
             "Start again with another --output_dir, or remove the checkpoint-* folders."
         )
     weights = read_tensors(file)
@@ -196,6 +212,16 @@ def _changed_settings(run: TrainingRun) -> list[str]:
     checkpoint = run_settings.last_checkpoint(Path(args.output_dir))
     if checkpoint is None:
         return []
+    if not (checkpoint / "trainer_state.json").is_file():
+        return [
+            f"--output_dir {args.output_dir}: {checkpoint.name} has no trainer_state.json, so no run can be resumed from it "
+            "(stock LLaVA writes such with --tune_mm_mlp_adapter). Remove it, or choose another --output_dir."
+        ]
+    if not args.deepspeed and not (checkpoint / "optimizer.pt").is_file() and args.process_index == 0:
+        warn(
+            f"{checkpoint} holds no optimizer (--save_only_model). Adam's averages start at 0 and the learning rate at its "
+            "schedule's beginning, so this run departs from the stopped one."
+        )
     before = run_settings.stored_settings(checkpoint)
     if before is None:
         run.say(f"{checkpoint} does not say with which flags it was trained, so they are not compared.")

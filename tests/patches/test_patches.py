@@ -316,9 +316,25 @@ def test_a_checkpoint_of_the_other_stage_in_the_output_folder_is_refused(flags, 
     marker = tmp_path / "out" / "checkpoint-5" / lora_resume.MARKER
     marker.parent.mkdir(parents=True)
     marker.write_text(json.dumps({"umed_stage": "instruction_tuning"}))
+    (marker.parent / "trainer_state.json").write_text("{}")
     with pytest.raises(UsageError, match="checkpoint-5 belongs to --umed_stage instruction_tuning"):
         parse([*flags, "--umed_stage", "rewarding"])
     parse([*flags, "--umed_stage", "instruction_tuning"])
+
+
+def test_a_checkpoint_without_state_or_optimizer_is_not_resumed_in_silence(flags, tmp_path, capsys):
+    patching.apply(ALL)
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "mm_projector.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match="checkpoint-5 has no trainer_state.json"):
+        parse([*flags, "--umed_stage", "instruction_tuning"])
+    (checkpoint / "trainer_state.json").write_text("{}")
+    parse([*flags, "--umed_stage", "instruction_tuning"])
+    assert "holds no optimizer" in capsys.readouterr().err
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    parse([*flags, "--umed_stage", "instruction_tuning"])
+    assert "holds no optimizer" not in capsys.readouterr().err
 
 
 def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_path):
@@ -352,6 +368,15 @@ def test_other_records_of_a_recipe_are_refused_when_they_are_built(flags, tmp_pa
     args.umed_accept_changed = "records"
     run.flags = args.umed
     lora_resume.check_records(run, [{"id": 1, "image": "/a/1.png"}, {"id": 2}])
+
+
+def test_no_stage_lets_ddp_search_for_unused_weights_unless_the_user_does(flags):
+    """Also for one GPU, whose torchrun wraps the model in DDP as well."""
+    patching.apply(ALL)
+    stage = ["--umed_stage", "instruction_tuning", "--lora_enable", "True", "--gradient_checkpointing", "True"]
+    assert parse([*flags, *stage])[2].ddp_find_unused_parameters is False
+    assert parse([*flags, *stage, "--ddp_find_unused_parameters", "True"])[2].ddp_find_unused_parameters is True
+    assert parse(flags)[2].ddp_find_unused_parameters is None
 
 
 def test_a_name_that_no_flag_has_cannot_be_accepted(flags):

@@ -125,7 +125,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     found: dict[str, torch.Tensor] = {}
-    for name in ("adapter_model.bin", "non_lora_trainables.bin"):
+    for name in ("adapter_model.bin", "non_lora_trainables.bin", "mm_projector.bin"):
         if (output / name).is_file():
             found.update(torch.load(output / name, weights_only=True))
     for file in output.glob("*.safetensors"):

@@ -13,12 +13,13 @@ from support.umed_runs import INTERRUPT, train, weights
 STEPS = ("--max_steps", "16", "--save_steps", "6")
 # Grouped as in LLaVA's own scripts.
 LORA = ("--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0.3", "--group_by_modality_length", "True")
+PROJECTOR = ("--tune_mm_mlp_adapter", "True")
 
 
 @pytest.mark.parametrize(
     ("family", "flags", "stop"),
-    [("llama", (), signal.SIGINT), ("mistral", LORA, signal.SIGKILL)],
-    ids=["full-ctrl-c", "lora-kill"],
+    [("llama", (), signal.SIGINT), ("mistral", LORA, signal.SIGKILL), ("llama", PROJECTOR, signal.SIGKILL)],
+    ids=["full-ctrl-c", "lora-kill", "projector-kill"],
 )
 def test_interrupted_and_resumed_ends_with_the_same_weights(family, flags, stop, request, tmp_path):
     checkpoint = request.getfixturevalue(f"tiny_{family}")
