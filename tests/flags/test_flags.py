@@ -11,8 +11,8 @@ import pytest
 from support.llava_args import llava_args
 
 from umed_plugin.errors import UsageError
-from umed_plugin.flags.checks import check, find_faults
-from umed_plugin.flags.definition import UmedFlags, _flag, rules_of
+from umed_plugin.flags.checks import check, find_faults, find_remarks
+from umed_plugin.flags.definition import SHIPPED_REWARDS, UmedFlags, _flag, rules_of
 from umed_plugin.flags.rules import REWARDING, STAGES, Needs, Rules
 
 # A valid judge, so that only the fault under test remains.
@@ -70,6 +70,17 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_data_root": "/"}, "no effect without --umed_recipe"),
         ({"umed_supervision_check_samples": 3}, "no effect in --umed_stage rewarding"),
         ({"umed_reward_floor": 0.2, "umed_reward_norm": "none"}, "no effect without --umed_reward_norm max"),
+        ({"umed_reward_floor": 0.2, "umed_rewards": "relevance"}, "a reward that max normalises in --umed_rewards"),
+        (
+            {"umed_reward_floor": 0.2, "umed_num_candidates": 1, "umed_algorithm": "ppo"},
+            "--umed_num_candidates above 1",
+        ),
+        (
+            {"umed_reward_norm": "zscore", "umed_num_candidates": 1, "umed_algorithm": "ppo"},
+            "no effect without --umed_num_candidates above 1",
+        ),
+        ({"umed_cut_off": "drop"}, "Allowed: keep, mask, penalise"),
+        ({"umed_sampling_batch_size": 0}, "1 or more"),
         ({"umed_vrr_layers": "last_half", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
         ({"umed_clip_range": 0.3}, "no effect without --umed_updates_per_rollout or"),
         ({"umed_val_every": -1}, "0 or more"),
@@ -323,3 +334,25 @@ def test_importing_flags_patching_and_patches_imports_no_heavy_library():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_what_is_allowed_but_not_what_one_may_expect_is_said():
+    _, _, training_args = llava_args()
+    assert find_remarks(UmedFlags(umed_stage="rewarding"), training_args) == []
+    training_args.group_by_modality_length, training_args.label_smoothing_factor = True, 0.1
+    remarks = find_remarks(UmedFlags(umed_stage="rewarding", umed_top_p=0.9), training_args)
+    assert [remark.split()[0] for remark in remarks] == [
+        "--umed_top_p",
+        "--group_by_modality_length",
+        "--label_smoothing_factor",
+    ]
+
+
+def test_shipped_rewards_that_max_normalises_are_those_that_the_floor_acts_on():
+    from umed_plugin.rewards import REWARDS, normalisation_of
+
+    rewards = {name: REWARDS.get(name) for name in SHIPPED_REWARDS if name != "relevance"}
+    for name in normalisation_of(rewards, {})["max_normalised"]:
+        assert not find_faults(
+            UmedFlags(umed_stage="rewarding", umed_rewards=name, umed_reward_floor=0.2), *llava_args()
+        )

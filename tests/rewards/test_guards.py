@@ -15,6 +15,7 @@ from umed_plugin.rewards.guards import (
     VISION_RELEVANCE_METRICS,
     WINDOW,
     Guards,
+    crossed_limits,
     skeleton,
     vision_relevance_metrics,
 )
@@ -170,3 +171,20 @@ def test_the_skeleton_keeps_the_wording_alone(text):
 
 def test_a_name_that_is_ruled_out_is_blanked_too():
     assert skeleton("No cyst, but 1 nodule.", TERMS) == skeleton("No nodule, but 2 cysts.", TERMS) == "no @, but # @."
+
+
+def test_rewards_that_teach_nothing_and_answers_that_never_end_are_warned_of_once():
+    guards, metrics = after(lambda record, honest: honest)
+    for _ in range(WINDOW):
+        guards.add_terms({"mine:none": [None] * 4, "some": [None, None, 0.5, None], "all": [0.0] * 4})
+    found = guards.metrics() | {"answers_cut_off": 0.25, "groups_without_signal": 1.0}
+    assert found["guard/unscored/mine:none"] == 1 and found["guard/unscored/some"] == 0.75
+    assert found["guard/unscored/all"] == 0
+    said = guards.warnings(found)
+    assert len(said) == 3
+    assert "answers_cut_off is 0.25, above 0.2" in said[0] and "--umed_max_new_tokens" in said[0]
+    assert "groups_without_signal is 1, above 0.95" in said[1]
+    assert "--umed_rewards mine:none returned None for every answer" in said[2]
+    assert guards.warnings(found) == [], "once"
+    at_the_limit = metrics | {"answers_cut_off": 0.2, "groups_without_signal": 0.95, "guard/unscored/some": 0.99}
+    assert crossed_limits(at_the_limit) == {}

@@ -49,6 +49,24 @@ def check(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any)
     raise_faults(find_faults(flags, model_args, data_args, training_args))
 
 
+def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
+    """What stage 2 does under valid flags and a user may not expect, one sentence each; the run says it and goes on."""
+    remarks = []
+    if flags.umed_top_p < 1:
+        remarks.append(
+            f"--umed_top_p {flags.umed_top_p}: answers are sampled from the nucleus, but ratios, KL and gradients are those of "
+            "the whole distribution. The update is biased towards the nucleus; --umed_top_p 1 is exact."
+        )
+    for name in ("group_by_modality_length", "group_by_length"):
+        if getattr(training_args, name, False):
+            remarks.append(
+                f"--{name} has no effect in --umed_stage rewarding: its batches are queries, in an order of their own."
+            )
+    if getattr(training_args, "label_smoothing_factor", 0):
+        remarks.append("--label_smoothing_factor has no effect in --umed_stage rewarding: it supervises no labels.")
+    return remarks
+
+
 def raise_faults(faults: list[str]) -> None:
     """Raise one UsageError that lists ``faults``, unless there are none."""
     if faults:

@@ -70,6 +70,16 @@ SEVERAL_UPDATES = Needs(
     "--umed_updates_per_rollout or --umed_minibatches_per_rollout above 1",
     lambda flags: flags.umed_updates_per_rollout * flags.umed_minibatches_per_rollout > 1,
 )
+# A single answer has no group to be normalised over.
+SEVERAL_CANDIDATES = Needs("--umed_num_candidates above 1", lambda flags: flags.umed_num_candidates > 1)
+# An own reward (module:name) may ask for it too; that is known only when it is imported.
+NORMALISED_REWARD = Needs(
+    "a reward that max normalises in --umed_rewards: localization, localization_diou, vision_relevance or your own",
+    lambda flags: any(
+        name in ("localization", "localization_diou", "vision_relevance") or ":" in name
+        for name in flags.reward_names()
+    ),
+)
 RECIPE = Needs("--umed_recipe", lambda flags: flags.umed_recipe is not None)
 RELEVANCE = Needs("relevance in --umed_rewards", lambda flags: "relevance" in flags.reward_names())
 VISION_RELEVANCE = Needs("vision_relevance in --umed_rewards", lambda flags: "vision_relevance" in flags.reward_names())
@@ -202,6 +212,7 @@ class UmedFlags:
         "max",
         "Normalisation over a question's answers: max (paper: divide by the maximum), none, or zscore.",
         stage=REWARDING,
+        needs=SEVERAL_CANDIDATES,
         choices=("max", "none", "zscore"),
     )
     umed_reward_floor: float = _flag(
@@ -209,7 +220,9 @@ class UmedFlags:
         "Lower bound of the maximum that max divides by, so that a best IoU of 0.02 does not become 1. In each reward's "
         "own scale: for vision_relevance a multiple of the even share, the share of the patches that the lesion covers.",
         stage=REWARDING,
-        needs=Needs("--umed_reward_norm max", lambda flags: flags.umed_reward_norm == "max"),
+        needs=Needs("--umed_reward_norm max", lambda flags: flags.umed_reward_norm == "max")
+        & NORMALISED_REWARD
+        & SEVERAL_CANDIDATES,
         least=0,
         most=1,
     )
@@ -448,7 +461,14 @@ class UmedFlags:
         stage=REWARDING,
         above=0,
     )
-    umed_top_p: float = _flag(1.0, "Nucleus (top-p) of the sampled distribution.", stage=REWARDING, above=0, most=1)
+    umed_top_p: float = _flag(
+        1.0,
+        "Nucleus (top-p) of the sampled distribution. Below 1, ratios, KL and gradients are still those of the whole "
+        "distribution, which did not sample the answers: the update is biased towards the nucleus.",
+        stage=REWARDING,
+        above=0,
+        most=1,
+    )
     umed_log_candidates: int = _flag(
         0,
         "Write the sampled answers with their rewards to candidates.jsonl, and to TensorBoard or W&B under --report_to, every "

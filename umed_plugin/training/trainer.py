@@ -35,6 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from umed_plugin.errors import UmedError, note, warn
+from umed_plugin.flags.checks import find_remarks
 from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, embed_prompts
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import make_rewards
@@ -81,6 +82,8 @@ class RewardingTrainer(LLaVATrainer):
         switch_off_dropout(model)
         super().__init__(model=model, tokenizer=tokenizer, args=args, **keywords)
         self.flags = flags = args.umed
+        for remark in find_remarks(flags, args) if args.process_index == 0 else ():
+            warn(remark)
         llava = base_llava(model)
         rewards = make_rewards(flags, args.output_dir)
         self.metrics = StepMetrics(self, flags, metric_names(flags, rewards))
