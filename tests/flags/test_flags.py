@@ -349,10 +349,9 @@ def test_what_is_allowed_but_not_what_one_may_expect_is_said():
 
 
 def test_shipped_rewards_that_max_normalises_are_those_that_the_floor_acts_on():
-    from umed_plugin.rewards import REWARDS, normalisation_of
+    from umed_plugin.rewards import REWARDS
 
-    rewards = {name: REWARDS.get(name) for name in SHIPPED_REWARDS if name != "relevance"}
-    for name in normalisation_of(rewards, {})["max_normalised"]:
-        assert not find_faults(
-            UmedFlags(umed_stage="rewarding", umed_rewards=name, umed_reward_floor=0.2), *llava_args()
-        )
+    for name in SHIPPED_REWARDS:
+        flags = UmedFlags(umed_stage="rewarding", umed_rewards=name, umed_reward_floor=0.2)
+        normalised = name != "relevance" and getattr(REWARDS.get(name), "max_normalised", False)
+        assert (find_faults(flags, *llava_args()) == []) == normalised, name

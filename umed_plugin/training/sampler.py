@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback
 
 
 class EpochSampler(Sampler):
@@ -57,22 +55,3 @@ class EpochSampler(Sampler):
         if self.rollout_size is None:
             raise ValueError("this order has no rollouts")
         return divmod(number, self.size // self.rollout_size)
-
-
-class ResumeEpoch(TrainerCallback):
-    """Lets a resumed run begin in the epoch that it was stopped in.
-
-    LLaVA's pins begin each earlier epoch anew and so count it. transformers 5 calls ``set_epoch``, which does not reach the
-    sampler of a run in several processes.
-
-    Args:
-        sampler: returns the run's sampler.
-    """
-
-    def __init__(self, sampler: Callable[[], EpochSampler]) -> None:
-        self._sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Count the epochs that the checkpoint has behind it."""
-        sampler = self._sampler()
-        sampler.epochs_begun = max(sampler.epochs_begun, int(state.epoch or 0))

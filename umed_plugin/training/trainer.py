@@ -51,7 +51,7 @@ from umed_plugin.training.objective import (
 )
 from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
 from umed_plugin.training.rewarding_state import load_kl_coef, rollout_file, save_state
-from umed_plugin.training.sampler import EpochSampler, ResumeEpoch
+from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
 from umed_plugin.training.validation import HeldOutValidation
@@ -107,7 +107,6 @@ class RewardingTrainer(LLaVATrainer):
         self._reader = QueryReader(
             self.train_dataset, self.data_collator, self.args.dataloader_num_workers, self._batches_of_epoch
         )
-        self.add_callback(ResumeEpoch(lambda: self._sampler))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 
