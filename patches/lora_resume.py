@@ -180,7 +180,17 @@ def find_faults(run: TrainingRun) -> list[str]:
     """Files of the other stage in the output folder, or a checkpoint that was trained under other settings."""
     if not run.active:
         return []
-    return _other_stage(run) or _unknown_names(run) or _changed_settings(run)
+    return [*_not_mergeable(run), *(_other_stage(run) or _unknown_names(run) or _changed_settings(run))]
+
+
+def _not_mergeable(run: TrainingRun) -> list[str]:
+    """What `umed merge` could not take from a LoRA folder, said before hours of training."""
+    bias = getattr(run.training_args, "lora_bias", "none")
+    if not run.training_args.lora_enable or bias == "none":
+        return []
+    return [
+        f"--lora_bias {bias}: it trains biases that umed merge cannot merge. Allowed: none, which is LLaVA's default."
+    ]
 
 
 def _other_stage(run: TrainingRun) -> list[str]:

@@ -81,7 +81,8 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
 
 def test_every_kind_is_made_by_a_fault_or_a_family():
     elsewhere = {
-        "transformers-form", "adapter-missing", "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral",
+        "transformers-form", "adapter-of-transformers", "adapter-missing",
+        "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral",
         "adapter-model-type", "adapter-fields", "adapter-fields-needed", "questions-masked",
     }  # fmt: skip
     made = {fault.code for fault in FAULTS}

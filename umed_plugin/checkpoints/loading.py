@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.pickles import printable
+from umed_plugin.checkpoints.pickles import printable, read_pickle
 from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
+from umed_plugin.checkpoints.stored import read_safetensors
 from umed_plugin.errors import UmedError, unknown_name
 
 # model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
@@ -30,7 +31,18 @@ FAMILIES = {
 UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
 STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER = "model.vision_tower."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PROJECTOR = "mm_projector.bin"  # written by --tune_mm_mlp_adapter True
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_LANGUAGE = ("llama", "mistral")  # model types without a projector, over which LLaVA trains one
 # Keys of config.json that LLaVA reads when it answers. Training may change them, so a merged checkpoint gets the trained values.
 READ_WHEN_ANSWERING = (
     "image_aspect_ratio",
@@ -55,8 +67,13 @@ def read_config(path: Path | str) -> dict[str, Any]:
             f"{path}: {fault}. Needed: a LLaVA checkpoint on this machine (config.json, weights, tokenizer). "
             "Download a checkpoint from the Hugging Face Hub with: huggingface-cli download NAME --local-dir DIR"
         )
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_object(file)
     kind = config.get("model_type")
+    if kind in _LANGUAGE:
+        raise UmedError(
+            f"{file}: is a plain language model ({kind}), not a LLaVA checkpoint. If a LoRA folder or a projector was trained "
+            "over it, write the full checkpoint first: umed merge TRAINED --base CKPT --out DIR"
+        )
     if kind == "llava" and "text_config" in config:
         raise UmedError(
             f"{file}: this is the transformers form of LLaVA (it has text_config), which LLaVA's own code cannot load. Needed: "
@@ -65,6 +82,27 @@ def read_config(path: Path | str) -> dict[str, Any]:
     if kind not in FAMILIES:
         raise UmedError(f"{file}: not a LLaVA checkpoint: {unknown_name('model_type', str(kind), FAMILIES)}")
     return config
+
+
+def read_language_config(path: Path | str) -> dict[str, Any]:
+    """``config.json`` of a LLaVA checkpoint, or of a plain language model over which LLaVA trains one; see `read_config`."""
+    config = read_object(Path(path) / "config.json") if (Path(path) / "config.json").is_file() else {}
+    return config if config.get("model_type") in _LANGUAGE else read_config(path)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UmedError: the file is something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise UmedError(f"{file}: is not JSON ({type(error).__name__}). Copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise UmedError(f"{file}: is not a JSON object. Copy or download it again.")
+    return content
 
 
 def is_lora(path: Path | str) -> bool:
@@ -193,6 +231,7 @@ def load_checkpoint(
     if not is_lora(path):
         tokenizer, model = _load_full(path, dtype)
     else:
+        refuse_transformers_adapter(path)
         config = read_config(path)
         tokenizer, model = _load_full(find_base(path, base), dtype, config)
         model = _wrap_adapter(model, path)
@@ -207,7 +246,7 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
     Raises:
         UmedError: it is not on this machine, or it is a LoRA folder itself.
     """
-    folder = base or json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    folder = base or read_object(lora_dir / ADAPTER).get("base_model_name_or_path")
     if not folder or not Path(folder).is_dir():
         raise UmedError(
             f"{lora_dir}: is a LoRA folder over {folder!r}, which is not a folder on this machine. Pass the checkpoint on which "
@@ -339,11 +378,29 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     return model
 
 
+def refuse_transformers_adapter(lora_dir: Path) -> None:
+    """Refuse an adapter that was trained over transformers' form of LLaVA, with TRL or peft.
+
+    Raises:
+        UmedError: its tensors are named as in that form.
+    """
+    for name in _ADAPTER_FILES:
+        file = lora_dir / name
+        if not file.is_file():
+            continue
+        check_plain([file])
+        names = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file).tensors
+        if any(".language_model." in tensor for tensor in names):
+            raise UmedError(
+                f"{lora_dir}: is an adapter of transformers' form of LLaVA, as TRL trains it. Merge it there first: "
+                "model = PeftModel.from_pretrained(model, FOLDER).merge_and_unload(); model.save_pretrained(MERGED). Then "
+                "convert it to LLaVA's layout: umed convert MERGED --out DIR"
+            )
+
+
 def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names)."""
-    files = [
-        lora_dir / name for name in ("adapter_model.safetensors", "adapter_model.bin") if (lora_dir / name).is_file()
-    ]
+    files = [lora_dir / name for name in _ADAPTER_FILES if (lora_dir / name).is_file()]
     if not files:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
     if not (lora_dir / NON_LORA).is_file():

@@ -1,14 +1,14 @@
 """Write checkpoints: merge a LoRA folder into its base, or export a fully fine-tuned one in the layout of the original.
 
-Names, shapes and dtypes stay the original's, unless another dtype is requested. Merging works in float32, tensor by tensor, with
-one weight file in memory at a time. Exporting holds the whole trained checkpoint in memory. Folders are written atomically.
+Names and dtypes stay the original's, unless another dtype is requested, and shapes too, unless training added tokens. Weights are
+read and written tensor by tensor; a LoRA delta is computed in float32. Only an adapter, and a ``.bin`` file that is written,
+are in memory as a whole. Folders are written atomically.
 
 How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -19,16 +19,24 @@ from umed_plugin import files
 from umed_plugin.checkpoints.kept_share import KeptShare
 from umed_plugin.checkpoints.loading import (
     ADAPTER,
+    EMBEDDING,
+    FAMILIES,
+    HEAD,
+    PROJECTOR,
     READ_WHEN_ANSWERING,
+    TOKENIZER_FILES,
     TOWER,
     adapter_tensors,
     find_base,
     is_lora,
     read_config,
+    read_language_config,
+    read_object,
     read_tensors,
+    refuse_transformers_adapter,
     weight_files,
 )
-from umed_plugin.checkpoints.weight_shards import told
+from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
 
@@ -54,7 +62,7 @@ def merge(
     Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``.
 
     Args:
-        lora_dir: folder that LLaVA's training wrote with ``--lora_enable True``.
+        lora_dir: folder that LLaVA's training wrote with ``--lora_enable True``, or with ``--tune_mm_mlp_adapter True``.
         base: the checkpoint on which it was trained; None: the one that the adapter names.
         out: must not exist, unless ``overwrite``. See `stock_name_fault` for its name.
         with_tower: as for `export`.
@@ -86,24 +94,37 @@ def merge(
         'llava-mistral-merged'
     """
     lora_dir, out = Path(lora_dir), Path(out)
-    if not is_lora(lora_dir):
+    if not is_lora(lora_dir) and not (lora_dir / PROJECTOR).is_file():
         raise UmedError(
-            f"{lora_dir}: is not a LoRA folder: it has no {ADAPTER}. Needed: the output folder of a training run with "
-            "--lora_enable True."
+            f"{lora_dir}: is not a LoRA folder: it has no {ADAPTER}, and no {PROJECTOR}. Needed: the output folder of a training "
+            "run with --lora_enable True or --tune_mm_mlp_adapter True."
         )
+    if is_lora(lora_dir):
+        refuse_transformers_adapter(lora_dir)
     trained_config = read_config(lora_dir)
-    base = find_base(lora_dir, base)
-    config = _merged_config(read_config(base), trained_config)
+    base = _find_base(lora_dir, base)
+    base_config = read_language_config(base)
+    _refuse_unsaved_tokens(lora_dir, trained_config, base)
+    plain = base_config["model_type"] not in FAMILIES
+    # Over a plain language model, all that concerns images comes from the training.
+    config = {**base_config, **trained_config} if plain else _merged_config(base_config, trained_config)
+    deltas, others = _trained_parts(lora_dir)
     holds_tower = False
-    deltas = _lora_deltas(lora_dir)
-    _, others = adapter_tensors(lora_dir)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(lora_dir, base)) as folder:
         _copy_small_files(base, folder)
-        # Each of the base's files is read, merged and written before the next; used entries leave `deltas` and `others`.
-        for file in told(weight_files(base), progress):
-            merged = _merged_tensors(read_tensors(file), deltas, others, lora_dir, dtype, kept)
-            holds_tower = holds_tower or _holds_tower(merged)
-            _write_tensors(merged, folder / file.name)
+        sources = weight_files(base)
+        # Each tensor of the base is read, merged and written before the next; used entries leave `deltas` and `others`.
+        for file in told(sources, progress):
+            tensors = stored(file)
+            holds_tower = holds_tower or _holds_tower(tensors)
+            writer = weight_writer(folder / file.name, [*tensors, *others])
+            for name, tensor in tensors.items():
+                old = tensor.read()
+                trained = _merged(name, old, deltas, others, lora_dir)
+                writer.add(name, _written(name, old, trained, dtype, kept))
+            if plain and file is sources[-1]:
+                _add_projector(writer, others, _dtype_of(tensors, dtype), folder / file.name)
+            writer.close()
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
         unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
         if unused:
@@ -116,6 +137,54 @@ def merge(
         _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out
+
+
+def _find_base(trained: Path, base: Path | str | None) -> Path:
+    """The checkpoint on which a LoRA folder or a projector was trained."""
+    if is_lora(trained):
+        return find_base(trained, base)
+    if base is None:
+        raise UmedError(f"{trained}: holds a projector. Pass the checkpoint on which it was trained with --base.")
+    return Path(base)
+
+
+def _refuse_unsaved_tokens(trained: Path, config: dict[str, Any], base: Path) -> None:
+    """Refuse a training that added tokens to the embeddings: with LoRA or a projector alone, LLaVA does not save their rows."""
+    requested = {"mm_use_im_patch_token": ("<im_patch>",), "mm_use_im_start_end": ("<im_start>", "<im_end>")}
+    files_of_tokenizer = [base / name for name in TOKENIZER_FILES if (base / name).is_file()]
+    known = b"".join(file.read_bytes() for file in files_of_tokenizer)
+    asked = [key for key in requested if config.get(key)]
+    lost = [key for key in asked if not all(token.encode() in known for token in requested[key])]
+    if lost:
+        raise UmedError(
+            f"{trained}: was trained with --{lost[0]} True, which added tokens that {base} does not have. LLaVA saves the rows "
+            f"of added tokens with full fine-tuning only. Train with --{lost[0]} False, as LLaVA's own checkpoints were."
+        )
+
+
+def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Deltas of an adapter, and the other trained tensors, by the base's names."""
+    if is_lora(trained):
+        adapter, others = adapter_tensors(trained)
+        return _lora_deltas(trained, adapter), others
+    return {}, {name.removeprefix("base_model.model."): t for name, t in read_tensors(trained / PROJECTOR).items()}
+
+
+def _dtype_of(tensors: dict[str, Any], dtype: str | None) -> Any:
+    import torch
+
+    return getattr(torch, dtype) if dtype else next(iter(tensors.values())).torch_dtype()
+
+
+def _add_projector(writer: Any, others: dict[str, Any], dtype: Any, file: Path) -> None:
+    """Add what a plain language model lacks to its last weight file, in its dtype, and to the index."""
+    new = sorted(name for name in others if name.startswith(("model.mm_projector.", "model.image_newline")))
+    for name in new:
+        writer.add(name, others.pop(name).to(dtype))
+    for index in file.parent.glob(f"*{file.suffix}.index.json"):
+        content = read_object(index)
+        content["weight_map"].update(dict.fromkeys(new, file.name))
+        files.write_json(index, content, indent=2)
 
 
 def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> dict[str, Any]:
@@ -150,9 +219,9 @@ def _name_tower(config: dict[str, Any], trained_config: dict[str, Any], holds_to
         config["unfreeze_mm_vision_tower"] = True
 
 
-def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
+def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any, float, bool]]:
     """Name of a base tensor -> (A [r, in], B [out, r], scaling, whether the base holds it transposed)."""
-    config = json.loads((lora_dir / ADAPTER).read_text(encoding="utf-8"))
+    config = read_object(lora_dir / ADAPTER)
     unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported:
         raise UmedError(
@@ -161,7 +230,6 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
         )
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    tensors, _ = adapter_tensors(lora_dir)
     others = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
     if others:
         raise UmedError(
@@ -178,30 +246,20 @@ def _lora_deltas(lora_dir: Path) -> dict[str, tuple[Any, Any, float, bool]]:
     return deltas
 
 
-def _merged_tensors(
-    tensors: dict[str, Any],
-    deltas: dict[str, Any],
-    others: dict[str, Any],
-    lora_dir: Path,
-    dtype: str | None,
-    kept: KeptShare | None,
-) -> dict[str, Any]:
-    """One weight file's tensors with the trained changes; entries that were used are removed from ``deltas`` and ``others``."""
-    merged = {}
-    for name, old in tensors.items():
-        new, change = others.pop(name, old).float(), None
-        if name in deltas:
-            a, b, scaling, transposed = deltas.pop(name)
-            change = (b.float() @ a.float()) * scaling
-            change = change.T if transposed else change
-        for trained in (new, change):
-            if trained is not None and trained.shape != old.shape:
-                raise UmedError(
-                    f"{lora_dir}: {name} has shape {tuple(trained.shape)}, but {tuple(old.shape)} in the base. Is --base the "
-                    "checkpoint on which it was trained?"
-                )
-        merged[name] = _written(name, old, new if change is None else new + change, dtype, kept)
-    return merged
+def _merged(name: str, old: Any, deltas: dict[str, Any], others: dict[str, Any], lora_dir: Path) -> Any:
+    """One tensor of the base with its trained change; entries that were used are removed from ``deltas`` and ``others``."""
+    new, change = others.pop(name, old), None
+    if name in deltas:
+        a, b, scaling, transposed = deltas.pop(name)
+        change = (b.float() @ a.float()) * scaling
+        change = change.T if transposed else change
+    for trained in (new, change):
+        if trained is not None and trained.shape != old.shape:
+            raise UmedError(
+                f"{lora_dir}: {name} has shape {tuple(trained.shape)}, but {tuple(old.shape)} in the base. Is --base the "
+                "checkpoint on which it was trained?"
+            )
+    return new if change is None else new.float().add_(change)
 
 
 def _written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptShare | None) -> Any:
@@ -210,7 +268,7 @@ def _written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptSh
 
     wanted = base.dtype if dtype is None or not base.is_floating_point() else getattr(torch, dtype)
     written = trained.to(wanted).contiguous()
-    if kept is not None:
+    if kept is not None and base.shape == trained.shape:  # with added tokens there is nothing to compare all rows with
         kept.add(name, base, trained, written)
     return written
 
@@ -229,7 +287,8 @@ def export(
     """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
     LLaVA's full fine-tuning saves float32 tensors, including the frozen tower's, and files that only a trainer reads. The
-    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files.
+    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files. If
+    training added tokens, their rows, the tokenizer and ``vocab_size`` are the trained ones.
 
     Args:
         checkpoint: the trained one.
@@ -251,27 +310,69 @@ def export(
             f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
         )
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
-    trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in read_tensors(file).items()}
-    holds_tower = False
+    trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}
+    if trained_config.get("tie_word_embeddings") and EMBEDDING in trained:
+        trained.setdefault(HEAD, trained[EMBEDDING])  # one tensor under two names, of which training saves the first
+    old = {file: stored(file) for file in weight_files(like)}
+    rows = _check_tensors(
+        trained, {name: t for tensors in old.values() for name, t in tensors.items()}, checkpoint, like
+    )
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint, like)) as folder:
         _copy_small_files(like, folder)
-        for file in told(weight_files(like), progress):
-            old = read_tensors(file)
-            missing = [name for name in old if name not in trained]
-            if missing:
-                raise UmedError(
-                    f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has. Check --base."
-                )
-            holds_tower = holds_tower or _holds_tower(old)
-            _write_tensors(
-                {name: _written(name, t, trained[name], dtype, kept) for name, t in old.items()}, folder / file.name
-            )
+        for file in told(list(old), progress):
+            writer = weight_writer(folder / file.name, old[file])
+            for name, tensor in old[file].items():
+                writer.add(name, _written(name, tensor.read(), trained[name].read(), dtype, kept))
+            writer.close()
+        if rows is not None:
+            _take_tokenizer(checkpoint, folder)
+            config["vocab_size"] = rows
         if with_tower:
             _copy_tower(config, folder, out)
-        _name_tower(config, trained_config, holds_tower)
+        _name_tower(config, trained_config, any(map(_holds_tower, old.values())))
         _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out
+
+
+def _check_tensors(trained: dict[str, Any], old: dict[str, Any], checkpoint: Path, like: Path) -> int | None:
+    """Compare names and shapes of a full training's tensors with the original's.
+
+    Returns:
+        The number of rows of the embeddings, if training added tokens; else None.
+
+    Raises:
+        UmedError: they differ in anything else.
+    """
+    missing = [name for name in old if name not in trained]
+    if missing:
+        raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has. Check --base.")
+    lost = [n for n in trained if n not in old and n != HEAD and TOWER not in n and not n.endswith("inv_freq")]
+    if lost:
+        raise UmedError(
+            f"{checkpoint}: trained {lost[0]!r} ({len(lost)} in all), which {like} does not have. Check --base."
+        )
+    before, after = (tensors[EMBEDDING].shape[0] for tensors in (old, trained)) if EMBEDDING in old else (0, 0)
+    for name, tensor in old.items():
+        rows = after if name in (EMBEDDING, HEAD) and after > before else tensor.shape[0] if tensor.shape else 0
+        if trained[name].shape != (*((rows,) if tensor.shape else ()), *tensor.shape[1:]):
+            raise UmedError(
+                f"{checkpoint}: {name} has shape {trained[name].shape}, but {tensor.shape} in {like}. Is --base the checkpoint "
+                "with which training began?"
+            )
+    return after if after > before else None
+
+
+def _take_tokenizer(checkpoint: Path, folder: Path) -> None:
+    """Copy the tokenizer with the tokens that training added."""
+    found = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
+    if not found:
+        raise UmedError(
+            f"{checkpoint}: its embeddings have rows for added tokens, but it has no tokenizer. Copy the tokenizer that the "
+            "training used into it."
+        )
+    for file in found:
+        shutil.copy2(file, folder / file.name)
 
 
 def stock_name_fault(path: Path | str, model_type: str) -> str | None:
@@ -295,26 +396,15 @@ def _copy_small_files(source: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
-def _write_tensors(tensors: dict[str, Any], file: Path) -> None:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(tensors, file, metadata={"format": "pt"})
-    else:
-        import torch
-
-        torch.save(tensors, file)
-
-
 def _name_dtype(config: dict[str, Any], dtype: str | None, folder: Path) -> None:
     """State a requested dtype where the base's is stated, and the size of the weights in their index."""
     if dtype is None:
         return
     config.update({key: dtype for key in ("torch_dtype", "dtype") if key in config})
     for file in folder.glob("*.index.json"):
-        index = json.loads(file.read_text(encoding="utf-8"))
-        tensors = (tensor for part in weight_files(folder) for tensor in read_tensors(part).values())
-        index.setdefault("metadata", {})["total_size"] = sum(t.numel() * t.element_size() for t in tensors)
+        index = read_object(file)
+        tensors = [tensor for part in weight_files(folder) for tensor in stored(part).values()]
+        index.setdefault("metadata", {})["total_size"] = sum(tensor.size for tensor in tensors)
         files.write_json(file, index, indent=2)
 
 

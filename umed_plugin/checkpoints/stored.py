@@ -18,7 +18,7 @@ BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-_TORCH = {
+TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
@@ -72,6 +72,12 @@ class StoredTensor:
         """Size in bytes."""
         return self.values * BYTES[self.dtype]
 
+    def torch_dtype(self) -> Any:
+        """Its dtype in PyTorch."""
+        import torch
+
+        return getattr(torch, TORCH_NAMES[self.dtype])
+
     def pieces(self) -> Iterator[Any]:
         """Yield its values as flat torch tensors of at most 16 MiB, in file order.
 
@@ -80,7 +86,7 @@ class StoredTensor:
         """
         import torch
 
-        dtype, left = getattr(torch, _TORCH[self.dtype]), self.size
+        dtype, left = getattr(torch, TORCH_NAMES[self.dtype]), self.size
         with open(self.file, "rb") as stream:
             stream.seek(self.start)
             while left:
@@ -95,7 +101,7 @@ class StoredTensor:
         import torch
 
         pieces = list(self.pieces())
-        flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=getattr(torch, _TORCH[self.dtype]))
+        flat = torch.cat(pieces) if pieces else torch.empty(0, dtype=getattr(torch, TORCH_NAMES[self.dtype]))
         if self.stride is None:
             return flat.reshape(self.shape)
         return flat.as_strided(self.shape, self.stride)

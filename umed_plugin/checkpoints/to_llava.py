@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
-from umed_plugin.checkpoints.loading import weight_files
+from umed_plugin.checkpoints.loading import EMBEDDING, HEAD, weight_files
 from umed_plugin.checkpoints.to_transformers import (
-    EMBEDDING,
-    HEAD,
     NAMES,
     OF_THE_FILE,
     ORIGINAL,

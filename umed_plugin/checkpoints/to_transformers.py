@@ -22,14 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
-from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, TOWER, is_lora, read_config, tower_tensors, weight_files
+from umed_plugin.checkpoints.loading import (
+    EMBEDDING,
+    HEAD,
+    STOCK_TEMPLATES,
+    TOWER,
+    is_lora,
+    read_config,
+    tower_tensors,
+    weight_files,
+)
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
 ORIGINAL = "llava_checkpoint"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's type -> activation between transformers' two layers
 # (prefix of LLaVA's name, prefix of transformers' name). transformers 5 uses other names in memory, but reads and writes these.
 NAMES = (

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import read_tensors
+from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.safe_loading import check_plain
+from umed_plugin.checkpoints.stored import TORCH_NAMES, StoredTensor, read_safetensors
 from umed_plugin.files import write_json
 
-# Size of a shard, which is in memory until it is written, except for tensors mapped from a safetensors file.
+# Size of a safetensors header with its length, which is written last. A tensor needs its name, and less than the second number.
+_HEADER_BYTES, _ENTRY_BYTES = 2**16, 160
 _SHARD_BYTES = 2_000_000_000
 
 
 def stream(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) of one weight file; safetensors are read one tensor at a time."""
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        check_plain([file])
-        with safe_open(str(file), framework="pt", device="cpu") as opened:
-            for name in list(opened.keys()):
-                yield name, opened.get_tensor(name)
-    else:
-        yield from read_tensors(file).items()
+    """Yield (name, tensor) of one weight file, of which one tensor at a time is read."""
+    for name, tensor in stored(file).items():
+        yield name, tensor.read()
 
 
 def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
@@ -43,8 +39,94 @@ def told(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> 
             progress(done, len(files))
 
 
+def stored(file: Path) -> dict[str, StoredTensor]:
+    """Name -> tensor of one weight file, none of which is read yet.
+
+    Raises:
+        UmedError: the file holds more than plain tensors, or cannot be read.
+    """
+    check_plain([file])
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file).tensors
+
+
+class SafetensorsFile:
+    """Writes one safetensors file tensor by tensor. `safetensors.torch.save_file` holds all of them, and a copy of each.
+
+    Args:
+        path: the file.
+        names: of the tensors that will be added, if they are known: the header gets room for them.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str] = ()) -> None:
+        self._room = max(_HEADER_BYTES, 128 + sum(map(_entry_bytes, names)))
+        self._room += -self._room % 8
+        self._stream = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self._stream.write(b"\0" * self._room)
+        self._header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._header_bytes = self._end = 0
+
+    def fits(self, name: str) -> bool:
+        """Whether the header has room for one more tensor."""
+        return self._header_bytes + _entry_bytes(name) < self._room - 64
+
+    def add(self, name: str, tensor: Any) -> None:
+        """Append one tensor.
+
+        Raises:
+            ValueError: the header is full; see `fits`.
+        """
+        import torch
+
+        if not self.fits(name):
+            raise ValueError(f"{self._stream.name}: too many tensors for one file")
+        flat = tensor.detach().contiguous().reshape(-1)
+        size = flat.numel() * flat.element_size()
+        kind = next(kind for kind, dtype in TORCH_NAMES.items() if flat.dtype == getattr(torch, dtype))
+        place = [self._end, self._end + size]
+        self._header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": place}
+        if size:
+            self._stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._end += size
+        self._header_bytes += _entry_bytes(name)
+
+    def close(self) -> None:
+        """Write the header, padded with spaces as the format allows."""
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        self._stream.seek(0)
+        self._stream.write((self._room - 8).to_bytes(8, "little") + header.ljust(self._room - 8))
+        self._stream.close()
+
+
+def _entry_bytes(name: str) -> int:
+    """More than the header needs for one tensor."""
+    return len(json.dumps(name)) + _ENTRY_BYTES
+
+
+class PickleFile:
+    """As `SafetensorsFile`, for ``.bin`` files: they are in memory until they are written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tensors: dict[str, Any] = {}
+
+    def add(self, name: str, tensor: Any) -> None:
+        """Add one tensor."""
+        self._tensors[name] = tensor.contiguous()
+
+    def close(self) -> None:
+        """Write the file."""
+        import torch
+
+        torch.save(self._tensors, self._path)
+
+
+def weight_writer(path: Path, names: Iterable[str]) -> SafetensorsFile | PickleFile:
+    """A writer for a weight file of that name, with tensors of these names."""
+    return SafetensorsFile(path, names) if path.suffix == ".safetensors" else PickleFile(path)
+
+
 class ShardWriter:
-    """Writes tensors to safetensors files of a bounded size, with at most one file's tensors in memory.
+    """Writes tensors to safetensors files of a bounded size, with one tensor in memory.
 
     Args:
         folder: to write ``model.safetensors``, or shards and their index, into.
@@ -53,30 +135,28 @@ class ShardWriter:
 
     def __init__(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
         self._folder, self._progress = folder, progress
-        self._waiting: dict[str, Any] = {}
+        self._file: SafetensorsFile | None = None
         self._bytes = self._total = 0
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Any) -> None:
         """Add one tensor."""
-        tensor = tensor.contiguous()
-        # safetensors refuses tensors that share memory (slices, tied weights of a pickle): store them separately.
-        whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        self._waiting[name] = tensor if whole else tensor.clone()
-        self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= _SHARD_BYTES:
+        if self._file is None or self._bytes >= _SHARD_BYTES or not self._file.fits(name):
             self._flush()
+            self._shards.append([])
+            self._file = SafetensorsFile(self._folder / f"shard-{len(self._shards)}")
+        self._file.add(name, tensor)
+        self._shards[-1].append(name)
+        self._bytes += tensor.numel() * tensor.element_size()
         if self._progress is not None:
             self._progress(self._total + self._bytes)
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        if self._waiting:
-            self._shards.append(list(self._waiting))
-            save_file(self._waiting, self._folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        if self._file is not None:
+            self._file.close()
+        self._file = None
         self._total += self._bytes
-        self._waiting, self._bytes = {}, 0
+        self._bytes = 0
 
     def finish(self) -> None:
         """Write the remaining tensors, rename the files and write their index."""

@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> int:
 
     kept = KeptShare()
     options = {"with_tower": args.with_tower, "overwrite": args.overwrite, "dtype": args.dtype, "kept": kept}
-    if not is_lora(args.trained) and args.base is None:
+    parts = is_lora(args.trained) or _is_projector(args.trained)
+    if not parts and args.base is None:
         raise UsageError(
             f"{args.trained}: is not a LoRA folder. For the output of full fine-tuning, pass the checkpoint with which it began: "
             "--base CKPT"
         )
     with progress("writing the full checkpoint", "file") as advance:
-        if is_lora(args.trained):
+        if parts:
             out = merge(args.trained, args.base, args.out, progress=advance, **options)
         else:
             out = export(args.trained, args.out, like=args.base, progress=advance, **options)
@@ -67,4 +68,31 @@ def run(args: argparse.Namespace) -> int:
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         note(fault)
-    return 0
+    return 1 if errors_of_result(out, args.base or args.trained) else 0
+
+
+def _is_projector(folder: Path) -> bool:
+    """Whether the folder holds the output of ``--tune_mm_mlp_adapter True``: a projector, and no model."""
+    from umed_plugin.checkpoints.loading import PROJECTOR
+
+    whole = any(folder.glob("*model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return (folder / PROJECTOR).is_file() and not whole
+
+
+def errors_of_result(out: Path, source: Path) -> int:
+    """Warn of each error that the doctor finds in a checkpoint that was just written, and not in its source; return their number.
+
+    Names of folders are left to `stock_name_fault`; the values of the weights are not read again.
+    """
+    from umed_plugin.commands.doctor.examination import ERROR, examine_files
+    from umed_plugin.errors import warn
+
+    known = {finding.code for finding in examine_files(source)}
+    new = [
+        finding
+        for finding in examine_files(out)
+        if finding.severity == ERROR and finding.code not in known and not finding.code.startswith("name-")
+    ]
+    for finding in new:
+        warn(f"{finding.code}: {finding.found} ({finding.where}). {finding.remedy}")
+    return len(new)

@@ -351,6 +351,12 @@ WEIGHTS = (
 
 ADAPTER = (
     Kind(
+        "adapter-of-transformers", ERROR, "an adapter of transformers' form of LLaVA",
+        "LLaVA's layout has other names; TRL and peft train this form.",
+        "Merge it there first: PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(MERGED). Then: umed "
+        "convert MERGED --out DIR",
+    ),
+    Kind(
         "adapter-missing", ERROR, "adapter_config.json without adapter weights",
         "There is nothing to load.",
         "Copy adapter_model.safetensors or adapter_model.bin from the run folder.",

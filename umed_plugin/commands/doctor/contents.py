@@ -264,6 +264,10 @@ def _read_trained_parts(contents: Contents) -> None:
         files = [path / weights for weights in ADAPTER_WEIGHTS if (path / weights).is_file()]
         if files:
             contents.adapter = read_weights(contents, files[0]) or {}
+            first = next((tensor for tensor in contents.adapter if ".language_model." in tensor), None)
+            if first is not None:
+                contents.findings.append(finding("adapter-of-transformers", f"it trained {first}", str(files[0])))
+                return
         else:
             found = f"there is neither {ADAPTER_WEIGHTS[0]} nor {ADAPTER_WEIGHTS[1]}"
             contents.findings.append(finding("adapter-missing", found, str(path)))

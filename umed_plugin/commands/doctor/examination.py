@@ -53,6 +53,12 @@ def examine(checkpoint: Path | str, base: Path | str | None = None) -> list[Find
     return diagnose(checkpoint, base).findings
 
 
+def examine_files(checkpoint: Path | str) -> list[Finding]:
+    """The findings about a checkpoint's files, configuration, tokenizer and tower, without reading the values of its weights."""
+    contents = read_contents(Path(checkpoint).absolute())
+    return [*contents.findings, *check_configuration(contents), *check_tokens(contents), *check_name(contents)]
+
+
 def diagnose(
     checkpoint: Path | str,
     base: Path | str | None = None,
