@@ -219,6 +219,7 @@ def test_medvh_by_hand(tmp_path):
     assert found["accuracy/wrongful_image"] == 1
     assert found["accuracy_first_character/wrongful_image"] == 0.5
     assert found["accuracy/fcj"] == 0 and found["takes_suggestion"] == 1
+    assert found["says_last/wrongful_image"] == 1 and found["says_last/fcj"] == 1
     assert found["report_chair"] == pytest.approx(2 / 3) and found["report_recall"] == pytest.approx(1 / 2)
 
 

@@ -51,6 +51,18 @@ def test_the_training_part_is_the_rest(tmp_path):
         chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, split="val", work=tmp_path)
 
 
+def test_what_constant_answers_score(tmp_path):
+    """docs/evaluation.md says so: LLaVA-Med's figures are high for an answer that ignores the image."""
+    questions, _ = chosen_questions(BENCHMARKS["vqa_rad"], rad(tmp_path), work=tmp_path)  # closed: no, yes, yes
+    yes = metrics_of("vqa_rad", questions, ["yes"] * 6)
+    assert yes["closed_llava_med"] == 1 and yes["closed_accuracy"] == pytest.approx(2 / 3)
+    both = metrics_of("vqa_rad", questions, ["yes or no"] * 6)
+    assert both["closed_llava_med"] == both["closed_llava_med_batch"] == 1 and both["closed_accuracy"] == 0
+    long = metrics_of("vqa_rad", questions, ["left right upper lower lung heart liver brain"] * 6)
+    assert long["open_recall"] == 1 and long["open_precision"] < 0.5
+    assert metrics_of("vqa_rad", questions, [""] * 6)["closed_accuracy"] == 0
+
+
 def test_a_file_without_a_test_split_says_why(tmp_path):
     """VQA-Med 2019 in VQA-RAD's schema: no phrase_type begins with test."""
     file = rad(tmp_path) / "VQA_RAD Dataset Public.json"

@@ -21,7 +21,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, cases_of, headline, record_questions
 from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.evaluation.results import Evaluation, compare, resampling_unit
-from umed_plugin.grounding.dialects import LLAVA
+from umed_plugin.evaluation.tables import unread_boxes_line
+from umed_plugin.grounding.dialects import DIALECTS, LLAVA
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, ModelAnswer
 from umed_plugin.model.heat_map import decode_heat_map
@@ -231,7 +232,16 @@ def test_a_benchmark_is_one_file_that_is_found_by_itself():
     folder = Path(benchmarks.__file__).parent
     defined = [file.stem for file in folder.glob("*.py") if "\nBENCHMARK = Benchmark(" in file.read_text()]
     assert sorted(BENCHMARKS) == sorted(defined), "each is named as its file is"
-    assert list(BENCHMARKS) == ["vqa_rad", "slake", "pmc_vqa", "medmnist", "omnimedvqa", "medvh", "med_grit"]
+    assert list(BENCHMARKS) == [
+        "vqa_rad",
+        "slake",
+        "pmc_vqa",
+        "medmnist",
+        "omnimedvqa",
+        "medvh",
+        "med_grit",
+        "llava_med",
+    ]
 
 
 def test_the_attention_pass_sees_the_answers_that_were_written(tiny_mistral, tmp_path):
@@ -252,3 +262,14 @@ def test_the_attention_pass_sees_the_answers_that_were_written(tiny_mistral, tmp
         (p.id, p.answer) for p in made.predictions
     ]
     assert np.unique([p.examined["id"] for p in made.predictions]).size == 4
+
+
+def test_numbers_that_were_not_read_as_a_box_are_told():
+    answers = ["At [0.1, 0.2, 0.3, 0.4] a nodule.", "Nodule (12, 20, 35, 40).", "At [0.1, 0.2\x1b[31m", "Normal."]
+    line = unread_boxes_line(answers, LLAVA)
+    assert line.startswith(
+        "2 of 4 answers hold numbers that were not read as a box, e.g. '(12, 20, 35, 40)'; see --boxes."
+    )
+    assert unread_boxes_line(answers[:1], LLAVA) is None
+    assert unread_boxes_line(answers[1:2], DIALECTS["qwen_vl"]) is None
+    assert "\x1b" not in unread_boxes_line(answers[2:], LLAVA)

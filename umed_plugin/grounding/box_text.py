@@ -417,8 +417,10 @@ class _Scanner:
             self.found.append(WrittenBox(cut_tag.start(), end, None, "none", True))
         while len(self.frames) > 1:
             frame = self.frames.pop()
-            if self._cut(frame, end, self.frames[-1]) or frame.has_words or frame.has_box:
-                break  # brackets around it are the same attempt, or prose
+            if self._cut(frame, end, self.frames[-1]) or frame.has_box:
+                break  # brackets around it are the same attempt
+            if frame.has_words and not self.frames[-1].numbers:
+                break  # and around prose they are prose, unless numbers stand before it
         root = self.frames[0]
         self._root_run(end)
         self._drop_pairs(root)

@@ -159,7 +159,7 @@ def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> d
             "there_and_named": float(len(named & present)),
         }
     chosen = chosen_option(answer.text, about["choices"])
-    values = {"accuracy": float(chosen == about["right"])}
+    values = {"accuracy": float(chosen == about["right"]), "says_last": float(chosen == len(about["choices"]) - 1)}
     if "suggested" in about:
         return {**values, "takes_suggestion": float(chosen == about["suggested"])}
     letter = LETTERS[about["right"]]
@@ -167,10 +167,14 @@ def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> d
 
 
 def metrics(rows: Sequence[Row]) -> list[Metric]:
-    """Accuracy by task; how often a wrong suggestion is accepted; CHAIR and recall of reports."""
-    accuracy, first, takes = means("accuracy", "accuracy_first_character", "takes_suggestion")
+    """Accuracy by task, and how often the last choice is taken; wrong suggestions accepted; CHAIR and recall of reports.
+
+    In three of the published tasks the last choice is right in every row: an accuracy near ``says_last`` says nothing there.
+    """
+    accuracy, first, takes, last = means("accuracy", "accuracy_first_character", "takes_suggestion", "says_last")
     return [
         *by_group(accuracy, "part", rows),
+        *by_group(last, "part", rows),
         *by_group(first, "part", rows),
         takes,
         Metric("report_chair", ratio("named_wrongly", "named"), ("named_wrongly", "named")),
@@ -183,7 +187,8 @@ BENCHMARK = Benchmark(
     title="MedVH, hallucination on chest X-rays",
     needs="`multi_choices/` and `text_generation/`",
     url="https://physionet.org/content/medvh (credentialed access)",
-    reported="accuracy of each task, wrong suggestions taken; of reports CHAIR and recall",
+    reported="accuracy of each task, share of answers that take the last choice, wrong suggestions taken; of reports CHAIR and "
+    "recall",
     questions=questions,
     score=score,
     metrics=metrics,
