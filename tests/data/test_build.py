@@ -54,6 +54,9 @@ def row(name: str, box: tuple[float, ...] = BOX, lesion: str = "nod", slice: Any
     return ",".join(map(str, (name, *box, lesion, slice)))
 
 
+DISPLAYED = "image: {box_frame: displayed}\n"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_png(tmp_path / "a.png", scene())
@@ -68,7 +71,7 @@ def test_every_kind_of_file_ends_with_its_box_on_the_lesion(folder: Path) -> Non
     volume = np.full((WIDTH, HEIGHT, 3), 0.1)
     volume[:, :, 1] = scene()[::-1, ::-1].T
     write_nifti(folder / "d.nii.gz", volume, np.eye(4))
-    records = build(folder, row("a.png"), row("b.png"), row("sub/c.dcm"), row("d.nii.gz", slice=1))
+    records = build(folder, row("a.png"), row("b.png"), row("sub/c.dcm"), row("d.nii.gz", slice=1), extra=DISPLAYED)
     assert [record["image"] for record in records] == [
         str(folder / "a.png"),
         "images/drawn/b.png.png",
@@ -94,7 +97,7 @@ def test_the_box_in_the_text_is_bright_in_what_the_model_sees(folder: Path, mode
 
     box = (40, 12, 66, 40)
     write_dicom(folder / "c.dcm", scene(box)[:, ::-1], orientation=(-1, 0, 0, 0, 1, 0))
-    (record,) = build(folder, row("c.dcm", box), image_aspect_ratio=mode, box_decimals=3)
+    (record,) = build(folder, row("c.dcm", box), extra=DISPLAYED, image_aspect_ratio=mode, box_decimals=3)
     (told,) = parse_boxes(record["conversations"][1]["value"])
     image = Image.fromarray(pixels_of(record, folder))
     processor = CLIPImageProcessor(do_normalize=False)

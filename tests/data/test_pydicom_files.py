@@ -73,7 +73,7 @@ def test_every_file_is_shown_or_refused_with_a_reason(path: Path) -> None:
         image, turned = load_image(path, slice=frame_of(path), window="full")
         width, height = turned.size
         assert image.shape == (height, width, 3)
-        assert sorted((width, height)) == sorted((header.Columns, header.Rows))
+        assert sorted(turned.turned_size) == sorted((header.Columns, header.Rows))
         assert image.min() < image.max()
         return
     try:

@@ -105,9 +105,10 @@ def test_one_volume_of_a_series_is_shown(real_data: Path) -> None:
     path = real_data / "nifti" / "example4d.nii.gz"
     series = nibabel.load(path).get_fdata()
     assert series.shape == (128, 96, 24, 2)
+    as_stored = {"orientation": "as_stored", "pixels": "as_stored"}
     for axis in range(3):
         middle = series.shape[axis] // 2
-        shown, _ = load_image(path, slice=middle, slice_axis=axis, volume=1, window="full", orientation="as_stored")
+        shown, _ = load_image(path, slice=middle, slice_axis=axis, volume=1, window="full", **as_stored)
         expected = np.take(series[..., 1], middle, axis=axis).T
         expected = (expected - expected.min()) / (expected.max() - expected.min()) * 255
         assert np.abs(shown[:, :, 0] - expected).max() <= 0.51

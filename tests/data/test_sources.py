@@ -232,8 +232,12 @@ def test_tbx11ks_xml_is_in_another_resolution_than_its_images(tmp_path: Path) ->
     (tmp_path / "xml.yaml").write_text(text[:start] + xml + text[end:])
     faults = check_recipe(load_recipe(tmp_path / "xml.yaml"), data_root=tmp_path).faults
     assert all("is 2048x2560, but the file is 512x512" in fault for fault in faults)
-    assert "If only the size differs: image: {other_size: scale}" in faults[0]
+    assert "If only the size differs: image: {other_size: stretch}" in faults[0]
     (tmp_path / "xml.yaml").write_text(text[:start] + xml + "image: {other_size: scale}\n" + text[end:])
+    faults = check_recipe(load_recipe(tmp_path / "xml.yaml"), data_root=tmp_path).faults
+    assert all("The ratio of the sides differs" in fault for fault in faults)
+    assert faults
+    (tmp_path / "xml.yaml").write_text(text[:start] + xml + "image: {other_size: stretch}\n" + text[end:])
     records = build_records(load_recipe(tmp_path / "xml.yaml"), out_dir=tmp_path / "out", data_root=tmp_path)
     by_name = {record["provenance"]["original"]: record for record in records}
     for name, expected in boxes.items():

@@ -151,7 +151,7 @@ def test_a_fault_that_is_not_the_images_is_not_swallowed(records, tokenizer, mon
         raise ValueError("not the image")
 
     monkeypatch.setattr(GroundedDataset, "sample", broken)
-    with pytest.raises(ValueError, match="not the image"):
+    with pytest.raises(UmedError, match=r"record record-0: .*ValueError: not the image"):
         make_dataset(records, tokenizer, umed_on_bad_image="skip")[0]
 
 

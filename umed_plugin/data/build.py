@@ -20,7 +20,10 @@ from PIL import Image
 from umed_plugin import files
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.finding import did_you_mean_file
-from umed_plugin.data.images import burned_in_annotation, load_image, read_by_llava
+from umed_plugin.data.images import burned_in_annotation, read_by_llava, show_image
+from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
+from umed_plugin.data.images.options import UsedOptions
+from umed_plugin.data.images.stored import check_for_model, checked_index
 from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.leaks import evaluation_pictures
 from umed_plugin.data.recipes.options import SPLITS
@@ -49,6 +52,8 @@ class Prepared:
         shown: uint8 RGB ``[height, width, 3]``, as the model receives it.
         by_llava: True if LLaVA itself reads the file as ``shown``; else ``shown`` is written as PNG.
         reading: arguments of `load_image` that gave the pixels, serializable as JSON.
+        is_grey_levels: True for 8-bit values, to which no window applies.
+        exif: its EXIF orientation, 1 to 8.
     """
 
     item: Annotated
@@ -58,6 +63,8 @@ class Prepared:
     shown: np.ndarray
     by_llava: bool
     reading: dict[str, Any] = field(default_factory=dict)
+    is_grey_levels: bool = False
+    exif: int = 1
 
 
 def build_records(
@@ -172,6 +179,7 @@ def prepare(
     Args:
         title: of the progress bar; None shows none.
     """
+    used, whole = UsedOptions(), len(items) == len(annotations.items)
     items = choose_slices(items, bad_images)
     for item in items if title is None else tracked(items, f"{title}: images", "image"):
         try:
@@ -180,7 +188,10 @@ def prepare(
             bad_images.append(error)
             continue
         if prepared is not None:
+            used.add(item.recipe, item.image, is_grey_levels=prepared.is_grey_levels, exif=prepared.exif)
             yield prepared
+    if whole and not bad_images:
+        annotations.unused_options += used.unused()
 
 
 def _prepare_one(item: Annotated, annotations: AnnotationSet) -> Optional[Prepared]:
@@ -195,34 +206,37 @@ def _prepare_one(item: Annotated, annotations: AnnotationSet) -> Optional[Prepar
         annotations.faults.add(item.where, "the window column is empty, and image.window is 'column'")
         return None
     reading = {} if by_llava else _reading(item)
+    if by_llava:
+        checked_index(item.image, item.slice, 1, "page")
     # LLaVA reads these files itself, but only decoding finds a truncated one before training does.
-    shown, turned = load_image(item.image, **reading)
-    frame = turned.size if options.box_frame == "displayed" else (turned.width, turned.height)
-    claimed = tuple(item.size or frame)
-    if claimed != tuple(frame) and options.other_size == "stop":
-        annotations.faults.add(
-            item.where,
-            f"says that {item.image.name} is {claimed[0]}x{claimed[1]}, but the file is {frame[0]}x{frame[1]}. Boxes would be "
-            "wrong: annotations and images are not of the same version. If only the size differs: image: {other_size: scale}",
-        )
+    shown = show_image(item.image, **reading)
+    frame = BoxFrame(options.box_frame, shown)
+    check_for_model(item.image, *shown.orientation.size)
+    claimed = tuple(item.size or frame.size)
+    fault = size_fault(claimed, frame, item.image.name, options.other_size)
+    if fault:
+        annotations.faults.add(item.where, fault)
         return None
-    boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame, claimed) for box in item.boxes]
-    fitted = [_fit(box, frame, item, annotations) for box in boxes]
+    annotations.read += 1
+    for kind, detail in frame_remarks(frame, bool(item.boxes)):
+        annotations.image_remarks[kind].append(f"{item.image.name}{f': {detail}' if detail else ''}")
+    boxes = [_in_pixels(box, item.normalised, options.box_axes == "yx", frame.size, claimed) for box in item.boxes]
+    fitted = [_fit(box, frame.size, item, annotations) for box in boxes]
     kept = [i for i, box in enumerate(fitted) if box is not None]
     if item.boxes and not kept:
         annotations.left_out["only degenerate boxes"] += 1
         return None  # an image with lesions must not become a negative
-    moved = [box for box in fitted if box is not None]
     # Boxes follow the image: first as the slice is turned for display, then to their tile of a montage.
-    if options.box_frame == "stored":
-        moved = turned.apply_boxes(moved)
-    size = turned.size
+    moved = frame.to_shown([box for box in fitted if box is not None])
+    size = shown.orientation.size
     if isinstance(item, MontageItem):
         montage = Montage(*size, len(item.tiles))
         size, moved = montage.size, montage.apply_boxes(moved, [item.tile_of_box[i] for i in kept])
     order = sorted(range(len(kept)), key=lambda i: (moved[i][1], moved[i][0]))
     classes = [item.classes[kept[i]] for i in order]
-    return Prepared(item, size, [moved[i] for i in order], classes, shown, by_llava, reading)
+    return Prepared(
+        item, size, [moved[i] for i in order], classes, shown.pixels, by_llava, reading, shown.is_grey_levels
+    )
 
 
 def _reading(item: Annotated) -> dict[str, Any]:
@@ -235,6 +249,7 @@ def _reading(item: Annotated) -> dict[str, Any]:
         "slice": shown_slices(item),
         "slice_axis": options.slice_axis,
         "volume": options.volume,
+        "pixels": options.pixels,
     }
 
 

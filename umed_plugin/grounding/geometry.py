@@ -139,12 +139,13 @@ class ImageGeometry:
 
 @dataclass(frozen=True)
 class Orientation:
-    """How a stored slice is turned for display: transposed first, then flipped. Boxes are turned along with it.
+    """How a stored slice is turned for display: transposed, flipped, then resampled to square pixels. Boxes go along with it.
 
     Attributes:
         width, height: of the slice as stored, in pixels.
         transpose: swap x and y.
         flip_x, flip_y: mirror left-right, up-down, after the transposition.
+        square_size: width and height as displayed, after resampling to square pixels; None if the pixels are shown as they are.
     """
 
     width: int
@@ -152,28 +153,95 @@ class Orientation:
     transpose: bool = False
     flip_x: bool = False
     flip_y: bool = False
+    square_size: tuple[int, int] | None = None
+
+    @property
+    def turned_size(self) -> tuple[int, int]:
+        """Width and height after turning and before resampling, in pixels."""
+        return (self.height, self.width) if self.transpose else (self.width, self.height)
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height as displayed, in pixels."""
-        return (self.height, self.width) if self.transpose else (self.width, self.height)
+        return self.square_size or self.turned_size
+
+    @property
+    def turns(self) -> bool:
+        """True if the displayed slice is transposed or flipped."""
+        return self.transpose or self.flip_x or self.flip_y
 
     def apply_boxes(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
         """Boxes of the stored slice -> boxes of the displayed one, both xyxy in pixels, half-open."""
-        width, height = self.size
+        width, height = self.turned_size
         turned: list[Box] = []
         for box in boxes_px:
             x1, y1, x2, y2 = (box[1], box[0], box[3], box[2]) if self.transpose else box
             x1, x2 = (width - x2, width - x1) if self.flip_x else (x1, x2)
             y1, y2 = (height - y2, height - y1) if self.flip_y else (y1, y2)
             turned.append((x1, y1, x2, y2))
-        return turned
+        return self.resample_boxes(turned)
+
+    def resample_boxes(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
+        """Boxes of the slice turned but not resampled -> boxes of the displayed one."""
+        boxes = [(box[0], box[1], box[2], box[3]) for box in boxes_px]
+        if self.square_size is None:
+            return boxes
+        x, y = (shown / turned for shown, turned in zip(self.square_size, self.turned_size))
+        return [(x1 * x, y1 * y, x2 * x, y2 * y) for x1, y1, x2, y2 in boxes]
+
+    def undo_boxes(self, boxes_px: Sequence[Sequence[float]]) -> list[Box]:
+        """Boxes of the displayed slice -> boxes of the stored one: the inverse of `apply_boxes`."""
+        width, height = self.turned_size
+        x, y = (turned / shown for shown, turned in zip(self.size, self.turned_size))
+        stored: list[Box] = []
+        for box in boxes_px:
+            x1, y1, x2, y2 = box[0] * x, box[1] * y, box[2] * x, box[3] * y
+            x1, x2 = (width - x2, width - x1) if self.flip_x else (x1, x2)
+            y1, y2 = (height - y2, height - y1) if self.flip_y else (y1, y2)
+            stored.append((y1, x1, y2, x2) if self.transpose else (x1, y1, x2, y2))
+        return stored
 
     def apply_array(self, values: np.ndarray) -> np.ndarray:
-        """Pixels of the stored slice, rows first ``[height, width, ...]`` -> of the displayed one."""
+        """Pixels of the stored slice, rows first ``[height, width, ...]`` -> of the displayed one.
+
+        Values that are resampled must be uint8, ``[height, width]`` or ``[height, width, 3]``.
+        """
         turned = values.swapaxes(0, 1) if self.transpose else values
         turned = turned[:, ::-1] if self.flip_x else turned
-        return turned[::-1] if self.flip_y else turned
+        turned = turned[::-1] if self.flip_y else turned
+        return turned if self.square_size is None else _resampled(turned, self.square_size)
+
+
+def _resampled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 grey levels or RGB at another width and height, interpolated linearly."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(np.ascontiguousarray(values)).resize(size, Image.Resampling.BILINEAR))
+
+
+# Values of the EXIF tag Orientation -> (transpose, flip_x, flip_y) from the stored to the displayed picture.
+_EXIF = {
+    1: (False, False, False),
+    2: (False, True, False),
+    3: (False, True, True),
+    4: (False, False, True),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+
+
+def exif_orientation(value: int, width: int, height: int) -> Orientation:
+    """How a program that follows the EXIF tag Orientation turns a picture of ``width`` x ``height`` stored pixels.
+
+    Example:
+        >>> from umed_plugin.grounding.geometry import exif_orientation
+        >>> exif_orientation(6, 200, 100).apply_boxes([(0, 0, 20, 10)])  # turned clockwise: top left goes to top right
+        [(90, 0, 100, 20)]
+    """
+    return Orientation(width, height, *_EXIF.get(value, _EXIF[1]))
 
 
 @dataclass(frozen=True)

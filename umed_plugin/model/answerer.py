@@ -280,8 +280,11 @@ class ModelImages:
 
 def _open(path: str, reading: Reading | None) -> Any:
     from umed_plugin.data.images import open_image
+    from umed_plugin.data.images.stored import check_for_model
 
-    return open_image(path, None if reading is None else dict(reading))
+    image = open_image(path, None if reading is None else dict(reading))
+    check_for_model(Path(path), image.width, image.height)
+    return image
 
 
 def _readable(read: Callable[..., Any], path: str, reading: Reading | None) -> Any:

@@ -33,10 +33,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from umed_plugin import files
-from umed_plugin.data.images import file_states
+from umed_plugin.data.images import file_states, reader_version
 from umed_plugin.errors import UmedError, warn
 
-FORMAT = "umed-features-2"  # change it when the files change, or the way from image to pixels
+FORMAT = "umed-features-2"  # change it when the files change
 _OVERHEAD = 256  # bytes of a file beside the features: header and checksum
 
 
@@ -140,7 +140,8 @@ class FeatureCache:
             states = file_states(image)
         except OSError:
             return None
-        stamp = "\n".join([os.path.abspath(image), json.dumps(reading or {}, sort_keys=True), *map(repr, states)])
+        parts = [os.path.abspath(image), json.dumps(reading or {}, sort_keys=True), *map(repr, states)]
+        stamp = "\n".join(parts + reader_version(image))
         return hashlib.sha256(stamp.encode("utf-8", "surrogateescape")).hexdigest()
 
     def file_of(self, name: str) -> Path:

@@ -31,7 +31,7 @@ from umed_plugin import files
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, separators
 from umed_plugin.data import build
 from umed_plugin.data.annotations import read_annotations
-from umed_plugin.data.images import file_states, open_image
+from umed_plugin.data.images import READERS, check_picture, file_states
 from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.items import check_items
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
@@ -39,7 +39,21 @@ from umed_plugin.data.records import load_records, save_records
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.definition import REWARDING
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UmedError)
+# What PIL, the image processors and the tokenizers raise for one bad record.
+UNREADABLE = (
+    *(
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ),
+    *(Image.DecompressionBombError, UmedError),
+)
 
 
 def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
@@ -128,6 +142,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         "recipe": recipe.path,
         "recipe_sha256": recipe.sha256,
         "writer": build.WRITER,
+        "readers": READERS,
         **_data_stamp(recipe, flags.umed_data_root),
         **options,
     }
@@ -208,6 +223,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         path = str(self.image_path(index))
         if self.image_cache is not None:
             return self.image_cache.pixels(path, self.list_data_dict[index].get("reading"))
+        check_picture(Path(path))
         processor = self.data_args.image_processor
         image = Image.open(path).convert("RGB")
         if self.data_args.image_aspect_ratio == "pad":
@@ -215,10 +231,17 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
     def sample(self, index: int) -> dict[str, Any]:
-        """The item of record ``index``; errors of reading its image pass through."""
+        """The item of record ``index``; errors of reading its image pass through.
+
+        Raises:
+            UmedError: the image is missing, damaged or too large, or has a size that the image processor cannot take.
+        """
         if self.image_cache is not None and self.image_path(index) is not None:
             ids, labels = tokenize_record(self, index, self.template_of(index))
             return {"input_ids": ids, "labels": labels, "image": self.load_image(index)}
+        path = self.image_path(index)
+        if path is not None:
+            check_picture(Path(path))
         with using_template(self.template_of(index)):
             return super().__getitem__(index)
 
@@ -230,23 +253,22 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
             except UNREADABLE as error:
                 fault = self._image_fault(index)
                 if fault is None:
-                    raise
+                    name = self.list_data_dict[index].get("id")
+                    raise UmedError(
+                        f"record {name}: cannot be trained on ({type(error).__name__}: {error})."
+                    ) from error
                 self._refuse_or_report(index, fault, error)
         raise UmedError(
             f"none of the {len(self)} images can be read. Check --image_folder {self.data_args.image_folder}."
         )
 
     def _image_fault(self, index: int) -> str | None:
-        """What is wrong with the image file, or None if it can be read and the error has another cause."""
+        """What is wrong with the image, or None if the model's input can be made of it and the error has another cause."""
         path = self.image_path(index)
         if path is None:
             return None
         try:
-            if self.image_cache is None:
-                with Image.open(path) as image:
-                    image.convert("RGB")
-            else:
-                open_image(path, self.list_data_dict[index].get("reading"))
+            self.load_image(index)
         except UNREADABLE as error:
             return f"record {self.list_data_dict[index].get('id')}: cannot read the image {path} ({error})."
         return None

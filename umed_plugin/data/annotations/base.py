@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +61,9 @@ class AnnotationSet:
         missing: items whose image is not on disk.
         left_out: reason -> number of images left out.
         dropped_boxes: number of degenerate boxes left out, known after the images are read.
+        read: number of images whose pixels were read so far.
+        image_remarks: what a user should know of images that are used: its words -> their names, known after they are read.
+        unused_options: options of the recipe that change nothing for its images, known then too.
         faults: mistakes in the data, with remarks and the boxes and rows that are not used. Nothing may be built while there
             are mistakes.
     """
@@ -71,6 +74,9 @@ class AnnotationSet:
     missing: list[Annotated] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     dropped_boxes: int = 0
+    read: int = 0
+    image_remarks: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    unused_options: list[str] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
 
     def told(self) -> list[str]:
@@ -79,7 +85,11 @@ class AnnotationSet:
         lines += [f"{count} {what} left out ({reason})" for (what, reason), count in self.faults.left_out.items()]
         if self.dropped_boxes:
             lines.append(f"{self.dropped_boxes} degenerate boxes left out")
-        return lines + self.faults.remarks
+        lines += [
+            f"{len(examples)} of {self.read} images {kind} (the first: {examples[0]})"
+            for kind, examples in self.image_remarks.items()
+        ]
+        return lines + self.unused_options + self.faults.remarks
 
 
 def as_xyxy(values: Sequence[float], convention: str) -> Box:

@@ -1,16 +1,18 @@
-"""The only code that reads pixels: PNG, JPEG, 16-bit PNG, DICOM and NIfTI slices -> 8-bit RGB as the model sees it.
+"""The only code that reads pixels: PNG, JPEG, TIFF, 16-bit PNG, DICOM and NIfTI slices -> 8-bit RGB as the model sees it.
 
 MONAI's readers open the files. The reader objects are used directly, because ``LoadImage(reader=...)`` silently falls back to
 other readers, and because the defaults of PILReader and PydicomReader swap rows and columns. All arrays here are
 ``[row, column]``. Whatever turns an image for display also returns an `Orientation`, which turns its boxes.
 
 8-bit images keep their grey values, as in LLaVA. All others go through a window, after the DICOM modality table or rescale, the
-NIfTI scaling, or the recipe's offset. `dicom`, `nifti` and `raster` read files, `windows` computes grey levels.
+NIfTI scaling, or the recipe's offset. DICOM and NIfTI slices whose pixels are not square are resampled, as a viewer does.
+`dicom`, `nifti` and `raster` read files, `series` orders folders, `windows` computes grey levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -18,28 +20,68 @@ import numpy as np
 
 from umed_plugin.data.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.data.images.nifti import read_nifti, volume_shape
-from umed_plugin.data.images.raster import DEEP_MODES, RASTER_ENDINGS, read_by_llava, read_raster
-from umed_plugin.data.images.series import burned_in_flag, file_states, series_files, series_flags
-from umed_plugin.data.images.stored import StoredSlice, checked_index
+from umed_plugin.data.images.raster import (
+    DEEP_MODES,
+    RASTER_ENDINGS,
+    opened_raster,
+    raster_pages,
+    read_by_llava,
+    read_raster,
+)
+from umed_plugin.data.images.series import burned_in_flag, file_states, series_files, series_flags, series_stack
+from umed_plugin.data.images.stored import (
+    READERS,
+    Remark,
+    StoredSlice,
+    check_for_model,
+    check_size,
+    checked_index,
+    square_size,
+)
 from umed_plugin.data.images.windows import Window, to_grey_levels
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.grounding.geometry import Montage, Orientation
 
 __all__ = [
+    "READERS",
+    "Remark",
+    "ShownImage",
     "StoredSlice",
     "Window",
     "burned_in_annotation",
     "canonical_orientation",
+    "check_picture",
     "file_states",
     "load_image",
     "open_image",
     "read_by_llava",
     "read_stored",
+    "reader_version",
+    "show_image",
     "slice_count",
 ]
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """An image as the model sees it, and what is known of its file.
+
+    Attributes:
+        pixels: uint8 RGB ``[height, width, 3]``.
+        orientation: how it was turned from the stored slice; for a montage, how each tile was.
+        exif: an EXIF orientation that was not applied, 1 to 8; 1 if there is none.
+        is_grey_levels: True for 8-bit values, to which no window applies.
+        remarks: what a user should know of the file.
+    """
+
+    pixels: np.ndarray
+    orientation: Orientation
+    exif: int = 1
+    is_grey_levels: bool = False
+    remarks: tuple[Remark, ...] = ()
 
 
 def load_image(
@@ -51,6 +93,7 @@ def load_image(
     slice: Union[int, Sequence[int], None] = None,
     slice_axis: int = 2,
     volume: Optional[int] = None,
+    pixels: str = "square",
 ) -> tuple[np.ndarray, Orientation]:
     """Read an image, a slice of a volume or series, or a montage of slices, as the model sees it.
 
@@ -60,10 +103,12 @@ def load_image(
             `WindowRange`. Three of these give the red, green and blue channel. See `recipe.ImageOptions`.
         offset: subtracted from the values of PNG and TIFF files of more than 8 bits.
         orientation: ``canonical`` (as a radiologist sees it) or ``as_stored``.
-        slice: index from 0: along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM file, or in a series,
-            counted from the patient's right, front or feet. A sequence of indices gives a montage (`geometry.Montage`).
+        slice: index from 0: along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM file, of a page of a TIFF,
+            or in a series, counted from the patient's right, front or feet. A sequence of indices gives a montage
+            (`geometry.Montage`).
         slice_axis: 0, 1 or 2, of the NIfTI array as stored.
         volume: index from 0 of a volume in a 4-D NIfTI file.
+        pixels: ``square``: DICOM and NIfTI slices whose pixels are not square are resampled. ``as_stored``: they are not.
 
     Returns:
         uint8 RGB ``[height, width, 3]``, and how it was turned from the stored slice (for a montage: how each tile was).
@@ -84,41 +129,89 @@ def load_image(
         >>> orientation.size
         (3, 1)
     """
+    shown = show_image(
+        path,
+        window=window,
+        offset=offset,
+        orientation=orientation,
+        slice=slice,
+        slice_axis=slice_axis,
+        volume=volume,
+        pixels=pixels,
+    )
+    return shown.pixels, shown.orientation
+
+
+def show_image(
+    path: Union[str, Path],
+    *,
+    slice: Union[int, Sequence[int], None] = None,
+    volume: Optional[int] = None,
+    **options: Any,
+) -> ShownImage:
+    """Read an image as `load_image` does, with its arguments, and return what is known of its file too.
+
+    Raises:
+        UmedError: as `load_image`.
+    """
     path = Path(path)
     if slice is not None and not isinstance(slice, int):
-        options: dict[str, Any] = {"window": window, "offset": offset, "orientation": orientation}
-        options.update(slice_axis=slice_axis, volume=volume)
-        return _montage(path, [load_image(path, slice=index, **options) for index in slice])
+        return _montage(path, [show_image(path, slice=index, volume=volume, **options) for index in slice])
+    return _show_one(path, slice, volume, **options)
+
+
+def _show_one(
+    path: Path,
+    slice: Optional[int],
+    volume: Optional[int],
+    *,
+    window: Window = "file",
+    offset: float = 0.0,
+    orientation: str = "canonical",
+    slice_axis: int = 2,
+    pixels: str = "square",
+) -> ShownImage:
+    for name, value, allowed in (
+        ("orientation", orientation, ("canonical", "as_stored")),
+        ("pixels", pixels, ("square", "as_stored")),
+    ):
+        if value not in allowed:
+            raise UsageError(unknown_name(name, value, allowed))
     stored = read_stored(path, offset=offset, slice=slice, slice_axis=slice_axis, volume=volume)
     height, width = stored.values.shape[:2]
-    turned = Orientation(width, height)
+    square = square_size(path, width, height, stored.pixel_size) if pixels == "square" else None
+    turned = Orientation(width, height, square_size=square)
     if orientation == "canonical" and stored.directions is not None:
         turned = canonical_orientation(width, height, *stored.directions)
+        turned = replace(turned, square_size=square[::-1] if square and turned.transpose else square)
     grey = turned.apply_array(to_grey_levels(stored, window, path))
     rgb = grey if grey.ndim == 3 else np.repeat(grey[:, :, None], 3, axis=2)
-    return np.ascontiguousarray(rgb, dtype=np.uint8), turned
+    return ShownImage(
+        np.ascontiguousarray(rgb, dtype=np.uint8), turned, stored.exif, stored.is_grey_levels, stored.remarks
+    )
 
 
-def _montage(path: Path, parts: list[tuple[np.ndarray, Orientation]]) -> tuple[np.ndarray, Orientation]:
+def _montage(path: Path, parts: list[ShownImage]) -> ShownImage:
     """The slices side by side, and the orientation that they share."""
-    kinds = {(image.shape, turned) for image, turned in parts}
+    kinds = {part.orientation for part in parts}
     if len(kinds) != 1:
-        shapes = sorted({f"{shape[1]}x{shape[0]}" for shape, _ in kinds})
+        shapes = sorted({f"{kind.size[0]}x{kind.size[1]}" for kind in kinds})
         raise UmedError(
             f"{path}: slices of {', '.join(shapes) or 'no'} pixels cannot be one montage: all must have the same size and be "
             "turned in the same way."
         )
-    ((shape, turned),) = kinds
-    plan = Montage(shape[1], shape[0], len(parts))
+    plan = Montage(*parts[0].orientation.size, len(parts))
+    check_size(path, *plan.size)
     whole = np.zeros((plan.size[1], plan.size[0], 3), np.uint8)
-    for tile, (image, _) in enumerate(parts):
+    for tile, part in enumerate(parts):
         x, y = plan.corner(tile)
-        whole[y : y + plan.height, x : x + plan.width] = image
-    return whole, turned
+        whole[y : y + plan.height, x : x + plan.width] = part.pixels
+    remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
+    return replace(parts[0], pixels=whole, remarks=remarks)
 
 
 def slice_count(path: Path, slice_axis: int = 2) -> int:
-    """Number of slices of a NIfTI volume or a series, number of frames of a DICOM file, 1 for other images.
+    """Number of slices of a NIfTI volume or a series, of frames of a DICOM file, or of pages of another image.
 
     Raises:
         UmedError: the file cannot be read.
@@ -129,24 +222,52 @@ def slice_count(path: Path, slice_axis: int = 2) -> int:
         return volume_shape(path)[slice_axis]
     if path.name.lower().endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
         return frame_count(path)
-    return 1
+    return raster_pages(path) if path.name.lower().endswith(RASTER_ENDINGS) else 1
+
+
+def check_picture(path: Path) -> None:
+    """Check a file that LLaVA itself will open, before its pixels are decoded.
+
+    Raises:
+        UmedError: the file is missing, damaged or too large, or has a size that LLaVA's image processor cannot take.
+    """
+    with opened_raster(path) as image:
+        check_for_model(path, *image.size)
+
+
+def reader_version(path: Union[str, Path]) -> list[str]:
+    """What the name of a cached image depends on beside its file and reading: the version of our readers.
+
+    PNG, JPEG and the like look the same in every version, so their entries stay valid.
+    """
+    name = str(path).lower()
+    same = name.endswith(RASTER_ENDINGS) and not name.endswith((".tif", ".tiff"))
+    return [] if same else [READERS]
 
 
 def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None) -> Any:
-    """A PIL image in RGB: 8-bit images exactly as LLaVA opens them, all others by `load_image`.
+    """A PIL image in RGB without metadata: 8-bit images exactly as LLaVA opens them, all others by `load_image`.
 
     Args:
         path: an image file, or the folder of a DICOM series.
         reading: arguments of `load_image`, as in records that name a DICOM or NIfTI file.
+
+    Raises:
+        UmedError: the file is missing, damaged, or holds something that cannot be shown.
     """
     from PIL import Image
 
     path = Path(path)
     if not reading and path.name.lower().endswith(RASTER_ENDINGS):
-        image = Image.open(path)
-        if image.mode not in DEEP_MODES:
-            return image.convert("RGB")
-    return Image.fromarray(load_image(path, **(reading or {}))[0])
+        with opened_raster(path) as image:
+            if image.mode not in DEEP_MODES:
+                shown = image.convert("RGB")
+                # Other libraries would turn the picture by an EXIF orientation that it still carries, and its boxes not.
+                shown.info = {}
+                return shown
+    # Records that were built before slices were resampled do not say so, and their boxes are of stored pixels.
+    options = {"pixels": "as_stored", **reading} if reading else {}
+    return Image.fromarray(load_image(path, **options)[0])
 
 
 def read_stored(
@@ -159,8 +280,9 @@ def read_stored(
 ) -> StoredSlice:
     """Read one slice as it is stored in the file. The arguments are those of `load_image`."""
     if path.is_dir():
-        files = series_files(path)
-        return read_dicom(files[checked_index(path, slice, len(files), "slice")], None)
+        stack = series_stack(path)
+        stored = read_dicom(stack.files[checked_index(path, slice, len(stack.files), "slice")], None)
+        return replace(stored, remarks=(*stored.remarks, *stack.remarks))
     if not path.is_file():
         raise UmedError(f"{path}: no such image file")
     name = path.name.lower()
@@ -169,7 +291,7 @@ def read_stored(
     if name.endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
         return read_dicom(path, slice)
     if name.endswith(RASTER_ENDINGS):
-        return read_raster(path, offset)
+        return read_raster(path, offset, slice)
     endings = ", ".join(RASTER_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
     raise UmedError(f"{path}: has neither a known file extension nor a DICOM header. Allowed: {endings}")
 

@@ -35,10 +35,11 @@ import numpy as np
 import torch
 
 from umed_plugin import files
-from umed_plugin.data.images import file_states, open_image
+from umed_plugin.data.images import file_states, open_image, reader_version
+from umed_plugin.data.images.stored import check_for_model
 from umed_plugin.errors import UmedError, warn
 
-FORMAT = "umed-images-1"  # change it when the entries, or the way a file becomes pixels, change
+FORMAT = "umed-images-1"  # change it when the entries change
 WAYS = 4
 _NAME_BYTES, _CHECKSUM_BYTES = 32, 4
 
@@ -92,7 +93,7 @@ class ImageCache:
             reading: arguments of `images.load_image` for a file that LLaVA cannot read by itself.
 
         Raises:
-            UmedError: the file cannot be read. An 8-bit image raises PIL's errors, such as OSError, as in LLaVA.
+            UmedError: the file cannot be read, or has a size that the processor cannot take.
         """
         name = self._name(path, reading or {})
         square = self._read(name)
@@ -105,12 +106,14 @@ class ImageCache:
         return torch.from_numpy(_normalised(square, self.table))
 
     def _square(self, path: str | Path, reading: dict[str, Any]) -> np.ndarray:
-        return _square_of(open_image(path, reading), self.processor, self.image_aspect_ratio)
+        image = open_image(path, reading)
+        check_for_model(Path(path), image.width, image.height)
+        return _square_of(image, self.processor, self.image_aspect_ratio)
 
     def _name(self, path: str | Path, reading: dict[str, Any]) -> bytes:
         """32 bytes that identify this state of the file, read in this way."""
         parts = [os.path.abspath(path), json.dumps(reading, sort_keys=True), self._made_by]
-        parts += [repr(state) for state in file_states(path)]
+        parts += [repr(state) for state in file_states(path)] + reader_version(path)
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).digest()
 
     def _slots_of(self, name: bytes) -> list[Path]:

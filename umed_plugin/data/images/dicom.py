@@ -27,7 +27,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.stored import StoredSlice, View, check_size, checked_index, unreadable
+from umed_plugin.data.images.stored import MAX_BYTES, Remark, StoredSlice, View, check_size, checked_index, unreadable
 from umed_plugin.data.images.windows import LinearView, SigmoidView, TableView, look_up
 from umed_plugin.errors import UmedError
 
@@ -54,32 +54,40 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
     with unreadable(path):
         header = open_header(path)
         photometric = _checked_photometric(header, path)
-        frames = _frames(header)
+        frames = frame_count_of(header)
         index = checked_index(path, frame, frames, "frame")
-        check_size(path, int(header.Columns), int(header.Rows))
+        samples = int(getattr(header, "SamplesPerPixel", None) or 1)
+        check_size(
+            path,
+            int(header.Columns),
+            int(header.Rows),
+            samples * max(int(getattr(header, "BitsAllocated", None) or 8) // 8, 1),
+        )
         values = _decoded(header, index, path)
+        about: dict[str, Any] = {"remarks": _remarks(header, frames)}
         header = _Frame(header, index)
-        directions = _directions(header)
+        about.update(directions=_directions(header), pixel_size=_pixel_size(header))
         if photometric not in _GREY:
-            return StoredSlice(_eight_bit_rgb(values, header, photometric, path), directions, is_grey_levels=True)
+            return StoredSlice(_eight_bit_rgb(values, header, photometric, path), is_grey_levels=True, **about)
         grey = values.astype(np.float32)
         grey[_padding(values, header)] = np.nan
         return StoredSlice(
             _in_its_unit(grey, header, path),
-            directions,
             view=lambda: _own_view(header, path),
             inverted=photometric == "MONOCHROME1",
             hounsfield=str(getattr(header, "Modality", None) or "CT") == "CT",
+            **about,
         )
 
 
 def frame_count(path: Path) -> int:
     """Number of frames of a DICOM file."""
     with unreadable(path):
-        return _frames(open_header(path, pixels=False))
+        return frame_count_of(open_header(path, pixels=False))
 
 
-def _frames(header: Any) -> int:
+def frame_count_of(header: Any) -> int:
+    """Number of frames of an opened file."""
     return int(getattr(header, "NumberOfFrames", None) or 1)
 
 
@@ -91,6 +99,7 @@ def open_header(path: Path, *, pixels: bool = True) -> Any:
     from monai.data import PydicomReader
     from pydicom.misc import is_dicom
 
+    _check_deflated(path)
     # affine_lps_to_ras only affects the affine, which is not used: directions come from the header.
     reader = PydicomReader(swap_ij=False, affine_lps_to_ras=False)
     header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels)
@@ -100,6 +109,29 @@ def open_header(path: Path, *, pixels: bool = True) -> Any:
     if not getattr(header.file_meta, "TransferSyntaxUID", None):
         header.file_meta.TransferSyntaxUID = _transfer_syntax(header)
     return header
+
+
+def _check_deflated(path: Path) -> None:
+    """Refuse a deflated file that inflates to more than any image needs, before pydicom inflates it whole."""
+    import zlib
+
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.misc import is_dicom
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    if not is_dicom(path):
+        return
+    meta = read_file_meta_info(path)
+    if getattr(meta, "TransferSyntaxUID", None) != DeflatedExplicitVRLittleEndian:
+        return
+    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with path.open("rb") as file:
+        # Preamble, magic, and the group length element with the length of the meta information after it.
+        file.seek(144 + int(getattr(meta, "FileMetaInformationGroupLength", 0)))
+        while (block := inflater.unconsumed_tail or file.read(2**16)) and not inflater.eof:
+            size += len(inflater.decompress(block, 2**20))
+            if size > MAX_BYTES:
+                raise ValueError(f"it inflates to more than {MAX_BYTES} bytes")
 
 
 def _transfer_syntax(header: Any) -> str:
@@ -142,17 +174,71 @@ def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
         claimed = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8
         if claimed > _MAX_RLE_RATIO * len(header.PixelData):
             raise ValueError(f"its header says {claimed} bytes per frame, more than its pixel data can hold")
+    if decoder.UID.is_encapsulated:
+        _check_stream(header, index, path)
+    elif _unused_low_bits(header) > 0:
+        return _left_aligned(header, index)
     return np.asarray(pixel_array(header, index=index))
 
 
+def _check_stream(header: Any, index: int, path: Path) -> None:
+    """Refuse a compressed frame whose own size is another than the header's, and may be any."""
+    import io
+
+    from PIL import Image, UnidentifiedImageError
+    from pydicom.encaps import get_frame
+
+    frame = get_frame(header.PixelData, index, number_of_frames=frame_count_of(header))
+    try:
+        with Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")) as image:
+            size = image.size
+    except (UnidentifiedImageError, SyntaxError, OSError, ValueError):
+        return  # another compression; its decoder compares the sizes
+    if size != (int(header.Columns), int(header.Rows)):
+        raise UmedError(
+            f"{path}: its header says {header.Columns} x {header.Rows} pixels, and its compressed pixels {size[0]} x {size[1]}. "
+            "Download the file again, or remove it from the annotations."
+        )
+
+
+def _unused_low_bits(header: Any) -> int:
+    """Bits below the values of an integer image: 4 in files of old archives with 12 bits whose highest is 15 (PS3.5 8.1.1)."""
+    names = ("BitsAllocated", "BitsStored", "HighBit")
+    allocated, stored, high = (int(getattr(header, name, None) or 0) for name in names)
+    if "PixelData" not in header or allocated not in (8, 16, 32):
+        return 0
+    return high + 1 - stored if 0 < stored <= high < allocated else 0
+
+
+def _left_aligned(header: Any, index: int) -> np.ndarray:
+    """Values that do not begin at the lowest bit. pydicom would keep the unused bits and cut off the highest ones."""
+    import copy
+
+    from pydicom.pixels import pixel_array
+
+    allocated, stored, high = int(header.BitsAllocated), int(header.BitsStored), int(header.HighBit)
+    whole = copy.copy(header)
+    whole.BitsStored, whole.HighBit = allocated, allocated - 1
+    values = np.asarray(pixel_array(whole, index=index))
+    low = (1 << (high + 1 - stored)) - 1
+    if (values & low).any() and not (values >> stored).any():
+        # The header is wrong: the values begin at the lowest bit and leave the highest ones unused.
+        return values
+    # Shifts of the values' own type: arithmetic for signed ones.
+    return (values << (allocated - 1 - high)) >> (allocated - stored)
+
+
 class _Frame:
-    """A header for one frame: the file's own elements first, then those of the frame's functional groups."""
+    """A header for one frame: the elements of the frame's functional groups first, then the file's own.
+
+    Enhanced files keep rescale, window, orientation and spacing in groups. The same element beside them does not belong there.
+    """
 
     def __init__(self, header: Any, index: int) -> None:
         each = getattr(header, "PerFrameFunctionalGroupsSequence", None) or []
         shared = getattr(header, "SharedFunctionalGroupsSequence", None) or []
         groups = [*each[index : index + 1], *shared[:1]]
-        self._parts = [header, *(item for group in groups for item in _macros(group))]
+        self._parts = [*(item for group in groups for item in _macros(group)), header]
 
     def __getattr__(self, name: str) -> Any:
         for part in self._parts:
@@ -161,16 +247,42 @@ class _Frame:
                 return value
         raise AttributeError(name)
 
+    @property
+    def whole(self) -> Any:
+        """The file's own header."""
+        return self._parts[-1]
+
+    def part_with(self, *names: str) -> Any:
+        """The first part with one of these elements, so that one macro's elements are not mixed with another's."""
+        found = (part for part in self._parts if any(getattr(part, name, None) not in (None, "") for name in names))
+        return next(found, self.whole)
+
+
+_MACROS = (
+    "PixelValueTransformationSequence",
+    "FrameVOILUTSequence",
+    "PlaneOrientationSequence",
+    "PlanePositionSequence",
+    "PixelMeasuresSequence",
+)
+
 
 def _macros(group: Any) -> list[Any]:
     """The items of the macros that define the display and the position of a frame."""
-    names = (
-        "PixelValueTransformationSequence",
-        "FrameVOILUTSequence",
-        "PlaneOrientationSequence",
-        "PlanePositionSequence",
-    )
-    return [item for name in names for item in (getattr(group, name, None) or [])[:1]]
+    return [item for name in _MACROS for item in (getattr(group, name, None) or [])[:1]]
+
+
+def _remarks(header: Any, frames: int) -> tuple[Remark, ...]:
+    found = []
+    if "MOSAIC" in [str(word).upper() for word in getattr(header, "ImageType", None) or []]:
+        found.append(Remark("are Siemens mosaics: many slices in one picture, which is shown as a whole"))
+    each = getattr(header, "PerFrameFunctionalGroupsSequence", None) or []
+    stacks = {
+        str(getattr((getattr(group, "FrameContentSequence", None) or [None])[0], "StackID", None)) for group in each
+    }
+    if frames > 1 and len(stacks) > 1:
+        found.append(Remark("are multi-frame files with several stacks. Frames are counted in the order of the file"))
+    return tuple(found)
 
 
 def _eight_bit_rgb(values: np.ndarray, header: Any, photometric: str, path: Path) -> np.ndarray:
@@ -193,7 +305,7 @@ def _from_palette(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
     if 8 in (bits, size) and not 0 < entries <= 256:
         # pydicom indexes such a table with 8-bit integers, which wrap.
         raise UmedError(f"{path}: a palette of {entries or 2**16} entries of 8 bits. Allowed: 1 to 256, or 16 bits.")
-    rgb = np.asarray(apply_color_lut(values, header._parts[0]))[..., :3]
+    rgb = np.asarray(apply_color_lut(values, header.whole))[..., :3]
     # 8-bit entries stored in 16 bits fill the lower byte or, multiplied by 257, both bytes.
     return rgb.astype(np.uint8) if bits == 8 and rgb.max() < 256 else rgb
 
@@ -212,12 +324,13 @@ def _padding(values: np.ndarray, header: Any) -> np.ndarray:
 
 def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
     """Values after the modality table or rescale (DICOM PS3.3 C.11.1); padding stays NaN."""
-    tables = getattr(header, "ModalityLUTSequence", None)
+    part = header.part_with("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
+    tables = getattr(part, "ModalityLUTSequence", None)
     if tables:
         first, entries, _ = _table(tables[0], header)
         return look_up(values, first, entries)
-    slope = _first(getattr(header, "RescaleSlope", None))
-    intercept = _first(getattr(header, "RescaleIntercept", None))
+    slope = _first(getattr(part, "RescaleSlope", None))
+    intercept = _first(getattr(part, "RescaleIntercept", None))
     slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
         raise UmedError(
@@ -231,13 +344,15 @@ def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
 def _own_view(header: Any, path: Path) -> Optional[View]:
     """The first VOI table or, without one, the first window: the default if a file has several. None if it has none."""
     with unreadable(path):
-        tables = getattr(header, "VOILUTSequence", None)
+        part = header.part_with("VOILUTSequence", "WindowCenter", "WindowWidth")
+        tables = getattr(part, "VOILUTSequence", None)
         if tables:
             return TableView(*_table(tables[0], header))
-        centre, width = (_first(getattr(header, name, None)) for name in ("WindowCenter", "WindowWidth"))
+        centre, width = (_first(getattr(part, name, None)) for name in ("WindowCenter", "WindowWidth"))
         if centre is not None and width is not None and width > 0:
-            return _window(centre, width, str(getattr(header, "VOILUTFunction", None) or "LINEAR"), path)
-        if int(header.BitsStored) == 8 and not hasattr(header, "ModalityLUTSequence"):
+            return _window(centre, width, str(getattr(part, "VOILUTFunction", None) or "LINEAR"), path)
+        # Floating-point pixels have no BitsStored (PS3.3 C.7.6.24).
+        if "PixelData" in header.whole and int(header.BitsStored) == 8 and not hasattr(header, "ModalityLUTSequence"):
             return _identity(header)
         return None
 
@@ -299,6 +414,18 @@ def _directions(header: Any) -> Optional[tuple[np.ndarray, np.ndarray]]:
     if not np.isfinite(vectors).all() or not vectors[:3].any() or not vectors[3:].any():
         return None
     return vectors[:3], vectors[3:]
+
+
+def _pixel_size(header: Any) -> Optional[tuple[float, float]]:
+    """Width and height of a pixel: its spacing in mm or, without one, the ratio of its sides. DICOM states rows first."""
+    names = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "PixelAspectRatio")
+    for name in names:
+        value = getattr(header, name, None)
+        if value is not None and not isinstance(value, str) and len(value) == 2:
+            height, width = (float(each) for each in value)
+            if np.isfinite([width, height]).all() and width > 0 and height > 0:
+                return width, height
+    return None
 
 
 def _first(value: Any) -> Optional[float]:

@@ -7,6 +7,8 @@ most `MAX_CACHED_BYTES`.
 
 from __future__ import annotations
 
+import gzip
+import struct
 from pathlib import Path
 from typing import Any, Optional
 
@@ -18,6 +20,8 @@ from umed_plugin.errors import UmedError
 MAX_CACHED_BYTES = 2**30
 # The highest compression ratio of deflate: a gzip file cannot hold more than this many times its size.
 _MAX_RATIO = 1032
+# What may lie between the header and the values. nibabel reads it whole, and a few compressed kilobytes may claim gigabytes.
+_MAX_EXTENSIONS = 2**24
 
 
 def read_nifti(path: Path, index: Optional[int], axis: int, volume: Optional[int]) -> StoredSlice:
@@ -38,13 +42,14 @@ def read_nifti(path: Path, index: Optional[int], axis: int, volume: Optional[int
         index = checked_index(path, index, shape[axis], "slice")
         volume = checked_index(path, volume, shape[3], "volume", "image.volume")
         height, width = _plane_size(shape, axis)
-        check_size(path, width, height)
+        check_size(path, width, height, image.get_data_dtype().itemsize)
         plane = _plane(path, image, shape, axis, index, volume)
         affine = np.asarray(image.affine, dtype=float)
     if plane.dtype.fields is not None:
         rgb = np.stack([plane[name].T for name in ("R", "G", "B")], axis=2)
-        return StoredSlice(rgb, _directions(affine, axis), is_grey_levels=True)
-    return StoredSlice(np.ascontiguousarray(plane.T, dtype=np.float32), _directions(affine, axis))
+        return StoredSlice(rgb, _directions(affine, axis), is_grey_levels=True, pixel_size=_pixel_size(affine, axis))
+    grey = np.ascontiguousarray(plane.T, dtype=np.float32)
+    return StoredSlice(grey, _directions(affine, axis), pixel_size=_pixel_size(affine, axis))
 
 
 def volume_shape(path: Path) -> tuple[int, int, int, int]:
@@ -56,7 +61,34 @@ def volume_shape(path: Path) -> tuple[int, int, int, int]:
 def _open(path: Path) -> Any:
     from monai.data import NibabelReader
 
+    _check_extensions(path)
     return NibabelReader(as_closest_canonical=False, squeeze_non_spatial_dims=False).read(path)
+
+
+def _check_extensions(path: Path) -> None:
+    """Check the lengths of the header's extensions before nibabel allocates memory for them."""
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        head = file.read(544)
+        if len(head) < 352:
+            return  # nibabel says what is wrong with it
+        order = "<" if struct.unpack("<i", head[:4])[0] in (348, 540) else ">"
+        is_second = struct.unpack(f"{order}i", head[:4])[0] == 540
+        offset = (
+            struct.unpack(f"{order}q", head[168:176])[0] if is_second else struct.unpack(f"{order}f", head[108:112])[0]
+        )
+        if not abs(offset) <= _MAX_EXTENSIONS:
+            raise ValueError(f"its header says that the values begin at byte {offset:.0f}")
+        place = 540 if is_second else 348
+        begin = place + 4
+        more, place = head[place : place + 1] != b"\0", file.seek(begin)
+        while more and len(start := file.read(8)) == 8:
+            length = struct.unpack(f"{order}i", start[:4])[0]
+            place = file.seek(max(length - 8, 0), 1)
+            if length < 8 or place - begin > _MAX_EXTENSIONS:
+                raise ValueError(f"its header has extensions of {place - begin} bytes")
+            # nibabel reads to the end of the file where the offset makes no sense.
+            more = place < offset or offset < begin
 
 
 def _spatial_shape(image: Any, path: Path) -> tuple[int, int, int, int]:
@@ -102,12 +134,18 @@ def _plane(path: Path, image: Any, shape: tuple[int, int, int, int], axis: int, 
         return _scaled(_Cache.values[tuple(selection)], image)
     size = image.get_data_dtype().itemsize * shape[0] * shape[1] * shape[2]
     again, _Cache.last = _Cache.last == name, name
-    # Along the first two axes, a slice is spread over the whole file: read the volume at once.
+    # Along the first two axes, a slice is spread over the whole file: read the volume at once, or plane by plane.
     if size <= MAX_CACHED_BYTES and (again or axis != 2):
         _Cache.name = _Cache.values = None  # before the next volume is read, so that only one is in memory
         _Cache.values, _Cache.name = _unscaled(image, shape, (slice(None),) * 3, volume), name
         return _scaled(_Cache.values[tuple(selection)], image)
-    return _scaled(_unscaled(image, shape, tuple(selection), volume), image)
+    if axis == 2:
+        return _scaled(_unscaled(image, shape, tuple(selection), volume), image)
+    lines = []
+    for plane in range(shape[2]):
+        values = _unscaled(image, shape, (slice(None), slice(None), plane), volume)
+        lines.append(values[index].copy() if axis == 0 else values[:, index].copy())
+    return _scaled(np.stack(lines, axis=1), image)
 
 
 def _unscaled(image: Any, shape: tuple[int, int, int, int], selection: tuple[Any, ...], volume: int) -> np.ndarray:
@@ -123,7 +161,10 @@ def _scaled(values: np.ndarray, image: Any) -> np.ndarray:
     slope, intercept = float(image.dataobj.slope), float(image.dataobj.inter)
     if values.dtype.fields is not None or (slope == 1 and intercept == 0):
         return values
-    return values.astype(np.float64) * slope + intercept
+    scaled = values.astype(np.float64)
+    scaled *= slope
+    scaled += intercept
+    return scaled
 
 
 def _directions(affine: np.ndarray, axis: int) -> Optional[tuple[np.ndarray, np.ndarray]]:
@@ -135,3 +176,9 @@ def _directions(affine: np.ndarray, axis: int) -> Optional[tuple[np.ndarray, np.
     vectors = vectors / lengths
     first, second = (vectors[:, other] for other in range(3) if other != axis)
     return first, second
+
+
+def _pixel_size(affine: np.ndarray, axis: int) -> Optional[tuple[float, float]]:
+    """Width and height in mm of a pixel of a slice: the lengths of the affine's two remaining columns."""
+    width, height = (float(np.linalg.norm(affine[:3, other])) for other in range(3) if other != axis)
+    return (width, height) if np.isfinite([width, height]).all() and width > 0 and height > 0 else None

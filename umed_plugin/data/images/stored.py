@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
@@ -18,6 +18,14 @@ from umed_plugin.errors import UmedError
 # A header may claim any size. A slice with more pixels than this is refused before memory is allocated for it. 100 million pixels
 # are a whole-slide image, which shows nothing when resized to 336 x 336.
 MAX_PIXELS = 100_000_000
+# Values of one slice, and what a compressed header or file may inflate to before a slice is cut out of it.
+MAX_BYTES = 2**29
+# The sides of one pixel are compared with this tolerance, since scanners round them. Beyond the other limit they are nonsense.
+_SQUARE, _MAX_PIXEL_RATIO = 0.01, 100
+# CLIPImageProcessor takes an axis of 1 or 3 for the colours, and resizes the shorter side of a strip to 336 pixels.
+_LEAST_SIDE, _MAX_STRIP = 4, 200
+# Changes whenever a file becomes other pixels than before: caches and built records of another one are not used.
+READERS = "readers-2"
 
 # Values [height, width] -> 0-1 float of the same shape: the display that the file itself defines.
 View = Callable[[np.ndarray], np.ndarray]
@@ -26,6 +34,18 @@ View = Callable[[np.ndarray], np.ndarray]
 def no_view() -> Optional[View]:
     """The view of a file that does not define its display."""
     return None
+
+
+class Remark(NamedTuple):
+    """What a user should know of a file that is shown all the same.
+
+    Attributes:
+        kind: the rest of a sentence that begins with a number of images.
+        detail: of this file; for messages that name one example.
+    """
+
+    kind: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,6 +61,9 @@ class StoredSlice:
             when it is needed.
         is_grey_levels: True for 8-bit values that need no window.
         inverted: True if small values are bright (DICOM's MONOCHROME1).
+        pixel_size: width and height of a pixel, in mm or relative; None if the file does not say.
+        exif: an EXIF orientation that was not applied, 1 to 8; 1 if there is none.
+        remarks: what a user should know of the file.
         hounsfield: False if the file says that its values are not in Hounsfield units. Window presets do not apply to it.
     """
 
@@ -50,6 +73,9 @@ class StoredSlice:
     is_grey_levels: bool = False
     inverted: bool = False
     hounsfield: bool = True
+    pixel_size: Optional[tuple[float, float]] = None
+    exif: int = 1
+    remarks: tuple[Remark, ...] = ()
 
 
 @contextlib.contextmanager
@@ -82,17 +108,59 @@ def _reader_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def check_size(path: Path, width: int, height: int, what: str = "") -> None:
-    """Refuse a slice whose header claims more pixels than any useful image has.
+def check_size(path: Path, width: int, height: int, bytes_per_pixel: int = 1) -> None:
+    """Refuse a slice whose header claims more than any useful image has, before its pixels are decoded.
 
     Raises:
-        UmedError: more than `MAX_PIXELS` pixels, or none.
+        UmedError: more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes, or no pixels.
     """
     if width < 1 or height < 1 or width * height > MAX_PIXELS:
         raise UmedError(
-            f"{path}: its header says {width} x {height} pixels{what}. Allowed: 1 to {MAX_PIXELS}. Is the file damaged? "
+            f"{path}: its header says {width} x {height} pixels. Allowed: 1 to {MAX_PIXELS}. Is the file damaged? "
             "Crop or shrink a whole-slide image first."
         )
+    if width * height * bytes_per_pixel > MAX_BYTES:
+        raise UmedError(
+            f"{path}: its header says {width} x {height} pixels of {bytes_per_pixel} bytes. Allowed: {MAX_BYTES} bytes in all. "
+            "Is the file damaged? Store it with fewer bits, or crop it."
+        )
+
+
+def check_for_model(path: Path, width: int, height: int) -> None:
+    """Refuse a picture that LLaVA's image processor cannot take, or takes for something else.
+
+    Raises:
+        UmedError: a side is below 4 pixels, or one side is more than 200 times the other.
+    """
+    check_size(path, width, height)
+    if min(width, height) < _LEAST_SIDE or max(width, height) > _MAX_STRIP * min(width, height):
+        raise UmedError(
+            f"{path}: has {width} x {height} pixels. Allowed: sides of at least {_LEAST_SIDE}, and one at most {_MAX_STRIP} "
+            "times the other; LLaVA's image processor cannot take others. Remove the image from the annotations."
+        )
+
+
+def square_size(
+    path: Path, width: int, height: int, pixel_size: Optional[tuple[float, float]]
+) -> Optional[tuple[int, int]]:
+    """Width and height after resampling to square pixels, the finer spacing in both directions; None if they are square.
+
+    Raises:
+        UmedError: the sides of a pixel differ more than any scanner's do, or the result has too many pixels.
+    """
+    if pixel_size is None:
+        return None
+    ratio = pixel_size[0] / pixel_size[1]
+    if not 1 / _MAX_PIXEL_RATIO <= ratio <= _MAX_PIXEL_RATIO:
+        raise UmedError(
+            f"{path}: its header says that a pixel is {pixel_size[0]:g} wide and {pixel_size[1]:g} high. Allowed: up to "
+            f"{_MAX_PIXEL_RATIO} times. Repair the header, or show the pixels as they are: image.pixels: as_stored"
+        )
+    if abs(ratio - 1) <= _SQUARE:
+        return None
+    size = (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
+    check_size(path, *size)
+    return None if size == (width, height) else size
 
 
 def checked_index(path: Path, index: Optional[int], count: int, what: str, key: str = "columns.slice") -> int:

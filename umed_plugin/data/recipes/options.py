@@ -126,19 +126,26 @@ class ImageOptions(StrictModel):
     )
     tiles: int = Field(9, ge=2, le=36, description="Maximum number of slices in a montage.")
     volume: Optional[int] = Field(None, ge=0, description="Index from 0 of the volume to show from a 4-D NIfTI file.")
-    box_frame: Literal["displayed", "stored"] = Field(
-        "displayed",
-        description="``displayed``: boxes are in pixels of the image as turned by ``orientation``. ``stored``: in pixels of the "
-        "slice as it lies in the file (NIfTI: x along its first remaining axis, y along the second); these boxes are turned "
-        "along with the image.",
+    pixels: Literal["square", "as_stored"] = Field(
+        "square",
+        description="``square``: DICOM and NIfTI slices whose pixels are not square are resampled for display, together with "
+        "their boxes. ``as_stored``: one stored pixel is one shown pixel.",
+    )
+    box_frame: Literal["stored", "displayed", "exif"] = Field(
+        "stored",
+        description="``stored``: boxes are in pixels of the image as it lies in the file (NIfTI: x along its first remaining "
+        "axis, y along the second), and are turned along with it. ``displayed``: in pixels of the DICOM or NIfTI slice as turned "
+        "by ``orientation``, before it is resampled. ``exif``: in pixels of the picture as programs show it that follow its EXIF "
+        "orientation; LLaVA does not follow it.",
     )
     box_axes: Literal["xy", "yx"] = Field(
         "xy", description="``yx`` if the boxes were read off the array by row and column, else ``xy``."
     )
-    other_size: Literal["stop", "scale"] = Field(
+    other_size: Literal["stop", "scale", "stretch"] = Field(
         "stop",
         description="When the annotations state another image size than the file has. ``stop``: report a fault. ``scale``: the "
-        "boxes were drawn on the same picture at that size and are scaled with it (TBX11K's XML).",
+        "boxes were drawn on the same picture at that size and are scaled with it. ``stretch``: the same, for a picture that "
+        "was squeezed, each side by its own factor (TBX11K's XML).",
     )
 
 
