@@ -15,7 +15,7 @@ from rich.console import Console
 from support.records import grounded_records
 from support.umed_runs import environment, run_command
 
-from umed_plugin.commands.upgrade.machine import Machine
+from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings

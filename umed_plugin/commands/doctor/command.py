@@ -6,9 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.errors import say
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
 from umed_plugin.terminal.text import printable_json
@@ -43,6 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="apply the safe fixes, to small JSON files only; each original is kept as FILE.before-doctor. Weights never change",
     )
+    parser.add_argument(
+        "--recipe",
+        metavar="R",
+        help="also print the memory that both stages of `umed upgrade CKPT --recipe R` need, and whether this GPU has it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
@@ -67,7 +74,26 @@ def run(args: argparse.Namespace) -> int:
         print(printable_json({**diagnosis.as_dict(), "changes": changes}))
     else:
         _print(diagnosis, changes, fixing=args.fix)
+        if args.recipe is not None:
+            _print_memory(args)
     return _status(diagnosis.findings)
+
+
+def _print_memory(args: argparse.Namespace) -> None:
+    """The memory of the default plan; the recipe must be one that can be read."""
+    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
+    from umed_plugin.commands.machine import this_machine
+    from umed_plugin.commands.memory import DEFAULT_PLAN, has_fused_attention, memory_lines
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    if not args.recipe.endswith(".json"):
+        load_recipe(args.recipe)
+    full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
+    fused = has_fused_attention()
+    works = {name: replace(work, fused=fused) for name, work in DEFAULT_PLAN.items()}
+    say("")
+    for line in memory_lines(read_config(full), works, this_machine()):
+        say(line)
 
 
 def _status(findings: Sequence[Finding]) -> int:

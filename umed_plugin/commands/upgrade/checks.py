@@ -9,7 +9,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.merging import stock_name_fault
 from umed_plugin.commands.doctor.catalogue import KINDS
-from umed_plugin.commands.upgrade.machine import Machine
+from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings
 from umed_plugin.commands.upgrade.training import training_flags

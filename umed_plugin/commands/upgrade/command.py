@@ -82,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     upgrade = Upgrade(folder, settings, console(), args.redo_changed)
     if args.dry_run:
         _print_commands(upgrade.steps)
+        for line in upgrade.memory():
+            say(f"# {line}")
         return 0
     try:
         upgrade.run()

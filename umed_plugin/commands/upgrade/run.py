@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.examination import ERROR, examine
+from umed_plugin.commands.machine import Machine, this_machine
+from umed_plugin.commands.memory import memory_lines
 from umed_plugin.commands.processes import importable, marked_processes, read_from, run_logged
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
-from umed_plugin.commands.upgrade.machine import Machine, this_machine
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
+from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
+from umed_plugin.flags.definition import STAGES
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
 
@@ -75,10 +78,16 @@ class Upgrade:
         moved = self.swap.begun() and self.swap.backup.exists()
         self.origin = find_origin(self.swap.backup if moved else checkpoint, settings.base)
         self.machine = machine or this_machine()
-        self.settings = filled_in(settings, self.origin.config, result_name(self.origin), machine or this_machine())
+        self.settings = filled_in(settings, self.origin.config, result_name(self.origin), self.machine)
         self.plan = Plan(self.folder, self.settings, self.origin)
         self.steps = self.plan.steps()
         check_together(self.settings, self.origin, self.machine)
+
+    def memory(self) -> list[str]:
+        """Lines that say which memory each stage needs, and whether the GPU has it."""
+        lines = memory_lines(self.origin.config, {name: work_of(name, self.settings) for name in STAGES}, self.machine)
+        less = "With DeepSpeed less: ZeRO-2 shares gradients and Adam among the GPUs, ZeRO-3 the weights too."
+        return lines + ([less] if self.settings.deepspeed is not None else [])
 
     def run(self) -> dict[str, Any]:
         """Run the steps that are left; return the content of ``summary.json``."""

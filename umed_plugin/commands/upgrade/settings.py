@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from umed_plugin import files
-from umed_plugin.commands.upgrade.machine import Machine
+from umed_plugin.commands.machine import Machine
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.faults import Faults, StrictModel, validated

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.commands.memory import Work, has_fused_attention
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
 from umed_plugin.errors import UmedError
@@ -142,3 +143,18 @@ def _script() -> str:
     if spec is None or spec.origin is None:
         raise UmedError("LLaVA is not installed in this environment (no module llava). Install LLaVA 1.2.2 first.")
     return str(Path(spec.origin).parent / "train" / "train_mem.py")
+
+
+def work_of(name: str, settings: Settings) -> Work:
+    """What a process of a stage holds in memory at a time."""
+    stage = getattr(settings, name)
+    rewarding = isinstance(stage, Rewarding)
+    return Work(
+        rank=settings.lora.r if settings.method == "lora" else 0,
+        half=settings.precision != "fp32",
+        checkpointing=bool(settings.gradient_checkpointing),
+        fused=has_fused_attention(),
+        rows=stage.batch_size,
+        candidates=stage.candidates if rewarding else 0,
+        answer=stage.max_new_tokens if rewarding else 0,
+    )

@@ -15,7 +15,7 @@ class Machine:
         bf16: whether they compute in bfloat16 (Ampere and later; V100 and T4 do not).
 
     Example:
-        >>> from umed_plugin.commands.upgrade.machine import Machine
+        >>> from umed_plugin.commands.machine import Machine
         >>> Machine(gpus=1, gpu_bytes=24 * 2**30).precision
         'bf16'
         >>> Machine(gpus=1, gpu_bytes=32 * 2**30, bf16=False).precision

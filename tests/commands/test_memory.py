@@ -1,0 +1,173 @@
+"""The estimate of a stage's memory against torch's own count of saved tensors, and what is said where a plan does not fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from umed_plugin import cli
+from umed_plugin.commands.machine import Machine
+from umed_plugin.commands.memory import (
+    DEFAULT_PLAN,
+    ModelSize,
+    Work,
+    activations,
+    fits,
+    memory_lines,
+    remedies,
+    stage_memory,
+)
+from umed_plugin.commands.upgrade.run import Upgrade
+from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.training import work_of
+
+GB = 2**30
+LLAVA_MED = ModelSize(hidden=4096, layers=32, heads=32, keys=1024, ffn=14336, vocabulary=32000)
+
+
+@contextmanager
+def saved_bytes(model: torch.nn.Module) -> Iterator[list[int]]:
+    """Bytes of all storages that autograd saves, weights apart, as the one item of a list."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+    total = [0]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = tensor
+            total[0] += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield total
+
+
+def language_model(size: ModelSize, work: Work) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.keys * size.heads // size.hidden,
+        vocab_size=size.vocabulary,
+        sliding_window=None,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa" if work.fused else "eager"
+    model = MistralForCausalLM(config).to(torch.bfloat16 if work.half else torch.float32)
+    if work.rank:
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lora = LoraConfig(r=work.rank, target_modules=names, lora_dropout=0.05, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    if work.checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("half", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("rank", [16, 0], ids=["lora", "full"])
+def test_activations_are_what_torch_saves(rank: int, half: bool, fused: bool, checkpointing: bool) -> None:
+    from transformers import MistralForCausalLM
+
+    if fused and not getattr(MistralForCausalLM, "_supports_sdpa", False):
+        pytest.skip("this stack has no sdpa attention")
+    for shape, rows, length in (((128, 3, 4, 64, 352), 2, 96), ((192, 2, 6, 96, 256), 3, 160)):
+        size = ModelSize(*shape, vocabulary=400)
+        work = Work(rank, half, checkpointing, fused, rows)
+        model = language_model(size, work)
+        embeddings = torch.randn(rows, length, size.hidden, dtype=torch.bfloat16 if half else torch.float32)
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+        with autocast, saved_bytes(model) as total:
+            loss = model(
+                inputs_embeds=embeddings.requires_grad_(), labels=torch.zeros(rows, length, dtype=torch.long)
+            ).loss
+        assert loss.requires_grad
+        logits = 4 * rows * length * size.vocabulary
+        estimate = activations(size, work, length)
+        if half and not rank:
+            # autocast's copies of the weights, which `stage_memory` counts as weights; within a checkpoint they are not kept
+            head = size.vocabulary * size.hidden
+            total[0] -= 2 * (head if checkpointing else size.language - head)
+        if checkpointing:  # the layer that is computed again is not there yet
+            one = Work(rank, half, False, fused, rows)
+            layers = [activations(ModelSize(size.hidden, n, *shape[2:], vocabulary=400), one, length) for n in (1, 2)]
+            estimate -= layers[1] - layers[0]
+        assert estimate + logits == pytest.approx(total[0], rel=0.15)
+
+
+def test_weights_are_those_of_the_model() -> None:
+    size = ModelSize(128, 3, 4, 64, 352, vocabulary=400)
+    model = language_model(size, Work(16, False, False, False, 1))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert trained == size.adapter(16)
+    assert frozen == pytest.approx(size.language, rel=0.01)
+    assert round(LLAVA_MED.language / 1e9, 2) == 7.24 and round(LLAVA_MED.adapter(128) / 1e6) == 336
+
+
+def test_the_default_plan_is_what_an_upgrade_starts(tiny_mistral: Path, tmp_path: Path) -> None:
+    from support.records import grounded_records
+
+    records = grounded_records(tmp_path / "data")
+    settings = read_settings(None, {"checkpoint": str(tiny_mistral), "recipe": str(records)})
+    upgrade = Upgrade(tmp_path / "run", settings, Console(quiet=True), machine=Machine(1, 80 * GB))
+    for name, work in DEFAULT_PLAN.items():
+        assert {**vars(work_of(name, upgrade.settings)), "fused": True} == vars(work)
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change_until_it_does() -> None:
+    large, small = 80 * GB, 24 * GB
+    for work in DEFAULT_PLAN.values():
+        assert fits(stage_memory(LLAVA_MED, work), large)
+        assert not fits(stage_memory(LLAVA_MED, work), small)
+        changes = remedies(LLAVA_MED, work, small)
+        assert fits(stage_memory(LLAVA_MED, changes[-1][1]), small)
+        assert not any(fits(stage_memory(LLAVA_MED, changed), small) for _, changed in changes[:-1])
+        assert remedies(LLAVA_MED, work, 12 * GB) == []
+    full = Work(rank=0, half=True, checkpointing=True, fused=True, rows=8)
+    assert [words for words, _ in remedies(LLAVA_MED, full, large)][-1] == "method: lora"
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config |= {"intermediate_size": 14336, "vocab_size": 32000, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    said = "\n".join(memory_lines(config, DEFAULT_PLAN, Machine(1, small)))
+    assert "576 image tokens" in said and said.count("does NOT fit the GPU's 25.8 GB. Set batch_size: ") == 2
+    assert (
+        memory_lines(config, DEFAULT_PLAN, Machine(1, 12 * GB))[2]
+        .strip()
+        .startswith("does NOT fit the GPU's 12.9 GB, whatever")
+    )
+    assert len(memory_lines(config, DEFAULT_PLAN, Machine())) == 3, "without a GPU there is nothing to compare with"
+
+
+def test_upgrade_and_doctor_print_the_need(
+    tiny_mistral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from support.records import grounded_records
+
+    records = str(grounded_records(tmp_path / "data"))
+    assert (
+        cli.main(["upgrade", str(tiny_mistral), "--recipe", records, "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "# stage 2, rewarding: about " in printed and "64 image tokens" in printed
+    assert not (tmp_path / "run").exists()
+    cli.main(["doctor", str(tiny_mistral), "--recipe", records])
+    assert "stage 1, instruction tuning: about " in capsys.readouterr().out
+    assert cli.main(["doctor", str(tiny_mistral), "--recipe", "no_such_recipe"]) == 2
+    assert "unknown recipe" in capsys.readouterr().err
+    assert json.loads(Path(records).read_text())
