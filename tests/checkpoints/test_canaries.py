@@ -173,3 +173,16 @@ def test_training_runs_no_code(place, good, tmp_path):
     run = train(folder / BASE, write_records(tmp_path / "data"), tmp_path / "out", "--max_steps", "1")
     assert not (tmp_path / "canary").exists()
     assert run.returncode == 1 and "is a TorchScript archive" in run.stderr, run.stderr[-2000:]
+
+
+def test_python_that_a_checkpoint_brings_is_not_imported(good, tmp_path):
+    """auto_map in config.json and tokenizer_config.json names a module of the folder; transformers would ask, or import it."""
+    folder = shutil.copytree(good / BASE, tmp_path / BASE)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\nclass Own: pass\n")
+    for name, key in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
+        content = json.loads((folder / name).read_text())
+        value = ["own.Own", None] if key == "AutoTokenizer" else "own.Own"
+        (folder / name).write_text(json.dumps({**content, "auto_map": {key: value}}))
+    load_checkpoint(folder, device="cpu")
+    assert main(["doctor", str(folder)]) in (0, 1)
+    assert not (tmp_path / "canary").exists()

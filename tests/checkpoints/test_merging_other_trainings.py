@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from support.taught import write_lora
 
 from umed_plugin.checkpoints.loading import load_checkpoint, read_tensors, weight_files
 from umed_plugin.checkpoints.merging import export, merge
+from umed_plugin.checkpoints.stored import StoredTensor
+from umed_plugin.checkpoints.to_llava import to_llava
+from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
 from umed_plugin.commands.doctor.examination import examine
 from umed_plugin.errors import UmedError
@@ -190,3 +194,27 @@ def test_the_merge_says_what_the_doctor_calls_an_error(tiny_mistral, tmp_path, c
     save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
     assert main(f"merge {trained} --base {base} --out {tmp_path}/llava-mistral-out".split()) == 1
     assert "tokens-without-rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["merge", "export", "convert", "convert back"])
+def test_few_tensors_are_in_memory_at_a_time(command, tiny_mistral, tmp_path, monkeypatch):
+    """The largest are in memory with their change and the trained value; a shard, or the whole checkpoint, never is."""
+    alive, most, stock = weakref.WeakSet(), [0], StoredTensor.read
+
+    def read(self):
+        tensor = stock(self)
+        alive.add(tensor)
+        most[0] = max(most[0], sum(each.numel() * each.element_size() for each in alive))
+        return tensor
+
+    lora, hf, out = write_lora(tiny_mistral, tmp_path / "llava-lora"), tmp_path / "hf", tmp_path / "llava-mistral-out"
+    to_transformers(tiny_mistral, hf)
+    monkeypatch.setattr(StoredTensor, "read", read)
+    {
+        "merge": lambda: merge(lora, tiny_mistral, out),
+        "export": lambda: export(tiny_mistral, out, like=tiny_mistral),
+        "convert": lambda: to_transformers(tiny_mistral, out),
+        "convert back": lambda: to_llava(hf, out),
+    }[command]()
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(tiny_mistral).values())
+    assert 0 < most[0] < whole / 2

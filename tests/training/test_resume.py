@@ -89,3 +89,9 @@ def test_a_run_goes_on_with_its_own_batches_and_with_data_whose_change_is_accept
     assert "--max_steps: 4 -> 6" in run.stdout and "--per_device_train_batch_size: 2 -> 1" in run.stdout
     state = json.loads((output / "trainer_state.json").read_text())
     assert state["global_step"] == 6 and state["epoch"] == 1.5
+
+
+def test_lora_biases_that_cannot_be_merged_are_refused_before_training(tiny_mistral, tmp_path):
+    run = train(tiny_mistral, write_records(tmp_path / "data"), tmp_path / "out", *STEPS, *LORA, "--lora_bias", "all")
+    assert run.returncode in (1, 2) and "--lora_bias all: it trains biases that umed merge cannot merge" in run.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
