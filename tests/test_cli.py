@@ -120,6 +120,12 @@ def test_a_bug_shows_its_traceback_on_demand(
     [
         (OSError(28, "No space left on device", "/o\x1but.json"), "umed: /o\\x1but.json: No space left on device.\n"),
         (PermissionError(13, "Permission denied"), "umed: reading or writing: Permission denied.\n"),
+        (RuntimeError("I/O error: x (os error 28)"), "umed: reading or writing: No space left on device.\n"),
+        (
+            UnicodeEncodeError("ascii", "a\u80ba", 1, 2, "x"),
+            "umed: the locale of this process (ascii) has no character '\\u80ba', which a file name needs. Set another locale: "
+            "export PYTHONUTF8=1\n",
+        ),
         (MemoryError("8 GB"), "umed: there is not enough memory: 8 GB\n"),
     ],
 )
@@ -151,6 +157,20 @@ def test_what_print_and_libraries_write_is_escaped_too(
     assert (sys.stdout, sys.stderr) == streams
     shown = capsys.readouterr()
     assert shown.out == "red \\x9b2J \\u202egnp.exe\n" and shown.err == "\r 3/9 [00:01"
+
+
+@pytest.mark.llava
+def test_libraries_are_imported_in_silence() -> None:
+    code = (
+        "import sys; from umed_plugin import cli;"
+        "run = lambda args: bool(__import__('bitsandbytes')) - 1;"
+        "cli.add_commands = lambda parsers: parsers.add_parser('work').set_defaults(run=run);"
+        "status = cli.main(['work']); import bitsandbytes;"
+        "assert bitsandbytes.__spec__.loader.__class__.__name__ == 'SourceFileLoader'; sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 or "No module named 'bitsandbytes'" in done.stderr
+    assert done.returncode or (done.stdout, done.stderr) == ("", "")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -198,3 +198,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UmedError, match="cannot be written"), files.replacing_folder(tmp_path / "file" / "model"):
         pass
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    target = tmp_path / "records.json"
+    with pytest.raises(OSError, match="No space left on device") as failed, files.replacing(target):
+        raise OSError(28, "No space left on device")
+    assert failed.value.filename == str(target) and list(tmp_path.iterdir()) == []

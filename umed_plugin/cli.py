@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -21,10 +22,12 @@ from umed_plugin.commands import add_commands, signals
 from umed_plugin.errors import UmedError, UsageError, fail, unknown_name
 from umed_plugin.terminal.console import guarded_streams
 from umed_plugin.terminal.progress import be_quiet
+from umed_plugin.terminal.silent_imports import silent_imports
 from umed_plugin.terminal.text import one_line
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 TRACEBACK = "UMED_TRACEBACK"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -62,7 +65,7 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     try:
-        with guarded_streams(), signals.raised():
+        with guarded_streams(), silent_imports(), signals.raised():
             return _run(argv)
     finally:
         be_quiet(False)
@@ -104,6 +107,13 @@ def _unforeseen(error: Exception) -> int:
     elif isinstance(error, OSError) and error.strerror:
         # The disk is full, a folder is read-only: the machine says what is wrong, and the user can change it.
         fail(f"{one_line(error.filename or 'reading or writing')}: {error.strerror}.")
+    elif found := _OS_ERROR.search(str(error)):  # safetensors writes in Rust and raises an exception of its own
+        fail(f"reading or writing: {os.strerror(int(found[1]))}.")
+    elif isinstance(error, UnicodeEncodeError):
+        fail(
+            f"the locale of this process ({error.encoding}) has no character {error.object[error.start]!a}, which a file name "
+            "needs. Set another locale: export PYTHONUTF8=1"
+        )
     elif isinstance(error, MemoryError):
         fail(f"there is not enough memory: {one_line(error) or 'MemoryError'}")
     else:
@@ -121,7 +131,6 @@ def _silence_imports() -> None:
     """Hide what libraries say while they are imported about hardware and packages that the command does not use."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-        warnings.filterwarnings("ignore", message="The installed version of bitsandbytes")
     # LLaVA reports through the root logger that the optional xformers is missing.
     logging.getLogger().addFilter(_is_not_about_xformers)
 

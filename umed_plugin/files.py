@@ -32,6 +32,9 @@ _CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
 
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
 @contextmanager
 def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a path to write to; its file replaces ``path`` when the block ends without an error.
@@ -59,6 +62,10 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
         if durable:
             _flush(target.parent)
             _remove_stale(target)
+    except OSError as error:
+        if error.filename is None and error.errno in _DISK_IS_FULL:
+            error.filename = str(target)  # a write fails without saying in which file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

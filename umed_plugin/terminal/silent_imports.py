@@ -1,0 +1,58 @@
+"""Import libraries without what they print about hardware that no command needs, such as bitsandbytes without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import io
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+SILENT = frozenset({"bitsandbytes"})
+
+
+class _SilentLoader(importlib.abc.Loader):
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: Any) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._loader.exec_module(module)
+
+
+class SilentImports(importlib.abc.MetaPathFinder):
+    """Lets the other finders find a module of `SILENT`, and wraps its loader."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        """The spec of a silent module; None for any other module."""
+        if fullname not in SILENT:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _SilentLoader(spec.loader)
+        return spec
+
+
+@contextlib.contextmanager
+def silent_imports() -> Any:
+    """Silence the imports of `SILENT` inside the ``with`` block."""
+    finder = SilentImports()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
