@@ -116,7 +116,7 @@ def test_files_and_checkpoints_count_by_content(tmp_path):
 
 def test_records_count_wherever_their_images_are():
     first = [{"id": 1, "image": "/here/1.png"}, {"id": 2}]
-    moved = [{"id": 1, "image": "/there/1.png"}, {"id": 2}]
+    moved = [{"id": 1, "image": "/there/1.png", "provenance": {"recipe_sha256": "other"}}, {"id": 2}]
     assert records_digest(first) == records_digest(moved) != records_digest(first[:1])
     found = find_changes({RECORDS: records_digest(first)}, {RECORDS: records_digest(first[:1])})
     (fault,) = refusals(found, "checkpoint-3", set())

@@ -125,11 +125,14 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
 
 
 def records_digest(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What tells the records of a recipe from others: their number and content, wherever their images are."""
+    """What tells the records of a recipe from others: their number and content, wherever their images are.
+
+    Their provenance, such as the digest of the recipe's file, changes with a comment there, and does not count.
+    """
     digest = hashlib.sha256()
     for record in records:
-        image = os.path.basename(str(record.get("image")))
-        digest.update(json.dumps({**record, "image": image}, sort_keys=True, default=str).encode())
+        counted = {**record, "image": os.path.basename(str(record.get("image"))), "provenance": None}
+        digest.update(json.dumps(counted, sort_keys=True, default=str).encode())
     return {"path": f"{len(records)} records", "sha256": digest.hexdigest()}
 
 
