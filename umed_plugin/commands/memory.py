@@ -5,7 +5,7 @@ Their bytes per token were counted with ``torch.autograd.graph.saved_tensors_hoo
 and under torch 2.13 with transformers 5.23. The two differ by up to 8 %, and the estimate takes their mean. With gradient
 checkpointing, each layer keeps its input, and one layer at a time is computed again.
 
-What is not counted: the CUDA context, kernels' workspaces and fragmentation, for which `RESERVE` stands. DeepSpeed's configuration
+Not counted are the CUDA context, kernels' workspaces and fragmentation: `RESERVE` stands for them. DeepSpeed's configuration
 is not read: with it, the estimate is that of a run without.
 """
 
