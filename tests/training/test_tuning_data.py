@@ -139,6 +139,16 @@ def test_a_bad_image_stops_or_is_skipped_with_a_report(records, tokenizer, capsy
     assert capsys.readouterr().err.count("record-2") == 1
 
 
+@pytest.mark.parametrize(("mode", "size"), [("pad", (1, 1)), ("square", (3000, 1)), ("square", (50, 3))])
+def test_a_degenerate_image_is_named_with_its_record(records, tokenizer, mode, size):
+    records.write_text(records.read_text().replace('"pad"', f'"{mode}"'))
+    Image.new("RGB", size).save(records.parent / "2.png")
+    with pytest.raises(UmedError, match=rf"record-2: cannot read the image .*has {size[0]} x {size[1]} pixels"):
+        make_dataset(records, tokenizer, image_aspect_ratio=mode)[2]
+    dataset = make_dataset(records, tokenizer, image_aspect_ratio=mode, umed_on_bad_image="skip")
+    assert torch.equal(dataset[2]["image"], dataset[3]["image"])
+
+
 def test_when_no_image_can_be_read_there_is_an_end(records, tokenizer):
     for image in records.parent.glob("*.png"):
         image.unlink()

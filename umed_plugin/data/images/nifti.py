@@ -84,9 +84,9 @@ def _check_extensions(path: Path) -> None:
         more, place = head[place : place + 1] != b"\0", file.seek(begin)
         while more and len(start := file.read(8)) == 8:
             length = struct.unpack(f"{order}i", start[:4])[0]
-            place = file.seek(max(length - 8, 0), 1)
-            if length < 8 or place - begin > _MAX_EXTENSIONS:
-                raise ValueError(f"its header has extensions of {place - begin} bytes")
+            if length < 8 or place + length - begin > _MAX_EXTENSIONS:
+                raise ValueError(f"its header has extensions of {place + length - begin} bytes")
+            place = file.seek(length - 8, 1)
             # nibabel reads to the end of the file where the offset makes no sense.
             more = place < offset or offset < begin
 
