@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 from support.drawn import scene, write_dicom, write_dicom_as, write_nifti
+from support.fuzzed_images import KINDS, outcomes
 
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError
@@ -174,3 +175,10 @@ def test_a_header_that_claims_terabytes(tmp_path: Path, ending: str) -> None:
     path.write_bytes(gzip.compress(bytes(header)) if ending == "nii.gz" else bytes(header))
     with pytest.raises(UmedError, match="more than the file can hold"):
         load_image(path, slice=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changed_files_of_every_format(folder: Path, kind: str) -> None:
+    found = outcomes(kind, 60, folder)
+    assert sum(found.values()) == 60
+    assert found["refused"] > 0
