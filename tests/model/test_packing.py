@@ -7,48 +7,14 @@ import copy
 import pytest
 import torch
 from support.llava_models import drawn_answers, embedded
+from support.packed import outcome, packed_run, plain_run, with_lora
 
 from umed_plugin import patching
-from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs, uses_packed_pass
+from umed_plugin.model.forward import base_llava, uses_packed_pass
 from umed_plugin.model.kv_cache import PreallocatedCache
 from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.patches import attention_mask
-
-
-def with_lora(model, *targets):
-    from peft import LoraConfig, get_peft_model
-
-    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
-    return adapted
-
-
-def outcome(model, batch, candidates, run):
-    """Logits and hidden states at the answers' tokens, and the gradient of all that is trained, under one loss."""
-    model.zero_grad()
-    prompts = embedded(model, batch)
-    logits, hidden = run(model, prompts, candidates)
-    kept = candidates.mask.bool()
-    weights = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(2))
-    (logits[kept].logsumexp(dim=-1) - logits[kept][:, 3] + hidden[kept] @ weights).mean().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logits[kept].detach(), hidden[kept].detach(), gradients
-
-
-def packed_run(model, prompts, candidates):
-    passed = answer_pass(model, prompts, candidates, packed=True)
-    return passed.logits, passed.hidden
-
-
-def plain_run(model, prompts, candidates):
-    """The prompt repeated before every answer, in transformers' own words."""
-    inputs = repeated_inputs(base_llava(model), prompts, candidates)
-    output = model(**inputs, use_cache=False, output_hidden_states=True, return_dict=True)
-    start = prompts.mask.shape[1] - 1
-    return output.logits[:, start:-1], output.hidden_states[-1][:, start:-1]
 
 
 @pytest.mark.usefixtures("patched")

@@ -22,7 +22,8 @@ from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
 from umed_plugin.model.kv_cache import SharedPrefixCache
-from umed_plugin.model.packing import block_mask, pack, sliding_window
+from umed_plugin.model.packing import pack, row_mask
+from umed_plugin.model.split_attention import attends_split
 
 IMAGE_TOKEN_INDEX = -200  # llava.constants.IMAGE_TOKEN_INDEX: stands for the image in a tokenized prompt
 
@@ -217,11 +218,11 @@ def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, pac
 def uses_packed_pass(llava: Any, packed: bool) -> bool:
     """Whether `answer_pass` puts the answers of a query into one row.
 
-    A row has no padding between answers, but attention computes its whole square, most of which is masked. So reading the
-    prompt's KV cache is cheaper where a cache can be kept. Must not depend on the answers: ranks that call the model a
-    different number of times would deadlock.
+    A row has no padding between answers. Without split attention, its whole square is computed, most of which is masked. Then
+    reading the prompt's KV cache is cheaper where a cache can be kept. Must not depend on the answers: ranks that call the model
+    a different number of times would deadlock.
     """
-    return packed and _keeps_no_cache(llava)
+    return packed and (_keeps_no_cache(llava) or attends_split(llava))
 
 
 def _keeps_no_cache(llava: Any) -> bool:
@@ -234,8 +235,11 @@ def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> An
     rows = pack(prompts.mask, candidates.mask)
     answers = llava.get_input_embeddings()(rows.put(candidates.token_ids, candidates.mask))
     embeds = torch.cat([prompts.embeds, answers], dim=1)
-    mask = block_mask(rows.columns, rows.columns, sliding_window(llava), embeds.dtype)
-    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": rows.columns.positions}
+    inputs = {
+        "inputs_embeds": embeds,
+        "attention_mask": row_mask(llava, rows.columns, embeds.dtype),
+        "position_ids": rows.columns.positions,
+    }
     with _output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden:
         logits = model(**inputs, use_cache=False, return_dict=True).logits
     return AnswerPass(logits.float(), hidden[0].float())

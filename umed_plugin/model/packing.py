@@ -5,9 +5,13 @@ between answers, and the longest row has A answer columns. Each answer sees the 
 answer. Its positions continue the prompt's. So the prompt is computed once, and a pass shrinks from K*(L + T) tokens to
 L + K*T.
 
-Every column has a segment: 0 is the prompt, 1..K are its answers, -1 is padding. `block_mask` turns segments and positions into a
-4-D mask that is added to the attention scores. transformers 5 accepts such a mask; 4.36 does with
-`umed_plugin.patches.attention_mask`; flash attention does not. `packing_fault` tests the model.
+Every column has a segment: 0 is the prompt, 1..K are its answers, -1 is padding. Two things keep the answers apart:
+
+- `umed_plugin.model.split_attention` splits the attention of a row. Training runs have it, with every kind of attention.
+- `block_mask` turns segments and positions into a 4-D mask that is added to the attention scores. transformers 5 accepts such a
+  mask; 4.36 does with `umed_plugin.patches.attention_mask`; flash attention does not.
+
+`packing_fault` tests the model.
 
 Shapes as in `umed_plugin.model.forward`, and R rows, S = L + A columns.
 """
@@ -19,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from umed_plugin.errors import UmedError
+from umed_plugin.model.split_attention import attends_split, describe_rows
 
 PADDING = -1
 PROMPT = 0
@@ -139,6 +146,13 @@ def block_mask(seeing: Columns, seen: Columns, window: int | None, dtype: torch.
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
+def row_mask(llava: Any, columns: Columns, dtype: torch.dtype) -> Tensor:
+    """The attention mask of whole rows: their description if the layers read one, else a block mask."""
+    if attends_split(llava):
+        return describe_rows(columns.segments, columns.positions)
+    return block_mask(columns, columns, sliding_window(llava), dtype)
+
+
 def sliding_window(llava: Any) -> int | None:
     """Number of positions that the model's attention reaches back; None where it reaches to the start."""
     return getattr(llava.config, "sliding_window", None)
@@ -155,7 +169,7 @@ def packing_fault(llava: Any) -> str | None:
         llava: a LLaVA model, not wrapped.
     """
     attention = str(getattr(llava.config, "_attn_implementation", ""))
-    if "flash" in attention:
+    if "flash" in attention and not attends_split(llava):
         return f"{attention} takes no block mask"
     # Answers of a packed row start at the same position, but their columns make the row longer: a scaling that adapts to the
     # length would turn keys by other angles than in a row of its own.
@@ -166,7 +180,7 @@ def packing_fault(llava: Any) -> str | None:
     generator = torch.Generator().manual_seed(0)
     prompt, answer, other, last = torch.randn(4, 1, 1, embeddings.shape[1], generator=generator).to(embeddings)
     columns = Columns(*torch.tensor([[[PROMPT, 1, 2]], [[0, 1, 1]]], device=embeddings.device))
-    mask = block_mask(columns, columns, None, embeddings.dtype)
+    mask = row_mask(llava, columns, embeddings.dtype)
 
     def output(*tokens: Tensor) -> Tensor:
         inputs = {"inputs_embeds": torch.cat(tokens, dim=1), "attention_mask": mask}
@@ -175,7 +189,7 @@ def packing_fault(llava: Any) -> str | None:
     try:
         expected, with_other_answer = output(prompt, answer, last), output(prompt, other, last)
         with_other_prompt = output(other, answer, last)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ImportError, UmedError) as error:
         return f"its attention refuses a block mask ({type(error).__name__}: {str(error).splitlines()[0]})"
     if not torch.allclose(expected, with_other_answer, rtol=1e-4, atol=1e-5):
         return "its attention ignores a block mask"

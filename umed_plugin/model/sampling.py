@@ -158,7 +158,8 @@ def continue_prompts(
             else (slots.columns.segments != PADDING).long()
         )
         inputs = {"inputs_embeds": embeds, "attention_mask": attention_mask, "position_ids": new.positions}
-        outputs = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        # The cache is written all the same. With `use_cache`, Mistral on transformers 4 takes a flash model's mask as a 2-D one.
+        outputs = model(**inputs, past_key_values=cache, use_cache=not packed, return_dict=True)
         logits = outputs.logits.flatten(0, 1)[slots.active_slots]
     longest = int(mask.sum(dim=1).max())
     return Candidates(token_ids[:, :longest], mask[:, :longest])
