@@ -19,7 +19,7 @@ from typing import Any
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.patches import conversation_templates, lora_resume, model_class
+from umed_plugin.patches import attention_implementation, conversation_templates, lora_resume, model_class
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
 
@@ -78,6 +78,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *find_faults(run.flags, model_args, data_args, training_args),
             *conversation_templates.find_faults(run),
             *model_class.find_faults(run),
+            *attention_implementation.find_faults(run),
             *lora_resume.find_faults(run),
             *_find_unused_faults(run),
         ]

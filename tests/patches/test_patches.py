@@ -29,14 +29,18 @@ from umed_plugin.patches import (
     ALL,
     STACK,
     TRIGGERS,
+    attention_implementation,
     lora_resume,
     model_class,
+    old_flags,
     shared_memory_build,
     torch_load,
+    train_arguments,
     vision_tower,
     zero_3,
 )
-from umed_plugin.patches.attention_implementation import available_attention
+from umed_plugin.patches.attention_implementation import requested_attention
+from umed_plugin.patches.training_run import TrainingRun
 from umed_plugin.patching import PatchMisfit
 from umed_plugin.patching.sources import surely_fits
 
@@ -480,22 +484,82 @@ def test_the_class_follows_the_model_type(family, model_type, request, tmp_path)
     assert type(model) is (LlavaMistralForCausalLM if family == "mistral" else LlavaLlamaForCausalLM)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--use_cpu", "True"), ("--no_cuda", "True"), ("--use_cpu", None)])
-def test_flash_attention_falls_back_on_a_cpu_and_says_so(capsys, flag, value):
-    argv = ["--output_dir", "x", flag, *([value] if value else [])]
-    assert available_attention("flash_attention_2", argv) is None
-    assert "--use_cpu was given" in capsys.readouterr().out
+def options(monkeypatch, *argv):
+    """The flags as the wrapper of `train()` reads them."""
+    from llava.train import train as llava_train
+
+    patching.apply([patch for patch in (old_flags.PATCH, train_arguments.PATCH) if not patch.not_needed()])
+    monkeypatch.setattr(sys, "argv", ["train_mem.py", "--output_dir", "x", *argv])
+    return attention_implementation._options(llava_train)
+
+
+@pytest.mark.parametrize("flag", [["--use_cpu", "True"], ["--use_cpu"], ["--use_cp", "yes"], ["--no_cuda", "True"]])
+def test_flash_attention_falls_back_on_a_cpu_and_says_so(capsys, monkeypatch, flag):
+    assert requested_attention("flash_attention_2", options(monkeypatch, *flag)) is None
+    said = capsys.readouterr().out
+    assert "--use_cpu was given" in said
+    assert ("sdpa if the model supports it" in said) == attention_implementation._has_sdpa()
 
 
 def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeypatch, capsys):
+    on_gpu, on_cpu = options(monkeypatch, "--use_cpu", "False"), options(monkeypatch, "--use_cpu")
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
-    assert available_attention("flash_attention_2", ["--use_cpu", "False"]) == "flash_attention_2"
-    assert available_attention("eager", ["--use_cpu"]) == "eager"
-    assert available_attention(None, []) is None
+    assert requested_attention("flash_attention_2", on_gpu) == "flash_attention_2"
+    assert requested_attention("eager", on_cpu) == "eager"
+    assert requested_attention(None, on_gpu) is None
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
-    assert available_attention("flash_attention_2", []) is None
+    assert requested_attention("flash_attention_2", on_gpu) is None
     assert "flash-attn 2 or CUDA is missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [
+        (["--umed_attention", "eager"], "eager"),
+        (["--umed_attention=sdpa"], "sdpa"),
+        (["--umed_atten", "flash"], "flash_attention_2"),
+        (["--umed_attention", "auto"], "eager"),
+        ([], "eager"),
+    ],
+)
+def test_the_flag_overrides_the_scripts_request(monkeypatch, capsys, spelling, expected):
+    assert requested_attention("eager", options(monkeypatch, *spelling)) == expected
+    assert capsys.readouterr().out == ""
+
+
+def refused(chosen, checkpoint, *, use_cpu=True, stage="rewarding"):
+    flags = UmedFlags(umed_stage=stage, umed_attention=chosen)
+    model_args = SimpleNamespace(model_name_or_path=str(checkpoint))
+    training_args = SimpleNamespace(umed=flags, umed_stage=stage, use_cpu=use_cpu, cache_dir=None)
+    return attention_implementation.find_faults(TrainingRun(model_args, None, training_args))
+
+
+@pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
+def test_an_attention_that_cannot_run_is_refused_with_the_reason(tiny_mistral, monkeypatch, stage):
+    assert refused("flash", tiny_mistral, stage=stage) == [
+        "--umed_attention flash: --use_cpu was given. Use another one, or auto."
+    ]
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
+    (fault,) = refused("flash", tiny_mistral, use_cpu=False, stage=stage)
+    assert "flash-attn 2 or CUDA is missing" in fault
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    assert refused("flash", tiny_mistral, use_cpu=False, stage=stage) == []
+    assert refused("eager", tiny_mistral, stage=stage) == refused("auto", tiny_mistral, stage=stage) == []
+
+
+def test_sdpa_is_refused_where_transformers_has_none_for_torch_or_model(tiny_mistral, tiny_llama, monkeypatch):
+    monkeypatch.setattr(attention_implementation, "_has_sdpa", lambda: False)
+    assert "no sdpa for this torch" in refused("sdpa", tiny_llama)[0]
+    monkeypatch.setattr(attention_implementation, "_has_sdpa", lambda: True)
+    assert refused("sdpa", tiny_llama) == []
+    from transformers.models.mistral.modeling_mistral import MistralPreTrainedModel
+
+    mistral = refused("sdpa", tiny_mistral)
+    if getattr(MistralPreTrainedModel, "_supports_sdpa", False):
+        assert mistral == []
+    else:
+        assert "no sdpa for llava_mistral models" in mistral[0]
 
 
 def load_as(caller: str, file: Path):

@@ -159,6 +159,12 @@ class UmedFlags:
         choices=("checkpoint", "original"),
         on_resume=FIXED,
     )
+    umed_attention: str = _flag(
+        "auto",
+        "Attention of the language model: eager, sdpa or flash (flash-attn 2). auto: what the script requests if it can run "
+        "here, else what transformers chooses. With each of them a question's answers share its prompt (--umed_packed).",
+        choices=("auto", "eager", "sdpa", "flash"),
+    )
     umed_image_cache: Optional[str] = _flag(
         None,
         "Folder that caches decoded and resized images, so that later epochs and runs decode nothing. A recipe's DICOM and "

@@ -84,6 +84,22 @@ class _Scores:
     reference_log_probs: Tensor | None
 
 
+def _attention_note(llava: Any, packed: bool, fault: str | None) -> str:
+    used = f"attention: {getattr(llava.config, '_attn_implementation', 'unknown')}"
+    if packed:
+        return f"{used}. The answers to a question share its prompt in sampling, scoring and update."
+    repeated = (
+        "Sampling copies the prompt's KV cache for each answer, and under gradient checkpointing the update repeats the prompt "
+        "for each"
+    )
+    if fault is None:
+        return f"{used}. --umed_packed False: answers do not share their prompt. {repeated}."
+    return (
+        f"{used}. Answers do not share their prompt: {fault}. {repeated}. --umed_attention eager or sdpa may help; --umed_packed "
+        "False accepts this."
+    )
+
+
 class ExperienceMaker:
     """Turns batches of queries into what the updates learn from.
 
@@ -138,18 +154,15 @@ class ExperienceMaker:
         self.reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
 
     def _can_pack(self, llava: Any) -> bool:
-        """Whether the K answers of a query can share a row with its prompt; tells the user if the model cannot."""
-        if not self.flags.umed_packed:
-            return False
-        with gathered_parameters(llava):
-            fault = packing_fault(llava)
-        if fault is not None and self.args.process_index == 0:
-            note(
-                f"{fault}: answers are not packed. Sampling copies the prompt's KV cache for each answer, and under gradient "
-                "checkpointing the update repeats the prompt for each. Another attention implementation (eager, sdpa) can pack; "
-                "--umed_packed False accepts this and silences the note."
-            )
-        return fault is None
+        """Whether the K answers of a query can share a row with its prompt; tells the user which attention is used, and how."""
+        fault = None
+        if self.flags.umed_packed:
+            with gathered_parameters(llava):
+                fault = packing_fault(llava)
+        packed = self.flags.umed_packed and fault is None
+        if self.args.process_index == 0:
+            note(_attention_note(llava, packed, fault))
+        return packed
 
     def make(self, policy: Any, batches: Sequence[dict[str, Any]]) -> Experience:
         """Sample a rollout of one or more batches, and turn its rewards into advantages.
