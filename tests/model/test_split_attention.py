@@ -11,9 +11,12 @@ import sys
 
 import pytest
 import torch
-from support.flash import flash_attn_varlen_func
+from support.flash import flash_attn_func, flash_attn_varlen_func
 from support.llava_models import drawn_answers, embedded
 from support.packed import outcome, packed_run, plain_run, with_lora
+from transformers import modeling_utils
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError
@@ -30,8 +33,13 @@ KINDS = ("eager", "sdpa", "flash_attention_2")
 
 @pytest.fixture
 def split(monkeypatch):
-    """The layers read descriptions of rows, and flash attention runs on a CPU."""
+    """The layers read descriptions of rows, and flash attention runs on a CPU, also for a plain row without padding."""
     monkeypatch.setattr(split_attention, "flash_function", lambda: flash_attn_varlen_func)
+    monkeypatch.setattr(modeling_llama, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setattr(modeling_mistral, "flash_attn_func", flash_attn_func, raising=False)
+    functions = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
+    if functions is not None:  # transformers 5
+        monkeypatch.setitem(functions, "flash_attention_2", functions["sdpa"])
     patching.apply([attention_mask.PATCH, patch.PATCH])
     yield
     patching.undo(patch.PATCH)
@@ -47,6 +55,7 @@ def with_attention(model, kind):
         family = "Mistral" if "mistral" in llava.config.model_type else "Llama"
         name = {"eager": "Attention", "sdpa": "SdpaAttention", "flash_attention_2": "FlashAttention2"}[kind]
         layer.self_attn.__class__ = classes.get(f"{family}{name}", classes[f"{family}Attention"])
+        layer.self_attn._flash_attn_uses_top_left_mask = False  # flash-attn 2.1 or later
     decoder = llava.get_model()
     decoder._use_flash_attention_2, decoder._use_sdpa = kind == "flash_attention_2", kind == "sdpa"
     return model
@@ -198,6 +207,22 @@ def test_without_flash_attention_the_fault_says_so(loaded):
     finally:
         patching.undo(patch.PATCH)
         patching.undo(attention_mask.PATCH)
+
+
+@pytest.mark.usefixtures("split")
+def test_a_flash_attention_that_aligns_its_mask_to_the_first_key_is_found_out(loaded, monkeypatch):
+    """As flash-attn before 2.1 does: an answer would not see its own token."""
+    _, model = loaded
+    flash = with_attention(copy.deepcopy(model), "flash_attention_2")
+
+    def aligned_to_the_first_key(q, k, v, cu_q, cu_k, *rest, **keywords):
+        lengths = zip(cu_q.tolist(), cu_k.tolist(), cu_k.tolist()[1:], cu_q.diff().tolist())
+        kept = torch.cat([torch.arange(start, min(start + n, end)) for _, start, end, n in lengths])
+        return flash_attn_varlen_func(q, k[kept], v[kept], cu_q, cu_q, *rest, **keywords)
+
+    assert packing_fault(flash) is None
+    monkeypatch.setattr(split_attention, "flash_function", lambda: aligned_to_the_first_key)
+    assert "other outputs for packed rows" in packing_fault(flash)
 
 
 @pytest.mark.usefixtures("split")

@@ -70,6 +70,7 @@ def places() -> dict[str, object]:
     owners += [clip_encoder, clip_encoder.CLIPVisionTower, llava_llama.LlavaLlamaForCausalLM, llava_llama.LlavaConfig]
     owners += [llava_mistral.LlavaMistralForCausalLM, llava_mistral.LlavaMistralConfig]
     owners += [transformers_trainer, transformers_trainer.Trainer, modeling_llama, modeling_mistral]
+    owners += [modeling_llama.LlamaAttention, modeling_mistral.MistralAttention]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)
     if shared_memory_build.PATCH.not_needed() is None:

@@ -47,3 +47,13 @@ def flash_attn_varlen_func(
             hidden |= -distance > right
         outputs.append((scores.masked_fill(hidden, float("-inf")).softmax(dim=-1) @ values).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def flash_attn_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, **keywords: Any
+) -> torch.Tensor:
+    """The same for a batch without padding, [rows, tokens, heads, d]."""
+    (rows, queries), keys = q.shape[:2], k.shape[1]
+    starts = [torch.arange(rows + 1, dtype=torch.int32) * length for length in (queries, keys)]
+    flat = (x.flatten(0, 1) for x in (q, k, v))
+    return flash_attn_varlen_func(*flat, *starts, queries, keys, dropout_p, **keywords).unflatten(0, (rows, queries))
