@@ -37,6 +37,7 @@ def split(monkeypatch):
     monkeypatch.setattr(split_attention, "flash_function", lambda: flash_attn_varlen_func)
     monkeypatch.setattr(modeling_llama, "flash_attn_func", flash_attn_func, raising=False)
     monkeypatch.setattr(modeling_mistral, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setattr(modeling_mistral, "_flash_supports_window_size", True, raising=False)
     functions = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
     if functions is not None:  # transformers 5
         monkeypatch.setitem(functions, "flash_attention_2", functions["sdpa"])
