@@ -10,7 +10,13 @@ from support.llava_models import drawn_answers, embedded
 from support.packed import outcome, packed_run, plain_run, with_lora
 
 from umed_plugin import patching
-from umed_plugin.model.forward import base_llava, uses_packed_pass
+from umed_plugin.model.forward import (
+    Scoring,
+    answer_log_probs,
+    answer_pass,
+    base_llava,
+    uses_packed_pass,
+)
 from umed_plugin.model.kv_cache import PreallocatedCache
 from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
 from umed_plugin.model.sampling import SamplingSettings, generate
@@ -38,6 +44,51 @@ def test_logits_hidden_states_and_gradients_are_the_plain_pass(loaded, batch, wa
     assert ("lora" in way) == any("lora_" in name for name in gradients)
     for name, expected in expected_gradients.items():
         assert (gradients[name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("way", ["packed", "repeated", "shared"])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_scores_made_part_by_part_are_those_of_all_logits(loaded, batch, way, rows):
+    tokenizer, model = loaded
+    candidates = drawn_answers(tokenizer, 3, 4)
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    if way != "shared":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    results = []
+    for scoring in (Scoring(0.7, rows, entropy_gradient=True, hidden=True), None):
+        model.zero_grad()
+        passed = answer_pass(model, embedded(model, batch), candidates, packed=way == "packed", scoring=scoring)
+        scores = passed.scores
+        if scoring is None:
+            scores = answer_log_probs(passed.logits, candidates, temperature=0.7, entropy_gradient=True)
+        (scores.log_probs.sum() + 0.3 * scores.entropy.sum() + passed.hidden.square().mean()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((scores.log_probs.detach(), scores.entropy.detach(), gradients))
+    (log_probs, entropy, gradients), (expected, expected_entropy, expected_gradients) = results
+    torch.testing.assert_close(log_probs, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-6, rtol=1e-6)
+    assert log_probs[~candidates.mask.bool()].eq(0).all() and entropy[~candidates.mask.bool()].eq(0).all()
+    assert set(gradients) == set(expected_gradients)
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.usefixtures("patched")
+def test_scores_keep_no_logits_for_the_backward_pass_and_hidden_states_only_on_request(loaded, batch):
+    tokenizer, model = loaded
+    candidates = drawn_answers(tokenizer, 3, 4)
+    model = copy.deepcopy(model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = {}
+    for rows in (0, 5):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.shape) or x, lambda x: x):
+            passed = answer_pass(model, embedded(model, batch), candidates, packed=True, scoring=Scoring(1.0, rows))
+        kept[rows] = sum(shape[-1:] == (len(tokenizer),) and len(shape) < 3 for shape in sizes)
+        assert passed.hidden.numel() == passed.logits.numel() == 0
+    assert kept[0] > 0 and kept[5] == 0
 
 
 @pytest.mark.usefixtures("patched")

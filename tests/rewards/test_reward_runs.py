@@ -25,13 +25,16 @@ class Slow:
         assert "attention_on_lesion" not in columns and len(columns["record"]) == len(completions)
         if not self.started:
             import umed_plugin.training.experience_maker as maker
-            self.counted, maker.answer_log_probs = maker.answer_log_probs, self.count
+            self.counted, maker.ExperienceMaker._log_probs = maker.ExperienceMaker._log_probs, self.counting()
         self.started.append((list(prompts), list(completions)))
         self.passes = 0
 
-    def count(self, *positional, **keywords):
-        self.passes += 1
-        return self.counted(*positional, **keywords)
+    def counting(self):
+        def count(maker, *positional):
+            self.passes += 1
+            return self.counted(maker, *positional)
+
+        return count
 
     def __call__(self, prompts, completions, *, attention_on_lesion, **columns):
         assert self.started[-1] == (list(prompts), list(completions))

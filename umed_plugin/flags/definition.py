@@ -460,6 +460,13 @@ class UmedFlags:
         stage=REWARDING,
         on_resume=SAID,
     )
+    umed_logit_rows: int = _flag(
+        1024,
+        "Answer tokens whose logits are in memory at once, in the passes over sampled answers; 0: all. The backward pass "
+        "computes them again, part by part.",
+        stage=REWARDING,
+        least=0,
+    )
     umed_max_new_tokens: int = _flag(128, "Maximum length of a sampled answer, in tokens.", stage=REWARDING, least=1)
     umed_temperature: float = _flag(
         1.0,

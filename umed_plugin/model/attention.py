@@ -40,6 +40,7 @@ from umed_plugin.model.forward import (
     AnswerPass,
     Candidates,
     PromptBatch,
+    Scoring,
     answer_pass,
     base_llava,
     positions,
@@ -158,6 +159,7 @@ def attention_on_lesion(
     settings: AttentionSettings,
     *,
     packed: bool = False,
+    scoring: Scoring | None = None,
 ) -> tuple[Tensor, AnswerPass]:
     """Share of each candidate's attention on the image that falls on the lesion, and the outputs of the same pass.
 
@@ -170,6 +172,7 @@ def attention_on_lesion(
         patch_weights: [Q, P] part of each patch that the true boxes cover, 0-1, row-major.
         settings: layers, heads and sinks.
         packed: as in `umed_plugin.model.forward.answer_pass`.
+        scoring: likewise.
 
     Returns:
         [N] values in 0..1, float32; and the pass's logits and hidden states, so that no second pass is needed.
@@ -180,7 +183,9 @@ def attention_on_lesion(
     def add(owners: Tensor, queries: Tensor, attention: Tensor) -> None:
         value.index_add_(0, owners, (attention * weights[queries][:, None]).sum(dim=-1).mean(dim=-1))
 
-    outputs = pass_with_attention(model, prompts, candidates, token_indices, settings, add, packed=packed)
+    outputs = pass_with_attention(
+        model, prompts, candidates, token_indices, settings, add, packed=packed, scoring=scoring
+    )
     return value / contributions(token_indices, settings.layers, value.device), outputs
 
 
@@ -193,6 +198,7 @@ def pass_with_attention(
     add: Callable[[Tensor, Tensor, Tensor], None],
     *,
     packed: bool = False,
+    scoring: Scoring | None = None,
 ) -> AnswerPass:
     """One pass that calls ``add`` once per layer with the candidate [R], query [R] and attention [R, heads, P] of R tokens.
 
@@ -204,7 +210,7 @@ def pass_with_attention(
         [n for n, indices in enumerate(token_indices) for _ in indices], dtype=torch.long, device=device
     )
     if len(owners) == 0:
-        return answer_pass(model, prompts, candidates, packed=packed)
+        return answer_pass(model, prompts, candidates, packed=packed, scoring=scoring)
     steps = torch.tensor([t for indices in token_indices for t in indices], dtype=torch.long, device=device)
     queries = query_of_row(prompts, candidates)[owners]
 
@@ -227,7 +233,7 @@ def pass_with_attention(
     # The pass itself runs as always; each layer calls `measure` as soon as its q and k are there.
     norms = {layer: llava.get_model().layers[layer].input_layernorm.weight for layer in settings.layers}
     with _hooks(llava, settings.layers, _Capture(indices, measure, norms, settings.sink_ratio)):
-        return answer_pass(model, prompts, candidates, packed=packed)
+        return answer_pass(model, prompts, candidates, packed=packed, scoring=scoring)
 
 
 def contributions(token_indices: Sequence[Sequence[int]], layers: Sequence[int], device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
@@ -64,20 +65,6 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class AnswerPass:
-    """Outputs of one teacher-forced pass over N answers, with its graph; arbitrary at padding.
-
-    Attributes:
-        logits: [N, T, V] float32 logits that predict each answer token.
-        hidden: [N, T, H] float32 last hidden states (after the final norm) that the logits are made from. They belong to the
-            position before each token: a value head sees all that came before the token, and not the token itself.
-    """
-
-    logits: Tensor
-    hidden: Tensor
-
-
-@dataclass(frozen=True)
 class AnswerLogProbs:
     """Log-probabilities of N answers.
 
@@ -88,6 +75,40 @@ class AnswerLogProbs:
 
     log_probs: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What a pass makes of its logits, part by part, so that the logits of all tokens are never in memory together.
+
+    Attributes:
+        temperature: of sampling; the logits are divided by it (0 counts as 1).
+        rows: tokens whose logits exist at once, in the backward pass too; 0: all.
+        entropy_gradient: keep the graph of the entropy, for an entropy bonus.
+        hidden: keep the hidden states, for a value head.
+    """
+
+    temperature: float = 1.0
+    rows: int = 0
+    entropy_gradient: bool = False
+    hidden: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerPass:
+    """Outputs of one teacher-forced pass over N answers, with its graph; arbitrary at padding.
+
+    Attributes:
+        logits: [N, T, V] float32 logits that predict each answer token; empty, [N, T, 0], under a `Scoring`.
+        hidden: [N, T, H] float32 last hidden states (after the final norm) that the logits are made from. They belong to the
+            position before each token: a value head sees all that came before the token, and not the token itself. Empty under
+            a `Scoring` without them.
+        scores: log-probabilities and entropy, under a `Scoring`.
+    """
+
+    logits: Tensor
+    hidden: Tensor
+    scores: AnswerLogProbs | None = None
 
 
 def base_llava(model: Any) -> Any:
@@ -191,7 +212,9 @@ def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass
     return AnswerPass(logits, hidden[0])
 
 
-def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False) -> AnswerPass:
+def answer_pass(
+    model: Any, prompts: PromptBatch, candidates: Candidates, *, packed: bool = False, scoring: Scoring | None = None
+) -> AnswerPass:
     """Teacher-forced pass: the logits that predict each answer token, and the hidden states that they are made from.
 
     There are three ways to compute it, with equal results:
@@ -206,13 +229,14 @@ def answer_pass(model: Any, prompts: PromptBatch, candidates: Candidates, *, pac
         prompts: Q prompts.
         candidates: N = Q*K answers.
         packed: whether the model takes block masks: it has no `umed_plugin.model.packing.packing_fault`.
+        scoring: turn the logits into log-probabilities in the output layer, and do not keep them.
     """
     llava = unwrapped(model)
     if uses_packed_pass(llava, packed):
-        return _packed_pass(model, prompts, candidates)
+        return _packed_pass(model, prompts, candidates, scoring)
     if _keeps_no_cache(llava):
-        return _repeated_pass(model, prompts, candidates)
-    return _shared_prefix_pass(model, prompts, candidates)
+        return _repeated_pass(model, prompts, candidates, scoring)
+    return _shared_prefix_pass(model, prompts, candidates, scoring)
 
 
 def uses_packed_pass(llava: Any, packed: bool) -> bool:
@@ -230,31 +254,32 @@ def _keeps_no_cache(llava: Any) -> bool:
     return llava.training and llava.is_gradient_checkpointing
 
 
-def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates, scoring: Scoring | None) -> AnswerPass:
     llava = unwrapped(model)
     rows = pack(prompts.mask, candidates.mask)
     answers = llava.get_input_embeddings()(rows.put(candidates.token_ids, candidates.mask))
     embeds = torch.cat([prompts.embeds, answers], dim=1)
-    inputs = {
-        "inputs_embeds": embeds,
-        "attention_mask": row_mask(llava, rows.columns, embeds.dtype),
-        "position_ids": rows.columns.positions,
-    }
-    with _output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden:
-        logits = model(**inputs, use_cache=False, return_dict=True).logits
-    return AnswerPass(logits.float(), hidden[0].float())
+    mask = row_mask(llava, rows.columns, embeds.dtype)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": rows.columns.positions}
+    scores = _output_layer_scores(llava, candidates.token_ids, scoring)
+    with _output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden, scores:
+        output = model(**inputs, use_cache=False, return_dict=True).logits
+    return _outputs(output.float(), hidden[0], candidates, scoring)
 
 
-def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates, scoring: Scoring | None) -> AnswerPass:
     llava = unwrapped(model)
     # The last prompt position predicts the first answer token, and the last answer token predicts nothing that is needed.
     start = prompts.mask.shape[1] - 1
-    with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden:
-        logits = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
-    return AnswerPass(logits.float(), hidden[0].float())
+    scores = _output_layer_scores(llava, candidates.token_ids, scoring)
+    with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden, scores:
+        output = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
+    return _outputs(output.float(), hidden[0], candidates, scoring)
 
 
-def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates) -> AnswerPass:
+def _shared_prefix_pass(
+    model: Any, prompts: PromptBatch, candidates: Candidates, scoring: Scoring | None
+) -> AnswerPass:
     llava = unwrapped(model)
     cache = SharedPrefixCache()
     first = prefill(model, prompts, cache)
@@ -267,13 +292,76 @@ def _shared_prefix_pass(model: Any, prompts: PromptBatch, candidates: Candidates
         "attention_mask": mask,
         "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
     }
-    with _output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden:
-        logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
+    scores = _output_layer_scores(llava, candidates.token_ids[:, 1:], scoring)
+    with _output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden, scores:
+        output = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     # The prompt's pass predicts first tokens, once per query; its copies for the K answers share one gradient.
-    return AnswerPass(
-        torch.cat([first.logits[rows], logits], dim=1).float(),
-        torch.cat([first.hidden[rows], hidden[0]], dim=1).float(),
-    )
+    first_output = first.logits[rows].float()
+    if scoring is not None:
+        first_output = scored(first_output, candidates.token_ids[:, :1], scoring)
+    output, states = torch.cat([first_output, output.float()], dim=1), torch.cat([first.hidden[rows], hidden[0]], dim=1)
+    return _outputs(output, states, candidates, scoring)
+
+
+def _outputs(output: Tensor, hidden: Tensor, candidates: Candidates, scoring: Scoring | None) -> AnswerPass:
+    """An `AnswerPass` from the output layer's output, [N, T, V] logits or [N, T, 2] scores, and its input [N, T, H]."""
+    if scoring is None:
+        return AnswerPass(output, hidden.float())
+    log_probs, entropy = (output * candidates.mask[..., None].to(output.dtype)).unbind(dim=-1)
+    states = hidden.float() if scoring.hidden else hidden[..., :0].detach()
+    return AnswerPass(output[..., :0].detach(), states, AnswerLogProbs(log_probs, entropy))
+
+
+@contextmanager
+def _output_layer_scores(llava: Any, token_ids: Tensor, scoring: Scoring | None) -> Iterator[None]:
+    """Let the output layer return [N, T, 2] log-probabilities of ``token_ids`` [N, T] and entropies, in place of logits.
+
+    This happens inside the layer, because DDP and ZeRO-3 expect one call of it in each pass, on all ranks.
+    """
+    if scoring is None:
+        yield
+        return
+    layer = llava.get_output_embeddings()
+    stock, own = layer.forward, vars(layer).get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        states, targets = hidden.flatten(0, 1), token_ids.flatten()
+        rows = scoring.rows or len(states)
+        parts = list(zip(states.split(rows), targets.split(rows)))
+        # A part's logits are made anew in the backward pass, unless it is the only one.
+        again = len(parts) > 1 and torch.is_grad_enabled()
+        found = [
+            _recomputed(stock, *part, scoring) if again else scored(stock(part[0]), part[1], scoring) for part in parts
+        ]
+        return torch.cat(found).unflatten(0, token_ids.shape)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+
+def _recomputed(layer: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, scoring: Scoring) -> Tensor:
+    def part(states: Tensor) -> Tensor:
+        return scored(layer(states), targets, scoring)
+
+    return checkpoint(part, states, use_reentrant=False, preserve_rng_state=False)
+
+
+def scored(logits: Tensor, token_ids: Tensor, scoring: Scoring) -> Tensor:
+    """[..., 2] float32 log-probabilities of the tokens [...] and entropies of the distributions, from logits [..., V]."""
+    logits = logits.float()
+    if scoring.temperature not in (0, 1):
+        logits = logits / scoring.temperature
+    log_probs = logits.log_softmax(dim=-1)
+    chosen = log_probs.gather(-1, token_ids[..., None]).squeeze(-1)
+    with torch.set_grad_enabled(scoring.entropy_gradient and torch.is_grad_enabled()):
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return torch.stack([chosen, entropy], dim=-1)
 
 
 def unwrapped(model: Any) -> Any:

@@ -34,7 +34,7 @@ from umed_plugin.model.forward import (
     AnswerPass,
     Candidates,
     PromptBatch,
-    answer_log_probs,
+    Scoring,
     answer_pass,
     base_llava,
     decode_answers,
@@ -132,6 +132,7 @@ class ExperienceMaker:
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
         self.reward_weights = dict(zip(rewards, flags.reward_weights()))
         self.packed = self._can_pack(llava)
+        self.scoring = Scoring(flags.umed_temperature, flags.umed_logit_rows, hidden=value_head is not None)
         self.attention = AttentionSettings(
             flags.vrr_layer_indices(llava.config.num_hidden_layers),
             flags.vrr_head_indices(llava.config.num_attention_heads),
@@ -334,7 +335,7 @@ class ExperienceMaker:
             [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
         )
         shares, outputs = attention_on_lesion(
-            policy, prompts, candidates, tokens, cover, self.attention, packed=self.packed
+            policy, prompts, candidates, tokens, cover, self.attention, packed=self.packed, scoring=self.scoring
         )
         return shares.tolist(), outputs
 
@@ -353,7 +354,7 @@ class ExperienceMaker:
         if outputs is not None and not checkpointed:
             return outputs
         policy.train(checkpointed)
-        outputs = answer_pass(policy, prompts, candidates, packed=self.packed)
+        outputs = answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring)
         policy.eval()
         return outputs
 
@@ -364,10 +365,13 @@ class ExperienceMaker:
         with self.reference.as_reference(policy):
             # The projector is trained, so the prompts are embedded anew under the reference.
             prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
-            return self._log_probs(answer_pass(policy, prompts, candidates, packed=self.packed), candidates)
+            return self._log_probs(
+                answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring), candidates
+            )
 
     def _log_probs(self, outputs: AnswerPass, candidates: Candidates) -> Tensor:
-        return answer_log_probs(outputs.logits, candidates, temperature=self.flags.umed_temperature).log_probs
+        assert outputs.scores is not None
+        return outputs.scores.log_probs
 
     def _reward(
         self,

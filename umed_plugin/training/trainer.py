@@ -24,6 +24,7 @@ Run it with ``umed-run ... --umed_stage rewarding``. Departures from the paper a
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from transformers.trainer_callback import TrainerState
 
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.checks import find_remarks
-from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, embed_prompts
+from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import make_rewards
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
@@ -212,13 +213,10 @@ class RewardingTrainer(LLaVATrainer):
 
         # The only pass with gradient: over the candidates, through projector and language model.
         prompts = embed_prompts(self.accelerator.unwrap_model(model), samples.prompt_ids, samples.image_features)
-        outputs = answer_pass(model, prompts, samples.candidates, packed=self.maker.packed)
-        answers = answer_log_probs(
-            outputs.logits,
-            samples.candidates,
-            temperature=self.flags.umed_temperature,
-            entropy_gradient=self.settings.entropy_coef != 0,
-        )
+        scoring = replace(self.maker.scoring, entropy_gradient=self.settings.entropy_coef != 0)
+        outputs = answer_pass(model, prompts, samples.candidates, packed=self.maker.packed, scoring=scoring)
+        answers = outputs.scores
+        assert answers is not None
 
         # With a single update per rollout, the policy is still the one that sampled: this pass gives the old log-probabilities,
         # and the ratio is exactly 1. Those of another pass would differ by rounding.
