@@ -95,8 +95,8 @@ def _attention_note(llava: Any, packed: bool, fault: str | None) -> str:
     if fault is None:
         return f"{used}. --umed_packed False: answers do not share their prompt. {repeated}."
     return (
-        f"{used}. Answers do not share their prompt: {fault}. {repeated}. --umed_attention eager or sdpa may help; --umed_packed "
-        "False accepts this."
+        f"{used}. {fault}: answers are not packed. {repeated}. Another --umed_attention may do better; --umed_packed False "
+        "accepts this."
     )
 
 
