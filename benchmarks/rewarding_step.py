@@ -5,9 +5,13 @@ is what ``--umed_stage rewarding`` does. Both have the same weights (random, LLa
 of exactly T tokens. A step is: sample, score under the policy, score under the reference, update. The two sides run in turns, and
 ratios are medians over the turns. Memory is the peak of a separate process for each side, above the loaded model's.
 
+With ``--accumulation A`` a step has A micro-batches. Their answers are sampled together; the table compares that with sampling
+each micro-batch alone, in seconds of sampling per question.
+
 It runs on LLaVA's pins and on transformers 5; the title of the table names the versions.
 
     python benchmarks/rewarding_step.py
+    python benchmarks/rewarding_step.py --questions 1 --accumulation 4
     python benchmarks/rewarding_step.py --tuning full --gradient-checkpointing 0 --json step.json
 """
 
@@ -20,7 +24,7 @@ import json
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("answer-tokens", 100),
         ("questions", 2),
         ("candidates", 8),
+        ("accumulation", 1),
         ("repetitions", 3),
         ("threads", 2),
     ):
@@ -179,6 +184,16 @@ def sample(work: Work, side: str) -> Any:
     )
 
 
+def sample_step(work: Work, together: bool) -> None:
+    """The answers of all micro-batches of an optimizer step, together or one micro-batch after the other."""
+    a = work.options.accumulation
+    if together:
+        sample(replace(work, prompts=work.prompts.repeat(a, 1), images=work.images.repeat(a, 1, 1, 1)), "packed")
+    else:
+        for _ in range(a):
+            sample(work, "packed")
+
+
 def logits_of(work: Work, side: str) -> Tensor:
     """[N, T, V] teacher-forced logits of the answers."""
     from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs
@@ -252,6 +267,10 @@ def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
             times["scoring"][side].append(seconds(lambda side=side: score(work, side)))
         for side in SIDES:
             times["update"][side].append(seconds(lambda side=side: update(work, side, old)))
+        if work.options.accumulation > 1:
+            for how in ("apart", "together"):
+                duration = seconds(lambda how=how: sample_step(work, how == "together"))
+                times.setdefault("accumulated sampling", {}).setdefault(how, []).append(duration)
         for how in RELEVANCE[work.options.attention]:
             times["vision relevance"][how].append(seconds(lambda how=how: score_with_relevance(work, how)))
     for side in SIDES:
@@ -300,7 +319,18 @@ def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict
         "same_log_probs": (score(work, "plain") - score(work, "packed")).abs().max().item(),
         "step_bytes": {side: memory[side] for side in SIDES},
         "vision_relevance": relevance,
+        **accumulated_sampling(times.get("accumulated sampling"), options),
     }
+
+
+def accumulated_sampling(times: dict[str, list[Seconds]] | None, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of sampling per question, with the micro-batches of a step apart and together; empty without accumulation."""
+    if times is None:
+        return {}
+    compared = ratios(times["apart"], times["together"])
+    asked = options.questions * options.accumulation
+    per_question = {"apart": compared["slow_s"] / asked, "together": compared["fast_s"] / asked}
+    return {"accumulated_sampling": {"s_per_question": per_question, "ratio": compared["ratio"]}}
 
 
 def show(results: dict[str, Any]) -> None:
@@ -323,6 +353,13 @@ def show(results: dict[str, Any]) -> None:
         f"The number of tokens alone allows {limit:.2f}x. Packing also skips the prompt's logits, which allows more. The "
         f"log-probabilities of both sides differ by at most {results['same_log_probs']:.0e}."
     )
+    if "accumulated_sampling" in results:
+        row, a = results["accumulated_sampling"], results["options"]["accumulation"]
+        apart, together = (row["s_per_question"][how] for how in ("apart", "together"))
+        console.print(
+            f"Sampling with {a} micro-batches a step: {together:.3f} s a question together, {apart:.3f} s apart, "
+            f"{row['ratio']:.2f}x."
+        )
     head = ("time", "", "processor time", "peak memory", "")
     table = Table("", *head, title="vision relevance in a scoring pass")
     for how, row in results["vision_relevance"].items():

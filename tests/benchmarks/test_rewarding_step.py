@@ -26,6 +26,8 @@ def test_a_small_step_is_measured_on_both_sides(tmp_path):
         "3",
         "--repetitions",
         "2",
+        "--accumulation",
+        "2",
     ]
     command += [f"--{name}={size}" for name, size in SMALL.items()]
     command += ["--json", str(file)]
@@ -46,3 +48,6 @@ def test_a_small_step_is_measured_on_both_sides(tmp_path):
     assert figures["same_log_probs"] < 1e-4
     assert all(size > 0 for size in figures["step_bytes"].values())
     assert "of limit" in run.stdout
+    accumulated = figures["accumulated_sampling"]
+    assert all(seconds > 0 for seconds in accumulated["s_per_question"].values()) and accumulated["ratio"] > 0
+    assert "Sampling with 2 micro-batches a step" in run.stdout
