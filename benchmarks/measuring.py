@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 Seconds = tuple[float, float]  # wall time, processor time
 
 
@@ -85,3 +87,31 @@ def _send_peak(run: Callable[[], Any], sender: Any) -> None:
 def stack(*more: str) -> str:
     """Versions of the libraries that the results depend on."""
     return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *more))
+
+
+def matrix_flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of all matrix products and fused attention calls in ``run``, backward passes included."""
+    counted = _Products()
+    with counted:
+        run()
+    return counted.flops
+
+
+class _Products(TorchDispatchMode):
+    """Counts each product of [n, k] and [k, m] as 2*n*k*m, also inside fused attention, where its whole square counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in ("mm", "bmm"):
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        elif name in ("addmm", "baddbmm"):
+            self.flops += 2 * args[1].numel() * args[2].shape[-1]
+        elif "scaled_dot_product" in name:
+            backward = "backward" in name
+            queries, keys = args[1:3] if backward else args[:2]
+            self.flops += (10 if backward else 4) * queries.numel() * keys.shape[-2]
+        return function(*args, **(kwargs or {}))

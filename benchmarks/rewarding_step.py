@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Seconds, add, peak_bytes, ratios, seconds, stack
+from measuring import Seconds, add, matrix_flops, peak_bytes, ratios, seconds, stack
 from torch import Tensor
 
 SIDES = ("plain", "packed")
@@ -80,10 +80,10 @@ def build(options: argparse.Namespace) -> Work:
     """Create the model and the queries from a seed."""
     from umed_plugin import patching
     from umed_plugin.model.packing import packing_fault
-    from umed_plugin.patches import attention_mask, prepare_llava
+    from umed_plugin.patches import attention_mask, prepare_llava, split_attention
 
     prepare_llava()
-    patching.apply([attention_mask.PATCH])
+    patching.apply([attention_mask.PATCH, split_attention.PATCH])
     torch.manual_seed(0)
     model = _llava(options)
     fault = packing_fault(model)
@@ -310,12 +310,14 @@ def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict
             "bytes": memory[how],
             "memory_ratio": memory[how] / memory["without"],
         }
+    old = score(work, "packed")
     return {
         "options": {name: value for name, value in vars(options).items() if name != "json"},
         "stack": stack(),
         "token_limit": k * (prefix + steps) / (prefix + k * steps),
         "prefix_tokens": prefix,
         "phases": {phase: ratios(times[phase]["plain"], times[phase]["packed"]) for phase in PHASES},
+        "update_flops": {side: matrix_flops(lambda side=side: update(work, side, old)) for side in SIDES},
         "same_log_probs": (score(work, "plain") - score(work, "packed")).abs().max().item(),
         "step_bytes": {side: memory[side] for side in SIDES},
         "vision_relevance": relevance,
@@ -348,6 +350,9 @@ def show(results: dict[str, Any]) -> None:
         table.add_row(phase, *medians, f"{row['ratio'] / limit:.0%}", spread, f"{row['processor_ratio']:.2f}x")
     plain, packed = (results["step_bytes"][side] / 2**20 for side in SIDES)
     table.add_row("peak memory", f"{plain:.0f} MiB", f"{packed:.0f} MiB", f"{plain / packed:.2f}x", "", "", "")
+    plain, packed = (results["update_flops"][side] / 1e9 for side in SIDES)
+    counts = f"{plain:.0f} GFLOP", f"{packed:.0f} GFLOP", f"{plain / packed:.2f}x"
+    table.add_row("products of an update", *counts, f"{plain / packed / limit:.0%}", "", "")
     console.print(table)
     console.print(
         f"The number of tokens alone allows {limit:.2f}x. Packing also skips the prompt's logits, which allows more. The "

@@ -47,6 +47,7 @@ def test_a_small_step_is_measured_on_both_sides(tmp_path):
     assert all(row["slow_s"] > 0 and row["fast_s"] > 0 for row in figures["phases"].values())
     assert figures["same_log_probs"] < 1e-4
     assert all(size > 0 for size in figures["step_bytes"].values())
+    assert figures["update_flops"]["plain"] > figures["update_flops"]["packed"] > 0
     assert "of limit" in run.stdout
     accumulated = figures["accumulated_sampling"]
     assert all(seconds > 0 for seconds in accumulated["s_per_question"].values()) and accumulated["ratio"] > 0
