@@ -244,13 +244,19 @@ def score_with_relevance(work: Work, how: str) -> Any:
         cover = torch.rand(len(work.prompts), prompts.n_patches, generator=torch.Generator().manual_seed(0))
         every_layer = AttentionSettings(range(work.options.layers))
         return attention_on_lesion(work.model, prompts, work.answers, named, cover, every_layer, packed=work.packs)
+    if how == "without":
+        return answer_pass(work.model, prompts, work.answers, packed=work.packs)
+    from umed_plugin import patching
+    from umed_plugin.patches import split_attention
+
     config = base_llava(work.model).config
-    if how == "output_attentions":
-        config.output_attentions = True
+    config.output_attentions = True
+    patching.undo(split_attention.PATCH)  # split attention has no weights of a whole row
     try:
         return answer_pass(work.model, prompts, work.answers, packed=work.packs)
     finally:
         config.output_attentions = False
+        patching.apply([split_attention.PATCH])
 
 
 def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:

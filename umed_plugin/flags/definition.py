@@ -164,6 +164,7 @@ class UmedFlags:
         "Attention of the language model: eager, sdpa or flash (flash-attn 2). auto: what the script requests if it can run "
         "here, else what transformers chooses. With each of them a question's answers share its prompt (--umed_packed).",
         choices=("auto", "eager", "sdpa", "flash"),
+        on_resume=SAID,
     )
     umed_image_cache: Optional[str] = _flag(
         None,
@@ -466,6 +467,7 @@ class UmedFlags:
         "computes them again, part by part.",
         stage=REWARDING,
         least=0,
+        on_resume=SAID,
     )
     umed_max_new_tokens: int = _flag(128, "Maximum length of a sampled answer, in tokens.", stage=REWARDING, least=1)
     umed_temperature: float = _flag(
