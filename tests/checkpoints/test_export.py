@@ -17,7 +17,8 @@ from umed_plugin.checkpoints.loading import TOWER
 from umed_plugin.checkpoints.merging import export, merge
 from umed_plugin.errors import UsageError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
+from umed_plugin.evaluation.evaluation_run import EvaluationSettings
+from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.patches import tower_layout
 
 

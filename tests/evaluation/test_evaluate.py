@@ -17,7 +17,8 @@ from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values, headline, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate, evaluate_questions
+from umed_plugin.evaluation.evaluation_run import EvaluationSettings
+from umed_plugin.evaluation.evaluator import evaluate, evaluate_questions
 from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import Evaluation, Prediction, compare
 from umed_plugin.evaluation.stages_table import stages_table

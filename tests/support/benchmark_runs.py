@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
-from umed_plugin.evaluation.evaluator import predicted
+from umed_plugin.evaluation.evaluation_run import predicted
 from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer

@@ -14,7 +14,8 @@ from support.taught import learn_by_heart, study_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
+from umed_plugin.evaluation.evaluation_run import EvaluationSettings
+from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts

@@ -231,7 +231,8 @@ class DemoRun:
     def evaluate(self, stage: str, checkpoint: Path, records: Sequence[dict[str, Any]]) -> Any:
         """Evaluate a checkpoint on the held-out studies; the answers are saved under ``evaluation/STAGE``."""
         from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
-        from umed_plugin.evaluation.evaluator import EvaluationSettings, evaluate_questions
+        from umed_plugin.evaluation.evaluation_run import EvaluationSettings
+        from umed_plugin.evaluation.evaluator import evaluate_questions
 
         self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}", "question")
         held_out = [record for record in records if record["split"] == "test"]
