@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.annotations.consensus import one_reading
 from umed_plugin.data.annotations.effects import tell_unused_image_options, tell_unused_rules
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
@@ -42,6 +43,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     faults = annotations.faults
     reader = READERS.get(recipe.annotations.reader)
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
+    annotated = one_reading(annotated, recipe.annotations.readers, faults)
     annotated = without_repeated_images(annotated, recipe, faults)
     met = Counter(name for item in annotated for name in item.classes)
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -27,6 +27,8 @@ class Annotated:
         window: low and high that the annotations state, or None.
         left_out: why the recipe leaves the image out; empty if it does not.
         copy_of: the picture of which the image is an augmented copy, or empty.
+        reader: who read the image, such as a radiologist, or empty. An image read by several has one item for each of them, also
+            for one who found nothing; `consensus.one_reading` makes one of them.
         dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
@@ -44,6 +46,7 @@ class Annotated:
     window: Optional[tuple[float, float]] = None
     left_out: str = ""
     copy_of: str = ""
+    reader: str = ""
     dropped_boxes: int = field(default=0, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
@@ -121,6 +124,21 @@ def drop_box(item: Annotated, reason: str, faults: Faults) -> None:
     """Count a box that is not used. An image of which no box is left is left out: it must not become a negative."""
     item.dropped_boxes += 1
     faults.left_out["boxes", reason] += 1
+
+
+def by_reader(item: Annotated, readers: Sequence[str]) -> list[Annotated]:
+    """One item for each reader of an item's boxes.
+
+    Args:
+        readers: who marked each box; empty texts if nobody is named.
+    """
+    parts = []
+    for number, reader in enumerate(sorted(set(readers))):
+        mine = [index for index, name in enumerate(readers) if name == reader]
+        boxes, classes = [item.boxes[index] for index in mine], [item.classes[index] for index in mine]
+        dropped = item.dropped_boxes if number == 0 else 0
+        parts.append(replace(item, boxes=boxes, classes=classes, reader=reader, dropped_boxes=dropped))
+    return parts or [item]
 
 
 # How coordinates are given: in pixels, in fractions of the image (0-1), or in percent of it (0-100).

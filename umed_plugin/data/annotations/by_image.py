@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, by_reader, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -45,6 +45,11 @@ annotations:
         None, description="Fields of the entry that hold the image's width and height, in pixels."
     )
     patient: Optional[str] = Field(None, description="Field of the entry that names the patient.")
+    reader_field: Optional[str] = Field(
+        None,
+        description="Field of a box, or else of its entry, that names who read the image. See ``annotations.readers``. With a "
+        "field of the entry, a reader who found nothing is an entry with an empty list.",
+    )
     convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
         "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
     )
@@ -70,6 +75,8 @@ annotations:
     def _one_class_source(self) -> JsonOptions:
         if (self.lesion is None) == (self.only_class is None):
             raise ValueError("give either lesion or only_class")
+        if self.readers is not None and self.reader_field is None:
+            raise ValueError("readers needs reader_field, the field that names who read the image")
         return self
 
 
@@ -86,8 +93,25 @@ def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotate
             item = _item(key, entry, f"{path} entry {key}", folders, options, faults)
             if item is not None:
                 item.split = split
-                items.append(item)
+                items += _by_reader(item, entry, options, faults)
     return items
+
+
+def _by_reader(item: Annotated, entry: Any, options: JsonOptions, faults: Faults) -> list[Annotated]:
+    """One item for each reader whom ``reader_field`` names."""
+    if options.reader_field is None:
+        return [item]
+    of_entry = entry.get(options.reader_field)
+    if not item.boxes:
+        item.reader = "" if of_entry is None else str(of_entry)
+        return [item]
+    names = [
+        written.get(options.reader_field, of_entry) for written in entry[options.boxes] if isinstance(written, dict)
+    ]
+    if any(not isinstance(name, (str, int)) for name in names) or len(names) != len(item.boxes):
+        faults.add(item.where, f"has a box without {options.reader_field!r} (annotations.reader_field)")
+        return [item]
+    return by_reader(item, [str(name) for name in names])
 
 
 def _entries(path: Path, faults: Faults) -> list[tuple[str, Any]]:

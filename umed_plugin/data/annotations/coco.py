@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, drop_box, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, Unit, by_reader, drop_box, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json
@@ -45,6 +45,17 @@ annotations:
         description="Annotations with ``iscrowd`` or ``ignore``, which mark a region of many objects. ``drop``: leave the box "
         "out, and the image if no other box is left. ``keep``: each is a lesion (CVAT marks every mask so).",
     )
+    reader_field: Optional[str] = Field(
+        None,
+        description="Field of an annotation that names who marked it. See ``annotations.readers``. Who found nothing in an image "
+        "is not named in COCO, and does not count as a reader of it.",
+    )
+
+    @model_validator(mode="after")
+    def _readers_are_named(self) -> CocoOptions:
+        if self.readers is not None and self.reader_field is None:
+            raise ValueError("readers needs reader_field, the field that names who marked a box")
+        return self
 
 
 @register_reader("coco", CocoOptions)
@@ -104,6 +115,7 @@ class _CocoFile:
     def items(self, content: Any) -> list[Annotated]:
         names = self._categories(content["categories"])
         by_id = self._images(content["images"])
+        readers: dict[Any, list[str]] = {key: [] for key in by_id}
         disagreeing: list[str] = []
         with_outline = 0
         for annotation in content["annotations"]:
@@ -119,12 +131,23 @@ class _CocoFile:
             elif box is not None:
                 item.boxes.append(in_unit(box, self.options.normalised))
                 item.classes.append(names[annotation["category_id"]])
+                readers[annotation["image_id"]].append(self._reader(annotation, where))
                 outline = _outline(annotation.get("segmentation"))
                 with_outline += outline is not None
                 if outline is not None and iou_matrix([box], [outline])[0, 0] < _LEAST_AGREEMENT:
                     disagreeing.append(where)
         self._tell_disagreeing(disagreeing, with_outline)
-        return list(by_id.values())
+        return [part for key, item in by_id.items() for part in by_reader(item, readers[key])]
+
+    def _reader(self, annotation: Any, where: str) -> str:
+        if self.options.reader_field is None:
+            return ""
+        name = annotation.get(self.options.reader_field)
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            self.faults.add(
+                where, f"{self.options.reader_field} is {name!r} (annotations.reader_field); needed: a name"
+            )
+        return str(name)
 
     def _categories(self, entries: list[Any]) -> dict[Any, str]:
         names: dict[Any, str] = {}

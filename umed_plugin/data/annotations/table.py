@@ -30,6 +30,10 @@ class CsvColumns(StrictModel):
     lesion: Optional[Column] = Field(None, description="Class. Leave it out if ``only_class`` is given.")
     patient: Optional[Column] = Field(None, description="Patient.")
     split: Optional[Column] = Field(None, description="Split, for ``split.by: column``.")
+    reader: Optional[Column] = Field(
+        None,
+        description="Who read the image, where several people did (VinDr-CXR: ``rad_id``). See ``annotations.readers``.",
+    )
     modality: Optional[Column] = Field(None, description="Modality, such as CT.")
     slice: Optional[Column] = Field(
         None, description="Index from 0 of a slice in its volume. The column may be absent from the file."
@@ -73,6 +77,11 @@ annotations:
     only_rows: dict[str, list[str]] = Field(
         {}, description="Column header and the values to keep. Other rows are left out."
     )
+    no_finding: list[str] = Field(
+        [],
+        description="Values of the class column that say that the image has no lesion, such as ``No finding``. Their rows have "
+        "no box.",
+    )
     leave_out_images: dict[str, list[str]] = Field(
         {},
         description="Column header and values. An image (or slice) with such a row is left out whole: without that row it would "
@@ -103,7 +112,16 @@ annotations:
     def _one_class_source(self) -> CsvOptions:
         if (self.columns.lesion is None) == (self.only_class is None):
             raise ValueError("give either columns.lesion or only_class")
+        if self.no_finding and self.columns.lesion is None:
+            raise ValueError("no_finding has no effect without columns.lesion")
+        if self.readers is not None and self.columns.reader is None:
+            raise ValueError("readers needs columns.reader, the column that names who read the image")
         return self
+
+    @property
+    def names_split(self) -> bool:
+        """True if a column names the split."""
+        return self.columns.split is not None
 
 
 @register_reader("csv", CsvOptions)
@@ -129,6 +147,7 @@ def _rules(options: CsvOptions) -> Applied:
     """The rules of the recipe that name values of the file."""
     rules = {f"annotations.only_rows.{title}": values for title, values in options.only_rows.items()}
     rules |= {f"annotations.leave_out_images.{title}": values for title, values in options.leave_out_images.items()}
+    rules["annotations.no_finding"] = options.no_finding
     return Applied({**rules, "annotations.split_values": list(options.split_values)})
 
 
@@ -189,14 +208,14 @@ class _Table:
         self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
-        merged: dict[tuple[Path, Optional[int]], Annotated] = {}
+        merged: dict[tuple[Path, Optional[int], str], Annotated] = {}
         for number, row in enumerate(rows, start=2):
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
             item = self._item(row, f"{self.path}:{number}") if self._is_whole(row, number) else None
             if item is None:
                 continue
-            first = merged.setdefault((item.image, item.slice), item)
+            first = merged.setdefault((item.image, item.slice, item.reader), item)
             if first is not item:
                 self._check_agree(first, item)
                 first.window = first.window or item.window
@@ -276,6 +295,16 @@ class _Table:
         box = self._box(row, where)
         if box is None:
             return None
+        self.applied.meet("annotations.no_finding", lesion)
+        if lesion in self.options.no_finding:
+            if box:
+                self.faults.add(where, f"says {lesion!r} (annotations.no_finding), but has a box. Empty the box")
+                return None
+            lesion = ""
+        reader = self._cell(row, columns.reader)
+        if columns.reader is not None and not reader:
+            self.faults.add(where, f"column {columns.reader!r} is empty; needed: who read the image")
+            return None
         if box and not lesion:
             self.faults.add(where, f"has a box, but column {columns.lesion!r} is empty")
             return None
@@ -296,6 +325,7 @@ class _Table:
             slice=self._slice(row, where),
             window=self._window(row, where),
             left_out=self._left_out(row),
+            reader=reader,
         )
 
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:

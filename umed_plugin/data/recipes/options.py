@@ -240,6 +240,41 @@ def checked_template(text: str, allowed: Optional[Sequence[str]] = None) -> str:
     return text
 
 
+class ReadersRule(StrictModel):
+    """Whose boxes count where several people (readers) read an image. Give ``use`` or ``consensus``."""
+
+    use: Optional[str] = Field(
+        None, description="Name of the one reader whose boxes are used, as the annotations write it."
+    )
+    consensus: Optional[Literal["wbf"]] = Field(
+        None,
+        description="``wbf``: boxes of one class that overlap by more than ``iou`` are fused by weighted box fusion (Solovyev et "
+        "al. 2021). Each reader has the weight 1, shared by the reader's boxes of the same lesion. The fused box is the weighted "
+        "mean of the coordinates.",
+    )
+    iou: float = Field(0.5, gt=0, lt=1, description="Boxes are of one lesion if their IoU is above this.")
+    at_least: int = Field(
+        2,
+        ge=1,
+        description="Number of readers who must mark a lesion. An image without such a lesion is negative if at least this many "
+        "readers found nothing, and else it is left out. So is an image that fewer readers read.",
+    )
+
+    @field_validator("use", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> ReadersRule:
+        if (self.use is None) == (self.consensus is None):
+            raise ValueError("give either use (the name of a reader) or consensus (wbf)")
+        given = [key for key in ("iou", "at_least") if key in self.model_fields_set]
+        if self.use is not None and given:
+            raise ValueError(f"{' and '.join(given)} would have no effect together with use")
+        return self
+
+
 class NegativeList(StrictModel):
     """A CSV that lists images without a lesion, for annotations that cover only images with one."""
 

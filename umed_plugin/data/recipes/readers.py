@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from umed_plugin.data.recipes.options import InWords, Split, checked_template
+from umed_plugin.data.recipes.options import InWords, ReadersRule, Split, checked_template
 from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.registry import Registry
 
@@ -42,6 +42,8 @@ class ReaderOptions(StrictModel):
     ``annotations`` block. The recipe reference is generated from them.
     """
 
+    # True if boxes are computed from arrays as they are stored, so that `image.box_frame` and `box_axes` cannot be others.
+    stored_frame_: ClassVar[bool] = False
     yaml_example_: ClassVar[str] = ""  # with an underscore at its end, so that a reader may take a key ``example``
 
     reader: str = Field(description="Format of the annotations: name of a reader, or ``my_module:my_reader``.")
@@ -55,6 +57,17 @@ class ReaderOptions(StrictModel):
         "split. ``*`` stands for any part of a name, ``{split}`` for the split. Default: the folder of the annotation file "
         "(coco, csv, json) or the data root (the others).",
     )
+
+    readers: Optional[ReadersRule] = Field(
+        None,
+        description="Whose boxes count where several people read an image and the annotations name them (csv ``columns.reader``, "
+        "coco and json ``reader_field``, label_studio, padchest_gr).",
+    )
+
+    @property
+    def names_split(self) -> bool:
+        """True if the annotations themselves say the split of each image, for ``split.by: column``."""
+        return False
 
     @field_validator("image_root")
     @classmethod

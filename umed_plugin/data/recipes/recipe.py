@@ -324,8 +324,18 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
         faults.add(
             "negatives.listed.split", "missing. split.by is 'column', so the list must name the column of its split"
         )
+    if options.stored_frame_ and (recipe.image.box_frame, recipe.image.box_axes) != ("stored", "xy"):
+        faults.add(
+            "image.box_frame", f"and box_axes must be left out: the reader {options.reader} computes boxes as stored"
+        )
+    slice_axis = getattr(options, "slice_axis", recipe.image.slice_axis)
+    if slice_axis != recipe.image.slice_axis:
+        faults.add(
+            "annotations.slice_axis",
+            f"is {slice_axis}, and image.slice_axis is {recipe.image.slice_axis}; give both the same",
+        )
     columns = getattr(options, "columns", None)
-    if recipe.split.by == "column" and (columns is None or columns.split is None):
+    if recipe.split.by == "column" and not options.names_split:
         faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")
     if recipe.image.window == "column" and (columns is None or columns.window is None):
         faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")

@@ -40,6 +40,7 @@ _SECTIONS: dict[type[StrictModel], str] = {
     options.ImageOptions: "`image`",
     options.WindowRange: "`image.window` as a range",
     options.SplitRule: "`split`",
+    options.ReadersRule: "`annotations.readers`",
     options.NegativeRule: "`negatives`",
     options.NegativeList: "`negatives.listed`",
 }
