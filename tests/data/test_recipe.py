@@ -109,7 +109,13 @@ split: {by: patients, fractions: {train: .5}}
             "",
             "annotations.reader: unknown reader 'cocoo'. Did you mean 'coco'?",
         ),
-        ("{files: a}", "{by: patient}", "", "annotations.reader: missing. Allowed: coco, csv, json, mask, voc, yolo"),
+        (
+            "{files: a}",
+            "{by: patient}",
+            "",
+            "annotations.reader: missing. Allowed: coco, csv, cvat, dicom_seg, json, label_studio, labelme, mask, "
+            "nifti_labels, padchest_gr, voc, yolo",
+        ),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),
         (
             "{reader: json, files: a, boxes: b, box: c, only_class: nod}",

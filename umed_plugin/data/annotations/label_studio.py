@@ -1,0 +1,331 @@
+"""Label Studio's exports JSON and JSON-MIN: regions in percent of the image, one annotation for each annotator of a task."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from pydantic import Field
+
+from umed_plugin.data.annotations.base import Annotated, drop_box
+from umed_plugin.data.annotations.brush import decode_brush
+from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
+from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.texts import read_json
+from umed_plugin.faults import Faults
+from umed_plugin.grounding.boxes import Box
+
+# What Label Studio puts before the name of an uploaded file.
+_UPLOADED = re.compile(r"^[0-9a-f]{8}-")
+# Fields of a JSON-MIN entry that are no control tags of the labelling interface.
+_OF_ENTRY = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")
+
+
+class LabelStudioOptions(ReaderOptions):
+    """Label Studio's JSON or JSON-MIN. Rectangles, polygons, ellipses and brush regions become boxes. Predictions, drafts and
+    cancelled annotations are not read; a submitted annotation without a region marks a negative image.
+    """
+
+    yaml_example_ = """
+annotations:
+  reader: label_studio
+  files: project-1.json
+  image_root: images
+"""
+
+    image: str = Field(
+        "image",
+        description="Field of a task's data that names the image. Of a URL or an upload the path counts, and then the file's "
+        "name without the eight letters that Label Studio puts before it.",
+    )
+    rename: Optional[tuple[str, str]] = Field(
+        None,
+        description="Regular expression and replacement that turn the image's field into a path, which is tried first.",
+    )
+    patient: Optional[str] = Field(None, description="Field of a task's data that names the patient.")
+    no_finding: list[str] = Field(
+        [],
+        description="Choices that say that the image has no lesion. An annotation that has other choices or texts, and no "
+        "region, leaves its image out.",
+    )
+    brush: Literal["region", "parts"] = Field(
+        "region", description="``region``: a brush region is one lesion. ``parts``: each of its connected parts is one."
+    )
+
+
+@dataclass
+class _Task:
+    """One annotation of a task: by whom, and the values of each of its regions, with what stands beside them."""
+
+    where: str
+    data: dict[str, Any]
+    annotator: str
+    results: list[list[dict[str, Any]]]
+
+
+@register_reader("label_studio", LabelStudioOptions)
+def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """Read one export per split; each annotator of a task is a reader of its image."""
+    items: list[Annotated] = []
+    for split, name in options.files.items():
+        path = annotation_file(root, name, faults)
+        before = len(faults.messages)
+        content = faults.read(read_json, path) if path is not None else None
+        if path is None or len(faults.messages) > before:
+            continue
+        if not isinstance(content, list):
+            faults.add(
+                path, f"holds a {type(content).__name__}; needed: a list of tasks, as the exports JSON and JSON-MIN are"
+            )
+            continue
+        export = _Export(options, path, ImageFolders(options, root, split, path.parent, faults), faults)
+        for number, entry in enumerate(content):
+            for task in export.annotations(entry, f"{path} task {_id_of(entry, number)}"):
+                item = export.item(task)
+                if item is not None:
+                    item.split = split
+                    items.append(item)
+        export.tell()
+    return items
+
+
+def _id_of(entry: Any, number: int) -> Any:
+    found = entry.get("id") if isinstance(entry, dict) else None
+    return found if isinstance(found, (int, str)) else f"[{number}]"
+
+
+class _Export:
+    """One file, read task by task."""
+
+    def __init__(self, options: LabelStudioOptions, path: Path, folders: ImageFolders, faults: Faults) -> None:
+        self.options, self.path, self.folders, self.faults = options, path, folders, faults
+        self.names = Renamed(options.rename)
+        self.written: dict[Path, str] = {}
+        self.parted: list[str] = []
+
+    def tell(self) -> None:
+        """Remark on what may be read otherwise than it was meant."""
+        self.names.tell(self.path, self.faults)
+        if self.parted:
+            self.faults.remark(
+                self.parted[0],
+                f"{len(self.parted)} brush regions have several parts, and are read as one lesion each; annotations.brush: parts",
+            )
+
+    def annotations(self, entry: Any, where: str) -> Iterator[_Task]:
+        """The submitted annotations of a task, in either form; what is passed over is counted."""
+        if not isinstance(entry, dict):
+            self.faults.add(
+                where, f"is a {type(entry).__name__}; needed: an object, as in the exports JSON and JSON-MIN"
+            )
+            return
+        listed = entry.get("annotations", entry.get("completions"))
+        if listed is None and "data" not in entry:
+            yield from self._of_min(entry, where)
+            return
+        data = entry.get("data")
+        listed = [] if listed is None else listed
+        if (
+            not isinstance(data, dict)
+            or not isinstance(listed, list)
+            or not all(isinstance(one, dict) for one in listed)
+        ):
+            self.faults.add(
+                where, "needs an object 'data' and a list of objects 'annotations'. Is it Label Studio's JSON?"
+            )
+            return
+        for key, why in (("predictions", "of a model, no annotations"), ("drafts", "not submitted")):
+            if isinstance(entry.get(key), list) and entry[key]:
+                self.faults.left_out[key, why] += len(entry[key])
+        submitted = [one for one in listed if not one.get("was_cancelled")]
+        if len(submitted) < len(listed):
+            self.faults.left_out["annotations", "was_cancelled"] += len(listed) - len(submitted)
+        if not submitted:
+            self.faults.left_out["tasks", "without a submitted annotation"] += 1
+        for number, one in enumerate(submitted):
+            results = one.get("result")
+            here = f"{where} annotation {one.get('id', number)}"
+            if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+                self.faults.add(here, "has no list of objects 'result'")
+            else:
+                yield _Task(here, data, _annotator(one.get("completed_by")), _grouped(results))
+
+    def _of_min(self, entry: dict[str, Any], where: str) -> Iterator[_Task]:
+        if "annotation_id" not in entry:
+            self.faults.left_out["tasks", "without a submitted annotation"] += 1
+            return
+        results: list[list[dict[str, Any]]] = []
+        for key, value in entry.items():
+            if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
+                continue
+            if isinstance(value, list) and any(_kind(region) for region in value if isinstance(region, dict)):
+                results += [[{"value": region, **region}] for region in value if isinstance(region, dict)]
+            elif isinstance(value, dict) and "choices" in value:
+                results.append([{"value": value}])
+            elif isinstance(value, str) and value in self.options.no_finding:
+                results.append([{"value": {"choices": [value]}}])
+        yield _Task(where, entry, _annotator(entry.get("annotator")), results)
+
+    def item(self, task: _Task) -> Optional[Annotated]:
+        """The image as one annotator read it; None after a fault."""
+        image = self._image(task)
+        if image is None:
+            return None
+        item = Annotated(image, [], [], task.where, normalised=True, reader=task.annotator)
+        item.patient = str(task.data.get(self.options.patient) or "") if self.options.patient is not None else ""
+        others: Counter[str] = Counter()
+        for group in task.results:
+            self._add(item, group, others)
+        said = [name for name in others if name not in self.options.no_finding]
+        if said and not item.boxes:
+            item.left_out = "has choices or texts, but no region; annotations.no_finding"
+        return item
+
+    def _image(self, task: _Task) -> Optional[Path]:
+        written = task.data.get(self.options.image)
+        if not isinstance(written, str) or not written.strip() or written.startswith("data:"):
+            shown = "an image inside the JSON" if str(written).startswith("data:") else repr(written)
+            self.faults.add(
+                task.where,
+                f"{self.options.image!r} (annotations.image) is {shown}; needed: the image's file. The data holds "
+                f"{', '.join(map(str, task.data))}"[:800],
+            )
+            return None
+        renamed = self.names.of(written) if self.options.rename is not None else []
+        image = self.folders.find([*renamed[:1], *image_names(written)])
+        if self.written.setdefault(image, written) != written:
+            self.faults.add(
+                task.where,
+                f"{written!r} and {self.written[image]!r} both lead to {image}. Tell them apart with annotations.rename",
+            )
+            return None
+        return image
+
+    def _add(self, item: Annotated, group: list[dict[str, Any]], others: Counter[str]) -> None:
+        """Add the boxes of one region, or count what an annotation says without one."""
+        values = [result["value"] for result in group if isinstance(result.get("value"), dict)]
+        kinds = [_kind(value) for value in values]
+        if not any(kinds):
+            others.update(_said(values))
+            return
+        index = next(index for index, kind in enumerate(kinds) if kind)
+        kind, value = kinds[index], values[index]
+        labels = list(dict.fromkeys(label for one in values for label in _labels(one)))
+        where = f"{item.where} region {group[0].get('id', len(item.boxes))}"
+        if kind in ("keypoint", "vector"):
+            drop_box(item, f"{kind}, which has no area", self.faults)
+            return
+        size = numbers([one.get(key) for one in (group[index],) for key in ("original_width", "original_height")])
+        if not labels:
+            self.faults.add(where, "has no label")
+        elif size is None or min(size) < 1:
+            self.faults.add(where, "has no original_width and original_height. Export it with a newer Label Studio")
+        elif group[index].get("image_rotation") or value.get("image_rotation"):
+            self.faults.add(
+                where, "was drawn on a turned image (image_rotation). Turn the image itself, and draw it there"
+            )
+        elif item.size not in (None, (int(size[0]), int(size[1]))):
+            self.faults.add(where, f"was drawn on {size[0]:.0f}x{size[1]:.0f}, and another region on {item.size}")
+        else:
+            item.size = (int(size[0]), int(size[1]))
+            self._add_boxes(item, where, kind, value, labels)
+
+    def _add_boxes(self, item: Annotated, where: str, kind: str, value: dict[str, Any], labels: list[str]) -> None:
+        width, height = item.size or (1, 1)
+        try:
+            boxes = self._boxes(where, kind, value, (width, height))
+        except ValueError as error:
+            self.faults.add(where, f"{kind}: {error}")
+            return
+        for x1, y1, x2, y2 in boxes:
+            for label in labels:
+                item.boxes.append((x1 / width, y1 / height, x2 / width, y2 / height))
+                item.classes.append(label)
+
+    def _boxes(self, where: str, kind: str, value: dict[str, Any], size: tuple[int, int]) -> list[Box]:
+        """The boxes of a region in pixels of the image that it was drawn on."""
+        width, height = size
+        if kind == "brush":
+            layer = decode_brush(value["rle"], width, height)
+            parts = [box for box, _ in regions(layer)]
+            if not parts:
+                raise ValueError("paints no pixel")
+            if self.options.brush == "parts":
+                return parts
+            if len(parts) > 1:
+                self.parted.append(where)
+            return [extent([point for x1, y1, x2, y2 in parts for point in ((x1, y1), (x2, y2))])]
+        if kind == "polygon":
+            points = points_of(value["points"])
+            if points is None or len(points) < 3:
+                raise ValueError("needs three or more points [x, y] in percent")
+            return [extent([(x * width / 100, y * height / 100) for x, y in points])]
+        sides = ("radiusX", "radiusY") if kind == "ellipse" else ("width", "height")
+        found = numbers([value.get(key) for key in ("x", "y", *sides)] + [value.get("rotation") or 0])
+        if found is None:
+            raise ValueError(f"needs numbers x, y, {', '.join(sides)} in percent")
+        x, y, a, b = (part * side / 100 for part, side in zip(found, (width, height, width, height)))
+        if kind == "ellipse":
+            return [ellipse((x, y), (a, b), found[4])]
+        return [turned_rectangle((x, y, x + a, y + b), found[4], (x, y))]
+
+
+def _kind(value: dict[str, Any]) -> str:
+    """Kind of a region by its fields; empty for a choice, a text or a relation."""
+    for key, kind in (("rle", "brush"), ("points", "polygon"), ("vertices", "vector"), ("radiusX", "ellipse")):
+        if key in value:
+            return kind
+    if "x" not in value:
+        return ""
+    return "rectangle" if "height" in value else "keypoint"
+
+
+def _labels(value: dict[str, Any]) -> list[str]:
+    found = [value[key] for key in value if key.endswith("labels")]
+    return [str(label) for labels in found for label in (labels if isinstance(labels, list) else [labels])]
+
+
+def _said(values: list[dict[str, Any]]) -> list[str]:
+    """What choices and texts without a region say."""
+    found = [part for value in values for part in value.values()]
+    return [str(one)[:80] for part in found for one in (part if isinstance(part, list) else [part])]
+
+
+def _grouped(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results of one region have the same id: its shape, its label, and texts about it."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for number, result in enumerate(results):
+        key = result.get("id")
+        groups.setdefault(key if isinstance(key, (str, int)) else ("", number), []).append(result)
+    return list(groups.values())
+
+
+def _annotator(written: Any) -> str:
+    """An annotator's name: the number of the account, or its e-mail."""
+    if isinstance(written, dict):
+        written = written.get("email") or written.get("id")
+    return "" if written is None else str(written)
+
+
+def image_names(written: str) -> list[str]:
+    """Names under which the image of a task is looked for, the longest first.
+
+    Example:
+        >>> from umed_plugin.data.annotations.label_studio import image_names
+        >>> image_names("/data/upload/3/0a1b2c3d-ct%201.png")
+        ['data/upload/3/0a1b2c3d-ct 1.png', '0a1b2c3d-ct 1.png', 'ct 1.png']
+        >>> image_names("/data/local-files/?d=set/a.png")
+        ['set/a.png', 'a.png']
+    """
+    parts = urlsplit(written.replace("\\", "/"))
+    path = unquote(parts.path)
+    if parts.path.rstrip("/").endswith("local-files"):
+        path = parse_qs(parts.query).get("d", [path])[0]
+    last = path.rsplit("/", 1)[-1]
+    return list(dict.fromkeys([path.lstrip("/") or written, last or written, _UPLOADED.sub("", last) or written]))
