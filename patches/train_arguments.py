@@ -19,6 +19,7 @@ from typing import Any
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.locks import lock_for_the_process
 from umed_plugin.patches import attention_implementation, conversation_templates, lora_resume, model_class
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
@@ -92,6 +93,9 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     if run.active:
         # LLaVA creates the adapter before its trainer sets the seed, so no two LoRA runs would start from the same weights.
         set_seed(training_args.seed)
+        if training_args.process_index == 0:
+            busy = "another training is writing it"
+            lock_for_the_process(training_args.output_dir, busy=busy, flag="--output_dir")
     return run
 
 

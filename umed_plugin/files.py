@@ -3,14 +3,13 @@
 Everything goes through the same three steps: write beside the target, flush to the disk (``fsync``), rename over the target. A
 process that is killed leaves the old file, or none, and a file that ends with ``.partial``; a later write of the same target
 removes it. Several processes may write the same file: each has a partial file of its own, and the last rename wins. A folder is
-written by one process at a time: `locked`.
+written by one process at a time: `umed_plugin.locks`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
@@ -23,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
+from umed_plugin.locks import locked
 
 PARTIAL = ".partial"
 _STALE_SECONDS = 3600  # no file takes so long to write: its writer was killed
-# What file systems answer that have no locks.
-_CANNOT_LOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 # What file systems answer that cannot flush, or folders that may be written and not read. The file itself is whole.
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}
 
@@ -87,58 +85,6 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
         write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
     except UnicodeEncodeError:  # a file name that is not UTF-8: only JSON's escapes can hold it
         write_text(path, json.dumps(value, indent=indent) + "\n")
-
-
-@contextmanager
-def locked(path: str | Path) -> Iterator[None]:
-    """Hold a file or folder for this process; a second process that writes it is refused. The lock ends with its process.
-
-    Args:
-        path: what is written; the lock is a file beside it, which is removed at the end.
-
-    Raises:
-        UmedError: another process holds it, or the folder around it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> with locked(Path(tempfile.mkdtemp()) / "model"):
-        ...     pass
-    """
-    target = Path(os.path.realpath(path))
-    file = target.with_name(f".{target.name}.lock")
-    descriptor = _lock(file, target)
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _lock(file: Path, target: Path) -> int:
-    """Open and lock ``file``; return its descriptor, which holds the lock."""
-    while True:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UmedError(f"{target}: cannot be written ({error.strerror}). Choose another --out.") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UmedError(
-                f"{target}: another process is writing it. Wait for that one, stop it, or choose another --out."
-            ) from None
-        except OSError as error:
-            # A file system without locks: the process goes on as if it were alone.
-            if error.errno not in _CANNOT_LOCK:
-                raise
-            return descriptor
-        # Its last holder may have removed the file meanwhile: then another process can lock a new one of that name.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                return descriptor
-        os.close(descriptor)
 
 
 @contextmanager

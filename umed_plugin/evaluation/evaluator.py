@@ -14,7 +14,8 @@ Several processes may share one evaluation, by a folder that all of them see (`e
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from umed_plugin.evaluation.benchmarks.llava_med import file_benchmark, is_quest
 from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.evaluation_run import EvaluationRun, EvaluationSettings
 from umed_plugin.evaluation.questions import chosen_questions
-from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.evaluation.results import PREDICTIONS, Evaluation
+from umed_plugin.locks import locked
 
 
 def evaluate(
@@ -138,7 +140,8 @@ def _evaluate(
     chosen = EvaluationSettings(**settings)
     root = None if data_root is None else Path(data_root)
     asked = _benchmark_of(str(benchmark), checkpoint, root, chosen)
-    with tempfile.TemporaryDirectory(prefix="umed-evaluate-") as temporary:
+    shard = None if shared is None else shared[0]
+    with _writing(out, shard), tempfile.TemporaryDirectory(prefix="umed-evaluate-") as temporary:
         questions, skipped = chosen_questions(
             asked,
             root if asked.name in BENCHMARKS else None,
@@ -148,7 +151,7 @@ def _evaluate(
             skip=chosen.on_bad_image == "skip",
         )
         candidates = asked.candidates(root) if asked.candidates and root else ()
-        run = EvaluationRun(checkpoint, asked, questions, chosen, out, None if shared is None else shared[0])
+        run = EvaluationRun(checkpoint, asked, questions, chosen, out, shard)
         answers = run.ask(progress, wait=shared is None or shared[1])
         return None if answers is None else run.evaluation(answers, skipped, candidates)
 
@@ -225,7 +228,21 @@ def evaluate_questions(
     Raises:
         UmedError: there are no questions, an image cannot be read, or ``out`` holds answers given under other settings.
     """
-    run = EvaluationRun(checkpoint, benchmark, questions, settings or EvaluationSettings(), out)
-    answers = run.ask(progress)
-    assert answers is not None, "only a shard can end before the evaluation does"
-    return run.evaluation(answers, skipped, candidates)
+    with _writing(out):
+        run = EvaluationRun(checkpoint, benchmark, questions, settings or EvaluationSettings(), out)
+        answers = run.ask(progress)
+        assert answers is not None, "only a shard can end before the evaluation does"
+        return run.evaluation(answers, skipped, candidates)
+
+
+@contextmanager
+def _writing(out: Path | str | None, shard: Shard | None = None) -> Iterator[None]:
+    """Hold ``out`` for one evaluation; its shards run side by side, each once."""
+    with ExitStack() as held:
+        if out is not None:
+            busy = "another evaluation is writing it"
+            held.enter_context(locked(out, inside=True, shared=shard is not None, busy=busy))
+        if out is not None and shard is not None:
+            share, busy = f"{Path(PREDICTIONS).stem}.{shard.file_part}", f"another process answers shard {shard}"
+            held.enter_context(locked(Path(out) / share, busy=busy, flag="--shard"))
+        yield

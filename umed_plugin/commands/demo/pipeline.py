@@ -26,6 +26,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.commands.processes import importable, run_logged
 from umed_plugin.errors import UmedError
+from umed_plugin.locks import INSIDE, locked
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import Steps
 
@@ -71,14 +72,17 @@ def run_demo(
         UmedError: the folder is not empty, or a training run failed (the message names its log).
     """
     out = Path(out).resolve()
-    if out.exists() and any(out.iterdir()):
-        raise UmedError(f"{out}: is not empty and is left as it is. Choose another --out, or remove the folder first.")
-    import torch
+    with locked(out, inside=True, busy="another `umed demo` is running in this folder"):
+        if any(entry.name != INSIDE for entry in out.iterdir()):
+            raise UmedError(
+                f"{out}: is not empty and is left as it is. Choose another --out, or remove the folder first."
+            )
+        import torch
 
-    settings = settings or DemoSettings()
-    torch.set_num_threads(settings.processes)
-    with Steps(console or make_console()) as steps:
-        return DemoRun(out, seed, settings, steps).run()
+        settings = settings or DemoSettings()
+        torch.set_num_threads(settings.processes)
+        with Steps(console or make_console()) as steps:
+            return DemoRun(out, seed, settings, steps).run()
 
 
 class DemoRun:

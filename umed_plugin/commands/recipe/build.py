@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UsageError, note
+from umed_plugin.locks import locked
 from umed_plugin.terminal.progress import add_quiet_flag
 
 if TYPE_CHECKING:
+    from umed_plugin.commands.recipe.writer_settings import WriterSettings
     from umed_plugin.data.records import Record
     from umed_plugin.data.writing.decisions import Decision
 
@@ -62,12 +64,17 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build the records; exit status 1 if images are still without a diagnosis."""
-    from umed_plugin.commands.recipe.write import screened, tell_forecast, write_diagnoses
-    from umed_plugin.data.records import save_records
-
     # Everything that may be wrong with the command line is reported before the first image is read.
     writer = read_writer_flags(args)
     decisions = _decisions(args)
+    with locked(args.out):
+        return _write(args, writer, decisions)
+
+
+def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: list[Decision]) -> int:
+    from umed_plugin.commands.recipe.write import screened, tell_forecast, write_diagnoses
+    from umed_plugin.data.records import save_records
+
     records, complete = _build(args), True
     set_aside: list[Record] = []
     if writer is not None:

@@ -20,6 +20,7 @@ from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.evaluation.benchmarks.recipe import cases_of
+from umed_plugin.locks import locked
 
 FILE = "report.html"
 STUDIES = 500
@@ -40,7 +41,8 @@ def write_report(
     """
     run = read_run(run_dir)
     file = run.folder / FILE
-    files.write_text(file, render(run, most_studies, progress))
+    with locked(file, busy="another report of this run is being written", flag="RUN_DIR"):
+        files.write_text(file, render(run, most_studies, progress))
     return file
 
 

@@ -6,7 +6,6 @@ How to run: ``umed upgrade CKPT --recipe R --out DIR``. The same command continu
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +25,11 @@ from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 from umed_plugin.flags.definition import STAGES
+from umed_plugin.locks import INSIDE, locked
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
 
-REPORT, LOCK = "report.html", ".lock"
+REPORT = "report.html"
 # Environment variable of every process of a run; identifies processes that outlive a killed run.
 MARK = "UMED_UPGRADE_OF"
 # Beginnings of lines in a step's log that are shown.
@@ -114,7 +114,7 @@ class Upgrade:
     def _refuse_foreign_folder(self) -> None:
         # Lock and partial settings are left by a start that was killed before it had written its settings.
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = {name for name in names if name != LOCK and not name.startswith(RUN_FILE)}
+        foreign = {name for name in names if name != INSIDE and not name.startswith(RUN_FILE)}
         if RUN_FILE not in names and foreign:
             raise UmedError(
                 f"{self.folder}: contains files but no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
@@ -123,13 +123,7 @@ class Upgrade:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Lock the folder against a second start, and end processes that a killed start left running in it."""
-        with open(self.folder / LOCK, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UmedError(
-                    f"{self.folder}: another `umed upgrade` is running in this folder. Wait for it, or stop it."
-                ) from None
+        with locked(self.folder, inside=True, busy="another `umed upgrade` is running in this folder"):
             ended = end_left_running(self.folder)
             if ended:
                 self.console.print(f"ended {len(ended)} processes that a killed start had left running")

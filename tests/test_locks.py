@@ -1,0 +1,153 @@
+"""One run at a time for a file or folder: the second is refused by name and number, and no lock outlives its process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.umed_runs import environment
+
+from umed_plugin import cli, locks
+from umed_plugin.errors import UmedError
+
+# Holds a lock until it is killed; with a second argument a forked child of it lives on.
+HOLDER = """
+import os, sys, time
+from umed_plugin.locks import lock_for_the_process, locked
+options = eval(sys.argv[2])
+with locked(sys.argv[1], **options):
+    child = os.fork() if len(sys.argv) > 3 else None
+    if child != 0:
+        print("ready", child, flush=True)
+    time.sleep(100)
+"""
+
+
+def holder(target: Path, *more: str, **options: object) -> tuple[subprocess.Popen, str]:
+    command = [sys.executable, "-c", HOLDER, str(target), repr(options), *more]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
+    word, child = process.stdout.readline().split()
+    assert word == "ready"
+    return process, child
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_second_is_refused_by_the_firsts_number_and_a_killed_ones_lock_is_free(inside, tmp_path):
+    target = tmp_path / "out"
+    process, child = holder(target, "fork", inside=inside)
+    with pytest.raises(UmedError) as refused, locks.locked(target, inside=inside):
+        pass
+    told = str(refused.value)
+    assert told.startswith(f"{target}: another process is writing it (process {process.pid})") and "\n" not in told
+    process.kill()
+    process.wait()
+    os.kill(int(child), 0)  # what it has forked lives on, without the lock
+    with locks.locked(target, inside=inside):
+        pass
+    os.kill(int(child), signal.SIGKILL)
+    assert not list(tmp_path.iterdir()) or not list(target.iterdir())
+
+
+def test_shared_locks_stand_side_by_side_and_keep_the_whole_out(tmp_path):
+    first, _ = holder(tmp_path, inside=True, shared=True)
+    with (
+        locks.locked(tmp_path, inside=True, shared=True),
+        pytest.raises(UmedError, match="another process"),
+        locks.locked(tmp_path, inside=True),
+    ):
+        pass
+    with pytest.raises(UmedError, match="another process"), locks.locked(tmp_path, inside=True):
+        pass  # the one that has ended has not removed the other's file
+    first.kill()
+    first.wait()
+    with locks.locked(tmp_path, inside=True):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_for_the_process_is_taken_once_and_ends_with_it(tmp_path):
+    code = "import sys; from umed_plugin.locks import lock_for_the_process as hold\n"
+    code += "[hold(sys.argv[1], 'busy', '--out') for _ in range(2)]"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], env=environment(), check=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_locks_is_said_and_not_fatal(tmp_path, monkeypatch, capsys):
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", no_locks)
+    with locks.locked(tmp_path / "out"):
+        pass
+    assert "its file system has no locks (No locks available)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# The words of a command -> what it writes, and how that is locked. OUT is that folder.
+COMMANDS = {
+    "recipe build demo_studies --data-root D --out OUT/train.json": ("train.json", {}),
+    "evaluate CKPT --benchmark R --out OUT": ("", {"inside": True}),
+    "evaluate CKPT --benchmark R --out OUT --shard 2/3": ("predictions.shard-2-of-3", {}),
+    "evaluate CKPT --benchmark R --out OUT --shard 1/3": ("", {"inside": True}),
+    "demo --out OUT": ("", {"inside": True}),
+    "report OUT": ("report.html", {}),
+    "merge LORA --out OUT/merged": ("merged", {}),
+    "convert CKPT --out OUT/hf": ("hf", {}),
+}
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_does_not_write_what_another_writes(command, tiny_mistral, tmp_path, capsys):
+    from support.records import evaluated_records
+    from support.taught import write_lora
+
+    (tmp_path / "data").mkdir()
+    records = tmp_path / "data" / "records.json"
+    records.write_text(json.dumps(evaluated_records(tmp_path / "data", 2)))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "trainer_state.json").write_text('{"log_history": [], "global_step": 1, "max_steps": 2}')
+    name, options = COMMANDS[command]
+    lora = write_lora(tiny_mistral, tmp_path / "llava-lora") if "LORA" in command else ""
+    words = {
+        "LORA": str(lora),
+        "OUT": str(out),
+        "CKPT": str(tiny_mistral),
+        "R": str(records),
+        "D": str(tmp_path / "data"),
+    }
+    argv = [words.get(word, word.replace("OUT", str(out))) for word in command.split()]
+    process, _ = holder(out / name if name else out, **options)
+    before = sorted(out.iterdir())
+    assert cli.main(argv) == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if not line.endswith(": started")]
+    process.kill()
+    process.wait()
+    assert len(told) == 1 and f"(process {process.pid})" in told[0] and str(out / name) in told[0], told
+    assert sorted(out.iterdir()) == before
+
+
+@pytest.mark.llava
+@pytest.mark.run
+def test_a_training_does_not_write_into_anothers_folder(tiny_llama, tmp_path):
+    from support.records import write_records
+    from support.umed_runs import train
+
+    records, out = write_records(tmp_path / "data"), tmp_path / "out"
+    process, _ = holder(out, inside=True)
+    done = train(tiny_llama, records, out, "--max_steps", "1")
+    process.kill()
+    process.wait()
+    assert done.returncode == 1
+    assert f"{out}: another training is writing it (process {process.pid})" in done.stderr
+    assert "choose another --output_dir" in done.stderr and "Traceback" not in done.stderr
+    assert [file.name for file in out.iterdir()] == [".lock"]
+    assert train(tiny_llama, records, out, "--max_steps", "1").returncode == 0
+    assert not (out / ".lock").exists() and (out / "trainer_state.json").is_file()
