@@ -68,3 +68,9 @@ def test_every_row_of_the_real_size_runs_on_a_small_checkpoint(tmp_path):
     assert len(rows) == 11
     assert all(row["own_gb"] > 0 and row["seconds"] > 0 for row in rows.values())
     assert done.stdout.count("\n| ") == 12
+
+
+def test_ranks_and_one_process_write_the_same_evaluation():
+    done = run("shared_evaluation.py", "--records", "8", "--max-new-tokens", "2", "--repetitions", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["same_files"] is True
