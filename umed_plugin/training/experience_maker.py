@@ -18,6 +18,7 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -304,10 +305,23 @@ class ExperienceMaker:
         needs_log_probs = outputs is not None and self._needs_log_probs()
         return _Scores(
             attention,
-            self._log_probs(outputs, candidates) if needs_log_probs and outputs is not None else None,
+            _log_probs(outputs) if needs_log_probs and outputs is not None else None,
             None if self.value_head is None or outputs is None else self.value_head(outputs.hidden),
-            self._reference_log_probs(policy, queries, candidates),
+            self._reference_log_probs(policy, queries, candidates, learning),
         )
+
+    @contextmanager
+    def _as_updates_run(self, policy: Any, learning: bool) -> Iterator[None]:
+        """The mode of the updates, for passes whose log-probabilities are compared with theirs.
+
+        Under gradient checkpointing the updates take another path through the model, and the rounding of the two paths differs:
+        ratios would not begin at 1, and the KL of an untouched policy not at 0. ``learning``: the mode in which the step began.
+        """
+        policy.train(learning and base_llava(policy).is_gradient_checkpointing)
+        try:
+            yield
+        finally:
+            policy.eval()
 
     def _needs_log_probs(self) -> bool:
         """Whether the log-probabilities of the old policy are needed before the update's own pass, which is theirs at first."""
@@ -344,34 +358,26 @@ class ExperienceMaker:
     ) -> AnswerPass | None:
         """The pass that gives old log-probabilities and values; None if nothing of it is needed.
 
-        If several updates compare with it, it runs in their mode: under gradient checkpointing they take another path through
-        the model, and the rounding of the two paths differs. ``outputs`` of a pass in evaluation mode serve where that is equal.
+        ``outputs`` of a pass in evaluation mode serve, unless their log-probabilities are compared with those of another mode.
         """
-        several = not self.flags.learnt_from_once()
-        if self.value_head is None and not several:
+        compared = self._needs_log_probs()
+        if self.value_head is None and not compared:
             return None
-        checkpointed = several and learning and base_llava(policy).is_gradient_checkpointing
-        if outputs is not None and not checkpointed:
-            return outputs
-        policy.train(checkpointed)
-        outputs = answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring)
-        policy.eval()
-        return outputs
+        with self._as_updates_run(policy, learning and compared):
+            if outputs is not None and not policy.training:
+                return outputs
+            return answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring)
 
-    def _reference_log_probs(self, policy: Any, queries: _Queries, candidates: Candidates) -> Tensor | None:
+    def _reference_log_probs(
+        self, policy: Any, queries: _Queries, candidates: Candidates, learning: bool
+    ) -> Tensor | None:
         """[N, T] under the reference policy, or None without a KL."""
         if self.reference is None:
             return None
-        with self.reference.as_reference(policy):
+        with self._as_updates_run(policy, learning), self.reference.as_reference(policy):
             # The projector is trained, so the prompts are embedded anew under the reference.
             prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
-            return self._log_probs(
-                answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring), candidates
-            )
-
-    def _log_probs(self, outputs: AnswerPass, candidates: Candidates) -> Tensor:
-        assert outputs.scores is not None
-        return outputs.scores.log_probs
+            return _log_probs(answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring))
 
     def _reward(
         self,
@@ -403,6 +409,11 @@ class ExperienceMaker:
     def geometry(self, record: Record) -> ImageGeometry:
         """Where a record's image lies in the square that the vision tower sees."""
         return record_geometry(record, self.image_size, self.patch_size)
+
+
+def _log_probs(outputs: AnswerPass) -> Tensor:
+    assert outputs.scores is not None
+    return outputs.scores.log_probs
 
 
 def _left_out(column: Sequence[float | None], counted: Tensor | None) -> Sequence[float | None]:

@@ -47,8 +47,11 @@ class ReferencePolicy:
             for name, parameter in parameters.items():
                 # DeepSpeed moves and casts the model after the trainer is created.
                 parameter.data = self._initial_values[name].to(device=parameter.device, dtype=parameter.dtype)
+            # Autocast keeps half-precision copies of trained weights by parameter, and would go on with those of the policy.
+            torch.clear_autocast_cache()
             with torch.no_grad(), adapter_off:
                 yield model
         finally:
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
+            torch.clear_autocast_cache()
