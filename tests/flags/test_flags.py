@@ -61,7 +61,11 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_kl_coef": -0.1}, "0 or more"),
         ({"umed_kl_coef": float("nan")}, "0 or more"),
         ({"umed_temperature": 0.0}, "above 0"),
-        ({"umed_top_p": 1.5}, "at most 1"),
+        ({"umed_top_p": 1.5}, "must be 1."),
+        (
+            {"umed_top_p": 0.9},
+            "lower --umed_temperature, which is exact. A run that was started with a nucleus goes on",
+        ),
         ({"umed_clip_range": 1.0}, "below 1"),
         ({"umed_vrr_layers": "--1"}, "must be all, last_half, or indices"),
         ({"umed_vrr_layers": "first"}, "must be all, last_half, or indices"),
@@ -252,7 +256,7 @@ class OneMore(UmedFlags):
         stage=REWARDING,
         least=0,
         most=1,
-        needs=Needs("--umed_top_p below 1", lambda f: f.umed_top_p < 1),
+        needs=Needs("--umed_temperature below 1", lambda f: f.umed_temperature < 1),
     )
     umed_mode: str = _flag("near", "Which one.", choices=("near", "far"))
 
@@ -260,9 +264,9 @@ class OneMore(UmedFlags):
 @pytest.mark.parametrize(
     ("changes", "faults"),
     [
-        ({"umed_top_p": 0.9, "umed_new": 0.7, "umed_mode": "far"}, []),
-        ({"umed_new": 0.7}, ["--umed_new has no effect without --umed_top_p below 1."]),
-        ({"umed_new": 1.5, "umed_top_p": 0.9}, ["--umed_new 1.5: must be from 0 to 1."]),
+        ({"umed_temperature": 0.9, "umed_new": 0.7, "umed_mode": "far"}, []),
+        ({"umed_new": 0.7}, ["--umed_new has no effect without --umed_temperature below 1."]),
+        ({"umed_new": 1.5, "umed_temperature": 0.9}, ["--umed_new 1.5: must be from 0 to 1."]),
         ({"umed_mode": "fahr"}, ["--umed_mode: unknown value 'fahr'. Did you mean 'far'? Allowed: far, near."]),
         (
             {"umed_stage": "instruction_tuning", "umed_new": 0.7},
@@ -280,7 +284,7 @@ class OneMore(UmedFlags):
 def test_a_new_flag_is_its_field_and_nothing_else(changes, faults):
     assert find_faults(OneMore(**{"umed_stage": "rewarding", **changes}), *llava_args()) == faults
     words = {flag.name: flag.metadata["help"] for flag in dataclasses.fields(OneMore)}
-    assert words["umed_new"] == "A number. Must be from 0 to 1. Needs --umed_top_p below 1."
+    assert words["umed_new"] == "A number. Must be from 0 to 1. Needs --umed_temperature below 1."
 
 
 def test_argparse_gets_the_help_text_alone():
@@ -340,9 +344,8 @@ def test_what_is_allowed_but_not_what_one_may_expect_is_said():
     _, _, training_args = llava_args()
     assert find_remarks(UmedFlags(umed_stage="rewarding"), training_args) == []
     training_args.group_by_modality_length, training_args.label_smoothing_factor = True, 0.1
-    remarks = find_remarks(UmedFlags(umed_stage="rewarding", umed_top_p=0.9), training_args)
+    remarks = find_remarks(UmedFlags(umed_stage="rewarding"), training_args)
     assert [remark.split()[0] for remark in remarks] == [
-        "--umed_top_p",
         "--group_by_modality_length",
         "--label_smoothing_factor",
     ]

@@ -188,8 +188,12 @@ def test_two_processes_share_the_ledger_and_stop_together(tiny_mistral, records,
 
 
 def test_a_server_that_is_not_there_ends_the_run_plainly(tiny_mistral, records, tmp_path):
-    nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "1"}
+    nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "2"}
     nowhere["umed_judge_retries"] = "0"
-    printed = finish(start(tiny_mistral, records, tmp_path / "out", *judged(None, **nowhere)), 1)
-    assert "umed: error: the judge returned no score in 1 consecutive batches" in printed and "Connection" in printed
+    flags = [*judged(None, **nowhere), "--gradient_accumulation_steps", "2", "--save_steps", "1"]
+    printed = finish(start(tiny_mistral, records, tmp_path / "out", *flags), 1)
+    assert "umed: error: the judge returned no score in 2 consecutive rollouts" in printed and "Connection" in printed
     assert "Traceback" not in printed
+    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"], (
+        "a rollout is a step"
+    )

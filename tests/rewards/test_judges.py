@@ -351,7 +351,7 @@ def test_a_judge_that_never_answers_ends_the_run_and_says_why(tmp_path):
     with judge_server(lambda asked: Answer({"error": {"message": "no such model"}}, 404)) as server:
         judge = judge_of(server, tmp_path, umed_judge_patience=2)
         assert call(judge, "a") == [None]
-        with pytest.raises(UmedError, match="no score in 2 consecutive batches.*HTTP 404.*no such model"):
+        with pytest.raises(UmedError, match="no score in 2 consecutive rollouts.*HTTP 404.*no such model"):
             call(judge, "b")
 
 

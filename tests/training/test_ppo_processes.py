@@ -18,7 +18,9 @@ from pathlib import Path
 
 class Pays:
     def __init__(self):
+        import umed_plugin.model.sampling as sampling
         import umed_plugin.training.trainer as trainer
+        sampling._next_token = lambda logits, settings: logits.argmax(dim=-1)
         made = trainer.ValueHead
         def make(hidden_size):
             head = made(hidden_size)
@@ -34,7 +36,7 @@ class Pays:
 # The likeliest token each time, so that as many processes as you like sample the same; and a policy that stays where it is, since
 # its advantages are whitened within a process.
 FLAGS = shlex.split(
-    "--umed_stage rewarding --umed_algorithm ppo --umed_rewards each:Pays --umed_reward_norm none --umed_top_p 1e-6"
+    "--umed_stage rewarding --umed_algorithm ppo --umed_rewards each:Pays --umed_reward_norm none"
     " --umed_num_candidates 2 --umed_max_new_tokens 4 --umed_updates_per_rollout 2 --max_steps 4 --save_strategy no"
     " --umed_kl_target 0.05 --umed_kl_horizon 50 --umed_value_clip_range 10 --learning_rate 1e-9"
     " --umed_value_learning_rate 1e-2 --lr_scheduler_type constant --gradient_checkpointing True"

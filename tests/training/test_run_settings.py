@@ -37,6 +37,7 @@ class Arguments:
     max_steps: int = 4
     seed: int = 0
     lora_r: int = 4
+    umed_top_p: float = 1.0
 
 
 def changes(before, now, **keywords):
@@ -53,6 +54,7 @@ def changes(before, now, **keywords):
         ({"model_name_or_path": "other/model"}, FIXED),
         ({"deepspeed": "zero2.json"}, FIXED),
         ({"max_steps": 8}, SAID),
+        ({"umed_top_p": 0.9}, SAID),
         ({"logging_steps": 5}, None),
         ({BATCH: 4}, ACCEPTED),
     ],

@@ -52,11 +52,6 @@ def check(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any)
 def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
     """What stage 2 does under valid flags and a user may not expect, one sentence each; the run says it and goes on."""
     remarks = []
-    if flags.umed_top_p < 1:
-        remarks.append(
-            f"--umed_top_p {flags.umed_top_p}: answers are sampled from the nucleus, but ratios, KL and gradients are those of "
-            "the whole distribution. The update is biased towards the nucleus; --umed_top_p 1 is exact."
-        )
     for name in ("group_by_modality_length", "group_by_length"):
         if getattr(training_args, name, False):
             remarks.append(

@@ -34,6 +34,7 @@ from umed_plugin.flags.rules import (
     TUNING,
     Needs,
     Rules,
+    must_sample_all,
     parse_judge_options,
 )
 from umed_plugin.remote import settings
@@ -321,7 +322,8 @@ class UmedFlags:
     )
     umed_judge_patience: int = _flag(
         3,
-        "Stop the run after this many consecutive batches in which the judge returned no score.",
+        "Stop the run after this many consecutive rollouts in which the judge returned no score. A rollout is all that is "
+        "sampled before the next update.",
         stage=REWARDING,
         needs=MODEL_JUDGE,
         least=1,
@@ -478,11 +480,11 @@ class UmedFlags:
     )
     umed_top_p: float = _flag(
         1.0,
-        "Nucleus (top-p) of the sampled distribution. Below 1, ratios, KL and gradients are still those of the whole "
-        "distribution, which did not sample the answers: the update is biased towards the nucleus.",
+        "Must be 1. A nucleus (top-p) would sample from another distribution than the one that learns. Lower "
+        "--umed_temperature instead: its distribution is the one that is sampled, compared and trained.",
         stage=REWARDING,
-        above=0,
-        most=1,
+        parse=must_sample_all,
+        on_resume=SAID,
     )
     umed_log_candidates: int = _flag(
         0,

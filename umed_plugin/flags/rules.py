@@ -56,7 +56,7 @@ class Rules:
         below, most: upper bound, exclusive or inclusive.
         or_zero: 0 is allowed as well.
         pattern, form: regular expression that a text matches in full, and the same in words.
-        parse: reads a text, or raises a ValueError that says what the text must be.
+        parse: reads a value, or raises a ValueError that says what it must be.
         folder: `EXISTING`, or `CREATED` where it is missing.
         on_resume: whether a run can be resumed with another value.
     """
@@ -71,7 +71,7 @@ class Rules:
     or_zero: bool = False
     pattern: Optional[str] = None
     form: str = ""
-    parse: Optional[Callable[[str], Any]] = None
+    parse: Optional[Callable[[Any], Any]] = None
     folder: Optional[str] = None
     on_resume: str = ACCEPTED
 
@@ -123,6 +123,23 @@ class Rules:
             and (self.least is None or value >= self.least)
             and (self.below is None or value < self.below)
             and (self.most is None or value <= self.most)
+        )
+
+
+def must_sample_all(top_p: float) -> None:
+    """Refuse ``--umed_top_p`` below 1.
+
+    To be exact, the log-probabilities of policy, old policy and reference would need each token's nucleus, a mask over the
+    vocabulary, from the pass that sampled it. A nucleus that a later pass computes anew may lack the token, by rounding alone.
+
+    Raises:
+        ValueError: it is not 1.
+    """
+    if top_p != 1:
+        raise ValueError(
+            "must be 1. Answers from a nucleus would be compared and trained under the whole distribution, which did not sample "
+            "them, so the gradient would be biased. To sample less freely, lower --umed_temperature, which is exact. A run that "
+            "was started with a nucleus goes on without this flag"
         )
 
 

@@ -57,6 +57,7 @@ from umed_plugin.training.experience import (
     ppo_experience,
     stacked,
 )
+from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remedy
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.step_metrics import StepMetrics
 from umed_plugin.training.value_head import ValueHead
@@ -143,7 +144,6 @@ class ExperienceMaker:
             max_new_tokens=flags.umed_max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             temperature=flags.umed_temperature,
-            top_p=flags.umed_top_p,
             num_candidates=flags.umed_num_candidates,
             packed=self.packed,
         )
@@ -277,7 +277,11 @@ class ExperienceMaker:
         parts = []
         for first in range(0, len(queries.records), self.sampled_together):
             part = queries.part(first, self.sampled_together)
-            parts.append(generate(policy, embed_prompts(policy, part.prompt_ids, part.features), self.sampling))
+            count = len(part.records)
+            remedy = sampling_remedy(self.flags, count)
+            doing = f"sampling {self.flags.umed_num_candidates} answers to each of {count} questions"
+            with remedy_for_memory(doing, remedy, keep=self.args.auto_find_batch_size):
+                parts.append(generate(policy, embed_prompts(policy, part.prompt_ids, part.features), self.sampling))
         longest = max(part.mask.shape[1] for part in parts)
         ends = self.sampling.eos_token_id
         return Candidates(

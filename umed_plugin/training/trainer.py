@@ -50,6 +50,7 @@ from umed_plugin.training.objective import (
     loss_weights,
     ppo_objective,
 )
+from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memory
 from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
 from umed_plugin.training.rewarding_state import load_kl_coef, rollout_file, save_state
 from umed_plugin.training.sampler import EpochSampler
@@ -186,7 +187,9 @@ class RewardingTrainer(LLaVATrainer):
         # The first batch of an accumulation starts from zero, as the model's gradient does.
         if head is not None and self._batches_seen % self.args.gradient_accumulation_steps == 0:
             head.zero_grad()
-        loss = super().training_step(model, inputs)
+        remedy = learning_remedy(self.flags)
+        with remedy_for_memory("learning from sampled answers", remedy, keep=self.args.auto_find_batch_size):
+            loss = super().training_step(model, inputs)
         # The last one averages over ranks and clips; then the Trainer calls the optimizer, which has the head's parameters.
         if head is not None and self.accelerator.sync_gradients:
             for parameter in head.parameters():

@@ -37,7 +37,7 @@ class JudgedRelevance:
     Args:
         questionnaire: writes the questions and reads the replies.
         ledger: earlier replies, to which new ones are added.
-        patience: number of consecutive batches without any score after which the run ends.
+        patience: number of consecutive calls without any score after which the run ends. In stage 2 a call is a rollout.
         budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach.
         prices: US dollars per million input and output tokens.
     """
@@ -60,7 +60,7 @@ class JudgedRelevance:
         self._texts: dict[str, Mapping[str, str]] = {}
         self._new: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
-        self._batches_without_score = 0
+        self._rollouts_without_score = 0
         self._noted_reasons: set[str] = set()
         self.metric_names = tuple(
             f"judge/{name}" for name in ("failed", "requests", "cached", "tokens", "wait_seconds")
@@ -135,7 +135,7 @@ class JudgedRelevance:
         """Scores in 0..1, or ``None`` where there is none; waits for pending replies.
 
         Raises:
-            UmedError: no score in ``patience`` consecutive batches, or the replies cannot be stored or counted.
+            UmedError: no score in ``patience`` consecutive calls, or the replies cannot be stored or counted.
         """
         self.start(prompts, completions, record=record)
         began = time.monotonic()
@@ -208,11 +208,13 @@ class JudgedRelevance:
                 note(f"judge: {failures.count(reason)} of {n_scores} without a score: {reason}")
 
     def _check_patience(self, scores: Sequence[float | None], failures: Sequence[str]) -> None:
-        """Raise an error after ``patience`` consecutive batches without a score."""
-        self._batches_without_score = self._batches_without_score + 1 if len(failures) == len(scores) else 0
-        if self._batches_without_score >= self._patience:
+        """Raise an error after ``patience`` consecutive calls without a score."""
+        self._rollouts_without_score = self._rollouts_without_score + 1 if len(failures) == len(scores) else 0
+        if self._rollouts_without_score >= self._patience:
+            count = self._rollouts_without_score
+            rollouts = "a rollout" if count == 1 else f"{count} consecutive rollouts"
             raise UmedError(
-                f"the judge returned no score in {self._batches_without_score} consecutive batches. Last reason: {failures[-1]}. "
+                f"the judge returned no score in {rollouts}. Last reason: {failures[-1]}. "
                 f"Training would go on without relevance. Fix the judge and run the same command again; {self._ledger.path} "
                 "holds the replies so far. Or use a larger --umed_judge_patience, or --umed_judge lexical."
             )
