@@ -24,6 +24,7 @@ from umed_plugin.patches import (
     model_class,
     old_flags,
     process_group,
+    resumed_batches,
     resumed_order,
     sdpa_mask,
     shared_memory_build,
@@ -76,6 +77,7 @@ TRAINING: tuple[Patch, ...] = tuple(
         deepspeed_save,
         lora_resume,
         finished_run,
+        resumed_batches,
         process_group,
     )
 )

@@ -155,6 +155,22 @@ def test_the_end_of_an_epoch_a_bound_and_a_resumed_run_keep_the_order_of_the_dat
     check_equal(resumed, whole, tiny_llama)
 
 
+@pytest.mark.parametrize(("size", "accumulation", "steps", "at"), [(2, 2, 7, 4), (1, 4, 6, 3)])
+def test_a_run_resumed_in_an_epoch_that_does_not_fill_whole_steps_passes_over_no_record(
+    size, accumulation, steps, at, tiny_llama, records, tmp_path
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = [*batches(size, accumulation, steps), "--save_steps", str(at)]
+    train(tiny_llama, records, whole, *flags)
+    resumed.mkdir()
+    shutil.copytree(whole / f"checkpoint-{at}", resumed / f"checkpoint-{at}")
+    train(tiny_llama, records, resumed, *flags)
+    assert sampled(resumed) == [(step, ids) for step, ids in sampled(whole) if step >= at]
+    check_equal(resumed, whole, tiny_llama)
+    last = [json.loads((out / "trainer_state.json").read_text())["epoch"] for out in (whole, resumed)]
+    assert last[1] == pytest.approx(last[0])
+
+
 def test_the_reader_reads_each_batch_once_ahead_and_from_anywhere():
     read = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -47,6 +48,22 @@ def test_interrupted_and_resumed_ends_with_the_same_weights(family, flags, stop,
         torch.testing.assert_close(
             found[name], tensor, rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_where_an_epoch_does_not_fill_whole_steps_no_record_is_passed_over(tiny_mistral, tmp_path):
+    """Eight batches an epoch, three a step: step 4 ends behind 4 batches of the second epoch. Dropout shows the random state."""
+    records, whole, resumed = write_records(tmp_path / "data"), tmp_path / "whole", tmp_path / "resumed"
+    dealt = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3")
+    flags = (*dealt, *LORA, "--max_steps", "7", "--save_steps", "4")
+    assert train(tiny_mistral, records, whole, *flags).returncode == 0
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    run = train(tiny_mistral, records, resumed, *flags)
+    assert run.returncode == 0, run.stderr[-3000:]
+    history, again = (json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (whole, resumed))
+    assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in history if "loss" in line]
+    expected, found = weights(whole), weights(resumed)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("family", "flags"), [("llama", ()), ("mistral", LORA)], ids=["full", "lora"])
