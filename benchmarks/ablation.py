@@ -2,8 +2,8 @@
 
 Each seed draws its own studies and trains its own base and an early checkpoint of stage 1, the demo's, from which the paper's
 rows go on. Stage 1 continued is the converged one, from which stage 2 and stage 1 go on once more. All rows of a seed answer the
-same held-out studies, so they are compared with their start pair by pair; intervals over several seeds resample studies within
-each seed.
+same held-out studies, so they are compared with their start pair by pair. Intervals over several seeds resample the patients of
+all seeds.
 
     python benchmarks/ablation.py runs/ablation --seeds 0,1,2
 
@@ -26,7 +26,7 @@ from statistics import fmean
 from subprocess import DEVNULL
 from typing import Any
 
-from intervals import mean_interval
+from intervals import differences, mean_difference
 
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
 from umed_plugin.evaluation.metrics.metric import Row as ScoredStudy
@@ -177,11 +177,11 @@ def _line(title: str, name: str, start: str, runs: Sequence[SeedRun]) -> dict[st
         by_seed = [values_of(run.cases(name), key) for run in runs]
         figures[metric] = fmean(value for values in by_seed for value in values)
         if start:
-            pairs = zip(by_seed, (values_of(run.cases(start), key) for run in runs))
-            differences = [[new - old for old, new in zip(before, after)] for after, before in pairs]
-            figures[f"{metric}_difference"] = fmean(value for seed in differences for value in seed)
-            figures[f"{metric}_ci95"] = mean_interval([value for seed in differences for value in seed])
-            figures[f"{metric}_by_seed"] = [[fmean(seed), *(mean_interval(seed) or [])] for seed in differences]
+            by_seed_rows = [differences(key, run.cases(start), run.cases(name), seed) for seed, run in enumerate(runs)]
+            together = mean_difference([row for rows in by_seed_rows for row in rows])
+            figures[f"{metric}_difference"], figures[f"{metric}_ci95"] = together
+            alone = map(mean_difference, by_seed_rows)
+            figures[f"{metric}_by_seed"] = [[mean, *(interval or [])] for mean, interval in alone]
     return figures
 
 

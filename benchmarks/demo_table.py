@@ -16,9 +16,10 @@ from pathlib import Path
 from statistics import fmean
 
 from ablation import SHOWN, read_cases, values_of
-from intervals import mean_interval
+from intervals import differences, mean_difference
 
 from umed_plugin.commands.demo.pipeline import STAGES, DemoRun, DemoSettings
+from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.terminal.progress import Steps
 
 METRICS = ("mean IoU", "accuracy")
@@ -43,23 +44,22 @@ def table(folders: Mapping[str, Path]) -> str:
     """Markdown of named folders with answers: a line each, and one with the paired differences of all of them."""
     heads = [f"{title}: base | stage 1 | stage 2 | difference" for title in METRICS]
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---|' * (4 * len(METRICS))}"]
-    together: dict[str, list[float]] = {title: [] for title in METRICS}
+    together: dict[str, list[Row]] = {title: [] for title in METRICS}
     for name, folder in folders.items():
         cells = [name]
         cases = [read_cases(folder, stage) for stage in STAGES]
         for title in METRICS:
-            base, before, after = (values_of(answered, SHOWN[title]) for answered in cases)
-            differences = [new - old for old, new in zip(before, after)]
-            together[title] += differences
-            cells += [f"{fmean(found):.3f}" for found in (base, before, after)] + [_with_interval(differences)]
+            paired = differences(SHOWN[title], *cases[1:], name)
+            together[title] += paired
+            cells += [f"{fmean(values_of(found, SHOWN[title])):.3f}" for found in cases] + [_with_interval(paired)]
         lines.append(f"| {' | '.join(cells)} |")
-    cells = [cell for differences in together.values() for cell in ("", "", "", _with_interval(differences))]
+    cells = [cell for paired in together.values() for cell in ("", "", "", _with_interval(paired))]
     return "\n".join([*lines, f"| {' | '.join(['all', *cells])} |"])
 
 
-def _with_interval(differences: Sequence[float]) -> str:
-    interval = ", ".join(f"{end:+.3f}" for end in mean_interval(differences) or [])
-    return f"{fmean(differences):+.3f} [{interval}]"
+def _with_interval(paired: Sequence[Row]) -> str:
+    mean, ends = mean_difference(paired)
+    return f"{mean:+.3f} [{', '.join(f'{end:+.3f}' for end in ends or [])}]"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

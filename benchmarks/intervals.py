@@ -1,26 +1,30 @@
-"""The confidence interval of the tables that pool studies of several seeds."""
+"""Paired differences of the tables that pool studies of several seeds, with the project's own interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-from umed_plugin.evaluation.metrics.metric import RESAMPLES
+from umed_plugin.evaluation.metrics.metric import Row, means, measure
 
 
-def mean_interval(values: Sequence[float]) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean of independent values, resampled one by one.
+def differences(key: str, before: Iterable[Row], after: Iterable[Row], seed: object = "") -> list[Row]:
+    """``after - before`` of a metric, for each study that has it in both, in the order of ``before``.
 
-    One value, or equal values, give that value twice; no values give None.
+    Args:
+        key: of the metric in `Row.values`.
+        before, after: scored studies, joined by their ids.
+        seed: of the studies. Those of different seeds have the same ids and patients, and are others.
     """
-    import numpy as np
-    from scipy.stats import bootstrap
+    later = {row.id: row.values for row in after}
+    return [
+        Row(f"{seed}/{row.id}", f"{seed}/{row.cluster}", {"difference": later[row.id][key] - row.values[key]})
+        for row in before
+        if key in row.values and key in later.get(row.id, {})
+    ]
 
-    if not values:
-        return None
-    if len(set(values)) == 1:
-        return [float(values[0])] * 2
-    sample = np.asarray(values, dtype=float)
-    interval = bootstrap(
-        (sample,), np.mean, n_resamples=RESAMPLES, method="percentile", random_state=np.random.default_rng(0)
-    ).confidence_interval
-    return [float(interval.low), float(interval.high)]
+
+def mean_difference(rows: Sequence[Row]) -> tuple[float | None, list[float] | None]:
+    """Mean of `differences`, and its 95 % interval, which resamples patients (where they are unknown: images)."""
+    found: dict[str, Any] = measure(means("difference"), rows)["difference"]
+    return found["value"], found["ci95"]

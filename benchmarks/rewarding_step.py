@@ -338,7 +338,8 @@ def accumulated_sampling(times: dict[str, list[Seconds]] | None, options: argpar
     compared = ratios(times["apart"], times["together"])
     asked = options.questions * options.accumulation
     per_question = {"apart": compared["slow_s"] / asked, "together": compared["fast_s"] / asked}
-    return {"accumulated_sampling": {"s_per_question": per_question, "ratio": compared["ratio"]}}
+    shown = {name: compared[name] for name in ("ratio", "ratio_range", "processor_ratio")}
+    return {"accumulated_sampling": {"s_per_question": per_question, **shown}}
 
 
 def show(results: dict[str, Any]) -> None:
@@ -369,7 +370,8 @@ def show(results: dict[str, Any]) -> None:
         apart, together = (row["s_per_question"][how] for how in ("apart", "together"))
         console.print(
             f"Sampling with {a} micro-batches a step: {together:.3f} s a question together, {apart:.3f} s apart, "
-            f"{row['ratio']:.2f}x."
+            f"{row['ratio']:.2f}x ({' - '.join(f'{ratio:.2f}' for ratio in row['ratio_range'])}), in processor time "
+            f"{row['processor_ratio']:.2f}x."
         )
     head = ("time", "", "processor time", "peak memory", "")
     table = Table("", *head, title="vision relevance in a scoring pass")

@@ -14,6 +14,7 @@ from support import forked
 
 from umed_plugin.commands import processes
 from umed_plugin.commands.demo.pipeline import DemoSettings
+from umed_plugin.evaluation.metrics.metric import Row
 
 SETTINGS = DemoSettings(
     tuning=16,
@@ -78,8 +79,8 @@ def test_differences_are_paired_with_the_start_and_pooled_over_seeds(tmp_path):
         def cases(self, name):
             grounded = ("mean_iou", "vision_relevance")  # a study without a lesion has none of the two
             return [
-                SimpleNamespace(values={"accuracy": value, **(dict.fromkeys(grounded, value) if boxes else {})})
-                for value, boxes in self.answers[name]
+                Row(str(n), str(n), {"accuracy": value, **(dict.fromkeys(grounded, value) if boxes else {})})
+                for n, (value, boxes) in enumerate(self.answers[name])
             ]
 
     box, none = [[0, 0, 1, 1]], []
