@@ -60,6 +60,7 @@ def test_the_first_update_starts_where_policy_old_policy_and_reference_are_one(
     flags = [*train_flags(checkpoint, records, tmp_path / "out"), *FLAGS, *flags.split()]
     run = umed_run(["python", "-m", "llava.train.train_mem", *flags], pythonpath=records.parent)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "None of the inputs have requires_grad" not in run.stderr
 
     first, second = map(json.loads, (tmp_path / "watched.jsonl").read_text().splitlines())
     assert first == {"old": 0, "reference": 0}

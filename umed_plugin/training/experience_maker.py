@@ -17,6 +17,7 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -323,7 +324,10 @@ class ExperienceMaker:
         """
         policy.train(learning and base_llava(policy).is_gradient_checkpointing)
         try:
-            yield
+            with warnings.catch_warnings():
+                # Checkpoints warn of a pass without gradient, which this one is on purpose.
+                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+                yield
         finally:
             policy.eval()
 
