@@ -21,6 +21,7 @@ class Faults:
     Attributes:
         messages: the faults. Nothing may be built while there are any.
         remarks: what applies to nothing, is ambiguous or unusual. Shown by ``check`` and ``build``.
+        without_effect: those of the remarks that name a rule or option which changes nothing.
         left_out: (what, why) -> number of boxes, rows or other parts of the files that are not used.
     """
 
@@ -29,6 +30,7 @@ class Faults:
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.remarks: list[str] = []
+        self.without_effect: list[str] = []
         self.left_out: Counter[tuple[str, str]] = Counter()
 
     def add(self, where: object, message: str) -> None:
@@ -38,6 +40,11 @@ class Faults:
     def remark(self, where: object, message: str) -> None:
         """Add one remark. ``where`` is a file, a line of it, or a key."""
         self.remarks.append(one_line(f"{where}: {_cut(message)}"))
+
+    def no_effect(self, where: object, message: str) -> None:
+        """Add a remark on a rule or option that changes nothing. ``where`` is its key, or a file."""
+        self.remark(where, message)
+        self.without_effect.append(self.remarks[-1])
 
     def read(self, reading: Callable[..., Value], *arguments: Any) -> Optional[Value]:
         """What a function of `umed_plugin.data.texts` returns; None after a fault, which is added."""

@@ -90,7 +90,7 @@ def one_reading(items: Sequence[Annotated], rule: Optional[ReadersRule], faults:
     names = sorted({item.reader for item in items if item.reader})
     if not names:
         if rule is not None and items:
-            faults.remark("annotations.readers", "has no effect, since the annotations name no reader")
+            faults.no_effect("annotations.readers", "has no effect, since the annotations name no reader")
         return list(items)
     images = _by_image(items)
     readings = [group for group in images if len({item.reader for item in group}) > 1]

@@ -48,7 +48,7 @@ class Applied:
             unmet = [value for value in values if not met[value]]
             if unmet:
                 closest = did_you_mean(unmet[0], met) if met else ""
-                faults.remark(rule, f"nothing in the data is {_listed(unmet)}, so that has no effect.{closest}")
+                faults.no_effect(rule, f"nothing in the data is {_listed(unmet)}, so that has no effect.{closest}")
 
 
 def tell_unused_rules(recipe: Recipe, met: Counter[str], without_lesion: int, faults: Faults) -> None:
@@ -61,14 +61,14 @@ def tell_unused_rules(recipe: Recipe, met: Counter[str], without_lesion: int, fa
     for key, names in (("classes", recipe.classes), ("ignore_classes", recipe.ignore_classes)):
         unmet = [name for name in names if not met[name]]
         if unmet:
-            faults.remark(key, f"no annotation names {_listed(unmet)} ({len(unmet)} of {len(names)})")
+            faults.no_effect(key, f"no annotation names {_listed(unmet)} ({len(unmet)} of {len(names)})")
     given = recipe.split.model_fields_set
     if recipe.split.by != "patient" and "fractions" in given:
-        faults.remark("split.fractions", f"has no effect, since split.by is {recipe.split.by!r}")
+        faults.no_effect("split.fractions", f"has no effect, since split.by is {recipe.split.by!r}")
     rules: dict[str, Any] = {name: getattr(recipe.negatives, name) for name in ("only", "per_positive")}
     given_rules = [f"negatives.{name}" for name, value in rules.items() if value is not None]
     if given_rules and not without_lesion:
-        faults.remark(" and ".join(given_rules), "has no effect, since every image has a lesion")
+        faults.no_effect(" and ".join(given_rules), "has no effect, since every image has a lesion")
 
 
 def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, faults: Faults) -> None:
@@ -77,7 +77,7 @@ def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, fau
     for key, (concerned, words) in _CONCERN.items():
         default = type(options).model_fields[key].default
         if kinds and getattr(options, key) != default and not kinds & concerned:
-            faults.remark(f"image.{key}", f"has no effect, since it concerns {words}, and the data has none")
+            faults.no_effect(f"image.{key}", f"has no effect, since it concerns {words}, and the data has none")
 
 
 def _kind(image: Path) -> str:

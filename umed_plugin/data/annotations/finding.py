@@ -211,6 +211,13 @@ def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
     if len(found) > 1:
         faults.add(root / name, f"matches {', '.join(path.name for path in found)}; needed: one. Name it in the recipe")
         return None
+    if found and found[0].is_dir():
+        faults.add(
+            found[0],
+            "is a folder; needed: the annotation file. Folders named by a class say what images show and not where, so they "
+            "cannot be read",
+        )
+        return None
     if not found or not found[0].is_file():
         faults.add(root / name, f"no such annotation file.{did_you_mean_file(root / name, root)}")
         return None

@@ -80,7 +80,7 @@ def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotate
             items.append(item)
     applied.tell(faults)
     if options.values and "threshold" in options.model_fields_set:
-        faults.remark("annotations.threshold", "has no effect together with annotations.values")
+        faults.no_effect("annotations.threshold", "has no effect together with annotations.values")
     _tell_unused_masks(options, root, set(owners), faults)
     return items
 

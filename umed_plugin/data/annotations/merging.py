@@ -14,7 +14,7 @@ from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, iou_matrix
 
 # Boxes of one class that overlap more are probably one lesion, marked twice or by several readers.
-_MOST_OVERLAP = 0.5
+MOST_OVERLAP = 0.5
 _MOST_COMPARED = 1000  # boxes of one image
 
 
@@ -77,18 +77,18 @@ def drop_repeated_boxes(items: Sequence[Annotated], faults: Faults) -> None:
         if len(kept) < len(item.boxes):
             item.boxes = [item.boxes[index] for index in kept]
             item.classes = [item.classes[index] for index in kept]
-        found = _overlapping(item.boxes, item.classes)
+        found = overlapping_count(item.boxes, item.classes)
         overlapping += found
         first = first or (item.where if found else "")
     if overlapping:
         faults.remark(
             first,
-            f"{overlapping} boxes overlap another of their class by IoU > {_MOST_OVERLAP}. Each is read as a lesion. Did "
+            f"{overlapping} boxes overlap another of their class by IoU > {MOST_OVERLAP}. Each is read as a lesion. Did "
             "several readers mark the same one?",
         )
 
 
-def _overlapping(boxes: Sequence[Box], classes: Sequence[str]) -> int:
+def overlapping_count(boxes: Sequence[Box], classes: Sequence[str]) -> int:
     """Number of boxes that overlap an earlier one of their class by more than half."""
     if len(boxes) < 2:
         return 0
@@ -96,5 +96,5 @@ def _overlapping(boxes: Sequence[Box], classes: Sequence[str]) -> int:
     boxes = boxes[:_MOST_COMPARED]
     overlap = iou_matrix(boxes, boxes)
     return sum(
-        any(overlap[i, j] > _MOST_OVERLAP and classes[i] == classes[j] for j in range(i)) for i in range(1, len(boxes))
+        any(overlap[i, j] > MOST_OVERLAP and classes[i] == classes[j] for j in range(i)) for i in range(1, len(boxes))
     )

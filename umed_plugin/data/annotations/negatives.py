@@ -101,7 +101,7 @@ def _read_list(listed: NegativeList, options: ReaderOptions, root: Path, annotat
     names.tell(path, faults)
     applied.tell(faults)
     if not items:
-        faults.remark(path, "lists no image without a lesion, so negatives.listed has no effect")
+        faults.no_effect(path, "lists no image without a lesion, so negatives.listed has no effect")
     annotations.left_out["listed as negative, but not in all of its rows"] += len(others & set(items))
     return [item for file, item in items.items() if file not in others]
 

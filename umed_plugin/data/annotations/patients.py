@@ -73,7 +73,7 @@ def _tell_unnamed(
         unmatched = unnamed["pattern"]
         message = f"matches {needed - len(unmatched)} of {needed} names that need it"
         if not needed:
-            faults.remark("split.patient_pattern", "has no effect, since the annotations name every patient")
+            faults.no_effect("split.patient_pattern", "has no effect, since the annotations name every patient")
         elif len(unmatched) == needed:
             faults.add("split.patient_pattern", f"{message}; not {unmatched[0].image.name!r}, for example")
         elif unmatched:
@@ -82,7 +82,7 @@ def _tell_unnamed(
                 f"{message}; not {unmatched[0].image.name!r}, for example. Each of the others is a patient of its own",
             )
     if rule.copy_pattern is not None and items and not any(item.copy_of for item in items):
-        faults.remark("split.copy_pattern", f"matches 0 of {len(items)} names, so no image counts as a copy")
+        faults.no_effect("split.copy_pattern", f"matches 0 of {len(items)} names, so no image counts as a copy")
 
 
 def _tell_largest(items: Sequence[Annotated], faults: Faults) -> None:

@@ -25,7 +25,7 @@ class CsvColumns(StrictModel):
     file: Column = Field(description="Image file, relative to ``image_root``.")
     box: BoxColumns = Field(
         description='Four columns, or one column that holds four numbers ("12.5, 30, 44, 71"). An empty box marks a negative '
-        "image."
+        "image. Labels without boxes cannot be read: a record says where a lesion is."
     )
     lesion: Optional[Column] = Field(None, description="Class. Leave it out if ``only_class`` is given.")
     patient: Optional[Column] = Field(None, description="Patient.")
@@ -310,7 +310,9 @@ class _Table:
             return None
         if not box and columns.lesion is not None and lesion:
             self.faults.add(
-                where, f"names {lesion!r}, but has no box. Give the box, or empty the lesion for a negative"
+                where,
+                f"names {lesion!r}, but has no box. Give the box, or empty the lesion for a negative. A value that means no "
+                "lesion belongs in annotations.no_finding",
             )
             return None
         return Annotated(

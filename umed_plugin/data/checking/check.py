@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.annotations.merging import overlapping_count
 from umed_plugin.data.build import LEAST_VISIBLE, Prepared, prepare
 from umed_plugin.data.checking.contact_sheet import ContactSheets
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
@@ -70,6 +71,9 @@ class RecipeCheck:
         classes: plain name -> its lesions.
         pictures: split -> thumbnails of its images, by name.
         split_leaks: images of val and test that are also in train, and images of test that are also in val.
+        patient_images: patient, with its source -> number of images.
+        thin_boxes, overlapping_boxes: names of the images of boxes under a pixel wide or high, and of boxes that overlap another
+            of their class by more than half; one entry for each box.
         evaluation_leaks: images of train and val that are also in an evaluation set; None if no set was given.
         sheets: images with their boxes, for `report`.
         bad_images: images that are missing on disk (first) or cannot be read.
@@ -84,6 +88,9 @@ class RecipeCheck:
     classes: dict[str, ClassCheck] = field(default_factory=dict)
     pictures: dict[str, Pictures] = field(default_factory=lambda: defaultdict(Pictures))
     split_leaks: list[Leak] = field(default_factory=list)
+    patient_images: Counter[str] = field(default_factory=Counter)
+    thin_boxes: list[str] = field(default_factory=list)
+    overlapping_boxes: list[str] = field(default_factory=list)
     evaluation_leaks: Optional[list[Leak]] = None
     sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
     bad_images: list[UmedError] = field(default_factory=list)
@@ -150,12 +157,16 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     source.images += 1
     source.negatives += not prepared.boxes
     source.patients.add(patient)
-    check.pictures[split].add(picture_name(item), prepared.shown)
+    check.patient_images[patient] += 1
+    name = picture_name(item)
+    check.pictures[split].add(name, prepared.shown)
+    check.thin_boxes += [name for x1, y1, x2, y2 in prepared.boxes if min(x2 - x1, y2 - y1) < 1]
+    check.overlapping_boxes += [name] * overlapping_count(prepared.boxes, prepared.classes)
     check.sheets.add(prepared)
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
-    for box, name in zip(prepared.boxes, prepared.classes):
+    for box, lesion in zip(prepared.boxes, prepared.classes):
         share = cropped.visible_fraction(box)
-        for counts in (check.classes[name], source):
+        for counts in (check.classes[lesion], source):
             counts.per_split[split] += 1
             counts.sides.append((box[2] - box[0], box[3] - box[1]))
             counts.lost += share < LEAST_VISIBLE

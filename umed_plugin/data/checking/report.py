@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from umed_plugin import files
 from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
+from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility
 from umed_plugin.data.leaks import SAME
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SHOWN = 10
+_EXAMPLES = 3  # of a row of the plausibility table
 _WIDTH = 150  # of the page's tables, in characters
 
 
@@ -69,7 +71,7 @@ def print_check(check: RecipeCheck, console: Console) -> None:
             console.print(available, style="yellow")
     console.print(_splits_table(check))
     console.print(_classes_table(check))
-    for line in check.annotations.told():
+    for line in check.annotations.unused_options + check.annotations.faults.remarks:
         console.print(one_line(line), style="yellow", soft_wrap=True)
     shared = check.shared_patients
     if shared:
@@ -80,6 +82,7 @@ def print_check(check: RecipeCheck, console: Console) -> None:
             )
         )
     _print_leaks(check, console)
+    _print_plausibility(check, console)
     _print_missing(check, console)
     if check.faults:
         console.print(f"{len(check.faults)} faults:", style="red")
@@ -89,6 +92,21 @@ def print_check(check: RecipeCheck, console: Console) -> None:
             console.print(f"  ... and {len(check.faults) - _SHOWN} more")
     if check.ok:
         console.print("The recipe fits the data.", style="green")
+
+
+def _print_plausibility(check: RecipeCheck, console: Console) -> None:
+    from rich.table import Table
+
+    rows = plausibility(check)
+    if rows:
+        table = Table(title="Plausibility", caption="Look at these. They do not stop a build.")
+        for title in ("what", "count", "of", "first"):
+            table.add_column(title, justify="right" if title in ("count", "of") else "left", overflow="fold")
+        for row in rows:
+            shown = ", ".join(one_line(example) for example in row.examples[:_EXAMPLES])
+            table.add_row(one_line(row.what), f"{row.count}", "" if row.of is None else f"{row.of}", shown)
+        console.print(table)
+    console.print(f"Looked at: {', '.join(LOOKED_AT)}.", soft_wrap=True)
 
 
 def _print_leaks(check: RecipeCheck, console: Console) -> None:

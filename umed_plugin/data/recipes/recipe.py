@@ -1,6 +1,6 @@
 """Recipes: one YAML file per data set that states where its annotations are, how to read them, and under which terms.
 
-A data set with annotations in COCO, Pascal VOC, YOLO, CSV, JSON by image, or masks needs a YAML file and no Python code.
+A data set in a form that one of the readers knows, such as COCO, CSV or masks, needs a YAML file and no Python code.
 ``umed recipe show`` prints a shipped recipe to start from; `reference.recipe_reference` lists every key. All mistakes of a file
 are reported at once, each with its key, what is allowed, and the likely intended name.
 """
@@ -294,7 +294,11 @@ def _reader_options(written: Any, faults: Faults) -> Optional[ReaderOptions]:
         faults.add("annotations.reader", f"missing. Allowed: {', '.join(READERS)} or my_module:my_reader")
         return None
     if ":" not in reader and reader not in READERS:
-        faults.add("annotations.reader", unknown_name("reader", reader, READERS) + " Or my_module:my_reader.")
+        faults.add(
+            "annotations.reader",
+            unknown_name("reader", reader, READERS)
+            + " Or my_module:my_reader. Images with a label and no box cannot be read.",
+        )
         return None
     try:
         return validated(reader_options(reader), written, "annotations.", faults)

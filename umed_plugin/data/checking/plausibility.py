@@ -1,0 +1,110 @@
+"""What a recipe's data holds that is allowed and yet rarely meant: the last table of ``umed recipe check``.
+
+One row a kind, with its number and the first examples. Nothing here stops a build or changes the exit status.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from umed_plugin.data.checking.check import RecipeCheck
+from umed_plugin.data.recipes.options import SPLITS
+from umed_plugin.data.recipes.recipe import Mixture
+
+LOOKED_AT = (
+    "boxes under a pixel",
+    "boxes of one class that overlap by more than half",
+    "images turned or resampled",
+    "pixels that are not square",
+    "empty splits",
+    "patients with most of the data",
+    "patients and pictures in two splits",
+    "rules without effect",
+    "what is left out and why",
+)
+# A patient with more than half of at least so many images is mostly a name that was cut or matched too short.
+_ENOUGH_IMAGES = 10
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row.
+
+    Attributes:
+        what: kind of the finding.
+        count: how many there are.
+        of: of how many, or None.
+        examples: the first of them, without repeats.
+    """
+
+    what: str
+    count: int
+    of: Optional[int] = None
+    examples: Sequence[str] = ()
+
+
+def plausibility(check: RecipeCheck) -> list[Finding]:
+    """The findings of a check; kinds of which there is none are not among them."""
+    boxes = sum(len(counts.sides) for counts in check.classes.values())
+    images = sum(check.images.values())
+    annotations = check.annotations
+    shared = check.shared_patients
+    unused = [*annotations.unused_options, *annotations.faults.without_effect]
+    split_leaks = [f"{leak.name} = {leak.other}" for leak in check.split_leaks]
+    found = [
+        _of("boxes under a pixel wide or high", check.thin_boxes, boxes),
+        _of("boxes that overlap another of their class by more than half", check.overlapping_boxes, boxes),
+        *(
+            Finding(f"images that {kind}", len(names), annotations.read, names[:3])
+            for kind, names in _image_kinds(check)
+        ),
+        _of("splits that are asked for and empty", _empty_splits(check)),
+        *_largest_patients(check.patient_images, images),
+        _of("patients in more than one split", shared, len(check.patient_images)),
+        _of("pictures in two splits", split_leaks, images),
+        _of("pictures in an evaluation set too", [leak.name for leak in check.evaluation_leaks or []], images),
+        _of("rules or options without effect", unused),
+        *(Finding(f"images left out: {reason}", count) for reason, count in annotations.left_out.items()),
+        *(
+            Finding(f"{what} left out: {reason}", count)
+            for (what, reason), count in annotations.faults.left_out.items()
+        ),
+        Finding("boxes left out: degenerate (degenerate_boxes: drop)", annotations.dropped_boxes),
+    ]
+    return [finding for finding in found if finding.count]
+
+
+def _of(what: str, names: Iterable[str], of: Optional[int] = None) -> Finding:
+    listed = list(names)
+    return Finding(what, len(listed), of, list(dict.fromkeys(listed))[:3])
+
+
+def _image_kinds(check: RecipeCheck) -> list[tuple[str, list[str]]]:
+    return list(check.annotations.image_remarks.items())
+
+
+def _empty_splits(check: RecipeCheck) -> list[str]:
+    """Splits that the recipe asks for, and that have no image."""
+    recipe = check.recipe
+    asked: Iterable[Any]
+    if isinstance(recipe, Mixture) or recipe.split.by == "patient":
+        asked = [split for split, share in recipe.split.fractions.items() if share > 0]
+    else:
+        options = recipe.annotations
+        values = getattr(options, "split_values", {}).values()
+        asked = {*options.files, *getattr(options, "split_lists", {}), *values}
+    return [split for split in SPLITS if split in asked and check.images and not check.images[split]]
+
+
+def _largest_patients(images: Counter[str], total: int) -> list[Finding]:
+    """The patient with more than half of the images."""
+    if total < _ENOUGH_IMAGES:
+        return []
+    return [
+        Finding("images of one patient, who has most of the data", count, total, [patient])
+        for patient, count in images.most_common(1)
+        if 2 * count > total
+    ]
