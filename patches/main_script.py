@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from umed_plugin.errors import UmedError, UsageError, say
+from umed_plugin.files import failed_write
 
 TRIGGER = "llava.train.llava_trainer"
 
@@ -39,16 +40,21 @@ def refuse_main_script() -> None:
 
 
 def report_errors_plainly() -> None:
-    """Print an uncaught UmedError without a traceback, and exit with its status. Installed once per process."""
+    """Print an uncaught UmedError, or that the disk is full, without a traceback, and exit with its status. Once per process."""
     stock = sys.excepthook
     if getattr(stock, "__module__", None) == __name__:
         return
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, UmedError):
+        failed = failed_write(error)
+        if isinstance(error, UmedError):
+            say(f"umed: error: {error}", stderr=True)
+        elif failed is not None:
+            remedy = "Make room, and give the same command again: a training goes on from its last checkpoint."
+            say(f"umed: error: {failed}. {remedy}", stderr=True)
+        else:
             stock(kind, error, trace)
             return
-        say(f"umed: error: {error}", stderr=True)
         # Python exits with the status of a SystemExit that the hook raises.
         raise SystemExit(2 if isinstance(error, UsageError) else 1)
 

@@ -205,3 +205,16 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="No space left on device") as failed, files.replacing(target):
         raise OSError(28, "No space left on device")
     assert failed.value.filename == str(target) and list(tmp_path.iterdir()) == []
+
+
+def test_what_libraries_say_of_a_full_disk_is_told_from_their_other_errors() -> None:
+    """safetensors and torch.save raise exceptions of their own; one may be the cause of another."""
+    rust = Exception(
+        "Error while serializing: IoError(Os { code: 28 }) I/O error: No space left on device (os error 28)"
+    )
+    assert files.failed_write(rust) == "writing a file: No space left on device"
+    caused = ValueError("saving failed")
+    caused.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded", "a.bin")
+    assert files.failed_write(caused) == "a.bin: Disk quota exceeded"
+    for other in (OSError(errno.ENOENT, "No such file", "a"), RuntimeError("PytorchStreamReader failed"), KeyError(28)):
+        assert files.failed_write(other) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ COMMANDS = {
     "report OUT": ("report.html", {}),
     "merge LORA --out OUT/merged": ("merged", {}),
     "convert CKPT --out OUT/hf": ("hf", {}),
+    "doctor OUT --fix": ("config.json", {}),
 }
 
 
@@ -114,6 +116,10 @@ def test_a_command_does_not_write_what_another_writes(command, tiny_mistral, tmp
     out = tmp_path / "out"
     out.mkdir()
     (out / "trainer_state.json").write_text('{"log_history": [], "global_step": 1, "max_steps": 2}')
+    if command.startswith("doctor"):  # something that it fixes
+        shutil.copytree(tiny_mistral, out, dirs_exist_ok=True)
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "/no/such/tower"}))
     name, options = COMMANDS[command]
     lora = write_lora(tiny_mistral, tmp_path / "llava-lora") if "LORA" in command else ""
     words = {

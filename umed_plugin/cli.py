@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from umed_plugin import __version__
 from umed_plugin.commands import add_commands, signals
 from umed_plugin.errors import UmedError, UsageError, fail, unknown_name
+from umed_plugin.files import failed_write
 from umed_plugin.terminal.console import guarded_streams
 from umed_plugin.terminal.progress import be_quiet
 from umed_plugin.terminal.silent_imports import silent_imports
@@ -109,6 +110,8 @@ def _unforeseen(error: Exception) -> int:
         fail(f"{one_line(error.filename or 'reading or writing')}: {error.strerror}.")
     elif found := _OS_ERROR.search(str(error)):  # safetensors writes in Rust and raises an exception of its own
         fail(f"reading or writing: {os.strerror(int(found[1]))}.")
+    elif reason := failed_write(error):
+        fail(f"{one_line(reason)}.")
     elif isinstance(error, UnicodeEncodeError):
         fail(
             f"the locale of this process ({error.encoding}) has no character {error.object[error.start]!a}, which a file name "

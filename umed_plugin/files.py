@@ -31,6 +31,11 @@ _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.
 
 
 _DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CANNOT_WRITE = {*_DISK_IS_FULL, errno.EROFS}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # safetensors
+_TORCH_WRITER = re.compile(
+    r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed writing"
+)  # torch.save, which hides the reason
 
 
 @contextmanager
@@ -246,3 +251,28 @@ def _remove_stale(target: Path) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if entry.name.startswith(f"{target.name}.") and is_stale_partial(entry):
                     os.unlink(entry)
+
+
+def failed_write(error: BaseException) -> str | None:
+    """Why a file could not be written, if that is what an exception of any library means: the disk is full, or read-only.
+
+    Returns:
+        Text such as ``runs/a/optimizer.pt: No space left on device``; None for any other exception.
+
+    Example:
+        >>> failed_write(OSError(28, "No space left on device", "optimizer.pt"))
+        'optimizer.pt: No space left on device'
+        >>> failed_write(RuntimeError("[enforce fail at inline_container.cc:337] . unexpected pos 196032 vs 195920"))
+        'a file could not be written to its end, as on a full disk or beyond a quota'
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        found = _RUST_ERROR.search(str(seen))
+        number = seen.errno if isinstance(seen, OSError) else int(found[1]) if found else None
+        if number is not None and number in _CANNOT_WRITE:
+            name = getattr(seen, "filename", None) or "writing a file"
+            return f"{name}: {os.strerror(number)}"
+        if isinstance(seen, RuntimeError) and _TORCH_WRITER.search(str(seen)):
+            return "a file could not be written to its end, as on a full disk or beyond a quota"
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -38,7 +38,7 @@ class _Asked:
     file: Path
     shared: bool
     busy: str
-    flag: str
+    flag: str | None
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def locked(
     inside: bool = False,
     shared: bool = False,
     busy: str = "another process is writing it",
-    flag: str = "--out",
+    flag: str | None = "--out",
 ) -> Iterator[None]:
     """Hold a file or folder for this process; a second process that writes it is refused. The lock ends with its process.
 
@@ -57,7 +57,7 @@ def locked(
         inside: ``path`` is a folder to which files are added; the lock is a file in it. The folder is made if need be.
         shared: others may hold it too, if they also ask for a shared lock.
         busy: what the second process is told, before the number of the first.
-        flag: that names another place.
+        flag: that names another place; None if there is none.
 
     Raises:
         UmedError: another process holds it, or the folder around it cannot be written.
@@ -100,9 +100,8 @@ def _lock(asked: _Asked) -> int:
         except BlockingIOError:
             owner = _owner(descriptor)
             os.close(descriptor)
-            raise UmedError(
-                f"{asked.target}: {asked.busy}{owner}. Wait for that one, stop it, or choose another {asked.flag}."
-            ) from None
+            other = "or stop it" if asked.flag is None else f"stop it, or choose another {asked.flag}"
+            raise UmedError(f"{asked.target}: {asked.busy}{owner}. Wait for that one, {other}.") from None
         except OSError as error:
             if error.errno not in _CANNOT_LOCK:
                 os.close(descriptor)
@@ -124,9 +123,8 @@ def _open(asked: _Asked) -> int:
         asked.file.parent.mkdir(parents=True, exist_ok=True)
         return os.open(asked.file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise UmedError(
-            f"{asked.target}: cannot be written ({error.strerror}). Choose another {asked.flag}."
-        ) from error
+        remedy = "Make it writable" if asked.flag is None else f"Choose another {asked.flag}"
+        raise UmedError(f"{asked.target}: cannot be written ({error.strerror}). {remedy}.") from error
 
 
 def _release(descriptor: int, file: Path, shared: bool) -> None:

@@ -71,6 +71,7 @@ RUN_BY = {
     "test_both_stages_are_measured_under_every_attention_with_torch_and_transformers_alone",
     "python benchmarks/feature_cache.py": "training/test_feature_cache.py::"
     "test_the_benchmark_prints_both_sides_and_what_is_saved",
+    "python benchmarks/faults.py": "benchmarks/test_faults.py::test_a_step_that_is_killed_ends_as_the_one_that_was_not",
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
     "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
 }

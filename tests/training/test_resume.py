@@ -112,3 +112,22 @@ def test_lora_biases_that_cannot_be_merged_are_refused_before_training(tiny_mist
     run = train(tiny_mistral, write_records(tmp_path / "data"), tmp_path / "out", *STEPS, *LORA, "--lora_bias", "all")
     assert run.returncode in (1, 2) and "--lora_bias all: it trains biases that umed merge cannot merge" in run.stderr
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+# No file may grow beyond this: what a full disk or a quota does to one that is written.
+NO_ROOM = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))"
+
+
+def test_a_full_disk_is_one_line_and_with_room_the_run_goes_on(tiny_mistral, tmp_path):
+    """torch.save hides the reason behind "unexpected pos": the line gives it, without a traceback."""
+    records, out, hook = write_records(tmp_path / "data"), tmp_path / "out", tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(NO_ROOM)
+    flags = ("--max_steps", "4", "--save_steps", "2", *LORA)
+    run = train(tiny_mistral, records, out, *flags, pythonpath=hook)
+    assert run.returncode == 1
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("umed: error: ")]
+    assert "could not be written to its end" in line or "File too large" in line
+    assert "the same command again" in line and "Traceback" not in run.stderr
+    assert train(tiny_mistral, records, out, *flags).returncode == 0
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 4 and weights(out)

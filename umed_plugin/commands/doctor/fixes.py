@@ -14,6 +14,7 @@ from pathlib import Path
 from umed_plugin import files
 from umed_plugin.commands.doctor.contents import read_object
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
+from umed_plugin.locks import locked
 
 BACKUP = "before-doctor"
 # One fix may uncover further problems; more rounds than this would be an endless loop.
@@ -33,7 +34,8 @@ def fix(find: Callable[[], list[Finding]], say: Callable[[str], None]) -> list[F
         if not by_file:
             return findings
         for file, fixable in by_file.items():
-            apply(file, fixable, say)
+            with locked(file, flag=None):
+                apply(file, fixable, say)
         findings = find()
     return findings
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from umed_plugin.commands.upgrade.provenance import read_json
 from umed_plugin.errors import UmedError
 from umed_plugin.files import replacing_folder, write_json
+from umed_plugin.locks import locked
 
 
 class CheckpointSwap:
@@ -63,16 +64,18 @@ class CheckpointSwap:
         """Do the steps of the swap that are left to do; nothing, once it is complete.
 
         Raises:
-            UmedError: somebody has moved the folders meanwhile, so that a rename would lose one of them.
+            UmedError: another process writes the checkpoint, or somebody has moved the folders meanwhile, so that a rename would
+                lose one of them.
         """
         if self.done():
             return
-        if not self.begun():
-            self._stage(result)
-            write_json(self.state_file, {"result": str(result), "old": str(self.backup), "done": False})
-        if not self._holds(result):
-            self._place(result)
-        write_json(self.state_file, {**read_json(self.state_file), "done": True})
+        with locked(self.checkpoint, flag=None):
+            if not self.begun():
+                self._stage(result)
+                write_json(self.state_file, {"result": str(result), "old": str(self.backup), "done": False})
+            if not self._holds(result):
+                self._place(result)
+            write_json(self.state_file, {**read_json(self.state_file), "done": True})
 
     def _place(self, result: Path) -> None:
         """Bring the result to the checkpoint's path; what is there becomes the backup."""
