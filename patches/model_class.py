@@ -10,9 +10,13 @@ Delete when: LLaVA's `train()` reads the configuration before it chooses a class
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.loading import ADAPTER
 from umed_plugin.checkpoints.loading import FAMILIES as LLAVA_FAMILIES
+from umed_plugin.errors import warn
+from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -52,6 +56,9 @@ def find_faults(run: TrainingRun) -> list[str]:
     if not run.active:
         return []
     name = run.model_args.model_name_or_path
+    unfinished = _part_of_a_checkpoint(Path(name))
+    if unfinished is not None:
+        return [f"--model_name_or_path {name}: {unfinished}"]
     try:
         config = read_config(name, run.training_args.cache_dir)
     except (OSError, ValueError) as error:
@@ -74,7 +81,26 @@ def find_faults(run: TrainingRun) -> list[str]:
             f"--model_name_or_path {name}: LLaVA treats any path with 'mpt' in it as an MPT model. "
             "Rename the folder, or pass a symbolic link to it."
         )
-    return faults
+    return [*faults, *find_contradictions(config, run.model_args)]
+
+
+def _part_of_a_checkpoint(folder: Path) -> str | None:
+    """Why a folder holds only what a training adds to a checkpoint: LLaVA would load the base without the trained projector."""
+    if (folder / ADAPTER).is_file():
+        return "is a LoRA adapter, not a checkpoint. Merge it first (`umed merge`), and train the merged checkpoint."
+    if (folder / "mm_projector.bin").is_file() and not any(
+        (*folder.glob("*.safetensors*"), *folder.glob("pytorch_model*"))
+    ):
+        return "holds a trained projector alone. Start from its base with --pretrain_mm_mlp_adapter FOLDER/mm_projector.bin."
+    return None
+
+
+def warn_of_departures(run: TrainingRun) -> None:
+    """Say, once per run, where the flags depart from what the checkpoint was trained with."""
+    if run.active and run.training_args.process_index == 0:
+        config = read_config(run.model_args.model_name_or_path, run.training_args.cache_dir)
+        for remark in find_departures(config, run.model_args, run.data_args):
+            warn(remark)
 
 
 PATCH = Patch(

@@ -84,6 +84,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *_find_unused_faults(run),
         ]
     )
+    model_class.warn_of_departures(run)
     if run.active and training_args.ddp_find_unused_parameters is None:
         # All that a stage trains takes part in each step. transformers asks DDP to search for unused weights under LoRA, and
         # that search fails under the reentrant gradient checkpointing of transformers 4.

@@ -269,7 +269,8 @@ def test_a_template_of_another_family_than_the_checkpoints_is_refused(
 ):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "config.json").write_text(json.dumps({"model_type": model_type, "mm_vision_tower": "x"}))
+    described = {"mm_vision_tower": "vision_tower", "mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": model_type, **described}))
     patching.apply(ALL)
     command = [*flags, "--model_name_or_path", str(checkpoint), "--version", version]
     if fits:
@@ -279,6 +280,62 @@ def test_a_template_of_another_family_than_the_checkpoints_is_refused(
         parse([*command, "--umed_stage", stage])
     wanted = "umed_mistral" if model_type == "llava_mistral" else "umed_v1"
     assert f"Use --version {wanted}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--mm_vision_select_layer", "-1"),
+        ("--mm_vision_select_feature", "cls_patch"),
+        ("--mm_projector_type", "linear"),
+        ("--vision_tower", "openai/clip-vit-large-patch14"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
+def test_a_flag_that_the_checkpoint_contradicts_is_refused(flags, stage, flag, value):
+    patching.apply(ALL)
+    with pytest.raises(UsageError) as caught:
+        parse([*flags, "--umed_stage", stage, flag, value])
+    assert str(caught.value).count("\n  - ") == 1
+    assert f"{flag} {value} (LLaVA's default" in str(caught.value)
+
+
+def test_llavas_defaults_are_those_of_another_model(flags):
+    """Whoever leaves layer and projector out trains one model and saves the description of another."""
+    patching.apply(ALL)
+    left_out = list(flags)
+    for name in ("--mm_vision_select_layer", "--mm_projector_type"):
+        at = left_out.index(name)
+        del left_out[at : at + 2]
+    with pytest.raises(UsageError) as caught:
+        parse([*left_out, "--umed_stage", "rewarding"])
+    assert "Use --mm_vision_select_layer -2." in str(caught.value)
+    assert "Use --mm_projector_type mlp2x_gelu." in str(caught.value)
+
+
+def test_flags_that_depart_from_the_checkpoint_are_said_before_it_is_loaded(flags, capsys):
+    patching.apply(ALL)
+    parse([*flags, "--umed_stage", "rewarding"])
+    assert "warning" not in capsys.readouterr().err
+    more = ["--mm_use_im_start_end", "True", "--mm_use_im_patch_token", "True", "--image_aspect_ratio", "square"]
+    parse([*flags, *more, "--umed_stage", "rewarding", "--pretrain_mm_mlp_adapter", "p.bin"])
+    said = capsys.readouterr().err
+    for name in ("mm_use_im_start_end is True", "mm_use_im_patch_token is True", "image_aspect_ratio is square"):
+        assert f"umed: warning: --{name}" in said
+    assert "replaces the checkpoint's trained projector" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("adapter_config.json", "is a LoRA adapter"), ("mm_projector.bin", "a trained projector alone")]
+)
+def test_what_a_training_added_is_not_a_checkpoint_to_start_from(flags, tmp_path, file, words):
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava_mistral", "mm_vision_tower": "x"}))
+    (folder / file).write_text("{}")
+    patching.apply(ALL)
+    with pytest.raises(UsageError, match=words):
+        parse([*flags, "--model_name_or_path", str(folder), "--umed_stage", "rewarding"])
 
 
 def test_every_flag_is_in_the_help_of_llavas_script(capsys):

@@ -1,0 +1,73 @@
+"""LLaVA's flags that say what the checkpoint's ``config.json`` says too, and must not say something else.
+
+LLaVA builds tower and projector by the configuration, and afterwards writes the flags into it. So a flag that differs changes
+nothing in the run, but the trained checkpoint describes another model. LLaVA's own defaults (last layer, linear projector) are
+those of no published checkpoint: whoever leaves a flag out is affected too. Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# Flags that say how tower and projector are built, with the value that LLaVA takes where the configuration has none.
+_BUILT_BY = {"mm_vision_select_layer": None, "mm_vision_select_feature": "patch", "mm_projector_type": "linear"}
+# Flags that the run follows, so that it goes on otherwise than the checkpoint was trained; and what that means.
+_FOLLOWED = {
+    "mm_use_im_start_end": "<im_start> and <im_end> stand around each image, or no longer do",
+    "mm_use_im_patch_token": "<im_patch>, which no prompt uses, becomes a token with random weights, or stops being one",
+    "image_aspect_ratio": "the model sees images in another shape, and boxes are numbers of another square",
+}
+
+
+def find_contradictions(config: Mapping[str, Any], model_args: Any) -> list[str]:
+    """Flags with which the trained checkpoint would not load, or would see with another layer or tower; one sentence each.
+
+    Args:
+        config: the checkpoint's ``config.json``.
+        model_args: LLaVA's.
+    """
+    tower = config.get("mm_vision_tower")
+    if not tower:
+        return []  # tower and projector are built by the flags
+    faults = []
+    for name, default in _BUILT_BY.items():
+        stored, given = config.get(name, default), getattr(model_args, name, None)
+        if None not in (stored, given) and stored != given:
+            faults.append(_built_otherwise(name, given, stored, name))
+    given = getattr(model_args, "vision_tower", None)
+    if given is not None and _last_part(given) != _last_part(str(tower)):
+        faults.append(_built_otherwise("vision_tower", given, tower, "mm_vision_tower"))
+    return faults
+
+
+def find_departures(config: Mapping[str, Any], model_args: Any, data_args: Any) -> list[str]:
+    """Flags under which the run goes on otherwise than the checkpoint was trained; one sentence each, for a warning."""
+    if not config.get("mm_vision_tower"):
+        return []
+    remarks = []
+    for name, meaning in _FOLLOWED.items():
+        given = getattr(data_args if name == "image_aspect_ratio" else model_args, name, None)
+        stored = config.get(name)
+        if None not in (stored, given) and stored != given:
+            remarks.append(
+                f"--{name} is {given} (LLaVA's default if you did not give it), but the checkpoint was trained with {stored}: "
+                f"{meaning}. To go on as before: --{name} {stored}."
+            )
+    adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
+    if adapter is not None:
+        remarks.append(f"--pretrain_mm_mlp_adapter {adapter} replaces the checkpoint's trained projector.")
+    return remarks
+
+
+def _built_otherwise(flag: str, given: Any, stored: Any, key: str) -> str:
+    return (
+        f"--{flag} {given} (LLaVA's default if you did not give it): the checkpoint's config.json has {key} {stored}. The run "
+        f"would train with {stored} and save {given}, so the trained checkpoint would be read as another model. Use --{flag} "
+        f"{stored}."
+    )
+
+
+def _last_part(tower: str) -> str:
+    """The name of a tower, which a local copy of it keeps."""
+    return tower.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
