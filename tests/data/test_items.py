@@ -46,6 +46,9 @@ REFUSED = {
         turns(("human", Q), ("gpt", A), ("human", "<image>\nWhere?"), ("gpt", "Left.")),
         "2 turns hold <image>",
     ),
+    "two tags in a turn": (turns(("human", "Compare <image> and <image>."), ("gpt", A)), "holds <image> 2 times"),
+    "half a character": (turns(("human", Q), ("gpt", "A nodule \ud83d.")), "holds half a character"),
+    "turns under another key": ({"id": "r9", "messages": [ASKED, ANSWERED]}, "The item has 'messages'"),
     "null answer": (turns(("human", Q), ("gpt", None)), "conversations[1]: 'value' is missing or null"),
     "answer is a list": (turns(("human", Q), ("gpt", [A])), "'value' is a list of 1"),
     "answer is a number": (turns(("human", Q), ("gpt", 3)), "'value' is 3"),
@@ -122,6 +125,26 @@ def test_a_file_without_any_seen_image_is_refused() -> None:
     blind = [{**item, "conversations": [{"from": "human", "value": "Anything?"}, ANSWERED]} for item in good()]
     with pytest.raises(UmedError, match=r"no item with an image \(4, \[0\], \[1\], \[2\] and 1 more\) has <image>"):
         check_items(blind, "train.json")
+
+
+@pytest.mark.parametrize(
+    "tag", ["<Image>", "<img>", "<image/>", "[image]", "[IMG]", "<|image_1|>", "{image}", "<im_start>", "<ImageHere>"]
+)
+def test_a_tag_in_another_spelling_is_named(tag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    other = turns(("human", f"{tag}\nAnything?"), ("gpt", A))
+    check_items([*good(), other], "train.json")
+    said = capsys.readouterr().err
+    assert f"1 of 5 items ([4]) hold '{tag}'" in said
+    assert "1 of 5 items with an image ([4]) have no <image>" in said
+    with pytest.raises(UmedError, match="They have ") as caught:
+        check_items([other] * 3, "train.json")
+    assert f"They have '{tag}'" in str(caught.value)
+
+
+def test_words_about_images_are_no_tags(capsys: pytest.CaptureFixture[str]) -> None:
+    said = "<image>\nIs the image [a CT image] or an {MR} image, <b>this</b> one?"
+    check_items([turns(("human", said), ("gpt", A))], "train.json")
+    assert capsys.readouterr().err == ""
 
 
 def test_plain_items_are_told_once_where_true_boxes_are_needed(tmp_path: Any) -> None:

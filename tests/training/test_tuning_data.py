@@ -85,6 +85,31 @@ def test_truncated_answers_are_reported_and_lost_ones_refused(records, tokenizer
         tokenizer.model_max_length = 512
 
 
+def test_a_long_record_that_no_sample_meets_is_found(records, tokenizer, capsys):
+    """64 samples among 200,000 records meet none of the few whose answer LLaVA would cut."""
+    items = json.loads(records.read_text())
+    for item in items:
+        item["conversations"] = item["conversations"][:2]
+    items[5]["conversations"][1]["value"] = "It is a nodule. " * 200
+    records.write_text(json.dumps(items))
+    assert check_supervision(make_dataset(records, tokenizer), tokenizer, 1).truncated == 0
+    assert "1 of 8 records lose the end of their answer at --model_max_length 512, the first: record record-5" in (
+        capsys.readouterr().err
+    )
+    items[5]["conversations"][0]["value"] = "<image>\n" + "Is there a nodule? " * 200
+    records.write_text(json.dumps(items))
+    with pytest.raises(UmedError, match="1 of 8 records would teach nothing, the first: record record-5"):
+        check_supervision(make_dataset(records, tokenizer), tokenizer, 1)
+
+
+def test_a_long_text_without_an_image_is_cut_and_said(records, tokenizer, capsys):
+    items = json.loads(records.read_text())
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is a nodule. " * 200}]
+    records.write_text(json.dumps([*items, {"id": "text", "conversations": turns}]))
+    check_supervision(make_dataset(records, tokenizer), tokenizer, 1)
+    assert "the first: record text" in capsys.readouterr().err
+
+
 def test_a_share_of_the_records_keeps_the_stock_template(tmp_path, tokenizer):
     records = write_records(tmp_path / "data", count=400)
     dataset = make_dataset(records, tokenizer, umed_stock_template_share=0.3)
@@ -181,6 +206,47 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
     records.write_text(json.dumps(content[:2]))
     with pytest.raises(UmedError, match="no record of the split 'train'"):
         make_dataset(records, tokenizer)
+
+
+def test_splits_that_nothing_reads_are_named_and_null_is_train(records, tokenizer, capsys):
+    items = json.loads(records.read_text())
+    items[0]["split"], items[1]["split"], items[2]["split"] = None, "Train", "training"
+    records.write_text(json.dumps(items))
+    assert len(make_dataset(records, tokenizer)) == 6
+    said = capsys.readouterr()
+    assert "records with the split 'Train' (1), 'training' (1) are used by nothing" in said.err
+    assert "2 records of other splits (Train, training)" in said.out
+    records.write_text(json.dumps(items[1:3]))
+    with pytest.raises(UmedError, match="'split' is 'Train', 'training'"):
+        make_dataset(records, tokenizer)
+
+
+def test_json_lines_and_a_key_twice_are_named(records, tokenizer):
+    items = json.loads(records.read_text())
+    records.write_text("\n".join(map(json.dumps, items)))
+    with pytest.raises(UmedError, match="It seems to be JSON lines"):
+        make_dataset(records, tokenizer)
+    records.write_text('\ufeff[{"id": 1, "image": "0.png", "image": "1.png"}]', encoding="utf-8")
+    with pytest.raises(UmedError, match="the key 'image' appears twice"):
+        make_dataset(records, tokenizer)
+
+
+def test_a_record_of_another_reader_needs_that_reader(records, tokenizer, tmp_path):
+    """Pixels of a slice or a window: LLaVA's own reader would show page 0, clipped."""
+    items = json.loads(records.read_text())
+    items[3]["reading"] = {"slice": 3, "window": "full"}
+    records.write_text(json.dumps(items))
+    with pytest.raises(UmedError, match=r"1 of 8 records \(the first: record-3\).*Give --umed_image_cache"):
+        make_dataset(records, tokenizer)
+    assert len(make_dataset(records, tokenizer, umed_image_cache=str(tmp_path / "cache"))) == 8
+
+
+def test_more_than_8_bits_are_not_clipped_in_silence(records, tokenizer):
+    Image.fromarray(torch.full((48, 64), 900).numpy().astype("uint16")).save(records.parent / "2.png")
+    with pytest.raises(UmedError, match=r"record-2: cannot read the image .*more than 8 bits"):
+        make_dataset(records, tokenizer)
+    dataset = make_dataset(records, tokenizer, umed_on_bad_image="skip")
+    assert torch.equal(dataset[2]["image"], dataset[3]["image"])
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[" * 100_000])

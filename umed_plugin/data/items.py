@@ -9,6 +9,7 @@ picture is put where the tag ``<image>`` stands in a question.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,6 +24,14 @@ _SHOWN = 10
 _NAMED = 3
 # Names under which other tools keep the picture; LLaVA reads `image` alone.
 _OTHER_IMAGE_KEYS = ("images", "image_path", "image_file", "img", "video", "videos")
+# Names under which other tools keep the turns.
+_OTHER_TURN_KEYS = ("conversation", "messages", "dialogue", "turns")
+# Tags that other models and people write where LLaVA needs IMAGE_TAG to the letter.
+_OTHER_TAG = re.compile(
+    r"<\s*/?\s*(?:image|img|picture|imagehere|image[-_ ]?placeholder|image_?\d+|im_(?:start|end|patch))\s*/?\s*>"
+    r"|<\|\s*(?:image|img|image_pad|image_\d+)\s*\|>|[\[{]{1,2}\s*(?:image|img|image_token)\s*[\]}]{1,2}",
+    re.IGNORECASE,
+)
 
 
 def check_items(items: Sequence[Any], where: str, separators: Iterable[str] = ()) -> list[Item]:
@@ -75,7 +84,9 @@ def item_faults(item: Any, separators: Sequence[str] = ()) -> list[str]:
     image, turns = item.get("image"), item.get("conversations")
     faults = [] if "image" not in item else _image_faults(image)
     if not isinstance(turns, list) or not turns:
-        return [*faults, f"'conversations' is {_shown(turns)}; needed: a list of turns"]
+        other = [key for key in _OTHER_TURN_KEYS if key in item]
+        named = f" The item has {other[0]!r}." if turns is None and other else ""
+        return [*faults, f"'conversations' is {_shown(turns)}; needed: a list of turns.{named}"]
     wrong = [n for n, turn in enumerate(turns) if not isinstance(turn, dict) or not isinstance(turn.get("value"), str)]
     if wrong:
         turn = turns[wrong[0]]
@@ -118,13 +129,28 @@ def _text_faults(turns: list[Any], separators: Sequence[str]) -> list[str]:
         )
     elif len(tagged) > 1:
         faults.append(f"{len(tagged)} turns hold {IMAGE_TAG}; the item has one image at most, so one turn may")
+    elif tagged and turns[tagged[0]]["value"].count(IMAGE_TAG) > 1:
+        times = turns[tagged[0]]["value"].count(IMAGE_TAG)
+        faults.append(
+            f"conversations[{tagged[0]}] holds {IMAGE_TAG} {times} times; LLaVA shows one image for each item, once"
+        )
     for n, turn in enumerate(turns):
         if turn.get("from") == "gpt" and not turn["value"].strip():
             faults.append(f"conversations[{n}] is an empty answer: nothing would be learned from it")
+        if not _is_unicode(turn["value"]):
+            faults.append(f"conversations[{n}] holds half a character (a lone surrogate), which no tokenizer takes")
         mark = next((mark for mark in separators if mark in turn["value"]), None)
         if mark is not None:
             faults.append(f"conversations[{n}] holds {mark!r}, where the template ends a turn; remove it from the text")
     return faults
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _as_meant(item: Any) -> Any:
@@ -163,8 +189,13 @@ def _refuse_or_warn_of_unseen_images(items: Sequence[Item], where: str) -> None:
     kinds: dict[str, list[int]] = defaultdict(list)
     with_image = 0
     other_keys: Counter[str] = Counter()
+    other_tags: Counter[str] = Counter()
     for index, item in enumerate(items):
         tagged = any(IMAGE_TAG in turn["value"] for turn in item["conversations"])
+        spelt = [tag for turn in item["conversations"] for tag in _other_tags(turn["value"])]
+        if spelt:
+            kinds["spelling"].append(index)
+            other_tags.update(spelt)
         with_image += "image" in item
         if "image" in item and not tagged:
             kinds["image"].append(index)
@@ -174,10 +205,17 @@ def _refuse_or_warn_of_unseen_images(items: Sequence[Item], where: str) -> None:
         if any(VIDEO_TAG in turn["value"] for turn in item["conversations"]) or "video" in item:
             kinds["video"].append(index)
     unseen, without = kinds["image"], kinds["tag"]
+    written = ", ".join(repr(tag) for tag, _ in other_tags.most_common(_NAMED))
     if unseen and len(unseen) == with_image:
+        instead = f" They have {written}; LLaVA knows {IMAGE_TAG} alone, in these very letters." if written else ""
         raise UmedError(
             f"{where}: no item with an image ({with_image}, {_indices(unseen)}) has {IMAGE_TAG} in a question, so the model "
-            f"would see no image. Begin each first question with '{IMAGE_TAG}\\n'."
+            f"would see no image.{instead} Begin each first question with '{IMAGE_TAG}\\n'."
+        )
+    if other_tags:
+        warn(
+            f"{where}: {len(kinds['spelling'])} of {len(items)} items ({_indices(kinds['spelling'])}) hold {written}. LLaVA "
+            f"knows {IMAGE_TAG} alone, in these very letters; anything else would be learned as text."
         )
     if unseen:
         warn(
@@ -195,6 +233,10 @@ def _refuse_or_warn_of_unseen_images(items: Sequence[Item], where: str) -> None:
             f"{where}: {len(kinds['video'])} items ({_indices(kinds['video'])}) have a video. This LLaVA reads images alone, and "
             f"{VIDEO_TAG} would be learned as text."
         )
+
+
+def _other_tags(text: str) -> list[str]:
+    return [match[0] for match in _OTHER_TAG.finditer(text) if match[0] != IMAGE_TAG]
 
 
 def _indices(indices: Sequence[int]) -> str:

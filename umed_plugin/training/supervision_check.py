@@ -17,6 +17,9 @@ from umed_plugin.errors import UmedError, warn
 from umed_plugin.training.tuning_data import GroundedDataset, tokenize_record
 
 _EXAMPLES = 3
+_MOST_LONG = 500
+# No less than what the templates add: for each turn, and once.
+_ROLE_BYTES, _SYSTEM_BYTES = 24, 800
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) ->
     """Tokenize ``samples`` records, spread over the data, under each template, and check what would be learned.
 
     Raises:
-        UmedError: anything other than the answers and their end tokens is supervised, or a record is masked whole.
+        UmedError: anything other than the answers and their end tokens is supervised, or a record is masked whole. Or a record's
+            whole answer is cut off, among all that could be too long.
     """
     count = min(samples, len(dataset))
     indices = [i * len(dataset) // count for i in range(count)]
@@ -60,12 +64,48 @@ def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) ->
             "LLaVA-1.5) and its own tokenizer, and --model_max_length must hold image and text. If only records with several "
             "questions fail, split them into one record per question."
         )
-    if truncated:
-        warn(
-            f"{truncated} of {len(indices) * len(templates)} checked samples lose the end of their answer at "
-            f"--model_max_length {tokenizer.model_max_length}. Raise it."
-        )
+    _tell_of_long_records(dataset, tokenizer)
     return SupervisionReport(len(indices), templates, tokens, truncated)
+
+
+def _tell_of_long_records(dataset: GroundedDataset, tokenizer: Any) -> None:
+    """Warn of answers whose end lies beyond ``model_max_length``; LLaVA cuts them without a word.
+
+    A token stands for one byte of text or more, so most records are surely short enough. The others are tokenized, of very many
+    an even sample.
+
+    Raises:
+        UmedError: the whole answer of a record lies beyond it: nothing would be learned, and a batch of such has no loss.
+    """
+    long = [index for index in range(len(dataset)) if _could_be_too_long(dataset, index, tokenizer.model_max_length)]
+    looked_at = long if len(long) <= _MOST_LONG else [long[i * len(long) // _MOST_LONG] for i in range(_MOST_LONG)]
+    cut: list[int] = []
+    lost: list[int] = []
+    for index in looked_at:
+        ids, labels = tokenize_record(dataset, index, dataset.template)
+        beyond = _cut_tokens(dataset.data_args, tokenizer, ids, labels)
+        # LLaVA itself cuts a text without an image while it tokenizes.
+        already_cut = "image" not in dataset.list_data_dict[index] and len(ids) >= tokenizer.model_max_length
+        if beyond or already_cut:
+            (lost if beyond == int((labels != IGNORE_INDEX).sum()) else cut).append(index)
+    of = f"{len(dataset)} records" if len(looked_at) == len(long) else f"{len(looked_at)} long records (of {len(long)})"
+    if lost:
+        first = _whole_answer_cut(dataset.list_data_dict[lost[0]], dataset.template, tokenizer)
+        raise UmedError(
+            f"{len(lost)} of {of} would teach nothing, the first: {first}. Raise --model_max_length, or remove them."
+        )
+    if cut:
+        name = dataset.list_data_dict[cut[0]].get("id")
+        warn(
+            f"{len(cut)} of {of} lose the end of their answer at --model_max_length {tokenizer.model_max_length}, the first: "
+            f"record {name}. The model would learn to stop there, or not at all. Raise it."
+        )
+
+
+def _could_be_too_long(dataset: GroundedDataset, index: int, longest: int) -> bool:
+    record = dataset.list_data_dict[index]
+    text = sum(len(turn["value"].encode()) + _ROLE_BYTES for turn in record["conversations"])
+    return text + _SYSTEM_BYTES + ("image" in record) * int(dataset.data_args.umed_num_patches) > longest
 
 
 def supervision_fault(

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +32,14 @@ from umed_plugin import files
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, separators
 from umed_plugin.data import build
 from umed_plugin.data.annotations import read_annotations
+from umed_plugin.data.image_files import check_image_files
 from umed_plugin.data.images import READERS, check_picture, file_states
 from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.items import check_items
+from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
 from umed_plugin.data.records import load_records, save_records
+from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.definition import REWARDING
 
@@ -70,13 +74,17 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
         records += check_items(_recipe_records(data_args, training_args, split), flags.umed_recipe, marks)
     if data_args.data_path is not None:
         in_file = _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
-        records += check_items(in_file, f"--data_path {data_args.data_path}", marks)
-    of_split = [record for record in records if record.get("split", "train") == split]
+        in_file = check_items(in_file, f"--data_path {data_args.data_path}", marks)
+        _check_files(_of_split(in_file, split), data_args, flags)
+        records += in_file
+    of_split = _of_split(records, split)
     if len(of_split) < len(records) and split == "train":
-        others = len(records) - len(of_split)
-        note(f"{others} records of other splits (val, test) are left out of training.")
+        _tell_other_splits(records)
     if not of_split:
-        raise UmedError(f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}.")
+        found = ", ".join(map(repr, sorted({str(record.get("split")) for record in records})))
+        raise UmedError(
+            f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
+        )
     _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
     if data_args.image_folder is None:
         # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
@@ -84,16 +92,52 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     return of_split
 
 
+def _of_split(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The records of a split; one that names none, or null, belongs to train."""
+    return [record for record in records if (record.get("split") or "train") == split]
+
+
+def _tell_other_splits(records: list[dict[str, Any]]) -> None:
+    """Say how many records are not trained on, with the name of their split. A name that nothing reads is a warning."""
+    others = Counter(str(record["split"]) for record in records if (record.get("split") or "train") != "train")
+    unknown = {name: count for name, count in others.items() if name not in SPLITS}
+    if unknown:
+        named = ", ".join(f"{name!r} ({count})" for name, count in list(unknown.items())[:3])
+        warn(f"records with the split {named} are used by nothing. Known splits: {', '.join(SPLITS)}.")
+    note(f"{sum(others.values())} records of other splits ({', '.join(sorted(others))}) are left out of training.")
+
+
+def _check_files(records: list[dict[str, Any]], data_args: Any, flags: Any) -> None:
+    """Look for the images of a records file. Those of a recipe were read when its records were built."""
+    cached = flags.umed_image_cache is not None
+    only_here = [record for record in records if record.get("reading")]
+    if only_here and not cached:
+        raise UmedError(
+            f"--data_path {data_args.data_path}: {len(only_here)} of {len(records)} records (the first: "
+            f"{only_here[0].get('id')}) name an image that LLaVA does not read as it was annotated ('reading': a slice, a "
+            "window). Give --umed_image_cache, or build the records again with images: umed recipe build."
+        )
+    check_image_files(
+        [record for record in records if not record.get("reading")],
+        data_args.image_folder or os.curdir,
+        f"--data_path {data_args.data_path}",
+        skip=flags.umed_on_bad_image == "skip",
+        opened_by_llava=not cached,
+    )
+
+
 def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
     """Records of a JSON file. Plain LLaVA items are accepted unless ``strict``: rewards need the true boxes."""
     if strict:
         return load_records(path)
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        lines = " Its ending says JSON lines: make one list of them." if path.endswith("l") else ""
+        records = read_json(Path(path))
+    except UmedError as error:
+        is_lines = path.endswith("l") or "Extra data: line 2" in str(error)
+        lines = " It seems to be JSON lines: make one list of them." if is_lines else ""
+        reason = str(error).removeprefix(f"{path}: ")
         raise UmedError(
-            f"--data_path {path}: is not JSON ({error}). Expected: a list of LLaVA items.{lines}"
+            f"--data_path {path}: is not JSON that can be read ({reason}). Expected: a list of LLaVA items.{lines}"
         ) from error
     if not isinstance(records, list):
         raise UmedError(f"--data_path {path}: is not a list of LLaVA items, each with 'conversations'.")

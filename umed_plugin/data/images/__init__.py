@@ -229,10 +229,17 @@ def check_picture(path: Path) -> None:
     """Check a file that LLaVA itself will open, before its pixels are decoded.
 
     Raises:
-        UmedError: the file is missing, damaged or too large, or has a size that LLaVA's image processor cannot take.
+        UmedError: the file is missing, damaged or too large, or has a size that LLaVA's image processor cannot take. Or it has
+            more than 8 bits, which LLaVA would clip.
     """
     with opened_raster(path) as image:
         check_for_model(path, *image.size)
+        if image.mode in DEEP_MODES:
+            raise UmedError(
+                f"{path}: has more than 8 bits (mode {image.mode}). LLaVA shows all values above 255 as white, and `umed "
+                "evaluate` does not. `umed recipe build` renders such images. Or save it with 8 bits, or train with "
+                "--umed_image_cache."
+            )
 
 
 def reader_version(path: Union[str, Path]) -> list[str]:
