@@ -332,6 +332,34 @@ def test_values_of_one_class_stay_apart_and_a_mask_of_specks_is_left_out(tmp_pat
     assert found.left_out == {"all of its boxes are left out": 1}
 
 
+@pytest.mark.parametrize("first", [0, 255])
+def test_a_mask_of_several_pages_is_a_fault(tmp_path: Path, first: int) -> None:
+    """With the lesions on a later page, the image would become a negative."""
+    pages = [Image.fromarray(np.full((80, 100), value, np.uint8)) for value in (first, 255)]
+    put(tmp_path / "i" / "a.png")
+    (tmp_path / "m").mkdir()
+    pages[0].save(tmp_path / "m" / "a.tif", save_all=True, append_images=pages[1:])
+    found = read(tmp_path, (MASK % "").replace(".png'", ".tif'").replace("i/*.tif", "i/*.png"))
+    assert ["has 2 pages" in message for message in found.faults.messages] == [True]
+
+
+def test_inverted_masks_are_told(tmp_path: Path) -> None:
+    painted = np.zeros((80, 100), np.uint8)
+    painted[20:40, 10:30] = 255
+    for name, values in (("a", 255 - painted), ("b", painted)):
+        put(tmp_path / "i" / f"{name}.png")
+        put(tmp_path / "m" / f"{name}.png", values)
+    found = read(tmp_path, MASK % "")
+    assert sum("in 1 of 2 masks" in remark and "inverted" in remark for remark in found.faults.remarks) == 1
+
+
+def test_yolo_images_of_every_format_that_is_read_are_negatives_without_a_label(tmp_path: Path) -> None:
+    for name in ("a.png", "b.webp", "c.GIF"):
+        put(tmp_path / "images" / name)
+    put(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.2 0.2")
+    assert sorted(boxes(read(tmp_path, YOLO % ""))) == ["images/a.png", "images/b.webp", "images/c.GIF"]
+
+
 def test_masks_of_no_image_are_counted(tmp_path: Path) -> None:
     put(tmp_path / "i" / "a.png")
     for name in ("a", "b"):

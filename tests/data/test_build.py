@@ -318,6 +318,34 @@ def test_windows_by_column(folder: Path) -> None:
 
 
 @pytest.mark.llava
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_a_box_of_no_numbers_is_a_fault_and_not_cut_to_the_image(folder: Path, value: str) -> None:
+    for extra in ("", "degenerate_boxes: drop\n"):
+        with pytest.raises(UmedError, match="is not of numbers"):
+            build(folder, row("a.png", (1, 2, value, 20)), extra=extra)  # type: ignore[arg-type]
+
+
+@pytest.mark.llava
+def test_another_build_in_the_folder_leaves_the_pictures_of_the_first_alone(folder: Path) -> None:
+    """Another window, or another data root with the same names: the first records must go on showing what they showed."""
+    write_png16(folder / "b.png", scene())
+    (first,) = build(folder, row("b.png"), extra="image: {window: full}\n")
+    before = pixels_of(first, folder)
+    (again,) = build(folder, row("b.png"), extra="image: {window: full}\n")
+    assert again["image"] == first["image"] == "images/drawn/b.png.png"
+    (other,) = build(folder, row("b.png"), extra="image: {window: lung, offset: 32768}\n")
+    assert other["image"] != first["image"]
+    assert not np.array_equal(pixels_of(other, folder), before)
+    assert np.array_equal(pixels_of(first, folder), before)
+    (same,) = build(folder, row("b.png"), extra="image: {window: lung, offset: 32768}\n")
+    assert same["image"] == other["image"]
+    (folder / "out" / first["image"]).write_bytes(b"torn")
+    (mended,) = build(folder, row("b.png"), extra="image: {window: full}\n")
+    assert mended["image"] == first["image"]
+    assert np.array_equal(pixels_of(mended, folder), before)
+
+
+@pytest.mark.llava
 def test_the_demo_recipe_reads_all_three_kinds(tmp_path: Path) -> None:
     write_png(tmp_path / "x.png", scene())
     write_dicom(tmp_path / "c.dcm", scene(), WindowCenter=0, WindowWidth=1000)

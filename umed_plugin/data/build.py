@@ -7,6 +7,8 @@ named relative to ``out_dir``, so ``--image_folder out_dir`` serves both. Only p
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -272,6 +274,9 @@ def _fit(box: Box, frame: tuple[int, int], item: Annotated, annotations: Annotat
     width, height = frame
     outside = max(-box[0], -box[1], box[2] - width, box[3] - height)
     rounded = [round(value, 2) for value in box]
+    if not all(map(math.isfinite, box)):
+        faults.add(item.where, f"box {rounded} of {item.image.name} is not of numbers. A box has four finite ones")
+        return None
     if not is_degenerate(box) and outside > recipe.box_tolerance:
         faults.add(
             item.where,
@@ -354,12 +359,30 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
 
 
 def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
-    """Write the pixels as PNG, whole or not at all, and return the path relative to ``out_dir``."""
+    """Write the pixels as PNG, whole or not at all, and return the path relative to ``out_dir``.
+
+    A file that shows something else is left as it is, and the new one is named after its content too. It may belong to records
+    that were built before: of another data root, window or recipe of the same name.
+    """
     relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
+    if _shows_other(out_dir / relative, pixels):
+        content = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:12]
+        relative = relative.with_name(f"{relative.stem}-{content}.png")
     target = out_dir / relative
     with files.replacing(target, durable=False) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
     return relative.as_posix()
+
+
+def _shows_other(file: Path, pixels: np.ndarray) -> bool:
+    """Whether a picture is there already, and not this one. A file that cannot be read is none."""
+    if not file.is_file():
+        return False
+    try:
+        with Image.open(file) as image:
+            return image.size != (pixels.shape[1], pixels.shape[0]) or not np.array_equal(np.asarray(image), pixels)
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def _report(

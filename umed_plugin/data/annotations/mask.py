@@ -62,6 +62,7 @@ annotations:
 def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read the mask of every image; an empty mask is a negative."""
     items: list[Annotated] = []
+    whole: list[Path] = []
     owners: dict[Path, Path] = {}
     applied = Applied({"annotations.values": [str(value) for value in options.values]})
     for split, pattern in options.files.items():
@@ -78,11 +79,24 @@ def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotate
             item = Annotated(image, [], [], str(mask), (values.shape[1], values.shape[0]), split=split)
             _add_regions(item, values, options, mask, faults)
             items.append(item)
+            whole += [mask] if _covers_most(item, values) else []
     applied.tell(faults)
+    if whole:
+        faults.remark(
+            root / options.masks,
+            f"in {len(whole)} of {len(items)} masks the lesion is the border of the picture and most of it. Are they inverted? "
+            f"The first: {whole[0].name}",
+        )
     if options.values and "threshold" in options.model_fields_set:
         faults.no_effect("annotations.threshold", "has no effect together with annotations.values")
     _tell_unused_masks(options, root, set(owners), faults)
     return items
+
+
+def _covers_most(item: Annotated, values: np.ndarray) -> bool:
+    """Whether a lesion reaches all four sides and most pixels are painted, as where the background is white."""
+    height, width = values.shape
+    return (0.0, 0.0, float(width), float(height)) in item.boxes and 2 * np.count_nonzero(values) > values.size
 
 
 def _tell_unused_masks(options: MaskOptions, root: Path, used: set[Path], faults: Faults) -> None:
@@ -105,6 +119,12 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
         return None
     try:
         with Image.open(mask) as image:
+            pages = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+            if pages > 1:
+                faults.add(
+                    mask, f"has {pages} pages, and a mask is one picture. Write each page into a file of its own"
+                )
+                return None
             if image.mode in ("LA", "RGBA", "PA"):
                 return _of_transparent(image, mask, faults)
             # The indices of a palette are the labels. Converting its colours would give shades of grey.

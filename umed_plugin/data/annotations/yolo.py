@@ -16,7 +16,7 @@ from umed_plugin.data.texts import read_text, read_yaml
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
 
 class YoloOptions(ReaderOptions):
