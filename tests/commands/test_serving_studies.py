@@ -139,6 +139,46 @@ def test_slices_without_places_are_shown_by_file_name(folder: Path, tmp_path: Pa
 
 
 @pytest.mark.llava
+def test_a_series_with_its_scout_is_the_stack_that_recipes_read_and_the_page_says_so(
+    folder: Path, tmp_path: Path
+) -> None:
+    series = write_series(tmp_path / "s")
+    (series / "readme.txt").unlink()
+    tags = {"SeriesInstanceUID": "1.2.3", "ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}
+    write_dicom(series / "AAA", scene(), **tags, ImageOrientationPatient=[0, 1, 0, 0, 0, -1])
+    study = study_of(folder, *sorted(series.iterdir()))
+    (item,) = study.items
+    assert item.label == f"series 1 ({SLICES} slices)"
+    assert study.left_out == [
+        (f"series 1 ({SLICES} slices)", "no slices of it (a scout, a report or a second copy): AAA")
+    ]
+    for index in (0, 2, SLICES - 1):
+        expected = load_image(series, slice=index, window="full")[0]
+        np.testing.assert_array_equal(pixels(study, slice=index, window="full"), expected)
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("broken", ["missing slice", "turned slice", "same place"])
+def test_a_stack_that_recipes_remark_on_or_refuse_is_not_shown_in_silence(
+    broken: str, folder: Path, tmp_path: Path
+) -> None:
+    series = write_series(tmp_path / "s")
+    (series / "readme.txt").unlink()
+    if broken == "missing slice":
+        (series / "IM007").unlink()
+    else:
+        where = {"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]} if broken == "turned slice" else {}
+        write_dicom(series / "AAA", scene(), SeriesInstanceUID="1.2.3", ImagePositionPatient=[0, 0, -50], **where)
+    study = study_of(folder, *sorted(series.iterdir()))
+    ((label, why),) = study.left_out
+    assert label == study.items[0].label
+    assert ("sorted by file name" in label) == (broken != "missing slice")
+    assert "a slice may be missing" in why if broken == "missing slice" else "not one stack of slices" in why
+    assert study.described()["left_out"] == [f"{label}: {why}"]
+    assert study.items[0].planes[0].slices == SLICES + (1 if broken != "missing slice" else -1)
+
+
+@pytest.mark.llava
 def test_frames_of_one_file_are_slices(folder: Path, tmp_path: Path) -> None:
     frames = np.stack([scene(), scene((50, 20, 60, 26))])
     study = study_of(folder, write_dicom(tmp_path / "a.dcm", frames, SeriesInstanceUID="1.2"))

@@ -19,7 +19,7 @@ from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_
 from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
 from umed_plugin.data.images.raster import RASTER_ENDINGS
-from umed_plugin.data.images.series import series_files
+from umed_plugin.data.images.series import series_stack
 from umed_plugin.data.images.stored import unreadable
 from umed_plugin.data.recipes.options import WINDOW_PRESETS
 from umed_plugin.errors import UmedError
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_VOXELS = 2**31
+# What the page says of a series; what the headers say stays out of it.
+NO_STACK = (
+    "not one stack of slices, so neighbours may not be neighbours in the body. The files have no positions, share positions, or "
+    "differ in orientation, size or pixel spacing"
+)
+UNEVEN = "the distances between its slices differ: a slice may be missing"
 PLANES = ("sagittal", "coronal", "axial")
 _MIDDLE = 0.5
 
@@ -209,21 +215,28 @@ class Study:
         folder.mkdir()
         for path in group:
             self._names[path.rename(folder / path.name)] = self._names.pop(path)
-        count = len(group)
-        label = f"series {number} ({count} slices)"
+        label = f"series {number} ({len(group)} slices)"
         self._names[group[0]] = label  # `_add` needs it if the series cannot be shown
         try:
-            ordered = len(series_files(folder)) == count
+            stack = series_stack(folder)
         except UmedError:
-            ordered = False
-        paths: tuple[Path, ...] = (folder,)
-        if ordered:
-            first = read_stored(folder, slice=int(count * _MIDDLE))
-        else:
-            paths = tuple(sorted(folder.iterdir(), key=lambda path: self._names[path]))
-            label += ", sorted by file name: no slice positions"
-            first = read_stored(paths[int(count * _MIDDLE)])
-        return Item(label, paths, (Plane(2, "", count),), 1, _windows(first))
+            return self._unordered(folder, label)
+        if len(stack.files) < len(group):
+            label = f"series {number} ({len(stack.files)} slices)"
+            kept = set(stack.files)
+            others = [self._names[path] for path in sorted(folder.iterdir()) if path not in kept]
+            self.left_out.append((label, f"no slices of it (a scout, a report or a second copy): {', '.join(others)}"))
+        self.left_out += [(label, UNEVEN) for remark in stack.remarks if "uneven" in remark.kind]
+        first = read_stored(folder, slice=int(len(stack.files) * _MIDDLE))
+        return Item(label, (folder,), (Plane(2, "", len(stack.files)),), 1, _windows(first))
+
+    def _unordered(self, folder: Path, label: str) -> Item:
+        """The files of a series that `series_stack` refuses, by name; the page says that their order may not be anatomical."""
+        paths = tuple(sorted(folder.iterdir(), key=lambda path: self._names[path]))
+        label += ", sorted by file name: no slice positions"
+        self.left_out.append((label, NO_STACK))
+        first = read_stored(paths[int(len(paths) * _MIDDLE)])
+        return Item(label, paths, (Plane(2, "", len(paths)),), 1, _windows(first))
 
     def _message(self, error: UmedError, name: str) -> str:
         """The error for the user, with the uploaded file's name and without library messages, which may quote the header."""
