@@ -124,13 +124,32 @@ def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path, short_boo
 
 def test_an_npz_that_does_not_fit_is_named(tmp_path):
     np.savez(
-        tmp_path / "breastmnist.npz", test_images=np.zeros((2, 28, 28), np.uint8), test_labels=np.array([[0], [5]])
+        tmp_path / "breastmnist.npz", test_images=np.zeros((2, 28, 28), np.uint8), test_labels=np.array([[7], [5]])
     )
-    with pytest.raises(UmedError, match=r"breastmnist.npz: labels \(2, 1\) up to 5 do not fit"):
+    with pytest.raises(UmedError, match=r"2 of 2 rows cannot be read") as caught:
+        questions_of("medmnist", tmp_path)
+    assert "breastmnist.npz:test_labels[1]: the label 5 is none of the 2 classes" in str(caught.value)
+    np.savez(tmp_path / "breastmnist.npz", test_images=np.zeros((2, 28, 28), np.uint8), test_labels=np.zeros((2, 3)))
+    with pytest.raises(UmedError, match=r"breastmnist.npz: labels \(2, 3\) of 2 images do not fit"):
         questions_of("medmnist", tmp_path)
     np.savez(tmp_path / "breastmnist.npz", train_images=np.zeros((2, 28, 28), np.uint8))
     with pytest.raises(UmedError, match="has no test_images, test_labels; it has train_images"):
         questions_of("medmnist", tmp_path)
+
+
+@pytest.mark.parametrize("odd", [5, -1, 0.5, float("nan")])
+def test_an_odd_label_of_medmnist_costs_its_image_alone(tmp_path, capsys, odd):
+    """A label of -1 would be read as the last class."""
+    labels = np.array([[0], [1], [odd], [1]], dtype=np.float32 if isinstance(odd, float) else np.int64)
+    np.savez(tmp_path / "breastmnist.npz", test_images=np.zeros((4, 28, 28), np.uint8), test_labels=labels)
+    asked = questions_of("medmnist", tmp_path)
+    assert [question.truth for question in asked] == ["malignant", "normal or benign", "normal or benign"]
+    assert [question.id for question in asked] == ["breastmnist/0", "breastmnist/1", "breastmnist/3"]
+    assert "medmnist: 1 of 4 rows are left out" in capsys.readouterr().err
+    several = np.zeros((4, 14), np.int64)
+    several[3, 13] = odd if odd == -1 else 2
+    np.savez(tmp_path / "chestmnist.npz", test_images=np.zeros((4, 28, 28), np.uint8), test_labels=several)
+    assert sum(question.groups["part"] == "chestmnist" for question in questions_of("medmnist", tmp_path)) == 3 * 14
 
 
 # --- OmniMedVQA

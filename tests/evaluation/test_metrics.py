@@ -81,6 +81,7 @@ def test_closed_accuracies_by_hand(answer, truth, run_eval, batch, corrected):
 
 
 YES = [
+    "Yes, no doubt.",
     *(
         "Yes",
         "yes.",
@@ -169,6 +170,7 @@ NEITHER = [
         "I do not know whether there is no fracture",
         "It cannot be determined; there is no lateral view.",
     ),
+    *("yes/no", "No / yes.", "**Yes**|**No**"),
     *("yes or no", "It is neither yes nor no", "Yesterday", "Nor", "eyes", "N/A", "I'm not sure if yes"),
 ]
 

@@ -23,7 +23,7 @@ from functools import lru_cache
 from umed_plugin.grounding.box_bins import BINNED, Box, bin_kind
 
 # Full-width and other forms of the characters that boxes are written with, one for one, so that places in the text stay.
-_PLAIN = str.maketrans("，、،；．٫％（）［］【】｛｝〔〕：＝＜＞＋－−", ",,,;..%()[][]{}[]:=<>+--")
+_PLAIN = str.maketrans("，、،；．٫％（）［］【】｛｝〔〕⟨⟩〈〉《》：＝＜＞＋－−", ",,,;..%()[][]{}[]()()():=<>+--")
 
 _NUMBER = r"(?:(?<![\d.])[+-])?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]\d{1,3})?"
 _AXIS = r"[xy]_?(?:min|max|[0-2])"
@@ -45,6 +45,8 @@ _TOKEN = re.compile(
 )
 # Text in which nothing can be found has no digit, and no bracket or tag at its end.
 _WORTH_A_LOOK = re.compile(r"\d|[\[(<{]|box", re.I)
+# Numbers in angle brackets, closed or cut off; a single one ("< 5 mm") is a comparison.
+_ANGLE = re.compile(rf"<(?=\s{{0,3}}{_NUMBER}%?(?:\s{{0,3}}[,;]\s{{0,3}}{_NUMBER}%?){{1,7}}[\s,;.]{{0,3}}(>|$))")
 _CUT_TAG = re.compile(r"<\|?(?:box\w*|bbox|loc_?\d{0,4}|patch_index_\d{0,4}|[xy]\d{1,4})\|?$", re.I)
 
 # Words before numbers that make them a box, and words that may stand between.
@@ -165,7 +167,13 @@ def scan(text: str) -> tuple[WrittenBox, ...]:
 
 @lru_cache(maxsize=512)
 def _scan(text: str) -> tuple[WrittenBox, ...]:
-    return tuple(sorted(_Scanner(text.translate(_PLAIN)).found, key=lambda box: box.start))
+    plain = text.translate(_PLAIN)
+    characters = list(plain)
+    for angle in _ANGLE.finditer(plain):
+        characters[angle.start()] = "("
+        if angle[1]:
+            characters[angle.end(1) - 1] = ")"
+    return tuple(sorted(_Scanner("".join(characters)).found, key=lambda box: box.start))
 
 
 def _value(number: str) -> float:

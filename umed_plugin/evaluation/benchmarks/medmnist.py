@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, questions_of_rows
 from umed_plugin.evaluation.metrics.classification import auc, likelihoods, macro_auc
 from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, Statistic, mean
 from umed_plugin.grounding.scoring import Scorer
@@ -99,33 +100,50 @@ def _of_set(
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
     several = name in MULTI_LABEL
     wide = labels.shape[1] if labels.ndim == 2 else 1
-    if wide != (len(classes) if several else 1) or len(labels) != len(images) or labels.max(initial=0) >= len(classes):
+    if wide != (len(classes) if several else 1) or len(labels) != len(images):
         raise UmedError(
-            f"{file}: labels {labels.shape} up to {labels.max(initial=0)} do not fit {name}, which has {len(classes)} classes."
+            f"{file}: labels {labels.shape} of {len(images)} images do not fit {name}, which has {len(classes)} classes."
         )
-    listed = []
-    for index, label in enumerate(labels.reshape(len(labels), -1)):
-        image = str(work / "medmnist" / file.stem / split / f"{index}.png")
-        about = {"file": str(file), "split": split, "index": index}
+
+    def asked(row: dict[str, Any], where: str) -> list[BenchmarkQuestion]:
+        label = _checked_labels(row["label"], where, 2 if several else len(classes))
+        image = str(work / "medmnist" / file.stem / split / f"{row['index']}.png")
+        about = {"file": str(file), "split": split, "index": row["index"]}
         if several:
-            for disease, present in zip(classes, label):
-                identity, groups = f"{name}/{index}/{disease}", {"part": name, "label": disease}
-                text, truth = f"Does this {what} show {disease}? Answer yes or no.", "yes" if present else "no"
-                listed.append(
-                    BenchmarkQuestion(
-                        identity, image, text, truth, ("no", "yes"), groups=groups, about=about, write=False
-                    )
+            return [
+                BenchmarkQuestion(
+                    f"{name}/{row['index']}/{disease}",
+                    image,
+                    f"Does this {what} show {disease}? Answer yes or no.",
+                    "yes" if present else "no",
+                    ("no", "yes"),
+                    groups={"part": name, "label": disease},
+                    about=about,
+                    write=False,
                 )
-        else:
-            text, truth = (
-                f"What does this {what} show? Answer with one of: {'; '.join(classes)}.",
-                classes[int(label[0])],
-            )
-            identity, groups = f"{name}/{index}", {"part": name}
-            listed.append(
-                BenchmarkQuestion(identity, image, text, truth, classes, groups=groups, about=about, write=False)
-            )
-    return listed
+                for disease, present in zip(classes, label)
+            ]
+        text = f"What does this {what} show? Answer with one of: {'; '.join(classes)}."
+        identity, groups, truth = f"{name}/{row['index']}", {"part": name}, classes[label[0]]
+        return [BenchmarkQuestion(identity, image, text, truth, classes, groups=groups, about=about, write=False)]
+
+    rows = (
+        (f"{file.name}:{split}_labels[{index}]", {"index": index, "label": label})
+        for index, label in enumerate(labels.reshape(len(labels), -1))
+    )
+    return questions_of_rows(rows, asked, "medmnist")
+
+
+def _checked_labels(labels: Any, where: str, classes: int) -> list[int]:
+    """The labels of an image as indices from 0.
+
+    Raises:
+        UmedError: one is no whole number from 0 to below ``classes``; a negative one would count from the end.
+    """
+    for label in labels.tolist():
+        if label != label or int(label) != label or not 0 <= label < classes:
+            raise UmedError(f"{where}: the label {label} is none of the {classes} classes, which count from 0.")
+    return [int(label) for label in labels.tolist()]
 
 
 def write_images(asked: Sequence[BenchmarkQuestion]) -> None:

@@ -118,7 +118,8 @@ def closed_hit_batch(answer: str, truth: str) -> float:
 
 # Who writes this has not decided, whatever "no" stands beside it.
 _UNDECIDED = re.compile(
-    r"\b(?:yes or no|no or yes|no idea|no way to|not sure|uncertain|(?:do not|dont) know|(?:im|un|not )possible to|unable to|"
+    r"^(?:yes no|no yes)$|\b(?:yes or no|no or yes|no idea|"
+    r"no way to|not sure|uncertain|(?:do not|dont) know|(?:im|un|not )possible to|unable to|"
     r"(?:cannot|can not|cant|could not|couldnt) (?:be )?(?:tell|say|know|answer|determined?|judged?|assess(?:ed)?))\b"
 )
 
