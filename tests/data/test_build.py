@@ -326,6 +326,36 @@ def test_a_box_of_no_numbers_is_a_fault_and_not_cut_to_the_image(folder: Path, v
 
 
 @pytest.mark.llava
+@pytest.mark.parametrize(
+    "content", ['{"images": []}', "[1]", "text", '[{"id": 1, "image": "a.png", "conversations": []}]']
+)
+def test_a_file_that_holds_no_built_records_is_never_replaced(
+    folder: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the annotations themselves, or items that somebody wrote by hand."""
+    write_rows(folder, row("a.png"))
+    recipe = write_recipe(folder, CSV)
+    out = folder / "annotations.json"
+    out.write_text(content)
+    assert cli.main(["recipe", "build", str(recipe), "--out", str(out)]) == 2
+    assert "exists and does not hold records" in capsys.readouterr().err
+    assert out.read_text() == content
+
+
+@pytest.mark.llava
+def test_records_of_another_recipe_are_replaced_with_a_warning(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(folder, row("a.png"))
+    recipe, out = write_recipe(folder, CSV), folder / "out.json"
+    for number, other in enumerate(("", "[]", None, '[{"id": "x", "provenance": {"recipe": "liver"}}]')):
+        if other is not None:
+            out.write_text(other)
+        assert cli.main(["recipe", "build", str(recipe), "--out", str(out)]) == 0
+        assert ("holds records of liver, which will be replaced" in capsys.readouterr().err) == (number == 3)
+
+
+@pytest.mark.llava
 def test_another_build_in_the_folder_leaves_the_pictures_of_the_first_alone(folder: Path) -> None:
     """Another window, or another data root with the same names: the first records must go on showing what they showed."""
     write_png16(folder / "b.png", scene())

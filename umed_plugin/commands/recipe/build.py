@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
-from umed_plugin.errors import UsageError, note
+from umed_plugin.errors import UsageError, note, warn
 from umed_plugin.locks import locked
 from umed_plugin.terminal.progress import add_quiet_flag
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from umed_plugin.commands.recipe.writer_settings import WriterSettings
     from umed_plugin.data.records import Record
     from umed_plugin.data.writing.decisions import Decision
+
+# Of the file that a build replaces: more than its first record.
+_BEGINNING_BYTES = 200_000
 
 
 def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
@@ -67,8 +71,30 @@ def run(args: argparse.Namespace) -> int:
     # Everything that may be wrong with the command line is reported before the first image is read.
     writer = read_writer_flags(args)
     decisions = _decisions(args)
+    _check_replaced(args.out, args.recipe)
     with locked(args.out):
         return _write(args, writer, decisions)
+
+
+def _check_replaced(out: Path, recipe: str) -> None:
+    """Say so if ``--out`` holds the records of another recipe, which will be replaced.
+
+    Raises:
+        UsageError: it holds something else than records, such as the annotations that are to be read.
+    """
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    if not out.is_file() or not out.stat().st_size:
+        return
+    with out.open("rb") as file:
+        beginning = file.read(_BEGINNING_BYTES).decode("utf-8", "replace")
+    if "".join(beginning.split()) == "[]":
+        return
+    if not beginning.lstrip().startswith("[") or '"provenance"' not in beginning:
+        raise UsageError(f"--out {out}: exists and does not hold records. Nothing was replaced. Give another name.")
+    names = {*re.findall(r'"(?:recipe|mixture)"\s*:\s*"([^"]+)"', beginning)}
+    if names and load_recipe(recipe).name not in names:
+        warn(f"--out {out}: holds records of {', '.join(sorted(names)[:3])}, which will be replaced.")
 
 
 def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: list[Decision]) -> int:
