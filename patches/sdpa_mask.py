@@ -1,9 +1,9 @@
 """Attend to the right tokens when prompts are padded and answers use a KV cache.
 
 Targets: `_prepare_4d_causal_attention_mask_for_sdpa` in transformers' `modeling_llama` and `modeling_mistral`.
-Why: transformers 4.37 unmasks rows that attend to nothing (padding), for PyTorch's memory-efficient attention. It computes the
-indices of these rows as if there were no KV cache. With a cache it unmasks rows of real tokens, which then attend to later
-tokens, or it fails.
+Why: (1) transformers 4.37 unmasks rows that attend to nothing (padding), for PyTorch's memory-efficient attention. It computes
+the indices of these rows as if there were no KV cache. With a cache it unmasks rows of real tokens, which then attend to later
+tokens, or it fails. (2) On a CPU, autocast casts queries but not the mask, so full fine-tuning under ``--bf16`` fails.
 Versions: transformers 4.37. (4.36 on LLaVA's pins has no such attention; 5 builds its masks in another way.)
 Delete when: LLaVA's repository pins a transformers after 4.38.
 """
@@ -32,12 +32,22 @@ def _counting_the_cache(stock: Any) -> Any:
 
     def prepare(mask: Any, shape: Any, embeds: Any, past: int, *args: Any, **keywords: Any) -> Any:
         if mask is None or mask.dim() != 2 or past == 0:
-            return stock(mask, shape, embeds, past, *args, **keywords)
+            return _as_queries(stock(mask, shape, embeds, past, *args, **keywords))
         prepared = _prepare_4d_causal_attention_mask(mask, shape, embeds, past, *args, **keywords)
         sees_nothing = (prepared == torch.finfo(embeds.dtype).min).all(dim=-1, keepdim=True)
-        return prepared.masked_fill(sees_nothing, 0.0)
+        return _as_queries(prepared.masked_fill(sees_nothing, 0.0))
 
     return prepare
+
+
+def _as_queries(mask: Any) -> Any:
+    """The mask in the dtype that autocast gives queries on a CPU. On a GPU it casts the mask, too."""
+    import torch
+
+    if mask is None or mask.device.type != "cpu" or not torch.is_autocast_cpu_enabled():
+        return mask
+    dtype = torch.get_autocast_cpu_dtype()
+    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)  # rounded, float32's lowest number would be -inf
 
 
 PATCH = Patch(
@@ -46,7 +56,8 @@ PATCH = Patch(
         Target(f"{_LLAMA}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
         Target(f"{_MISTRAL}:{_FUNCTION}", ">=4.37,<4.38", _HASHES),
     ),
-    why="with padded prompts and a KV cache, transformers 4.37 lets tokens attend to later tokens, or fails",
+    why="with padded prompts and a KV cache, transformers 4.37 lets tokens attend to later tokens, or fails; it also fails under "
+    "autocast on a CPU",
     delete_when="LLaVA's repository pins a transformers after 4.38",
     change=change,
     trigger="llava.model",

@@ -20,7 +20,13 @@ from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.locks import lock_for_the_process
-from umed_plugin.patches import attention_implementation, conversation_templates, lora_resume, model_class
+from umed_plugin.patches import (
+    attention_implementation,
+    conversation_templates,
+    lora_resume,
+    model_class,
+    quantized_base,
+)
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
 
@@ -81,6 +87,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             *model_class.find_faults(run),
             *attention_implementation.find_faults(run),
             *lora_resume.find_faults(run),
+            *quantized_base.find_faults(run),
             *_find_unused_faults(run),
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,19 +140,32 @@ def test_a_plan_that_does_not_fit_says_what_to_change_until_it_does() -> None:
         changes = remedies(LLAVA_MED, work, small)
         assert fits(stage_memory(LLAVA_MED, changes[-1][1]), small)
         assert not any(fits(stage_memory(LLAVA_MED, changed), small) for _, changed in changes[:-1])
-        assert remedies(LLAVA_MED, work, 12 * GB) == []
+        words = [words for words, _ in remedies(LLAVA_MED, work, 16 * GB)]
+        assert words[0] == "bits: 4" and not any(word.startswith("lora.r") for word in words)
+        assert remedies(LLAVA_MED, work, 6 * GB) == []
     full = Work(rank=0, half=True, checkpointing=True, fused=True, rows=8)
     assert [words for words, _ in remedies(LLAVA_MED, full, large)][-1] == "method: lora"
     config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     config |= {"intermediate_size": 14336, "vocab_size": 32000, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     said = "\n".join(memory_lines(config, DEFAULT_PLAN, Machine(1, small)))
     assert "576 image tokens" in said and said.count("does NOT fit the GPU's 25.8 GB. Set batch_size: ") == 2
+    assert said.count(" Or set bits: 4 alone: about ") == 2
     assert (
-        memory_lines(config, DEFAULT_PLAN, Machine(1, 12 * GB))[2]
+        memory_lines(config, DEFAULT_PLAN, Machine(1, 6 * GB))[2]
         .strip()
-        .startswith("does NOT fit the GPU's 12.9 GB, whatever")
+        .startswith("does NOT fit the GPU's 6.4 GB, whatever")
     )
     assert len(memory_lines(config, DEFAULT_PLAN, Machine())) == 3, "without a GPU there is nothing to compare with"
+
+
+def test_a_base_of_4_bits_needs_a_quarter_of_the_frozen_weights() -> None:
+    """7.24 billion weights: 0.52 bytes each in place of 2, but for the input embeddings."""
+    for work in DEFAULT_PLAN.values():
+        whole, quantized = (stage_memory(LLAVA_MED, replace(work, bits=bits)) for bits in (16, 4))
+        saved = (2 - 0.52) * (LLAVA_MED.language - LLAVA_MED.vocabulary * LLAVA_MED.hidden)
+        assert whole["weights"] - quantized["weights"] == pytest.approx(saved)
+        assert whole["gradients and Adam"] == quantized["gradients and Adam"]
+        assert sum(quantized.values()) < 24 * GB
 
 
 def test_upgrade_and_doctor_print_the_need(

@@ -30,7 +30,7 @@ MACHINES = {
 # What a CPU lacks, and what is only size. Everything else runs as the plan has it.
 ON_A_CPU = {"use_cpu": "True", "tf32": "False"}
 NO_FP16 = {"fp16": "False", "bf16": "True"}  # half precision with float32 masters, in the format that a CPU has
-NO_BF16_BETWEEN_PROCESSES = {"fp16": "False", "bf16": "False"}  # gloo before torch 2.1; NCCL can
+NO_BF16_BETWEEN_PROCESSES = {"fp16": "False", "bf16": "False"}  # gloo before torch 2.2; NCCL can
 SHORT = {"max_steps": "2", "per_device_train_batch_size": "2", "umed_max_new_tokens": "8", "umed_num_candidates": "2"}
 SWAPPED = {*ON_A_CPU, *NO_FP16, *SHORT, "num_train_epochs", "nproc_per_node"}
 
@@ -41,7 +41,7 @@ def swapped(step: Step) -> tuple[list[str], dict[str, tuple[str, str]]]:
     given = {word[2:]: words[i + 1] for i, word in enumerate(words[:-1]) if word.startswith("--")}
     wanted = {**ON_A_CPU, **(NO_FP16 if given["fp16"] == "True" else {}), **SHORT}
     wanted["nproc_per_node"] = str(min(2, int(given["nproc_per_node"])))
-    if wanted["nproc_per_node"] == "2" and version("torch").startswith("2.0."):
+    if wanted["nproc_per_node"] == "2" and version("torch").startswith(("2.0.", "2.1.")):
         wanted |= NO_BF16_BETWEEN_PROCESSES
     for flag, value in wanted.items():
         if flag in given and given[flag] != value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def picture() -> Image.Image:
 
 def loaded_by_transformers(folder: Path):
     """(model in float32, processor)."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import LlavaForConditionalGeneration
 
     model, report = LlavaForConditionalGeneration.from_pretrained(
         folder, torch_dtype=torch.float32, output_loading_info=True
@@ -35,7 +36,18 @@ def loaded_by_transformers(folder: Path):
     tied = "language_model.lm_head.weight"
     assert not [name for name in report["missing_keys"] if name not in (tied, "lm_head.weight")], report
     assert not report["unexpected_keys"], report
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+    return model.eval(), loaded_processor(folder)
+
+
+def loaded_processor(folder: Path):
+    """The processor; from its two parts where transformers reads a patch size that its class refuses (docs/convert.md)."""
+    from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
+
+    if "patch_size" in inspect.signature(LlavaProcessor).parameters or not hasattr(
+        LlavaProcessor, "get_processor_dict"
+    ):
+        return AutoProcessor.from_pretrained(folder)
+    return LlavaProcessor(CLIPImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
 
 
 def llava_logits(checkpoint: Path, pixels: torch.Tensor, template: str) -> tuple[list[int], torch.Tensor]:

@@ -213,8 +213,9 @@ from umed_plugin.training.experience import Experience
 made = Experience.minibatch
 
 def minibatch(self, queries):
-    with open(os.environ["TAKEN"], "a") as file:
-        print(*queries, file=file)
+    if len(queries) == 1:  # all queries of a step are also taken together, to weigh it
+        with open(os.environ["TAKEN"], "a") as file:
+            print(*queries, file=file)
     return made(self, queries)
 
 Experience.minibatch = minibatch

@@ -139,6 +139,23 @@ def merge(
     return out
 
 
+def trained_bits(trained: Path | str) -> int:
+    """Bits of the frozen base under an adapter while it was trained: 4 or 8 (``--bits``), else 16.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from umed_plugin.checkpoints.merging import trained_bits
+        >>> lora = Path(tempfile.mkdtemp())
+        >>> config = {"model_type": "llava_mistral", "quantization_config": {"load_in_4bit": True}}
+        >>> size = (lora / "config.json").write_text(json.dumps(config))
+        >>> trained_bits(lora)
+        4
+    """
+    quantization = read_config(trained).get("quantization_config") or {}
+    return 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else 16
+
+
 def _find_base(trained: Path, base: Path | str | None) -> Path:
     """The checkpoint on which a LoRA folder or a projector was trained."""
     if is_lora(trained):

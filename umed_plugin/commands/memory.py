@@ -31,6 +31,8 @@ _USABLE = 0.95
 _BYTES_OF_GRADIENT, _BYTES_OF_ADAM = 4, 8
 # 4-bit weights with their scales (bitsandbytes, double quantization).
 _BYTES_OF_4_BITS = 0.52
+# Over them layer norms, and all that products return, are in float32 also under autocast; counted as the table below.
+_SAVED_OVER_4_BITS = 1.25
 # Text of question and answer beside the image's patches, in tokens: what a record of the shipped recipes has at most.
 TEXT_TOKENS = 192
 
@@ -162,9 +164,11 @@ def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
     """
     width = 2 if work.half else 4
     frozen = _BYTES_OF_4_BITS if work.bits == 4 else width
+    # Input embeddings are not quantized.
+    embeddings = (width - frozen) * size.vocabulary * size.hidden
     trained = size.projector + (size.adapter(work.rank) if work.rank else size.language)
     # Full fine-tuning trains float32 weights, of which autocast keeps copies in half precision.
-    language = size.language * (frozen if work.rank else 2 if work.half else 0)
+    language = size.language * frozen + embeddings if work.rank else size.language * (2 if work.half else 0)
     weights = size.tower * width + 4 * trained + language
     parts = {"weights": weights, "gradients and Adam": trained * float(_BYTES_OF_GRADIENT + _BYTES_OF_ADAM)}
     if work.candidates and not work.rank:
@@ -186,6 +190,7 @@ def activations(size: ModelSize, work: Work, length: int) -> float:
         saved.hidden * size.hidden + saved.ffn * size.ffn + saved.keys * size.keys + saved.rank * work.rank
     )
     layer += saved.attention * work.rows * size.heads * length**2
+    layer *= _SAVED_OVER_4_BITS if work.bits == 4 and work.half else 1
     ends = tokens * saved.ends * size.hidden
     if work.checkpointing:
         return ends + size.layers * tokens * width * size.hidden + layer
@@ -233,7 +238,12 @@ def _verdict(size: ModelSize, work: Work, there: int) -> str:
     # Of several batch sizes or ranks, the last one holds.
     last = {words.split(":")[0]: words for words, _ in changes}
     need = sum(stage_memory(size, changes[-1][1]).values())
-    return f"does NOT fit the GPU's {there / GIGA:.1f} GB. Set {'; '.join(last.values())}: about {need / GIGA:.1f} GB."
+    over_4_bits = stage_memory(size, replace(work, bits=4))
+    instead = ""
+    if work.rank and changes[-1][1].bits != 4 and fits(over_4_bits, there):
+        instead = f" Or set bits: 4 alone: about {sum(over_4_bits.values()) / GIGA:.1f} GB."
+    changed = f"Set {'; '.join(last.values())}: about {need / GIGA:.1f} GB."
+    return f"does NOT fit the GPU's {there / GIGA:.1f} GB. {changed}{instead}"
 
 
 def has_fused_attention() -> bool:
@@ -261,28 +271,42 @@ def remedies(size: ModelSize, work: Work, gpu_bytes: int) -> list[tuple[str, Wor
 
     Empty where nothing helps: the model needs a larger GPU, or DeepSpeed with ZeRO-3 over several.
     """
-    taken: list[tuple[str, Work]] = []
-    for words, changed in _changes(work):
-        current = taken[-1][1] if taken else work
-        after = replace(current, **changed)
-        if after == current:
-            continue
-        taken.append((words, after))
-        if fits(stage_memory(size, after), gpu_bytes):
-            return taken
+    for changes in (_changes(work), _changes_over_4_bits(work)):
+        taken: list[tuple[str, Work]] = []
+        for words, changed in changes:
+            current = taken[-1][1] if taken else work
+            after = replace(current, **changed)
+            if after == current:
+                continue
+            taken.append((words, after))
+            if fits(stage_memory(size, after), gpu_bytes):
+                return taken
     return []
 
 
 def _changes(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes in the order in which they cost least; half the batch keeps the step by twice the accumulation."""
     yield "gradient_checkpointing: true", {"checkpointing": True}
-    rows = work.rows
-    while rows > 1:
-        rows //= 2
-        yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}
+    yield from _smaller_batches(work)
     if not work.rank:
         yield "method: lora", {"rank": 128}
+
+
+def _changes_over_4_bits(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes where a smaller batch alone is not enough: a base of 4 bits first, which saves more than a smaller adapter."""
+    yield "gradient_checkpointing: true", {"checkpointing": True}
+    if not work.rank:
+        yield "method: lora", {"rank": 128}
+    yield "bits: 4", {"bits": 4}
+    yield from _smaller_batches(work)
     rank = work.rank or 128
     while rank > 16:
         rank //= 2
         yield f"lora.r: {rank} (and lora.alpha: {2 * rank})", {"rank": rank}
+
+
+def _smaller_batches(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = work.rows
+    while rows > 1:
+        rows //= 2
+        yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}

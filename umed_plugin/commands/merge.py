@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge, and report how stock LLaVA would load a folder of that name."""
     from umed_plugin.checkpoints.kept_share import KeptShare
     from umed_plugin.checkpoints.loading import is_lora, read_config
-    from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
+    from umed_plugin.checkpoints.merging import export, merge, stock_name_fault, trained_bits
 
     kept = KeptShare()
     options = {"with_tower": args.with_tower, "overwrite": args.overwrite, "dtype": args.dtype, "kept": kept}
@@ -64,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             out = export(args.trained, args.out, like=args.base, progress=advance, **options)
     say(f"checkpoint: {out}")
+    if parts and trained_bits(args.trained) < 16:
+        note(
+            f"the adapter was trained over weights of {trained_bits(args.trained)} bits (--bits) and is now added to those of "
+            "the base, which differ a little. Evaluate the merged checkpoint."
+        )
     kept.report()
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:

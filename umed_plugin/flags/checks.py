@@ -7,6 +7,7 @@ several flags, or a flag and LLaVA's own, must agree on. Imports the standard li
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from typing import Any
 
@@ -128,6 +129,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
         faults.append(
             f"--image_aspect_ratio {data_args.image_aspect_ratio}: boxes are defined for pad and square (LLaVA's default)."
         )
+    faults += _faults_of_bits(training_args)
     if flags.umed_stage == REWARDING:
         if training_args.fsdp:
             faults.append(
@@ -140,6 +142,44 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
                 "trains. Use --umed_algorithm grpo, or remove --deepspeed and start the script with torchrun."
             )
     return [*faults, *_evaluation_faults(flags, training_args)]
+
+
+def _faults_of_bits(training_args: Any) -> list[str]:
+    """What cannot be trained over a base of fewer than 16 bits."""
+    bits = getattr(training_args, "bits", 16)
+    if bits == 16:
+        return []
+    if bits == 8:
+        # LLM.int8 keeps columns with outliers in 16 bits, and finds these columns anew in each batch.
+        return [
+            "--bits 8: 8-bit layers compute an answer differently in another batch, so its probabilities would differ between "
+            "sampling and update. Use --bits 4, which also needs less memory, or 16."
+        ]
+    if bits != 4:
+        return [f"--bits {bits}: LLaVA would ignore it and load the weights as they are. Allowed: 16 and 4."]
+    faults = []
+    if not getattr(training_args, "lora_enable", False):
+        faults.append(
+            "--bits 4: weights of 4 bits cannot be trained themselves. Add --lora_enable True, or use --bits 16."
+        )
+    if training_args.fsdp:
+        faults.append("--bits 4 does not work with --fsdp, which shards weights of one dtype only. Remove --fsdp.")
+    if training_args.deepspeed and _is_zero_3(training_args.deepspeed):
+        faults.append(f"--bits 4 does not work with ZeRO-3 ({training_args.deepspeed}). Use ZeRO-2, or --bits 16.")
+    return faults
+
+
+def _is_zero_3(deepspeed: Any) -> bool:
+    """Whether a DeepSpeed configuration, a file or its content, asks for ZeRO-3. DeepSpeed reports one that it cannot read."""
+    content = deepspeed
+    if isinstance(deepspeed, str):
+        try:
+            with open(deepspeed, encoding="utf-8") as file:
+                content = json.load(file)
+        except (OSError, ValueError):
+            return False
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    return isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,8 @@ def check_together(settings: Settings, origin: Origin, machine: Machine) -> None
         UmedError: with one line per fault.
     """
     faults = _machine_faults(settings, machine)
+    if settings.bits == 4 and find_spec("bitsandbytes") is None:
+        faults.append("bits: 4 needs bitsandbytes, which is not installed. Install it: pip install bitsandbytes.")
     if settings.in_place and origin.lora:
         faults.append("in_place: the result is a full checkpoint, but the input is a LoRA folder. Remove in_place.")
     name_fault = stock_name_fault(str(settings.name), origin.config["model_type"])
@@ -77,6 +80,8 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
             fsdp=flags.get("fsdp"),
             deepspeed=flags.get("deepspeed"),
             evaluation_strategy=flags.get("evaluation_strategy", "no"),
+            bits=flags.get("bits", 16),
+            lora_enable=flags["lora_enable"],
         ),
         files=False,
     )

@@ -176,12 +176,16 @@ class Plan:
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = EVALUATED.index(name)
         inputs = {"checkpoint": source, "records": self.records, **self._tower()}
+        keys = (
+            *_TRAINING_KEYS,
+            *(("bits",) if self.settings.bits != 16 else ()),
+        )  # runs begun before it existed lack it
         inputs |= {"deepspeed": Path(self.settings.deepspeed)} if self.settings.deepspeed else {}
         return Step(
             name=f"stage_{number}_{name}",
             title=f"stage {number}: {name.replace('_', ' ')}",
             command=_words((*launcher(self.settings), *words)),
-            settings={**self._settings(*_TRAINING_KEYS, name), "deepspeed": self.settings.deepspeed is not None},
+            settings={**self._settings(*keys, name), "deepspeed": self.settings.deepspeed is not None},
             inputs=inputs,
             outputs=(output,),
             resumable=True,

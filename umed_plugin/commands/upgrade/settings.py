@@ -122,6 +122,9 @@ class Settings(StrictModel):
     deepspeed: Optional[str] = _key(None, "DeepSpeed configuration (JSON); null: no DeepSpeed.")
     master_port: int = _key(29500, "Port of DeepSpeed's rendezvous.", ge=1024, le=65535)
     method: Literal["lora", "full"] = _key("lora", "lora, or full: full fine-tuning.")
+    bits: Literal[16, 4] = _key(
+        16, "Bits of the frozen weights under the adapter: 16, or 4 (QLoRA), which needs bitsandbytes and less memory."
+    )
     lora: Lora = Lora()
     gradient_checkpointing: Optional[bool] = _key(None, "Recompute activations: less memory, more time.")
     instruction_tuning: InstructionTuning = InstructionTuning()
@@ -208,6 +211,8 @@ def _check_paths(settings: Settings, faults: Faults) -> None:
         faults.add("deepspeed", f"{settings.deepspeed}: no such file")
     if settings.deepspeed is None and settings.master_port != Settings.model_fields["master_port"].default:
         faults.add("master_port", "has no effect without deepspeed")
+    if settings.bits == 4 and settings.method == "full":
+        faults.add("bits", "4 needs method: lora; weights of 4 bits cannot be trained themselves")
     if settings.recipe.endswith(".json") and settings.data_root is not None:
         faults.add("data_root", "has no effect: the records are built already")
 

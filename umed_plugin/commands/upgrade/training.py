@@ -101,7 +101,8 @@ def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
     lora = settings.lora
     # Stage 2 turns dropout off whatever the flag says.
     dropout = lora.dropout if name == TUNING else 0.0
-    return {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": dropout}
+    flags = {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": dropout}
+    return {**flags, "bits": settings.bits if settings.bits != 16 else None}
 
 
 def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:
@@ -157,4 +158,5 @@ def work_of(name: str, settings: Settings) -> Work:
         rows=stage.batch_size,
         candidates=stage.candidates if rewarding else 0,
         answer=stage.max_new_tokens if rewarding else 0,
+        bits=settings.bits,
     )
