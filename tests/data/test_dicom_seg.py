@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from support.drawn import write_dicom, write_recipe
+from support.drawn import bright_box, write_dicom, write_recipe
 
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
 from umed_plugin.data.recipes.recipe import load_recipe
@@ -154,6 +154,24 @@ def test_fractions_and_frames_without_a_reference(tmp_path: Path) -> None:
     write_seg(tmp_path / "seg" / "s.dcm", [(None, 1, values)], places=[3.0], kind="FRACTIONAL")
     assert boxes(read(tmp_path)) == {"3.dcm": [("nodule", ONE)]}
     assert boxes(read(tmp_path, ", threshold: 0.4")) == {"3.dcm": [("nodule", ONE), ("nodule", TWO)]}
+
+
+def test_boxes_are_where_the_segment_is_shown(tmp_path: Path) -> None:
+    """A prone patient: the slice is turned by half for display, and the box with it."""
+    import pydicom
+
+    from umed_plugin.data.build import prepare
+
+    values = np.zeros((40, 50))
+    values[4:14, 6:26] = 1
+    turned = [-1, 0, 0, 0, -1, 0]
+    (tmp_path / "ct").mkdir()
+    path = write_dicom(tmp_path / "ct" / "0.dcm", values, orientation=turned, SeriesInstanceUID=SERIES)
+    uid = str(pydicom.dcmread(path).SOPInstanceUID)
+    write_seg(tmp_path / "seg" / "s.dcm", [(uid, 1, values)])
+    found = read(tmp_path)
+    (shown,) = prepare(found.items, found, [])
+    assert shown.boxes == [bright_box(shown.shown)] == [(24, 26, 44, 36)]
 
 
 @pytest.mark.parametrize(

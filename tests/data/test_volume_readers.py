@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from support.drawn import write_recipe
+from support.drawn import bright_box, write_recipe
 
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
 from umed_plugin.data.recipes.recipe import load_recipe
@@ -152,6 +152,30 @@ def test_options_that_cannot_be(tmp_path: Path, more: str, extra: str, words: st
     with pytest.raises(UmedError) as error:
         volumes(tmp_path, more=more, extra=extra)
     assert words in str(error.value)
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_boxes_of_labels_are_where_the_lesion_is_shown(tmp_path: Path, axis: int) -> None:
+    """Not square, not symmetric, with voxels of 1 x 1 x 3 mm: the slice is turned and resampled, and the box with it."""
+    from umed_plugin.data.build import prepare
+
+    labels = np.zeros((30, 24, 20), np.uint8)
+    labels[5:11, 4:8, 12:17] = 1
+    put_volume(tmp_path / "images" / "a.nii.gz", (labels * 1000).astype(np.int16))
+    put_volume(tmp_path / "labels" / "a.nii.gz", labels)
+    found = read(
+        tmp_path,
+        LABELS % f", values: {{1: nod}}, slice_axis: {axis}",
+        extra=f"image: {{slice_axis: {axis}, window: full}}\n",
+    )
+    bad: list[UmedError] = []
+    shown = list(prepare(found.items, found, bad))
+    assert (bad, found.faults.messages) == ([], [])
+    assert len(shown) == (6, 4, 5)[axis]
+    for one in shown:
+        # Resampling blurs edges by half a voxel of 3 mm.
+        assert bright_box(one.shown) == pytest.approx(one.boxes[0], abs=1.6)
 
 
 # PadChest-GR

@@ -157,7 +157,7 @@ def _item(
             faults.add(
                 f"{where} box {number}",
                 "has original_width, as Label Studio writes it, whose boxes are in percent. Add normalised: percent, and for its "
-                "x, y, width, height convention: xywh",
+                "x, y, width, height convention: xywh. Or use reader: label_studio, which knows turned boxes and annotators too",
             )
         elif not isinstance(lesion, (str, int)):
             faults.add(f"{where} box {number}", f"has no {options.lesion!r} (annotations.lesion): {written!r}")
