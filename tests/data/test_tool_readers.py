@@ -13,7 +13,7 @@ from support.drawn import write_recipe
 
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
 from umed_plugin.data.annotations.brush import decode_brush
-from umed_plugin.data.annotations.shapes import ellipse, turned_rectangle
+from umed_plugin.data.annotations.shapes import ellipse, number, numbers, points_of, turned_rectangle
 from umed_plugin.data.recipes.recipe import load_recipe
 
 STUDIO = "{reader: label_studio, files: a.json%s}"
@@ -380,6 +380,13 @@ def test_cvats_subsets_are_folders(tmp_path: Path) -> None:
 def test_mistakes_in_cvats_files(tmp_path: Path, images: list[str], text: Optional[str], words: str) -> None:
     (tmp_path.parent / "x.png").touch()
     assert words in fault(cvat(tmp_path, *images, text=text))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, 10**400, "x", "", None, True, [], "1e999"])
+def test_what_is_no_coordinate(value: Any) -> None:
+    assert number(value) is None
+    assert points_of([[1, 2], [3, value]]) is None
+    assert numbers(["1.5", 2]) == [1.5, 2.0]
 
 
 def test_turned_shapes() -> None:

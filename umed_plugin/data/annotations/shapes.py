@@ -11,17 +11,18 @@ import numpy as np
 from umed_plugin.grounding.boxes import Box
 
 Point = tuple[float, float]
+_MOST = 1e9  # of a coordinate, in pixels or percent; the area of a box must stay a number
 
 
 def number(value: Any) -> Optional[float]:
-    """A finite number, from a number or a text of one; None for anything else."""
+    """A number that can be a coordinate, from a number or a text of one; None for anything else, such as NaN or 1e300."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         found = float(value)
     except (ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _MOST else None
 
 
 def numbers(values: Sequence[Any]) -> Optional[list[float]]:
