@@ -33,6 +33,9 @@ def record(refs, boxes):
         ("a small mass", {"nodule"}),  # the longer name wins over "mass"
         ("a  small\nmass", {"nodule"}),
         ("a fluid-filled cavity", {"cyst"}),
+        *((f"a fluid{mark}filled cavity", {"cyst"}) for mark in ("\u2010", "\u2011", "\u2013", " ", "\n", " - ")),
+        ("a small-mass", {"nodule"}),
+        ("\uff4e\uff4f\uff44\uff55\uff4c\uff45", {"nodule"}),
         ("cystic nodular masses", {"mass"}),  # adjectives are not the name
         ("No nodule is seen, but a mass is present.", {"mass"}),
         ("There is no evidence of a cyst.", set()),
@@ -56,6 +59,14 @@ def test_named_classes(text, named):
         ("The lesion does not clearly show a cyst. It is a nodule.", {"nodule"}),
         ("No nodule; nor is a cyst seen.", set()),
         ("There is no evidence that this is a nodule.", set()),
+        # What follows a name may rule it out, as in a table or a list.
+        ("Nodule: no. Mass: yes.", {"mass"}),
+        ("nodule: absent, mass: present", {"mass"}),
+        ("A nodule? No, a cyst.", {"cyst"}),
+        ("nodule \u2013 none\ncyst", {"cyst"}),
+        ("Nodule not seen.", set()),
+        ("Diagnosis: nodule. Location: not known.", {"nodule"}),
+        ("Is there more? No cyst: a mass.", {"mass"}),
         # And ends at a verb, a new clause, or the end of the sentence.
         ("It isn't a nodule, it is a cyst.", {"cyst"}),
         ("It isn\u2019t a nodule but a cyst.", {"cyst"}),

@@ -24,8 +24,10 @@ _CUES = re.compile(
         | \b(?:no|without(?:\s+a)?)\s+(?:doubt|question)\b
         | \bno\s*,
     )
-    | (?P<behind>  # rules out what the clause has named: "a nodule is absent"
-        \b(?:{_BE}|ha(?:s|ve)\s+been)\s+(?:ruled\s+out|excluded|absent|unlikely)\b
+    | (?P<behind>  # rules out what the clause has named: "a nodule is absent", "nodule: no", "nodule not seen"
+        (?:[:?]|\s[-\u2010-\u2015])\s*(?:no|none|absent|negative)\b(?=\s*(?:[.,;!)\n]|$))
+        | \bnot\s+(?:seen|present|visible|found|identified|detected|evident)\b
+        | \b(?:{_BE}|ha(?:s|ve)\s+been)\s+(?:ruled\s+out|excluded|absent|unlikely)\b
         | \b(?:{_BE}|has|have|can?|could)(?:\s*not|n['\u2019]t)\s+(?:be\s+|been\s+)?
           (?:seen|present|visible|found|identified|detected|evident|likely)\b
     )
@@ -48,11 +50,20 @@ _CUES = re.compile(
 )
 
 
+# A space or a hyphen, as `re.escape` writes it, between two words of a name.
+_BETWEEN_WORDS = re.compile(r"(?<=\w)(?:\\[ -])+(?=\w)")
+# Full-width letters and digits, one for one, so that places in the text stay.
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+
 @lru_cache(maxsize=256)
 def _pattern(terms: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[re.Pattern[str], list[str]]:
     """A pattern that finds the longest term at each position, and the class of each of its groups."""
     words = sorted(((name, cls) for cls, names in terms for name in names), key=lambda word: len(word[0]), reverse=True)
-    alternatives = "|".join(f"({re.escape(name)})".replace(r"\ ", r"\s+") for name, _ in words)
+    # A hyphen and a space stand for each other: "pleural-effusion", "COVID 19".
+    between = r"(?:\s+|\s?[-\u2010-\u2015]\s?)"
+    written = [re.sub(_BETWEEN_WORDS, lambda _: between, re.escape(name)).replace(r"\ ", r"\s+") for name, _ in words]
+    alternatives = "|".join(f"({name})" for name in written)
     # Not \b, which needs a letter on one side: a name may end with a parenthesis.
     return re.compile(rf"(?<!\w)(?:{alternatives})(?:s|es)?(?!\w)", re.I), [cls for _, cls in words]
 
@@ -64,6 +75,7 @@ def find_terms(text: str, terms: ClassNames) -> list[tuple[int, int, str]]:
     """
     if not terms:
         return []
+    text = text.translate(_FULL_WIDTH)
     pattern, owners = _pattern(tuple((cls, tuple(names)) for cls, names in terms.items()))
     spans = [(match.start(), match.end(), owners[(match.lastindex or 1) - 1]) for match in pattern.finditer(text)]
     if not spans:
