@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint docs clean environment
+.PHONY: help demo test test-fast test-repository lint docs clean environment
 
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 PYTEST_ARGS ?=
@@ -17,6 +17,7 @@ help:
 	@echo "make demo    train and evaluate a small checkpoint end to end, in a new folder below runs/ (or OUT=folder)"
 	@echo "make test    the tests (PYTEST_ARGS='tests/test_cli.py -k help' for some of them)"
 	@echo "make test-fast  the tests that need no torch, in a small environment of their own (.venv-fast): seconds, not minutes"
+	@echo "make test-repository  a share of the tests on the pins of LLaVA's repository (.venv-repository)"
 	@echo "             demo and test: STACK=current for today's torch and transformers instead of LLaVA's pins"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make docs    the documentation as a site, in site/"
@@ -35,6 +36,13 @@ demo: environment
 
 test: environment
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+# What differs on these pins: transformers 4.37 has sdpa attention, and torch 2.1.
+REPOSITORY_TESTS := tests/patches tests/model tests/training/test_trained_weights.py tests/training/test_accumulation.py
+
+test-repository:
+	@bash constraints/environment.sh repository .venv-repository
+	@.venv-repository/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m llava $(REPOSITORY_TESTS) $(PYTEST_ARGS)
 
 test-fast:
 	@bash constraints/environment.sh fast .venv-fast
