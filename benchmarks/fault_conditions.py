@@ -27,6 +27,7 @@ Row = tuple[str, str, "bool | None"]
 STEPS = ("build", "merge", "convert", "evaluate", "stage1", "grpo")
 FUZZED = ("dcm", "nii", "nii.gz", "tif", "png", "safetensors")
 _SECONDS_TO_END = 10
+_TRIES = 5
 
 
 @contextmanager
@@ -119,15 +120,20 @@ def odd_environment(step: Step, inputs: Inputs, work: Path) -> Row:
 
 
 def two_at_once(step: Step, inputs: Inputs, work: Path) -> Row:
-    """The same command twice at the same time into one folder."""
+    """The same command twice at the same time into one folder; again, where one had ended before the other wrote."""
     whole, _ = undisturbed(step, inputs, work)
     out = work / step.name / "two"
-    shutil.rmtree(out, ignore_errors=True)
-    with serving(step) as server:
-        both = [start(step, inputs, out, server) for _ in range(2)]
-        ends = sorted((end_of(process) for process in both), key=lambda end: end[0])
+    for _ in range(_TRIES):
+        shutil.rmtree(out, ignore_errors=True)
+        with serving(step) as server:
+            both = [start(step, inputs, out, server) for _ in range(2)]
+            ends = sorted((end_of(process) for process in both), key=lambda end: end[0])
+        equal = ends[0][0] == 0 and difference(step.state(whole), step.state(out)) <= 1e-6
+        if [status for status, _ in ends] != [0, 0] or not equal:
+            break
+    else:
+        return f"{step.name}: two at once", "they did not meet", None
     refused = ends[0][0] == 0 and ends[1][0] in (1, 2) and is_one_line(ends[1][1], r"\(process \d+\)")
-    equal = ends[0][0] == 0 and difference(step.state(whole), step.state(out)) <= 1e-6
     if not (refused and equal):
         print(*(printed[-1200:] for _, printed in ends), sep="\n---\n")
     shown = f"{'one refused, by the number of the other' if refused else f'statuses {[end[0] for end in ends]}'}; "
@@ -152,15 +158,30 @@ def sigterm(inputs: Inputs, work: Path, seed: int, times: int = 2) -> Iterator[R
         below = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         sent = time.monotonic()
-        status = process.wait(120)
-        took = time.monotonic() - sent
-        left = [child for child in below if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-        fine = status == 143 and not left and took <= _SECONDS_TO_END + 2
-        shown = f"status {status} after {took:.1f} s, {len(below)} processes below it, {len(left)} left"
+        gone = _seconds_until_gone(below)
+        status, took = process.wait(120), time.monotonic() - sent
+        fine = status == 143 and gone <= _SECONDS_TO_END + 1
+        shown = f"{len(below)} processes below it, gone after {gone:.1f} s; status {status} after {took:.1f} s"
         yield f"upgrade: SIGTERM {number + 1}, {time.monotonic() - began:.0f} s after its start", shown, fine
     status, printed = end_of(start(step, inputs, out, None))
     equal = status == 0 and difference(step.state(whole), step.state(out)) == 0
     yield "upgrade: the same command afterwards", "equal" if equal else f"status {status}: {printed[-500:]}", equal
+
+
+def _seconds_until_gone(processes: list[Any]) -> float:
+    """Until none of them runs; infinite after a minute. A zombie has ended."""
+    import psutil
+
+    began = time.monotonic()
+    while time.monotonic() < began + 60:
+        left = [process for process in processes if process.is_running()]
+        try:
+            if all(process.status() == psutil.STATUS_ZOMBIE for process in left):
+                return time.monotonic() - began
+        except psutil.NoSuchProcess:
+            continue
+        time.sleep(0.05)
+    return float("inf")
 
 
 def fuzzed(kind: str, count: int, work: Path, seed: int) -> Row:
