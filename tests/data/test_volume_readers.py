@@ -162,7 +162,7 @@ def test_boxes_of_labels_are_where_the_lesion_is_shown(tmp_path: Path, axis: int
 
     labels = np.zeros((30, 24, 20), np.uint8)
     labels[5:11, 4:8, 12:17] = 1
-    put_volume(tmp_path / "images" / "a.nii.gz", (labels * 1000).astype(np.int16))
+    put_volume(tmp_path / "images" / "a.nii.gz", labels.astype(np.int16) * 1000)
     put_volume(tmp_path / "labels" / "a.nii.gz", labels)
     found = read(
         tmp_path,
