@@ -79,6 +79,30 @@ def test_a_lock_for_the_process_is_taken_once_and_ends_with_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "way", ["locked(target, inside=True)", "nullcontext(lock_for_the_process(target, 'busy', '--out'))"]
+)
+def test_a_child_that_ends_leaves_lock_and_folder_to_its_parent(way, tmp_path):
+    """As a data loader's worker does, before the first file is written."""
+    code = f"""
+import gc, os, sys
+from contextlib import nullcontext
+from umed_plugin.locks import lock_for_the_process, locked
+target = sys.argv[1]
+with {way}:
+    child = os.fork()
+    if child == 0:
+        gc.collect()
+    else:
+        os.waitpid(child, 0)
+        print(os.listdir(target), flush=True)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (run.stdout.split(), run.stderr, run.returncode) == (["['.lock']"], "", 0)
+    assert not (tmp_path / "out").exists(), "nothing was written to it"
+
+
 def test_a_file_system_without_locks_is_said_and_not_fatal(tmp_path, monkeypatch, capsys):
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

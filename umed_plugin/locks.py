@@ -69,16 +69,18 @@ def locked(
     """
     target = Path(os.path.realpath(path))
     file = target / INSIDE if inside else target.with_name(f".{target.name}.lock")
-    made = not file.parent.exists()
+    made, holder = not file.parent.exists(), os.getpid()
     try:
         descriptor = _lock(_Asked(target, file, shared, busy, flag))
         _HELD.add(descriptor)
         try:
             yield
         finally:
-            _release(descriptor, file, shared)
+            # A forked child leaves this block too, if only when it forgets the block: the lock and the folder are its parent's.
+            if os.getpid() == holder:
+                _release(descriptor, file, shared)
     finally:
-        if made:  # nothing is left of a run that was refused before it wrote
+        if made and os.getpid() == holder:  # nothing is left of a run that was refused before it wrote
             with contextlib.suppress(OSError):
                 file.parent.rmdir()
 
