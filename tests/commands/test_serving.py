@@ -493,7 +493,9 @@ def test_a_port_that_is_taken(tiny_mistral: Path, server: Any, capsys: pytest.Ca
     assert "cannot listen there" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--port", "70000"], ["--upload-mb", "0"], ["--max-new-tokens", "-3"]])
+@pytest.mark.parametrize(
+    "wrong", [["--port", "70000"], ["--upload-mb", "0"], ["--megapixels", "0"], ["--max-new-tokens", "-3"]]
+)
 def test_wrong_flags(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "anywhere", *wrong]) == 2
     assert wrong[0] in capsys.readouterr().err

@@ -17,6 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, 
 from support.drawn import write_dicom_as, write_nifti
 
 from umed_plugin.data.images import check_picture, load_image, open_image, read_by_llava, slice_count
+from umed_plugin.data.images.stored import Limits, limited
 from umed_plugin.errors import UmedError
 
 pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
@@ -171,11 +172,68 @@ def test_pictures_that_the_processor_cannot_take(tmp_path: Path, size: tuple[int
         check_picture(tmp_path / "a.png")
 
 
-def test_planes_through_a_large_volume_are_the_same_line_by_line(tmp_path: Path, monkeypatch: Any) -> None:
+def test_planes_through_a_large_volume_are_the_same_line_by_line(tmp_path: Path) -> None:
     volume = np.random.default_rng(0).random((9, 8, 7))
     path = write_nifti(tmp_path / "a.nii", volume, np.eye(4))
     whole = [load_image(path, slice=3, slice_axis=axis)[0] for axis in (0, 1)]
-    monkeypatch.setattr("umed_plugin.data.images.nifti.MAX_CACHED_BYTES", 10)
     path.touch()
-    np.testing.assert_array_equal(load_image(path, slice=3, slice_axis=0)[0], whole[0])
-    np.testing.assert_array_equal(load_image(path, slice=3, slice_axis=1)[0], whole[1])
+    with limited(Limits(cached=10)):
+        np.testing.assert_array_equal(load_image(path, slice=3, slice_axis=0)[0], whole[0])
+        np.testing.assert_array_equal(load_image(path, slice=3, slice_axis=1)[0], whole[1])
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, JPEG2000Lossless])
+def test_a_frame_of_a_large_file_is_the_one_of_a_small_file(tmp_path: Path, syntax: str) -> None:
+    """Large pixels stay on the disk until a frame is asked for."""
+    frames = np.random.default_rng(0).integers(0, 255, (3, 256, 256), np.uint8)
+    path = write_dicom_as(tmp_path / "a.dcm", frames, ExplicitVRLittleEndian)
+    if syntax == JPEG2000Lossless:
+        header = pydicom.dcmread(path)
+        _as_jpeg2000(header, frames)
+        header.save_as(path)
+    for index in range(3):
+        np.testing.assert_array_equal(
+            load_image(path, slice=index, window="full")[0][..., 0], _full_range(frames[index])
+        )
+
+
+def _full_range(values: np.ndarray) -> np.ndarray:
+    low, high = np.float32(values.min()), np.float32(values.max())
+    return np.rint((values.astype(np.float32) - low) / (high - low) * 255).astype(np.uint8)
+
+
+def _as_jpeg2000(header: Any, frames: np.ndarray) -> None:
+    from pydicom.encaps import encapsulate
+
+    streams = []
+    for frame in frames:
+        stream = io.BytesIO()
+        Image.fromarray(frame).save(stream, "JPEG2000", irreversible=False)
+        streams.append(stream.getvalue())
+    header.PixelData = encapsulate(streams)
+    header["PixelData"].is_undefined_length = True
+    header.file_meta.TransferSyntaxUID = JPEG2000Lossless
+
+
+def test_limits_are_those_of_the_innermost_block(tmp_path: Path) -> None:
+    Image.new("L", (100, 100)).save(tmp_path / "a.png")
+    with limited(Limits(pixels=9_999)), pytest.raises(UmedError, match="100 x 100 pixels. Allowed: 1 to 9999"):
+        load_image(tmp_path / "a.png")
+    with limited(Limits(file=10)), pytest.raises(UmedError, match="is a picture file of 0 MB"):
+        load_image(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png")[0].shape == (100, 100, 3)
+
+
+def test_items_and_deflated_bytes_of_a_dicom_are_limited(tmp_path: Path) -> None:
+    path = write_dicom_as(tmp_path / "a.dcm", np.zeros((8, 8), np.uint8), ExplicitVRLittleEndian)
+    header = pydicom.dcmread(path)
+    header.ReferencedImageSequence = [pydicom.Dataset() for _ in range(12)]
+    header.save_as(path)
+    with limited(Limits(items=11)), pytest.raises(UmedError, match="more than 11 items in its sequences"):
+        load_image(path)
+    with limited(Limits(items=12)):
+        load_image(path, window="full")
+    header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    header.save_as(path)
+    with limited(Limits(inflated=100)), pytest.raises(UmedError, match="inflates to more than 100 bytes"):
+        load_image(path)

@@ -393,3 +393,22 @@ def test_a_share_that_cannot_be_is_refused(more, variables, words, capsys, monke
         monkeypatch.setenv(name, value)
     assert main(["evaluate", "ckpt", "--benchmark", "vqa_rad", *more]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["parent", "absolute", "link"])
+def test_images_outside_of_the_data_root_are_refused_and_named(how, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "root"
+    picture(root / "imgs" / "a.png")
+    picture(tmp_path / "secret" / "b.png")
+    name = {"parent": "../../secret/b.png", "absolute": str(tmp_path / "secret" / "b.png"), "link": "b.png"}[how]
+    if how == "link":
+        (root / "imgs" / "b.png").symlink_to(tmp_path / "secret" / "b.png")
+    row = {"qid": 0, "img_name": "a.png", "question": "q", "answer": "Yes", "answer_type": "CLOSED", "q_lang": "en"}
+    (root / "test.json").write_text(json.dumps([row, {**row, "qid": 1}, {**row, "qid": 2, "img_name": name}]))
+    asked, _ = chosen_questions(BENCHMARKS["slake"], root, work=tmp_path)
+    assert [question.id for question in asked] == ["0", "1"]
+    told = capsys.readouterr().err
+    assert "slake: 1 of 3 rows are left out" in told and f"{tmp_path}/secret/b.png, which is not in" in told
+    monkeypatch.setenv("UMED_LINKED_ROOTS", str(tmp_path / "secret"))
+    asked, _ = chosen_questions(BENCHMARKS["slake"], root, work=tmp_path)
+    assert [question.id for question in asked] == ["0", "1", "2"]

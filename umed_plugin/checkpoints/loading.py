@@ -19,6 +19,7 @@ from typing import Any
 from umed_plugin.checkpoints.pickles import printable, read_pickle
 from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
 from umed_plugin.checkpoints.stored import read_safetensors
+from umed_plugin.checkpoints.utf8_paths import in_utf8
 from umed_plugin.errors import UmedError, unknown_name
 
 # model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
@@ -277,7 +278,8 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         # filled, while the model is: its weights need memory from the start.
         lean = not own.get("unfreeze_mm_vision_tower")
         model = model_class.from_pretrained(path, config=model_config, torch_dtype=dtype, low_cpu_mem_usage=lean)
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False)
+        with in_utf8(Path(path)) as readable:
+            tokenizer = AutoTokenizer.from_pretrained(readable, use_fast=False, trust_remote_code=False)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             tower.load_model()

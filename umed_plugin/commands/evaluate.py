@@ -183,7 +183,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     from umed_plugin.evaluation.results import compare
     from umed_plugin.evaluation.tables import metrics_table, sources_table
 
-    console, differences = make_console(), None if before is None else compare(before, evaluation)
+    console, differences = make_console(wide_in_pipes=True), None if before is None else compare(before, evaluation)
     if "accuracy_average" in evaluation.metrics:
         console.print(sources_table(args.checkpoint.name, evaluation.metrics))
     console.print(metrics_table(args.checkpoint.name, evaluation.metrics, differences))

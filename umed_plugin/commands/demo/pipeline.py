@@ -81,7 +81,7 @@ def run_demo(
 
         settings = settings or DemoSettings()
         torch.set_num_threads(settings.processes)
-        with Steps(console or make_console()) as steps:
+        with Steps(console or make_console(wide_in_pipes=True)) as steps:
             return DemoRun(out, seed, settings, steps).run()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.loading import FAMILIES
+from umed_plugin.checkpoints.utf8_paths import in_utf8
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import EMBEDDING, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, Contents, read_object
@@ -55,9 +56,10 @@ def _load(contents: Contents) -> Any:
 
     # Without tokenizer_class, AutoTokenizer would need LLaVA's configuration classes.
     named = "tokenizer_class" in read_object(contents.path / "tokenizer_config.json")
-    if not named:
-        return LlamaTokenizer.from_pretrained(contents.path)
-    return AutoTokenizer.from_pretrained(contents.path, use_fast=False, trust_remote_code=False)
+    with in_utf8(contents.path) as path:
+        if not named:
+            return LlamaTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, use_fast=False, trust_remote_code=False)
 
 
 def _rows(contents: Contents, tokenizer: Any) -> Iterator[Finding]:

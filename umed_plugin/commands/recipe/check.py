@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.data.recipes.recipe import load_recipe
 
     check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, against=args.against, progress=True)
-    print_check(check, make_console())
+    print_check(check, make_console(wide_in_pipes=True))
     if args.report:
         note(f"report written: {write_report(check, args.report)}")
     return 0 if check.ok else 1

@@ -62,7 +62,7 @@ def run_list(args: argparse.Namespace) -> int:
         recipe = load_recipe(name)
         terms = "; ".join(dict.fromkeys(source.terms.licence for source in sources_of(recipe)))
         table.add_row(name, ", ".join(recipe.names), terms, recipe.description)
-    console().print(table)
+    console(wide_in_pipes=True).print(table)
     return 0
 
 

@@ -39,6 +39,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--upload-mb", metavar="MB", type=int, default=1024, help="maximum size of one upload (default: 1024)"
     )
     parser.add_argument(
+        "--megapixels",
+        metavar="N",
+        type=int,
+        default=16,
+        help="maximum size of one slice or picture, in millions of pixels; each needs about 12 MB of memory (default: 16)",
+    )
+    parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="maximum tokens of an answer (default: 256)"
     )
     parser.set_defaults(run=run)
@@ -49,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.errors import UsageError
     from umed_plugin.patches import prepare_llava
 
-    for flag in ("upload_mb", "max_new_tokens"):
+    for flag in ("upload_mb", "megapixels", "max_new_tokens"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}. Allowed: 1 or more.")
     if not 0 <= args.port < 2**16:
@@ -62,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     say(f"umed serve: loading {args.checkpoint}")
     dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens)
-    shelf = Shelf(args.upload_mb * 10**6)
+    shelf = Shelf(args.upload_mb * 10**6, args.megapixels)
     # Service managers stop with SIGTERM; the images must be removed then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -24,6 +24,7 @@ from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
 from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
+from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.answerer import ModelImages, image_and
@@ -50,6 +51,7 @@ class Answer:
     Attributes:
         text: the decoded answer, without special tokens and separator.
         boxes: xyxy in pixels of the picture, in the order of the text; None for a box that is malformed or leaves the square.
+        unread: number of attempts at a box in the text that cannot be read, such as one that is cut off; not in ``boxes``.
         forgotten: number of earlier questions that did not fit into the context and were left out.
         prompt_ids: token ids [L] of the prompt, with the image token.
         token_ids: the generated token ids, including EOS if it was generated.
@@ -59,6 +61,7 @@ class Answer:
 
     text: str
     boxes: list[Optional[Box]]
+    unread: int
     forgotten: int
     prompt_ids: Tensor
     token_ids: list[int]
@@ -133,7 +136,8 @@ class Dialogue:
         geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
         boxes01 = parse_boxes(text)
         boxes = [box if is_inside(box01) else None for box01, box in zip(boxes01, geometry.from_square(boxes01))]
-        return Answer(text, boxes, forgotten, ids, token_ids, features, geometry)
+        unread = LLAVA.read_all(text, picture.width, picture.height).count(None)
+        return Answer(text, boxes, unread, forgotten, ids, token_ids, features, geometry)
 
     @torch.no_grad()
     def attention(self, answer: Answer) -> dict[str, Any]:

@@ -215,8 +215,8 @@ class Handler(BaseHTTPRequestHandler):
                 case.key(view), picture, request.turns, request.question, lambda text: tell({"text": text})
             )
             number = case.keep(answer)
-            shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "forgotten": answer.forgotten}
-            return {"answer": {**shown, "size": picture.size}}
+            shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "unread": answer.unread}
+            return {"answer": {**shown, "forgotten": answer.forgotten, "size": picture.size}}
 
         self._stream(work)
 

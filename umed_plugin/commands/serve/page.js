@@ -381,10 +381,11 @@ function entry(question) {
 }
 
 function answered(turn) {
-  const {text, boxes, forgotten} = turn.answer, about = document.createElement("p"), button = document.createElement("button");
+  const {text, boxes, unread, forgotten} = turn.answer, about = document.createElement("p"), button = document.createElement("button");
   turn.reply.textContent = text || "(no text)";
   const good = boxes.filter(box => box).length, parts = [describe(turn.view), `${good} ${good === 1 ? "box" : "boxes"}`];
   if (good < boxes.length) parts.push(`${boxes.length - good} malformed, without area or outside the picture`);
+  if (unread) parts.push(`${unread} ${unread === 1 ? "attempt" : "attempts"} at a box could not be read`);
   if (forgotten) parts.push(`${forgotten} of the earliest questions did not fit into the context and were left out`);
   about.className = "about";
   about.textContent = parts.join(" · ");

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from umed_plugin.commands.serve.dialogue import Answer
-from umed_plugin.commands.serve.studies import Study, View
+from umed_plugin.commands.serve.studies import MOST_MEGAPIXELS, Study, View, limits_of
 from umed_plugin.commands.serve.uploads import Uploads
 from umed_plugin.errors import UmedError
 
@@ -37,13 +37,14 @@ class Case:
         touched: when the last request ended, on the monotonic clock.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, owner: str) -> None:
+    def __init__(self, folder: Path, most_bytes: int, owner: str, megapixels: int) -> None:
         self.name = folder.name
         self.folder = folder
         self.owner = owner
         self.users = 0
         self.touched = time.monotonic()
         self.uploads = Uploads(folder, most_bytes)
+        self._limits = limits_of(megapixels)
         self.study: Optional[Study] = None
         self._fault: Optional[UmedError] = None
         self.busy = threading.Lock()  # stores the files of one upload one after the other
@@ -61,7 +62,7 @@ class Case:
                 raise self._fault
             if self.study is None:
                 try:
-                    self.study = Study(self.folder, self.uploads.files, self.uploads.left_out)
+                    self.study = Study(self.folder, self.uploads.files, self.uploads.left_out, self._limits)
                 except UmedError as error:
                     self._fault = error
                     raise
@@ -116,11 +117,13 @@ class Shelf:
 
     Args:
         most_bytes: maximum size of one upload, unpacked.
+        megapixels: maximum size of one slice or picture.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, megapixels: int = MOST_MEGAPIXELS) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="umed-serve-"))
         self._most_bytes = most_bytes
+        self._megapixels = megapixels
         self._cases: OrderedDict[str, Case] = OrderedDict()
         self._changing = threading.Lock()
 
@@ -143,7 +146,7 @@ class Shelf:
             self._check_room(kept)
             folder = self.folder / secrets.token_urlsafe(16)
             folder.mkdir()
-            case = Case(folder, self._most_bytes, owner)
+            case = Case(folder, self._most_bytes, owner, self._megapixels)
             for old in removed:
                 del self._cases[old.name]
             self._cases[case.name] = case

@@ -20,7 +20,7 @@ from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
 from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.images.series import series_stack
-from umed_plugin.data.images.stored import unreadable
+from umed_plugin.data.images.stored import Limits, limited, unreadable
 from umed_plugin.data.recipes.options import WINDOW_PRESETS
 from umed_plugin.errors import UmedError
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_VOXELS = 2**31
+MOST_MEGAPIXELS = 16  # of one slice or picture: a mammogram has 14
+_MOST_CACHED = 2**26
+_MOST_ITEMS = 40_000  # an enhanced file has about 10 for each frame
 # What the page says of a series; what the headers say stays out of it.
 NO_STACK = (
     "not one stack of slices, so neighbours may not be neighbours in the body. The files have no positions, share positions, or "
@@ -36,6 +39,24 @@ NO_STACK = (
 UNEVEN = "the distances between its slices differ: a slice may be missing"
 PLANES = ("sagittal", "coronal", "axial")
 _MIDDLE = 0.5
+
+
+def limits_of(megapixels: int) -> Limits:
+    """What one image of an upload may take. A slice needs about 12 bytes of memory for each pixel while it is read.
+
+    Args:
+        megapixels: of one slice or picture.
+    """
+    pixels = megapixels * 10**6
+    return Limits(
+        pixels,
+        bytes=4 * pixels,
+        inflated=9 * pixels // 4,  # 16 bits for each pixel, and a header
+        cached=_MOST_CACHED,
+        file=4 * pixels,
+        items=_MOST_ITEMS,
+    )
+
 
 # One reader at a time: the readers cache the last volume between calls.
 _reading = threading.Lock()
@@ -103,17 +124,25 @@ class Study:
         folder: holds the files; each series is moved to a subfolder.
         files: the uploaded images.
         left_out: (name, reason) of files that were already left out.
+        limits: what one image may take.
 
     Raises:
         UmedError: none of them can be shown.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Received], left_out: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[Received],
+        left_out: Sequence[tuple[str, str]] = (),
+        limits: Optional[Limits] = None,
+    ) -> None:
         self._folder = folder
+        self._limits = limits or limits_of(MOST_MEGAPIXELS)
         self._names = {file.path: file.name for file in files}
         self.left_out = list(left_out)
         self.items: list[Item] = []
-        with _reading:
+        with _reading, limited(self._limits):
             for group in self._groups(files):
                 self._add(group)
         if not self.items:
@@ -131,7 +160,7 @@ class Study:
             raise UmedError("There is no such image in this upload. Choose one that the page offers.")
         item = self.items[view.item]
         path, how = item.reading(view)
-        with _reading:
+        with _reading, limited(self._limits):
             try:
                 return Image.fromarray(load_image(path, **how)[0])
             except UmedError as error:

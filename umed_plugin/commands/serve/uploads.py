@@ -1,10 +1,11 @@
-"""Uploaded files: stored up to a size limit, recognized by content, zip archives unpacked. Their content is not trusted.
+"""Uploaded files: stored up to a size limit, recognized by content, and unpacked. Their content is not trusted.
 
 A file is stored under a number and the extension of its detected type. Its original name is only shown to the user who sent it.
 """
 
 from __future__ import annotations
 
+import gzip
 import re
 import zlib
 from collections.abc import Iterator
@@ -128,8 +129,25 @@ class Uploads:
             raise UmedError(f"{name}: more than {MOST_FILES} files. Send one series at a time.")
 
     def _keep(self, path: Path, name: str, ending: str) -> None:
-        kind = {".dcm": "dicom", ".nii": "nifti", ".nii.gz": "nifti"}.get(ending, "picture")
+        if ending == ".nii.gz":
+            inflated = self._inflated(path, name)
+            if inflated is None:
+                return
+            path, ending = inflated, ".nii"
+        kind = {".dcm": "dicom", ".nii": "nifti"}.get(ending, "picture")
         self.files.append(Received(path.rename(path.with_name(path.name + ending)), name, kind))
+
+    def _inflated(self, path: Path, name: str) -> Optional[Path]:
+        """Unpack a compressed volume, so that any slice of any plane can be read alone and at once; None if it is damaged."""
+        try:
+            with gzip.open(path) as file:
+                return self._stored(iter(lambda: file.read(_PIECE), b""), name)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            self.left_out.append((name, "cannot be read as an image. It is damaged or truncated."))
+            return None
+        finally:
+            self.size -= path.stat().st_size
+            path.unlink()
 
     def _unpack(self, archive: Path, name: str) -> None:
         """Store the images in a zip archive. Unpacked bytes are counted; sizes stated in the archive are not trusted."""

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     sys.path.append(os.getcwd())
     folder, file = _run_folder(args, RUN_FILE)
     settings = read_settings(file, _changes(args))
-    upgrade = Upgrade(folder, settings, console(), args.redo_changed)
+    upgrade = Upgrade(folder, settings, console(wide_in_pipes=True), args.redo_changed)
     if args.dry_run:
         _print_commands(upgrade.steps)
         for line in upgrade.memory():

@@ -1,8 +1,8 @@
 """One frame of a DICOM file, after its modality table or rescale, with its own window and its directions.
 
-MONAI's reader opens the file, and pydicom decodes only the requested frame. MONAI's ``get_data`` is not used: it decodes all
-frames, first converts the header with the pixels to JSON, and knows neither palettes nor modality tables nor the functional
-groups in which enhanced multi-frame files keep their rescale, window and orientation.
+MONAI's reader opens the file, and pydicom decodes only the requested frame; `pixel_data` keeps the others on the disk. MONAI's
+``get_data`` is not used: it decodes all frames, first converts the header with the pixels to JSON, and knows neither palettes nor
+modality tables nor the functional groups in which enhanced multi-frame files keep their rescale, window and orientation.
 
 Palettes go through `pydicom.pixels.apply_color_lut`. Its three other functions were tried in place of the code below, and gave
 other pixels or errors (tests of ``tests/data/test_dicom.py`` unless another file is named):
@@ -27,7 +27,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.stored import MAX_BYTES, Remark, StoredSlice, View, check_size, checked_index, unreadable
+from umed_plugin.data.images.pixel_data import check_items, deferral, map_pixels, one_frame
+from umed_plugin.data.images.stored import Remark, StoredSlice, View, check_size, checked_index, unreadable
 from umed_plugin.data.images.windows import LinearView, SigmoidView, TableView, look_up
 from umed_plugin.errors import UmedError
 
@@ -71,6 +72,7 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
             return StoredSlice(_eight_bit_rgb(values, header, photometric, path), is_grey_levels=True, **about)
         grey = values.astype(np.float32)
         grey[_padding(values, header)] = np.nan
+        del values
         return StoredSlice(
             _in_its_unit(grey, header, path),
             view=lambda: _own_view(header, path),
@@ -99,39 +101,17 @@ def open_header(path: Path, *, pixels: bool = True) -> Any:
     from monai.data import PydicomReader
     from pydicom.misc import is_dicom
 
-    _check_deflated(path)
+    check_items(path)
     # affine_lps_to_ras only affects the affine, which is not used: directions come from the header.
     reader = PydicomReader(swap_ij=False, affine_lps_to_ras=False)
-    header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels)
+    header = reader.read(path, force=not is_dicom(path), stop_before_pixels=not pixels, **deferral(path))
+    map_pixels(header, path)
     if pixels and not any(name in header for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         kind = getattr(header.file_meta, "MediaStorageSOPClassUID", None)
         raise ValueError(f"there are no pixels in it{f', it is a {kind.name}' if kind else ''}")
     if not getattr(header.file_meta, "TransferSyntaxUID", None):
         header.file_meta.TransferSyntaxUID = _transfer_syntax(header)
     return header
-
-
-def _check_deflated(path: Path) -> None:
-    """Refuse a deflated file that inflates to more than any image needs, before pydicom inflates it whole."""
-    import zlib
-
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.misc import is_dicom
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-
-    if not is_dicom(path):
-        return
-    meta = read_file_meta_info(path)
-    if getattr(meta, "TransferSyntaxUID", None) != DeflatedExplicitVRLittleEndian:
-        return
-    inflater, size = zlib.decompressobj(-zlib.MAX_WBITS), 0
-    with path.open("rb") as file:
-        # Preamble, magic, and the group length element with the length of the meta information after it.
-        file.seek(144 + int(getattr(meta, "FileMetaInformationGroupLength", 0)))
-        while (block := inflater.unconsumed_tail or file.read(2**16)) and not inflater.eof:
-            size += len(inflater.decompress(block, 2**20))
-            if size > MAX_BYTES:
-                raise ValueError(f"it inflates to more than {MAX_BYTES} bytes")
 
 
 def _transfer_syntax(header: Any) -> str:
@@ -169,6 +149,8 @@ def _decoded(header: Any, index: int, path: Path) -> np.ndarray:
             f"{path}: compressed as {decoder.UID.name}, for which no decoder is installed. Install one of these "
             f"({'; '.join(decoder.missing_dependencies)}), or convert the file."
         )
+    if decoder.UID.is_encapsulated:
+        header, index = one_frame(header, index, path)
     if RLELossless == decoder.UID:
         # pydicom would allocate the memory first and fill missing data with zeros.
         claimed = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8
@@ -338,7 +320,9 @@ def _in_its_unit(values: np.ndarray, header: Any, path: Path) -> np.ndarray:
         )
     if slope == 1 and intercept == 0:
         return values
-    return values * np.float32(slope) + np.float32(intercept)
+    values *= np.float32(slope)
+    values += np.float32(intercept)
+    return values
 
 
 def _own_view(header: Any, path: Path) -> Optional[View]:

@@ -2,7 +2,7 @@
 
 Only the slice is scaled; volumes keep their stored data type. The first slice of a volume is read alone. At the second one the
 whole volume is read and cached, because slices of one volume are usually read one after another. The cache holds one volume of at
-most `MAX_CACHED_BYTES`.
+most `stored.Limits.cached` bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.stored import StoredSlice, check_size, checked_index, unreadable
+from umed_plugin.data.images.stored import StoredSlice, check_size, checked_index, limits, unreadable
 from umed_plugin.errors import UmedError
 
-MAX_CACHED_BYTES = 2**30
 # The highest compression ratio of deflate: a gzip file cannot hold more than this many times its size.
 _MAX_RATIO = 1032
 # What may lie between the header and the values. nibabel reads it whole, and a few compressed kilobytes may claim gigabytes.
@@ -135,7 +134,7 @@ def _plane(path: Path, image: Any, shape: tuple[int, int, int, int], axis: int, 
     size = image.get_data_dtype().itemsize * shape[0] * shape[1] * shape[2]
     again, _Cache.last = _Cache.last == name, name
     # Along the first two axes, a slice is spread over the whole file: read the volume at once, or plane by plane.
-    if size <= MAX_CACHED_BYTES and (again or axis != 2):
+    if size <= limits().cached and (again or axis != 2):
         _Cache.name = _Cache.values = None  # before the next volume is read, so that only one is in memory
         _Cache.values, _Cache.name = _unscaled(image, shape, (slice(None),) * 3, volume), name
         return _scaled(_Cache.values[tuple(selection)], image)

@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.stored import Remark, StoredSlice, check_size, checked_index, unreadable
+from umed_plugin.data.images.stored import Remark, StoredSlice, check_file_size, check_size, checked_index, unreadable
 from umed_plugin.errors import UmedError
 
 RASTER_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
@@ -54,13 +54,16 @@ def read_raster(path: Path, offset: float, page: Optional[int] = None) -> Stored
 
     reader = PILReader(converter=shown, reverse_indexing=False)
     with unreadable(path):
+        check_file_size(path)
         _check_webp(path)
         with reader.read(path, formats=_FORMATS) as image:
             values, _ = reader.get_data(image)
             deep = image.mode in DEEP_MODES
     if not deep:
         return StoredSlice(values, is_grey_levels=True, exif=facts["exif"], remarks=facts["remarks"])
-    return StoredSlice(values.astype(np.float32) - offset, **facts)
+    grey = values.astype(np.float32)
+    grey -= np.float32(offset)
+    return StoredSlice(grey, **facts)
 
 
 @contextmanager
@@ -75,6 +78,7 @@ def opened_raster(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise UmedError(f"{path}: no such image file")
     with unreadable(path):
+        check_file_size(path)
         _check_webp(path)
         with Image.open(path, formats=_FORMATS) as image:
             check_raster(image, path)

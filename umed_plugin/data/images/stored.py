@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import struct
 import zlib
@@ -20,12 +21,55 @@ from umed_plugin.errors import UmedError
 MAX_PIXELS = 100_000_000
 # Values of one slice, and what a compressed header or file may inflate to before a slice is cut out of it.
 MAX_BYTES = 2**29
+# What a reader may keep of a volume between two of its slices.
+MAX_CACHED_BYTES = 2**30
 # The sides of one pixel are compared with this tolerance, since scanners round them. Beyond the other limit they are nonsense.
 _SQUARE, _MAX_PIXEL_RATIO = 0.01, 100
 # CLIPImageProcessor takes an axis of 1 or 3 for the colours, and resizes the shorter side of a strip to 336 pixels.
 _LEAST_SIDE, _MAX_STRIP = 4, 200
 # Changes whenever a file becomes other pixels than before: caches and built records of another one are not used.
 READERS = "readers-2"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one image may take while it is read.
+
+    Attributes:
+        pixels: of one slice or picture.
+        bytes: of one slice's values as stored, and of a compressed frame.
+        inflated: bytes of a deflated DICOM file, which pydicom inflates whole.
+        cached: bytes of a volume that is kept for its next slice.
+        file: bytes of a PNG, JPEG, TIFF or other picture file, which Pillow may read whole; None for any number.
+        items: in the sequences of a DICOM header, each of which becomes an object; None for any number.
+    """
+
+    pixels: int = MAX_PIXELS
+    bytes: int = MAX_BYTES
+    inflated: int = MAX_BYTES
+    cached: int = MAX_CACHED_BYTES
+    file: Optional[int] = None
+    items: Optional[int] = None
+
+
+_USUAL = Limits()
+_limits: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=_USUAL)
+
+
+def limits() -> Limits:
+    """What images may take here: `Limits` as they are, or those of the innermost `limited`."""
+    return _limits.get()
+
+
+@contextlib.contextmanager
+def limited(to: Limits) -> Iterator[None]:
+    """Read images under other limits, in this thread."""
+    token = _limits.set(to)
+    try:
+        yield
+    finally:
+        _limits.reset(token)
+
 
 # Values [height, width] -> 0-1 float of the same shape: the display that the file itself defines.
 View = Callable[[np.ndarray], np.ndarray]
@@ -112,17 +156,32 @@ def check_size(path: Path, width: int, height: int, bytes_per_pixel: int = 1) ->
     """Refuse a slice whose header claims more than any useful image has, before its pixels are decoded.
 
     Raises:
-        UmedError: more than `MAX_PIXELS` pixels or `MAX_BYTES` bytes, or no pixels.
+        UmedError: more pixels or bytes than `limits` allow, or no pixels.
     """
-    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+    most = limits()
+    if width < 1 or height < 1 or width * height > most.pixels:
         raise UmedError(
-            f"{path}: its header says {width} x {height} pixels. Allowed: 1 to {MAX_PIXELS}. Is the file damaged? "
+            f"{path}: its header says {width} x {height} pixels. Allowed: 1 to {most.pixels}. Is the file damaged? "
             "Crop or shrink a whole-slide image first."
         )
-    if width * height * bytes_per_pixel > MAX_BYTES:
+    if width * height * bytes_per_pixel > most.bytes:
         raise UmedError(
-            f"{path}: its header says {width} x {height} pixels of {bytes_per_pixel} bytes. Allowed: {MAX_BYTES} bytes in all. "
+            f"{path}: its header says {width} x {height} pixels of {bytes_per_pixel} bytes. Allowed: {most.bytes} bytes in all. "
             "Is the file damaged? Store it with fewer bits, or crop it."
+        )
+
+
+def check_file_size(path: Path) -> None:
+    """Refuse a picture file that is larger than `limits` allow, before Pillow opens it.
+
+    Raises:
+        UmedError: it is.
+    """
+    most, size = limits().file, path.stat().st_size
+    if most is not None and size > most:
+        raise UmedError(
+            f"{path}: is a picture file of {size / 1e6:.0f} MB. Allowed: {most / 1e6:.0f} MB. Remove what else it holds, or "
+            "shrink it."
         )
 
 

@@ -13,6 +13,7 @@ from umed_plugin.data.images.stored import StoredSlice, View
 from umed_plugin.data.recipes.options import WINDOW_PRESETS, WindowRange
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 
+_PART = 2**18  # pixels that are changed to grey levels at once
 OneWindow = Union[str, WindowRange, tuple[float, float]]
 # Three windows become the red, green and blue channel.
 Window = Union[OneWindow, Sequence[OneWindow]]
@@ -75,14 +76,20 @@ def to_grey_levels(stored: StoredSlice, window: Window, path: Path) -> np.ndarra
 
 def _through(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path) -> np.ndarray:
     view = _view(stored, finite, window, path)
-    all_finite = bool(finite.all())
-    shown = view(stored.values if all_finite else np.where(finite, stored.values, stored.values[finite].min()))
-    grey = np.rint(shown * 255).astype(np.uint8)
-    if stored.inverted:
-        grey = 255 - grey
-    if not all_finite:
-        grey[~finite] = 0
+    lowest = _least(stored.values, finite)
+    grey = np.empty(stored.values.shape, np.uint8)
+    rows = max(1, _PART // max(1, grey.shape[1]))
+    # In parts: the numbers between values and grey levels would take ten times the memory of the values.
+    for start in range(0, len(grey), rows):
+        part, measured = stored.values[start : start + rows], finite[start : start + rows]
+        shown = np.rint(view(np.where(measured, part, lowest)) * 255).astype(np.uint8)
+        grey[start : start + rows] = np.where(measured, 255 - shown if stored.inverted else shown, 0)
     return grey
+
+
+def _least(values: np.ndarray, finite: np.ndarray) -> np.floating[Any]:
+    """The smallest of the finite values, of their type."""
+    return np.min(values, where=finite, initial=np.inf)
 
 
 def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path) -> View:
@@ -95,7 +102,9 @@ def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path
             )
         return LinearView(*chosen)
     own = stored.view() if window == "file" else None
-    return own or LinearView(float(stored.values[finite].min()), float(stored.values[finite].max()))
+    if own is not None:
+        return own
+    return LinearView(float(_least(stored.values, finite)), float(np.max(stored.values, where=finite, initial=-np.inf)))
 
 
 def each_window(window: Window) -> list[OneWindow]:

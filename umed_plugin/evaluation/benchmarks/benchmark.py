@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,10 +213,23 @@ def find_one(root: Path, patterns: Sequence[str], benchmark: str) -> Path:
     )
 
 
-def existing_image(folders: Sequence[Path], name: str) -> str:
+def existing_image(folders: Sequence[Path], name: str, where: str) -> str:
     """Path of an image in the first of the folders that has it; if none has it, in the first.
 
     Missing images are reported together, once it is known which questions are asked.
+
+    Raises:
+        UmedError: it lies outside of the folders: a question file comes from strangers, and must not choose other files.
     """
+    from umed_plugin.data.annotations.inside import VARIABLE
+
     paths = [folder / name for folder in folders]
-    return str(next((path for path in paths if path.is_file()), paths[0]))
+    path = next((path for path in paths if path.is_file()), paths[0])
+    linked = [Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+    real = os.path.realpath(path)
+    if not any(real.startswith(os.path.join(os.path.realpath(folder), "")) for folder in (*folders, *linked)):
+        raise UmedError(
+            f"{where}: image {name!r} is {real}, which is not in {folders[0]}. If this is meant, name its folder in the "
+            f"environment variable {VARIABLE}."
+        )
+    return str(path)

@@ -112,7 +112,7 @@ def _question(
     kind = str(whole.get("answer_type") or (CLOSED if words(truth) in (["yes"], ["no"]) else OPEN)).strip().upper()
     if kind not in (OPEN, CLOSED):
         raise UmedError(f"{where}: answer_type is {kind!r}; allowed: {OPEN}, {CLOSED}.")
-    image = existing_image(folders, str(field_of(whole, where, "image")))
+    image = existing_image(folders, str(field_of(whole, where, "image")), where)
     return [BenchmarkQuestion(identity, image, asked, truth, groups={"answer_type": kind})]
 
 

@@ -73,7 +73,7 @@ def _question(record: dict[str, Any], task: str, where: str, folders: Sequence[P
     asked, truth = str(turns[0][0]), str(turns[0][1])
     return BenchmarkQuestion(
         id=f"{task}/{identity}",
-        image=existing_image(folders, f"{identity}.png"),
+        image=existing_image(folders, f"{identity}.png", where),
         text=_IMAGE_TAG.sub("", asked).strip(),
         truth=truth,
         groups={"part": task, "modality": identity.split("_")[0]},

@@ -93,7 +93,9 @@ def _question(record: dict[str, Any], task: str, file: Path, where: str) -> Benc
     name = str(field_of(record, where, "img_name", "image_name"))
     folder = re.sub(r"^test_|_src$|_baseline", "", file.stem)
     beside = file.parent.parent  # the published files lie in folders of their own, beside the folder of pictures
-    image = existing_image([file.parent / folder, file.parent / folder.upper(), file.parent, beside / folder], name)
+    image = existing_image(
+        [file.parent / folder, file.parent / folder.upper(), file.parent, beside / folder], name, where
+    )
     if "report" in task:
         identity = f"{task}/{field_of(record, where, 'report_id', 'question_id')}"
         labels = _findings(field_of(record, where, "gt_labels", "pos_labels"), where)

@@ -61,7 +61,7 @@ def _question(record: dict[str, Any], where: str, root: Path) -> BenchmarkQuesti
     data_set = str(field_of(record, where, "dataset"))
     return BenchmarkQuestion(
         id=f"{data_set}/{field_of(record, where, 'question_id')}",
-        image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path"))),
+        image=existing_image([root, root / "Images"], str(field_of(record, where, "image_path")), where),
         text=_ASKED.format(question=question, count=len(options), options=options),
         truth=options[right],
         options=options,

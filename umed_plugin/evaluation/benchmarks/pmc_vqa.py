@@ -42,7 +42,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
 
 
 def _of_row(record: dict[str, str], where: str, folders: Sequence[Path]) -> list[BenchmarkQuestion]:
-    image = existing_image(folders, field_of(record, where, "Figure_path"))
+    image = existing_image(folders, field_of(record, where, "Figure_path"), where)
     question = field_of(record, where, "Question").strip()
     choices = [_plain(field_of(record, where, f"Choice {letter}")) for letter in LETTERS[:4]]
     right = _right(record, choices, where)

@@ -39,7 +39,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     def in_english(record: dict[str, Any], where: str) -> list[BenchmarkQuestion]:
         if record.get("q_lang", "en") != "en":
             return []
-        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "img_name"))))]
+        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "img_name")), where))]
 
     rows = ((f"{file}[{number}]", record) for number, record in enumerate(records))
     listed = questions_of_rows(rows, in_english, "slake")

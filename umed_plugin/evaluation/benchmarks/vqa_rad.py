@@ -38,7 +38,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
         kinds.add(str(field_of(record, where, "phrase_type")))
         if str(record["phrase_type"]).startswith("test") != (split == "test"):
             return []
-        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "image_name"))))]
+        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "image_name")), where))]
 
     rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "vqa_rad")))
     listed = questions_of_rows(rows, of_split, "vqa_rad")
