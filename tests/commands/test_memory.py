@@ -28,6 +28,7 @@ from umed_plugin.commands.memory import (
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
 from umed_plugin.commands.upgrade.training import work_of
+from umed_plugin.errors import UmedError
 
 GB = 2**30
 LLAVA_MED = ModelSize(hidden=4096, layers=32, heads=32, keys=1024, ffn=14336, vocabulary=32000)
@@ -166,6 +167,14 @@ def test_a_base_of_4_bits_needs_a_quarter_of_the_frozen_weights() -> None:
         assert whole["weights"] - quantized["weights"] == pytest.approx(saved)
         assert whole["gradients and Adam"] == quantized["gradients and Adam"]
         assert sum(quantized.values()) < 24 * GB
+
+
+def test_the_setting_bits_is_counted_and_needs_an_adapter(tmp_path: Path) -> None:
+    changes = {"checkpoint": str(tmp_path), "recipe": str(tmp_path / "records.json"), "bits": 4}
+    settings = read_settings(None, changes)
+    assert [work_of(name, settings).bits for name in DEFAULT_PLAN] == [4, 4]
+    with pytest.raises(UmedError, match="bits.*4 needs method: lora"):
+        read_settings(None, {**changes, "method": "full"})
 
 
 def test_upgrade_and_doctor_print_the_need(
