@@ -74,3 +74,22 @@ def test_ranks_and_one_process_write_the_same_evaluation():
     done = run("shared_evaluation.py", "--records", "8", "--max-new-tokens", "2", "--repetitions", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["same_files"] is True
+
+
+def test_records_are_the_same_in_memory_and_by_index(tmp_path):
+    """The benchmark itself compares the batches and lengths of its ways."""
+    done = run("records.py", "--records", "300", "--json", str(tmp_path / "records.json"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "records.json").read_text())
+    assert list(figures) == ["whole list in memory", "first start", "next start"]
+    assert all(figure["words"] > 300 * 20 and len(figure["ids"]) == 16 for figure in figures.values())
+
+
+def test_builds_with_and_without_a_pool_are_compared(tmp_path):
+    """The benchmark itself compares what was written."""
+    done = run(
+        *["building.py", "--images", "3", "--side", "32", "--workers", "1,2", "--json", str(tmp_path / "building.json")]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads((tmp_path / "building.json").read_text())
+    assert list(figures) == ["first build, 1 processes", "first build, 2 processes", "second build"]

@@ -73,6 +73,8 @@ RUN_BY = {
     "test_the_benchmark_prints_both_sides_and_what_is_saved",
     "python benchmarks/faults.py": "benchmarks/test_faults.py::test_a_step_that_is_killed_ends_as_the_one_that_was_not",
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
+    "python benchmarks/records.py": "benchmarks/test_small_runs.py::test_records_are_the_same_in_memory_and_by_index",
+    "python benchmarks/building.py": "benchmarks/test_small_runs.py::test_builds_with_and_without_a_pool_are_compared",
     "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
 }
 COMMANDS = sorted({command for page in pages() for command in commands(page)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -593,3 +594,17 @@ def test_a_letter_is_found_in_any_spelling(answer):
 )
 def test_what_is_no_letter(answer):
     assert choices.named_letter(answer, 4) is None
+
+
+def test_the_bootstrap_holds_one_draw_at_a_time(monkeypatch):
+    monkeypatch.setattr(metric, "RESAMPLES", 200)
+    rows = [Row(str(number), str(number), {"iou": number % 7 / 7}) for number in range(20_000)]
+    measure(means("iou"), rows[:10])
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        measure(means("iou"), rows)
+        peak = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6, "all draws at once take 32 MB"

@@ -11,6 +11,7 @@ import pytest
 from support.umed_runs import TESTS, environment
 
 from umed_plugin.errors import UmedError
+from umed_plugin.remote import ledger as ledger_module
 from umed_plugin.remote.ledger import Ledger, LedgerUser
 
 
@@ -18,7 +19,7 @@ def test_a_lost_reply_counts_and_is_not_returned(tmp_path: Path) -> None:
     """The server may have charged for it, so a budget must see it, and the request is sent again."""
     ledger = Ledger(tmp_path / "ledger.jsonl", "m")
     ledger.append("k", None, {"prompt_tokens": 5}, lost="not JSON")
-    assert ledger.get("k") is None and ledger.entries() == []
+    assert ledger.get("k") is None and list(ledger.entries()) == []
     assert ledger.counts == {"requests": 1, "prompt_tokens": 5}
     ledger.append("k", "the reply", {"prompt_tokens": 5})
     assert ledger.get("k").reply == "the reply" and ledger.counts["requests"] == 2
@@ -63,6 +64,23 @@ def test_a_torn_line_is_skipped_and_closed_by_the_next_writer(tmp_path: Path) ->
     for reader in (ledger, Ledger(file, "m")):
         assert reader.get("k1") and not reader.get("k2") and reader.get("k3").reply == "\ud800 \u2028"
         assert reader.counts == {"requests": 2, "prompt_tokens": 3, "completion_tokens": 1}
+
+
+@pytest.mark.parametrize("piece", [1, 50, 2**20])
+def test_replies_are_read_from_the_file_and_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(ledger_module, "_PIECE", piece)
+    writer = Ledger(tmp_path / "ledger.jsonl", "m")
+    for number in range(5):
+        writer.append(f"k{number}", "größer " * 20 + str(number), {"prompt_tokens": number})
+    for reader in (writer, Ledger(writer.path, "m", read_only=True)):
+        assert [entry.reply for entry in reader.entries()] == ["größer " * 20 + str(number) for number in range(5)]
+        assert reader.get("k3").line["prompt_tokens"] == 3 and reader.counts["prompt_tokens"] == 10
+        assert "größer" not in repr(vars(reader))
+    writer.path.write_bytes(b"x" * writer.path.stat().st_size)
+    with pytest.raises(UmedError, match="was changed while it was in use"):
+        writer.get("k3")
 
 
 def test_lines_that_are_no_replies_are_left_alone(tmp_path: Path) -> None:

@@ -7,30 +7,29 @@ named relative to ``out_dir``, so ``--image_folder out_dir`` serves both. Only p
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
-from PIL import Image
 
-from umed_plugin import files
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.finding import did_you_mean_file
-from umed_plugin.data.images import burned_in_annotation, read_by_llava, show_image
 from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
 from umed_plugin.data.images.options import UsedOptions
-from umed_plugin.data.images.stored import check_for_model, checked_index
 from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.leaks import evaluation_pictures
+from umed_plugin.data.reading import Request, Seen, look_at_all
+from umed_plugin.data.reading.looks import NO_PIXELS, look_at
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.data.records import Record
+from umed_plugin.data.shards import Shard
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
@@ -51,11 +50,14 @@ class Prepared:
     Attributes:
         size: width and height of the image as the model receives it, in pixels.
         boxes, classes: of its lesions, in pixels of that image, from top to bottom.
-        shown: uint8 RGB ``[height, width, 3]``, as the model receives it.
+        shown: uint8 RGB ``[height, width, 3]``, as the model receives it; empty in a build, which reads no image that is known.
         by_llava: True if LLaVA itself reads the file as ``shown``; else ``shown`` is written as PNG.
         reading: arguments of `load_image` that gave the pixels, serializable as JSON.
         is_grey_levels: True for 8-bit values, to which no window applies.
         exif: its EXIF orientation, 1 to 8.
+        evaluated: True if the image is also in an evaluation set.
+        rendered: path of the PNG under ``out_dir`` that shows it; empty if there is none.
+        burned_in: what its DICOM header says about text in the pixels, or None.
     """
 
     item: Annotated
@@ -67,6 +69,9 @@ class Prepared:
     reading: dict[str, Any] = field(default_factory=dict)
     is_grey_levels: bool = False
     exif: int = 1
+    evaluated: bool = False
+    rendered: str = ""
+    burned_in: Optional[str] = None
 
 
 def build_records(
@@ -82,6 +87,7 @@ def build_records(
     against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
     render: bool = True,
+    workers: Optional[int] = None,
 ) -> list[Record]:
     r"""Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
@@ -97,6 +103,9 @@ def build_records(
         progress: show a progress bar.
         render: True: write images that LLaVA cannot read as PNG. False: a record names the file itself and holds the arguments of
             `images.load_image` under ``reading``, which only this plugin's training understands.
+        workers: processes that read images. 1: this one. None: by the number of CPUs and images. The records are the same.
+
+    What was seen of each image is kept in ``out_dir/.umed_checked.jsonl``: the next build reads only what has changed since.
 
     Raises:
         UmedError: the annotations or (unless skipped) the images have faults; all are named.
@@ -135,13 +144,20 @@ def build_records(
     bad_images = [missing_image(item, number < Faults.SHOWN) for number, item in enumerate(missing)]
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
-    for prepared in prepare(keep, annotations, bad_images, recipe.name if progress else None):
-        if evaluated.has(prepared.shown):
+    out = Path(out_dir) if render else None
+
+    def known_or_read(items: Sequence[Annotated]) -> Looks:
+        requests = [_request(item, out) for item in items]
+        for seen in look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers):
+            yield seen, NO_PIXELS
+
+    for prepared in prepare(keep, annotations, bad_images, recipe.name if progress else None, known_or_read):
+        if prepared.evaluated:
             annotations.left_out["in an evaluation set too"] += 1
             continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
-            record = _record(prepared, Path(out_dir) if render else None, geometry, box_decimals, seed)
+            record = _record(prepared, out, geometry, box_decimals, seed)
             # Seeded per record: a record's wording does not depend on which others are built.
             rng = random.Random(f"{seed}:{record['id']}")
             record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
@@ -153,6 +169,40 @@ def build_records(
             f"Look with: umed recipe check {recipe.name} --data-root {annotations.root}"
         )
     return records
+
+
+def read_shard(
+    recipe: AnyRecipe,
+    shard: Shard,
+    *,
+    out_dir: Union[str, Path],
+    split: Optional[str] = None,
+    data_root: Optional[Union[str, Path]] = None,
+    against: Sequence[Union[str, Path]] = (),
+    progress: bool = False,
+    workers: Optional[int] = None,
+) -> tuple[int, list[str]]:
+    """Read and render one process's share of the images that `build_records` needs, and keep what was seen.
+
+    `build_records` with the same ``out_dir`` then reads only what no shard has read.
+
+    Returns:
+        The number of images in this share, and the faults of those that cannot be read.
+
+    Raises:
+        UmedError: the annotations have faults.
+    """
+    evaluated = evaluation_pictures(against)
+    annotations = read_annotations(recipe, data_root)
+    annotations.faults.raise_if_any(f"{recipe.path} with data in {annotations.root}")
+    bad_images: list[UmedError] = []
+    items = choose_slices([item for item in annotations.items if split in (None, item.split)], bad_images)
+    requests = shard.of([_request(item, Path(out_dir)) for item in items])
+    looks = look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers, shard=shard)
+    with contextlib.closing(looks):
+        title = f"{recipe.name}, shard {shard}: images"
+        shown = tracked(looks, title, "image", len(requests)) if progress else looks
+        return len(requests), [seen.fault for seen in shown if seen.fault is not None]
 
 
 def _check_arguments(split: Optional[str], on_bad_image: str) -> None:
@@ -170,8 +220,16 @@ def missing_image(item: Annotated, look_for_near: bool = True) -> UmedError:
     )
 
 
+# What was seen of each image, and its pixels (empty where they were not read).
+Looks = Generator[tuple[Seen, np.ndarray], None, None]
+
+
 def prepare(
-    items: Sequence[Annotated], annotations: AnnotationSet, bad_images: list[UmedError], title: Optional[str] = None
+    items: Sequence[Annotated],
+    annotations: AnnotationSet,
+    bad_images: list[UmedError],
+    title: Optional[str] = None,
+    look: Optional[Callable[[Sequence[Annotated]], Looks]] = None,
 ) -> Iterator[Prepared]:
     """Read every image and fit its boxes.
 
@@ -180,40 +238,56 @@ def prepare(
 
     Args:
         title: of the progress bar; None shows none.
+        look: gives what is seen of each image; None: reads them here, with their pixels.
     """
     used, whole = UsedOptions(), len(items) == len(annotations.items)
     items = choose_slices(items, bad_images)
-    for item in items if title is None else tracked(items, f"{title}: images", "image"):
-        try:
-            prepared = _prepare_one(item, annotations)
-        except UmedError as error:
-            bad_images.append(error)
-            continue
-        if prepared is not None:
-            used.add(item.recipe, item.image, is_grey_levels=prepared.is_grey_levels, exif=prepared.exif)
-            yield prepared
+    with contextlib.closing((look or _read_here)(items)) as looks:
+        # The looks come first: at their end they tidy up.
+        pairs = zip(looks, items)
+        for (seen, pixels), item in pairs if title is None else tracked(pairs, f"{title}: images", "image", len(items)):
+            if seen.fault is not None:
+                bad_images.append(UmedError(seen.fault))
+                continue
+            prepared = _fit_to_image(item, seen, pixels, annotations)
+            if prepared is not None:
+                used.add(item.recipe, item.image, is_grey_levels=prepared.is_grey_levels, exif=prepared.exif)
+                yield prepared
     if whole and not bad_images:
         annotations.unused_options += used.unused()
 
 
-def _prepare_one(item: Annotated, annotations: AnnotationSet) -> Optional[Prepared]:
-    """One image with its boxes; None after a fault, or if it is left out.
+def _read_here(items: Sequence[Annotated]) -> Looks:
+    for item in items:
+        try:
+            yield look_at(_request(item, None))
+        except UmedError as error:
+            yield Seen(fault=str(error)), NO_PIXELS
 
-    Raises:
-        UmedError: the image cannot be read.
+
+def _request(item: Annotated, out_dir: Optional[Path]) -> Request:
+    """What to read of an item.
+
+    Args:
+        out_dir: folder for rendered images; None renders none.
     """
-    options = item.recipe.image
-    by_llava = read_by_llava(item.image)
-    if not by_llava and options.window == "column" and item.window is None:
+    return Request(
+        path=str(item.image),
+        slice=item.slice,
+        reading=_reading(item),
+        no_window=item.recipe.image.window == "column" and item.window is None,
+        out_dir=None if out_dir is None else str(out_dir),
+        rendered=_rendered_name(item),
+    )
+
+
+def _fit_to_image(item: Annotated, seen: Seen, pixels: np.ndarray, annotations: AnnotationSet) -> Optional[Prepared]:
+    """An image with its boxes; None after a fault, or if it is left out."""
+    options, shown = item.recipe.image, seen.shown(pixels)
+    if seen.window_missing:
         annotations.faults.add(item.where, "the window column is empty, and image.window is 'column'")
         return None
-    reading = {} if by_llava else _reading(item)
-    if by_llava:
-        checked_index(item.image, item.slice, 1, "page")
-    # LLaVA reads these files itself, but only decoding finds a truncated one before training does.
-    shown = show_image(item.image, **reading)
     frame = BoxFrame(options.box_frame, shown)
-    check_for_model(item.image, *shown.orientation.size)
     claimed = tuple(item.size or frame.size)
     fault = size_fault(claimed, frame, item.image.name, options.other_size)
     if fault:
@@ -235,9 +309,19 @@ def _prepare_one(item: Annotated, annotations: AnnotationSet) -> Optional[Prepar
         montage = Montage(*size, len(item.tiles))
         size, moved = montage.size, montage.apply_boxes(moved, [item.tile_of_box[i] for i in kept])
     order = sorted(range(len(kept)), key=lambda i: (moved[i][1], moved[i][0]))
-    classes = [item.classes[kept[i]] for i in order]
     return Prepared(
-        item, size, [moved[i] for i in order], classes, shown.pixels, by_llava, reading, shown.is_grey_levels
+        item,
+        size,
+        boxes=[moved[i] for i in order],
+        classes=[item.classes[kept[i]] for i in order],
+        shown=pixels,
+        by_llava=seen.by_llava,
+        reading={} if seen.by_llava else _reading(item),
+        is_grey_levels=seen.is_grey_levels,
+        exif=seen.exif,
+        evaluated=seen.evaluated,
+        rendered=seen.rendered,
+        burned_in=seen.burned_in,
     )
 
 
@@ -318,16 +402,13 @@ def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict
 
 def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int) -> Record:
     item, recipe = prepared.item, prepared.item.recipe
-    original = os.path.relpath(item.image, item.root)
-    name = original if item.slice is None else f"{original}#{item.slice}"
-    burnt_in = None if prepared.by_llava else burned_in_annotation(item.image)
     image, reading = str(item.image), {}
     if not prepared.by_llava and out_dir is None:
         reading = {"reading": prepared.reading}
-    elif not prepared.by_llava and out_dir is not None:
-        image = _render(prepared.shown, f"{recipe.name}/{name}", out_dir)
+    elif not prepared.by_llava:
+        image = prepared.rendered
     return {
-        "id": f"{recipe.name}/{name}",
+        "id": _name(item),
         "image": image,
         **reading,
         "conversations": [],
@@ -351,38 +432,22 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
             "seed": seed,
             "image_aspect_ratio": geometry.mode,
             "box_decimals": decimals,
-            "original": original,
+            "original": os.path.relpath(item.image, item.root),
             "slice": shown_slices(item),
-            **({"burned_in_annotation": burnt_in} if burnt_in else {}),
+            **({"burned_in_annotation": prepared.burned_in} if prepared.burned_in else {}),
         },
     }
 
 
-def _render(pixels: np.ndarray, name: str, out_dir: Path) -> str:
-    """Write the pixels as PNG, whole or not at all, and return the path relative to ``out_dir``.
-
-    A file that shows something else is left as it is, and the new one is named after its content too. It may belong to records
-    that were built before: of another data root, window or recipe of the same name.
-    """
-    relative = Path("images") / (name.replace("../", "").replace("#", "_slice") + ".png")
-    if _shows_other(out_dir / relative, pixels):
-        content = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:12]
-        relative = relative.with_name(f"{relative.stem}-{content}.png")
-    target = out_dir / relative
-    with files.replacing(target, durable=False) as partial:
-        Image.fromarray(pixels).save(partial, format="PNG")
-    return relative.as_posix()
+def _name(item: Annotated) -> str:
+    """The id of an item's record."""
+    original = os.path.relpath(item.image, item.root)
+    return f"{item.recipe.name}/{original}" + ("" if item.slice is None else f"#{item.slice}")
 
 
-def _shows_other(file: Path, pixels: np.ndarray) -> bool:
-    """Whether a picture is there already, and not this one. A file that cannot be read is none."""
-    if not file.is_file():
-        return False
-    try:
-        with Image.open(file) as image:
-            return image.size != (pixels.shape[1], pixels.shape[0]) or not np.array_equal(np.asarray(image), pixels)
-    except (OSError, ValueError, SyntaxError):
-        return False
+def _rendered_name(item: Annotated) -> str:
+    """Where the item's image is rendered to, relative to ``out_dir``, if no other picture is there."""
+    return (Path("images") / (_name(item).replace("../", "").replace("#", "_slice") + ".png")).as_posix()
 
 
 def _report(

@@ -60,20 +60,137 @@ def check_items(items: Sequence[Any], where: str, separators: Iterable[str] = ()
           - [0] (id 1): has no answer: no turn is from 'gpt'
         Each item needs turns from 'human' and 'gpt' in turn, each with its text as 'value', and at most one image.
     """
-    marks = tuple(separators)
-    meant = [_as_meant(item) for item in items]
-    by_item = {index: found for index, item in enumerate(meant) if (found := item_faults(item, marks))}
-    faults = [f"[{index}]{_id_of(meant[index])}: {fault}" for index, found in by_item.items() for fault in found]
-    if faults:
-        more = f"\n  ... and {len(faults) - _SHOWN} more faults" if len(faults) > _SHOWN else ""
-        raise UmedError(
-            f"{where}: {len(by_item)} of {len(items)} items cannot be trained on:\n"
-            + "\n".join(f"  - {fault}" for fault in faults[:_SHOWN])
-            + more
-            + "\nEach item needs turns from 'human' and 'gpt' in turn, each with its text as 'value', and at most one image."
-        )
-    _warn_of_turns_left_out(items, meant, where)
-    _refuse_or_warn_of_unseen_images(meant, where)
+    check = ItemsCheck(where, separators)
+    meant = [check.add(item) for item in items]
+    for line in check.finish():
+        warn(f"{where}: {line}")
+    return meant
+
+
+class ItemsCheck:
+    """`check_items` for items that come one after the other, of which none is kept.
+
+    Args:
+        where, separators: as for `check_items`.
+    """
+
+    def __init__(self, where: str, separators: Iterable[str] = ()) -> None:
+        self._where, self._marks = where, tuple(separators)
+        self._count = self._faulty = self._fault_count = self._with_image = 0
+        self._faults: list[str] = []
+        self._cut = _Indices()
+        self._unseen: dict[str, _Indices] = defaultdict(_Indices)
+        self._other_keys: Counter[str] = Counter()
+        self._other_tags: Counter[str] = Counter()
+
+    def add(self, item: Any) -> Any:
+        """Check the next item, and return it as it is meant."""
+        index, meant = self._count, _as_meant(item)
+        self._count += 1
+        found = item_faults(meant, self._marks)
+        if found:
+            self._faulty += 1
+            self._fault_count += len(found)
+            if len(self._faults) < _SHOWN:
+                self._faults += [f"[{index}]{_id_of(meant)}: {fault}" for fault in found]
+        else:
+            if len(item["conversations"]) != len(meant["conversations"]):
+                self._cut.add(index)
+            self._look_for_image(index, meant)
+        return meant
+
+    def _look_for_image(self, index: int, item: Item) -> None:
+        tagged = any(IMAGE_TAG in turn["value"] for turn in item["conversations"])
+        spelt = [tag for turn in item["conversations"] for tag in _other_tags(turn["value"])]
+        if spelt:
+            self._unseen["spelling"].add(index)
+            self._other_tags.update(spelt)
+        self._with_image += "image" in item
+        if "image" in item and not tagged:
+            self._unseen["image"].add(index)
+        elif "image" not in item and tagged:
+            self._unseen["tag"].add(index)
+            self._other_keys.update(key for key in _OTHER_IMAGE_KEYS if key in item)
+        if any(VIDEO_TAG in turn["value"] for turn in item["conversations"]) or "video" in item:
+            self._unseen["video"].add(index)
+
+    def finish(self) -> list[str]:
+        """Warnings about all items, without their file.
+
+        Raises:
+            UmedError: as `check_items`.
+        """
+        if self._faulty:
+            more = f"\n  ... and {self._fault_count - _SHOWN} more faults" if self._fault_count > _SHOWN else ""
+            raise UmedError(
+                f"{self._where}: {self._faulty} of {self._count} items cannot be trained on:\n"
+                + "\n".join(f"  - {fault}" for fault in self._faults[:_SHOWN])
+                + more
+                + "\nEach item needs turns from 'human' and 'gpt' in turn, each with its text as 'value', and at most one image."
+            )
+        cut = []
+        if self._cut.count:
+            cut.append(
+                f"in {self._cut.count} of {self._count} items ({self._cut}) an answer before the first question, or a last "
+                "question without an answer, is left out."
+            )
+        return cut + self._warnings_of_unseen_images()
+
+    def _warnings_of_unseen_images(self) -> list[str]:
+        """Images without a tag are never seen; tags without an image are learned as text."""
+        lines, unseen, without, videos = [], self._unseen["image"], self._unseen["tag"], self._unseen["video"]
+        written = ", ".join(repr(tag) for tag, _ in self._other_tags.most_common(_NAMED))
+        if unseen.count and unseen.count == self._with_image:
+            instead = f" They have {written}; LLaVA knows {IMAGE_TAG} alone, in these very letters." if written else ""
+            raise UmedError(
+                f"{self._where}: no item with an image ({self._with_image}, {unseen}) has {IMAGE_TAG} in a question, so the "
+                f"model would see no image.{instead} Begin each first question with '{IMAGE_TAG}\\n'."
+            )
+        if written:
+            lines.append(
+                f"{self._unseen['spelling'].count} of {self._count} items ({self._unseen['spelling']}) hold {written}. LLaVA "
+                f"knows {IMAGE_TAG} alone, in these very letters; anything else would be learned as text."
+            )
+        if unseen.count:
+            lines.append(
+                f"{unseen.count} of {self._with_image} items with an image ({unseen}) have no {IMAGE_TAG} in a question. "
+                f"The model never sees these images. Begin the question with '{IMAGE_TAG}\\n'."
+            )
+        if without.count:
+            names = ", ".join(map(repr, sorted(self._other_keys)))
+            found = f" They have {names}; LLaVA reads 'image'." if names else ""
+            lines.append(
+                f"{without.count} of {self._count} items ({without}) have {IMAGE_TAG} in a question and no 'image'. The tag "
+                f"would be learned as text.{found}"
+            )
+        if videos.count:
+            lines.append(
+                f"{videos.count} items ({videos}) have a video. This LLaVA reads images alone, and {VIDEO_TAG} would be "
+                "learned as text."
+            )
+        return lines
+
+
+class _Indices:
+    """Indices of items: how many, and the first three."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[int] = []
+
+    def add(self, index: int) -> None:
+        self.count += 1
+        if self.count <= _NAMED:
+            self._first.append(index)
+
+    def __str__(self) -> str:
+        more = f" and {self.count - _NAMED} more" if self.count > _NAMED else ""
+        return ", ".join(f"[{index}]" for index in self._first) + more
+
+
+def as_meant(item: Item) -> Item:
+    """An item that passed the check, as it is meant."""
+    meant: Item = _as_meant(item)
     return meant
 
 
@@ -171,77 +288,8 @@ def _as_meant(item: Any) -> Any:
     return item if len(kept) in (0, len(turns)) else {**item, "conversations": kept}
 
 
-def _warn_of_turns_left_out(items: Sequence[Any], meant: Sequence[Item], where: str) -> None:
-    changed = [
-        index
-        for index, (item, kept) in enumerate(zip(items, meant))
-        if len(item["conversations"]) != len(kept["conversations"])
-    ]
-    if changed:
-        warn(
-            f"{where}: in {len(changed)} of {len(items)} items ({_indices(changed)}) an answer before the first question, or a "
-            "last question without an answer, is left out."
-        )
-
-
-def _refuse_or_warn_of_unseen_images(items: Sequence[Item], where: str) -> None:
-    """Images without a tag are never seen; tags without an image are learned as text."""
-    kinds: dict[str, list[int]] = defaultdict(list)
-    with_image = 0
-    other_keys: Counter[str] = Counter()
-    other_tags: Counter[str] = Counter()
-    for index, item in enumerate(items):
-        tagged = any(IMAGE_TAG in turn["value"] for turn in item["conversations"])
-        spelt = [tag for turn in item["conversations"] for tag in _other_tags(turn["value"])]
-        if spelt:
-            kinds["spelling"].append(index)
-            other_tags.update(spelt)
-        with_image += "image" in item
-        if "image" in item and not tagged:
-            kinds["image"].append(index)
-        elif "image" not in item and tagged:
-            kinds["tag"].append(index)
-            other_keys.update(key for key in _OTHER_IMAGE_KEYS if key in item)
-        if any(VIDEO_TAG in turn["value"] for turn in item["conversations"]) or "video" in item:
-            kinds["video"].append(index)
-    unseen, without = kinds["image"], kinds["tag"]
-    written = ", ".join(repr(tag) for tag, _ in other_tags.most_common(_NAMED))
-    if unseen and len(unseen) == with_image:
-        instead = f" They have {written}; LLaVA knows {IMAGE_TAG} alone, in these very letters." if written else ""
-        raise UmedError(
-            f"{where}: no item with an image ({with_image}, {_indices(unseen)}) has {IMAGE_TAG} in a question, so the model "
-            f"would see no image.{instead} Begin each first question with '{IMAGE_TAG}\\n'."
-        )
-    if other_tags:
-        warn(
-            f"{where}: {len(kinds['spelling'])} of {len(items)} items ({_indices(kinds['spelling'])}) hold {written}. LLaVA "
-            f"knows {IMAGE_TAG} alone, in these very letters; anything else would be learned as text."
-        )
-    if unseen:
-        warn(
-            f"{where}: {len(unseen)} of {with_image} items with an image ({_indices(unseen)}) have no {IMAGE_TAG} in a question. "
-            f"The model never sees these images. Begin the question with '{IMAGE_TAG}\\n'."
-        )
-    if without:
-        found = f" They have {', '.join(map(repr, sorted(other_keys)))}; LLaVA reads 'image'." if other_keys else ""
-        warn(
-            f"{where}: {len(without)} of {len(items)} items ({_indices(without)}) have {IMAGE_TAG} in a question and no "
-            f"'image'. The tag would be learned as text.{found}"
-        )
-    if kinds["video"]:
-        warn(
-            f"{where}: {len(kinds['video'])} items ({_indices(kinds['video'])}) have a video. This LLaVA reads images alone, and "
-            f"{VIDEO_TAG} would be learned as text."
-        )
-
-
 def _other_tags(text: str) -> list[str]:
     return [match[0] for match in _OTHER_TAG.finditer(text) if match[0] != IMAGE_TAG]
-
-
-def _indices(indices: Sequence[int]) -> str:
-    more = f" and {len(indices) - _NAMED} more" if len(indices) > _NAMED else ""
-    return ", ".join(f"[{index}]" for index in indices[:_NAMED]) + more
 
 
 def _id_of(item: Any) -> str:

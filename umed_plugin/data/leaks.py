@@ -8,6 +8,7 @@ neighbouring slices of one CT reach 0.95, and different patients 0.77.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,17 @@ class Pictures:
 
     def has(self, shown: np.ndarray) -> bool:
         """True if an image, uint8 RGB ``[height, width, 3]``, is among these."""
+        if not self.names:
+            return False
         single = Pictures()
         single.add("", shown)
         return bool(single.also_in(self))
+
+    def digest(self) -> str:
+        """Tells these images from others; empty for none."""
+        if not self._prints:
+            return ""
+        return hashlib.sha256(np.stack(self._prints).tobytes()).hexdigest()
 
 
 def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:

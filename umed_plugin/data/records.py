@@ -8,11 +8,13 @@ class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_typ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.data.json_list import items_of
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
@@ -82,8 +84,12 @@ def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
 
 
-def load_records(path: str | Path) -> list[Record]:
+def load_records(path: str | Path, *, split: str | None = None) -> list[Record]:
     """Read a JSON list of records as ``umed recipe build`` writes it.
+
+    Args:
+        path: of the file.
+        split: keep only the records of this split; all are checked.
 
     Raises:
         UmedError: the file is missing, not a JSON list, or holds items that are not records (index and field are named).
@@ -112,26 +118,95 @@ def load_records(path: str | Path) -> list[Record]:
         True
     """
     path = Path(path)
+    check_exists(path)
+    try:
+        return _checked((placed.item for placed in items_of(path, strict=True)), path, split)
+    except (ValueError, RecursionError):
+        return _checked(_whole_list(path), path, split)
+
+
+def _checked(items: Iterable[Any], path: Path, split: str | None) -> list[Record]:
+    check, terms, records = RecordsCheck(path), SharedTerms(), []
+    for item in items:
+        check.add(item)
+        if isinstance(item, dict) and split in (None, item.get("split")):
+            records.append(terms.in_record(item))
+    check.finish()
+    return records
+
+
+def check_exists(path: Path) -> None:
+    """Raise a `UmedError` if the file does not exist."""
     if not path.is_file():
         raise UmedError(f"{path}: no such file. Write it with: umed recipe build RECIPE --out {path}")
+
+
+def _whole_list(path: Path) -> list[Any]:
+    """The content of a file that cannot be read item by item: it is in UTF-16, or not a list in JSON."""
     try:
-        records = read_json(path)
+        content = read_json(path)
     except UmedError as error:
         raise UmedError(f"{error}. Expected: what `umed recipe build` writes.") from error
-    if not isinstance(records, list):
-        raise UmedError(f"{path}: holds a {type(records).__name__}. Expected: a list of records.")
-    plain = [index for index, record in enumerate(records) if _is_plain_item(record)]
-    if plain:
-        raise UmedError(
-            f"{path}: {len(plain)} of {len(records)} items (the first: [{plain[0]}]) are plain LLaVA items without true boxes: "
-            "they have no 'objects', 'image_size' and 'terms'. Stage 2 and evaluation need the records that `umed recipe build` "
-            "writes."
-        )
-    faults = [f"{path}[{i}]: {fault}" for i, record in enumerate(records) for fault in record_faults(record)]
-    if faults:
-        more = f"\n... and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise UmedError("\n".join(faults[:_FAULTS_SHOWN]) + more + "\nBuild it again with: umed recipe build")
-    return records
+    if not isinstance(content, list):
+        raise UmedError(f"{path}: holds a {type(content).__name__}. Expected: a list of records.")
+    return content
+
+
+def not_records(path: Path, error: Exception) -> UmedError:
+    """The error for a file that cannot be read item by item."""
+    try:
+        _whole_list(path)
+    except UmedError as found:
+        return found
+    return UmedError(f"{path}: cannot be read item by item ({error}). Save it as UTF-8.")
+
+
+class RecordsCheck:
+    """Checks records one after the other, and keeps none of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._count = self._plain = self._fault_count = 0
+        self._first_plain: int | None = None
+        self._faults: list[str] = []
+
+    def add(self, record: Any) -> None:
+        """Check the next record."""
+        index = self._count
+        self._count += 1
+        if _is_plain_item(record):
+            self._plain += 1
+            self._first_plain = index if self._first_plain is None else self._first_plain
+        elif found := record_faults(record):
+            self._fault_count += len(found)
+            if len(self._faults) < _FAULTS_SHOWN:
+                self._faults += [f"{self._path}[{index}]: {fault}" for fault in found]
+
+    def finish(self) -> None:
+        """Raise a `UmedError` if one of them is not a record."""
+        if self._plain:
+            raise UmedError(
+                f"{self._path}: {self._plain} of {self._count} items (the first: [{self._first_plain}]) are plain LLaVA items "
+                "without true boxes: they have no 'objects', 'image_size' and 'terms'. Stage 2 and evaluation need the records "
+                "that `umed recipe build` writes."
+            )
+        if self._faults:
+            hidden = self._fault_count - _FAULTS_SHOWN
+            more = f"\n... and {hidden} more" if hidden > 0 else ""
+            raise UmedError("\n".join(self._faults[:_FAULTS_SHOWN]) + more + "\nBuild it again with: umed recipe build")
+
+
+class SharedTerms:
+    """Lets records hold one object for equal ``terms``, which each repeats."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def in_record(self, record: Any) -> Any:
+        """The record with the shared object."""
+        if isinstance(record, dict) and isinstance(record.get("terms"), dict):
+            record["terms"] = self._known.setdefault(json.dumps(record["terms"]), record["terms"])
+        return record
 
 
 def save_records(records: Sequence[Record], path: str | Path) -> None:

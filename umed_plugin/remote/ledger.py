@@ -14,12 +14,14 @@ import json
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
 
+_PIECE = 2**20  # bytes read at a time
 _COUNTS = ("prompt_tokens", "completion_tokens")
 
 
@@ -54,7 +56,7 @@ class LedgerUser:
 
 
 class Ledger:
-    """Replies by request key, in memory and in an append-only file.
+    """Replies by request key, in an append-only file. In memory is only where the reply to each key begins.
 
     Args:
         path: JSON lines file; created if it does not exist, unless ``read_only``.
@@ -74,7 +76,8 @@ class Ledger:
     ) -> None:
         self.path, self._user = Path(path), user
         self._lock = threading.Lock()  # replies arrive in the client's thread and are looked up in the main thread
-        self._entries: dict[tuple[str, str], Entry] = {}
+        # Model -> key -> first byte and length of the line with the reply.
+        self._places: dict[str, dict[str, tuple[int, int]]] = {}
         self._read_to = 0
         self.counts: Counter[str] = Counter()
         try:
@@ -91,7 +94,7 @@ class Ledger:
         self.model = model if model is not None else self._only_model()
 
     def _only_model(self) -> str:
-        models = sorted({model for model, _ in self._entries})
+        models = sorted(self._places)
         if len(models) != 1:
             raise UmedError(
                 f"{self.path}: holds replies of {', '.join(models) or 'no model'}. A replay needs the replies of exactly one "
@@ -102,12 +105,23 @@ class Ledger:
     def get(self, key: str) -> Entry | None:
         """The reply to the request with this key, or None."""
         with self._lock:
-            return self._entries.get((self.model, key))
+            place = self._places.get(self.model, {}).get(key)
+            return None if place is None else self._entry_at(*place)
 
-    def entries(self) -> list[Entry]:
-        """All replies of the model."""
+    def entries(self) -> Iterator[Entry]:
+        """All replies of the model, one after the other."""
         with self._lock:
-            return [entry for (model, _), entry in self._entries.items() if model == self.model]
+            places = list(self._places.get(self.model, {}).values())
+        for place in places:
+            yield self._entry_at(*place)
+
+    def _entry_at(self, start: int, length: int) -> Entry:
+        entry = _entry_of(os.pread(self._file, length, start))
+        if entry is None:
+            raise UmedError(
+                f"{self.path}: was changed while it was in use. Lines may only be added to a ledger. Start again."
+            )
+        return entry
 
     def refresh(self) -> None:
         """Read the complete lines that this process or another has written since the last read."""
@@ -153,29 +167,32 @@ class Ledger:
         os.fsync(self._file)
 
     def _read_on(self) -> None:
-        size = os.fstat(self._file).st_size
-        data = b""
-        while len(data) < size - self._read_to:
-            piece = os.pread(self._file, size - self._read_to - len(data), self._read_to + len(data))
-            if not piece:
-                break
-            data += piece
-        whole = data.rfind(b"\n") + 1
-        self._read_to += whole
-        for line in data[:whole].splitlines():
-            self._take(line)
+        """Note the complete lines after those that are known, a piece of the file at a time."""
+        rest = b""
+        while piece := os.pread(self._file, _PIECE, self._read_to + len(rest)):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                self._take(line, self._read_to)
+                self._read_to += len(line) + 1
 
-    def _take(self, line: bytes) -> None:
-        """Keep one line. A line that is incomplete or not a reply is ignored and stays in the file."""
-        try:
-            fields = json.loads(line)
-        except ValueError:
+    def _take(self, line: bytes, start: int) -> None:
+        """Note one line. A line that is incomplete or not a reply is ignored and stays in the file."""
+        entry = _entry_of(line)
+        if entry is None:
             return
-        if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("key", "model")):
-            return
-        reply = fields.get("reply")
-        entry = Entry(fields["model"], reply if isinstance(reply, str) else None, fields)
-        if "lost" not in fields:
-            self._entries.setdefault((entry.model, fields["key"]), entry)
+        if "lost" not in entry.line:
+            self._places.setdefault(entry.model, {}).setdefault(entry.line["key"], (start, len(line)))
         self.counts["requests"] += 1
-        self.counts.update({name: fields[name] for name in _COUNTS if isinstance(fields.get(name), int)})
+        self.counts.update({name: entry.line[name] for name in _COUNTS if isinstance(entry.line.get(name), int)})
+
+
+def _entry_of(line: bytes) -> Entry | None:
+    """The reply in a line; None for any other line."""
+    try:
+        fields = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("key", "model")):
+        return None
+    reply = fields.get("reply")
+    return Entry(fields["model"], reply if isinstance(reply, str) else None, fields)

@@ -16,11 +16,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from llava import conversation as llava_conversation
 from llava.mm_utils import expand2square
@@ -35,13 +37,14 @@ from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.image_files import check_image_files
 from umed_plugin.data.images import READERS, check_picture, file_states
 from umed_plugin.data.images.cache import ImageCache
-from umed_plugin.data.items import check_items
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
-from umed_plugin.data.records import load_records, save_records
+from umed_plugin.data.record_file import JoinedRecords, RecordFile, make_index, open_records
+from umed_plugin.data.records import check_exists, not_records, save_records
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.definition import REWARDING
+from umed_plugin.training.first_process import first_process_does
 
 # What PIL, the image processors and the tokenizers raise for one bad record.
 UNREADABLE = (
@@ -60,8 +63,8 @@ UNREADABLE = (
 )
 
 
-def training_records(data_args: Any, training_args: Any, split: str = "train") -> list[dict[str, Any]]:
-    """The records of ``--umed_recipe`` and ``--data_path`` in one split.
+def training_records(data_args: Any, training_args: Any, split: str = "train") -> JoinedRecords:
+    """The records of ``--umed_recipe`` and ``--data_path`` in one split; they are read when they are asked for.
 
     Raises:
         UmedError: a file cannot be read, an item cannot be trained on (`umed_plugin.data.items`), the split is empty, or records
@@ -69,19 +72,17 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     """
     flags = training_args.umed
     marks = separators(data_args.umed_run.model_args.version)
-    records: list[dict[str, Any]] = []
+    parts: list[RecordFile] = []
     if flags.umed_recipe is not None:
-        records += check_items(_recipe_records(data_args, training_args, split), flags.umed_recipe, marks)
+        parts.append(_recipe_records(data_args, training_args, split, marks))
     if data_args.data_path is not None:
-        in_file = _file_records(data_args.data_path, strict=flags.umed_stage == REWARDING)
-        in_file = check_items(in_file, f"--data_path {data_args.data_path}", marks)
-        _check_files(_of_split(in_file, split), data_args, flags)
-        records += in_file
-    of_split = _of_split(records, split)
+        parts.append(_file_records(data_args, flags, split, marks))
+    records = JoinedRecords(parts)
+    of_split = records.where(records.texts("split") == split)
     if len(of_split) < len(records) and split == "train":
-        _tell_other_splits(records)
+        _tell_other_splits(records.texts("split").tolist())
     if not of_split:
-        found = ", ".join(map(repr, sorted({str(record.get("split")) for record in records})))
+        found = ", ".join(map(repr, sorted(set(records.texts("split").tolist()))))
         raise UmedError(
             f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
         )
@@ -92,14 +93,9 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     return of_split
 
 
-def _of_split(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The records of a split; one that names none, or null, belongs to train."""
-    return [record for record in records if (record.get("split") or "train") == split]
-
-
-def _tell_other_splits(records: list[dict[str, Any]]) -> None:
+def _tell_other_splits(splits: Sequence[str]) -> None:
     """Say how many records are not trained on, with the name of their split. A name that nothing reads is a warning."""
-    others = Counter(str(record["split"]) for record in records if (record.get("split") or "train") != "train")
+    others = Counter(name for name in splits if name != "train")
     unknown = {name: count for name, count in others.items() if name not in SPLITS}
     if unknown:
         named = ", ".join(f"{name!r} ({count})" for name, count in list(unknown.items())[:3])
@@ -107,18 +103,19 @@ def _tell_other_splits(records: list[dict[str, Any]]) -> None:
     note(f"{sum(others.values())} records of other splits ({', '.join(sorted(others))}) are left out of training.")
 
 
-def _check_files(records: list[dict[str, Any]], data_args: Any, flags: Any) -> None:
+def _check_files(records: RecordFile, data_args: Any, flags: Any) -> None:
     """Look for the images of a records file. Those of a recipe were read when its records were built."""
     cached = flags.umed_image_cache is not None
-    only_here = [record for record in records if record.get("reading")]
-    if only_here and not cached:
+    has_reading = records.column("has_reading")
+    only_here = np.flatnonzero(has_reading)
+    if len(only_here) and not cached:
         raise UmedError(
             f"--data_path {data_args.data_path}: {len(only_here)} of {len(records)} records (the first: "
-            f"{only_here[0].get('id')}) name an image that LLaVA does not read as it was annotated ('reading': a slice, a "
-            "window). Give --umed_image_cache, or build the records again with images: umed recipe build."
+            f"{records[only_here[0]].get('id')}) name an image that LLaVA does not read as it was annotated ('reading': a slice, "
+            "a window). Give --umed_image_cache, or build the records again with images: umed recipe build."
         )
     check_image_files(
-        [record for record in records if not record.get("reading")],
+        records.where(~has_reading),
         data_args.image_folder or os.curdir,
         f"--data_path {data_args.data_path}",
         skip=flags.umed_on_bad_image == "skip",
@@ -126,48 +123,69 @@ def _check_files(records: list[dict[str, Any]], data_args: Any, flags: Any) -> N
     )
 
 
-def _file_records(path: str, *, strict: bool) -> list[dict[str, Any]]:
+def _file_records(data_args: Any, flags: Any, split: str, marks: Sequence[str]) -> RecordFile:
     """Records of a JSON file. Plain LLaVA items are accepted unless ``strict``: rewards need the true boxes."""
+    file, where = Path(data_args.data_path), f"--data_path {data_args.data_path}"
+    strict = flags.umed_stage == REWARDING
     if strict:
-        return load_records(path)
+        check_exists(file)
+
+    def opened() -> RecordFile:
+        failed = partial(not_records if strict else _not_items, file)
+        return open_records(file, where, marks, strict=strict, failed=failed)
+
+    checked: list[RecordFile] = []
+
+    def check() -> None:
+        records = opened()
+        _check_files(records.where(records.texts("split") == split), data_args, flags)
+        checked.append(records)
+
+    first_process_does(check, f"check the records of {where}")
+    return checked[0] if checked else opened()
+
+
+def _not_items(path: Path, error: Exception) -> UmedError:
     try:
-        records = read_json(Path(path))
-    except UmedError as error:
-        is_lines = path.endswith("l") or "Extra data: line 2" in str(error)
+        content = read_json(path)
+    except UmedError as found:
+        is_lines = path.name.endswith("l") or "Extra data: line 2" in str(found)
         lines = " It seems to be JSON lines: make one list of them." if is_lines else ""
-        reason = str(error).removeprefix(f"{path}: ")
-        raise UmedError(
+        reason = str(found).removeprefix(f"{path}: ")
+        return UmedError(
             f"--data_path {path}: is not JSON that can be read ({reason}). Expected: a list of LLaVA items.{lines}"
-        ) from error
-    if not isinstance(records, list):
-        raise UmedError(f"--data_path {path}: is not a list of LLaVA items, each with 'conversations'.")
-    return records
+        )
+    if isinstance(content, list):
+        return UmedError(f"--data_path {path}: cannot be read item by item ({error}). Save it as UTF-8.")
+    return UmedError(f"--data_path {path}: is not a list of LLaVA items, each with 'conversations'.")
 
 
-def _check_aspect_ratio(records: list[dict[str, Any]], image_aspect_ratio: str) -> None:
+def _check_aspect_ratio(records: JoinedRecords, image_aspect_ratio: str) -> None:
     """Boxes in the text are 0-1 of the square that the model sees, so records and training must agree on that square."""
-    other = [
-        r
-        for r in records
-        if r.get("provenance", {}).get("image_aspect_ratio", image_aspect_ratio) != image_aspect_ratio
-    ]
-    if other:
-        theirs = other[0]["provenance"]["image_aspect_ratio"]
+    theirs = records.texts("aspect")
+    other = np.flatnonzero((theirs != image_aspect_ratio) & (theirs != ""))
+    if len(other):
+        first = theirs[other[0]]
         raise UmedError(
-            f"{len(other)} of {len(records)} records (the first: {other[0].get('id')}) were written for "
-            f"--image_aspect_ratio {theirs}, but training runs with {image_aspect_ratio}: every box would be in the wrong "
-            f"place. Train with --image_aspect_ratio {theirs}, or build the records again with "
+            f"{len(other)} of {len(records)} records (the first: {records[other[0]].get('id')}) were written for "
+            f"--image_aspect_ratio {first}, but training runs with {image_aspect_ratio}: every box would be in the wrong "
+            f"place. Train with --image_aspect_ratio {first}, or build the records again with "
             f"`umed recipe build ... --image-aspect-ratio {image_aspect_ratio}`."
         )
 
 
-def _recipe_records(data_args: Any, training_args: Any, split: str) -> list[dict[str, Any]]:
+def _recipe_records(data_args: Any, training_args: Any, split: str, marks: Sequence[str]) -> RecordFile:
     """The recipe's records, built into ``output_dir/umed_data`` by one process unless the same build exists already."""
     folder = Path(training_args.output_dir).resolve() / "umed_data" / ("" if split == "train" else split)
-    with training_args.main_process_first(local=False, desc="building the records"):
-        if training_args.process_index == 0:
-            _build_or_reuse(folder, split, data_args.image_aspect_ratio, training_args)
-    return load_records(folder / "records.json")
+    file, where = folder / "records.json", training_args.umed.umed_recipe
+
+    def build_and_index() -> None:
+        _build_or_reuse(folder, split, data_args.image_aspect_ratio, training_args)
+        make_index(file, where, marks, strict=True, failed=partial(not_records, file))
+
+    first_process_does(build_and_index, f"build the records of {where}")
+    check_exists(file)
+    return open_records(file, where, marks, strict=True, failed=partial(not_records, file))
 
 
 def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_args: Any) -> None:
@@ -195,7 +213,9 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         return
     # An interrupted build must not leave the old stamp beside records or images that it has replaced.
     stamp_file.unlink(missing_ok=True)
-    records = build.build_records(recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, **options)
+    records = build.build_records(
+        recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, progress=True, **options
+    )
     for record in records:
         record["image"] = str(folder / record["image"])
     save_records(records, file)
@@ -240,7 +260,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.data_args = data_args
         self.flags = training_args.umed
         self.template = data_args.umed_run.model_args.version
-        self.list_data_dict = training_records(data_args, training_args, split)
+        self.list_data_dict: JoinedRecords = training_records(data_args, training_args, split)
         self._reported: set[int] = set()
         self.image_cache: ImageCache | None = None
         if self.flags.umed_image_cache is not None:
@@ -248,6 +268,19 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
             self.image_cache = ImageCache(
                 self.flags.umed_image_cache, data_args.image_processor, data_args.image_aspect_ratio, most_bytes
             )
+
+    @property
+    def lengths(self) -> list[int]:
+        """LLaVA's measure of each record for batches of like length: its words, and 128 for an image."""
+        return (self._words() + 128 * self.list_data_dict.column("has_image")).tolist()
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's measure of each record for batches of one modality: its words, negative without an image."""
+        return np.where(self.list_data_dict.column("has_image"), self._words(), -self._words()).tolist()
+
+    def _words(self) -> np.ndarray:
+        return self.list_data_dict.column("words").astype(np.int64)
 
     def template_of(self, index: int) -> str:
         """``--version`` or its stock counterpart; the same for a record in every epoch and on every rank."""

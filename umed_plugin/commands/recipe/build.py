@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
+from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, remove_marks
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UsageError, note, warn
 from umed_plugin.locks import locked
@@ -53,6 +54,7 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         help="stop at missing or unreadable images, or skip and report them (default: stop)",
     )
     add_against(parser, "left out")
+    add_sharing_flags(parser)
     add_writer_flags(parser)
     parser.add_argument(
         "--decisions",
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     writer = read_writer_flags(args)
     decisions = _decisions(args)
     _check_replaced(args.out, args.recipe)
+    if not is_whole(args):
+        return 0
     with locked(args.out):
         return _write(args, writer, decisions)
 
@@ -111,6 +115,7 @@ def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: l
         records, set_aside, complete = write_diagnoses(writer, records, args.out.parent)
     records = with_decisions(records, set_aside, decisions, args.out)
     save_records(records, args.out)
+    remove_marks(args)
     _tell_result(args, records)
     return 0 if complete else 1
 
@@ -144,6 +149,7 @@ def _build(args: argparse.Namespace) -> list[Record]:
         on_bad_image=args.on_bad_image,
         against=args.against,
         progress=True,
+        workers=args.workers,
     )
 
 

@@ -8,7 +8,7 @@ in high detail.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from umed_plugin.data.writing.steps import MAX_REVISIONS, ImageTask, WriterRequest
@@ -28,7 +28,7 @@ class TokenEstimate:
         entries: earlier replies.
     """
 
-    def __init__(self, entries: Sequence[Entry] = ()) -> None:
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._sums: dict[str, Counter[str]] = {}
         for entry in entries:
             usage = {name: entry.line[name] for name in _COUNTED if isinstance(entry.line.get(name), int)}

@@ -294,7 +294,7 @@ def recipe_benchmark(
         from umed_plugin.data.records import load_records
 
         if recipe.endswith(".json"):
-            records, folder = load_records(recipe), Path(recipe).resolve().parent
+            records, folder = load_records(recipe, split=split), Path(recipe).resolve().parent
         else:
             folder = work
             records = build_records(
