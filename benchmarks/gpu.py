@@ -12,7 +12,7 @@ and the projector, both in bfloat16, with gradient checkpointing and AdamW. LoRA
   repeats count; those inside flash attention are invisible to torch.
 - Stage 1: a step on ``--batch`` questions with one answer each, and logits of all positions, as LLaVA computes them.
 - Stage 2, plain: ``generate(num_return_sequences=K)`` and passes over K rows of prompt and answer. Packed: what
-  ``--umed_stage rewarding`` does. If the attention takes no block mask (flash attention 2), the answers read the prompt's KV
+  ``--umed_stage rewarding`` does, with split attention. If packed rows cannot be computed, the answers read the prompt's KV
   cache instead; under gradient checkpointing they repeat the prompt. The table says so.
 
     python benchmarks/gpu.py
@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.llama.modeling_llama
+import transformers.models.mistral.modeling_mistral  # noqa: F401  the patch changes both
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils import is_flash_attn_2_available
 
@@ -42,8 +44,11 @@ from bare_llava import Llava, build
 from measuring import stack
 from rewarding_step import Work, queries, sample, score, score_with_relevance, update
 
+from umed_plugin import patching
 from umed_plugin.model.forward import embed_prompts, encode_images, repeated_inputs
 from umed_plugin.model.packing import packing_fault
+from umed_plugin.model.split_attention import attends_split
+from umed_plugin.patches import split_attention
 from umed_plugin.training.reference import ReferencePolicy
 
 Results = dict[str, Any]
@@ -217,7 +222,10 @@ def measure(options: argparse.Namespace) -> Results:
     """All results."""
     flash = ["flash_attention_2"] if is_flash_attn_2_available() and options.device != "cpu" else []
     rate = matrix_rate(options)
+    patching.apply([split_attention.PATCH])
     model = build(options)
+    if not attends_split(model):
+        raise SystemExit("the layers of this transformers do not split their attention, as those of a training run do")
     watch = Stopwatch(options, rate)
     on_gpu = torch.device(options.device).type == "cuda"
     return {

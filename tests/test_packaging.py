@@ -169,8 +169,8 @@ def test_what_every_python_under_umed_run_imports_needs_the_standard_library_alo
 
 
 # Imported only where they are installed, behind a test of that.
-# datasets comes with TRL, which umed_plugin.rewards.trl is for.
-OPTIONAL = {"datasets", "deepspeed", "openai", "wandb"}
+# datasets comes with TRL, which umed_plugin.rewards.trl is for. flash_attn is called by models that were loaded with it.
+OPTIONAL = {"datasets", "deepspeed", "flash_attn", "openai", "wandb"}
 
 
 # LLaVA's pins -------------------------------------------------------------------------------------------------------------
