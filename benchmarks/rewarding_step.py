@@ -5,6 +5,10 @@ is what ``--umed_stage rewarding`` does. Both have the same weights (random, LLa
 of exactly T tokens. A step is: sample, score under the policy, score under the reference, update. The two sides run in turns, and
 ratios are medians over the turns. Memory is the peak of a separate process for each side, above the loaded model's.
 
+Vision relevance is timed in a scoring pass, and apart from it as a run does it: 4 tokens of each answer read the KV cache that
+sampling has left. With LoRA, sampling is also timed with the adapter as PEFT computes it for each token. With
+``--precision bfloat16`` the weights below the adapter are in that precision.
+
 With ``--accumulation A`` a step has A micro-batches. Their answers are sampled together; the table compares that with sampling
 each micro-batch alone, in seconds of sampling per question.
 
@@ -29,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Seconds, add, matrix_flops, peak_bytes, ratios, seconds, stack
+from measuring import Seconds, add, matrix_flops, now, peak_bytes, ratios, seconds, since, stack
 from torch import Tensor
 
 SIDES = ("plain", "packed")
@@ -72,6 +76,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention", choices=tuple(RELEVANCE), default="eager", help="sdpa is not available on LLaVA's pins"
     )
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of the weights below the adapter"
+    )
     parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args(argv)
 
@@ -89,7 +96,17 @@ def build(options: argparse.Namespace) -> Work:
     fault = packing_fault(model)
     if fault is not None:
         raise SystemExit(f"this model cannot be packed: {fault}")
-    return queries(_for_training(model, options), options, packs=True)
+    work = queries(_in_precision(_for_training(model, options), options), options, packs=True)
+    # LLaVA's own forward pass gives the projector features of the images' dtype.
+    return replace(work, images=work.images.to(getattr(torch, options.precision)))
+
+
+def _in_precision(model: Any, options: argparse.Namespace) -> Any:
+    """The model with an adapter in float32 on weights of the chosen precision; rotary frequencies keep theirs."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(getattr(torch, options.precision))
+    return model
 
 
 def queries(model: Any, options: argparse.Namespace, packs: bool) -> Work:
@@ -259,6 +276,39 @@ def score_with_relevance(work: Work, how: str) -> Any:
         patching.apply([split_attention.PATCH])
 
 
+@torch.no_grad()
+def relevance_from_sampling(work: Work) -> Seconds:
+    """What vision relevance costs after sampling: 4 tokens of each answer read the KV cache that sampling has left."""
+    from umed_plugin.model.attention import AttentionSettings
+    from umed_plugin.model.sampled_attention import generate_with_attention
+    from umed_plugin.model.sampling import SamplingSettings
+
+    work.model.eval()
+    options, prompts, started = work.options, embedded(work), []
+    settings = SamplingSettings(
+        options.answer_tokens, eos_token_id=-1, temperature=1.0, num_candidates=options.candidates, packed=True
+    )
+
+    def naming(candidates: Any) -> list[list[int]]:
+        started.append(now())  # all answers are there
+        return [list(range(options.answer_tokens))[-4:]] * len(candidates.mask)
+
+    cover = torch.rand(len(work.prompts), prompts.n_patches, generator=torch.Generator().manual_seed(0))
+    generate_with_attention(work.model, prompts, settings, naming, cover, AttentionSettings(range(options.layers)))
+    return since(started[0])
+
+
+def sample_with_peft(work: Work) -> None:
+    """Sample with the adapter as PEFT computes it for each token."""
+    from umed_plugin.model import sampling
+
+    made, sampling.adapter_for_decoding = sampling.adapter_for_decoding, contextlib.nullcontext
+    try:
+        sample(work, "packed")
+    finally:
+        sampling.adapter_for_decoding = made
+
+
 def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
     """Seconds of every phase and side, run in turns."""
     from rich.progress import track
@@ -279,6 +329,12 @@ def measure_times(work: Work) -> dict[str, dict[str, list[Seconds]]]:
                 times.setdefault("accumulated sampling", {}).setdefault(how, []).append(duration)
         for how in RELEVANCE[work.options.attention]:
             times["vision relevance"][how].append(seconds(lambda how=how: score_with_relevance(work, how)))
+        if work.packs:
+            times.setdefault("relevance from sampling", {}).setdefault("cache", []).append(
+                relevance_from_sampling(work)
+            )
+        if work.options.tuning == "lora":
+            times.setdefault("adapter", {}).setdefault("peft", []).append(seconds(lambda: sample_with_peft(work)))
     for side in SIDES:
         sampling, scoring, updating = (times[phase][side] for phase in PHASES[:3])
         # Both policy and reference are scored.
@@ -328,7 +384,20 @@ def summary(work: Work, times: dict[str, dict[str, list[Seconds]]], memory: dict
         "step_bytes": {side: memory[side] for side in SIDES},
         "vision_relevance": relevance,
         **accumulated_sampling(times.get("accumulated sampling"), options),
+        **relevance_and_adapter(times),
     }
+
+
+def relevance_and_adapter(times: dict[str, dict[str, list[Seconds]]]) -> dict[str, Any]:
+    """A whole pass with hooks against the cache of sampling, and sampling with PEFT's adapter against ours."""
+    found: dict[str, Any] = {}
+    if "relevance from sampling" in times:
+        found["relevance_from_sampling"] = ratios(
+            times["vision relevance"]["hooks"], times["relevance from sampling"]["cache"]
+        )
+    if "adapter" in times:
+        found["adapter"] = ratios(times["adapter"]["peft"], times["sampling"]["packed"])
+    return found
 
 
 def accumulated_sampling(times: dict[str, list[Seconds]] | None, options: argparse.Namespace) -> dict[str, Any]:
@@ -373,6 +442,17 @@ def show(results: dict[str, Any]) -> None:
             f"{row['ratio']:.2f}x ({' - '.join(f'{ratio:.2f}' for ratio in row['ratio_range'])}), in processor time "
             f"{row['processor_ratio']:.2f}x."
         )
+    for name, text in (
+        ("relevance_from_sampling", "Vision relevance, a pass of its own against sampling's KV cache"),
+        ("adapter", f"Sampling in {results['options']['precision']}, PEFT's adapter against ours"),
+    ):
+        if name in results:
+            row = results[name]
+            spread = " - ".join(f"{ratio:.2f}" for ratio in row["ratio_range"])
+            console.print(
+                f"{text}: {row['slow_s']:.2f} s, {row['fast_s']:.2f} s, {row['ratio']:.2f}x ({spread}; processor time "
+                f"{row['processor_ratio']:.2f}x)."
+            )
     head = ("time", "", "processor time", "peak memory", "")
     table = Table("", *head, title="vision relevance in a scoring pass")
     for how, row in results["vision_relevance"].items():

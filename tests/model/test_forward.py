@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from support.llava_models import embedded
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import (
@@ -14,7 +16,7 @@ from umed_plugin.model.forward import (
     answer_pass,
     repeated_inputs,
 )
-from umed_plugin.model.sampling import SamplingSettings, generate
+from umed_plugin.model.sampling import SamplingSettings, adapter_for_decoding, generate
 from umed_plugin.patches import attention_mask
 
 
@@ -130,32 +132,85 @@ def test_candidates_of_an_expanded_cache_equal_those_of_repeated_prompts(loaded,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_is_merged_while_sampling_where_no_digit_of_it_is_lost(loaded, batch, dtype):
+    model, inner = adapted(loaded[1], dtype)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    prompts = embedded(model, batch)
+    passes, same_weights = [], []
+    for layer in inner:
+        layer.register_forward_hook(lambda *_: passes.append(1))
+    name, projection = next((name, module) for name, module in model.named_modules() if name.endswith("q_proj"))
+    stock = next(weight for key, weight in before.items() if key.startswith(name) and "lora_" not in key)
+    handle = projection.register_forward_hook(lambda layer, *_: same_weights.append(torch.equal(layer.weight, stock)))
+
+    sampled = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
+
+    handle.remove()
+    # The adapter's own layers are not called. In bf16 its weights are not in the model's either: an update would be rounded away.
+    assert not passes
+    assert set(same_weights) == {dtype == torch.bfloat16}
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert not [module for module in model.modules() if "forward" in vars(module) and hasattr(module, "lora_A")]
+    teacher_forced = answer_pass(model, prompts, sampled).logits.argmax(dim=-1)
+    agreeing = (teacher_forced == sampled.token_ids).float().mean()
+    assert agreeing == 1 if dtype == torch.float32 else agreeing > 0.8
+    assert passes
+    with model.disable_adapter():
+        without = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
+    assert not torch.equal(without.token_ids, sampled.token_ids)
+
+
+def adapted(plain, dtype):
+    """A copy in ``dtype`` with a float32 adapter that matters, and the adapter's linear layers."""
     from peft import LoraConfig, get_peft_model
 
-    _, plain = loaded
     settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(plain).to(dtype), settings).eval()
     inner = [
         module for name, module in model.named_modules() if "lora_" in name and isinstance(module, torch.nn.Linear)
     ]
     for layer in inner:
+        layer.float()
         torch.nn.init.normal_(layer.weight, std=0.3)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    return model, inner
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of matrices with 4 rows or columns: the adapter's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name == "_to_copy" and args[0].dim() == 2 and 4 in args[0].shape
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_the_adapter_is_cast_once_and_not_for_each_token(loaded, batch, autocast):
+    model, inner = adapted(loaded[1], torch.bfloat16)
     prompts = embedded(model, batch)
-    passes = []
-    for layer in inner:
-        layer.register_forward_hook(lambda *_: passes.append(1))
+    counts, forward = [], type(model).forward
+    if autocast:  # as accelerate wraps a model's forward pass; leaving the block forgets the casts
+        model.forward = torch.autocast("cpu", torch.bfloat16)(functools.partial(forward, model))
+    for tokens in (2, 6):
+        with torch.no_grad(), Casts() as casts:
+            generate(model, prompts, SamplingSettings(max_new_tokens=tokens, temperature=0, eos_token_id=-1))
+        counts.append(casts.count)
+    assert counts == [len(inner)] * 2
 
-    sampled = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
 
-    assert bool(passes) == (dtype == torch.bfloat16)
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    teacher_forced = answer_pass(model, prompts, sampled).logits.argmax(dim=-1)
-    agreeing = (teacher_forced == sampled.token_ids).float().mean()
-    assert agreeing == 1 if dtype == torch.float32 else agreeing > 0.8
-    with model.disable_adapter():
-        without = generate(model, prompts, SamplingSettings(max_new_tokens=8, temperature=0, eos_token_id=-1))
-    assert not torch.equal(without.token_ids, sampled.token_ids)
+def test_adapters_of_another_form_are_left_to_peft(loaded):
+    """Two at a time, or one that is merged already: what is computed stays PEFT's."""
+    model, _ = adapted(loaded[1], torch.bfloat16)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A") and len(module.lora_A)]
+    with adapter_for_decoding(model):
+        assert all("forward" in vars(layer) for layer in layers)
+    layers[0].merge()
+    with adapter_for_decoding(model):
+        assert ["forward" in vars(layer) for layer in layers] == [False] + [True] * (len(layers) - 1)
+    assert not [layer for layer in layers if "forward" in vars(layer)]
 
 
 def test_nucleus_keeps_only_the_most_likely_tokens(loaded, batch):

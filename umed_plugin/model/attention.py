@@ -44,7 +44,6 @@ from umed_plugin.model.forward import (
     answer_pass,
     base_llava,
     positions,
-    query_of_row,
     uses_packed_pass,
 )
 from umed_plugin.model.packing import pack
@@ -112,8 +111,8 @@ class _Capture:
 
 
 @contextmanager
-def _hooks(llava: Any, layers: Sequence[int], capture: _Capture) -> Iterator[None]:
-    """Attach the capture to ``q_proj`` and ``k_proj`` of the layers."""
+def hooks(llava: Any, layers: Sequence[int], capture: Any) -> Iterator[None]:
+    """Attach ``keep_queries`` and ``keep_keys`` of the capture to ``q_proj`` and ``k_proj`` of the layers."""
     handles = []
     for layer in layers:
         attention = llava.get_model().layers[layer].self_attn
@@ -177,16 +176,42 @@ def attention_on_lesion(
     Returns:
         [N] values in 0..1, float32; and the pass's logits and hidden states, so that no second pass is needed.
     """
-    value = torch.zeros(len(candidates.mask), device=candidates.token_ids.device)
-    weights = patch_weights.float().to(value.device)
-
-    def add(owners: Tensor, queries: Tensor, attention: Tensor) -> None:
-        value.index_add_(0, owners, (attention * weights[queries][:, None]).sum(dim=-1).mean(dim=-1))
-
+    shares = LesionShares(patch_weights, token_indices, settings.layers, candidates.token_ids.device)
     outputs = pass_with_attention(
-        model, prompts, candidates, token_indices, settings, add, packed=packed, scoring=scoring
+        model, prompts, candidates, token_indices, settings, shares.add, packed=packed, scoring=scoring
     )
-    return value / contributions(token_indices, settings.layers, value.device), outputs
+    return shares.mean(), outputs
+
+
+class LesionShares:
+    """Adds up the share of attention on the lesion over layers and tokens.
+
+    Args:
+        patch_weights: [Q, P] as in `attention_on_lesion`.
+        token_indices: likewise.
+        layers: whose attention is added.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        patch_weights: Tensor,
+        token_indices: Sequence[Sequence[int]],
+        layers: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._weights = patch_weights.float().to(device)
+        self._counts = contributions(token_indices, layers, device)
+        self._sums = torch.zeros_like(self._counts)
+
+    def add(self, owners: Tensor, queries: Tensor, attention: Tensor) -> None:
+        """Add one layer's attention [R, heads, P] of R tokens, with the candidate [R] and the query [R] of each."""
+        shares = (attention * self._weights[queries][:, None]).sum(dim=-1).mean(dim=-1)
+        self._sums.index_add_(0, owners, shares)
+
+    def mean(self) -> Tensor:
+        """[N] mean shares, 0..1; 0 for a candidate without tokens."""
+        return self._sums / self._counts
 
 
 def pass_with_attention(
@@ -205,35 +230,85 @@ def pass_with_attention(
     The other arguments are those of `attention_on_lesion`.
     """
     llava = base_llava(model)
-    device = candidates.token_ids.device
-    owners = torch.tensor(
-        [n for n, indices in enumerate(token_indices) for _ in indices], dtype=torch.long, device=device
-    )
-    if len(owners) == 0:
+    watched = Watched.of(prompts, token_indices)
+    if len(watched.owners) == 0:
         return answer_pass(model, prompts, candidates, packed=packed, scoring=scoring)
-    steps = torch.tensor([t for indices in token_indices for t in indices], dtype=torch.long, device=device)
-    queries = query_of_row(prompts, candidates)[owners]
 
-    # Hooks see q and k before the rotary embedding, so both need their positions. An answer's positions continue its prompt's.
-    indices = _indices(prompts, candidates, owners, steps, one_row=uses_packed_pass(llava, packed))
-    token_positions = prompts.mask.sum(dim=1)[queries] + steps
-    patch_positions = positions(prompts.mask).gather(1, indices.patches[1])
-    tokens_of_query = _tokens_of_queries(token_indices, len(prompts.mask))
+    # The pass itself runs as always; each layer calls `measure` as soon as its q and k are there.
+    indices = _indices(prompts, candidates, watched, one_row=uses_packed_pass(llava, packed))
+    measure = measuring(llava, prompts, watched, settings, add)
+    with hooks(llava, settings.layers, _Capture(indices, measure, norm_weights(llava, settings), settings.sink_ratio)):
+        return answer_pass(model, prompts, candidates, packed=packed, scoring=scoring)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """R answer tokens whose attention is measured, in the order of candidates.
+
+    Attributes:
+        owners: [R] candidate 0..N-1 of each.
+        steps: [R] index 0..T-1 in its answer.
+        queries: [R] query that it answers.
+        of_query: which of the tokens answer each query. Queries without any are left out.
+    """
+
+    owners: Tensor
+    steps: Tensor
+    queries: Tensor
+    of_query: dict[int, slice]
+
+    @classmethod
+    def of(cls, prompts: PromptBatch, token_indices: Sequence[Sequence[int]]) -> Watched:
+        """The tokens of N candidates to Q prompts."""
+        owners = [n for n, indices in enumerate(token_indices) for _ in indices]
+        steps = [t for indices in token_indices for t in indices]
+        of_query = _tokens_of_queries(token_indices, len(prompts.mask))
+        queries = [query for query, tokens in of_query.items() for _ in range(tokens.start, tokens.stop)]
+
+        def tensor(values: list[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=prompts.mask.device)
+
+        return cls(tensor(owners), tensor(steps), tensor(queries), of_query)
+
+    def positions(self, prompts: PromptBatch) -> Tensor:
+        """[R] position ids: an answer's positions continue its prompt's."""
+        return prompts.mask.sum(dim=1)[self.queries] + self.steps
+
+
+def measuring(
+    llava: Any,
+    prompts: PromptBatch,
+    watched: Watched,
+    settings: AttentionSettings,
+    add: Callable[[Tensor, Tensor, Tensor], None],
+) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    """A function from q of the tokens, k of the patches and sinks, as a layer's hooks give them, to a call of ``add``."""
+    # Hooks see q and k before the rotary embedding, so both need their positions.
+    token_positions = watched.positions(prompts)
+    patch_positions = positions(prompts.mask).gather(1, patch_indices(prompts)[1])
 
     def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
         with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            scores = _scores_of_patches(llava, q, k, tokens_of_query, token_positions, patch_positions)
+            scores = _scores_of_patches(llava, q, k, watched.of_query, token_positions, patch_positions)
         if settings.heads is not None:
             scores = scores[:, list(settings.heads)]
         if sinks is not None:
             masked = sinks & ~sinks.all(dim=1, keepdim=True)  # if all patches are sinks, keep them: a softmax needs one
-            scores = scores.masked_fill(masked[queries][:, None], float("-inf"))
-        add(owners, queries, scores.softmax(dim=-1))
+            scores = scores.masked_fill(masked[watched.queries][:, None], float("-inf"))
+        add(watched.owners, watched.queries, scores.softmax(dim=-1))
 
-    # The pass itself runs as always; each layer calls `measure` as soon as its q and k are there.
-    norms = {layer: llava.get_model().layers[layer].input_layernorm.weight for layer in settings.layers}
-    with _hooks(llava, settings.layers, _Capture(indices, measure, norms, settings.sink_ratio)):
-        return answer_pass(model, prompts, candidates, packed=packed, scoring=scoring)
+    return measure
+
+
+def norm_weights(llava: Any, settings: AttentionSettings) -> dict[int, Tensor]:
+    """Weights [D] of the RMS norms before the attention of the layers that count."""
+    return {layer: llava.get_model().layers[layer].input_layernorm.weight for layer in settings.layers}
+
+
+def patch_indices(prompts: PromptBatch) -> tuple[Tensor, Tensor]:
+    """Row [Q, 1] and column [Q, P] of the image patches in the prompts."""
+    columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=prompts.mask.device)
+    return torch.arange(len(columns), device=columns.device)[:, None], columns
 
 
 def contributions(token_indices: Sequence[Sequence[int]], layers: Sequence[int], device: torch.device) -> Tensor:
@@ -242,10 +317,9 @@ def contributions(token_indices: Sequence[Sequence[int]], layers: Sequence[int],
     return torch.tensor(counts, dtype=torch.float, device=device)
 
 
-def _indices(prompts: PromptBatch, candidates: Candidates, owners: Tensor, steps: Tensor, one_row: bool) -> _Indices:
-    """Indices of the patches and of the answer tokens ``steps`` [R] of the candidates ``owners`` [R]."""
-    columns = prompts.image_start[:, None] + torch.arange(prompts.n_patches, device=owners.device)
-    patches = torch.arange(len(columns), device=owners.device)[:, None], columns
+def _indices(prompts: PromptBatch, candidates: Candidates, watched: Watched, one_row: bool) -> _Indices:
+    """Indices of the patches and of the watched tokens."""
+    patches, owners, steps = patch_indices(prompts), watched.owners, watched.steps
     if not one_row:
         return _Indices(patches, (owners, steps), passes=2)
     rows = pack(prompts.mask, candidates.mask)

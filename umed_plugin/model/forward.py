@@ -169,7 +169,7 @@ def positions(mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+def output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
     """Give the output layer only ``select`` of the last hidden states: the logits of other positions are never computed.
 
     Yields:
@@ -207,7 +207,7 @@ def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass
         "attention_mask": prompts.mask,
         "position_ids": positions(prompts.mask)[:, computed:],
     }
-    with _output_layer_sees(unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
+    with output_layer_sees(unwrapped(model), lambda hidden: hidden[:, -1:]) as hidden:
         logits = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     return AnswerPass(logits, hidden[0])
 
@@ -262,7 +262,7 @@ def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates, scori
     mask = row_mask(llava, rows.columns, embeds.dtype)
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": rows.columns.positions}
     scores = _output_layer_scores(llava, candidates.token_ids, scoring)
-    with _output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden, scores:
+    with output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden, scores:
         output = model(**inputs, use_cache=False, return_dict=True).logits
     return _outputs(output.float(), hidden[0], candidates, scoring)
 
@@ -272,7 +272,7 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates, sco
     # The last prompt position predicts the first answer token, and the last answer token predicts nothing that is needed.
     start = prompts.mask.shape[1] - 1
     scores = _output_layer_scores(llava, candidates.token_ids, scoring)
-    with _output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden, scores:
+    with output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden, scores:
         output = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
     return _outputs(output.float(), hidden[0], candidates, scoring)
 
@@ -293,7 +293,7 @@ def _shared_prefix_pass(
         "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
     }
     scores = _output_layer_scores(llava, candidates.token_ids[:, 1:], scoring)
-    with _output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden, scores:
+    with output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden, scores:
         output = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     # The prompt's pass predicts first tokens, once per query; its copies for the K answers share one gradient.
     first_output = first.logits[rows].float()

@@ -1,7 +1,8 @@
-"""The two KV caches: one for sampling, with room for the tokens to come; one for scoring, shared by the K answers of a prompt.
+"""The KV caches: one for sampling, with room for the tokens to come; one for scoring, shared by the K answers of a prompt.
 
 - `PreallocatedCache` holds prompt and answers while K candidates are sampled (`umed_plugin.model.sampling`) and while questions
   about one image are answered (`umed_plugin.model.shared_prefix`).
+- `FinishedCache` is what sampling leaves of it, for tokens that are looked at again (`umed_plugin.model.sampled_attention`).
 - `SharedPrefixCache` holds the prompt alone, while K answers are scored or learned from (`umed_plugin.model.forward`).
 
 Shapes as in `umed_plugin.model.forward`; d is the size of a head.
@@ -9,6 +10,7 @@ Shapes as in `umed_plugin.model.forward`; d is the size of a head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +61,39 @@ class PreallocatedCache(_OwnCache):
 
     def take_rows(self, rows: Tensor) -> None:
         """Keep the rows of an index, which may repeat a row."""
-        self._buffers = [(keys[rows], values[rows]) for keys, values in self._buffers]
+        for layer, (keys, values) in enumerate(self._buffers):  # one by one: a single layer is in memory twice
+            self._buffers[layer] = keys[rows], values[rows]
+
+    def finished(self, rows: Tensor | None = None) -> FinishedCache:
+        """What the rows of an index have written, as a copy without free columns; None: all rows, as views."""
+        written = [tuple(buffer[:, :, :end] for buffer in layer) for layer, end in zip(self._buffers, self._columns)]
+        taken = [(keys, values) if rows is None else (keys[rows], values[rows]) for keys, values in written]
+        return FinishedCache(taken)
+
+
+class FinishedCache(_OwnCache):
+    """Keys and values of rows that are sampled to their end. New tokens read them and leave nothing in them.
+
+    Args:
+        layers: keys and values [R, kv_heads, S, d] of each layer.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._finished = layers
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *unused: Any) -> tuple[Tensor, Tensor]:
+        """The keys and values of all columns, those of the new tokens last."""
+        keys, values = self._finished[layer_idx]
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns of the finished rows."""
+        return self._finished[layer_idx or 0][0].shape[-2]
+
+    def numel(self) -> int:
+        """Number of values that the cache holds."""
+        return sum(keys.numel() + values.numel() for keys, values in self._finished)
 
 
 class SharedPrefixCache(_OwnCache):

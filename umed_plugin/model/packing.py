@@ -54,7 +54,7 @@ class Columns:
         segments = torch.cat([self.segments, other.segments], dim=1)
         return Columns(segments, torch.cat([self.positions, other.positions], dim=1))
 
-    def take_rows(self, rows: Tensor) -> Columns:
+    def take_rows(self, rows: Tensor | slice) -> Columns:
         """The rows of an index."""
         return Columns(self.segments[rows], self.positions[rows])
 

@@ -14,7 +14,7 @@ an artificial BOS as first token, which shifts every log-probability by one. Sha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from umed_plugin.model.forward import Candidates, PromptBatch, prefill, unwrapped
-from umed_plugin.model.kv_cache import PreallocatedCache
+from umed_plugin.model.kv_cache import FinishedCache, PreallocatedCache
 from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
 
 _CHECK_EVERY = 16
@@ -54,33 +54,103 @@ class SamplingSettings:
     check_every: int | None = None
 
 
-@contextmanager
-def merged_adapter(model: Any) -> Iterator[None]:
-    """Add the LoRA adapter to the weights below it, and restore the very same weights at the end.
+@dataclass(frozen=True)
+class FinishedRows:
+    """R packed rows whose answers have all ended.
 
-    A token then costs one matrix product per layer instead of three. Weights of fewer than 32 bits are left alone: rounded to
-    them, an update of a few steps would be lost. The answers would then come from another policy than the one that learns from
-    them. Inside the block, merged weights are in memory twice.
+    Attributes:
+        queries: [R] index of the query of each row.
+        columns: [R, S] what the KV cache holds. An answer's last token may be missing: nothing was drawn after it.
+        cache: their keys and values.
+    """
+
+    queries: Tensor
+    columns: Columns
+    cache: FinishedCache
+
+
+@contextmanager
+def adapter_for_decoding(model: Any) -> Iterator[None]:
+    """Make the LoRA adapter cheap for one token at a time; the weights are the very same at the end.
+
+    - **float32 weights**: the adapter is added to them. A token then costs one matrix product per layer instead of three. Inside
+      the block, these weights are in memory twice.
+    - **bf16 and fp16 weights** stay as they are: rounded to them, an update of a few steps would be lost, and the answers would
+      come from another policy than the one that learns. Instead, the adapter is cast to their precision once, not for each token,
+      and added within its second product. That takes two bytes for each of its parameters.
+    - All others (4 bits, DoRA, several adapters) compute as PEFT does.
 
     Args:
         model: with or without an adapter, wrapped or not.
     """
     # PEFT is imported if the model has an adapter. Without one, it need not be installed.
     lora: Any = sys.modules.get("peft.tuners.lora")
-    originals: list[tuple[Any, Tensor]] = []
+    undo: list[Callable[[], None]] = []
     try:
         for layer in model.modules() if lora else ():
-            has_active_adapter = isinstance(layer, lora.LoraLayer) and not layer.disable_adapters
-            if has_active_adapter and layer.weight.dtype == torch.float32:
-                originals.append((layer, layer.weight.data))
-                layer.weight.data = layer.weight.data.clone()
-                layer.merge()
+            if not isinstance(layer, lora.LoraLayer) or layer.disable_adapters:
+                continue
+            if layer.weight.dtype == torch.float32:
+                _merge(layer, undo)
+            elif layer.weight.dtype in (torch.bfloat16, torch.float16) and _is_plain_linear(layer):
+                _cast_once(layer, undo)
         yield
     finally:
-        for layer, weight in originals:
-            # Subtracting the adapter leaves rounding errors; the saved tensor does not.
-            layer.unmerge()
-            layer.weight.data = weight
+        for restore in undo:
+            restore()
+
+
+def _merge(layer: Any, undo: list[Callable[[], None]]) -> None:
+    original = layer.weight.data
+
+    def restore() -> None:
+        # Subtracting the adapter leaves rounding errors; the saved tensor does not.
+        layer.unmerge()
+        layer.weight.data = original
+
+    layer.weight.data = original.clone()
+    undo.append(restore)
+    layer.merge()
+
+
+def _is_plain_linear(layer: Any) -> bool:
+    """Whether the layer is ``W x + scaling * B A x`` of a single adapter. In PEFT 0.4 it is itself the linear layer."""
+    names = _active_adapters(layer)
+    special = (getattr(layer, name, {}) for name in ("lora_variant", "use_dora", "lora_bias"))
+    return (
+        isinstance(getattr(layer, "base_layer", layer), torch.nn.Linear)
+        and len(names) == 1
+        and not (layer.merged or getattr(layer, "fan_in_fan_out", False))
+        and not any(found.get(names[0]) for found in special)
+    )
+
+
+def _active_adapters(layer: Any) -> list[str]:
+    active = getattr(layer, "active_adapters", None) or [layer.active_adapter]
+    return [name for name in active if name in layer.lora_A]
+
+
+def _cast_once(layer: Any, undo: list[Callable[[], None]]) -> None:
+    (name,), dtype = _active_adapters(layer), layer.weight.dtype
+    down = layer.lora_A[name].weight.detach().to(dtype).t()
+    up = (layer.lora_B[name].weight.detach() * layer.scaling[name]).to(dtype).t()
+    base = getattr(layer, "base_layer", None)
+
+    def forward(x: Tensor) -> Tensor:
+        output = torch.nn.functional.linear(x, layer.weight, layer.bias) if base is None else base(x)
+        added = torch.addmm(output.flatten(0, -2), x.flatten(0, -2) @ down, up).view_as(output)
+        return added.to(x.dtype if base is None else output.dtype)
+
+    own = vars(layer).get("forward")
+
+    def restore() -> None:
+        if own is None:
+            del layer.forward
+        else:
+            layer.forward = own
+
+    layer.forward = forward
+    undo.append(restore)
 
 
 @torch.no_grad()
@@ -95,16 +165,26 @@ def generate(model: Any, prompts: PromptBatch, settings: SamplingSettings) -> Ca
     Returns:
         Candidates for N = Q*K rows: row q*K + k is candidate k of query q.
     """
-    answers_in_a_row = settings.num_candidates if settings.packed else 1
-    cache = PreallocatedCache(answers_in_a_row * settings.max_new_tokens)
-    with merged_adapter(model):
+    cache = empty_cache(settings)
+    with adapter_for_decoding(model):
         first = prefill(model, prompts, cache)
         return continue_prompts(model, cache, first.logits[:, -1], prompts.mask, settings)
 
 
+def empty_cache(settings: SamplingSettings) -> PreallocatedCache:
+    """A KV cache with room for the answers in a row."""
+    answers_in_a_row = settings.num_candidates if settings.packed else 1
+    return PreallocatedCache(answers_in_a_row * settings.max_new_tokens)
+
+
 @torch.no_grad()
 def continue_prompts(
-    model: Any, cache: PreallocatedCache, logits: Tensor, prompt_mask: Tensor, settings: SamplingSettings
+    model: Any,
+    cache: PreallocatedCache,
+    logits: Tensor,
+    prompt_mask: Tensor,
+    settings: SamplingSettings,
+    finished: list[FinishedRows] | None = None,
 ) -> Candidates:
     """Sample answers to Q prompts whose keys and values are in the cache already.
 
@@ -115,6 +195,7 @@ def continue_prompts(
         prompt_mask: [Q, L] of the columns in the cache, 1 for a token. The last column must be 1; padding may stand anywhere
             before it.
         settings: K among them.
+        finished: if given, all packed rows are appended to it once they have ended, instead of being dropped.
 
     Returns:
         Candidates as in `generate`.
@@ -136,7 +217,7 @@ def continue_prompts(
     ended = torch.zeros(n_answers, dtype=torch.bool, device=device)
     prompt_length = prompt_mask.sum(dim=1)[query_of_answer]
     prompt_columns = Columns.of_prompts(prompt_mask).take_rows(query_of_answer[::answers_per_row])
-    slots = _Slots(torch.arange(n_answers, device=device).view(-1, answers_per_row), prompt_columns)
+    slots = _Slots(torch.arange(n_answers, device=device).view(-1, answers_per_row), prompt_columns, finished)
     for step in range(settings.max_new_tokens):
         # Answers that ended since the last check are still in the batch: they draw EOS, and their mask stays 0.
         active = slots.active
@@ -161,6 +242,7 @@ def continue_prompts(
         # The cache is written all the same. With `use_cache`, Mistral on transformers 4 takes a flash model's mask as a 2-D one.
         outputs = model(**inputs, past_key_values=cache, use_cache=not packed, return_dict=True)
         logits = outputs.logits.flatten(0, 1)[slots.active_slots]
+    slots.finish(cache)
     longest = int(mask.sum(dim=1).max())
     return Candidates(token_ids[:, :longest], mask[:, :longest])
 
@@ -171,12 +253,14 @@ class _Slots:
     Attributes:
         answers: [R, A] index 0..N-1 of the answer that each slot writes; -1 once it has ended.
         columns: [R, S] what the rows hold in the KV cache.
+        rows: [R] the numbers that the rows had at first.
         active: indices of the answers that go on.
         active_slots: where each of them stands in the flattened slots.
     """
 
-    def __init__(self, answers: Tensor, columns: Columns) -> None:
-        self.answers, self.columns = answers, columns
+    def __init__(self, answers: Tensor, columns: Columns, finished: list[FinishedRows] | None) -> None:
+        self.answers, self.columns, self._finished = answers, columns, finished
+        self.rows = torch.arange(len(answers), device=answers.device)
         self._index_active()
 
     def _index_active(self) -> None:
@@ -189,11 +273,19 @@ class _Slots:
         kept_rows, self.answers = _close_gaps(going_on)
         if len(kept_rows) == 0:
             return False
-        if len(kept_rows) < len(self.columns.segments):
+        if len(kept_rows) < len(self.rows):
+            self.finish(cache, (going_on < 0).all(dim=1).nonzero().flatten())
             cache.take_rows(kept_rows)
-            self.columns = self.columns.take_rows(kept_rows)
+            self.columns, self.rows = self.columns.take_rows(kept_rows), self.rows[kept_rows]
         self._index_active()
         return True
+
+    def finish(self, cache: PreallocatedCache, rows: Tensor | None = None) -> None:
+        """Set the rows of an index aside with their keys and values, if they are asked for; None: all rows."""
+        if self._finished is not None:
+            taken = slice(None) if rows is None else rows
+            columns = self.columns.take_rows(taken)
+            self._finished.append(FinishedRows(self.rows[taken], columns, cache.finished(rows)))
 
     def add_columns(self, segments: Tensor, positions: Tensor) -> Columns:
         """Add one column per slot, with segments and positions [R, A], and return the new columns.

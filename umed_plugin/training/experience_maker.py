@@ -3,7 +3,8 @@
 This is the first half of a step of stage 2, without gradient; `umed_plugin.training.trainer` learns from the result. In the order
 of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 
-1. encode the images, sample K candidates for each query (`umed_plugin.model.sampling`);
+1. encode the images, sample K candidates for each query (`umed_plugin.model.sampling`). If vision relevance is all that 3 is
+   for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`), without 3;
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance;
 4. one pass of the reference policy: its log-probabilities;
@@ -44,6 +45,7 @@ from umed_plugin.model.forward import (
     encode_images,
 )
 from umed_plugin.model.packing import packing_fault
+from umed_plugin.model.sampled_attention import generate_with_attention
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
@@ -228,7 +230,7 @@ class ExperienceMaker:
         was_training = policy.training
         policy.eval()
         queries = self._queries(policy, batches)
-        candidates = self._sample(policy, queries)
+        candidates, attention = self._sample(policy, queries)
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, queries.records)
@@ -236,8 +238,8 @@ class ExperienceMaker:
         sizes = [len(batch["prompt_ids"]) for batch in batches]
         parts = [self._score(policy, *part, was_training) for part in self._parts(queries, candidates, sizes)]
 
-        # Vision relevance rewards the attention that the policy's pass has recorded.
-        columns["attention_on_lesion"] = [share for part in parts for share in part.attention]
+        # Vision relevance rewards the attention that sampling or the policy's pass has recorded.
+        columns["attention_on_lesion"] = attention or [share for part in parts for share in part.attention]
         counted, rewards = self._reward(candidates, questions, texts, columns, sizes)
         policy.train(was_training)
         # Under CPU autocast the passes above have cached half-precision copies of the weights without a graph. The update would
@@ -273,22 +275,47 @@ class ExperienceMaker:
         names = inputs["features_names"]
         return self.feature_cache.complete(cached, names, lambda: encode_images(policy, inputs["images"]))
 
-    def _sample(self, policy: Any, queries: _Queries) -> Candidates:
-        """K answers to each query, for as many queries at a time as may be sampled together."""
-        parts = []
+    def _sample(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float]]:
+        """K answers to each query, for as many queries at a time as may be sampled together.
+
+        With them come N shares of attention on the lesion if no pass of the policy is needed for anything else; else none.
+        """
+        parts, attention = [], []
         for first in range(0, len(queries.records), self.sampled_together):
             part = queries.part(first, self.sampled_together)
             count = len(part.records)
             remedy = sampling_remedy(self.flags, count)
             doing = f"sampling {self.flags.umed_num_candidates} answers to each of {count} questions"
             with remedy_for_memory(doing, remedy, keep=self.args.auto_find_batch_size):
-                parts.append(generate(policy, embed_prompts(policy, part.prompt_ids, part.features), self.sampling))
+                sampled, shares = self._sample_part(policy, part)
+            parts.append(sampled)
+            attention += shares
         longest = max(part.mask.shape[1] for part in parts)
         ends = self.sampling.eos_token_id
-        return Candidates(
+        candidates = Candidates(
             torch.cat([pad(part.token_ids, (0, longest - part.mask.shape[1]), value=ends) for part in parts]),
             torch.cat([pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]),
         )
+        return candidates, attention
+
+    def _sample_part(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float]]:
+        """`_sample` for queries that are sampled together."""
+        prompts, records = embed_prompts(policy, queries.prompt_ids, queries.features), queries.records
+        if not self._attends_in_sampling():
+            return generate(policy, prompts, self.sampling), []
+
+        def naming(candidates: Candidates) -> list[list[int]]:
+            return self._naming_tokens(candidates, records)
+
+        candidates, shares = generate_with_attention(
+            policy, prompts, self.sampling, naming, self._cover(records), self.attention
+        )
+        return candidates, shares.tolist()
+
+    def _attends_in_sampling(self) -> bool:
+        """Whether vision relevance is read from sampling's KV cache: a whole pass would give nothing else that is needed."""
+        needs_pass = self.value_head is not None or self._needs_log_probs()
+        return "vision_relevance" in self.rewards and self.packed and not needs_pass
 
     def _parts(
         self, queries: _Queries, candidates: Candidates, sizes: Sequence[int]
@@ -348,18 +375,30 @@ class ExperienceMaker:
     def _attend(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: Sequence[Record]
     ) -> tuple[Sequence[float | None], AnswerPass | None]:
-        """N shares of attention on the lesion, and the outputs of the pass that has them; no pass without vision relevance."""
-        if "vision_relevance" not in self.rewards:
+        """N shares of attention on the lesion and the outputs of the pass that has them; no pass if it is not needed."""
+        if "vision_relevance" not in self.rewards or self._attends_in_sampling():
             return [None] * len(candidates.mask), None
-        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
-        tokens = lesion_naming_tokens(self.tokenizer, candidates, repeated)
-        cover = torch.stack(
-            [torch.from_numpy(self.geometry(record).patch_cover(true_boxes(record))) for record in records]
-        )
         shares, outputs = attention_on_lesion(
-            policy, prompts, candidates, tokens, cover, self.attention, packed=self.packed, scoring=self.scoring
+            policy,
+            prompts,
+            candidates,
+            self._naming_tokens(candidates, records),
+            self._cover(records),
+            self.attention,
+            packed=self.packed,
+            scoring=self.scoring,
         )
         return shares.tolist(), outputs
+
+    def _naming_tokens(self, candidates: Candidates, records: Sequence[Record]) -> list[list[int]]:
+        """For each of N candidates the indices of its tokens that name a lesion."""
+        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
+        return lesion_naming_tokens(self.tokenizer, candidates, repeated)
+
+    def _cover(self, records: Sequence[Record]) -> Tensor:
+        """[Q, P] part of each patch that the true boxes cover."""
+        covers = [self.geometry(record).patch_cover(true_boxes(record)) for record in records]
+        return torch.stack([torch.from_numpy(cover) for cover in covers])
 
     def _old_policy(
         self, policy: Any, prompts: PromptBatch, candidates: Candidates, outputs: AnswerPass | None, learning: bool
