@@ -59,7 +59,7 @@ def full_disk(step: Step, inputs: Inputs, work: Path) -> Row:
         out = place / "out"
         with serving(step) as server:
             status, printed = end_of(start(step, inputs, out, server))
-            told = is_one_line(printed, "No space left|Disk quota|disk is full")
+            told = is_one_line(printed, "No space left|Disk quota|full disk")
             subprocess.run(["mount", "-o", "remount,size=1g", str(place)], check=True)
             again, after = end_of(start(step, inputs, out, server))
         equal = again == 0 and difference(step.state(whole), step.state(out)) <= 1e-6
