@@ -44,11 +44,11 @@ from bare_llava import Llava, build
 from measuring import stack
 from rewarding_step import Work, queries, sample, score, score_with_relevance, update
 
-from umed_plugin import patching
 from umed_plugin.model.forward import embed_prompts, encode_images, repeated_inputs
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.split_attention import attends_split
 from umed_plugin.patches import split_attention
+from umed_plugin.patching import Recorder
 from umed_plugin.training.reference import ReferencePolicy
 
 Results = dict[str, Any]
@@ -222,7 +222,7 @@ def measure(options: argparse.Namespace) -> Results:
     """All results."""
     flash = ["flash_attention_2"] if is_flash_attn_2_available() and options.device != "cpu" else []
     rate = matrix_rate(options)
-    patching.apply([split_attention.PATCH])
+    split_attention.change(Recorder())  # patches are applied when LLaVA is imported, which is not here
     model = build(options)
     if not attends_split(model):
         raise SystemExit("the layers of this transformers do not split their attention, as those of a training run do")
