@@ -17,9 +17,9 @@ from importlib.metadata import version
 from typing import Any
 
 from umed_plugin.errors import UsageError
+from umed_plugin.files.locks import lock_for_the_process
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.locks import lock_for_the_process
 from umed_plugin.patches import (
     attention_implementation,
     conversation_templates,

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from support.umed_runs import environment
 
-from umed_plugin import cli, locks
+from umed_plugin import cli
 from umed_plugin.errors import UmedError
+from umed_plugin.files import locks
 
 # Holds a lock until it is killed; with a second argument a forked child of it lives on.
 HOLDER = """
 import os, sys, time
-from umed_plugin.locks import lock_for_the_process, locked
+from umed_plugin.files.locks import lock_for_the_process, locked
 options = eval(sys.argv[2])
 with locked(sys.argv[1], **options):
     child = os.fork() if len(sys.argv) > 3 else None
@@ -73,7 +74,7 @@ def test_shared_locks_stand_side_by_side_and_keep_the_whole_out(tmp_path):
 
 
 def test_a_lock_for_the_process_is_taken_once_and_ends_with_it(tmp_path):
-    code = "import sys; from umed_plugin.locks import lock_for_the_process as hold\n"
+    code = "import sys; from umed_plugin.files.locks import lock_for_the_process as hold\n"
     code += "[hold(sys.argv[1], 'busy', '--out') for _ in range(2)]"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], env=environment(), check=True)
     assert not list(tmp_path.iterdir())
@@ -87,7 +88,7 @@ def test_a_child_that_ends_leaves_lock_and_folder_to_its_parent(way, tmp_path):
     code = f"""
 import gc, os, sys
 from contextlib import nullcontext
-from umed_plugin.locks import lock_for_the_process, locked
+from umed_plugin.files.locks import lock_for_the_process, locked
 target = sys.argv[1]
 with {way}:
     child = os.fork()

@@ -30,7 +30,7 @@ from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.evaluation_run import EvaluationRun, EvaluationSettings
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation
-from umed_plugin.locks import locked
+from umed_plugin.files.locks import locked
 
 
 def evaluate(

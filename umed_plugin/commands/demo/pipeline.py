@@ -26,7 +26,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.commands.processes import importable, run_logged
 from umed_plugin.errors import UmedError
-from umed_plugin.locks import INSIDE, locked
+from umed_plugin.files.locks import INSIDE, locked
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import Steps
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from umed_plugin import files
 from umed_plugin.commands.doctor.contents import read_object
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
-from umed_plugin.locks import locked
+from umed_plugin.files.locks import locked
 
 BACKUP = "before-doctor"
 # One fix may uncover further problems; more rounds than this would be an endless loop.

@@ -12,7 +12,7 @@ from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_ro
 from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, remove_marks
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UsageError, note, warn
-from umed_plugin.locks import locked
+from umed_plugin.files.locks import locked
 from umed_plugin.terminal.progress import add_quiet_flag
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from umed_plugin.commands.upgrade.provenance import read_json
 from umed_plugin.errors import UmedError
 from umed_plugin.files import replacing_folder, write_json
-from umed_plugin.locks import locked
+from umed_plugin.files.locks import locked
 
 
 class CheckpointSwap:

@@ -3,7 +3,7 @@
 Everything goes through the same three steps: write beside the target, flush to the disk (``fsync``), rename over the target. A
 process that is killed leaves the old file, or none, and a file that ends with ``.partial``; a later write of the same target
 removes it. Several processes may write the same file: each has a partial file of its own, and the last rename wins. A folder is
-written by one process at a time: `umed_plugin.locks`.
+written by one process at a time: `umed_plugin.files.locks`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.locks import locked
+from umed_plugin.files.locks import locked
 
 PARTIAL = ".partial"
 _STALE_SECONDS = 3600  # no file takes so long to write: its writer was killed
