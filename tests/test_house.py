@@ -87,7 +87,9 @@ def test_a_forked_process_ends_and_prints_as_a_started_one(arguments, tmp_path):
     for fresh in (False, True):
         done = run_python(arguments, env=environment(), cwd=tmp_path, fresh=fresh)
         last = [line for line in done.stderr.splitlines() if not line.startswith(" ")][-1:]
-        said.append((done.returncode, done.stdout.splitlines()[-1:], last))
+        # A forked process has imported bitsandbytes before, which prints what a CPU lacks.
+        printed = [line for line in done.stdout.splitlines() if "bitsandbytes" not in line][-1:]
+        said.append((done.returncode, printed, last))
     assert said[0] == said[1] and any(said[0][1:])
 
 

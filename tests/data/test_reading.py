@@ -223,16 +223,11 @@ def end_oneself(part: Any, shared: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_long(part: Any, shared: Path) -> None:
-    (shared / str(os.getpid())).touch()
-    time.sleep(100)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_processes_end_with_their_parent(tmp_path: Path, number: int) -> None:
     code = (
         "from pathlib import Path; from umed_plugin.commands import signals; from umed_plugin.data.reading import pool;"
-        "from data.test_reading import wait_long\n"
+        "from support.waiting import wait_long\n"
         f"with signals.raised(): list(pool.in_processes(wait_long, range(16), Path({str(tmp_path)!r}), 2))"
     )
     tests = str(Path(__file__).parents[1])

@@ -156,7 +156,7 @@ def test_the_recipe_commands_run(
         assert cli.main(shlex.split(command)[1:]) == 0, command
         if file:
             Path(file).write_text(capsys.readouterr().out)
-    assert len(ran) == 6
+    assert len(ran) == 8
     assert Path("my_tumors/train.json").stat().st_size > 1000
     assert load_recipe("my_mau.yaml").size == 5817
 
