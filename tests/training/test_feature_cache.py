@@ -350,6 +350,25 @@ def test_a_bad_image_is_bad_in_every_epoch(tokenizer, tower, tmp_path):
         epoch(dataset, tower)
 
 
+def test_only_images_without_features_have_to_be_readable_before_training(tokenizer, tower, tmp_path, capsys):
+    records, flags = grounded_records(tmp_path / "data"), {"umed_feature_cache": str(tmp_path / "cache")}
+    dataset = query_dataset(records, tokenizer, tower, **flags)
+    dataset.use_feature_cache(tmp_path / "cache", tower)
+    epoch(dataset, tower)
+    spoil(records.parent / "0.png")
+    query_dataset(records, tokenizer, tower, **flags).use_feature_cache(tmp_path / "cache", tower)
+
+    (records.parent / "2.png").write_bytes(b"no image")
+    with pytest.raises(UmedError, match=r"1 of 1 images cannot be trained on. record record-2: .*2\.png"):
+        query_dataset(records, tokenizer, tower, **flags).use_feature_cache(tmp_path / "cache", tower)
+    skipping = query_dataset(records, tokenizer, tower, **flags, umed_on_bad_image="skip")
+    assert "8 of 9 images are cached" in skipping.use_feature_cache(tmp_path / "cache", tower)
+    assert "1 of 1 images cannot be trained on" in capsys.readouterr().err
+    (records.parent / "3.png").unlink()  # its features are there, and yet it is gone
+    with pytest.raises(UmedError, match=r"1 of 9 image files are not there: record record-3"):
+        query_dataset(records, tokenizer, tower, **flags)
+
+
 @pytest.mark.run
 def test_the_benchmark_prints_both_sides_and_what_is_saved():
     """Small sizes; that the losses agree is checked by the benchmark itself."""

@@ -7,9 +7,9 @@ a smaller one the headers are read. No pixels are decoded.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 from urllib.parse import unquote
 
 from umed_plugin.data.images import check_picture, slice_count
@@ -18,6 +18,7 @@ from umed_plugin.errors import UmedError, warn
 MOST_LOOKED_FOR, MOST_OPENED = 20_000, 200
 _NAMED = 3
 _LONGEST = 200
+_T = TypeVar("_T")
 
 
 def check_image_files(
@@ -58,7 +59,38 @@ def check_image_files(
         _check_opened(present, owners, folder, where, skip)
 
 
-def _check_opened(names: Sequence[str], owners: Mapping[str, Any], folder: str, where: str, skip: bool) -> None:
+def check_images_to_encode(
+    items: Sequence[dict[str, Any]], cached: Callable[[int], bool], folder: str, where: str, *, skip: bool
+) -> None:
+    """Read the headers of the images that a feature cache does not hold. The others are not opened.
+
+    Args:
+        items: as for `check_image_files`, which has looked for their files.
+        cached: whether the features of the image of item ``index`` are there.
+        folder: ``--image_folder``, before relative paths.
+        where: the items' file, for messages.
+        skip: whether the run leaves unreadable images out; then they are only counted.
+
+    Raises:
+        UmedError: images are unreadable or clipped, and are not to be skipped. Or none can be read, and none is cached.
+    """
+    owners: dict[str, Any] = {}
+    some_cached = False
+    for index in _evenly(range(len(items)), MOST_LOOKED_FOR):
+        item = items[index]
+        if "image" not in item or not os.path.isfile(os.path.join(folder, item["image"])):
+            continue
+        if cached(index):
+            some_cached = True
+        else:
+            owners.setdefault(item["image"], item.get("id", f"[{index}]"))
+    _check_opened(_evenly(list(owners), MOST_OPENED), owners, folder, where, skip, others=some_cached)
+
+
+def _check_opened(
+    names: Sequence[str], owners: Mapping[str, Any], folder: str, where: str, skip: bool, *, others: bool = False
+) -> None:
+    """Read headers; ``others`` says whether there are images beside these that can be trained on."""
     faults, pages = [], []
     looked_at = _of(names, owners)
     for name in names:
@@ -70,7 +102,7 @@ def _check_opened(names: Sequence[str], owners: Mapping[str, Any], folder: str, 
         except UmedError as error:
             faults.append((f"record {owners[name]}: cannot read the image {path} ({error})", str(error)))
     if faults:
-        only_some = skip and len(faults) < len(names)
+        only_some = skip and (others or len(faults) < len(names))
         shown = faults[0][1] if only_some else faults[0][0]
         text = f"{where}: {len(faults)} of {len(names)} {looked_at}images cannot be trained on. {shown}"
         _refuse_or_warn(text, only_some)
@@ -89,7 +121,7 @@ def _refuse_or_warn(text: str, skip: bool) -> None:
     warn(f"{text} They are skipped when their turn comes: the next record takes the place.")
 
 
-def _evenly(names: Sequence[str], most: int) -> list[str]:
+def _evenly(names: Sequence[_T], most: int) -> list[_T]:
     """At most so many, spread over the whole list."""
     return list(names) if len(names) <= most else [names[i * len(names) // most] for i in range(most)]
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from llava.constants import IGNORE_INDEX
 
+from umed_plugin.data.image_files import check_images_to_encode
 from umed_plugin.errors import UmedError
 from umed_plugin.training.feature_cache import FeatureCache, open_feature_cache
+from umed_plugin.training.first_process import first_process_does
 from umed_plugin.training.tuning_data import GroundedDataset, tokenize_record
 
 
@@ -31,12 +33,30 @@ class QueryDataset(GroundedDataset):
         """From now on, read the features of ``tower`` from ``folder``; returns a line that summarises the cache.
 
         Raises:
-            UmedError: the tower is trained, or the folder has no room for the features of all images.
+            UmedError: the tower is trained, the folder has no room for the features of all images, or an image without
+                features cannot be read.
         """
         self.feature_cache = open_feature_cache(
             folder, tower, self.data_args.image_processor, self.data_args.image_aspect_ratio
         )
+        first_process_does(self._check_images_to_encode, "check the images that the feature cache does not hold")
         return self.feature_cache.reserve(self._features_name(index) for index in range(len(self)))
+
+    def _check_images_to_encode(self) -> None:
+        """Before training, as without a cache, but of the images alone that will be opened."""
+        if self.data_args.data_path is None or self.image_cache is not None:
+            return  # the images of a recipe were read when its records were built
+        check_images_to_encode(
+            self.list_data_dict,
+            self._has_features,
+            self.data_args.image_folder,
+            f"--data_path {self.data_args.data_path}, without what the feature cache holds",
+            skip=self.flags.umed_on_bad_image == "skip",
+        )
+
+    def _has_features(self, index: int) -> bool:
+        cache, name = self.feature_cache, self._features_name(index)
+        return cache is not None and name is not None and cache.file_of(name).is_file()
 
     def sample(self, index: int) -> dict[str, Any]:
         """The query of record ``index``; errors of reading its image pass through."""

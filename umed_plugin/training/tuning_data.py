@@ -103,9 +103,11 @@ def _tell_other_splits(splits: Sequence[str]) -> None:
     note(f"{sum(others.values())} records of other splits ({', '.join(sorted(others))}) are left out of training.")
 
 
-def _check_files(records: RecordFile, data_args: Any, flags: Any) -> None:
+def _check_files(records: RecordFile, data_args: Any, flags: Any, split: str) -> None:
     """Look for the images of a records file. Those of a recipe were read when its records were built."""
     cached = flags.umed_image_cache is not None
+    # Which images a feature cache holds is known once the tower is loaded: `QueryDataset.use_feature_cache` reads the others.
+    has_features = flags.umed_stage == REWARDING and flags.umed_feature_cache is not None and split == "train"
     has_reading = records.column("has_reading")
     only_here = np.flatnonzero(has_reading)
     if len(only_here) and not cached:
@@ -119,7 +121,7 @@ def _check_files(records: RecordFile, data_args: Any, flags: Any) -> None:
         data_args.image_folder or os.curdir,
         f"--data_path {data_args.data_path}",
         skip=flags.umed_on_bad_image == "skip",
-        opened_by_llava=not cached,
+        opened_by_llava=not cached and not has_features,
     )
 
 
@@ -138,7 +140,7 @@ def _file_records(data_args: Any, flags: Any, split: str, marks: Sequence[str]) 
 
     def check() -> None:
         records = opened()
-        _check_files(records.where(records.texts("split") == split), data_args, flags)
+        _check_files(records.where(records.texts("split") == split), data_args, flags, split)
         checked.append(records)
 
     first_process_does(check, f"check the records of {where}")
