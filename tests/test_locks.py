@@ -24,8 +24,12 @@ import os, sys, time
 from umed_plugin.files.locks import lock_for_the_process, locked
 options = eval(sys.argv[2])
 with locked(sys.argv[1], **options):
+    forked, tell = os.pipe()
     child = os.fork() if len(sys.argv) > 3 else None
-    if child != 0:
+    if child == 0:
+        os.write(tell, b"x")  # it runs, and so has given up what it got from its parent
+    else:
+        child and os.read(forked, 1)
         print("ready", child, flush=True)
     time.sleep(100)
 """
@@ -71,6 +75,15 @@ def test_shared_locks_stand_side_by_side_and_keep_the_whole_out(tmp_path):
     with locks.locked(tmp_path, inside=True):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_all_folders_that_a_lock_has_made_go_with_it_when_they_are_empty(tmp_path):
+    with locks.locked(tmp_path / "a" / "b" / "out", inside=True):
+        assert (tmp_path / "a" / "b" / "out").is_dir()
+    assert not list(tmp_path.iterdir())
+    with locks.locked(tmp_path / "a" / "b" / "out"):
+        (tmp_path / "a" / "kept").touch()
+    assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["kept"]
 
 
 def test_a_lock_for_the_process_is_taken_once_and_ends_with_it(tmp_path):

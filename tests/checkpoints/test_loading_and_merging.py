@@ -190,7 +190,11 @@ def test_a_merge_that_fails_leaves_nothing_behind(lora, float32_base, tmp_path):
     narrow = make_checkpoint(tmp_path / "narrow-llava-mistral", hidden_size=64)
     with pytest.raises(UmedError, match="Is --base the checkpoint on which it was trained"):
         merge(lora, narrow, tmp_path / "out" / "llava-mistral-merged")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists(), "nor the folder that was made for it"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UmedError, match="Is --base the checkpoint on which it was trained"):
+        merge(lora, narrow, tmp_path / "out" / "llava-mistral-merged")
+    assert list((tmp_path / "out").iterdir()) == [], "a folder that was there before stays"
 
 
 def test_what_is_no_llava_checkpoint_is_refused_with_what_was_found(tmp_path, tiny_mistral, lora):

@@ -25,6 +25,7 @@ from support.umed_runs import ROOT, train_flags
 from umed_plugin import patching
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.locks import INSIDE
 from umed_plugin.patches import (
     ALL,
     STACK,
@@ -404,8 +405,11 @@ def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_pat
     from llava.train.llava_trainer import LLaVATrainer
 
     patching.apply(ALL)
+    with pytest.raises(UsageError, match="instruction_tunin"):
+        parse([*flags, "--umed_stage", "instruction_tunin"])
+    assert not (tmp_path / "out").exists(), "a run that is refused leaves no folder"
     _, _, training_args = parse([*flags, "--umed_stage", "instruction_tuning"])
-    (tmp_path / "out").mkdir()
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [INSIDE], "the run holds its folder"
     state = SimpleNamespace(save_to_json=lambda path: None)
     LLaVATrainer.save_state(SimpleNamespace(args=training_args, state=state, is_world_process_zero=lambda: True))
     with pytest.raises(UsageError, match="its content belongs to --umed_stage instruction_tuning"):

@@ -113,8 +113,12 @@ class Page:
     def click(self, selector: str) -> None:
         """A real click of the mouse in the middle of an element."""
         place = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+            " const middle = () => { const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; };"
+            " const frame = () => new Promise(requestAnimationFrame); let before, now = middle();"
+            # A page may still be moving, and on a busy machine the first frame after a scroll comes late.
+            " do { before = now; await frame(); await frame(); now = middle(); } while (String(before) !== String(now));"
+            " return now; })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self._say(

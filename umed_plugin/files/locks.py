@@ -69,7 +69,7 @@ def locked(
     """
     target = Path(os.path.realpath(path))
     file = target / INSIDE if inside else target.with_name(f".{target.name}.lock")
-    made, holder = not file.parent.exists(), os.getpid()
+    made, holder = [folder for folder in file.parents if not folder.exists()], os.getpid()
     try:
         descriptor = _lock(_Asked(target, file, shared, busy, flag))
         _HELD.add(descriptor)
@@ -80,9 +80,10 @@ def locked(
             if os.getpid() == holder:
                 _release(descriptor, file, shared)
     finally:
-        if made and os.getpid() == holder:  # nothing is left of a run that was refused before it wrote
+        if os.getpid() == holder:  # nothing is left of a run that was refused before it wrote
             with contextlib.suppress(OSError):
-                file.parent.rmdir()
+                for folder in made:
+                    folder.rmdir()
 
 
 def lock_for_the_process(path: str | Path, busy: str, flag: str) -> None:

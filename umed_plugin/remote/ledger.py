@@ -167,9 +167,14 @@ class Ledger:
         os.fsync(self._file)
 
     def _read_on(self) -> None:
-        """Note the complete lines after those that are known, a piece of the file at a time."""
-        rest = b""
-        while piece := os.pread(self._file, _PIECE, self._read_to + len(rest)):
+        """Note the complete lines after those that are known, a piece of the file at a time.
+
+        Reading ends at the size that the file has now: a device such as /dev/full has size 0 and would be read without end.
+        """
+        rest, size = b"", os.fstat(self._file).st_size
+        while piece := os.pread(
+            self._file, max(0, min(_PIECE, size - self._read_to - len(rest))), self._read_to + len(rest)
+        ):
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 self._take(line, self._read_to)
