@@ -6,12 +6,13 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import budget, needs
+from support.umed_runs import accelerate_settings
 
 from umed_plugin import patching
 from umed_plugin.patches import STACK, prepare_llava
@@ -68,6 +69,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def llava_on_these_libraries() -> None:
     """What `prepare_llava` has done again: tests of patches take all of them back, and others may run after them."""
     patching.apply([patch for patch in STACK if patch.trigger in sys.modules])
+
+
+@pytest.fixture(autouse=True)
+def accelerate_settings_are_taken_back() -> Iterator[None]:
+    """transformers 4 writes ``--bf16`` of arguments that it parses into the environment: later runs would train in bf16."""
+    before = accelerate_settings()
+    yield
+    for name in accelerate_settings():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -104,3 +104,11 @@ def test_a_forked_process_dies_like_a_started_one(tiny_llama, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_a_test_sets_for_accelerate_reaches_no_run_and_no_other_test(number, tmp_path):
+    """transformers 4 sets this by itself, when a test parses ``--bf16 True``."""
+    assert "ACCELERATE_MIXED_PRECISION" not in os.environ, "of the test before"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    assert not any(name.startswith("ACCELERATE_") for name in environment(tmp_path))

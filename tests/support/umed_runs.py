@@ -83,12 +83,18 @@ def run_command(
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def accelerate_settings() -> dict[str, str]:
+    """What accelerate reads of this process's environment; transformers 4 writes there what arguments it parses."""
+    return {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+
+
 def environment(*pythonpath: Path) -> dict[str, str]:
-    """The test's environment, on one thread, with the running Python first on PATH."""
+    """The test's environment without accelerate's settings, on one thread, with the running Python first on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     entries = [str(ROOT), *map(str, pythonpath)]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **offline, "PATH": path, "PYTHONPATH": os.pathsep.join(entries)}
+    inherited = {name: value for name, value in os.environ.items() if name not in accelerate_settings()}
+    return {**inherited, **offline, "PATH": path, "PYTHONPATH": os.pathsep.join(entries)}
 
 
 def other_python() -> str | None:
