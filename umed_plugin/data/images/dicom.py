@@ -27,7 +27,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.pixel_data import check_items, deferral, map_pixels, one_frame
+from umed_plugin.data.images.pixel_data import check_items, deferral, drop_pixels, map_pixels, one_frame
 from umed_plugin.data.images.stored import Remark, StoredSlice, View, check_size, checked_index, unreadable
 from umed_plugin.data.images.windows import LinearView, SigmoidView, TableView, look_up
 from umed_plugin.errors import UmedError
@@ -65,6 +65,7 @@ def read_dicom(path: Path, frame: Optional[int]) -> StoredSlice:
             samples * max(int(getattr(header, "BitsAllocated", None) or 8) // 8, 1),
         )
         values = _decoded(header, index, path)
+        drop_pixels(header)
         about: dict[str, Any] = {"remarks": _remarks(header, frames)}
         header = _Frame(header, index)
         about.update(directions=_directions(header), pixel_size=_pixel_size(header))

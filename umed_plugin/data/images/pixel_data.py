@@ -82,6 +82,15 @@ def map_pixels(header: Any, path: Path) -> None:
         header[raw.tag] = raw._replace(value=memoryview(whole)[raw.value_tell : raw.value_tell + raw.length])
 
 
+def drop_pixels(header: Any) -> None:
+    """Empty the element of the stored pixels, which have been decoded. Of a deflated file pydicom also keeps all it inflated."""
+    for name in _PIXELS:
+        if name in header:
+            delattr(header, name)  # an assignment alone would read pixels that are still unread
+            setattr(header, name, b"")
+    header.buffer = None
+
+
 def one_frame(header: Any, index: int, path: Path) -> tuple[Any, int]:
     """A header with this frame alone, and its index there, if the compressed pixels were not read.
 
