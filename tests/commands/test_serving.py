@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
 import re
@@ -22,6 +23,7 @@ from PIL import Image
 from support.chat_client import VIEW, Client, chat_server
 from support.drawn import scene, write_dicom, write_png
 from support.speaking import BOX01, SENTENCE, teach
+from support.umed_runs import environment
 
 from umed_plugin import cli
 from umed_plugin.commands.serve import shelf, uploads
@@ -499,3 +501,30 @@ def test_a_port_that_is_taken(tiny_mistral: Path, server: Any, capsys: pytest.Ca
 def test_wrong_flags(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "anywhere", *wrong]) == 2
     assert wrong[0] in capsys.readouterr().err
+
+
+_FREED = """
+import ctypes
+from umed_plugin.commands.serve.command import give_large_blocks_back
+
+class Blocks(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "a", "b", "c", "d", "e")]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo.restype, libc.malloc.restype, libc.free.argtypes = Blocks, ctypes.c_void_p, [ctypes.c_void_p]
+if {given_back}:
+    give_large_blocks_back()
+libc.free(libc.malloc(16 << 20))  # glibc now counts blocks of this size among the small ones, unless told otherwise
+before = libc.mallinfo().hblks
+libc.malloc(16 << 20)
+print(libc.mallinfo().hblks - before)
+"""
+
+
+@pytest.mark.parametrize("given_back", [True, False])
+def test_memory_of_a_large_image_is_given_back(given_back: bool) -> None:
+    if not hasattr(ctypes.CDLL(None), "mallinfo"):
+        pytest.skip("only glibc keeps large blocks")
+    code = _FREED.replace("{given_back}", str(given_back))
+    said = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert said.stdout.split()[-1] == str(int(given_back))

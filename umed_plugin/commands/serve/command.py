@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import signal
 import warnings
@@ -12,6 +14,8 @@ from typing import Any
 from umed_plugin.errors import say
 
 _SECONDS_TO_END = 20
+# mallopt's name for the smallest block that is taken from the system alone, and so given back when it is freed.
+_M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 2**22
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}. Allowed: 1 or more.")
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
+    give_large_blocks_back()
     prepare_llava()
     _keep_headers_out_of_the_terminal()
 
@@ -77,6 +82,16 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shelf.close()
     return 0
+
+
+def give_large_blocks_back() -> None:
+    """Return each large block of memory to the system as soon as it is freed.
+
+    After the first images, glibc keeps blocks of up to 32 MB for each thread, and every request has a thread of its own. Other C
+    libraries may lack the setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
