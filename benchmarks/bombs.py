@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -361,7 +360,7 @@ def served(checkpoint: Path, folder: Path) -> Iterator[Any]:
                 break
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a shell's background job would ignore SIGINT
         process.wait(30)
 
 

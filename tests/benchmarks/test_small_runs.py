@@ -36,6 +36,16 @@ def test_images_of_every_format_are_read_by_every_side(tmp_path):
     assert all(figure["spread"] < 0.02 for figure in figures.values()), "the sides' tensors differ"
 
 
+def test_a_bomb_takes_less_memory_than_allowed(tmp_path):
+    names = ["PNG, 16 megapixels of 16 bits", "GIF of 65,535 x 65,535 named .png"]
+    done = run("bombs.py", "--json", str(tmp_path / "bombs.json"), "--only", *names)
+    assert done.returncode == 0, done.stderr[-3000:]
+    image, bomb = json.loads((tmp_path / "bombs.json").read_text())
+    assert [image["bomb"], bomb["bomb"]] == names
+    assert image["result"] == "shown, 1 slices" and 32 < image["above_idle_mb"] < 200, "16 megapixels of 2 bytes"
+    assert bomb["result"].startswith("422: ") and bomb["above_idle_mb"] < 32
+
+
 def test_answers_with_and_without_sharing_are_compared():
     done = run(
         *[

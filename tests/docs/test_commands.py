@@ -72,6 +72,7 @@ RUN_BY = {
     "python benchmarks/feature_cache.py": "training/test_feature_cache.py::"
     "test_the_benchmark_prints_both_sides_and_what_is_saved",
     "python benchmarks/faults.py": "benchmarks/test_faults.py::test_a_step_that_is_killed_ends_as_the_one_that_was_not",
+    "python benchmarks/bombs.py": "benchmarks/test_small_runs.py::test_a_bomb_takes_less_memory_than_allowed",
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
     "python benchmarks/records.py": "benchmarks/test_small_runs.py::test_records_are_the_same_in_memory_and_by_index",
     "python benchmarks/building.py": "benchmarks/test_small_runs.py::test_builds_with_and_without_a_pool_are_compared",
