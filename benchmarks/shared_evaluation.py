@@ -24,6 +24,7 @@ from PIL import Image
 
 from umed_plugin import files
 from umed_plugin.commands.demo import tiny_checkpoint
+from umed_plugin.patches import prepare_llava
 
 COMPARED = ("evaluation.json", "predictions.jsonl")
 
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
+    prepare_llava()
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(_measure(args, Path(folder))))
 

@@ -41,13 +41,12 @@ def _counting_the_cache(stock: Any) -> Any:
 
 
 def _as_queries(mask: Any) -> Any:
-    """The mask in the dtype that autocast gives queries on a CPU. On a GPU it casts the mask, too."""
+    """The mask as bool under autocast on a CPU, where queries have one dtype or another. On a GPU autocast casts it too."""
     import torch
 
-    if mask is None or mask.device.type != "cpu" or not torch.is_autocast_cpu_enabled():
+    if mask is None or mask.device.type != "cpu" or not torch.is_autocast_cpu_enabled() or not mask.is_floating_point():
         return mask
-    dtype = torch.get_autocast_cpu_dtype()
-    return mask.clamp(min=torch.finfo(dtype).min).to(dtype)  # rounded, float32's lowest number would be -inf
+    return mask == 0  # what is added to the scores is 0, or the lowest number
 
 
 PATCH = Patch(

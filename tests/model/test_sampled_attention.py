@@ -105,7 +105,13 @@ def test_a_window_bounds_what_named_tokens_see(query, monkeypatch):
     model = query[0]
     if "mistral" not in model.config.model_type:
         pytest.skip("Llama has no sliding window")
-    monkeypatch.setattr(model.config, "sliding_window", 6)
+    prompts, plain = query[1], []
+    for window in (None, 6):
+        monkeypatch.setattr(model.config, "sliding_window", window)
+        with torch.no_grad():
+            plain.append(model(inputs_embeds=prompts.embeds, attention_mask=prompts.mask).logits)
+    if torch.equal(*plain):
+        pytest.skip("the sdpa of transformers 4.37 knows no sliding window")
     _, values, whole = both(query, AttentionSettings([2, 3]))
     torch.testing.assert_close(values, whole, atol=1e-5, rtol=0)
 
