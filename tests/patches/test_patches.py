@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from support.canaries import KINDS, hostile
 from support.records import write_records
 from support.umed_runs import ROOT, train_flags
-from umed_plugin.locks import INSIDE
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.files.locks import INSIDE
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches import (
     ALL,
