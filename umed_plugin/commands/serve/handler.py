@@ -184,20 +184,25 @@ class Handler(BaseHTTPRequestHandler):
             except Full as full:
                 raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(full)) from full
         with self._case(parts) as case:
-            return self._post_to(case, parts)
+            content = self._post_to(case, parts)
+        if content is not None:  # after the case is released: the next request may need its place
+            self._json(content)
 
-    def _post_to(self, case: Case, parts: list[str]) -> None:
+    def _post_to(self, case: Case, parts: list[str]) -> Optional[dict[str, Any]]:
+        """Do what is asked; the response's content, or None when it has been sent."""
         body = self._body()
         if parts[2:] == ["open"]:
-            return self._json(case.opened().described())
+            return case.opened().described()
         if parts[2:] == ["forget"]:
-            return self._forget(case)
-        if parts[2:] == ["questions"]:
-            return self._ask(case, _chat_request(body))
-        if len(parts) == 5 and parts[2] == "answers" and parts[4] == "attention":
+            self._forget(case)
+        elif parts[2:] == ["questions"]:
+            self._ask(case, _chat_request(body))
+        elif len(parts) == 5 and parts[2] == "answers" and parts[4] == "attention":
             answer = case.answer(_whole_number(parts[3]) or 0)
-            return self._stream(lambda tell: {"attention": self.server.dialogue.attention(answer)})
-        raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
+            self._stream(lambda tell: {"attention": self.server.dialogue.attention(answer)})
+        else:
+            raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
+        return None
 
     def _forget(self, case: Case) -> None:
         self.server.shelf.forget(case.name)
