@@ -102,7 +102,10 @@ def check_equal(found: Path, expected: Path, start: Path) -> None:
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("flags", [[], PPO, [*PPO, *TWICE]], ids=["grpo", "ppo", "ppo-minibatches"])
+DAPO = shlex.split("--umed_loss_aggregation dapo --umed_cut_off mask --umed_kl_coef 0.5")
+
+
+@pytest.mark.parametrize("flags", [[], DAPO, PPO, [*PPO, *TWICE]], ids=["grpo", "dapo", "ppo", "ppo-minibatches"])
 def test_accumulation_and_processes_teach_what_one_batch_does_and_sample_once_a_step(
     flags, tiny_llama, records, tmp_path
 ):
@@ -120,7 +123,7 @@ def test_accumulation_and_processes_teach_what_one_batch_does_and_sample_once_a_
             assert {"policy_loss", "kl", "reward/total", "answers_cut_off"} <= a.keys()
             for name in ("loss", "policy_loss", "kl", "entropy", "reward/total", "answers_cut_off", "kl_per_answer"):
                 assert b[name] == pytest.approx(a[name], abs=2e-4 if name == "loss" else 1e-5), name
-    if flags == []:
+    if flags in ([], DAPO):
         two = tmp_path / "two"
         train(tiny_llama, records, two, *flags, *batches(1, 2, steps), processes=2)
         check_equal(two, one, tiny_llama)

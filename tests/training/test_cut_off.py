@@ -15,9 +15,9 @@ from umed_plugin.training.experience import Samples, grpo_experience, ppo_experi
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
+    StepSize,
     ValueTensors,
     grpo_objective,
-    loss_weights,
     ppo_objective,
 )
 
@@ -119,28 +119,35 @@ def test_a_masked_answer_gets_no_gradient_and_the_loss_is_that_of_the_others(alg
     torch.testing.assert_close(loss, alone)
 
 
-@pytest.mark.parametrize("by_answer", [True, False])
-def test_micro_batches_and_ranks_add_up_to_the_mean_over_the_whole_step(by_answer):
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo", "ppo"])
+def test_micro_batches_and_ranks_add_up_to_the_mean_over_the_whole_step(kind):
     """Two ranks with two unequal micro-batches each; one answer in each is left out."""
     draw = torch.Generator().manual_seed(0)
     mask = (torch.arange(T) < torch.randint(1, T + 1, (16, 1), generator=draw)).long()
-    mask[::4] = 0
+    mask[::5] = 0
     values = torch.randn(16, T, generator=draw)
     parts = [slice(0, 5), slice(5, 8), slice(8, 12), slice(12, 16)]
 
-    def mean(part: slice, step_weight: float | None) -> torch.Tensor:
-        policy = PolicyTensors(values[part], values[part], None, values[part])
-        zero = torch.zeros_like(values[part])
-        settings = ObjectiveSettings(0.2)
-        if by_answer:
-            return grpo_objective(policy, zero, mask[part], settings, 0.0, step_weight)[1]["entropy"]
-        value = ValueTensors(zero, zero, zero)
-        return ppo_objective(policy, value, zero, mask[part], settings, step_weight)[1]["entropy"]
+    def terms(part: slice, step: StepSize | None) -> torch.Tensor:
+        """Loss, and all that is logged of it."""
+        policy = PolicyTensors(values[part], values[part] * 0.9, values[part] * 0.8, values[part].square())
+        advantages = values[part].roll(1, dims=1)
+        settings = ObjectiveSettings(0.2, 0.3, 0.1, 0.2, aggregation=kind, max_tokens=T)
+        if kind != "ppo":
+            loss, logged = grpo_objective(policy, advantages, mask[part], settings, 0.04, step)
+        else:
+            value = ValueTensors(values[part], values[part] * 0.5, advantages)
+            loss, logged = ppo_objective(policy, value, advantages, mask[part], settings, step)
+        return torch.stack([loss, *logged.values()])
 
-    step_weight = loss_weights(mask, by_answer=by_answer).sum().item() / len(parts)
-    step = torch.stack([mean(part, step_weight) for part in parts]).mean()
-    torch.testing.assert_close(step, mean(slice(0, 16), None))
+    size = StepSize.of(mask)
+    assert (size.answers, size.tokens) == (12, mask.sum())
+    each = StepSize(size.answers / len(parts), size.tokens / len(parts))
+    step = torch.stack([terms(part, each) for part in parts]).mean(dim=0)
+    torch.testing.assert_close(step, terms(slice(0, 16), None))
+    alone = torch.stack([terms(part, None) for part in parts]).mean(dim=0)
+    assert (alone - step).abs().max() > 1e-2, "a mean of means is another one"
     empty = grpo_objective(
-        PolicyTensors(*[values] * 2, None, values), values, mask * 0, ObjectiveSettings(0.2), 0.0, 0.0
+        PolicyTensors(*[values] * 2, None, values), values, mask * 0, ObjectiveSettings(0.2), 0.0, StepSize(0, 0)
     )[0]
     assert empty == 0, "all answers of a step are left out"

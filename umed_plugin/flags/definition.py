@@ -218,7 +218,8 @@ class UmedFlags:
     )
     umed_reward_norm: str = _flag(
         "max",
-        "Normalisation over a question's answers: max (paper: divide by the maximum), none, or zscore.",
+        "Normalisation over a question's answers: max (paper: divide by the maximum), none, or zscore (each reward by itself "
+        "to mean 0 and deviation 1, as GDPO does, arXiv 2601.05242; --umed_advantage_scale batch is its second step).",
         stage=REWARDING,
         needs=SEVERAL_CANDIDATES,
         choices=("max", "none", "zscore"),
@@ -339,11 +340,20 @@ class UmedFlags:
     )
     umed_advantage_scale: str = _flag(
         "group",
-        "Standard deviation that divides an answer's distance from its question's mean reward: within this question (group) or "
-        "within the whole batch (batch: a question whose answers are nearly equal then weighs little).",
+        "Standard deviation that divides an answer's distance from its question's mean reward: within this question (group), "
+        "within the whole batch (batch: a question whose answers are nearly equal then weighs little), or none (Dr. GRPO).",
         stage=REWARDING,
         needs=GRPO,
-        choices=("group", "batch"),
+        choices=("group", "batch", "none"),
+    )
+    umed_loss_aggregation: str = _flag(
+        "grpo",
+        "How the loss adds up tokens. grpo: mean over an answer's tokens, then over answers. dapo: mean over all tokens of the "
+        "optimizer step (arXiv 2503.14476). dr_grpo: sum over tokens, divided by answers x --umed_max_new_tokens (arXiv "
+        "2503.20783; the paper adds --umed_advantage_scale none). PPO always averages over all tokens.",
+        stage=REWARDING,
+        needs=GRPO,
+        choices=("grpo", "dapo", "dr_grpo"),
     )
     umed_kl_coef: Optional[float] = _flag(
         None,
@@ -373,6 +383,14 @@ class UmedFlags:
         needs=SEVERAL_UPDATES,
         above=0,
         below=1,
+    )
+    umed_clip_range_high: Optional[float] = _flag(
+        None,
+        "How far the probability ratio may rise above 1; --umed_clip_range is then how far it may fall (DAPO: 0.28 and 0.2). "
+        "Default: --umed_clip_range on both sides.",
+        stage=REWARDING,
+        needs=SEVERAL_UPDATES,
+        above=0,
     )
     umed_entropy_coef: float = _flag(0.0, "Weight of the entropy bonus (c3 of the paper).", stage=REWARDING, least=0)
     umed_value_coef: float = _flag(

@@ -8,7 +8,8 @@ The maxima run over the K candidates of a query. Departures from the paper:
   up to 1 for the naming, however much it looks at the lesion. A floor of 1 asks for the even share before it gives 1.
 - A group in which all rewards are 0 stays 0.
 - A single candidate is not normalised; it would always be 1.
-- Weights, and z-scores or raw values instead of the maximum, as options.
+- Weights, and z-scores or raw values instead of the maximum, as options. Z-scores of each reward by itself are the first step of
+  GDPO (arXiv 2601.05242). Its second, the deviation of the sum over the batch, is ``--umed_advantage_scale batch``.
 """
 
 from __future__ import annotations

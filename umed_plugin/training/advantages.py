@@ -33,7 +33,7 @@ def _at_the_mean_unless(counted: Tensor, rewards: Tensor) -> Tensor:
 
 
 def group_advantages(
-    rewards: Tensor, reward_coef: float = 1.0, spread: Tensor | None = None, counted: Tensor | None = None
+    rewards: Tensor, reward_coef: float = 1.0, spread: Tensor | float | None = None, counted: Tensor | None = None
 ) -> Tensor:
     """Advantages of the candidates within their query: ``c1 * (r - mean) / spread`` (GRPO, arXiv 2402.03300).
 
@@ -42,7 +42,7 @@ def group_advantages(
         reward_coef: c1 of the paper.
         spread: a scalar that divides the centred rewards; ``None``: each query's own standard deviation, as in GRPO. With one
             for all queries, a query whose answers are nearly equal does not weigh as much as one whose answers tell right from
-            wrong (Dr. GRPO, arXiv 2503.20783, does not divide at all).
+            wrong. A float divides as it is: 1.0 is Dr. GRPO (arXiv 2503.20783), which does not divide at all.
         counted: bool [Q, K]; the other candidates get 0 and are in no mean and no standard deviation. None: all count.
 
     Returns:
@@ -54,6 +54,8 @@ def group_advantages(
     if spread is None:
         number = rewards.shape[1] if counted is None else counted.sum(dim=1, keepdim=True).clamp(min=1)
         spread = (centred.square().sum(dim=1, keepdim=True) / number).sqrt()
+    if isinstance(spread, float):
+        return reward_coef * torch.where(has_signal(rewards), centred / spread, torch.zeros_like(centred))
     # TRL's 1e-4 suits rewards of about 1. Smaller ones (raw attention, a weight of 0.001) would lose their signal to it.
     size = rewards.abs().amax(dim=1, keepdim=True)
     scaled = centred / (spread + 1e-4 * size.clamp(max=1.0, min=torch.finfo(rewards.dtype).tiny))

@@ -126,7 +126,9 @@ def stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat([_padded(tensor, longest) for tensor in tensors])
 
 
-def grpo_experience(samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | None = None) -> Experience:
+def grpo_experience(
+    samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | float | None = None
+) -> Experience:
     """Samples with advantages within each query's candidates; ``spread`` as in `group_advantages`."""
     counted = None if samples.counted is None else samples.counted.view_as(samples.rewards).to(samples.rewards.device)
     advantages = group_advantages(samples.rewards, reward_coef, spread, counted)

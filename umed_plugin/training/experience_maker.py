@@ -214,10 +214,10 @@ class ExperienceMaker:
         value_head.begin_at(mean)
         return replace(samples, values=torch.full(samples.mask.shape, mean, device=samples.mask.device))
 
-    def _common_spread(self, samples: Samples) -> Tensor | None:
-        """Standard deviation of all ranks' rewards around their queries' means; None if each query uses its own."""
-        if self.flags.umed_advantage_scale == "group":
-            return None
+    def _common_spread(self, samples: Samples) -> Tensor | float | None:
+        """Standard deviation of all ranks' rewards around their queries' means, 1 for none; None if each query uses its own."""
+        if self.flags.umed_advantage_scale != "batch":
+            return 1.0 if self.flags.umed_advantage_scale == "none" else None
         rewards = samples.rewards
         counted = torch.ones_like(rewards) if samples.counted is None else samples.counted.view_as(rewards).to(rewards)
         squares = self.metrics.mean_over_ranks(centre_groups(rewards, counted).square().sum().item())

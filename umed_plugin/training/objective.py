@@ -2,8 +2,9 @@
 
 PPO (arXiv 1707.06347) has all of these terms. Its KL is part of the token rewards (see `umed_plugin.training.advantages`).
 GRPO (arXiv 2402.03300) has no value network, and its KL is a term of the loss. PPO averages over tokens, as TRL 0.9 and
-LLaVA-RLHF do. GRPO averages over the tokens of an answer, then over answers. Both averages run over all micro-batches and
-processes of an optimizer step. TRL 0.9 averages within a micro-batch: a token then weighs more in a short one.
+LLaVA-RLHF do. GRPO has three ways to add its tokens up (`token_weights`): over the tokens of an answer, then over answers (GRPO's
+own); over all tokens (DAPO); divided by a constant length (Dr. GRPO). All of them run over all micro-batches and processes of an
+optimizer step. TRL 0.9 averages within a micro-batch: a token then weighs more in a short one.
 
 Departures from the paper: a sampled reward has no gradient of its own, so ``c1`` acts through the advantage. GRPO is not in the
 paper.
@@ -13,7 +14,6 @@ Shapes: N answers, T tokens; masks are 1 on tokens and 0 on padding behind them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +22,55 @@ from torch import Tensor
 LossTerms = dict[str, Tensor]
 
 
+GRPO, DAPO, DR_GRPO = AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
+
+
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """Coefficients of the objective; the flags of the same names describe them. GRPO does not use the two of the value loss."""
+    """Coefficients of the objective; the flags of the same names describe them. GRPO does not use the two of the value loss.
+
+    Attributes:
+        clip_range: how far the probability ratio may fall below 1.
+        clip_range_high: how far it may rise above 1; None: as far as it may fall.
+        entropy_coef, value_coef, value_clip_range: as the flags.
+        aggregation: how GRPO adds up its tokens, one of `AGGREGATIONS`.
+        max_tokens: the constant length that ``dr_grpo`` divides by: the longest answer that may be sampled.
+    """
 
     clip_range: float
     entropy_coef: float = 0.0
     value_coef: float = 0.0
     value_clip_range: float = 0.0
+    clip_range_high: float | None = None
+    aggregation: str = GRPO
+    max_tokens: int = 1
+
+    @property
+    def upper(self) -> float:
+        """How far the ratio may rise above 1."""
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What is learnt from in an average micro-batch of an optimizer step, over all ranks.
+
+    A loss that is divided by it has, as its mean over all micro-batches and ranks, the mean over the whole step. However the step
+    is split, the gradient is the same.
+
+    Attributes:
+        answers: with at least one token that is learnt from.
+        tokens: that are learnt from.
+    """
+
+    answers: float
+    tokens: float
+
+    @classmethod
+    def of(cls, mask: Tensor) -> StepSize:
+        """The size of one batch with the mask [N, T], 1 at tokens that are learnt from."""
+        lengths = mask.sum(dim=1)
+        return cls(float((lengths > 0).sum()), float(lengths.sum()))
 
 
 @dataclass(frozen=True)
@@ -64,20 +105,31 @@ class ValueTensors:
     returns: Tensor
 
 
-def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Per-token PPO loss ``-min(ratio * A, clip(ratio, 1 - e, 1 + e) * A)`` (arXiv 1707.06347, eq. 7).
+def clipped_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> Tensor:
+    """Per-token PPO loss ``-min(ratio * A, clip(ratio, 1 - e_low, 1 + e_high) * A)``.
+
+    PPO has one e for both sides (arXiv 1707.06347, eq. 7). DAPO's "clip-higher" has a larger e_high (arXiv 2503.14476, section
+    3.1). A token of probability p can rise to (1 + e_high) p before its gradient stops, so unlikely tokens of good answers may
+    grow.
 
     Args:
         log_probs: [N, T] under the policy, with gradient.
         old_log_probs: [N, T] under the policy that sampled.
         advantages: [N, T].
-        clip_range: e.
+        clip_range: e_low, 0-1.
+        clip_range_high: e_high, above 0; None: the same as e_low.
 
     Returns:
         [N, T] losses, not masked.
     """
     ratio = (log_probs - old_log_probs).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = ratio.clamp(1 - clip_range, 1 + (clip_range if clip_range_high is None else clip_range_high))
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
@@ -101,31 +153,45 @@ def kl_to_reference(log_probs: Tensor, reference_log_probs: Tensor) -> Tensor:
     return difference.exp() - difference - 1
 
 
-def loss_weights(mask: Tensor, *, by_answer: bool) -> Tensor:
-    """[N, T] what each token weighs in the loss, before `grpo_objective` or `ppo_objective` divides it by the ``step_weight``.
+def token_weights(mask: Tensor, step: StepSize | None, aggregation: str, max_tokens: int = 1) -> Tensor:
+    """[N, T] what each token weighs in the loss: the loss is the sum of weight times value over a batch.
+
+    With n answers of lengths L_i, l_it the loss of a token, and M a constant:
+
+    - ``grpo``: ``1/n sum_i 1/L_i sum_t l_it`` (DeepSeekMath, arXiv 2402.03300). Every answer weighs the same, so a
+      token weighs less in a long answer.
+    - ``dapo``: ``1/(sum_i L_i) sum_i sum_t l_it`` (arXiv 2503.14476, section 3.3). Every token of the step weighs the same,
+      as in PPO.
+    - ``dr_grpo``: ``1/(n M) sum_i sum_t l_it`` (arXiv 2503.20783). Every token weighs the same, in every step.
+
+    Answers that are left out of the loss count neither in n nor in the lengths.
 
     Args:
         mask: [N, T] 1 at tokens that are learnt from.
-        by_answer: every answer weighs 1, shared equally by its tokens (grpo). Otherwise every token weighs 1 (ppo).
+        step: n and the sum of L_i in an average micro-batch of this optimizer step. None: this batch is the step.
+        aggregation: one of the three.
+        max_tokens: M, for ``dr_grpo``.
 
     Example:
-        >>> loss_weights(torch.tensor([[1, 1, 0], [1, 0, 0]]), by_answer=True).tolist()
-        [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+        >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        >>> token_weights(mask, None, "dapo").tolist()
+        [[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]
+        >>> token_weights(mask, None, "dr_grpo", max_tokens=4).tolist()
+        [[0.125, 0.125, 0.125], [0.125, 0.0, 0.0]]
     """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"unknown loss aggregation {aggregation!r}. Allowed: {', '.join(AGGREGATIONS)}.")
+    size = StepSize.of(mask) if step is None else step
     weights = mask.to(torch.float32)
-    return weights / weights.sum(dim=1, keepdim=True).clamp(min=1) if by_answer else weights
-
-
-def _mean_by(mask: Tensor, step_weight: float | None, by_answer: bool) -> Callable[[Tensor], Tensor]:
-    """A function that takes the weighted sum of [N, T] values: over a whole optimizer step, its mean is the weighted mean."""
-    weights = loss_weights(mask, by_answer=by_answer)
-    total = weights.sum().clamp(min=1) if step_weight is None else max(step_weight, 1e-6)
-    return lambda values: (values * (weights / total)).sum()
+    if aggregation == DAPO:
+        return weights / max(size.tokens, 1e-6)
+    lengths = weights.sum(dim=1, keepdim=True).clamp(min=1) if aggregation == GRPO else max_tokens
+    return weights / lengths / max(size.answers, 1e-6)
 
 
 def mean_over_answers(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the tokens of each answer, then over the answers that have any: a scalar. Every answer has the same weight."""
-    return _mean_by(mask, None, by_answer=True)(values)
+    return (values * token_weights(mask, None, GRPO)).sum()
 
 
 def grpo_objective(
@@ -134,7 +200,7 @@ def grpo_objective(
     mask: Tensor,
     settings: ObjectiveSettings,
     kl_coef: float,
-    step_weight: float | None = None,
+    step: StepSize | None = None,
 ) -> tuple[Tensor, LossTerms]:
     """GRPO's loss to minimise, ``L_policy - c3 entropy + kl_coef KL``, and its terms for the log.
 
@@ -142,24 +208,32 @@ def grpo_objective(
         policy: log-probabilities and entropy.
         advantages: [N, T], an answer's advantage at each of its tokens.
         mask: [N, T] 1 at tokens that are learnt from.
-        settings: coefficients.
+        settings: coefficients, and how tokens are added up.
         kl_coef: weight of the KL term.
-        step_weight: number of answers that are learnt from in an average micro-batch of this optimizer step, over all ranks. The
-            mean loss of all micro-batches and ranks is then the mean over all answers of the step. None: this batch alone.
+        step: size of an average micro-batch of this optimizer step. The mean loss of all micro-batches and ranks is then the loss
+            of the whole step as one batch. None: this batch is the step.
 
     Returns:
-        A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` and, with a reference, ``kl`` (k3).
+        A scalar loss, and detached scalars ``policy_loss``, ``entropy``, ``clip_fraction`` (tokens whose ratio is outside the
+        range) and, with a reference, ``kl`` (k3). ``policy_loss`` is a part of the loss. The others are means: over answers for
+        ``grpo``, else over tokens.
     """
-    mean = _mean_by(mask, step_weight, by_answer=True)
-    policy_loss = mean(clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range))
-    entropy = mean(policy.entropy)
-    loss = policy_loss - settings.entropy_coef * entropy
-    outside = ((policy.log_probs - policy.old_log_probs).exp() - 1).abs() > settings.clip_range
-    clip_fraction = mean(outside.float())
-    terms = {"policy_loss": policy_loss, "entropy": entropy, "clip_fraction": clip_fraction}
+    weights = token_weights(mask, step, settings.aggregation, settings.max_tokens)
+    shown = weights if settings.aggregation != DR_GRPO else token_weights(mask, step, DAPO)
+    ratio = (policy.log_probs - policy.old_log_probs).exp()
+    losses = clipped_policy_loss(
+        policy.log_probs, policy.old_log_probs, advantages, settings.clip_range, settings.upper
+    )
+    terms = {
+        "policy_loss": (losses * weights).sum(),
+        "entropy": (policy.entropy * shown).sum(),
+        "clip_fraction": (((ratio < 1 - settings.clip_range) | (ratio > 1 + settings.upper)) * shown).sum(),
+    }
+    loss = terms["policy_loss"] - settings.entropy_coef * (policy.entropy * weights).sum()
     if policy.reference_log_probs is not None:
-        terms["kl"] = mean(kl_to_reference(policy.log_probs, policy.reference_log_probs))
-        loss = loss + kl_coef * terms["kl"]
+        kl = kl_to_reference(policy.log_probs, policy.reference_log_probs)
+        terms["kl"] = (kl * shown).sum()
+        loss = loss + kl_coef * (kl * weights).sum()
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
@@ -169,7 +243,7 @@ def ppo_objective(
     advantages: Tensor,
     mask: Tensor,
     settings: ObjectiveSettings,
-    step_weight: float | None = None,
+    step: StepSize | None = None,
 ) -> tuple[Tensor, LossTerms]:
     """PPO's loss to minimise, ``L_policy + c2 L_value - c3 entropy``, and its terms for the log.
 
@@ -178,16 +252,22 @@ def ppo_objective(
         value: values and returns.
         advantages: [N, T], whitened.
         mask: [N, T] 1 at tokens that are learnt from.
-        settings: coefficients.
-        step_weight: as in `grpo_objective`, in tokens.
+        settings: coefficients. PPO averages over tokens, whatever the aggregation.
+        step: as in `grpo_objective`.
 
     Returns:
         A scalar loss, and detached scalars ``policy_loss``, ``value_loss``, ``entropy``, ``clip_fraction`` (tokens where the
         clipped loss is the larger one), ``value_clip_fraction`` and, with a reference, ``kl`` (k3).
     """
-    mean = _mean_by(mask, step_weight, by_answer=False)
+    weights = token_weights(mask, step, DAPO)
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * weights).sum()
+
     unclipped = -(policy.log_probs - policy.old_log_probs).exp() * advantages
-    policy_losses = clipped_policy_loss(policy.log_probs, policy.old_log_probs, advantages, settings.clip_range)
+    policy_losses = clipped_policy_loss(
+        policy.log_probs, policy.old_log_probs, advantages, settings.clip_range, settings.upper
+    )
     value_losses = clipped_value_loss(value, settings.value_clip_range)
     unclipped_value = (value.values - value.returns).square() / 2
     terms = {

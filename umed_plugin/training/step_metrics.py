@@ -160,7 +160,12 @@ class StepMetrics:
 
     def mean_over_ranks(self, value: float) -> float:
         """The mean of a number that each rank has one of. All ranks must call."""
-        return self._gather([value]).mean().item()
+        return self.means_over_ranks(value)[0]
+
+    def means_over_ranks(self, *values: float) -> list[float]:
+        """The mean of each of some numbers that each rank has one of. All ranks must call."""
+        means: list[float] = self._gather([list(values)]).mean(dim=0).tolist()
+        return means
 
     def on_any_rank(self, condition: bool) -> bool:
         """Whether the condition is true on at least one rank. All ranks must call."""

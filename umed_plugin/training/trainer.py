@@ -45,9 +45,9 @@ from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
+    StepSize,
     ValueTensors,
     grpo_objective,
-    loss_weights,
     ppo_objective,
 )
 from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memory
@@ -99,13 +99,19 @@ class RewardingTrainer(LLaVATrainer):
         cache = self.train_dataset.feature_cache
         self.maker = ExperienceMaker(model, tokenizer, flags, args, rewards, self.value_head, cache, self.metrics)
         self.settings = ObjectiveSettings(
-            flags.umed_clip_range, flags.umed_entropy_coef, flags.umed_value_coef, flags.umed_value_clip_range
+            flags.umed_clip_range,
+            flags.umed_entropy_coef,
+            flags.umed_value_coef,
+            flags.umed_value_clip_range,
+            flags.umed_clip_range_high,
+            flags.umed_loss_aggregation,
+            flags.umed_max_new_tokens,
         )
         self._experience: Experience | None = None
         self._batches_seen = 0
         self._step_begun, self._batches_in_step = -1, 0
         self._sampled_ahead: deque[tuple[list[int], Experience]] = deque()
-        self._step_weight: float | None = None
+        self._step_size: StepSize | None = None
         self._reader = QueryReader(
             self.train_dataset, self.data_collator, self.args.dataloader_num_workers, self._batches_of_epoch
         )
@@ -231,13 +237,13 @@ class RewardingTrainer(LLaVATrainer):
                 self.maker.adapt_kl()
         policy = PolicyTensors(answers.log_probs, old_log_probs, samples.reference_log_probs, answers.entropy)
 
-        mask, weight = samples.loss_mask, self._step_weight
+        mask, step = samples.loss_mask, self._step_size
         if self.value_head is None:
-            loss, terms = grpo_objective(policy, experience.advantages, mask, self.settings, experience.kl_coef, weight)
+            loss, terms = grpo_objective(policy, experience.advantages, mask, self.settings, experience.kl_coef, step)
         else:
             assert samples.values is not None and experience.returns is not None
             value = ValueTensors(self.value_head(outputs.hidden), samples.values, experience.returns)
-            loss, terms = ppo_objective(policy, value, experience.advantages, mask, self.settings, weight)
+            loss, terms = ppo_objective(policy, value, experience.advantages, mask, self.settings, step)
         # One transfer for all terms: each waits for the accelerator.
         self.metrics.add(dict(zip(terms, torch.stack(list(terms.values())).tolist())))
         return loss
@@ -295,9 +301,10 @@ class RewardingTrainer(LLaVATrainer):
         return self._experience.minibatch(order[batch * size : (batch + 1) * size])
 
     def _weigh_step(self, samples: Samples, batches: int) -> None:
-        """Set what an average micro-batch of the optimizer step weighs, over all ranks, from this rank's samples of the step."""
-        own = loss_weights(samples.loss_mask, by_answer=self.value_head is None).sum().item()
-        self._step_weight = self.metrics.mean_over_ranks(own) / batches
+        """Set the size of an average micro-batch of the optimizer step, over all ranks, from this rank's samples of the step."""
+        own = StepSize.of(samples.loss_mask)
+        answers, tokens = self.metrics.means_over_ranks(own.answers / batches, own.tokens / batches)
+        self._step_size = StepSize(answers, tokens)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what else a resumed run needs; every rank calls this at each checkpoint, for its random state."""
