@@ -63,10 +63,12 @@ def main() -> None:
     args = parser.parse_args()
     shape = replace(SMALL if args.small else Shape(), vocabulary=pieces(args.tokenizer))
     run = RealSize(args.folder.resolve(), args.tokenizer.resolve(), shape, args.threads)
-    wanted = None if args.only is None else set(args.only.split(","))
-    for name, row in run.rows():
-        if wanted is None or name in wanted:
-            run.keep(name, row)
+    rows = dict(run.rows())
+    wanted = list(rows) if args.only is None else args.only.split(",")
+    for name in wanted:
+        if name not in rows:
+            parser.error(f"--only: there is no row {name!r}. Allowed: {', '.join(rows)}")
+        run.keep(name, rows[name])
     print(run.table())
 
 
@@ -106,10 +108,10 @@ class RealSize:
         )
         yield "umed convert", self._umed("convert", checkpoint, "--out", out / "hf")
         yield "umed convert back", self._umed("convert", out / "hf", "--out", out / "llava-mistral-back")
-        yield "umed evaluate, 2 questions", self._umed("evaluate", checkpoint, "--benchmark", self.records, *two)
-        yield "umed serve, until it answers", self._serve
-        yield "stage 1, 1 step", self._stage("instruction_tuning", checkpoint, out / "stage1")
-        yield "stage 2, 1 step", self._stage("rewarding", checkpoint, out / "stage2", *REWARDING)
+        yield "umed evaluate (2 questions)", self._umed("evaluate", checkpoint, "--benchmark", self.records, *two)
+        yield "umed serve (until it answers)", self._serve
+        yield "stage 1 (1 step)", self._stage("instruction_tuning", checkpoint, out / "stage1")
+        yield "stage 2 (1 step)", self._stage("rewarding", checkpoint, out / "stage2", *REWARDING)
 
     def keep(self, name: str, row: Callable[[], dict[str, Any]]) -> None:
         """Run a row unless it is done; keep and print what it measured."""

@@ -23,7 +23,7 @@ from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import Evaluation, Prediction, compare
 from umed_plugin.evaluation.stages_table import stages_table
 from umed_plugin.grounding.scoring import AnswerScore
-from umed_plugin.model.answerer import prompt_ids
+from umed_plugin.model.answerer import Answerer, AnswererSettings, prompt_ids
 
 
 def case(name, accuracy, iou, relevance=0.5, negative=False):
@@ -42,8 +42,10 @@ def metrics(cases):
     return headline(evaluation(*cases))
 
 
-def ask(checkpoint, made, folder, **settings):
-    return evaluate_questions(checkpoint, RECIPE, record_questions(made, folder), EvaluationSettings(**settings))
+def ask(checkpoint, made, folder, out=None, **settings):
+    return evaluate_questions(
+        checkpoint, RECIPE, record_questions(made, folder), EvaluationSettings(**settings), out=out
+    )
 
 
 def answers_of(evaluated):
@@ -299,3 +301,13 @@ def test_records_may_be_given_as_a_path(tiny_mistral, tmp_path):
     file.write_text(json.dumps(evaluated_records(tmp_path, 2)))
     by_path, by_text = (evaluate(tiny_mistral, benchmark, max_new_tokens=4) for benchmark in (file, str(file)))
     assert by_path.predictions == by_text.predictions and len(by_path.predictions) == 2
+
+
+def test_in_bfloat16_it_is_another_evaluation(tiny_mistral, tmp_path):
+    records = evaluated_records(tmp_path, 2)
+    ask(tiny_mistral, records, tmp_path, out=tmp_path / "out", max_new_tokens=4, dtype="float32")
+    with pytest.raises(UmedError, match="bfloat16"):
+        ask(tiny_mistral, records, tmp_path, out=tmp_path / "out", max_new_tokens=4, dtype="bfloat16")
+    made = ask(tiny_mistral, records, tmp_path, out=tmp_path / "other", max_new_tokens=4, dtype="bfloat16")
+    assert len(made.predictions) == 2
+    assert str(Answerer(tiny_mistral, AnswererSettings(device="cpu", dtype="bfloat16")).model.dtype) == "torch.bfloat16"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
+from umed_plugin.commands.machine import add_dtype_flag
 from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 # Options that are fields of `EvaluationSettings` by the same name.
 _SETTINGS = (
-    "base", "template", "device", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image"
+    "base", "template", "device", "dtype", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image"
 )  # fmt: skip
 
 
@@ -77,7 +78,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--base", metavar="CKPT", type=Path, help="base checkpoint of a LoRA folder (default: as it says)"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda (float16) if there is one")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    add_dtype_flag(parser)
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"

@@ -1,7 +1,8 @@
-"""The machine that a plan is for: its GPUs, and what they can compute."""
+"""The machine that a plan or a checkpoint is for: its GPUs, and what they can compute."""
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 
 
@@ -45,3 +46,12 @@ def this_machine() -> Machine:
     gpus = torch.cuda.device_count()
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
     return Machine(gpus, memory, torch.cuda.is_bf16_supported())
+
+
+def add_dtype_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dtype``, the precision in which a checkpoint answers."""
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="precision of the weights (default: float16 on a GPU; on a CPU float32, or bfloat16 where float32 does not fit)",
+    )

@@ -34,7 +34,8 @@ class EvaluationSettings:
     Attributes:
         base: checkpoint of a LoRA folder; None: as the adapter says.
         template: of the prompts; None: the benchmark's default for the checkpoint's family.
-        device: ``cuda`` or ``cpu``; None: ``cuda`` (float16) if there is one, else ``cpu`` (float32).
+        device: ``cuda`` or ``cpu``; None: ``cuda`` if there is one, else ``cpu``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None: float16 on a GPU; on a CPU float32, or bfloat16 if memory is short.
         dialect: form in which the checkpoint writes boxes.
         batch_size: rows at a time: questions, or options of questions.
         max_new_tokens: longest answer; None: the benchmark's.
@@ -46,6 +47,7 @@ class EvaluationSettings:
     base: Path | str | None = None
     template: str | None = None
     device: str | None = None
+    dtype: str | None = None
     dialect: BoxDialect = LLAVA
     batch_size: int = 16
     max_new_tokens: int | None = None
@@ -147,6 +149,7 @@ def _answerer(
         template=settings.template,
         templates=benchmark.templates,
         device=settings.device,
+        dtype=settings.dtype,
         image_cache=settings.image_cache,
         image_cache_gb=settings.image_cache_gb,
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,

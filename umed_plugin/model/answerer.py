@@ -72,7 +72,8 @@ class AnswererSettings:
         base: base checkpoint of a LoRA folder.
         template: of prompts; None: the one that ``templates`` names for the checkpoint's family.
         templates: model_type -> template.
-        device: None: ``cuda`` (float16) if there is one, else ``cpu`` (float32).
+        device: None: ``cuda`` if there is one, else ``cpu``.
+        dtype: of the weights; None: as `umed_plugin.checkpoints.precision.answering_precision` chooses.
         image_cache: folder that keeps images decoded and resized.
         image_cache_gb: its maximum size in GB.
         max_new_tokens: longest answer.
@@ -82,6 +83,7 @@ class AnswererSettings:
     template: str | None = None
     templates: Mapping[str, str] = field(default_factory=lambda: STOCK_TEMPLATES)
     device: str | None = None
+    dtype: str | None = None
     image_cache: Path | str | None = None
     image_cache_gb: float = 20.0
     max_new_tokens: int = 128
@@ -99,13 +101,14 @@ class Answerer:
         import torch
 
         from umed_plugin.checkpoints.loading import load_checkpoint
+        from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
         from umed_plugin.model.forward import base_llava
 
         settings = settings or AnswererSettings()
         self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # Stock LLaVA answers in half precision, which a CPU cannot compute.
-        dtype = torch.float32 if self.device == "cpu" else torch.float16
-        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, settings.base, self.device, dtype)
+        self.dtype = answering_precision(checkpoint, settings.base, self.device, settings.dtype)
+        loaded = load_checkpoint(checkpoint, settings.base, self.device, torch_dtype(self.dtype))
+        self.tokenizer, self.model, self.processor = loaded
         self.llava = base_llava(self.model)
         self.template = settings.template or settings.templates[self.llava.config.model_type]
         self.max_new_tokens = settings.max_new_tokens
@@ -116,6 +119,8 @@ class Answerer:
     def fingerprint(self) -> dict[str, Any]:
         """All of checkpoint and prompting that answers depend on, but not the checkpoint's path, as folders may be moved."""
         prompting = {"template": self.template, "device": self.device, "max_new_tokens": self.max_new_tokens}
+        if self.dtype != ("float32" if self.device == "cpu" else "float16"):
+            prompting["dtype"] = self.dtype  # only then: earlier versions had no choice, and kept answers without it
         return {"weights": self._hashes, **prompting}
 
     def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.machine import add_dtype_flag
 from umed_plugin.errors import say
 
 _SECONDS_TO_END = 20
@@ -47,11 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         type=int,
         default=16,
-        help="maximum size of one slice or picture, in millions of pixels; each needs about 12 MB of memory (default: 16)",
+        help="maximum size of one slice or picture, in millions of pixels; each needs about 10 MB of memory (default: 16)",
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="maximum tokens of an answer (default: 256)"
     )
+    add_dtype_flag(parser)
     parser.set_defaults(run=run)
 
 
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.commands.serve.shelf import Shelf
 
     say(f"umed serve: loading {args.checkpoint}")
-    dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens)
+    dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens, args.dtype)
     shelf = Shelf(args.upload_mb * 10**6, args.megapixels)
     # Service managers stop with SIGTERM; the images must be removed then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
+from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
@@ -90,18 +91,23 @@ class Dialogue:
         checkpoint: a full checkpoint, or a LoRA folder over ``base``.
         template: prompt template; by default the umed template of the checkpoint's family.
         most_tokens: maximum number of tokens of an answer.
+        dtype: of the weights; None: as `umed evaluate` chooses.
 
     Raises:
         UmedError: the checkpoint cannot be loaded, or uses an image mode without box support, such as `anyres`.
     """
 
     def __init__(
-        self, checkpoint: Path, base: Optional[Path] = None, template: Optional[str] = None, most_tokens: int = 256
+        self,
+        checkpoint: Path,
+        base: Optional[Path] = None,
+        template: Optional[str] = None,
+        most_tokens: int = 256,
+        dtype: Optional[str] = None,
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        # As in `umed evaluate`: stock LLaVA runs in fp16, which does not work on a CPU.
-        dtype = torch.float32 if device == "cpu" else torch.float16
-        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, dtype)
+        precision = torch_dtype(answering_precision(checkpoint, base, device, dtype))
+        self.tokenizer, self.model, self.processor = load_checkpoint(checkpoint, base, device, precision)
         self.llava = base_llava(self.model)
         self.mode = ModelImages(checkpoint, self.processor, self.llava.config, None, 0).mode
         self.template = template or UMED_TEMPLATES[self.llava.config.model_type]

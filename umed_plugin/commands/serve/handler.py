@@ -177,14 +177,16 @@ class Handler(BaseHTTPRequestHandler):
             raise
 
     def _post(self, path: str, parts: list[str], query: dict[str, str]) -> None:
+        content: Optional[dict[str, Any]]
         if parts == ["studies"]:
             self._body()
             try:
-                return self._json({"study": self.server.shelf.begin(self._person()).name})
+                content = {"study": self.server.shelf.begin(self._person()).name}
             except Full as full:
                 raise _Refused(HTTPStatus.SERVICE_UNAVAILABLE, str(full)) from full
-        with self._case(parts) as case:
-            content = self._post_to(case, parts)
+        else:
+            with self._case(parts) as case:
+                content = self._post_to(case, parts)
         if content is not None:  # after the case is released: the next request may need its place
             self._json(content)
 

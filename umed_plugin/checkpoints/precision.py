@@ -1,0 +1,69 @@
+"""The precision in which a checkpoint answers: what the device computes, and what the memory holds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.loading import find_base, is_lora, weight_files
+from umed_plugin.checkpoints.weight_shards import stored
+from umed_plugin.errors import UsageError, note
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+# Of the memory, for all but the weights: Python and its libraries, images, activations and the KV cache of an answer.
+_REST = 3 * 10**9
+_CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def answering_precision(checkpoint: Path | str, base: Path | str | None, device: str, wanted: str | None = None) -> str:
+    """The precision of the weights when a checkpoint is asked.
+
+    Without a wish it is float16 on a GPU, as in stock LLaVA, and float32 on a CPU. There it is bfloat16, and a note says so, when
+    float32 weights would not fit into the memory of this machine.
+
+    Args:
+        checkpoint: a full checkpoint, or a LoRA folder over ``base``.
+        base: base of a LoRA folder; None: the one that its adapter names.
+        device: ``cuda`` or ``cpu``.
+        wanted: one of `PRECISIONS`, or None.
+
+    Raises:
+        UsageError: float16 on a CPU, which cannot compute in it.
+    """
+    if device != "cpu":
+        return wanted or "float16"
+    if wanted == "float16":
+        raise UsageError("--dtype float16: a CPU cannot compute in it. Allowed on a CPU: float32, bfloat16.")
+    if wanted is not None:
+        return wanted
+    folder = find_base(Path(checkpoint), base) if is_lora(checkpoint) else checkpoint
+    needed, there = 4 * _values(folder) + _REST, memory_here()
+    if needed <= there:
+        return "float32"
+    note(
+        f"{checkpoint} answers in bfloat16: in float32 it would need {needed / 1e9:.0f} GB, and there are {there / 1e9:.0f} GB. "
+        "Answers may differ from those in float32. --dtype chooses."
+    )
+    return "bfloat16"
+
+
+def memory_here() -> int:
+    """Bytes of memory of this machine, or of the container that this process runs in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        return min(machine, int(_CONTAINER_LIMIT.read_text()))
+    return machine
+
+
+def torch_dtype(precision: str) -> Any:
+    """The ``torch.dtype`` of one of `PRECISIONS`."""
+    import torch
+
+    return getattr(torch, precision)
+
+
+def _values(checkpoint: Path | str) -> int:
+    """Number of values in all weight files."""
+    return sum(tensor.values for file in weight_files(checkpoint) for tensor in stored(file).values())
