@@ -15,6 +15,7 @@ from umed_plugin.errors import UsageError
 from umed_plugin.flags.definition import UmedFlags, rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES
+from umed_plugin.remote.settings import rollout_server_faults
 
 
 def find_faults(
@@ -141,6 +142,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
                 "--deepspeed does not work with --umed_algorithm ppo: the value network is not part of the model that DeepSpeed "
                 "trains. Use --umed_algorithm grpo, or remove --deepspeed and start the script with torchrun."
             )
+        faults += _faults_of_rollout_server(flags, training_args)
     return [*faults, *_evaluation_faults(flags, training_args)]
 
 
@@ -166,6 +168,26 @@ def _faults_of_bits(training_args: Any) -> list[str]:
         faults.append("--bits 4 does not work with --fsdp, which shards weights of one dtype only. Remove --fsdp.")
     if training_args.deepspeed and _is_zero_3(training_args.deepspeed):
         faults.append(f"--bits 4 does not work with ZeRO-3 ({training_args.deepspeed}). Use ZeRO-2, or --bits 16.")
+    return faults
+
+
+def _faults_of_rollout_server(flags: UmedFlags, training_args: Any) -> list[str]:
+    """Where the rollout server may be, and what it can learn of the policy."""
+    if flags.umed_rollout_server is None:
+        return []
+    faults = rollout_server_faults(
+        "--umed_rollout_server", flags.umed_rollout_server, "--umed_rollout_remote True", flags.umed_rollout_remote
+    )
+    if not getattr(training_args, "lora_enable", False):
+        faults.append(
+            "--umed_rollout_server needs --lora_enable True: after each step an adapter is sent to the server. All weights would "
+            "have to be written and loaded anew, and vLLM can replace them at run time only in its own process."
+        )
+    if getattr(training_args, "bits", 16) != 16:
+        faults.append(
+            f"--umed_rollout_server does not work with --bits {training_args.bits}: the server holds the weights in 16 bits or "
+            "more, which is another policy than the one that learns. Use --bits 16, or sample here."
+        )
     return faults
 
 

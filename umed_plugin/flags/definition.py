@@ -87,6 +87,7 @@ VISION_RELEVANCE = Needs("vision_relevance in --umed_rewards", lambda flags: "vi
 MODEL_JUDGE = Needs(
     "--umed_judge openai:MODEL or replay:FILE", lambda flags: flags.judge_kind() not in LOCAL_JUDGE_NAMES
 )
+ROLLOUT_SERVER = Needs("--umed_rollout_server", lambda flags: flags.umed_rollout_server is not None)
 SERVER_JUDGE = Needs("--umed_judge openai:MODEL", lambda flags: flags.judge_kind() == OPENAI)
 
 # transformers hands a field's whole metadata to argparse, which refuses unknown keys. It would also act on `choices` and
@@ -503,6 +504,62 @@ class UmedFlags:
         stage=REWARDING,
         parse=must_sample_all,
         on_resume=SAID,
+    )
+    umed_rollout_server: Optional[str] = _flag(
+        None,
+        "Address of a vLLM server that samples the answers, such as http://127.0.0.1:8000/v1; `umed rollout-server` starts one. "
+        "Needs --lora_enable True. Default: this process samples.",
+        stage=REWARDING,
+        on_resume=SAID,
+    )
+    umed_rollout_remote: bool = _flag(
+        False,
+        "Allow --umed_rollout_server to be another machine, which then gets the embedded images.",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        on_resume=FREE,
+    )
+    umed_rollout_adapters: Optional[str] = _flag(
+        None,
+        "Folder for the adapters of each step, which the rollout server must see too; /dev/shm is fast. Default: "
+        "rollout_adapters in --output_dir.",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        folder=CREATED,
+        on_resume=FREE,
+    )
+    umed_rollout_timeout: float = _flag(
+        600.0,
+        "Timeout of one request to the rollout server, in seconds.",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        above=0,
+        on_resume=FREE,
+    )
+    umed_rollout_retries: int = _flag(
+        3,
+        "Retries after a lost connection to the rollout server; the pauses begin at 1 s and double.",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        least=0,
+        on_resume=FREE,
+    )
+    umed_rollout_max_difference: float = _flag(
+        0.1,
+        "Largest mean difference, in nats a token, of the rollout server's log-probabilities from this process's. Above it the "
+        "server holds another model, and the run ends.",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        above=0,
+        on_resume=FREE,
+    )
+    umed_importance_cap: float = _flag(
+        3.0,
+        "Largest importance weight of a token that the rollout server has sampled: its probability here over that on the server "
+        "(TRL: 3).",
+        stage=REWARDING,
+        needs=ROLLOUT_SERVER,
+        least=1,
     )
     umed_log_candidates: int = _flag(
         0,

@@ -6,6 +6,7 @@ Like `umed_plugin.flags.definition`, this module imports only the standard libra
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 
 UNITS = ("requests", "tokens", "usd")
 KEY_VARIABLE = "OPENAI_API_KEY"
+ROLLOUT_KEY_VARIABLE = "UMED_ROLLOUT_API_KEY"
 SET_BY_US = ("model", "messages", "stream", "n")
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
@@ -104,19 +106,55 @@ def package_fault(requester: str) -> list[str]:
     return []
 
 
-def server_faults(requester: str, flag: str, url: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
+def is_loopback(host: str) -> bool:
+    """Whether a server on ``host`` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def rollout_server_faults(flag: str, url: str, remote_flag: str, remote: bool) -> list[str]:
+    """Faults of the address of a rollout server, which gets embedded images, as sentences.
+
+    Args:
+        flag: the flag that gives the address.
+        url: the address.
+        remote_flag: the flag that allows another machine.
+        remote: whether it is set.
+    """
+    faults = server_faults(flag, flag, url, key_variable=ROLLOUT_KEY_VARIABLE)
+    host = None if faults else urlsplit(url).hostname
+    if host is None or remote or is_loopback(host):
+        return faults
+    return [
+        f"{flag} {url}: is another machine, and it would get the embedded images of the studies. Allowed without asking: "
+        f"127.0.0.1, ::1 and localhost. An ssh tunnel makes another machine such an address; {remote_flag} allows this one."
+    ]
+
+
+def server_faults(
+    requester: str,
+    flag: str,
+    url: str | None,
+    environment: Mapping[str, str] = os.environ,
+    key_variable: str = KEY_VARIABLE,
+) -> list[str]:
     """Faults of a server's address and key, as sentences.
 
     Args:
         requester: the flag that needs a server.
         flag: the flag that gives the address.
         url: the address, or None.
+        key_variable: the environment variable for the server's key.
     """
     if url is None:
-        if environment.get(KEY_VARIABLE):
+        if environment.get(key_variable):
             return []
         return [
-            f"{requester}: the environment variable {KEY_VARIABLE} is not set. It is the only place for the API key. "
+            f"{requester}: the environment variable {key_variable} is not set. It is the only place for the API key. "
             f"If your own server needs no key, give its address with {flag}."
         ]
     try:
@@ -128,6 +166,6 @@ def server_faults(requester: str, flag: str, url: str | None, environment: Mappi
     if secret:
         return [
             f"{flag} contains a user name or password, and flags are saved and logged. Put the key into the environment "
-            f"variable {KEY_VARIABLE}, and only the address here."
+            f"variable {key_variable}, and only the address here."
         ]
     return [] if fits else [f"{flag} {url}: must be an address such as http://localhost:8000/v1."]

@@ -43,6 +43,7 @@ class Samples:
         values: [N, T] of the states before each token, or None without a value network.
         rewards: [Q, K].
         counted: bool [N] answers that are learnt from; None for all.
+        sampled_log_probs: [N, T] under the rollout server that sampled, or None if this process did.
     """
 
     prompt_ids: list[Tensor]
@@ -54,6 +55,7 @@ class Samples:
     values: Tensor | None
     rewards: Tensor
     counted: Tensor | None = None
+    sampled_log_probs: Tensor | None = None
 
     @property
     def candidates(self) -> Candidates:
@@ -176,7 +178,7 @@ def minibatch_order(queries: int, minibatches: int, seed: Sequence[int]) -> list
 
 def _by_token(samples: Samples) -> dict[str, Tensor | None]:
     """The tensors of shape [N, T]."""
-    names = ("token_ids", "mask", "log_probs", "reference_log_probs", "values")
+    names = ("token_ids", "mask", "log_probs", "reference_log_probs", "values", "sampled_log_probs")
     return {name: getattr(samples, name) for name in names}
 
 

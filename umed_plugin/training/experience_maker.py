@@ -3,8 +3,9 @@
 This is the first half of a step of stage 2, without gradient; `umed_plugin.training.trainer` learns from the result. In the order
 of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 
-1. encode the images, sample K candidates for each query (`umed_plugin.model.sampling`). If vision relevance is all that 3 is
-   for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`), without 3;
+1. encode the images, sample K candidates for each query (`umed_plugin.training.rollout_engine`). If vision relevance is all
+  that 3 is for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`),
+  without 3;
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance;
 4. one pass of the reference policy: its log-probabilities;
@@ -46,7 +47,7 @@ from umed_plugin.model.forward import (
 )
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.sampled_attention import generate_with_attention
-from umed_plugin.model.sampling import SamplingSettings, generate
+from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
@@ -62,6 +63,7 @@ from umed_plugin.training.experience import (
 )
 from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remedy
 from umed_plugin.training.reference import ReferencePolicy
+from umed_plugin.training.rollout_engine import Ranks, rollout_engine
 from umed_plugin.training.step_metrics import StepMetrics
 from umed_plugin.training.value_head import ValueHead
 
@@ -150,6 +152,8 @@ class ExperienceMaker:
             num_candidates=flags.umed_num_candidates,
             packed=self.packed,
         )
+        ranks = Ranks(args.process_index == 0, metrics.on_any_rank, metrics.of_first_rank)
+        self.engine = rollout_engine(flags, self.sampling, args.output_dir, ranks)
         self.sampled_together = (
             flags.umed_sampling_batch_size or args.train_batch_size * args.gradient_accumulation_steps
         )
@@ -177,6 +181,7 @@ class ExperienceMaker:
             batches: from `umed_plugin.training.rewarding_data.collate_queries`, on the policy's device.
         """
         with gathered_parameters(policy):
+            self.engine.prepare(policy, self.metrics.step)
             samples = self.roll_out(policy, batches)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
@@ -230,7 +235,8 @@ class ExperienceMaker:
         was_training = policy.training
         policy.eval()
         queries = self._queries(policy, batches)
-        candidates, attention = self._sample(policy, queries)
+        with self.engine.agreed():
+            candidates, attention, sampled_log_probs = self._sample(policy, queries)
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, queries.records)
@@ -255,6 +261,7 @@ class ExperienceMaker:
             stacked([part.values for part in parts]),
             rewards,
             counted,
+            sampled_log_probs,
         )
 
     def _queries(self, policy: Any, batches: Sequence[dict[str, Any]]) -> _Queries:
@@ -275,34 +282,37 @@ class ExperienceMaker:
         names = inputs["features_names"]
         return self.feature_cache.complete(cached, names, lambda: encode_images(policy, inputs["images"]))
 
-    def _sample(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float]]:
+    def _sample(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float], Tensor | None]:
         """K answers to each query, for as many queries at a time as may be sampled together.
 
-        With them come N shares of attention on the lesion if no pass of the policy is needed for anything else; else none.
+        With them come N shares of attention on the lesion if no pass of the policy is needed for anything else; else none. Last,
+        their log-probabilities [N, T] if a server has sampled them.
         """
-        parts, attention = [], []
+        parts, attention, log_probs = [], [], []
         for first in range(0, len(queries.records), self.sampled_together):
             part = queries.part(first, self.sampled_together)
             count = len(part.records)
             remedy = sampling_remedy(self.flags, count)
             doing = f"sampling {self.flags.umed_num_candidates} answers to each of {count} questions"
             with remedy_for_memory(doing, remedy, keep=self.args.auto_find_batch_size):
-                sampled, shares = self._sample_part(policy, part)
+                sampled, shares, of_server = self._sample_part(policy, part)
             parts.append(sampled)
             attention += shares
+            log_probs.append(of_server)
         longest = max(part.mask.shape[1] for part in parts)
         ends = self.sampling.eos_token_id
         candidates = Candidates(
             torch.cat([pad(part.token_ids, (0, longest - part.mask.shape[1]), value=ends) for part in parts]),
             torch.cat([pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]),
         )
-        return candidates, attention
+        return candidates, attention, stacked(log_probs)
 
-    def _sample_part(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float]]:
+    def _sample_part(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float], Tensor | None]:
         """`_sample` for queries that are sampled together."""
         prompts, records = embed_prompts(policy, queries.prompt_ids, queries.features), queries.records
         if not self._attends_in_sampling():
-            return generate(policy, prompts, self.sampling), []
+            candidates, of_server = self.engine.sample(policy, prompts)
+            return candidates, [], of_server
 
         def naming(candidates: Candidates) -> list[list[int]]:
             return self._naming_tokens(candidates, records)
@@ -310,11 +320,11 @@ class ExperienceMaker:
         candidates, shares = generate_with_attention(
             policy, prompts, self.sampling, naming, self._cover(records), self.attention
         )
-        return candidates, shares.tolist()
+        return candidates, shares.tolist(), None
 
     def _attends_in_sampling(self) -> bool:
         """Whether vision relevance is read from sampling's KV cache: a whole pass would give nothing else that is needed."""
-        needs_pass = self.value_head is not None or self._needs_log_probs()
+        needs_pass = self.value_head is not None or self._needs_log_probs() or not self.engine.in_process
         return "vision_relevance" in self.rewards and self.packed and not needs_pass
 
     def _parts(

@@ -9,6 +9,10 @@ rank could measure is left out.
   logged for a single candidate per query.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
+
+With ``--umed_rollout_server``, of each batch's tokens: ``importance_ratio`` and ``importance_ratio_max``, the probability
+here over that on the server before truncation, its mean and its maximum; ``importance_truncated``, the share above
+``--umed_importance_cap``; and ``server_difference``, the mean distance of the log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
 from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, unscored, vision_relevance_metrics
+from umed_plugin.training import importance
 from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
 
@@ -52,6 +57,7 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     names = [f"reward/{name}" for name in rewards]
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
+    names += importance.METRICS if flags.umed_rollout_server is not None else ()
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names
 
@@ -166,6 +172,15 @@ class StepMetrics:
         """The mean of each of some numbers that each rank has one of. All ranks must call."""
         means: list[float] = self._gather([list(values)]).mean(dim=0).tolist()
         return means
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that are done."""
+        return int(self._trainer.state.global_step)
+
+    def of_first_rank(self, value: float) -> float:
+        """The first rank's number; a float32 must hold it. All ranks must call."""
+        return self._gather([value])[0].item()
 
     def on_any_rank(self, condition: bool) -> bool:
         """Whether the condition is true on at least one rank. All ranks must call."""

@@ -38,10 +38,13 @@ from transformers.trainer_callback import TrainerState
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.checks import find_remarks
 from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
+from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
+from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.rewards import make_rewards
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
+from umed_plugin.training.importance import importance_metrics, importance_weights
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
@@ -181,11 +184,26 @@ class RewardingTrainer(LLaVATrainer):
 
     def train(self, *positional: Any, **keywords: Any) -> Any:
         """Train, and save the value network's layer beside what LLaVA saves at the end."""
-        output = super().train(*positional, **keywords)
+        try:
+            output = super().train(*positional, **keywords)
+        except RolloutServerError as error:
+            raise UmedError(f"training stopped after step {self.state.global_step}: {error} {self._save_stopped()}") from None
+        finally:
+            self.maker.engine.close()
         self._reader.close()
         if self.value_head is not None and self.args.should_save:
             self.value_head.save(Path(self.args.output_dir))
         return output
+
+    def _save_stopped(self) -> str:
+        """Save what was learnt before the step that failed, on all ranks; returns a sentence that names the checkpoint."""
+        step = self.state.global_step
+        if step == 0:
+            return "Nothing was learnt yet."
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not (folder / TRAINER_STATE_NAME).is_file():
+            self._save_checkpoint(self.model_wrapped, None)
+        return f"Saved: {folder}. The same command goes on from there."
 
     def training_step(self, model: Any, inputs: dict[str, Any], *unused: Any) -> Tensor:
         """One batch, forward and backward. DDP and the Trainer do not know the value head: its gradient is handled here."""
@@ -238,15 +256,34 @@ class RewardingTrainer(LLaVATrainer):
         policy = PolicyTensors(answers.log_probs, old_log_probs, samples.reference_log_probs, answers.entropy)
 
         mask, step = samples.loss_mask, self._step_size
+        advantages = self._for_this_policy(experience, old_log_probs)
         if self.value_head is None:
-            loss, terms = grpo_objective(policy, experience.advantages, mask, self.settings, experience.kl_coef, step)
+            loss, terms = grpo_objective(policy, advantages, mask, self.settings, experience.kl_coef, step)
         else:
             assert samples.values is not None and experience.returns is not None
             value = ValueTensors(self.value_head(outputs.hidden), samples.values, experience.returns)
-            loss, terms = ppo_objective(policy, value, experience.advantages, mask, self.settings, step)
+            loss, terms = ppo_objective(policy, value, advantages, mask, self.settings, step)
         # One transfer for all terms: each waits for the accelerator.
         self.metrics.add(dict(zip(terms, torch.stack(list(terms.values())).tolist())))
         return loss
+
+    def _for_this_policy(self, experience: Experience, old_log_probs: Tensor) -> Tensor:
+        """[N, T] advantages, times the importance weights of answers that a rollout server has sampled.
+
+        Raises:
+            RolloutServerError: the server's probabilities are not those of this policy, on all ranks.
+        """
+        samples, flags = experience.samples, self.flags
+        if samples.sampled_log_probs is None:
+            return experience.advantages
+        own, sampled = old_log_probs, samples.sampled_log_probs
+        measured = importance_metrics(own, sampled, samples.mask, flags.umed_importance_cap)
+        self.metrics.add(measured)
+        difference, most = measured.get("server_difference", 0.0), flags.umed_rollout_max_difference
+        if self.metrics.on_any_rank(not difference <= most):
+            fault = difference_fault(difference, most, str(flags.umed_rollout_server))
+            raise RolloutServerError(fault or "the rollout server's model differs from another process's policy.")
+        return experience.advantages * importance_weights(own, sampled, flags.umed_importance_cap)
 
     def _minibatch(self, policy: Any, indices: list[int]) -> Experience:
         """What this batch learns from. The first batch of a rollout samples all of it."""

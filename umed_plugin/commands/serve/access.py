@@ -19,16 +19,6 @@ from typing import Optional
 from urllib.parse import urlsplit
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a server on ``host`` can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def refusal(
     host_header: Optional[str], origin: Optional[str], fetch_site: Optional[str], own_name: str
 ) -> Optional[str]:

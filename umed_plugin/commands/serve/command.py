@@ -97,10 +97,10 @@ def give_large_blocks_back() -> None:
 
 
 def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
-    from umed_plugin.commands.serve.access import is_loopback
     from umed_plugin.commands.serve.server import ChatServer
     from umed_plugin.data.template_writer import QUESTIONS
     from umed_plugin.errors import UmedError, warn
+    from umed_plugin.remote.settings import is_loopback
 
     about = {
         "checkpoint": args.checkpoint.resolve().name,

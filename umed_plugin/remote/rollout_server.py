@@ -1,0 +1,209 @@
+"""Requests to a vLLM server that holds the language model and samples answers: ``umed rollout-server`` starts one.
+
+Only the standard library is used, because LLaVA's pins cannot hold vLLM's client. A proxy of the environment is not asked, and a
+redirect is not followed: embedded images go to the address that the user has named and nowhere else.
+
+A lost connection and the statuses 429 and 5xx are tried again, with growing pauses. A reply that does not come in time is
+not: the server would sample the same answers twice. Every other failure is a `RolloutServerError`, which says what to do.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from umed_plugin.errors import UmedError
+from umed_plugin.remote.settings import ROLLOUT_KEY_VARIABLE
+
+_PIECE = 2**20
+_MOST_BYTES = 2**30
+_SHOWN = 300  # characters of a server's words in a message
+_CHECK_SECONDS = 30.0  # for requests that sample nothing
+_TRIED_AGAIN = (429, 500, 502, 503, 504)
+
+
+class RolloutServerError(UmedError):
+    """The rollout server cannot be used."""
+
+
+class _Refused(RolloutServerError):
+    """The server answered with an error status."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class RolloutServer:
+    """A vLLM server on an address such as ``http://127.0.0.1:8000/v1``.
+
+    Attributes:
+        url: its address.
+        timeout: seconds for one request.
+        retries: further attempts after a lost connection or a busy server.
+        pause: seconds before the first retry; each further pause is twice as long.
+    """
+
+    url: str
+    timeout: float = 600.0
+    retries: int = 3
+    pause: float = 1.0
+
+    def base_model(self) -> str:
+        """The name under which the server holds the model without an adapter.
+
+        Raises:
+            RolloutServerError: it does not answer, or holds no model.
+        """
+        listed = self._ask("GET", "/models", None, min(self.timeout, _CHECK_SECONDS))
+        models = listed.get("data") if isinstance(listed, dict) else None
+        for model in models if isinstance(models, list) else ():
+            if isinstance(model, dict) and isinstance(model.get("id"), str) and not model.get("parent"):
+                return str(model["id"])
+        raise RolloutServerError(f"{self.url}: lists no model. Start a server with: umed rollout-server CKPT")
+
+    def complete(self, body: Mapping[str, Any]) -> list[Any]:
+        """The choices of ``POST /completions``, in the server's order.
+
+        Raises:
+            RolloutServerError: the server is gone, slow, refuses, or another model has answered.
+        """
+        try:
+            reply = self._ask("POST", "/completions", body, self.timeout)
+        except _Refused as error:
+            if error.status != 404:
+                raise
+            raise RolloutServerError(
+                f"{error} The model {body['model']!r} is not loaded there (any more): was the server started anew?"
+            ) from None
+        answered = reply.get("model") if isinstance(reply, dict) else None
+        choices = reply.get("choices") if isinstance(reply, dict) else None
+        if not isinstance(choices, list):
+            raise RolloutServerError(f"{self.url}: the reply is not a completion. Is it a vLLM server?")
+        if answered != body["model"]:
+            raise RolloutServerError(
+                f"{self.url}: {_shown(answered)!r} has answered, and not {body['model']!r}. Is something between this run and "
+                "the server that chooses models?"
+            )
+        return choices
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load a LoRA adapter at run time.
+
+        Raises:
+            RolloutServerError: the server cannot, or does not allow it.
+        """
+        body = {"lora_name": name, "lora_path": str(folder.resolve())}
+        try:
+            self._ask("POST", "/load_lora_adapter", body, self.timeout, times=0)
+        except _Refused as error:
+            raise RolloutServerError(
+                f"{error} The adapter in {folder} could not be loaded. The server needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
+                "--enable-lora, a --max-lora-rank of at least --lora_r, and must see that folder. `umed rollout-server CKPT` "
+                "sets the first three."
+            ) from None
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; one that the server does not have is forgotten already.
+
+        Raises:
+            RolloutServerError: the server does not answer.
+        """
+        try:
+            self._ask("POST", "/unload_lora_adapter", {"lora_name": name}, min(self.timeout, _CHECK_SECONDS), times=0)
+        except _Refused as error:
+            if error.status != 404:
+                raise
+
+    def _ask(self, method: str, path: str, body: Any, timeout: float, times: int | None = None) -> Any:
+        content = None if body is None else json.dumps(body).encode()
+        pause = self.pause
+        for left in range(self.retries if times is None else times, -1, -1):
+            try:
+                return self._once(method, path, content, timeout)
+            except _Refused as error:
+                if error.status not in _TRIED_AGAIN or not left:
+                    raise
+            except (TimeoutError, socket.timeout):  # in Python 3.9 two types
+                raise RolloutServerError(
+                    f"{self.url}: no reply within {timeout:g} s. The first request after its start may compile for minutes. "
+                    "Allow more with --umed_rollout_timeout, or see what the server prints."
+                ) from None
+            except (OSError, http.client.HTTPException) as error:
+                if not left:
+                    raise RolloutServerError(
+                        f"{self.url}: cannot be reached ({_shown(error) or type(error).__name__}). Is the server running? Start "
+                        "it with: umed rollout-server CKPT"
+                    ) from None
+            time.sleep(pause)
+            pause *= 2
+        raise AssertionError("the last attempt returns or raises")
+
+    def _once(self, method: str, path: str, content: bytes | None, timeout: float) -> Any:
+        parts = urlsplit(self.url)
+        kind: Callable[..., http.client.HTTPConnection] = (
+            http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        )
+        connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+        end = time.monotonic() + timeout
+        try:
+            connection.request(method, parts.path.rstrip("/") + path, content, self._headers())
+            response = connection.getresponse()
+            read = _read_all(response, end)
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise _Refused(f"{self.url}{path}: HTTP {response.status}: {_words_of(read)}.", response.status)
+        if not path.endswith("adapter"):
+            return _parsed(read, self.url)
+        return None
+
+    def _headers(self) -> dict[str, str]:
+        key = os.environ.get(ROLLOUT_KEY_VARIABLE)
+        return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+
+
+def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:
+    """The body, unless it is still coming at the time ``end``: a server that drips never lets a single read time out."""
+    pieces, size = [], 0
+    while piece := response.read1(_PIECE):
+        pieces.append(piece)
+        size += len(piece)
+        if time.monotonic() > end:
+            raise TimeoutError
+        if size > _MOST_BYTES:
+            raise http.client.HTTPException(f"a reply of more than {_MOST_BYTES} bytes")
+    return b"".join(pieces)
+
+
+def _parsed(content: bytes, url: str) -> Any:
+    try:
+        return json.loads(content)
+    except (RecursionError, ValueError):
+        raise RolloutServerError(f"{url}: the reply is not JSON. Is it a vLLM server?") from None
+
+
+def _words_of(content: bytes) -> str:
+    """What a server says in an error, on one line; vLLM puts it under ``error.message``."""
+    try:
+        told = json.loads(content)
+        told = told.get("error", told)
+        text = told.get("message", told) if isinstance(told, dict) else told
+    except (AttributeError, RecursionError, ValueError):
+        text = content.decode("utf-8", "replace")
+    return _shown(text).rstrip(".") or "no reason given"
+
+
+def _shown(text: Any) -> str:
+    key = os.environ.get(ROLLOUT_KEY_VARIABLE)
+    line = " ".join(str(text).split())
+    return (line.replace(key, "***") if key else line)[:_SHOWN]
