@@ -28,11 +28,11 @@ from support.umed_runs import environment
 from umed_plugin import cli
 from umed_plugin.commands.serve import shelf, uploads
 from umed_plugin.commands.serve.access import refusal
-from umed_plugin.remote.settings import is_loopback
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.handler import _page_file
 from umed_plugin.commands.serve.line import Line
 from umed_plugin.data.images import load_image
+from umed_plugin.remote.settings import is_loopback
 
 
 @pytest.fixture(scope="module")

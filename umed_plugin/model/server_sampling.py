@@ -104,12 +104,14 @@ def _answers(
     ]
     if len(tokens) != count or faults:
         raise RolloutServerError(
-            f"{url}: {len(tokens)} answers of {count} came, {len(faults)} of them not as they were asked for: one
-    log-probability " f"for each token, at most {longest} tokens, ended by token {eos} or by that length. Does the server hold
-    another model?" ) width = max(map(len, tokens)) token_ids = torch.tensor([ids + [eos] * (width - len(ids)) for ids in
-    tokens], device=device) mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in tokens], device=device)
-    values = torch.tensor([row + [0.0] * (width - len(row)) for row in log_probs], device=device) return
-    ServerAnswers(Candidates(token_ids, mask), values)
+            f"{url}: {len(tokens)} answers of {count} came, {len(faults)} of them not as asked: one log-probability a token, at "
+            f"most {longest} tokens, ended by token {eos} or by that length. Does the server hold another model?"
+        )
+    width = max(map(len, tokens))
+    token_ids = torch.tensor([ids + [eos] * (width - len(ids)) for ids in tokens], device=device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in tokens], device=device)
+    values = torch.tensor([row + [0.0] * (width - len(row)) for row in log_probs], device=device)
+    return ServerAnswers(Candidates(token_ids, mask), values)
 
 
 def mean_difference(own: Tensor, sampled: Tensor, mask: Tensor) -> float:
@@ -128,9 +130,10 @@ def difference_fault(difference: float, most: float, url: str) -> str | None:
     if difference <= most:
         return None
     return (
-        f"{url}: its log-probabilities of its own answers differ from this process's by {difference:.2g} nats a token on
-    average; " f"allowed: {most:g}. It holds another model, another adapter, or was started without --logprobs-mode "
-    "processed_logprobs. Start it from the very checkpoint that is in use here: umed rollout-server CKPT" )
+        f"{url}: its log-probabilities of its own answers differ from this process's by {difference:.2g} nats a token on "
+        f"average; allowed: {most:g}. It holds another model or adapter, or lacks --logprobs-mode processed_logprobs. Start it from the "
+        "checkpoint that is in use here: umed rollout-server CKPT"
+    )
 
 
 def write_adapter(policy: Any, folder: Path) -> Path:

@@ -3,9 +3,8 @@
 This is the first half of a step of stage 2, without gradient; `umed_plugin.training.trainer` learns from the result. In the order
 of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 
-1. encode the images, sample K candidates for each query (`umed_plugin.training.rollout_engine`). If vision relevance is all
-  that 3 is for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`),
-  without 3;
+1. encode the images, sample K candidates for each query (`umed_plugin.training.rollout_engine`). If vision relevance is all that
+   3 is for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`), without 3;
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
 3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance;
 4. one pass of the reference policy: its log-probabilities;

@@ -136,6 +136,7 @@ class ServerRollouts:
         number = int(self._ranks.of_first(secrets.randbelow(_NAMES)))
         name = f"{_PREFIX}{number:06x}-step-{step}"
         with self.agreed():
+            _refuse_untold(policy)
             if self._ranks.is_first:
                 self._server.load_adapter(name, self._write(policy, name))
         before, self._published = self._published, (name, step)
@@ -191,11 +192,14 @@ def _folder_of(flags: UmedFlags, output_dir: Path) -> Path:
     return Path(flags.umed_rollout_adapters) / f"{_PREFIX}run-{run}"
 
 
-def untold_weights(policy: Any) -> list[str]:
-    """Trained weights that no server would learn of: all but the adapter, the projector, and the embeddings of the prompts."""
-    return [
-        name
-        for name, parameter in policy.named_parameters()
-        if parameter.requires_grad
-        and not any(part in name for part in (".lora_", "lora_", "mm_projector", "embed_tokens", ".vision_tower."))
+def _refuse_untold(policy: Any) -> None:
+    """Refuse trained weights that no server would learn of: all but the adapter, the projector and the prompts' embeddings."""
+    told = ("lora_", "mm_projector", "embed_tokens", "vision_tower")
+    untold = [
+        name for name, p in policy.named_parameters() if p.requires_grad and not any(part in name for part in told)
     ]
+    if untold:
+        raise UmedError(
+            f"--umed_rollout_server: this run also trains {untold[0]} ({len(untold)} such weights), which an adapter does not "
+            "hold. Train with --lora_enable True alone, or sample here."
+        )

@@ -187,7 +187,9 @@ class RewardingTrainer(LLaVATrainer):
         try:
             output = super().train(*positional, **keywords)
         except RolloutServerError as error:
-            raise UmedError(f"training stopped after step {self.state.global_step}: {error} {self._save_stopped()}") from None
+            raise UmedError(
+                f"training stopped after step {self.state.global_step}: {error} {self._save_stopped()}"
+            ) from None
         finally:
             self.maker.engine.close()
         self._reader.close()
