@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from support.browser import Page
 from support.chat_client import chat_server
 from support.drawn import scene, write_dicom, write_png
+from support.report_runs import HOSTILE
 from support.series import write_series
 from support.speaking import BOX01, SENTENCE, teach
 
@@ -201,6 +203,29 @@ def test_an_answer_can_be_stopped(page: Page, server: Any, tmp_path: Path) -> No
     assert answers(page) == ["Stopped."]
     page.click("#suggestions button")
     page.until("document.querySelectorAll('#talk .about').length === 1")
+
+
+def test_hostile_answers_and_file_names_are_shown_and_do_nothing(
+    page: Page, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Dialogue.answer
+
+    def hostile(self: Dialogue, key: Any, picture: Any, turns: Any, question: str, tell: Any) -> Any:
+        tell(HOSTILE)
+        return replace(said(self, key, picture, turns, question, lambda text: None), text=HOSTILE)
+
+    monkeypatch.setattr(Dialogue, "answer", hostile)
+    name = "<img src=x onerror='window.hacked=3'>.png"
+    page.give_files("#files", write_png(tmp_path / name, scene()), write_png(tmp_path / f"b{name}", scene()))
+    shown(page)
+    page.run("document.querySelector('#question').focus()")
+    page._say("Input.insertText", on_page=True, text=HOSTILE)
+    page.press("Enter")
+    page.until("document.querySelectorAll('#talk .about').length === 1")
+    assert answers(page) == [HOSTILE] and HOSTILE in page.run("document.querySelector('#talk').textContent")
+    assert name in page.run("document.body.textContent")
+    assert page.run("typeof window.hacked") == "undefined"
+    assert page.run("document.querySelectorAll('#talk b, #talk script, img[src=x]').length") == 0
 
 
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (320, 568)])
