@@ -139,11 +139,14 @@ class Step:
 
 
 def file_states(out: Path) -> State:
-    """Digest of each file, with the folder's own path taken out. Half-written files of killed writers do not count."""
+    """Digest of each file, with the folder's own path taken out.
+
+    Half-written files of killed writers do not count, nor does the note of what was checked, which holds the files' times.
+    """
     own = [str(out).encode(), str(out.resolve()).encode(), json.dumps(str(out))[1:-1].encode()]
     found = {}
     for file in sorted(out.rglob("*")):
-        if file.is_file() and not file.name.endswith((".partial", ".lock")):
+        if file.is_file() and not file.name.endswith((".partial", ".lock", ".umed_checked.jsonl")):
             content = file.read_bytes()
             for path in own:
                 content = content.replace(path, b"OUT")
