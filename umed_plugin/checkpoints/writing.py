@@ -11,6 +11,8 @@ from pathlib import Path
 from umed_plugin import files
 from umed_plugin.checkpoints.loading import ADAPTER, FAMILIES
 
+# Key in the config.json of a folder that `umed_plugin.checkpoints.language_model` has written: the checkpoint's name.
+LANGUAGE_MODEL_OF = "umed_language_model_of"
 # Only a trainer writes these, and what they are needed for cannot be made again.
 _OF_A_TRAINING = (ADAPTER, "trainer_state.json", "training_args.bin", "optimizer.pt")
 
@@ -42,8 +44,9 @@ def _tower_of(checkpoint: Path) -> Path | None:
 def not_replaceable(folder: Path) -> str | None:
     """Why ``--overwrite`` must not delete a folder, as text; None if it is a full checkpoint and nothing else."""
     config = folder / "config.json"
-    model_type = _read(config).get("model_type")
-    if model_type not in FAMILIES:
+    content = _read(config)
+    model_type = content.get("model_type")
+    if model_type not in FAMILIES and LANGUAGE_MODEL_OF not in content:
         found = f"its model_type is {model_type!r}" if config.is_file() else "it has no config.json"
         return f"it is not a LLaVA checkpoint ({found})"
     names = sorted(entry.name for entry in folder.iterdir())

@@ -21,6 +21,7 @@ COMMANDS = (
     "serve.command",
     "merge",
     "convert",
+    "rollout_server",
     "doctor.command",
     "patches",
 )

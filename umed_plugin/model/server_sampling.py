@@ -130,8 +130,8 @@ def difference_fault(difference: float, most: float, url: str) -> str | None:
     if difference <= most:
         return None
     return (
-        f"{url}: its log-probabilities of its own answers differ from this process's by {difference:.2g} nats a token on "
-        f"average; allowed: {most:g}. It holds another model or adapter, or lacks --logprobs-mode processed_logprobs. Start it from the "
+        f"{url}: its log-probabilities of its own answers differ from ours by {difference:.2g} nats a token on average. "
+        f"Allowed: {most:g}. It holds another model or adapter, or lacks --logprobs-mode processed_logprobs. Start it from the "
         "checkpoint that is in use here: umed rollout-server CKPT"
     )
 
