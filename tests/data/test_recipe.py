@@ -220,3 +220,17 @@ def test_data_root_from_the_environment(tmp_path: Path, monkeypatch: pytest.Monk
     assert recipe.root() == tmp_path
     with pytest.raises(UmedError, match=r"there is no data folder .*nowhere\. Give --data-root"):
         recipe.root(tmp_path / "nowhere")
+
+
+def test_augment_is_checked_with_the_class_names(tmp_path: Path) -> None:
+    annotations = "{reader: csv, files: a.csv, columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion}}"
+    rule = "augment: {flips: [left_right], rotation: 3}\n"
+    recipe = load_recipe(write_recipe(tmp_path, annotations, extra=rule))
+    assert recipe.augment.flips == ["left_right"] and recipe.augment.zoom == [0.9, 1.2]
+    assert load_recipe("demo_studies").augment is None
+    path = write_recipe(tmp_path, annotations, extra=rule)
+    path.write_text(path.read_text().replace("[nodular opacity]", "[left nodule]"))
+    with pytest.raises(UmedError, match=r"augment.flips: left_right would make the class name 'left nodule' false"):
+        load_recipe(path)
+    with pytest.raises(UmedError, match=r"augment.zoom: needed: two numbers"):
+        load_recipe(write_recipe(tmp_path, annotations, extra="augment: {zoom: [2, 3]}\n"))

@@ -424,6 +424,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         "patient": item.patient,
         "split": item.split,
         "answer_type": "grounded" if prepared.boxes else "negative",
+        **({"augment": recipe.augment.model_dump()} if recipe.augment is not None else {}),
         "provenance": {
             "recipe": recipe.name,
             "recipe_sha256": recipe.sha256,

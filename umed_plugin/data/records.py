@@ -3,7 +3,8 @@
 Plain LLaVA trains on ``id``, ``image`` and ``conversations``. The further fields are ``objects`` (ms-swift's schema: ``ref``
 class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
 ``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
-``split``, ``answer_type`` ("grounded" or "negative") and ``provenance``.
+``split``, ``answer_type`` ("grounded" or "negative"), ``provenance``, and ``augment`` where the recipe says how its studies may
+be augmented.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.data.augment_rule import augment_faults
 from umed_plugin.data.json_list import items_of
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
@@ -66,7 +68,7 @@ def record_faults(record: Any) -> list[str]:
         faults.append(
             "'conversations' needs a turn from 'human' and then one from 'gpt', each with its text as 'value'"
         )
-    return faults
+    return faults + (augment_faults(record["augment"]) if "augment" in record else [])
 
 
 def _is_asked_and_answered(turns: list[Any]) -> bool:

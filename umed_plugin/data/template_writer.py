@@ -130,13 +130,13 @@ def _grounded_answer(
     phrasing = rng.choice([candidate for candidate in PHRASINGS if " ".join(vars(candidate).values()) in usable])
     if len(names) == 1:
         box = boxes01[0]
-        finding = phrasing.only.format(box=format_box(box, decimals), region=_region(box), name=names[0])
+        finding = phrasing.only.format(box=format_box(box, decimals), region=region_of(box), name=names[0])
         return f"{phrasing.single} {finding}"
     sentences = [phrasing.several.format(count=_word(_COUNTS, len(names)))]
     for number, (name, box) in enumerate(zip(names, boxes01), start=1):
         sentences.append(
             phrasing.each.format(
-                ordinal=_word(_ORDINALS, number), box=format_box(box, decimals), region=_region(box), name=name
+                ordinal=_word(_ORDINALS, number), box=format_box(box, decimals), region=region_of(box), name=name
             )
         )
     return " ".join(sentences)
@@ -151,7 +151,7 @@ def _word(words: Sequence[str], number: int) -> str:
     return f"{number}{ending}"
 
 
-def _region(box01: Box) -> str:
+def region_of(box01: Sequence[float]) -> str:
     """Where the centre of the box lies, in thirds of the square: "upper left" ... "centre" ... "lower right"."""
     across = ("left", "", "right")[min(int((box01[0] + box01[2]) / 2 * 3), 2)]
     down = ("upper", "", "lower")[min(int((box01[1] + box01[3]) / 2 * 3), 2)]

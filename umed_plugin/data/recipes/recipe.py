@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from umed_plugin.data.augment_rule import AugmentRule
 from umed_plugin.data.recipes.options import (
     AbnormalityClass,
     Fractions,
@@ -28,6 +29,7 @@ from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_opti
 from umed_plugin.data.texts import parse_yaml
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.faults import Faults, StrictModel, validated
+from umed_plugin.grounding.side_words import names_side
 
 
 def _short_form(value: Any) -> Any:
@@ -83,6 +85,11 @@ class Recipe(StrictModel):
     degenerate_boxes: Literal["stop", "drop"] = Field(
         "stop",
         description="``stop``: report a degenerate box as a fault. ``drop``: leave it out (with its image, if no box is left).",
+    )
+    augment: Optional[AugmentRule] = Field(
+        None,
+        description="How ``--umed_augment`` changes studies in training. Without this key the defaults below apply, and no study "
+        "is mirrored.",
     )
     path: str = Field("", description="Path of the YAML file.")
     sha256: str = Field("", description="SHA-256 of the YAML file.")
@@ -351,3 +358,10 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
             owner = owners.setdefault(" ".join(word.lower().split()), name)
             if owner != name:
                 faults.add("classes", f"{word!r} stands for {owner!r} and for {name!r}; an answer must tell them apart")
+    for flip in recipe.augment.flips if recipe.augment is not None else []:
+        sided = [word for words in recipe.names.values() for word in words if names_side(word, flip)]
+        if sided:
+            faults.add(
+                "augment.flips",
+                f"{flip} would make the class name {sided[0]!r} false, because it holds a side. Remove it",
+            )

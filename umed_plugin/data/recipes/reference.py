@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic.fields import FieldInfo
 
+from umed_plugin.data import augment_rule
 from umed_plugin.data.recipes import options, recipe
 from umed_plugin.data.recipes.options import InWords
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
@@ -43,6 +44,7 @@ _SECTIONS: dict[type[StrictModel], str] = {
     options.ReadersRule: "`annotations.readers`",
     options.NegativeRule: "`negatives`",
     options.NegativeList: "`negatives.listed`",
+    augment_rule.AugmentRule: "`augment`",
 }
 _MIXTURE_SECTIONS: dict[type[StrictModel], str] = {
     recipe.Mixture: "A mixture of recipes",

@@ -1,0 +1,230 @@
+"""Augmented studies: pixels, boxes and text move together, and only in ways that stay true."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+
+from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
+from umed_plugin.data.augmentation.study import LEAST_KEPT, Study, augmented_study, move_of
+from umed_plugin.data.augmentation.texts import is_templated
+from umed_plugin.data.records import record_faults, record_geometry, true_boxes
+from umed_plugin.data.template_writer import region_of, write_conversation
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import iou_matrix, parse_boxes
+from umed_plugin.grounding.square_move import kept_fraction
+
+MIRROR = {"flips": ["left_right"], "rotation": 0, "zoom": [1, 1], "shift": 0, "share": 1}
+ALL = {"flips": ["left_right", "up_down"], "rotation": 15, "zoom": [0.8, 1.6], "share": 1}
+
+
+def made(boxes: list[list[float]], rule: dict | None = None, text: str | None = None, **more: Any) -> dict[str, Any]:
+    """A record of a 200 x 120 image, by the template writer unless a text is given."""
+    refs = ["nodule", "cyst", "nodule"][: len(boxes)]
+    record = {
+        "id": "drawn/a.png",
+        "image": "a.png",
+        "image_size": [200, 120],
+        "objects": {"ref": refs, "bbox": boxes, "bbox_type": "real"},
+        "terms": {"nodule": ["nodule"], "cyst": ["cyst"]},
+        "conversations": [],
+        "split": "train",
+        "answer_type": "grounded" if boxes else "negative",
+        "provenance": {"image_aspect_ratio": "pad", "seed": 3, "box_decimals": 2},
+        **({"augment": rule} if rule else {}),
+        **more,
+    }
+    if text is None:
+        rng = random.Random(f"3:{record['id']}")
+        record["conversations"] = write_conversation(record, record_geometry(record), rng, 2)
+    else:
+        record["conversations"] = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": text}]
+    return record
+
+
+def epochs(record: dict, count: int = 60) -> list[Study]:
+    return [augmented_study(record, 0, epoch) for epoch in range(count)]
+
+
+def answer(study: Study) -> str:
+    return study.record["conversations"][1]["value"]
+
+
+def test_an_answer_of_the_template_writer_is_written_again_with_the_same_words() -> None:
+    record = made([[20, 10, 50, 40], [140, 70, 190, 110]], ALL)
+    assert is_templated(record)
+    seen = set()
+    for study in epochs(record):
+        boxes01 = record_geometry(record).to_square(true_boxes(study.record))
+        assert record_faults(study.record) == [] and is_templated(study.record)
+        # Boxes in the text are the moved true boxes, in the order of the answer: from top to bottom.
+        written = [value for box in parse_boxes(answer(study)) for value in box]
+        assert written == pytest.approx([value for box in boxes01 for value in box], abs=0.00501)
+        assert [box[1] for box in boxes01] == sorted(box[1] for box in boxes01)
+        places = [answer(study).find(name) for name in study.record["objects"]["ref"]]
+        assert places == sorted(places) and -1 not in places
+        assert all(region_of(box) in answer(study) for box in boxes01)
+        seen |= {region_of(box) for box in boxes01}
+        # The first class, the nodule, is still the box of the nodule.
+        moved = dict(zip(study.record["objects"]["ref"], boxes01))
+        before = record_geometry(record).to_square(true_boxes(record))
+        after = dict(zip(record["objects"]["ref"], study.move.boxes(before)))
+        for name, box in after.items():
+            assert iou_matrix([moved[name]], [box])[0, 0] > LEAST_KEPT - 0.01
+            assert kept_fraction(box) >= LEAST_KEPT
+    assert {"upper left", "upper right", "lower left", "lower right"} <= seen
+    assert record == made([[20, 10, 50, 40], [140, 70, 190, 110]], ALL), "the record itself is not changed"
+
+
+def test_words_of_side_are_mirrored_with_the_boxes_in_any_other_text() -> None:
+    text = "Left upper nodule at [0.10, 0.25, 0.25, 0.40], as in the left lung; nothing on the right."
+    record = made([[20, 10, 50, 40]], MIRROR, text)
+    found = {(study.move.left_right, answer(study)) for study in epochs(record, 20)}
+    mirrored = "Right upper nodule at [0.75, 0.25, 0.90, 0.40], as in the right lung; nothing on the left."
+    assert found == {(False, text), (True, mirrored)}
+    boxes = {study.move.left_right: study.record["objects"]["bbox"] for study in epochs(record, 20)}
+    assert boxes == {False: [[20, 10, 50, 40]], True: [[150, 10, 180, 40]]}
+
+
+def test_boxes_in_questions_and_of_no_lesion_move_too() -> None:
+    text = "Unlike [0.400, 0.400, 0.600, 0.600], the area [0.101, 0.252, 0.249, 0.401] shows a nodule."
+    record = made([[20, 10, 50, 40]], MIRROR, text)
+    record["conversations"][0]["value"] = "<image>\nIs [0.100, 0.250, 0.250, 0.400] a nodule?"
+    study = next(study for study in epochs(record) if study.move.left_right)
+    # The lesion's box as it is, not the mirrored rounding of what was written.
+    assert parse_boxes(answer(study)) == [(0.4, 0.4, 0.6, 0.6), (0.75, 0.25, 0.9, 0.4)]
+    assert study.record["conversations"][0]["value"] == "<image>\nIs [0.750, 0.250, 0.900, 0.400] a nodule?"
+
+
+def test_where_words_say_a_place_a_lesion_stays_in_its_ninth() -> None:
+    text = "A nodule in the upper left at [0.10, 0.25, 0.25, 0.40]."
+    moving = {"rotation": 20, "zoom": [0.7, 1.5], "shift": 0.2, "share": 1}
+    studies = epochs(made([[20, 10, 50, 40]], moving, text), 100)
+    regions = {region_of(box) for study in studies for box in parse_boxes(answer(study))}
+    assert regions == {"upper left"} and sum(study.move.resamples for study in studies) > 50
+    assert all("in the upper left" in answer(study) for study in studies)
+    silent = epochs(made([[20, 10, 50, 40]], moving, "A nodule at [0.10, 0.25, 0.25, 0.40]."), 100)
+    assert len({region_of(box) for study in silent for box in parse_boxes(answer(study))}) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        ("An opacity in the RML at [0.10, 0.25, 0.25, 0.40].", {}),
+        ("A nodule at 3 o'clock: [0.10, 0.25, 0.25, 0.40].", {}),
+        ("A nodule.", {"terms": {"nodule": ["nodule", "left nodule"], "cyst": ["cyst"]}}),
+    ],
+)
+def test_what_cannot_be_mirrored_is_not(text: str, more: dict) -> None:
+    assert not any(study.move.mirrors for study in epochs(made([[20, 10, 50, 40]], MIRROR, text, **more)))
+
+
+def test_boxes_in_another_form_are_left_where_they_are() -> None:
+    record = made([[20, 10, 50, 40]], ALL, "<box>(100,250),(250,400)</box> is a nodule.")
+    assert all(study.record is record or study.record == record for study in epochs(record, 20))
+    assert any(study.grey.gamma != 1 for study in epochs(record, 20)), "grey levels change all the same"
+
+
+def test_no_source_is_mirrored_unless_its_recipe_says_so() -> None:
+    assert not any(study.move.mirrors for study in epochs(made([[20, 10, 50, 40]])))
+    assert any(study.move.resamples for study in epochs(made([[20, 10, 50, 40]])))
+
+
+def test_a_crop_that_loses_a_lesion_is_not_taken() -> None:
+    """Two lesions in opposite corners: no zoom of 3 keeps both."""
+    rule = {"zoom": [1, 3], "rotation": 0, "shift": 0, "share": 1}
+    record = made([[0, 0, 20, 20], [180, 100, 200, 120]], rule)
+    record["image_size"] = [200, 200]
+    zooms = [study.move.zoom for study in epochs(record, 100)]
+    assert max(zooms) < 1.2 and len(set(zooms)) > 5
+    assert max(study.move.zoom for study in epochs(made([], rule), 100)) > 2.5
+
+
+def test_the_same_seed_epoch_and_record_give_the_same_study() -> None:
+    record = made([[20, 10, 50, 40]], ALL)
+    random.seed(1)
+    assert epochs(record) == epochs(copy.deepcopy(record))
+    assert len({study.move for study in epochs(record)}) == 60
+    assert augmented_study(record, 1, 0).move != augmented_study(record, 0, 0).move
+    assert augmented_study({**record, "id": "drawn/b.png"}, 0, 0).move != augmented_study(record, 0, 0).move
+    study = augmented_study(record, 0, 0)
+    assert move_of(study.as_json()) == study.move
+
+
+def test_the_share_that_is_shown_as_it_is() -> None:
+    record = made([[20, 10, 50, 40]], {**ALL, "share": 0.25})
+    assert 60 < sum(study.changed for study in epochs(record, 400)) < 140
+    assert not any(study.changed for study in epochs(made([[20, 10, 50, 40]], {"share": 0})))
+
+
+def test_items_without_true_boxes_change_their_grey_levels_only() -> None:
+    turns = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "At [0.1, 0.2, 0.3, 0.4]."}]
+    for item in ({"id": 7, "image": "a.png", "conversations": turns}, {"image": "a.png", "conversations": turns}):
+        studies = [augmented_study(item, 0, epoch, name="3") for epoch in range(20)]
+        assert all(study.record is item and not study.move.resamples for study in studies)
+        assert len({study.grey for study in studies}) > 10
+
+
+def test_a_rule_in_a_record_that_is_no_rule_is_named() -> None:
+    record = made([[20, 10, 50, 40]], {"flips": ["sideways"], "zoom": [2, 1]})
+    faults = record_faults(record)
+    assert len(faults) == 2 and "sideways" in faults[0] and "augment.zoom" in faults[1]
+    with pytest.raises(UmedError, match=r"record drawn/a.png: augment\.flips"):
+        augment_rule_of(record)
+    assert record_faults({**record, "augment": "yes"}) == ["augment: is str; needed: an object"]
+    assert augment_rule_of(made([])) == AugmentRule()
+
+
+@pytest.mark.llava
+def test_pixels_move_as_boxes_do_and_the_padding_keeps_its_colour() -> None:
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from umed_plugin.data.augmentation.pixels import augment_pixels
+    from umed_plugin.data.augmentation.study import GreyLevels
+    from umed_plugin.grounding.square_move import SquareMove
+
+    size = 112
+    processor = SimpleNamespace(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    content, box = (0.0, 0.25, 1.0, 0.75), (20 / 112, 36 / 112, 36 / 112, 48 / 112)
+    square = mean.expand(3, size, size).clone()
+    square[:, 28:84] = 0.2
+    square[:, 36:48, 20:36] = 1.0
+    image = (square - mean) / std
+    grey = GreyLevels(gamma=1.1, brightness=-0.05, noise=0.02, seed=5)
+    for move in (
+        SquareMove(),
+        SquareMove(left_right=True),
+        SquareMove(up_down=True, angle=8, zoom=1.2, shift=(0.05, -0.04)),
+        SquareMove(angle=-10, zoom=0.85, shift=(-0.02, 0.1)),
+    ):
+        found = augment_pixels(image, content, move, grey, processor) * std + mean
+        (x1, y1, x2, y2) = move.boxes([box])[0]
+        rows, columns = (found[0] > 0.7).nonzero(as_tuple=True)
+        extent = (columns.min() / size, rows.min() / size, (columns.max() + 1) / size, (rows.max() + 1) / size)
+        # The turned rectangle's corners leave the ellipse's box by a little.
+        assert iou_matrix([[float(value) for value in extent]], [(x1, y1, x2, y2)])[0, 0] > (
+            0.7 if move.angle else 0.999
+        )
+        inside = (columns / size >= x1 - 0.01) & (columns / size < x2) & (rows / size >= y1 - 0.01) & (rows / size < y2)
+        assert inside.float().mean() > 0.92
+        # A corner of the square is padding before and after, exactly of the mean colour.
+        assert torch.allclose(found[:, 0, 0], mean[:, 0, 0], atol=1e-6)
+        assert (found - found[:1]).abs()[:, 50:60, 50:60].max() < 1e-5, "a grey image stays grey"
+    plain = augment_pixels(image, content, SquareMove(), GreyLevels(), processor)
+    assert torch.equal(plain, image)
+    assert torch.equal(
+        augment_pixels(image, content, SquareMove(left_right=True), GreyLevels(), processor), image.flip(2)
+    )
+    threads = torch.get_num_threads()
+    move, found = SquareMove(angle=9, zoom=1.1), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        found.append(augment_pixels(image, content, move, grey, processor))
+        assert torch.get_num_threads() == count
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)

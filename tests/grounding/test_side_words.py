@@ -1,0 +1,73 @@
+"""Words of side in a mirrored study."""
+
+from __future__ import annotations
+
+import pytest
+
+from umed_plugin.grounding.side_words import mirrored_text, names_place, names_side
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("A nodule in the left upper lobe.", "A nodule in the right upper lobe."),
+        ("Right lung: clear. LEFT LUNG: effusion.", "Left lung: clear. RIGHT LUNG: effusion."),
+        ("left-sided, right-sided, leftmost, rightward, left-hand", "right-sided, left-sided, rightmost, leftward, right-hand"),
+        ("upper_left and lower-right", "upper_right and lower-left"),
+        ("It lies in the left centre at [0.10, 0.40, 0.30, 0.60].", "It lies in the right centre at [0.10, 0.40, 0.30, 0.60]."),
+        ("Bright copyright, cleft lip; nothing leftover.", "Bright copyright, cleft lip; nothing leftover."),
+        ("All right, it is left. Right away the left one.", "All right, it is left. Right away the right one."),
+        ("The mass is left of the spine.", "The mass is right of the spine."),
+        ("\u5de6\u80ba\u7ed3\u8282\uff0c\u53f3\u80ba\u6e05\u6670", "\u53f3\u80ba\u7ed3\u8282\uff0c\u5de6\u80ba\u6e05\u6670"),
+        ("L4 and T12 are intact.", "L4 and T12 are intact."),
+    ],
+)  # fmt: skip
+def test_left_and_right(text: str, mirrored: str) -> None:
+    assert mirrored_text(text, ["left_right"]) == mirrored
+    assert mirrored_text(mirrored, ["left_right"]) == text
+    assert mirrored_text(text, []) == text
+
+
+def test_up_and_down() -> None:
+    text = "Upper left, at the top; below the LOWER edge, uppermost."
+    assert mirrored_text(text, ["up_down"]) == "Lower left, at the bottom; above the UPPER edge, lowermost."
+    assert mirrored_text(text, ["left_right", "up_down"]) == (
+        "Lower right, at the bottom; above the UPPER edge, lowermost."
+    )
+    assert mirrored_text("The above-mentioned cyst.", ["up_down"]) == "The above-mentioned cyst."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RML opacity",
+        "nodule (L)",
+        "Lt. lung",
+        "at 3 o'clock",
+        "at 10:30 o\u2019clock",
+        "dextrocardia",
+        "OD",
+        "linke Lunge",
+    ],
+)
+def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:
+    assert mirrored_text(text, ["left_right"]) is None
+    assert names_side(text, "left_right")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["the upper lobe", "superior to it", "the anterior wall", "both apices", "at 12 o'clock", "lower-limb oedema"],
+)
+def test_anatomy_that_an_up_down_mirroring_would_make_false(text: str) -> None:
+    assert mirrored_text(text, ["up_down"]) is None
+
+
+def test_which_texts_name_a_side_or_a_place() -> None:
+    assert names_side("left atrium", "left_right") and not names_side("left atrium", "up_down")
+    assert not names_side("pleural effusion", "left_right")
+    assert (
+        names_place("in the centre")
+        and names_place("Top: clear")
+        and not names_place("A cyst at [0.1, 0.2, 0.3, 0.4].")
+    )

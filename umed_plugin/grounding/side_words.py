@@ -1,0 +1,163 @@
+"""Words of side in a text, and the text after its image is mirrored: "left upper" becomes "right upper".
+
+In an image that is mirrored left-right, the patient's right lung looks like a left lung. So words for the patient's side change
+as those for the image's do. A text that holds a side in a form that cannot be turned with certainty ("RML", "at 3 o'clock") has
+no mirrored form: such a study must not be mirrored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Optional
+
+# Not \b: an underscore separates words here, as in "upper_left".
+_BEGIN, _END = r"(?<![^\W_])", r"(?![^\W_])"
+_SUFFIX = r"(?P<suffix>(?:-?(?:handed|hand|sided|side|most|wards?))?)"
+
+_LEFT_RIGHT = {"left": "right", "\u5de6": "\u53f3"}
+_UP_DOWN = {"upper": "lower", "uppermost": "lowermost", "top": "bottom", "above": "below"}
+_UP_DOWN |= {"upward": "downward", "upwards": "downwards", "\u4e0a": "\u4e0b"}
+
+
+def _both_ways(pairs: dict[str, str]) -> dict[str, str]:
+    return {**pairs, **{second: first for first, second in pairs.items()}}
+
+
+def _words(*words: str) -> str:
+    return rf"{_BEGIN}(?:{'|'.join(words)}){_END}"
+
+
+_SWAPS = {
+    "left_right": (
+        _both_ways(_LEFT_RIGHT),
+        re.compile(rf"{_BEGIN}(?P<word>left|right){_SUFFIX}{_END}|(?P<sign>[\u5de6\u53f3])", re.I),
+    ),
+    "up_down": (
+        _both_ways(_UP_DOWN),
+        re.compile(
+            rf"{_BEGIN}(?P<word>upper(?:most)?|lower(?:most)?|top|bottom|above|below|upwards?|downwards?)(?P<suffix>){_END}"
+            "|(?P<sign>[\u4e0a\u4e0b])",
+            re.I,
+        ),
+    ),
+}
+# "left" and "right" that are no sides.
+_IDIOMS = {
+    "left_right": re.compile(
+        _words(
+            *(r"all\s+right", r"right\s+(?:away|now|after|before|angles?)", r"right-angled", "\u5de6\u53f3"),
+            *(
+                r"left\s+(?:over|out|behind|alone|untreated|as\s+is)",
+                r"(?:is|are|was|were|be|been)\s+left(?=\s*[.,;]|$)",
+            ),
+        ),
+        re.I,
+    ),
+    "up_down": re.compile(_words(r"above\s+all", r"(?:the\s+)?above-?mentioned"), re.I),
+}
+_CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
+# Sides in a form that is not turned: abbreviations, positions on a clock, other languages.
+_UNSURE = {
+    "left_right": (
+        re.compile(
+            _words("L", "R", "[LlRr][Tt]", "[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ|V|A|VH|CC|MLO|IMA|CA)", "LAD", "O[DS]")
+        ),
+        re.compile(
+            _words(
+                *(_CLOCK, r"dextro\w*", r"levo\w*", r"sinist(?:er|r[aoe])", r"situs", r"links?", r"rechts?"),
+                *(r"(?:link|recht)e[rsnm]?", r"gauches?", r"droite?s?", r"izquierd[oa]s?", r"derech[oa]s?"),
+                *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
+            ),
+            re.I,
+        ),
+    ),
+    "up_down": (
+        re.compile(_words("[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ)")),
+        re.compile(
+            _words(
+                *(_CLOCK, r"(?:antero|postero|supero|infero)?(?:superior|inferior|anterior|posterior)(?:ly)?"),
+                *(
+                    r"crani(?:al|ad)(?:ly)?",
+                    r"cauda[ld](?:ly)?",
+                    r"cephal(?:ad|ic)",
+                    r"rostral(?:ly)?",
+                    r"ventral(?:ly)?",
+                ),
+                *(
+                    r"dorsal(?:ly)?",
+                    r"apex",
+                    r"apices",
+                    r"apical(?:ly)?",
+                    r"bas(?:e|es|al|ally|ilar)",
+                    r"under(?:neath)?",
+                ),
+                *(
+                    r"beneath",
+                    r"upside",
+                    r"upright",
+                    r"(?:supra|infra|sub)(?:hilar|carinal|phrenic|diaphragmatic|clavicular)",
+                ),
+                r"(?:upper|lower|middle|mid)[\s-]+(?:lobes?|lung|zones?|quadrants?|poles?|limbs?|extremit(?:y|ies)|jaw|lips?"
+                r"|eyelids?|gi|abdom\w+|thora\w+|chest|back|spine|airways?|oesoph\w+|esoph\w+|teeth|molars?)",
+            ),
+            re.I,
+        ),
+    ),
+}
+_ANY_SIDE = re.compile(
+    rf"{_BEGIN}(?:left|right|upper(?:most)?|lower(?:most)?|top|bottom|above|below|cent(?:re|er|ral|rally)|middle|corner|edge"
+    rf"|border|margin|quadrant|half|third)(?:-?(?:handed|hand|sided|side|most|wards?))?{_END}|[\u5de6\u53f3\u4e0a\u4e0b\u4e2d]",
+    re.I,
+)
+
+
+def mirrored_text(text: str, flips: Iterable[str]) -> Optional[str]:
+    """The text for the mirrored image, or None if it holds a side in a form that cannot be turned with certainty.
+
+    Args:
+        text: a question or an answer, without class names.
+        flips: ``left_right``, ``up_down``, or both.
+
+    Example:
+        >>> from umed_plugin.grounding.side_words import mirrored_text
+        >>> mirrored_text("Left upper: the right-sided effusion.", ["left_right"])
+        'Right upper: the left-sided effusion.'
+        >>> mirrored_text("A nodule in the RML.", ["left_right"]) is None
+        True
+    """
+    for flip in flips:
+        if any(pattern.search(text) for pattern in _UNSURE[flip]):
+            return None
+        text = _swapped(text, flip)
+    return text
+
+
+def names_side(text: str, flip: str) -> bool:
+    """Whether a mirroring would change the text, or cannot turn it: the name of a class must hold no side."""
+    return mirrored_text(text, [flip]) != text
+
+
+def names_place(text: str) -> bool:
+    """Whether the text says where in the image something lies, in words."""
+    return _ANY_SIDE.search(text) is not None
+
+
+def _swapped(text: str, flip: str) -> str:
+    swaps, pattern = _SWAPS[flip]
+    kept = [found.span() for found in _IDIOMS[flip].finditer(text)]
+
+    def other(found: re.Match[str]) -> str:
+        if any(start <= found.start() < end for start, end in kept):
+            return found[0]
+        if found["sign"]:
+            return swaps[found["sign"]]
+        return _cased_as(swaps[found["word"].lower()], found["word"]) + found["suffix"]
+
+    return pattern.sub(other, text)
+
+
+def _cased_as(word: str, example: str) -> str:
+    if example.isupper():
+        return word.upper()
+    return word.capitalize() if example[0].isupper() else word
