@@ -16,6 +16,7 @@ from umed_plugin.terminal.progress import add_quiet_flag, progress
 if TYPE_CHECKING:
     from umed_plugin.data.shards import Shard
     from umed_plugin.evaluation.results import Evaluation
+    from umed_plugin.remote.rollout_server import RolloutServer
 
 # Options that are fields of `EvaluationSettings` by the same name.
 _SETTINGS = (
@@ -80,6 +81,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add_dtype_flag(parser)
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="let a vLLM server write the answers, such as http://127.0.0.1:8000/v1; `umed rollout-server CKPT` starts one",
+    )
+    parser.add_argument(
+        "--allow-remote", action="store_true", help="--server may be another machine, which gets the embedded images"
+    )
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
@@ -108,13 +117,14 @@ def run(args: argparse.Namespace) -> int:
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
+    server = _server_of(args)
     shard, ranks = _share_of(args)
     check_benchmark(args.benchmark)
     prepare_llava()
     dialect, before = find_dialect(args.boxes), _before(args)
     what = (args.checkpoint, args.benchmark, args.data_root)
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
-    how.update({name: getattr(args, name) for name in _SETTINGS})
+    how.update({name: getattr(args, name) for name in _SETTINGS}, server=server)
     with progress("answering", "question") as advance:
         if shard is None:
             evaluation: Evaluation | None = evaluate(*what, progress=advance, **how)
@@ -133,6 +143,20 @@ def run(args: argparse.Namespace) -> int:
         if line is not None:
             warn(line)
     return 0
+
+
+def _server_of(args: argparse.Namespace) -> RolloutServer | None:
+    """The server of ``--server``."""
+    from umed_plugin.remote.rollout_server import RolloutServer
+    from umed_plugin.remote.settings import rollout_server_faults
+
+    if args.server is None:
+        if args.allow_remote:
+            raise UsageError("--allow-remote has no effect without --server.")
+        return None
+    for fault in rollout_server_faults("--server", args.server, "--allow-remote", args.allow_remote):
+        raise UsageError(fault)
+    return RolloutServer(args.server.rstrip("/"))
 
 
 def _share_of(args: argparse.Namespace) -> tuple[Shard | None, bool]:

@@ -22,6 +22,7 @@ from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, 
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
+from umed_plugin.remote.rollout_server import RolloutServer
 
 _POLL = 0.5  # seconds between looks at the answers of other processes
 _SAY_EVERY = 30.0  # seconds
@@ -42,6 +43,7 @@ class EvaluationSettings:
         image_cache: folder that keeps images decoded and resized (`umed_plugin.data.images.cache`).
         image_cache_gb: its maximum size, GB.
         on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
+        server: rollout server that writes the answers; None: this process does.
     """
 
     base: Path | str | None = None
@@ -54,6 +56,7 @@ class EvaluationSettings:
     image_cache: Path | str | None = None
     image_cache_gb: float = 20.0
     on_bad_image: str = "stop"
+    server: RolloutServer | None = None
 
 
 class EvaluationRun:
@@ -153,6 +156,7 @@ def _answerer(
         image_cache=settings.image_cache,
         image_cache_gb=settings.image_cache_gb,
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
+        server=settings.server,
     )
     return Answerer(checkpoint, answerer_settings)
 

@@ -20,6 +20,7 @@ from umed_plugin.grounding.scoring import Scorer
 
 if TYPE_CHECKING:
     from umed_plugin.model.shared_prefix import Continuation
+    from umed_plugin.remote.rollout_server import RolloutServer
 
 Reading = Mapping[str, Any]
 # A further pass over the answers of a batch, while its prompts are in memory. It gets the indices of the N questions that were
@@ -77,6 +78,7 @@ class AnswererSettings:
         image_cache: folder that keeps images decoded and resized.
         image_cache_gb: its maximum size in GB.
         max_new_tokens: longest answer.
+        server: rollout server that writes the answers; None: this process does.
     """
 
     base: Path | str | None = None
@@ -87,6 +89,7 @@ class AnswererSettings:
     image_cache: Path | str | None = None
     image_cache_gb: float = 20.0
     max_new_tokens: int = 128
+    server: RolloutServer | None = None
 
 
 class Answerer:
@@ -113,6 +116,7 @@ class Answerer:
         self.template = settings.template or settings.templates[self.llava.config.model_type]
         self.max_new_tokens = settings.max_new_tokens
         self._hashes = [checkpoint_hash(folder) for folder in (checkpoint, settings.base) if folder is not None]
+        self._writer = None if settings.server is None else _server_writer(settings.server, self.model)
         config, cache, cache_gb = self.llava.config, settings.image_cache, settings.image_cache_gb
         self.images = ModelImages(checkpoint, self.processor, config, cache, cache_gb)
 
@@ -121,6 +125,8 @@ class Answerer:
         prompting = {"template": self.template, "device": self.device, "max_new_tokens": self.max_new_tokens}
         if self.dtype != ("float32" if self.device == "cpu" else "float16"):
             prompting["dtype"] = self.dtype  # only then: earlier versions had no choice, and kept answers without it
+        if self._writer is not None:
+            prompting["server"] = True  # answers may differ by rounding
         return {"weights": self._hashes, **prompting}
 
     def scorer(self, dialect: BoxDialect = LLAVA) -> Scorer:
@@ -151,7 +157,6 @@ class Answerer:
         import torch
 
         from umed_plugin.model.forward import decode_answers, embed_prompts
-        from umed_plugin.model.shared_prefix import answer_greedily
 
         # Each image is encoded once; image_index[i] says which one question i is about.
         images = list(dict.fromkeys(image_key(question.image, question.reading) for question in questions))
@@ -163,11 +168,8 @@ class Answerer:
         examined: list[dict[str, Any] | None] = [None] * len(questions)
         written = [i for i, question in enumerate(questions) if question.text is not None and question.write]
         if written:
-            used = sorted({image_index[i] for i in written})
             ids = [self.prompt_ids(questions[i].text or "") for i in written]
-            index_in_used = [used.index(image_index[i]) for i in written]
-            limit, eos = self.max_new_tokens, self.tokenizer.eos_token_id
-            candidates = answer_greedily(self.model, features[used], index_in_used, ids, limit, eos)
+            candidates = self._write(features, [image_index[i] for i in written], ids)
             for i, text in zip(written, decode_answers(self.tokenizer, candidates)):
                 texts[i] = text
             if examine is not None:
@@ -177,6 +179,21 @@ class Answerer:
                     examined[i] = finding
         losses = self._losses(questions, image_index, features)
         return [ModelAnswer(*parts) for parts in zip(texts, losses, examined)]
+
+    def _write(self, features: Any, images: Sequence[int], ids: Sequence[Any]) -> Any:
+        """Greedy answers (`forward.Candidates`) to prompts about images of these indices, by the server if there is one."""
+        import torch
+
+        from umed_plugin.model.forward import embed_prompts
+        from umed_plugin.model.shared_prefix import answer_greedily
+
+        limit, eos = self.max_new_tokens, self.tokenizer.eos_token_id
+        if self._writer is not None:
+            with torch.no_grad():
+                prompts = embed_prompts(self.model, [row.to(features.device) for row in ids], features[list(images)])
+            return self._writer.write(prompts, limit, eos)
+        used = sorted(set(images))
+        return answer_greedily(self.model, features[used], [used.index(index) for index in images], ids, limit, eos)
 
     def _losses(
         self, questions: Sequence[ImageQuestion], image_index: Sequence[int], features: Any
@@ -217,6 +234,12 @@ class Answerer:
                 f"option {option!r} of a question adds no token to its prompt: its likelihood cannot be computed."
             )
         return Continuation(image, ids, full)
+
+
+def _server_writer(server: RolloutServer, model: Any) -> Any:
+    from umed_plugin.model.server_answering import ServerWriter
+
+    return ServerWriter(server, model)
 
 
 def image_key(path: str, reading: Reading | None) -> tuple[str, str]:
