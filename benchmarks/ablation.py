@@ -31,6 +31,7 @@ from intervals import differences, mean_difference
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environment
 from umed_plugin.evaluation.metrics.metric import Row as ScoredStudy
 from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.evaluation.tables import formatted
 from umed_plugin.terminal.progress import Steps
 
 EARLY = "early"
@@ -200,8 +201,8 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
 def _cell(entry: dict[str, Any], metric: str) -> str:
     if not entry["start"]:
         return f"{entry[metric]:.3f}"
-    low, high = entry[f"{metric}_ci95"]
-    return f"{entry[metric]:.3f} ({entry[f'{metric}_difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+    difference = formatted(entry[f"{metric}_difference"], entry[f"{metric}_ci95"], "+.3f")
+    return f"{entry[metric]:.3f} ({difference})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from intervals import differences, mean_difference
 
 from umed_plugin.commands.demo.pipeline import STAGES, DemoRun, DemoSettings
 from umed_plugin.evaluation.metrics.metric import Row
+from umed_plugin.evaluation.tables import formatted
 from umed_plugin.terminal.progress import Steps
 
 METRICS = ("mean IoU", "accuracy")
@@ -58,8 +59,7 @@ def table(folders: Mapping[str, Path]) -> str:
 
 
 def _with_interval(paired: Sequence[Row]) -> str:
-    mean, ends = mean_difference(paired)
-    return f"{mean:+.3f} [{', '.join(f'{end:+.3f}' for end in ends or [])}]"
+    return formatted(*mean_difference(paired), "+.3f")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,9 +13,12 @@ def rows_of(values, clusters=None):
     return [Row(str(n), str(n if clusters is None else clusters[n]), {"iou": value}) for n, value in enumerate(values)]
 
 
-def test_no_values_have_no_interval_and_equal_values_have_no_width():
+def test_no_values_and_equal_values_have_no_interval_and_no_change_has_an_exact_one():
     assert mean_difference([]) == (None, None)
-    assert mean_difference(differences("iou", rows_of([0.0] * 2), rows_of([0.5] * 2))) == (0.5, [0.5, 0.5])
+    for count in (2, 20):
+        assert mean_difference(differences("iou", rows_of([0.0] * count), rows_of([0.5] * count))) == (0.5, None)
+    mean, interval = mean_difference(differences("iou", rows_of([0.5] * 20), rows_of([0.5] * 20)))
+    assert mean == 0.0 and interval == pytest.approx([0.025 ** (1 / 20) - 1, 1 - 0.025 ** (1 / 20)])
 
 
 def test_the_interval_covers_the_mean_as_the_normal_approximation_does_and_is_repeatable():

@@ -132,10 +132,13 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
     for stage in STAGES:
         assert summary[stage]["n"] == 8
         for metric in ("accuracy", "mean_iou", "acc_at_50", "vision_relevance"):
-            low, high = summary[stage][f"{metric}_ci95"]
-            assert 0 <= low <= summary[stage][metric] <= high <= 1
+            value, interval = summary[stage][metric], summary[stage][f"{metric}_ci95"]
+            how = summary[stage]["intervals"][metric]
+            assert how["units"] == 2 and how["interval"] in ("exact", "too few"), "two patients are too few"
+            assert (interval is None) == (how["interval"] == "too few")
+            assert interval is None or 0 <= interval[0] <= value <= interval[1] <= 1
         assert len((out / "evaluation" / stage / "predictions.jsonl").read_text().splitlines()) == 8
-    assert set(summary["comparison"]["mean_iou"]) == {"difference", "ci95", "n"}
+    assert set(summary["comparison"]["mean_iou"]) == {"difference", "ci95", "n", "units", "interval"}
     assert (out / "checkpoint" / "llava-mistral-umed" / "config.json").is_file()
     page = (out / "report.html").read_text()
     assert all(text in page for text in ("stage 2 − stage 1", "reward/localization", "guard/length_ratio"))

@@ -10,20 +10,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.report_runs import SHIFTS, make_records, write_evaluation
 
 from umed_plugin import cli
+from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.upgrade.provenance import MANIFEST
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, read_settings
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
-from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.stages_table import stages_table
 from umed_plugin.flags.definition import STAGES, UmedFlags
 
@@ -98,14 +101,19 @@ def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
         folder / "logs"
     ).exists()
     for stage in ("base", *STAGES):
-        # Two intervals of one metric stood there; what stays is that of "figures", over patients.
+        # Two intervals of one metric stood there, both from few patients. The values stay, the intervals are computed anew.
         figures = old[stage].pop("figures")
-        assert Evaluation.load(folder / "evaluation" / stage).metrics == figures
-        expected = {**old[stage], **{f"{name}_ci95": figures[name]["ci95"] for name in HEADLINE}}
-        assert summary[stage] == expected
+        found = Evaluation.load(folder / "evaluation" / stage).metrics
+        assert {name: (one["value"], one["n"]) for name, one in found.items()} == {
+            name: (one["value"], one["n"]) for name, one in figures.items()
+        }
+        expected = {**old[stage], **{f"{name}_ci95": found[name]["ci95"] for name in HEADLINE}}
+        assert {name: summary[stage][name] for name in expected} == expected
     assert set(old) <= set(summary) and summary["seed"] == old["seed"]
     for comparison in ("comparison", "comparison_with_base"):
-        assert summary[comparison] == old[comparison]["figures"]
+        assert {name: (one["difference"], one["n"]) for name, one in summary[comparison].items()} == {
+            name: (one["difference"], one["n"]) for name, one in old[comparison]["figures"].items()
+        }
     assert "stage 2" in (folder / "report.html").read_text()
     new = read(result / MANIFEST)
     assert set(new) == set(manifest)
@@ -114,6 +122,31 @@ def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
     assert [shlex.split(line)[-6:] for line in new["commands"]] == [
         shlex.split(line)[-6:] for line in manifest["commands"]
     ]
+
+
+@pytest.mark.llava
+def test_the_same_predictions_have_one_interval_in_evaluate_report_and_upgrade(folder, tmp_path):
+    """To the last digit, over patients: in evaluation.json, in the page's numbers, and in summary.json."""
+    records = make_records(tmp_path / "data", 28)
+    for stage in SHIFTS:
+        write_evaluation(folder, stage, records)
+    summary = upgrade_of(folder)._summarise()
+    page = write_report(folder).read_text()
+    shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["metrics"]
+    labels = ("base", "stage 1", "stage 2")
+    ways = set()
+    for stage, label in zip(SHIFTS, labels):
+        evaluated = read(folder / "evaluation" / stage / "evaluation.json")["metrics"]
+        assert shown["stages"][label] == evaluated
+        for name in HEADLINE:
+            assert summary[stage][f"{name}_ci95"] == evaluated[name]["ci95"]
+            assert summary[stage]["intervals"][name]["units"] == evaluated[name]["units"] == 7
+            ways.add(evaluated[name]["interval"])
+            interval = evaluated[name]["ci95"]
+            assert ("no interval" if interval is None else "{:.3f} to {:.3f}".format(*interval)) in page
+    assert ways == {"bootstrap", "exact", "undefined"}, "every kind of interval is compared"
+    after = compare(folder / "evaluation" / "instruction_tuning", folder / "evaluation" / "rewarding")
+    assert summary["comparison"] == after == shown["differences"]["stage 2 − stage 1"]
 
 
 @pytest.mark.llava

@@ -62,6 +62,25 @@ def test_without_a_finding_only_what_was_looked_at_is_said(tmp_path: Path) -> No
 
 
 @pytest.mark.llava
+def test_a_test_split_that_is_too_small_to_tell_is_named(tmp_path: Path) -> None:
+    rows = "".join(f"{i}.png,10,20,30,40,nod,p{i // 2},test\n" for i in range(8))
+    small = {row.what: row.count for row in plausibility(check_recipe(load_recipe(recipe_file(tmp_path, rows))))}
+    assert small["patients in test, fewer than 5: no intervals"] == 4
+    assert small["images in test, all with a lesion: false boxes cannot be counted"] == 8
+    rows = "".join(f"{i}.png,10,20,30,40,nod,p{i},test\n" for i in range(6)) + "n.png,,,,,,p9,test\n"
+    found = [row.what for row in plausibility(check_recipe(load_recipe(recipe_file(tmp_path, rows))))]
+    assert "patients in test, fewer than 30: unsure intervals" in found
+    assert not any("all with a lesion" in what for what in found)
+
+
+def test_too_few_means_what_it_means_in_an_evaluation() -> None:
+    from umed_plugin.data.checking import plausibility as checking
+    from umed_plugin.evaluation.metrics import metric
+
+    assert (checking._FEWEST, checking._FEW) == (metric.FEWEST, metric.FEW)
+
+
+@pytest.mark.llava
 def test_a_patient_with_most_images(tmp_path: Path) -> None:
     rows = "".join(f"{i}.png,10,20,30,40,{'nod' if i % 2 else 'cy'},{'p' if i < 8 else i},train\n" for i in range(12))
     check = check_recipe(load_recipe(recipe_file(tmp_path, rows)))

@@ -199,7 +199,8 @@ def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp
     root = rad(tmp_path / "rad")
     assert main(command(tiny_mistral, "vqa_rad", root, tmp_path / "a")) == 0
     assert main(command(tiny_llama, "vqa_rad", root, tmp_path / "b", "--compare", tmp_path / "a")) == 0
-    assert "difference" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{tiny_llama.name} −" in printed and "A positive difference is an improvement." in printed
     found = json.loads((tmp_path / "b/comparison.json").read_text())["differences"]
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text())["metrics"] for name in "ab")
     for name, one in found.items():

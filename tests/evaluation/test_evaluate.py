@@ -67,14 +67,13 @@ def test_metrics_by_hand():
     assert found["acc_at_50"] == pytest.approx(1 / 3), "an IoU of exactly 0.5 counts"
     assert found["vision_relevance"] == pytest.approx(0.2)
     for name in ("accuracy", "mean_iou", "acc_at_50", "vision_relevance"):
-        low, high = found[f"{name}_ci95"]
-        assert 0 <= low <= found[name] <= high <= 1
+        assert found[f"{name}_ci95"] is None, "four studies are too few"
 
 
-def test_metrics_that_nothing_answers_are_none_and_equal_values_have_no_width():
+def test_metrics_that_nothing_answers_are_none_and_one_right_answer_says_little():
     found = metrics([case("a", 1.0, 1.0, negative=True)])
     assert found["mean_iou"] is None and found["mean_iou_ci95"] is None
-    assert found["accuracy_ci95"] == [1.0, 1.0]
+    assert found["accuracy_ci95"] == pytest.approx([0.025, 1.0])
 
 
 def test_compare_pairs_studies_by_id_and_not_by_order():
@@ -84,8 +83,12 @@ def test_compare_pairs_studies_by_id_and_not_by_order():
     assert found["accuracy"]["difference"] == pytest.approx(1 / 3)
     assert found["mean_iou"]["difference"] == pytest.approx(0.2) and found["mean_iou"]["n"] == 2
     assert found["acc_at_50"]["difference"] == 0.0
-    low, high = found["mean_iou"]["ci95"]
-    assert 0.1 - 1e-9 <= low < high <= 0.3 + 1e-9, "a paired interval lies within the differences seen"
+    assert found["mean_iou"]["ci95"] is None and found["mean_iou"]["interval"] == "too few"
+    assert found["acc_at_50"]["ci95"] == pytest.approx([0.025**0.5 - 1, 1 - 0.025**0.5])
+    studies = [case(str(number), 0.0, 0.1) for number in range(8)]
+    later = [case(str(number), 0.0, 0.2 + 0.02 * (number % 2)) for number in range(8)]
+    low, high = compare(evaluation(*studies), evaluation(*later))["mean_iou"]["ci95"]
+    assert 0.1 - 1e-9 <= low < high <= 0.12 + 1e-9, "a paired interval lies within the differences seen"
 
 
 def test_compare_refuses_other_studies_and_other_benchmarks():
@@ -283,7 +286,7 @@ def test_the_table_holds_every_stage(tmp_path):
     console.print(stages_table({n: headline(e) for n, e in stages.items()}, compare(*stages.values())))
     text = console.export_text()
     assert "rewarding - " in text.replace("\n", " ") or "rewarding -" in text
-    assert "0.500 [0.500, 0.500]" in text and "+0.000" in text
+    assert "0.500" in text and "[0.500, 0.500]" not in text and "+0.000 [-0.975, +0.975]" in text
 
 
 def test_a_record_whose_question_is_the_image_alone_is_evaluated(tiny_mistral, tmp_path):

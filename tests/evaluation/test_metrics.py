@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from support.oracles import oracle
 
 from umed_plugin.errors import UmedError
@@ -23,6 +24,7 @@ from umed_plugin.evaluation.metrics.metric import (
     measure,
     ratio,
 )
+from umed_plugin.evaluation.tables import direction_note, interval_notes
 
 
 def row(name, value=None, cluster=None, **groups):
@@ -443,9 +445,9 @@ def test_metrics_by_hand():
     assert found["x"]["value"] == pytest.approx(2 / 3) and found["x"]["n"] == 3, "a row without the column is left out"
     assert (found["x/u"]["value"], found["x/v"]["value"]) == (0.5, 1.0)
     assert found["mean"]["value"] == pytest.approx(0.75), "every group weighs the same"
-    low, high = found["x"]["ci95"]
-    assert 0 <= low < 2 / 3 < high <= 1
-    assert measure(means("y"), rows)["y"] == {"value": None, "ci95": None, "n": 0}
+    assert found["x"] == {"value": 2 / 3, "ci95": None, "n": 3, "units": 3, "interval": "too few"}
+    nothing = {"value": None, "ci95": None, "n": 0, "units": 0, "interval": "undefined"}
+    assert measure(means("y"), rows)["y"] == nothing
 
 
 def test_the_interval_is_scipy_s_where_every_row_is_drawn_alone():
@@ -473,7 +475,9 @@ def test_clusters_of_different_size_keep_all_their_rows():
     rows = [row("a", 0, cluster="one"), *[row(f"b{i}", 1, cluster="two") for i in range(3)]]
     drawn = [sorted(chosen) for chosen in metric._draws([one.cluster for one in rows])]
     assert {tuple(chosen) for chosen in drawn} == {(0, 0), (0, 1, 2, 3), (1, 1, 2, 2, 3, 3)}
-    assert measure(means("x"), rows)["x"]["ci95"] == [0, 1]
+    five = [row(f"{n}{name}", x, cluster=f"{name}{n}") for n in range(5) for name, x in (("one", 0), *[("two", 1)] * 3)]
+    low, high = measure(means("x"), five)["x"]["ci95"]
+    assert 0.3 < low < 0.75 < high <= 1
 
 
 def test_what_is_undefined_on_too_many_draws_has_no_interval():
@@ -495,9 +499,54 @@ def test_a_paired_difference_is_narrower_than_two_intervals():
         compare_rows(means("x"), rows[0], rows[1][1:])
 
 
-def test_a_metric_of_a_constant_has_no_width():
-    found = measure([Metric("x", mean("x"), ("x",))], [row("a", 1), row("b", 1)])["x"]
-    assert found["ci95"] == [1, 1]
+def test_a_constant_whose_limits_are_unknown_has_no_interval():
+    """Not [1, 1]: no width would look like certainty."""
+    for count, why in ((2, "too few"), (50, "undefined")):
+        found = measure([Metric("x", mean("x"), ("x",))], [row(str(n), 1) for n in range(count)])["x"]
+        assert (found["value"], found["ci95"], found["interval"]) == (1, None, why)
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 40])
+def test_a_rate_of_0_or_1_has_the_interval_of_clopper_and_pearson(n):
+    for hits in (0, n):
+        found = measure(means("x"), [row(str(i), float(hits > 0)) for i in range(n)])["x"]
+        theirs = binomtest(hits, n).proportion_ci(method="exact")
+        assert found["interval"] == "exact" and found["ci95"] == pytest.approx([theirs.low, theirs.high])
+
+
+def test_copies_of_a_patient_do_not_make_a_rate_surer():
+    copies = [row(f"{i}-{k}", 0.0, cluster=str(i)) for i in range(3) for k in range(100)]
+    found = measure(means("x"), copies)["x"]
+    assert found["ci95"] == pytest.approx([0, 0.7076], abs=1e-4) and (found["n"], found["units"]) == (300, 3)
+
+
+def test_no_difference_in_any_pair_is_not_certainty():
+    four = [row(str(i), 0.25 * i) for i in range(4)]
+    found = compare_rows(means("x"), four, four)["x"]
+    assert found["difference"] == 0 and found["ci95"] == pytest.approx([-0.6024, 0.6024], abs=1e-4)
+    none, all_ = ([row(str(i), value) for i in range(40)] for value in (0.0, 1.0))
+    assert compare_rows(means("x"), none, all_)["x"]["ci95"] == pytest.approx([1 - 2 * 0.0881, 1], abs=1e-3)
+
+
+def test_clusters_whose_denominator_is_0_do_not_count():
+    rows = [Row(str(i), str(i), {"hit": 0.0, "of": float(i < 6)}) for i in range(12)]
+    found = measure([Metric("r", ratio("hit", "of"), ("hit", "of"), limits=(0, 1))], rows)["r"]
+    assert found["ci95"] == pytest.approx([0, 1 - 0.025 ** (1 / 6)])
+
+
+def test_the_words_below_a_table():
+    many, few = ([row(str(i), i % 2) for i in range(count)] for count in (40, 12))
+    assert interval_notes(measure(means("x"), many), "patient") == []
+    (note,) = interval_notes(measure(means("x"), few), "patient")
+    assert note.startswith("Few patients (fewer than 30): x (12).")
+    assert interval_notes(measure(means("x"), few[:3]), "image") == [
+        "Too few images for an interval (fewer than 5): x (3)."
+    ]
+    (note,) = interval_notes(measure(means("x"), [row(str(i), 1) for i in range(40)]))
+    assert note.startswith("Exact intervals (Clopper-Pearson)")
+    (iou,), (false_boxes,) = means("iou"), [replace(metric, lower_is_better=True) for metric in means("false")]
+    both = compare_rows([iou, false_boxes], *[[Row("a", "a", {"iou": 0.5, "false": 1.0})]] * 2)
+    assert direction_note(both) == "A positive difference is an improvement, except for false: there less is better."
 
 
 @pytest.mark.parametrize(

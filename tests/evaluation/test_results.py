@@ -73,9 +73,11 @@ def test_what_is_saved_is_loaded_and_every_metric_stands_there_once(tmp_path):
         "resamples": 2000,
     }
     assert text.count('"accuracy"') == text.count('"mean_iou"') == 1, "one value and one interval of each metric"
-    assert content["metrics"]["accuracy"] == {"value": 0.75, "ci95": [0.0, 1.0], "n": 4}
+    accuracy = {"value": 0.75, "ci95": None, "n": 4, "units": 3, "interval": "too few"}
+    assert content["metrics"]["accuracy"] == accuracy
     short = headline(made)
-    assert (short["accuracy"], short["accuracy_ci95"], short["n"], short["n_with_lesion"]) == (0.75, [0.0, 1.0], 4, 3)
+    assert (short["accuracy"], short["accuracy_ci95"], short["n"], short["n_with_lesion"]) == (0.75, None, 4, 3)
+    assert short["intervals"]["accuracy"] == {"n": 4, "units": 3, "interval": "too few"}
 
 
 def test_an_answer_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
@@ -95,12 +97,14 @@ def test_the_resampling_unit_is_the_patient_where_it_is_known():
 
 
 def test_an_old_evaluation_of_a_recipe_is_read():
-    """Its summary has two intervals of one accuracy: [0.25, 1] over studies and [0, 1] over patients, which stays."""
+    """Its summary has two intervals of one accuracy. Both are from three patients, which are too few: they are computed anew."""
     old = Evaluation.load(OLD / "recipe")
     assert (old.benchmark, old.template, len(old.predictions)) == ("recipe", "umed_mistral", 4)
     summary = json.loads((OLD / "recipe" / "evaluation.json").read_text())
-    assert summary["accuracy_ci95"] == [0.25, 1.0] and old.metrics == summary["figures"]
-    assert old.metrics["accuracy"] == {"value": 0.75, "ci95": [0.0, 1.0], "n": 4}
+    assert summary["accuracy_ci95"] == [0.25, 1.0] and summary["figures"]["accuracy"]["ci95"] == [0.0, 1.0]
+    old_values = {name: (entry["value"], entry["n"]) for name, entry in summary["figures"].items()}
+    assert {name: (entry["value"], entry["n"]) for name, entry in old.metrics.items()} == old_values
+    assert old.metrics["accuracy"] == {"value": 0.75, "ci95": None, "n": 4, "units": 3, "interval": "too few"}
     assert old.unit == "patient, or image where no patient is known"
     assert {name: headline(old)[name] for name in ("mean_iou", "vision_relevance", "n", "n_with_lesion")} == {
         "mean_iou": 0.5,

@@ -12,6 +12,7 @@ from umed_plugin.commands.machine import add_dtype_flag
 from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
+from umed_plugin.terminal.text import one_line
 
 if TYPE_CHECKING:
     from umed_plugin.data.shards import Shard
@@ -207,13 +208,18 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
 
 def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation | None) -> None:
     from umed_plugin.evaluation.results import compare
-    from umed_plugin.evaluation.tables import metrics_table, sources_table
+    from umed_plugin.evaluation.tables import direction_note, interval_notes, metrics_table, sources_table
 
     console, differences = make_console(wide_in_pipes=True), None if before is None else compare(before, evaluation)
     if "accuracy_average" in evaluation.metrics:
         console.print(sources_table(args.checkpoint.name, evaluation.metrics))
-    console.print(metrics_table(args.checkpoint.name, evaluation.metrics, differences))
-    console.print(f"95 % intervals, resampled by {evaluation.unit}", style="dim")
+    title, other = (one_line(path.name) for path in (args.checkpoint, args.compare or args.checkpoint))
+    console.print(metrics_table(title, evaluation.metrics, differences, other))
+    notes = [f"95 % intervals, resampled by {evaluation.unit}.", *interval_notes(evaluation.metrics, evaluation.unit)]
+    if differences is not None:
+        notes.append(direction_note(differences))
+    for line in notes:
+        console.print(line, style="dim", soft_wrap=True, markup=False)
     if evaluation.skipped:
         console.print(f"{evaluation.skipped} questions were left out: their images are missing.")
     if args.out:

@@ -84,7 +84,7 @@ def evaluate(
         ...     def answer(self, questions, examine=None):
         ...         return [ModelAnswer("Yes.", []) for question in questions]
         >>> evaluate(SaysYes(), "slake", folder).metrics["closed_accuracy"]
-        {'value': 0.5, 'ci95': [0.5, 0.5], 'n': 2}
+        {'value': 0.5, 'ci95': None, 'n': 2, 'units': 1, 'interval': 'too few'}
     """
     evaluation = _evaluate(checkpoint, benchmark, data_root, None, split, limit, out, progress, settings)
     assert evaluation is not None, "only a shard can end before the evaluation does"

@@ -5,10 +5,10 @@ A folder holds ``evaluation.json``::
     {"schema": 2, "benchmark": "vqa_rad", "checkpoint": "...", "template": "mistral_instruct", "boxes": {...},
      "n": 451, "images": 203, "skipped": 0,
      "resampling": {"unit": "image", "units": 203, "resamples": 2000},
-     "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272}, ...}}
+     "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272, "units": 190, "interval": "bootstrap"}, ...}}
 
-Every metric stands there once, with n and its 95 % bootstrap confidence interval; ``resampling`` says what the intervals
-resample. ``benchmark`` is ``recipe`` for the records of any recipe. Beside it ``predictions.jsonl`` has a line for each
+Every metric stands there once, with n and its 95 % confidence interval (`umed_plugin.evaluation.metrics.metric.measure`);
+``resampling`` says what the intervals resample. ``benchmark`` is ``recipe`` for the records of any recipe. Beside it ``predictions.jsonl`` has a line for each
 question: id, image, question, answer, truth, options, losses, groups; what a further pass of the model found (``examined``); how
 the answer scores (``values``, ``cluster``); and keys of the benchmark's own, such as boxes.
 
@@ -90,7 +90,7 @@ class Evaluation:
         checkpoint: as it was given.
         template: of the prompts.
         predictions: in the order of the questions.
-        metrics: name -> ``{"value", "ci95": [low, high], "n"}``.
+        metrics: name -> what `umed_plugin.evaluation.metrics.metric.measure` gives.
         unit: what the intervals resample, such as "patient".
         boxes: the form in which boxes were read, see `umed_plugin.grounding.dialects.BoxDialect`.
         skipped: questions that were left out because their image is missing.
@@ -262,9 +262,10 @@ def resampling_unit(patients: Sequence[str]) -> str:
 
 
 def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> dict[str, dict[str, Any]]:
-    """Paired differences ``after - before`` of every metric: ``{metric: {"difference", "ci95", "n"}}``.
+    """Paired differences ``after - before`` of every metric: ``{metric: {"difference", "ci95", "n", "units", "interval"}}``.
 
     Questions are paired by id. Intervals resample as those of the metrics do, with the same draws for both evaluations.
+    ``interval`` says how ``ci95`` was computed from ``units`` clusters, or why it is None.
 
     Args:
         before: an evaluation, or the folder that holds one.
@@ -281,7 +282,7 @@ def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> 
         ...     rows = [Prediction(f"q{i}", f"{i}.png", "Normal?", "", "", score, f"{i}.png") for i, score in enumerate(scores)]
         ...     return Evaluation("slake", "a-checkpoint", "llava_v1", rows, {})
         >>> compare(answered(0, 0, 1, 1), answered(1, 0, 1, 1))["closed_accuracy"]
-        {'difference': 0.25, 'ci95': [0.0, 0.75], 'n': 4}
+        {'difference': 0.25, 'ci95': None, 'n': 4, 'units': 4, 'interval': 'too few'}
     """
     from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
 

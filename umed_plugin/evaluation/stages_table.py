@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
-from umed_plugin.evaluation.tables import formatted
+from umed_plugin.evaluation.tables import direction_note, formatted, interval_notes
 
 
 def stages_table(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any] | None = None) -> Any:
@@ -35,3 +35,14 @@ def stages_table(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[st
             cells.append(formatted(difference["difference"], difference["ci95"], "+.3f"))
         table.add_row(metric, *cells)
     return table
+
+
+def stages_notes(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any] | None = None) -> list[str]:
+    """What stands below `stages_table`: what its intervals resample, where they are unsure, and what a sign means."""
+    last = list(stages.values())[-1]
+    unit = last.get("unit", "patient or image")  # a summary of an earlier version does not say
+    notes = [f"95 % intervals, resampled by {unit}.", *interval_notes(last.get("intervals", {}), unit)]
+    if comparison:
+        headline = {name: comparison[name] for name in HEADLINE if name in comparison}
+        notes.append(direction_note(headline))
+    return notes

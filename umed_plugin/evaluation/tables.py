@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umed_plugin.evaluation.metrics.metric import BOOTSTRAP, EXACT, FEW, FEWEST, TOO_FEW
 from umed_plugin.grounding.dialects import BoxDialect
 
 _SHOWN = 60  # characters of an answer
+_NAMED = 8  # metrics in a sentence
 
 
 def metrics_table(
-    title: str, metrics: Mapping[str, Mapping[str, Any]], differences: Mapping[str, Mapping[str, Any]] | None = None
+    title: str,
+    metrics: Mapping[str, Mapping[str, Any]],
+    differences: Mapping[str, Mapping[str, Any]] | None = None,
+    before: str = "the other",
 ) -> Any:
     """A rich table: one row per metric, with its 95 % interval and n, and the paired difference from another evaluation.
 
@@ -19,6 +24,7 @@ def metrics_table(
         title: of the column of values.
         metrics: name -> value, ci95, n, as an `umed_plugin.evaluation.results.Evaluation` has them.
         differences: name -> difference, ci95, n, as `umed_plugin.evaluation.results.compare` gives them.
+        before: name of the other evaluation, which is subtracted.
     """
     from rich.table import Table
 
@@ -27,7 +33,7 @@ def metrics_table(
     table.add_column(title, justify="right")
     table.add_column("n", justify="right")
     if differences is not None:
-        table.add_column("difference", justify="right")
+        table.add_column(f"{title} −\n{before}", justify="right")
     for name, measured in metrics.items():
         cells = [formatted(measured["value"], measured["ci95"]), str(measured["n"])]
         if differences is not None:
@@ -35,6 +41,44 @@ def metrics_table(
             cells.append(formatted(difference["difference"], difference["ci95"], "+.3f"))
         table.add_row(name, *cells)
     return table
+
+
+def interval_notes(metrics: Mapping[str, Mapping[str, Any]], unit: str = "image") -> list[str]:
+    """Sentences on intervals that are missing, exact, or from few clusters; under every table of metrics.
+
+    Args:
+        metrics: name -> what `umed_plugin.evaluation.metrics.metric.measure` or ``compare_rows`` gives. Files of earlier versions
+            do not say how an interval was computed; they have no sentence.
+        unit: what the intervals resample, such as "patient".
+    """
+    said = [(name, entry.get("interval"), entry.get("units") or 0) for name, entry in metrics.items()]
+    exact = [name for name, interval, _ in said if interval == EXACT]
+    too_few = [f"{name} ({units})" for name, interval, units in said if interval == TOO_FEW]
+    few = [f"{name} ({units})" for name, interval, units in said if interval == BOOTSTRAP and units < FEW]
+    plural = "images or patients" if "," in unit else f"{unit}s"
+    notes = []
+    if too_few:
+        notes.append(f"Too few {plural} for an interval (fewer than {FEWEST}): {_some(too_few)}.")
+    if few:
+        notes.append(
+            f"Few {plural} (fewer than {FEW}): {_some(few)}. Such an interval is too narrow; take it as a hint, not as proof."
+        )
+    if exact:
+        notes.append(f"Exact intervals (Clopper-Pearson), since all {plural} score alike: {_some(exact)}.")
+    return notes
+
+
+def direction_note(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the sign of a difference means."""
+    less = [name for name, entry in differences.items() if entry.get("lower_is_better") and entry["n"]]
+    return "A positive difference is an improvement" + (
+        f", except for {_some(less)}: there less is better." if less else "."
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def unread_boxes_line(answers: Sequence[str], dialect: BoxDialect) -> str | None:

@@ -251,7 +251,7 @@ class DemoRun:
         from umed_plugin.commands.report.page import write_report
         from umed_plugin.evaluation.benchmarks.recipe import headline
         from umed_plugin.evaluation.results import compare
-        from umed_plugin.evaluation.stages_table import stages_table
+        from umed_plugin.evaluation.stages_table import stages_notes, stages_table
 
         stages = {stage: headline(evaluations[stage]) for stage in STAGES}
         comparison = compare(evaluations["instruction_tuning"], evaluations["rewarding"])
@@ -262,6 +262,8 @@ class DemoRun:
         summary = {**stages, "comparison": comparison, "seed": self.seed, "seconds": round(time.monotonic() - began, 1)}
         files.write_json(self.out / "summary.json", summary)
         self.steps.console.print(stages_table(stages, comparison))
+        for line in stages_notes(stages, comparison):
+            self.steps.console.print(line, style="dim", soft_wrap=True)
         self.steps.console.print(
             f"checkpoint: {self.exported}\nsummary: {self.out / 'summary.json'}\nreport: {report}", soft_wrap=True
         )

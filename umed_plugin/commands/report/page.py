@@ -84,7 +84,11 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         studies=len(studies),
         candidates=len(candidates),
         data=htmlsafe_json_dumps(
-            _finite({"stages": labels, "studies": studies, "candidates": candidates}), dumps=_compact
+            {
+                **_finite({"stages": labels, "studies": studies, "candidates": candidates}),
+                "metrics": table["exact"] if table else None,
+            },
+            dumps=_compact,
         ),
     )
 

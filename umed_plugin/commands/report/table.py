@@ -9,6 +9,7 @@ from umed_plugin.commands.report.run_folder import stage_label
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE, RECIPE
 from umed_plugin.evaluation.results import Evaluation, compare
+from umed_plugin.evaluation.tables import direction_note, interval_notes
 
 _ABOUT = {
     "accuracy": ("Accuracy", "share of studies whose answer names exactly the true classes"),
@@ -26,7 +27,7 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     """What the page's tables hold, None without an evaluation; and what could not be compared, in words.
 
     ``heads`` are the column heads: first the ``stages``, then the differences. ``rows`` are the metrics of
-    `umed_plugin.evaluation.benchmarks.recipe.HEADLINE`, ``more`` all further metrics.
+    `umed_plugin.evaluation.benchmarks.recipe.HEADLINE`, ``more`` all further metrics. ``exact`` has all numbers unrounded.
     """
     if not evaluations:
         return None, []
@@ -46,10 +47,16 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     first = [name for name in HEADLINE if name in reported]
     table = {
         "about": _about(list(evaluations.values())),
+        "notes": _notes(list(evaluations.values()), list(differences.values())),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
         "rows": [_row(name, stages, list(differences.values())) for name in first],
         "more": [_row(name, stages, list(differences.values())) for name in reported if name not in first],
+        # To the last digit, for the downloads.
+        "exact": {
+            "stages": {stage_label(name): evaluation.metrics for name, evaluation in evaluations.items()},
+            "differences": differences,
+        },
     }
     return table, notes
 
@@ -58,10 +65,17 @@ def _about(evaluations: Sequence[Evaluation]) -> str:
     """How many studies (questions), and what the intervals resample."""
     last = evaluations[-1]
     units = " and ".join(dict.fromkeys(evaluation.unit for evaluation in evaluations))
-    resampled = f"Intervals are 95 % bootstrap confidence intervals, resampled by {units}."
+    resampled = f"Intervals are 95 % confidence intervals, resampled by {units}."
     if last.benchmark != RECIPE.name:
         return f"{len(last.predictions)} questions of {last.benchmark}. {resampled}"
     return f"{len(last.predictions)} studies, {last.metrics['mean_iou']['n']} of them with a lesion. {resampled}"
+
+
+def _notes(evaluations: Sequence[Evaluation], differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the last stage's intervals and the last difference's are unsure, and what the sign of a difference means."""
+    last = evaluations[-1]
+    notes = interval_notes(last.metrics, last.unit)
+    return [*notes, direction_note(differences[-1])] if differences else notes
 
 
 def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -72,7 +86,7 @@ def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[M
     measured = [metrics.get(name, {}) for metrics in stages]
     compared = [metrics.get(name, {}) for metrics in differences]
     cells = [_cell(value.get("value"), value.get("ci95")) for value in measured]
-    cells += [_cell(value.get("difference"), value.get("ci95"), "+.3f") for value in compared]
+    cells += [_difference(value) for value in compared]
     return {
         "title": f"{title}, {group}" if group else title,
         "about": "; ".join(filter(None, [about, f"n = {n}"])),
@@ -80,13 +94,20 @@ def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[M
     }
 
 
+def _difference(compared: Mapping[str, Any]) -> dict[str, str]:
+    """A cell of a difference: a mark, and whether it is for the better or worse, if its interval excludes 0."""
+    cell, interval = _cell(compared.get("difference"), compared.get("ci95"), "+.3f"), compared.get("ci95")
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return cell
+    is_up = interval[0] > 0
+    is_better = is_up != compared.get("lower_is_better", False)
+    cell["value"] = ("▲ " if is_up else "▼ ") + cell["value"]
+    return {**cell, "trend": "up" if is_better else "down", "verdict": "better" if is_better else "worse"}
+
+
 def _cell(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> dict[str, str]:
-    """A cell's text; a difference has a trend if its interval excludes 0."""
-    if value is None or interval is None:
-        return {"value": "–", "interval": "", "trend": ""}
-    trend = ""
-    if form.startswith("+"):
-        trend = "up" if interval[0] > 0 else "down" if interval[1] < 0 else ""
-    mark = {"up": "▲ ", "down": "▼ ", "": ""}[trend]
-    low, middle, high = (f"{end:{form}}".replace("-", "−") for end in (interval[0], value, interval[1]))
-    return {"value": mark + middle, "interval": f"{low} to {high}", "trend": trend}
+    """A cell's text."""
+    if value is None:
+        return {"value": "–", "interval": "", "trend": "", "verdict": ""}
+    middle, *ends = (f"{end:{form}}".replace("-", "−") for end in (value, *(interval or ())))
+    return {"value": middle, "interval": " to ".join(ends) or "no interval", "trend": "", "verdict": ""}

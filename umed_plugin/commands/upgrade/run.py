@@ -285,9 +285,12 @@ class Upgrade:
         return summary
 
     def _print_summary(self, summary: dict[str, Any]) -> None:
-        from umed_plugin.evaluation.stages_table import stages_table
+        from umed_plugin.evaluation.stages_table import stages_notes, stages_table
 
-        self.console.print(stages_table({stage: summary[stage] for stage in EVALUATED}, summary["comparison"]))
+        stages = {stage: summary[stage] for stage in EVALUATED}
+        self.console.print(stages_table(stages, summary["comparison"]))
+        for line in stages_notes(stages, summary["comparison"]):
+            self.console.print(line, style="dim", soft_wrap=True)
         checkpoint = self.swap.checkpoint if self.settings.in_place else self.plan.result
         paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
         for name, path in paths.items():

@@ -20,6 +20,7 @@ LOOKED_AT = (
     "images turned or resampled",
     "pixels that are not square",
     "empty splits",
+    "a small test split",
     "patients with most of the data",
     "patients and pictures in two splits",
     "rules without effect",
@@ -27,6 +28,8 @@ LOOKED_AT = (
 )
 # A patient with more than half of at least so many images is mostly a name that was cut or matched too short.
 _ENOUGH_IMAGES = 10
+# Patients below which `umed_plugin.evaluation.metrics.metric` gives no interval, and below which it is unsure.
+_FEWEST, _FEW = 5, 30
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def plausibility(check: RecipeCheck) -> list[Finding]:
             for kind, names in _image_kinds(check)
         ),
         _of("splits that are asked for and empty", _empty_splits(check)),
+        *_small_test_split(check),
         *_largest_patients(check.patient_images, images),
         _of("patients in more than one split", shared, len(check.patient_images)),
         _of("pictures in two splits", split_leaks, images),
@@ -97,6 +101,22 @@ def _empty_splits(check: RecipeCheck) -> list[str]:
         values = getattr(options, "split_values", {}).values()
         asked = {*options.files, *getattr(options, "split_lists", {}), *values}
     return [split for split in SPLITS if split in asked and check.images and not check.images[split]]
+
+
+def _small_test_split(check: RecipeCheck) -> list[Finding]:
+    """What an evaluation on the test split cannot show, said before anything is trained."""
+    images, patients = check.images["test"], len(check.patients.get("test", ()))
+    if not images:
+        return []
+    found = []
+    if patients < _FEW:
+        unsure = "no intervals" if patients < _FEWEST else "unsure intervals"
+        found.append(
+            Finding(f"patients in test, fewer than {_FEWEST if patients < _FEWEST else _FEW}: {unsure}", patients)
+        )
+    if not check.negatives["test"]:
+        found.append(Finding("images in test, all with a lesion: false boxes cannot be counted", images))
+    return found
 
 
 def _largest_patients(images: Counter[str], total: int) -> list[Finding]:

@@ -36,7 +36,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
 )
 from umed_plugin.evaluation.metrics.captions import BLEU_COLUMNS, caption_values, mbmr
 from umed_plugin.evaluation.metrics.grounding import recalled
-from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, Statistic, by_group, mean, ratio
+from umed_plugin.evaluation.metrics.metric import RATE, Columns, Metric, Row, Statistic, by_group, mean, ratio
 from umed_plugin.grounding.boxes import Box, format_box, rewrite_boxes
 from umed_plugin.grounding.dialects import DIALECTS
 from umed_plugin.grounding.scoring import Scorer, boxes_in_square
@@ -123,8 +123,9 @@ def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> d
 
 def metrics(rows: Sequence[Row]) -> list[Metric]:
     """Each metric as the unweighted mean over modalities, then by modality."""
-    recall = Metric("recall_at_50", ratio("boxes_found", "boxes_true"), ("boxes_found", "boxes_true"), {"part": "VG"})
-    referring = Metric("referring_accuracy", mean("referring"), ("referring",), {"part": "RO"})
+    found = ("boxes_found", "boxes_true")
+    recall = Metric("recall_at_50", ratio(*found), found, {"part": "VG"}, RATE)
+    referring = Metric("referring_accuracy", mean("referring"), ("referring",), {"part": "RO"}, RATE)
     captions = [Metric(f"mbmr_{task.lower()}", mbmr, _CAPTION, {"part": task}) for task in ("MII", "GC")]
     reported = []
     for metric in (recall, *captions, referring):

@@ -19,7 +19,7 @@ from umed_plugin import files
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, questions_of_rows
 from umed_plugin.evaluation.metrics.classification import auc, likelihoods, macro_auc
-from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, Statistic, mean
+from umed_plugin.evaluation.metrics.metric import RATE, Columns, Metric, Row, Statistic, mean
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -190,7 +190,7 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
             reported.append(Metric(f"auc/{name}", _mean_over_labels, ("score_1", "truth", "label"), where))
         else:
             reported.append(Metric(f"auc/{name}", _of_classes(columns), (*columns, "truth"), where))
-        reported.append(Metric(f"acc/{name}", mean("acc"), ("acc",), where))
+        reported.append(Metric(f"acc/{name}", mean("acc"), ("acc",), where, RATE))
     return reported
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     read_records,
 )
 from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, right_option
-from umed_plugin.evaluation.metrics.metric import Metric, Row, by_group, means, ratio
+from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, means, ratio
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.grounding.terms import named_classes
 from umed_plugin.model.answerer import ModelAnswer
@@ -178,9 +179,15 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
         *by_group(accuracy, "part", rows),
         *by_group(last, "part", rows),
         *by_group(first, "part", rows),
-        takes,
-        Metric("report_chair", ratio("named_wrongly", "named"), ("named_wrongly", "named")),
-        Metric("report_recall", ratio("there_and_named", "there"), ("there_and_named", "there")),
+        replace(takes, lower_is_better=True),
+        Metric(
+            "report_chair",
+            ratio("named_wrongly", "named"),
+            ("named_wrongly", "named"),
+            limits=RATE,
+            lower_is_better=True,
+        ),
+        Metric("report_recall", ratio("there_and_named", "there"), ("there_and_named", "there"), limits=RATE),
     ]
 
 

@@ -15,7 +15,7 @@ from umed_plugin.evaluation.metrics.llava_med import (
     open_accuracy,
     token_overlap,
 )
-from umed_plugin.evaluation.metrics.metric import Metric, Row, means, ratio
+from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, means, ratio
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -73,7 +73,9 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     """Open recall, and three closed accuracies: two of LLaVA-Med's scripts, and the corrected one."""
     return [
         *means("open_recall"),
-        Metric("closed_llava_med", ratio("closed_hit", "closed_counted"), ("closed_hit", "closed_counted")),
+        Metric(
+            "closed_llava_med", ratio("closed_hit", "closed_counted"), ("closed_hit", "closed_counted"), limits=RATE
+        ),
         *means("closed_llava_med_batch", "closed_accuracy"),
         *means("open_accuracy", "open_precision", "open_f1", "open_exact_match"),
     ]

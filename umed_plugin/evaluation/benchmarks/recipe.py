@@ -38,7 +38,7 @@ from umed_plugin.evaluation.metrics.grounding import (
     overlaps_by_size,
     points_at,
 )
-from umed_plugin.evaluation.metrics.metric import Metric, Row, by_group, mean, mean_of_groups, means, ratio
+from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, mean, mean_of_groups, means, ratio
 from umed_plugin.evaluation.results import Evaluation, Prediction
 from umed_plugin.grounding.scoring import AnswerScore, Scorer, score_answer
 from umed_plugin.model.answerer import ModelAnswer
@@ -178,13 +178,17 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     reported += means("pointing_game", "pointing_game_attention", "vision_relevance")
     if several:
         reported += [*by_group(iou, "source", rows), *by_group(at_50, "source", rows)]
-    reported += [*means("false_box_rate"), Metric("false_boxes_per_negative", mean("false_boxes"), ("false_boxes",))]
+    (false_box_rate,) = means("false_box_rate")
+    per_negative = Metric("false_boxes_per_negative", mean("false_boxes"), ("false_boxes",))
+    of_less = [false_box_rate, per_negative]
     if any("unread_boxes" in row.values for row in rows):  # evaluations of earlier versions did not count them
-        reported += means("unread_boxes")
+        of_less += means("unread_boxes", limits=None)
+    reported += [replace(metric, lower_is_better=True) for metric in of_less]
     for size in SIZES:
         lesions = f"lesions_{size}"
         for name in ("lesion_iou", "lesions_found"):
-            reported.append(Metric(f"{name}/{size}", ratio(f"{name}_{size}", lesions), (f"{name}_{size}", lesions)))
+            of = (f"{name}_{size}", lesions)
+            reported.append(Metric(f"{name}/{size}", ratio(*of), of, limits=RATE))
     return reported
 
 
@@ -261,14 +265,17 @@ def _case(prediction: Prediction) -> Case:
 def headline(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation in short, as ``summary.json`` holds it: each metric of `HEADLINE`, its ``<name>_ci95``, and counts.
 
-    ``n`` counts studies, ``n_with_lesion`` those with a lesion that the model can see.
+    ``n`` counts studies, ``n_with_lesion`` those with a lesion that the model can see. ``intervals`` says of each metric what its
+    interval was computed from and how, as `umed_plugin.evaluation.metrics.metric.measure` does; ``unit`` what was resampled.
     """
     summary: dict[str, Any] = {}
     for name in HEADLINE:
         measured = evaluation.metrics.get(name, {})
         summary[name], summary[f"{name}_ci95"] = measured.get("value"), measured.get("ci95")
     counts = {"n": len(evaluation.predictions), "n_with_lesion": evaluation.metrics["mean_iou"]["n"]}
-    return {**summary, **counts}
+    shown = ("n", "units", "interval")
+    about = {name: {key: evaluation.metrics.get(name, {}).get(key) for key in shown} for name in HEADLINE}
+    return {**summary, **counts, "unit": evaluation.unit, "intervals": about}
 
 
 def recipe_benchmark(

@@ -1,4 +1,4 @@
-"""Metrics over scored questions: value, number of questions, and 95 % bootstrap confidence interval.
+"""Metrics over scored questions: value, number of questions, and 95 % confidence interval.
 
 A question that was answered and scored is a `Row` of named numbers and of the groups that it belongs to. A `Metric` is a pure
 function of some of these columns.
@@ -8,13 +8,22 @@ the same interval. Resampling draws clusters, not questions: the patient where i
 image, and slices of one patient, are not independent; drawing them one by one would make intervals too narrow (Field and
 Welsh 2007).
 
+Where every draw gives the same value, as for a rate of 0 or 1, the bootstrap cannot give an interval: it has no width, however
+few questions there were. There the interval is exact (Clopper and Pearson 1934), counted in clusters. It holds for every mean of
+values within known limits: if n clusters all score 0, the chance of another score is below 1 - 0.025^(1/n).
+
+Below `FEWEST` clusters there is no bootstrap interval. Below `FEW` it covers the true value less often than 95 %, and whoever
+shows it says so (`umed_plugin.evaluation.tables.interval_notes`).
+
 Two runs are compared pair by pair: both are resampled with the same draws, so what they have in common cancels out.
+
+This is the only place that computes intervals: `umed evaluate`, `report`, `upgrade`, `demo` and the benchmarks all show these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.errors import UmedError
@@ -25,6 +34,11 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 # A metric that needs rare rows (both classes of an AUC) is undefined on some draws. Above this share it gets no interval.
 MAX_UNDEFINED = 0.05
+FEWEST, FEW = 5, 30  # clusters
+# How an interval was computed, or why there is none.
+BOOTSTRAP, EXACT, TOO_FEW, UNDEFINED = "bootstrap", "exact", "too few", "undefined"
+
+RATE = (0.0, 1.0)  # limits of a share, an IoU, a score of 0-1
 
 Columns = Mapping[str, "np.ndarray"]
 Statistic = Callable[[Columns], float]
@@ -57,12 +71,17 @@ class Metric:
         of: columns that it reads: names of values (float64) or of groups. A group's names become the numbers 0, 1, ... in
             alphabetical order.
         where: groups that a row must belong to.
+        limits: the least and the greatest value that a question can have, if the statistic is a mean of the questions; an exact
+            interval needs them.
+        lower_is_better: whether a positive difference is for the worse.
     """
 
     name: str
     statistic: Statistic
     of: tuple[str, ...]
     where: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[float, float] | None = None
+    lower_is_better: bool = False
 
     def takes(self, row: Row) -> bool:
         """Whether the row has all columns and belongs to the groups."""
@@ -94,39 +113,53 @@ def mean_of_groups(column: str, group: str) -> Statistic:
     return statistic
 
 
-def means(*names: str, where: Mapping[str, str] | None = None) -> list[Metric]:
-    """Metrics that are the means of the columns of the same names."""
-    return [Metric(name, mean(name), (name,), where or {}) for name in names]
+def means(
+    *names: str, where: Mapping[str, str] | None = None, limits: tuple[float, float] | None = RATE
+) -> list[Metric]:
+    """Metrics that are the means of the columns of the same names, whose values are within ``limits``."""
+    return [Metric(name, mean(name), (name,), where or {}, limits) for name in names]
 
 
 def by_group(metric: Metric, group: str, rows: Iterable[Row]) -> list[Metric]:
     """The same metric for each group that has rows, in alphabetical order, named ``metric/group``."""
     names = sorted({row.groups[group] for row in rows if group in row.groups and metric.takes(row)})
-    return [
-        Metric(f"{metric.name}/{name}", metric.statistic, metric.of, {**metric.where, group: name}) for name in names
-    ]
+    return [replace(metric, name=f"{metric.name}/{name}", where={**metric.where, group: name}) for name in names]
 
 
 def measure(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """``{metric: {"value", "ci95": [low, high], "n"}}``, n being the rows that count; value and interval are None without any.
+    """``{metric: {"value", "ci95": [low, high], "n", "units", "interval"}}``.
+
+    ``n`` rows count, of ``units`` clusters. ``interval`` is ``bootstrap`` or ``exact``; or the reason why ``ci95`` is None:
+    ``too few`` clusters, or ``undefined``, where too many draws have no value or all have the same. ``value`` is None without any
+    row. A metric of which less is better has ``lower_is_better``.
 
     Example:
-        >>> rows = [Row("q1", "scan1", {"accuracy": 1.0}), Row("q2", "scan2", {"accuracy": 0.0})]
+        >>> rows = [Row(str(i), f"scan{i}", {"accuracy": 1.0}) for i in range(8)]
         >>> measure(means("accuracy"), rows)
-        {'accuracy': {'value': 0.5, 'ci95': [0.0, 1.0], 'n': 2}}
+        {'accuracy': {'value': 1.0, 'ci95': [0.6305834261220803, 1.0], 'n': 8, 'units': 8, 'interval': 'exact'}}
     """
-    results: dict[str, dict[str, Any]] = {metric.name: {"value": None, "ci95": None, "n": 0} for metric in metrics}
+    results = {metric.name: _result(metric, "value", None, None, UNDEFINED, 0, 0) for metric in metrics}
     for sharing, indices in _grouped_by_rows(metrics, rows):
         chosen_rows = [rows[index] for index in indices]
+        clusters = [row.cluster for row in chosen_rows]
         columns = [_columns(metric, chosen_rows) for metric in sharing]
         resampled: list[list[float]] = [[] for _ in sharing]
-        for draw in _draws([row.cluster for row in chosen_rows]):
+        for draw in _draws(clusters):
             for metric, own, values in zip(sharing, columns, resampled):
                 values.append(metric.statistic(_take(own, draw)))
         for metric, own, values in zip(sharing, columns, resampled):
             value = _number(metric.statistic(own))
-            results[metric.name] = {"value": value, "ci95": _interval(values), "n": len(indices)}
+            found = _interval(value, values, metric, own, clusters, metric.limits)
+            results[metric.name] = _result(metric, "value", value, *found, len(indices), len(set(clusters)))
     return results
+
+
+def _result(
+    metric: Metric, what: str, value: float | None, ci95: list[float] | None, interval: str, n: int, units: int
+) -> dict[str, Any]:
+    """One entry of what `measure` and `compare_rows` return."""
+    entry: dict[str, Any] = {what: value, "ci95": ci95, "n": n, "units": units, "interval": interval}
+    return {**entry, "lower_is_better": True} if metric.lower_is_better else entry
 
 
 def _grouped_by_rows(metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterable[tuple[list[Metric], list[int]]]:
@@ -141,7 +174,7 @@ def _grouped_by_rows(metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterable
 
 
 def compare_rows(metrics: Sequence[Metric], before: Sequence[Row], after: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Paired differences ``after - before``: ``{metric: {"difference", "ci95", "n"}}``.
+    """Paired differences ``after - before``: ``{metric: {"difference", "ci95", "n", "units", "interval"}}``, as in `measure`.
 
     Raises:
         UmedError: the two did not answer the same questions.
@@ -155,18 +188,23 @@ def compare_rows(metrics: Sequence[Metric], before: Sequence[Row], after: Sequen
     results: dict[str, dict[str, Any]] = {}
     for metric in metrics:
         pairs = [(earlier[row.id], row) for row in after if metric.takes(row) and metric.takes(earlier[row.id])]
-        if not pairs:
-            results[metric.name] = {"difference": None, "ci95": None, "n": 0}
-            continue
-        # Groups are those of the question, the same in both runs.
-        old, new = (_columns(metric, rows) for rows in zip(*pairs))
-        resampled = [
-            metric.statistic(_take(new, draw)) - metric.statistic(_take(old, draw))
-            for draw in _draws([row.cluster for _, row in pairs])
-        ]
-        difference = metric.statistic(new) - metric.statistic(old)
-        results[metric.name] = {"difference": _number(difference), "ci95": _interval(resampled), "n": len(pairs)}
+        results[metric.name] = _compared(metric, pairs)
     return results
+
+
+def _compared(metric: Metric, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    """The difference of one metric over (before, after) of each question."""
+    if not pairs:
+        return _result(metric, "difference", None, None, UNDEFINED, 0, 0)
+    # Groups are those of the question, the same in both runs.
+    old, new = (_columns(metric, rows) for rows in zip(*pairs))
+    clusters = [row.cluster for _, row in pairs]
+    resampled = [metric.statistic(_take(new, draw)) - metric.statistic(_take(old, draw)) for draw in _draws(clusters)]
+    difference = _number(metric.statistic(new) - metric.statistic(old))
+    span = None if metric.limits is None else metric.limits[1] - metric.limits[0]
+    limits = None if span is None else (-span, span)
+    found = _interval(difference, resampled, metric, new, clusters, limits)
+    return _result(metric, "difference", difference, *found, len(pairs), len(set(clusters)))
 
 
 def _columns(metric: Metric, rows: Sequence[Row]) -> Columns:
@@ -204,14 +242,49 @@ def _draws(clusters: Sequence[str]) -> Iterable[np.ndarray]:
         yield order[np.repeat(starts[drawn], lengths) + within]
 
 
-def _interval(resampled: Sequence[float]) -> list[float] | None:
+def _interval(
+    value: float | None,
+    resampled: Sequence[float],
+    metric: Metric,
+    columns: Columns,
+    clusters: Sequence[str],
+    limits: tuple[float, float] | None,
+) -> tuple[list[float] | None, str]:
+    """The 95 % interval, and how it was computed or why there is none."""
     import numpy as np
 
     values = np.asarray(resampled, dtype=float)
-    if np.isnan(values).mean() > MAX_UNDEFINED:
-        return None
+    if value is None or np.isnan(values).mean() > MAX_UNDEFINED:
+        return None, UNDEFINED
+    # Equal up to rounding of the sums.
+    without_width = float(np.nanmax(values) - np.nanmin(values)) < 1e-9
+    if without_width and limits is not None and min(abs(value - mark) for mark in (*limits, 0.0)) < 1e-9:
+        return _exact(value, limits, _defined_clusters(metric, columns, clusters)), EXACT
+    if len(set(clusters)) < FEWEST:
+        return None, TOO_FEW
+    if without_width:
+        return None, UNDEFINED
     low, high = np.nanpercentile(values, [2.5, 97.5])
-    return [float(low), float(high)]
+    return [float(low), float(high)], BOOTSTRAP
+
+
+def _exact(value: float, limits: tuple[float, float], units: int) -> list[float]:
+    """The interval of a mean where all of ``units`` independent values are ``value``, which is 0 or one of the ``limits``.
+
+    Another value has a probability of at most 1 - 0.025^(1/units), and is at worst one of the limits.
+    """
+    other = 1 - 0.025 ** (1 / units)
+    low, high = (value * (1 - other) + limit * other for limit in limits)
+    return [max(low, limits[0]), min(high, limits[1])]
+
+
+def _defined_clusters(metric: Metric, columns: Columns, clusters: Sequence[str]) -> int:
+    """Number of clusters that say something about the metric: in a ratio, those whose denominator is not 0."""
+    import numpy as np
+
+    names = np.asarray(clusters)
+    alone = (metric.statistic(_take(columns, np.flatnonzero(names == name))) for name in np.unique(names))
+    return max(sum(value == value for value in alone), 1)
 
 
 def _number(value: float) -> float | None:
