@@ -4,7 +4,7 @@
 
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-repository lint docs clean environment
+.PHONY: help demo test test-fast test-repository test-engine lint docs clean environment
 
 OUT := $(or $(OUT),runs/demo-$(shell date +%Y%m%d-%H%M%S))
 PYTEST_ARGS ?=
@@ -18,6 +18,7 @@ help:
 	@echo "make test    the tests (PYTEST_ARGS='tests/test_cli.py -k help' for some of them)"
 	@echo "make test-fast  the tests that need no torch, in a small environment of their own (.venv-fast): seconds, not minutes"
 	@echo "make test-repository  a share of the tests on the pins of LLaVA's repository (.venv-repository)"
+	@echo "make test-engine  stage 2 with answers sampled by a real vLLM server on the CPU (.venv-engine, 3.5 GB)"
 	@echo "             demo and test: STACK=current for today's torch and transformers instead of LLaVA's pins"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make docs    the documentation as a site, in site/"
@@ -48,6 +49,11 @@ test-fast:
 	@bash constraints/environment.sh fast .venv-fast
 	@.venv-fast/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not llava and not run" $(PYTEST_ARGS)
 
+# One server at a time: no -n.
+test-engine: environment
+	@bash constraints/environment.sh engine .venv-engine
+	@UMED_ENGINE_PYTHON=$$PWD/.venv-engine/bin/python $(RUN) -m pytest -m engine tests/engine $(PYTEST_ARGS)
+
 lint:
 	@bash constraints/environment.sh lint .venv-lint
 	@.venv-lint/bin/ruff check .
@@ -61,5 +67,5 @@ docs:
 	@echo "$$PWD/site/index.html"
 
 clean:
-	rm -rf .venv .venv-current .venv-repository .venv-fast .venv-lint .venv-docs runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-current .venv-repository .venv-fast .venv-lint .venv-docs .venv-engine runs site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

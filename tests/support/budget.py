@@ -17,6 +17,7 @@ BUDGET = {
     "evaluation": 60,
     "benchmarks": 60,
     "docs": 80,
+    "engine": 5,  # skipped but under `make test-engine`
     "rewards": 90,
     "checkpoints": 70,
     "data": 160,

@@ -1,0 +1,148 @@
+"""What a rollout server may say or leave unsaid, by a stand-in on loopback: each is an error that says what to do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+from support.judge_server import Answer
+from support.rollout_stand_in import reply, stand_in
+
+from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
+from umed_plugin.remote.settings import rollout_server_faults
+
+BODY = {"model": "the-model", "prompt_embeds": ["AAAA"], "n": 1}
+
+
+def good(body, folder):
+    return reply(body, [[5, 2]], [[-0.5, -0.1]])
+
+
+def asked(url: str, **settings) -> RolloutServer:
+    return RolloutServer(url, **{"timeout": 5.0, "retries": 2, "pause": 0.01, **settings})
+
+
+def test_it_lists_its_model_and_completes():
+    with stand_in(good) as server:
+        client = asked(server.url)
+        assert client.base_model() == "the-model"
+        (choice,) = client.complete(BODY)
+        assert choice["token_ids"] == [5, 2]
+        assert server.log == ["/v1/models", "/v1/completions"]
+
+
+def test_a_server_that_is_gone_is_asked_again_and_then_named():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(RolloutServerError, match=r"cannot be reached .*refused.* umed rollout-server CKPT"):
+        asked(url).complete(BODY)
+
+
+def test_a_busy_server_is_asked_again():
+    answers = [Answer({"error": {"message": "busy"}}, 503), Answer({}, 500), None]
+    with stand_in(lambda body, folder: answers.pop(0) or good(body, folder)) as server:
+        assert len(asked(server.url).complete(BODY)) == 1
+    answers = [Answer({"error": {"message": "engine\ndead"}}, 500)] * 3
+    with stand_in(lambda body, folder: answers.pop(0)) as server, pytest.raises(RolloutServerError) as failed:
+        asked(server.url).complete(BODY)
+    assert "HTTP 500: engine dead." in str(failed.value) and not answers
+
+
+def test_a_slow_server_is_not_asked_twice():
+    def slow(body, folder):
+        time.sleep(0.5)
+        return good(body, folder)
+
+    with stand_in(slow) as server:
+        with pytest.raises(RolloutServerError, match=r"no reply within 0.1 s.*--umed_rollout_timeout"):
+            asked(server.url, timeout=0.1).complete(BODY)
+        assert server.log == ["/v1/completions"]
+
+
+def test_a_server_that_drips_is_slow_too():
+    """No single read times out: each brings a byte."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = listening.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+        for _ in range(100):
+            try:
+                connection.sendall(b" ")
+            except OSError:
+                return
+            time.sleep(0.02)
+
+    threading.Thread(target=drip, daemon=True).start()
+    began = time.monotonic()
+    with listening, pytest.raises(RolloutServerError, match="no reply within 0.3 s"):
+        asked(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3).complete(BODY)
+    assert time.monotonic() - began < 1.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda body, folder: reply(body, [[2]], [[0.0]], model="gpt-5"), "'gpt-5' has answered, and not 'the-model'"),
+        (lambda body, folder: Answer("<html>a portal</html>"), "the reply is not JSON"),
+        (lambda body, folder: Answer({"choices": "many"}), "the reply is not a completion"),
+        (lambda body, folder: Answer(["a list"]), "the reply is not a completion"),
+        (lambda body, folder: Answer({"error": {"message": "hidden_size 64"}}, 400), "HTTP 400: hidden_size 64."),
+        (lambda body, folder: Answer("", 307, {"Location": "http://example.org/v1"}), "HTTP 307"),
+    ],
+    ids=["another model", "a web page", "no choices", "no object", "refused", "redirected"],
+)
+def test_other_replies_are_refused(answer, words):
+    with stand_in(answer) as server, pytest.raises(RolloutServerError) as failed:
+        asked(server.url).complete(BODY)
+    assert words in str(failed.value) and server.log == ["/v1/completions"]
+
+
+def test_adapters_are_loaded_and_forgotten(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with stand_in(good) as server:
+        client = asked(server.url)
+        client.load_adapter("a", tmp_path)
+        assert server.adapters == {"a": str(tmp_path)}
+        client.unload_adapter("a")
+        client.unload_adapter("a")  # one that is not there is forgotten already
+        assert server.adapters == {}
+        with pytest.raises(
+            RolloutServerError, match=r"does not exist.*'a' is not loaded there .any more.*started anew"
+        ):
+            client.complete({**BODY, "model": "a"})
+        server.may_load = False
+        with pytest.raises(RolloutServerError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            client.load_adapter("b", tmp_path)
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch):
+    monkeypatch.setenv("UMED_ROLLOUT_API_KEY", "secret-key")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")  # nobody listens there: no proxy is asked
+    with stand_in(lambda body, folder: Answer({"error": {"message": "bad key secret-key"}}, 401)) as server:
+        with pytest.raises(RolloutServerError) as failed:
+            asked(server.url).complete(BODY)
+        assert server.headers["Authorization"] == "Bearer secret-key"
+    assert "bad key ***" in str(failed.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://[::1]:1/v1", "http://localhost:8000/v1"])
+def test_this_machine_is_allowed(url):
+    assert rollout_server_faults("--server", url, "--allow-remote", False) == []
+
+
+@pytest.mark.parametrize("url", ["http://gpu-box:8000/v1", "http://10.0.0.2/v1", "http://localhost.example.org/v1"])
+def test_another_machine_is_asked_about(url):
+    (fault,) = rollout_server_faults("--server", url, "--allow-remote", False)
+    assert "another machine" in fault and "--allow-remote" in fault
+    assert rollout_server_faults("--server", url, "--allow-remote", True) == []
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1/v1", "http:///v1", "http://me:word@127.0.0.1/v1"])
+def test_what_is_no_address_is_refused(url):
+    (fault,) = rollout_server_faults("--server", url, "--allow-remote", True)
+    assert "must be an address" in fault or "UMED_ROLLOUT_API_KEY" in fault

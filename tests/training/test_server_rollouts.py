@@ -1,0 +1,151 @@
+"""Stage 2 whose answers a server samples: a stand-in that samples with the plugin's own loop. tests/engine/ has vLLM."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from support.judge_server import Answer
+from support.records import grounded_records
+from support.rollout_stand_in import StandIn, sampling, stand_in
+from support.umed_runs import OWN_REWARD, TWO_PROCESSES, reward, train_flags, umed_run, weights
+
+from umed_plugin.training.importance import importance_metrics, importance_weights
+
+LORA = ["--lora_enable", "True", "--lora_r", "4", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
+STEPS = [*LORA, "--max_steps", "4", "--save_steps", "100"]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    return grounded_records(tmp_path_factory.mktemp("served") / "data")
+
+
+@pytest.fixture(scope="module")
+def complete(tiny_mistral):
+    return sampling(tiny_mistral)
+
+
+def run(checkpoint, records, output, server: StandIn, *more: str):
+    return reward(checkpoint, records, output, *STEPS, "--umed_rollout_server", server.url, *more)
+
+
+def logged(output: Path, name: str) -> list[float]:
+    state = max(output.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
+    return [entry[name] for entry in json.loads(state.read_text())["log_history"] if name in entry]
+
+
+def adapters(server: StandIn, done: str) -> list[str]:
+    return [line.split()[1] for line in server.log if line.startswith(f"/v1/{done}_lora_adapter")]
+
+
+def test_a_run_sends_each_version_of_the_adapter_and_tidies_up(tiny_mistral, records, complete, tmp_path):
+    with stand_in(complete) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, "--save_steps", "4")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"{server.url} samples the answers, with the model 'the-model'." in done.stdout
+    loaded = adapters(server, "load")
+    assert [name.rpartition("-")[2] for name in loaded] == ["0", "1", "2", "3"] and len(set(loaded)) == 4
+    assert adapters(server, "unload") == loaded and server.adapters == {}
+    assert not (tmp_path / "out" / "rollout_adapters").exists()
+    # The stand-in computes as we do: adapter, prompt and tokens arrive as they are.
+    for ratio in logged(tmp_path / "out", "importance_ratio") + logged(tmp_path / "out", "importance_ratio_max"):
+        assert ratio == pytest.approx(1, abs=1e-4)
+    assert logged(tmp_path / "out", "importance_truncated") == [0.0] * 4
+    assert max(logged(tmp_path / "out", "server_difference")) < 1e-4
+    assert any(tensor.abs().max() > 0 for name, tensor in weights(tmp_path / "out").items() if "lora_B" in name)
+
+
+def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(tiny_mistral, records, complete, tmp_path):
+    asked = []
+
+    def dies_in_the_third_rollout(body, folder):
+        asked.append(folder)
+        if len(asked) == 3:
+            server.socket.close()
+            threading.Thread(target=server.shutdown).start()
+            raise ConnectionAbortedError
+        return complete(body, folder)
+
+    flags = ["--umed_rollout_retries", "1"]
+    with stand_in(dies_in_the_third_rollout) as server:
+        died = run(tiny_mistral, records, tmp_path / "out", server, *flags)
+    assert died.returncode == 1
+    (said,) = re.findall(r"umed: error: (.*)", died.stderr)
+    assert said.startswith(f"training stopped after step 2: {server.url}: cannot be reached")
+    assert said.endswith(f"Saved: {tmp_path / 'out' / 'checkpoint-2'}. The same command goes on from there.")
+    assert "Traceback" not in died.stderr
+
+    with stand_in(complete) as server:
+        more = run(tiny_mistral, records, tmp_path / "out", server, *flags, "--save_steps", "4")
+    assert more.returncode == 0, more.stderr[-2000:]
+    # The adapter of the run that died is unloaded, although this server does not know it.
+    assert [name.rpartition("-")[2] for name in adapters(server, "load")] == ["2", "3"]
+    assert len(logged(tmp_path / "out", "importance_ratio")) == 4
+
+
+def test_another_model_is_found_before_anything_is_learnt(tiny_mistral, records, tmp_path):
+    from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+
+    other = make_checkpoint(tmp_path / "llava-mistral-other", seed=1)
+    with stand_in(sampling(other)) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, "--umed_rollout_max_difference", "0.01")
+    assert done.returncode == 1
+    assert "differ from ours by" in done.stderr and "It holds another model or adapter" in done.stderr
+    assert "Nothing was learnt yet." in done.stderr
+
+
+def test_an_adapter_that_cannot_be_loaded_ends_the_run(tiny_mistral, records, complete, tmp_path):
+    with stand_in(complete) as server:
+        server.may_load = False
+        done = run(tiny_mistral, records, tmp_path / "out", server)
+    assert done.returncode == 1 and "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in done.stderr
+
+
+def test_ppo_with_several_updates_keeps_the_servers_probabilities(tiny_mistral, records, complete, tmp_path):
+    more = ["--umed_algorithm", "ppo", "--umed_updates_per_rollout", "2", "--save_steps", "1"]
+    with stand_in(complete) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # One adapter a rollout, which feeds two steps.
+    assert [name.rpartition("-")[2] for name in adapters(server, "load")] == ["0", "2"]
+    kept = torch.load(tmp_path / "out" / "checkpoint-3" / "rollout_0.pt", weights_only=True)
+    assert kept["sampled_log_probs"].shape == kept["mask"].shape
+    assert max(logged(tmp_path / "out", "importance_ratio_max")) == pytest.approx(1, abs=1e-4)
+
+
+def test_two_processes_end_together_when_one_of_them_is_refused(tiny_mistral, records, complete, tmp_path):
+    asked = []
+
+    def refuses_the_fourth(body, folder):
+        asked.append(body)
+        if len(asked) == 4:
+            return Answer({"error": {"message": "no more"}}, 400)
+        return complete(body, folder)
+
+    (records.parent / "half.py").write_text(OWN_REWARD)
+    with stand_in(refuses_the_fourth) as server:
+        flags = ["--umed_stage", "rewarding", "--umed_num_candidates", "4", "--umed_max_new_tokens", "8", *STEPS]
+        flags += ["--umed_rollout_server", server.url]
+        command = [*TWO_PROCESSES, *train_flags(tiny_mistral, records, tmp_path / "out", *flags)]
+        done = umed_run(command, pythonpath=records.parent)
+    assert done.returncode == 1 and "no more" in done.stderr
+    assert len(adapters(server, "load")) == 2, "the first process publishes, once a step"
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+
+
+def test_weights_are_ratios_up_to_the_cap():
+    own = torch.tensor([[-1.0, -1.0, -1.0], [-2.0, -9.0, 0.0]])
+    server = torch.tensor([[-1.0, -1.5, -4.0], [-2.0, -1.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    found = importance_weights(own, server, cap=3.0)
+    wanted = torch.tensor([[0.0, 0.5, 9.0], [0.0, -8.0, 0.0]]).exp().clamp(max=3)
+    torch.testing.assert_close(found, wanted)
+    measured = importance_metrics(own, server, mask, cap=3.0)
+    assert measured["importance_ratio_max"] == pytest.approx(2.718281828**3)
+    assert measured["importance_truncated"] == pytest.approx(1 / 5)
+    assert measured["server_difference"] == pytest.approx((0 + 0.5 + 3 + 0 + 8) / 5)
