@@ -33,6 +33,10 @@ RUN_BY = {
     "umed-run deepspeed": "training/test_deepspeed.py::test_stage_1_lora_under_zero_2_trains_on_two_nodes_and_is_merged",
     "umed merge": "docs/test_scripts.py::test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
     "umed evaluate": "docs/test_scripts.py::test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
+    "umed-run bash finetune_task_lora.sh --umed_stage rewarding --umed_rollout_server": "training/test_server_rollouts.py::"
+    "test_a_run_sends_each_version_of_the_adapter_and_tidies_up",
+    "umed evaluate checkpoints/llava-mistral-stage1 --benchmark vqa_rad": "evaluation/test_server.py::"
+    "test_the_server_writes_the_same_answers",
     "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
     "test_every_benchmark_runs_and_says_the_same_again",
     "umed evaluate ./checkpoints/llava-mistral-stage2 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
@@ -40,6 +44,9 @@ RUN_BY = {
     "torchrun --nproc_per_node 8 --no-python umed evaluate": "evaluation/test_benchmarks.py::"
     "test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill",
     "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
+    "umed rollout-server": "commands/test_rollout_server.py::test_the_command_becomes_the_server",
+    "umed convert checkpoints/llava-mistral-stage1 --language-model-only": "checkpoints/test_language_model.py::"
+    "test_the_language_model_gives_the_same_logits",
     "umed convert": "checkpoints/test_convert.py::test_back_in_llavas_layout_it_is_the_same_checkpoint",
     "python examples/trl_grpo.py": "rewards/test_trl.py::test_the_example_trains_and_its_model_goes_back_to_llava",
     "umed doctor": "commands/test_doctor.py::test_the_command_prints_and_exits_by_the_worst",

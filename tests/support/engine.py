@@ -84,7 +84,7 @@ def engine(checkpoint: Path, python: str, folder: Path, *more: str) -> Iterator[
     arguments: Sequence[str] = [
         *("rollout-server", str(checkpoint), "--python", python, "--port", str(port), "--dtype", "float32"),
         *("--kv-cache-gb", "1", "--language-model", str(folder / "language-model"), *more),
-        *("--", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "96"),
+        *("--vllm", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "96"),
     ]
     with open(log, "wb") as out:
         process = subprocess.Popen(

@@ -17,7 +17,7 @@ from support.umed_runs import OWN_REWARD, TWO_PROCESSES, reward, train_flags, um
 from umed_plugin.training.importance import importance_metrics, importance_weights
 
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
-STEPS = [*LORA, "--max_steps", "4", "--save_steps", "100"]
+STEPS = [*LORA, "--max_steps", "4", "--save_steps", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def adapters(server: StandIn, done: str) -> list[str]:
 
 def test_a_run_sends_each_version_of_the_adapter_and_tidies_up(tiny_mistral, records, complete, tmp_path):
     with stand_in(complete) as server:
-        done = run(tiny_mistral, records, tmp_path / "out", server, "--save_steps", "4")
+        done = run(tiny_mistral, records, tmp_path / "out", server)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{server.url} samples the answers, with the model 'the-model'." in done.stdout
     loaded = adapters(server, "load")
@@ -81,7 +81,7 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(tiny_mistral, reco
     assert "Traceback" not in died.stderr
 
     with stand_in(complete) as server:
-        more = run(tiny_mistral, records, tmp_path / "out", server, *flags, "--save_steps", "4")
+        more = run(tiny_mistral, records, tmp_path / "out", server, *flags)
     assert more.returncode == 0, more.stderr[-2000:]
     # The adapter of the run that died is unloaded, although this server does not know it.
     assert [name.rpartition("-")[2] for name in adapters(server, "load")] == ["2", "3"]

@@ -53,11 +53,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="start vLLM with a checkpoint's language model, to sample stage 2's answers",
         description="Start a vLLM server that samples answers for stage 2 (--umed_rollout_server) and for `umed evaluate "
         "--server`. CKPT is the checkpoint that stage 2 starts from, or what `umed convert --language-model-only` made of it. "
-        "vLLM stands in another environment than LLaVA: name its Python with --python. Arguments after -- go to vLLM.",
+        "vLLM stands in another environment than LLaVA: name its Python with --python. What follows --vllm goes to vLLM.",
         epilog="examples:\n"
         "  umed rollout-server checkpoints/llava-mistral-stage1 --python /path/to/vllm/bin/python\n"
         "  umed rollout-server checkpoints/llava-mistral-stage1 --python python --print\n"
-        "  umed rollout-server checkpoints/llava-mistral-stage1 -- --gpu-memory-utilization 0.4",
+        "  umed rollout-server checkpoints/llava-mistral-stage1 --vllm --gpu-memory-utilization 0.4",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full LLaVA checkpoint, or its language model")
     parser.add_argument(
@@ -81,8 +81,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--kv-cache-gb", metavar="GB", type=int, default=4, help="KV cache of a build for CPUs, in GB (default: 4)"
     )
     parser.add_argument("--print", action="store_true", help="print the command and do not run it")
-    parser.add_argument("vllm", metavar="ARGUMENT", nargs="*", help="after --: further arguments of vLLM")
     add_quiet_flag(parser)
+    parser.add_argument(
+        "--vllm", metavar="ARGUMENT", nargs=argparse.REMAINDER, default=[], help="all that follows goes to vLLM"
+    )
     parser.set_defaults(run=run)
 
 
