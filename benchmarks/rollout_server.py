@@ -8,8 +8,8 @@ The server runs on this machine (`umed rollout-server`), in float32, and is aske
 - two trainings of stage 2 (LoRA, GRPO) from the same checkpoint with the same flags, one by the server and one without: seconds a
   step, importance ratios, and the held-out IoU of both with their paired difference.
 
-It needs a demo's folder (`umed demo`), of which it takes the checkpoint of stage 1 and the studies. It also needs the Python of an
-environment with vLLM (`make test-engine` makes .venv-engine).
+It needs a demo's folder (`umed demo`), of which it takes the checkpoint of stage 1 and the studies. It also needs the Python of
+an environment with vLLM (`make test-engine` makes .venv-engine).
 
     python benchmarks/rollout_server.py runs/demo --python .venv-engine/bin/python
 """

@@ -83,6 +83,8 @@ RUN_BY = {
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
     "python benchmarks/records.py": "benchmarks/test_small_runs.py::test_records_are_the_same_in_memory_and_by_index",
     "python benchmarks/building.py": "benchmarks/test_small_runs.py::test_builds_with_and_without_a_pool_are_compared",
+    "python benchmarks/rollout_server.py": "engine/test_benchmark.py::"
+    "test_the_benchmark_prints_what_is_equal_and_shared",
     "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
 }
 COMMANDS = sorted({command for page in pages() for command in commands(page)})
