@@ -81,12 +81,13 @@ def change(recorder: Recorder) -> None:
     def _get_train_sampler(self: Any, *data: Any) -> Any:
         if not _has_stage(self) or self.train_dataset is None:
             return stock_sampler(self, *data)
-        from umed_plugin.training.sampler import EpochSampler
+        from umed_plugin.training.sampler import EpochSampler, NumberedEpochs
 
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        if self.args.group_by_modality_length or self.args.group_by_length:
-            return SeededOrder(stock_sampler(self, *data), seed)
-        return EpochSampler(len(self.train_dataset), seed)
+        grouped = self.args.group_by_modality_length or self.args.group_by_length
+        size = len(self.train_dataset)
+        sampler = SeededOrder(stock_sampler(self, *data), seed) if grouped else EpochSampler(size, seed)
+        return NumberedEpochs(sampler, size) if self.args.umed_augment else sampler
 
     recorder.replace(LLaVATrainer, "_save_checkpoint", _save_checkpoint)
     recorder.replace(LLaVATrainer, "_save", _save)

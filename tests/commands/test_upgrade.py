@@ -48,13 +48,33 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
     open_keys = {key for key, value in settings.flat().items() if value is None}
     assert open_keys == {
         *("base", "data_root", "deepspeed", "instruction_tuning.steps", "rewarding.epochs", "rewarding.reward_weights"),
-        "evaluation.limit",
+        *("evaluation.limit", "label_share"),
     }
     assert settings.device == "cpu" and settings.precision == "fp32"
     # Each key stands under a line that says what it is.
     lines = as_yaml(settings).splitlines()
     keys = [i for i, line in enumerate(lines) if line and not line.lstrip().startswith("#")]
     assert all(lines[i - 1].lstrip().startswith("#") for i in keys)
+
+
+@pytest.mark.llava
+def test_both_stages_augment_and_take_complementary_shares_of_the_labels(tiny_mistral, tmp_path):
+    plain = {step.name: step for step in upgrade_of(tiny_mistral, tmp_path / "run").steps}
+    changed = {
+        step.name: step for step in upgrade_of(tiny_mistral, tmp_path / "run", augment=True, label_share=0.4).steps
+    }
+    for name in ("stage_1_instruction_tuning", "stage_2_rewarding"):
+        flags = flags_of(changed[name])
+        assert (flags["umed_augment"], flags["umed_label_share"]) == ("True", "0.4")
+        assert {"umed_augment", "umed_label_share"}.isdisjoint(flags_of(plain[name]))
+        newer = {"augment": True, "label_share": 0.4}
+        assert changed[name].settings == {**plain[name].settings, **newer}, "a run begun before them goes on"
+    assert all(changed[name].settings == plain[name].settings for name in plain if not plain[name].trains)
+    with pytest.raises(UmedError, match="label_share"):
+        upgrade_of(tiny_mistral, tmp_path / "run", label_share=1)
+    # One stage alone is augmented by its own flags.
+    one = upgrade_of(tiny_mistral, tmp_path / "run", **{"instruction_tuning.flags": {"umed_augment": True}}).steps
+    assert [flags_of(step).get("umed_augment") for step in one if step.trains] == ["True", None]
 
 
 @pytest.mark.llava

@@ -117,8 +117,8 @@ def test_an_old_run_is_gone_on_with_from_its_evaluations(folder):
     assert "stage 2" in (folder / "report.html").read_text()
     new = read(result / MANIFEST)
     assert set(new) == set(manifest)
-    # The setting is newer than the run, which goes on with its default.
-    assert new["settings"] == {**manifest["settings"], "bits": 16}
+    # The settings are newer than the run, which goes on with their defaults.
+    assert new["settings"] == {**manifest["settings"], "bits": 16, "augment": False, "label_share": None}
     assert [shlex.split(line)[-6:] for line in new["commands"]] == [
         shlex.split(line)[-6:] for line in manifest["commands"]
     ]

@@ -99,13 +99,17 @@ def test_boxes_in_questions_and_of_no_lesion_move_too() -> None:
     assert study.record["conversations"][0]["value"] == "<image>\nIs [0.750, 0.250, 0.900, 0.400] a nodule?"
 
 
-def test_where_words_say_a_place_a_lesion_stays_in_its_ninth() -> None:
+def test_where_words_say_a_place_a_lesion_stays_in_its_part() -> None:
     text = "A nodule in the upper left at [0.10, 0.25, 0.25, 0.40]."
     moving = {"rotation": 20, "zoom": [0.7, 1.5], "shift": 0.2, "share": 1}
     studies = epochs(made([[20, 10, 50, 40]], moving, text), 100)
     regions = {region_of(box) for study in studies for box in parse_boxes(answer(study))}
     assert regions == {"upper left"} and sum(study.move.resamples for study in studies) > 50
     assert all("in the upper left" in answer(study) for study in studies)
+    # A lesion of the middle third is in the left or in the right half.
+    halves = epochs(made([[85, 45, 105, 65]], moving, "A nodule in the left half at [0.42, 0.43, 0.53, 0.53]."), 100)
+    middles = [sum(box[::2]) / 2 for study in halves for box in parse_boxes(answer(study))]
+    assert max(middles) <= 0.5 and len(set(middles)) > 3
     silent = epochs(made([[20, 10, 50, 40]], moving, "A nodule at [0.10, 0.25, 0.25, 0.40]."), 100)
     assert len({region_of(box) for study in silent for box in parse_boxes(answer(study))}) > 1
 

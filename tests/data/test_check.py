@@ -188,3 +188,23 @@ def test_a_class_has_one_colour_in_all_pictures(recipe_file: Path, tmp_path: Pat
     sheet = np.asarray(Image.open(tmp_path / "report" / "sheet_drawn.png")).astype(int)
     orange = (abs(sheet - (255, 170, 0)) < 30).all(axis=2)
     assert orange.any()
+
+
+@pytest.mark.llava
+def test_the_report_shows_augmented_studies_by_the_recipes_rule(recipe_file: Path, tmp_path: Path) -> None:
+    for extra, told in (
+        ("", "the defaults"),
+        ("augment: {flips: [left_right], share: 1}\n", "flips=[&#x27;left_right&#x27;]"),
+    ):
+        recipe_file.write_text(recipe_file.read_text() + extra)
+        folder = tmp_path / f"report{len(extra)}"
+        page = write_report(check_recipe(load_recipe(recipe_file), augmented=True), folder).read_text()
+        assert 'src="augmented_drawn.png"' in page and told in page
+        with Image.open(folder / "augmented_drawn.png") as sheet:
+            # Three studies of the split train: as they are, and in four epochs.
+            assert sheet.width == 5 * 246 and sheet.height % 3 == 0
+            pixels = np.asarray(sheet.convert("RGB"))
+    tiles = [pixels[: sheet.height // 3, 246 * n : 246 * n + 240] for n in range(5)]
+    assert all(not np.array_equal(tiles[0][:240], tile[:240]) for tile in tiles[1:])
+    page = write_report(check_recipe(load_recipe(recipe_file)), tmp_path / "without").read_text()
+    assert "augmented" not in page and not (tmp_path / "without" / "augmented_drawn.png").exists()

@@ -28,6 +28,8 @@ def test_defaults_fit_in_both_stages_and_without():
     ("changes", "words"),
     [
         ({"umed_num_candidates": 1}, "2 or more with grpo"),
+        ({"umed_augment": True, "umed_feature_cache": "cache"}, "each epoch shows other pixels"),
+        ({"umed_label_share": 1.0}, "must be above 0 and below 1"),
         ({"umed_rewards": "relevanc"}, "Did you mean 'relevance'"),
         ({"umed_rewards": "relevance,relevance"}, "twice"),
         ({"umed_reward_weights": "1,2"}, "2 numbers for the 3 rewards"),

@@ -157,11 +157,7 @@ def build_records(
             continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if _leave_what_is_seen(prepared, geometry, tally):
-            record = _record(prepared, out, geometry, box_decimals, seed)
-            # Seeded per record: a record's wording does not depend on which others are built.
-            rng = random.Random(f"{seed}:{record['id']}")
-            record["conversations"] = write_conversation(record, geometry, rng, box_decimals)
-            records.append(record)
+            records.append(written_record(prepared, out, geometry, box_decimals, seed))
     _report(annotations, bad_images, tally, recipe, on_bad_image)
     if not records:
         raise UmedError(
@@ -398,6 +394,24 @@ def _leave_what_is_seen(prepared: Prepared, geometry: ImageGeometry, tally: dict
     trimmed = geometry.from_square(geometry.to_square(prepared.boxes))
     prepared.boxes = [prepared.boxes[i] if shares[i] == 1 else trimmed[i] for i in seen]
     return bool(seen)
+
+
+def written_record(
+    prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int
+) -> Record:
+    """The record of an image, with its question and answer.
+
+    Args:
+        out_dir: folder of rendered images; None: the record says how the file is read.
+        geometry: of the image.
+        decimals: of coordinates in the text.
+        seed: of the wording.
+    """
+    record = _record(prepared, out_dir, geometry, decimals, seed)
+    # Seeded per record: a record's wording does not depend on which others are built.
+    rng = random.Random(f"{seed}:{record['id']}")
+    record["conversations"] = write_conversation(record, geometry, rng, decimals)
+    return record
 
 
 def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int) -> Record:

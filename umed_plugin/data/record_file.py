@@ -7,6 +7,7 @@ the file again. The index may be deleted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import operator
 import os
@@ -23,13 +24,15 @@ from umed_plugin.data.json_list import Placed, items_of
 from umed_plugin.data.records import Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
 
-_FORMAT = "index-1"
+_FORMAT = "index-2"
 _COLUMNS = {
     "start": np.int64,
     "length": np.int64,
     "words": np.int32,
     "has_image": np.bool_,
     "has_reading": np.bool_,
+    "labelled": np.bool_,
+    "patient": np.int64,
     "split": np.int32,
     "aspect": np.int32,
 }
@@ -41,7 +44,9 @@ class Index:
 
     Attributes:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
-            ``has_reading`` (LLaVA does not read the image as it was annotated); ``split`` and ``aspect``, as places in ``names``.
+            ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
+            have none); ``patient``, a hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as places in
+            ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -100,7 +105,7 @@ class RecordFile(Sequence[Record]):
         return self._file
 
     def column(self, name: str) -> np.ndarray:
-        """``words``, ``has_image`` or ``has_reading`` of the records, [n]."""
+        """``words``, ``has_image``, ``has_reading``, ``labelled`` or ``patient`` of the records, [n]."""
         return self._index.columns[name][self._chosen]
 
     def texts(self, name: str) -> np.ndarray:
@@ -216,7 +221,19 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     turns = (turn.get("value") for turn in item["conversations"] if isinstance(turn, dict))
     words = sum(len(text.split()) for text in turns if isinstance(text, str))
     codes = [names.setdefault(text, len(names)) for text in (split, aspect)]
-    return placed.start, placed.length, words, "image" in item, bool(item.get("reading")), *codes
+    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), _patient_hash(item))
+    return (placed.start, placed.length, words, *about, *codes)
+
+
+def _is_labelled(item: Record) -> bool:
+    return "image" in item and all(isinstance(item.get(name), dict) for name in ("objects", "terms", "provenance"))
+
+
+def _patient_hash(item: Record) -> int:
+    """The same for all records of a patient; a record without a patient is one by itself."""
+    whose = item.get("patient") or f"record {item.get('id')}"
+    digest = hashlib.sha256(f"{item.get('source', '')}\n{whose}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class _Rows:

@@ -96,9 +96,15 @@ def _value_faults(flags: UmedFlags) -> list[str]:
 
 
 def _group_faults(flags: UmedFlags) -> list[str]:
+    faults = []
+    if flags.umed_augment and flags.umed_feature_cache is not None:
+        faults.append(
+            "--umed_feature_cache does not work with --umed_augment: each epoch shows other pixels, so no features could be read "
+            "again. Remove one of them."
+        )
     if flags.umed_algorithm == "grpo" and flags.umed_num_candidates == 1:
-        return ["--umed_num_candidates 1: must be 2 or more with grpo (a group of one has no advantage)."]
-    return []
+        faults.append("--umed_num_candidates 1: must be 2 or more with grpo (a group of one has no advantage).")
+    return faults
 
 
 def _file_faults(flags: UmedFlags, data_args: Any) -> list[str]:

@@ -189,6 +189,18 @@ class UmedFlags:
         folder=CREATED,
         on_resume=FREE,
     )
+    umed_augment: bool = _flag(
+        False,
+        "Augment the training studies, anew in each epoch: turn, zoom, shift, grey levels and noise, and mirror where the recipe "
+        "allows it. Boxes and words of side move along. The recipe's `augment` says how.",
+    )
+    umed_label_share: Optional[float] = _flag(
+        None,
+        "Share of the labelled studies that stage 1 trains on; stage 2 trains on the others. Give both stages the same. Divided "
+        "by patient. Default: both stages train on all.",
+        above=0,
+        below=1,
+    )
     umed_supervision_check_samples: int = _flag(
         64,
         "Records per template whose supervised tokens are checked before training; 0: no check.",

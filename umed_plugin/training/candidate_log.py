@@ -45,7 +45,7 @@ def log_candidates(
         {"text": text, "reward": reward, **{name: column[i] for name, column in terms.items()}}
         for i, (text, reward) in enumerate(zip(texts, rewards))
     ]
-    study = {name: record[name] for name in ("source", "modality", "reading", "terms") if name in record}
+    study = {name: record[name] for name in ("source", "modality", "reading", "terms", "augmented") if name in record}
     if image is not None:
         # A report may be made in another folder than the run was started in.
         study["image"] = os.path.abspath(image)

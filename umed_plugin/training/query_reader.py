@@ -50,6 +50,7 @@ class QueryReader:
         collate: makes a batch of them.
         workers: number of worker processes; 0 reads in this one, when asked.
         plan: an epoch, counted from 0, -> all batches of indices that this rank reads in it.
+        numbered: whether the dataset shows each epoch otherwise, and takes ``index + epoch * len(dataset)``.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class QueryReader:
         collate: Callable[[list[Any]], Any],
         workers: int,
         plan: Callable[[int], list[list[int]]],
+        numbered: bool = False,
     ) -> None:
         self._dataset, self._collate, self._workers, self._make_plan = dataset, collate, workers, plan
+        self._numbered = numbered
         self._planned: tuple[int, list[list[int]]] | None = None
         self._batches: Iterator[Any] = iter(())
         self._at: tuple[int, int] | None = None
@@ -89,7 +92,7 @@ class QueryReader:
     def read(self, epoch: int, start: int, count: int) -> list[Any]:
         """``count`` batches of an epoch from number ``start`` on; fewer at its end."""
         if (epoch, start) != self._at:
-            self._batches = iter(self._loader(self.plan(epoch)[start:]))
+            self._batches = iter(self._loader(self._to_read(epoch, start)))
         batches = list(islice(self._batches, count))
         self._at = epoch, start + len(batches)
         return batches
@@ -97,6 +100,12 @@ class QueryReader:
     def close(self) -> None:
         """End the worker processes."""
         self._batches, self._at = iter(()), None
+
+    def _to_read(self, epoch: int, start: int) -> list[list[int]]:
+        """What the dataset is asked for."""
+        batches = self.plan(epoch)[start:]
+        before = epoch * len(self._dataset) if self._numbered else 0
+        return [[index + before for index in batch] for batch in batches]
 
     def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
         return DataLoader(

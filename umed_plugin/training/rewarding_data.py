@@ -58,12 +58,13 @@ class QueryDataset(GroundedDataset):
         cache, name = self.feature_cache, self._features_name(index)
         return cache is not None and name is not None and cache.file_of(name).is_file()
 
-    def sample(self, index: int) -> dict[str, Any]:
-        """The query of record ``index``; errors of reading its image pass through."""
-        record = self.list_data_dict[index]
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """The query of record ``index`` in an epoch; errors of reading its image pass through."""
+        study = self.study(index, epoch)
+        record = {**study.record, "augmented": study.as_json()} if study.changed else study.record
         name, features = self._cached(index)
         if features is None:
-            item = super().sample(index)
+            item = super().sample(index, epoch)
             ids, labels, image = item["input_ids"], item["labels"], item["image"]
         else:
             (ids, labels), image = tokenize_record(self, index, self.template_of(index)), None

@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+
+class NumberedEpochs(Sampler):
+    """The indices of a sampler with their epoch: ``index + epoch * size``, for a dataset that shows each epoch otherwise.
+
+    Args:
+        sampler: with ``epochs_begun``, which counts when an iteration begins.
+        size: number of records.
+    """
+
+    def __init__(self, sampler: Any, size: int) -> None:
+        self.sampler, self.size = sampler, size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        indices = iter(self.sampler)
+        before = (self.epochs_begun - 1) * self.size
+        return (index + before for index in indices)
+
+    @property
+    def epochs_begun(self) -> int:
+        """Number of iterations that have begun."""
+        return int(self.sampler.epochs_begun)
+
+    @epochs_begun.setter
+    def epochs_begun(self, count: int) -> None:
+        self.sampler.epochs_begun = count
 
 
 class EpochSampler(Sampler):

@@ -116,7 +116,11 @@ class RewardingTrainer(LLaVATrainer):
         self._sampled_ahead: deque[tuple[list[int], Experience]] = deque()
         self._step_size: StepSize | None = None
         self._reader = QueryReader(
-            self.train_dataset, self.data_collator, self.args.dataloader_num_workers, self._batches_of_epoch
+            self.train_dataset,
+            self.data_collator,
+            self.args.dataloader_num_workers,
+            self._batches_of_epoch,
+            numbered=flags.umed_augment,
         )
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))

@@ -34,17 +34,20 @@ from umed_plugin import files
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, separators
 from umed_plugin.data import build
 from umed_plugin.data.annotations import read_annotations
+from umed_plugin.data.augmentation.study import Study
 from umed_plugin.data.image_files import check_image_files
 from umed_plugin.data.images import READERS, check_picture, file_states
 from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
 from umed_plugin.data.record_file import JoinedRecords, RecordFile, make_index, open_records
-from umed_plugin.data.records import check_exists, not_records, save_records
+from umed_plugin.data.records import Record, check_exists, not_records, save_records
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.definition import REWARDING
+from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.first_process import first_process_does
+from umed_plugin.training.label_share import own_share
 
 # What PIL, the image processors and the tokenizers raise for one bad record.
 UNREADABLE = (
@@ -87,6 +90,10 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
             f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
         )
     _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
+    if flags.umed_label_share is not None and split == "train":
+        of_split, divided = own_share(of_split, flags.umed_label_share, flags.umed_stage)
+        if training_args.process_index == 0:
+            note(divided)
     if data_args.image_folder is None:
         # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
         data_args.image_folder = os.curdir
@@ -248,6 +255,8 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
 class GroundedDataset(llava_train.LazySupervisedDataset):
     """LLaVA's dataset over grounded records. An item is LLaVA's: ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
 
+    With ``--umed_augment``, item ``i + e * n`` is record ``i`` of ``n`` as epoch ``e`` shows it.
+
     Args:
         tokenizer: the model's.
         data_args: LLaVA's, with the attribute ``umed_run`` (see `patches/train_arguments.py`).
@@ -264,6 +273,12 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.template = data_args.umed_run.model_args.version
         self.list_data_dict: JoinedRecords = training_records(data_args, training_args, split)
         self._reported: set[int] = set()
+        self.augmenter: Augmenter | None = None
+        if self.flags.umed_augment and split == "train":
+            self.augmenter = Augmenter(training_args.seed, data_args.image_processor)
+            if training_args.process_index == 0:
+                labelled = int(self.list_data_dict.column("labelled").sum())
+                note(augmentation_in_words(labelled, len(self.list_data_dict)))
         self.image_cache: ImageCache | None = None
         if self.flags.umed_image_cache is not None:
             most_bytes = int(self.flags.umed_image_cache_gb * 1e9)
@@ -309,26 +324,34 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
             image = expand2square(image, tuple(int(x * 255) for x in processor.image_mean))
         return processor.preprocess(image, return_tensors="pt")["pixel_values"][0]
 
-    def sample(self, index: int) -> dict[str, Any]:
-        """The item of record ``index``; errors of reading its image pass through.
+    def study(self, index: int, epoch: int = 0) -> Study:
+        """Record ``index`` as an epoch, counted from 0, shows it: as it is without ``--umed_augment``."""
+        record = self.list_data_dict[index]
+        return Study(record) if self.augmenter is None else self.augmenter.study(record, epoch, index)
+
+    def sample(self, index: int, epoch: int = 0) -> dict[str, Any]:
+        """The item of record ``index`` in an epoch; errors of reading its image pass through.
 
         Raises:
             UmedError: the image is missing, damaged or too large, or has a size that the image processor cannot take.
         """
-        if self.image_cache is not None and self.image_path(index) is not None:
-            ids, labels = tokenize_record(self, index, self.template_of(index))
-            return {"input_ids": ids, "labels": labels, "image": self.load_image(index)}
-        path = self.image_path(index)
+        path, study = self.image_path(index), self.study(index, epoch)
+        if path is not None and (self.image_cache is not None or study.changed):
+            ids, labels = tokenize(self, study.record, self.template_of(index))
+            image = self.load_image(index)
+            image = image if self.augmenter is None else self.augmenter.pixels(image, study)
+            return {"input_ids": ids, "labels": labels, "image": image}
         if path is not None:
             check_picture(Path(path))
         with using_template(self.template_of(index)):
             return super().__getitem__(index)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        epoch = i // len(self)
         for step in range(len(self)):
             index = (i + step) % len(self)
             try:
-                return self.sample(index)
+                return self.sample(index, epoch)
             except UNREADABLE as error:
                 fault = self._image_fault(index)
                 if fault is None:
@@ -364,7 +387,11 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
 
 def tokenize_record(dataset: GroundedDataset, index: int, template: str) -> tuple[torch.Tensor, torch.Tensor]:
     """``input_ids`` [L] and ``labels`` [L] of a record by LLaVA's own preprocessing, without reading its image."""
-    record = dataset.list_data_dict[index]
+    return tokenize(dataset, dataset.list_data_dict[index], template)
+
+
+def tokenize(dataset: GroundedDataset, record: Record, template: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `tokenize_record`, of a record as an epoch shows it."""
     with using_template(template):
         sources = copy.deepcopy([record["conversations"]])
         if "image" in record:

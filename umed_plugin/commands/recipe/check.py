@@ -23,7 +23,10 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
     add_recipe_and_root(parser)
     add_against(parser, "reported")
     parser.add_argument(
-        "--report", type=Path, metavar="FOLDER", help="write check.html there, with a contact sheet of every source"
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write check.html there, with contact sheets of every source: boxes, and augmented studies",
     )
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
@@ -35,7 +38,13 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.data.checking.report import print_check, write_report
     from umed_plugin.data.recipes.recipe import load_recipe
 
-    check = check_recipe(load_recipe(args.recipe), data_root=args.data_root, against=args.against, progress=True)
+    check = check_recipe(
+        load_recipe(args.recipe),
+        data_root=args.data_root,
+        against=args.against,
+        progress=True,
+        augmented=args.report is not None,
+    )
     print_check(check, make_console(wide_in_pipes=True))
     if args.report:
         note(f"report written: {write_report(check, args.report)}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.commands.report.pictures import SeenImage, as_data_url, see
+from umed_plugin.commands.report.pictures import SeenImage, as_augmented, as_data_url, see
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
 from umed_plugin.evaluation.results import Evaluation
@@ -76,11 +76,17 @@ def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Pa
 
 
 def _seen(
-    image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Path
+    image: str,
+    mode: str,
+    reading: Mapping[str, Any] | None,
+    run_folder: Path,
+    augmented: Mapping[str, Any] | None = None,
 ) -> tuple[SeenImage | None, dict[str, str]]:
     """The image and its part of the card. A missing picture is reported on its card and does not stop the report."""
     try:
         seen = see(image, mode, reading, run_folder)
+        if augmented is not None:
+            seen = as_augmented(seen, augmented)
     except UmedError as error:
         return None, {"picture": "", "fault": str(error)}
     return seen, {"picture": as_data_url(seen.square), "fault": ""}
@@ -118,7 +124,8 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
         "fault": "the run was logged by a version of the plugin that did not record the image's path",
     }
     if study.get("image"):
-        seen, picture = _seen(study["image"], study["image_aspect_ratio"], study.get("reading"), run_folder)
+        moved = study.get("augmented")
+        seen, picture = _seen(study["image"], study["image_aspect_ratio"], study.get("reading"), run_folder, moved)
     terms = [name for name in rows[0] if name not in _NOT_TERMS]
     return {
         "id": line["id"],

@@ -61,6 +61,22 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
     return SeenImage(square_of(opened, geometry, min_side=1, max_side=side), geometry)
 
 
+def as_augmented(seen: SeenImage, augmented: Mapping[str, Any]) -> SeenImage:
+    """The image as ``--umed_augment`` moved it; its grey levels stay.
+
+    Args:
+        augmented: what the candidate log has of the movement.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from umed_plugin.data.augmentation.pixels import moved_picture
+    from umed_plugin.data.augmentation.study import move_of
+
+    pixels = moved_picture(np.asarray(seen.square), move_of(dict(augmented)))
+    return SeenImage(Image.fromarray(pixels), seen.geometry)
+
+
 def _existing(path: Path, run_folder: Path) -> Path:
     """The path, or the one below a run's folder with the same ending: runs are moved and copied."""
     if path.exists():

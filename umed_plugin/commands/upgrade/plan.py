@@ -176,10 +176,9 @@ class Plan:
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = EVALUATED.index(name)
         inputs = {"checkpoint": source, "records": self.records, **self._tower()}
-        keys = (
-            *_TRAINING_KEYS,
-            *(("bits",) if self.settings.bits != 16 else ()),
-        )  # runs begun before it existed lack it
+        # Runs begun before these keys existed lack them.
+        newer = {"bits": 16, "augment": False, "label_share": None}
+        keys = (*_TRAINING_KEYS, *(key for key, usual in newer.items() if getattr(self.settings, key) != usual))
         inputs |= {"deepspeed": Path(self.settings.deepspeed)} if self.settings.deepspeed else {}
         return Step(
             name=f"stage_{number}_{name}",

@@ -113,6 +113,13 @@ class Settings(StrictModel):
         False, "At the very end, put the result in the checkpoint's place and keep the old one beside it."
     )
     seed: int = _key(0, "Seed of wording, order and sampling.")
+    augment: bool = _key(False, "Augment the training studies in both stages, as the recipe's augment says.")
+    label_share: Optional[float] = _key(
+        None,
+        "Share of the labelled studies that stage 1 trains on, stage 2 on the others, by patient; null: both on all.",
+        gt=0,
+        lt=1,
+    )
     box_decimals: Literal[2, 3] = _key(2, "Decimals of box coordinates in text.")
     on_bad_image: Literal["stop", "skip"] = _key("stop", "stop, or skip: leave out images that cannot be read.")
     model_max_length: Optional[int] = _key(None, "Maximum sequence length in training, in tokens.", ge=64)

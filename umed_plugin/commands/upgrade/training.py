@@ -66,6 +66,9 @@ def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
         "image_aspect_ratio": origin.image_mode,
         "model_max_length": settings.model_max_length,
         "umed_on_bad_image": settings.on_bad_image,
+        # Left out where unset, so that the `flags` of one stage may set them.
+        **({"umed_augment": True} if settings.augment else {}),
+        **({"umed_label_share": settings.label_share} if settings.label_share is not None else {}),
     }
 
 

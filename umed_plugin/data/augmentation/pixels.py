@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+import numpy as np
 import torch
 
 from umed_plugin.data.augmentation.study import GreyLevels
@@ -41,6 +42,13 @@ def augment_pixels(
         if grey == GreyLevels():
             return moved
         return torch.where(mask > 0, (_regreyed(moved * std + mean, grey) - mean) / std, moved)
+
+
+def moved_picture(picture: np.ndarray, move: SquareMove) -> np.ndarray:
+    """A square picture, uint8 [S, S, 3], after the movement; margins are black."""
+    values = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, 0).float()
+    moved, _ = _moved(values, _mask(None, values.shape[-1]), move)
+    return moved.clamp(0, 255).round().byte().movedim(0, -1).contiguous().numpy()
 
 
 @contextmanager

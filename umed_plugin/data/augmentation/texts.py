@@ -2,18 +2,20 @@
 
 An answer of the template writer is written again from the moved boxes, with the same wording. In any other text, boxes are moved
 where they stand, and words of side are mirrored. Rotation, zoom and shift change no word there; they are taken only if every
-lesion stays in its ninth of the image, or no word says where in the image something lies.
+lesion stays in its part of the image (the same third and the same half, across and down), or no word says where in the image
+something lies.
 """
 
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Optional
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
-from umed_plugin.data.template_writer import region_of, write_conversation
+from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, format_box, iou_matrix, is_degenerate, rewrite_boxes
 from umed_plugin.grounding.side_words import mirrored_text, names_place, names_side
@@ -24,6 +26,8 @@ Turns = list[dict[str, Any]]
 _FLIPS = ("left_right", "up_down")
 _SAME_BOX = 0.5  # IoU of a written box with a true one, above which they are the same lesion's
 _DECIMALS = (2, 3)
+# "Left" may mean a half or a third of the image.
+_BORDERS = (1 / 3, 1 / 2, 2 / 3)
 
 
 def can_mirror(record: Record, flip: str) -> bool:
@@ -92,9 +96,16 @@ def _says_where(record: Record) -> bool:
 
 
 def _stay_in_place(before: Sequence[Box], after: Sequence[Box], flips: Sequence[str]) -> bool:
-    """Whether each box is in the ninth of the square where the mirroring alone puts it."""
+    """Whether each box is in the part of the square where the mirroring alone puts it."""
     mirrored = SquareMove("left_right" in flips, "up_down" in flips).boxes(before)
-    return all(region_of(old) == region_of(new) for old, new in zip(mirrored, after))
+    return all(_part(old) == _part(new) for old, new in zip(mirrored, after))
+
+
+def _part(box: Box) -> tuple[int, int]:
+    """Column and row of a box's centre between the borders of thirds and halves."""
+    x1, y1, x2, y2 = box
+    across, down = (bisect(_BORDERS, value / 2) for value in (x1 + x2, y1 + y2))
+    return across, down
 
 
 def _with_moved_boxes(text: str, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[str]:

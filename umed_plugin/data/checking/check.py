@@ -15,6 +15,7 @@ from typing import Optional, Union
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.merging import overlapping_count
 from umed_plugin.data.build import LEAST_VISIBLE, Prepared, prepare
+from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
 from umed_plugin.data.checking.contact_sheet import ContactSheets
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
 from umed_plugin.data.recipes.recipe import AnyRecipe
@@ -76,6 +77,7 @@ class RecipeCheck:
             of their class by more than half; one entry for each box.
         evaluation_leaks: images of train and val that are also in an evaluation set; None if no set was given.
         sheets: images with their boxes, for `report`.
+        augmented: studies as ``--umed_augment`` shows them, for `report`; None if they were not asked for.
         bad_images: images that are missing on disk (first) or cannot be read.
     """
 
@@ -93,6 +95,7 @@ class RecipeCheck:
     overlapping_boxes: list[str] = field(default_factory=list)
     evaluation_leaks: Optional[list[Leak]] = None
     sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
+    augmented: Optional[AugmentedSheets] = None
     bad_images: list[UmedError] = field(default_factory=list)
 
     @property
@@ -118,6 +121,7 @@ def check_recipe(
     data_root: Optional[Union[str, Path]] = None,
     against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
+    augmented: bool = False,
 ) -> RecipeCheck:
     """Read all annotations and images of a recipe, and count what they hold.
 
@@ -125,6 +129,7 @@ def check_recipe(
         data_root: folder of the data set; overrides the recipe's.
         against: folders with the images of evaluation sets, which must not be trained on.
         progress: show a progress bar.
+        augmented: draw augmented studies too.
 
     Raises:
         UmedError: there is no data folder, or a folder of ``against`` holds no image.
@@ -133,6 +138,7 @@ def check_recipe(
     check = RecipeCheck(recipe, read_annotations(recipe, data_root))
     check.classes = {name: ClassCheck() for name in recipe.names}
     check.sheets = ContactSheets(check.annotations.items)
+    check.augmented = AugmentedSheets(check.annotations.items) if augmented else None
     items = check.annotations.items
     for prepared in prepare(items, check.annotations, check.bad_images, recipe.name if progress else None):
         _count(prepared, check)
@@ -163,6 +169,8 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     check.thin_boxes += [name for x1, y1, x2, y2 in prepared.boxes if min(x2 - x1, y2 - y1) < 1]
     check.overlapping_boxes += [name] * overlapping_count(prepared.boxes, prepared.classes)
     check.sheets.add(prepared)
+    if check.augmented is not None:
+        check.augmented.add(prepared)
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, lesion in zip(prepared.boxes, prepared.classes):
         share = cropped.visible_fraction(box)

@@ -30,7 +30,7 @@ class ContactSheets:
         self._wanted: set[int] = set()
         self._tiles: dict[str, list[Image.Image]] = {}
         for source in {item.recipe.name for item in items}:
-            self._wanted |= {id(item) for item in _chosen([item for item in items if item.recipe.name == source])}
+            self._wanted |= {id(item) for item in chosen_items([item for item in items if item.recipe.name == source])}
 
     def add(self, prepared: Prepared) -> None:
         """Draw an image if it is selected."""
@@ -52,13 +52,13 @@ class ContactSheets:
         return written
 
 
-def _chosen(items: Sequence[Annotated]) -> list[Annotated]:
-    """The same number of images of every class and of negatives, as far as they exist."""
+def chosen_items(items: Sequence[Annotated], count: int = _PER_SOURCE) -> list[Annotated]:
+    """About ``count`` images: the same number of every class and of negatives, as far as they exist, always the same ones."""
     groups: dict[str, list[Annotated]] = {}
     for item in items:
         for name in set(item.classes) or {""}:
             groups.setdefault(name, []).append(item)
-    each = max(_PER_SOURCE // max(len(groups), 1), 1)
+    each = max(count // max(len(groups), 1), 1)
     return [item for _, group in sorted(groups.items()) for item in picked_by_hash(group, each, seed=0)]
 
 
@@ -81,7 +81,7 @@ def _tile(prepared: Prepared) -> Image.Image:
     item = prepared.item
     names = list(dict.fromkeys(prepared.classes))
     for index, name in enumerate(names):
-        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=_colour(name, item.recipe.names))
+        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=colour_of(name, item.recipe.names))
     if not names:
         draw.text((4, _SIDE + 2), "no lesion", fill="white")
     draw.text((4, _SIDE + 15), f"{item.split}  {item.image.parent.name}/{item.image.name}"[-64:], fill=(190, 190, 190))
@@ -102,10 +102,10 @@ def _cut(prepared: Prepared, part: Box) -> Image.Image:
     for box, name in zip(prepared.boxes, prepared.classes):
         left, right = ((x - x1) * _SIDE / (x2 - x1) for x in (box[0], box[2]))
         top, bottom = ((y - y1) * _SIDE / (y2 - y1) for y in (box[1], box[3]))
-        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=_colour(name, prepared.item.recipe.names))
+        draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=colour_of(name, prepared.item.recipe.names))
     return cut
 
 
-def _colour(name: str, names: Iterable[str]) -> tuple[int, int, int]:
+def colour_of(name: str, names: Iterable[str]) -> tuple[int, int, int]:
     """The colour of a class: the same in all pictures of a source, whose class names are given."""
     return _COLOURS[list(names).index(name) % len(_COLOURS)]

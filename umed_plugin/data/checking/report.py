@@ -36,7 +36,7 @@ def sources_of(recipe: AnyRecipe) -> list[Recipe]:
 
 
 def write_report(check: RecipeCheck, folder: Path) -> Path:
-    """Write the tables and a contact sheet per source, and return the path of the page."""
+    """Write the tables, a contact sheet per source and one of augmented studies, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     console = make_console(record=True, file=io.StringIO(), width=_WIDTH)
     print_check(check, console)
@@ -45,11 +45,32 @@ def write_report(check: RecipeCheck, folder: Path) -> Path:
         f'<h2>{html.escape(source)}</h2><img style="max-width:100%" src="{sheet.name}" alt="{html.escape(source)}: boxes">'
         for source, sheet in check.sheets.save(folder).items()
     )
+    pictures += _augmented_pictures(check, folder)
     title = f"<title>{html.escape(check.recipe.name)}: check</title>"
     page = page.replace("<head>", f"<head>{title}").replace("</body>", f"{pictures}</body>")
     target = folder / "check.html"
     files.write_text(target, page)
     return target
+
+
+def _augmented_pictures(check: RecipeCheck, folder: Path) -> str:
+    """The sheets of augmented studies, each under a line that says by which rule."""
+    written = check.augmented.save(folder) if check.augmented is not None else {}
+    rules = {recipe.name: recipe.augment for recipe in sources_of(check.recipe)}
+    pictures = ""
+    for source, sheet in written.items():
+        rule = rules.get(source)
+        told = (
+            "the defaults, since the recipe has no <code>augment</code>"
+            if rule is None
+            else html.escape(f"augment: {rule}")
+        )
+        name = html.escape(source)
+        pictures += (
+            f"<h2>{name}: augmented</h2><p>First as it is, then as <code>--umed_augment True</code> shows it in four epochs, by "
+            f'{told}.</p><img style="max-width:100%" src="{sheet.name}" alt="{name}: augmented studies">'
+        )
+    return pictures
 
 
 def print_check(check: RecipeCheck, console: Console) -> None:

@@ -1,0 +1,204 @@
+"""``--umed_augment`` and ``--umed_label_share`` in both stages: what an epoch shows depends on seed, epoch and record alone."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.records import grounded_records, write_records
+from support.tuning import make_dataset, make_tokenizer
+from support.umed_runs import train_flags, umed_run, weights
+from torch.utils.data import DataLoader
+
+from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import parse_boxes
+from umed_plugin.training.query_reader import QueryReader
+from umed_plugin.training.sampler import EpochSampler, NumberedEpochs
+from umed_plugin.training.tuning_data import tokenize
+
+RULE = {"flips": ["left_right"], "rotation": 5, "zoom": [0.9, 1.3], "share": 1}
+STAGES = {
+    "instruction_tuning": ("--group_by_modality_length", "True"),
+    "rewarding": shlex.split(
+        "--umed_num_candidates 2 --umed_max_new_tokens 8 --umed_log_candidates 1 --umed_rewards localization"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Path:
+    """Eight records of four patients in two epochs' worth of batches; every second patient's may be mirrored."""
+    file = grounded_records(tmp_path / "data")
+    kept = [{**record, "patient": f"p{i // 2}"} for i, record in enumerate(json.loads(file.read_text())[:8])]
+    file.write_text(json.dumps([{**record, "augment": RULE} for record in kept]))
+    return file
+
+
+def collated(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return items
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in ("input_ids", "labels", "image"))
+
+
+def test_an_item_depends_on_seed_epoch_and_record_alone(records: Path, tokenizer: Any) -> None:
+    dataset = make_dataset(records, tokenizer, umed_augment=True)
+    asked = [[3, 3 + 8, 5 + 16], [3 + 8, 5 + 16]]
+    alone, by_workers = (
+        [
+            item
+            for batch in DataLoader(dataset, batch_sampler=asked, collate_fn=collated, num_workers=n)
+            for item in batch
+        ]
+        for n in (0, 2)
+    )
+    assert all(map(same, alone, by_workers)) and len(alone) == 5
+    assert same(alone[1], alone[3]) and same(alone[2], alone[4])
+    assert not torch.equal(alone[0]["image"], alone[1]["image"]), "the next epoch is another one"
+    plain = make_dataset(records, tokenizer)
+    assert not torch.equal(plain[3]["image"], alone[0]["image"]) and same(plain[3], plain[3 + 8])
+
+    # Pixels and text are those of the same study.
+    study = next(study for study in (dataset.study(4, epoch) for epoch in range(20)) if study.move.left_right)
+    before, after = (
+        parse_boxes(record["conversations"][1]["value"]) for record in (plain.list_data_dict[4], study.record)
+    )
+    assert np.allclose(study.move.boxes(before), after, atol=0.0051)
+    ids, labels = tokenize(dataset, study.record, dataset.template_of(4))
+    shown = next(epoch for epoch in range(20) if dataset.study(4, epoch) == study)
+    item = dataset[4 + 8 * shown]
+    assert torch.equal(item["input_ids"], ids) and torch.equal(item["labels"], labels)
+
+
+def test_held_out_records_and_text_alone_are_as_they_are(records: Path, tokenizer: Any) -> None:
+    items = json.loads(records.read_text())
+    items[0]["split"] = "val"
+    del items[1]["image"]
+    items[1]["conversations"][0]["value"] = "Is there anything abnormal?"
+    records.write_text(json.dumps(items))
+    held_out = make_dataset(records, tokenizer, split="val", umed_augment=True)
+    assert same(held_out[0], make_dataset(records, tokenizer, split="val")[0])
+    dataset = make_dataset(records, tokenizer, umed_augment=True)
+    assert torch.equal(dataset[0]["image"], torch.zeros(3, 64, 64))
+
+
+def test_the_next_record_takes_the_place_of_a_bad_image_in_every_epoch(records: Path, tokenizer: Any) -> None:
+    (records.parent / "3.png").write_bytes(b"no image")
+    dataset = make_dataset(records, tokenizer, umed_augment=True, umed_on_bad_image="skip")
+    assert same(dataset[3 + 8], dataset[4 + 8]) and not same(dataset[3 + 8], dataset[4])
+
+
+def test_the_image_cache_holds_images_before_augmentation(records: Path, tokenizer: Any, tmp_path: Path) -> None:
+    plain = make_dataset(records, tokenizer, umed_augment=True)
+    cached = make_dataset(records, tokenizer, umed_augment=True, umed_image_cache=str(tmp_path / "cache"))
+    for _ in range(2):
+        assert all(same(plain[i], cached[i]) for i in (1, 9, 17))
+    assert (cached.image_cache.hits, cached.image_cache.misses) == (5, 1)
+
+
+def test_both_readers_number_the_epochs() -> None:
+    sampler = NumberedEpochs(EpochSampler(5, seed=1), 5)
+    plain = EpochSampler(5, seed=1)
+    assert [[i + 5 * epoch for i in plain.order(epoch)] for epoch in range(3)] == [list(sampler) for _ in range(3)]
+    sampler.epochs_begun = 7  # a resumed run's
+    assert list(sampler) == [i + 35 for i in plain.order(7)] and len(sampler) == 5
+
+    class Asked:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, index: int) -> int:
+            return index
+
+    plan = {2: [[4, 0], [1, 3]], 0: [[1, 2]]}
+    for numbered, before in ((True, 10), (False, 0)):
+        reader = QueryReader(Asked(), list, 0, plan.__getitem__, numbered=numbered)
+        assert reader.position(2, [1, 3]) == 1
+        assert reader.read(2, 1, 1) == [[1 + before, 3 + before]]
+        assert reader.read(0, 0, 1) == [[1, 2]]
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.run
+def test_a_resumed_run_with_other_workers_is_the_run_that_was_not_stopped(
+    stage: str, records: Path, tiny_mistral, tmp_path
+):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    flags = ["--umed_stage", stage, "--umed_augment", "True", "--max_steps", "8", "--save_steps", "5", *STAGES[stage]]
+
+    def run(output: Path, *more: str) -> Any:
+        command = train_flags(tiny_mistral, records, output, *flags, *more)
+        done = umed_run(["python", "-m", "llava.train.train_mem", *command])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    assert "augmentation: each epoch draws anew how 8 of 8 records" in run(whole).stdout
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
+    run(resumed, "--dataloader_num_workers", "2")
+    expected, found = weights(whole), weights(resumed)
+    assert set(found) == set(expected) and all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if stage == "rewarding":
+        # Rewards see the moved boxes, other ones in the second epoch; the log says how the picture was moved.
+        lines = [json.loads(line) for line in (whole / "candidates.jsonl").read_text().splitlines()]
+        original = {record["id"]: record["objects"]["bbox"] for record in json.loads(records.read_text())}
+        with_boxes = [line for line in lines if original[line["id"]]]
+        assert with_boxes and all(line["true"]["bbox"] != original[line["id"]] for line in with_boxes)
+        assert all(set(line["study"]["augmented"]) >= {"left_right", "angle", "zoom", "shift"} for line in lines)
+
+
+def test_the_stages_divide_the_labelled_studies_by_patient(records: Path, tokenizer: Any, capsys: Any) -> None:
+    items = json.loads(records.read_text())
+    plain = json.loads(write_records(records.parent / "more", count=3).read_text())
+    items = [
+        {**item, "id": f"{n}-{item['id']}", "patient": f"{n}{item['patient']}"} for n in range(10) for item in items
+    ]
+    items += [{**item, "id": f"plain-{item['id']}", "image": f"more/{item['image']}"} for item in plain]
+    records.write_text(json.dumps(items))
+    first = make_dataset(records, tokenizer, umed_label_share=0.3)
+    names = {record["id"] for record in first.list_data_dict}
+    records.write_text(json.dumps(items[::-1]))
+    again = make_dataset(records, tokenizer, umed_label_share=0.3)
+    assert names == {record["id"] for record in again.list_data_dict}, "the order of the file does not count"
+    assert sum(name.startswith("plain-") for name in names) == 3, "what has no boxes is stage 1's"
+    patients = {item["patient"] for item in items[:80] if item["id"] in names}
+    assert names - {f"plain-{item['id']}" for item in plain} == {
+        item["id"] for item in items[:80] if item["patient"] in patients
+    }
+    assert 5 <= len(patients) <= 20
+    told = capsys.readouterr().out
+    studies = 2 * len(patients)
+    assert (
+        f"divides 80 labelled studies of 40 patients by patient: stage 1 {studies} labelled studies of {len(patients)} "
+        in told
+    )
+    assert f"stage 2 {80 - studies} labelled studies of {40 - len(patients)} patients. This is stage 1." in told
+
+    from umed_plugin.training.label_share import own_share
+
+    whole = make_dataset(records, tokenizer).list_data_dict
+    others, told = own_share(whole, 0.3, "rewarding")
+    rest = {record["id"] for record in others}
+    assert not rest & names and rest | names == {item["id"] for item in items} and told.endswith("This is stage 2.")
+
+
+def test_a_share_that_leaves_a_stage_without_studies_is_refused(records: Path, tokenizer: Any) -> None:
+    with pytest.raises(
+        UmedError, match=r"0.001 divides 8 labelled studies of 4 patients .* stage 1 0 labelled studies of 0"
+    ):
+        make_dataset(records, tokenizer, umed_label_share=0.001)
+    plain = write_records(records.parent / "plain")
+    with pytest.raises(UmedError, match="divides 0 labelled studies of 0 patients"):
+        make_dataset(plain, tokenizer, umed_label_share=0.5)
