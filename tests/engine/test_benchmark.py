@@ -34,4 +34,5 @@ def test_the_benchmark_prints_what_is_equal_and_shared(tmp_path, capsys):
     found = {name: value for line in printed for name, value in line.items()}
     for name in ("greedy", "greedy with adapter"):
         assert found[name]["equal"] == found[name]["of"] == 12 and found[name]["largest_difference"] < 1e-4
-    assert found["prefill of K answers"]["hits"] == found["prefill of K answers"]["full_blocks"]
+    shared = found["prefill of K answers"]
+    assert shared["full_blocks"] <= shared["hits"] <= shared["full_blocks"] + 12 * 32

@@ -119,7 +119,10 @@ def test_sampled_answers_carry_the_probabilities_of_their_temperature(client, lo
 
 
 def test_the_answers_to_a_question_share_its_prefill(client, running, loaded, prompts):
-    """Of K prompts that are asked for, one is computed. For the others all full blocks of 32 tokens are hits."""
+    """Of K prompts that are asked for, one is computed. For the others all full blocks of 32 tokens are hits.
+
+    The question before may have computed the block of the template's words already: that is one hit more for each.
+    """
     tokenizer, _, _ = loaded
     fresh = type(prompts)(prompts.embeds * 1.01, prompts.mask, prompts.image_start, prompts.n_patches)
     before = [running.counter(f"prefix_cache_{name}") for name in ("queries", "hits")]
@@ -127,7 +130,8 @@ def test_the_answers_to_a_question_share_its_prefill(client, running, loaded, pr
     asked, hits = (running.counter(f"prefix_cache_{n}") - b for n, b in zip(("queries", "hits"), before))
     lengths = prompts.mask.sum(dim=1).tolist()
     assert asked == 8 * sum(lengths)
-    assert hits == 7 * sum((length - 1) // 32 * 32 for length in lengths)
+    full_blocks = 7 * sum((length - 1) // 32 * 32 for length in lengths)
+    assert full_blocks <= hits <= full_blocks + 32 * QUESTIONS
 
 
 def flags_of(running: Engine) -> list[str]:
