@@ -19,7 +19,7 @@ from typing import Any
 from umed_plugin.errors import UsageError
 from umed_plugin.files.locks import lock_for_the_process
 from umed_plugin.flags.checks import find_faults, raise_faults
-from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags
 from umed_plugin.patches import (
     attention_implementation,
     conversation_templates,
@@ -83,6 +83,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     raise_faults(
         [
             *find_faults(run.flags, model_args, data_args, training_args),
+            *_find_symbol_faults(run.flags),
             *conversation_templates.find_faults(run),
             *model_class.find_faults(run),
             *attention_implementation.find_faults(run),
@@ -105,6 +106,15 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             busy = "another training is writing it"
             lock_for_the_process(training_args.output_dir, busy=busy, flag="--output_dir")
     return run
+
+
+def _find_symbol_faults(flags: UmedFlags) -> list[str]:
+    """What is wrong in the files of ``--umed_rewards symbolic:FILE``; the flags' own check only looks whether they are there."""
+    if flags.umed_stage != REWARDING or SYMBOLIC not in flags.umed_rewards:
+        return []
+    from umed_plugin.rewards.symbols import find_symbol_faults  # the rewards are not needed by stage 1
+
+    return find_symbol_faults(flags.reward_names())
 
 
 def _find_unused_faults(run: TrainingRun) -> list[str]:

@@ -35,6 +35,11 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_reward_weights": "1,2"}, "2 numbers for the 3 rewards"),
         ({"umed_reward_weights": "a"}, "must be numbers"),
         ({"umed_reward_weights": "0,0,0"}, "at least one of them above 0"),
+        ({"umed_reward_weights": "1,1,0..x"}, "must be numbers such as 1,0.5,1, or 0..1 (from 0"),
+        ({"umed_reward_weights": "1,1,0..-1"}, "all must be 0 or more"),
+        ({"umed_reward_weights": "1,1,0..1@2"}, "what follows @ is a share of the run"),
+        ({"umed_reward_weights": "0..1,0,0..2"}, "At 0% of the run all are 0"),
+        ({"umed_reward_weights": "1..0@0.5,0,0"}, "At 50% of the run all are 0"),
         ({"umed_reward_norm": "maxx"}, "Did you mean 'max'"),
         ({"umed_judge": "gpt"}, "must be lexical, classes, openai:MODEL or replay:FILE"),
         ({"umed_judge": "openai:"}, "must be lexical, classes, openai:MODEL or replay:FILE"),
@@ -334,6 +339,13 @@ def test_lists_are_parsed():
     flags = UmedFlags(umed_rewards="relevance, localization", umed_reward_weights="1,0.5", umed_vrr_layers="-1,0")
     assert flags.reward_names() == ["relevance", "localization"]
     assert flags.reward_weights() == [1.0, 0.5]
+    changing = UmedFlags(umed_reward_weights="4,0.5..1.5,2..0@0.5")
+    assert [changing.reward_weights(progress) for progress in (0, 0.25, 0.5, 1)] == [
+        [4.0, 0.5, 2.0],
+        [4.0, 0.75, 1.0],
+        [4.0, 1.0, 0.0],
+        [4.0, 1.5, 0.0],
+    ]
     assert flags.vrr_layer_indices(4) == [0, 3]
     assert UmedFlags(umed_vrr_layers="last_half").vrr_layer_indices(5) == [2, 3, 4]
     assert UmedFlags().vrr_layer_indices(2) == [0, 1]

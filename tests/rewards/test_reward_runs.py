@@ -87,15 +87,31 @@ class Measures:
 """
 
 
+STEPS = """
+steps: {finding: {nodule: [nodule], area: [abnormal area]}}
+cases: [{finding: nodule}]
+"""
+
+
 def test_processes_of_which_one_measures_with_numpy_gather_the_same_kind_of_number(tiny_llama, tmp_path):
     records = grounded_records(tmp_path / "data")
     (tmp_path / "of_numpy.py").write_text(OF_NUMPY)
+    (tmp_path / "steps.yaml").write_text(STEPS)
     stage = shlex.split(
-        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 4 --max_steps 1 --save_strategy no"
-        " --per_device_train_batch_size 1 --umed_rewards of_numpy:Measures"
+        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 4 --max_steps 1 --save_steps 1"
+        " --per_device_train_batch_size 1 --umed_rewards of_numpy:Measures,consistency,localization_curriculum"
+        f",symbolic:{tmp_path}/steps.yaml"
     )
     flags = train_flags(tiny_llama, records, tmp_path / "out", *stage)
     run = umed_run([*TWO_PROCESSES, *flags], pythonpath=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     (line, *_) = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert line["own/rank"] == 0.5
+    # Answers of four random tokens: nothing in them can agree or disagree, and no step of the file is taken.
+    assert line["guard/unscored/consistency"] == 1 and "reward/consistency" not in line
+    assert line[f"reward/symbolic:{tmp_path}/steps.yaml"] == 0
+    # The window has the questions of both processes with a lesion, in both the same.
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "rewarding_state.json").read_text())
+    lesions = sum(bool(record["objects"]["bbox"]) for record in json.loads(records.read_text()))
+    window = state["rewards"]["localization_curriculum"]["window"]
+    assert window == [[0.0, 0.0]] * len(window) and 0 < len(window) <= min(2, lesions)

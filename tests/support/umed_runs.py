@@ -141,7 +141,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 FLAGS = shlex.split(
     "--umed_stage rewarding --umed_num_candidates 4 --umed_max_new_tokens 12 --learning_rate 1e-3 --max_steps 8 --save_steps 3"
-    " --umed_rewards relevance,localization,vision_relevance,localization_diou,half:half --umed_reward_weights 1,1,1,1,0.5"
+    " --umed_rewards relevance,localization,vision_relevance,localization_diou,localization_curriculum,format,half:half"
+    " --umed_reward_weights 1,1,1,1,1,1,0.5..0.25"
 )
 
 

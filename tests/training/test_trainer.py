@@ -93,8 +93,15 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     assert "not packed" not in run.stdout
     history = json.loads((whole / "trainer_state.json").read_text())["log_history"]
     assert len([line for line in history if "loss" in line]) == 8
-    terms = {f"reward/{name}" for name in (*SHIPPED_REWARDS, "half:half", "total")}
+    # consistency scores no random text, and symbolic needs a file: tests/rewards/test_reward_runs.py
+    shipped = {*SHIPPED_REWARDS} - {"consistency", "symbolic"}
+    terms = {f"reward/{name}" for name in (*shipped, "half:half", "total")}
     assert terms <= {name for line in history for name in line}
+    steps = steps_of_a_rollout(flags)
+    expected = [0.5 - 0.25 * (step // steps * steps) / 7 for step in range(8)]
+    found = {line["step"]: line["weight/half:half"] for line in history if "weight/half:half" in line}
+    assert found == {step + 1: pytest.approx(expected[step]) for step in range(0, 8, steps)}
+    assert all(line.get("localization_curriculum/threshold", 0.3) == pytest.approx(0.3) for line in history)
     assert ("kl" in history[0]) == ("--umed_kl_coef" not in flags)
     groups = sampled(whole)
     assert set(groups) == set(range(0, 8, steps_of_a_rollout(flags)))
@@ -131,6 +138,8 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
         )
     # Without gradient checkpointing, CPU autocast would hand the update weights that have lost their graph.
     assert all(tensor.abs().max() > 0 for name, tensor in expected.items() if "lora_B" in name)
+    states = [json.loads((run / "checkpoint-6" / "rewarding_state.json").read_text()) for run in (whole, resumed)]
+    assert states[0] == states[1] and len(states[0]["rewards"]["localization_curriculum"]["window"]) > 3
     if "ppo" in flags:
         check_ppo(whole, resumed)
 

@@ -37,6 +37,7 @@ from umed_plugin.flags.rules import (
     must_sample_all,
     parse_judge_options,
 )
+from umed_plugin.flags.weights import Weight
 from umed_plugin.remote import settings
 
 __all__ = [
@@ -48,8 +49,10 @@ __all__ = [
     "REWARDING",
     "SHIPPED_REWARDS",
     "STAGES",
+    "SYMBOLIC",
     "TUNING",
     "UmedFlags",
+    "is_own_reward",
     "rules_of",
 ]
 
@@ -60,6 +63,15 @@ SHIPPED_REWARDS = (
     *PAPER_REWARDS,
     *sorted({module.name for module in pkgutil.iter_modules([str(_REWARD_FILES)])} - set(PAPER_REWARDS)),
 )
+
+# The one shipped reward that needs a file: symbolic:FILE.yaml.
+SYMBOLIC = "symbolic"
+
+
+def is_own_reward(name: str) -> bool:
+    """Whether a name of ``--umed_rewards`` is ``my_module:my_reward``, a reward of the user."""
+    return ":" in name and not name.startswith(f"{SYMBOLIC}:")
+
 
 LOCAL_JUDGE_NAMES = ("lexical", "classes")
 OPENAI, REPLAY = "openai", "replay"
@@ -77,7 +89,7 @@ SEVERAL_CANDIDATES = Needs("--umed_num_candidates above 1", lambda flags: flags.
 NORMALISED_REWARD = Needs(
     "a reward that max normalises in --umed_rewards: localization, localization_diou, vision_relevance or your own",
     lambda flags: any(
-        name in ("localization", "localization_diou", "vision_relevance") or ":" in name
+        name in ("localization", "localization_diou", "vision_relevance") or is_own_reward(name)
         for name in flags.reward_names()
     ),
 )
@@ -223,11 +235,14 @@ class UmedFlags:
     umed_rewards: str = _flag(
         ",".join(PAPER_REWARDS),
         f"Comma list of {', '.join(SHIPPED_REWARDS)}, or my_module:my_reward for your own. localization_diou replaces "
-        "localization: it also tells near misses from far ones.",
+        "localization: it also tells near misses from far ones. symbolic needs its file: symbolic:FILE.yaml.",
         stage=REWARDING,
     )
     umed_reward_weights: Optional[str] = _flag(
-        None, "Comma list of numbers, one for each reward, all at least 0. Default: 1 for each.", stage=REWARDING
+        None,
+        "Comma list of numbers, one for each reward, all at least 0. Default: 1 for each. 0..1 goes from 0 at the start of the "
+        "run to 1 at its end; 0..1@0.5 reaches 1 at half of it.",
+        stage=REWARDING,
     )
     umed_reward_norm: str = _flag(
         "max",
@@ -612,11 +627,19 @@ class UmedFlags:
         """``--umed_rewards`` as a list."""
         return [name.strip() for name in self.umed_rewards.split(",")]
 
-    def reward_weights(self) -> list[float]:
-        """``--umed_reward_weights`` as floats, one per reward."""
+    def reward_schedule(self) -> list[Weight]:
+        """``--umed_reward_weights``, one per reward.
+
+        Raises:
+            ValueError: one of them cannot be read.
+        """
         if self.umed_reward_weights is None:
-            return [1.0] * len(self.reward_names())
-        return [float(weight) for weight in self.umed_reward_weights.split(",")]
+            return [Weight(1.0, 1.0)] * len(self.reward_names())
+        return [Weight.read(weight) for weight in self.umed_reward_weights.split(",")]
+
+    def reward_weights(self, progress: float = 0.0) -> list[float]:
+        """``--umed_reward_weights`` as floats, one per reward, when this share of the run is done, 0-1."""
+        return [weight.at(progress) for weight in self.reward_schedule()]
 
     def judge_kind(self) -> str:
         """``lexical``, ``classes``, ``openai`` or ``replay``: the part of ``--umed_judge`` before the colon."""

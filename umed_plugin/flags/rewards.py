@@ -6,14 +6,14 @@ Like `umed_plugin.flags.definition`, whose dataclass holds them, this imports th
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UsageError, unknown_name
-from umed_plugin.flags.definition import OPENAI, REPLAY, SHIPPED_REWARDS, UmedFlags
+from umed_plugin.flags import weights
+from umed_plugin.flags.definition import OPENAI, REPLAY, SHIPPED_REWARDS, SYMBOLIC, UmedFlags, is_own_reward
 from umed_plugin.flags.rules import parse_judge_options
 from umed_plugin.registry import Registry
 from umed_plugin.remote import settings
@@ -32,22 +32,29 @@ def find_reward_faults(flags: UmedFlags, *, imported: bool) -> list[str]:
         for name in names
         if name not in SHIPPED_REWARDS and ":" not in name
     ]
+    faults += [fault for name in names if (fault := _symbolic_fault(name))]
     faults += [f"--umed_rewards names {name!r} twice." for name in sorted(set(names)) if names.count(name) > 1]
     try:
-        weights = flags.reward_weights()
+        given = flags.reward_schedule()
     except ValueError:
-        return [*faults, f"--umed_reward_weights {flags.umed_reward_weights!r}: must be numbers such as 1,0.5,1."]
-    if len(weights) != len(names):
+        return [*faults, f"--umed_reward_weights {flags.umed_reward_weights!r}: must be {weights.FORMS}."]
+    if len(given) != len(names):
         faults.append(
-            f"--umed_reward_weights has {len(weights)} numbers for the {len(names)} rewards {', '.join(names)}."
+            f"--umed_reward_weights has {len(given)} numbers for the {len(names)} rewards {', '.join(names)}."
         )
-    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
-        faults.append(
-            f"--umed_reward_weights {flags.umed_reward_weights}: all must be 0 or more, and at least one of them above 0."
-        )
+    faults += weights.faults(given, flags.umed_reward_weights)
     if imported:
-        faults += [fault for name in names if ":" in name and (fault := _own_reward_fault(name))]
+        faults += [fault for name in names if is_own_reward(name) and (fault := _own_reward_fault(name))]
     return faults
+
+
+def _symbolic_fault(name: str) -> str | None:
+    """Why the file of the reward ``symbolic:FILE`` cannot be read; `umed_plugin.rewards.symbols` checks what is in it."""
+    if name == SYMBOLIC:
+        return "--umed_rewards symbolic: needs the file of its steps and cases, as in symbolic:steps.yaml."
+    if name.startswith(f"{SYMBOLIC}:") and not os.path.isfile(name.partition(":")[2]):
+        return f"--umed_rewards {name}: there is no such file."
+    return None
 
 
 def _own_reward_fault(name: str) -> str | None:

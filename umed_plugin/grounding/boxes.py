@@ -139,6 +139,19 @@ def set_iou(predicted: Boxes, true: Boxes, measure: Measure = iou_matrix) -> flo
     return sum(match(predicted, true, measure)[1]) / max(len(predicted), len(true))
 
 
+def copies(boxes: Boxes, same: float = 0.9) -> list[int]:
+    """For each box the number of boxes before it that are the same one: with an IoU above ``same``, 0-1.
+
+    Example:
+        >>> copies([(0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.0, 0.0, 0.5, 0.5)])
+        [0, 0, 1]
+    """
+    if len(boxes) < 2:
+        return [0] * len(boxes)
+    overlap = iou_matrix(boxes, boxes) > same
+    return [int(overlap[index, :index].sum()) for index in range(len(boxes))]
+
+
 def round_box(box01: Sequence[float], decimals: int = 2) -> Box:
     """The box rounded to ``decimals`` and clipped to 0-1. Two edges that would coincide are set one step apart.
 

@@ -73,6 +73,11 @@ def find_terms(text: str, terms: ClassNames) -> list[tuple[int, int, str]]:
 
     A name that the text rules out ("no nodule", "a nodule is absent") is left out.
     """
+    return [(start, end, cls) for start, end, cls, ruled_out in _mentions(text, terms) if not ruled_out]
+
+
+def _mentions(text: str, terms: ClassNames) -> list[tuple[int, int, str, bool]]:
+    """All spans where ``text`` has a name: (start, end, class, whether the text rules it out)."""
     if not terms:
         return []
     text = text.translate(_FULL_WIDTH)
@@ -87,7 +92,7 @@ def find_terms(text: str, terms: ClassNames) -> list[tuple[int, int, str]]:
     ruled_out = bytearray(len(text))  # 1 where a name is given only to say that it is absent
     for start, end in _ruled_out("".join(masked)):
         ruled_out[start:end] = b"\1" * (end - start)
-    return [span for span in spans if not ruled_out[span[0]]]
+    return [(*span, bool(ruled_out[span[0]])) for span in spans]
 
 
 def replace_terms(text: str, terms: ClassNames, filler: str) -> str:
@@ -113,6 +118,20 @@ def _ruled_out(text: str) -> list[tuple[int, int]]:
         opened = cue.end() if kind == "ahead" else None
         clause = clause if kind == "ahead" else cue.end()
     return spans if opened is None else [*spans, (opened, len(text))]
+
+
+# "No other nodule" does not rule out the one that was named.
+_OTHER = re.compile(r"\b(?:other|further|additional|another|more|second|new)\s+(?:[\w-]+\s+){0,2}$", re.I)
+
+
+def ruled_out_classes(text: str, terms: ClassNames) -> set[str]:
+    """The classes of ``terms`` that ``text`` says are absent; "no other nodule" rules out none.
+
+    Example:
+        >>> ruled_out_classes("A nodule, but no cyst.", {"nodule": ["nodule"], "cyst": ["cyst"]})
+        {'cyst'}
+    """
+    return {cls for start, _, cls, out in _mentions(text, terms) if out and not _OTHER.search(text[:start])}
 
 
 def named_classes(text: str, terms: ClassNames) -> set[str]:

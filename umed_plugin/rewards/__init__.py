@@ -18,12 +18,18 @@ without arguments. Everything else is optional, as attributes:
   The maximum counts as at least ``--umed_reward_floor`` times ``scale`` or, if higher, ``least_maximum``.
 - ``scale``: how large the reward's values are: a number, or a function of the columns that gives one per candidate; default 1.
   Give one if the values are much smaller than 1, or the floor keeps them from being divided by their maximum.
+- ``for_records(records) -> reward``: called once before the first step, with at most 2,000 records spread over the training
+  split, the same in every process. The run uses what it returns. `format` learns there how the references are worded.
 - ``start(prompts, completions, **columns)``: begins slow work and returns at once. It is called as soon as the answers are
   sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and
   reference policy, so a judge on a server can answer in the meantime.
 - ``metric_names: tuple[str, ...]`` and ``metrics() -> dict[str, float]``: metrics to log, and their values in the last call; a
   value may be missing. The log shows the mean over steps and processes. The older names of the two, ``measures`` and
   ``measured()``, still work.
+- ``for_all_processes() -> list`` and ``advance(values)``, for a reward that changes over a run: after each rollout the lists of
+  all processes, one object after the other from each, are given to ``advance``. It is the same list in every process, so the
+  reward stays the same there.
+- ``state() -> dict`` and ``load_state(state)``: what a checkpoint keeps of the reward, as JSON. A resumed run loads it.
 - ``stop: str | None``: if it is a text after a step, in any process, the run saves a checkpoint and ends with the text as an
   error.
 """
@@ -34,9 +40,13 @@ from umed_plugin.rewards import terms as _terms  # noqa: F401  (registers the sh
 from umed_plugin.rewards.combine import combine_rewards
 from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, register_reward
 from umed_plugin.rewards.running import (
+    advance_rewards,
     collect_metrics,
+    load_reward_states,
     make_rewards,
     reward_metric_names,
+    reward_of_run,
+    reward_states,
     run_rewards,
     start_rewards,
 )
@@ -44,12 +54,16 @@ from umed_plugin.rewards.running import (
 __all__ = [
     "REWARDS",
     "Reward",
+    "advance_rewards",
     "collect_metrics",
     "combine_rewards",
+    "load_reward_states",
     "make_rewards",
     "normalisation_of",
     "register_reward",
     "reward_metric_names",
+    "reward_of_run",
+    "reward_states",
     "run_rewards",
     "start_rewards",
 ]

@@ -6,33 +6,54 @@ reward says to stop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.definition import SYMBOLIC, UmedFlags
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 
+# Of the records that `for_records` gets: enough to know the wording of a data set of any size.
+MOST_RECORDS = 2000
 
-def make_rewards(flags: UmedFlags, output_dir: str | Path) -> dict[str, Reward]:
+
+def make_rewards(
+    flags: UmedFlags, output_dir: str | Path, records: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Reward]:
     """The rewards that ``--umed_rewards`` names, in its order.
 
     Args:
         flags: checked by :func:`umed_plugin.flags.checks.check`.
         output_dir: where a reward may keep files, such as a judge's ledger.
+        records: of the training split. Rewards that have `for_records` get `MOST_RECORDS` of them at most.
     """
     rewards: dict[str, Reward] = {}
     for name in flags.reward_names():
         if name == "relevance":
             local = LOCAL_JUDGES.get(flags.umed_judge)
             rewards[name] = local or JudgedRelevance.of(flags, Path(output_dir))
+        elif name.startswith(f"{SYMBOLIC}:"):
+            rewards[name] = reward_of_run(REWARDS.get(SYMBOLIC)(name.partition(":")[2]), records)
         else:
-            entry = REWARDS.get(name)
-            rewards[name] = entry() if isinstance(entry, type) else entry
+            rewards[name] = reward_of_run(REWARDS.get(name), records)
     return rewards
+
+
+def reward_of_run(entry: Any, records: Sequence[Mapping[str, Any]] = ()) -> Reward:
+    """What a run calls for an entry of `REWARDS`: an object of its own of a class, and what `for_records` makes of the records.
+
+    Args:
+        entry: a function, a callable object, or a class.
+        records: of the training split; without any, `for_records` is not called.
+    """
+    reward: Any = entry() if isinstance(entry, type) else entry
+    if not len(records) or not hasattr(reward, "for_records"):
+        return reward
+    count = min(len(records), MOST_RECORDS)
+    return reward.for_records([records[i * len(records) // count] for i in range(count)])
 
 
 def start_rewards(
@@ -49,6 +70,33 @@ def run_rewards(
 ) -> dict[str, list[float | None]]:
     """The values of each reward by name, one for each of the N candidates."""
     return {name: call_reward(reward, prompts, completions, columns) for name, reward in rewards.items()}
+
+
+def advance_rewards(rewards: Mapping[str, Reward], gather: Callable[[list[Any]], list[Any]]) -> None:
+    """Let the rewards that change over a run take in the last call of all processes.
+
+    Args:
+        rewards: by name, the same in every process.
+        gather: turns this process's list into one of all processes', the same in each. All processes must call.
+    """
+    changing: list[Any] = list(rewards.values())
+    for reward in changing:
+        if hasattr(reward, "advance"):
+            reward.advance(gather(list(reward.for_all_processes())))
+
+
+def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
+    """What a resumed run needs of the rewards that have a `state`, by name; JSON."""
+    return {name: reward.state() for name, reward in rewards.items() if hasattr(reward, "state")}
+
+
+def load_reward_states(rewards: Mapping[str, Reward], states: Mapping[str, Any]) -> list[str]:
+    """Give the rewards the states that `reward_states` returned; returns the names of those that have none there."""
+    names = list(reward_states(rewards))
+    for name in names:
+        if name in states:
+            rewards[name].load_state(states[name])  # type: ignore[attr-defined]
+    return [name for name in names if name not in states]
 
 
 def reward_metric_names(rewards: Mapping[str, Reward]) -> list[str]:

@@ -27,11 +27,19 @@ from torch import Tensor
 from umed_plugin.data.images import open_image
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.flags.weights import Weight
 from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, PromptBatch, base_llava
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
+from umed_plugin.rewards import (
+    collect_metrics,
+    combine_rewards,
+    normalisation_of,
+    reward_of_run,
+    run_rewards,
+    start_rewards,
+)
 
 
 def trl_dataset(records: Sequence[Record], image_folder: Path | str, model: Any) -> Any:
@@ -214,13 +222,14 @@ class CombinedReward:
         rewards: by name, such as ``{name: REWARDS.get(name) for name in ("relevance", "localization")}``.
         num_generations: K, as in ``GRPOConfig``. All K candidates of a question must be on one rank, so
             ``per_device_train_batch_size * steps_per_generation`` must be a multiple of K.
-        weights: by name; default: 1 each.
+        weights: by name; default: 1 each. A text as in ``--umed_reward_weights``, such as ``0..1``, changes over the run.
         norm: ``max``, ``zscore`` or ``none``, see :func:`umed_plugin.rewards.combine_rewards`.
         floor: lower bound of the maximum that ``max`` divides by, as a multiple of each reward's scale.
         attention: required for the reward ``vision_relevance``.
+        records: of the training split, for rewards that learn from them, such as ``format``.
 
     Raises:
-        UsageError: ``vision_relevance`` without ``attention``.
+        UsageError: ``vision_relevance`` without ``attention``, or a reward that changes over a run.
     """
 
     __name__ = "umed"  # the name in TRL's log
@@ -230,17 +239,25 @@ class CombinedReward:
         rewards: Mapping[str, Any],
         num_generations: int,
         *,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float | str] | None = None,
         norm: str = "max",
         floor: float = 0.1,
         attention: LesionAttention | None = None,
+        records: Sequence[Record] = (),
     ) -> None:
         if "vision_relevance" in rewards and attention is None:
             raise UsageError(
                 "reward 'vision_relevance' needs CombinedReward(..., attention=LesionAttention(model, processor))."
             )
-        self._rewards, self._k, self._attention = dict(rewards), num_generations, attention
-        self._weights = {name: (weights or {}).get(name, 1.0) for name in rewards}
+        changing = [name for name, reward in rewards.items() if hasattr(reward, "advance")]
+        if changing:
+            raise UsageError(
+                f"reward {changing[0]!r} changes over a run, and TRL's checkpoints keep nothing of a reward: a resumed run would "
+                "begin with it anew. Use it in stage 2 (umed-run), or another reward, such as localization."
+            )
+        self._rewards = {name: reward_of_run(reward, records) for name, reward in rewards.items()}
+        self._k, self._attention = num_generations, attention
+        self._schedule = {name: Weight.read(str((weights or {}).get(name, 1.0))) for name in rewards}
         self._norm, self._floor = norm, floor
 
     def __call__(
@@ -278,12 +295,25 @@ class CombinedReward:
         combined: Tensor = combine_rewards(
             values,
             self._k,
-            weights=self._weights,
+            weights=self._weights(columns.get("trainer_state"), log_metric),
             norm=self._norm,
             floor=self._floor,
             **normalisation_of(self._rewards, shared),
         )
         return combined.flatten().tolist()
+
+    def _weights(self, state: Any, log_metric: Any) -> dict[str, float]:
+        """The weights at TRL's current step; those that change are logged."""
+        changing = [name for name, weight in self._schedule.items() if weight.changes]
+        if changing and state is None:
+            raise UmedError(
+                f"the weight of {changing[0]!r} changes over the run, and this TRL passes no trainer_state."
+            )
+        progress = min(state.global_step / max(state.max_steps - 1, 1), 1.0) if changing else 0.0
+        weights = {name: weight.at(progress) for name, weight in self._schedule.items()}
+        for name in changing:
+            log_metric(f"weight/{name}", weights[name])
+        return weights
 
     def _check_groups(self, record: Sequence[Record]) -> None:
         """Refuse a batch with split groups: the maximum would run over candidates of several questions."""

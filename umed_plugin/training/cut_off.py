@@ -4,9 +4,9 @@
 - ``mask``: it is left out of the loss, also of its KL, entropy and value terms, and out of all statistics of the advantages: the
   maximum that normalises a reward, mean and standard deviation of its question (grpo), whitening (ppo). A question with fewer
   than two answers left teaches grpo nothing.
-- ``penalise``: its reward becomes ``r - sum of --umed_reward_weights``. Every shipped reward lies in 0..1, so with ``max`` and
-  ``none`` no cut-off answer gets more than an ended one. If all answers to a question are cut off, grpo's advantages are those of
-  ``keep``.
+- ``penalise``: its reward becomes ``r - sum of --umed_reward_weights`` (of this step). Every shipped reward lies in 0..1, so with
+  ``max`` and ``none`` no cut-off answer gets more than an ended one. If all answers to a question are cut off, grpo's advantages
+  are those of ``keep``.
 
 TRL has both as options (``mask_truncated_completions``, which keeps the statistics, and ``missing_eos_penalty``). The paper has
 neither.

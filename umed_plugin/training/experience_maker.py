@@ -49,7 +49,14 @@ from umed_plugin.model.sampled_attention import generate_with_attention
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.model.token_spans import lesion_naming_tokens
-from umed_plugin.rewards import collect_metrics, combine_rewards, normalisation_of, run_rewards, start_rewards
+from umed_plugin.rewards import (
+    advance_rewards,
+    collect_metrics,
+    combine_rewards,
+    normalisation_of,
+    run_rewards,
+    start_rewards,
+)
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.cut_off import CutOff, ended
 from umed_plugin.training.experience import (
@@ -63,7 +70,7 @@ from umed_plugin.training.experience import (
 from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remedy
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
-from umed_plugin.training.step_metrics import StepMetrics
+from umed_plugin.training.step_metrics import StepMetrics, weight_of
 from umed_plugin.training.value_head import ValueHead
 
 
@@ -136,7 +143,7 @@ class ExperienceMaker:
         llava = base_llava(model)
         tower = llava.get_vision_tower().config
         self.image_size, self.patch_size = tower.image_size, tower.patch_size
-        self.reward_weights = dict(zip(rewards, flags.reward_weights()))
+        self.reward_schedule = dict(zip(rewards, flags.reward_schedule()))
         self.packed = self._can_pack(llava)
         self.scoring = Scoring(flags.umed_temperature, flags.umed_logit_rows, hidden=value_head is not None)
         self.attention = AttentionSettings(
@@ -446,21 +453,31 @@ class ExperienceMaker:
         """Which answers are learnt from, as in `Samples`, and [Q, K] rewards; each term is logged separately."""
         terms = run_rewards(self.rewards, questions, texts, **columns)
         self.metrics.add(collect_metrics(self.rewards))
+        advance_rewards(self.rewards, self.metrics.of_all_ranks)
         has_ended = ended(candidates, self.tokenizer.eos_token_id)
+        weights = self._weights()
         counted = self.cut_off.counted(has_ended)
         rewards = combine_rewards(
             {name: _left_out(column, counted) for name, column in terms.items()},
             self.flags.umed_num_candidates,
-            weights=self.reward_weights,
+            weights=weights,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
             **normalisation_of(self.rewards, columns),
         )
-        rewards = self.cut_off.rewards(rewards, has_ended.to(rewards.device))
+        cut_off = replace(self.cut_off, penalty=sum(weights.values()))
+        rewards = cut_off.rewards(rewards, has_ended.to(rewards.device))
         self.metrics.add_rewards(terms, rewards, candidates, has_ended)
         self.metrics.add_guards(texts, columns, terms)
         self.metrics.log_candidates(texts, terms, rewards, columns["record"], sizes)
         return counted, rewards
+
+    def _weights(self) -> dict[str, float]:
+        """The rewards' weights at this step; those that change are logged."""
+        progress = self.metrics.progress()
+        changing = [name for name, weight in self.reward_schedule.items() if weight.changes]
+        self.metrics.add({weight_of(name): self.reward_schedule[name].at(progress) for name in changing})
+        return {name: weight.at(progress) for name, weight in self.reward_schedule.items()}
 
     def geometry(self, record: Record) -> ImageGeometry:
         """Where a record's image lies in the square that the vision tower sees."""

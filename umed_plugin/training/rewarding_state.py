@@ -1,6 +1,7 @@
 """Files that stage 2 adds to a checkpoint, so that a resumed run continues as if it had not been interrupted.
 
-- ``rewarding_state.json``: algorithm, and the weight of the KL that ``--umed_kl_target`` has reached
+- ``rewarding_state.json``: algorithm, the weight of the KL that ``--umed_kl_target`` has reached, and the states of rewards that
+  change over a run
 - ``rollout_<rank>.pt``: the rollout that the rank was learning from, if the checkpoint lies between its updates
 - ``value_head.safetensors``: see `umed_plugin.training.value_head`
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
@@ -23,9 +25,19 @@ def rollout_file(folder: Path, rank: int | str) -> Path:
     return folder / f"rollout_{rank}.pt"
 
 
-def save_state(folder: Path, algorithm: str, kl_coef: float) -> None:
-    """Write ``rewarding_state.json``."""
-    files.write_json(folder / STATE, {"umed_algorithm": algorithm, "kl_coef": kl_coef}, indent=None)
+def save_state(folder: Path, algorithm: str, kl_coef: float, rewards: dict[str, Any]) -> None:
+    """Write ``rewarding_state.json``; ``rewards`` are the states of rewards by name."""
+    state = {"umed_algorithm": algorithm, "kl_coef": kl_coef, **({"rewards": rewards} if rewards else {})}
+    files.write_json(folder / STATE, state, indent=None)
+
+
+def load_rewards(folder: Path) -> dict[str, Any]:
+    """The states of rewards in a checkpoint by name; empty if it has none."""
+    return dict(_read(folder).get("rewards", {}))
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text(encoding="utf-8")) if (folder / STATE).is_file() else {}
 
 
 def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:
@@ -39,7 +51,7 @@ def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:
     Raises:
         UmedError: the checkpoint was written by the other algorithm, or lacks a needed weight.
     """
-    state = json.loads((folder / STATE).read_text(encoding="utf-8")) if (folder / STATE).is_file() else {}
+    state = _read(folder)
     if state.get("umed_algorithm", algorithm) != algorithm:
         raise UmedError(
             f"{folder} was written by --umed_algorithm {state['umed_algorithm']}, but this run has {algorithm}. Resume with the "

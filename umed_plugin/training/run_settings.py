@@ -27,14 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.flags.definition import REWARDING, UmedFlags, rules_of
+from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags, rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, SAID
 
 MARKER = "umed.json"
 SETTINGS = "settings"
 WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
-OTHER_NAMES = (WORLD_SIZE, RECORDS)  # what is compared besides flags
+SYMBOLS = "symbols"  # files of the reward symbolic
+OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS)  # what is compared besides flags
 
 _STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", WORLD_SIZE)
 _KINDS = {
@@ -98,7 +99,11 @@ class Change:
     @property
     def flag(self) -> str:
         """How the user knows it."""
-        names = {WORLD_SIZE: "the number of processes", RECORDS: "the records of --umed_recipe"}
+        names = {
+            WORLD_SIZE: "the number of processes",
+            RECORDS: "the records of --umed_recipe",
+            SYMBOLS: "the file of --umed_rewards symbolic",
+        }
         return names.get(self.name, f"--{self.name}")
 
     def __str__(self) -> str:
@@ -121,7 +126,18 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     fields = ((flag.name, getattr(part, flag.name)) for part in arguments for flag in dataclasses.fields(part))
     found = {name: _as_json(value) for name, value in fields if kind_of(name) != FREE}
     found[WORLD_SIZE] = int(os.environ.get("WORLD_SIZE", "1"))
-    return found
+    return found | _symbols(found)
+
+
+def _symbols(found: dict[str, Any]) -> dict[str, Any]:
+    """What the files of the reward ``symbolic:FILE`` hold; in ``umed_rewards`` their paths are left out then."""
+    names = [name.strip() for name in str(found.get("umed_rewards", "")).split(",")]
+    paths = [Path(name.partition(":")[2]) for name in names if name.startswith(f"{SYMBOLIC}:")]
+    if not paths:
+        return {}
+    plain = [SYMBOLIC if name.startswith(f"{SYMBOLIC}:") else name for name in names]
+    digest = hashlib.sha256(b"".join((_content(path) or "").encode() for path in paths)).hexdigest()
+    return {"umed_rewards": ",".join(plain), SYMBOLS: {"path": ", ".join(map(str, paths)), "sha256": digest}}
 
 
 def records_digest(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """What stage 2 logs beside the loss: means since the last log over all ranks, guards with their warnings, sampled answers.
 
-Logged are the metrics of `umed_plugin.rewards.guards`, those of the rewards and of the objective, and these four. Every rank
+Logged are the metrics of `umed_plugin.rewards.guards`, those of the rewards and of the objective, and these. Every rank
 gathers the same names, also a rank whose batches had nothing to measure; otherwise gathering would deadlock. A metric that no
 rank could measure is left out.
 
 - ``reward/<term>``, ``reward/total``: means over the candidates; the terms before normalisation and weights.
+- ``weight/<term>``: its weight, if ``--umed_reward_weights`` lets it change over the run.
 - ``groups_without_signal``: share of queries whose candidates all have the same reward, 0-1; GRPO learns nothing from them. Not
   logged for a single candidate per query.
 - ``answer_tokens``: mean length of the candidates.
@@ -52,9 +53,15 @@ _ALWAYS = (
 _PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "explained_variance")
 
 
+def weight_of(reward: str) -> str:
+    """The logged name of a reward's weight, if it changes over the run."""
+    return f"weight/{reward}"
+
+
 def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     """All metrics that a run with these flags and rewards may log, in the order in which they are gathered."""
     names = [f"reward/{name}" for name in rewards]
+    names += [weight_of(name) for name, weight in zip(rewards, flags.reward_schedule()) if weight.changes]
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += importance.METRICS if flags.umed_rollout_server is not None else ()
@@ -164,6 +171,11 @@ class StepMetrics:
             for warning in self._guards.warnings(metrics):
                 warn(f"step {self._trainer.state.global_step}: {warning}")
 
+    def progress(self) -> float:
+        """Share of the run that is done, 0-1: 0 at the first optimizer step and 1 at the last."""
+        state = self._trainer.state
+        return min(state.global_step / max(state.max_steps - 1, 1), 1.0)
+
     def mean_over_ranks(self, value: float) -> float:
         """The mean of a number that each rank has one of. All ranks must call."""
         return self.means_over_ranks(value)[0]
@@ -181,6 +193,16 @@ class StepMetrics:
     def of_first_rank(self, value: float) -> float:
         """The first rank's number; a float32 must hold it. All ranks must call."""
         return self._gather([value])[0].item()
+
+    def of_all_ranks(self, own: list[Any]) -> list[Any]:
+        """The objects of all ranks: the first of each rank, then the second of each, and so on. All ranks must call."""
+        if self._trainer.args.world_size == 1:
+            return own
+        lists: list[Any] = [None] * self._trainer.args.world_size
+        torch.distributed.all_gather_object(lists, own)
+        missing = object()
+        rows = itertools.zip_longest(*lists, fillvalue=missing)
+        return [item for row in rows for item in row if item is not missing]
 
     def on_any_rank(self, condition: bool) -> bool:
         """Whether the condition is true on at least one rank. All ranks must call."""

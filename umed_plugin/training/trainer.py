@@ -41,7 +41,7 @@ from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
-from umed_plugin.rewards import make_rewards
+from umed_plugin.rewards import load_reward_states, make_rewards, reward_states
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.importance import importance_metrics, importance_weights
@@ -55,7 +55,7 @@ from umed_plugin.training.objective import (
 )
 from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memory
 from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
-from umed_plugin.training.rewarding_state import load_kl_coef, rollout_file, save_state
+from umed_plugin.training.rewarding_state import load_kl_coef, load_rewards, rollout_file, save_state
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
@@ -90,7 +90,7 @@ class RewardingTrainer(LLaVATrainer):
         for remark in find_remarks(flags, args) if args.process_index == 0 else ():
             warn(remark)
         llava = base_llava(model)
-        rewards = make_rewards(flags, args.output_dir)
+        rewards = make_rewards(flags, args.output_dir, self.train_dataset.list_data_dict)
         self.metrics = StepMetrics(self, flags, metric_names(flags, rewards))
         self.add_callback(StopForReward(rewards, self.metrics.on_any_rank))
         if flags.umed_feature_cache is not None:
@@ -354,7 +354,7 @@ class RewardingTrainer(LLaVATrainer):
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         if self.args.should_save:
-            save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value)
+            save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value, reward_states(self.maker.rewards))
             if self.value_head is not None:
                 self.value_head.save(folder)
         if self._experience is not None and self._batches_seen % self._batches_per_rollout:
@@ -368,6 +368,9 @@ class RewardingTrainer(LLaVATrainer):
         folder, kl_coef = Path(checkpoint), self.maker.kl_coef
         adapted = kl_coef.target is not None
         value = load_kl_coef(folder, self.flags.umed_algorithm, needed=adapted)
+        lost = load_reward_states(self.maker.rewards, load_rewards(folder))
+        if lost and self.args.process_index == 0:
+            warn(f"{folder} has no state of the rewards {', '.join(lost)}: they begin as in a new run.")
         if self.value_head is not None:
             self.value_head.load(folder)
         if adapted and value is not None:

@@ -16,7 +16,7 @@ from umed_plugin.commands.upgrade.settings import Settings
 from umed_plugin.commands.upgrade.training import training_flags
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flags.checks import find_faults
-from umed_plugin.flags.definition import STAGES, UmedFlags
+from umed_plugin.flags.definition import STAGES, SYMBOLIC, UmedFlags
 
 
 def check_together(settings: Settings, origin: Origin, machine: Machine) -> None:
@@ -72,7 +72,12 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
             own[flag] = float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             return [f"--{flag} {value!r}: must be a number."]
-    return find_faults(
+    faults = []
+    if SYMBOLIC in str(own.get("umed_rewards", "")):
+        from umed_plugin.rewards.symbols import find_symbol_faults  # imports torch, which no other setting needs
+
+        faults = find_symbol_faults(UmedFlags(**own).reward_names())
+    return faults + find_faults(
         UmedFlags(**own),
         SimpleNamespace(vision_tower=flags["vision_tower"]),
         SimpleNamespace(data_path="", image_folder=None, image_aspect_ratio=flags["image_aspect_ratio"]),

@@ -22,7 +22,7 @@ from umed_plugin.commands.machine import Machine
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.faults import Faults, StrictModel, validated
-from umed_plugin.flags.definition import PAPER_REWARDS
+from umed_plugin.flags.definition import PAPER_REWARDS, SYMBOLIC
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
@@ -83,7 +83,9 @@ class Rewarding(Stage):
     algorithm: Literal["grpo", "ppo"] = _key("grpo", "grpo or ppo.")
     candidates: int = _key(8, "Answers sampled per question (K).", ge=1)
     rewards: list[str] = _key(list(PAPER_REWARDS), "Rewards, as for --umed_rewards.", min_length=1)
-    reward_weights: Optional[list[float]] = _key(None, "One weight per reward; null: 1 each.")
+    reward_weights: Optional[list[Union[float, str]]] = _key(
+        None, "One weight per reward, or 0..1 for one that rises over the run; null: 1 each."
+    )
     temperature: float = _key(1.0, "Sampling temperature.", gt=0)
     max_new_tokens: int = _key(128, "Maximum length of a sampled answer, in tokens.", ge=1)
 
@@ -168,8 +170,10 @@ def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
         data.update({key: _absolute(data[key], file.parent) for key in _PATHS if isinstance(data.get(key), str)})
         if isinstance(data.get("recipe"), str):
             data["recipe"] = recipe_path(data["recipe"], file.parent)
+        _place_symbols(data, file.parent)
     for key, value in changes.items():
         _put(data, key.split("."), value)
+    _place_symbols(data, Path.cwd())
     faults = Faults()
     settings = validated(Settings, data, "", faults)
     if settings is not None:
@@ -197,6 +201,18 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     other = {"steps": "epochs", "epochs": "steps"}.get(keys[-1])
     if other is not None and value is not None:
         data[other] = None
+
+
+def _place_symbols(data: dict[str, Any], start: Path) -> None:
+    """Make the paths of rewards ``symbolic:FILE`` absolute: training runs in another folder."""
+    stage = data.get("rewarding")
+    if not isinstance(stage, dict) or not isinstance(stage.get("rewards"), list):
+        return
+    mark = f"{SYMBOLIC}:"
+    stage["rewards"] = [
+        mark + _absolute(name[len(mark) :], start) if isinstance(name, str) and name.startswith(mark) else name
+        for name in stage["rewards"]
+    ]
 
 
 def _absolute(path: str, start: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
 from umed_plugin.commands.memory import Work, has_fused_attention
@@ -114,10 +114,14 @@ def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:
         "umed_algorithm": stage.algorithm,
         "umed_num_candidates": stage.candidates,
         "umed_rewards": ",".join(stage.rewards),
-        "umed_reward_weights": ",".join(f"{weight:g}" for weight in weights) if weights else None,
+        "umed_reward_weights": ",".join(map(_weight, weights)) if weights else None,
         "umed_temperature": stage.temperature,
         "umed_max_new_tokens": stage.max_new_tokens,
     }
+
+
+def _weight(weight: Union[float, str]) -> str:
+    return weight if isinstance(weight, str) else f"{weight:g}"
 
 
 def launcher(settings: Settings) -> tuple[str, ...]:
