@@ -27,6 +27,7 @@ RUN_BY = {
     "umed report": "commands/test_report.py::test_the_command_writes_report_and_picture",
     "umed report runs/seed0 --picture": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
     "umed upgrade": "commands/test_upgrade_runs.py::test_killed_in_every_step_it_ends_as_the_run_that_was_not",
+    "nohup umed upgrade": "commands/test_upgrade_runs.py::test_killed_in_every_step_it_ends_as_the_run_that_was_not",
     "umed upgrade --config": "commands/test_upgrade.py::test_a_dry_run_prints_commands_and_no_librarys_words",
     "umed-run bash scripts/v1_5/finetune_task_lora.sh": "docs/test_scripts.py::"
     "test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
@@ -79,6 +80,8 @@ RUN_BY = {
     "python benchmarks/feature_cache.py": "training/test_feature_cache.py::"
     "test_the_benchmark_prints_both_sides_and_what_is_saved",
     "python benchmarks/faults.py": "benchmarks/test_faults.py::test_a_step_that_is_killed_ends_as_the_one_that_was_not",
+    "python benchmarks/real_size.py": "benchmarks/test_small_runs.py::"
+    "test_every_row_of_the_real_size_runs_on_a_small_checkpoint",
     "python benchmarks/bombs.py": "benchmarks/test_small_runs.py::test_a_bomb_takes_less_memory_than_allowed",
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
     "python benchmarks/records.py": "benchmarks/test_small_runs.py::test_records_are_the_same_in_memory_and_by_index",
@@ -104,6 +107,8 @@ def test_every_command_is_valid_and_has_a_test(command: str) -> None:
     arguments = shlex.split(command.partition(" > ")[0], comments=True)
     if arguments[0] == "make":
         subprocess.run(["make", "-n", *arguments[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+    if arguments[0] == "nohup":
+        arguments = arguments[1:]
     if arguments[0] == "umed":
         cli.build_parser().parse_args(arguments[1:])
     if arguments[0] == "python":

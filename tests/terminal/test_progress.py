@@ -45,6 +45,18 @@ def test_a_file_gets_lines_with_step_rate_and_time_left(monkeypatch: pytest.Monk
     assert all(line.startswith("umed: stage") for line in lines)
 
 
+def test_a_new_step_has_half_a_minute_before_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS", 0.4)
+    shown = io.StringIO()
+    with Steps(console(file=shown)) as steps:
+        steps.begin("stage 1")
+        time.sleep(0.3)
+        steps.begin("report")
+        time.sleep(0.2)
+        assert "report: running" not in shown.getvalue()
+        wait_for("report: running for 0 s", shown)
+
+
 def test_a_resumed_step_is_timed_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     lines = progress._Lines(console(file=shown))

@@ -113,7 +113,7 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
     "answers_cut_off": (
         lambda metrics: metrics["answers_cut_off"] > 0.2,
         "above 0.2: --umed_max_new_tokens ends these answers, perhaps before their box. Raise it if candidates.jsonl shows whole "
-        "answers that are only long; if answers do not end at all, use --umed_cut_off penalise",
+        "answers that are only long; if answers do not end at all, --umed_cut_off penalise, the default, teaches them to",
     ),
     "groups_without_signal": (
         lambda metrics: metrics["groups_without_signal"] > 0.95,

@@ -170,6 +170,7 @@ class _Lines:
         self._title: Optional[str] = None
         self._unit, self._began, self._done, self._status = "", 0.0, 0, ""
         self._total: Optional[int] = None
+        self._said = time.monotonic()
         # Time, count and total at the first update: the base of the rate.
         self._first: Optional[tuple[float, int, Optional[int]]] = None
 
@@ -202,10 +203,13 @@ class _Lines:
             self._title = None
 
     def _tell_now_and_then(self) -> None:
-        while not self._stopped.wait(SECONDS):
+        while not self._stopped.wait(max(self._said + SECONDS - time.monotonic(), 0)):
             with self._lock:
+                if time.monotonic() - self._said < SECONDS:  # a step has ended or begun meanwhile
+                    continue
                 if self._title is not None:
                     self._say(self._now())
+                self._said = time.monotonic()
 
     def _now(self) -> str:
         now = time.monotonic()
@@ -222,6 +226,7 @@ class _Lines:
 
     def _say(self, text: str) -> None:
         print(f"umed: {self._title}: {text}", file=self._console.file, flush=True)
+        self._said = time.monotonic()
 
 
 def _count(done: int, total: Optional[int], unit: str) -> str:
