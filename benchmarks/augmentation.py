@@ -116,6 +116,7 @@ class Found:
     Attributes:
         inside: share of the bright pixels that lie in the box, one for each study.
         filled: share of the box that is bright.
+        in_patches: share of the bright pixels in the patches that the box touches: the mask of vision relevance.
         words: studies whose words of place were compared with the pixels; ``wrong`` of them say something else.
         boxes_in_text: studies whose answer has the true box, to its two decimals.
         mirrored: studies that were mirrored.
@@ -123,6 +124,7 @@ class Found:
 
     inside: list[float] = field(default_factory=list)
     filled: list[float] = field(default_factory=list)
+    in_patches: list[float] = field(default_factory=list)
     words: int = 0
     wrong: int = 0
     boxes_in_text: int = 0
@@ -177,6 +179,9 @@ def look(record: dict[str, Any], image: Any, epochs: int, processor: Any, found:
         within = (columns + 1 > x1) & (columns < x2) & (rows + 1 > y1) & (rows < y2)
         found.inside.append(float(within.mean()))
         found.filled.append(float(within.sum() / ((x2 - x1) * (y2 - y1))))
+        cover = geometry.patch_cover(true_boxes(study.record)).reshape(geometry.grid, geometry.grid)
+        touched = cover[rows // geometry.patch_size, columns // geometry.patch_size] > 0
+        found.in_patches.append(float(touched.mean()))
         answer = study.record["conversations"][1]["value"]
         written = parse_boxes(answer)
         found.boxes_in_text += len(written) == 1 and bool(np.abs(np.subtract(written[0], box)).max() < 0.0051)
@@ -221,19 +226,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", type=int, default=1000, help="augmented studies of each format (default: 1000)")
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     options = parser.parse_args(arguments)
-    print(
-        "| format | square | studies | mirrored | bright pixels in the box | box filled | box in text | words wrong |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    titles = ("format", "square", "studies", "mirrored", "bright in the box", "box filled", "bright in its patches")
+    print("|", " | ".join([*titles, "box in text", "words wrong"]), "|")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for number, kind in enumerate(options.formats):
             mode = ("pad", "square")[number % 2]
             found = measure(kind, options.studies, Path(folder) / kind, mode)
-            inside, filled = np.array(found.inside), np.array(found.filled)
-            print(
-                f"| {kind} | {mode} | {len(inside)} | {found.mirrored} | {inside.mean():.3f} (least {inside.min():.3f}) | "
-                f"{filled.mean():.3f} (least {filled.min():.3f}) | {found.boxes_in_text} | {found.wrong} of {found.words} |"
-            )
+            shares = (found.inside, found.filled, found.in_patches)
+            cells: list[Any] = [kind, mode, len(found.inside), found.mirrored]
+            cells += [f"{np.mean(share):.3f} (least {min(share):.3f})" for share in shares]
+            cells += [found.boxes_in_text, f"{found.wrong} of {found.words}"]
+            print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from umed_plugin.commands.report.before_after import at_even_ranks, write_before
 from umed_plugin.commands.report.curves import charts_of
 from umed_plugin.commands.report.gallery import choose
 from umed_plugin.commands.report.page import write_report
-from umed_plugin.commands.report.pictures import see
+from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.errors import UmedError
@@ -242,3 +242,25 @@ def test_heat_is_what_was_put_in(finished):
     assert shares.shape == (8, 8) and shares.sum() == pytest.approx(1, abs=0.05)
     with pytest.raises(UmedError, match="64 values for a grid of 4 x 4"):
         decode_heat_map({**found.heat, "grid": [4, 4]})
+
+
+@pytest.mark.llava
+def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
+    from umed_plugin.commands.report.gallery import candidate_cards
+    from umed_plugin.data.augmentation.study import Study
+    from umed_plugin.grounding.square_move import SquareMove
+
+    pixels = np.zeros((40, 60, 3), dtype=np.uint8)
+    pixels[10:20, 6:18] = 255
+    Image.fromarray(pixels).save(run / "moved.png")
+    move = SquareMove(left_right=True, zoom=1.25, shift=(0.05, 0.0))
+    seen = as_augmented(see(str(run / "moved.png"), "pad", None, run), Study({}, move).as_json())
+    rows, columns = np.nonzero(np.asarray(seen.square)[..., 0] > 127)
+    extent = [value / 60 for value in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+    assert extent == pytest.approx(move.boxes([(6 / 60, 20 / 60, 18 / 60, 30 / 60)])[0], abs=1 / 60)
+    # The page draws the picture and the boxes of the same movement.
+    lines = [json.loads(line) for line in (run / CANDIDATES).read_text().splitlines()[:1]]
+    plain = candidate_cards(lines, run)[0]
+    lines[0]["study"]["augmented"] = Study({}, move).as_json()
+    moved = candidate_cards(lines, run)[0]
+    assert moved["picture"] != plain["picture"] and moved["picture"] and moved["true"] == plain["true"]

@@ -162,7 +162,7 @@ def test_an_index_that_does_not_fit_is_made_again(
         index.unlink()
         index.mkdir()
     elif harm == "older":
-        monkeypatch.setattr(record_file, "_FORMAT", "index-2")
+        monkeypatch.setattr(record_file, "_FORMAT", "index-1")
     made = []
     whole = record_file._made_index
     monkeypatch.setattr(record_file, "_made_index", lambda *args: made.append(1) or whole(*args))

@@ -84,6 +84,7 @@ RUN_BY = {
     "test_every_row_of_the_real_size_runs_on_a_small_checkpoint",
     "python benchmarks/bombs.py": "benchmarks/test_small_runs.py::test_a_bomb_takes_less_memory_than_allowed",
     "python benchmarks/images.py": "benchmarks/test_small_runs.py::test_images_of_every_format_are_read_by_every_side",
+    "python benchmarks/augmentation.py": "benchmarks/test_augmentation.py::test_the_command_prints_a_row_for_each_format",
     "python benchmarks/records.py": "benchmarks/test_small_runs.py::test_records_are_the_same_in_memory_and_by_index",
     "python benchmarks/building.py": "benchmarks/test_small_runs.py::test_builds_with_and_without_a_pool_are_compared",
     "python benchmarks/rollout_server.py": "engine/test_benchmark.py::"

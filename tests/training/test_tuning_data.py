@@ -182,7 +182,7 @@ def test_when_no_image_can_be_read_there_is_an_end(records, tokenizer):
 
 
 def test_a_fault_that_is_not_the_images_is_not_swallowed(records, tokenizer, monkeypatch):
-    def broken(self, index):
+    def broken(self, index, epoch):
         raise ValueError("not the image")
 
     monkeypatch.setattr(GroundedDataset, "sample", broken)

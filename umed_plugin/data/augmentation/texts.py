@@ -79,7 +79,7 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
 
 def _moved_turns(record: Record, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[Turns]:
     flips = [flip for flip, taken in zip(_FLIPS, (move.left_right, move.up_down)) if taken]
-    if move.resamples and not _stay_in_place(before, after, flips) and _says_where(record):
+    if move.resamples and not _stay_in_place(before, after, move) and _says_where(record):
         return None
     turns = []
     for turn in record["conversations"]:
@@ -95,17 +95,20 @@ def _says_where(record: Record) -> bool:
     return any(names_place(replace_terms(turn["value"], record["terms"], "x")) for turn in record["conversations"])
 
 
-def _stay_in_place(before: Sequence[Box], after: Sequence[Box], flips: Sequence[str]) -> bool:
+def _stay_in_place(before: Sequence[Box], after: Sequence[Box], move: SquareMove) -> bool:
     """Whether each box is in the part of the square where the mirroring alone puts it."""
-    mirrored = SquareMove("left_right" in flips, "up_down" in flips).boxes(before)
-    return all(_part(old) == _part(new) for old, new in zip(mirrored, after))
+    return all(_part(old, move.left_right, move.up_down) == _part(new) for old, new in zip(before, after))
 
 
-def _part(box: Box) -> tuple[int, int]:
-    """Column and row of a box's centre between the borders of thirds and halves."""
+def _part(box: Box, left_right: bool = False, up_down: bool = False) -> tuple[int, int]:
+    """Column and row of a box's centre between the borders of thirds and halves; those of the mirrored part where said.
+
+    The part is mirrored and not the box: the words of a box in the very middle are mirrored too.
+    """
     x1, y1, x2, y2 = box
     across, down = (bisect(_BORDERS, value / 2) for value in (x1 + x2, y1 + y2))
-    return across, down
+    last = len(_BORDERS)
+    return (last - across if left_right else across), (last - down if up_down else down)
 
 
 def _with_moved_boxes(text: str, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[str]:
