@@ -45,7 +45,13 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
     from umed_plugin.training.supervision_check import check_supervision
     from umed_plugin.training.tuning_data import GroundedDataset
 
-    dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
+    collator = DataCollatorForSupervisedDataset(tokenizer=tokenizer)
+    if run.flags.umed_attention_loss > 0:
+        from umed_plugin.training.attention_loss_data import LesionCollator, LesionDataset
+
+        dataset, collator = LesionDataset(tokenizer, run.data_args, run.training_args), LesionCollator(collator)
+    else:
+        dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
     samples = run.flags.umed_supervision_check_samples
     if samples:
         report = check_supervision(dataset, tokenizer, samples)
@@ -56,7 +62,7 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
     return {
         "train_dataset": dataset,
         "eval_dataset": None,
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer=tokenizer),
+        "data_collator": collator,
     }
 
 

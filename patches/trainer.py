@@ -1,9 +1,9 @@
-"""Train stage 2 with our trainer, a subclass of LLaVA's, and both stages with float32 weights and random numbers of each rank.
+"""Train with our trainers, subclasses of LLaVA's, and both stages with float32 weights and random numbers of each rank.
 
 Target: the global `LLaVATrainer` of `llava.train.train`.
-Why: (1) `train()` always creates a LLaVATrainer, which can only do supervised training. (2) Under ``--bf16`` and ``--fp16`` it
-trains weights of 16 bits. Without DeepSpeed nothing keeps float32 copies of them, and small steps are rounded away. (3) All
-processes are seeded alike, so they would sample with the same random numbers.
+Why: (1) `train()` always creates a LLaVATrainer, whose only loss is that of supervised tokens. (2) Under ``--bf16`` and
+``--fp16`` it trains weights of 16 bits. Without DeepSpeed nothing keeps float32 copies of them, and small steps are rounded away.
+(3) All processes are seeded alike, so they would sample with the same random numbers.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA's `train()` accepts a trainer class from its caller.
 """
@@ -32,6 +32,10 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.trainer import RewardingTrainer
 
             trainer_class = RewardingTrainer
+        elif args.umed_attention_loss > 0:
+            from umed_plugin.training.attention_loss_trainer import AttentionLossTrainer
+
+            trainer_class = AttentionLossTrainer
         _keep_masters(keywords["model"], args)
         trainer = trainer_class(*positional, **keywords)
         _watch_weights(trainer)
@@ -86,8 +90,8 @@ PATCH = Patch(
             ("a65e56ee52c884ad0c2b5ea9a8527859b08926bd0cb0592c2ea5e61b9129309f",),
         ),
     ),
-    why="train() always creates a LLaVATrainer, which can only do supervised training; it trains 16-bit weights without float32 "
-    "copies, and gives all processes the same random numbers",
+    why="train() always creates a LLaVATrainer, whose only loss is that of supervised tokens; it trains 16-bit weights without "
+    "float32 copies, and gives all processes the same random numbers",
     delete_when="LLaVA's train() accepts a trainer class from its caller",
     change=change,
 )

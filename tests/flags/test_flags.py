@@ -104,6 +104,7 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_vrr_heads": "0,1", "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
         ({"umed_vrr_mask_sinks": 0.5}, "0, or above 1"),
         ({"umed_vrr_mask_sinks": 20.0, "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
+        ({"umed_attention_loss": 0.03}, "no effect in --umed_stage rewarding, only in instruction_tuning"),
         ({"umed_val_records": 8}, "no effect without --umed_val_every"),
         ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
@@ -213,6 +214,18 @@ def test_flags_that_act_together_and_rewards_of_ones_own_are_taken():
         ),
         *llava_args(),
     )
+
+
+def test_layers_and_heads_of_vision_relevance_are_those_of_the_attention_loss_in_stage_1():
+    of_stage_1 = {"umed_stage": "instruction_tuning", "umed_vrr_layers": "-1", "umed_rewards": "relevance"}
+    faults = find_faults(UmedFlags(**of_stage_1), *llava_args())
+    assert [fault.split()[0] for fault in faults] == ["--umed_rewards", "--umed_vrr_layers"]
+    assert "no effect without vision_relevance in --umed_rewards (stage 2) or --umed_attention_loss" in faults[1]
+    del of_stage_1["umed_rewards"]
+    assert find_faults(UmedFlags(**of_stage_1), *llava_args()), "its default names vision_relevance, which is stage 2's"
+    assert find_faults(UmedFlags(**of_stage_1, umed_vrr_heads="0", umed_attention_loss=0.03), *llava_args()) == []
+    (fault,) = find_faults(UmedFlags(umed_stage="instruction_tuning", umed_attention_loss=-1.0), *llava_args())
+    assert "0 or more" in fault
 
 
 @pytest.mark.parametrize(

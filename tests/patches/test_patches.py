@@ -580,7 +580,7 @@ def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeyp
     [
         (["--umed_attention", "eager"], "eager"),
         (["--umed_attention=sdpa"], "sdpa"),
-        (["--umed_atten", "flash"], "flash_attention_2"),
+        (["--umed_attention", "flash"], "flash_attention_2"),
         (["--umed_attention", "auto"], "eager"),
         ([], "eager"),
     ],
@@ -588,6 +588,12 @@ def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeyp
 def test_the_flag_overrides_the_scripts_request(monkeypatch, capsys, spelling, expected):
     assert requested_attention("eager", options(monkeypatch, *spelling)) == expected
     assert capsys.readouterr().out == ""
+
+
+def test_a_short_form_of_the_flag_could_be_the_attention_loss_too(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        requested_attention("eager", options(monkeypatch, "--umed_atten", "flash"))
+    assert "could match --umed_attention, --umed_attention_loss" in capsys.readouterr().err
 
 
 def refused(chosen, checkpoint, *, use_cpu=True, stage="rewarding"):
@@ -819,12 +825,15 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
     monkeypatch.setattr(llava_train, "LLaVATrainer", AnyTrainer)
     ours = type("RewardingTrainer", (AnyTrainer,), {})
     monkeypatch.setitem(sys.modules, "umed_plugin.training.trainer", SimpleNamespace(RewardingTrainer=ours))
+    attending = type("AttentionLossTrainer", (AnyTrainer,), {})
+    attending_module = SimpleNamespace(AttentionLossTrainer=attending)
+    monkeypatch.setitem(sys.modules, "umed_plugin.training.attention_loss_trainer", attending_module)
     from umed_plugin.patches import trainer
 
     def made(**changes):
         """The trainer for these arguments, and the dtype of its bf16 model then."""
         values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
-        args = SimpleNamespace(**{**values, "process_index": 0, **changes})
+        args = SimpleNamespace(**{**values, "process_index": 0, "umed_attention_loss": 0.0, **changes})
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
         chosen = llava_train.LLaVATrainer(model=model, args=args)
         return type(chosen), model.weight.dtype, len(chosen.callbacks)
@@ -836,6 +845,7 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
         assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 1)
         assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 1)
         assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 1)
+        assert made(umed_stage="instruction_tuning", umed_attention_loss=0.03)[0] is attending
         assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 0)
         assert not capsys.readouterr().err
         assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 0)

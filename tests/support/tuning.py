@@ -45,8 +45,10 @@ def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
     return tokenizer
 
 
-def make_dataset(records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", **flags):
-    """A GroundedDataset as a run would make it, with a 64 px image processor and 8 px patches."""
+def make_dataset(
+    records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", kind=GroundedDataset, **flags
+):
+    """A GroundedDataset, or one of another kind, as a run would make it, with a 64 px image processor and 8 px patches."""
     data_args = SimpleNamespace(
         data_path=str(records),
         image_folder=str(records.parent),
@@ -64,4 +66,4 @@ def make_dataset(records, tokenizer, version="umed_v1", image_aspect_ratio="pad"
         process_index=0,
         main_process_first=lambda **_: contextlib.nullcontext(),
     )
-    return GroundedDataset(tokenizer, data_args, training_args, split)
+    return kind(tokenizer, data_args, training_args, split)

@@ -95,7 +95,12 @@ NORMALISED_REWARD = Needs(
 )
 RECIPE = Needs("--umed_recipe", lambda flags: flags.umed_recipe is not None)
 RELEVANCE = Needs("relevance in --umed_rewards", lambda flags: "relevance" in flags.reward_names())
-VISION_RELEVANCE = Needs("vision_relevance in --umed_rewards", lambda flags: "vision_relevance" in flags.reward_names())
+VISION_RELEVANCE = Needs(
+    "vision_relevance in --umed_rewards (stage 2) or --umed_attention_loss (stage 1)",
+    lambda flags: (
+        flags.umed_attention_loss > 0 if flags.umed_stage == TUNING else "vision_relevance" in flags.reward_names()
+    ),
+)
 MODEL_JUDGE = Needs(
     "--umed_judge openai:MODEL or replay:FILE", lambda flags: flags.judge_kind() not in LOCAL_JUDGE_NAMES
 )
@@ -461,27 +466,32 @@ class UmedFlags:
     )
 
     # Vision relevance
+    umed_attention_loss: float = _flag(
+        0.0,
+        "Weight of a loss that turns the attention of tokens that name a lesion to its patches: the differentiable form of "
+        "vision_relevance (A3Tune, arXiv 2505.18503: 0.03). Records without boxes add nothing; 0: no such loss.",
+        stage=TUNING,
+        least=0,
+    )
     umed_vrr_layers: str = _flag(
         "all",
-        "Layers averaged by vision_relevance: all, last_half, or a comma list of indices (-1 is the last).",
-        stage=REWARDING,
+        "Layers averaged by vision_relevance and --umed_attention_loss: all, last_half, or a comma list of indices (-1 is the "
+        "last).",
         needs=VISION_RELEVANCE,
         pattern=r"all|last_half|\s*-?\d+\s*(,\s*-?\d+\s*)*",
         form="all, last_half, or indices such as 16,20,-1",
     )
     umed_vrr_heads: str = _flag(
         "all",
-        "Heads averaged by vision_relevance: all, or a comma list of indices.",
-        stage=REWARDING,
+        "Heads averaged by vision_relevance and --umed_attention_loss: all, or a comma list of indices.",
         needs=VISION_RELEVANCE,
         pattern=r"all|\s*\d+\s*(,\s*\d+\s*)*",
         form="all, or indices such as 0,3,17",
     )
     umed_vrr_mask_sinks: float = _flag(
         0.0,
-        "Exclude attention sinks from vision_relevance: patches with a hidden value of at least this many times their root mean "
-        "square (arXiv 2503.03321: 20; a model of width D has none above sqrt(D)); 0: mask none.",
-        stage=REWARDING,
+        "Exclude attention sinks from vision_relevance and --umed_attention_loss: patches with a hidden value of at least this "
+        "many times their root mean square (arXiv 2503.03321: 20; a model of width D has none above sqrt(D)); 0: mask none.",
         needs=VISION_RELEVANCE,
         above=1,
         or_zero=True,

@@ -112,7 +112,10 @@ class _Capture:
 
 @contextmanager
 def hooks(llava: Any, layers: Sequence[int], capture: Any) -> Iterator[None]:
-    """Attach ``keep_queries`` and ``keep_keys`` of the capture to ``q_proj`` and ``k_proj`` of the layers."""
+    """Attach ``keep_queries`` and ``keep_keys`` of the capture to ``q_proj`` and ``k_proj`` of the layers.
+
+    A tensor that they return takes the place of the projection's output.
+    """
     handles = []
     for layer in layers:
         attention = llava.get_model().layers[layer].self_attn
@@ -127,9 +130,13 @@ def hooks(llava: Any, layers: Sequence[int], capture: Any) -> Iterator[None]:
 
 
 def _call_with_states_and_output(
-    keep: Callable[[int, Tensor, Tensor], None], layer: int, _module: Any, inputs: tuple[Tensor], output: Tensor
-) -> None:
-    keep(layer, inputs[0], output)
+    keep: Callable[[int, Tensor, Tensor], Tensor | None],
+    layer: int,
+    _module: Any,
+    inputs: tuple[Tensor],
+    output: Tensor,
+) -> Tensor | None:
+    return keep(layer, inputs[0], output)
 
 
 def attention_sinks(normed: Tensor, norm_weight: Tensor, ratio: float) -> Tensor:
@@ -283,21 +290,53 @@ def measuring(
     add: Callable[[Tensor, Tensor, Tensor], None],
 ) -> Callable[[Tensor, Tensor, Tensor | None], None]:
     """A function from q of the tokens, k of the patches and sinks, as a layer's hooks give them, to a call of ``add``."""
-    # Hooks see q and k before the rotary embedding, so both need their positions.
-    token_positions = watched.positions(prompts)
     patch_positions = positions(prompts.mask).gather(1, patch_indices(prompts)[1])
+    places = TokenPlaces(watched.of_query, watched.queries, watched.positions(prompts), patch_positions)
 
     def measure(q: Tensor, k: Tensor, sinks: Tensor | None) -> None:
-        with torch.autocast(q.device.type, enabled=False):  # it would round the scores
-            scores = _scores_of_patches(llava, q, k, watched.of_query, token_positions, patch_positions)
-        if settings.heads is not None:
-            scores = scores[:, list(settings.heads)]
-        if sinks is not None:
-            masked = sinks & ~sinks.all(dim=1, keepdim=True)  # if all patches are sinks, keep them: a softmax needs one
-            scores = scores.masked_fill(masked[watched.queries][:, None], float("-inf"))
-        add(watched.owners, watched.queries, scores.softmax(dim=-1))
+        add(watched.owners, watched.queries, attention_to_patches(llava, q, k, sinks, places, settings.heads))
 
     return measure
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where R tokens and the patches of Q queries stand. Hooks see q and k before the rotary embedding, which needs positions.
+
+    Attributes:
+        of_query: which of the tokens belong to each query, in order; queries without any may be missing.
+        queries: [R] the query of each token.
+        token_positions: [R].
+        patch_positions: [Q, P].
+    """
+
+    of_query: dict[int, slice]
+    queries: Tensor
+    token_positions: Tensor
+    patch_positions: Tensor
+
+
+def attention_to_patches(
+    llava: Any, q: Tensor, k: Tensor, sinks: Tensor | None, places: TokenPlaces, heads: Sequence[int] | None
+) -> Tensor:
+    """[R, heads, P] attention of R tokens on the image patches of their query, which sums to 1 over the patches; float32.
+
+    Args:
+        llava: the model that q and k belong to.
+        q: [R, heads*d] in float32, before the rotary embedding.
+        k: [Q, P, kv_heads*d] likewise.
+        sinks: bool [Q, P] patches to leave out, or None. Where all are sinks, none is left out: a softmax needs one.
+        places: of tokens and patches.
+        heads: indices of those that count; None: all.
+    """
+    with torch.autocast(q.device.type, enabled=False):  # it would round the scores
+        scores = _scores_of_patches(llava, q, k, places)
+    if heads is not None:
+        scores = scores[:, list(heads)]
+    if sinks is not None:
+        masked = sinks & ~sinks.all(dim=1, keepdim=True)
+        scores = scores.masked_fill(masked[places.queries][:, None], float("-inf"))
+    return scores.softmax(dim=-1)
 
 
 def norm_weights(llava: Any, settings: AttentionSettings) -> dict[int, Tensor]:
@@ -333,27 +372,19 @@ def _tokens_of_queries(token_indices: Sequence[Sequence[int]], queries: int) -> 
     return {query: slice(sum(counts[:query]), sum(counts[: query + 1])) for query in range(queries) if counts[query]}
 
 
-def _scores_of_patches(
-    llava: Any,
-    queries: Tensor,
-    keys: Tensor,
-    tokens_of_query: dict[int, slice],
-    token_positions: Tensor,
-    patch_positions: Tensor,
-) -> Tensor:
+def _scores_of_patches(llava: Any, queries: Tensor, keys: Tensor, places: TokenPlaces) -> Tensor:
     """[R, heads, P] values of q.k/sqrt(d) of R tokens at the image patches of their query."""
     config = llava.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     inv_freq = rope_inverse_frequencies(config, queries.shape[-1] // heads, queries.device)
-    q = rotate(queries.unflatten(-1, (heads, -1)), token_positions, inv_freq)  # [R, heads, d]
-    k = rotate(keys.unflatten(-1, (kv_heads, -1)), patch_positions, inv_freq)  # [Q, P, kv_heads, d]
+    q = rotate(queries.unflatten(-1, (heads, -1)), places.token_positions, inv_freq)  # [R, heads, d]
+    k = rotate(keys.unflatten(-1, (kv_heads, -1)), places.patch_positions, inv_freq)  # [Q, P, kv_heads, d]
     # Grouped-query attention: heads that share a key are adjacent.
     q = q.unflatten(1, (kv_heads, -1)) / q.shape[-1] ** 0.5
-    scores = q.new_empty(len(q), heads, k.shape[1])
-    for query, tokens in tokens_of_query.items():  # query by query; otherwise its keys would be copied for each token
-        scores[tokens] = torch.einsum("rgsd,pgd->rgsp", q[tokens], k[query]).flatten(1, 2)
-    return scores
+    # Query by query; otherwise its keys would be copied for each token.
+    scores = [torch.einsum("rgsd,pgd->rgsp", q[tokens], k[query]) for query, tokens in places.of_query.items()]
+    return torch.cat(scores).flatten(1, 2)
 
 
 def rope_inverse_frequencies(config: Any, head_size: int, device: torch.device) -> Tensor:
@@ -368,12 +399,12 @@ def rope_inverse_frequencies(config: Any, head_size: int, device: torch.device) 
     if scaling and scaling.get("rope_type", scaling.get("type")) != "default":
         raise UmedError(
             f"vision relevance does not support the rotary scaling {scaling!r} in config.json. Remove vision_relevance from "
-            "--umed_rewards, or use a checkpoint without rope_scaling."
+            "--umed_rewards and --umed_attention_loss, or use a checkpoint without rope_scaling."
         )
     if not hasattr(config, "rope_theta"):
         raise UmedError(
             f"vision relevance needs rotary position embeddings (Llama, Mistral), and the config of this {config.model_type} "
-            "model has no rope_theta. Remove vision_relevance from --umed_rewards."
+            "model has no rope_theta. Remove vision_relevance from --umed_rewards and --umed_attention_loss."
         )
     return config.rope_theta ** (-torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size)
 

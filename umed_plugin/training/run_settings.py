@@ -270,7 +270,8 @@ def refusals(changes: list[Change], checkpoint: str, accepted: set[str], *, betw
 
 def _shapes_a_rollout(name: str) -> bool:
     own = {flag.name: rules_of(flag) for flag in dataclasses.fields(UmedFlags)}
-    return name in own and own[name].stage == REWARDING and own[name].on_resume == ACCEPTED
+    in_rewards = name.startswith("umed_vrr_")  # stage 1's attention loss takes them too
+    return name in own and (own[name].stage == REWARDING or in_rewards) and own[name].on_resume == ACCEPTED
 
 
 def _queries_of_a_step(settings: dict[str, Any]) -> int:

@@ -18,7 +18,7 @@ from umed_plugin.rewards.guards import crossed_limits
 
 # Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {
-    "Loss": ("loss", "policy_loss", "value_loss", "grad_norm", "learning_rate"),
+    "Loss": ("loss", "policy_loss", "value_loss", "attention_", "grad_norm", "learning_rate"),
     "Rewards": ("reward/",),
     "Held-out studies": ("val/",),
     "KL and policy": (
