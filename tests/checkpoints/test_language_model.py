@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from umed_plugin.checkpoints.language_model import is_language_model, is_of, to_language_model
 from umed_plugin.checkpoints.loading import load_checkpoint
@@ -23,15 +23,14 @@ def test_the_language_model_gives_the_same_logits(checkpoint, tmp_path, capsys):
     out = tmp_path / "language-model"
     assert main(["convert", str(checkpoint), "--language-model-only", "--out", str(out), "--quiet"]) == 0
     assert f"serve it with: umed rollout-server {out}" in capsys.readouterr().out
-    tokenizer, llava, _ = load_checkpoint(checkpoint, device="cpu")
+    _, llava, _ = load_checkpoint(checkpoint, device="cpu")
     plain = AutoModelForCausalLM.from_pretrained(out, torch_dtype=torch.float32).eval()
     assert type(plain).__name__ in ("MistralForCausalLM", "LlamaForCausalLM")
     embeds = torch.randn(2, 9, plain.config.hidden_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = (model(inputs_embeds=embeds, use_cache=False).logits for model in (llava, plain))
     assert torch.equal(ours, theirs)
-    text = "There is a nodule at [0.12, 0.34]."
-    assert AutoTokenizer.from_pretrained(out, use_fast=False)(text).input_ids == tokenizer(text).input_ids
+    assert (out / "tokenizer.model").read_bytes() == (checkpoint / "tokenizer.model").read_bytes()
     config = json.loads((out / "config.json").read_text())
     assert not [key for key in config if key.startswith("mm_")] and config["vocab_size"] == len(ours[0, 0])
     names = {name.split(".")[1] for name in plain.state_dict()}
