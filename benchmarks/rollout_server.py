@@ -5,8 +5,9 @@ The server runs on this machine (`umed rollout-server`), in float32, and is aske
 - greedy answers to 12 held-out studies: how many are those of this process, and the largest difference of a token's
   log-probability; for the checkpoint, and for an adapter of random values that is loaded at run time;
 - prompt tokens that the server computed for K answers to each question, from its counters;
-- two trainings of stage 2 (LoRA, GRPO) from the same checkpoint with the same flags, one by the server and one without: seconds a
-  step, importance ratios, and the held-out IoU of both with their paired difference.
+- three trainings of stage 2 (LoRA, GRPO) from the same checkpoint with the same flags and questions: by the server, without it, and
+  without it from another seed. Seconds a step, importance ratios, and held-out IoU with paired differences. The third training says
+  how far two runs are apart whose answers alone are drawn anew.
 
 It needs a demo's folder (`umed demo`), of which it takes the checkpoint of stage 1 and the studies. It also needs the Python of
 an environment with vLLM (`make test-engine` makes .venv-engine).
@@ -138,7 +139,8 @@ def stage_2(options: argparse.Namespace, start: Path, output: Path, *more: str) 
         --vision_tower {demo}/runs/untrained-llava-mistral/vision_tower --mm_projector_type mlp2x_gelu
         --mm_vision_select_layer -2 --image_aspect_ratio pad --mm_use_im_start_end False --mm_use_im_patch_token False
         --model_max_length 512 --lr_scheduler_type constant --weight_decay 0 --use_cpu True --lazy_preprocess True
-        --logging_steps 1 --save_steps {options.steps} --report_to none --disable_tqdm True --seed 0 --output_dir {output}
+        --logging_steps 1 --save_steps {options.steps} --report_to none --disable_tqdm True --output_dir {output}
+        --seed 0 --data_seed 0
         --umed_stage rewarding --umed_num_candidates {K} --umed_max_new_tokens {LENGTH} --umed_temperature 0.5
         --umed_kl_coef 0.015 --umed_advantage_scale batch --umed_judge classes --umed_reward_weights 4,2,1
         --lora_enable True --lora_r 32 --lora_alpha 64 --learning_rate 1e-3 --mm_projector_lr 1e-4
@@ -150,16 +152,12 @@ def stage_2(options: argparse.Namespace, start: Path, output: Path, *more: str) 
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
     state = json.loads((output / f"checkpoint-{options.steps}" / "trainer_state.json").read_text())
     history = state["log_history"]
-    (runtime,) = [
-        found
-        for found in json.loads((output / "trainer_state.json").read_text())["log_history"]
-        if "train_runtime" in found
-    ]
+    ended = json.loads((output / "trainer_state.json").read_text())["log_history"][-1]
     names = ("importance_ratio", "importance_ratio_max", "importance_truncated", "server_difference")
     logged = {name: [entry[name] for entry in history if name in entry] for name in names}
     rewards = [entry["reward/total"] for entry in history if "reward/total" in entry]
     return {
-        "seconds_a_step": runtime["train_runtime"] / options.steps,
+        "seconds_a_step": ended["train_runtime"] / options.steps,
         "reward_first_10": sum(rewards[:10]) / len(rewards[:10]),
         "reward_last_10": sum(rewards[-10:]) / len(rewards[-10:]),
         **{f"{name}_mean": sum(v) / len(v) for name, v in logged.items() if v},
@@ -195,6 +193,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="umed-rollout-server-") as folder:
         work = Path(folder)
+        runs = {
+            name: work / f"{name.replace(' ', '-')}-llava-mistral-lora" for name in ("server", "itself", "other seed")
+        }
         with engine(start, options.python, work, "--lora-rank", "32") as server:
             exactness = Exactness(start, options.demo, server)
             say("greedy", exactness.greedy(exactness.client.base_model(), exactness.answerer.model))
@@ -202,19 +203,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             say("prefill of K answers", exactness.prefill())
             del exactness
             if options.steps:
-                served = work / "served-llava-mistral-lora"
                 address = ("--umed_rollout_server", server.url, "--umed_rollout_adapters", "/dev/shm")
-                say("stage 2 by the server", stage_2(options, start, served, *address))
+                say("stage 2 by server", stage_2(options, start, runs["server"], *address))
         if options.steps:
-            own = work / "own-llava-mistral-lora"
-            say("stage 2 by itself", stage_2(options, start, own))
-            first, second, third = (
-                evaluated(options, *what) for what in ((start, None), (own, start), (served, start))
-            )
-            for name, evaluation in (("start", first), ("by itself", second), ("by the server", third)):
-                say(f"IoU {name}", evaluation.metrics["iou"])
-            say("server minus itself", compare(second, third)["iou"])
-            say("server minus start", compare(first, third)["iou"])
+            say("stage 2 by itself", stage_2(options, start, runs["itself"]))
+            say("stage 2 by other seed", stage_2(options, start, runs["other seed"], "--seed", "1"))
+            evaluations = {"start": evaluated(options, start, None)}
+            evaluations |= {name: evaluated(options, output, start) for name, output in runs.items()}
+            for name, evaluation in evaluations.items():
+                say(f"IoU {name}", evaluation.metrics["mean_iou"])
+            for before, after in (
+                ("start", "itself"),
+                ("start", "server"),
+                ("itself", "server"),
+                ("itself", "other seed"),
+            ):
+                found = compare(evaluations[before], evaluations[after])["mean_iou"]
+                say(f"IoU {after} minus {before}", {key: found[key] for key in ("difference", "ci95", "n")})
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
