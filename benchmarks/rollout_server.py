@@ -5,9 +5,9 @@ The server runs on this machine (`umed rollout-server`), in float32, and is aske
 - greedy answers to 12 held-out studies: how many are those of this process, and the largest difference of a token's
   log-probability; for the checkpoint, and for an adapter of random values that is loaded at run time;
 - prompt tokens that the server computed for K answers to each question, from its counters;
-- three trainings of stage 2 (LoRA, GRPO) from the same checkpoint with the same flags and questions: by the server, without it, and
-  without it from another seed. Seconds a step, importance ratios, and held-out IoU with paired differences. The third training says
-  how far two runs are apart whose answers alone are drawn anew.
+- three trainings of stage 2 (LoRA, GRPO) from the same checkpoint with the same flags and questions: by the server, without it,
+  and without it from another seed. Seconds a step, importance ratios, and held-out IoU with paired differences. The third
+  training says how far two runs are apart whose answers alone are drawn anew.
 
 It needs a demo's folder (`umed demo`), of which it takes the checkpoint of stage 1 and the studies. It also needs the Python of
 an environment with vLLM (`make test-engine` makes .venv-engine).

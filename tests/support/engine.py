@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from support.umed_runs import environment
 
+_PR_SET_PDEATHSIG = 1
 START_SECONDS = 400  # on two busy cores; imports alone take half a minute
 
 
@@ -70,6 +72,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def _end_with_parent() -> None:
+    """Let the kernel kill the server if the tests are killed, also after it has become vLLM."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextmanager
 def engine(checkpoint: Path, python: str, folder: Path, *more: str) -> Iterator[Engine]:
     """`umed rollout-server CKPT` in a session of its own; ended with the block.
@@ -93,6 +100,7 @@ def engine(checkpoint: Path, python: str, folder: Path, *more: str) -> Iterator[
             stdout=out,
             stderr=out,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     running = Engine(process, port, log)
     try:
