@@ -100,7 +100,7 @@ def engine(checkpoint: Path, python: str, folder: Path, *more: str) -> Iterator[
             stdout=out,
             stderr=out,
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (it calls the kernel alone)
         )
     running = Engine(process, port, log)
     try:
