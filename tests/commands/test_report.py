@@ -248,7 +248,7 @@ def test_heat_is_what_was_put_in(finished):
 def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
     from umed_plugin.commands.report.gallery import candidate_cards
     from umed_plugin.data.augmentation.study import Study
-    from umed_plugin.grounding.square_move import SquareMove
+    from umed_plugin.grounding.square_move import SquareMove, clipped
 
     pixels = np.zeros((40, 60, 3), dtype=np.uint8)
     pixels[10:20, 6:18] = 255
@@ -257,7 +257,7 @@ def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
     seen = as_augmented(see(str(run / "moved.png"), "pad", None, run), Study({}, move).as_json())
     rows, columns = np.nonzero(np.asarray(seen.square)[..., 0] > 127)
     extent = [value / 60 for value in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
-    assert extent == pytest.approx(move.boxes([(6 / 60, 20 / 60, 18 / 60, 30 / 60)])[0], abs=1 / 60)
+    assert extent == pytest.approx(clipped(move.boxes([(6 / 60, 20 / 60, 18 / 60, 30 / 60)])[0]), abs=1 / 60)
     # The page draws the picture and the boxes of the same movement.
     lines = [json.loads(line) for line in (run / CANDIDATES).read_text().splitlines()[:1]]
     plain = candidate_cards(lines, run)[0]

@@ -201,7 +201,7 @@ def test_the_report_shows_augmented_studies_by_the_recipes_rule(recipe_file: Pat
         page = write_report(check_recipe(load_recipe(recipe_file), augmented=True), folder).read_text()
         assert 'src="augmented_drawn.png"' in page and told in page
         with Image.open(folder / "augmented_drawn.png") as sheet:
-            # Three studies of the split train: as they are, and in four epochs.
+            # Three studies of the split train: as they are, and in four epochs that change them.
             assert sheet.width == 5 * 246 and sheet.height % 3 == 0
             pixels = np.asarray(sheet.convert("RGB"))
     tiles = [pixels[: sheet.height // 3, 246 * n : 246 * n + 240] for n in range(5)]

@@ -121,6 +121,13 @@ def test_patch_cover_follows_the_padding_and_goes_row_by_row() -> None:
     np.testing.assert_allclose(cover, expected, atol=1e-9)
 
 
+def test_an_edge_one_rounding_step_before_the_squares_is_covered() -> None:
+    """As of a box that was cut at the square, written in pixels and read again."""
+    end = math.nextafter(336.0, 0.0)
+    cover = ImageGeometry(336, 336).patch_cover([(14.0, 14.0, end, end)]).reshape(24, 24)
+    assert np.allclose(cover[1:, 1:], 1) and not cover[0].any() and not cover[:, 0].any()
+
+
 def test_a_remainder_that_fills_no_patch_is_not_covered() -> None:
     geometry = ImageGeometry(100, 100, "pad", image_size=100, patch_size=14)
     cover = geometry.patch_cover([(0, 0, 100, 100)])

@@ -17,6 +17,7 @@ from umed_plugin.grounding.side_words import mirrored_text, names_place, names_s
         ("It lies in the left centre at [0.10, 0.40, 0.30, 0.60].", "It lies in the right centre at [0.10, 0.40, 0.30, 0.60]."),
         ("Bright copyright, cleft lip; nothing leftover.", "Bright copyright, cleft lip; nothing leftover."),
         ("All right, it is left. Right away the left one.", "All right, it is left. Right away the right one."),
+        ("The stent was left in place on the left.", "The stent was left in place on the right."),
         ("The mass is left of the spine.", "The mass is right of the spine."),
         ("\u5de6\u80ba\u7ed3\u8282\uff0c\u53f3\u80ba\u6e05\u6670", "\u53f3\u80ba\u7ed3\u8282\uff0c\u5de6\u80ba\u6e05\u6670"),
         ("L4 and T12 are intact.", "L4 and T12 are intact."),
@@ -48,6 +49,7 @@ def test_up_and_down() -> None:
         "dextrocardia",
         "OD",
         "linke Lunge",
+        "what is left of the lung",
     ],
 )
 def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:

@@ -133,7 +133,9 @@ class ImageGeometry:
             covered |= ((middle_y > y1) & (middle_y < y2))[:, None] & ((middle_x > x1) & (middle_x < x2))[None, :]
         area = covered * np.diff(ys)[:, None] * np.diff(xs)[None, :]
         cover = np.zeros((self.grid, self.grid))
-        np.add.at(cover, (middle_y.astype(int)[:, None], middle_x.astype(int)[None, :]), area)
+        # Between an edge one rounding step before the last line and that line, the middle is rounded to the line.
+        row, column = (np.minimum(middle.astype(int), self.grid - 1) for middle in (middle_y, middle_x))
+        np.add.at(cover, (row[:, None], column[None, :]), area)
         return np.minimum(cover, 1.0).ravel()
 
 

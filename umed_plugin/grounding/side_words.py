@@ -48,7 +48,7 @@ _IDIOMS = {
         _words(
             *(r"all\s+right", r"right\s+(?:away|now|after|before|angles?)", r"right-angled", "\u5de6\u53f3"),
             *(
-                r"left\s+(?:over|out|behind|alone|untreated|as\s+is)",
+                r"left\s+(?:over|out|behind|alone|untreated|as\s+is|in\s+(?:place|situ))",
                 r"(?:is|are|was|were|be|been)\s+left(?=\s*[.,;]|$)",
             ),
         ),
@@ -57,7 +57,7 @@ _IDIOMS = {
     "up_down": re.compile(_words(r"above\s+all", r"(?:the\s+)?above-?mentioned"), re.I),
 }
 _CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
-# Sides in a form that is not turned: abbreviations, positions on a clock, other languages.
+# Sides in a form that is not turned: abbreviations, positions on a clock, other languages; and "left" that may be a verb.
 _UNSURE = {
     "left_right": (
         re.compile(
@@ -68,6 +68,7 @@ _UNSURE = {
                 *(_CLOCK, r"dextro\w*", r"levo\w*", r"sinist(?:er|r[aoe])", r"situs", r"links?", r"rechts?"),
                 *(r"(?:link|recht)e[rsnm]?", r"gauches?", r"droite?s?", r"izquierd[oa]s?", r"derech[oa]s?"),
                 *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
+                *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
             ),
             re.I,
         ),

@@ -1,6 +1,6 @@
-"""Contact sheets of augmented studies: some studies of every source as ``--umed_augment`` shows them in the first epochs.
+"""Contact sheets of augmented studies: some studies of every source as ``--umed_augment`` shows them.
 
-Each row has a study as it is, then in four epochs, with its boxes and the answer that training would supervise. Look whether the
+Each row has a study as it is, then in the first four epochs that change it, with its boxes and the answer that training would supervise. Look whether the
 boxes are on the lesions, whether the words of side are right, and whether such a picture could be a real one.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +24,9 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry
 
-_SIDE, _GAP, _EPOCHS, _STUDIES = 240, 6, 4, 6
-_LINES, _LINE = 8, 12  # of the caption, and the height of one in pixels
+_SIDE, _GAP, _SHOWN, _STUDIES = 240, 6, 4, 6
+_EPOCHS = 50  # in which a change is looked for: a recipe may change few studies, or none
+_LINES, _LINE = 11, 12  # of the caption, and the height of one in pixels
 _WORDS = 40  # characters in a line of the caption
 # CLIP's mean, which LLaVA pads with. Boxes and text do not depend on it.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -54,8 +56,9 @@ class AugmentedSheets:
             record = written_record(prepared, None, geometry, 2, 0)
         except UmedError:
             return
-        studies = [Study(record), *(augmented_study(record, 0, epoch) for epoch in range(_EPOCHS))]
-        row = [_tile(study, prepared, geometry) for study in studies]
+        epochs = (augmented_study(record, 0, epoch) for epoch in range(_EPOCHS))
+        changed = islice((study for study in epochs if study.changed), _SHOWN)
+        row = [_tile(study, prepared, geometry) for study in (Study(record), *changed)]
         self._rows.setdefault(prepared.item.recipe.name, []).append(row)
 
     def save(self, folder: Path) -> dict[str, Path]:
@@ -63,7 +66,7 @@ class AugmentedSheets:
         written: dict[str, Path] = {}
         for source, rows in sorted(self._rows.items()):
             width, height = rows[0][0].size
-            size = ((1 + _EPOCHS) * (width + _GAP), len(rows) * (height + _GAP))
+            size = ((1 + _SHOWN) * (width + _GAP), len(rows) * (height + _GAP))
             sheet = Image.new("RGB", size, "white")
             for y, row in enumerate(rows):
                 for x, tile in enumerate(row):
@@ -84,7 +87,9 @@ def _tile(study: Study, prepared: Prepared, geometry: ImageGeometry) -> Image.Im
             left, top, right, bottom = (value * _SIDE for value in box)
             outline = colour_of(ref, prepared.item.recipe.names)
             draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=outline)
-    answer = textwrap.wrap(study.record["conversations"][1]["value"], _WORDS)[: _LINES - 1]
+    answer = textwrap.wrap(
+        study.record["conversations"][1]["value"], _WORDS, max_lines=_LINES - 1, placeholder=" ..."
+    )
     for number, line in enumerate([_movement(study), *answer]):
         fill = (255, 200, 90) if number == 0 else (220, 220, 220)
         draw.text((4, _SIDE + 2 + number * _LINE), line, fill=fill)
