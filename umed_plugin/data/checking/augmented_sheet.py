@@ -1,7 +1,8 @@
 """Contact sheets of augmented studies: some studies of every source as ``--umed_augment`` shows them.
 
-Each row has a study as it is, then in the first four epochs that change it, with its boxes and the answer that training would supervise. Look whether the
-boxes are on the lesions, whether the words of side are right, and whether such a picture could be a real one.
+Each row has a study as it is, then in the first four epochs that change it, with its boxes and the answer that training would
+supervise. Look whether the boxes are on the lesions, whether the words of side are right, and whether such a picture could be a
+real one.
 """
 
 from __future__ import annotations
@@ -87,9 +88,7 @@ def _tile(study: Study, prepared: Prepared, geometry: ImageGeometry) -> Image.Im
             left, top, right, bottom = (value * _SIDE for value in box)
             outline = colour_of(ref, prepared.item.recipe.names)
             draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=outline)
-    answer = textwrap.wrap(
-        study.record["conversations"][1]["value"], _WORDS, max_lines=_LINES - 1, placeholder=" ..."
-    )
+    answer = textwrap.wrap(study.record["conversations"][1]["value"], _WORDS, max_lines=_LINES - 1, placeholder=" ...")
     for number, line in enumerate([_movement(study), *answer]):
         fill = (255, 200, 90) if number == 0 else (220, 220, 220)
         draw.text((4, _SIDE + 2 + number * _LINE), line, fill=fill)
