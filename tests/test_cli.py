@@ -42,7 +42,7 @@ def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_alone_it_prints_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n    {module.partition('.')[0]}" in shown for module in COMMANDS)
+    assert all(f"\n    {module.partition('.')[0].replace('_', '-')}" in shown for module in COMMANDS)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
