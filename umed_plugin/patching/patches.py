@@ -9,6 +9,7 @@ Importing this module imports only the standard library, and no patched library.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -195,6 +196,7 @@ def source_hash(thing: Any) -> str:
     return hashlib.sha256(inspect.getsource(inspect.unwrap(thing)).encode()).hexdigest()
 
 
+@functools.cache  # reading the metadata of a library takes milliseconds, and every patch asks
 def installed(library: str) -> tuple[str, str]:
     """Distribution name and version of an import name; the import name and ``unknown`` if there is no metadata."""
     for name in DISTRIBUTIONS.get(library, (library,)):
