@@ -16,8 +16,10 @@ from support.tuning import make_dataset, make_tokenizer
 from support.umed_runs import train_flags, umed_run, weights
 from torch.utils.data import DataLoader
 
+from umed_plugin.data.records import record_geometry, true_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import parse_boxes
+from umed_plugin.training.attention_loss_data import LesionDataset
 from umed_plugin.training.query_reader import QueryReader
 from umed_plugin.training.sampler import EpochSampler, NumberedEpochs
 from umed_plugin.training.tuning_data import tokenize
@@ -80,6 +82,17 @@ def test_an_item_depends_on_seed_epoch_and_record_alone(records: Path, tokenizer
     shown = next(epoch for epoch in range(20) if dataset.study(4, epoch) == study)
     item = dataset[4 + 8 * shown]
     assert torch.equal(item["input_ids"], ids) and torch.equal(item["labels"], labels)
+
+
+def test_the_patches_of_the_attention_loss_are_those_of_the_moved_boxes(records: Path, tokenizer: Any) -> None:
+    dataset = make_dataset(records, tokenizer, kind=LesionDataset, umed_augment=True, umed_attention_loss=1.0)
+    dataset.use_grid(64, 8)
+    covers = []
+    for epoch in range(3):
+        moved = dataset.study(4, epoch).record
+        covers.append(record_geometry(moved, 64, 8).patch_cover(true_boxes(moved)))
+        assert np.allclose(dataset[4 + 8 * epoch]["lesion_cover"], covers[-1], atol=1e-6)
+    assert not np.allclose(covers[0], covers[1]) and not np.allclose(covers[1], covers[2])
 
 
 def test_held_out_records_and_text_alone_are_as_they_are(records: Path, tokenizer: Any) -> None:

@@ -67,8 +67,9 @@ def _augmented_pictures(check: RecipeCheck, folder: Path) -> str:
         )
         name = html.escape(source)
         pictures += (
-            f"<h2>{name}: augmented</h2><p>First as it is, then in the first four epochs in which <code>--umed_augment True</code> "
-            f'changes it, by {told}.</p><img style="max-width:100%" src="{sheet.name}" alt="{name}: augmented studies">'
+            f"<h2>{name}: augmented</h2><p>First as it is, then in the first four epochs in which "
+            f"<code>--umed_augment True</code> changes it, by {told}.</p>"
+            f'<img style="max-width:100%" src="{sheet.name}" alt="{name}: augmented studies">'
         )
     return pictures
 
