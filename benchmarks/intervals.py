@@ -25,6 +25,9 @@ def differences(key: str, before: Iterable[Row], after: Iterable[Row], seed: obj
 
 
 def mean_difference(rows: Sequence[Row]) -> tuple[float | None, list[float] | None]:
-    """Mean of `differences`, and its 95 % interval, which resamples patients (where they are unknown: images); None if there are too few."""
+    """Mean of `differences`, and its 95 % interval, which resamples patients (where they are unknown: images).
+
+    None in place of the interval if there are too few of them.
+    """
     found: dict[str, Any] = measure(means("difference", limits=(-1.0, 1.0)), rows)["difference"]
     return found["value"], found["ci95"]

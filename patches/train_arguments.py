@@ -11,12 +11,15 @@ the plugin: as LLaVA's own class, with the flags as extra attributes.
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from umed_plugin.errors import UsageError
+from umed_plugin.errors import UsageError, did_you_mean
 from umed_plugin.files.locks import lock_for_the_process
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags
@@ -29,6 +32,10 @@ from umed_plugin.patches import (
 )
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
+
+# What transformers says about flags that it does not know, and about precisions that this machine lacks.
+_UNUSED = re.compile(r"not used by the HfArgumentParser: (\[.*\])", re.DOTALL)
+_OF_THE_MACHINE = ("support bf16/", "--tf32 requires", "half precision evaluation")
 
 
 def change(recorder: Recorder) -> None:
@@ -62,12 +69,43 @@ def _checking_parser(stock: type, arguments_class: type) -> type:
 
     class CheckingArgumentParser(stock):
         def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple:
-            parsed = super().parse_args_into_dataclasses(*args, **kwargs)
+            parsed = self._parsed(*args, **kwargs)
             if len(parsed) >= 3 and isinstance(parsed[2], arguments_class):
                 start_run(*parsed[:3])
             return parsed
 
+        def _parsed(self, *args: Any, **kwargs: Any) -> tuple:
+            try:
+                return super().parse_args_into_dataclasses(*args, **kwargs)
+            except ValueError as error:
+                raise_explained(str(error), self._option_string_actions)
+                raise
+
     return CheckingArgumentParser
+
+
+def raise_explained(message: str, flags: Iterable[str]) -> None:
+    """Raise what transformers says about unknown flags, or flags that this machine cannot do, with what to do about it.
+
+    Args:
+        message: of the ValueError that the stock parser raised.
+        flags: all flags of the script.
+
+    Raises:
+        UsageError: the message is one of these; else nothing is raised.
+    """
+    listed = _UNUSED.search(message)
+    if listed:
+        words = ast.literal_eval(listed[1])
+        names = [word.partition("=")[0] for word in words if word.startswith("--")] or words
+        raise_faults([f"unknown flag {name}.{did_you_mean(name, flags)}" for name in names])
+    if any(word in message for word in _OF_THE_MACHINE):
+        raise_faults(
+            [
+                f"{message.strip()}\n    This machine's processor or GPU cannot do that. On a CPU: --use_cpu True --bf16 False "
+                "--fp16 False --tf32 False. On a GPU older than Ampere: --fp16 True --bf16 False --tf32 False."
+            ]
+        )
 
 
 def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRun:

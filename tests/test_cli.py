@@ -12,7 +12,7 @@ import pytest
 
 from umed_plugin import __version__, cli
 from umed_plugin.commands import COMMANDS
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UmedError, UsageError, did_you_mean
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:

@@ -14,12 +14,12 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from umed_plugin import __version__
 from umed_plugin.commands import add_commands, signals
-from umed_plugin.errors import UmedError, UsageError, fail, unknown_name
+from umed_plugin.errors import UmedError, UsageError, did_you_mean, fail, unknown_name
 from umed_plugin.files import failed_write
 from umed_plugin.terminal.console import guarded_streams
 from umed_plugin.terminal.progress import be_quiet
@@ -28,6 +28,9 @@ from umed_plugin.terminal.text import one_line
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 TRACEBACK = "UMED_TRACEBACK"
+_REQUIRED = "the following arguments are required"  # how argparse's message begins
+# What a training command begins with.
+_TRAINING_COMMANDS = ("python", "python3", "bash", "sh", "torchrun", "deepspeed", "accelerate")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _LONGEST = 300  # characters of an unforeseen error's message
 
@@ -41,14 +44,48 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting: only `main` sets exit statuses."""
+        if message.startswith(
+            _REQUIRED
+        ):  # argparse looks for these first; a misspelled flag is often why one is missing
+            message += "".join(f"\n{line}" for line in self._misspelled())
         raise UsageError(f"{message}\nSee {self.prog} --help")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but unknown arguments are an error of the parser that met them, which knows its flags and its help."""
+        self._given = [*map(str, sys.argv[1:] if args is None else args)]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(_unknown_arguments(unknown, self._option_string_actions))
+        return found, unknown
+
+    def _misspelled(self) -> list[str]:
+        """A sentence for each flag that was given and is not known."""
+        flags = self._option_string_actions
+        names = [word.partition("=")[0] for word in self._given if word.startswith("--") and word != "--"]
+        wrong = [name for name in names if not any(flag.startswith(name) for flag in flags)]
+        return _unknown_arguments(wrong, flags).split("\n") if wrong else []
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
         kind = "command" if isinstance(action, argparse._SubParsersAction) else "value"
         named = None if kind == "command" else action
+        if kind == "command" and (
+            os.path.basename(str(value)) in _TRAINING_COMMANDS or str(value).endswith((".sh", ".py"))
+        ):
+            raise argparse.ArgumentError(
+                named, f"{value} is not a command of umed. Training runs through umed-run: umed-run {value} ..."
+            )
         raise argparse.ArgumentError(named, unknown_name(kind, str(value), [str(choice) for choice in action.choices]))
+
+
+def _unknown_arguments(unknown: Sequence[str], flags: Iterable[str]) -> str:
+    """A sentence for each unknown flag, with the one that was probably meant; else for each word too many."""
+    names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if not names:
+        return f"unexpected arguments: {' '.join(unknown)}."
+    known = [flag for flag in flags if flag.startswith("--")]
+    return "\n".join(f"unknown flag {name}.{did_you_mean(name, known)}" for name in names)
 
 
 def build_parser() -> Parser:

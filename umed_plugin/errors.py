@@ -70,9 +70,18 @@ def say(text: str, stderr: bool = False) -> None:
 
 
 def did_you_mean(found: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` when nothing is close."""
-    close = difflib.get_close_matches(found, list(allowed), n=1)
+    """Return ``" Did you mean 'x'?"`` for the closest of ``allowed``, or ``""`` when nothing is close.
+
+    Words in another order come first: ``mistral_umed`` is ``umed_mistral``, and not ``mistral_direct``.
+    """
+    names = list(allowed)
+    close = [name for name in names if name != found and _words(name) == _words(found)]
+    close = close or difflib.get_close_matches(found, names, n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _words(name: str) -> list[str]:
+    return sorted(name.replace("-", "_").split("_"))
 
 
 def unknown_name(kind: str, found: str, allowed: Iterable[str]) -> str:

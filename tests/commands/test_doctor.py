@@ -82,7 +82,7 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
 def test_every_kind_is_made_by_a_fault_or_a_family():
     elsewhere = {
         "transformers-form", "adapter-of-transformers", "adapter-missing",
-        "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral",
+        "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral", "adapter-not-merged",
         "adapter-model-type", "adapter-fields", "adapter-fields-needed", "questions-masked",
     }  # fmt: skip
     made = {fault.code for fault in FAULTS}
@@ -208,6 +208,20 @@ def test_a_lora_folder_that_stock_llava_cannot_load(lora, tiny_mistral, tmp_path
     over = write_lora(base, tmp_path / "llava-mistral-lora")
     assert codes(over) == {"adapter-of-mistral"}
     assert examine(merge(over, base, tmp_path / "llava-mistral-merged")) == []
+
+
+def test_the_folder_that_a_training_left_is_an_intermediate_and_not_a_broken_checkpoint(tiny_mistral, tmp_path, capsys):
+    """README's own `stage1-lora`: no 'llava' in its name, a Mistral base, and that base's path as it was typed elsewhere."""
+    base = copied(tiny_mistral, tmp_path / "checkpoints" / "llava-med-mistral")
+    over = write_lora(base, tmp_path / "checkpoints" / "stage1-lora")
+    edit(over, "adapter_config.json", base_model_name_or_path="./checkpoints/llava-med-mistral")
+    assert codes(over) >= {"name-without-llava", "adapter-of-mistral"}
+    (over / "umed.json").write_text('{"umed_stage": "instruction_tuning"}')
+    (found,) = examine(over)
+    assert (found.code, found.severity) == ("adapter-not-merged", "note") and f"umed merge {over}" in found.remedy
+    assert main(["doctor", str(over)]) == 0
+    assert str(base) in capsys.readouterr().out.replace("\n", "")
+    assert examine(merge(over, None, tmp_path / "llava-mistral-merged")) == []
 
 
 def test_a_projector_is_named(tiny_llama, tmp_path):

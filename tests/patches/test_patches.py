@@ -185,16 +185,19 @@ def test_the_command_lists_them_all_and_fails_on_a_misfit(capsys, monkeypatch):
     from umed_plugin import patches
     from umed_plugin.commands.patches import run
 
-    assert run(argparse.Namespace()) == 0
+    assert run(argparse.Namespace(verbose=True)) == 0
     shown = capsys.readouterr().out
     assert all(patch.name in shown for patch in ALL)
     idle = len(ALL) - len(NEEDED)
     assert f"{len(NEEDED)} are in force under umed-run, {idle} are not needed" in shown
     assert shown.count("not needed: ") == idle > 0
+    assert run(argparse.Namespace(verbose=False)) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{len(ALL)} patches: {len(NEEDED)} are in force") and line.endswith("--verbose lists them.")
     patch = model_class.PATCH
     target = dataclasses.replace(patch.targets[0], sha256=("0" * 64,))
     monkeypatch.setattr(patches, "ALL", (ALL[0], dataclasses.replace(patch, targets=(target,))))
-    assert run(argparse.Namespace()) == 1
+    assert run(argparse.Namespace(verbose=False)) == 1
     shown = capsys.readouterr().out
     assert "unknown SHA-256" in shown
     assert "1 do not fit. Training would stop before it starts." in shown
@@ -233,6 +236,9 @@ def test_flags_parse_and_survive_the_pickle_with_and_without_the_plugin(flags, t
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["--umed_stge", "rewarding"], "unknown flag --umed_stge. Did you mean '--umed_stage'?"),
+        (["--lora_enabled=True", "--nonsense", "1"], "unknown flag --lora_enabled. Did you mean '--lora_enable'?"),
+        (["--fp16", "True"], "--use_cpu True --bf16 False --fp16 False --tf32 False"),
         (["--version", "umed_mistrall"], "Did you mean 'umed_mistral'"),
         (["--umed_stage", "instruction_tuning", "--version", "plain"], "no place for questions"),
         (["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "2"], "from 0 to 1"),

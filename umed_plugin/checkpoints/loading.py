@@ -241,13 +241,21 @@ def load_checkpoint(
     return tokenizer, model, tower.image_processor
 
 
+def named_base(lora_dir: Path, named: Any) -> Any:
+    """The base that an adapter names. A path that was typed relative to another folder is looked for above the adapter's own."""
+    if not isinstance(named, str) or Path(named).is_absolute() or Path(named).is_dir():
+        return named
+    above = (folder / named for folder in Path(os.path.abspath(lora_dir)).parents)
+    return next((str(path) for path in above if path.is_dir()), named)
+
+
 def find_base(lora_dir: Path, base: Path | str | None) -> Path:
     """The base of a LoRA folder: ``base`` if given, else the one that its adapter names.
 
     Raises:
         UmedError: it is not on this machine, or it is a LoRA folder itself.
     """
-    folder = base or read_object(lora_dir / ADAPTER).get("base_model_name_or_path")
+    folder = base or named_base(lora_dir, read_object(lora_dir / ADAPTER).get("base_model_name_or_path"))
     if not folder or not Path(folder).is_dir():
         raise UmedError(
             f"{lora_dir}: is a LoRA folder over {folder!r}, which is not a folder on this machine. Pass the checkpoint on which "

@@ -17,6 +17,7 @@ COMMANDS = (
     "upgrade.command",
     "recipe.command",
     "evaluate",
+    "status",
     "report.command",
     "serve.command",
     "merge",

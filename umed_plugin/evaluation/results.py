@@ -8,9 +8,11 @@ A folder holds ``evaluation.json``::
      "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272, "units": 190, "interval": "bootstrap"}, ...}}
 
 Every metric stands there once, with n and its 95 % confidence interval (`umed_plugin.evaluation.metrics.metric.measure`);
-``resampling`` says what the intervals resample. ``benchmark`` is ``recipe`` for the records of any recipe. Beside it ``predictions.jsonl`` has a line for each
-question: id, image, question, answer, truth, options, losses, groups; what a further pass of the model found (``examined``); how
-the answer scores (``values``, ``cluster``); and keys of the benchmark's own, such as boxes.
+``resampling`` says what the intervals resample. ``benchmark`` is ``recipe`` for the records of any recipe.
+
+Beside it ``predictions.jsonl`` has a line for each question: id, image, question, answer, truth, options, losses, groups; what a
+further pass of the model found (``examined``); how the answer scores (``values``, ``cluster``); and keys of the benchmark's own,
+such as boxes.
 
 Files from before schema 2 had two forms. Both are still read.
 """

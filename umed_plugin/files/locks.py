@@ -94,6 +94,23 @@ def lock_for_the_process(path: str | Path, busy: str, flag: str) -> None:
         _KEPT.add(target)
 
 
+def holder(folder: str | Path) -> str | None:
+    """Who holds the inside of a folder, such as ``process 123 on node7``; None if nobody does."""
+    try:
+        descriptor = os.open(Path(folder) / INSIDE, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(descriptor).strip(" ()") or "a process"
+    except OSError:  # this file system has no locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _lock(asked: _Asked) -> int:
     """Open and lock the file; return its descriptor, which holds the lock."""
     while True:

@@ -23,7 +23,11 @@ def check_adapter(contents: Contents) -> Iterator[Finding]:
     if contents.kind not in (LORA, PROJECTOR_ONLY) or is_transformers_form(config):
         return
     where = f"{contents.config_file}: model_type"
-    if config.get("model_type") == MISTRAL:
+    if contents.is_intermediate:
+        yield finding(
+            "adapter-not-merged", "umed.json is beside the adapter", str(contents.path), checkpoint=contents.path
+        )
+    elif config.get("model_type") == MISTRAL:
         yield finding("adapter-of-mistral", f"model_type is {MISTRAL}", where, checkpoint=contents.path)
     if config.get("model_type") == "llava":
         change = contents.configures(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])

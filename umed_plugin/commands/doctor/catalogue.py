@@ -378,6 +378,11 @@ ADAPTER = (
         "With --base, name the checkpoint that it was trained on.",
     ),
     Kind(
+        "adapter-not-merged", NOTE, "the LoRA folder of a training under umed-run",
+        "It is an intermediate result. Stock LLaVA loads what umed merge makes of it, whatever this folder is called.",
+        "Run umed merge {checkpoint} --base CKPT --out DIR/llava-mistral (llava-v1 for a Llama base).",
+    ),
+    Kind(
         "adapter-of-mistral", ERROR, "a LoRA folder or projector over a Mistral base",
         "LLaVA loads the base of every LoRA folder or projector as Llama, and fails.",
         "Run umed merge {checkpoint} --base CKPT --out DIR/llava-mistral. LLaVA loads the result.",

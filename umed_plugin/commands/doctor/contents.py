@@ -13,12 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import ADAPTER, NON_LORA, is_plain_name
+from umed_plugin.checkpoints.loading import ADAPTER, NON_LORA, is_plain_name, named_base
 from umed_plugin.checkpoints.pickles import PROGRAM, read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.findings import ERROR, Finding, JsonChange
 
+_OF_TRAINING = "umed.json"  # beside what a training under umed-run wrote
 FULL, LORA, PROJECTOR, NOTHING = "full", "LoRA", "projector only", "nothing"
 MM_PROJECTOR = "mm_projector.bin"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -72,6 +73,11 @@ class Contents:
     def config_file(self) -> Path:
         return self.path / "config.json"
 
+    @property
+    def is_intermediate(self) -> bool:
+        """Whether it is the adapter that a training under umed-run left, which `umed merge` makes a checkpoint of."""
+        return self.kind == LORA and (self.path / _OF_TRAINING).is_file()
+
     @cached_property
     def adapter_config(self) -> dict[str, Any]:
         """adapter_config.json of a LoRA folder; {} if there is none."""
@@ -119,6 +125,7 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
     else:
         _read_trained_parts(contents)
         named = base or contents.adapter_config.get("base_model_name_or_path") or contents.config.get("_name_or_path")
+        named = named_base(path, named)
         if named and Path(named).is_dir():
             contents.base = read_contents(Path(named).absolute())
             contents.findings += [fault for fault in contents.base.findings if fault.severity == ERROR]

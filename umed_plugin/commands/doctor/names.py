@@ -43,6 +43,8 @@ def check_name(contents: Contents) -> Iterator[Finding]:
     good = f"{path.parent}/llava{'-mistral' if mistral else '-v1'}{'-lora' if contents.kind == LORA else ''}-{_plain(path.name)}"
     advice = f"Rename the folder, or use it through a symbolic link with another name: ln -s {path} {good}"
     where = str(path)
+    if contents.is_intermediate:  # it is merged under another name, and LLaVA never loads this folder
+        return
     if "llava" not in name:
         yield finding("name-without-llava", f"the name is {name!r}", where, advice=advice)
     if contents.kind == LORA:
