@@ -139,7 +139,8 @@ class SeededOrder:
 def _mark(trainer: Any, folder: Path) -> None:
     """Record the stage, and what the run was started with, in a folder with its weights."""
     settings = getattr(trainer.args, "umed_settings", {})
-    write_json(folder / MARKER, {"umed_stage": trainer.args.umed_stage, run_settings.SETTINGS: settings})
+    content = {"umed_stage": trainer.args.umed_stage, run_settings.SETTINGS: settings}
+    write_json(folder / MARKER, {**content, run_settings.MADE_WITH: run_settings.made_with()})
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from support.report_runs import HOSTILE, SHIFTS, change_predictions, make_records, write_log, write_run
 
 from umed_plugin.cli import main
+from umed_plugin.commands.report.about import about_run, about_training, other_settings
 from umed_plugin.commands.report.before_after import at_even_ranks, write_before_after
 from umed_plugin.commands.report.curves import charts_of
 from umed_plugin.commands.report.gallery import choose
@@ -186,6 +187,42 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
     clear = by_title["Mean IoU"][-1]
     assert clear["trend"] == "up" and clear["value"].startswith("▲ +") and clear["verdict"] == "better"
     assert by_title["Accuracy"][-1]["trend"] == "", "equal answers have no trend"
+
+
+def test_what_was_run_is_told(run):
+    settings = {"model_name_or_path": {"path": "/ckpt", "sha256": "0123456789abcdef"}, "seed": 7, "learning_rate": 2e-4}
+    settings |= {"umed_recipe": "brain_tumor_coco", "umed_algorithm": "grpo", "umed_rewards": "relevance,localization"}
+    settings |= {"umed_reward_weights": "4,2", "adam_beta1": 0.9, "lora_r": None}
+    made = {"at": "2026-11-28T20:00:00+00:00", "machine": "node7", "commit": "abc", "versions": {"torch": "2.0.1"}}
+    for name, stage in (("tuned", "instruction_tuning"), ("rewarded", "rewarding")):
+        content = {"umed_stage": stage, "settings": settings, "made_with": made}
+        (run / f"runs/{name}-llava-mistral/umed.json").write_text(json.dumps(content))
+    (run / "summary.json").write_text(json.dumps({"seed": 3, "seconds": 3700.0}))
+    read = read_run(run)
+    facts = dict(about_run(read))
+    assert facts["checkpoint"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
+    assert (facts["seed"], facts["duration"], facts["machine"]) == ("3", "1 h 02 min", "node7")
+    assert (facts["commit"], facts["versions"]) == ("abc", "torch 2.0.1")
+    of_stage_2 = dict(about_training(read.trainings[1]))
+    assert of_stage_2["weights of the rewards"] == "4,2" and of_stage_2["duration"] == "9 s"
+    assert "LoRA rank" not in of_stage_2 and dict(other_settings(read.trainings[1]))["adam_beta1"] == "0.9"
+    page = write_report(run).read_text()
+    assert "loss is near 0 in every step" in page and page.index(">Rewards<") < page.index("GRPO&#39;s loss")
+
+
+def test_several_runs_get_an_index_of_their_reports(run, finished, tmp_path, capsys):
+    index = tmp_path / "index.html"
+    assert main(["report", str(run), str(finished[0]), "--index", str(index)]) == 0
+    assert str(index) in capsys.readouterr().out
+    page = index.read_text()
+    links = re.findall(r'<th scope="row">.*?<a href="([^"]+)">', page)
+    assert [(tmp_path / link).resolve() for link in links] == [folder / "report.html" for folder in (run, finished[0])]
+    assert all((tmp_path / link).is_file() for link in links)
+    assert 'aria-label="reward/total"' in page and "var(--run-1)" in page and "guard/" not in page
+    low, high = read_run(run).evaluations["rewarding"].metrics["accuracy"]["ci95"] or (None, None)
+    assert ("no interval" if low is None else f"{low:.3f} to {high:.3f}") in page
+    assert main(["report", str(run), str(run)]) == 2
+    assert main(["report", str(run), str(finished[0]), "--picture", "x.png"]) == 2
 
 
 @pytest.mark.parametrize(

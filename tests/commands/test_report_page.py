@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
+from urllib.parse import quote
 
 import pytest
-from support.browser import Page
+from support.browser import CONTRASTS, Page
 from support.report_runs import (
     HOSTILE,
     SHIFTS,
@@ -20,30 +22,6 @@ from support.report_runs import (
 from umed_plugin.commands.report.page import write_report
 
 CARDS = "[...document.querySelectorAll('#studies-list .card')]"
-# Contrast of every text with the ground behind it (WCAG 2: 4.5 for text); what is disabled need not have it.
-CONTRASTS = """(() => {
-  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const light = rgb => { const [r, g, b] = rgb.map(v => linear(v / 255)); return .2126 * r + .7152 * g + .0722 * b; };
-  const parse = text => text.match(/[\\d.]+/g).map(Number);
-  const found = {};
-  for (const node of document.querySelectorAll("body *")) {
-    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
-    const box = node.getBoundingClientRect();
-    if (!own || !box.width || node.closest("script, style, :disabled, option, noscript, .skip")) continue;
-    let ground = null;
-    for (let at = node; at && !ground; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) ground = colour;
-    }
-    const style = getComputedStyle(node);
-    const ink = parse(node.namespaceURI.includes("svg") ? (style.fill === "none" ? style.color : style.fill) : style.color);
-    const [a, b] = [light(ink.slice(0, 3)), light((ground || [255, 255, 255]).slice(0, 3))];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-    const key = node.tagName + "." + node.getAttribute("class");
-    found[key] = Math.min(found[key] ?? 99, ratio);
-  }
-  return found;
-})()"""
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +181,8 @@ def test_sampled_answers_show_the_reward_per_term(run, page):
         *("box", "answer", "relevance", "localization", "reward"),
     ]
     rows = page.run(cells)
-    assert rows[0] == ["1.000", "1.000", "2.000 (best)"] and rows[2] == ["–", "0.000", "0.250"]
+    assert rows[0] == ["1.000 → 1.0 × 1.000", "1.000 → 1.0 × 1.000", "2.000 (best)"]
+    assert rows[2] == ["– → 1.0 × 1.000", "0.000 → 1.0 × 0.000", "0.250 = 1.000 − 0.750 (cut off)"]
     pressed = (
         "[...document.querySelectorAll('#viewer tbody button')].map(button => button.getAttribute('aria-pressed'))"
     )
@@ -212,6 +191,78 @@ def test_sampled_answers_show_the_reward_per_term(run, page):
     at = float(page.run(box))
     page.click("#viewer tbody tr:nth-child(2) button")
     assert page.run(pressed) == ["false", "true", "false"] and float(page.run(box)) > at
+
+
+def test_a_chart_tells_its_values_to_the_pointer_and_to_the_keys_and_can_be_smoothed(run, page):
+    page.open(write_report(run))
+    chart = "document.querySelector('figure[aria-label=\"reward/total\"]')"
+    page.run(f"{chart}.focus()")
+    page.press("ArrowRight", times=2)
+    assert page.run(f"{chart}.querySelector('.reading').textContent") == "step 20: 2.2"
+    # The mark is on the line that matplotlib drew.
+    circle = page.run(f"['cx', 'cy'].map(name => Number({chart}.querySelector('circle').getAttribute(name)))")
+    drawn = page.run(f"{chart}.querySelector('path[style*=\"--line\"]').getAttribute('d')")
+    second = [float(word) for word in drawn.replace("M", " ").replace("L", " ").split()][2:4]
+    assert circle == pytest.approx(second, abs=0.6)
+    page.press("ArrowDown")
+    assert page.run("document.activeElement.getAttribute('aria-label')") == "reward/localization"
+    page.run(
+        "(() => { const e = document.getElementById('smoothing'); e.value = .5; e.dispatchEvent(new Event('input')); })()"
+    )
+    page.press("End")
+    # Weights of 1, 1/2, 1/4, ... over 0.31, 0.30, 0.29, ...
+    weights = [0.5**age for age in range(11)]
+    mean = sum(weight * (0.31 - 0.01 * age) for age, weight in enumerate(weights)) / sum(weights)
+    assert (
+        page.run("document.activeElement.querySelector('.reading').textContent")
+        == f"step 110: 0.31, smoothed {mean:.4g}"
+    )
+
+
+def test_what_the_page_shows_can_be_downloaded(run, page, tmp_path):
+    file = write_report(run)
+    page.open(file)
+    for name in ("metrics-csv", "metrics-json", "curves-csv", "studies-csv", "studies-json"):
+        page.click(f"[data-download={name}]")
+        target = tmp_path / "downloads" / f"run-{name.replace('-', '.')}"
+        deadline = time.monotonic() + 20
+        while not target.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    loaded = json.loads((tmp_path / "downloads" / "run-metrics.json").read_text())
+    assert (
+        loaded["stages"]["stage 2"] == json.loads((run / "evaluation/rewarding/evaluation.json").read_text())["metrics"]
+    )
+    with open(tmp_path / "downloads" / "run-metrics.csv", newline="") as stream:
+        rows = {(row["checkpoint"], row["metric"]): row for row in csv.DictReader(stream)}
+    iou = loaded["differences"]["stage 2 − stage 1"]["mean_iou"]
+    found = rows["stage 2 − stage 1", "mean_iou"]
+    assert [float(found[name]) for name in ("value", "low", "high")] == [iou["difference"], *iou["ci95"]]
+    with open(tmp_path / "downloads" / "run-studies.csv", newline="") as stream:
+        answers = {(row["id"], row["checkpoint"]): row["answer"] for row in csv.DictReader(stream)}
+    assert answers == {
+        (one["id"], label): one["answer"]
+        for stage, label in zip(SHIFTS, ("base", "stage 1", "stage 2"))
+        for one in cases(run, stage)
+    }
+    assert len((tmp_path / "downloads" / "run-curves.csv").read_text().splitlines()) > 50
+
+
+def test_a_link_opens_one_study_with_its_reference(run, page):
+    one = cases(run, "rewarding")[30]
+    page.open(write_report(run), "#studies=" + quote(one["id"], safe=""))
+    page.until("document.getElementById('viewer').open")
+    assert page.run("document.getElementById('viewer-title').textContent") == one["id"]
+    assert page.run("document.querySelector('#viewer .reference').textContent") == one["truth"]
+    page.press("ArrowRight")
+    following = page.run("document.getElementById('viewer-title').textContent")
+    assert page.run("decodeURIComponent(document.getElementById('viewer-link').hash)") == f"#studies={following}"
+
+
+def test_a_phone_shows_results_and_rewards_and_folds_the_rest(run, page):
+    page.shape(390, 844, phone=True)
+    page.open(write_report(run))
+    opened = "[...document.querySelectorAll('#run details, #curves details')].filter(d => d.open)"
+    assert page.run(opened + ".map(d => d.querySelector('summary').textContent)") == ["Rewards"]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -150,6 +150,21 @@ def test_the_same_predictions_have_one_interval_in_evaluate_report_and_upgrade(f
 
 
 @pytest.mark.llava
+def test_a_stage_1_without_boxes_is_said_before_stage_2(folder, tmp_path, capsys):
+    upgrade = Upgrade(folder, read_settings(folder / RUN_FILE, {}), Console(width=400))
+    records = make_records(tmp_path / "data", 8)
+    for stage, said in (
+        ("rewarding", False),
+        ("base", True),
+    ):  # the answers of one have boxes, those of the other have none
+        shutil.rmtree(folder / "evaluation" / "instruction_tuning")
+        write_evaluation(folder, stage, records)
+        shutil.copytree(folder / "evaluation" / stage, folder / "evaluation" / "instruction_tuning")
+        upgrade._warn_of_no_boxes()
+        assert ("after stage 1 no answer has a box" in capsys.readouterr().out) == said
+
+
+@pytest.mark.llava
 def test_a_stage_that_an_old_version_began_is_gone_on_with(folder):
     upgrade = upgrade_of(folder)
     training = upgrade.steps[5]

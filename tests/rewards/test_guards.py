@@ -75,6 +75,18 @@ def test_an_honest_policy_gives_every_figure_and_no_warning():
     assert metrics["guard/distinct_coordinates"] > 60
 
 
+def test_answers_without_any_box_are_not_called_stock_boxes():
+    """Any stage 2 from a checkpoint that writes no boxes: 1.25 boxes are missing, and 0 of 67 coordinates are used."""
+    reference = {"guard/distinct_coordinates_reference": 67.0}
+    without = {**reference, "guard/missing_boxes": 1.25, "guard/distinct_coordinates": 0.0}
+    (name,) = (found := crossed_limits(without))
+    assert name == "guard/missing_boxes" and "Stage 1 is too short" in found[name] and "collapsing" not in found[name]
+    few = {**without, "guard/distinct_coordinates": 4.0}
+    (name,) = (found := crossed_limits(few))
+    assert name == "guard/distinct_coordinates" and "a few stock ones" in found[name]
+    assert crossed_limits({**without, "guard/missing_boxes": 0.0}) == {}, "studies without lesions need no box"
+
+
 @pytest.mark.parametrize(
     ("policy", "name", "value"),
     [

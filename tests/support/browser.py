@@ -14,6 +14,31 @@ from typing import Any
 
 import pytest
 
+# Contrast of every text with the ground behind it (WCAG 2: 4.5 for text); what is disabled need not have it.
+CONTRASTS = """(() => {
+  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = rgb => { const [r, g, b] = rgb.map(v => linear(v / 255)); return .2126 * r + .7152 * g + .0722 * b; };
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const found = {};
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
+    const box = node.getBoundingClientRect();
+    if (!own || !box.width || node.closest("script, style, :disabled, option, noscript, .skip")) continue;
+    let ground = null;
+    for (let at = node; at && !ground; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) ground = colour;
+    }
+    const style = getComputedStyle(node);
+    const ink = parse(node.namespaceURI.includes("svg") ? (style.fill === "none" ? style.color : style.fill) : style.color);
+    const [a, b] = [light(ink.slice(0, 3)), light((ground || [255, 255, 255]).slice(0, 3))];
+    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    const key = node.tagName + "." + node.getAttribute("class");
+    found[key] = Math.min(found[key] ?? 99, ratio);
+  }
+  return found;
+})()"""
+
 
 class Page:
     """One page in a browser of its own.
@@ -51,8 +76,8 @@ class Page:
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._say(f"{domain}.enable", on_page=True)
 
-    def open(self, file: Path) -> None:
-        self._say("Page.navigate", on_page=True, url=file.resolve().as_uri())
+    def open(self, file: Path, fragment: str = "") -> None:
+        self._say("Page.navigate", on_page=True, url=file.resolve().as_uri() + fragment)
         self.until("document.readyState === 'complete' && location.protocol === 'file:'")
 
     def visit(self, address: str) -> None:

@@ -99,7 +99,10 @@ def write_run(folder: Path, count: int = 16, mode: str = "pad") -> list[dict]:
             boxes = [box for box in geometry.to_square(moved) if not is_degenerate(box)]
             texts.append("An answer: " + " ".join(map(format_box, boxes)))
         terms = {"relevance": [1.0, 1.0, None], "localization": [1.0, 0.6, 0.0]}
-        log_candidates(10 * step, record, texts, [2.0, 1.5 - 0.1 * step, 0.25], terms, rewarded, [], record["image"])
+        rewards = [2.0, 1.5 - 0.1 * step, 0.25]  # the last one was cut off and has lost 0.75
+        normalised = {"relevance": [1.0, 1.0, 1.0], "localization": [1.0, 0.5 - 0.1 * step, 0.0]}
+        recipe = (normalised, {"relevance": 1.0, "localization": 1.0})
+        log_candidates(10 * step, record, texts, rewards, terms, rewarded, [], record["image"], recipe)
     return records
 
 

@@ -301,5 +301,11 @@ def test_two_processes_reward_a_model_that_names_the_lesion(tiny_mistral, tmp_pa
     assert 0.5 < history[0]["guard/box_area_ratio"] < 2
     (group, *_) = [json.loads(line) for line in (tmp_path / "out" / "candidates.jsonl").read_text().splitlines()]
     assert all(set(candidate) == {"text", "reward", *PAPER_REWARDS} for candidate in group["candidates"])
+    # The reward can be recomputed by hand. An answer that was cut off loses the sum of the weights.
+    assert set(group["weights"]) == set(group["normalised"]) == set(PAPER_REWARDS)
+    for place, candidate in enumerate(group["candidates"]):
+        parts = sum(weight * group["normalised"][name][place] for name, weight in group["weights"].items())
+        lost = parts - candidate["reward"]
+        assert lost == pytest.approx(0, abs=1e-5) or lost == pytest.approx(sum(group["weights"].values()), abs=1e-5)
     changed = weights(tmp_path / "out")
     assert all(tensor.abs().max() > 0 for name, tensor in changed.items() if "lora_B" in name)

@@ -37,7 +37,7 @@ without arguments. Everything else is optional, as attributes:
 from typing import Any
 
 from umed_plugin.rewards import terms as _terms  # noqa: F401  (registers the shipped rewards)
-from umed_plugin.rewards.combine import combine_rewards
+from umed_plugin.rewards.combine import combine_rewards, normalised_terms, weighted_sum
 from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, register_reward
 from umed_plugin.rewards.running import (
     advance_rewards,
@@ -60,12 +60,14 @@ __all__ = [
     "load_reward_states",
     "make_rewards",
     "normalisation_of",
+    "normalised_terms",
     "register_reward",
     "reward_metric_names",
     "reward_of_run",
     "reward_states",
     "run_rewards",
     "start_rewards",
+    "weighted_sum",
 ]
 
 

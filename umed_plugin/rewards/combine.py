@@ -60,13 +60,43 @@ def combine_rewards(
         >>> combine_rewards(values, 2, weights={"relevance": 1.0, "localization": 1.0})
         tensor([[1., 2.]])
     """
+    normalised = normalised_terms(
+        values,
+        num_candidates,
+        norm=norm,
+        max_normalised=max_normalised,
+        floor=floor,
+        least_maxima=least_maxima,
+        scales=scales,
+    )
+    return weighted_sum(normalised, weights)
+
+
+def normalised_terms(
+    values: Mapping[str, Sequence[float | None]],
+    num_candidates: int,
+    *,
+    norm: str = "max",
+    max_normalised: Collection[str] = ("localization", "vision_relevance"),
+    floor: float = 0.1,
+    least_maxima: Mapping[str, float] | None = None,
+    scales: Mapping[str, float | Sequence[float]] | None = None,
+) -> dict[str, Tensor]:
+    """Reward name -> its [Q, K] values as they are weighted and summed; arguments and errors as in `combine_rewards`."""
     _check(values, num_candidates)
-    total = None
+    terms = {}
     for name, column in values.items():
         raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
         least = _least_maxima(raw, floor, (least_maxima or {}).get(name, 0.0), (scales or {}).get(name, 1.0))
-        term = weights[name] * _fill_missing(_normalise(raw, norm, name in max_normalised, least))
-        total = term if total is None else total + term
+        terms[name] = _fill_missing(_normalise(raw, norm, name in max_normalised, least))
+    return terms
+
+
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """[Q, K]: the sum over rewards of weight times `normalised_terms`."""
+    total = None
+    for name, term in terms.items():
+        total = weights[name] * term if total is None else total + weights[name] * term
     if total is None:
         raise ValueError("no rewards to combine")
     return total

@@ -102,6 +102,11 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
         lambda metrics: metrics["guard/extra_boxes"] > 0.5,
         "above 0.5 per answer: boxes are scattered in the hope of a hit",
     ),
+    "guard/missing_boxes": (
+        lambda metrics: metrics["guard/missing_boxes"] > 0 and metrics.get("guard/distinct_coordinates") == 0,
+        "and no answer has a box that can be read: there is nothing to reinforce. Stage 1 is too short, or its data has no "
+        "boxes; train it longer before stage 2",
+    ),
     "guard/length_ratio": (
         lambda metrics: not 0.5 <= metrics["guard/length_ratio"] <= 1.5,
         "outside 0.5-1.5: answers are padded, or stripped to what is scored. A higher --umed_kl_coef preserves the wording",
@@ -121,7 +126,9 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
         "single rewards in the log; a higher --umed_temperature or --umed_num_candidates makes answers differ",
     ),
     "guard/distinct_coordinates": (
-        lambda metrics: metrics["guard/distinct_coordinates"] < 0.5 * metrics["guard/distinct_coordinates_reference"],
+        lambda metrics: (
+            0 < metrics["guard/distinct_coordinates"] < 0.5 * metrics["guard/distinct_coordinates_reference"]
+        ),
         "less than half of distinct_coordinates_reference: boxes are collapsing to a few stock ones",
     ),
 }

@@ -28,6 +28,7 @@ def log_candidates(
     output_dir: str | Path,
     callbacks: Iterable[Any],
     image: str | None = None,
+    recipe: tuple[Mapping[str, Sequence[float]], Mapping[str, float]] | None = None,
 ) -> None:
     """Write the K candidates of one query.
 
@@ -40,6 +41,7 @@ def log_candidates(
         output_dir: of the run; ``candidates.jsonl`` there gets one more line.
         callbacks: the trainer's; those of TensorBoard and W&B get the table too.
         image: path of the query's image file, for `umed report`.
+        recipe: what the reward is the sum of: reward name -> K normalised values, and reward name -> weight.
     """
     group = [
         {"text": text, "reward": reward, **{name: column[i] for name, column in terms.items()}}
@@ -52,6 +54,8 @@ def log_candidates(
         study["image_aspect_ratio"] = record["provenance"]["image_aspect_ratio"]
         study["question"] = record["conversations"][0]["value"].replace("<image>", "").strip()
     line = {"step": step, "id": record["id"], "true": record["objects"], "study": study, "candidates": group}
+    if recipe is not None:
+        line["normalised"], line["weights"] = recipe
     with open(Path(output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     for callback in callbacks:

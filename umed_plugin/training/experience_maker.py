@@ -52,10 +52,11 @@ from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import (
     advance_rewards,
     collect_metrics,
-    combine_rewards,
     normalisation_of,
+    normalised_terms,
     run_rewards,
     start_rewards,
+    weighted_sum,
 )
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.cut_off import CutOff, ended
@@ -70,7 +71,7 @@ from umed_plugin.training.experience import (
 from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remedy
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
-from umed_plugin.training.step_metrics import StepMetrics, weight_of
+from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
 from umed_plugin.training.value_head import ValueHead
 
 
@@ -457,19 +458,20 @@ class ExperienceMaker:
         has_ended = ended(candidates, self.tokenizer.eos_token_id)
         weights = self._weights()
         counted = self.cut_off.counted(has_ended)
-        rewards = combine_rewards(
+        normalised = normalised_terms(
             {name: _left_out(column, counted) for name, column in terms.items()},
             self.flags.umed_num_candidates,
-            weights=weights,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
             **normalisation_of(self.rewards, columns),
         )
+        rewards = weighted_sum(normalised, weights)
         cut_off = replace(self.cut_off, penalty=sum(weights.values()))
         rewards = cut_off.rewards(rewards, has_ended.to(rewards.device))
         self.metrics.add_rewards(terms, rewards, candidates, has_ended)
         self.metrics.add_guards(texts, columns, terms)
-        self.metrics.log_candidates(texts, terms, rewards, columns["record"], sizes)
+        scored = ScoredCandidates(texts, terms, normalised, weights, rewards)
+        self.metrics.log_candidates(scored, columns["record"], sizes)
         return counted, rewards
 
     def _weights(self) -> dict[str, float]:

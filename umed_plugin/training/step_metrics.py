@@ -22,6 +22,7 @@ import itertools
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,6 +68,25 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     names += importance.METRICS if flags.umed_rollout_server is not None else ()
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names
+
+
+@dataclass(frozen=True)
+class ScoredCandidates:
+    """The N = Q*K candidates of a step, and what their rewards are made of.
+
+    Attributes:
+        texts: N answers.
+        terms: reward name -> N raw values; None where a reward could not score.
+        normalised: reward name -> [Q, K].
+        weights: reward name -> weight of its normalised values.
+        rewards: [Q, K], the weighted sum less what a cut-off answer loses.
+    """
+
+    texts: Sequence[str]
+    terms: Mapping[str, Sequence[float | None]]
+    normalised: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    rewards: Tensor
 
 
 class StepMetrics:
@@ -129,19 +149,12 @@ class StepMetrics:
             overlaps = [score.set_iou for score in scores]
             self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps))
 
-    def log_candidates(
-        self,
-        texts: Sequence[str],
-        terms: Mapping[str, Sequence[float | None]],
-        rewards: Tensor,
-        records: Sequence[Any],
-        sizes: Sequence[int],
-    ) -> None:
+    def log_candidates(self, scored: ScoredCandidates, records: Sequence[Any], sizes: Sequence[int]) -> None:
         """Write the candidates of each batch's first query to the candidate log, every ``--umed_log_candidates`` steps.
 
         Args:
-            texts: N answers; ``terms`` and ``records`` have N entries too.
-            rewards: [Q, K].
+            scored: all candidates of the step.
+            records: N, one for each candidate.
             sizes: queries of each batch; their sum is Q.
         """
         trainer, every, k = self._trainer, self._flags.umed_log_candidates, self._flags.umed_num_candidates
@@ -153,8 +166,11 @@ class StepMetrics:
             group = slice(first * k, (first + 1) * k)
             record = records[group.start]
             image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
-            shown = {name: column[group] for name, column in terms.items()}
-            log_candidates(step, record, texts[group], rewards[first].tolist(), shown, out, callbacks, image)
+            shown = {name: column[group] for name, column in scored.terms.items()}
+            normalised = {name: term[first].tolist() for name, term in scored.normalised.items()}
+            recipe = (normalised, dict(scored.weights))
+            rewards = scored.rewards[first].tolist()
+            log_candidates(step, record, scored.texts[group], rewards, shown, out, callbacks, image, recipe)
 
     def means(self) -> dict[str, float]:
         """Means since the last call over all ranks; then starts anew. All ranks must call."""

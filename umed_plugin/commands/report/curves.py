@@ -18,8 +18,7 @@ from umed_plugin.rewards.guards import crossed_limits
 
 # Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {
-    "Loss": ("loss", "policy_loss", "value_loss", "attention_", "grad_norm", "learning_rate"),
-    "Rewards": ("reward/",),
+    "Rewards": ("reward/total", "reward/"),
     "Held-out studies": ("val/",),
     "KL and policy": (
         "kl",
@@ -31,9 +30,15 @@ GROUPS = {
         "explained_",
         "answer_tokens",
     ),
+    "Loss": ("loss", "policy_loss", "value_loss", "attention_", "grad_norm", "learning_rate"),
     "Hacking guards": ("guard/", "groups_without_signal", "answers_cut_off", "vision_relevance/"),
     "Other metrics": ("",),
 }
+# What a reader of a group has to know.
+GRPO_LOSS = (
+    "GRPO's loss is near 0 in every step, and that is right: the advantages of a question's answers sum to 0, so at the first "
+    "update of a step their terms cancel. The gradient does not. Whether the model learns is in the rewards."
+)
 _NOT_SHOWN = {"step", "epoch", "total_flos"}
 _OF_THE_END = "train_"  # what the trainer logs once, at the end
 _REFERENCE = "_reference"
@@ -53,12 +58,15 @@ class Chart:
         svg: the drawing.
         summary: what it shows, in words: caption, and text for screen readers.
         alarm: the limit that it crosses, in words; empty if it does not.
+        plot: for the page: ``points`` and ``reference`` as [step, value], and ``x`` and ``y`` as [factor, offset], which turn
+            them into units of the drawing.
     """
 
     name: str
     svg: str
     summary: str
     alarm: str
+    plot: dict[str, Any]
 
 
 def charts_of(training: Training) -> dict[str, list[Chart]]:
@@ -81,7 +89,7 @@ def _is_shown(name: str, value: Any) -> bool:
 
 
 def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
-    points, reference = _points(name, log), _points(name + _REFERENCE, log)
+    points, reference = points_of(name, log), points_of(name + _REFERENCE, log)
     limits = {row["step"]: crossed_by[name] for row in log if name in (crossed_by := crossed_limits(row))}
     crossed = [(step, value) for step, value in points if step in limits]
     (first_step, first), (last_step, last) = points[0], points[-1]
@@ -92,10 +100,11 @@ def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
     if crossed:
         limit = next(iter(limits.values()))
         alarm = f"{len(crossed)} of {len(points)} points are {limit}"
-    return Chart(name, _draw(name, points, reference, crossed), summary, alarm)
+    svg, scales = _draw(name, points, reference, crossed)
+    return Chart(name, svg, summary, alarm, {"points": points, "reference": reference, **scales})
 
 
-def _points(name: str, log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+def points_of(name: str, log: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """(step, value) of a metric; a value that is not finite (a diverged loss) becomes a gap."""
     return [(row["step"], float(row[name]) if math.isfinite(row[name]) else math.nan) for row in log if name in row]
 
@@ -105,8 +114,8 @@ def _draw(
     points: Sequence[tuple[int, float]],
     reference: Sequence[tuple[int, float]],
     crossed: Sequence[tuple[int, float]],
-) -> str:
-    """The chart as an ``<svg>`` element for the page."""
+) -> tuple[str, dict[str, list[float]]]:
+    """The chart as an ``<svg>`` element for the page, and the scales of its axes."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -135,7 +144,15 @@ def _draw(
         figure.savefig(
             drawn, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
-    return _for_page(drawn.getvalue())
+        scales = _scales(axes)
+    return _for_page(drawn.getvalue()), scales
+
+
+def _scales(axes: Any) -> dict[str, list[float]]:
+    """[factor, offset] from a step and a value to units of the SVG, whose y runs down and which has 72 units an inch."""
+    (left, bottom), (right, top) = axes.transData.transform([(0, 0), (1, 1)])
+    unit, height = 72 / axes.figure.dpi, 72 * _HEIGHT
+    return {"x": [(right - left) * unit, left * unit], "y": [(bottom - top) * unit, height - bottom * unit]}
 
 
 def _for_page(svg: str) -> str:

@@ -67,6 +67,7 @@ def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Pa
         "source": first.source or "unknown",
         "modality": first.modality,
         "question": first.question,
+        "reference": first.truth,
         "classes": first.true_classes,
         **picture,
         "true": seen.boxes01(first.true_boxes) if seen else [],
@@ -138,16 +139,20 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
         "true": seen.boxes01(line["true"]["bbox"]) if seen else [],
         "true_count": len(line["true"]["bbox"]),
         "terms": terms,
-        "rows": [_candidate(row, terms) for row in rows],
+        "weights": [line["weights"].get(name) for name in terms] if "weights" in line else None,
+        "rows": [_candidate(row, terms, line.get("normalised"), place) for place, row in enumerate(rows)],
     }
 
 
-def _candidate(row: Mapping[str, Any], terms: Sequence[str]) -> Card:
+def _candidate(
+    row: Mapping[str, Any], terms: Sequence[str], normalised: Mapping[str, Sequence[float]] | None, place: int
+) -> Card:
     boxes = parse_boxes(row["text"])
     return {
         "text": row["text"],
         "reward": row["reward"],
         "terms": [row[name] for name in terms],
+        "normalised": [normalised[name][place] for name in terms] if normalised else None,
         "boxes": [box for box in boxes if is_inside(box)],
         "malformed": sum(not is_inside(box) for box in boxes),
     }

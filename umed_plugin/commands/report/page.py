@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.commands.report.curves import charts_of
+from umed_plugin.commands.report.about import about_run, about_training, other_settings
+from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
@@ -57,7 +58,7 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     shelf = Path(__file__).parent
-    script = (shelf / "report.js").read_text(encoding="utf-8")
+    script = "".join((shelf / name).read_text(encoding="utf-8") for name in ("gallery.js", "report.js"))
     environment = Environment(
         loader=FileSystemLoader(shelf), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -71,22 +72,26 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
             f"The gallery shows {len(studies)} of the {asked} studies: a third with the largest gains, a third with the worst "
             "last answers, and others evenly spaced. The table covers all of them."
         )
+    trainings = [_training(training, advance("drawing curves")) for training in run.trainings]
+    charts = [chart.plot for training in trainings for group in training["groups"].values() for chart in group]
     return environment.get_template("report.html").render(
         name=run.folder.name,
+        about=about_run(run),
         version=__version__,
         style=(shelf / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         notes=notes,
         table=table,
-        trainings=[_training(training, advance("drawing curves")) for training in run.trainings],
+        trainings=trainings,
         stages=labels,
         studies=len(studies),
         candidates=len(candidates),
         data=htmlsafe_json_dumps(
             {
-                **_finite({"stages": labels, "studies": studies, "candidates": candidates}),
+                **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
                 "metrics": table["exact"] if table else None,
+                "name": run.folder.name,
             },
             dumps=_compact,
         ),
@@ -102,7 +107,15 @@ def _training(training: Training, progress: Callable[[int, int], None] | None) -
     if progress is not None:
         progress(1, 1)
     about = f"{steps}." if groups else f"{steps}; nothing was logged (see --logging_steps)."
-    return {"title": f"{kinds[training.stage]}: {training.name}", "about": about, "groups": groups}
+    is_grpo = training.stage == "rewarding" and training.settings.get("umed_algorithm", "grpo") == "grpo"
+    return {
+        "title": f"{kinds[training.stage]}: {training.name}",
+        "about": about,
+        "groups": groups,
+        "notes": {"Loss": GRPO_LOSS} if is_grpo else {},
+        "facts": about_training(training),
+        "settings": other_settings(training),
+    }
 
 
 def _compact(value: Any, **_: Any) -> str:

@@ -1,183 +1,141 @@
 "use strict";
-// Texts of models and files enter the page as text only: no element is ever created from a string.
-const DATA = JSON.parse(document.getElementById("data").textContent);
-const PAGE = 24;
-const byId = id => document.getElementById(id);
+// ---- Curves: the value under the pointer or chosen by the arrow keys, and a moving average over them.
 
-function el(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in made && !name.startsWith("aria")) made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children.filter(child => child !== null && child !== undefined));
+const SVG = "http://www.w3.org/2000/svg";
+const shape = (tag, values) => {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(values)) made.setAttribute(name, value);
   return made;
-}
+};
 
-const number = (value, digits = 2) => value === null || value === undefined ? "–" : value.toFixed(digits);
-const classesOf = card => card.classes.length ? card.classes.join(", ") : "no abnormality";
-
-// ---- A picture with boxes and heat over it; boxes are in 0-1 of the square that the picture shows.
-
-function boxLayer(boxes, name) {
-  const space = "http://www.w3.org/2000/svg";
-  const layer = document.createElementNS(space, "svg");
-  layer.setAttribute("viewBox", "0 0 1 1");
-  layer.setAttribute("preserveAspectRatio", "none");
-  layer.setAttribute("aria-hidden", "true");
-  layer.setAttribute("class", "boxes " + name);
-  for (const [x1, y1, x2, y2] of boxes) {
-    for (const part of ["casing", "edge"]) {
-      const shape = document.createElementNS(space, "rect");
-      const place = {x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: part};
-      for (const [key, value] of Object.entries(place)) shape.setAttribute(key, value);
-      layer.append(shape);
-    }
-  }
-  return layer;
-}
-
-// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, safe for colour blindness. All maps share one scale;
-// otherwise a uniform map would look like a sharp one. No attention is transparent, MOST times a uniform share or more is yellow.
-const MOST = 4;
-const RAMP = [[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]];
-
-function heatLayer(heat) {
-  const [rows, columns] = heat.grid;
-  const values = Uint8Array.from(atob(heat.values), byte => byte.charCodeAt(0));
-  const canvas = el("canvas", {width: columns, height: rows, className: "heat", "aria-hidden": "true"});
-  canvas.style.width = canvas.style.height = 100 * heat.covers + "%";
-  const image = new ImageData(columns, rows);
-  values.forEach((value, patch) => {
-    const share = Math.min(value / 255 * heat.peak * rows * columns / MOST, 1);
-    const at = share * (RAMP.length - 1), low = Math.min(Math.floor(at), RAMP.length - 2);
-    const mixed = RAMP[low].map((from, i) => from + (RAMP[low + 1][i] - from) * (at - low));
-    image.data.set([...mixed, 190 * share], 4 * patch);
-  });
-  canvas.getContext("2d").putImageData(image, 0, 0);
-  return canvas;
-}
-
-function picture(card, alt, ...layers) {
-  if (!card.picture) return el("div", {className: "picture gone"}, el("p", {}, "No picture: " + card.fault));
-  return el("div", {className: "picture"}, el("img", {src: card.picture, alt, decoding: "async"}), ...layers);
-}
-
-// ---- A gallery: a list of cards, sorted, filtered, drawn a page at a time; the arrow keys move through it.
-
-class Gallery {
-  constructor(name, cards, orders, draw, open) {
-    Object.assign(this, {name, cards, orders, draw, open, shown: [], drawn: 0});
-    this.list = byId(name + "-list");
-    this.more = byId(name + "-more");
-    this.fields = {};
-    for (const field of ["sort", "source", "class", "from", "to"]) {
-      this.fields[field] = byId(name + "-" + field);
-      if (this.fields[field]) this.fields[field].addEventListener("change", () => this.show());
-    }
-    this.fill("source", [...new Set(cards.map(card => card.source))].sort());
-    this.fill("class", [...new Set(cards.flatMap(card => card.classes.length ? card.classes : ["no abnormality"]))].sort());
-    this.more.addEventListener("click", () => { const next = this.drawn; this.drawMore(); this.focus(next); });
-    this.list.addEventListener("keydown", event => this.walk(event));
-    this.list.addEventListener("click", event => {
-      const button = event.target.closest("button");
-      if (button) this.openAt(Number(button.dataset.place));
-    });
-    this.show();
+class Curve {
+  constructor(figure) {
+    this.figure = figure;
+    this.plot = DATA.charts[Number(figure.dataset.chart)];
+    this.points = this.plot.points.filter(([, value]) => value !== null);
+    this.reading = figure.querySelector(".reading");
+    this.drawn = figure.querySelector(".plot svg");
+    this.over = shape("svg", {class: "over", viewBox: this.drawn.getAttribute("viewBox"), "aria-hidden": "true"});
+    this.drawn.after(this.over);
+    this.place = null;
+    figure.addEventListener("pointermove", event => this.point(event));
+    figure.addEventListener("pointerleave", () => this.show(null));
+    figure.addEventListener("blur", () => this.show(null));
+    figure.addEventListener("keydown", event => this.walk(event));
+    // One stop of the Tab key for a group of charts; up and down go from chart to chart.
+    figure.tabIndex = figure.previousElementSibling ? -1 : 0;
   }
 
-  fill(field, values) {
-    for (const value of values) this.fields[field].append(el("option", {value, textContent: value}));
-  }
+  x(step) { return this.plot.x[0] * step + this.plot.x[1]; }
+  y(value) { return this.plot.y[0] * value + this.plot.y[1]; }
 
-  value(field) { return this.fields[field] ? this.fields[field].value : ""; }
-
-  show() {
-    const source = this.value("source"), wanted = this.value("class");
-    const fits = card => (!source || card.source === source)
-      && (!wanted || (card.classes.length ? card.classes : ["no abnormality"]).includes(wanted));
-    const key = this.orders[this.value("sort")];
-    const keyed = this.cards.filter(fits).map(card => [key(card, Number(this.value("from")), Number(this.value("to"))), card]);
-    keyed.sort(([a], [b]) => { const at = a.findIndex((value, i) => value !== b[i]); return at < 0 ? 0 : a[at] - b[at]; });
-    this.shown = keyed.map(([, card]) => card);
-    this.list.replaceChildren();
-    this.drawn = 0;
-    this.drawMore();
-  }
-
-  drawMore() {
-    const next = this.shown.slice(this.drawn, this.drawn + PAGE);
-    next.forEach((card, i) => {
-      const place = this.drawn + i;
-      const button = el("button", {type: "button", className: "card", tabIndex: place ? -1 : 0}, ...this.draw(card, this));
-      button.dataset.place = place;
-      this.list.append(el("li", {}, button));
-    });
-    this.drawn += next.length;
-    const left = this.shown.length - this.drawn;
-    this.more.hidden = left === 0;
-    this.more.textContent = "Show " + Math.min(PAGE, left) + " more";
-    byId(this.name + "-count").textContent = this.shown.length
-      ? this.drawn + " of " + this.shown.length + " shown" + (this.shown.length < this.cards.length ? ", " + this.cards.length + " in all" : "")
-      : "Nothing matches these filters.";
-  }
-
-  buttons() { return [...this.list.querySelectorAll("button")]; }
-
-  focus(place) {
-    while (place >= this.drawn && this.drawn < this.shown.length) this.drawMore();
-    const buttons = this.buttons(), target = buttons[Math.max(0, Math.min(place, buttons.length - 1))];
-    if (!target) return;
-    buttons.forEach(button => { button.tabIndex = button === target ? 0 : -1; });
-    target.focus();
+  point(event) {
+    const box = this.drawn.getBoundingClientRect(), width = this.drawn.viewBox.baseVal.width;
+    if (!box.width) return;
+    const at = (event.clientX - box.left) / box.width * width;
+    let best = 0;
+    this.points.forEach(([step], i) => { if (Math.abs(this.x(step) - at) < Math.abs(this.x(this.points[best][0]) - at)) best = i; });
+    this.show(best);
   }
 
   walk(event) {
-    const buttons = this.buttons(), here = buttons.indexOf(document.activeElement);
-    if (here < 0) return;
-    const columns = getComputedStyle(this.list).gridTemplateColumns.split(" ").length;
-    const step = {ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns}[event.key];
-    const target = {Home: 0, End: buttons.length - 1}[event.key] ?? (step === undefined ? null : here + step);
-    if (target === null || target < 0) return;
+    const beside = {ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling"}[event.key];
+    if (beside) {
+      event.preventDefault();
+      if (this.figure[beside]) this.figure[beside].focus();
+      return;
+    }
+    const last = this.points.length - 1, here = this.place ?? -1;
+    const target = {ArrowRight: Math.min(here + 1, last), ArrowLeft: Math.max(here - 1, 0), Home: 0, End: last}[event.key];
+    if (target === undefined) return;
     event.preventDefault();
-    this.focus(target);
+    this.show(target);
   }
 
-  openAt(place) { viewer.open(this, place); }
+  show(place) {
+    this.place = place;
+    this.over.querySelectorAll(".cursor, circle").forEach(one => one.remove());
+    this.reading.textContent = "";
+    if (place === null || !this.points[place]) return;
+    const [step, value] = this.points[place], x = this.x(step);
+    this.over.append(shape("line", {class: "cursor", x1: x, x2: x, y1: 0, y2: this.drawn.viewBox.baseVal.height - 28}),
+      shape("circle", {cx: x, cy: this.y(value), r: 3}));
+    const reference = this.plot.reference.find(([at]) => at === step);
+    const average = this.average && this.average[place];
+    this.reading.textContent = "step " + step + ": " + Number(value.toPrecision(5))
+      + (average !== undefined && average !== false && average !== null ? ", smoothed " + Number(average.toPrecision(4)) : "")
+      + (reference && reference[1] !== null ? ", reference " + Number(reference[1].toPrecision(4)) : "");
+  }
+
+  smooth(weight) {
+    this.over.querySelectorAll(".smooth").forEach(one => one.remove());
+    this.figure.classList.toggle("smoothed", weight > 0);
+    this.average = null;
+    if (!weight || this.points.length < 2) return;
+    // Divided by the weights' sum, so that the first values are not drawn towards 0.
+    let sum = 0, share = 0;
+    this.average = this.points.map(([, value]) => { sum = weight * sum + value; share = weight * share + 1; return sum / share; });
+    const places = this.points.map(([step], i) => this.x(step).toFixed(2) + "," + this.y(this.average[i]).toFixed(2));
+    this.over.prepend(shape("polyline", {class: "smooth", points: places.join(" ")}));
+  }
 }
 
-// ---- One open card: previous and next by button or arrow key; Escape closes it and returns to the card.
+const curves = [...document.querySelectorAll("figure[data-chart]")].map(figure => new Curve(figure));
+if (byId("smoothing")) {
+  byId("smoothing").addEventListener("input", event => curves.forEach(curve => curve.smooth(Number(event.target.value))));
+}
 
-const viewer = {
-  dialog: byId("viewer"), gallery: null, place: 0,
-  open(gallery, place) {
-    this.gallery = gallery;
-    this.fill(place);
-    this.dialog.showModal();
-    this.dialog.scrollTop = 0;
-  },
-  fill(place) {
-    const cards = this.gallery.shown;
-    this.place = Math.max(0, Math.min(place, cards.length - 1));
-    const card = cards[this.place];
-    byId("viewer-title").textContent = card.id;
-    byId("viewer-place").textContent = this.place + 1 + " of " + cards.length;
-    byId("viewer-previous").disabled = this.place === 0;
-    byId("viewer-next").disabled = this.place === cards.length - 1;
-    byId("viewer-body").replaceChildren(...this.gallery.open(card));
-  },
+// ---- Downloads: what the page shows, to the last digit, as CSV and JSON.
+
+const cell = value => {
+  const text = value === null || value === undefined ? "" : Array.isArray(value) ? JSON.stringify(value) : String(value);
+  // A cell that begins like a formula is text: spreadsheets would run it.
+  const plain = typeof value === "string" && /^[=+@\t\r-]/.test(text) ? "'" + text : text;
+  return /[",\n\r]/.test(plain) ? '"' + plain.replaceAll('"', '""') + '"' : plain;
 };
-byId("viewer-previous").addEventListener("click", () => viewer.fill(viewer.place - 1));
-byId("viewer-next").addEventListener("click", () => viewer.fill(viewer.place + 1));
-byId("viewer-close").addEventListener("click", () => viewer.dialog.close());
-viewer.dialog.addEventListener("close", () => viewer.gallery.focus(viewer.place));
-viewer.dialog.addEventListener("click", event => { if (event.target === viewer.dialog) viewer.dialog.close(); });
-viewer.dialog.addEventListener("keydown", event => {
-  const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
-  if (!step || event.target.closest(".scroll")) return;
-  event.preventDefault();
-  viewer.fill(viewer.place + step);
-});
+const csv = rows => rows.map(row => row.map(cell).join(",")).join("\r\n") + "\r\n";
+
+function metricRows() {
+  const rows = [["checkpoint", "metric", "value", "low", "high", "n", "units", "interval"]];
+  const add = (name, metrics, key) => Object.entries(metrics).forEach(([metric, entry]) =>
+    rows.push([name, metric, entry[key], ...(entry.ci95 || [null, null]), entry.n, entry.units, entry.interval]));
+  Object.entries(DATA.metrics.stages).forEach(([name, metrics]) => add(name, metrics, "value"));
+  Object.entries(DATA.metrics.differences).forEach(([name, metrics]) => add(name, metrics, "difference"));
+  return rows;
+}
+
+function curveRows() {
+  return [["training", "metric", "step", "value"], ...curves.flatMap(curve => curve.plot.points.map(([step, value]) =>
+    [curve.figure.dataset.training, curve.figure.getAttribute("aria-label"), step, value]))];
+}
+
+function studyRows() {
+  const rows = [["id", "source", "modality", "true classes", "question", "reference", "checkpoint", "right diagnosis", "IoU", "vision relevance", "boxes (0-1)", "answer"]];
+  for (const card of DATA.studies) card.answers.forEach((answer, stage) => answer && rows.push([card.id, card.source, card.modality,
+    card.classes.join("; "), card.question, card.reference, DATA.stages[stage], answer.accuracy, answer.iou, answer.relevance, answer.boxes, answer.text]));
+  return rows;
+}
+
+const DOWNLOADS = {
+  "metrics-csv": ["metrics.csv", () => csv(metricRows())],
+  "metrics-json": ["metrics.json", () => JSON.stringify(DATA.metrics, null, 1)],
+  "curves-csv": ["curves.csv", () => csv(curveRows())],
+  "studies-csv": ["studies.csv", () => csv(studyRows())],
+  "studies-json": ["studies.json", () => JSON.stringify(DATA.studies.map(({picture, ...card}) => card), null, 1)],
+};
+for (const button of document.querySelectorAll("[data-download]")) {
+  const [name, make] = DOWNLOADS[button.dataset.download];
+  button.addEventListener("click", () => {
+    const url = URL.createObjectURL(new Blob([make()], {type: name.endsWith("csv") ? "text/csv" : "application/json"}));
+    el("a", {href: url, download: DATA.name + "-" + name}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  });
+}
+
+// On a phone everything but the results and the rewards is folded: nobody scrolls through ten screens of curves.
+if (matchMedia("(max-width: 720px)").matches) {
+  document.querySelectorAll("details.fold").forEach(fold => { fold.open = false; });
+}
 
 function facts(card) {
   const pairs = [["True", classesOf(card)], ["Source", card.source], ["Modality", card.modality], ["Question", card.question]];
@@ -223,7 +181,9 @@ function openStudy(card) {
     el("h3", {}, el("span", {className: "swatch stage-" + stage}), DATA.stages[stage]),
     picture(card, "Boxes of " + DATA.stages[stage] + ": " + answer.boxes.length + ", true: " + card.true_count,
       boxLayer(card.true, "true"), boxLayer(answer.boxes, "stage-" + stage)),
-    el("p", {className: "answer", textContent: answer.text || "(an empty answer)"}),
+    el("div", {className: "answers-beside"},
+      el("div", {}, el("h4", {textContent: "answer"}), el("p", {className: "answer", textContent: answer.text || "(an empty answer)"})),
+      card.reference ? el("div", {}, el("h4", {textContent: "reference"}), el("p", {className: "reference", textContent: card.reference})) : null),
     el("dl", {className: "facts"},
       ...[["Diagnosis", answer.accuracy === 1 ? "right" : "wrong"], ["IoU", number(answer.iou)],
           ["Vision relevance", number(answer.relevance, 3)],
@@ -277,17 +237,24 @@ function openCandidates(card) {
     frame.replaceChildren(picture(card, "Boxes of the answers", boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(chosen.boxes, "best")));
   };
   const names = ["answer", ...card.terms, "reward"];
-  const table = el("table", {className: "stacked"}, el("caption", {textContent: "The score of each reward; the last column is their weighted sum after normalisation."}),
+  // How a term enters the reward: weight x normalised value.
+  const share = (row, i) => card.weights && row.normalised ? " → " + number(card.weights[i], 1) + " × " + number(row.normalised[i], 3) : "";
+  const sum = row => row.normalised.reduce((all, value, i) => all + card.weights[i] * value, 0);
+  const deduction = row => card.weights && row.normalised && Math.abs(sum(row) - row.reward) > 1e-3
+    ? " = " + number(sum(row), 3) + " − " + number(sum(row) - row.reward, 3) + " (cut off)" : "";
+  const how = card.weights ? "Each reward's score → its weight × its normalised value. The reward is the sum of these products."
+    : "The score of each reward; the last column is their weighted sum after normalisation.";
+  const table = el("table", {className: "stacked"}, el("caption", {textContent: how}),
     el("thead", {}, el("tr", {}, el("th", {scope: "col", textContent: "box"}),
       ...names.map(name => el("th", {scope: "col", textContent: name.replaceAll("_", " ")})))));
   const body = el("tbody");
   const choices = card.rows.map((row, place) => {
     const choice = el("button", {type: "button", textContent: String(place + 1), "aria-label": "show the boxes of answer " + (place + 1)});
-    const values = row.terms.map((value, i) => el("td", {textContent: number(value, 3), "data-label": card.terms[i].replaceAll("_", " ")}));
+    const values = row.terms.map((value, i) => el("td", {textContent: number(value, 3) + share(row, i), "data-label": card.terms[i].replaceAll("_", " ")}));
     const isBest = row.reward === best;
     body.append(el("tr", {className: isBest ? "is-best" : ""}, el("td", {"data-label": "box"}, choice),
       el("td", {textContent: row.text + (row.malformed ? " (" + row.malformed + " malformed box(es))" : ""), "data-label": "answer"}),
-      ...values, el("td", {textContent: number(row.reward, 3) + (isBest ? " (best)" : ""), "data-label": "reward"})));
+      ...values, el("td", {textContent: number(row.reward, 3) + deduction(row) + (isBest ? " (best)" : ""), "data-label": "reward"})));
     return choice;
   });
   const choose = place => {
@@ -312,4 +279,6 @@ if (DATA.studies.length) {
     box.addEventListener("change", () => byId("studies").classList.toggle("without-" + box.dataset.layer, !box.checked));
   }
 }
-if (DATA.candidates.length) new Gallery("candidates", DATA.candidates, candidateOrders, drawCandidates, openCandidates);
+const sampled = DATA.candidates.length ? new Gallery("candidates", DATA.candidates, candidateOrders, drawCandidates, openCandidates) : null;
+openLinked([studies, sampled]);
+addEventListener("hashchange", () => openLinked([studies, sampled]));

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class Training:
         log: rows of the trainer's ``log_history``, one every ``--logging_steps``.
         steps: optimizer steps done.
         of_steps: optimizer steps planned.
+        settings: every flag that decides the result, as ``umed.json`` holds it; empty for a training without the plugin.
+        made_with: versions, commit, machine and time of the last write, likewise.
     """
 
     name: str
@@ -36,6 +38,14 @@ class Training:
     log: list[dict[str, Any]]
     steps: int
     of_steps: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    made_with: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float | None:
+        """Duration of its last start, as the trainer measured it; None before its end."""
+        ended = [row["train_runtime"] for row in self.log if "train_runtime" in row]
+        return float(ended[-1]) if ended else None
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,18 @@ def read_training(folder: Path) -> Training | None:
     if not states:
         return None
     state = read_object(states[-1])
-    flags = read_object(folder / "umed.json") if (folder / "umed.json").is_file() else {}
+    marker = next((path for path in (folder / "umed.json", states[-1].parent / "umed.json") if path.is_file()), None)
+    flags = read_object(marker) if marker else {}
     stage = flags.get("umed_stage")
     rows = [row for row in state.get("log_history", []) if "step" in row]
     return Training(
-        folder.name, stage if stage in STAGES else None, rows, state.get("global_step", 0), state.get("max_steps", 0)
+        folder.name,
+        stage if stage in STAGES else None,
+        rows,
+        state.get("global_step", 0),
+        state.get("max_steps", 0),
+        flags.get("settings") or {},
+        flags.get("made_with") or {},
     )
 
 

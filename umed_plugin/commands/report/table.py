@@ -81,12 +81,12 @@ def _notes(evaluations: Sequence[Evaluation], differences: Sequence[Mapping[str,
 def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A metric's row; its name may end with a group, as in ``accuracy/deeplesion``."""
     base, _, group = name.partition("/")
-    title, about = _ABOUT.get(base, (base.replace("_", " "), ""))
+    title, about = title_of(base)
     n = max(metrics[name]["n"] for metrics in stages if name in metrics)
     measured = [metrics.get(name, {}) for metrics in stages]
     compared = [metrics.get(name, {}) for metrics in differences]
-    cells = [_cell(value.get("value"), value.get("ci95")) for value in measured]
-    cells += [_difference(value) for value in compared]
+    cells = [cell_of(value) for value in measured]
+    cells += [difference_of(value) for value in compared]
     return {
         "title": f"{title}, {group}" if group else title,
         "about": "; ".join(filter(None, [about, f"n = {n}"])),
@@ -94,7 +94,17 @@ def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[M
     }
 
 
-def _difference(compared: Mapping[str, Any]) -> dict[str, str]:
+def title_of(name: str) -> tuple[str, str]:
+    """A metric's name for readers, and what it is."""
+    return _ABOUT.get(name, (name.replace("_", " "), ""))
+
+
+def cell_of(measured: Mapping[str, Any]) -> dict[str, str]:
+    """A cell of one metric."""
+    return _cell(measured.get("value"), measured.get("ci95"))
+
+
+def difference_of(compared: Mapping[str, Any]) -> dict[str, str]:
     """A cell of a difference: a mark, and whether it is for the better or worse, if its interval excludes 0."""
     cell, interval = _cell(compared.get("difference"), compared.get("ci95"), "+.3f"), compared.get("ci95")
     if interval is None or interval[0] <= 0 <= interval[1]:

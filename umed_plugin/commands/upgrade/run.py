@@ -184,7 +184,24 @@ class Upgrade:
         self.provenance.end(step)
         bars.end()
         self._pass_on(step, read_from(log, began))
+        if step.name == "evaluation_instruction_tuning":
+            self._warn_of_no_boxes()
         return True
+
+    def _warn_of_no_boxes(self) -> None:
+        """Say before stage 2 that stage 1's answers hold no box: stage 2 only reinforces boxes that are sampled."""
+        from umed_plugin.evaluation.benchmarks.recipe import cases_of
+        from umed_plugin.evaluation.results import Evaluation
+
+        cases = cases_of(Evaluation.load(self.folder / "evaluation" / "instruction_tuning"))
+        with_lesion = [case for case in cases if case.true_boxes]
+        if with_lesion and not any(case.boxes for case in with_lesion):
+            self.console.print(
+                f"umed: warning: after stage 1 no answer has a box ({len(with_lesion)} studies with a lesion). Stage 2 has "
+                "nothing to reinforce then. Stage 1 is too short, or its data has no boxes: raise "
+                "instruction_tuning.epochs or steps.",
+                soft_wrap=True,
+            )
 
     def _pass_on(self, step: Step, printed: str) -> None:
         """Show a step's warnings, and what its merge keeps, which otherwise stand in its log alone."""

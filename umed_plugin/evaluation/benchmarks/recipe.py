@@ -222,6 +222,7 @@ class Case:
         image_aspect_ratio: how the model sees the image: ``pad`` or ``square``.
         reading: arguments of `umed_plugin.data.images.load_image` for a DICOM or NIfTI file; else None.
         heat: where the name of the abnormality looks (`umed_plugin.model.heat_map`); None if the answer names none.
+        truth: the reference answer; empty in files of earlier versions.
     """
 
     id: str
@@ -239,6 +240,7 @@ class Case:
     image_aspect_ratio: str = "pad"
     reading: dict[str, Any] | None = None
     heat: dict[str, Any] | None = None
+    truth: str = ""
 
 
 def cases_of(evaluation: Evaluation) -> list[Case]:
@@ -254,6 +256,7 @@ def _case(prediction: Prediction) -> Case:
         image=prediction.image,
         question=prediction.question,
         answer=prediction.answer,
+        truth=prediction.truth,
         accuracy=prediction.values["accuracy"],
         vision_relevance=prediction.values.get("vision_relevance"),
         source=prediction.groups["source"],

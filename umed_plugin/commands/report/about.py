@@ -1,0 +1,120 @@
+"""What was run: checkpoint, recipe, settings, versions, commit, date, duration and machine, from the files that a run leaves.
+
+A run of an earlier version, or one of another program, lacks some of these. What is not known is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from umed_plugin.commands.report.run_folder import Run, Training
+from umed_plugin.data.texts import read_yaml
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.results import read_object
+from umed_plugin.terminal.progress import duration
+
+Facts = list[tuple[str, str]]
+
+# Shown first, in this order; the page folds the others.
+_FIRST = {
+    "model_name_or_path": "from checkpoint",
+    "umed_recipe": "recipe",
+    "data_path": "records",
+    "version": "template",
+    "learning_rate": "learning rate",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "batch size per process",
+    "gradient_accumulation_steps": "accumulation",
+    "world_size": "processes",
+    "lora_enable": "LoRA",
+    "lora_r": "LoRA rank",
+    "seed": "seed",
+}
+_OF_REWARDING = {
+    "umed_algorithm": "algorithm",
+    "umed_num_candidates": "candidates per question",
+    "umed_rewards": "rewards",
+    "umed_reward_weights": "weights of the rewards",
+    "umed_reward_norm": "normalisation",
+    "umed_judge": "judge",
+    "umed_temperature": "temperature",
+    "umed_kl_coef": "KL coefficient",
+}
+
+
+def about_run(run: Run) -> Facts:
+    """(name, value) of the run as a whole."""
+    settings, summary, manifest = _upgrade_settings(run), _object(run, "summary.json"), _manifest(run)
+    facts: Facts = [("folder", str(run.folder))]
+    facts += _known(settings, {"checkpoint": "checkpoint", "recipe": "recipe", "data_root": "data"})
+    if not settings and run.trainings and run.trainings[0].settings:
+        facts += _known(run.trainings[0].settings, {"model_name_or_path": "checkpoint", "umed_recipe": "recipe"})
+    seeds = [source["seed"] for source in (summary, settings) if source.get("seed") is not None]
+    facts += [("seed", str(seeds[0]))] if seeds else []
+    evaluated = [(name, evaluation.checkpoint) for name, evaluation in run.evaluations.items() if evaluation.checkpoint]
+    facts += [(f"evaluated as {name.replace('_', ' ')}", checkpoint) for name, checkpoint in evaluated]
+    seconds = summary.get("seconds") or sum(training.seconds or 0 for training in run.trainings)
+    facts += (
+        [("duration" if "seconds" in summary else "duration of the trainings", duration(seconds))] if seconds else []
+    )
+    return [*facts, *_made_with(next((one.made_with for one in reversed(run.trainings) if one.made_with), manifest))]
+
+
+def about_training(training: Training) -> Facts:
+    """(name, value) of what decides a training most."""
+    rewarding = _OF_REWARDING if training.stage == "rewarding" else {}
+    names = {**_FIRST, **rewarding}
+    if training.settings.get("max_steps", -1) > 0:  # it overrides the epochs
+        del names["num_train_epochs"]
+    facts = _known(training.settings, names)
+    return [*facts, *([("duration", duration(training.seconds))] if training.seconds else [])]
+
+
+def other_settings(training: Training) -> Facts:
+    """(flag, value) of all other flags, in alphabetical order."""
+    shown = {*_FIRST, *(_OF_REWARDING if training.stage == "rewarding" else ())}
+    return [(name, _words(value)) for name, value in sorted(training.settings.items()) if name not in shown]
+
+
+def _known(settings: Mapping[str, Any], names: Mapping[str, str]) -> Facts:
+    """The settings that are set, under readers' names."""
+    unset = (None, "", -1)
+    return [(label, _words(settings[key])) for key, label in names.items() if settings.get(key) not in unset]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping) and "path" in value:
+        return f"{value['path']} (sha256 {str(value.get('sha256'))[:12]})"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _made_with(made: Mapping[str, Any]) -> Facts:
+    facts = [(name, str(made[name])) for name in ("commit", "machine", "device") if made.get(name)]
+    facts += [("weights written", str(made["at"]))] if made.get("at") else []
+    versions = made.get("versions") or {}
+    return facts + (
+        [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
+    )
+
+
+def _upgrade_settings(run: Run) -> dict[str, Any]:
+    file = run.folder / "run.yaml"
+    try:
+        found = read_yaml(file) if file.is_file() else {}
+    except UmedError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _manifest(run: Run) -> dict[str, Any]:
+    """The manifest of an upgrade's result, which has the versions."""
+    file = next(run.folder.glob("checkpoint/*/umed_manifest.json"), None)
+    return read_object(file) if file else {}
+
+
+def _object(run: Run, name: str) -> dict[str, Any]:
+    file = run.folder / name
+    return read_object(file) if file.is_file() else {}
