@@ -45,6 +45,28 @@ def test_alone_it_prints_the_commands(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(f"\n    {module.partition('.')[0].replace('_', '-')}" in shown for module in COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("recipe check brain_tumor_coco --dataroot D", "unknown flag --dataroot. Did you mean '--data-root'?"),
+        ("evaluate C --benchmrk vqa_rad --ot=x", "unknown flag --benchmrk. Did you mean '--benchmark'?"),
+        ("patches all", "unexpected arguments: all."),
+        ("torchrun --nproc_per_node 2 train.py", "Training runs through umed-run: umed-run torchrun"),
+        ("scripts/finetune.sh", "Training runs through umed-run: umed-run scripts/finetune.sh"),
+    ],
+)
+def test_a_word_that_no_command_knows_is_named_with_what_was_meant(typed: str, said: str, capsys: Any) -> None:
+    assert cli.main(typed.split()) == cli.WRONG_USAGE
+    shown = capsys.readouterr().err
+    assert said in shown
+    command = " ".join(["umed", *typed.split()[: 2 if typed.startswith("recipe") else 1]])
+    assert f"See {'umed' if 'umed-run' in said else command} --help" in shown, "the help of the command, and not umed's"
+
+
+def test_words_in_another_order_are_what_was_meant() -> None:
+    assert did_you_mean("mistral_umed", ["mistral_direct", "umed_mistral"]) == " Did you mean 'umed_mistral'?"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])

@@ -12,9 +12,10 @@ from support.drawn import scene, write_png, write_recipe
 from support.source_files import uneven
 
 from umed_plugin import cli
+from umed_plugin.commands.recipe.check_page import write_report
 from umed_plugin.data.build import build_records
 from umed_plugin.data.checking.check import check_recipe
-from umed_plugin.data.checking.report import print_check, write_report
+from umed_plugin.data.checking.report import print_check
 from umed_plugin.data.recipes.recipe import load_recipe
 
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: patient, split: split}"
@@ -144,7 +145,7 @@ def test_the_page_and_its_contact_sheet(recipe_file: Path, tmp_path: Path) -> No
     """Outlines run around the boxes, in the picture and in the closer look beside it."""
     page = write_report(check_recipe(load_recipe(recipe_file)), tmp_path / "report")
     assert "The recipe fits the data." in page.read_text()
-    assert 'src="sheet_drawn.png"' in page.read_text()
+    assert 'href="sheet_drawn.png"' in page.read_text()
     sheet = np.asarray(Image.open(tmp_path / "report" / "sheet_drawn.png")).astype(int)
     green = (sheet[:, :, 1] > 200) & (sheet[:, :, 0] < 60) & (sheet[:, :, 2] < 60)
     tile = green[:200, :200]

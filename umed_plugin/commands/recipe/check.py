@@ -26,7 +26,7 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         "--report",
         type=Path,
         metavar="FOLDER",
-        help="write check.html there, with contact sheets of every source: boxes, and augmented studies",
+        help="write check.html there: images with their boxes, filters, histograms, and augmented studies",
     )
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
@@ -34,8 +34,10 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check a recipe; exit status 1 if there are faults."""
+    from umed_plugin.commands.recipe.check_page import write_report
     from umed_plugin.data.checking.check import check_recipe
-    from umed_plugin.data.checking.report import print_check, write_report
+    from umed_plugin.data.checking.gallery import MOST
+    from umed_plugin.data.checking.report import print_check
     from umed_plugin.data.recipes.recipe import load_recipe
 
     check = check_recipe(
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         progress=True,
         augmented=args.report is not None,
+        most_shown=MOST if args.report else 0,
     )
     print_check(check, make_console(wide_in_pipes=True))
     if args.report:

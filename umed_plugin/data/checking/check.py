@@ -17,6 +17,7 @@ from umed_plugin.data.annotations.merging import overlapping_count
 from umed_plugin.data.build import LEAST_VISIBLE, Prepared, prepare
 from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
 from umed_plugin.data.checking.contact_sheet import ContactSheets
+from umed_plugin.data.checking.gallery import BoxPlaces, CheckedImages
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.errors import UmedError
@@ -35,6 +36,7 @@ class ClassCheck:
         sides: width and height of every box, in pixels of its image.
         lost, cut: number of lesions that LLaVA's centre crop (mode ``square``) removes or trims.
         best_iou: number of decimals -> the best IoU that they allow, in 0-1, one per box (mode ``pad``).
+        places: sizes and positions of the boxes (mode ``pad``).
     """
 
     per_split: Counter[str] = field(default_factory=Counter)
@@ -42,6 +44,7 @@ class ClassCheck:
     lost: int = 0
     cut: int = 0
     best_iou: dict[int, list[float]] = field(default_factory=lambda: {decimals: [] for decimals in DECIMALS})
+    places: BoxPlaces = field(default_factory=BoxPlaces)
 
 
 @dataclass
@@ -76,8 +79,8 @@ class RecipeCheck:
         thin_boxes, overlapping_boxes: names of the images of boxes under a pixel wide or high, and of boxes that overlap another
             of their class by more than half; one entry for each box.
         evaluation_leaks: images of train and val that are also in an evaluation set; None if no set was given.
-        sheets: images with their boxes, for `report`.
-        augmented: studies as ``--umed_augment`` shows them, for `report`; None if they were not asked for.
+        sheets, images_shown: images with their boxes, for contact sheets and for the page.
+        augmented: studies as ``--umed_augment`` shows them, for the page; None if they were not asked for.
         bad_images: images that are missing on disk (first) or cannot be read.
     """
 
@@ -96,6 +99,7 @@ class RecipeCheck:
     evaluation_leaks: Optional[list[Leak]] = None
     sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
     augmented: Optional[AugmentedSheets] = None
+    images_shown: CheckedImages = field(default_factory=lambda: CheckedImages([], 0))
     bad_images: list[UmedError] = field(default_factory=list)
 
     @property
@@ -122,6 +126,7 @@ def check_recipe(
     against: Sequence[Union[str, Path]] = (),
     progress: bool = False,
     augmented: bool = False,
+    most_shown: int = 0,
 ) -> RecipeCheck:
     """Read all annotations and images of a recipe, and count what they hold.
 
@@ -130,6 +135,7 @@ def check_recipe(
         against: folders with the images of evaluation sets, which must not be trained on.
         progress: show a progress bar.
         augmented: draw augmented studies too.
+        most_shown: number of images that the page shows at most.
 
     Raises:
         UmedError: there is no data folder, or a folder of ``against`` holds no image.
@@ -139,6 +145,7 @@ def check_recipe(
     check.classes = {name: ClassCheck() for name in recipe.names}
     check.sheets = ContactSheets(check.annotations.items)
     check.augmented = AugmentedSheets(check.annotations.items) if augmented else None
+    check.images_shown = CheckedImages(check.annotations.items, most_shown)
     items = check.annotations.items
     for prepared in prepare(items, check.annotations, check.bad_images, recipe.name if progress else None):
         _count(prepared, check)
@@ -166,21 +173,27 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     check.patient_images[patient] += 1
     name = picture_name(item)
     check.pictures[split].add(name, prepared.shown)
-    check.thin_boxes += [name for x1, y1, x2, y2 in prepared.boxes if min(x2 - x1, y2 - y1) < 1]
-    check.overlapping_boxes += [name] * overlapping_count(prepared.boxes, prepared.classes)
+    thin = sum(min(x2 - x1, y2 - y1) < 1 for x1, y1, x2, y2 in prepared.boxes)
+    overlapping = overlapping_count(prepared.boxes, prepared.classes)
+    check.thin_boxes += [name] * thin
+    check.overlapping_boxes += [name] * overlapping
     check.sheets.add(prepared)
     if check.augmented is not None:
         check.augmented.add(prepared)
+    kinds = {"box under a pixel": thin, "overlapping boxes of a class": overlapping}
+    check.images_shown.add(name, prepared, [kind for kind, count in kinds.items() if count])
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, lesion in zip(prepared.boxes, prepared.classes):
         share = cropped.visible_fraction(box)
+        in_square = padded.to_square([box])[0]
         for counts in (check.classes[lesion], source):
             counts.per_split[split] += 1
             counts.sides.append((box[2] - box[0], box[3] - box[1]))
             counts.lost += share < LEAST_VISIBLE
             counts.cut += LEAST_VISIBLE <= share < 1
             for decimals, values in counts.best_iou.items():
-                values.append(best_iou_for_decimals(padded.to_square([box])[0], decimals))
+                values.append(best_iou_for_decimals(in_square, decimals))
+            counts.places.add(in_square)
 
 
 def picture_name(item: Annotated) -> str:

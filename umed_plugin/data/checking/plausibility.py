@@ -28,6 +28,7 @@ LOOKED_AT = (
 )
 # A patient with more than half of at least so many images is mostly a name that was cut or matched too short.
 _ENOUGH_IMAGES = 10
+_WORTH_A_DECIMAL = 0.05  # of the worst box's best possible IoU
 # Patients below which `umed_plugin.evaluation.metrics.metric` gives no interval, and below which it is unsure.
 _FEWEST, _FEW = 5, 30
 
@@ -79,6 +80,31 @@ def plausibility(check: RecipeCheck) -> list[Finding]:
         Finding("boxes left out: degenerate (degenerate_boxes: drop)", annotations.dropped_boxes),
     ]
     return [finding for finding in found if finding.count]
+
+
+def suggestions(check: RecipeCheck) -> list[str]:
+    """What to change in the recipe or the build, with the numbers that speak for it."""
+    found = []
+    best = {
+        decimals: [v for counts in check.classes.values() for v in counts.best_iou[decimals]] for decimals in (2, 3)
+    }
+    if best[2] and min(best[3]) - min(best[2]) >= _WORTH_A_DECIMAL:
+        found.append(
+            f"three decimals: with two, the best possible IoU of a box is as low as {min(best[2]):.2f}, with three "
+            f"{min(best[3]):.2f}. Build with --box-decimals 3."
+        )
+    images, patients = sum(check.images.values()), len(check.patient_images)
+    if images >= _ENOUGH_IMAGES and patients == images:
+        found.append(
+            "groups: every image counts as a patient of its own, because the recipe knows none. If several images are of one "
+            "patient, or copies of one picture, give split.patient_pattern, so that they stay in one split and count as one."
+        )
+    if check.split_leaks:
+        found.append(
+            f"a split by groups: {len(check.split_leaks)} pictures are in two splits. Give split.by: patient and a "
+            "patient_pattern that keeps copies and neighbouring slices together."
+        )
+    return found
 
 
 def _of(what: str, names: Iterable[str], of: Optional[int] = None) -> Finding:

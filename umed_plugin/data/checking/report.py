@@ -1,25 +1,21 @@
-"""Report of a recipe's check: tables for the terminal, and a page with a contact sheet per source.
+"""Report of a recipe's check: its tables, and how the terminal shows them.
 
-``umed recipe check R --report FOLDER`` writes ``FOLDER/check.html`` and the sheets beside it. Look at the sheets: no table shows
-whether boxes are on lesions.
+The page is `umed_plugin.commands.recipe.check_page`.
 """
 
 from __future__ import annotations
 
-import html
-import io
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean, median
 from typing import TYPE_CHECKING
 
-from umed_plugin import files
 from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
-from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility
+from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
 from umed_plugin.data.leaks import SAME
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
-from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.text import one_line
 
 if TYPE_CHECKING:
@@ -27,51 +23,11 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 _EXAMPLES = 3  # of a row of the plausibility table
-_WIDTH = 150  # of the page's tables, in characters
 
 
 def sources_of(recipe: AnyRecipe) -> list[Recipe]:
     """The recipes of a mixture, or the recipe alone."""
     return list(recipe.recipes.values()) if isinstance(recipe, Mixture) else [recipe]
-
-
-def write_report(check: RecipeCheck, folder: Path) -> Path:
-    """Write the tables, a contact sheet per source and one of augmented studies, and return the path of the page."""
-    folder.mkdir(parents=True, exist_ok=True)
-    console = make_console(record=True, file=io.StringIO(), width=_WIDTH)
-    print_check(check, console)
-    page = console.export_html(inline_styles=True)
-    pictures = "".join(
-        f'<h2>{html.escape(source)}</h2><img style="max-width:100%" src="{sheet.name}" alt="{html.escape(source)}: boxes">'
-        for source, sheet in check.sheets.save(folder).items()
-    )
-    pictures += _augmented_pictures(check, folder)
-    title = f"<title>{html.escape(check.recipe.name)}: check</title>"
-    page = page.replace("<head>", f"<head>{title}").replace("</body>", f"{pictures}</body>")
-    target = folder / "check.html"
-    files.write_text(target, page)
-    return target
-
-
-def _augmented_pictures(check: RecipeCheck, folder: Path) -> str:
-    """The sheets of augmented studies, each under a line that says by which rule."""
-    written = check.augmented.save(folder) if check.augmented is not None else {}
-    rules = {recipe.name: recipe.augment for recipe in sources_of(check.recipe)}
-    pictures = ""
-    for source, sheet in written.items():
-        rule = rules.get(source)
-        told = (
-            "the defaults, since the recipe has no <code>augment</code>"
-            if rule is None
-            else html.escape(f"augment: {rule}")
-        )
-        name = html.escape(source)
-        pictures += (
-            f"<h2>{name}: augmented</h2><p>First as it is, then in the first four epochs in which "
-            f"<code>--umed_augment True</code> changes it, by {told}.</p>"
-            f'<img style="max-width:100%" src="{sheet.name}" alt="{name}: augmented studies">'
-        )
-    return pictures
 
 
 def print_check(check: RecipeCheck, console: Console) -> None:
@@ -85,14 +41,14 @@ def print_check(check: RecipeCheck, console: Console) -> None:
         console.print(f"Terms{whose}: {source.terms.licence}. {source.terms.url}")
     console.print(f"Data:  {one_line(check.annotations.root)}", soft_wrap=True)
     if isinstance(recipe, Mixture):
-        console.print(_sources_table(check))
+        console.print(sources_table(check).for_terminal())
         if sum(check.images.values()) < recipe.size:
             available = (
                 f"{sum(check.images.values()):,} of the {recipe.size:,} images that the mixture asks for are there."
             )
             console.print(available, style="yellow")
-    console.print(_splits_table(check))
-    console.print(_classes_table(check))
+    console.print(splits_table(check).for_terminal())
+    console.print(classes_table(check).for_terminal())
     for line in check.annotations.unused_options + check.annotations.faults.remarks:
         console.print(one_line(line), style="yellow", soft_wrap=True)
     shared = check.shared_patients
@@ -106,8 +62,10 @@ def print_check(check: RecipeCheck, console: Console) -> None:
     _print_leaks(check, console)
     _print_plausibility(check, console)
     _print_missing(check, console)
+    for line in suggestions(check):
+        console.print(f"Suggestion: {one_line(line)}", soft_wrap=True)
     if check.faults:
-        console.print(f"{len(check.faults)} faults:", style="red")
+        console.print(f"{len(check.faults)} fault{'s' if len(check.faults) > 1 else ''}:", style="red")
         for fault in check.faults[:_SHOWN]:
             console.print(f"  {fault}", soft_wrap=True)
         if len(check.faults) > _SHOWN:
@@ -169,41 +127,54 @@ def _print_missing(check: RecipeCheck, console: Console) -> None:
             console.print(f"  {one_line(item.image)}{one_line(meant)}", soft_wrap=True)
 
 
-def _sources_table(check: RecipeCheck) -> object:
-    from rich.table import Table
+@dataclass(frozen=True)
+class CheckTable:
+    """A table of the check, for the terminal and the page: the first column names a row, the others are numbers."""
 
-    table = Table(title="Sources", caption=f"missing: annotated, but not on disk. {_ABOUT_BOXES}")
-    titles = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
-    for title in titles:
-        table.add_column(title, justify="left" if title == "source" else "right", overflow="fold")
+    title: str
+    about: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def for_terminal(self) -> object:
+        """The table as rich prints it."""
+        from rich.table import Table
+
+        table = Table(title=self.title, caption=self.about or None)
+        for place, head in enumerate(self.heads):
+            table.add_column(head, justify="right" if place else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def sources_table(check: RecipeCheck) -> CheckTable:
+    """One row for each data set of a mixture."""
+    heads = ("source", "images", "no lesion", "missing", "patients", "lesions", *_BOX_TITLES)
+    rows = []
     for name, counts in check.sources.items():
         numbers = (counts.images, counts.negatives, counts.missing, len(counts.patients), len(counts.sides))
-        table.add_row(name, *map(str, numbers), *_about_boxes(counts))
-    return table
+        rows.append([name, *map(str, numbers), *_about_boxes(counts)])
+    return CheckTable("Sources", f"missing: annotated, but not on disk. {_ABOUT_BOXES}", heads, rows)
 
 
-def _splits_table(check: RecipeCheck) -> object:
-    from rich.table import Table
-
-    table = Table(title="Images")
-    for title in ("split", "images", "without lesion", "patients", "lesions"):
-        table.add_column(title, justify="left" if title == "split" else "right")
+def splits_table(check: RecipeCheck) -> CheckTable:
+    """One row for each split."""
+    rows = []
     for split in [*SPLITS, *sorted(set(check.images) - set(SPLITS))]:
         lesions = sum(counts.per_split[split] for counts in check.classes.values())
         numbers = (check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions)
-        table.add_row(split or "(none)", *map(str, numbers))
-    return table
+        rows.append([split or "(none)", *map(str, numbers)])
+    return CheckTable("Images", "", ("split", "images", "without lesion", "patients", "lesions"), rows)
 
 
-def _classes_table(check: RecipeCheck) -> object:
-    from rich.table import Table
-
-    table = Table(title="Lesions", caption=_ABOUT_BOXES)
-    for title in ("class", *SPLITS, *_BOX_TITLES):
-        table.add_column(title, justify="left" if title == "class" else "right", overflow="fold")
-    for name, counts in check.classes.items():
-        table.add_row(name, *(str(counts.per_split[split]) for split in SPLITS), *_about_boxes(counts))
-    return table
+def classes_table(check: RecipeCheck) -> CheckTable:
+    """One row for each class."""
+    rows = [
+        [name, *(str(counts.per_split[split]) for split in SPLITS), *_about_boxes(counts)]
+        for name, counts in check.classes.items()
+    ]
+    return CheckTable("Lesions", _ABOUT_BOXES, ("class", *SPLITS, *_BOX_TITLES), rows)
 
 
 _BOX_TITLES = ("median px", "lost / cut", *(f"IoU {decimals} dec." for decimals in DECIMALS))
