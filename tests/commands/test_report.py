@@ -201,7 +201,7 @@ def test_what_was_run_is_told(run):
     read = read_run(run)
     facts = dict(about_run(read))
     assert facts["checkpoint"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
-    assert (facts["seed"], facts["duration"], facts["machine"]) == ("3", "1 h 02 min", "node7")
+    assert (facts["seed"], facts["duration"], facts["machine"]) == ("3", "1 h 01 min", "node7")
     assert (facts["commit"], facts["versions"]) == ("abc", "torch 2.0.1")
     of_stage_2 = dict(about_training(read.trainings[1]))
     assert of_stage_2["weights of the rewards"] == "4,2" and of_stage_2["duration"] == "9 s"

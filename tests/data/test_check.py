@@ -195,12 +195,12 @@ def test_a_class_has_one_colour_in_all_pictures(recipe_file: Path, tmp_path: Pat
 def test_the_report_shows_augmented_studies_by_the_recipes_rule(recipe_file: Path, tmp_path: Path) -> None:
     for extra, told in (
         ("", "the defaults"),
-        ("augment: {flips: [left_right], share: 1}\n", "flips=[&#x27;left_right&#x27;]"),
+        ("augment: {flips: [left_right], share: 1}\n", "flips=[&#39;left_right&#39;]"),
     ):
         recipe_file.write_text(recipe_file.read_text() + extra)
         folder = tmp_path / f"report{len(extra)}"
         page = write_report(check_recipe(load_recipe(recipe_file), augmented=True), folder).read_text()
-        assert 'src="augmented_drawn.png"' in page and told in page
+        assert 'href="augmented_drawn.png"' in page and told in page
         with Image.open(folder / "augmented_drawn.png") as sheet:
             # Three studies of the split train: as they are, and in four epochs that change them.
             assert sheet.width == 5 * 246 and sheet.height % 3 == 0

@@ -18,8 +18,9 @@ from umed_plugin.rewards.guards import crossed_limits
 
 # Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {
-    "Rewards": ("reward/total", "reward/"),
+    "Rewards": ("reward/total", "reward/", "weight/"),
     "Held-out studies": ("val/",),
+    "Loss": ("loss", "policy_loss", "value_loss", "attention_", "grad_norm", "learning_rate"),
     "KL and policy": (
         "kl",
         "entropy",
@@ -30,7 +31,6 @@ GROUPS = {
         "explained_",
         "answer_tokens",
     ),
-    "Loss": ("loss", "policy_loss", "value_loss", "attention_", "grad_norm", "learning_rate"),
     "Hacking guards": ("guard/", "groups_without_signal", "answers_cut_off", "vision_relevance/"),
     "Other metrics": ("",),
 }
