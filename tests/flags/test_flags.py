@@ -76,6 +76,8 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_clip_range": 1.0}, "below 1"),
         ({"umed_clip_range_high": 0.0, "umed_updates_per_rollout": 2}, "above 0"),
         ({"umed_clip_range_high": 0.28}, "no effect without --umed_updates_per_rollout or"),
+        ({"umed_dynamic_sampling": -1}, "0 or more"),
+        ({"umed_dynamic_sampling": 2, "umed_algorithm": "ppo"}, "no effect without --umed_algorithm grpo"),
         ({"umed_loss_aggregation": "bnpo"}, "Allowed: dapo, dr_grpo, grpo"),
         ({"umed_loss_aggregation": "dapo", "umed_algorithm": "ppo"}, "no effect without --umed_algorithm grpo"),
         ({"umed_advantage_scale": "none", "umed_algorithm": "ppo"}, "no effect without --umed_algorithm grpo"),

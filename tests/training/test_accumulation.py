@@ -23,10 +23,11 @@ import json, os
 import torch
 import umed_plugin.training.experience_maker as maker
 import umed_plugin.model.sampling as sampling
+import umed_plugin.training.rollout_engine as engine
 
 class Pays:
     def __init__(self):
-        roll_out, generate, state = maker.ExperienceMaker.roll_out, maker.generate, {}
+        roll_out, generate, state = maker.ExperienceMaker.roll_out, engine.generate, {}
 
         def noting(self, policy, batches):
             state.update(self=self, records=[record for batch in batches for record in batch["records"]])
@@ -51,7 +52,7 @@ class Pays:
             tokens = logits[:, 3:].argmax(-1) + 3
             return torch.where(state["odd"], state["eos"], tokens) if drawn == 1 else tokens
 
-        maker.ExperienceMaker.roll_out, maker.generate, sampling._next_token = noting, counting, next_token
+        maker.ExperienceMaker.roll_out, engine.generate, sampling._next_token = noting, counting, next_token
 
     def __call__(self, prompts, completions, *, record, **columns):
         return [float(index % 4 % 3) + int(each["patient"]) / 10 for index, each in enumerate(record)]

@@ -513,6 +513,14 @@ class UmedFlags:
         stage=REWARDING,
         choices=("keep", "mask", "penalise"),
     )
+    umed_dynamic_sampling: int = _flag(
+        0,
+        "Dynamic sampling (DAPO, arXiv 2503.14476): questions whose answers all have the same reward teach nothing, and are "
+        "replaced by further questions. At most this many extra samplings per rollout (by default an optimizer step); 0: none.",
+        stage=REWARDING,
+        needs=GRPO,
+        least=0,
+    )
     umed_packed: bool = _flag(
         True,
         "Sample a question's answers in one row behind its prompt, and train them so under gradient checkpointing.",

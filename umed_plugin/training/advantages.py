@@ -62,6 +62,11 @@ def group_advantages(
     return reward_coef * torch.where(has_signal(rewards), scaled, torch.zeros_like(centred))
 
 
+def groups_with_signal(rewards: Tensor, counted: Tensor | None = None) -> Tensor:
+    """[Q] bool: which queries have an advantage to learn from; ``rewards`` and ``counted`` as in `group_advantages`."""
+    return has_signal(rewards if counted is None else _at_the_mean_unless(counted, rewards))[:, 0]
+
+
 def has_signal(rewards: Tensor) -> Tensor:
     """[Q, 1] bool: whether the rewards [Q, K] of a query differ by more than rounding, relative to their size."""
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)

@@ -63,6 +63,41 @@ class Samples:
         return Candidates(self.token_ids, self.mask)
 
     @property
+    def counted_by_query(self) -> Tensor | None:
+        """bool [Q, K] answers that are learnt from, where the rewards are; None for all."""
+        return None if self.counted is None else self.counted.view(self.rewards.shape).to(self.rewards.device)
+
+    def part(self, queries: Sequence[int]) -> Samples:
+        """The samples of some queries, in that order, without columns that contain only padding."""
+        picked = torch.as_tensor(queries, device=self.mask.device)
+        rows = self.rows_of(queries)
+        tokens = int(self.mask[rows].sum(dim=1).max())
+        return Samples(
+            [self.prompt_ids[q] for q in picked.tolist()],
+            self.image_features[picked],
+            **{name: None if t is None else t[rows, :tokens] for name, t in _by_token(self).items()},
+            rewards=self.rewards[picked.to(self.rewards.device)],
+            counted=None if self.counted is None else self.counted[rows],
+        )
+
+    def rows_of(self, queries: Sequence[int]) -> Tensor:
+        """The rows of the K answers to each of some queries."""
+        picked, k = torch.as_tensor(queries, device=self.mask.device), self.rewards.shape[1]
+        return (picked[:, None] * k + torch.arange(k, device=picked.device)).flatten()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """Several samples as one; they have the same tensors."""
+        counted = [part.counted for part in parts if part.counted is not None]
+        return cls(
+            [ids for part in parts for ids in part.prompt_ids],
+            torch.cat([part.image_features for part in parts]),
+            **{name: stacked([_by_token(part)[name] for part in parts]) for name in _by_token(parts[0])},
+            rewards=torch.cat([part.rewards for part in parts]),
+            counted=torch.cat(counted) if counted else None,
+        )
+
+    @property
     def loss_mask(self) -> Tensor:
         """[N, T] 1 at tokens that are learnt from: ``mask`` without the answers that are not counted."""
         return self.mask if self.counted is None else self.mask * self.counted[:, None]
@@ -86,18 +121,8 @@ class Experience:
 
     def minibatch(self, queries: Sequence[int]) -> Experience:
         """The part for some queries, in that order, without columns that contain only padding."""
-        s = self.samples
-        picked = torch.as_tensor(queries, device=s.mask.device)
-        k = s.rewards.shape[1]
-        rows = (picked[:, None] * k + torch.arange(k, device=picked.device)).flatten()
-        tokens = int(s.mask[rows].sum(dim=1).max())
-        part = Samples(
-            [s.prompt_ids[q] for q in picked.tolist()],
-            s.image_features[picked],
-            **{name: None if t is None else t[rows, :tokens] for name, t in _by_token(s).items()},
-            rewards=s.rewards[picked.to(s.rewards.device)],
-            counted=None if s.counted is None else s.counted[rows],
-        )
+        part, rows = self.samples.part(queries), self.samples.rows_of(queries)
+        tokens = part.mask.shape[1]
         returns = None if self.returns is None else self.returns[rows, :tokens]
         return Experience(part, self.advantages[rows, :tokens], returns, self.kl_coef)
 
@@ -132,8 +157,7 @@ def grpo_experience(
     samples: Samples, kl_coef: float, reward_coef: float, spread: Tensor | float | None = None
 ) -> Experience:
     """Samples with advantages within each query's candidates; ``spread`` as in `group_advantages`."""
-    counted = None if samples.counted is None else samples.counted.view_as(samples.rewards).to(samples.rewards.device)
-    advantages = group_advantages(samples.rewards, reward_coef, spread, counted)
+    advantages = group_advantages(samples.rewards, reward_coef, spread, samples.counted_by_query)
     advantages = advantages.flatten().to(samples.mask.device, torch.float32)
     return Experience(samples, advantages[:, None].expand(samples.mask.shape), None, kl_coef)
 

@@ -19,7 +19,7 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +60,7 @@ from umed_plugin.rewards import (
 )
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.cut_off import CutOff, ended
+from umed_plugin.training.dynamic_sampling import replace_without_signal
 from umed_plugin.training.experience import (
     Experience,
     Samples,
@@ -180,16 +181,24 @@ class ExperienceMaker:
             note(_attention_note(llava, packed, fault))
         return packed
 
-    def make(self, policy: Any, batches: Sequence[dict[str, Any]]) -> Experience:
+    def make(
+        self,
+        policy: Any,
+        batches: Sequence[dict[str, Any]],
+        further: Callable[[int], list[dict[str, Any]]] | None = None,
+    ) -> Experience:
         """Sample a rollout of one or more batches, and turn its rewards into advantages.
 
         Args:
             policy: unwrapped.
             batches: from `umed_plugin.training.rewarding_data.collate_queries`, on the policy's device.
+            further: gives batches with a number of further queries, for `umed_plugin.training.dynamic_sampling`.
         """
         with gathered_parameters(policy):
             self.engine.prepare(policy, self.metrics.step)
             samples = self.roll_out(policy, batches)
+            if further is not None and self.flags.umed_dynamic_sampling:
+                samples = self._with_signal(policy, samples, further)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
             experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples))
@@ -205,6 +214,17 @@ class ExperienceMaker:
             self.measure_kl(samples, samples.log_probs)
             self.adapt_kl()
         return experience
+
+    def _with_signal(self, policy: Any, samples: Samples, further: Callable[[int], list[dict[str, Any]]]) -> Samples:
+        """The samples with groups of further queries in place of those without signal. All ranks must call."""
+        samples, replaced, rounds = replace_without_signal(
+            samples,
+            lambda count: self.roll_out(policy, further(count)),
+            lambda own: int(self.metrics.most_of_ranks(own)),
+            self.flags.umed_dynamic_sampling,
+        )
+        self.metrics.add({"groups_replaced": replaced * self.args.world_size, "extra_samplings": rounds})
+        return samples
 
     def measure_kl(self, samples: Samples, log_probs: Tensor) -> None:
         """Measure the KL of the policy that sampled, with its ``log_probs`` [N, T]; `adapt_kl` uses it."""
@@ -231,7 +251,8 @@ class ExperienceMaker:
         if self.flags.umed_advantage_scale != "batch":
             return 1.0 if self.flags.umed_advantage_scale == "none" else None
         rewards = samples.rewards
-        counted = torch.ones_like(rewards) if samples.counted is None else samples.counted.view_as(rewards).to(rewards)
+        by_query = samples.counted_by_query
+        counted = torch.ones_like(rewards) if by_query is None else by_query.to(rewards)
         squares = self.metrics.mean_over_ranks(centre_groups(rewards, counted).square().sum().item())
         answers = self.metrics.mean_over_ranks(counted.sum().item())
         return rewards.new_tensor(squares / max(answers, 1e-6)).sqrt()

@@ -1,7 +1,7 @@
 """Files that stage 2 adds to a checkpoint, so that a resumed run continues as if it had not been interrupted.
 
-- ``rewarding_state.json``: algorithm, the weight of the KL that ``--umed_kl_target`` has reached, and the states of rewards that
-  change over a run
+- ``rewarding_state.json``: algorithm, the weight of the KL that ``--umed_kl_target`` has reached, the states of rewards that
+  change over a run, and how many further queries ``--umed_dynamic_sampling`` has taken
 - ``rollout_<rank>.pt``: the rollout that the rank was learning from, if the checkpoint lies between its updates
 - ``value_head.safetensors``: see `umed_plugin.training.value_head`
 
@@ -25,15 +25,29 @@ def rollout_file(folder: Path, rank: int | str) -> Path:
     return folder / f"rollout_{rank}.pt"
 
 
-def save_state(folder: Path, algorithm: str, kl_coef: float, rewards: dict[str, Any]) -> None:
-    """Write ``rewarding_state.json``; ``rewards`` are the states of rewards by name."""
-    state = {"umed_algorithm": algorithm, "kl_coef": kl_coef, **({"rewards": rewards} if rewards else {})}
+def save_state(folder: Path, algorithm: str, kl_coef: float, rewards: dict[str, Any], further: int = 0) -> None:
+    """Write ``rewarding_state.json``.
+
+    Args:
+        folder: the checkpoint.
+        algorithm, kl_coef: of the run.
+        rewards: states of rewards by name.
+        further: number of further queries taken, over all ranks.
+    """
+    state: dict[str, Any] = {"umed_algorithm": algorithm, "kl_coef": kl_coef}
+    state |= {"rewards": rewards} if rewards else {}
+    state |= {"further_queries": further} if further else {}
     files.write_json(folder / STATE, state, indent=None)
 
 
 def load_rewards(folder: Path) -> dict[str, Any]:
     """The states of rewards in a checkpoint by name; empty if it has none."""
     return dict(_read(folder).get("rewards", {}))
+
+
+def load_further(folder: Path) -> int:
+    """How many further queries were taken before the checkpoint; 0 if it does not say."""
+    return int(_read(folder).get("further_queries", 0))
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,9 @@ rank could measure is left out.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
 
+``groups_without_signal`` and the other metrics of answers are of all that are sampled. With ``--umed_dynamic_sampling``, of each
+rollout: ``groups_replaced``, the number of groups over all ranks, and ``extra_samplings``.
+
 With ``--umed_rollout_server``, of each batch's tokens: ``importance_ratio`` and ``importance_ratio_max``, the probability
 here over that on the server before truncation, its mean and its maximum; ``importance_truncated``, the share above
 ``--umed_importance_cap``; and ``server_difference``, the mean distance of the log-probabilities in nats.
@@ -35,7 +38,7 @@ from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
 from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, unscored, vision_relevance_metrics
-from umed_plugin.training import importance
+from umed_plugin.training import dynamic_sampling, importance
 from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
 
@@ -66,6 +69,7 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += importance.METRICS if flags.umed_rollout_server is not None else ()
+    names += dynamic_sampling.METRICS if flags.umed_dynamic_sampling else ()
     names += _PPO if flags.umed_algorithm == "ppo" else ()
     return names
 
@@ -200,6 +204,10 @@ class StepMetrics:
         """The mean of each of some numbers that each rank has one of. All ranks must call."""
         means: list[float] = self._gather([list(values)]).mean(dim=0).tolist()
         return means
+
+    def most_of_ranks(self, value: float) -> float:
+        """The largest of the ranks' numbers. All ranks must call."""
+        return self._gather([value]).max().item()
 
     @property
     def step(self) -> int:

@@ -42,6 +42,7 @@ from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.rewards import load_reward_states, make_rewards, reward_states
+from umed_plugin.training.dynamic_sampling import Dealing, FurtherQueries
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.importance import importance_metrics, importance_weights
@@ -55,7 +56,7 @@ from umed_plugin.training.objective import (
 )
 from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memory
 from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
-from umed_plugin.training.rewarding_state import load_kl_coef, load_rewards, rollout_file, save_state
+from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, rollout_file, save_state
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
@@ -122,13 +123,24 @@ class RewardingTrainer(LLaVATrainer):
             self._batches_of_epoch,
             numbered=flags.umed_augment,
         )
+        self._further = FurtherQueries(
+            self.train_dataset,
+            self.data_collator,
+            Dealing(self._seed_of_order, args.process_index, args.world_size),
+            numbered=flags.umed_augment,
+        )
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 
+    @property
+    def _seed_of_order(self) -> int:
+        """The seed of the order of the data."""
+        seed: int = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return seed
+
     def _get_train_sampler(self, *unused: Any) -> EpochSampler:
         """Queries in an order that survives resuming. They have equal length, so LLaVA's grouping by length is not needed."""
-        args, flags = self.args, self.flags
-        seed = args.data_seed if args.data_seed is not None else args.seed
+        args, flags, seed = self.args, self.flags, self._seed_of_order
         step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         rollout = step * flags.umed_minibatches_per_rollout
         if flags.rollout_is_any_step():
@@ -316,7 +328,7 @@ class RewardingTrainer(LLaVATrainer):
         epoch = self._sampler.epochs_begun - 1
         first = self._reader.position(epoch, indices)
         batches = [self._prepare_inputs(batch) for batch in self._reader.read(epoch, first, count)]
-        whole = self.maker.make(policy, batches)
+        whole = self.maker.make(policy, batches, self._further_batches)
         self._weigh_step(whole.samples, len(batches))
         coming: deque[tuple[list[int], Experience]] = deque()
         start = 0
@@ -332,7 +344,8 @@ class RewardingTrainer(LLaVATrainer):
         if self._experience is None or batch_in_rollout == 0:
             data_epoch, number = self._sampler.rollout(rollout)
             batches = self._reader.read(data_epoch, number * self._batches_per_epoch, self._batches_per_epoch)
-            self._experience = self.maker.make(policy, [self._prepare_inputs(batch) for batch in batches])
+            batches = [self._prepare_inputs(batch) for batch in batches]
+            self._experience = self.maker.make(policy, batches, self._further_batches)
         # Which queries come next follows from counters and seed alone: a resumed run takes the same ones.
         size, accumulation = self.args.train_batch_size, self.args.gradient_accumulation_steps
         epoch, batch = divmod(batch_in_rollout, self._batches_per_epoch)
@@ -342,6 +355,11 @@ class RewardingTrainer(LLaVATrainer):
             step = self._experience.minibatch(order[batch * size : (batch + accumulation) * size])
             self._weigh_step(step.samples, accumulation)
         return self._experience.minibatch(order[batch * size : (batch + 1) * size])
+
+    def _further_batches(self, count: int) -> list[dict[str, Any]]:
+        """``count`` further queries of this rank, in batches that are scored as others are."""
+        batches = self._further.take(count, self.args.train_batch_size)
+        return [self._prepare_inputs(batch) for batch in batches]
 
     def _weigh_step(self, samples: Samples, batches: int) -> None:
         """Set the size of an average micro-batch of the optimizer step, over all ranks, from this rank's samples of the step."""
@@ -354,7 +372,8 @@ class RewardingTrainer(LLaVATrainer):
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         if self.args.should_save:
-            save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value, reward_states(self.maker.rewards))
+            states, further = reward_states(self.maker.rewards), self._further.taken
+            save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value, states, further)
             if self.value_head is not None:
                 self.value_head.save(folder)
         if self._experience is not None and self._batches_seen % self._batches_per_rollout:
@@ -371,6 +390,7 @@ class RewardingTrainer(LLaVATrainer):
         lost = load_reward_states(self.maker.rewards, load_rewards(folder))
         if lost and self.args.process_index == 0:
             warn(f"{folder} has no state of the rewards {', '.join(lost)}: they begin as in a new run.")
+        self._further.taken = load_further(folder)
         if self.value_head is not None:
             self.value_head.load(folder)
         if adapted and value is not None:
