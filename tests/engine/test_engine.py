@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engine import Engine, engine
-from support.records import grounded_records
-from support.taught import study_records
+from support.records import evaluated_records, grounded_records
 from support.umed_runs import reward, weights
 
 from umed_plugin.checkpoints.loading import load_checkpoint
@@ -155,10 +154,8 @@ def test_stage_2_learns_from_its_answers(running, client, tiny_mistral, tmp_path
 
 
 def test_an_evaluation_by_the_server_says_the_same(running, tiny_mistral, tmp_path, capsys):
-    records = tmp_path / "data" / "records.json"
-    records.parent.parent.mkdir(exist_ok=True)
-    made = study_records(records.parent)
-    records.write_text(json.dumps([{**record, "split": "test"} for record in made]))
+    records = tmp_path / "records.json"
+    records.write_text(json.dumps([{**record, "split": "test"} for record in evaluated_records(tmp_path)]))
     common = ["evaluate", str(tiny_mistral), "--benchmark", str(records), "--device", "cpu", "--max-new-tokens", "16"]
     for name, more in (("own", []), ("server", ["--server", running.url])):
         assert main([*common, "--out", str(tmp_path / name), *more]) == 0, capsys.readouterr()
