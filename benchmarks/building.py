@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import machine
 from PIL import Image
 
 RECIPE = """
@@ -86,6 +87,7 @@ def main() -> int:
     print(f"{args.images} PNG of {args.side} x {args.side}\n\n| | seconds |\n| --- | --- |")
     for title, taken in figures.items():
         print(f"| {title.replace('1 processes', '1 process')} | {taken:.1f} |")
+    print(f"\n{machine()}")
     if args.json:
         args.json.write_text(json.dumps(figures))
     return int(len(written) != 1)

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from machine import machine
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Seconds = tuple[float, float]  # wall time, processor time
@@ -85,8 +86,8 @@ def _send_peak(run: Callable[[], Any], sender: Any) -> None:
 
 
 def stack(*more: str) -> str:
-    """Versions of the libraries that the results depend on."""
-    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *more))
+    """Versions of the libraries that the results depend on, and the machine."""
+    return ", ".join([*(f"{name} {version(name)}" for name in ("torch", "transformers", *more)), machine()])
 
 
 def matrix_flops(run: Callable[[], Any]) -> int:

@@ -128,8 +128,7 @@ class RealSize:
         for name, row in self._done.items():
             mapped = max(0.0, row["resident_gb"] - row["own_gb"])
             lines.append(f"| {name} | {row['seconds']:.0f} | {row['own_gb']:.1f} | {mapped:.1f} |")
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-        return "\n".join([*lines, "", f"{os.cpu_count()} cores, {memory:.0f} GB, {stack()}"])
+        return "\n".join([*lines, "", stack()])
 
     def _own(self, function: Callable[..., None], *arguments: Any) -> Callable[[], dict[str, Any]]:
         """A function of this file in a process of its own."""

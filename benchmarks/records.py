@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 from umed_plugin.data.items import check_items
 from umed_plugin.data.record_file import open_records
 from umed_plugin.data.records import Record, RecordsCheck
@@ -124,6 +126,7 @@ def main() -> int:
     )
     for title, figure in figures.items():
         print(f"| {title} | {figure['seconds']:.1f} | {figure['processor_seconds']:.1f} | {figure['mb']:.0f} |")
+    print(f"\n{machine()}")
     if args.json:
         args.json.write_text(json.dumps(figures))
     return int(len({(figure["words"], tuple(figure["ids"])) for figure in figures.values()}) != 1)

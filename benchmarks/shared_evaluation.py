@@ -76,7 +76,7 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found = ratios(*zip(*times))
     found.pop("processor_ratio")  # of this process, which only waits
     settings = {key: value for key, value in vars(args).items() if key != "repetitions"}
-    return {"same_files": all(equal), **found, "settings": settings, "cores": os.cpu_count(), "stack": stack()}
+    return {"same_files": all(equal), **found, "settings": settings, "stack": stack()}
 
 
 def _run(command: list[str]) -> None:

@@ -91,6 +91,8 @@ RUN_BY = {
     "python benchmarks/building.py": "benchmarks/test_small_runs.py::test_builds_with_and_without_a_pool_are_compared",
     "python benchmarks/rollout_server.py": "engine/test_benchmark.py::"
     "test_the_benchmark_prints_what_is_equal_and_shared",
+    "python benchmarks/shared_evaluation.py": "benchmarks/test_small_runs.py::"
+    "test_ranks_and_one_process_write_the_same_evaluation",
     "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
 }
 COMMANDS = sorted({command for page in pages() for command in commands(page)})
