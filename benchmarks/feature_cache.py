@@ -132,7 +132,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     import torch
 
     seconds = {}
-    encode, read = trainer.maker._encode, trainer._reader.read
+    sampling, read = trainer.maker.sampling, trainer._reader.read
 
     def timed(part: str, stock: Any) -> Any:
         def call(*positional: Any) -> Any:
@@ -145,7 +145,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
 
     torch.manual_seed(0)
     trainer.train_dataset.feature_cache = cache
-    trainer.maker._encode, trainer._reader.read = timed("tower", encode), timed("data", read)
+    sampling.encode, trainer._reader.read = timed("tower", sampling.encode), timed("data", read)
     began = clock()
     loss = trainer.training_step(trainer.model, {"indices": torch.tensor(indices)})
     for group in trainer.optimizer.param_groups:
@@ -153,7 +153,8 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     trainer.optimizer.step()
     trainer.model.zero_grad()
     seconds["rest"] = clock() - began - seconds["data"] - seconds["tower"]
-    trainer.maker._encode, trainer._reader.read = encode, read
+    del sampling.encode  # the method is there again
+    trainer._reader.read = read
     return {**seconds, "loss": loss.item()}
 
 

@@ -25,9 +25,9 @@ class Slow:
     def start(self, prompts, completions, **columns):
         assert "attention_on_lesion" not in columns and len(columns["record"]) == len(completions)
         if not self.started:
-            import umed_plugin.training.experience_maker as maker
+            import umed_plugin.training.answer_passes as passes
             for name in ("answer_pass", "attention_on_lesion"):  # the second makes its pass by itself
-                setattr(maker, name, self.counting(getattr(maker, name)))
+                setattr(passes, name, self.counting(getattr(passes, name)))
         self.started.append((list(prompts), list(completions)))
         self.passes = 0
 

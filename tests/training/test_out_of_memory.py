@@ -15,7 +15,7 @@ from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remed
 
 FULL = """
 import torch
-import umed_plugin.training.experience_maker as maker
+import umed_plugin.training.rollout_engine as engine
 import umed_plugin.training.trainer as trainer
 
 class {name}:
@@ -34,7 +34,7 @@ STEP = shlex.split("--umed_num_candidates 4 --umed_max_new_tokens 4 --gradient_a
     ("place", "said"),
     [
         (
-            "maker.generate",
+            "engine.generate",
             "out of GPU memory while sampling 4 answers to each of 4 questions. Set --umed_sampling_batch_size 2: ",
         ),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -13,11 +14,19 @@ from umed_plugin import patching
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import embed_prompts, encode_images
 from umed_plugin.patches import attention_mask
-from umed_plugin.training import experience_maker
-from umed_plugin.training.experience_maker import ExperienceMaker, _Queries
+from umed_plugin.training import candidate_sampling
+from umed_plugin.training.candidate_sampling import Queries
+from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.value_head import ValueHead
 
-ARGS = SimpleNamespace(process_index=0, train_batch_size=3, gradient_accumulation_steps=1, auto_find_batch_size=False)
+ARGS = SimpleNamespace(
+    process_index=0,
+    train_batch_size=3,
+    gradient_accumulation_steps=1,
+    auto_find_batch_size=False,
+    output_dir="",
+)
+ONE_RANK = SimpleNamespace(on_any_rank=bool, of_first_rank=float)
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ def maker(loaded, value_head=None, rewards=("vision_relevance",), **flags):
         umed_kl_coef=0.0,
         **flags,
     )
-    return ExperienceMaker(model, tokenizer, flags, ARGS, dict.fromkeys(rewards), value_head, None, None)
+    return ExperienceMaker(model, tokenizer, flags, ARGS, dict.fromkeys(rewards), value_head, None, ONE_RANK)
 
 
 @pytest.mark.usefixtures("patched")
@@ -46,19 +55,23 @@ def test_shares_of_samplings_of_two_and_one_query_equal_those_of_a_pass(loaded, 
     _, model = loaded
     prompts, images = batch
     records = [record for record in json.loads(grounded_records(tmp_path).read_text()) if record["objects"]["bbox"]][:3]
-    queries = _Queries(prompts, encode_images(model, images), records)
+    queries = Queries(prompts, encode_images(model, images), records)
     # Each record's answers name it with other tokens.
     named = {id(record): [index, index + 2] for index, record in enumerate(records)}
     monkeypatch.setattr(
-        experience_maker, "lesion_naming_tokens", lambda _tokenizer, _found, repeated: [named[id(r)] for r in repeated]
+        candidate_sampling,
+        "lesion_naming_tokens",
+        lambda _tokenizer, _found, repeated: [named[id(r)] for r in repeated],
     )
     made = maker(loaded, umed_sampling_batch_size=2)
-    made.sampling = experience_maker.SamplingSettings(**{**vars(made.sampling), "eos_token_id": -1})
+    endless = dataclasses.replace(made.sampling.settings, eos_token_id=-1)
+    sampling = dataclasses.replace(made.sampling, settings=endless)
     torch.manual_seed(0)
-    candidates, shares = made._sample(model, queries)
-    monkeypatch.setattr(made, "_attends_in_sampling", lambda: False)
+    candidates, shares, of_server = sampling.sample(model, queries)
+    assert of_server is None and made.passes.lesions is None
+    passes = dataclasses.replace(made.passes, lesions=made.lesions)
     with torch.no_grad():
-        whole, _ = made._attend(model, embed_prompts(model, prompts, queries.features), candidates, records)
+        whole, _ = passes._attend(model, embed_prompts(model, prompts, queries.features), candidates, records)
     assert shares == pytest.approx(whole, abs=1e-5) and len(shares) == 6
     assert len({round(share, 4) for share in shares}) == 6
 
@@ -67,9 +80,9 @@ def test_shares_of_samplings_of_two_and_one_query_equal_those_of_a_pass(loaded, 
 def test_a_whole_pass_stays_where_something_else_needs_it(loaded):
     _, model = loaded
     head = ValueHead(model.config.hidden_size)
-    assert maker(loaded)._attends_in_sampling()
-    assert not maker(loaded, rewards=["localization"])._attends_in_sampling()
-    assert not maker(loaded, umed_packed=False)._attends_in_sampling()
-    assert not maker(loaded, umed_updates_per_rollout=2)._attends_in_sampling()
-    assert not maker(loaded, umed_minibatches_per_rollout=2)._attends_in_sampling()
-    assert not maker(loaded, value_head=head, umed_algorithm="ppo")._attends_in_sampling()
+    assert maker(loaded).sampling.measures_attention
+    assert not maker(loaded, rewards=["localization"]).sampling.measures_attention
+    assert not maker(loaded, umed_packed=False).sampling.measures_attention
+    assert not maker(loaded, umed_updates_per_rollout=2).sampling.measures_attention
+    assert not maker(loaded, umed_minibatches_per_rollout=2).sampling.measures_attention
+    assert not maker(loaded, value_head=head, umed_algorithm="ppo").sampling.measures_attention

@@ -3,10 +3,11 @@
 This is the first half of a step of stage 2, without gradient; `umed_plugin.training.trainer` learns from the result. In the order
 of `ExperienceMaker.roll_out` and `ExperienceMaker.make`:
 
-1. encode the images, sample K candidates for each query (`umed_plugin.training.rollout_engine`). If vision relevance is all that
-   3 is for, the tokens that name the lesion read sampling's KV cache instead (`umed_plugin.model.sampled_attention`), without 3;
+1. encode the images, sample K candidates for each query (`umed_plugin.training.candidate_sampling`). If vision relevance is all
+   that 3 is for, the tokens that name the lesion read sampling's KV cache instead, without 3;
 2. start slow rewards, so that a judge behind a network answers while the next passes run;
-3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance;
+3. one pass of the policy: log-probabilities of the old policy, values, and attention on the lesion for vision relevance
+   (`umed_plugin.training.answer_passes`);
 4. one pass of the reference policy: its log-probabilities;
 5. rewards. IoU is one of them: `umed_plugin.rewards.terms.localization`;
 6. advantages: `umed_plugin.training.advantages`.
@@ -18,37 +19,21 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from umed_plugin.data.records import Record, record_geometry, true_boxes
+from umed_plugin.data.records import Record
 from umed_plugin.errors import note
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
-from umed_plugin.model.forward import (
-    AnswerPass,
-    Candidates,
-    PromptBatch,
-    Scoring,
-    answer_pass,
-    base_llava,
-    decode_answers,
-    embed_prompts,
-    encode_images,
-)
+from umed_plugin.model.forward import Candidates, Scoring, base_llava, decode_answers
 from umed_plugin.model.packing import packing_fault
-from umed_plugin.model.sampled_attention import generate_with_attention
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.sharding import gathered_parameters
-from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import (
     advance_rewards,
     collect_metrics,
@@ -59,6 +44,8 @@ from umed_plugin.rewards import (
     weighted_sum,
 )
 from umed_plugin.training.advantages import KLCoefficient, centre_groups
+from umed_plugin.training.answer_passes import AnswerPasses, batches_of
+from umed_plugin.training.candidate_sampling import CandidateSampling, Lesions
 from umed_plugin.training.cut_off import CutOff, ended
 from umed_plugin.training.dynamic_sampling import replace_without_signal
 from umed_plugin.training.experience import (
@@ -69,34 +56,10 @@ from umed_plugin.training.experience import (
     ppo_experience,
     stacked,
 )
-from umed_plugin.training.out_of_memory import remedy_for_memory, sampling_remedy
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
 from umed_plugin.training.value_head import ValueHead
-
-
-@dataclass(frozen=True)
-class _Queries:
-    """Q queries: prompts, [Q, P, D] features of their images, and records."""
-
-    prompt_ids: list[Tensor]
-    features: Tensor
-    records: list[Record]
-
-    def part(self, first: int, count: int) -> _Queries:
-        picked = slice(first, first + count)
-        return _Queries(self.prompt_ids[picked], self.features[picked], self.records[picked])
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What the passes over N answers give, as in `Samples`; ``attention`` has N shares of attention on the lesion."""
-
-    attention: Sequence[float | None]
-    log_probs: Tensor | None
-    values: Tensor | None
-    reference_log_probs: Tensor | None
 
 
 def _attention_note(llava: Any, packed: bool, fault: str | None) -> str:
@@ -141,19 +104,17 @@ class ExperienceMaker:
         metrics: StepMetrics,
     ) -> None:
         self.tokenizer, self.flags, self.args, self.rewards = tokenizer, flags, args, rewards
-        self.value_head, self.feature_cache, self.metrics = value_head, feature_cache, metrics
-        llava = base_llava(model)
-        tower = llava.get_vision_tower().config
-        self.image_size, self.patch_size = tower.image_size, tower.patch_size
+        self.value_head, self.metrics = value_head, metrics
         self.reward_schedule = dict(zip(rewards, flags.reward_schedule()))
-        self.packed = self._can_pack(llava)
+        self.cut_off = CutOff(flags.umed_cut_off, penalty=sum(flags.reward_weights()))
+        self.kl_coef = KLCoefficient(flags.kl_coef(), flags.umed_kl_target, flags.umed_kl_horizon)
+        self._kl_of_answers: list[Tensor] = []
+
+        # How answers are sampled, and what passes are made over them.
+        self.packed = self._can_pack(base_llava(model))
         self.scoring = Scoring(flags.umed_temperature, flags.umed_logit_rows, hidden=value_head is not None)
-        self.attention = AttentionSettings(
-            flags.vrr_layer_indices(llava.config.num_hidden_layers),
-            flags.vrr_head_indices(llava.config.num_attention_heads),
-            flags.umed_vrr_mask_sinks,
-        )
-        self.sampling = SamplingSettings(
+        self.lesions = Lesions(model, tokenizer, flags)
+        settings = SamplingSettings(
             max_new_tokens=flags.umed_max_new_tokens,
             eos_token_id=tokenizer.eos_token_id,
             temperature=flags.umed_temperature,
@@ -161,14 +122,27 @@ class ExperienceMaker:
             packed=self.packed,
         )
         ranks = Ranks(args.process_index == 0, metrics.on_any_rank, metrics.of_first_rank)
-        self.engine = rollout_engine(flags, self.sampling, args.output_dir, ranks)
-        self.sampled_together = (
-            flags.umed_sampling_batch_size or args.train_batch_size * args.gradient_accumulation_steps
+        self.engine = rollout_engine(flags, settings, args.output_dir, ranks)
+        reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
+        self.sampling, self.passes = self._sampling_and_passes(settings, reference, feature_cache)
+
+    def _sampling_and_passes(
+        self, settings: SamplingSettings, reference: ReferencePolicy | None, feature_cache: Any
+    ) -> tuple[CandidateSampling, AnswerPasses]:
+        """Who samples and who makes the passes, and which of them measures vision relevance, if it is a reward."""
+        head, watched = self.value_head, "vision_relevance" in self.rewards
+        # Before the update's own pass, which gives them at first.
+        needs_log_probs = (head is not None and reference is not None) or not self.flags.learnt_from_once()
+        # If a whole pass would give nothing else that is needed, vision relevance is read from sampling's KV cache.
+        needs_pass = head is not None or needs_log_probs or not self.engine.in_process
+        in_sampling = watched and self.packed and not needs_pass
+        of_passes = self.lesions if watched and not in_sampling else None
+        return (
+            CandidateSampling(
+                self.flags, self.args, settings, self.engine, self.lesions, in_sampling, feature_cache, self.metrics
+            ),
+            AnswerPasses(self.scoring, self.packed, head, reference, needs_log_probs, of_passes),
         )
-        self.cut_off = CutOff(flags.umed_cut_off, penalty=sum(flags.reward_weights()))
-        self.kl_coef = KLCoefficient(flags.kl_coef(), flags.umed_kl_target, flags.umed_kl_horizon)
-        self._kl_of_answers: list[Tensor] = []
-        self.reference = ReferencePolicy(model) if self.kl_coef.value > 0 else None
 
     def _can_pack(self, llava: Any) -> bool:
         """Whether the K answers of a query can share a row with its prompt; tells the user which attention is used, and how."""
@@ -262,15 +236,15 @@ class ExperienceMaker:
         """Sample K candidates for each query of all batches, reward them, and keep what the updates need."""
         was_training = policy.training
         policy.eval()
-        queries = self._queries(policy, batches)
+        queries = self.sampling.queries(policy, batches)
         with self.engine.agreed():
-            candidates, attention, sampled_log_probs = self._sample(policy, queries)
+            candidates, attention, sampled_log_probs = self.sampling.sample(policy, queries)
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, queries.records)
         start_rewards(self.rewards, questions, texts, **columns)
         sizes = [len(batch["prompt_ids"]) for batch in batches]
-        parts = [self._score(policy, *part, was_training) for part in self._parts(queries, candidates, sizes)]
+        parts = [self.passes.scores(policy, *part, was_training) for part in batches_of(queries, candidates, sizes)]
 
         # Vision relevance rewards the attention that sampling or the policy's pass has recorded.
         columns["attention_on_lesion"] = attention or [share for part in parts for share in part.attention]
@@ -292,177 +266,14 @@ class ExperienceMaker:
             sampled_log_probs,
         )
 
-    def _queries(self, policy: Any, batches: Sequence[dict[str, Any]]) -> _Queries:
-        """The queries of all batches; their images are encoded batch by batch."""
-        return _Queries(
-            [ids for batch in batches for ids in batch["prompt_ids"]],
-            torch.cat([self._encode(policy, batch) for batch in batches]),
-            [record for batch in batches for record in batch["records"]],
-        )
-
-    def _encode(self, policy: Any, inputs: dict[str, Any]) -> Tensor:
-        """[Q, P, D] patch features of the queries' images, from the feature cache where it has them."""
-        cached = inputs["features"]
-        if self.feature_cache is None:
-            # The tower's output has another memory layout than features read from a cache, and bf16 kernels round by layout.
-            return encode_images(policy, inputs["images"]).contiguous()
-        self.metrics.add({"feature_cache_hits": sum(features is not None for features in cached) / len(cached)})
-        names = inputs["features_names"]
-        return self.feature_cache.complete(cached, names, lambda: encode_images(policy, inputs["images"]))
-
-    def _sample(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float], Tensor | None]:
-        """K answers to each query, for as many queries at a time as may be sampled together.
-
-        With them come N shares of attention on the lesion if no pass of the policy is needed for anything else; else none. Last,
-        their log-probabilities [N, T] if a server has sampled them.
-        """
-        parts, attention, log_probs = [], [], []
-        for first in range(0, len(queries.records), self.sampled_together):
-            part = queries.part(first, self.sampled_together)
-            count = len(part.records)
-            remedy = sampling_remedy(self.flags, count)
-            doing = f"sampling {self.flags.umed_num_candidates} answers to each of {count} questions"
-            with remedy_for_memory(doing, remedy, keep=self.args.auto_find_batch_size):
-                sampled, shares, of_server = self._sample_part(policy, part)
-            parts.append(sampled)
-            attention += shares
-            log_probs.append(of_server)
-        longest = max(part.mask.shape[1] for part in parts)
-        ends = self.sampling.eos_token_id
-        candidates = Candidates(
-            torch.cat([pad(part.token_ids, (0, longest - part.mask.shape[1]), value=ends) for part in parts]),
-            torch.cat([pad(part.mask, (0, longest - part.mask.shape[1])) for part in parts]),
-        )
-        return candidates, attention, stacked(log_probs)
-
-    def _sample_part(self, policy: Any, queries: _Queries) -> tuple[Candidates, list[float], Tensor | None]:
-        """`_sample` for queries that are sampled together."""
-        prompts, records = embed_prompts(policy, queries.prompt_ids, queries.features), queries.records
-        if not self._attends_in_sampling():
-            candidates, of_server = self.engine.sample(policy, prompts)
-            return candidates, [], of_server
-
-        def naming(candidates: Candidates) -> list[list[int]]:
-            return self._naming_tokens(candidates, records)
-
-        candidates, shares = generate_with_attention(
-            policy, prompts, self.sampling, naming, self._cover(records), self.attention
-        )
-        return candidates, shares.tolist(), None
-
-    def _attends_in_sampling(self) -> bool:
-        """Whether vision relevance is read from sampling's KV cache: a whole pass would give nothing else that is needed."""
-        needs_pass = self.value_head is not None or self._needs_log_probs() or not self.engine.in_process
-        return "vision_relevance" in self.rewards and self.packed and not needs_pass
-
-    def _parts(
-        self, queries: _Queries, candidates: Candidates, sizes: Sequence[int]
-    ) -> Iterator[tuple[_Queries, Candidates]]:
-        """The queries of each batch and their candidates, without columns that contain only padding."""
-        k, first = self.flags.umed_num_candidates, 0
-        for size in sizes:
-            rows = slice(first * k, (first + size) * k)
-            tokens = int(candidates.mask[rows].sum(dim=1).max())
-            part = Candidates(candidates.token_ids[rows, :tokens], candidates.mask[rows, :tokens])
-            yield queries.part(first, size), part
-            first += size
-
-    def _score(self, policy: Any, queries: _Queries, candidates: Candidates, learning: bool) -> _Scores:
-        """The passes of policy and reference over the candidates of one batch; ``learning``: the mode that updates run in."""
-        prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
-        attention, outputs = self._attend(policy, prompts, candidates, queries.records)
-        outputs = self._old_policy(policy, prompts, candidates, outputs, learning)
-        needs_log_probs = outputs is not None and self._needs_log_probs()
-        return _Scores(
-            attention,
-            _log_probs(outputs) if needs_log_probs and outputs is not None else None,
-            None if self.value_head is None or outputs is None else self.value_head(outputs.hidden),
-            self._reference_log_probs(policy, queries, candidates, learning),
-        )
-
-    @contextmanager
-    def _as_updates_run(self, policy: Any, learning: bool) -> Iterator[None]:
-        """The mode of the updates, for passes whose log-probabilities are compared with theirs.
-
-        Under gradient checkpointing the updates take another path through the model, and the rounding of the two paths differs:
-        ratios would not begin at 1, and the KL of an untouched policy not at 0. ``learning``: the mode in which the step began.
-        """
-        policy.train(learning and base_llava(policy).is_gradient_checkpointing)
-        try:
-            with warnings.catch_warnings():
-                # Checkpoints warn of a pass without gradient, which this one is on purpose.
-                warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
-                yield
-        finally:
-            policy.eval()
-
-    def _needs_log_probs(self) -> bool:
-        """Whether the log-probabilities of the old policy are needed before the update's own pass, which is theirs at first."""
-        penalty_in_rewards = self.value_head is not None and self.reference is not None
-        return penalty_in_rewards or not self.flags.learnt_from_once()
-
     def _reward_inputs(
         self, candidates: Candidates, records: list[Any]
     ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
         """What a reward gets, N entries each: questions, answers and columns."""
         repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
-        columns = {"record": repeated, "geometry": [self.geometry(record) for record in repeated]}
+        columns = {"record": repeated, "geometry": [self.lesions.geometry(record) for record in repeated]}
         questions = [record["conversations"][0]["value"] for record in repeated]
         return questions, decode_answers(self.tokenizer, candidates), columns
-
-    def _attend(
-        self, policy: Any, prompts: PromptBatch, candidates: Candidates, records: Sequence[Record]
-    ) -> tuple[Sequence[float | None], AnswerPass | None]:
-        """N shares of attention on the lesion and the outputs of the pass that has them; no pass if it is not needed."""
-        if "vision_relevance" not in self.rewards or self._attends_in_sampling():
-            return [None] * len(candidates.mask), None
-        shares, outputs = attention_on_lesion(
-            policy,
-            prompts,
-            candidates,
-            self._naming_tokens(candidates, records),
-            self._cover(records),
-            self.attention,
-            packed=self.packed,
-            scoring=self.scoring,
-        )
-        return shares.tolist(), outputs
-
-    def _naming_tokens(self, candidates: Candidates, records: Sequence[Record]) -> list[list[int]]:
-        """For each of N candidates the indices of its tokens that name a lesion."""
-        repeated = [record for record in records for _ in range(self.flags.umed_num_candidates)]
-        return lesion_naming_tokens(self.tokenizer, candidates, repeated)
-
-    def _cover(self, records: Sequence[Record]) -> Tensor:
-        """[Q, P] part of each patch that the true boxes cover."""
-        covers = [self.geometry(record).patch_cover(true_boxes(record)) for record in records]
-        return torch.stack([torch.from_numpy(cover) for cover in covers])
-
-    def _old_policy(
-        self, policy: Any, prompts: PromptBatch, candidates: Candidates, outputs: AnswerPass | None, learning: bool
-    ) -> AnswerPass | None:
-        """The pass that gives old log-probabilities and values; None if nothing of it is needed.
-
-        ``outputs`` of a pass in evaluation mode serve, unless their log-probabilities are compared with those of another mode.
-        """
-        compared = self._needs_log_probs()
-        if self.value_head is None and not compared:
-            return None
-        with self._as_updates_run(policy, learning and compared):
-            if outputs is not None and not policy.training:
-                return outputs
-            return answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring)
-
-    def _reference_log_probs(
-        self, policy: Any, queries: _Queries, candidates: Candidates, learning: bool
-    ) -> Tensor | None:
-        """[N, T] under the reference policy, or None without a KL."""
-        if self.reference is None:
-            return None
-        with self._as_updates_run(policy, learning), self.reference.as_reference(policy):
-            # The projector is trained, so the prompts are embedded anew under the reference.
-            prompts = embed_prompts(policy, queries.prompt_ids, queries.features)
-            return _log_probs(answer_pass(policy, prompts, candidates, packed=self.packed, scoring=self.scoring))
 
     def _reward(
         self,
@@ -504,12 +315,7 @@ class ExperienceMaker:
 
     def geometry(self, record: Record) -> ImageGeometry:
         """Where a record's image lies in the square that the vision tower sees."""
-        return record_geometry(record, self.image_size, self.patch_size)
-
-
-def _log_probs(outputs: AnswerPass) -> Tensor:
-    assert outputs.scores is not None
-    return outputs.scores.log_probs
+        return self.lesions.geometry(record)
 
 
 def _left_out(column: Sequence[float | None], counted: Tensor | None) -> Sequence[float | None]:
