@@ -166,7 +166,7 @@ def test_the_recipe_commands_run(
     """Every ``umed recipe`` command as it stands, with the page's own recipe, on the real images."""
     data = real_data / "brain_tumor_coco"
     monkeypatch.chdir(tmp_path)
-    recipe, _ = blocks(DOCS / "data.md", "yaml")
+    recipe, _, _ = blocks(DOCS / "data.md", "yaml")
     Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
     Path("my_tumors").mkdir()
     ran = [command for command in COMMANDS if entry(command) == "umed recipe"]
@@ -182,7 +182,7 @@ def test_the_recipe_commands_run(
 
 
 def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
-    recipe, several_readers = blocks(DOCS / "data.md", "yaml")
+    recipe, several_readers, augment = blocks(DOCS / "data.md", "yaml")
     assert len(recipe.splitlines()) <= 10
     (tmp_path / "my_tumors.yaml").write_text(recipe)
     load_recipe(str(tmp_path / "my_tumors.yaml"))
@@ -190,3 +190,5 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     other = by_file + several_readers + rest.partition("\n")[2].replace("{by: file}", "{by: patient}")
     (tmp_path / "vindr.yaml").write_text(other)
     assert load_recipe(str(tmp_path / "vindr.yaml")).annotations.readers.at_least == 2
+    (tmp_path / "augmented.yaml").write_text(recipe + augment)
+    assert load_recipe(str(tmp_path / "augmented.yaml")).augment.rotation == 10
