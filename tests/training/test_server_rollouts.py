@@ -118,6 +118,19 @@ def test_ppo_with_several_updates_keeps_the_servers_probabilities(tiny_mistral, 
     assert max(logged(tmp_path / "out", "importance_ratio_max")) == pytest.approx(1, abs=1e-4)
 
 
+def test_further_questions_are_sampled_by_the_server_too(tiny_mistral, records, complete, tmp_path):
+    """`--umed_dynamic_sampling`, where a reward that is always 1 leaves no group with signal."""
+    more = ["--umed_dynamic_sampling", "1", "--umed_rewards", "even:even", "--max_steps", "2", "--save_steps", "2"]
+    (records.parent / "even.py").write_text(
+        "def even(prompts, completions, **columns):\n    return [1.0 for _ in completions]\n"
+    )
+    with stand_in(complete) as server:
+        done = run(tiny_mistral, records, tmp_path / "out", server, *more)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert server.log.count("/v1/completions") == 4 and len(adapters(server, "load")) == 2
+    assert max(logged(tmp_path / "out", "server_difference")) < 1e-4
+
+
 def test_two_processes_end_together_when_one_of_them_is_refused(tiny_mistral, records, complete, tmp_path):
     asked = []
 
