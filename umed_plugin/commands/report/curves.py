@@ -78,7 +78,7 @@ def charts_of(training: Training) -> dict[str, list[Chart]]:
         if name.endswith(_REFERENCE) and base in names:
             continue
         title = next(title for title, starts in GROUPS.items() if name.startswith(starts))
-        grouped[title].append(_chart(name, training.log))
+        grouped[title].append(_chart(name, training))
     for title, charts in grouped.items():
         charts.sort(key=lambda chart: next(i for i, start in enumerate(GROUPS[title]) if chart.name.startswith(start)))
     return {title: charts for title, charts in grouped.items() if charts}
@@ -88,7 +88,8 @@ def _is_shown(name: str, value: Any) -> bool:
     return name not in _NOT_SHOWN and not name.startswith(_OF_THE_END) and isinstance(value, (int, float))
 
 
-def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
+def _chart(name: str, training: Training) -> Chart:
+    log = training.log
     points, reference = points_of(name, log), points_of(name + _REFERENCE, log)
     limits = {row["step"]: crossed_by[name] for row in log if name in (crossed_by := crossed_limits(row))}
     crossed = [(step, value) for step, value in points if step in limits]
@@ -100,7 +101,7 @@ def _chart(name: str, log: Sequence[Mapping[str, Any]]) -> Chart:
     if crossed:
         limit = next(iter(limits.values()))
         alarm = f"{len(crossed)} of {len(points)} points are {limit}"
-    svg, scales = _draw(name, points, reference, crossed)
+    svg, scales = _draw(f"{training.name}/{name}", points, reference, crossed)
     return Chart(name, svg, summary, alarm, {"points": points, "reference": reference, **scales})
 
 
@@ -110,7 +111,7 @@ def points_of(name: str, log: Sequence[Mapping[str, Any]]) -> list[tuple[int, fl
 
 
 def _draw(
-    name: str,
+    salt: str,
     points: Sequence[tuple[int, float]],
     reference: Sequence[tuple[int, float]],
     crossed: Sequence[tuple[int, float]],
@@ -121,7 +122,7 @@ def _draw(
     from matplotlib.ticker import MaxNLocator
 
     # The salt makes the names of clip paths unique to this chart, and the same each time.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif", "font.size": 9}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         axes = figure.add_subplot()
