@@ -238,7 +238,7 @@ def test_flags_parse_and_survive_the_pickle_with_and_without_the_plugin(flags, t
     [
         (["--umed_stge", "rewarding"], "unknown flag --umed_stge. Did you mean '--umed_stage'?"),
         (["--lora_enabled=True", "--nonsense", "1"], "unknown flag --lora_enabled. Did you mean '--lora_enable'?"),
-        (["--fp16", "True"], "--use_cpu True --bf16 False --fp16 False --tf32 False"),
+        (["--tf32", "True"], "--use_cpu True --bf16 False --fp16 False --tf32 False"),
         (["--version", "umed_mistrall"], "Did you mean 'umed_mistral'"),
         (["--umed_stage", "instruction_tuning", "--version", "plain"], "no place for questions"),
         (["--umed_stage", "instruction_tuning", "--umed_stock_template_share", "2"], "from 0 to 1"),
