@@ -45,6 +45,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--python", required=True, help="Python of an environment with vLLM")
     parser.add_argument("--checkpoint", type=Path, help="start of stage 2 (default: the demo's stage 1)")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps of stage 2 (default: 60; 0: none)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the adapter (default: 2e-4)")
     parser.add_argument("--queries", type=int, default=12, help="questions a step (default: 12)")
     parser.add_argument("--test", type=int, default=200, help="held-out studies (default: 200)")
     parser.add_argument("--json", type=Path, help="write all results to this file")
@@ -143,7 +144,7 @@ def stage_2(options: argparse.Namespace, start: Path, output: Path, *more: str) 
         --seed 0 --data_seed 0
         --umed_stage rewarding --umed_num_candidates {K} --umed_max_new_tokens {LENGTH} --umed_temperature 0.5
         --umed_kl_coef 0.015 --umed_advantage_scale batch --umed_judge classes --umed_reward_weights 4,2,1
-        --lora_enable True --lora_r 32 --lora_alpha 64 --learning_rate 1e-3 --mm_projector_lr 1e-4
+        --lora_enable True --lora_r 32 --lora_alpha 64 --learning_rate {options.learning_rate} --mm_projector_lr 1e-4
         --max_steps {options.steps} --per_device_train_batch_size {options.queries}
     """.split()
     command = [sys.executable, "-m", "umed_plugin.launch", sys.executable, "-m", "llava.train.train_mem", *flags, *more]
