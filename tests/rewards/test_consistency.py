@@ -12,10 +12,10 @@ from umed_plugin.data import template_writer
 from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS
 from umed_plugin.errors import UmedError
+from umed_plugin.grounding.consistency import checks
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards import REWARDS, combine_rewards, localization
 from umed_plugin.rewards.judges.lexical import class_relevance
-from umed_plugin.rewards.terms.consistency import checks
 
 SQUARE = ImageGeometry(100, 100)
 TERMS = {"nodule": ["nodule", "nodular opacity"], "cyst": ["cyst"]}

@@ -40,6 +40,7 @@ from umed_plugin.evaluation.metrics.grounding import (
 )
 from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, mean, mean_of_groups, means, ratio
 from umed_plugin.evaluation.results import Evaluation, Prediction
+from umed_plugin.grounding.consistency import consistency_of
 from umed_plugin.grounding.scoring import AnswerScore, Scorer, score_answer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -117,8 +118,13 @@ def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> d
     """The columns of one study; those of attention only where the answer was examined."""
     scores = _scored(question, answer, scorer)
     if answer.examined is None:
-        return case_values(scores, None)
-    return case_values(scores, answer.examined["vision_relevance"], _attention_hit(answer.examined["heat"], scores))
+        values = case_values(scores, None)
+    else:
+        hit = _attention_hit(answer.examined["heat"], scores)
+        values = case_values(scores, answer.examined["vision_relevance"], hit)
+    record = question.about["record"]
+    agrees = consistency_of(answer.text, record, _geometry(record, scorer), scorer.dialect)
+    return values if agrees is None else {**values, "consistent_answers": float(agrees == 1)}
 
 
 def _attention_hit(heat: dict[str, Any] | None, score: AnswerScore) -> float:
@@ -166,6 +172,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
 
     ``lesion_iou/small`` is the mean IoU of the small lesions, each with the box that it is matched to. ``lesions_found/small``
     is the share of them with an IoU of at least 0.5. Sizes are those of `umed_plugin.evaluation.metrics.grounding`.
+    ``consistent_answers`` is the share of answers that agree with themselves in all that applies (`checks` of
+    `umed_plugin.grounding.consistency`), of the answers to which some of it applies.
     ``unread_boxes`` is the mean number of boxes in an answer that could not be read; each counts as a box without area.
     """
     several = len({row.groups["source"] for row in rows}) > 1
@@ -184,6 +192,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     if any("unread_boxes" in row.values for row in rows):  # evaluations of earlier versions did not count them
         of_less += means("unread_boxes", limits=None)
     reported += [replace(metric, lower_is_better=True) for metric in of_less]
+    if any("consistent_answers" in row.values for row in rows):  # nor did they look at this
+        reported += means("consistent_answers")
     for size in SIZES:
         lesions = f"lesions_{size}"
         for name in ("lesion_iou", "lesions_found"):
@@ -332,7 +342,7 @@ RECIPE = Benchmark(
     needs="the recipe's data set",
     url="",
     reported="accuracy by source and their mean, IoU, IoU at least 0.25 and 0.5, pointing game of boxes and of attention, vision "
-    "relevance, false boxes on negatives, boxes that could not be read, lesions by size",
+    "relevance, false boxes on negatives, boxes that could not be read, answers that agree with themselves, lesions by size",
     questions=_mau,
     score=score,
     metrics=metrics,

@@ -1,23 +1,13 @@
-"""Whether an answer agrees with itself: the number that it says with its boxes, sides with boxes, names with negations.
-
-The idea is Dr-LLaVA's (arXiv 2405.19567), which rewards answers to several questions that fit together. Here the steps detection,
-localisation and recognition are in one answer, so that no labels and no file of rules are needed.
-"""
+"""Whether an answer agrees with itself; what is checked stands in `umed_plugin.grounding.consistency`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from umed_plugin.grounding.boxes import Box, copies, is_degenerate, is_inside
-from umed_plugin.grounding.claims import number_said, says_normal, sides_said
+from umed_plugin.grounding.consistency import consistency_of
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.scoring import boxes_in_square
-from umed_plugin.grounding.terms import find_terms, ruled_out_classes
 from umed_plugin.rewards.contract import register_reward
-
-# How far a box may leave the image, in 0-1 of the square: its numbers are rounded to two decimals.
-_ROUNDING = 0.01
 
 
 @register_reward("consistency")
@@ -29,10 +19,9 @@ def consistency(
     geometry: Sequence[ImageGeometry],
     **columns: Any,
 ) -> list[float | None]:
-    """Share of the checks that hold, of those that apply to the answer (`checks`), in 0..1.
+    """Share of the checks that hold, of those that apply to the answer, in 0..1; ``None`` where none applies.
 
-    ``None`` for an answer to which none applies. Also for one that claims nothing abnormal where there is something: it has
-    nothing that could disagree, and would be the safest answer to every question.
+    An answer that claims nothing abnormal where there is something has ``None`` too, or it would be the safest answer to all.
 
     Example:
         >>> study = {"terms": {"cyst": ["cyst"]}, "objects": {"bbox": [[10, 20, 30, 40]]}}
@@ -41,67 +30,4 @@ def consistency(
         >>> consistency(["Where?"] * 2, answers, record=[study] * 2, geometry=[ImageGeometry(100, 100)] * 2)
         [0.75, 1.0]
     """
-    return [_value(*answer) for answer in zip(completions, record, geometry)]
-
-
-def _value(text: str, record: Mapping[str, Any], geometry: ImageGeometry) -> float | None:
-    found = checks(text, record["terms"], geometry)
-    if not found or (set(found) == {"normal"} and record["objects"]["bbox"]):
-        return None
-    return sum(found.values()) / len(found)
-
-
-def checks(text: str, terms: Mapping[str, Sequence[str]], geometry: ImageGeometry) -> dict[str, bool]:
-    """The checks that apply to an answer, and whether each holds.
-
-    - ``number``: the number of findings that it says is the number of its boxes.
-    - ``named``: there are no fewer boxes than classes named, and no more than findings named or said.
-    - ``side``: each "upper left" in a sentence with a box is where the box lies.
-    - ``normal``: an answer that says that nothing is abnormal has no box and names nothing.
-    - ``ruled_out``: no class is both named and ruled out.
-    - ``same_box``: no place has more boxes than there are classes named.
-    - ``inside``: every box has an area and lies in the image.
-
-    Args:
-        text: the answer. A box that cannot be read counts as one without area.
-        terms: class -> names.
-        geometry: of the image.
-    """
-    boxes, mentions = boxes_in_square(text, geometry), [cls for _, _, cls in find_terms(text, terms)]
-    named, number, sides = set(mentions), number_said(text, terms), sides_said(text)
-    ruled_out = ruled_out_classes(text, terms)
-    found = {}
-    if number is not None:
-        found["number"] = number == len(boxes)
-    if named or boxes:
-        found["named"] = len(named) <= len(boxes) <= max(len(mentions), number or 0)
-    if sides:
-        found["side"] = all(_lies_there(side.fits, boxes, side.box) for side in sides)
-    if says_normal(text, terms) or (ruled_out and not named):
-        found["normal"] = not named and not boxes
-    if named:
-        found["ruled_out"] = not named & ruled_out
-    if len(boxes) > 1:
-        found["same_box"] = all(earlier < max(len(named), 1) for earlier in copies(boxes))
-    if boxes:
-        found["inside"] = all(_is_in_image(box, geometry) for box in boxes)
-    return found
-
-
-def _lies_there(fits: Any, boxes: Sequence[Box], index: int) -> bool:
-    if is_degenerate(boxes[index]):
-        return False
-    x1, y1, x2, y2 = boxes[index]
-    return bool(fits((x1 + x2) / 2, (y1 + y2) / 2))
-
-
-def _is_in_image(box: Box, geometry: ImageGeometry) -> bool:
-    (visible,) = geometry.to_square([(0, 0, geometry.width, geometry.height)])
-    return is_inside(box) and all(
-        (
-            box[0] >= visible[0] - _ROUNDING,
-            box[1] >= visible[1] - _ROUNDING,
-            box[2] <= visible[2] + _ROUNDING,
-            box[3] <= visible[3] + _ROUNDING,
-        )
-    )
+    return [consistency_of(*answer) for answer in zip(completions, record, geometry)]
