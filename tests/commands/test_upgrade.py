@@ -137,6 +137,21 @@ def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mis
 
 
 @pytest.mark.llava
+def test_a_reward_with_a_file_and_a_weight_that_changes(tiny_mistral, tmp_path, monkeypatch, capsys):
+    """Training runs in another folder, so the file's path becomes absolute; its faults are said at once."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steps.yaml").write_text("steps: {side: {left: [left]}}\ncases: [{side: left}]\n")
+    (tmp_path / "bad.yaml").write_text("steps: {side: {left: [left]}}\ncases: [{side: right}]\n")
+    call = ["upgrade", str(tiny_mistral), "--recipe", "demo_studies", "--dry-run", "--rewards"]
+    assert cli.main([*call, "relevance,symbolic:steps.yaml", "--set", "rewarding.reward_weights=[1, 0..0.5]"]) == 0
+    out = capsys.readouterr().out
+    assert f"--umed_rewards relevance,symbolic:{tmp_path}/steps.yaml " in out
+    assert "--umed_reward_weights 1,0..0.5 " in out
+    assert cli.main([*call, "symbolic:bad.yaml"]) == 1
+    assert "cases[0].side: unknown symbol 'right'" in capsys.readouterr().err
+
+
+@pytest.mark.llava
 def test_a_dry_run_prints_commands_and_no_librarys_words(tiny_mistral, tmp_path):
     command = [sys.executable, "-m", "umed_plugin.cli", "upgrade", str(tiny_mistral), "--recipe", "demo_studies"]
     run = subprocess.run([*command, "--dry-run"], env=environment(), cwd=tmp_path, capture_output=True, text=True)

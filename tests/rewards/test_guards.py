@@ -12,6 +12,7 @@ from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.rewards.guards import (
     GUARDS,
+    HELD_OUT_GUARDS,
     VISION_RELEVANCE_METRICS,
     WINDOW,
     Guards,
@@ -183,6 +184,22 @@ def test_the_skeleton_keeps_the_wording_alone(text):
 
 def test_a_name_that_is_ruled_out_is_blanked_too():
     assert skeleton("No cyst, but 1 nodule.", TERMS) == skeleton("No nodule, but 2 cysts.", TERMS) == "no @, but # @."
+
+
+@pytest.mark.parametrize(
+    ("iou", "accuracy", "crossed"), [(0.15, 0.75, 2), (0.15, 0.95, 1), (0.75, 0.95, 0), (0.95, 1.0, 0)]
+)
+def test_training_studies_that_are_known_by_heart_are_warned_of(iou, accuracy, crossed):
+    """Honest candidates are all but right on the training studies; how good the policy is on others, validation says."""
+    guards, metrics = after(lambda record, honest: honest)
+    assert not {*HELD_OUT_GUARDS} & {*metrics}, "nothing to compare with yet"
+    guards.held_out({"val/iou": iou, "val/accuracy": accuracy, "val/box_area_ratio": 1.0})
+    metrics = guards.metrics()
+    assert 0.75 < metrics["guard/iou_over_held_out"] + iou < 0.95
+    assert metrics["guard/accuracy_over_held_out"] == pytest.approx(1 - accuracy)
+    said = guards.warnings(metrics)
+    assert len(said) == crossed and all("knows the training studies by heart" in text for text in said)
+    assert guards.warnings(metrics) == []
 
 
 def test_rewards_that_teach_nothing_and_answers_that_never_end_are_warned_of_once():

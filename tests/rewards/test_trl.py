@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +205,22 @@ def test_a_combined_reward_is_what_stage_2_makes_of_the_rewards(examples):
     )
     assert found == pytest.approx(wanted.flatten().tolist())
     assert logged["reward/relevance"] == pytest.approx(sum(values["relevance"]) / 6)
+
+
+def test_a_weight_may_change_over_trls_run(examples):
+    columns, logged = columns_of(examples, 2), {}
+    rewards = {name: REWARDS.get(name) for name in ("relevance", "localization_diou")}
+
+    def found(weight, state):
+        combined = CombinedReward(rewards, 2, weights={"relevance": weight})
+        keywords = {"completion_ids": [[5]] * 6, "log_metric": logged.__setitem__, "trainer_state": state}
+        return combined(completions=list(ANSWERS), **keywords, **columns)
+
+    half = SimpleNamespace(global_step=5, max_steps=11)
+    assert found("0..2", half) == pytest.approx(found(1.0, None))
+    assert logged["weight/relevance"] == 1
+    with pytest.raises(UmedError, match="the weight of 'relevance' changes over the run"):
+        found("0..2", None)
 
 
 def test_groups_that_are_cut_are_refused(examples):

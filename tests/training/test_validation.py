@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.records import grounded_records
 from support.taught import learn_by_heart, study_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
@@ -18,6 +20,7 @@ from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.training.start_check import no_boxes, studies_with_lesion
 from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts
 
 FLAGS = shlex.split(
@@ -25,6 +28,8 @@ FLAGS = shlex.split(
     " --umed_stock_template_share 1 --umed_log_candidates 1 --learning_rate 2e-3 --max_steps 5 --save_steps 3"
     " --per_device_train_batch_size 1 --per_device_eval_batch_size 2"
 )
+# At temperature 1 not all of them have one.
+CHECKED = r"umed: before the first step, [1-4] of 4 answers sampled to 2 training studies have a box; their mean IoU is [01]\."
 # Boxes as the taught answers say them, and others: 16 pixels of padding lie above an 80 x 48 image.
 BOXES = {"nodule": [9.6, 11.2, 44.8, 46.4], "cyst": [40, 4, 60, 16]}
 
@@ -89,11 +94,20 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     # Of four studies with a lesion one has a true box of half the area: the fourth root of 2.
     assert found[0]["val/iou"] == pytest.approx((1 + 1 + 0.5 + 1) / 4, abs=0.01)
     assert found[0]["val/box_area_ratio"] == pytest.approx(2 ** (1 / 4), abs=0.01)
+    # A guard compares them with the answers sampled to the training studies.
+    history = json.loads((with_curve / "trainer_state.json").read_text())["log_history"]
+    (first, *_) = [line for line in history if "guard/iou_over_held_out" in line]
+    groups = [json.loads(line) for line in (with_curve / "candidates.jsonl").read_text().splitlines()[: first["step"]]]
+    ious = [one["localization"] for group in groups if group["true"]["bbox"] for one in group["candidates"]]
+    assert first["guard/iou_over_held_out"] == pytest.approx(sum(ious) / len(ious) - found[0]["val/iou"], abs=1e-6)
+    assert "guard/accuracy_over_held_out" in first
     assert found[0] != found[5], "five steps at a high rate change the answers, or the last value showed nothing"
 
 
 def test_training_samples_the_same_answers_with_and_without_the_curve(taught, with_curve, tmp_path):
-    rewarding(*taught[:2], tmp_path / "without")
+    """And with and without the check of the first step, which this short run does only where it is asked for."""
+    run = rewarding(*taught[:2], tmp_path / "without", "--umed_start_check", "2")
+    assert len(re.findall(CHECKED, run.stdout)) == 1
     assert curve(tmp_path / "without") == {}
     sampled = [(output / "candidates.jsonl").read_text() for output in (with_curve, tmp_path / "without")]
     assert len(sampled[0].splitlines()) == 5
@@ -110,8 +124,31 @@ def test_a_resumed_run_goes_on_with_the_same_curve(taught, with_curve, tmp_path)
 
 def test_two_processes_answer_each_record_once(taught, with_curve, tmp_path):
     """Five records do not divide by two, and one process has a batch more."""
-    rewarding(*taught[:2], tmp_path / "two", "--umed_val_every", "9", "--max_steps", "1", launcher=TWO_PROCESSES)
+    more = ("--umed_val_every", "9", "--max_steps", "1", "--umed_start_check", "16")
+    run = rewarding(*taught[:2], tmp_path / "two", *more, launcher=TWO_PROCESSES)
+    assert len(re.findall(CHECKED, run.stdout)) == 1
     assert curve(tmp_path / "two")[0] == pytest.approx(curve(with_curve)[0], abs=1e-6)
+
+
+def test_a_checkpoint_that_writes_no_boxes_is_refused_before_the_first_step(tiny_mistral, tmp_path):
+    """A run of 20 steps is checked by itself. The message goes to a terminal, so what a model writes is not printed raw."""
+    records = grounded_records(tmp_path / "data")
+    flags = train_flags(
+        tiny_mistral, records, tmp_path / "out", *FLAGS, "--umed_max_new_tokens", "6", "--max_steps", "20"
+    )
+    run = umed_run(["python", "-m", "llava.train.train_mem", *flags])
+    assert run.returncode == 1
+    assert "umed: error: none of the 12 answers sampled to 6 training studies with a lesion has a box." in run.stderr
+    assert "12 answers are cut off at --umed_max_new_tokens 6" in run.stderr and "--umed_start_check 0" in run.stderr
+    assert not (tmp_path / "out" / "candidates.jsonl").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_studies_with_a_lesion_are_spread_over_the_data():
+    records = [{"objects": {"bbox": [[0, 0, 9, 9]] * (i % 2)}} for i in range(100)]
+    assert studies_with_lesion(records, 3) == [25, 33, 41]
+    assert studies_with_lesion(records[::2], 3) == studies_with_lesion([], 3) == []
+    assert studies_with_lesion(records[:4], 16) == [1, 3]
+    assert "'\\x1b[31m box'" in no_boxes(1, 2, 0, ["\x1b[31m box"], 8).replace("\\\\", "\\")
 
 
 def test_the_choice_of_records_does_not_depend_on_their_order():

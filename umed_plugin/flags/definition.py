@@ -41,6 +41,7 @@ from umed_plugin.flags.weights import Weight
 from umed_plugin.remote import settings
 
 __all__ = [
+    "BOX_REWARDS",
     "DEFAULT_JUDGE_OPTIONS",
     "LOCAL_JUDGE_NAMES",
     "OPENAI",
@@ -64,6 +65,8 @@ SHIPPED_REWARDS = (
     *sorted({module.name for module in pkgutil.iter_modules([str(_REWARD_FILES)])} - set(PAPER_REWARDS)),
 )
 
+# The rewards that are 0 for an answer without a box.
+BOX_REWARDS = ("localization", "localization_diou", "localization_curriculum")
 # The one shipped reward that needs a file: symbolic:FILE.yaml.
 SYMBOLIC = "symbolic"
 
@@ -611,6 +614,18 @@ class UmedFlags:
         "Write the sampled answers with their rewards to candidates.jsonl, and to TensorBoard or W&B under --report_to, every "
         "this many steps; 0: never.",
         stage=REWARDING,
+        least=0,
+        on_resume=FREE,
+    )
+    umed_start_check: Optional[int] = _flag(
+        None,
+        "Training studies with a lesion to which answers are sampled before the first step; if none of the answers has a box, "
+        "the run is refused. 0: no check. Default: 16, but 0 in a run of fewer than 20 steps.",
+        stage=REWARDING,
+        needs=Needs(
+            f"{', '.join(BOX_REWARDS[:-1])} or {BOX_REWARDS[-1]} in --umed_rewards",
+            lambda flags: bool({*BOX_REWARDS} & {*flags.reward_names()}),
+        ),
         least=0,
         on_resume=FREE,
     )

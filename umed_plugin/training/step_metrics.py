@@ -37,7 +37,14 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import Candidates
 from umed_plugin.rewards import reward_metric_names
-from umed_plugin.rewards.guards import GUARDS, VISION_RELEVANCE_METRICS, Guards, unscored, vision_relevance_metrics
+from umed_plugin.rewards.guards import (
+    GUARDS,
+    HELD_OUT_GUARDS,
+    VISION_RELEVANCE_METRICS,
+    Guards,
+    unscored,
+    vision_relevance_metrics,
+)
 from umed_plugin.training import dynamic_sampling, importance
 from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
@@ -67,6 +74,7 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     names = [f"reward/{name}" for name in rewards]
     names += [weight_of(name) for name, weight in zip(rewards, flags.reward_schedule()) if weight.changes]
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
+    names += HELD_OUT_GUARDS if flags.umed_val_every else ()
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += importance.METRICS if flags.umed_rollout_server is not None else ()
     names += dynamic_sampling.METRICS if flags.umed_dynamic_sampling else ()
@@ -133,6 +141,10 @@ class StepMetrics:
                 "answers_cut_off": 1 - ended.float().mean().item(),
             }
         )
+
+    def held_out(self, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of a validation to the guards."""
+        self._guards.held_out(metrics)
 
     def add_guards(
         self,

@@ -58,6 +58,7 @@ from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memor
 from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
 from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, rollout_file, save_state
 from umed_plugin.training.sampler import EpochSampler
+from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import StopForReward
 from umed_plugin.training.validation import HeldOutValidation
@@ -129,6 +130,7 @@ class RewardingTrainer(LLaVATrainer):
             Dealing(self._seed_of_order, args.process_index, args.world_size),
             numbered=flags.umed_augment,
         )
+        self.add_callback(StartCheck(self))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 

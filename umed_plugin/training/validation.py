@@ -54,12 +54,17 @@ class HeldOutValidation(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log the values before the first step, unless the run is resumed."""
         if state.global_step == 0:
-            self.trainer.log(self.measure())
+            self._log()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log every ``--umed_val_every`` steps, and after the last step."""
         if state.global_step % self.trainer.flags.umed_val_every == 0 or state.global_step == state.max_steps:
-            self.trainer.log(self.measure())
+            self._log()
+
+    def _log(self) -> None:
+        measured = self.measure()
+        self.trainer.metrics.held_out(measured)
+        self.trainer.log(measured)
 
     def measure(self) -> dict[str, float]:
         """The current policy's metrics; each rank answers its share of the records."""
