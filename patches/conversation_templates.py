@@ -17,7 +17,6 @@ from umed_plugin.patching import Patch, Recorder, Target
 # train() handles these two itself, without the dictionary.
 _VERSIONS_OF_TRAIN = ("v0", "v0.5")
 # LLaVA's programs ask a `llava_mistral` checkpoint under this template, and no other checkpoint.
-_OF_MISTRAL = ("mistral_instruct",)
 
 
 def change(recorder: Recorder) -> None:
@@ -64,18 +63,16 @@ def _contradicts_checkpoint(run: TrainingRun, version: str) -> str | None:
     Stock LLaVA and ``umed evaluate`` choose the template by the checkpoint. A model that was trained under another one answers
     with empty or garbled text there.
     """
-    from umed_plugin.checkpoints.prompt_templates import TEMPLATES
+    from umed_plugin.checkpoints.prompt_templates import is_of_family
 
     name = run.model_args.model_name_or_path
     try:
         model_type = str(model_class.read_config(name, run.training_args.cache_dir).get("model_type"))
     except (OSError, ValueError):
         return None  # `model_class.find_faults` says so
-    of_mistral = "mistral" in model_type
-    stock = TEMPLATES[version].stock if version in TEMPLATES else version
-    if model_type not in model_class.FAMILIES or of_mistral == (stock in _OF_MISTRAL):
+    if model_type not in model_class.FAMILIES or is_of_family(version, model_type):
         return None
-    fitting = "umed_mistral (or stock mistral_instruct)" if of_mistral else "umed_v1 (or stock v1)"
+    fitting = "umed_mistral (or stock mistral_instruct)" if "mistral" in model_type else "umed_v1 (or stock v1)"
     return (
         f"--version {version}: does not fit --model_name_or_path {name}, whose model_type is {model_type!r}. Stock LLaVA and "
         f"`umed evaluate` would ask the trained checkpoint under another template. Use --version {fitting}."

@@ -25,11 +25,13 @@ from support.taught import write_lora
 
 from umed_plugin.checkpoints.chat_template import jinja_template
 from umed_plugin.checkpoints.loading import load_checkpoint
-from umed_plugin.checkpoints.prompt_templates import conversation_template
+from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
+from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.model.answerer import Answerer, AnswererSettings
 
 TURNS = ("<image>\nWhat is it?", "A nodule at [0.1, 0.2].", "Is there more?")
 
@@ -261,3 +263,31 @@ def test_a_template_for_the_way_back_is_wrong_usage(tiny_mistral, tmp_path, caps
     assert main([*command, "--template", "umed_mistral"]) == 2
     assert main(command) == 0
     assert "umed: stock LLaVA chooses its loader by the folder's name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("template", "model_type", "fits"),
+    [
+        ("umed_v1", "llava_mistral", False),
+        ("llava_v1", "llava_mistral", False),
+        ("mistral_instruct", "llava_llama", False),
+        ("umed_mistral", "llava_mistral", True),
+        ("vicuna_v1", "llava", True),
+        (None, "llava_mistral", True),
+    ],
+)
+def test_a_template_of_another_family_is_warned_of(template, model_type, fits, capsys):
+    warn_of_other_family(template, model_type)
+    said = capsys.readouterr().err
+    assert (said == "") if fits else f"--template {template}: is not of the family" in said
+
+
+@pytest.mark.parametrize("ask", ["convert", "answer", "serve"])
+def test_whoever_asks_under_another_family_is_told(ask, tiny_mistral, tmp_path, capsys):
+    if ask == "convert":
+        assert main(f"convert {tiny_mistral} --template umed_v1 --out {tmp_path}/hf".split()) == 0
+    elif ask == "answer":
+        Answerer(tiny_mistral, AnswererSettings(template="umed_v1", device="cpu"))
+    else:
+        Dialogue(str(tiny_mistral), template="umed_v1")
+    assert "--template umed_v1: is not of the family" in " ".join(capsys.readouterr().err.split())

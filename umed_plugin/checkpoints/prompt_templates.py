@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from umed_plugin.errors import UsageError, unknown_name
+from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, UMED_TEMPLATES
+from umed_plugin.errors import UsageError, unknown_name, warn
 
 if TYPE_CHECKING:
     from llava.conversation import Conversation
@@ -31,6 +32,8 @@ TEMPLATES: dict[str, TemplateSpec] = {
     "umed_mistral": TemplateSpec("mistral_instruct", SYSTEM),
 }
 
+_OF_MISTRAL = ("mistral_instruct",)
+
 
 def conversation_template(name: str) -> Conversation:
     """A new, empty LLaVA conversation for one of our templates or a stock one.
@@ -47,6 +50,22 @@ def conversation_template(name: str) -> Conversation:
     if name in TEMPLATES:
         conversation.system = TEMPLATES[name].system
     return conversation
+
+
+def is_of_family(name: str, model_type: str) -> bool:
+    """Whether a template is of the family (Mistral or Llama) of a checkpoint's ``model_type``."""
+    stock = TEMPLATES[name].stock if name in TEMPLATES else name
+    return (stock in _OF_MISTRAL) == ("mistral" in model_type)
+
+
+def warn_of_other_family(name: str | None, model_type: str) -> None:
+    """Warn if the template that a user chose is not of the checkpoint's family. None: the user chose none."""
+    if name is not None and not is_of_family(name, model_type):
+        warn(
+            f"--template {name}: is not of the family of the checkpoint, whose model_type is {model_type!r}. A checkpoint that "
+            f"was not trained under it gives empty or garbled answers. Its own: {STOCK_TEMPLATES.get(model_type)}, or "
+            f"{UMED_TEMPLATES.get(model_type)} after an upgrade."
+        )
 
 
 def separators(name: str) -> tuple[str, ...]:

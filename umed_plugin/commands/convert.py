@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _to_transformers(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, read_config
+    from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
     from umed_plugin.checkpoints.to_transformers import to_transformers
     from umed_plugin.errors import note
 
@@ -60,6 +61,7 @@ def _to_transformers(args: argparse.Namespace) -> int:
             args.checkpoint, args.out, template=args.template, overwrite=args.overwrite, progress=advance
         )
     config = read_config(args.checkpoint)
+    warn_of_other_family(args.template, config["model_type"])
     say(f"transformers' form: {out}\nchat template: {args.template or STOCK_TEMPLATES[config['model_type']]}")
     if config.get("mm_projector_type", "linear") == "linear":
         note(

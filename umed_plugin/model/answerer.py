@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
+from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
@@ -113,6 +114,7 @@ class Answerer:
         loaded = load_checkpoint(checkpoint, settings.base, self.device, torch_dtype(self.dtype))
         self.tokenizer, self.model, self.processor = loaded
         self.llava = base_llava(self.model)
+        warn_of_other_family(settings.template, self.llava.config.model_type)
         self.template = settings.template or settings.templates[self.llava.config.model_type]
         self.max_new_tokens = settings.max_new_tokens
         self._hashes = [checkpoint_hash(folder) for folder in (checkpoint, settings.base) if folder is not None]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
-from umed_plugin.checkpoints.prompt_templates import conversation_template
+from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
 from umed_plugin.grounding.dialects import LLAVA
@@ -112,6 +112,7 @@ class Dialogue:
         self.mode = ModelImages(checkpoint, self.processor, self.llava.config, None, 0).mode
         self.template = template or UMED_TEMPLATES[self.llava.config.model_type]
         conversation_template(self.template)  # raises for an unknown name
+        warn_of_other_family(template, self.llava.config.model_type)
         self.most_tokens = most_tokens
         self.terms = shipped_terms()
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
