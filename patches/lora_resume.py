@@ -16,7 +16,6 @@ Only with ``--umed_stage``. The files have LLaVA's names and formats.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.loading import NON_LORA, read_tensors
 from umed_plugin.errors import UmedError, did_you_mean, warn
-from umed_plugin.files import write_json
+from umed_plugin.files import read_object, write_json
 from umed_plugin.flags.checks import raise_faults
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
@@ -199,7 +198,11 @@ def _other_stage(run: TrainingRun) -> list[str]:
     """LLaVA would resume from files of the other stage, or overwrite them."""
     output = Path(run.training_args.output_dir)
     for marker in (*sorted(output.glob(f"checkpoint-*/{MARKER}")), output / MARKER):
-        stage = json.loads(marker.read_text())["umed_stage"] if marker.is_file() else run.flags.umed_stage
+        stage = read_object(marker).get("umed_stage") if marker.is_file() else run.flags.umed_stage
+        if stage is None:
+            return [
+                f"{marker}: has no umed_stage, so it is damaged. Use another --output_dir, or remove {marker.parent}."
+            ]
         if stage != run.flags.umed_stage:
             content = "its content" if marker.parent == output else marker.parent.name
             return [

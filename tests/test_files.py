@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -218,3 +219,13 @@ def test_what_libraries_say_of_a_full_disk_is_told_from_their_other_errors() -> 
     assert files.failed_write(caused) == "a.bin: Disk quota exceeded"
     for other in (OSError(errno.ENOENT, "No such file", "a"), RuntimeError("PytorchStreamReader failed"), KeyError(28)):
         assert files.failed_write(other) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[" * 100_000, "is not JSON (it is nested too deeply)"), ("{", "is not JSON"), ("[]", "holds a list")],
+)
+def test_a_damaged_json_file_is_named(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "umed.json").write_text(content)
+    with pytest.raises(UmedError, match=re.escape(f"{tmp_path / 'umed.json'}: {said}")):
+        files.read_object(tmp_path / "umed.json")

@@ -109,6 +109,8 @@ def _in_words(mistake: Any, model: type[BaseModel]) -> str:
         return f"missing. {description.replace('``', '`').rstrip('.')}."
     if mistake["type"] == "value_error":
         return str(mistake["ctx"]["error"])
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"found {type(value).__name__}. Input should be an object, with keys and values."
     expected = str(mistake.get("ctx", {}).get("expected", ""))
     allowed = [part.strip(" '") for part in expected.replace(" or ", ",").split(",")]
     close = did_you_mean(str(value), allowed) if mistake["type"] == "literal_error" else ""

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +234,9 @@ def test_several_runs_get_an_index_of_their_reports(run, finished, tmp_path, cap
         (lambda run: (run / PREDICTIONS).unlink(), "no finished evaluation"),
         (lambda run: (run / "runs/tuned-llava-mistral/trainer_state.json").write_text("[]"), "holds a list"),
         (lambda run: (run / CANDIDATES).write_text("{\n{}\n"), "candidates.jsonl:1: is not JSON"),
+        (lambda run: (run / CANDIDATES).write_text("[" * 100_000 + "\n"), r"candidates.jsonl:1: .*nested too deeply"),
+        (lambda run: (run / PREDICTIONS).write_text("[" * 100_000 + "\n"), r"predictions.jsonl:1: .*nested too deeply"),
+        (lambda run: (run / "summary.json").write_text('{"seconds": "x"}'), "summary.json: seconds: found 'x'"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_the_old_report_stays(run, break_it, said):
@@ -241,6 +245,90 @@ def test_a_damaged_file_is_named_and_the_old_report_stays(run, break_it, said):
     with pytest.raises(UmedError, match=said):
         write_report(run)
     assert (run / "report.html").read_text() == "old"
+
+
+def put(file, line, *keys, value):
+    """Set one value of a JSON file, or of a line of a JSONL file, and write it back."""
+    texts = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+    texts[line - 1] = json.dumps(changed(json.loads(texts[line - 1]), keys, value))
+    file.write_text("\n".join(texts) + "\n")
+
+
+def changed(content, keys, value):
+    """The content with one value set; REMOVED takes the key away."""
+    if not keys:
+        return value
+    content = content.copy()
+    if value is REMOVED and len(keys) == 1:
+        del content[keys[0]]
+    else:
+        content[keys[0]] = changed(content[keys[0]] if len(keys) > 1 else None, keys[1:], value)
+    return content
+
+
+REMOVED = object()
+STATE, SUMMARY = "runs/rewarded-llava-mistral/trainer_state.json", "evaluation/base/evaluation.json"
+FLAGS = "runs/rewarded-llava-mistral/umed.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "keys", "value", "said"),
+    [
+        (PREDICTIONS, 2, ("values", "accuracy"), "1", "predictions.jsonl:2: values.accuracy: found '1'"),
+        (PREDICTIONS, 2, ("values", "accuracy"), REMOVED, "predictions.jsonl:2: values: has no accuracy"),
+        (PREDICTIONS, 3, ("boxes",), REMOVED, "predictions.jsonl:3: boxes: missing"),
+        (PREDICTIONS, 3, ("true_boxes",), [[1, 2, 3]], r"predictions.jsonl:3: true_boxes.0: .*at least 4"),
+        (PREDICTIONS, 1, ("groups",), {}, "predictions.jsonl:1: groups: has no source"),
+        (PREDICTIONS, 1, ("groups",), REMOVED, "predictions.jsonl:1: groups: missing"),
+        (PREDICTIONS, 1, ("examined",), 1, "predictions.jsonl:1: examined: found int"),
+        (PREDICTIONS, 1, ("id",), [[]], "predictions.jsonl:1: id: found list"),
+        (PREDICTIONS, 1, ("image_aspect_ratio",), "x", "predictions.jsonl:1: image_aspect_ratio: found 'x'"),
+        (SUMMARY, 1, ("metrics", "mean_iou"), REMOVED, "evaluation.json: metrics: has no mean_iou"),
+        (SUMMARY, 1, ("metrics", "mean_iou", "ci95"), [1], "evaluation.json: metrics.mean_iou.ci95: .*at least 2"),
+        (SUMMARY, 1, ("checkpoint",), None, "evaluation.json: checkpoint: found None"),
+        (SUMMARY, 1, ("benchmark",), ["x"], "evaluation.json: benchmark: found list"),
+        (STATE, 1, ("global_step",), [1], "trainer_state.json: global_step: found list"),
+        (STATE, 1, ("log_history", 3), 7, "trainer_state.json: log_history.3: found int"),
+        (STATE, 1, ("log_history", 3, "kl"), "x", "trainer_state.json: log_history: row 3 has kl = 'x'"),
+        (STATE, 1, ("log_history", 3, "step"), None, "trainer_state.json: log_history: row 3 has step = None"),
+        (STATE, 1, ("log_history", 11, "train_runtime"), "x", "row 11 has train_runtime = 'x'"),
+        (FLAGS, 1, ("umed_stage",), [1], "umed.json: umed_stage: found list"),
+        (FLAGS, 1, ("settings",), {"max_steps": "4"}, "umed.json: settings.max_steps: found '4'"),
+        (FLAGS, 1, ("made_with",), {"versions": [1]}, "umed.json: made_with.versions: found list"),
+        (CANDIDATES, 2, (), [1], "candidates.jsonl:2: holds a list; expected an object"),
+        (CANDIDATES, 2, ("true", "bbox"), REMOVED, "candidates.jsonl:2: true.bbox: missing"),
+        (CANDIDATES, 2, ("candidates",), [], "candidates.jsonl:2: candidates: .*at least 1"),
+        (CANDIDATES, 2, ("candidates", 1), 5, "candidates.jsonl:2: candidates.1: found int"),
+        (CANDIDATES, 2, ("candidates", 1, "relevance"), "x", "candidates.jsonl:2: candidates.1.relevance: found 'x'"),
+        (CANDIDATES, 2, ("candidates", 1, "relevance"), REMOVED, "candidates.jsonl:2: candidates: differ in their"),
+        (CANDIDATES, 2, ("study",), None, "candidates.jsonl:2: study: found NoneType"),
+        (CANDIDATES, 2, ("study", "image_aspect_ratio"), None, "candidates.jsonl:2: study: names an image, but no"),
+        (CANDIDATES, 2, ("study", "augmented"), {"zoom": []}, "candidates.jsonl:2: study.augmented: is not a mov"),
+        (CANDIDATES, 2, ("normalised",), {"relevance": [1.0]}, "2: normalised: holds 1 values of relevance for 3"),
+    ],
+)  # fmt: skip
+def test_a_damaged_value_is_named_with_file_line_and_key(run, file, line, keys, value, said):
+    put(run / file, line, *keys, value=value)
+    with pytest.raises(UmedError, match=rf"{Path(file).name} is damaged \(remedy: (.|\n)*{said}"):
+        read_run(run)
+
+
+def test_all_damaged_lines_of_a_file_are_named_up_to_25(run):
+    change_predictions(run, "base", lambda _number, line: line.update(truth=1, answer=2))
+    with pytest.raises(UmedError, match=r"32 faults\n(.|\n)*predictions.jsonl:12: (.|\n)*\.\.\. and 7 more"):
+        read_run(run)
+
+
+def test_what_a_later_version_adds_and_text_in_the_log_are_no_faults(run):
+    change_predictions(run, "base", lambda _number, line: line.update(new={"a": 1}))
+    put(run / CANDIDATES, 1, "study", "reading", value={"unknown": 1})
+    put(run / STATE, 1, "log_history", 3, "note", value="a callback's text")
+    put(run / SUMMARY, 1, "metrics", "mean_iou", "value", value=math.inf)
+    data = data_of(write_report(run).read_text())
+    assert (
+        "cannot be read as an image" in data["candidates"][0]["fault"] and "unknown" in data["candidates"][0]["fault"]
+    )
+    assert data["metrics"]["stages"]["base"]["mean_iou"]["value"] is None
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

@@ -18,8 +18,10 @@ from support.records import evaluated_records
 from umed_plugin.cli import main
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.asking import ask
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, cases_of, headline, record_questions
 from umed_plugin.evaluation.evaluator import evaluate_questions
+from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.results import Evaluation, compare, resampling_unit
 from umed_plugin.evaluation.tables import unread_boxes_line
 from umed_plugin.grounding.dialects import DIALECTS, LLAVA
@@ -277,3 +279,21 @@ def test_numbers_that_were_not_read_as_a_box_are_told():
     assert unread_boxes_line(answers[:1], LLAVA) is None
     assert unread_boxes_line(answers[1:2], DIALECTS["qwen_vl"]) is None
     assert "\x1b" not in unread_boxes_line(answers[2:], LLAVA)
+
+
+def test_kept_answers_that_were_damaged_are_named_before_anything_is_asked(tmp_path):
+    questions = record_questions(old_records(tmp_path), tmp_path)
+
+    def ask_with(line):
+        kept = KeptAnswers(tmp_path / "out", "predictions.jsonl", {})
+        kept.add([{"answer": RIGHT, "losses": [], **line, "id": question.id} for question in questions])
+        return ask(RECIPE, questions, None, kept, batch_size=2)
+
+    assert [answer.text for answer in ask_with({}).values()] == [RIGHT] * 4
+    with pytest.raises(
+        UmedError, match=r"predictions.jsonl is damaged(.|\n)*4 faults\n.*question 'r0': answer: found 7"
+    ):
+        ask_with({"answer": 7})
+    (tmp_path / "out" / "predictions.jsonl").write_text("[1]\n")
+    with pytest.raises(UmedError, match=r"predictions.jsonl: line 1 is not an object with the key 'id'"):
+        KeptAnswers(tmp_path / "out", "predictions.jsonl", {})

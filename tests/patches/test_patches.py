@@ -389,6 +389,14 @@ def test_a_checkpoint_of_the_other_stage_in_the_output_folder_is_refused(flags, 
     with pytest.raises(UsageError, match="checkpoint-5 belongs to --umed_stage instruction_tuning"):
         parse([*flags, "--umed_stage", "rewarding"])
     parse([*flags, "--umed_stage", "instruction_tuning"])
+    for damaged, said in (
+        ("{}", "umed.json: has no umed_stage"),
+        ("[]", "umed.json: holds a list"),
+        ("{", "is not JSON"),
+    ):
+        marker.write_text(damaged)
+        with pytest.raises(UmedError, match=said):
+            parse([*flags, "--umed_stage", "instruction_tuning"])
 
 
 def test_a_checkpoint_without_state_or_optimizer_is_not_resumed_in_silence(flags, tmp_path, capsys):

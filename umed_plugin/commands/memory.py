@@ -12,7 +12,6 @@ is not read: with it, the estimate is that of a run without.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.machine import Machine
+from umed_plugin.files import read_object
 from umed_plugin.flags.definition import REWARDING, TUNING
 
 GIGA = 1e9
@@ -219,7 +219,7 @@ def memory_lines(config: Mapping[str, Any], works: Mapping[str, Work], machine: 
         machine: with the GPU; without one, the lines only name the need.
     """
     file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
-    size = ModelSize.of(config, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
+    size = ModelSize.of(config, read_object(file) if file.is_file() else None)
     text = max(work.text for work in works.values())
     lines = [f"memory a GPU, for {size.patches} image tokens and {text} tokens of text:"]
     for number, (name, work) in enumerate(works.items(), start=1):

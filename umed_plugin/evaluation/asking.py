@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.questions import in_batches
+from umed_plugin.faults import Faults, validated
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Examine, ImageQuestion, ModelAnswer
@@ -60,7 +62,8 @@ def ask(
         known = {**kept.of_others(), **kept.lines}
         whole = [batch for batch in batches if all(question.id in known for question in batch)]
         kept.keep_only(question.id for batch in whole for question in batch)
-        answers = {question.id: answer_of(known[question.id]) for batch in whole for question in batch}
+        reused = {question.id: known[question.id] for batch in whole for question in batch}
+        answers = answers_of(kept.path, reused)
     for batch in batches if kept is None or kept.shard is None else kept.shard.of(batches):
         if batch[0].id not in answers:
             new = _ask_batch(benchmark, batch, answerer)
@@ -86,9 +89,21 @@ def _ask_batch(
     return answerer.answer(questions, examine)
 
 
-def answer_of(line: Mapping[str, Any]) -> ModelAnswer:
-    """The answer that `kept_line` has kept."""
-    return ModelAnswer(line["answer"], line["losses"], line.get("examined"))
+def answers_of(file: Path, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelAnswer]:
+    """The answers that `kept_line` has kept, by their questions' ids.
+
+    Raises:
+        UmedError: some were damaged after they were written; each is named.
+    """
+    from umed_plugin.evaluation.forms import KeptForm
+
+    faults = Faults()
+    for identity, line in lines.items():
+        validated(KeptForm, line, f"{file}: question {identity!r}: ", faults)
+    faults.raise_if_any(f"{file} is damaged (remedy: remove the file to ask everything again)")
+    return {
+        identity: ModelAnswer(line["answer"], line["losses"], line.get("examined")) for identity, line in lines.items()
+    }
 
 
 def kept_line(question: BenchmarkQuestion, answer: ModelAnswer) -> dict[str, Any]:

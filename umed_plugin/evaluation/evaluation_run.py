@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from umed_plugin import __version__
+from umed_plugin import __version__, files
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import UmedError, note
-from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answer_of, ask, kept_line
+from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answers_of, ask, kept_line
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
 from umed_plugin.evaluation.kept_answers import SETTINGS, KeptAnswers
 from umed_plugin.evaluation.metrics.metric import measure
-from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, read_object, resampling_unit
+from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, resampling_unit
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
@@ -106,7 +106,8 @@ class EvaluationRun:
             return answers
         asked, said = {question.id for question in self._questions}, time.monotonic()
         while missing := asked - set(answers):
-            answers.update({name: answer_of(line) for name, line in self._kept.of_others().items() if name in missing})
+            others = self._kept.of_others().items()
+            answers.update(answers_of(self._kept.path, {name: line for name, line in others if name in missing}))
             left = len(asked - set(answers))
             if progress is not None:
                 progress(len(answers), len(asked))
@@ -187,7 +188,7 @@ def _what_answers_depend_on(
 
 def _refuse_older(file: Path) -> None:
     """Refuse a folder in which an earlier version has evaluated records: its lines lack what this one keeps."""
-    if file.is_file() and "records" in read_object(file):
+    if file.is_file() and "records" in files.read_object(file):
         raise UmedError(
             f"{file.parent}: holds an evaluation of records by an earlier version of umed-plugin, which this version reads and "
             "compares but does not continue. Remove that folder to evaluate again; `umed evaluate` also takes another --out."

@@ -84,12 +84,17 @@ class KeptAnswers:
         lines = []
         for number, text in enumerate(whole.splitlines(), start=1):
             try:
-                lines.append(json.loads(text))
+                lines.append(files.parse_json(text))
             except ValueError as error:
                 raise UmedError(
                     f"{path}: line {number} is not JSON ({error}). It was damaged after it was written: remove the file to "
                     "ask everything again."
                 ) from error
+            if not isinstance(lines[-1], dict) or not isinstance(lines[-1].get(self._key), (str, int)):
+                raise UmedError(
+                    f"{path}: line {number} is not an object with the key {self._key!r}. It was damaged after it was written: "
+                    "remove the file to ask everything again."
+                )
         return {str(line[self._key]): line for line in lines}
 
     def keep_only(self, ids: Iterable[str]) -> None:
@@ -118,7 +123,7 @@ def _check_settings(file: Path, settings: dict[str, Any], answers: Sequence[Path
             "Give another --out, or remove that file."
         )
     if answers:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = files.parse_json(file.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
         if changed:
             changes = "\n".join(

@@ -31,6 +31,7 @@ from umed_plugin.evaluation.metrics.metric import RESAMPLES, Row, compare_rows, 
 
 SCHEMA = 2
 SUMMARY, PREDICTIONS = "evaluation.json", "predictions.jsonl"
+_REMEDY = "evaluate again"
 
 
 @dataclass(frozen=True)
@@ -142,31 +143,36 @@ class Evaluation:
             raise UmedError(
                 f"{folder}: no finished evaluation. Needed: {SUMMARY} and {PREDICTIONS}, as `umed evaluate --out` writes them."
             )
-        summary = read_object(folder / SUMMARY)
+        summary = files.read_object(folder / SUMMARY)
         if not isinstance(summary.get("schema", 1), int) or summary.get("schema", 1) > SCHEMA:
             raise UmedError(
                 f"{folder / SUMMARY}: schema {summary['schema']!r}; this version of umed-plugin reads up to {SCHEMA}. Update "
                 "umed-plugin, or evaluate again."
             )
         lines = _read_lines(folder / PREDICTIONS)
-        try:
-            if "metrics" in summary or ("figures" in summary and "accuracy_ci95" not in summary):
-                return _of_lines(summary, lines, folder)
-            return _of_old_recipe(summary, lines, folder)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UmedError(f"{folder}: its files are not those of an evaluation ({error!r}).") from error
+        if "metrics" in summary or ("figures" in summary and "accuracy_ci95" not in summary):
+            return _of_lines(summary, lines, folder)
+        return _of_old_recipe(summary, lines, folder)
 
 
 def _of_lines(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path) -> Evaluation:
     """Schema 2, and the earlier form of named benchmarks, which called its metrics "figures"."""
+    from umed_plugin.evaluation import forms
+    from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+
     _check_keys(lines, _NEEDED, folder)
+    of_recipe = summary.get("benchmark") == RECIPE.name
+    summary = {**summary, "metrics": summary["metrics"] if "metrics" in summary else summary["figures"]}
+    forms.check_object(folder / SUMMARY, summary, forms.RecipeSummaryForm if of_recipe else forms.SummaryForm, _REMEDY)
+    line_form = forms.StudyForm if of_recipe else forms.PredictionForm
+    forms.check_lines(folder / PREDICTIONS, lines, line_form, _REMEDY)
     return Evaluation(
-        str(summary["benchmark"]),
+        summary["benchmark"],
         summary["checkpoint"],
         summary["template"],
         [_prediction(line) for line in lines],
-        dict(summary["metrics"] if "metrics" in summary else summary["figures"]),
-        summary.get("resampling", {}).get("unit", "image"),
+        dict(summary["metrics"]),
+        (summary.get("resampling") or {}).get("unit", "image"),
         summary.get("boxes", {}),
         summary.get("skipped", 0),
     )
@@ -179,9 +185,11 @@ def _prediction(line: Mapping[str, Any]) -> Prediction:
 
 def _of_old_recipe(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path) -> Evaluation:
     """The earlier form of recipes: two intervals for one metric, of which the one over patients is computed anew."""
+    from umed_plugin.evaluation import forms
     from umed_plugin.evaluation.benchmarks.recipe import RECIPE
 
     _check_keys(lines, _OLD_NEEDED, folder)
+    forms.check_lines(folder / PREDICTIONS, lines, forms.OldStudyForm, _REMEDY)
     predictions = [_prediction_of_case(line) for line in lines]
     rows = [prediction.row() for prediction in predictions]
     unit = resampling_unit([str(line.get("patient") or "") for line in lines])
@@ -222,7 +230,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     # Not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are.
     for number, text in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
-            line = json.loads(text)
+            line = files.parse_json(text)
         except ValueError as error:
             raise UmedError(f"{file}:{number}: not JSON ({error}). Evaluate again.") from error
         if not isinstance(line, dict):
@@ -239,21 +247,6 @@ def _check_keys(lines: Sequence[Mapping[str, Any]], needed: Sequence[str], folde
                 f"{folder / PREDICTIONS}:{number}: has no {', '.join(missing)}. Expected: what `umed evaluate --out` writes once "
                 "it is finished. Evaluate again."
             )
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        UmedError: it is not JSON, or not an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UmedError(f"{file}: is not JSON ({error}). Was its writing cut off? Write it again.") from error
-    if not isinstance(content, dict):
-        raise UmedError(f"{file}: holds a {type(content).__name__}; expected an object.")
-    return content
 
 
 def resampling_unit(patients: Sequence[str]) -> str:

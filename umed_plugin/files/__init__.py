@@ -1,4 +1,4 @@
-"""Write files and folders so that they appear whole or not at all, and survive a power cut.
+"""Write files and folders so that they appear whole or not at all, and survive a power cut; read JSON that may be damaged.
 
 Everything goes through the same three steps: write beside the target, flush to the disk (``fsync``), rename over the target. A
 process that is killed leaves the old file, or none, and a file that ends with ``.partial``; a later write of the same target
@@ -90,6 +90,33 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
         write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
     except UnicodeEncodeError:  # a file name that is not UTF-8: only JSON's escapes can hold it
         write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is not JSON. So is text that is nested too deeply, for which `json.loads` raises a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UmedError: it is not JSON, or not an object.
+    """
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UmedError(f"{file}: is not JSON ({error}). Was its writing cut off? Write it again.") from error
+    if not isinstance(content, dict):
+        raise UmedError(f"{file}: holds a {type(content).__name__}; expected an object.")
+    return content
 
 
 @contextmanager

@@ -7,11 +7,11 @@ several flags, or a flag and LLaVA's own, must agree on. Imports the standard li
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
 from umed_plugin.errors import UsageError
+from umed_plugin.files import parse_json
 from umed_plugin.flags.definition import UmedFlags, rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES
@@ -203,7 +203,7 @@ def _is_zero_3(deepspeed: Any) -> bool:
     if isinstance(deepspeed, str):
         try:
             with open(deepspeed, encoding="utf-8") as file:
-                content = json.load(file)
+                content = parse_json(file.read())
         except (OSError, ValueError):
             return False
     zero = content.get("zero_optimization") if isinstance(content, dict) else None

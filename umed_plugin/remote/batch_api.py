@@ -20,6 +20,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from umed_plugin.errors import UmedError
+from umed_plugin.files import parse_json
 from umed_plugin.remote.client import key_from_environment, read_completion, short_message
 from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
 from umed_plugin.remote.settings import ServerSettings
@@ -140,7 +141,7 @@ class BatchClient:
     def _pass_on(self, line: str) -> None:
         """Pass on the result in one line of a batch's output or error file."""
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
             key = fields["custom_id"]
             response = fields.get("response") or {}
             status = response.get("status_code")
@@ -177,7 +178,7 @@ class BatchClient:
         lines = self._notes.read_text(encoding="utf-8").splitlines() if self._notes.is_file() else []
         for line in lines:
             try:
-                note = json.loads(line)
+                note = parse_json(line)
             except ValueError:  # a line that a kill left incomplete: the server still knows what it was to record
                 continue
             if "batch" in note:

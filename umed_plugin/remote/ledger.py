@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
+from umed_plugin.files import parse_json
 
 _PIECE = 2**20  # bytes read at a time
 _COUNTS = ("prompt_tokens", "completion_tokens")
@@ -194,7 +195,7 @@ class Ledger:
 def _entry_of(line: bytes) -> Entry | None:
     """The reply in a line; None for any other line."""
     try:
-        fields = json.loads(line)
+        fields = parse_json(line)
     except ValueError:
         return None
     if not isinstance(fields, dict) or not all(isinstance(fields.get(name), str) for name in ("key", "model")):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
-import json
 import math
 import os
 import re
@@ -15,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+from umed_plugin.files import parse_json
 
 UNITS = ("requests", "tokens", "usd")
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -79,7 +80,7 @@ def parse_options(text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is not a JSON object.
     """
-    options = json.loads(text)
+    options = parse_json(text)
     if not isinstance(options, dict):
         raise ValueError("not an object")
     return options

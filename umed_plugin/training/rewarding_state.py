@@ -10,7 +10,6 @@ The sampler has no file: its order follows from the seed and the number of steps
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,7 @@ def load_further(folder: Path) -> int:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / STATE).read_text(encoding="utf-8")) if (folder / STATE).is_file() else {}
+    return files.read_object(folder / STATE) if (folder / STATE).is_file() else {}
 
 
 def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:

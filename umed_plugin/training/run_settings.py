@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from umed_plugin import files
 from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags, rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, SAID
 
@@ -255,7 +256,7 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 def stored_settings(checkpoint: Path) -> dict[str, Any] | None:
     """The settings in a checkpoint; None if it was written before they were stored."""
     marker = checkpoint / MARKER
-    content = json.loads(marker.read_text(encoding="utf-8")) if marker.is_file() else {}
+    content = files.read_object(marker) if marker.is_file() else {}
     settings: dict[str, Any] | None = content.get(SETTINGS)
     return settings
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -217,7 +216,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         **_data_stamp(recipe, flags.umed_data_root),
         **options,
     }
-    if file.is_file() and stamp_file.is_file() and json.loads(stamp_file.read_text(encoding="utf-8")) == stamp:
+    if file.is_file() and _holds(stamp_file, stamp):
         note(f"recipe and data have not changed: the records in {file} are used again.")
         return
     # An interrupted build must not leave the old stamp beside records or images that it has replaced.
@@ -398,3 +397,11 @@ def tokenize(dataset: GroundedDataset, record: Record, template: str) -> tuple[t
             sources = llava_train.preprocess_multimodal(sources, dataset.data_args)
         item = llava_train.preprocess(sources, dataset.tokenizer, has_image="image" in record)
     return item["input_ids"][0], item["labels"][0]
+
+
+def _holds(file: Path, content: Any) -> bool:
+    """Whether a JSON file holds this; a damaged one does not."""
+    try:
+        return bool(files.parse_json(file.read_text(encoding="utf-8")) == content)
+    except (OSError, ValueError):
+        return False

@@ -7,7 +7,6 @@ of all shards goes on as a plain build does, which reads nothing anew. So the re
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.data.shards import Shard, parse_shard
 from umed_plugin.errors import UmedError, UsageError, note, warn
+from umed_plugin.files import parse_json
 
 _FAULTS_SHOWN = 25
 
@@ -107,7 +107,7 @@ def _marks(args: argparse.Namespace) -> dict[Path, Shard]:
     for file in args.out.parent.glob(f".{args.out.name}.shard-*-of-*"):
         match = re.fullmatch(r"shard-(\d+)-of-(\d+)", file.name[len(args.out.name) + 2 :])
         try:
-            if match is not None and json.loads(file.read_text(encoding="utf-8")) == about:
+            if match is not None and parse_json(file.read_text(encoding="utf-8")) == about:
                 found[file] = Shard(int(match[1]), int(match[2]))
         except (OSError, ValueError):
             continue  # not whole, or not a mark

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.report.forms import ManifestForm, RunSummaryForm
 from umed_plugin.commands.report.run_folder import Run, Training
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.results import read_object
+from umed_plugin.evaluation.forms import Form, check_object
+from umed_plugin.files import read_object
 from umed_plugin.terminal.progress import duration
 
 Facts = list[tuple[str, str]]
@@ -47,7 +50,7 @@ _OF_REWARDING = {
 
 def about_run(run: Run) -> Facts:
     """(name, value) of the run as a whole."""
-    settings, summary, manifest = _upgrade_settings(run), _object(run, "summary.json"), _manifest(run)
+    settings, summary, manifest = _upgrade_settings(run), _run_summary(run), _manifest(run)
     facts: Facts = [("folder", str(run.folder))]
     facts += _known(settings, {"checkpoint": "checkpoint", "recipe": "recipe", "data_root": "data"})
     if not settings and run.trainings and run.trainings[0].settings:
@@ -112,9 +115,15 @@ def _upgrade_settings(run: Run) -> dict[str, Any]:
 def _manifest(run: Run) -> dict[str, Any]:
     """The manifest of an upgrade's result, which has the versions."""
     file = next(run.folder.glob("checkpoint/*/umed_manifest.json"), None)
-    return read_object(file) if file else {}
+    return _checked(file, ManifestForm) if file else {}
 
 
-def _object(run: Run, name: str) -> dict[str, Any]:
-    file = run.folder / name
-    return read_object(file) if file.is_file() else {}
+def _run_summary(run: Run) -> dict[str, Any]:
+    file = run.folder / "summary.json"
+    return _checked(file, RunSummaryForm) if file.is_file() else {}
+
+
+def _checked(file: Path, form: type[Form]) -> dict[str, Any]:
+    content = read_object(file)
+    check_object(file, content, form, "remove it")
+    return content

@@ -90,7 +90,7 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         data=htmlsafe_json_dumps(
             {
                 **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
-                "metrics": table["exact"] if table else None,
+                "metrics": _finite(table["exact"], None) if table else None,
                 "name": run.folder.name,
             },
             dumps=_compact,
@@ -122,12 +122,12 @@ def _compact(value: Any, **_: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
-def _finite(value: Any) -> Any:
-    """Numbers with 5 decimals; None for those that JSON cannot hold."""
+def _finite(value: Any, digits: int | None = 5) -> Any:
+    """Numbers with 5 decimals, or all digits; None for those that JSON cannot hold."""
     if isinstance(value, float):
-        return round(value, 5) if math.isfinite(value) else None
+        return (value if digits is None else round(value, digits)) if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _finite(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_finite(item, digits) for item in value]
     return value

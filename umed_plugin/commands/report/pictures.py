@@ -55,7 +55,7 @@ def see(image: str, mode: str, reading: Mapping[str, Any] | None, run_folder: Pa
         raise UmedError(f"{path}: no such image file.")
     try:
         opened = open_image(path, dict(reading) if reading else None)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError) as error:  # TypeError: a key of ``reading`` that is unknown
         raise UmedError(f"{path}: cannot be read as an image ({error}).") from error
     geometry = ImageGeometry(opened.width, opened.height, mode)
     return SeenImage(square_of(opened, geometry, min_side=1, max_side=side), geometry)

@@ -6,17 +6,22 @@ be read too, and so can an unfinished run: what is not there yet is left out.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.report.forms import CandidatesForm, FlagsForm, TrainerStateForm
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.results import SUMMARY, Evaluation, read_object
+from umed_plugin.evaluation.forms import check_lines, check_object
+from umed_plugin.evaluation.results import SUMMARY, Evaluation
+from umed_plugin.files import parse_json, read_object
 
 # In the order in which a run goes through them; evaluations under other names come after these.
 STAGES = {"base": "base", "instruction_tuning": "stage 1", "rewarding": "stage 2"}
+
+_REMEDY = "remove it, or go on with the training"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Training:
     def seconds(self) -> float | None:
         """Duration of its last start, as the trainer measured it; None before its end."""
         ended = [row["train_runtime"] for row in self.log if "train_runtime" in row]
-        return float(ended[-1]) if ended else None
+        return float(ended[-1]) if ended and math.isfinite(ended[-1]) else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def read_run(folder: Path | str) -> Run:
     trained = [folder, *sorted(path for path in (folder / "runs").glob("*") if path.is_dir())]
     trainings = [training for path in trained if (training := read_training(path)) is not None]
     trainings.sort(key=lambda training: ("", *STAGES).index(training.stage or ""))
-    candidates = [line for path in trained for line in _lines(path / "candidates.jsonl")]
+    candidates = [line for path in trained for line in read_candidates(path / "candidates.jsonl")]
     if not evaluations and not trainings and not candidates:
         raise UmedError(
             f"{folder}: holds nothing to report: neither evaluation/STAGE/evaluation.json, nor trainer_state.json (of a "
@@ -98,14 +103,22 @@ def _stage_rank(folder: Path) -> tuple[int, str]:
 
 
 def read_training(folder: Path) -> Training | None:
-    """The log of a training, finished or not; None if there is none."""
-    states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+    """The log of a training, finished or not; None if there is none.
+
+    Raises:
+        UmedError: trainer_state.json or umed.json is damaged.
+    """
+    kept = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
+    states = sorted(kept, key=lambda path: int(path.parent.name[11:]))
     states += [path for path in [folder / "trainer_state.json"] if path.is_file()]
     if not states:
         return None
-    state = read_object(states[-1])
+    state, flags = read_object(states[-1]), {}
+    check_object(states[-1], state, TrainerStateForm, _REMEDY)
     marker = next((path for path in (folder / "umed.json", states[-1].parent / "umed.json") if path.is_file()), None)
-    flags = read_object(marker) if marker else {}
+    if marker:
+        flags = read_object(marker)
+        check_object(marker, flags, FlagsForm, _REMEDY)
     stage = flags.get("umed_stage")
     rows = [row for row in state.get("log_history", []) if "step" in row]
     return Training(
@@ -119,8 +132,19 @@ def read_training(folder: Path) -> Training | None:
     )
 
 
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; none if there is no file. A last line that a run is still writing is left out."""
+def read_candidates(file: Path) -> list[dict[str, Any]]:
+    """The lines of ``candidates.jsonl``; none if there is no file. A last line that a run is still writing is left out.
+
+    Raises:
+        UmedError: a line is damaged.
+    """
+    lines = list(_lines(file))
+    check_lines(file, lines, CandidatesForm, "remove these lines")
+    return lines
+
+
+def _lines(file: Path) -> Iterator[Any]:
+    """What the lines of a JSONL file hold."""
     if not file.is_file():
         return
     with open(file, encoding="utf-8") as stream:
@@ -128,7 +152,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError as error:
                 raise UmedError(
                     f"{file}:{number}: is not JSON ({error}). Remove the line, or write it again."

@@ -19,7 +19,7 @@ from typing import Any
 from umed_plugin import __version__
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.errors import UmedError
-from umed_plugin.files import write_json
+from umed_plugin.files import read_object, write_json
 
 # The manifest lists their versions.
 _LIBRARIES = (
@@ -204,8 +204,7 @@ def versions() -> dict[str, str]:
 
 def read_json(file: Path) -> JsonObject:
     """A JSON object."""
-    content: JsonObject = json.loads(file.read_text(encoding="utf-8"))
-    return content
+    return read_object(file)
 
 
 def _short(value: Any) -> str:

@@ -18,6 +18,7 @@ from umed_plugin.data.images import READERS, Remark
 from umed_plugin.data.reading.looks import Dated, Request, Seen, rendered_state, state_of
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import warn
+from umed_plugin.files import parse_json
 from umed_plugin.grounding.geometry import Orientation
 
 NAME = ".umed_checked"
@@ -71,7 +72,7 @@ class KeptLooks:
         if line is None:
             return None
         try:
-            fields = json.loads(line[9:])
+            fields = parse_json(line[9:])
             seen = _seen(fields["seen"])
         except (ValueError, LookupError, TypeError):
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.metrics.metric import Metric, Row
+from umed_plugin.files import parse_json
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -126,7 +126,7 @@ def read_json(file: Path, benchmark: str) -> Any:
     if not file.is_file():
         raise UmedError(f"{file}: no such file; {benchmark} needs it. Is --data-root the folder that holds it?")
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UmedError(f"{file}: not JSON ({error}). Download it again.") from error
 

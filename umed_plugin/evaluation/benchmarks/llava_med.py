@@ -8,7 +8,6 @@ a ``test.json`` beside it. Scores: `umed_plugin.evaluation.benchmarks.open_close
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -27,6 +26,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
 )
 from umed_plugin.evaluation.benchmarks.open_closed import CLOSED, OPEN, REPORTED, metrics, score
 from umed_plugin.evaluation.metrics.answers import words
+from umed_plugin.files import parse_json
 
 _ANSWERS = ("answer", "gt_answer", "gpt4_answer")
 
@@ -44,7 +44,7 @@ def is_question_file(name: str) -> bool:
     if file.suffix != ".json" or not file.is_file():
         return False
     try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+        rows = parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError:
         return False
     first = rows[0] if isinstance(rows, list) and rows else None
@@ -80,7 +80,7 @@ def _lines(file: Path) -> list[Any]:
     for line in file.read_text(encoding="utf-8-sig").split("\n"):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except ValueError:
                 rows.append(line)  # told with the other odd rows
     return rows

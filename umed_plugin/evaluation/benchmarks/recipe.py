@@ -253,6 +253,10 @@ class Case:
     truth: str = ""
 
 
+# Lines of a later version may hold more.
+_DRAWN = {"true_classes", "true_boxes", "boxes", "set_iou", "modality", "image_aspect_ratio", "reading"}
+
+
 def cases_of(evaluation: Evaluation) -> list[Case]:
     """The studies of an evaluation, in the order of its questions; none if it is not of a recipe's records."""
     if evaluation.benchmark != RECIPE.name:
@@ -271,7 +275,7 @@ def _case(prediction: Prediction) -> Case:
         vision_relevance=prediction.values.get("vision_relevance"),
         source=prediction.groups["source"],
         heat=(prediction.examined or {}).get("heat"),
-        **prediction.details,
+        **{name: value for name, value in prediction.details.items() if name in _DRAWN},
     )
 
 
