@@ -31,6 +31,8 @@ def good(tiny_mistral, tmp_path_factory) -> Path:
     name_tower(base, base / "vision_tower")
     to_transformers(base, folder / "hf-llava")
     write_lora(base, folder / "llava-lora")
+    (folder / ALONE).mkdir()
+    shutil.copy(base / "config.json", folder / ALONE)
     return folder
 
 
@@ -40,13 +42,14 @@ def name_tower(checkpoint: Path, tower: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
 
 
-BASE, LORA, HF = "base-llava-mistral", "llava-lora", "hf-llava"
+BASE, LORA, HF, ALONE = "base-llava-mistral", "llava-lora", "hf-llava", "llava-projector"
 # Where a pickle can lie, and the safetensors file that a loader would prefer to it.
 PLACES = {
     "weights": (BASE, "pytorch_model.bin", "model.safetensors"),
     "tower": (BASE, "vision_tower/pytorch_model.bin", "vision_tower/model.safetensors"),
     "adapter": (LORA, "adapter_model.bin", "adapter_model.safetensors"),
     "projector": (LORA, "non_lora_trainables.bin", None),
+    "alone": (ALONE, "mm_projector.bin", None),
     "hf": (HF, "pytorch_model.bin", "model.safetensors"),
 }
 COMMANDS = {
@@ -56,7 +59,9 @@ COMMANDS = {
     "serve-lora": ("serve {lora} --base {base} --port 0", ("weights", "adapter", "projector")),
     "merge": ("merge {lora} --base {base} --out {out}", ("weights", "adapter", "projector")),
     "merge-full": ("merge {base} --base {base} --out {out}", ("weights",)),
+    "merge-projector": ("merge {alone} --base {base} --out {out}", ("alone",)),
     "convert": ("convert {base} --out {out}", ("weights", "tower")),
+    "convert-language-model": ("convert {base} --language-model-only --out {out}", ("weights",)),
     "convert-back": ("convert {hf} --out {out}", ("hf",)),
     "doctor": ("doctor {base}", ("weights", "tower")),
     "doctor-lora": ("doctor {lora} --base {base}", ("weights", "tower", "adapter", "projector")),
@@ -67,7 +72,7 @@ COMMANDS = {
 def planted(good: Path, place: str, kind: str, root: Path) -> Path:
     """A copy of the good folders with one hostile file."""
     folder = shutil.copytree(good, root / "made")
-    for checkpoint in (BASE, LORA):
+    for checkpoint in (BASE, LORA, ALONE):
         name_tower(folder / checkpoint, folder / BASE / "vision_tower")
     part, name, preferred = PLACES[place]
     file, content = folder / part / name, {}
@@ -112,6 +117,7 @@ def test_no_command_runs_code_in_a_checkpoint(command, kind, good, data, tmp_pat
             base=folder / BASE,
             lora=folder / LORA,
             hf=folder / HF,
+            alone=folder / ALONE,
             data=data,
             out=root / "llava-mistral-out",
             recipe="demo_studies",

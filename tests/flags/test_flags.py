@@ -251,6 +251,8 @@ def test_evaluations_without_an_evaluation_set_are_refused(stage, instead):
         (fault,) = find_faults(UmedFlags(umed_stage=stage), *llava_args(evaluation_strategy=strategy))
         assert f"--evaluation_strategy {getattr(strategy, 'value', strategy)}" in fault and instead in fault
     assert find_faults(UmedFlags(umed_stage=stage), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
+    (fault,) = find_faults(UmedFlags(umed_stage=stage), *llava_args(eval_on_start=True))
+    assert "--eval_on_start True" in fault and instead in fault
 
 
 def test_all_faults_come_at_once():

@@ -213,14 +213,15 @@ def _is_zero_3(deepspeed: Any) -> bool:
 def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:
     """LLaVA's `train()` has no evaluation set, so its trainer would stop at the first evaluation, hours into the run."""
     strategy = training_args.evaluation_strategy  # an enum of strings, or a string
-    if strategy == "no":
+    if strategy != "no":
+        flag, off = f"--evaluation_strategy {getattr(strategy, 'value', strategy)}", "no"
+    elif getattr(training_args, "eval_on_start", False):  # of transformers 5
+        flag, off = "--eval_on_start True", "False"
+    else:
         return []
     instead = (
         "--umed_val_every N evaluates on held-out records every N steps."
         if flags.umed_stage == REWARDING
         else "After the run, `umed evaluate` measures a checkpoint on held-out records."
     )
-    return [
-        f"--evaluation_strategy {getattr(strategy, 'value', strategy)}: LLaVA's training script has no evaluation set. Leave "
-        f"it at no. {instead}"
-    ]
+    return [f"{flag}: LLaVA's training script has no evaluation set. Leave it at {off}. {instead}"]
