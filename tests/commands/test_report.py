@@ -219,7 +219,7 @@ def test_several_runs_get_an_index_of_their_reports(run, finished, tmp_path, cap
     links = re.findall(r'<th scope="row">.*?<a href="([^"]+)">', page)
     assert [(tmp_path / link).resolve() for link in links] == [folder / "report.html" for folder in (run, finished[0])]
     assert all((tmp_path / link).is_file() for link in links)
-    assert 'aria-label="reward/total"' in page and "var(--run-1)" in page and "guard/" not in page
+    assert 'aria-label="reward/total"' in page and "stroke: var(--run-1)" in page and "guard/" not in page
     low, high = read_run(run).evaluations["rewarding"].metrics["accuracy"]["ci95"] or (None, None)
     assert ("no interval" if low is None else f"{low:.3f} to {high:.3f}") in page
     assert main(["report", str(run), str(run)]) == 2
