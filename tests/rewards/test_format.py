@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import random
 
 import pytest
@@ -192,6 +194,18 @@ def test_what_says_that_the_image_is_normal(text, normal):
 )
 def test_the_number_that_a_text_says(text, number):
     assert number_said(text, TERMS) == number
+
+
+MODULES = (
+    *("grounding.wording", "grounding.claims", "grounding.terms", "grounding.boxes", "flags.weights"),
+    *("rewards.terms.format", "rewards.terms.consistency", "rewards.terms.localization_curriculum"),
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_examples_of_the_docstrings_run(module):
+    failed, tried = doctest.testmod(importlib.import_module(f"umed_plugin.{module}"))
+    assert failed == 0 and tried > 0
 
 
 def test_sides_belong_to_the_nearest_box_of_their_sentence():
