@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.rules import ACCEPTED, FIXED, RESTORED, SAID
 from umed_plugin.training.run_settings import (
@@ -149,5 +150,13 @@ def test_the_last_checkpoint_and_one_without_settings(tmp_path):
     assert checkpoint.name == "checkpoint-10" and stored_settings(checkpoint) is None
     (checkpoint / "umed.json").write_text(json.dumps({"umed_stage": "rewarding"}))
     assert stored_settings(checkpoint) is None
+    for damaged, said in (
+        ('{"settings": [1]}', "its settings are a list"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list"),
+    ):
+        (checkpoint / "umed.json").write_text(damaged)
+        with pytest.raises(UmedError, match=said):
+            stored_settings(checkpoint)
     # A flag that only one of the two knows, as after an update of a library, is not compared.
     assert find_changes({"old": 1}, {"new": 1}) == []

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags, rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, SAID
 
@@ -254,10 +255,18 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def stored_settings(checkpoint: Path) -> dict[str, Any] | None:
-    """The settings in a checkpoint; None if it was written before they were stored."""
+    """The settings in a checkpoint; None if it was written before they were stored.
+
+    Raises:
+        UmedError: the file that holds them is damaged.
+    """
     marker = checkpoint / MARKER
     content = files.read_object(marker) if marker.is_file() else {}
     settings: dict[str, Any] | None = content.get(SETTINGS)
+    if settings is not None and not isinstance(settings, dict):
+        raise UmedError(
+            f"{marker}: its settings are a {type(settings).__name__}; expected an object. Remove {checkpoint}."
+        )
     return settings
 
 
