@@ -291,3 +291,14 @@ def test_whoever_asks_under_another_family_is_told(ask, tiny_mistral, tmp_path, 
     else:
         Dialogue(str(tiny_mistral), template="umed_v1")
     assert "--template umed_v1: is not of the family" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_conversion_says_what_the_doctor_calls_an_error(tiny_mistral, tmp_path, capsys):
+    """A padding token outside of the vocabulary, which LLaVA cannot load: the result is written, and the status says so."""
+    there = to_transformers(tiny_mistral, tmp_path / "hf")
+    config = json.loads((there / "config.json").read_text())
+    assert main(f"convert {there} --out {tmp_path}/llava-mistral-good".split()) == 0, capsys.readouterr().err
+    config["text_config"]["pad_token_id"] = 10**6
+    (there / "config.json").write_text(json.dumps(config))
+    assert main(f"convert {there} --out {tmp_path}/llava-mistral-out".split()) == 1
+    assert "padding-token" in capsys.readouterr().err

@@ -89,6 +89,7 @@ def _to_llava(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.loading import read_config
     from umed_plugin.checkpoints.merging import stock_name_fault
     from umed_plugin.checkpoints.to_llava import to_llava
+    from umed_plugin.commands.doctor.examination import errors_of_result
     from umed_plugin.errors import UsageError, note
 
     if args.template:
@@ -102,4 +103,4 @@ def _to_llava(args: argparse.Namespace) -> int:
     fault = stock_name_fault(out, read_config(out)["model_type"])
     if fault:
         note(fault)
-    return 0
+    return 1 if errors_of_result(out, args.checkpoint) else 0

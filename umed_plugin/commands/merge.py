@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.checkpoints.kept_share import KeptShare
     from umed_plugin.checkpoints.loading import is_lora, read_config
     from umed_plugin.checkpoints.merging import export, merge, stock_name_fault, trained_bits
+    from umed_plugin.commands.doctor.examination import errors_of_result
 
     kept = KeptShare()
     options = {"with_tower": args.with_tower, "overwrite": args.overwrite, "dtype": args.dtype, "kept": kept}
@@ -82,22 +83,3 @@ def _is_projector(folder: Path) -> bool:
 
     whole = any(folder.glob("*model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return (folder / PROJECTOR).is_file() and not whole
-
-
-def errors_of_result(out: Path, source: Path) -> int:
-    """Warn of each error that the doctor finds in a checkpoint that was just written, and not in its source; return their number.
-
-    Names of folders are left to `stock_name_fault`; the values of the weights are not read again.
-    """
-    from umed_plugin.commands.doctor.examination import ERROR, examine_files
-    from umed_plugin.errors import warn
-
-    known = {finding.code for finding in examine_files(source)}
-    new = [
-        finding
-        for finding in examine_files(out)
-        if finding.severity == ERROR and finding.code not in known and not finding.code.startswith("name-")
-    ]
-    for finding in new:
-        warn(f"{finding.code}: {finding.found} ({finding.where}). {finding.remedy}")
-    return len(new)

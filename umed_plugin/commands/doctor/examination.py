@@ -24,10 +24,11 @@ from umed_plugin.commands.doctor.names import check_name
 from umed_plugin.commands.doctor.tokens import check_tokens
 from umed_plugin.commands.doctor.tower import check_tower
 from umed_plugin.commands.doctor.values import check_values, read_values
-from umed_plugin.errors import UsageError
+from umed_plugin.errors import UsageError, warn
 
 __all__ = [
-    "ERROR", "NOTE", "SEVERITIES", "WARNING", "Diagnosis", "Finding", "Identity", "diagnose", "examine", "fix",
+    "ERROR", "NOTE", "SEVERITIES", "WARNING", "Diagnosis", "Finding", "Identity", "diagnose", "errors_of_result", "examine",
+    "fix",
 ]  # fmt: skip
 
 
@@ -99,3 +100,19 @@ def diagnose(
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Diagnosis(str(checkpoint), identify(contents, values), findings)
+
+
+def errors_of_result(out: Path, source: Path) -> int:
+    """Warn of each error that the doctor finds in a checkpoint that was just written, and not in its source; return their number.
+
+    Names of folders are left to `stock_name_fault`; the values of the weights are not read again.
+    """
+    known = {finding.code for finding in examine_files(source)}
+    new = [
+        finding
+        for finding in examine_files(out)
+        if finding.severity == ERROR and finding.code not in known and not finding.code.startswith("name-")
+    ]
+    for finding in new:
+        warn(f"{finding.code}: {finding.found} ({finding.where}). {finding.remedy}")
+    return len(new)
