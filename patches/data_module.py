@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from umed_plugin.flags.definition import REWARDING
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.patches import lora_resume
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target

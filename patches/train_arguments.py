@@ -22,7 +22,9 @@ from typing import Any
 from umed_plugin.errors import UsageError, did_you_mean
 from umed_plugin.files.locks import lock_for_the_process
 from umed_plugin.flags.checks import find_faults, raise_faults
-from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.patches import (
     attention_implementation,
     conversation_templates,

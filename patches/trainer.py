@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from umed_plugin.errors import note, warn
-from umed_plugin.flags.definition import REWARDING
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.patches.training_run import LLAVA, TRAIN
 from umed_plugin.patching import Patch, Recorder, Target
 

@@ -28,7 +28,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
 from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.stages_table import stages_table
-from umed_plugin.flags.definition import STAGES, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.rules import STAGES
 
 OLD = Path(__file__).resolve().parents[1] / "support" / "old"
 STEPS = (

@@ -13,7 +13,9 @@ from support.pages import DOCS, check_generated, check_page, table
 from support.python_api import python_api
 
 from umed_plugin.data.recipes.reference import recipe_reference
-from umed_plugin.flags.definition import STAGES, UmedFlags, rules_of
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.needs import rules_of
+from umed_plugin.flags.rules import STAGES
 
 
 def test_the_table_of_flags_is_what_the_code_has() -> None:

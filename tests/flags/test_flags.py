@@ -12,7 +12,9 @@ from support.llava_args import llava_args
 
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.checks import check, find_faults, find_remarks
-from umed_plugin.flags.definition import SHIPPED_REWARDS, UmedFlags, _flag, rules_of
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SHIPPED_REWARDS
+from umed_plugin.flags.needs import flag, rules_of
 from umed_plugin.flags.rules import REWARDING, STAGES, Needs, Rules
 
 # A valid judge, so that only the fault under test remains.
@@ -271,18 +273,18 @@ def test_flags_without_a_stage_are_refused():
 
 
 def test_every_flag_has_help_a_stage_and_a_default_that_its_own_rules_allow():
-    for flag in dataclasses.fields(UmedFlags):
-        rules = rules_of(flag)
-        assert len(flag.metadata["help"]) > 20
+    for field in dataclasses.fields(UmedFlags):
+        rules = rules_of(field)
+        assert len(field.metadata["help"]) > 20
         assert rules.stage in (None, *STAGES)
-        assert rules.value_fault(flag.name, flag.default) is None
+        assert rules.value_fault(field.name, field.default) is None
 
 
 @dataclasses.dataclass
 class OneMore(UmedFlags):
     """The flags and two new ones, each added only by its field."""
 
-    umed_new: float = _flag(
+    umed_new: float = flag(
         0.5,
         "A number.",
         stage=REWARDING,
@@ -290,7 +292,7 @@ class OneMore(UmedFlags):
         most=1,
         needs=Needs("--umed_temperature below 1", lambda f: f.umed_temperature < 1),
     )
-    umed_mode: str = _flag("near", "Which one.", choices=("near", "far"))
+    umed_mode: str = flag("near", "Which one.", choices=("near", "far"))
 
 
 @pytest.mark.parametrize(

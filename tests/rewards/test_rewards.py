@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.flags.definition import LOCAL_JUDGE_NAMES, PAPER_REWARDS, SHIPPED_REWARDS
+from umed_plugin.flags.names import LOCAL_JUDGE_NAMES, PAPER_REWARDS, SHIPPED_REWARDS
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards import (
     REWARDS,
@@ -306,7 +306,8 @@ def brevity(prompts, completions, **columns):
 """
 USE_IT = """
 import dataclasses, sys
-from umed_plugin.flags.definition import SHIPPED_REWARDS, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SHIPPED_REWARDS
 from umed_plugin.flags.rewards import find_reward_faults
 assert not {"numpy", "torch"} & set(sys.modules), "the flags know the names without importing the rewards"
 flags = UmedFlags(umed_stage="rewarding", umed_rewards="localization,brevity")

@@ -16,7 +16,7 @@ from support.records import grounded_records
 from support.taught import learn_by_heart, study_records
 from support.umed_runs import FLAGS, INTERRUPT, TWO_PROCESSES, reward, train_flags, umed_run, weights
 
-from umed_plugin.flags.definition import PAPER_REWARDS, SHIPPED_REWARDS
+from umed_plugin.flags.names import PAPER_REWARDS, SHIPPED_REWARDS
 from umed_plugin.rewards.guards import GUARDS
 
 LORA = shlex.split(

@@ -21,7 +21,7 @@ from typing import Any
 
 from umed_plugin.commands.machine import Machine
 from umed_plugin.files import read_object
-from umed_plugin.flags.definition import REWARDING, TUNING
+from umed_plugin.flags.rules import REWARDING, TUNING
 
 GIGA = 1e9
 RESERVE = 1.5e9

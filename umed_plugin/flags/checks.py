@@ -1,6 +1,6 @@
 """The one check of all flags, before the model is loaded: flags without effect, values out of range, conflicts with LLaVA's.
 
-What holds for one flag stands in its field (`umed_plugin.flags.definition`) and is only read here. The functions below add what
+What holds for one flag stands in its field (`umed_plugin.flags.groups`) and is only read here. The functions below add what
 several flags, or a flag and LLaVA's own, must agree on. Imports the standard library alone.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from umed_plugin.errors import UsageError
 from umed_plugin.files import parse_json
-from umed_plugin.flags.definition import UmedFlags, rules_of
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES
 from umed_plugin.remote.settings import rollout_server_faults

@@ -13,7 +13,8 @@ from typing import Any
 
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.flags import weights
-from umed_plugin.flags.definition import OPENAI, REPLAY, SHIPPED_REWARDS, SYMBOLIC, UmedFlags, is_own_reward
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import OPENAI, REPLAY, SHIPPED_REWARDS, SYMBOLIC, is_own_reward
 from umed_plugin.flags.rules import parse_judge_options
 from umed_plugin.registry import Registry
 from umed_plugin.remote import settings

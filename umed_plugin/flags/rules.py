@@ -1,6 +1,6 @@
 """What a flag's field says of the flag: the stage that it acts in, what it needs, and the values that it allows.
 
-Only the field itself states these (`umed_plugin.flags.definition`); `umed_plugin.flags.checks` and the help text read them.
+Only the field itself states these (`umed_plugin.flags.groups`); `umed_plugin.flags.checks` and the help text read them.
 Imports the standard library alone.
 """
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import SYMBOLIC, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance

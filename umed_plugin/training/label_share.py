@@ -10,7 +10,7 @@ import numpy as np
 
 from umed_plugin.data.record_file import JoinedRecords
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import TUNING
+from umed_plugin.flags.rules import TUNING
 
 
 def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedRecords, str]:
@@ -21,7 +21,7 @@ def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedR
     Args:
         records: of the split train.
         share: in 0-1, both exclusive.
-        stage: one of `umed_plugin.flags.definition.STAGES`.
+        stage: one of `umed_plugin.flags.rules.STAGES`.
 
     Raises:
         UmedError: a stage would have no labelled study.

@@ -10,7 +10,7 @@ then is the flag's kind:
 - `RESTORED`: refused, because the checkpoint's optimizer has the old value and would go on with it.
 - `FIXED`: refused, because the checkpoint's weights or optimizer fit no other value.
 
-The plugin's own flags say their kind where they are defined (`umed_plugin.flags.definition`); `_KINDS` has LLaVA's and those of
+The plugin's own flags say their kind where they are defined (`umed_plugin.flags.groups`); `_KINDS` has LLaVA's and those of
 transformers. Files, and folders of checkpoints, count by their content: a copy under another name is the same.
 """
 
@@ -30,8 +30,10 @@ from typing import Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import REWARDING, SYMBOLIC, UmedFlags, rules_of
-from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, SAID
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.flags.needs import rules_of
+from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, REWARDING, SAID
 
 MARKER = "umed.json"
 SETTINGS = "settings"

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError, note, warn
-from umed_plugin.flags.definition import BOX_REWARDS
+from umed_plugin.flags.names import BOX_REWARDS
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images
 from umed_plugin.model.sampling import generate

@@ -43,7 +43,7 @@ from umed_plugin.data.record_file import JoinedRecords, RecordFile, make_index, 
 from umed_plugin.data.records import Record, check_exists, not_records, save_records
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError, note, warn
-from umed_plugin.flags.definition import REWARDING
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.first_process import first_process_does
 from umed_plugin.training.label_share import own_share

@@ -16,7 +16,9 @@ from umed_plugin.commands.upgrade.settings import Settings
 from umed_plugin.commands.upgrade.training import training_flags
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flags.checks import find_faults
-from umed_plugin.flags.definition import STAGES, SYMBOLIC, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.flags.rules import STAGES
 
 
 def check_together(settings: Settings, origin: Origin, machine: Machine) -> None:

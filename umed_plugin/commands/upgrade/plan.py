@@ -20,7 +20,7 @@ from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags
 from umed_plugin.data.recipes.recipe import load_recipe
-from umed_plugin.flags.definition import STAGES
+from umed_plugin.flags.rules import STAGES
 
 EVALUATED = ("base", *STAGES)
 # Settings that both trainings depend on, besides those of their stage.

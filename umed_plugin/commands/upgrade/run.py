@@ -25,7 +25,7 @@ from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 from umed_plugin.files.locks import INSIDE, locked
-from umed_plugin.flags.definition import STAGES
+from umed_plugin.flags.rules import STAGES
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
 

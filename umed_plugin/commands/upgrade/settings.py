@@ -22,7 +22,7 @@ from umed_plugin.commands.machine import Machine
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.faults import Faults, StrictModel, validated
-from umed_plugin.flags.definition import PAPER_REWARDS, SYMBOLIC
+from umed_plugin.flags.names import PAPER_REWARDS, SYMBOLIC
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]

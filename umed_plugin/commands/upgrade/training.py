@@ -12,7 +12,7 @@ from umed_plugin.commands.memory import Work, has_fused_attention
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.definition import TUNING
+from umed_plugin.flags.rules import TUNING
 
 # Paths that differ from run to run; `flags` of the settings must not set them either.
 PATH_FLAGS = ("model_name_or_path", "data_path", "image_folder", "output_dir")

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin.errors import UmedError, note
 from umed_plugin.flags import rewards as judge_flags
-from umed_plugin.flags.definition import REPLAY, UmedFlags
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.names import REPLAY
 from umed_plugin.remote import settings
 from umed_plugin.remote.ledger import Ledger, LedgerUser
 from umed_plugin.remote.replies import Failure, Reply, RequestResult

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.flags.definition import SYMBOLIC
+from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.rewards.contract import register_reward
 from umed_plugin.rewards.symbols import SymbolFile, check_against, read_symbols
 

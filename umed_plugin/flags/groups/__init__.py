@@ -1,0 +1,1 @@
+"""The flags by what they are about, one dataclass a group; `umed_plugin.flags.definition` puts them together."""
