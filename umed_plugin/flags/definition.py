@@ -1,7 +1,7 @@
 """The ``--umed_*`` flags of LLaVA's training scripts: one dataclass, in which each field says all that holds for its flag.
 
 A new flag is one field in a file of `umed_plugin.flags.groups`, and its use. The field states default, help, stage, needs and
-allowed values (`umed_plugin.flags.rules`); `umed_plugin.flags.checks` checks them, together with what several flags must agree on.
+allowed values (`umed_plugin.flags.rules`). `umed_plugin.flags.checks` checks them, and what several flags must agree on.
 
 The paper (arXiv 2501.01377) publishes no hyper-parameters, so every default here is our own choice and not the paper's.
 Where a default comes from other work, its help text names that work.
