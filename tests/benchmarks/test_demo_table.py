@@ -5,7 +5,8 @@ from __future__ import annotations
 import demo_table
 from intervals import mean_difference
 
-from umed_plugin.evaluation.metrics.metric import Row
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+from umed_plugin.evaluation.metrics.metric import Row, measure
 from umed_plugin.evaluation.results import Evaluation, Prediction
 
 
@@ -17,8 +18,13 @@ def demo_folder(folder, ious_before, ious_after):
         studies = []
         for number, iou in enumerate(ious):
             values = {"accuracy": 1.0 if number else first_is_right, **({"mean_iou": iou} if number < 3 else {})}
-            studies.append(Prediction(str(number), "", "", "", "", values, str(number), groups={"source": ""}))
-        Evaluation("recipe", stage, "umed_mistral", studies, {}).save(folder / "evaluation" / stage)
+            true = [] if number == 3 else [[0.1, 0.1, 0.2, 0.2]]
+            details = {"true_classes": ["cyst"] * len(true), "true_boxes": true, "boxes": [], "set_iou": iou}
+            question = (str(number), "", "", "", "", values, str(number))
+            studies.append(Prediction(*question, details=details, groups={"source": ""}))
+        rows = [study.row() for study in studies]
+        metrics = measure(RECIPE.metrics(rows), rows)
+        Evaluation("recipe", stage, "umed_mistral", studies, metrics).save(folder / "evaluation" / stage)
     return folder
 
 

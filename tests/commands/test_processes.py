@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -136,7 +137,9 @@ def test_a_signal_ends_the_command_and_every_process_below_it(number, tmp_path):
     log, pid = tmp_path / "run.log", tmp_path / "pid"
     variables = {**importable(), "LAUNCHER": LAUNCHER, "WORKER": WORKER}
     argv = [sys.executable, "-c", COMMAND, str(log), str(pid)]
-    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True)
+    # Under nohup, these tests would hand down that SIGHUP is ignored.
+    heed = functools.partial(signal.signal, number, signal.SIG_DFL)
+    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     end = time.monotonic() + 20
     while not (pid.is_file() and pid.read_text()):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import find_base, is_lora, weight_files
+from umed_plugin.checkpoints.loading import find_base, is_lora, read_config, weight_files
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UsageError, note
 
@@ -31,6 +31,7 @@ def answering_precision(checkpoint: Path | str, base: Path | str | None, device:
 
     Raises:
         UsageError: float16 on a CPU, which cannot compute in it.
+        UmedError: it is not a LLaVA checkpoint.
     """
     if device != "cpu":
         return wanted or "float16"
@@ -38,6 +39,7 @@ def answering_precision(checkpoint: Path | str, base: Path | str | None, device:
         raise UsageError("--dtype float16: a CPU cannot compute in it. Allowed on a CPU: float32, bfloat16.")
     if wanted is not None:
         return wanted
+    read_config(checkpoint)  # says what is missing, if anything is
     folder = find_base(Path(checkpoint), base) if is_lora(checkpoint) else checkpoint
     needed, there = 4 * _values(folder) + _REST, memory_here()
     if needed <= there:
