@@ -139,7 +139,7 @@ def test_a_signal_ends_the_command_and_every_process_below_it(number, tmp_path):
     argv = [sys.executable, "-c", COMMAND, str(log), str(pid)]
     # Under nohup, these tests would hand down that SIGHUP is ignored.
     heed = functools.partial(signal.signal, number, signal.SIG_DFL)
-    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    process = subprocess.Popen(argv, env=variables, stderr=subprocess.PIPE, text=True, preexec_fn=heed)  # noqa: PLW1509 (no threads)
     end = time.monotonic() + 20
     while not (pid.is_file() and pid.read_text()):
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
