@@ -445,7 +445,9 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"No such bombs: {', '.join(sorted(unknown))}. Allowed: {'; '.join(BOMBS)}")
     from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+    from umed_plugin.patches import prepare_llava
 
+    prepare_llava()
     figures = []
     with tempfile.TemporaryDirectory(prefix="umed-bombs-") as temporary:
         folder = Path(temporary)
