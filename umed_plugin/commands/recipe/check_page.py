@@ -6,12 +6,11 @@ Look at the gallery: no table shows whether boxes are on lesions. Like `umed rep
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.commands.static_page import render_page
 from umed_plugin.data.checking.check import RecipeCheck
 from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
 from umed_plugin.data.checking.report import classes_table, sources_of, sources_table, splits_table
@@ -26,17 +25,14 @@ _FAULTS, _PAIRS = 200, 60  # shown at most
 
 def write_report(check: RecipeCheck, folder: Path) -> Path:
     """Write the page, and a contact sheet per source beside it; return the path of the page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from jinja2.utils import htmlsafe_json_dumps
-
     folder.mkdir(parents=True, exist_ok=True)
     own, report = Path(__file__).parent, Path(__file__).parents[1] / "report"
-    script = "".join(path.read_text(encoding="utf-8") for path in (report / "gallery.js", own / "check.js"))
-    environment = Environment(
-        loader=FileSystemLoader(own), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     data = {"cards": check.images_shown.cards, "pairs": _pairs(check), "places": _places(check)}
-    page = environment.get_template("check.html").render(
+    page = render_page(
+        own / "check.html",
+        styles=[report / "report.css", own / "check.css"],
+        scripts=[report / "gallery.js", own / "check.js"],
+        data=data,
         recipe=check.recipe,
         root=one_line(check.annotations.root),
         sources=sources_of(check.recipe),
@@ -60,12 +56,6 @@ def write_report(check: RecipeCheck, folder: Path) -> Path:
         images=sum(check.images.values()),
         pairs=len(data["pairs"]),
         same=SAME,
-        style=(report / "report.css").read_text(encoding="utf-8") + (own / "check.css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        data=htmlsafe_json_dumps(
-            data, dumps=lambda value, **_: json.dumps(value, allow_nan=False, separators=(",", ":"))
-        ),
     )
     target = folder / FILE
     files.write_text(target, page)

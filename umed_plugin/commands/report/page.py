@@ -6,9 +6,6 @@ models and names of files are escaped in the template and set as text by the scr
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +17,7 @@ from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
+from umed_plugin.commands.static_page import render_page
 from umed_plugin.evaluation.benchmarks.recipe import cases_of
 from umed_plugin.files.locks import locked
 
@@ -49,19 +47,12 @@ def write_report(
 
 def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None] | None = None) -> str:
     """The HTML of a run's report."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from jinja2.utils import htmlsafe_json_dumps
-
     from umed_plugin import __version__
 
     def advance(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     shelf = Path(__file__).parent
-    script = "".join((shelf / name).read_text(encoding="utf-8") for name in ("gallery.js", "report.js"))
-    environment = Environment(
-        loader=FileSystemLoader(shelf), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     labels = [stage_label(stage) for stage in run.evaluations]
     studies = study_cards(run.evaluations, most_studies, run.folder, advance("drawing studies"))
     candidates = candidate_cards(run.candidates, run.folder, advance("drawing sampled answers"))
@@ -74,27 +65,24 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         )
     trainings = [_training(training, advance("drawing curves")) for training in run.trainings]
     charts = [chart.plot for training in trainings for group in training["groups"].values() for chart in group]
-    return environment.get_template("report.html").render(
+    return render_page(
+        shelf / "report.html",
+        styles=[shelf / "report.css"],
+        scripts=[shelf / "gallery.js", shelf / "report.js"],
+        data={
+            **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
+            "metrics": _finite(table["exact"], None) if table else None,
+            "name": run.folder.name,
+        },
         name=run.folder.name,
         about=about_run(run),
         version=__version__,
-        style=(shelf / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         notes=notes,
         table=table,
         trainings=trainings,
         stages=labels,
         studies=len(studies),
         candidates=len(candidates),
-        data=htmlsafe_json_dumps(
-            {
-                **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
-                "metrics": _finite(table["exact"], None) if table else None,
-                "name": run.folder.name,
-            },
-            dumps=_compact,
-        ),
     )
 
 
@@ -116,10 +104,6 @@ def _training(training: Training, progress: Callable[[int, int], None] | None) -
         "facts": about_training(training),
         "settings": other_settings(training),
     }
-
-
-def _compact(value: Any, **_: Any) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _finite(value: Any, digits: int | None = 5) -> Any:

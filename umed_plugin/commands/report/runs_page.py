@@ -17,6 +17,7 @@ from umed_plugin.commands.report.about import about_run
 from umed_plugin.commands.report.curves import points_of
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import cell_of, difference_of, title_of
+from umed_plugin.commands.static_page import render_page
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
 from umed_plugin.evaluation.results import compare
@@ -38,18 +39,14 @@ def write_runs_page(run_dirs: Sequence[Path], file: Path) -> Path:
         UsageError: more runs than can be told apart, or one is given twice.
         UmedError: a folder holds nothing to report.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     runs = [read_run(folder) for folder in run_dirs]
     if len({run.folder for run in runs}) < len(runs):
         raise UsageError("a run is given twice. Give each folder once.")
     shelf = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(shelf), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     names = names_of(runs)
-    page = environment.get_template("runs.html").render(
-        style=(shelf / "report.css").read_text(encoding="utf-8"),
+    page = render_page(
+        shelf / "runs.html",
+        styles=[shelf / "report.css"],
         heads=[*_SHOWN.values(), "stage", *(title_of(name)[0] for name in HEADLINE), "last difference of mean IoU"],
         rows=[_row(run, name, place, file) for place, (run, name) in enumerate(zip(runs, names))],
         charts=_charts(runs, names),

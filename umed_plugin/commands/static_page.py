@@ -1,0 +1,51 @@
+"""A page in one HTML file that loads nothing, as `umed report` and `umed recipe check` write it.
+
+Texts are escaped by the template, or set as text by the script. The page's Content-Security-Policy allows only its own script,
+which it names by its hash.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def render_page(
+    template: Path, *, styles: Sequence[Path], scripts: Sequence[Path] = (), data: Any = None, **values: Any
+) -> str:
+    """The HTML of a template that is given ``style``, ``script``, ``script_hash``, ``data`` and the ``values``.
+
+    Args:
+        template: the Jinja file; a value that it uses and is not given is an error.
+        styles, scripts: files that are put one behind the other into the page.
+        data: what the script reads, as JSON without infinite numbers.
+        values: what the template shows.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from jinja2.utils import htmlsafe_json_dumps
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = _joined(scripts)
+    return environment.get_template(template.name).render(
+        style=_joined(styles),
+        script=script,
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        data=htmlsafe_json_dumps(
+            data, dumps=lambda value, **_: json.dumps(value, allow_nan=False, separators=(",", ":"))
+        ),
+        **values,
+    )
+
+
+def _joined(texts: Sequence[Path]) -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in texts)
