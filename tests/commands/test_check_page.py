@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.browser import CONTRASTS, Page
+from support.browser import CONTRASTS, Page, opened_page
 from support.drawn import scene, write_png, write_recipe
 from support.source_files import uneven
 
@@ -44,16 +44,8 @@ def checked(folder: Path, rows: str = ROWS, same: bool = False) -> RecipeCheck:
 
 @pytest.fixture
 def page(tmp_path):
-    (tmp_path / "downloads").mkdir()
-    browser = Page(tmp_path / "profile", tmp_path / "downloads")
-    yield browser
-    faults = [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    asked = [
-        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
-    ]
-    browser.close()
-    assert not faults
-    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is loaded from elsewhere"
+    with opened_page(tmp_path) as browser:
+        yield browser
 
 
 def choose(page: Page, field: str, value: str) -> list[str]:

@@ -8,7 +8,7 @@ import time
 from urllib.parse import quote
 
 import pytest
-from support.browser import CONTRASTS, Page
+from support.browser import CONTRASTS, Page, opened_page
 from support.report_runs import (
     HOSTILE,
     SHIFTS,
@@ -33,16 +33,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def page(tmp_path):
-    (tmp_path / "downloads").mkdir()
-    browser = Page(tmp_path / "profile", tmp_path / "downloads")
-    yield browser
-    faults = [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
-    asked = [
-        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
-    ]
-    browser.close()
-    assert not faults
-    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is loaded from elsewhere"
+    with opened_page(tmp_path) as browser:
+        yield browser
 
 
 def titles(page: Page) -> list[str]:

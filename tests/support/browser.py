@@ -9,6 +9,8 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +190,18 @@ class Page:
             self._held += piece
         message, _, self._held = self._held.partition(b"\0")
         return json.loads(message)
+
+
+@contextmanager
+def opened_page(folder: Path) -> Iterator[Page]:
+    """A page for a written file; fails at the end if it logged a fault, or asked for anything but files and its own data."""
+    (folder / "downloads").mkdir()
+    browser = Page(folder / "profile", folder / "downloads")
+    yield browser
+    faults = [event for event in browser.events if event["method"] in ("Log.entryAdded", "Runtime.exceptionThrown")]
+    asked = [
+        event["params"]["request"]["url"] for event in browser.events if event["method"] == "Network.requestWillBeSent"
+    ]
+    browser.close()
+    assert not faults
+    assert all(url.startswith(("file:", "data:")) for url in asked), "nothing is loaded from elsewhere"
