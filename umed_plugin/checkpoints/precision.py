@@ -11,7 +11,6 @@ from umed_plugin.checkpoints.loading import find_base, is_lora, read_config, wei
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UsageError, note
 
-PRECISIONS = ("float32", "bfloat16", "float16")
 # Of the memory, for all but the weights: Python and its libraries, images, activations and the KV cache of an answer.
 _REST = 3 * 10**9
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -27,7 +26,7 @@ def answering_precision(checkpoint: Path | str, base: Path | str | None, device:
         checkpoint: a full checkpoint, or a LoRA folder over ``base``.
         base: base of a LoRA folder; None: the one that its adapter names.
         device: ``cuda`` or ``cpu``.
-        wanted: one of `PRECISIONS`, or None.
+        wanted: ``float32``, ``bfloat16``, ``float16``, or None.
 
     Raises:
         UsageError: float16 on a CPU, which cannot compute in it.
@@ -60,7 +59,7 @@ def memory_here() -> int:
 
 
 def torch_dtype(precision: str) -> Any:
-    """The ``torch.dtype`` of one of `PRECISIONS`."""
+    """The ``torch.dtype`` of this name."""
     import torch
 
     return getattr(torch, precision)
