@@ -20,7 +20,9 @@ from umed_plugin.errors import UmedError
 from umed_plugin.training.candidate_log import log_candidates
 from umed_plugin.training.experience import Experience
 from umed_plugin.training.feature_cache import FORMAT, FeatureCache, FeatureShape, open_feature_cache
-from umed_plugin.training.rewarding_state import load_kl_coef, rollout_file
+from umed_plugin.rewards.running import load_reward_states
+from umed_plugin.rewards.terms.localization_curriculum import LocalizationCurriculum
+from umed_plugin.training.rewarding_state import STATE, load_further, load_kl_coef, load_rewards, rollout_file
 from umed_plugin.training.value_head import ValueHead
 
 OLD = Path(__file__).resolve().parents[1] / "support" / "old" / "stage2"
@@ -31,6 +33,29 @@ def test_algorithm_and_weight_of_the_kl():
     assert load_kl_coef(CHECKPOINT, "ppo", needed=True) == pytest.approx(0.0984)
     with pytest.raises(UmedError, match="was written by --umed_algorithm ppo, but this run has grpo"):
         load_kl_coef(CHECKPOINT, "grpo", needed=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "found"),
+    [
+        ({"kl_coef": "0.1"}, "kl_coef"),
+        ({"kl_coef": float("nan")}, "kl_coef"),
+        ({"umed_algorithm": 3}, "umed_algorithm"),
+        ({"rewards": ["localization"]}, "rewards"),
+        ({"further_queries": -2}, "further_queries"),
+    ],
+)
+def test_a_damaged_state_is_named_with_its_file_and_key(state, found, tmp_path):
+    (tmp_path / STATE).write_text(json.dumps({"umed_algorithm": "ppo", **state}))
+    for read in (load_rewards, load_further, lambda folder: load_kl_coef(folder, "ppo", needed=True)):
+        with pytest.raises(UmedError, match=rf"rewarding_state\.json: {found}"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("state", [{}, {"threshold": "high", "window": []}, {"threshold": 0.5, "window": 3}, None])
+def test_a_reward_that_cannot_read_its_state_is_named(state):
+    with pytest.raises(UmedError, match="reward 'localization_curriculum': its state in the checkpoint cannot be read"):
+        load_reward_states({"localization_curriculum": LocalizationCurriculum()}, {"localization_curriculum": state})
 
 
 def test_value_head():

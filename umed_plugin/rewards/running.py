@@ -92,11 +92,22 @@ def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
 
 
 def load_reward_states(rewards: Mapping[str, Reward], states: Mapping[str, Any]) -> list[str]:
-    """Give the rewards the states that `reward_states` returned; returns the names of those that have none there."""
+    """Give the rewards the states that `reward_states` returned; returns the names of those that have none there.
+
+    Raises:
+        UmedError: a reward cannot read its state.
+    """
     names = list(reward_states(rewards))
     for name in names:
-        if name in states:
+        if name not in states:
+            continue
+        try:
             rewards[name].load_state(states[name])  # type: ignore[attr-defined]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UmedError(
+                f"reward {name!r}: its state in the checkpoint cannot be read ({type(error).__name__}: {error}). Resume from an "
+                "earlier checkpoint."
+            ) from error
     return [name for name in names if name not in states]
 
 

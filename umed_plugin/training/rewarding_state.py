@@ -11,12 +11,26 @@ The sampler has no file: its order follows from the seed and the number of steps
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
+from umed_plugin.faults import Faults, validated
 
 STATE = "rewarding_state.json"
+
+
+class _StateForm(BaseModel):
+    """Keys and types of ``rewarding_state.json``; checkpoints of earlier versions have some of the keys."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    umed_algorithm: Optional[str] = None
+    kl_coef: Annotated[Optional[FiniteFloat], Field(ge=0)] = None
+    rewards: dict[str, Any] = {}
+    further_queries: Annotated[int, Field(ge=0)] = 0
 
 
 def rollout_file(folder: Path, rank: int | str) -> Path:
@@ -50,7 +64,14 @@ def load_further(folder: Path) -> int:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    return files.read_object(folder / STATE) if (folder / STATE).is_file() else {}
+    """The file's content, its types checked; empty if the checkpoint has no such file."""
+    file = folder / STATE
+    if not file.is_file():
+        return {}
+    state, faults = files.read_object(file), Faults()
+    validated(_StateForm, state, f"{file}: ", faults)
+    faults.raise_if_any(f"{file} is damaged (remedy: resume from an earlier checkpoint)")
+    return state
 
 
 def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:
