@@ -17,11 +17,11 @@ from transformers import TrainerState
 from umed_plugin.commands.report.gallery import candidate_cards
 from umed_plugin.commands.report.run_folder import read_run
 from umed_plugin.errors import UmedError
+from umed_plugin.rewards.running import load_reward_states
+from umed_plugin.rewards.terms.localization_curriculum import LocalizationCurriculum
 from umed_plugin.training.candidate_log import log_candidates
 from umed_plugin.training.experience import Experience
 from umed_plugin.training.feature_cache import FORMAT, FeatureCache, FeatureShape, open_feature_cache
-from umed_plugin.rewards.running import load_reward_states
-from umed_plugin.rewards.terms.localization_curriculum import LocalizationCurriculum
 from umed_plugin.training.rewarding_state import STATE, load_further, load_kl_coef, load_rewards, rollout_file
 from umed_plugin.training.value_head import ValueHead
 
