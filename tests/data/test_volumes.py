@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import struct
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -13,6 +16,7 @@ from support.series import LESIONS, SLICES, slices, write_series, write_volume
 
 from umed_plugin.data.build import build_records
 from umed_plugin.data.images import burned_in_annotation, load_image, read_stored, slice_count
+from umed_plugin.data.images.nifti import read_nifti
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.volumes import montage_slices
 from umed_plugin.errors import UmedError
@@ -178,3 +182,19 @@ def test_a_series_has_text_burnt_in_as_soon_as_one_file_says_so(
         header.BurnedInAnnotation = flag
         header.save_as(file)
     assert burned_in_annotation(folder) == said
+
+
+@pytest.mark.llava
+def test_a_header_that_nibabel_repairs_is_named_with_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "odd.nii"
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 3), np.int16), np.eye(4)), file)
+    content = bytearray(file.read_bytes())
+    content[252:254] = struct.pack("<h", 0)  # no qform code, so nibabel looks at qfac
+    content[76:80] = struct.pack("<f", 0.0)  # qfac
+    file.write_bytes(bytes(content))
+    with caplog.at_level(logging.DEBUG, "nibabel.global"):
+        read_nifti(file, 0, 2, None)
+        logging.getLogger("nibabel.global").info("of another file")
+    *repairs, other = [record.getMessage() for record in caplog.records]
+    assert repairs and all(message.startswith(f"{file}: ") for message in repairs)
+    assert other == "of another file"

@@ -8,7 +8,11 @@ most `stored.Limits.cached` bytes.
 from __future__ import annotations
 
 import gzip
+import logging
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -61,7 +65,35 @@ def _open(path: Path) -> Any:
     from monai.data import NibabelReader
 
     _check_extensions(path)
-    return NibabelReader(as_closest_canonical=False, squeeze_non_spatial_dims=False).read(path)
+    with _named_in_logs(path):
+        return NibabelReader(as_closest_canonical=False, squeeze_non_spatial_dims=False).read(path)
+
+
+class _PathInMessages(logging.Filter):
+    """Puts the path of the file that is read before each message of nibabel, which repairs headers and names no file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reading = threading.local()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        path = getattr(self.reading, "path", None)
+        if path is not None:
+            record.msg, record.args = f"{path}: {record.getMessage()}", ()
+        return True
+
+
+_path_in_messages = _PathInMessages()
+
+
+@contextmanager
+def _named_in_logs(path: Path) -> Iterator[None]:
+    logging.getLogger("nibabel.global").addFilter(_path_in_messages)  # once: a filter that is there is not added again
+    _path_in_messages.reading.path = path
+    try:
+        yield
+    finally:
+        _path_in_messages.reading.path = None
 
 
 def _check_extensions(path: Path) -> None:
