@@ -59,11 +59,12 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
             f"supervision check: in {report.records} records under {' and '.join(report.templates)}, exactly the answers "
             f"are supervised ({report.supervised_tokens} tokens)."
         )
-    return {
-        "train_dataset": dataset,
-        "eval_dataset": None,
-        "data_collator": collator,
-    }
+    data = {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
+    if run.flags.umed_val_every:
+        from umed_plugin.training.rewarding_data import QueryDataset
+
+        data["val_dataset"] = QueryDataset(tokenizer, run.data_args, run.training_args, "val")
+    return data
 
 
 PATCH = Patch(

@@ -34,23 +34,31 @@ def change(recorder: Recorder) -> None:
     class NoFurtherStep(TrainerCallback):
         """Checks at the beginning of training, after the checkpoint to resume from is loaded."""
 
+        def __init__(self, stopping: Any) -> None:
+            self.stopping = stopping
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-            if 0 < state.max_steps <= state.global_step:
+            stopping = self.stopping
+            if 0 < state.max_steps <= state.global_step or (stopping and state.global_step and stopping.ended()):
                 raise _AllStepsAreDone
 
     def train(self: Any, *args: Any, **keywords: Any) -> Any:
         if getattr(self.args, "umed_stage", None) is None:
             return stock(self, *args, **keywords)
-        self.add_callback(NoFurtherStep)
+        stopping = getattr(self, "umed_early_stopping", None)
+        self.add_callback(NoFurtherStep(stopping))
         try:
-            return stock(self, *args, **keywords)
+            output = stock(self, *args, **keywords)
         except _AllStepsAreDone:
+            output = None
             if self.args.process_index == 0:
                 note(
-                    f"all {self.state.max_steps} steps were done before. Saving their result. To go on, raise --max_steps "
+                    f"all {self.state.global_step} steps were done before. Saving their result. To go on, raise --max_steps "
                     "or --num_train_epochs; to train anew, choose another --output_dir."
                 )
-            return None
+        if stopping is not None:
+            stopping.restore()
+        return output
 
     def _inner_training_loop(self: Any, batch_size: int | None = None, *args: Any, **keywords: Any) -> Any:
         if getattr(self.args, "umed_stage", None) is not None and not self.args.auto_find_batch_size:

@@ -36,8 +36,19 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.attention_loss_trainer import AttentionLossTrainer
 
             trainer_class = AttentionLossTrainer
+        # Stage 2's own trainer takes it: its guards compare with it.
+        held_out = None if args.umed_stage == REWARDING else keywords.pop("val_dataset", None)
         _keep_masters(keywords["model"], args)
         trainer = trainer_class(*positional, **keywords)
+        if held_out is not None:
+            from umed_plugin.training.validation import HeldOutValidation
+
+            trainer.add_callback(HeldOutValidation(trainer, held_out))
+        if args.umed_stop_after:
+            from umed_plugin.training.early_stopping import EarlyStopping
+
+            trainer.umed_early_stopping = EarlyStopping(trainer)
+            trainer.add_callback(trainer.umed_early_stopping)
         _watch_weights(trainer)
         _seed_this_rank(args)
         return trainer

@@ -20,6 +20,7 @@ from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.training import early_stopping
 from umed_plugin.training.start_check import no_boxes, studies_with_lesion
 from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts
 
@@ -175,3 +176,67 @@ def test_metrics_from_sums_of_several_ranks():
     assert metrics(parts[2]) == {}
     assert math.isfinite(metrics(parts[1])["val/iou"])
     assert "val/box_area_ratio" not in metrics(parts[1])
+
+
+STOPS = shlex.split("--umed_val_every 1 --umed_stop_after 2 --max_steps 9 --save_steps 1 --learning_rate 5e-2")
+
+
+def stopping(checkpoint, file, output, *more):
+    flags = train_flags(checkpoint, file, output, *FLAGS, *STOPS, *more)
+    run = umed_run(["python", "-m", "llava.train.train_mem", *flags])
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run
+
+
+def state_of(output):
+    return json.loads((output / "trainer_state.json").read_text())
+
+
+TUNING = (
+    "--umed_stage",
+    "instruction_tuning",
+    "--umed_num_candidates",
+    "8",
+    "--umed_rewards",
+    "relevance,localization,vision_relevance",
+    "--umed_log_candidates",
+    "0",
+)
+
+
+@pytest.mark.parametrize("stage", [TUNING, ("--umed_algorithm", "ppo")], ids=["stage 1", "stage 2"])
+def test_a_stage_that_only_loses_ends_where_it_began(taught, stage, tmp_path):
+    """At such a rate the first step ruins what the checkpoint knows by heart."""
+    checkpoint, file, _ = taught
+    run = stopping(checkpoint, file, tmp_path / "out", *stage)
+    found = state_of(tmp_path / "out")
+    scores = {v.step: v.score for v in early_stopping.validations(found["log_history"])}
+    assert found["global_step"] == 2 and list(scores) == [0, 1, 2] and max(scores.values()) == scores[0] > scores[2]
+    assert [line["val/kept_step"] for line in found["log_history"] if "val/kept_step" in line] == [0]
+    assert (
+        "training ended after step 2: 2 validations without gain. Kept are the weights after step 0: val/iou 0."
+        in run.stdout
+    )
+    expected, kept = weights(checkpoint), weights(tmp_path / "out")
+    shared = {name for name in expected if "vision_tower" not in name}
+    assert shared and all(torch.equal(kept[name], expected[name]) for name in shared)
+
+    # A run that was killed after its first step, or while it saved its result, ends in the same way.
+    for step in (1, 2):
+        again = tmp_path / f"again{step}"
+        shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        shutil.copytree(tmp_path / "out" / "best_weights", again / "best_weights")
+        stopping(checkpoint, file, again, *stage)
+        assert curve(again) == curve(tmp_path / "out") and state_of(again)["global_step"] == 2
+        resumed = weights(again)
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in kept.items())
+
+
+def test_the_best_validation_is_the_first_with_the_highest_score():
+    log = [{"loss": 1.0, "step": 1}, {"val/iou": 0.2, "val/accuracy": 0.4, "step": 2}, {"val/accuracy": 0.3, "step": 4}]
+    validated = early_stopping.validations(log)
+    assert validated == [early_stopping.Validated(2, pytest.approx(0.3)), early_stopping.Validated(4, 0.3)]
+    best = early_stopping.best_of([early_stopping.Validated(n, s) for n, s in ((0, 0.1), (2, 0.5), (4, 0.5), (6, 0.2))])
+    assert best.step == 2 and early_stopping.best_of([]) is None
+    assert early_stopping.without_gain([early_stopping.Validated(n, 1 - n) for n in range(4)]) == 3
+    assert early_stopping.without_gain([]) == 0

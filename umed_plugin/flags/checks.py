@@ -138,6 +138,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
             f"--image_aspect_ratio {data_args.image_aspect_ratio}: boxes are defined for pad and square (LLaVA's default)."
         )
     faults += _faults_of_bits(training_args)
+    faults += _faults_of_validation(flags, training_args)
     if flags.umed_stage == REWARDING:
         if training_args.fsdp:
             faults.append(
@@ -151,6 +152,21 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
             )
         faults += _faults_of_rollout_server(flags, training_args)
     return [*faults, *_evaluation_faults(flags, training_args)]
+
+
+def _faults_of_validation(flags: UmedFlags, training_args: Any) -> list[str]:
+    """Where stage 1 cannot answer held-out records, and where no process has the weights that are to be kept."""
+    faults = []
+    if flags.umed_val_every and training_args.fsdp:
+        faults.append(
+            "--umed_val_every does not work with --fsdp: answers need the full weights on every rank. Remove one."
+        )
+    if flags.umed_stop_after and training_args.deepspeed and _is_zero_3(training_args.deepspeed):
+        faults.append(
+            f"--umed_stop_after does not work with ZeRO-3 ({training_args.deepspeed}): no process has all weights to keep. Use "
+            "ZeRO-2, or set --umed_stop_after 0 and choose the number of steps by the curve of --umed_val_every."
+        )
+    return faults
 
 
 def _faults_of_bits(training_args: Any) -> list[str]:
@@ -220,9 +236,5 @@ def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:
         flag, off = "--eval_on_start True", "False"
     else:
         return []
-    instead = (
-        "--umed_val_every N evaluates on held-out records every N steps."
-        if flags.umed_stage == REWARDING
-        else "After the run, `umed evaluate` measures a checkpoint on held-out records."
-    )
+    instead = "--umed_val_every N evaluates on held-out records every N steps."
     return [f"{flag}: LLaVA's training script has no evaluation set. Leave it at {off}. {instead}"]

@@ -326,7 +326,8 @@ def refusals(changes: list[Change], checkpoint: str, accepted: set[str], *, betw
 
 def _shapes_a_rollout(name: str) -> bool:
     own = {flag.name: rules_of(flag) for flag in dataclasses.fields(UmedFlags)}
-    in_rewards = name.startswith("umed_vrr_")  # stage 1's attention loss takes them too
+    # Stage 1 takes them too: its attention loss, and its validation.
+    in_rewards = name.startswith("umed_vrr_") or name == "umed_max_new_tokens"
     return name in own and (own[name].stage == REWARDING or in_rewards) and own[name].on_resume == ACCEPTED
 
 

@@ -88,6 +88,8 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
         raise UmedError(
             f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
         )
+    if split != "train":
+        of_split = _with_true_boxes(of_split, split)
     _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
     if flags.umed_label_share is not None and split == "train":
         of_split, divided = own_share(of_split, flags.umed_label_share, flags.umed_stage)
@@ -97,6 +99,17 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
         # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
         data_args.image_folder = os.curdir
     return of_split
+
+
+def _with_true_boxes(records: JoinedRecords, split: str) -> JoinedRecords:
+    """The held-out records that answers can be scored by. Stage 1 also trains on plain items, which have no true boxes."""
+    labelled = records.where(records.column("labelled"))
+    if not labelled:
+        raise UmedError(
+            f"--umed_val_every: none of the {len(records)} records of the split {split!r} has true boxes. Answers are scored by "
+            "the records that `umed recipe build` writes."
+        )
+    return labelled
 
 
 def _tell_other_splits(splits: Sequence[str]) -> None:

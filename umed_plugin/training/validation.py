@@ -1,4 +1,4 @@
-"""Held-out validation while stage 2 runs: greedy answers every few steps, to check what a rising reward means.
+"""Held-out validation while a stage runs: greedy answers every few steps, to check what a falling loss or a rising reward means.
 
 Sampled rewards also rise if boxes grow to catch more of what they might miss. Greedy answers to studies of the split ``val`` show
 whether the policy reads images better. Logged, with the same meaning as in `umed evaluate`:
@@ -11,7 +11,7 @@ whether the policy reads images better. Logged, with the same meaning as in `ume
 The first values are from before the first step. Nothing here draws a random number: training samples the same answers with and
 without it.
 
-How to run: ``--umed_val_every 20`` in stage 2.
+How to run: ``--umed_val_every 20`` in either stage. `umed_plugin.training.early_stopping` ends a stage by it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from umed_plugin.data.records import Record, record_geometry
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import AnswerScore, score_answer
-from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images
+from umed_plugin.model.forward import base_llava, decode_answers, embed_prompts, encode_images
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
@@ -42,14 +45,14 @@ class HeldOutValidation(TrainerCallback):
     A run that resumes at step s has the values up to s in its checkpoint and continues after them.
 
     Args:
-        trainer: a `umed_plugin.training.trainer.RewardingTrainer`.
+        trainer: of either stage; that of stage 2 also shows the values to its guards.
         dataset: a `QueryDataset` of held-out records.
     """
 
     def __init__(self, trainer: Any, dataset: Any) -> None:
-        self.trainer, self.dataset = trainer, dataset
+        self.trainer, self.dataset, self.flags = trainer, dataset, trainer.args.umed
         names = [str(record["id"]) for record in dataset.list_data_dict]
-        self.chosen = chosen_indices(names, trainer.flags.umed_val_records)
+        self.chosen = chosen_indices(names, self.flags.umed_val_records)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log the values before the first step, unless the run is resumed."""
@@ -58,12 +61,13 @@ class HeldOutValidation(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log every ``--umed_val_every`` steps, and after the last step."""
-        if state.global_step % self.trainer.flags.umed_val_every == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.flags.umed_val_every == 0 or state.global_step == state.max_steps:
             self._log()
 
     def _log(self) -> None:
         measured = self.measure()
-        self.trainer.metrics.held_out(measured)
+        if self.flags.umed_stage == REWARDING:
+            self.trainer.metrics.held_out(measured)
         self.trainer.log(measured)
 
     def measure(self) -> dict[str, float]:
@@ -74,16 +78,27 @@ class HeldOutValidation(TrainerCallback):
         was_training = policy.training
         policy.eval()
         scores: list[AnswerScore] = []
-        with gathered_parameters(policy), trainer.compute_loss_context_manager():
+        with gathered_parameters(policy), trainer.compute_loss_context_manager(), _precision_of(args):
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
-                geometries = [trainer.maker.geometry(query["record"]) for query in queries]
+                geometries = [self._geometry(policy, query["record"]) for query in queries]
                 scores += greedy_scores(
-                    policy, trainer.maker.tokenizer, queries, geometries, trainer.flags.umed_max_new_tokens
+                    policy, self.dataset.tokenizer, queries, geometries, self.flags.umed_max_new_tokens
                 )
         policy.train(was_training)
         totals = sums_and_counts(scores)[None].to(args.device)
         return metrics(trainer.accelerator.gather(totals).sum(dim=0))
+
+    def _geometry(self, policy: Any, record: Record) -> ImageGeometry:
+        tower = base_llava(policy).get_vision_tower().config
+        return record_geometry(record, tower.image_size, tower.patch_size)
+
+
+def _precision_of(args: Any) -> AbstractContextManager[Any]:
+    """The precision in which a stage trains: a callback lies outside of the trainer's own."""
+    if args.deepspeed or not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:

@@ -168,11 +168,11 @@ class Provenance:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file, or all files below a folder, except a trainer's checkpoints to resume from and our manifest."""
+    """The file, or all files below a folder, except what a trainer keeps to resume from, and our manifest."""
     if path.is_file():
         return [path]
     inside = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
-    excluded = ("checkpoint-", "tmp-checkpoint-", MANIFEST)
+    excluded = ("checkpoint-", "tmp-checkpoint-", "best_weights", MANIFEST)
     return sorted(file for file in inside if not file.relative_to(path).parts[0].startswith(excluded))
 
 

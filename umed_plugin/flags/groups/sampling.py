@@ -9,6 +9,8 @@ from umed_plugin.flags.names import BOX_REWARDS
 from umed_plugin.flags.needs import GRPO, ROLLOUT_SERVER, flag
 from umed_plugin.flags.rules import CREATED, FREE, REWARDING, SAID, Needs, must_sample_all
 
+VALIDATION = Needs("--umed_val_every", lambda flags: flags.umed_val_every > 0)
+
 
 @dataclass
 class SamplingFlags:
@@ -51,7 +53,15 @@ class SamplingFlags:
         least=0,
         on_resume=SAID,
     )
-    umed_max_new_tokens: int = flag(128, "Maximum length of a sampled answer, in tokens.", stage=REWARDING, least=1)
+    umed_max_new_tokens: int = flag(
+        128,
+        "Maximum length of an answer, in tokens: sampled, or of a validation.",
+        needs=Needs(
+            "--umed_val_every in stage 1",
+            lambda flags: flags.umed_stage == REWARDING or flags.umed_val_every > 0,
+        ),
+        least=1,
+    )
     umed_temperature: float = flag(
         1.0,
         "Sampling temperature. At 1, a model unsure of its boxes may learn to hedge with large ones: lower it then.",
@@ -146,15 +156,21 @@ class SamplingFlags:
         0,
         "Answer held-out records (split val) greedily before the first step and every this many steps, and log val/iou, "
         "val/accuracy and val/box_area_ratio; 0: never.",
-        stage=REWARDING,
         least=0,
         on_resume=FREE,
     )
     umed_val_records: int = flag(
         64,
         "Maximum number of held-out records per validation.",
-        stage=REWARDING,
-        needs=Needs("--umed_val_every", lambda flags: flags.umed_val_every > 0),
+        needs=VALIDATION,
         least=1,
         on_resume=FREE,
+    )
+    umed_stop_after: int = flag(
+        0,
+        "End the stage after this many validations without gain in the mean of val/iou and val/accuracy, and keep the weights of "
+        "the best one; 0: train to the last step and keep its weights.",
+        needs=VALIDATION,
+        least=0,
+        on_resume=SAID,
     )
