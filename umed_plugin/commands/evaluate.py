@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Options that are fields of `EvaluationSettings` by the same name.
 _SETTINGS = (
-    "base", "template", "device", "dtype", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image"
+    "base", "template", "device", "dtype", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image",
+    "give_box",
 )  # fmt: skip
 
 
@@ -76,6 +77,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         default="llava",
         help="format in which the checkpoint writes boxes: llava, qwen_vl, qwen2_5_vl, internvl, kosmos, maira, paligemma, "
         "radvlm, shikra, coco, or order,unit,frame as in xywh,1000,image (default: llava)",
+    )
+    parser.add_argument(
+        "--give-box",
+        action="store_true",
+        help="give the true boxes in the question, and judge the diagnosis alone: does the model fail to look, or to know?",
     )
     parser.add_argument(
         "--base", metavar="CKPT", type=Path, help="base checkpoint of a LoRA folder (default: as it says)"
@@ -189,6 +195,7 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
     """The evaluation to compare with, read before hours are spent on answers."""
     from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
     from umed_plugin.evaluation.benchmarks.llava_med import is_question_file
+    from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX
     from umed_plugin.evaluation.results import Evaluation
 
     if args.compare is None:
@@ -199,6 +206,8 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
         if args.benchmark in BENCHMARKS
         else "llava_med"
         if is_question_file(args.benchmark)
+        else GIVEN_BOX.name
+        if args.give_box
         else "recipe"
     )
     if before.benchmark != asked:

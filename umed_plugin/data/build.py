@@ -439,6 +439,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         "split": item.split,
         "answer_type": "grounded" if prepared.boxes else "negative",
         **({"augment": recipe.augment.model_dump()} if recipe.augment is not None else {}),
+        **({"held_out": True} if item.held_out else {}),
         "provenance": {
             "recipe": recipe.name,
             "recipe_sha256": recipe.sha256,

@@ -3,8 +3,8 @@
 Plain LLaVA trains on ``id``, ``image`` and ``conversations``. The further fields are ``objects`` (ms-swift's schema: ``ref``
 class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
 ``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
-``split``, ``answer_type`` ("grounded" or "negative"), ``provenance``, and ``augment`` where the recipe says how its studies may
-be augmented.
+``split``, ``answer_type`` ("grounded" or "negative"), ``provenance``, ``augment`` where the recipe says how its studies may be
+augmented, and ``held_out`` (true) where its ``hold_out`` keeps the study from training.
 """
 
 from __future__ import annotations

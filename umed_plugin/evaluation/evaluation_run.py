@@ -44,6 +44,7 @@ class EvaluationSettings:
         image_cache_gb: its maximum size, GB.
         on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
         server: rollout server that writes the answers; None: this process does.
+        give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
     """
 
     base: Path | str | None = None
@@ -57,6 +58,7 @@ class EvaluationSettings:
     image_cache_gb: float = 20.0
     on_bad_image: str = "stop"
     server: RolloutServer | None = None
+    give_box: bool = False
 
 
 class EvaluationRun:

@@ -160,6 +160,10 @@ def _benchmark_of(
     name: str, checkpoint: Path | str | AnswersQuestions, root: Path | None, settings: EvaluationSettings
 ) -> Benchmark:
     """A named benchmark, or that of a recipe, whose records are built as the checkpoint sees images."""
+    if settings.give_box and (name in BENCHMARKS or is_question_file(name)):
+        raise UsageError(
+            f"--give-box needs records with true boxes, of a recipe or a JSON; --benchmark {name} has none."
+        )
     if name in BENCHMARKS:
         named = BENCHMARKS[name]
         if root is None:
@@ -175,6 +179,7 @@ def _benchmark_of(
         on_bad_image=settings.on_bad_image,
         # Files rendered into a temporary folder would have a new path each time: the cache would never find them again.
         render=settings.image_cache is None,
+        give_box=settings.give_box,
     )
 
 

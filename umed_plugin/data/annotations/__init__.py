@@ -13,6 +13,7 @@ from typing import Optional, Union
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.consensus import one_reading
 from umed_plugin.data.annotations.effects import tell_unused_image_options, tell_unused_rules
+from umed_plugin.data.annotations.hold_out import hold_out
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
@@ -34,8 +35,12 @@ def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = 
         UmedError: there is no data folder.
     """
     if isinstance(recipe, Mixture):
-        return mixed(recipe, recipe.root(data_root), _read)
-    return _read(recipe, recipe.root(data_root))
+        annotations = mixed(recipe, recipe.root(data_root), _read)
+        hold_out(annotations, recipe.hold_out, {name: source.name for name, source in recipe.recipes.items()})
+        return annotations
+    annotations = _read(recipe, recipe.root(data_root))
+    hold_out(annotations, recipe.hold_out, {})
+    return annotations
 
 
 def _read(recipe: Recipe, root: Path) -> AnnotationSet:

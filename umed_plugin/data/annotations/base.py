@@ -30,6 +30,7 @@ class Annotated:
         reader: who read the image, such as a radiologist, or empty. An image read by several has one item for each of them, also
             for one who found nothing; `consensus.one_reading` makes one of them.
         dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
+        held_out: whether the recipe's ``hold_out`` keeps it from training; set by `read_annotations`.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
 
@@ -48,6 +49,7 @@ class Annotated:
     copy_of: str = ""
     reader: str = ""
     dropped_boxes: int = field(default=0, repr=False)
+    held_out: bool = field(default=False, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
     root: Path = Path()

@@ -288,6 +288,19 @@ class NegativeList(StrictModel):
     delimiter: str = Field(",", description="Character between two columns.")
 
 
+class HoldOut(StrictModel):
+    """What is in the test alone: an image that shows it is left out of train and val."""
+
+    classes: list[str] = Field([], description="Plain names of classes.")
+    sources: list[str] = Field([], description="Sources, in a mixture: their names under ``sources``.")
+
+    @model_validator(mode="after")
+    def _names_something(self) -> HoldOut:
+        if not self.classes and not self.sources:
+            raise ValueError("names neither classes nor sources; name some, or remove hold_out")
+        return self
+
+
 class NegativeRule(StrictModel):
     """Which images without a lesion are used."""
 

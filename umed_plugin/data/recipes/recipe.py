@@ -18,6 +18,7 @@ from umed_plugin.data.augment_rule import AugmentRule
 from umed_plugin.data.recipes.options import (
     AbnormalityClass,
     Fractions,
+    HoldOut,
     ImageOptions,
     InWords,
     NegativeRule,
@@ -90,6 +91,9 @@ class Recipe(StrictModel):
         None,
         description="How ``--umed_augment`` changes studies in training. Without this key the defaults below apply, and no study "
         "is mirrored.",
+    )
+    hold_out: Optional[HoldOut] = Field(
+        None, description="Classes that training never sees: their images are in the test alone."
     )
     path: str = Field("", description="Path of the YAML file.")
     sha256: str = Field("", description="SHA-256 of the YAML file.")
@@ -167,6 +171,9 @@ class Mixture(StrictModel):
         description="Maximum fraction of the images that show no lesion, taken from the sources that have such images.",
     )
     split: MixedSplit = Field(MixedSplit(), description="Split of the sources that are split by patient.")
+    hold_out: Optional[HoldOut] = Field(
+        None, description="Classes and sources that training never sees: their images are in the test alone."
+    )
     recipes: dict[str, Recipe] = Field({}, description="Recipe of each source, with the mixture's split.")
     path: str = Field("", description="Path of the YAML file.")
     sha256: str = Field("", description="SHA-256 of the YAML file and of the sources' files.")
@@ -272,6 +279,8 @@ def _mixture(data: dict[str, Any], faults: Faults) -> Any:
             continue
         if isinstance(recipe, Mixture):
             faults.add(f"sources.{name}", "is a mixture itself; name its sources here")
+        elif recipe.hold_out is not None:
+            faults.add(f"sources.{name}", "has a hold_out of its own; write it in the mixture")
         else:
             owner = next((other for other, known in recipes.items() if known.name == recipe.name), None)
             if owner is not None:
@@ -283,7 +292,21 @@ def _mixture(data: dict[str, Any], faults: Faults) -> Any:
     digests = "".join([mixture.sha256, *(recipe.sha256 for recipe in recipes.values())])
     mixture = mixture.model_copy(update={"sha256": hashlib.sha256(digests.encode()).hexdigest()})
     recipes = {name: _as_source(recipe, mixture) for name, recipe in recipes.items()}
+    classes = {name for recipe in recipes.values() for name in recipe.names}
+    _check_hold_out(mixture.hold_out, classes, set(recipes), faults)
     return mixture.model_copy(update={"recipes": recipes})
+
+
+def _check_hold_out(rule: Optional[HoldOut], classes: set[str], sources: set[str], faults: Faults) -> None:
+    """Name classes and sources that the recipe does not have."""
+    for key, names, known in (("classes", rule and rule.classes, classes), ("sources", rule and rule.sources, sources)):
+        for name in names or ():
+            if not known:
+                faults.add(f"hold_out.{key}", "has a meaning only in a mixture, which has sources; remove it")
+            elif name not in known:
+                faults.add(
+                    f"hold_out.{key}", unknown_name(key[:-2] if key == "classes" else "source", name, sorted(known))
+                )
 
 
 def _as_source(recipe: Recipe, mixture: Mixture) -> Recipe:
@@ -317,6 +340,7 @@ def _reader_options(written: Any, faults: Faults) -> Optional[ReaderOptions]:
 def _check_together(recipe: Recipe, faults: Faults) -> None:
     """Check what depends on several keys."""
     options = recipe.annotations
+    _check_hold_out(recipe.hold_out, set(recipe.names), set(), faults)
     per_split = "" not in options.files or bool(getattr(options, "split_lists", None))
     if recipe.split.by == "file" and not per_split:
         faults.add(

@@ -45,6 +45,7 @@ _SECTIONS: dict[type[StrictModel], str] = {
     options.NegativeRule: "`negatives`",
     options.NegativeList: "`negatives.listed`",
     augment_rule.AugmentRule: "`augment`",
+    options.HoldOut: "`hold_out`",
 }
 _MIXTURE_SECTIONS: dict[type[StrictModel], str] = {
     recipe.Mixture: "A mixture of recipes",

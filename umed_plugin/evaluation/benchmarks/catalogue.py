@@ -11,7 +11,7 @@ import pkgutil
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.evaluation import benchmarks
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark
-from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX, RECIPE
 
 
 def _discover() -> dict[str, Benchmark]:
@@ -28,12 +28,12 @@ BENCHMARKS = _discover()
 
 
 def benchmark_of(name: str) -> Benchmark:
-    """The benchmark that an evaluation names, one of `BENCHMARKS` or that of recipes.
+    """The benchmark that an evaluation names, one of `BENCHMARKS` or those of recipes.
 
     Raises:
         UmedError: there is no such benchmark.
     """
-    known = {**BENCHMARKS, RECIPE.name: RECIPE}
+    known = {**BENCHMARKS, RECIPE.name: RECIPE, GIVEN_BOX.name: GIVEN_BOX}
     if name not in known:
         raise UmedError(unknown_name("benchmark", name, known))
     return known[name]

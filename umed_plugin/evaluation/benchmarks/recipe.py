@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
-from umed_plugin.data.records import Record, record_geometry
+from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.grounding import (
@@ -40,7 +40,9 @@ from umed_plugin.evaluation.metrics.grounding import (
 )
 from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, mean, mean_of_groups, means, ratio
 from umed_plugin.evaluation.results import Evaluation, Prediction
+from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.consistency import consistency_of
+from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import AnswerScore, Scorer, score_answer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from umed_plugin.model.forward import Candidates, PromptBatch
 
 HEADLINE = ("accuracy", "mean_iou", "acc_at_50", "vision_relevance")
+# Whether training could see what the study shows: only where a recipe holds something out.
+HELD_OUT, SEEN = "held_out", "seen"
 
 
 def record_questions(records: Sequence[Record], image_folder: Path | str = "") -> list[BenchmarkQuestion]:
@@ -58,10 +62,14 @@ def record_questions(records: Sequence[Record], image_folder: Path | str = "") -
         records: built for the checkpoint's ``image_aspect_ratio``.
         image_folder: goes before the records' relative image paths.
     """
-    return [_question(record, image_folder) for record in records]
+    some = any(record.get("held_out") for record in records)
+    names = {True: HELD_OUT, False: SEEN}
+    return [
+        _question(record, image_folder, names[bool(record.get("held_out"))] if some else None) for record in records
+    ]
 
 
-def _question(record: Record, image_folder: Path | str) -> BenchmarkQuestion:
+def _question(record: Record, image_folder: Path | str, held_out: str | None) -> BenchmarkQuestion:
     human, reference = (turn["value"] for turn in record["conversations"][:2])
     source, patient = str(record.get("source", "")), str(record.get("patient") or "")
     return BenchmarkQuestion(
@@ -69,7 +77,7 @@ def _question(record: Record, image_folder: Path | str) -> BenchmarkQuestion:
         image=os.path.join(image_folder, record["image"]),
         text=human.replace("<image>", "").strip(),
         truth=reference,
-        groups={"source": source},
+        groups={"source": source, **({} if held_out is None else {"training": held_out})},
         about={"record": record},
         patient=f"{source}/{patient}" if patient else "",
         reading=record.get("reading"),
@@ -175,6 +183,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     ``consistent_answers`` is the share of answers that agree with themselves in all that applies (`checks` of
     `umed_plugin.grounding.consistency`), of the answers to which some of it applies.
     ``unread_boxes`` is the mean number of boxes in an answer that could not be read; each counts as a box without area.
+    ``held_out_accuracy`` and ``seen_accuracy``, and the same of IoU: of the studies that the recipe's ``hold_out`` kept from
+    training, and of all others; where it keeps none, they are left out.
     """
     several = len({row.groups["source"] for row in rows}) > 1
     accuracy, iou, at_50 = means("accuracy", "mean_iou", "acc_at_50")
@@ -194,6 +204,9 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     reported += [replace(metric, lower_is_better=True) for metric in of_less]
     if any("consistent_answers" in row.values for row in rows):  # nor did they look at this
         reported += means("consistent_answers")
+    for group in (HELD_OUT, SEEN):
+        if any(row.groups.get("training") == group for row in rows):
+            reported += [replace(m, name=f"{group}_{m.name}", where={"training": group}) for m in (accuracy, iou)]
     for size in SIZES:
         lesions = f"lesions_{size}"
         for name in ("lesion_iou", "lesions_found"):
@@ -302,6 +315,7 @@ def recipe_benchmark(
     image_aspect_ratio: str = "pad",
     on_bad_image: str = "stop",
     render: bool = True,
+    give_box: bool = False,
 ) -> Benchmark:
     """The benchmark of a recipe (name or YAML) or of a JSON that ``umed recipe build`` wrote.
 
@@ -310,6 +324,7 @@ def recipe_benchmark(
         image_aspect_ratio: ``pad`` or ``square``, as the checkpoint sees images.
         on_bad_image: ``stop`` at unreadable images, or ``skip`` them.
         render: write DICOM and NIfTI files as PNG. Without it they are read where they lie.
+        give_box: give the true boxes in the question, and judge the diagnosis alone (`GIVEN_BOX`).
     """
 
     def questions(_root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
@@ -332,7 +347,7 @@ def recipe_benchmark(
             )
         return record_questions([record for record in records if record["split"] == split], folder)
 
-    return replace(RECIPE, questions=questions)
+    return replace(GIVEN_BOX if give_box else RECIPE, questions=questions)
 
 
 def _mau(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
@@ -356,4 +371,54 @@ RECIPE = Benchmark(
     examine=look,
     details=details,
     reads_boxes=True,
+)
+
+
+def with_true_boxes(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -> list[BenchmarkQuestion]:
+    """The questions about studies with a lesion, each with the true boxes behind its text.
+
+    Those about other studies are left out: there is no box to give, and that none is given would tell the answer.
+
+    Raises:
+        UmedError: the checkpoint sees images in another way, or writes boxes in another form than LLaVA's.
+    """
+    if scorer.dialect != LLAVA:
+        raise UmedError(
+            "--give-box gives boxes in LLaVA's form, and this checkpoint has another (--boxes). Remove one of them."
+        )
+    asked = []
+    for question in check_aspect_ratio(questions, scorer):
+        record = question.about["record"]
+        boxes = [box for box in _geometry(record, scorer).to_square(true_boxes(record)) if not is_degenerate(box)]
+        if boxes:
+            given = "region is" if len(boxes) == 1 else "regions are"
+            text = f"{question.text} The abnormal {given} at {', '.join(map(format_box, boxes))}."
+            asked.append(replace(question, text=text))
+    if not asked:
+        raise UmedError(
+            "--give-box: none of the studies has a lesion that the model can see, so there is no box to give."
+        )
+    return asked
+
+
+def _score_of_diagnosis(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
+    return {"accuracy": _scored(question, answer, scorer).accuracy}
+
+
+def _metrics_of_diagnosis(rows: Sequence[Row]) -> list[Metric]:
+    """Those of `metrics` that are of the diagnosis alone."""
+    return [metric for metric in metrics(rows) if metric.of[0] == "accuracy"]
+
+
+# The bound above which no better box can lift the diagnosis. The paper gives GPT-4V the true box in the same way (.31 -> .72).
+GIVEN_BOX = replace(
+    RECIPE,
+    name="recipe_given_box",
+    title="the test split's studies with a lesion, whose true boxes are given in the question",
+    reported="accuracy by source and their mean",
+    score=_score_of_diagnosis,
+    metrics=_metrics_of_diagnosis,
+    adapt=with_true_boxes,
+    examine=None,
+    reads_boxes=False,
 )

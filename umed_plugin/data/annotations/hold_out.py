@@ -1,0 +1,62 @@
+"""``hold_out``: classes and sources that training never sees, so that the test says what a model makes of them (tables 7 and 8).
+
+An image that shows a held-out class, or is of a held-out source, is left out of train and val. In the test it stays, so results
+with and without the key are of the same studies. An image with another lesion beside it is left out too: to train on half of its
+lesions would teach that the other half is normal.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Optional
+
+from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.recipes.options import HoldOut
+
+TEST = "test"
+
+
+def hold_out(annotations: AnnotationSet, rule: Optional[HoldOut], sources: Mapping[str, str]) -> None:
+    """Leave what is held out out of train and val, and mark it in the test.
+
+    Args:
+        annotations: of the recipe or mixture, with plain class names and splits; changed.
+        rule: None: nothing is held out.
+        sources: name in ``hold_out.sources`` -> name of its recipe.
+    """
+    if rule is None:
+        return
+    by_recipe = {sources[name]: name for name in rule.sources if name in sources}
+    tested: Counter[str] = Counter()
+    for items in (annotations.items, annotations.missing):
+        kept = []
+        for item in items:
+            reasons = _reasons(item, rule, by_recipe)
+            item.held_out = bool(reasons)
+            if reasons and item.split != TEST:
+                annotations.left_out[f"held out of {item.split}: {reasons[0]}"] += 1
+                continue
+            tested.update(reasons)
+            kept.append(item)
+        items[:] = kept
+    _tell(annotations, rule, tested)
+
+
+def _reasons(item: Annotated, rule: HoldOut, by_recipe: Mapping[str, str]) -> list[str]:
+    """The names in the rule that concern the image."""
+    source = [by_recipe[item.recipe.name]] if item.recipe.name in by_recipe else []
+    return [*(name for name in rule.classes if name in item.classes), *source]
+
+
+def _tell(annotations: AnnotationSet, rule: HoldOut, tested: Counter[str]) -> None:
+    """Faults for names without a test image, and for a training split that is empty now."""
+    for key, names in (("classes", rule.classes), ("sources", rule.sources)):
+        for name in names:
+            if not tested[name]:
+                annotations.faults.add(
+                    f"hold_out.{key}", f"{name!r} has no image in the split test, so holding it out would test nothing"
+                )
+    used = [*annotations.items, *annotations.missing]
+    if used and not any(item.split == "train" for item in used):
+        annotations.faults.add("hold_out", "leaves no image in the split train. Hold out less")
