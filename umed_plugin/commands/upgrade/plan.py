@@ -4,23 +4,29 @@ Order: (the full checkpoint of a LoRA input,) records, evaluation of the input, 
 checkpoint, evaluation. Each stage trains from a checkpoint in the input's own layout and dtypes. So the model that stage 2
 starts from, and its KL term refers to, is the model that was evaluated.
 
+With ``rewarding: auto`` a trial of stage 2 comes after stage 1's evaluation, and then either stage 2 or the end: `Plan.pays`.
+Trainings answer held-out records every ``save_steps`` steps where the records have a split ``val``. That changes nothing of what
+they train, so it is not among a step's settings.
+
 `Step.settings` and the content of `Step.inputs` identify a step: every setting in its command must be among them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags
+from umed_plugin.data.json_list import items_of
 from umed_plugin.data.recipes.recipe import load_recipe
-from umed_plugin.flags.rules import STAGES
+from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
 EVALUATED = ("base", *STAGES)
 # Settings that both trainings depend on, besides those of their stage.
@@ -67,8 +73,8 @@ class Step:
 
     @property
     def trains(self) -> bool:
-        """Whether it is one of the two trainings."""
-        return self.name.startswith("stage_")
+        """Whether it is one of the two trainings, or the trial of the second."""
+        return self.name.startswith(("stage_", "trial_of_"))
 
     def line(self) -> str:
         """The command as one shell line."""
@@ -82,7 +88,12 @@ class Plan:
         folder: of the run, absolute.
         settings: filled in.
         origin: the checkpoint to upgrade.
+
+    Attributes:
+        pays: what the trial of ``rewarding: auto`` has said; None while it has not, and without it.
     """
+
+    pays: Optional[bool] = None
 
     def __init__(self, folder: Path, settings: Settings, origin: Origin) -> None:
         self.folder, self.settings, self.origin = folder, settings, origin
@@ -91,6 +102,8 @@ class Plan:
         self.records = folder / "data" / "records.json" if self.builds_records else Path(settings.recipe)
         self.start = self._in_runs("start") if origin.lora else origin.checkpoint
         self.tuned, self.result = self._in_runs("instruction_tuned"), folder / "checkpoint" / str(settings.name)
+        self.tried = self._in_runs("tried")
+        self._held_out: tuple[list[int], bool] | None = None
 
     def _in_runs(self, name: str) -> Path:
         family = "llava-mistral" if self.origin.config["model_type"] == "llava_mistral" else "llava"
@@ -98,15 +111,50 @@ class Plan:
 
     def steps(self) -> list[Step]:
         """All steps in their order."""
-        stages = (self.settings.instruction_tuning, self.settings.rewarding)
-        sources, results = (self.start, self.tuned), (self.tuned, self.result)
         steps = [self._merged_start()] if self.origin.lora else []
         steps += [self._records()] if self.builds_records else []
         steps.append(self._evaluation("base", self.start))
-        for name, stage, source, result in zip(STAGES, stages, sources, results):
-            training = self._training(name, stage, source)
-            steps += [training, self._checkpoint(name, training, source, result), self._evaluation(name, result)]
-        return steps
+        tuning = self._training(TUNING, self.settings.instruction_tuning, self.start)
+        steps += [
+            tuning,
+            self._checkpoint(TUNING, tuning, self.start, self.tuned),
+            self._evaluation(TUNING, self.tuned),
+        ]
+        steps += self.trial() if self.settings.rewarding.run == "auto" else []
+        if self.pays is False:
+            return [*steps, self._checkpoint(REWARDING, tuning, self.start, self.result)]
+        rewarding = self._training(REWARDING, self.settings.rewarding, self.tuned)
+        result = self._checkpoint(REWARDING, rewarding, self.tuned, self.result)
+        return [*steps, rewarding, result, self._evaluation(REWARDING, self.result)]
+
+    def trial(self) -> list[Step]:
+        """The steps of ``rewarding: auto``: a short stage 2, its checkpoint, evaluations of the split val before and after it."""
+        stage = self.settings.rewarding
+        flags = {"umed_log_candidates": 0, "umed_val_records": 256, **stage.flags, "umed_val_every": stage.trial_steps}
+        short = stage.model_copy(update={"steps": stage.trial_steps, "epochs": None, "flags": flags})
+        training = self._training(REWARDING, short, self.tuned, trial=True)
+        checkpoint = self._checkpoint("trial", training, self.tuned, self.tried)
+        before, after = (
+            self._evaluation(f"trial_{name}", path, "val")
+            for name, path in (("before", self.tuned), ("after", self.tried))
+        )
+        return [training, replace(checkpoint, goal=False), before, after]
+
+    def has_val(self) -> bool:
+        """Whether the records have a split val; False while they are not built."""
+        if not self.records.is_file():
+            return False
+        status = self.records.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        if self._held_out is None or self._held_out[0] != stamp:
+            found = False
+            with contextlib.suppress(ValueError, RecursionError):  # the steps that read them say what is wrong
+                found = any(
+                    isinstance(placed.item, dict) and placed.item.get("split") == "val"
+                    for placed in items_of(self.records, strict=True)
+                )
+            self._held_out = (stamp, found)
+        return self._held_out[1]
 
     def _settings(self, *keys: str) -> dict[str, Any]:
         """Dotted key -> value of these keys and of all keys below them."""
@@ -148,11 +196,13 @@ class Plan:
             digests={f"recipe {recipe.name}": recipe.sha256},
         )
 
-    def _evaluation(self, name: str, checkpoint: Path) -> Step:
-        settings, out = self.settings.evaluation, self.folder / "evaluation" / name
+    def _evaluation(self, name: str, checkpoint: Path, split: str | None = None) -> Step:
+        # The report shows what is in evaluation/: the stages, on the test.
+        settings, out = self.settings.evaluation, self.folder / ("evaluation" if split is None else "trial") / name
         command: tuple[Any, ...] = (*umed(), "evaluate", checkpoint, "--benchmark", self.records, "--out", out)
         command += ("--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens)
         command += ("--device", self.settings.device, *(("--limit", settings.limit) if settings.limit else ()))
+        command += ("--split", split) if split is not None else ()
         return Step(
             name=f"evaluation_{name}",
             title=f"evaluation: {name.replace('_', ' ')}",
@@ -164,8 +214,8 @@ class Plan:
             goal=True,
         )
 
-    def _training(self, name: str, stage: Stage, source: Path) -> Step:
-        output = self._in_runs(name)
+    def _training(self, name: str, stage: Stage, source: Path, *, trial: bool = False) -> Step:
+        output = self._in_runs("trial" if trial else name)
         paths = {
             "model_name_or_path": source,
             "data_path": self.records,
@@ -173,6 +223,8 @@ class Plan:
             "output_dir": output,
         }
         flags = {**paths, **training_flags(name, stage, self.settings, self.origin)}
+        if self.has_val():
+            flags.setdefault("umed_val_every", stage.save_steps)
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = EVALUATED.index(name)
         inputs = {"checkpoint": source, "records": self.records, **self._tower()}
@@ -181,14 +233,20 @@ class Plan:
         keys = (*_TRAINING_KEYS, *(key for key, usual in newer.items() if getattr(self.settings, key) != usual))
         inputs |= {"deepspeed": Path(self.settings.deepspeed)} if self.settings.deepspeed else {}
         return Step(
-            name=f"stage_{number}_{name}",
-            title=f"stage {number}: {name.replace('_', ' ')}",
+            name="trial_of_rewarding" if trial else f"stage_{number}_{name}",
+            title=f"{'trial of ' if trial else ''}stage {number}: {name.replace('_', ' ')}",
             command=_words((*launcher(self.settings), *words)),
-            settings={**self._settings(*keys, name), "deepspeed": self.settings.deepspeed is not None},
+            settings={**self._of_stage(keys, name, trial), "deepspeed": self.settings.deepspeed is not None},
             inputs=inputs,
             outputs=(output,),
             resumable=True,
         )
+
+    def _of_stage(self, keys: tuple[str, ...], name: str, trial: bool) -> dict[str, Any]:
+        """The settings that a training depends on; the trial alone depends on its own length, and not on stage 2's."""
+        own = self._settings(*keys, name)
+        others = ("rewarding.steps", "rewarding.epochs") if trial else ("rewarding.trial_steps",)
+        return {key: value for key, value in own.items() if key not in (*others, "rewarding.run")}
 
     def _checkpoint(self, name: str, training: Step, source: Path, result: Path) -> Step:
         command = (*umed(), "merge", training.outputs[0], "--base", source, "--out", result, "--overwrite")

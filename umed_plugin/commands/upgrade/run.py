@@ -17,6 +17,7 @@ from umed_plugin.commands.memory import memory_lines
 from umed_plugin.commands.processes import importable, marked_processes, read_from, run_logged
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
+from umed_plugin.commands.upgrade.decision import Decision, decide
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
@@ -80,7 +81,8 @@ class Upgrade:
         self.machine = machine or this_machine()
         self.settings = filled_in(settings, self.origin.config, result_name(self.origin), self.machine)
         self.plan = Plan(self.folder, self.settings, self.origin)
-        self.steps = self.plan.steps()
+        self.decision: Decision | None = None
+        self._plan_again(told=False)
         check_together(self.settings, self.origin, self.machine)
 
     def memory(self) -> list[str]:
@@ -104,8 +106,8 @@ class Upgrade:
             if not any(self.provenance.read(step) for step in self.steps):
                 self._examine()
             with Steps(self.console) as bars:
-                ran = [step for step in self.steps if self._run_step(step, bars)]
-                summary = self._conclude(bool(ran), bars)
+                ran = self._run_steps(bars)
+                summary = self._conclude(ran, bars)
             if self.settings.in_place:
                 self.swap.finish(self.plan.result)
             self._print_summary(summary)
@@ -165,6 +167,51 @@ class Upgrade:
                 + "\n".join(lines)
                 + "\nUndo the change, choose another --out, or redo them and the steps that depend on them with --redo-changed."
             )
+
+    def _run_steps(self, bars: Steps) -> bool:
+        """Run all steps that are left to run; returns whether one of them ran. What a step has made may decide on later ones."""
+        ran, number = False, 0
+        while number < len(self.steps):
+            ran |= self._run_step(self.steps[number], bars)
+            number += 1
+            self._plan_again(told=number < len(self.steps))
+        return ran
+
+    def _plan_again(self, *, told: bool) -> None:
+        """Plan the steps by what the records hold and what a trial has said.
+
+        Args:
+            told: say what the trial has said, when it is new.
+
+        Raises:
+            UmedError: a trial is asked for, and the records have no held-out studies to judge it by.
+        """
+        auto = self.settings.rewarding.run == "auto"
+        if auto and self.plan.records.is_file() and not self.plan.has_val():
+            raise UmedError(
+                f"rewarding: auto decides by the studies of the split val, and {self.plan.records} has none. Give the recipe a "
+                "val split, or set rewarding.run to always."
+            )
+        before = self.plan.pays
+        if auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal):
+            self.decision = self._decide()
+            self.plan.pays = self.decision.pays
+            if told and before is None:
+                verdict = "stage 2 follows" if self.plan.pays else "the run ends with stage 1"
+                self.console.print(f"rewarding: auto: {verdict}: {' '.join(self.decision.reasons)}", soft_wrap=True)
+        self.steps = self.plan.steps()
+
+    def _decide(self) -> Decision:
+        from umed_plugin.evaluation.results import Evaluation
+
+        training, _, before, after = self.plan.trial()
+        state, kept = training.outputs[0] / "trainer_state.json", self.folder / "trial" / "decision.json"
+        if not state.is_file() and kept.is_file():  # the trial was removed to save space
+            return Decision.of_json(read_json(kept))
+        log = read_json(state)["log_history"]
+        decision = decide(log, *(Evaluation.load(step.outputs[0]) for step in (before, after)))
+        write_json(kept, decision.as_json())
+        return decision
 
     def _run_step(self, step: Step, bars: Steps) -> bool:
         """Run a step, unless it is done or no step that is left to run needs it; return whether it ran."""
@@ -254,16 +301,21 @@ class Upgrade:
         from umed_plugin.evaluation.benchmarks.recipe import headline
         from umed_plugin.evaluation.results import Evaluation, compare
 
-        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in EVALUATED}
-        base, tuned, rewarded = (evaluations[stage] for stage in EVALUATED)
+        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in self._evaluated()}
+        base, *_, before, last = [evaluations["base"], *evaluations.values()]
         summary = {
             **{stage: headline(evaluation) for stage, evaluation in evaluations.items()},
-            "comparison": compare(tuned, rewarded),
-            "comparison_with_base": compare(base, rewarded),
+            "comparison": compare(before, last),
+            "comparison_with_base": compare(base, last),
             "seed": self.settings.seed,
+            **({"rewarding_auto": self.decision.as_json()} if self.decision is not None else {}),
         }
         write_json(self.folder / "summary.json", summary)
         return summary
+
+    def _evaluated(self) -> tuple[str, ...]:
+        """The stages whose checkpoints are evaluated; without stage 2, if its trial did not pay."""
+        return EVALUATED[:-1] if self.plan.pays is False else EVALUATED
 
     def _write_manifest(self, summary: dict[str, Any]) -> None:
         """Write into the result's folder what it was made from."""
@@ -279,7 +331,7 @@ class Upgrade:
             "versions": versions(),
             "settings": self.settings.model_dump(),
             "commands": [step.line() for step in self.steps],
-            "evaluation": {stage: summary[stage] for stage in EVALUATED},
+            "evaluation": {stage: summary[stage] for stage in self._evaluated()},
             "files": self.provenance.hashes(self.plan.result),
         }
         write_json(self.plan.result / MANIFEST, content)
@@ -304,10 +356,14 @@ class Upgrade:
     def _print_summary(self, summary: dict[str, Any]) -> None:
         from umed_plugin.evaluation.stages_table import stages_notes, stages_table
 
-        stages = {stage: summary[stage] for stage in EVALUATED}
+        stages = {stage: summary[stage] for stage in self._evaluated()}
         self.console.print(stages_table(stages, summary["comparison"]))
         for line in stages_notes(stages, summary["comparison"]):
             self.console.print(line, style="dim", soft_wrap=True)
+        if "rewarding_auto" in summary:
+            decided = summary["rewarding_auto"]
+            words = one_line(f"rewarding: auto: stage 2 was {decided['stage_2']}: {' '.join(decided['because'])}")
+            self.console.print(words, soft_wrap=True, markup=False)
         checkpoint = self.swap.checkpoint if self.settings.in_place else self.plan.result
         paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
         for name, path in paths.items():

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from umed_plugin import files
 from umed_plugin.commands.machine import Machine
@@ -76,6 +76,12 @@ class InstructionTuning(Stage):
 class Rewarding(Stage):
     """Stage 2: Abnormal-Aware Rewarding."""
 
+    run: Literal["always", "auto"] = _key(
+        "always",
+        "always, or auto: only if a trial says on held-out studies (split val) that it pays; else the result is stage 1's. "
+        "`rewarding: auto` is short for it.",
+    )
+    trial_steps: int = _key(40, "Optimizer steps of the trial of run: auto.", ge=1)
     steps: Optional[int] = _key(200, "Optimizer steps; null: use epochs.", ge=1)
     batch_size: int = _key(4, "Batch size per process, in questions.", ge=1)
     accumulation: int = _key(2, "Gradient accumulation: batches per process and optimizer step.", ge=1)
@@ -88,6 +94,10 @@ class Rewarding(Stage):
     )
     temperature: float = _key(1.0, "Sampling temperature.", gt=0)
     max_new_tokens: int = _key(128, "Maximum length of a sampled answer, in tokens.", ge=1)
+
+
+def _short_form(value: Any) -> Any:
+    return {"run": value} if isinstance(value, str) else value
 
 
 class Evaluation(StrictModel):
@@ -137,7 +147,7 @@ class Settings(StrictModel):
     lora: Lora = Lora()
     gradient_checkpointing: Optional[bool] = _key(None, "Recompute activations: less memory, more time.")
     instruction_tuning: InstructionTuning = InstructionTuning()
-    rewarding: Rewarding = Rewarding()
+    rewarding: Annotated[Rewarding, BeforeValidator(_short_form)] = Rewarding()
     evaluation: Evaluation = Evaluation()
 
     def flat(self) -> dict[str, Any]:
@@ -194,7 +204,8 @@ def _load(file: Path) -> dict[str, Any]:
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         if not isinstance(data.get(key), dict):
-            data[key] = {}
+            # `rewarding: auto` keeps its meaning beside further keys.
+            data[key] = {"run": data[key]} if isinstance(data.get(key), str) else {}
         data = data[key]
     data[keys[-1]] = value
     # They exclude each other, and the defaults set one of them.

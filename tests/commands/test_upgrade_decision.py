@@ -1,0 +1,151 @@
+"""``rewarding: auto``: what a trial must show, which steps follow, and a run that ends after stage 1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from umed_plugin.commands.upgrade.decision import decide
+from umed_plugin.commands.upgrade.run import Upgrade
+from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values
+from umed_plugin.evaluation.metrics.metric import measure
+from umed_plugin.evaluation.results import Evaluation, Prediction
+from umed_plugin.grounding.scoring import AnswerScore
+
+QUIET = [
+    {"guard/iou_over_held_out": 0.05, "guard/accuracy_over_held_out": 0.1, "groups_without_signal": 0.4, "step": 1}
+]
+
+
+def evaluation(ious, wrong=0):
+    right = [float(n >= wrong) for n in range(len(ious))]
+    scores = [AnswerScore(ok, 1.0, iou, [], [], [(0.1, 0.1, 0.2, 0.2)]) for ok, iou in zip(right, ious)]
+    cases = [
+        Prediction(str(n), "", "", "", "", case_values(score, None), str(n), groups={"source": "s"})
+        for n, score in enumerate(scores)
+    ]
+    rows = [case.row() for case in cases]
+    return Evaluation("recipe", "c", "t", cases, measure(RECIPE.metrics(rows), rows))
+
+
+LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + n % 3 / 20 for n in range(20)])
+
+
+@pytest.mark.parametrize(
+    ("log", "before", "after", "pays", "words"),
+    [
+        (QUIET, LOW, HIGH, True, "the trial has raised what held-out studies score: IoU +0.1"),
+        (QUIET, HIGH, LOW, False, "its IoU fell"),
+        (QUIET, LOW, LOW, False, "their mean has not risen"),
+        (QUIET, LOW, evaluation([n / 40 + 0.4 for n in range(20)], wrong=6), False, "its accuracy fell"),
+        ([{**QUIET[0], "guard/iou_over_held_out": 0.6}], LOW, HIGH, False, "knows the training studies by heart"),
+        ([{**QUIET[0], "groups_without_signal": 1.0}], LOW, HIGH, False, "have equal rewards, and grpo learns nothing"),
+        # What stage 1 has made counts, and not what the trial has learnt since.
+        ([*QUIET, {"guard/iou_over_held_out": 0.6, "step": 2}], LOW, HIGH, True, "raised"),
+        ([], LOW, HIGH, True, "raised"),
+    ],
+)
+def test_what_a_trial_must_show(log, before, after, pays, words):
+    decided = decide(log, before, after)
+    assert decided.pays == pays and words in " ".join(decided.reasons)
+    assert set(decided.as_json()["trial"]) == {"mean_iou", "accuracy"}
+
+
+def upgrade_of(checkpoint, records, folder, **changes):
+    settings = read_settings(None, {"checkpoint": str(checkpoint), "recipe": str(records), **changes})
+    return Upgrade(folder, settings, Console(quiet=True))
+
+
+def records_with(folder: Path, splits) -> Path:
+    from support.records import grounded_records
+
+    file = grounded_records(folder)
+    records = json.loads(file.read_text())
+    for number, record in enumerate(records):
+        record["split"] = splits[number % len(splits)]
+    file.write_text(json.dumps(records))
+    return file
+
+
+def names_of(upgrade):
+    return [step.name for step in upgrade.steps]
+
+
+@pytest.mark.llava
+def test_the_trial_comes_between_the_stages_and_held_out_records_are_answered_where_there_are_any(
+    tiny_mistral, tmp_path
+):
+    held_out = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    plain, auto = (upgrade_of(tiny_mistral, held_out, tmp_path / "run", **more) for more in ({}, {"rewarding": "auto"}))
+    trial = ["trial_of_rewarding", "checkpoint_trial", "evaluation_trial_before", "evaluation_trial_after"]
+    expected = names_of(plain)
+    place = expected.index("stage_2_rewarding")
+    assert names_of(auto) == [*expected[:place], *trial, *expected[place:]]
+    by_name = {step.name: step for step in auto.steps}
+    assert all(by_name[step.name].settings == step.settings for step in plain.steps), "a run begun without it goes on"
+    words = {
+        name: list(by_name[name].command) for name in ("stage_1_instruction_tuning", "stage_2_rewarding", trial[0])
+    }
+    every = {name: w[w.index("--umed_val_every") + 1] for name, w in words.items()}
+    assert every == {"stage_1_instruction_tuning": "50", "stage_2_rewarding": "20", trial[0]: "40"}
+    assert words[trial[0]][words[trial[0]].index("--max_steps") + 1] == "40"
+    auto.plan.pays = False
+    assert [step.name for step in auto.plan.steps()] == [*expected[:place], *trial, "checkpoint_rewarding"]
+    last = auto.plan.steps()[-1]
+    assert last.outputs == (auto.plan.result,) and "instruction_tuning" in str(last.inputs["trained"])
+
+    without = records_with(tmp_path / "b", ["train", "train", "test"])
+    assert not any(
+        "--umed_val_every" in step.command for step in upgrade_of(tiny_mistral, without, tmp_path / "r").steps
+    )
+    with pytest.raises(UmedError, match="rewarding: auto decides by the studies of the split val"):
+        upgrade_of(tiny_mistral, without, tmp_path / "r", rewarding="auto")
+    both = read_settings(None, {"checkpoint": "c", "recipe": "mau", "rewarding": "auto", "rewarding.trial_steps": 3})
+    assert (both.rewarding.run, both.rewarding.trial_steps, both.rewarding.candidates) == ("auto", 3, 8)
+
+
+@pytest.mark.run
+@pytest.mark.llava
+def test_a_run_whose_trial_does_not_pay_ends_after_stage_1(tiny_mistral, tmp_path):
+    """Random weights answer nothing that could be rewarded."""
+    from support.umed_runs import environment, run_python
+
+    records = records_with(tmp_path / "data", ["train", "train", "val", "test"])
+    sizes = {"instruction_tuning.steps": 1, "rewarding.trial_steps": 1, "rewarding.max_new_tokens": 4}
+    sizes |= {"evaluation.max_new_tokens": 4, "rewarding.candidates": 2, "instruction_tuning.batch_size": 2}
+    sets = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
+    command = [
+        "-m",
+        "umed_plugin.cli",
+        "upgrade",
+        str(tiny_mistral),
+        "--recipe",
+        str(records),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = run_python([*command, "--set", "rewarding=auto", *sets], env=environment(), forks_too=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "rewarding: auto: the run ends with stage 1: " in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rewarding_auto"]["stage_2"] == "left out" and "rewarding" not in summary
+    result = tmp_path / "out" / "checkpoint" / f"{tiny_mistral.name}-umed"
+    assert json.loads((result / "umed_manifest.json").read_text())["evaluation"].keys() == {
+        "base",
+        "instruction_tuning",
+    }
+    assert (tmp_path / "out" / "report.html").is_file() and not (
+        tmp_path / "out" / "runs" / "rewarding-llava-mistral"
+    ).exists()
+    tuned = tmp_path / "out" / "runs" / "instruction_tuned-llava-mistral"
+    weights = {file.name for file in tuned.glob("*.safetensors")} | {file.name for file in tuned.glob("*.bin")}
+    assert weights and all((result / name).read_bytes() == (tuned / name).read_bytes() for name in weights)
+    shutil.rmtree(tmp_path / "out" / "runs" / "trial-llava-mistral")
+    again = run_python([*command, "--set", "rewarding=auto", *sets], env=environment(), forks_too=True, timeout=300)
+    assert again.returncode == 0 and "stage 2 was left out" in again.stdout

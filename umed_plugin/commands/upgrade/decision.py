@@ -1,0 +1,96 @@
+"""``rewarding: auto``: does stage 2 pay for these data? A short trial after stage 1 says so, on the held-out studies of ``val``.
+
+Stage 2 is not started if one of these holds:
+
+- **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than the
+  limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from.
+- **No signal**: nearly all questions' answers have equal rewards.
+- **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
+  interval below 0.
+
+The run then ends with stage 1's checkpoint as its result. A trial is short, so it can miss a gain that comes late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from umed_plugin.evaluation.results import Evaluation, compare
+from umed_plugin.evaluation.tables import formatted
+
+_JUDGED = {"mean_iou": "IoU", "accuracy": "accuracy"}
+_SIGNAL = "groups_without_signal"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether stage 2 is started, and why.
+
+    Attributes:
+        pays: whether it is.
+        reasons: sentences.
+        differences: metric -> the trial's paired difference on the held-out studies, as `compare` gives it.
+    """
+
+    pays: bool
+    reasons: list[str]
+    differences: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``summary.json``."""
+        return {"stage_2": "started" if self.pays else "left out", "because": self.reasons, "trial": self.differences}
+
+    @classmethod
+    def of_json(cls, written: Mapping[str, Any]) -> Decision:
+        """From what `as_json` gave."""
+        return cls(written["stage_2"] == "started", list(written["because"]), dict(written["trial"]))
+
+
+def decide(log: Sequence[Mapping[str, Any]], before: Evaluation, after: Evaluation) -> Decision:
+    """Decide by a trial of stage 2.
+
+    Args:
+        log: of the trial's trainer (``log_history``), with the held-out guards.
+        before, after: evaluations of the split val by stage 1's checkpoint and by the trial's.
+    """
+    compared = compare(before, after)
+    differences = {name: compared[name] for name in _JUDGED if compared.get(name, {}).get("difference") is not None}
+    shown = ", ".join(f"{_JUDGED[name]} {_words(difference)}" for name, difference in differences.items())
+    against = [*_by_heart(log), *_no_signal(log), *_no_gain(differences, shown)]
+    if against:
+        return Decision(False, against, differences)
+    return Decision(True, [f"the trial has raised what held-out studies score: {shown}."], differences)
+
+
+def _words(difference: Mapping[str, Any]) -> str:
+    return formatted(difference["difference"], difference["ci95"], "+.3f")
+
+
+def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first values count: those are of what stage 1 has made."""
+    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, crossed_limits
+
+    first = {name: next((entry[name] for entry in log if name in entry), None) for name in HELD_OUT_GUARDS}
+    known = {name: value for name, value in first.items() if value is not None}
+    return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
+
+
+def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    from umed_plugin.rewards.guards import crossed_limits
+
+    values = [entry[_SIGNAL] for entry in log if _SIGNAL in entry]
+    known = {_SIGNAL: sum(values) / len(values)} if values else {}
+    return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
+
+
+def _no_gain(differences: Mapping[str, Any], shown: str) -> list[str]:
+    if not differences:
+        return ["the held-out studies can be scored by neither IoU nor accuracy."]
+    gain = sum(difference["difference"] for difference in differences.values()) / len(differences)
+    lost = [_JUDGED[name] for name, d in differences.items() if d["ci95"] is not None and d["ci95"][1] < 0]
+    if gain > 0 and not lost:
+        return []
+    why = f"its {' and '.join(lost)} fell" if lost else "their mean has not risen"
+    return [f"the trial has not raised what held-out studies score: {shown}; {why}."]
