@@ -1,0 +1,204 @@
+"""A study's YAML: its data, variants and arms, and the cells that they give. Read by `study.py`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from pydantic import Field
+
+from umed_plugin.data.texts import read_yaml
+from umed_plugin.errors import UmedError, unknown_name
+from umed_plugin.faults import Faults, StrictModel, validated
+
+BASE = "base"
+FlagValue = Union[bool, int, float, str]
+Flags = dict[str, FlagValue]
+
+
+class Data(StrictModel):
+    """Where the studies come from. The seed of a cell draws the demo's studies; of a data set on disk it is the fold."""
+
+    recipe: str = Field("demo_studies", description="The demo's generated studies, or a recipe's name or YAML.")
+    data_root: Optional[str] = Field(None, description="Folder of the recipe's data; ``${VARIABLE}`` is expanded.")
+    train: int = Field(1600, ge=1, description="Generated training studies; the base's captions are of all of them.")
+    val: int = Field(64, ge=1, description="Generated held-out studies that decide when stage 1 ends.")
+    test: int = Field(400, ge=1, description="Generated held-out studies that all arms are compared on.")
+    folds: Optional[int] = Field(
+        None, ge=3, description="Folds by patient: one is the test, the next one the validation."
+    )
+    box_noise: float = Field(
+        0.0, ge=0, lt=0.5, description="Training boxes: each corner moves by up to this share of a side."
+    )
+    hold_out: Optional[dict[str, list[str]]] = Field(None, description="``classes`` or ``sources`` for the test alone.")
+
+
+class Variant(StrictModel):
+    """Flags of all arms; ``arms``: those that it has."""
+
+    flags: Flags = {}
+    data: dict[str, Any] = Field({}, description="Keys of ``data`` that differ.")
+    arms: Optional[list[str]] = None
+
+
+class Arm(StrictModel):
+    """One training, from the checkpoint of ``start``.
+
+    ``steps``: of the optimizer, or ``equal``: as many as take the processor time of the arm ``budget``.
+    ``sample``: answers drawn to each question; the training is then on the best of them.
+    """
+
+    start: str
+    stage: Literal[1, 2] = 1
+    steps: Union[int, Literal["equal"]]
+    flags: Flags = {}
+    sample: Optional[int] = Field(None, ge=2)
+    sampled_studies: int = Field(400, ge=1, description="Studies that answers are drawn to, at most.")
+
+
+class Study(StrictModel):
+    """A study."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$")
+    title: str
+    question: str
+    data: Data = Data()
+    base_captions_epochs: float = 2
+    sizes: list[int] = Field(min_length=1, description="Labelled training studies, the most telling first.")
+    seeds: list[int] = Field(min_length=1, description="Reported.")
+    tuning_seed: int = Field(description="On which settings are chosen, and processor time is measured.")
+    tuning: str = Field(description="What was tried on that seed, for each arm.")
+    flags: Flags = Field({}, description="Of all trainings.")
+    stages: dict[int, Flags] = Field({}, description="Flags of each stage.")
+    budget: str = Field(description="The arm whose processor time ``steps: equal`` stands for.")
+    variants: dict[str, Variant] = Field({"plain": Variant()}, min_length=1)
+    arms: dict[str, Arm] = Field(min_length=1)
+    against: Optional[str] = Field(None, description="The arm to compare with; a variant without it: the first's.")
+    figure: list[str] = Field([], description="Arms whose gain over ``against`` the figure shows.")
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training and its evaluation."""
+
+    seed: int
+    size: int
+    variant: str
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"seed{self.seed}-{self.size}-{plain(self.variant)}-{plain(self.arm)}"
+
+
+def plain(name: str) -> str:
+    """A name as a part of a file's."""
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        UmedError: with all faults of the file.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UmedError(f"{path}: holds a {type(data).__name__}; a study is a mapping.")
+    faults = Faults()
+    study = validated(Study, data, "", faults)
+    if study is not None:
+        _check_names(study, faults)
+    faults.raise_if_any(str(path))
+    return study
+
+
+def _check_names(study: Study, faults: Faults) -> None:
+    arms, above = study.arms, [BASE]
+    for name, arm in arms.items():
+        if arm.start not in above:
+            faults.add(f"arms.{name}.start", f"{arm.start!r} is not {BASE!r} nor an arm above this one")
+        if arm.steps == "equal" and study.budget == name:
+            faults.add(f"arms.{name}.steps", "is equal to its own budget; give a number")
+        above.append(name)
+    named = {"budget": [study.budget], "figure": study.figure, "against": [study.against] if study.against else []}
+    named |= {f"variants.{name}.arms": variant.arms or [] for name, variant in study.variants.items()}
+    for key, names in named.items():
+        for name in names:
+            if name not in arms:
+                faults.add(key, unknown_name("arm", name, arms))
+    if study.tuning_seed in study.seeds:
+        faults.add("tuning_seed", f"{study.tuning_seed} is among the reported seeds")
+    for name, variant in study.variants.items():
+        validated(Data, {**study.data.model_dump(), **variant.data}, f"variants.{name}.data.", faults)
+        for arm in variant.arms or []:
+            start = arms[arm].start if arm in arms else BASE
+            if start not in (BASE, *(variant.arms or [])):
+                faults.add(f"variants.{name}.arms", f"{arm!r} starts from {start!r}, which is not among them")
+
+
+def data_of(study: Study, variant: str) -> Data:
+    """The data of a variant."""
+    return Data(**{**study.data.model_dump(), **study.variants[variant].data})
+
+
+def cells(study: Study, seeds: Sequence[int], sizes: Sequence[int]) -> Iterator[Cell]:
+    """All cells in the order of work: the first seed's sizes one after the other, then the next seed's."""
+    for seed in seeds:
+        for size in sizes:
+            for variant, about in study.variants.items():
+                for arm in about.arms or study.arms:
+                    yield Cell(seed, size, variant, arm)
+
+
+def compared_with(study: Study, cell: Cell) -> Optional[Cell]:
+    """The cell of ``against``; None for that cell itself and for arms that it goes on from."""
+    if study.against is None or cell.arm == study.against or cell.arm in ancestors(study, study.against):
+        return None
+    has = study.variants[cell.variant].arms
+    variant = cell.variant if has is None or study.against in has else next(iter(study.variants))
+    return Cell(cell.seed, cell.size, variant, study.against)
+
+
+def ancestors(study: Study, arm: str) -> list[str]:
+    """The arms that an arm goes on from, the nearest first, without the base."""
+    found = []
+    while (arm := study.arms[arm].start) != BASE:
+        found.append(arm)
+    return found
+
+
+def flags_of(study: Study, variant: str, arm: str) -> Flags:
+    """All flags of a cell's training that the study sets; the later ones override."""
+    about = study.arms[arm]
+    return {**study.flags, **study.stages.get(about.stage, {}), **study.variants[variant].flags, **about.flags}
+
+
+def digest(study: Study, cell: Cell) -> str:
+    """A hash of all settings that a cell's result depends on: its own and those of the arms that it goes on from."""
+    chain = [cell.arm, *ancestors(study, cell.arm)]
+    equal = any(study.arms[arm].steps == "equal" for arm in chain)
+    parts: dict[str, Any] = {
+        "data": _of_cell(data_of(study, cell.variant).model_dump()),
+        "captions": study.base_captions_epochs,
+        "arms": [study.arms[arm].model_dump() for arm in chain],
+        "flags": [flags_of(study, cell.variant, arm) for arm in chain],
+        "budget": budget_digest(study) if equal else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def budget_digest(study: Study) -> str:
+    """A hash of what the budget's processor time depends on."""
+    arm, variant = study.arms[study.budget], next(iter(study.variants))
+    parts = [arm.model_dump(), flags_of(study, variant, study.budget), study.sizes[0], study.tuning_seed]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _of_cell(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None and key != "data_root"}

@@ -1,0 +1,103 @@
+"""Finished results of a study: one small JSON a cell, with the scores of each question, so that pairs can be compared later."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from study_plan import Cell, Study, digest
+
+from umed_plugin import files
+from umed_plugin.evaluation.metrics.metric import Row
+from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.training.run_settings import made_with
+
+# Metric -> its unit in the file: whole numbers are short.
+UNITS = {"accuracy": 1, "mean_iou": 1000, "vision_relevance": 10000, "consistent_answers": 1}
+
+
+class Rows:
+    """The rows of one study.
+
+    Args:
+        study: as read.
+        out: where new rows are written.
+        committed: folder with rows of earlier starts, perhaps from another machine; they count like the own ones.
+    """
+
+    def __init__(self, study: Study, out: Path, committed: Optional[Path] = None) -> None:
+        self.study, self.out, self.committed = study, out, committed
+        self._lock = threading.Lock()
+        self._measuring = threading.Lock()
+
+    def digest(self, cell: Cell) -> str:
+        """Of the settings that the cell's result depends on."""
+        return digest(self.study, cell)
+
+    def _find(self, name: str) -> Optional[dict[str, Any]]:
+        for folder in (self.out, self.committed):
+            file = None if folder is None else folder / self.study.name / name
+            if file is not None and file.is_file():
+                return files.read_object(file)
+        return None
+
+    def read(self, cell: Cell) -> Optional[dict[str, Any]]:
+        """The row of a cell; None if it is missing or was made under other settings."""
+        row = self._find(f"{cell.name}.json")
+        return row if row is not None and row["settings"] == self.digest(cell) else None
+
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell is finished."""
+        return self.read(cell) is not None
+
+    def outdated(self, cell: Cell) -> bool:
+        """Whether there is a row of the cell that other settings made."""
+        return self.read(cell) is None and self._find(f"{cell.name}.json") is not None
+
+    def once(self, name: str, settings: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A measurement, made once for these settings."""
+        with self._measuring:
+            found = self._find(f"{name}.json")
+            if found is None or found["settings"] != settings:
+                found = {"settings": settings, **measure(), "made_with": _made_with()}
+                files.write_json(self.out / self.study.name / f"{name}.json", found)
+            return found
+
+    def add(self, cell: Cell, about: dict[str, Any], evaluation: Path) -> None:
+        """Write the row of a cell from its evaluation's folder."""
+        rows = Evaluation.load(evaluation).rows()
+        questions = {"ids": [row.id for row in rows], "clusters": [row.cluster for row in rows]}
+        name = f"questions-{hashlib.sha256(repr(questions).encode()).hexdigest()[:10]}"
+        scores = {metric: " ".join(_written(row, metric, unit) for row in rows) for metric, unit in UNITS.items()}
+        entry = {"cell": vars(cell), **about, "questions": name, "scores": scores, "made_with": _made_with()}
+        with self._lock:
+            folder = self.out / self.study.name
+            if self._find(f"{name}.json") is None:
+                files.write_json(folder / f"{name}.json", questions, indent=None)
+            files.write_json(folder / f"{cell.name}.json", entry)
+
+    def scores(self, cell: Cell) -> Optional[list[Row]]:
+        """The scored questions of a finished cell; None for others."""
+        row = self.read(cell)
+        if row is None:
+            return None
+        questions = self._find(f"{row['questions']}.json")
+        assert questions is not None, f"{row['questions']}.json is missing beside {cell.name}.json"
+        columns = {metric: text.split(" ") for metric, text in row["scores"].items()}
+        return [
+            Row(name, cluster, {m: int(column[i]) / UNITS[m] for m, column in columns.items() if column[i] != "-"})
+            for i, (name, cluster) in enumerate(zip(questions["ids"], questions["clusters"]))
+        ]
+
+
+def _written(row: Row, metric: str, unit: int) -> str:
+    return str(round(row.values[metric] * unit)) if metric in row.values else "-"
+
+
+def _made_with() -> dict[str, Any]:
+    made = made_with()
+    versions = {name: made["versions"][name] for name in ("torch", "transformers", "umed-plugin")}
+    return {"at": made["at"], "commit": made["commit"], **versions}

@@ -1,0 +1,137 @@
+"""What the rows of a study say: a table with paired intervals, and the figure of gains against the number of labelled studies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Optional
+
+from intervals import differences, mean_difference
+from study_plan import BASE, Cell, Study, compared_with
+from study_rows import Rows
+
+from umed_plugin.evaluation.metrics.metric import Row
+from umed_plugin.evaluation.tables import formatted
+
+SHOWN = {"accuracy": "accuracy", "mean IoU": "mean_iou", "vision relevance": "vision_relevance"}
+COMPARED = ("accuracy", "mean IoU")
+
+
+def pooled(
+    rows: Rows, pairs: Sequence[tuple[Cell, Cell]], key: str
+) -> tuple[Optional[float], Optional[list[float]], int]:
+    """Mean of ``after - before`` over the questions of all pairs of cells, its interval, and the number of pairs with rows."""
+    found: list[Row] = []
+    counted = 0
+    for before, after in pairs:
+        scores = rows.scores(before), rows.scores(after)
+        if scores[0] is not None and scores[1] is not None:
+            counted += 1
+            found += differences(key, scores[0], scores[1], after.seed)
+    return (*mean_difference(found), counted) if found else (None, None, counted)
+
+
+def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
+    """The tables, one for each number of labelled studies, and which cells are missing.
+
+    Each line has the means over the seeds that are finished. Differences are paired, with 95 % intervals over patients.
+    """
+    parts, missing = [f"### {study.title}", "", study.question], []
+    for size in sorted(study.sizes):
+        lines = []
+        for variant, about in study.variants.items():
+            for arm in about.arms or study.arms:
+                found = [Cell(seed, size, variant, arm) for seed in seeds]
+                missing += [cell for cell in found if not rows.has(cell)]
+                finished = [cell for cell in found if rows.has(cell)]
+                if finished:
+                    lines.append(_line(study, rows, variant, finished))
+        if lines:
+            of = f"{COMPARED[0]} | {COMPARED[1]}"
+            heads = ["arm", "seeds", *SHOWN, f"from its start: {of}", f"against {study.against}: {of}", "processor s"]
+            head = " | ".join(heads)
+            count = head.count("|") + 1
+            parts += ["", f"**{size} labelled studies**", "", f"| {head} |", f"|{'---|' * count}", *lines]
+    parts += ["", _missing(missing)]
+    return "\n".join(parts)
+
+
+def _missing(cells: Sequence[Cell]) -> str:
+    if not cells:
+        return "All cells are finished."
+    by_size: dict[int, list[str]] = {}
+    for cell in sorted(cells, key=lambda cell: cell.size):
+        names = by_size.setdefault(cell.size, [])
+        label = f"{_label(cell)} (seed {cell.seed})"
+        names.append(label)
+    listed = "; ".join(f"{size}: {len(names)}" for size, names in by_size.items())
+    return f"Not yet made, by number of labelled studies: {listed}."
+
+
+def _label(cell: Cell) -> str:
+    return cell.arm if cell.variant == "plain" else f"{cell.arm}, {cell.variant}"
+
+
+def _line(study: Study, rows: Rows, variant: str, finished: Sequence[Cell]) -> str:
+    about = [rows.read(cell) or {} for cell in finished]
+    scores = [rows.scores(cell) or [] for cell in finished]
+    cells = [_label(finished[0]), ", ".join(str(cell.seed) for cell in finished)]
+    for key in SHOWN.values():
+        values = [row.values[key] for of_cell in scores for row in of_cell if key in row.values]
+        cells.append(f"{fmean(values):.3f}" if values else "-")
+    arm = study.arms[finished[0].arm]
+    starts = [(Cell(cell.seed, cell.size, variant, arm.start), cell) for cell in finished if arm.start != BASE]
+    against = [(other, cell) for cell in finished if (other := compared_with(study, cell)) is not None]
+    for pairs in (starts, against):
+        for metric in COMPARED:
+            value, interval, _ = pooled(rows, pairs, SHOWN[metric])
+            cells.append(formatted(value, interval, "+.3f") if pairs else "")
+    cells.append(f"{fmean(row['processor_seconds'] for row in about):.0f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def points(study: Study, rows: Rows, seeds: Sequence[int], variant: str, arm: str, key: str) -> list[dict[str, Any]]:
+    """For each size with finished pairs: the gain of the arm over ``against``, its interval, and the number of seeds."""
+    found = []
+    for size in sorted(study.sizes):
+        cells = [Cell(seed, size, variant, arm) for seed in seeds]
+        pairs = [(other, cell) for cell in cells if (other := compared_with(study, cell)) is not None]
+        value, interval, counted = pooled(rows, pairs, key)
+        if value is not None:
+            found.append({"size": size, "gain": value, "ci95": interval, "seeds": counted})
+    return found
+
+
+def draw(study: Study, rows: Rows, seeds: Sequence[int], file: Path) -> bool:
+    """Draw the figure; returns whether there was anything to draw."""
+    lines = [
+        (variant, arm)
+        for arm in study.figure
+        for variant, about in study.variants.items()
+        if about.arms is None or arm in about.arms
+    ]
+    if not any(points(study, rows, seeds, *line, "mean_iou") for line in lines):
+        return False
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("mean IoU", "accuracy")):
+        for number, (variant, arm) in enumerate(lines):
+            found = points(study, rows, seeds, variant, arm, SHOWN[metric])
+            # Lines at the same size would hide one another's intervals.
+            at = [point["size"] * (1 + 0.03 * (number - len(lines) / 2)) for point in found]
+            gains = [point["gain"] for point in found]
+            ends = [point["ci95"] or [point["gain"]] * 2 for point in found]
+            below, above = ([abs(gain - end[side]) for gain, end in zip(gains, ends)] for side in (0, 1))
+            label = arm if variant == "plain" else f"{arm}, {variant}"
+            axes.errorbar(at, gains, [below, above], marker="o", markersize=4, capsize=2, linewidth=1, label=label)
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_xscale("log")
+        axes.set_xticks(sorted(study.sizes), [f"{size:,}" for size in sorted(study.sizes)])
+        axes.minorticks_off()
+        axes.set_xlabel("labelled studies")
+        axes.set_ylabel(f"{metric}: gain over {study.against}")
+    axes.legend(fontsize=7)
+    figure.savefig(file, dpi=150)
+    return True

@@ -1,0 +1,219 @@
+"""The study benchmark: its plan, its rows, its table, and a tiny study from end to end that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import study
+import study_data
+import study_plan
+import study_rows
+import study_sampling
+import study_table
+import study_training
+import yaml
+from study_plan import Cell
+from support import forked
+from support.umed_runs import ROOT, run_command
+
+from umed_plugin.commands import processes
+from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.metrics.metric import Row
+from umed_plugin.evaluation.results import Evaluation, Prediction
+
+TINY = {
+    "name": "tiny",
+    "title": "Tiny",
+    "question": "Does it run?",
+    "data": {"train": 8, "val": 2, "test": 4},
+    "base_captions_epochs": 1,
+    "sizes": [4],
+    "seeds": [1],
+    "tuning_seed": 7,
+    "tuning": "none",
+    "budget": "stage 2",
+    "flags": {"per_device_train_batch_size": 2, "umed_stock_template_share": 1},
+    "stages": {2: {"umed_num_candidates": 2, "umed_max_new_tokens": 8, "umed_start_check": 0}},
+    "arms": {
+        "stage 1": {
+            "start": "base",
+            "steps": 2,
+            "flags": {"umed_val_every": 1, "umed_stop_after": 1, "umed_max_new_tokens": 8},
+        },
+        "stage 2": {"start": "stage 1", "stage": 2, "steps": 1},
+        "stage 1 continued": {"start": "stage 1", "steps": "equal"},
+    },
+    "against": "stage 1 continued",
+    "figure": ["stage 2"],
+}
+
+
+def changed(**parts) -> dict:
+    return {**json.loads(json.dumps(TINY)), "stages": TINY["stages"], **parts}
+
+
+def loaded(tmp_path: Path, content: dict) -> study_plan.Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return study_plan.load_study(file)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_study_that_is_shipped_can_be_read(file):
+    found = study_plan.load_study(file)
+    assert found.name == file.stem and len(set(found.seeds)) >= 3
+    cells = list(study_plan.cells(found, found.seeds, found.sizes))
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert all(study_plan.digest(found, cell) for cell in cells)
+
+
+def test_faults_of_a_study_come_at_once(tmp_path):
+    arms = {"a": {"start": "b", "steps": 1}, "b": {"start": "base", "steps": "equal"}}
+    with pytest.raises(UmedError) as error:
+        loaded(tmp_path, changed(arms=arms, budget="b", against="c", figure=[], seeds=[7]))
+    told = str(error.value)
+    assert (
+        "arms.a.start: 'b' is not 'base' nor an arm above" in told
+        and "arms.b.steps: is equal to its own budget" in told
+    )
+    assert "against" in told and "tuning_seed: 7 is among the reported seeds" in told
+
+
+def test_a_row_counts_until_its_own_settings_change(tmp_path):
+    cell = Cell(1, 4, "plain", "stage 2")
+    plan = loaded(tmp_path, TINY)
+    before = study_plan.digest(plan, cell)
+    other = changed(arms={**TINY["arms"], "stage 1 continued": {"start": "stage 1", "steps": 3}})
+    assert study_plan.digest(loaded(tmp_path, other), cell) == before, "another arm's settings"
+    arms = {**TINY["arms"], "stage 1": {**TINY["arms"]["stage 1"], "steps": 3}}
+    assert study_plan.digest(loaded(tmp_path, changed(arms=arms)), cell) != before, "its start has changed"
+    assert study_plan.digest(plan, Cell(1, 4, "plain", "stage 1 continued")) != study_plan.digest(
+        loaded(tmp_path, changed(stages={2: {"umed_num_candidates": 4}})), Cell(1, 4, "plain", "stage 1 continued")
+    ), "its time is that of stage 2"
+
+
+def prediction(number: int, values: dict) -> Prediction:
+    details = {"true_classes": [], "true_boxes": [], "boxes": [], "set_iou": 0.0, "modality": "", "reading": None}
+    return Prediction(
+        *(str(number), "a.png", "q", "a", "t", values, f"p{number // 2}"),
+        groups={"source": "s"},
+        details={**details, "image_aspect_ratio": "pad"},
+    )
+
+
+def with_scores(rows, cell, folder: Path, iou: float) -> None:
+    values = [{"accuracy": 1.0, "mean_iou": iou + n / 100, "vision_relevance": 0.0123} for n in range(11)]
+    predictions = [prediction(n, v) for n, v in enumerate([*values, {"accuracy": 0.0}])]
+    metrics = {"mean_iou": {"value": 0, "ci95": None, "n": 11}}
+    Evaluation("recipe", "c", "t", predictions, metrics).save(folder)
+    about = {"settings": rows.digest(cell), "steps": 1, "processor_seconds": 2.0}
+    rows.add(cell, about, folder)
+
+
+def test_rows_hold_the_scores_of_each_question_and_the_table_pairs_them(tmp_path):
+    plan = loaded(tmp_path, TINY)
+    rows = study_rows.Rows(plan, tmp_path / "rows")
+    for arm, iou in (("stage 1", 0.1), ("stage 2", 0.3), ("stage 1 continued", 0.2)):
+        with_scores(rows, Cell(1, 4, "plain", arm), tmp_path / arm, iou)
+    read = study_rows.Rows(plan, tmp_path / "elsewhere", tmp_path / "rows").scores(Cell(1, 4, "plain", "stage 2"))
+    assert read[3] == Row("3", "p1", {"accuracy": 1.0, "mean_iou": 0.33, "vision_relevance": 0.0123})
+    assert read[11] == Row("11", "p5", {"accuracy": 0.0})
+    table = study_table.markdown(plan, rows, [1, 2])
+    line = next(line for line in table.splitlines() if line.startswith("| stage 2 |"))
+    assert "+0.200" in line and "+0.100" in line and line.endswith("| 2 |")
+    assert "Not yet made, by number of labelled studies: 4: 3." in table
+    (point,) = study_table.points(plan, rows, [1, 2], "plain", "stage 2", "mean_iou")
+    assert point["gain"] == pytest.approx(0.1) and point["seeds"] == 1
+    assert (
+        study_table.draw(plan, rows, [1, 2], tmp_path / "figure.png")
+        and (tmp_path / "figure.png").stat().st_size > 9000
+    )
+
+
+def test_noise_moves_boxes_and_what_the_answer_says():
+    record = {
+        "id": "a",
+        "image_size": [100, 100],
+        "objects": {"ref": ["cyst"], "bbox": [[20, 20, 60, 40]], "bbox_type": "real"},
+        "terms": {"cyst": ["cyst"]},
+        "provenance": {"image_aspect_ratio": "pad"},
+        "conversations": [],
+    }
+    noisy = study_data.with_noise(record, 0.2, seed=0)
+    (box,) = noisy["objects"]["bbox"]
+    assert all(0 < abs(a - b) <= limit for a, b, limit in zip(box, (20, 20, 60, 40), (8, 4, 8, 4)))
+    assert f"[{box[0] / 100:.2f}, {box[1] / 100:.2f}" in noisy["conversations"][1]["value"]
+    assert study_data.with_noise(record, 0.0, seed=0) is record
+
+
+def test_patients_stay_in_one_fold():
+    records = [{"id": str(n), "source": "s", "patient": str(n // 3), "split": "train"} for n in range(90)]
+    tested = []
+    for fold in range(5):
+        dealt = study_data.in_folds(records, 5, fold)
+        by_patient = {}
+        for record in dealt:
+            by_patient.setdefault(record["patient"], set()).add(record["split"])
+        assert all(len(splits) == 1 for splits in by_patient.values())
+        tested += [record["id"] for record in dealt if record["split"] == "test"]
+    assert sorted(tested) == sorted(record["id"] for record in records)
+
+
+def test_the_best_answer_has_the_true_classes_and_the_best_box():
+    record = {
+        "image_size": [100, 100],
+        "objects": {"ref": ["cyst"], "bbox": [[20, 20, 60, 40]]},
+        "terms": {"cyst": ["cyst"], "nodule": ["nodule"]},
+        "provenance": {"image_aspect_ratio": "pad"},
+        "conversations": [{"value": "?"}, {"from": "gpt", "value": "reference"}],
+    }
+    texts = [
+        "nodule at [0.20, 0.20, 0.60, 0.40]",
+        "cyst at [0.20, 0.20, 0.60, 0.30]",
+        "cyst at [0.20, 0.20, 0.60, 0.41]",
+    ]
+    assert study_sampling.best_of(record, texts)["conversations"][1]["value"] == texts[2]
+    assert study_sampling.best_of(record, texts[:1]) is None
+
+
+@pytest.mark.run
+@pytest.mark.llava
+def test_a_study_from_end_to_end(tmp_path, monkeypatch):
+    """Stage 1 ends by validation, the others have the same time, and a second start trains nothing but what is missing."""
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked.popen, STDOUT=subprocess.STDOUT))
+    trained = []
+
+    def measured(command, log, cwd):
+        words = [str(word) for word in command]
+        done = run_command(words, env=study_training.environment(), cwd=cwd)
+        assert done.returncode == 0, done.stderr[-3000:]
+        flags = dict(zip(words, words[1:]))
+        trained.append(flags.get("--output_dir"))
+        return {"10": 13.0, "60": 38.0}.get(flags.get("--max_steps"), 4.4) if "--output_dir" in flags else 1.0
+
+    monkeypatch.setattr(study_training, "measured", measured)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(TINY))
+    monkeypatch.setattr(study_training, "SHORT", 10)
+    arguments = [str(file), str(tmp_path / "out"), "--rows", str(tmp_path / "rows")]
+    monkeypatch.setattr(study_training, "LONG", 60)
+    monkeypatch.setattr(study_training.Workshop, "_measure_pace", lambda self, flags: {"start": 3.0, "step": 0.7})
+    study.main([*arguments, "--only", "stage 1 continued"])
+    row = json.loads((tmp_path / "rows" / "tiny" / "seed1-4-plain-stage_1_continued.json").read_text())
+    assert row["steps"] == 2, "(4.4 - 3) / 0.7"
+    assert row["scores"]["accuracy"].count(" ") == 3
+    names = [Path(folder).parent.name for folder in trained if folder]
+    assert len(names) == 4 and all("seed7" in name or "seed1" in name for name in names)
+    study.main(arguments)
+    assert len([folder for folder in trained if folder]) == 5, "stage 2 of the reported seed alone"
+    before = len(trained)
+    study.main(arguments)
+    assert len(trained) == before
+    assert "All cells are finished." in (tmp_path / "out" / "table.md").read_text()
+    # Another checkout has the rows alone: nothing is trained there.
+    study.main([str(file), str(tmp_path / "other"), "--rows", str(tmp_path / "rows")])
+    assert len(trained) == before
