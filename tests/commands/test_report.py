@@ -344,16 +344,21 @@ def test_the_command_writes_report_and_picture(run, tmp_path, capsys):
     assert len(data_of((run / "report.html").read_text())["studies"]) == 5
     pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
     assert picture.stat().st_size < 300_000 and pixels.shape[1] > 1200
+    assert pixels.shape[0] > 850, "a row for the base and one for each stage"
     for colour in ((240, 228, 66), (255, 122, 51)):
         assert (np.abs(pixels - colour).sum(axis=2) < 30).sum() > 500, "the boxes of truth and answers are drawn"
 
 
 def test_the_picture_takes_studies_at_even_ranks_and_needs_two_stages(run):
     after = [case(f"s{i}", i / 10) for i in range(10)]
-    pairs = at_even_ranks([case(f"s{i}", 0.0) for i in range(10)], after, 5)
-    assert [new.set_iou for _, new in pairs] == [0.8, 0.6, 0.4, 0.2, 0.0]
-    assert all(old.id == new.id for old, new in pairs)
-    assert len(at_even_ranks(after, after[:3], 6)) == 3
+    before, between = ([case(f"s{i}", iou) for i in range(10)] for iou in (0.0, 0.05))
+    studies = at_even_ranks([before, between, after], 5)
+    assert [[one.set_iou for one in study] for study in studies] == [
+        [0.0, 0.05, last] for last in (0.8, 0.6, 0.4, 0.2, 0.0)
+    ]
+    assert all(len({one.id for one in study}) == 1 for study in studies)
+    assert len(at_even_ranks([after, after[:3]], 6)) == 3
+    assert at_even_ranks([after[:3], after[5:]], 6) == []
     for stage in ("base", "instruction_tuning"):
         shutil.rmtree(run / "evaluation" / stage)
     with pytest.raises(UmedError, match="need two evaluations in evaluation/; found: rewarding"):

@@ -1,4 +1,4 @@
-"""A picture of the same studies before and after, with their boxes: for a README, a talk, or a look at a run.
+"""A picture of the same studies before training and after each stage, with their boxes: for a README, a talk, or a look at a run.
 
 The studies are not hand-picked: they are evenly spaced in the order of the last stage's IoU, from best to worst.
 """
@@ -18,16 +18,14 @@ from umed_plugin.grounding.boxes import Box
 
 COLUMNS = 6
 _DPI = 140
-_GREYS, _SHADES = (
-    40,
-    8,
-)  # of the PNG's palette: with all shades of noisy grey images the file would be several times as large
+# Of the PNG's palette: with all shades of noisy grey images the file would be several times as large.
+_GREYS, _SHADES = 32, 8
 _TRUE: dict[str, Any] = {"edgecolor": "#f0e442", "linewidth": 1.4}
 _PREDICTED: dict[str, Any] = {"edgecolor": "#ff7a33", "linewidth": 1.6, "linestyle": (0, (3.2, 1.2))}
 
 
 def write_before_after(run_dir: Path | str, file: Path | str, columns: int = COLUMNS) -> Path:
-    """Write the picture of a run's first and last evaluation as PNG; returns its path.
+    """Write the picture of a run as PNG, a row for each of its evaluations; returns its path.
 
     Args:
         run_dir: folder of `umed demo` or `umed upgrade`.
@@ -41,28 +39,25 @@ def write_before_after(run_dir: Path | str, file: Path | str, columns: int = COL
     if len(run.evaluations) < 2:
         stages = ", ".join(run.evaluations) or "none"
         raise UmedError(f"{run.folder}: before and after need two evaluations in evaluation/; found: {stages}.")
-    names = [next(iter(run.evaluations)), list(run.evaluations)[-1]]
-    before, after = (cases_of(run.evaluations[name]) for name in names)
-    chosen = at_even_ranks(before, after, columns)
+    chosen = at_even_ranks([cases_of(evaluation) for evaluation in run.evaluations.values()], columns)
     if not chosen:
         raise UmedError(
-            f"{run.folder}: {' and '.join(names)} share no study with a lesion, so there is nothing to draw."
+            f"{run.folder}: {', '.join(run.evaluations)} share no study with a lesion, so there is nothing to draw."
         )
-    rows = [[pair[0] for pair in chosen], [pair[1] for pair in chosen]]
-    figure = _drawn(rows, [stage_label(name) for name in names], run.folder)
+    figure = _drawn(list(zip(*chosen)), [stage_label(name) for name in run.evaluations], run.folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     _save(figure, file)
     return file
 
 
-def at_even_ranks(before: Sequence[Case], after: Sequence[Case], count: int) -> list[tuple[Case, Case]]:
-    """(before, after) of ``count`` studies: the middle ones of ``count`` equal parts of all, sorted by last IoU, best first."""
-    earlier = {case.id: case for case in before}
-    shared = [case for case in after if case.true_boxes and case.id in earlier]
+def at_even_ranks(evaluations: Sequence[Sequence[Case]], count: int) -> list[tuple[Case, ...]]:
+    """``count`` studies, each as all evaluations saw it: the middle ones of ``count`` equal parts, by last IoU, best first."""
+    *earlier, last = ({case.id: case for case in cases} for cases in evaluations)
+    shared = [case for case in last.values() if case.true_boxes and all(case.id in cases for cases in earlier)]
     shared.sort(key=lambda case: (-case.set_iou, case.id))
     count = min(count, len(shared))
     taken = [shared[int((part + 0.5) * len(shared) / count)] for part in range(count)]
-    return [(earlier[case.id], case) for case in taken]
+    return [(*(cases[case.id] for cases in earlier), case) for case in taken]
 
 
 def _drawn(rows: Sequence[Sequence[Case]], labels: Sequence[str], run_folder: Path) -> Any:
@@ -70,9 +65,9 @@ def _drawn(rows: Sequence[Sequence[Case]], labels: Sequence[str], run_folder: Pa
     from matplotlib.patches import Patch
 
     columns = len(rows[0])
-    figure = Figure(figsize=(1.5 * columns + 0.6, 4.5), layout="constrained")
-    grid = figure.subplots(2, columns, squeeze=False)
-    for title, label, row, axes_row in zip(("before", "after"), labels, rows, grid):
+    figure = Figure(figsize=(1.5 * columns + 0.6, 2 * len(rows) + 0.5), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for title, label, row, axes_row in zip(("before", *["after"] * len(rows)), labels, rows, grid):
         axes_row[0].set_ylabel(f"{title}\n({label})", fontsize=10, labelpad=6)
         for axes, case in zip(axes_row, row):
             _draw(axes, case, see(case.image, case.image_aspect_ratio, case.reading, run_folder))
