@@ -843,22 +843,18 @@ def test_voc_objects_in_another_element_are_not_taken_for_none(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", ["csv", "coco", "json"])
-def test_folders_of_classes_and_labels_without_boxes_are_refused_with_the_reason(tmp_path: Path, form: str) -> None:
+def test_folders_of_classes_in_place_of_a_file_name_the_reader_for_them(tmp_path: Path, form: str) -> None:
     put(tmp_path / "classes" / "nod" / "a.png")
     annotations = (
         ({"csv": CSV, "coco": COCO, "json": JSON}[form] % "").replace("a.csv", "classes").replace("a.json", "classes")
     )
     (message,) = read(tmp_path, annotations).faults.messages
     assert (
-        "classes: is a folder; needed: the annotation file. Folders named by a class say what images show and not"
-        in message
+        "classes: is a folder; needed: the annotation file. Folders named by a class say what images show and not where: "
+        "the reader folders reads them" in message
     )
     put(tmp_path / "a.png")
     put(tmp_path / "a.csv", "f,x1,y1,x2,y2,c\na.png,,,,,normal\n")
     (message,) = read(tmp_path, CSV % "").faults.messages
     assert "A value that means no lesion belongs in annotations.no_finding" in message
     assert boxes(read(tmp_path, CSV % ", no_finding: [normal]"))["a.png"] == []
-    with pytest.raises(UmedError, match="Labels without boxes cannot be read: a record says where a lesion is"):
-        read(tmp_path, "{reader: csv, files: a.csv, columns: {file: f, lesion: c}}")
-    with pytest.raises(UmedError, match="Images with a label and no box cannot be read"):
-        read(tmp_path, "{reader: folders, files: classes}")

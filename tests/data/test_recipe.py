@@ -25,7 +25,7 @@ def faults_of(path: Path) -> list[str]:
 def test_the_expected_recipes_are_shipped() -> None:
     assert set(shipped_recipes()) == {
         *("brain_tumor_coco", "deeplesion", "deeplesion_liver", "demo_studies", "kidney_stone", "kvasir_seg"),
-        *("kvasir_seg_masks", "mau", "nih_cxr14", "tbx11k"),
+        *("kvasir_seg_masks", "kvasir_v2", "mau", "mau_labels", "nih_cxr14", "nih_cxr14_labels", "tbx11k"),
     }
 
 
@@ -113,7 +113,7 @@ split: {by: patients, fractions: {train: .5}}
             "{files: a}",
             "{by: patient}",
             "",
-            "annotations.reader: missing. Allowed: coco, csv, cvat, dicom_seg, json, label_studio, labelme, mask, "
+            "annotations.reader: missing. Allowed: coco, csv, cvat, dicom_seg, folders, json, label_studio, labelme, mask, "
             "nifti_labels, padchest_gr, voc, yolo",
         ),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),

@@ -105,4 +105,4 @@ def test_limits_and_defaults_are_stated() -> None:
     assert "| `tiles` | whole number, at least 2, at most 36 | `9` |" in page
     assert "| `negative_share` | number, at least 0, below 1 | `0.0` |" in page
     assert "| `name` | text | required |" in page
-    assert "| `box` | column, or list of four columns | required |" in page
+    assert "| `box` | column, or list of four columns | none |" in page

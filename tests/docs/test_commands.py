@@ -68,6 +68,11 @@ RUN_BY = {
         ),
         "data/test_writing.py::test_the_commands_of_the_page_fit",
     ),
+    **dict.fromkeys(
+        ("umed recipe check frames.yaml", "umed recipe build frames.yaml"),
+        "pseudo_boxes/test_recipes.py::test_the_pages_example_runs",
+    ),
+    "umed recipe build mau_labels": "pseudo_boxes/test_recipes.py::test_the_pages_mixture_is_built",
     "for python in .venv/bin/python": "docs/test_commands.py::test_the_hash_that_the_page_prints_is_the_patchs",
     "UMED_WRITE_DOCS=1": "docs/test_generated.py::test_a_page_that_is_out_of_date_is_named_and_written_anew",
     ".venv/bin/umed patches": "patches/test_patches.py::test_the_command_lists_them_all_and_fails_on_a_misfit",

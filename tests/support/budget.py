@@ -26,6 +26,7 @@ BUDGET = {
     "flags": 15,
     "grounding": 15,
     "patching": 5,
+    "pseudo_boxes": 40,
     "remote": 10,
     "terminal": 5,
     ".": 100,

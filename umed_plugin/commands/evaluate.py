@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SETTINGS = (
     "base", "template", "device", "dtype", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image",
     "give_box",
+    "pseudo_boxes",
 )  # fmt: skip
 
 
@@ -102,6 +103,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--on-bad-image", choices=("stop", "skip"), default="stop", help="stop at missing images, or leave them out"
+    )
+    parser.add_argument(
+        "--pseudo-boxes",
+        action="store_true",
+        help="measure records against boxes of an anomaly map too, which no person drew (default: refuse them)",
     )
     parser.add_argument(
         "--image-cache", metavar="DIR", type=Path, help="keep decoded and resized images here for the next evaluation"

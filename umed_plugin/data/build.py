@@ -11,8 +11,8 @@ import contextlib
 import math
 import os
 import random
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -24,11 +24,12 @@ from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
 from umed_plugin.data.images.options import UsedOptions
 from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.leaks import evaluation_pictures
+from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
 from umed_plugin.data.reading import Request, Seen, look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS, look_at
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe
-from umed_plugin.data.records import Record
+from umed_plugin.data.records import PSEUDO, Record
 from umed_plugin.data.shards import Shard
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
@@ -41,37 +42,6 @@ from umed_plugin.terminal.progress import tracked
 WRITER = "templates-1"
 # A lesion is not trained on when LLaVA's centre crop leaves less than this fraction of its area: nobody could find it.
 LEAST_VISIBLE = 0.1
-
-
-@dataclass
-class Prepared:
-    """One annotated image after its pixels were read and its boxes checked against them.
-
-    Attributes:
-        size: width and height of the image as the model receives it, in pixels.
-        boxes, classes: of its lesions, in pixels of that image, from top to bottom.
-        shown: uint8 RGB ``[height, width, 3]``, as the model receives it; empty in a build, which reads no image that is known.
-        by_llava: True if LLaVA itself reads the file as ``shown``; else ``shown`` is written as PNG.
-        reading: arguments of `load_image` that gave the pixels, serializable as JSON.
-        is_grey_levels: True for 8-bit values, to which no window applies.
-        exif: its EXIF orientation, 1 to 8.
-        evaluated: True if the image is also in an evaluation set.
-        rendered: path of the PNG under ``out_dir`` that shows it; empty if there is none.
-        burned_in: what its DICOM header says about text in the pixels, or None.
-    """
-
-    item: Annotated
-    size: tuple[int, int]
-    boxes: list[Box]
-    classes: list[str]
-    shown: np.ndarray
-    by_llava: bool
-    reading: dict[str, Any] = field(default_factory=dict)
-    is_grey_levels: bool = False
-    exif: int = 1
-    evaluated: bool = False
-    rendered: str = ""
-    burned_in: Optional[str] = None
 
 
 def build_records(
@@ -88,6 +58,7 @@ def build_records(
     progress: bool = False,
     render: bool = True,
     workers: Optional[int] = None,
+    find_boxes: Optional[FindsBoxes] = None,
 ) -> list[Record]:
     r"""Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
@@ -104,6 +75,8 @@ def build_records(
         render: True: write images that LLaVA cannot read as PNG. False: a record names the file itself and holds the arguments of
             `images.load_image` under ``reading``, which only this plugin's training understands.
         workers: processes that read images. 1: this one. None: by the number of CPUs and images. The records are the same.
+        find_boxes: gives boxes to images that have a label and none, as a recipe's ``pseudo_boxes`` asks for:
+            `umed_plugin.pseudo_boxes.PseudoBoxes`.
 
     What was seen of each image is kept in ``out_dir/.umed_checked.jsonl``: the next build reads only what has changed since.
 
@@ -137,6 +110,7 @@ def build_records(
         ('drawn/a.png', {'ref': ['cyst'], 'bbox': [[50.0, 25.0, 100.0, 75.0]], 'bbox_type': 'real'})
     """
     _check_arguments(split, on_bad_image)
+    check_finder(recipe, find_boxes, render)
     evaluated = evaluation_pictures(against)
     annotations = read_annotations(recipe, data_root)
     keep = [item for item in annotations.items if split in (None, item.split)]
@@ -151,7 +125,14 @@ def build_records(
         for seen in look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers):
             yield seen, NO_PIXELS
 
-    for prepared in prepare(keep, annotations, bad_images, recipe.name if progress else None, known_or_read):
+    images: Iterable[Prepared] = prepare(
+        keep, annotations, bad_images, recipe.name if progress else None, known_or_read
+    )
+    if find_boxes is not None:
+        images = _with_pseudo_boxes(
+            images, annotations, find_boxes, image_aspect_ratio, bad_images, on_bad_image, known_or_read
+        )
+    for prepared in images:
         if prepared.evaluated:
             annotations.left_out["in an evaluation set too"] += 1
             continue
@@ -199,6 +180,35 @@ def read_shard(
         title = f"{recipe.name}, shard {shard}: images"
         shown = tracked(looks, title, "image", len(requests)) if progress else looks
         return len(requests), [seen.fault for seen in shown if seen.fault is not None]
+
+
+def _with_pseudo_boxes(
+    images: Iterable[Prepared],
+    annotations: AnnotationSet,
+    find_boxes: FindsBoxes,
+    image_aspect_ratio: str,
+    bad_images: list[UmedError],
+    on_bad_image: str,
+    look: Callable[[Sequence[Annotated]], Looks],
+) -> list[Prepared]:
+    """The images, those that have a label and no box with a pseudo-box; those that get none are left out and counted.
+
+    Args:
+        images: all that are asked for.
+        look: reads normal images of other splits.
+    """
+    images = list(images)
+    here = {id(image.item) for image in images}
+    missing = [item for item in find_boxes.normals(annotations.normals) if id(item) not in here]
+    # What is said of images is about those of the build.
+    remarks, read = annotations.image_remarks, annotations.read
+    annotations.image_remarks = defaultdict(list)
+    normals = list(prepare(missing, annotations, bad_images, None, look))
+    annotations.image_remarks, annotations.read = remarks, read
+    # A map takes a while: what stops the build anyway is told before.
+    if not annotations.faults.messages and not (bad_images and on_bad_image == "stop"):
+        find_boxes(images, normals, annotations, image_aspect_ratio)
+    return [image for image in images if not image.labels]
 
 
 def _check_arguments(split: Optional[str], on_bad_image: str) -> None:
@@ -318,6 +328,7 @@ def _fit_to_image(item: Annotated, seen: Seen, pixels: np.ndarray, annotations: 
         evaluated=seen.evaluated,
         rendered=seen.rendered,
         burned_in=seen.burned_in,
+        labels=list(item.labels),
     )
 
 
@@ -451,6 +462,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
             "original": os.path.relpath(item.image, item.root),
             "slice": shown_slices(item),
             **({"burned_in_annotation": prepared.burned_in} if prepared.burned_in else {}),
+            **({} if prepared.box_score is None else {"boxes": PSEUDO, "box_score": prepared.box_score}),
         },
     }
 

@@ -79,6 +79,7 @@ class ItemsCheck:
         self._count = self._faulty = self._fault_count = self._with_image = 0
         self._faults: list[str] = []
         self._cut = _Indices()
+        self._pseudo = _Indices()
         self._unseen: dict[str, _Indices] = defaultdict(_Indices)
         self._other_keys: Counter[str] = Counter()
         self._other_tags: Counter[str] = Counter()
@@ -97,6 +98,9 @@ class ItemsCheck:
             if len(item["conversations"]) != len(meant["conversations"]):
                 self._cut.add(index)
             self._look_for_image(index, meant)
+            provenance = meant.get("provenance")
+            if isinstance(provenance, dict) and provenance.get("boxes") == "pseudo":
+                self._pseudo.add(index)
         return meant
 
     def _look_for_image(self, index: int, item: Item) -> None:
@@ -133,6 +137,11 @@ class ItemsCheck:
             cut.append(
                 f"in {self._cut.count} of {self._count} items ({self._cut}) an answer before the first question, or a last "
                 "question without an answer, is left out."
+            )
+        if self._pseudo.count:
+            cut.append(
+                f"{self._pseudo.count} of {self._count} items ({self._pseudo}) have pseudo-boxes, which an anomaly map drew and "
+                "no person. What is trained on them is measured on other records, with true boxes."
             )
         return cut + self._warnings_of_unseen_images()
 

@@ -23,6 +23,9 @@ from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
 
+# Value of ``provenance.boxes`` where an anomaly map drew the box, and no person. ``provenance.box_score`` is its peak, 0-1.
+PSEUDO = "pseudo"
+
 _FIELDS = {
     "id": str,
     "image": str,
@@ -209,6 +212,11 @@ class SharedTerms:
         if isinstance(record, dict) and isinstance(record.get("terms"), dict):
             record["terms"] = self._known.setdefault(json.dumps(record["terms"]), record["terms"])
         return record
+
+
+def with_pseudo_boxes(records: Iterable[Record]) -> list[Record]:
+    """Those of the records whose boxes no person drew."""
+    return [record for record in records if record["provenance"].get("boxes") == PSEUDO]
 
 
 def save_records(records: Sequence[Record], path: str | Path) -> None:

@@ -45,6 +45,7 @@ class EvaluationSettings:
         on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
         server: rollout server that writes the answers; None: this process does.
         give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
+        pseudo_boxes: measure records against pseudo-boxes too, which no person drew.
     """
 
     base: Path | str | None = None
@@ -59,6 +60,7 @@ class EvaluationSettings:
     on_bad_image: str = "stop"
     server: RolloutServer | None = None
     give_box: bool = False
+    pseudo_boxes: bool = False
 
 
 class EvaluationRun:

@@ -164,6 +164,8 @@ def _benchmark_of(
         raise UsageError(
             f"--give-box needs records with true boxes, of a recipe or a JSON; --benchmark {name} has none."
         )
+    if settings.pseudo_boxes and (name in BENCHMARKS or is_question_file(name)):
+        raise UsageError(f"--pseudo-boxes: has no effect on {name}, which has no records of a recipe. Remove it.")
     if name in BENCHMARKS:
         named = BENCHMARKS[name]
         if root is None:
@@ -180,6 +182,7 @@ def _benchmark_of(
         # Files rendered into a temporary folder would have a new path each time: the cache would never find them again.
         render=settings.image_cache is None,
         give_box=settings.give_box,
+        pseudo_boxes=settings.pseudo_boxes,
     )
 
 

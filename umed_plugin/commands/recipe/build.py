@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from umed_plugin.commands.recipe.writer_settings import WriterSettings
     from umed_plugin.data.records import Record
     from umed_plugin.data.writing.decisions import Decision
+    from umed_plugin.pseudo_boxes import PseudoBoxes
 
 # Of the file that a build replaces: more than its first record.
 _BEGINNING_BYTES = 200_000
@@ -54,6 +55,13 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         help="stop at missing or unreadable images, or skip and report them (default: stop)",
     )
     add_against(parser, "left out")
+    parser.add_argument(
+        "--tower",
+        type=Path,
+        metavar="CKPT_OR_TOWER",
+        help="checkpoint, or CLIP vision tower, whose anomaly map finds boxes for the recipe's pseudo_boxes; a contact sheet is "
+        "written beside FILE",
+    )
     add_sharing_flags(parser)
     add_writer_flags(parser)
     parser.add_argument(
@@ -74,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     writer = read_writer_flags(args)
     decisions = _decisions(args)
     _check_replaced(args.out, args.recipe)
+    _check_tower(args)
     if not is_whole(args):
         return 0
     with locked(args.out):
@@ -99,6 +108,34 @@ def _check_replaced(out: Path, recipe: str) -> None:
     names = {*re.findall(r'"(?:recipe|mixture)"\s*:\s*"([^"]+)"', beginning)}
     if names and load_recipe(recipe).name not in names:
         warn(f"--out {out}: holds records of {', '.join(sorted(names)[:3])}, which will be replaced.")
+
+
+def _check_tower(args: argparse.Namespace) -> None:
+    """Refuse ``--tower`` where it has no effect, and a recipe that lacks it, before images are read."""
+    from umed_plugin.data.prepared import has_pseudo_boxes
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    wanted = has_pseudo_boxes(load_recipe(args.recipe))
+    if wanted and args.tower is None:
+        raise UsageError(
+            f"{args.recipe}: has pseudo_boxes, which are found by a vision tower. Give --tower CKPT: the checkpoint that will be "
+            "trained, or a CLIP vision tower."
+        )
+    if args.tower is not None and not wanted:
+        raise UsageError(f"--tower {args.tower}: has no effect, since {args.recipe} has no pseudo_boxes. Remove it.")
+
+
+def _finder(args: argparse.Namespace) -> PseudoBoxes | None:
+    from umed_plugin.pseudo_boxes import PseudoBoxes
+
+    if args.tower is None:
+        return None
+    return PseudoBoxes(args.tower, args.out.parent, sheet=_sheet(args), shows_progress=not args.quiet)
+
+
+def _sheet(args: argparse.Namespace) -> Path:
+    out: Path = args.out
+    return out.with_name(f"{out.stem}.pseudo_boxes.png")
 
 
 def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: list[Decision]) -> int:
@@ -150,6 +187,7 @@ def _build(args: argparse.Namespace) -> list[Record]:
         against=args.against,
         progress=True,
         workers=args.workers,
+        find_boxes=_finder(args),
     )
 
 
@@ -182,8 +220,15 @@ def _tell_decisions(counts: dict[str, int]) -> None:
 
 
 def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:
+    from umed_plugin.data.records import with_pseudo_boxes
+
     counts = Counter(record["answer_type"] for record in records)
     note(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
+    if args.tower is not None:
+        pseudo = len(with_pseudo_boxes(records))
+        note(
+            f"{pseudo} of the records have pseudo-boxes, which no person drew. Look at {_sheet(args)} before you train."
+        )
     note(
         f"train with: --data_path {args.out} --image_folder {args.out.parent} "
         f"--image_aspect_ratio {args.image_aspect_ratio}"

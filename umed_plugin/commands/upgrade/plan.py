@@ -25,6 +25,7 @@ from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags
 from umed_plugin.data.json_list import items_of
+from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
@@ -186,12 +187,14 @@ class Plan:
         command += ("--seed", settings.seed, "--on-bad-image", settings.on_bad_image)
         command += ("--data-root", settings.data_root) if settings.data_root else ()
         recipe = load_recipe(settings.recipe)
+        pseudo = has_pseudo_boxes(recipe)
+        command += ("--tower", self.start) if pseudo else ()
         return Step(
             name="records",
             title=f"records by recipe {recipe.name}",
             command=_words(command),
             settings={**self._settings(*_RECORDS_KEYS), "image_aspect_ratio of the checkpoint": self.origin.image_mode},
-            inputs={},
+            inputs={"checkpoint": self.start, **self._tower()} if pseudo else {},
             outputs=(self.records,),
             digests={f"recipe {recipe.name}": recipe.sha256},
         )
@@ -199,19 +202,32 @@ class Plan:
     def _evaluation(self, name: str, checkpoint: Path, split: str | None = None) -> Step:
         # The report shows what is in evaluation/: the stages, on the test.
         settings, out = self.settings.evaluation, self.folder / ("evaluation" if split is None else "trial") / name
-        command: tuple[Any, ...] = (*umed(), "evaluate", checkpoint, "--benchmark", self.records, "--out", out)
+        benchmark = settings.recipe or self.records
+        command: tuple[Any, ...] = (*umed(), "evaluate", checkpoint, "--benchmark", benchmark, "--out", out)
+        command += ("--data-root", settings.data_root) if settings.data_root else ()
         command += ("--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens)
         command += ("--device", self.settings.device, *(("--limit", settings.limit) if settings.limit else ()))
         command += ("--split", split) if split is not None else ()
+        measured_on: dict[str, Path] = {"records": Path(benchmark)}
+        digests: dict[str, str] = {}
+        if not str(benchmark).endswith(".json"):
+            recipe = load_recipe(str(benchmark))
+            measured_on, digests = {}, {f"recipe {recipe.name}": recipe.sha256}
         return Step(
             name=f"evaluation_{name}",
             title=f"evaluation: {name.replace('_', ' ')}",
             command=_words(command),
-            settings=self._settings("evaluation", "device"),
-            inputs={"checkpoint": checkpoint, "records": self.records, **self._tower()},
+            # Runs begun before these keys existed lack them.
+            settings={
+                key: value
+                for key, value in self._settings("evaluation", "device").items()
+                if value is not None or key not in ("evaluation.recipe", "evaluation.data_root")
+            },
+            inputs={"checkpoint": checkpoint, **measured_on, **self._tower()},
             outputs=(out,),
             resumable=True,
             goal=True,
+            digests=digests,
         )
 
     def _training(self, name: str, stage: Stage, source: Path, *, trial: bool = False) -> Step:

@@ -103,6 +103,10 @@ def _short_form(value: Any) -> Any:
 class Evaluation(StrictModel):
     """Evaluation of the input and after each stage, on the records of the split ``test``."""
 
+    recipe: Optional[str] = _key(
+        None, "Recipe or records (JSON) to evaluate on, with true boxes; null: those that are trained on."
+    )
+    data_root: Optional[str] = _key(None, "Folder of that recipe's data set; null: the recipe's own.")
     limit: Optional[int] = _key(None, "Only the first this many records; null: all.", ge=1)
     batch_size: int = _key(16, "Batch size, in studies.", ge=1)
     max_new_tokens: int = _key(128, "Maximum length of an answer, in tokens.", ge=1)
@@ -180,9 +184,11 @@ def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
         data.update({key: _absolute(data[key], file.parent) for key in _PATHS if isinstance(data.get(key), str)})
         if isinstance(data.get("recipe"), str):
             data["recipe"] = recipe_path(data["recipe"], file.parent)
+        _place_evaluation(data, file.parent)
         _place_symbols(data, file.parent)
     for key, value in changes.items():
         _put(data, key.split("."), value)
+    _place_evaluation(data, Path.cwd())
     _place_symbols(data, Path.cwd())
     faults = Faults()
     settings = validated(Settings, data, "", faults)
@@ -212,6 +218,17 @@ def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
     other = {"steps": "epochs", "epochs": "steps"}.get(keys[-1])
     if other is not None and value is not None:
         data[other] = None
+
+
+def _place_evaluation(data: dict[str, Any], start: Path) -> None:
+    """Make the paths of ``evaluation`` absolute."""
+    evaluation = data.get("evaluation")
+    if not isinstance(evaluation, dict):
+        return
+    if isinstance(evaluation.get("recipe"), str):
+        evaluation["recipe"] = recipe_path(evaluation["recipe"], start)
+    if isinstance(evaluation.get("data_root"), str):
+        evaluation["data_root"] = _absolute(evaluation["data_root"], start)
 
 
 def _place_symbols(data: dict[str, Any], start: Path) -> None:
@@ -249,6 +266,39 @@ def _check_paths(settings: Settings, faults: Faults) -> None:
         faults.add("bits", "4 needs method: lora; weights of 4 bits cannot be trained themselves")
     if settings.recipe.endswith(".json") and settings.data_root is not None:
         faults.add("data_root", "has no effect: the records are built already")
+    _check_evaluation(settings, faults)
+
+
+def _check_evaluation(settings: Settings, faults: Faults) -> None:
+    """Boxes that no person drew are trained on, and nothing is measured against them."""
+    measured = settings.evaluation
+    if measured.data_root is not None and (measured.recipe is None or measured.recipe.endswith(".json")):
+        faults.add("evaluation.data_root", "has no effect without evaluation.recipe as a recipe")
+    elif measured.data_root is not None and not os.path.isdir(measured.data_root):
+        faults.add("evaluation.data_root", f"{measured.data_root}: no such folder")
+    if measured.recipe is None and _has_pseudo_boxes(settings.recipe, "recipe", faults):
+        faults.add(
+            "evaluation.recipe",
+            f"missing. {settings.recipe} has pseudo_boxes, which no person drew. Needed: a recipe with true boxes to evaluate on",
+        )
+    if measured.recipe is not None and _has_pseudo_boxes(measured.recipe, "evaluation.recipe", faults):
+        faults.add("evaluation.recipe", f"{measured.recipe} has pseudo_boxes. Needed: a recipe with true boxes")
+
+
+def _has_pseudo_boxes(recipe: str, key: str, faults: Faults) -> bool:
+    from umed_plugin.data.prepared import has_pseudo_boxes
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    if recipe.endswith(".json"):
+        if not os.path.isfile(recipe) and key != "recipe":
+            faults.add(key, f"{recipe}: no such file")
+        return False
+    try:
+        return has_pseudo_boxes(load_recipe(recipe))
+    except UmedError as error:
+        if key != "recipe":  # the training's recipe is told of by the plan
+            faults.add(key, str(error))
+        return False
 
 
 def filled_in(settings: Settings, config: dict[str, Any], name: str, machine: Machine) -> Settings:

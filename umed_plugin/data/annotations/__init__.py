@@ -15,6 +15,7 @@ from umed_plugin.data.annotations.consensus import one_reading
 from umed_plugin.data.annotations.effects import tell_unused_image_options, tell_unused_rules
 from umed_plugin.data.annotations.hold_out import hold_out
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
+from umed_plugin.data.annotations.labels import check_labels
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
@@ -53,7 +54,8 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     met = Counter(name for item in annotated for name in item.classes)
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
-    tell_unused_rules(recipe, met, sum(not item.boxes for item in items), faults)
+    check_labels(items, recipe, faults)
+    tell_unused_rules(recipe, met, sum(item.is_negative for item in items), faults)
     tell_unused_image_options((item.image for item in items), recipe.image, faults)
     check_inside(items, recipe, root, faults)
     drop_repeated_boxes(items, faults)
@@ -66,6 +68,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     check_units(items, faults)
     check_stated_sizes(annotations.missing, recipe, faults)
     tell_headers(annotations.items, recipe.split, faults)
+    annotations.normals = [item for item in annotations.items if item.is_negative]
     choose_negatives(recipe, annotations)
     annotations.left_out = +annotations.left_out
     return annotations
@@ -97,11 +100,13 @@ def _without_left_out(items: list[Annotated], annotations: AnnotationSet) -> lis
 def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet) -> list[Annotated]:
     unknown: Counter[str] = Counter()
     first: dict[str, str] = {}
+    what: dict[str, str] = {}
     kept: list[Annotated] = []
     for item in items:
         for name in item.classes:
             if name not in recipe.classes and name not in recipe.ignore_classes:
                 unknown[name] += 1
+                what[name] = "boxes" if item.boxes else "images"
                 first.setdefault(name, item.where)
         if any(name in recipe.ignore_classes for name in item.classes):
             annotations.left_out["holds an ignored class"] += 1
@@ -110,12 +115,14 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
         elif not item.classes and not may_be_negative(item, recipe, annotations.root):
             annotations.left_out["without a lesion, but not one of negatives.only"] += 1
         elif all(name in recipe.classes for name in item.classes):
-            item.classes = [recipe.classes[name].name for name in item.classes]
+            names = [recipe.classes[name].name for name in item.classes]
+            # Two names of one class on an image without boxes are one label.
+            item.classes = names if item.boxes else list(dict.fromkeys(names))
             kept.append(item)
     for name, count in unknown.items():
         annotations.faults.add(
             first[name],
-            f"class {name!r} ({count} boxes) is not in the recipe.{did_you_mean(name, recipe.classes)} "
+            f"class {name!r} ({count} {what[name]}) is not in the recipe.{did_you_mean(name, recipe.classes)} "
             f"Allowed: {', '.join(recipe.classes)}. Add it to classes or ignore_classes of {recipe.path}",
         )
     return kept

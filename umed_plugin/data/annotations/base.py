@@ -20,7 +20,8 @@ class Annotated:
     Attributes:
         image: absolute path of the file.
         boxes: xyxy, half-open, in pixels of the frame that the recipe declares (0-1 of it if ``normalised``).
-        classes: one per box: names as in the annotations, and plain names after `read_annotations`.
+        classes: one per box: names as in the annotations, and plain names after `read_annotations`. Of an image with a label and
+            no box, its labels.
         where: annotation file and line, for messages.
         size: width and height that the annotations state, in pixels, or None.
         slice: index from 0 in a volume, or None.
@@ -54,6 +55,16 @@ class Annotated:
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]
     root: Path = Path()
 
+    @property
+    def is_negative(self) -> bool:
+        """True if the image shows no lesion, as far as the annotations say."""
+        return not self.classes
+
+    @property
+    def labels(self) -> list[str]:
+        """What the image shows, where no box says at which place; else empty."""
+        return [] if self.boxes else self.classes
+
 
 @dataclass
 class AnnotationSet:
@@ -64,6 +75,7 @@ class AnnotationSet:
         wanted: number of images that a mixture asks for, or None.
         items: images that are on disk, with plain class names, patient and split.
         missing: items whose image is not on disk.
+        normals: images on disk without a lesion, before ``negatives.per_positive`` or a mixture selects some of them.
         left_out: reason -> number of images left out.
         dropped_boxes: number of degenerate boxes left out, known after the images are read.
         read: number of images whose pixels were read so far.
@@ -77,6 +89,7 @@ class AnnotationSet:
     wanted: Optional[int] = None
     items: list[Annotated] = field(default_factory=list)
     missing: list[Annotated] = field(default_factory=list)
+    normals: list[Annotated] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
     dropped_boxes: int = 0
     read: int = 0

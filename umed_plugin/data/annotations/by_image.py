@@ -8,7 +8,9 @@ from typing import Any, Literal, Optional, Union
 from pydantic import Field, field_validator, model_validator
 
 from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, by_reader, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
+from umed_plugin.data.annotations.labels import labels_of
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json as read_file
@@ -33,14 +35,27 @@ annotations:
     image: str = Field(
         description="Path of an image. ``{key}`` is its name in the object, ``{field}`` a field of its entry."
     )
-    boxes: str = Field(description="Field of the entry that lists the boxes. An empty list marks a negative image.")
-    box: Union[str, list[str]] = Field(
-        description="Four fields of a box, in the order of ``convention``, or one field that holds four numbers."
+    boxes: Optional[str] = Field(
+        None,
+        description="Field of the entry that lists the boxes. An empty list marks a negative image. Without this key the entries "
+        "are labels of images, for ``pseudo_boxes``.",
+    )
+    box: Union[str, list[str], None] = Field(
+        None,
+        description="Four fields of a box, in the order of ``convention``, or one field that holds four numbers. Needed with "
+        "``boxes``.",
     )
     lesion: Optional[str] = Field(
-        None, description="Field of a box that names the class. Leave it out if ``only_class`` is given."
+        None,
+        description="Field of a box that names the class. Leave it out if ``only_class`` is given. Without ``boxes``: field of "
+        "the entry that holds a label or a list of labels.",
     )
     only_class: Optional[str] = Field(None, description="Class of every box, if no field names it.")
+    no_finding: list[str] = Field(
+        [],
+        description="For labels without boxes: labels that say that the image has no lesion. An empty text stands for an empty "
+        "label or list.",
+    )
     size: Optional[tuple[str, str]] = Field(
         None, description="Fields of the entry that hold the image's width and height, in pixels."
     )
@@ -77,13 +92,29 @@ annotations:
             raise ValueError("give either lesion or only_class")
         if self.readers is not None and self.reader_field is None:
             raise ValueError("readers needs reader_field, the field that names who read the image")
+        if (self.boxes is None) != (self.box is None):
+            raise ValueError("give boxes and box, or neither of them for labels without boxes")
+        if self.labels_only:
+            given = [key for key in ("convention", "normalised", "reader_field") if key in self.model_fields_set]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} would have no effect without boxes; give boxes, or remove them"
+                )
+        elif self.no_finding:
+            raise ValueError("no_finding is for labels without boxes; with boxes, an empty list marks a negative image")
         return self
+
+    @property
+    def labels_only(self) -> bool:
+        """True if no field holds boxes."""
+        return self.boxes is None
 
 
 @register_reader("json", JsonOptions)
 def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read every entry of each file."""
     items: list[Annotated] = []
+    applied = Applied({"annotations.no_finding": options.no_finding})
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
         if path is None:
@@ -91,10 +122,33 @@ def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotate
         folders = ImageFolders(options, root, split, path.parent, faults)
         for key, entry in _entries(path, faults):
             item = _item(key, entry, f"{path} entry {key}", folders, options, faults)
-            if item is not None:
-                item.split = split
+            if item is None:
+                continue
+            item.split = split
+            if options.labels_only:
+                _add_labels(item, entry, options, applied, faults)
+                items.append(item)
+            else:
                 items += _by_reader(item, entry, options, faults)
+    if not faults.messages:
+        applied.tell(faults)
     return items
+
+
+def _add_labels(item: Annotated, entry: dict[str, Any], options: JsonOptions, applied: Applied, faults: Faults) -> None:
+    written = [options.only_class] if options.only_class is not None else entry.get(str(options.lesion))
+    texts = written if isinstance(written, list) else ["" if written is None else written]
+    wrong = [text for text in texts if not isinstance(text, (str, int)) or isinstance(text, bool)]
+    if wrong:
+        faults.add(
+            item.where,
+            f"{options.lesion!r} (annotations.lesion) holds {wrong[0]!r}; needed: a label, or a list of labels",
+        )
+        return
+    names = [str(text) for text in texts] or [""]
+    for name in names:
+        applied.meet("annotations.no_finding", name.strip())
+    item.classes = labels_of(names, options.no_finding, item.where, faults) or []
 
 
 def _by_reader(item: Annotated, entry: Any, options: JsonOptions, faults: Faults) -> list[Annotated]:
@@ -132,9 +186,10 @@ def _entries(path: Path, faults: Faults) -> list[tuple[str, Any]]:
 def _item(
     key: str, entry: Any, where: str, folders: ImageFolders, options: JsonOptions, faults: Faults
 ) -> Optional[Annotated]:
-    if not isinstance(entry, dict) or not isinstance(entry.get(options.boxes), list):
+    if not isinstance(entry, dict) or not (options.boxes is None or isinstance(entry.get(options.boxes), list)):
         content = ", ".join(entry) if isinstance(entry, dict) else repr(entry)
-        faults.add(where, f"has no list {options.boxes!r} (annotations.boxes); it holds {content or 'nothing'}")
+        wanted = f"list {options.boxes!r} (annotations.boxes)" if options.boxes else "fields"
+        faults.add(where, f"has no {wanted}; it holds {content or 'nothing'}")
         return None
     try:
         image = options.image.format_map({**entry, "key": key})
@@ -148,7 +203,7 @@ def _item(
     item = Annotated(folders.find([image]), [], [], where, size, bool(options.normalised))
     patient = entry.get(options.patient) if options.patient is not None else None
     item.patient = "" if patient is None else str(patient)
-    for number, written in enumerate(entry[options.boxes]):
+    for number, written in enumerate(entry[options.boxes] if options.boxes is not None else []):
         box = _box(written, options)
         lesion = options.only_class or (written.get(options.lesion) if isinstance(written, dict) else None)
         if box is None:
@@ -171,7 +226,7 @@ def _box(written: Any, options: JsonOptions) -> Optional[Box]:
     if isinstance(options.box, str):
         values = written.get(options.box) if isinstance(written, dict) else None
     else:
-        values = [written.get(name) for name in options.box] if isinstance(written, dict) else None
+        values = [written.get(name) for name in options.box or []] if isinstance(written, dict) else None
     numbers = four_numbers(values)
     return None if numbers is None else in_unit(as_xyxy(numbers, options.convention), options.normalised)
 

@@ -214,8 +214,8 @@ def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
     if found and found[0].is_dir():
         faults.add(
             found[0],
-            "is a folder; needed: the annotation file. Folders named by a class say what images show and not where, so they "
-            "cannot be read",
+            "is a folder; needed: the annotation file. Folders named by a class say what images show and not where: the reader "
+            "folders reads them",
         )
         return None
     if not found or not found[0].is_file():

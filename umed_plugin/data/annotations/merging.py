@@ -50,8 +50,11 @@ def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: 
 def _contradiction(first: Annotated, item: Annotated, recipe: Recipe) -> str:
     if recipe.split.by != "patient" and first.split != item.split:
         return f"but in split {item.split or '(none)'}, and there in {first.split or '(none)'}"
-    if bool(first.boxes or first.dropped_boxes) != bool(item.boxes or item.dropped_boxes):
-        return "but only one of the two has a box. An entry without boxes says that the image has no lesion. Remove it"
+    if bool(first.classes or first.dropped_boxes) != bool(item.classes or item.dropped_boxes):
+        what = "label" if first.labels or item.labels else "box"
+        return (
+            f"but only one of the two has a {what}. An entry without one says that the image has no lesion. Remove it"
+        )
     if first.patient and item.patient and first.patient != item.patient:
         return f"but of patient {item.patient!r}, and there of {first.patient!r}"
     for name in ("size", "window"):

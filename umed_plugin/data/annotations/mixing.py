@@ -34,9 +34,10 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         for (what, why), count in source.faults.left_out.items():
             annotations.faults.left_out[what, f"{name}: {why}"] += count
         annotations.missing += source.missing
+        annotations.normals += source.normals
         annotations.left_out.update({f"{name}: {reason}": count for reason, count in source.left_out.items()})
-        positives[name] = [item for item in source.items if item.boxes]
-        negatives[name] = [item for item in source.items if not item.boxes]
+        positives[name] = [item for item in source.items if not item.is_negative]
+        negatives[name] = [item for item in source.items if item.is_negative]
     shares = {name: source.share for name, source in mixture.sources.items()}
     without = dealt(round(mixture.size * mixture.negative_share), _sizes(negatives), shares)
     with_lesion = dealt(mixture.size - sum(without.values()), _sizes(positives), shares)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.annotations.cells import cell_of, columns_exist
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
 from umed_plugin.data.annotations.splits import picked_by_hash
-from umed_plugin.data.annotations.table import cell_of, checked_split, columns_exist
+from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import Column, NegativeList
 from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.data.recipes.recipe import Recipe
@@ -52,10 +53,10 @@ def choose_negatives(recipe: Recipe, annotations: AnnotationSet) -> None:
     """Keep as many negatives in each split as ``per_positive`` allows."""
     if recipe.negatives.per_positive is None:
         return
-    positives = Counter(item.split for item in annotations.items if item.boxes)
-    chosen = [item for item in annotations.items if item.boxes]
+    positives = Counter(item.split for item in annotations.items if not item.is_negative)
+    chosen = [item for item in annotations.items if not item.is_negative]
     for split in sorted({item.split for item in annotations.items}):
-        negatives = [item for item in annotations.items if not item.boxes and item.split == split]
+        negatives = [item for item in annotations.items if item.is_negative and item.split == split]
         wanted = round(recipe.negatives.per_positive * positives[split])
         chosen += picked_by_hash(negatives, wanted, recipe.split.seed)
     annotations.left_out["negative above negatives.per_positive"] += len(annotations.items) - len(chosen)

@@ -1,4 +1,4 @@
-"""CSV: one row per box; a row with an empty box marks an image without a lesion."""
+"""CSV: one row per box; a row with an empty box marks an image without a lesion. Or labels without boxes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any, Literal, Optional
 from pydantic import Field, field_validator, model_validator
 
 from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, in_unit
+from umed_plugin.data.annotations.cells import cell_of, columns_exist
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
-from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, Split, compiled, with_text_keys
+from umed_plugin.data.annotations.labels import labels_of, split_label
+from umed_plugin.data.annotations.listed import ListedImages
+from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, ImageList, Split, compiled, with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_rows
 from umed_plugin.errors import did_you_mean
@@ -23,9 +26,10 @@ class CsvColumns(StrictModel):
     """Which column holds what. Name a column by its header, or by its number from 0."""
 
     file: Column = Field(description="Image file, relative to ``image_root``.")
-    box: BoxColumns = Field(
+    box: Optional[BoxColumns] = Field(
+        None,
         description='Four columns, or one column that holds four numbers ("12.5, 30, 44, 71"). An empty box marks a negative '
-        "image. Labels without boxes cannot be read: a record says where a lesion is."
+        "image. Without this key the rows are labels of images, for ``pseudo_boxes``.",
     )
     lesion: Optional[Column] = Field(None, description="Class. Leave it out if ``only_class`` is given.")
     patient: Optional[Column] = Field(None, description="Patient.")
@@ -70,6 +74,15 @@ annotations:
         "``false`` if they are pixels.",
     )
     delimiter: str = Field(",", description="Character between two columns.")
+    label_separator: Optional[str] = Field(
+        None,
+        min_length=1,
+        description="For labels without boxes: text between several labels in one cell (NIH: a vertical bar).",
+    )
+    leave_out_listed: Optional[ImageList] = Field(
+        None,
+        description="A CSV of images that are left out, such as those to which another recipe gives boxes.",
+    )
     only_class: Optional[str] = Field(None, description="Class of every row, if no column names it.")
     split_values: dict[str, Split] = Field(
         {}, description="Value of the split column and its split. Without it the column must hold train, val or test."
@@ -80,7 +93,7 @@ annotations:
     no_finding: list[str] = Field(
         [],
         description="Values of the class column that say that the image has no lesion, such as ``No finding``. Their rows have "
-        "no box.",
+        "no box. For labels without boxes, an empty text stands for an empty cell.",
     )
     leave_out_images: dict[str, list[str]] = Field(
         {},
@@ -116,7 +129,23 @@ annotations:
             raise ValueError("no_finding has no effect without columns.lesion")
         if self.readers is not None and self.columns.reader is None:
             raise ValueError("readers needs columns.reader, the column that names who read the image")
+        if self.labels_only:
+            given = [key for key in ("convention", "normalised") if key in self.model_fields_set]
+            given += ["columns.reader"] if self.columns.reader is not None else []
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} would have no effect without columns.box; give it, or remove them"
+                )
+        elif self.label_separator is not None:
+            raise ValueError(
+                "label_separator is for labels without boxes, and columns.box is given; remove one of the two"
+            )
         return self
+
+    @property
+    def labels_only(self) -> bool:
+        """True if no column holds boxes."""
+        return self.columns.box is None
 
     @property
     def names_split(self) -> bool:
@@ -129,6 +158,7 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
     """Read the rows of every file and merge those of the same image and slice."""
     items: list[Annotated] = []
     applied = _rules(options)
+    listed = ListedImages(options.leave_out_listed, root, faults)
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
         rows = faults.read(read_rows, path, options.delimiter) if path is not None else None
@@ -137,9 +167,12 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
         header = [title.strip() for title in rows[0]] if rows else []
         if columns_exist(_wanted_columns(options), header, path, faults):
             folders = ImageFolders(options, root, split, path.parent, faults)
-            items += _Table(options, header, path, folders, split, faults, applied).items(rows[1:])
+            table = _Table(options, header, path, folders, split, faults, applied)
+            table.listed = listed
+            items += table.items(rows[1:])
     if not faults.messages:
         applied.tell(faults)
+        listed.tell(faults)
     return items
 
 
@@ -163,31 +196,6 @@ def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
     return wanted
 
 
-def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
-    """False if the file lacks a column that the recipe names; each is added to the faults."""
-    good = True
-    for role, column in wanted:
-        if column not in header if isinstance(column, str) else not 0 <= column < len(header):
-            close = did_you_mean(str(column), header)
-            faults.add(path, f"has no column {column!r} ({role}).{close} It has: {', '.join(header) or 'none'}")
-            good = False
-        elif isinstance(column, str) and header.count(column) > 1:
-            faults.add(
-                path,
-                f"has {header.count(column)} columns {column!r} ({role}). Name the one that is meant by its number",
-            )
-            good = False
-    return good
-
-
-def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:
-    """Text of a cell; empty where the recipe names no column or the row is too short."""
-    if column is None or (isinstance(column, str) and column not in header):
-        return ""
-    index = header.index(column) if isinstance(column, str) else column
-    return row[index].strip() if index < len(row) else ""
-
-
 class _Table:
     """One CSV file with its header, read row by row."""
 
@@ -205,6 +213,7 @@ class _Table:
         self.folders, self.split, self.faults, self.applied = folders, split, faults, applied
         self.names = Renamed(options.rename)
         needed = [column for _, column in _wanted_columns(options)]
+        self.listed = ListedImages(None, path.parent, faults)
         self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
@@ -217,7 +226,7 @@ class _Table:
                 continue
             first = merged.setdefault((item.image, item.slice, item.reader), item)
             if first is not item:
-                self._check_agree(first, item)
+                (self._check_labels_agree if self.options.labels_only else self._check_agree)(first, item)
                 first.window = first.window or item.window
                 first.left_out = first.left_out or item.left_out
                 first.boxes += item.boxes
@@ -253,6 +262,19 @@ class _Table:
                 f"gives {name} {here}, and {first.where} gives it {there}. A row with no box says that the "
                 "image has no lesion and must be its only row. Remove one of the two",
             )
+        self._check_same(first, item)
+
+    def _check_labels_agree(self, first: Annotated, item: Annotated) -> None:
+        """Note what a later row of an image without boxes says against its first row."""
+        if item.is_negative != first.is_negative:
+            here, there = ("no lesion" if row.is_negative else "a label" for row in (item, first))
+            self.faults.add(
+                item.where, f"gives {item.image.name} {here}, and {first.where} gives it {there}. Remove one of the two"
+            )
+        self._check_same(first, item)
+
+    def _check_same(self, first: Annotated, item: Annotated) -> None:
+        name = item.image.name
         if (item.split, item.patient) != (first.split, first.patient):
             self.faults.add(item.where, f"patient or split of {name} differs from {first.where}")
         if item.window and first.window and item.window != first.window:
@@ -291,6 +313,35 @@ class _Table:
         if not file:
             self.faults.add(where, f"column {columns.file!r} is empty; needed: an image file")
             return None
+        found = self._labels(row, where) if self.options.labels_only else self._lesion(row, where)
+        if found is None:
+            return None
+        return Annotated(
+            self.folders.find(self.names.of(file)),
+            *found,
+            where,
+            normalised=bool(self.options.normalised),
+            patient=self._cell(row, columns.patient),
+            split=self._split(row, where),
+            modality=self._cell(row, columns.modality),
+            slice=self._slice(row, where),
+            window=self._window(row, where),
+            left_out=self._left_out(row) or self.listed.reason(file),
+            reader=self._cell(row, columns.reader),
+        )
+
+    def _labels(self, row: list[str], where: str) -> Optional[tuple[list[Box], list[str]]]:
+        """No box, and the row's labels; None after a fault."""
+        text = self.options.only_class or self._cell(row, self.options.columns.lesion)
+        texts = split_label(text, self.options.label_separator)
+        for label in texts:
+            self.applied.meet("annotations.no_finding", label.strip())
+        labels = labels_of(texts, self.options.no_finding, where, self.faults)
+        return None if labels is None else ([], labels)
+
+    def _lesion(self, row: list[str], where: str) -> Optional[tuple[list[Box], list[str]]]:
+        """The row's box in a list and its class in another, empty lists for a negative; None after a fault."""
+        columns = self.options.columns
         lesion = self.options.only_class or self._cell(row, columns.lesion)
         box = self._box(row, where)
         if box is None:
@@ -301,8 +352,7 @@ class _Table:
                 self.faults.add(where, f"says {lesion!r} (annotations.no_finding), but has a box. Empty the box")
                 return None
             lesion = ""
-        reader = self._cell(row, columns.reader)
-        if columns.reader is not None and not reader:
+        if columns.reader is not None and not self._cell(row, columns.reader):
             self.faults.add(where, f"column {columns.reader!r} is empty; needed: who read the image")
             return None
         if box and not lesion:
@@ -315,24 +365,12 @@ class _Table:
                 "lesion belongs in annotations.no_finding",
             )
             return None
-        return Annotated(
-            self.folders.find(self.names.of(file)),
-            box,
-            [lesion] * len(box),
-            where,
-            normalised=bool(self.options.normalised),
-            patient=self._cell(row, columns.patient),
-            split=self._split(row, where),
-            modality=self._cell(row, columns.modality),
-            slice=self._slice(row, where),
-            window=self._window(row, where),
-            left_out=self._left_out(row),
-            reader=reader,
-        )
+        return box, [lesion] * len(box)
 
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
         """The row's box in a list, an empty list for a negative, None after a fault."""
         given = self.options.columns.box
+        assert given is not None, "rows without boxes are labels"
         texts = (
             [self._cell(row, column) for column in given]
             if isinstance(given, list)

@@ -14,11 +14,12 @@ from typing import Optional, Union
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.merging import overlapping_count
-from umed_plugin.data.build import LEAST_VISIBLE, Prepared, prepare
+from umed_plugin.data.build import LEAST_VISIBLE, prepare
 from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
 from umed_plugin.data.checking.contact_sheet import ContactSheets
 from umed_plugin.data.checking.gallery import BoxPlaces, CheckedImages
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
+from umed_plugin.data.prepared import Prepared
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import best_iou_for_decimals
@@ -69,7 +70,7 @@ class RecipeCheck:
     """Result of `check_recipe`.
 
     Attributes:
-        images, negatives: split -> number of images, and number of images without a lesion.
+        images, negatives, labelled: split -> number of images, of images without a lesion, and of images with a label and no box.
         patients: split -> patients, with their source. ``shared_patients`` are in more than one split.
         sources: data set -> its counts.
         classes: plain name -> its lesions.
@@ -88,6 +89,7 @@ class RecipeCheck:
     annotations: AnnotationSet
     images: Counter[str] = field(default_factory=Counter)
     negatives: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
     patients: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     sources: dict[str, SourceCheck] = field(default_factory=lambda: defaultdict(SourceCheck))
     classes: dict[str, ClassCheck] = field(default_factory=dict)
@@ -164,11 +166,13 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     item = prepared.item
     split, patient = item.split, f"{item.recipe.name} {item.patient}"
     check.images[split] += 1
-    check.negatives[split] += not prepared.boxes
+    negative = not prepared.boxes and not prepared.labels
+    check.negatives[split] += negative
+    check.labelled[split] += bool(prepared.labels)
     check.patients[split].add(patient)
     source = check.sources[item.recipe.name]
     source.images += 1
-    source.negatives += not prepared.boxes
+    source.negatives += negative
     source.patients.add(patient)
     check.patient_images[patient] += 1
     name = picture_name(item)
@@ -178,7 +182,7 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     check.thin_boxes += [name] * thin
     check.overlapping_boxes += [name] * overlapping
     check.sheets.add(prepared)
-    if check.augmented is not None:
+    if check.augmented is not None and not prepared.labels:  # they have no answer yet
         check.augmented.add(prepared)
     kinds = {"box under a pixel": thin, "overlapping boxes of a class": overlapping}
     check.images_shown.add(name, prepared, [kind for kind, count in kinds.items() if count])

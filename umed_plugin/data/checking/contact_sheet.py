@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from umed_plugin.data.annotations import Annotated
 from umed_plugin.data.annotations.splits import picked_by_hash
-from umed_plugin.data.build import Prepared
+from umed_plugin.data.prepared import Prepared
 from umed_plugin.grounding.boxes import Box
 
 _SIDE, _CAPTION, _GAP, _COLUMNS = 200, 30, 6, 3
@@ -79,9 +79,10 @@ def _tile(prepared: Prepared) -> Image.Image:
         tile.paste(_cut(prepared, (x - half, y - half, x + half, y + half)), (_SIDE + _GAP, 0))
     draw = ImageDraw.Draw(tile)
     item = prepared.item
-    names = list(dict.fromkeys(prepared.classes))
+    names = list(dict.fromkeys(prepared.classes or prepared.labels))
     for index, name in enumerate(names):
-        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), name, fill=colour_of(name, item.recipe.names))
+        shown = f"{name} (no box)" if prepared.labels else name
+        draw.text((4 + index * 2 * _SIDE // len(names), _SIDE + 2), shown, fill=colour_of(name, item.recipe.names))
     if not names:
         draw.text((4, _SIDE + 2), "no lesion", fill="white")
     draw.text((4, _SIDE + 15), f"{item.split}  {item.image.parent.name}/{item.image.name}"[-64:], fill=(190, 190, 190))

@@ -16,8 +16,8 @@ from PIL import Image
 
 from umed_plugin.data.annotations import Annotated
 from umed_plugin.data.annotations.splits import picked_by_hash
-from umed_plugin.data.build import Prepared
 from umed_plugin.data.images.drawing import square_of
+from umed_plugin.data.prepared import Prepared
 from umed_plugin.grounding.boxes import Box
 from umed_plugin.grounding.geometry import ImageGeometry
 
@@ -84,7 +84,7 @@ class CheckedImages:
                 "patient": item.patient,
                 "modality": item.modality,
                 "pixels": list(prepared.size),
-                "classes": list(dict.fromkeys(prepared.classes)),
+                "classes": list(dict.fromkeys(prepared.classes or prepared.labels)),
                 "named": list(prepared.classes),
                 "boxes": [[round(float(value), 4) for value in box] for box in geometry.to_square(prepared.boxes)],
                 "findings": list(findings),

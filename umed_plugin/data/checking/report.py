@@ -161,11 +161,14 @@ def sources_table(check: RecipeCheck) -> CheckTable:
 def splits_table(check: RecipeCheck) -> CheckTable:
     """One row for each split."""
     rows = []
+    labelled = bool(+check.labelled)
     for split in [*SPLITS, *sorted(set(check.images) - set(SPLITS))]:
         lesions = sum(counts.per_split[split] for counts in check.classes.values())
-        numbers = (check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions)
-        rows.append([split or "(none)", *map(str, numbers)])
-    return CheckTable("Images", "", ("split", "images", "without lesion", "patients", "lesions"), rows)
+        numbers = [check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions]
+        rows.append([split or "(none)", *map(str, [*numbers, check.labelled[split]] if labelled else numbers)])
+    heads = ["split", "images", "without lesion", "patients", "lesions"]
+    about = "label, no box: pseudo_boxes find a box for these, with umed recipe build --tower." if labelled else ""
+    return CheckTable("Images", about, [*heads, "label, no box"] if labelled else heads, rows)
 
 
 def classes_table(check: RecipeCheck) -> CheckTable:

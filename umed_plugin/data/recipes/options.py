@@ -275,6 +275,14 @@ class ReadersRule(StrictModel):
         return self
 
 
+class ImageList(StrictModel):
+    """A CSV that names images."""
+
+    files: str = Field(description="The CSV under the data root. A pattern stands for the one file that it matches.")
+    file: Column = Field(description="Column of the image file. Folders in it are not compared.")
+    delimiter: str = Field(",", description="Character between two columns.")
+
+
 class NegativeList(StrictModel):
     """A CSV that lists images without a lesion, for annotations that cover only images with one."""
 

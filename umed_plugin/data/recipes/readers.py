@@ -65,6 +65,11 @@ class ReaderOptions(StrictModel):
     )
 
     @property
+    def labels_only(self) -> bool:
+        """True if the annotations say what an image shows and not where."""
+        return False
+
+    @property
     def names_split(self) -> bool:
         """True if the annotations themselves say the split of each image, for ``split.by: column``."""
         return False

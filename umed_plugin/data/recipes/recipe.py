@@ -26,7 +26,8 @@ from umed_plugin.data.recipes.options import (
     UsageTerms,
     with_text_keys,
 )
-from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
+from umed_plugin.data.recipes.pseudo_boxes import PseudoBoxRule
+from umed_plugin.data.recipes.readers import READERS, FreeOptions, ReaderOptions, reader_options
 from umed_plugin.data.texts import parse_yaml
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.faults import Faults, StrictModel, validated
@@ -86,6 +87,11 @@ class Recipe(StrictModel):
     degenerate_boxes: Literal["stop", "drop"] = Field(
         "stop",
         description="``stop``: report a degenerate box as a fault. ``drop``: leave it out (with its image, if no box is left).",
+    )
+    pseudo_boxes: Optional[PseudoBoxRule] = Field(
+        None,
+        description="How images that have a label and no box get boxes from an anomaly map, with ``umed recipe build --tower``. "
+        "Needs a reader of labels: ``folders``, or ``csv`` and ``json`` without the keys of boxes.",
     )
     augment: Optional[AugmentRule] = Field(
         None,
@@ -326,8 +332,7 @@ def _reader_options(written: Any, faults: Faults) -> Optional[ReaderOptions]:
     if ":" not in reader and reader not in READERS:
         faults.add(
             "annotations.reader",
-            unknown_name("reader", reader, READERS)
-            + " Or my_module:my_reader. Images with a label and no box cannot be read.",
+            unknown_name("reader", reader, READERS) + " Or my_module:my_reader.",
         )
         return None
     try:
@@ -369,6 +374,7 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
             "annotations.slice_axis",
             f"is {slice_axis}, and image.slice_axis is {recipe.image.slice_axis}; give both the same",
         )
+    _check_labels_only(recipe, faults)
     columns = getattr(options, "columns", None)
     if recipe.split.by == "column" and not options.names_split:
         faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")
@@ -389,3 +395,27 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
                 "augment.flips",
                 f"{flip} would make the class name {sided[0]!r} false, because it holds a side. Remove it",
             )
+
+
+def _check_labels_only(recipe: Recipe, faults: Faults) -> None:
+    """Check ``pseudo_boxes``, and keys that are about boxes where the annotations have none."""
+    options = recipe.annotations
+    own = type(options) is not FreeOptions  # a user's reader may give either
+    if recipe.pseudo_boxes is not None and own and not options.labels_only:
+        faults.add(
+            "pseudo_boxes",
+            f"is given, and the reader {options.reader} gives boxes. Which of the two? Remove pseudo_boxes, or the keys of the "
+            "boxes (csv: columns.box; json: boxes and box)",
+        )
+    if not options.labels_only:
+        return
+    if options.readers is not None:
+        faults.add("annotations.readers", "is about boxes of several readers, and these annotations have no boxes")
+    given = recipe.model_fields_set & {"box_tolerance", "least_box_side", "degenerate_boxes"}
+    given |= {f"image.{key}" for key in recipe.image.model_fields_set & {"box_frame", "box_axes", "other_size"}}
+    for key in sorted(given):
+        faults.add(key, "is about boxes, and these annotations have none; remove it")
+    if recipe.negatives.use == "drop" and recipe.pseudo_boxes is not None:
+        faults.add(
+            "negatives", "is 'drop', but pseudo_boxes learns from images without a lesion what is normal; keep them"
+        )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic.fields import FieldInfo
 
 from umed_plugin.data import augment_rule
-from umed_plugin.data.recipes import options, recipe
+from umed_plugin.data.recipes import options, pseudo_boxes, recipe
 from umed_plugin.data.recipes.options import InWords
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
 from umed_plugin.faults import StrictModel, model_in
@@ -44,6 +44,8 @@ _SECTIONS: dict[type[StrictModel], str] = {
     options.ReadersRule: "`annotations.readers`",
     options.NegativeRule: "`negatives`",
     options.NegativeList: "`negatives.listed`",
+    options.ImageList: "`annotations.leave_out_listed`",
+    pseudo_boxes.PseudoBoxRule: "`pseudo_boxes`",
     augment_rule.AugmentRule: "`augment`",
     options.HoldOut: "`hold_out`",
 }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
-from umed_plugin.data.records import Record, record_geometry, true_boxes
+from umed_plugin.data.records import Record, record_geometry, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.grounding import (
@@ -55,13 +55,26 @@ HEADLINE = ("accuracy", "mean_iou", "acc_at_50", "vision_relevance")
 HELD_OUT, SEEN = "held_out", "seen"
 
 
-def record_questions(records: Sequence[Record], image_folder: Path | str = "") -> list[BenchmarkQuestion]:
+def record_questions(
+    records: Sequence[Record], image_folder: Path | str = "", *, pseudo_boxes: bool = False
+) -> list[BenchmarkQuestion]:
     """One question for each record.
 
     Args:
         records: built for the checkpoint's ``image_aspect_ratio``.
         image_folder: goes before the records' relative image paths.
+        pseudo_boxes: measure against boxes that an anomaly map drew, too.
+
+    Raises:
+        UmedError: records have such boxes, and ``pseudo_boxes`` is False.
     """
+    pseudo = with_pseudo_boxes(records)
+    if pseudo and not pseudo_boxes:
+        raise UmedError(
+            f"{len(pseudo)} of {len(records)} records, the first {pseudo[0]['id']!r}, would be measured against boxes that no "
+            "person drew (provenance.boxes is 'pseudo'). Evaluate on a recipe with true boxes. To measure agreement with the "
+            "anomaly map all the same: --pseudo-boxes"
+        )
     some = any(record.get("held_out") for record in records)
     names = {True: HELD_OUT, False: SEEN}
     return [
@@ -316,6 +329,7 @@ def recipe_benchmark(
     on_bad_image: str = "stop",
     render: bool = True,
     give_box: bool = False,
+    pseudo_boxes: bool = False,
 ) -> Benchmark:
     """The benchmark of a recipe (name or YAML) or of a JSON that ``umed recipe build`` wrote.
 
@@ -325,19 +339,26 @@ def recipe_benchmark(
         on_bad_image: ``stop`` at unreadable images, or ``skip`` them.
         render: write DICOM and NIfTI files as PNG. Without it they are read where they lie.
         give_box: give the true boxes in the question, and judge the diagnosis alone (`GIVEN_BOX`).
+        pseudo_boxes: measure against pseudo-boxes too.
     """
 
     def questions(_root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
         from umed_plugin.data.build import build_records
+        from umed_plugin.data.prepared import has_pseudo_boxes
         from umed_plugin.data.recipes.recipe import load_recipe
         from umed_plugin.data.records import load_records
 
         if recipe.endswith(".json"):
             records, folder = load_records(recipe, split=split), Path(recipe).resolve().parent
         else:
-            folder = work
+            folder, loaded = work, load_recipe(recipe)
+            if has_pseudo_boxes(loaded) and not pseudo_boxes:
+                raise UmedError(
+                    f"{loaded.path}: has pseudo_boxes, so its studies would be measured against boxes that no person drew. "
+                    "Evaluate on a recipe with true boxes"
+                )
             records = build_records(
-                load_recipe(recipe),
+                loaded,
                 out_dir=work,
                 image_aspect_ratio=image_aspect_ratio,
                 split=split,
@@ -345,7 +366,9 @@ def recipe_benchmark(
                 on_bad_image=on_bad_image,
                 render=render,
             )
-        return record_questions([record for record in records if record["split"] == split], folder)
+        return record_questions(
+            [record for record in records if record["split"] == split], folder, pseudo_boxes=pseudo_boxes
+        )
 
     return replace(GIVEN_BOX if give_box else RECIPE, questions=questions)
 

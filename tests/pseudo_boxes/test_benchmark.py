@@ -1,0 +1,38 @@
+"""The benchmark of pseudo-boxes at a small size."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.umed_runs import ROOT
+
+pytestmark = [pytest.mark.llava, pytest.mark.run]
+
+
+@pytest.fixture
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_pseudo_boxes", ROOT / "benchmarks" / "pseudo_boxes.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_figures_controls_and_the_choice_of_a_rule_are_printed(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [str(tmp_path), "--seeds", "3", "--studies", "160", "--steps", "4"]
+    benchmark.main(small)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 3: ")]
+    assert [row[0] for row in rows] == ["| 3: trained", "| 3: 0 steps", "| 3: nothing drawn"]
+    assert all(0 <= float(row[2]) <= 1 and 0 <= float(row[3]) <= 1 for row in rows)
+    benchmark.main([*small, "--choose"])
+    (head,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| seed")]
+    assert all(f"IoU at {share}" in head for share in benchmark.SHARES)
+
+
+def test_auroc_counts_pairs(benchmark: ModuleType) -> None:
+    assert benchmark.auroc([0.9, 0.5], [0.5, 0.1]) == 0.875

@@ -1,0 +1,109 @@
+"""Folders of images, each named by the class that its images show: a label and no box."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.effects import Applied
+from umed_plugin.data.annotations.finding import matches
+from umed_plugin.data.annotations.labels import labels_of
+from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.faults import Faults
+
+_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".dcm", ".nii", ".nii.gz")
+
+
+class FoldersOptions(ReaderOptions):
+    """Folders named by a class. ``files`` is the folder that holds them, ``.`` for the data root. Images may lie deeper."""
+
+    yaml_example_ = """
+annotations:
+  reader: folders
+  files: .
+  no_finding: [normal]
+"""
+
+    no_finding: list[str] = Field([], description="Names of folders whose images have no lesion.")
+    endings: list[str] = Field(
+        list(_ENDINGS), min_length=1, description="Endings of image files. Other files are counted and not read."
+    )
+
+    @model_validator(mode="after")
+    def _nothing_without_effect(self) -> FoldersOptions:
+        for key in ("image_root", "readers"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key} has no effect with reader folders; remove it")
+        wrong = [ending for ending in self.endings if not ending.startswith(".")]
+        if wrong:
+            raise ValueError(f"endings: {wrong[0]!r} has no dot; write {'.' + wrong[0]!r}")
+        return self
+
+    @property
+    def labels_only(self) -> bool:
+        """True: a folder's name says what its images show and not where."""
+        return True
+
+
+@register_reader("folders", FoldersOptions)
+def read_folders(options: FoldersOptions, root: Path, faults: Faults) -> list[Annotated]:
+    """Read every image of every class folder. An image beside the folders has no label, which is a fault."""
+    items: list[Annotated] = []
+    applied = Applied({"annotations.no_finding": options.no_finding})
+    for split, name in options.files.items():
+        found = [path for path in matches(root, name) if path.is_dir()] if name not in ("", ".") else [root]
+        if not found:
+            faults.add(
+                root / name, "no such folder (annotations.files). Needed: the folder that holds one folder per class"
+            )
+        for folder in found:
+            items += _images_below(folder, split, options, applied, faults)
+    if not faults.messages:
+        applied.tell(faults)
+    return items
+
+
+def _images_below(
+    folder: Path, split: str, options: FoldersOptions, applied: Applied, faults: Faults
+) -> list[Annotated]:
+    items: list[Annotated] = []
+    endings = tuple(ending.lower() for ending in options.endings)
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    beside = [name for name in names if (folder / name).is_file() and name.lower().endswith(endings)]
+    if beside:
+        faults.add(
+            folder,
+            f"{len(beside)} images lie beside the class folders and have no label, the first: {beside[0]}. Move them into the "
+            "folder of their class",
+        )
+    classes = [name for name in names if (folder / name).is_dir()]
+    if not classes:
+        faults.add(folder, "holds no folder. Needed: one folder per class, with its images")
+    others: Counter[str] = Counter()
+    for name in classes:
+        images = _files_of(folder / name, endings, others)
+        if not images:
+            faults.remark(folder / name, "holds no image, so its class has none")
+        applied.meet("annotations.no_finding", name)
+        labels = labels_of([name], options.no_finding, str(folder / name), faults)
+        items += [Annotated(image, [], list(labels or []), str(image), split=split) for image in images]
+    for ending, count in others.items():
+        faults.left_out["files", f"{ending or 'no ending'}, which is not one of annotations.endings"] += count
+    return items
+
+
+def _files_of(folder: Path, endings: tuple[str, ...], others: Counter[str]) -> list[Path]:
+    """The images of a class folder and of the folders below it, sorted; other files are counted by their ending."""
+    images: list[Path] = []
+    for place, below, names in os.walk(folder):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        for name in (name for name in names if not name.startswith(".")):
+            if name.lower().endswith(endings):
+                images.append(Path(place) / name)
+            else:
+                others[os.path.splitext(name)[1].lower()] += 1
+    return sorted(images)
