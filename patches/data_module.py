@@ -52,6 +52,10 @@ def _instruction_tuning_data(tokenizer: Any, run: Any) -> dict[str, Any]:
         dataset, collator = LesionDataset(tokenizer, run.data_args, run.training_args), LesionCollator(collator)
     else:
         dataset = GroundedDataset(tokenizer, run.data_args, run.training_args)
+    if run.flags.umed_replay > 0:
+        from umed_plugin.training.replay import IndexedCollator
+
+        collator = IndexedCollator(collator)
     samples = run.flags.umed_supervision_check_samples
     if samples:
         report = check_supervision(dataset, tokenizer, samples)

@@ -24,7 +24,7 @@ from umed_plugin.files.locks import lock_for_the_process
 from umed_plugin.flags.checks import find_faults, raise_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
-from umed_plugin.flags.rules import REWARDING
+from umed_plugin.flags.rules import REWARDING, TUNING
 from umed_plugin.patches import (
     attention_implementation,
     conversation_templates,
@@ -124,6 +124,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
         [
             *find_faults(run.flags, model_args, data_args, training_args),
             *_find_symbol_faults(run.flags),
+            *_find_teacher_faults(run),
             *conversation_templates.find_faults(run),
             *model_class.find_faults(run),
             *attention_implementation.find_faults(run),
@@ -155,6 +156,16 @@ def _find_symbol_faults(flags: UmedFlags) -> list[str]:
     from umed_plugin.rewards.symbols import find_symbol_faults  # the rewards are not needed by stage 1
 
     return find_symbol_faults(flags.reward_names())
+
+
+def _find_teacher_faults(run: TrainingRun) -> list[str]:
+    """What is wrong with the teachers of ``--umed_teacher`` and ``--umed_tower_teacher``."""
+    flags = run.flags
+    if flags.umed_stage != TUNING or (flags.umed_teacher is None and flags.umed_tower_teacher is None):
+        return []
+    from umed_plugin.training.teacher_check import find_teacher_faults  # imports transformers' tokenizers
+
+    return find_teacher_faults(flags, run.model_args, run.training_args.cache_dir)
 
 
 def _find_unused_faults(run: TrainingRun) -> list[str]:

@@ -32,10 +32,12 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.trainer import RewardingTrainer
 
             trainer_class = RewardingTrainer
-        elif args.umed_attention_loss > 0:
-            from umed_plugin.training.attention_loss_trainer import AttentionLossTrainer
+        elif _asks_for_more(args.umed):
+            from umed_plugin.training.tuning_trainer import TuningTrainer
 
-            trainer_class = AttentionLossTrainer
+            trainer_class = TuningTrainer
+        if args.umed_tower_lr is not None:
+            _train_tower(keywords["model"], args)
         # Stage 2's own trainer takes it: its guards compare with it.
         held_out = None if args.umed_stage == REWARDING else keywords.pop("val_dataset", None)
         _keep_masters(keywords["model"], args)
@@ -54,6 +56,21 @@ def change(recorder: Recorder) -> None:
         return trainer
 
     recorder.replace(llava_train, "LLaVATrainer", choose_trainer)
+
+
+def _asks_for_more(flags: Any) -> bool:
+    """Whether stage 1 needs more than LLaVA's own loss, order and learning rates."""
+    further = flags.umed_attention_loss > 0 or flags.keeps()
+    return bool(further or flags.umed_replay > 0 or flags.umed_tower_lr is not None)
+
+
+def _train_tower(model: Any, args: Any) -> None:
+    """Let the vision tower be trained; LLaVA has frozen it when it loaded it."""
+    from umed_plugin.training.trained_tower import unfreeze_tower
+
+    entries = unfreeze_tower(model)
+    if args.process_index == 0:
+        note(f"the vision tower is trained: {entries:,} entries, at a learning rate of {args.umed_tower_lr:g}.")
 
 
 def _keep_masters(model: Any, args: Any) -> None:

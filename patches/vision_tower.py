@@ -1,15 +1,17 @@
 """Load the vision tower that is inside the checkpoint, in a dtype in which the device can compute.
 
-Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to`, and `find_all_linear_names` in `llava.train.train`.
+Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to` and `forward`, and `find_all_linear_names` in
+`llava.train.train`.
 Why: (1) LLaVA builds the tower late. So the tower weights in a checkpoint (LLaVA-Med 1.5 has its own: LLaVA-Med #86, #105, #109)
 are reported as unused, and training uses the original CLIP instead. (2) Without ``--bf16`` `train()` casts the tower to fp16,
 which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint with
-``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained.
+``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained. (4) Its forward pass
+lets no gradient through, which ``--umed_tower_lr`` needs.
 Versions: LLaVA 1.2.x.
-Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, and keeps LoRA out of it.
+Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, keeps LoRA out of it, and can train it.
 
-If the tower differs from the original, ``unfreeze_mm_vision_tower`` is set in the configuration that training saves. It makes
-stock LLaVA load tower weights from a checkpoint.
+If the tower is trained, or differs from the original, ``unfreeze_mm_vision_tower`` is set in the configuration that training
+saves. It makes stock LLaVA load tower weights from a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from umed_plugin.patching import Patch, Recorder, Target
 
 
 def change(recorder: Recorder) -> None:
-    """Wrap all three."""
+    """Wrap all of them."""
     from llava.model.llava_arch import LlavaMetaModel
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
     llava_train = sys.modules["llava.train.train"]
     stock_initialize = LlavaMetaModel.initialize_vision_modules
     stock_to = CLIPVisionTower.to
+    stock_forward = CLIPVisionTower.forward  # under torch.no_grad; `__wrapped__` is the same without it
     stock_names = llava_train.find_all_linear_names
 
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
@@ -42,11 +45,16 @@ def change(recorder: Recorder) -> None:
     def to(self: Any, *args: Any, **keywords: Any) -> Any:
         return stock_to(self, *args, **_computable(self, keywords))
 
+    def forward(self: Any, images: Any) -> Any:
+        trained = getattr(self, "umed_trained", False)
+        return stock_forward.__wrapped__(self, images) if trained else stock_forward(self, images)
+
     def find_all_linear_names(model: Any) -> Any:
         return _outside_the_tower(model, stock_names(model))
 
     recorder.replace(LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
     recorder.replace(CLIPVisionTower, "to", to)
+    recorder.replace(CLIPVisionTower, "forward", forward)
     recorder.replace(llava_train, "find_all_linear_names", find_all_linear_names)
 
 
@@ -60,6 +68,9 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
     tower.umed_keep_fp32 = not (run.training_args.fp16 or run.training_args.bf16)
     if run.flags.umed_tower_weights == "checkpoint":
         _load_checkpoint_tower(model, tower, run)
+    if run.flags.umed_tower_lr is not None:
+        tower.umed_trained = True
+        model.config.unfreeze_mm_vision_tower = True
 
 
 def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
@@ -148,7 +159,8 @@ PATCH = Patch(
             ("33c886f04eff61dcc01f519c018fd3b0440874853bb8a6b323245a1c28ac9513",),
         ),
     ),
-    why="tower weights in the checkpoint are ignored, the tower is cast to fp16 even on a CPU, and LoRA adds adapters to it",
-    delete_when="LLaVA loads its checkpoint's tower, in the training's dtype, and keeps LoRA out of it",
+    why="tower weights in the checkpoint are ignored, the tower is cast to fp16 even on a CPU and never trained, and LoRA adds "
+    "adapters to it",
+    delete_when="LLaVA loads its checkpoint's tower, in the training's dtype, keeps LoRA out of it, and can train it",
     change=change,
 )

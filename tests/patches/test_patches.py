@@ -839,15 +839,15 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
     monkeypatch.setattr(llava_train, "LLaVATrainer", AnyTrainer)
     ours = type("RewardingTrainer", (AnyTrainer,), {})
     monkeypatch.setitem(sys.modules, "umed_plugin.training.trainer", SimpleNamespace(RewardingTrainer=ours))
-    attending = type("AttentionLossTrainer", (AnyTrainer,), {})
-    attending_module = SimpleNamespace(AttentionLossTrainer=attending)
-    monkeypatch.setitem(sys.modules, "umed_plugin.training.attention_loss_trainer", attending_module)
+    tuning = type("TuningTrainer", (AnyTrainer,), {})
+    monkeypatch.setitem(sys.modules, "umed_plugin.training.tuning_trainer", SimpleNamespace(TuningTrainer=tuning))
     from umed_plugin.patches import trainer
 
     def made(**changes):
         """The trainer for these arguments, and the dtype of its bf16 model then."""
         values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
-        args = SimpleNamespace(**{**values, "process_index": 0, "umed_attention_loss": 0.0, **changes})
+        args = SimpleNamespace(**{**values, "process_index": 0, "umed_tower_lr": None, **changes})
+        args.umed = UmedFlags(**{name: value for name, value in changes.items() if name.startswith("umed_")})
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
         chosen = llava_train.LLaVATrainer(model=model, args=args)
         return type(chosen), model.weight.dtype, len(chosen.callbacks)
@@ -859,7 +859,9 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
         assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 1)
         assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 1)
         assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 1)
-        assert made(umed_stage="instruction_tuning", umed_attention_loss=0.03)[0] is attending
+        assert made(umed_stage="instruction_tuning", umed_attention_loss=0.03)[0] is tuning
+        assert made(umed_stage="instruction_tuning", umed_keep="0.1")[0] is tuning
+        assert made(umed_stage="instruction_tuning", umed_replay=0.2)[0] is tuning
         assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 0)
         assert not capsys.readouterr().err
         assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 0)

@@ -36,6 +36,7 @@ from umed_plugin.checkpoints.loading import (
     refuse_transformers_adapter,
     weight_files,
 )
+from umed_plugin.checkpoints.tower_weights import tower_parts, whole_tower
 from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
@@ -59,7 +60,8 @@ def merge(
 ) -> Path:
     """Merge a LoRA folder into its base and write the full checkpoint; return its path.
 
-    Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``.
+    Weight files, tensor names, shapes and dtypes are the base's, and so are the tokenizer and the keys of ``config.json``. A
+    tower that was trained (``--umed_tower_lr``) comes besides, whole, in the last weight file.
 
     Args:
         lora_dir: folder that LLaVA's training wrote with ``--lora_enable True``, or with ``--tune_mm_mlp_adapter True``.
@@ -109,21 +111,24 @@ def merge(
     # Over a plain language model, all that concerns images comes from the training.
     config = {**base_config, **trained_config} if plain else _merged_config(base_config, trained_config)
     deltas, others = _trained_parts(lora_dir)
-    holds_tower = False
+    sources = weight_files(base)
+    holds_tower = any(_holds_tower(stored(file)) for file in sources)
+    new_tower: dict[str, Any] = {}
+    if tower_parts(others) and not holds_tower:
+        new_tower = whole_tower(_taken(others, tower_parts(others)), config, lora_dir)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(lora_dir, base)) as folder:
         _copy_small_files(base, folder)
-        sources = weight_files(base)
         # Each tensor of the base is read, merged and written before the next; used entries leave `deltas` and `others`.
         for file in told(sources, progress):
             tensors = stored(file)
-            holds_tower = holds_tower or _holds_tower(tensors)
-            writer = weight_writer(folder / file.name, [*tensors, *others])
+            writer = weight_writer(folder / file.name, [*tensors, *others, *new_tower])
             for name, tensor in tensors.items():
                 old = tensor.read()
                 trained = _merged(name, old, deltas, others, lora_dir)
                 writer.add(name, _written(name, old, trained, dtype, kept))
-            if plain and file is sources[-1]:
-                _add_projector(writer, others, _dtype_of(tensors, dtype), folder / file.name)
+            if file is sources[-1]:
+                new = {**(_new_projector(others) if plain else {}), **new_tower}
+                _add_tensors(writer, new, _dtype_of(tensors, dtype), folder / file.name)
             writer.close()
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
         unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
@@ -133,7 +138,7 @@ def merge(
             )
         if with_tower:
             _copy_tower(config, folder, out)
-        _name_tower(config, trained_config, holds_tower)
+        _name_tower(config, trained_config, holds_tower or bool(new_tower))
         _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out
@@ -193,12 +198,22 @@ def _dtype_of(tensors: dict[str, Any], dtype: str | None) -> Any:
     return getattr(torch, dtype) if dtype else next(iter(tensors.values())).torch_dtype()
 
 
-def _add_projector(writer: Any, others: dict[str, Any], dtype: Any, file: Path) -> None:
-    """Add what a plain language model lacks to its last weight file, in its dtype, and to the index."""
-    new = sorted(name for name in others if name.startswith(("model.mm_projector.", "model.image_newline")))
-    for name in new:
-        writer.add(name, others.pop(name).to(dtype))
-    for index in file.parent.glob(f"*{file.suffix}.index.json"):
+def _taken(others: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """``part``, removed from ``others``."""
+    return {name: others.pop(name) for name in part}
+
+
+def _new_projector(others: dict[str, Any]) -> dict[str, Any]:
+    """What a plain language model lacks, taken from the other trained tensors."""
+    names = sorted(name for name in others if name.startswith(("model.mm_projector.", "model.image_newline")))
+    return {name: others.pop(name) for name in names}
+
+
+def _add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path) -> None:
+    """Add tensors that the base lacks to its last weight file, in its dtype, and to the index."""
+    for name, tensor in new.items():
+        writer.add(name, tensor.to(dtype))
+    for index in file.parent.glob(f"*{file.suffix}.index.json") if new else ():
         content = read_object(index)
         content["weight_map"].update(dict.fromkeys(new, file.name))
         files.write_json(index, content, indent=2)
@@ -304,8 +319,9 @@ def export(
     """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
 
     LLaVA's full fine-tuning saves float32 tensors, including the frozen tower's, and files that only a trainer reads. The
-    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files. If
-    training added tokens, their rows, the tokenizer and ``vocab_size`` are the trained ones.
+    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files. A
+    tower that was trained (``--umed_tower_lr``) comes besides, in the last weight file. If training added tokens, their rows,
+    the tokenizer and ``vocab_size`` are the trained ones.
 
     Args:
         checkpoint: the trained one.
@@ -334,19 +350,25 @@ def export(
     rows = _check_tensors(
         trained, {name: t for tensors in old.values() for name, t in tensors.items()}, checkpoint, like
     )
+    holds_tower = any(map(_holds_tower, old.values()))
+    says_so = trained_config.get("unfreeze_mm_vision_tower")
+    new_tower = tower_parts(trained) if says_so and not holds_tower else {}
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint, like)) as folder:
         _copy_small_files(like, folder)
         for file in told(list(old), progress):
-            writer = weight_writer(folder / file.name, old[file])
+            writer = weight_writer(folder / file.name, [*old[file], *new_tower])
             for name, tensor in old[file].items():
                 writer.add(name, _written(name, tensor.read(), trained[name].read(), dtype, kept))
+            if new_tower and file is list(old)[-1]:
+                tower = {name: tensor.read() for name, tensor in new_tower.items()}
+                _add_tensors(writer, tower, _dtype_of(old[file], dtype), folder / file.name)
             writer.close()
         if rows is not None:
             _take_tokenizer(checkpoint, folder)
             config["vocab_size"] = rows
         if with_tower:
             _copy_tower(config, folder, out)
-        _name_tower(config, trained_config, any(map(_holds_tower, old.values())))
+        _name_tower(config, trained_config, holds_tower or bool(new_tower))
         _name_dtype(config, dtype, folder)
         _write_config(config, folder)
     return out

@@ -15,7 +15,7 @@ from umed_plugin.files import parse_json
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
-from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES
+from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES, TUNING
 from umed_plugin.remote.settings import rollout_server_faults
 
 
@@ -83,7 +83,8 @@ def _flags_without_effect(flags: UmedFlags) -> list[str]:
             faults.append(f"--{flag.name} has no effect without --umed_stage. Add --umed_stage {stages}.")
         elif flags.umed_stage not in rules.stages:
             faults.append(
-                f"--{flag.name} has no effect in --umed_stage {flags.umed_stage}, only in {rules.stage}. Remove it."
+                f"--{flag.name} has no effect in --umed_stage {flags.umed_stage}, only in {rules.stage}. "
+                f"{rules.instead or 'Remove it.'}"
             )
         elif rules.needs is not None and not rules.needs.met(flags):
             faults.append(f"--{flag.name} has no effect without {rules.needs.words}.")
@@ -139,6 +140,8 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
         )
     faults += _faults_of_bits(training_args)
     faults += _faults_of_validation(flags, training_args)
+    if flags.umed_stage == TUNING:
+        faults += _faults_of_tuning(flags, training_args)
     if flags.umed_stage == REWARDING:
         if training_args.fsdp:
             faults.append(
@@ -165,6 +168,43 @@ def _faults_of_validation(flags: UmedFlags, training_args: Any) -> list[str]:
         faults.append(
             f"--umed_stop_after does not work with ZeRO-3 ({training_args.deepspeed}): no process has all weights to keep. Use "
             "ZeRO-2, or set --umed_stop_after 0 and choose the number of steps by the curve of --umed_val_every."
+        )
+    return faults
+
+
+def _faults_of_tuning(flags: UmedFlags, training_args: Any) -> list[str]:
+    """What the losses and the order of stage 1 do not go with."""
+    faults = []
+    zero_3 = bool(training_args.deepspeed) and _is_zero_3(training_args.deepspeed)
+    if flags.keeps() and zero_3:
+        faults.append(
+            f"--umed_keep does not work with ZeRO-3 ({training_args.deepspeed}): the KL needs the output layer outside the "
+            "model's own pass, where ZeRO-3 has no whole weights. Use ZeRO-2, or remove the flag."
+        )
+    if flags.umed_tower_teacher is not None and training_args.deepspeed:
+        faults.append(
+            "--umed_tower_teacher does not work with --deepspeed, which scales the gradient of the teacher's map as it likes. "
+            "Start the script with torchrun, or remove the flag."
+        )
+    if training_args.fsdp:
+        found = {
+            "umed_keep": flags.keeps(),
+            "umed_tower_lr": flags.umed_tower_lr is not None,
+            "umed_replay": flags.umed_replay > 0,
+        }
+        faults += [
+            f"--{name} does not work with --fsdp. Use --deepspeed with ZeRO-2, or torchrun alone."
+            for name, given in found.items()
+            if given
+        ]
+    if flags.umed_tower_lr is not None and getattr(training_args, "tune_mm_mlp_adapter", False):
+        faults.append(
+            "--umed_tower_lr does not work with --tune_mm_mlp_adapter True: LLaVA then saves the projector alone, and the "
+            "trained tower would be lost. Remove one of them."
+        )
+    if flags.umed_replay > 0 and getattr(training_args, "group_by_length", False):
+        faults.append(
+            "--umed_replay does not work with --group_by_length. LLaVA's own --group_by_modality_length works with it."
         )
     return faults
 

@@ -15,7 +15,7 @@ Departures from the paper: the default algorithm is GRPO (the paper uses PPO), a
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError
@@ -24,9 +24,10 @@ from umed_plugin.flags.groups.judge import JudgeFlags
 from umed_plugin.flags.groups.objective import ObjectiveFlags
 from umed_plugin.flags.groups.rewards import RewardFlags
 from umed_plugin.flags.groups.sampling import SamplingFlags
+from umed_plugin.flags.groups.tuning import TuningFlags
 from umed_plugin.flags.groups.vision_relevance import VisionRelevanceFlags
 from umed_plugin.flags.needs import flag
-from umed_plugin.flags.rules import FREE, STAGES
+from umed_plugin.flags.rules import FREE, STAGES, KeepWeights, parse_keep
 from umed_plugin.flags.weights import Weight
 
 
@@ -51,7 +52,9 @@ class StageFlags:
 
 # The fields of a dataclass begin with those of its last base.
 @dataclass
-class UmedFlags(SamplingFlags, VisionRelevanceFlags, ObjectiveFlags, JudgeFlags, RewardFlags, DataFlags, StageFlags):
+class UmedFlags(
+    SamplingFlags, TuningFlags, VisionRelevanceFlags, ObjectiveFlags, JudgeFlags, RewardFlags, DataFlags, StageFlags
+):
     """Flags that `umed_plugin.patches.train_arguments` adds to LLaVA's TrainingArguments; ``args.umed`` returns them."""
 
     @classmethod
@@ -89,6 +92,22 @@ class UmedFlags(SamplingFlags, VisionRelevanceFlags, ObjectiveFlags, JudgeFlags,
     def judge_target(self) -> str:
         """The model of ``openai:MODEL`` or the file of ``replay:FILE``; empty for local judges."""
         return self.umed_judge.partition(":")[2]
+
+    def keep_weights(self) -> KeepWeights:
+        """``--umed_keep`` with its temperature.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        weights = parse_keep(self.umed_keep)
+        return replace(weights, temperature=self.umed_distill_temperature or weights.temperature)
+
+    def keeps(self) -> bool:
+        """Whether ``--umed_keep`` asks for a loss; one that cannot be read is a fault of its own."""
+        try:
+            return parse_keep(self.umed_keep).kl > 0
+        except ValueError:
+            return True
 
     def kl_coef(self) -> float:
         """``--umed_kl_coef``, or the algorithm's own default."""

@@ -59,6 +59,7 @@ class Rules:
         parse: reads a value, or raises a ValueError that says what it must be.
         folder: `EXISTING`, or `CREATED` where it is missing.
         on_resume: whether a run can be resumed with another value.
+        instead: what to do in the other stage, as a sentence.
     """
 
     stage: Optional[str] = None
@@ -74,6 +75,7 @@ class Rules:
     parse: Optional[Callable[[Any], Any]] = None
     folder: Optional[str] = None
     on_resume: str = ACCEPTED
+    instead: str = ""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -124,6 +126,41 @@ class Rules:
             and (self.below is None or value < self.below)
             and (self.most is None or value <= self.most)
         )
+
+
+CLINKD = "clinkd"
+
+
+@dataclass(frozen=True)
+class KeepWeights:
+    """Weights of ``--umed_keep``: the loss is ``(cross_entropy + kl * KL) / divisor``.
+
+    Attributes:
+        kl: of the KL to the teacher, 0 or more.
+        divisor: of the sum.
+        temperature: at which both distributions are compared if ``--umed_distill_temperature`` is not given.
+    """
+
+    kl: float
+    divisor: float = 1.0
+    temperature: float = 1.0
+
+
+def parse_keep(text: str) -> KeepWeights:
+    """``--umed_keep``: a weight, or ``clinkd``, which is (cross-entropy + 0.5 KL) / 1.5 at temperature 0.5.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == CLINKD:
+        return KeepWeights(0.5, 1.5, 0.5)
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"must be a weight of 0 or more, such as 0.1, or {CLINKD}")
+    return KeepWeights(weight)
 
 
 def must_sample_all(top_p: float) -> None:

@@ -3,7 +3,12 @@
 Stage 1, Abnormal-Aware Instruction Tuning (LLaVA's own trainer):
 
 - `umed_plugin.training.tuning_data`: LLaVA's dataset over grounded records
-- `umed_plugin.training.supervision_check`: before training starts, which tokens are supervised
+- `umed_plugin.training.supervision_check`, `umed_plugin.training.teacher_check`: before training starts, which tokens are
+  supervised, and whether the teachers fit
+- `umed_plugin.training.replay`: the records of the highest loss twice
+- `umed_plugin.training.keeping`, `umed_plugin.training.attending`, `umed_plugin.training.tower_teaching`: further losses
+- `umed_plugin.training.trained_tower`: the vision tower's own learning rate
+- `umed_plugin.training.tuning_trainer`: LLaVA's trainer with these
 
 Stage 2, Abnormal-Aware Rewarding:
 

@@ -1,11 +1,12 @@
-"""The reference policy: the model as it was when stage 2 began.
+"""The reference policy: the model as it was when a stage began.
 
 With LoRA, it is the policy with its adapter switched off. The projector is trained beside the adapter, so a copy of its initial
 weights is kept too. In full fine-tuning there is no adapter, and a copy of all trainable weights is kept; parts that never change
 (the vision tower) are not copied. The weights are swapped in for one pass, which costs no time. Under ZeRO-3, each rank keeps a
 copy of the full weights.
 
-`umed_plugin.training.experience_maker` takes the reference's log-probabilities, once per rollout.
+`umed_plugin.training.experience_maker` takes the reference's log-probabilities, once per rollout. In stage 1 it is the teacher of
+``--umed_keep``: `umed_plugin.training.keeping`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class ReferencePolicy:
                 for name, parameter in model.named_parameters()
                 if parameter.requires_grad and not (self._has_adapter and "lora_" in name)
             }
+            by_name = dict(model.named_parameters())
+            self._values_by_id = {id(by_name[name]): value for name, value in self._initial_values.items()}
+
+    def value_at_start(self, parameter: Any) -> Any:
+        """The initial value of a parameter of the model; itself if training does not change it."""
+        return self._values_by_id.get(id(parameter), parameter)
 
     @contextmanager
     def as_reference(self, model: Any) -> Iterator[Any]:

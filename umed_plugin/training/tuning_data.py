@@ -47,6 +47,7 @@ from umed_plugin.flags.rules import REWARDING
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.first_process import first_process_does
 from umed_plugin.training.label_share import own_share
+from umed_plugin.training.replay import RECORDS
 
 # What PIL, the image processors and the tokenizers raise for one bad record.
 UNREADABLE = (
@@ -267,7 +268,8 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
 class GroundedDataset(llava_train.LazySupervisedDataset):
     """LLaVA's dataset over grounded records. An item is LLaVA's: ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
 
-    With ``--umed_augment``, item ``i + e * n`` is record ``i`` of ``n`` as epoch ``e`` shows it.
+    With ``--umed_augment``, item ``i + e * n`` is record ``i`` of ``n`` as epoch ``e`` shows it. With ``--umed_replay``, an
+    item has its record's index too, ``record_indices``.
 
     Args:
         tokenizer: the model's.
@@ -284,6 +286,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.flags = training_args.umed
         self.template = data_args.umed_run.model_args.version
         self.list_data_dict: JoinedRecords = training_records(data_args, training_args, split)
+        self.names_records = split == "train" and self.flags.umed_replay > 0
         self._reported: set[int] = set()
         self.augmenter: Augmenter | None = None
         if self.flags.umed_augment and split == "train":
@@ -363,7 +366,8 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         for step in range(len(self)):
             index = (i + step) % len(self)
             try:
-                return self.sample(index, epoch)
+                item = self.sample(index, epoch)
+                return {**item, RECORDS: index} if self.names_records else item
             except UNREADABLE as error:
                 fault = self._image_fault(index)
                 if fault is None:

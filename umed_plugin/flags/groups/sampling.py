@@ -47,9 +47,9 @@ class SamplingFlags:
     )
     umed_logit_rows: int = flag(
         1024,
-        "Answer tokens whose logits are in memory at once, in the passes over sampled answers; 0: all. The backward pass "
-        "computes them again, part by part.",
-        stage=REWARDING,
+        "Answer tokens whose logits are in memory at once, in the passes over sampled answers and in the KL of --umed_keep; 0: "
+        "all. The backward pass computes them again, part by part.",
+        needs=Needs("stage 2 or --umed_keep", lambda flags: flags.umed_stage == REWARDING or flags.keeps()),
         least=0,
         on_resume=SAID,
     )

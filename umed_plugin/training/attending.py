@@ -1,4 +1,4 @@
-"""Stage 1 with ``--umed_attention_loss``: LLaVA's trainer, with `umed_plugin.model.attention_loss` added to its loss.
+"""``--umed_attention_loss``: `umed_plugin.model.attention_loss` as a further loss of stage 1.
 
 Logged since the last log, over all ranks:
 
@@ -9,38 +9,41 @@ Logged since the last log, over all ranks:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from llava.train.llava_trainer import LLaVATrainer
 from torch import Tensor
 
 from umed_plugin.errors import UmedError, UsageError, warn
 from umed_plugin.model.attention import AttentionSettings, rope_inverse_frequencies
 from umed_plugin.model.attention_loss import AttentionLoss, LesionTokens, Measured
+from umed_plugin.model.distillation import AnswerStates
 from umed_plugin.model.forward import base_llava
 from umed_plugin.training.attention_loss_data import COVER, TOKENS
+from umed_plugin.training.extra_loss import Gather, PlainLoss
 
 
-class AttentionLossTrainer(LLaVATrainer):
-    """LLaVA's trainer with the attention loss.
+class AttendingLoss(PlainLoss):
+    """An `umed_plugin.training.extra_loss.ExtraLoss`: the attention loss.
 
     Args:
-        positional, keywords: as LLaVA's script gives them; the training dataset is a
-            `umed_plugin.training.attention_loss_data.LesionDataset`.
+        model: that learns, without DDP.
+        dataset: a `umed_plugin.training.attention_loss_data.LesionDataset`.
+        args: LLaVA's TrainingArguments with the flags.
 
     Raises:
         UmedError: the model's attention cannot be measured, or no record has boxes.
         UsageError: chosen layers or heads do not exist, or one process drives several GPUs.
     """
 
-    def __init__(self, *positional: Any, **keywords: Any) -> None:
-        super().__init__(*positional, **keywords)
-        flags, llava = self.args.umed, base_llava(self.model)
+    def __init__(self, model: Any, dataset: Any, args: Any) -> None:
+        flags, llava = args.umed, base_llava(model)
         config, tower = llava.config, llava.get_vision_tower()
-        if self.args.n_gpu > 1:
+        if args.n_gpu > 1:
             raise UsageError(
-                f"--umed_attention_loss: one process drives {self.args.n_gpu} GPUs. Start one process per GPU, with torchrun or "
+                f"--umed_attention_loss: one process drives {args.n_gpu} GPUs. Start one process per GPU, with torchrun or "
                 "deepspeed."
             )
         if tower.select_feature != "patch":
@@ -51,50 +54,42 @@ class AttentionLossTrainer(LLaVATrainer):
         rope_inverse_frequencies(
             config, 2, torch.device("cpu")
         )  # refuses what cannot be measured, before the first step
-        self.train_dataset.use_grid(tower.config.image_size, tower.config.patch_size)
+        dataset.use_grid(tower.config.image_size, tower.config.patch_size)
         settings = AttentionSettings(
             flags.vrr_layer_indices(config.num_hidden_layers),
             flags.vrr_head_indices(config.num_attention_heads),
             flags.umed_vrr_mask_sinks,
         )
+        self._config = config
         self._attention_loss = AttentionLoss(llava, settings, flags.umed_attention_loss)
         self._measured: list[Measured] = []
-        self._warned = False
+        self._warns = args.process_index == 0
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *more: Any) -> Tensor:
-        """One batch, forward and backward, both of them watched."""
+    @contextmanager
+    def watching(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """Forward and backward pass, both of them watched."""
         tokens, cover = inputs.pop(TOKENS), inputs.pop(COVER)
-        config = base_llava(self.model).config
-        lesions = LesionTokens.of(config, inputs["input_ids"], inputs["attention_mask"], tokens, cover)
+        lesions = LesionTokens.of(self._config, inputs["input_ids"], inputs["attention_mask"], tokens, cover)
         with self._attention_loss.watching(lesions):
-            return super().training_step(model, inputs, *more)
+            yield
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-        """LLaVA's loss plus the attention loss."""
-        found = super().compute_loss(model, inputs, return_outputs, **more)
-        loss, measured = self._attention_loss.added_to(found[0] if return_outputs else found)
+    def added_to(self, loss: Tensor, answers: AnswerStates | None) -> Tensor:
+        """The loss plus the attention loss."""
+        loss, measured = self._attention_loss.added_to(loss)
         self._measured.append(measured)
-        return (loss, found[1]) if return_outputs else loss
+        return loss
 
-    def log(self, logs: dict[str, float], *rest: Any) -> None:
-        """Add what was measured since the last log, over all ranks."""
-        if "loss" in logs:
-            logs.update(self._means())
-        super().log(logs, *rest)
-
-    def _means(self) -> dict[str, float]:
-        """The three metrics, then starts anew. All ranks must call."""
+    def metrics(self, gather: Gather) -> dict[str, float]:
+        """The three metrics."""
         rows = [[m.records, m.contributing, m.loss, m.share] for m in self._measured] or [[0.0] * 4]
         self._measured = []
-        own = torch.tensor(rows, dtype=torch.float32, device=self.args.device).sum(dim=0, keepdim=True)
-        records, contributing, loss, share = self.accelerator.gather(own).sum(dim=0).tolist()
+        records, contributing, loss, share = gather([sum(column) for column in zip(*rows)])
         metrics = {"records_without_lesion": 1 - contributing / max(records, 1)}
         if contributing:
             metrics |= {"attention_loss": loss / contributing, "attention_on_lesion": share / contributing}
-        elif not self._warned and self.is_world_process_zero():
-            self._warned = True
+        elif self._warns:
+            self._warns = False
             warn(
-                f"step {self.state.global_step}: no answer since the last log names a lesion that has a box, so the attention "
-                "loss had no effect."
+                "no answer since the last log names a lesion that has a box, so the attention loss had no effect in these steps."
             )
         return metrics

@@ -1,0 +1,48 @@
+"""A whole vision tower for a checkpoint that had none inside: what ``--umed_tower_lr`` trained, and the rest as it was.
+
+Training saves only what it changed, and stock LLaVA gives random values to what a checkpoint lacks. So the export holds every
+tensor of the tower.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from umed_plugin.checkpoints.loading import TOWER, weight_files
+from umed_plugin.checkpoints.weight_shards import stored
+from umed_plugin.errors import UmedError
+
+_INSIDE = "vision_tower."  # LLaVA's tower holds transformers' one under this name
+_MODEL = "vision_model."
+
+
+def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> dict[str, Any]:
+    """Every tensor of a tower by its name in LLaVA's checkpoints: the trained ones, and the others from the original tower.
+
+    Args:
+        trained: tensors whose names begin with `TOWER`.
+        config: ``config.json`` of the checkpoint; ``mm_vision_tower`` names the original, a folder or a name on the Hub.
+        where: the folder that was trained, for messages.
+
+    Raises:
+        UmedError: the original has not the tensors that were trained.
+    """
+    name = str(config.get("mm_vision_tower", config.get("vision_tower")))
+    original = {
+        f"{TOWER}{_INSIDE}{key}": tensor
+        for file in weight_files(name, _MODEL)
+        for key, tensor in stored(file).items()
+        if key.startswith(_MODEL) and not key.endswith("position_ids")
+    }
+    unknown = sorted(set(trained) - set(original))
+    if unknown:
+        raise UmedError(
+            f"{where}: trained {unknown[0]!r} ({len(unknown)} in all), which the tower {name} does not have. Is mm_vision_tower "
+            "of config.json the tower of the training?"
+        )
+    return {key: trained[key] if key in trained else tensor.read() for key, tensor in original.items()}
+
+
+def tower_parts(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those of a checkpoint's tensors that belong to its vision tower; ``position_ids`` are no weight."""
+    return {name: t for name, t in tensors.items() if name.startswith(TOWER) and not name.endswith("position_ids")}
