@@ -82,17 +82,17 @@ class SeedRun:
 
     def prepare(self) -> None:
         """Studies, records, the base checkpoint and the early stage 1."""
-        self._once("base", lambda: (self.demo.records(), self.demo.base_checkpoint()))
-        self._once(EARLY, lambda: self.demo.instruction_tuning(EARLY))
+        self.once("base", lambda: (self.demo.records(), self.demo.base_checkpoint()))
+        self.once(EARLY, lambda: self.demo.instruction_tuning(EARLY))
 
     def row(self, row: Row, steps: int) -> None:
         """Train one row from its start; a continued stage 1 takes ``steps`` optimizer steps."""
         start, name = self.demo.checkpoint(folder_name(row.start)), folder_name(row.name)
         if row.flags is None:
             flags = ["--max_steps", steps, "--data_path", self.demo.rewarding_records]
-            self._once(name, lambda: self.demo.instruction_tuning(name, start, flags))
+            self.once(name, lambda: self.demo.instruction_tuning(name, start, flags))
         else:
-            self._once(name, lambda: self.demo.rewarding(start, name, row.flags or ()))
+            self.once(name, lambda: self.demo.rewarding(start, name, row.flags or ()))
 
     def evaluate(self, name: str) -> None:
         """Ask the checkpoint about the held-out studies, in a process of its own."""
@@ -100,13 +100,14 @@ class SeedRun:
         command += ["--benchmark", self.folder / "data" / "records.json", "--out", self.folder / "evaluation" / name]
         command += ["--max-new-tokens", self.demo.settings.max_new_tokens]
         words = [str(word) for word in command]
-        self._once(f"evaluation-{name}", lambda: subprocess.run(words, check=True, env=environment(), stdout=DEVNULL))
+        self.once(f"evaluation-{name}", lambda: subprocess.run(words, check=True, env=environment(), stdout=DEVNULL))
 
     def cases(self, name: str) -> list[ScoredStudy]:
         """The evaluated studies of a checkpoint, in the order of the records."""
         return read_cases(self.folder, name)
 
-    def _once(self, name: str, work: Callable[[], object]) -> None:
+    def once(self, name: str, work: Callable[[], object]) -> None:
+        """Do the work, unless it was done before under this name."""
         if (self._times / name).exists():
             return
         began = time.monotonic()

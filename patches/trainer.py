@@ -69,6 +69,9 @@ def _train_tower(model: Any, args: Any) -> None:
     from umed_plugin.training.trained_tower import unfreeze_tower
 
     entries = unfreeze_tower(model)
+    if not (args.deepspeed or args.fsdp):
+        # With its trained weights in float32 below. A CPU has no layer norm of bf16 weights over float32 values.
+        model.get_vision_tower().vision_tower.float()
     if args.process_index == 0:
         note(f"the vision tower is trained: {entries:,} entries, at a learning rate of {args.umed_tower_lr:g}.")
 

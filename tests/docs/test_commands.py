@@ -81,6 +81,7 @@ RUN_BY = {
     "python benchmarks/ablation.py": "benchmarks/test_ablation.py::"
     "test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_time",
     "python benchmarks/study.py": "benchmarks/test_study.py::test_a_study_from_end_to_end",
+    "python benchmarks/keeping.py": "benchmarks/test_keeping.py::test_a_tiny_run_prints_captions_boxes_and_cosine",
     "python benchmarks/rewarding_step.py": "benchmarks/test_rewarding_step.py::test_a_small_step_is_measured_on_both_sides",
     "python benchmarks/trl_step.py": "benchmarks/test_trl_step.py::test_a_small_step_of_both_trainers_is_measured",
     "python benchmarks/gpu.py": "benchmarks/test_gpu.py::"

@@ -57,7 +57,7 @@ class TowerTeacher:
 
 def new_map(width: int, channels: int, seed: int) -> nn.Linear:
     """The linear map from the tower's width to the teacher's; its start draws nothing from the global random state."""
-    made = nn.Linear(width, channels)
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, width, channels)
     shuffle = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         made.weight.copy_(torch.randn(channels, width, generator=shuffle) / width**0.5)
