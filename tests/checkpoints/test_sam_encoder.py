@@ -12,14 +12,19 @@ from umed_plugin.errors import UmedError
 
 
 @pytest.mark.parametrize(
-    ("prefix", "kind"), [("model.", "LVM-Med's"), ("image_encoder.", "Segment Anything's own file"), ("", "a SAM encoder")]
+    ("prefix", "kind"),
+    [("model.", "LVM-Med's"), ("image_encoder.", "Segment Anything's own file"), ("", "a SAM encoder")],
 )
 def test_the_weights_are_the_files_under_either_name(prefix, kind, tmp_path):
     known = sam_encoder()
     more = {"mask_decoder.iou_token.weight": torch.zeros(1, 4), "prompt_encoder.x": torch.zeros(2)}
     file = read_sam_file(write_sam_file(tmp_path / "vit.pth", prefix, known, **more))
     assert file.kind == kind
-    assert (file.settings["image_size"], file.settings["window_size"], file.settings["num_attention_heads"]) == (64, 3, 2)
+    assert (file.settings["image_size"], file.settings["window_size"], file.settings["num_attention_heads"]) == (
+        64,
+        3,
+        2,
+    )
     assert file.settings["global_attn_indexes"] == [1]
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     loaded = load_sam_encoder(file)

@@ -63,7 +63,9 @@ def test_the_exports_have_the_originals_tensors_and_a_trained_tower_besides(expo
         learnt = {n.removeprefix("base_model.model."): t for n, t in weights(trained).items() if "vision_tower" in n}
         for key, tensor in learnt.items():
             assert key.endswith("position_ids") or torch.equal(found[key], tensor.float()), key
-        changed = [n for n in whole if not torch.equal(found[n], tower[n.removeprefix(f"{TOWER}vision_tower.")].float())]
+        changed = [
+            n for n in whole if not torch.equal(found[n], tower[n.removeprefix(f"{TOWER}vision_tower.")].float())
+        ]
         assert changed and not any("post_layernorm" in n or "layers.1." in n for n in changed)
 
 

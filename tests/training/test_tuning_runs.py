@@ -36,7 +36,17 @@ def succeeded(run):
 def test_all_of_it_together_resumes_bit_equal(tiny_mistral, tmp_path):
     records = write_records(tmp_path / "data")
     teacher = write_sam_file(tmp_path / "vit.pth", "model.")
-    flags = [*LORA, "--umed_keep", "clinkd", "--umed_logit_rows", "5", "--umed_replay", "0.4", "--umed_tower_lr", "1e-3"]
+    flags = [
+        *LORA,
+        "--umed_keep",
+        "clinkd",
+        "--umed_logit_rows",
+        "5",
+        "--umed_replay",
+        "0.4",
+        "--umed_tower_lr",
+        "1e-3",
+    ]
     flags += ["--umed_tower_teacher", str(teacher), "--num_train_epochs", "3", "--save_steps", "6"]
     flags += ["--group_by_modality_length", "True", "--umed_augment", "True", "--save_total_limit", "5"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -80,7 +90,9 @@ def test_another_checkpoint_teaches(tiny_mistral, tmp_path):
 
 def test_teachers_that_cannot_teach_are_refused_before_the_model_is_loaded(tiny_mistral, tiny_llama, tmp_path):
     records = write_records(tmp_path / "data")
-    words = make_checkpoint(tmp_path / "llava-mistral-words", corpus=[*DEFAULT_CORPUS, "pneumothorax cardiomegaly " * 9])
+    words = make_checkpoint(
+        tmp_path / "llava-mistral-words", corpus=[*DEFAULT_CORPUS, "pneumothorax cardiomegaly " * 9]
+    )
     resnet = tmp_path / "resnet.pth"
     torch.save({"layer1.0.conv1.weight": torch.zeros(1)}, resnet)
 
@@ -89,8 +101,12 @@ def test_teachers_that_cannot_teach_are_refused_before_the_model_is_loaded(tiny_
         assert run.returncode != 0
         return " ".join(run.stderr.split())
 
-    found = said("--umed_keep", "0.1", "--umed_teacher", str(words), "--umed_tower_teacher", str(resnet), "--umed_replay", "2")
-    assert "has another tokenizer. Token " in found and "tokens differ). Needed: a teacher of the same tokenizer" in found
+    found = said(
+        "--umed_keep", "0.1", "--umed_teacher", str(words), "--umed_tower_teacher", str(resnet), "--umed_replay", "2"
+    )
+    assert (
+        "has another tokenizer. Token " in found and "tokens differ). Needed: a teacher of the same tokenizer" in found
+    )
     assert "--umed_tower_teacher" in found and "has no effect without --umed_tower_lr" in found
     assert "holds a ResNet" in found and "--umed_replay 2.0: must be from 0 to 1" in found
     assert "asked under the template llava_v1" in said("--umed_keep", "0.1", "--umed_teacher", str(tiny_llama))
@@ -150,7 +166,9 @@ def test_the_flags_of_the_page_train(tiny_mistral, tmp_path):
     teacher = write_sam_file(tmp_path / "vit.pth", "model.")
     examples = [yaml.safe_load(block) for block in blocks(DOCS / "training.md", "yaml")]
     given = [block["instruction_tuning"]["flags"] for block in examples if "instruction_tuning" in block]
-    assert {"umed_keep", "umed_replay", "umed_tower_lr", "umed_tower_teacher"} == {name for one in given for name in one}
+    assert {"umed_keep", "umed_replay", "umed_tower_lr", "umed_tower_teacher"} == {
+        name for one in given for name in one
+    }
     for number, flags in enumerate(given):
         flags |= {"umed_tower_teacher": teacher} if "umed_tower_teacher" in flags else {}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -173,11 +191,22 @@ def test_two_processes_share_the_map_of_the_tower_teacher(tiny_mistral, tmp_path
     ends = []
     for name, size, command in (("one", 4, ["python", "-m", "llava.train.train_mem"]), ("two", 2, TWO_PROCESSES)):
         out = tmp_path / name
-        flags = [*STAGE, *SGD, "--per_device_train_batch_size", str(size), "--max_steps", "3", "--umed_tower_lr", "0.05"]
+        flags = [
+            *STAGE,
+            *SGD,
+            "--per_device_train_batch_size",
+            str(size),
+            "--max_steps",
+            "3",
+            "--umed_tower_lr",
+            "0.05",
+        ]
         flags += ["--umed_tower_teacher", str(teacher), "--umed_tower_teacher_weight", "1", "--save_steps", "2"]
         flags += ["--umed_keep", "0.3"]
         succeeded(umed_run([*command, *train_flags(tiny_mistral, records, out, *flags)]))
         state = torch.load(out / "checkpoint-2" / "tower_map.pt", weights_only=True)
         ends.append({**weights(out), **state["map"]})
     for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ends[1][name], tensor, rtol=0, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )

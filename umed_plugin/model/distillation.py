@@ -92,20 +92,29 @@ def answer_states(llava: Any, *, without_logits: bool = False) -> Iterator[list[
 
 @dataclass(frozen=True)
 class Head:
-    """An output layer: logits [R, V] = states [R, H] @ weight.T + bias, computed in the dtype of the weight [V, H]."""
+    """An output layer: logits [R, V] = states [R, H] @ weight.T + bias, computed in the dtype of the weight [V, H].
+
+    Attributes:
+        weight, bias: of the layer, which may not be its own: those of the start of a training.
+        layer: the layer itself, where its weight is packed (4 bits); such a one is never trained.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    layer: Any = None
 
     def __call__(self, states: Tensor) -> Tensor:
         """Float32 logits [R, V]."""
+        if self.layer is not None:
+            return self.layer(states).float()
         return torch.nn.functional.linear(states.to(self.weight.dtype), self.weight, self.bias).float()
 
 
 def head_of(llava: Any) -> Head:
     """The output layer of a LLaVA model, with its graph."""
     layer = llava.get_output_embeddings()
-    return Head(layer.weight, getattr(layer, "bias", None))
+    packed = tuple(layer.weight.shape) != (layer.out_features, layer.in_features)
+    return Head(layer.weight, getattr(layer, "bias", None), layer if packed else None)
 
 
 def answer_kl(

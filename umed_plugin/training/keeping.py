@@ -47,6 +47,8 @@ class StartTeacher:
         finally:
             self._model.train(training)
         head = head_of(llava)
+        if head.layer is not None:
+            return found[0], head
         return found[0], Head(self._at_start(head.weight), None if head.bias is None else self._at_start(head.bias))
 
     def _at_start(self, parameter: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class CheckpointTeacher:
     def __init__(self, path: str, llava: Any, dtype: torch.dtype) -> None:
         _, teacher, processor = load_checkpoint(path, device=str(llava.device), dtype=dtype)
         self._path, self._teacher = path, teacher.requires_grad_(False)
-        own, other = (model.get_output_embeddings().weight.shape[0] for model in (llava, teacher))
+        own, other = (model.get_output_embeddings().out_features for model in (llava, teacher))
         if own != other:
             raise UmedError(
                 f"--umed_teacher {path}: predicts {other} tokens, but the model that learns {own}. Needed: a checkpoint with the "
