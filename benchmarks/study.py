@@ -8,8 +8,9 @@ command. With ``--rows FOLDER`` the rows in that folder count too, and new ones 
 another checkout. There a start checkpoint is trained again only if an unfinished arm needs it.
 
 **Equal time is processor time**, user and system, of the training's process and all that it waited for, start included. Wall time
-would count what else the machine does. An arm with ``steps: equal`` takes as many steps of stage 1 as fit into the time of the
-arm ``budget``, which is measured once, on the tuning seed. The table shows what each arm has really taken.
+would count what else the machine does. An arm with ``steps: equal`` takes as many steps of stage 1 as fit into the time that the
+arm ``budget`` has taken for the same seed and studies. How long a step takes is measured once on each machine. The table shows
+what each arm has really taken.
 
 Writes ``table.md`` and ``figure.png`` to OUT. ``--only`` an arm, ``--seeds``, ``--sizes`` and ``--variants`` choose cells;
 ``--table`` trains nothing.

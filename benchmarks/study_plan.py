@@ -48,7 +48,7 @@ class Variant(StrictModel):
 class Arm(StrictModel):
     """One training, from the checkpoint of ``start``.
 
-    ``steps``: of the optimizer, or ``equal``: as many as take the processor time of the arm ``budget``.
+    ``steps``: of the optimizer, or ``equal``: as many as take the processor time of the arm ``budget`` of the same seed and size.
     ``sample``: answers drawn to each question; the training is then on the best of them.
     """
 
@@ -70,7 +70,7 @@ class Study(StrictModel):
     base_captions_epochs: float = 2
     sizes: list[int] = Field(min_length=1, description="Labelled training studies, the most telling first.")
     seeds: list[int] = Field(min_length=1, description="Reported.")
-    tuning_seed: int = Field(description="On which settings are chosen, and processor time is measured.")
+    tuning_seed: int = Field(description="On which settings are chosen; it is not reported.")
     tuning: str = Field(description="What was tried on that seed, for each arm.")
     flags: Flags = Field({}, description="Of all trainings.")
     stages: dict[int, Flags] = Field({}, description="Flags of each stage.")
@@ -160,9 +160,7 @@ def compared_with(study: Study, cell: Cell) -> Optional[Cell]:
     """The cell of ``against``; None for that cell itself and for arms that it goes on from."""
     if study.against is None or cell.arm == study.against or cell.arm in ancestors(study, study.against):
         return None
-    has = study.variants[cell.variant].arms
-    variant = cell.variant if has is None or study.against in has else next(iter(study.variants))
-    return Cell(cell.seed, cell.size, variant, study.against)
+    return _in_variant(study, cell, study.against)
 
 
 def ancestors(study: Study, arm: str) -> list[str]:
@@ -182,22 +180,26 @@ def flags_of(study: Study, variant: str, arm: str) -> Flags:
 def digest(study: Study, cell: Cell) -> str:
     """A hash of all settings that a cell's result depends on: its own and those of the arms that it goes on from."""
     chain = [cell.arm, *ancestors(study, cell.arm)]
-    equal = any(study.arms[arm].steps == "equal" for arm in chain)
+    if any(study.arms[arm].steps == "equal" for arm in chain):
+        chain += [study.budget, *ancestors(study, study.budget)]
     parts: dict[str, Any] = {
         "data": _of_cell(data_of(study, cell.variant).model_dump()),
         "captions": study.base_captions_epochs,
         "arms": [study.arms[arm].model_dump() for arm in chain],
         "flags": [flags_of(study, cell.variant, arm) for arm in chain],
-        "budget": budget_digest(study) if equal else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def budget_digest(study: Study) -> str:
-    """A hash of what the budget's processor time depends on."""
-    arm, variant = study.arms[study.budget], next(iter(study.variants))
-    parts = [arm.model_dump(), flags_of(study, variant, study.budget), study.sizes[0], study.tuning_seed]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+def budget_of(study: Study, cell: Cell) -> Cell:
+    """The cell whose processor time ``steps: equal`` stands for; a variant without it takes the first variant's."""
+    return _in_variant(study, cell, study.budget)
+
+
+def _in_variant(study: Study, cell: Cell, arm: str) -> Cell:
+    has = study.variants[cell.variant].arms
+    variant = cell.variant if has is None or arm in has else next(iter(study.variants))
+    return Cell(cell.seed, cell.size, variant, arm)
 
 
 def _of_cell(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,7 +30,6 @@ class Rows:
     def __init__(self, study: Study, out: Path, committed: Optional[Path] = None) -> None:
         self.study, self.out, self.committed = study, out, committed
         self._lock = threading.Lock()
-        self._measuring = threading.Lock()
 
     def digest(self, cell: Cell) -> str:
         """Of the settings that the cell's result depends on."""
@@ -56,15 +54,6 @@ class Rows:
     def outdated(self, cell: Cell) -> bool:
         """Whether there is a row of the cell that other settings made."""
         return self.read(cell) is None and self._find(f"{cell.name}.json") is not None
-
-    def once(self, name: str, settings: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A measurement, made once for these settings."""
-        with self._measuring:
-            found = self._find(f"{name}.json")
-            if found is None or found["settings"] != settings:
-                found = {"settings": settings, **measure(), "made_with": _made_with()}
-                files.write_json(self.out / self.study.name / f"{name}.json", found)
-            return found
 
     def add(self, cell: Cell, about: dict[str, Any], evaluation: Path) -> None:
         """Write the row of a cell from its evaluation's folder."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from study_data import GENERATED, labelled_file, make_data
-from study_plan import BASE, Cell, Data, Flags, Study, budget_digest, data_of, flags_of
+from study_plan import BASE, Cell, Data, Flags, Study, budget_of, data_of, flags_of
 from study_rows import Rows
 
 from umed_plugin import files
@@ -99,6 +99,7 @@ class Workshop:
     def __init__(self, folder: Path, study: Study, rows: Rows) -> None:
         self.work, self.study, self.rows = folder / "work", study, rows
         self._locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+        self._measuring = threading.RLock()
 
     def finish(self, cell: Cell) -> None:
         """Make the row of a cell, unless it is there."""
@@ -182,6 +183,7 @@ class Workshop:
             "steps": state["global_step"],
             **({"kept_step": kept[-1]} if kept else {}),
             "processor_seconds": round(seconds + sampling, 1),
+            "reference_step": round(self.reference(cell), 4),
             **({"of_sampling": round(sampling, 1)} if sampling else {}),
             "curves": _curves(state["log_history"]),
         }
@@ -234,31 +236,34 @@ class Workshop:
         return out
 
     def _equal_steps(self, cell: Cell, flags: Flags, spent: float) -> int:
-        """How many steps of stage 1 take the budget's processor time, after ``spent`` seconds of it."""
-        budget, pace = self.budget(), self.pace(flags)
+        """How many steps of stage 1 take the budget's processor time, after ``spent`` seconds of it.
+
+        The budget may have been measured on another machine: a plain step of stage 1 there and here says how fast both are.
+        """
+        of = budget_of(self.study, cell)
+        about = self.rows.read(of) or self._checkpoint(of)
+        budget = about["processor_seconds"] * self.reference(cell) / about["reference_step"]
+        pace = self.pace(cell, flags)
         return max(round((budget - spent - pace["start"]) / pace["step"]), 1)
 
-    def budget(self) -> float:
-        """Processor seconds of the arm ``budget``, measured once, on the tuning seed, the first size and the first variant."""
-        study = self.study
-        cell = Cell(study.tuning_seed, study.sizes[0], next(iter(study.variants)), study.budget)
-        return float(self.rows.once("budget", budget_digest(study), lambda: self._measure_budget(cell))["seconds"])
+    def reference(self, cell: Cell) -> float:
+        """Processor seconds of a step of stage 1 on this machine, under the study's own flags alone."""
+        return float(self.pace(cell, {**self.study.flags, **self.study.stages.get(1, {})})["step"])
 
-    def _measure_budget(self, cell: Cell) -> dict[str, Any]:
-        return {"of": cell.name, "seconds": self._checkpoint(cell)["processor_seconds"]}
+    def pace(self, cell: Cell, flags: Flags) -> dict[str, Any]:
+        """Processor seconds of a start and of a step of stage 1 under these flags on this machine, measured once.
 
-    def pace(self, flags: Flags) -> dict[str, Any]:
-        """Processor seconds of a start and of a step of stage 1 under these flags, measured once.
-
-        Validation is left out: an arm of equal time is given its steps, and has none.
+        Validation is not in it: an arm of equal time is given its steps, and has none.
         """
         counted = {flag: value for flag, value in flags.items() if flag not in ("learning_rate", "lr_scheduler_type")}
-        name = f"pace-{hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]}"
-        return self.rows.once(name, budget_digest(self.study), lambda: self._measure_pace(flags))
+        name = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
+        file = self.work / f"pace-{name}.json"
+        with self._measuring:
+            if not file.is_file():
+                files.write_json(file, {"flags": counted, **self._measure_pace(cell, flags)})
+            return files.read_object(file)
 
-    def _measure_pace(self, flags: Flags) -> dict[str, Any]:
-        study = self.study
-        cell = Cell(study.tuning_seed, study.sizes[0], next(iter(study.variants)), study.budget)
+    def _measure_pace(self, cell: Cell, flags: Flags) -> dict[str, Any]:
         start, records = self.base(cell.seed), self._labelled(cell)
         seconds = {}
         for steps in (SHORT, LONG):
@@ -266,7 +271,7 @@ class Workshop:
             seconds[steps] = self._run(cell.seed, start, 1, records, output, flags, steps)
             shutil.rmtree(output.parent)
         step = (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
-        return {"flags": flags, "start": seconds[SHORT] - SHORT * step, "step": step}
+        return {"start": seconds[SHORT] - SHORT * step, "step": step}
 
     def _alone(self, path: Path) -> Any:
         """Only one thread makes a path."""
