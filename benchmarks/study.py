@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,20 +94,25 @@ def _numbers(written: Optional[str]) -> list[int]:
 
 def make(workshop: Workshop, wanted: Sequence[Cell], jobs: int) -> None:
     """Finish the cells, ``jobs`` at a time, in their order. The first one that fails ends the study after those in work."""
+    failed = threading.Event()
 
     def finish(numbered: tuple[int, Cell]) -> None:
         number, cell = numbered
+        if failed.is_set():
+            return
         say(f"{number} of {len(wanted)}: {cell.name}")
-        workshop.finish(cell)
+        try:
+            workshop.finish(cell)
+        except BaseException:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(finish, numbered) for numbered in enumerate(wanted, 1)]
         try:
-            for future in futures:
+            for future in [pool.submit(finish, numbered) for numbered in enumerate(wanted, 1)]:
                 future.result()
         except BaseException:
-            for future in futures:
-                future.cancel()
+            failed.set()
             raise
 
 
