@@ -59,13 +59,18 @@ def change(recorder: Recorder) -> None:
 
 
 def _prepare_tower(model: Any, run: TrainingRun) -> None:
-    """Pass the tower's patch size and count to the data, and load the checkpoint's tower weights if a stage requests them."""
+    """Pass the tower's patch size and count to the data, and load the checkpoint's tower weights if a stage requests them.
+
+    ``--umed_similar`` looks with the tower itself.
+    """
     tower = model.get_vision_tower()
     run.data_args.umed_patch_size = tower.config.patch_size
     run.data_args.umed_num_patches = tower.num_patches + (tower.select_feature == "cls_patch")
     if not run.active:
         return
     tower.umed_keep_fp32 = not (run.training_args.fp16 or run.training_args.bf16)
+    if run.flags.umed_similar:
+        run.data_args.umed_tower = tower
     if run.flags.umed_tower_weights == "checkpoint":
         _load_checkpoint_tower(model, tower, run)
     if run.flags.umed_tower_lr is not None:

@@ -44,6 +44,12 @@ RUN_BY = {
     "test_every_benchmark_runs_and_says_the_same_again",
     "umed evaluate ./checkpoints/llava-mistral-stage2 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
     "test_every_benchmark_runs_and_says_the_same_again",
+    "umed evaluate runs/demo/checkpoint/llava-mistral-umed --benchmark probes:demo_studies": "evaluation/test_probes.py::"
+    "test_the_command_of_the_page",
+    "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark brain_tumor_coco "
+    "--data-root /data/brain_tumor_coco --similar": (
+        "training/test_similar_records.py::test_both_stages_train_with_them_and_evaluate_asks_with_them"
+    ),
     "torchrun --nproc_per_node 8 --no-python umed evaluate": "evaluation/test_benchmarks.py::"
     "test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill",
     "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
@@ -100,6 +106,11 @@ RUN_BY = {
     "test_the_benchmark_prints_what_is_equal_and_shared",
     "python benchmarks/shared_evaluation.py": "benchmarks/test_small_runs.py::"
     "test_ranks_and_one_process_write_the_same_evaluation",
+    "python benchmarks/probing.py": "benchmarks/test_neighbours.py::"
+    "test_probing_trains_with_and_without_probes_and_compares",
+    "python benchmarks/looks.py": "benchmarks/test_neighbours.py::"
+    "test_descriptions_of_unseen_classes_are_compared_with_bare_names",
+    "python benchmarks/similar_cases.py": "benchmarks/test_neighbours.py::test_similar_cases_are_compared_with_none",
     "python benchmarks/evaluating.py": "benchmarks/test_small_runs.py::test_answers_with_and_without_sharing_are_compared",
 }
 COMMANDS = sorted({command for page in pages() for command in commands(page)})

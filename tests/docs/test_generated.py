@@ -60,6 +60,14 @@ def test_the_table_of_benchmarks_is_what_the_code_has() -> None:
     check_generated(DOCS / "evaluation.md", "benchmarks", table(rows))
 
 
+def test_the_table_of_benchmarks_of_recipes_is_what_the_code_has() -> None:
+    from umed_plugin.evaluation.benchmarks.catalogue import OF_RECIPES
+
+    rows = [["`--benchmark`", "what is asked", "metrics"]]
+    rows += [[f"`{name}:RECIPE`", item.benchmark.title, item.benchmark.reported] for name, item in OF_RECIPES.items()]
+    check_generated(DOCS / "evaluation.md", "benchmarks-of-recipes", table(rows))
+
+
 def test_the_recipe_reference_is_what_the_models_say() -> None:
     check_page(DOCS / "recipe-reference.md", recipe_reference())
 

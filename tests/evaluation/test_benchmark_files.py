@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -62,13 +63,60 @@ def test_a_pmc_answer_that_is_no_choice_is_left_out_and_named(tmp_path, capsys):
     assert [question.id for question in questions_of("pmc_vqa", folder)] == ["1/choice", "1/blank"]
     told = capsys.readouterr().err
     assert "pmc_vqa: 1 of 2 rows are left out" in told
-    assert "test.csv, line 2: the answer 'x-ray of a hand' is not one of the choices" in told
+    assert "test.csv, row 2: the answer 'x-ray of a hand' is not one of the choices" in told
 
 
 def test_a_pmc_label_is_not_trusted_over_the_text(tmp_path):
     folder = pmc(tmp_path / "pmc")
     (folder / "test.csv").write_text((folder / "test.csv").read_text().replace(",B,B", ",X-ray,B"))
     assert questions_of("pmc_vqa", folder)[0].truth == "X-ray"
+
+
+def test_the_second_version_of_pmc_has_letters_as_answers_and_more_columns(tmp_path, capsys):
+    head = [
+        "index",
+        "Figure_path",
+        "Caption",
+        "Question",
+        "Choice A",
+        "Choice B",
+        "Choice C",
+        "Choice D",
+        "Answer",
+        "split",
+    ]
+    row = [
+        "7",
+        "f1.jpg",
+        'A "caption",\nin two lines',
+        "What?",
+        " A: CT",
+        " B: MRI",
+        " C: X-ray",
+        " D: US",
+        "C",
+        "test",
+    ]
+    slipped, empty = row[:-2], [*row[:6], " ", *row[7:]]
+    with (tmp_path / "test_2.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([head, row, slipped, row, empty, row, row])
+    picture(tmp_path / "images_2" / "figures" / "f1.jpg")
+    questions = questions_of("pmc_vqa", tmp_path)
+    assert [question.id for question in questions[::2]] == ["0/choice", "2/choice", "4/choice", "5/choice"]
+    assert {question.truth for question in questions} == {"X-ray"}
+    told = capsys.readouterr().err
+    assert "2 of 6 rows are left out" in told and "test_2.csv, row 3: is a str (8 cells, and the header has 10)" in told
+    assert "row 5: its question or one of its choices is empty" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("medvh", "multi_choices/test_a.json"), ("pmc_vqa", "test.csv"), ("llava_med", "test.jsonl")]
+)
+def test_a_pointer_in_place_of_a_file_is_told(tmp_path, name, file):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UmedError, match=r"is a Git LFS pointer and not the file itself\. Get it: git lfs pull"):
+        questions_of(name, tmp_path)
 
 
 # --- MedMNIST
@@ -316,6 +364,56 @@ def test_pictures_of_the_published_folders_are_found(tmp_path):
     assert len(questions_of("medvh", tmp_path)) == 1
 
 
+def published_medvh(folder, last="E: Not a suitable question for the image."):
+    """Rows of the forms that the published files have: the right choice is the last, or in a baseline the last but one."""
+    choices = "A: Atelectasis, Mass. B: None. C: Cardiomegaly. D: Pleural Effusion. " + last
+    row = {
+        "img_id": 9,
+        "img_name": "m1.jpg",
+        "question": "Which?",
+        "choices": choices,
+        "img_source": "SLAKE",
+        "ori_id": "x",
+    }
+    files = {
+        "NOTA/test_nota_src.json": ["E"] * 4,
+        "NOTA/test_nota_baseline.json": ["D"] * 4,
+        "wrongful_image/test_wrongful_image.json": ["E"] * 4,
+        # The folder is misspelt there, and the truth is a letter with a text, or a letter of the answer with a text.
+        "baseline_worngful_image/test_worngful_image.json": [
+            "D: Pleural Effusion",
+            "c: Cardiomegaly",
+            "n: Nodule",
+            "B: None",
+        ],
+        "pre/test_pre_src.json": ["B"] * 4,
+        "baseline_pre/test_pre_baseline_src.json": ["B"] * 4,
+    }
+    for name, truths in files.items():
+        file = folder / "multi_choices" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([{**row, "question_id": n, "gt": gt} for n, gt in enumerate(truths)]))
+        picture(file.parent / "m1.jpg")
+    return folder
+
+
+def test_a_task_of_medvh_is_balanced_with_its_baseline(tmp_path, capsys):
+    questions = questions_of("medvh", published_medvh(tmp_path))
+    count = Counter(question.groups["part"] for question in questions)
+    assert count == {"nota": 4, "nota_baseline": 4, "wrongful_image": 4, "wrongful_image_baseline": 3} | dict.fromkeys(
+        ("pre", "pre_baseline"), 4
+    )
+    found = metrics_of("medvh", questions, ["E"] * len(questions))
+    assert (found["accuracy/nota"], found["accuracy/nota_baseline"], found["balanced_accuracy/nota"]) == (1, 0, 0.5)
+    assert found["says_last/nota"] == found["says_last/wrongful_image"] == 1
+    answers = [question.truth for question in questions]
+    assert metrics_of("medvh", questions, answers)["balanced_accuracy/wrongful_image"] == 1
+    assert "balanced_accuracy/pre" not in found
+    told = capsys.readouterr().err
+    assert "medvh/pre: its file and its baseline's hold the same questions and answers" in told
+    assert "medvh/wrongful_image_baseline: 1 of 4 rows are left out" in told and "'n: Nodule'" in told
+
+
 @pytest.mark.parametrize(
     ("name", "make", "file", "key"),
     [
@@ -382,6 +480,16 @@ def grit(folder):
     picture(folder / "images/ct_1.png", size=(200, 100))
     picture(folder / "images/mr_1.png", size=(100, 100))
     return folder
+
+
+def test_a_grounding_row_without_a_box_is_left_out_and_named(tmp_path, capsys):
+    root = grit(tmp_path / "grit")
+    file = root / "test_VG_img_coord.json"
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([*rows, {"id": "ct_1", "conversations": [["Where is it?", "It is not there."]]}]))
+    assert sum(question.groups["part"] == "VG" for question in questions_of("med_grit", root)) == len(rows)
+    told = capsys.readouterr().err
+    assert "med_grit/VG: 1 of 3 rows are left out" in told and "'It is not there.' has no box" in told
 
 
 def test_med_grit_by_hand(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin import files
 from umed_plugin.commands.machine import add_dtype_flag
+from umed_plugin.commands.similar_flags import add_similar_flags, check_similar_flags
 from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag, progress
@@ -29,7 +30,7 @@ _SETTINGS = (
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``evaluate``."""
-    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS, OF_RECIPES
 
     parser = subparsers.add_parser(
         "evaluate",
@@ -48,8 +49,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--benchmark",
         metavar="NAME",
         required=True,
-        help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); records (JSON) that `umed recipe build` wrote; or "
-        "LLaVA-Med's question file (.jsonl)",
+        help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); records (JSON) that `umed recipe build` wrote; "
+        f"LLaVA-Med's question file (.jsonl); or {', '.join(f'{kind}:RECIPE' for kind in OF_RECIPES)}",
     )
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
     parser.add_argument("--split", help="train, val or test (default: test)")
@@ -87,6 +88,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--base", metavar="CKPT", type=Path, help="base checkpoint of a LoRA folder (default: as it says)"
     )
+    add_similar_flags(parser, "default: the recipe or JSON of --benchmark")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     add_dtype_flag(parser)
     parser.add_argument(
@@ -130,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("limit", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
+    check_similar_flags(args)
     server = _server_of(args)
     shard, ranks = _share_of(args)
     check_benchmark(args.benchmark)
@@ -137,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
     dialect, before = find_dialect(args.boxes), _before(args)
     what = (args.checkpoint, args.benchmark, args.data_root)
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
+    how.update(similar=args.similar, similar_from=args.similar_from)
     how.update({name: getattr(args, name) for name in _SETTINGS}, server=server)
     with progress("answering", "question") as advance:
         if shard is None:
@@ -199,7 +203,7 @@ def _take_own_gpu(device: str | None) -> None:
 
 def _before(args: argparse.Namespace) -> Evaluation | None:
     """The evaluation to compare with, read before hours are spent on answers."""
-    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+    from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS, split_name
     from umed_plugin.evaluation.benchmarks.llava_med import is_question_file
     from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX
     from umed_plugin.evaluation.results import Evaluation
@@ -207,21 +211,23 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
     if args.compare is None:
         return None
     before = Evaluation.load(args.compare)
-    asked = (
-        args.benchmark
-        if args.benchmark in BENCHMARKS
-        else "llava_med"
-        if is_question_file(args.benchmark)
-        else GIVEN_BOX.name
-        if args.give_box
-        else "recipe"
-    )
+    of_recipe, _ = split_name(args.benchmark)
+    if of_recipe is not None:
+        asked = of_recipe.benchmark.name
+    elif args.benchmark in BENCHMARKS:
+        asked = args.benchmark
+    elif is_question_file(args.benchmark):
+        asked = "llava_med"
+    else:
+        asked = GIVEN_BOX.name if args.give_box else "recipe"
     if before.benchmark != asked:
         raise UmedError(f"{args.compare}: holds an evaluation of {before.benchmark}, not of {asked}.")
     return before
 
 
 def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation | None) -> None:
+    from umed_plugin.data.similar import WITHOUT_SIMILAR
+    from umed_plugin.evaluation.constants import constant_notes
     from umed_plugin.evaluation.results import compare
     from umed_plugin.evaluation.tables import direction_note, interval_notes, metrics_table, sources_table
 
@@ -229,8 +235,10 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     if "accuracy_average" in evaluation.metrics:
         console.print(sources_table(args.checkpoint.name, evaluation.metrics))
     title, other = (one_line(path.name) for path in (args.checkpoint, args.compare or args.checkpoint))
-    console.print(metrics_table(title, evaluation.metrics, differences, other))
+    console.print(metrics_table(title, evaluation.metrics, differences, other, evaluation.constants))
     notes = [f"95 % intervals, resampled by {evaluation.unit}.", *interval_notes(evaluation.metrics, evaluation.unit)]
+    notes += constant_notes(evaluation.metrics, evaluation.constants)
+    notes += [f"{args.similar} similar cases before each question. {WITHOUT_SIMILAR}"] if args.similar else []
     if differences is not None:
         notes.append(direction_note(differences))
     for line in notes:

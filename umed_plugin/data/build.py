@@ -24,10 +24,12 @@ from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
 from umed_plugin.data.images.options import UsedOptions
 from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.leaks import evaluation_pictures
+from umed_plugin.data.looks import looks_question
 from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
+from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import Request, Seen, look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS, look_at
-from umed_plugin.data.recipes.options import SPLITS
+from umed_plugin.data.recipes.options import SPLITS, ProbesRule
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.data.records import PSEUDO, Record
 from umed_plugin.data.shards import Shard
@@ -145,7 +147,18 @@ def build_records(
             f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
             f"Look with: umed recipe check {recipe.name} --data-root {annotations.root}"
         )
-    return records
+    return records if recipe.probes is None else records + _probes(recipe.probes, records, seed, recipe.name)
+
+
+def _probes(rule: ProbesRule, records: Sequence[Record], seed: int, name: str) -> list[Record]:
+    """Probes of the training split; says which kinds there are none of."""
+    training = [record for record in records if record["split"] == "train"]
+    if not training:
+        return []
+    made, found = probe_records(training, rule.share, seed, rule.kinds)
+    for line in found.told():
+        warn(f"{name}: {line}")
+    return made
 
 
 def read_shard(
@@ -421,6 +434,8 @@ def written_record(
     record = _record(prepared, out_dir, geometry, decimals, seed)
     # Seeded per record: a record's wording does not depend on which others are built.
     rng = random.Random(f"{seed}:{record['id']}")
+    if record["split"] == "train" and (asked := looks_question(record, prepared.item.recipe.looks_share, seed)):
+        record["asked"] = asked
     record["conversations"] = write_conversation(record, geometry, rng, decimals)
     return record
 
@@ -444,6 +459,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         },
         "image_size": list(prepared.size),
         "terms": recipe.names,
+        **({"looks": recipe.looks} if recipe.looks else {}),
         "source": recipe.name,
         "modality": item.modality,
         "patient": item.patient,

@@ -57,6 +57,13 @@ def thumbprint(shown: np.ndarray) -> np.ndarray:
     return fine / length if length > 1 else np.zeros_like(fine)
 
 
+def likeness(one: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Correlation [n] of a thumbnail with others ``[n, 32, 32]``, each as it is, mirrored, or rotated by 90 degrees."""
+    theirs = _flat(others).T
+    best: np.ndarray = np.max([_flat(turned) @ theirs for turned in _turned(one[None])], axis=0)[0]
+    return best
+
+
 class Pictures:
     """Thumbnails of many images, by name."""
 

@@ -21,10 +21,10 @@ import numpy as np
 from umed_plugin import files
 from umed_plugin.data.items import ItemsCheck, as_meant
 from umed_plugin.data.json_list import Placed, items_of
-from umed_plugin.data.records import Record, RecordsCheck
+from umed_plugin.data.records import PROBE, Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
 
-_FORMAT = "index-2"
+_FORMAT = "index-3"
 _COLUMNS = {
     "start": np.int64,
     "length": np.int64,
@@ -32,6 +32,7 @@ _COLUMNS = {
     "has_image": np.bool_,
     "has_reading": np.bool_,
     "labelled": np.bool_,
+    "probe": np.bool_,
     "patient": np.int64,
     "split": np.int32,
     "aspect": np.int32,
@@ -45,8 +46,8 @@ class Index:
     Attributes:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
-            have none); ``patient``, a hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as places in
-            ``names``.
+            have none); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``patient``, a hash of source and patient in 0
+            to 2^63 - 1; ``split`` and ``aspect``, as places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -105,7 +106,7 @@ class RecordFile(Sequence[Record]):
         return self._file
 
     def column(self, name: str) -> np.ndarray:
-        """``words``, ``has_image``, ``has_reading``, ``labelled`` or ``patient`` of the records, [n]."""
+        """``words``, ``has_image``, ``has_reading``, ``labelled``, ``probe`` or ``patient`` of the records, [n]."""
         return self._index.columns[name][self._chosen]
 
     def texts(self, name: str) -> np.ndarray:
@@ -221,7 +222,8 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     turns = (turn.get("value") for turn in item["conversations"] if isinstance(turn, dict))
     words = sum(len(text.split()) for text in turns if isinstance(text, str))
     codes = [names.setdefault(text, len(names)) for text in (split, aspect)]
-    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), _patient_hash(item))
+    probe = item.get("answer_type") == PROBE
+    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), probe, _patient_hash(item))
     return (placed.start, placed.length, words, *about, *codes)
 
 

@@ -3,8 +3,8 @@
 Plain LLaVA trains on ``id``, ``image`` and ``conversations``. The further fields are ``objects`` (ms-swift's schema: ``ref``
 class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
 ``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
-``split``, ``answer_type`` ("grounded" or "negative"), ``provenance``, ``augment`` where the recipe says how its studies may be
-augmented, and ``held_out`` (true) where its ``hold_out`` keeps the study from training.
+``split``, ``answer_type`` ("grounded" or "negative"; "probe" for `umed_plugin.data.probes`), ``provenance``, ``augment`` where
+the recipe says how its studies may be augmented, and ``held_out`` (true) where its ``hold_out`` keeps the study from training.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
+# The answer_type of records whose answer is one of the options in its question: stage 1 trains on them, nothing scores them.
+PROBE = "probe"
 
 # Value of ``provenance.boxes`` where an anomaly map drew the box, and no person. ``provenance.box_score`` is its peak, 0-1.
 PSEUDO = "pseudo"

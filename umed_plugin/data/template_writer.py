@@ -97,7 +97,9 @@ def write_conversation(
     """Write one question and its answer for a record, from its ``objects`` and ``terms``.
 
     Args:
-        record: its ``objects`` (in pixels of the image file, in the order of the answer) and ``terms`` (names) are used.
+        record: its ``objects`` (in pixels of the image file, in the order of the answer) and ``terms`` (names) are used. So are
+            ``asked``, a question of its own (`umed_plugin.data.looks`), and ``similar``, what is said before the question
+            (`umed_plugin.data.similar`).
         geometry: of the record's image. Boxes are written in 0-1 of its square.
         rng: selects the templates. Seed it per record, so that a build can be repeated.
         decimals: of the coordinates.
@@ -109,7 +111,9 @@ def write_conversation(
         UmedError: every template contains a name or synonym of the record's classes.
     """
     terms = [term for names in record["terms"].values() for term in names]
+    # Drawn in any case: the answer's wording does not depend on what is asked.
     question = rng.choice(_without(QUESTIONS, terms, record))
+    question = record.get("similar", "") + record.get("asked", question)
     if record["objects"]["ref"]:
         names = [record["terms"][ref][0] for ref in record["objects"]["ref"]]
         answer = _grounded_answer(names, geometry.to_square(true_boxes(record)), rng, terms, decimals, record)

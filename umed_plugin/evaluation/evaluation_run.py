@@ -16,9 +16,11 @@ from umed_plugin.errors import UmedError, note
 from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answers_of, ask, kept_line
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.llava_med_files import save_for_llava_med
+from umed_plugin.evaluation.constants import best_constants
 from umed_plugin.evaluation.kept_answers import SETTINGS, KeptAnswers
 from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, resampling_unit
+from umed_plugin.evaluation.similar_cases import SimilarCases
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
@@ -46,6 +48,7 @@ class EvaluationSettings:
         server: rollout server that writes the answers; None: this process does.
         give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
         pseudo_boxes: measure records against pseudo-boxes too, which no person drew.
+        similar: what is said before each question of similar training studies; None: nothing.
     """
 
     base: Path | str | None = None
@@ -61,6 +64,7 @@ class EvaluationSettings:
     server: RolloutServer | None = None
     give_box: bool = False
     pseudo_boxes: bool = False
+    similar: SimilarCases | None = None
 
 
 class EvaluationRun:
@@ -90,6 +94,8 @@ class EvaluationRun:
         self._answerer = _answerer(checkpoint, benchmark, settings)
         self._scorer = self._answerer.scorer(settings.dialect)
         self._questions = questions if benchmark.adapt is None else benchmark.adapt(questions, self._scorer)
+        if settings.similar is not None:
+            self._questions = settings.similar.before(self._questions, self._answerer)
         self._kept: KeptAnswers | None = None
         if self._out is not None:
             _refuse_older(self._out / SETTINGS)
@@ -136,6 +142,7 @@ class EvaluationRun:
             resampling_unit([question.patient for question in self._questions]),
             asdict(self._scorer.dialect),
             skipped,
+            best_constants(self._benchmark, self._questions, self._scorer),
         )
         if self._out is not None and self._kept is not None:
             evaluation.save(self._out)

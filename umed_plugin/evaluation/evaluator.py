@@ -16,6 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.evaluation.asking import AnswersQuestions, Progress
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
-from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
+from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS, OF_RECIPES, split_name
 from umed_plugin.evaluation.benchmarks.llava_med import file_benchmark, is_question_file
 from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.evaluation_run import EvaluationRun, EvaluationSettings
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation
+from umed_plugin.evaluation.similar_cases import SimilarCases
 from umed_plugin.files.locks import locked
 
 
@@ -42,18 +44,22 @@ def evaluate(
     limit: int | None = None,
     out: Path | str | None = None,
     progress: Progress | None = None,
+    similar: int = 0,
+    similar_from: Path | str | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Ask a checkpoint the questions of a benchmark, greedily, score the answers and compute the metrics.
 
     Args:
         checkpoint: a full LLaVA checkpoint, a LoRA folder, or any object with the methods of `AnswersQuestions`.
-        benchmark: name of a benchmark, name or YAML of a recipe, or a JSON of records.
+        benchmark: name of a benchmark, name or YAML of a recipe, a JSON of records, or ``probes:`` before one of these two.
         data_root: folder of its files; None: as the recipe says.
         split: ``test``, ``val`` or ``train``; None: ``test``.
         limit: at most this many questions of each part of the benchmark.
         out: folder for the files that docs/evaluation.md lists; a killed run continues from them. None: nothing is written.
         progress: called with (questions done, questions in all).
+        similar: number of similar training studies whose diagnoses stand before each question (`umed_plugin.data.similar`).
+        similar_from: a recipe or JSON of records with these studies; None: the benchmark's own.
         settings: fields of `EvaluationSettings`, such as ``batch_size``.
 
     Raises:
@@ -86,7 +92,8 @@ def evaluate(
         >>> evaluate(SaysYes(), "slake", folder).metrics["closed_accuracy"]
         {'value': 0.5, 'ci95': None, 'n': 2, 'units': 1, 'interval': 'too few'}
     """
-    evaluation = _evaluate(checkpoint, benchmark, data_root, None, split, limit, out, progress, settings)
+    asked = (split, limit, similar, similar_from)
+    evaluation = _evaluate(checkpoint, benchmark, data_root, None, asked, out, progress, settings)
     assert evaluation is not None, "only a shard can end before the evaluation does"
     return evaluation
 
@@ -102,6 +109,8 @@ def evaluate_shard(
     split: str | None = None,
     limit: int | None = None,
     progress: Progress | None = None,
+    similar: int = 0,
+    similar_from: Path | str | None = None,
     **settings: Any,
 ) -> Evaluation | None:
     """`evaluate` by several processes: each answers its share, and whoever finds all answers there computes the metrics.
@@ -110,7 +119,8 @@ def evaluate_shard(
     process to the last digit. A process that was killed is started again with the same command.
 
     Args:
-        checkpoint, benchmark, data_root, split, limit, settings: as for `evaluate`; the same in all processes.
+        checkpoint, benchmark, data_root, split, limit, similar, similar_from, settings: as for `evaluate`; the same in all
+            processes.
         shard: the share of this process.
         out: folder that all processes see.
         wait: wait for the answers of the others, instead of returning without an evaluation.
@@ -122,8 +132,8 @@ def evaluate_shard(
     Raises:
         UmedError: as for `evaluate`.
     """
-    shared = (shard, wait)
-    return _evaluate(checkpoint, benchmark, data_root, shared, split, limit, out, progress, settings)
+    shared, asked = (shard, wait), (split, limit, similar, similar_from)
+    return _evaluate(checkpoint, benchmark, data_root, shared, asked, out, progress, settings)
 
 
 def _evaluate(
@@ -131,13 +141,13 @@ def _evaluate(
     benchmark: Path | str,
     data_root: Path | str | None,
     shared: tuple[Shard, bool] | None,
-    split: str | None,
-    limit: int | None,
+    which: tuple[str | None, int | None, int, Path | str | None],
     out: Path | str | None,
     progress: Progress | None,
     settings: dict[str, Any],
 ) -> Evaluation | None:
     chosen = EvaluationSettings(**settings)
+    split, limit, similar, similar_from = which
     root = None if data_root is None else Path(data_root)
     asked = _benchmark_of(str(benchmark), checkpoint, root, chosen)
     shard = None if shared is None else shared[0]
@@ -151,6 +161,9 @@ def _evaluate(
             skip=chosen.on_bad_image == "skip",
         )
         candidates = asked.candidates(root) if asked.candidates and root else ()
+        if similar:
+            cases = _similar_cases(similar, similar_from, str(benchmark), checkpoint, root, chosen, Path(temporary))
+            chosen = replace(chosen, similar=cases)
         run = EvaluationRun(checkpoint, asked, questions, chosen, out, shard)
         answers = run.ask(progress, wait=shared is None or shared[1])
         return None if answers is None else run.evaluation(answers, skipped, candidates)
@@ -160,7 +173,7 @@ def _benchmark_of(
     name: str, checkpoint: Path | str | AnswersQuestions, root: Path | None, settings: EvaluationSettings
 ) -> Benchmark:
     """A named benchmark, or that of a recipe, whose records are built as the checkpoint sees images."""
-    if settings.give_box and (name in BENCHMARKS or is_question_file(name)):
+    if settings.give_box and (name in BENCHMARKS or split_name(name)[0] is not None or is_question_file(name)):
         raise UsageError(
             f"--give-box needs records with true boxes, of a recipe or a JSON; --benchmark {name} has none."
         )
@@ -172,10 +185,11 @@ def _benchmark_of(
             raise UsageError(f"--benchmark {name} needs --data-root: {named.needs}, from {named.url}")
         return named
     check_benchmark(name)
-    if is_question_file(name):
+    of_recipe, recipe = split_name(name)
+    if of_recipe is None and is_question_file(name):
         return file_benchmark(name, root)
-    return recipe_benchmark(
-        name,
+    studies = recipe_benchmark(
+        recipe,
         data_root=root,
         image_aspect_ratio=_aspect_ratio(checkpoint, settings),
         on_bad_image=settings.on_bad_image,
@@ -184,6 +198,44 @@ def _benchmark_of(
         give_box=settings.give_box,
         pseudo_boxes=settings.pseudo_boxes,
     )
+    return studies if of_recipe is None else _made_of(studies, of_recipe)
+
+
+def _similar_cases(
+    count: int,
+    given: Path | str | None,
+    benchmark: str,
+    checkpoint: Path | str | AnswersQuestions,
+    root: Path | None,
+    settings: EvaluationSettings,
+    work: Path,
+) -> SimilarCases:
+    """Where similar cases are taken from: the training split of ``given``, else of the benchmark's own recipe or records.
+
+    Raises:
+        UsageError: the benchmark has no recipe, and none is given.
+    """
+    _, recipe = split_name(benchmark)
+    if given is None and (benchmark in BENCHMARKS or is_question_file(benchmark)):
+        raise UsageError(
+            f"--similar {count}: {benchmark} has no training studies. Name a recipe or records: --similar-from."
+        )
+    source = recipe if given is None else str(given)
+    studies = recipe_benchmark(
+        source, data_root=root if given is None else None, image_aspect_ratio=_aspect_ratio(checkpoint, settings)
+    )
+    questions = studies.questions(work, "train", work / "similar")
+    kept = Path(source).with_name(f".{Path(source).name}.similar.npz") if source.endswith(".json") else None
+    return SimilarCases(count, [(question.about["record"], question.image) for question in questions], kept)
+
+
+def _made_of(studies: Benchmark, of_recipe: OfRecipe) -> Benchmark:
+    """The benchmark that asks something else about a recipe's studies."""
+
+    def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
+        return of_recipe.made(studies.questions(root, split, work))
+
+    return replace(of_recipe.benchmark, questions=questions)
 
 
 def check_benchmark(name: str) -> None:
@@ -194,12 +246,17 @@ def check_benchmark(name: str) -> None:
     """
     from umed_plugin.data.recipes.recipe import shipped_recipes
 
-    is_file = Path(name).is_file() or Path(name).suffix in (".json", ".jsonl", ".yaml", ".yml")
-    known = {*BENCHMARKS, *shipped_recipes()}
-    if not is_file and name not in known:
-        raise UsageError(
-            unknown_name("benchmark", name, known) + " Or a recipe's YAML, a JSON of records, or LLaVA-Med's .jsonl."
+    of_recipe, recipe = split_name(name)
+    is_file = Path(recipe).is_file() or Path(recipe).suffix in (".json", ".jsonl", ".yaml", ".yml")
+    known = {*shipped_recipes(), *(BENCHMARKS if of_recipe is None else ())}
+    if not is_file and recipe not in known:
+        or_file = (
+            "a recipe's YAML, or a JSON of records"
+            if of_recipe
+            else "a recipe's YAML, a JSON of records, or LLaVA-Med's .jsonl"
         )
+        made = "".join(f", {kind}:RECIPE" for kind in OF_RECIPES) if of_recipe is None else ""
+        raise UsageError(f"{unknown_name('recipe' if of_recipe else 'benchmark', recipe, known)} Or {or_file}{made}.")
 
 
 def _aspect_ratio(checkpoint: Path | str | AnswersQuestions, settings: EvaluationSettings) -> str:

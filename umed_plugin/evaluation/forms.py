@@ -127,6 +127,13 @@ class MetricForm(Form):
     lower_is_better: bool = False
 
 
+class ConstantForm(Form):
+    """What `umed_plugin.evaluation.constants.best_constants` gives for a metric."""
+
+    value: float
+    answer: str
+
+
 class _ResamplingForm(Form):
     unit: str = "image"
 
@@ -141,6 +148,7 @@ class SummaryForm(Form):
     resampling: Optional[_ResamplingForm] = None
     boxes: dict[str, Any] = {}
     skipped: Count = 0
+    constants: dict[str, ConstantForm] = {}
 
 
 class RecipeSummaryForm(SummaryForm):

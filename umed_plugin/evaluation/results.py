@@ -5,10 +5,12 @@ A folder holds ``evaluation.json``::
     {"schema": 2, "benchmark": "vqa_rad", "checkpoint": "...", "template": "mistral_instruct", "boxes": {...},
      "n": 451, "images": 203, "skipped": 0,
      "resampling": {"unit": "image", "units": 203, "resamples": 2000},
-     "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272, "units": 190, "interval": "bootstrap"}, ...}}
+     "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272, "units": 190, "interval": "bootstrap"}, ...},
+     "constants": {"closed_accuracy": {"value": 0.52, "answer": "nothing"}, ...}}
 
 Every metric stands there once, with n and its 95 % confidence interval (`umed_plugin.evaluation.metrics.metric.measure`);
-``resampling`` says what the intervals resample. ``benchmark`` is ``recipe`` for the records of any recipe.
+``resampling`` says what the intervals resample. ``constants`` has the best answer that never looks at an image
+(`umed_plugin.evaluation.constants`). ``benchmark`` is ``recipe`` for the records of any recipe.
 
 Beside it ``predictions.jsonl`` has a line for each question: id, image, question, answer, truth, options, losses, groups; what a
 further pass of the model found (``examined``); how the answer scores (``values``, ``cluster``); and keys of the benchmark's own,
@@ -97,6 +99,7 @@ class Evaluation:
         unit: what the intervals resample, such as "patient".
         boxes: the form in which boxes were read, see `umed_plugin.grounding.dialects.BoxDialect`.
         skipped: questions that were left out because their image is missing.
+        constants: name -> what `umed_plugin.evaluation.constants.best_constants` gives; empty in files of earlier versions.
     """
 
     benchmark: str
@@ -107,6 +110,7 @@ class Evaluation:
     unit: str = "image"
     boxes: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
+    constants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """What the metrics are computed from."""
@@ -128,6 +132,7 @@ class Evaluation:
             "skipped": self.skipped,
             "resampling": {"unit": self.unit, "units": len(clusters), "resamples": RESAMPLES},
             "metrics": self.metrics,
+            "constants": self.constants,
         }
         files.write_json(Path(folder) / SUMMARY, summary)
 
@@ -175,6 +180,7 @@ def _of_lines(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], fo
         (summary.get("resampling") or {}).get("unit", "image"),
         summary.get("boxes", {}),
         summary.get("skipped", 0),
+        summary.get("constants", {}),
     )
 
 

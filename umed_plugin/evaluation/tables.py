@@ -7,6 +7,7 @@ from typing import Any
 
 from umed_plugin.evaluation.metrics.metric import BOOTSTRAP, EXACT, FEW, FEWEST, TOO_FEW
 from umed_plugin.grounding.dialects import BoxDialect
+from umed_plugin.terminal.text import one_line
 
 _SHOWN = 60  # characters of an answer
 _NAMED = 8  # metrics in a sentence
@@ -17,6 +18,7 @@ def metrics_table(
     metrics: Mapping[str, Mapping[str, Any]],
     differences: Mapping[str, Mapping[str, Any]] | None = None,
     before: str = "the other",
+    constants: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Any:
     """A rich table: one row per metric, with its 95 % interval and n, and the paired difference from another evaluation.
 
@@ -25,17 +27,24 @@ def metrics_table(
         metrics: name -> value, ci95, n, as an `umed_plugin.evaluation.results.Evaluation` has them.
         differences: name -> difference, ci95, n, as `umed_plugin.evaluation.results.compare` gives them.
         before: name of the other evaluation, which is subtracted.
+        constants: name -> value, answer, as `umed_plugin.evaluation.constants.best_constants` gives them.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table()
     table.add_column("metric")
     table.add_column(title, justify="right")
     table.add_column("n", justify="right")
+    if constants:
+        table.add_column("without looking")
     if differences is not None:
         table.add_column(f"{title} −\n{before}", justify="right")
     for name, measured in metrics.items():
         cells = [formatted(measured["value"], measured["ci95"]), str(measured["n"])]
+        if constants:
+            best = constants.get(name)
+            cells.append("" if best is None else escape(f"{best['value']:.3f} {one_line(best['answer'])}"))
         if differences is not None:
             difference = differences.get(name, {"difference": None, "ci95": None})
             cells.append(formatted(difference["difference"], difference["ci95"], "+.3f"))

@@ -48,6 +48,7 @@ from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.first_process import first_process_does
 from umed_plugin.training.label_share import own_share
 from umed_plugin.training.replay import RECORDS
+from umed_plugin.training.similar_records import similar_records
 
 # What PIL, the image processors and the tokenizers raise for one bad record.
 UNREADABLE = (
@@ -81,6 +82,8 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     if data_args.data_path is not None:
         parts.append(_file_records(data_args, flags, split, marks))
     records = JoinedRecords(parts)
+    if flags.umed_stage == REWARDING:
+        records = _without_probes(records, training_args.process_index == 0)
     of_split = records.where(records.texts("split") == split)
     if len(of_split) < len(records) and split == "train":
         _tell_other_splits(records.texts("split").tolist())
@@ -111,6 +114,14 @@ def _with_true_boxes(records: JoinedRecords, split: str) -> JoinedRecords:
             "the records that `umed recipe build` writes."
         )
     return labelled
+
+
+def _without_probes(records: JoinedRecords, tell: bool) -> JoinedRecords:
+    """Stage 2 rewards diagnoses with boxes; the answer to a probe is one of its options."""
+    probes = records.column("probe")
+    if probes.any() and tell:
+        note(f"{int(probes.sum())} probes are left out: stage 1 trains on them, stage 2 does not.")
+    return records.where(~probes) if probes.any() else records
 
 
 def _tell_other_splits(splits: Sequence[str]) -> None:
@@ -300,6 +311,9 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
             self.image_cache = ImageCache(
                 self.flags.umed_image_cache, data_args.image_processor, data_args.image_aspect_ratio, most_bytes
             )
+        if self.flags.umed_similar:
+            studies = self.list_data_dict if split == "train" else training_records(data_args, training_args)
+            self.list_data_dict = similar_records(self, training_args, split, studies)
 
     @property
     def lengths(self) -> list[int]:
@@ -329,9 +343,12 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
 
     def load_image(self, index: int) -> torch.Tensor:
         """The record's image as LLaVA's training sees it, float [3, S, S]."""
-        path = str(self.image_path(index))
+        return self.load_pixels(str(self.image_path(index)), self.list_data_dict[index].get("reading"))
+
+    def load_pixels(self, path: str, reading: Any = None) -> torch.Tensor:
+        """An image file as LLaVA's training sees it, float [3, S, S]; only the image cache heeds ``reading``."""
         if self.image_cache is not None:
-            return self.image_cache.pixels(path, self.list_data_dict[index].get("reading"))
+            return self.image_cache.pixels(path, reading)
         check_picture(Path(path))
         processor = self.data_args.image_processor
         image = Image.open(path).convert("RGB")

@@ -223,7 +223,8 @@ def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:
     from umed_plugin.data.records import with_pseudo_boxes
 
     counts = Counter(record["answer_type"] for record in records)
-    note(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without")
+    probes = f", {counts['probe']} probes and controls" if counts["probe"] else ""
+    note(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without{probes}")
     if args.tower is not None:
         pseudo = len(with_pseudo_boxes(records))
         note(

@@ -84,9 +84,10 @@ def write_diagnoses(
 
 
 def _tasks(settings: WriterSettings, records: list[Record], folder: Path) -> list[ImageTask]:
+    from umed_plugin.data.writing.merge import needs_text
     from umed_plugin.data.writing.steps import ImageTask
 
-    return [ImageTask(record, folder, settings.diagnosis) for record in records if record["objects"]["ref"]]
+    return [ImageTask(record, folder, settings.diagnosis) for record in records if needs_text(record)]
 
 
 def _run_with_progress(settings: WriterSettings, account: Account, tasks: list[ImageTask]) -> Outcome:

@@ -12,6 +12,7 @@ from typing import Any
 
 from umed_plugin.commands.report.forms import ManifestForm, RunSummaryForm
 from umed_plugin.commands.report.run_folder import Run, Training
+from umed_plugin.data.similar import WITHOUT_SIMILAR
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.forms import Form, check_object
@@ -73,6 +74,8 @@ def about_training(training: Training) -> Facts:
     if training.settings.get("max_steps", -1) > 0:  # it overrides the epochs
         del names["num_train_epochs"]
     facts = _known(training.settings, names)
+    if training.settings.get("umed_similar"):
+        facts.append(("similar cases", f"{training.settings['umed_similar']} before each question. {WITHOUT_SIMILAR}"))
     return [*facts, *([("duration", duration(training.seconds))] if training.seconds else [])]
 
 

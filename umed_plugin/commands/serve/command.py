@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.machine import add_dtype_flag
+from umed_plugin.commands.similar_flags import add_similar_flags, check_similar_flags
 from umed_plugin.errors import say
 
 _SECONDS_TO_END = 20
@@ -53,6 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="maximum tokens of an answer (default: 256)"
     )
+    add_similar_flags(parser, "needed with --similar")
     add_dtype_flag(parser)
     parser.set_defaults(run=run)
 
@@ -65,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("upload_mb", "megapixels", "max_new_tokens"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}. Allowed: 1 or more.")
+    check_similar_flags(args)
+    if args.similar and args.similar_from is None:
+        raise UsageError(
+            f"--similar {args.similar}: name a recipe or records with the training studies: --similar-from."
+        )
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
     give_large_blocks_back()
@@ -76,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
     say(f"umed serve: loading {args.checkpoint}")
     dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens, args.dtype)
+    if args.similar:
+        dialogue.look_up(args.similar, args.similar_from)
     shelf = Shelf(args.upload_mb * 10**6, args.megapixels)
     # Service managers stop with SIGTERM; the images must be removed then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

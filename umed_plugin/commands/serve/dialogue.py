@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import base64
 import re
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
+from umed_plugin.data.leaks import thumbprint
+from umed_plugin.data.similar import Bank, Case, make_bank
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
 from umed_plugin.grounding.dialects import LLAVA
@@ -115,8 +119,49 @@ class Dialogue:
         warn_of_other_family(template, self.llava.config.model_type)
         self.most_tokens = most_tokens
         self.terms = shipped_terms()
+        self._similar: Optional[tuple[Bank, int]] = None
+        self._said: OrderedDict[Hashable, str] = OrderedDict()
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
         self._held: OrderedDict[Hashable, _Held] = OrderedDict()
+
+    @torch.no_grad()
+    def look_up(self, count: int, source: str) -> None:
+        """From now on, begin each conversation with what the ``count`` most similar training studies of ``source`` show.
+
+        Args:
+            source: a recipe, or a JSON of records.
+
+        Raises:
+            UmedError: it has no training studies, or an image cannot be read.
+        """
+        from llava.mm_utils import process_images
+
+        from umed_plugin.data.images import open_image
+        from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
+
+        def encode(cases: Sequence[Case]) -> Any:
+            pixels = process_images(
+                [open_image(case.path, case.reading and dict(case.reading)) for case in cases],
+                self.processor,
+                self.llava.config,
+            )
+            return encode_images(self.model, pixels).float().mean(dim=1).cpu().numpy()
+
+        studies = recipe_benchmark(source, image_aspect_ratio=self.mode, render=False)
+        with tempfile.TemporaryDirectory(prefix="umed-serve-") as work:
+            questions = studies.questions(Path(work), "train", Path(work))
+            placed = [{**question.about["record"], "image": question.image} for question in questions]
+            self._similar = make_bank(placed, "", encode), count
+
+    def _before(self, key: Hashable, picture: Image, features: Tensor) -> str:
+        """What is said before the first question about a picture. Its patient is not known; near-duplicates are left out."""
+        if self._similar is None:
+            return ""
+        if key not in self._said:
+            bank, count = self._similar
+            feature = features[0].float().mean(dim=0).cpu().numpy()
+            self._said[key] = bank.said(Case("", ""), feature, thumbprint(np.asarray(picture)), count)
+        return str(_latest(self._said, key, MOST_PICTURES))
 
     @torch.no_grad()
     def answer(
@@ -136,7 +181,8 @@ class Dialogue:
         """
         features = self._image_features(key, picture)
         turns = [turn for turn in turns if turn[1].strip()]
-        ids, forgotten = self._fitting_prompt(turns, question, features.shape[1])
+        before = self._before(key, picture, features)
+        ids, forgotten = self._fitting_prompt(turns, question, features.shape[1], before)
         token_ids = self._generated(key, ids, features, tell)
         text = self._shown(token_ids).split(self._stop())[0].strip()
         tower = self.llava.get_vision_tower().config
@@ -180,7 +226,7 @@ class Dialogue:
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
         """Drop the features and KV caches of all keys for which ``belongs`` is true. One call at a time, like all methods."""
-        for kept in (self._features, self._held):
+        for kept in (self._features, self._held, self._said):
             for key in [key for key in kept if belongs(key)]:
                 del kept[key]
 
@@ -193,25 +239,27 @@ class Dialogue:
             self._features[key] = encode_images(self.model, pixels)
         return _latest(self._features, key, MOST_PICTURES)
 
-    def _fitting_prompt(self, turns: Sequence[Turn], question: str, patches: int) -> tuple[Tensor, int]:
+    def _fitting_prompt(
+        self, turns: Sequence[Turn], question: str, patches: int, before: str = ""
+    ) -> tuple[Tensor, int]:
         """Token ids [L] of the prompt, and the number of earliest turns that were left out so that it fits."""
         most = self.llava.config.max_position_embeddings - self.most_tokens
         for forgotten in range(len(turns) + 1):
-            ids = self._prompt(turns[forgotten:], question)
+            ids = self._prompt(turns[forgotten:], question, before)
             if len(ids) - 1 + patches <= most:
                 return ids, forgotten
         raise UmedError(
             f"The question is too long: {len(ids) - 1} tokens. This model has room for {most - patches}. Shorten it."
         )
 
-    def _prompt(self, turns: Sequence[Turn], question: str) -> Tensor:
+    def _prompt(self, turns: Sequence[Turn], question: str, before: str = "") -> Tensor:
         from llava.constants import DEFAULT_IMAGE_TOKEN
         from llava.mm_utils import tokenizer_image_token
 
         conversation = conversation_template(self.template)
         parts = [part.replace(DEFAULT_IMAGE_TOKEN, "") for turn in [*turns, (question,)] for part in turn]
         for number, part in enumerate(parts):
-            message = part if number else image_and(part, self.llava.config)
+            message = part if number else image_and(before + part, self.llava.config)
             conversation.append_message(conversation.roles[number % 2], message)
         conversation.append_message(conversation.roles[1], None)
         return tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")

@@ -58,6 +58,19 @@ class AbnormalityClass(StrictModel):
         min_length=1, description="Plain name, written in diagnoses. Classes with the same name become one class."
     )
     synonyms: list[str] = Field([], description="Further names that count as naming the class in an answer.")
+    looks: str = Field(
+        "",
+        description="What the class looks like, as the end of a sentence: ``a small bright disc``. Some training questions say "
+        "it (``looks_share``), and so does the prompt of ``--writer openai``.",
+    )
+
+    @field_validator("looks")
+    @classmethod
+    def _one_sentence(cls, value: str) -> str:
+        text = " ".join(value.split()).rstrip(".")
+        if value and (not text or re.search(r"[.!?]\s", text)):
+            raise ValueError(f"is {value!r}; needed: one sentence, such as: a small bright disc")
+        return text
 
 
 class WindowRange(StrictModel):
@@ -281,6 +294,24 @@ class ImageList(StrictModel):
     files: str = Field(description="The CSV under the data root. A pattern stands for the one file that it matches.")
     file: Column = Field(description="Column of the image file. Folders in it are not compared.")
     delimiter: str = Field(",", description="Character between two columns.")
+
+
+ProbeKind = Literal["wrong_image", "removed_option", "false_premise", "suggestion"]
+
+
+class ProbesRule(StrictModel):
+    """Probes in the training split (see Evaluation): questions to refuse, wrong suggestions, and their controls."""
+
+    share: float = Field(
+        gt=0,
+        le=1,
+        description="Number of probes and controls to add, as a share of the training records. 0.1 is a start.",
+    )
+    kinds: list[ProbeKind] = Field(
+        ["wrong_image", "removed_option", "false_premise", "suggestion"],
+        min_length=1,
+        description="Which probes to add, in equal parts.",
+    )
 
 
 class NegativeList(StrictModel):

@@ -22,6 +22,7 @@ from umed_plugin.data.recipes.options import (
     ImageOptions,
     InWords,
     NegativeRule,
+    ProbesRule,
     SplitRule,
     UsageTerms,
     with_text_keys,
@@ -65,6 +66,13 @@ class Recipe(StrictModel):
     classes: dict[str, AbnormalityClass] = Field(
         min_length=1, description="Class in the annotations, and its plain name and synonyms."
     )
+    looks_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the training studies of one class, and of those without a lesion, that are asked for one class: "
+        "``Find: NAME, that is LOOKS.``, or in one of four ``Find: NAME.`` Only for classes that have ``looks``.",
+    )
     ignore_classes: list[str] = Field(
         [],
         description="Classes to ignore. An image that holds one is left out whole: it is neither negative nor fully described.",
@@ -101,6 +109,9 @@ class Recipe(StrictModel):
     hold_out: Optional[HoldOut] = Field(
         None, description="Classes that training never sees: their images are in the test alone."
     )
+    probes: Optional[ProbesRule] = Field(
+        None, description="Adds probes to the training split. In a mixture, the mixture's own key counts."
+    )
     path: str = Field("", description="Path of the YAML file.")
     sha256: str = Field("", description="SHA-256 of the YAML file.")
     mixture: str = Field("", description="Name and SHA-256 of the mixture that this recipe is a source of, or empty.")
@@ -120,6 +131,11 @@ class Recipe(StrictModel):
             words = merged.setdefault(entry.name, [entry.name])
             words += [synonym for synonym in entry.synonyms if synonym not in words]
         return merged
+
+    @property
+    def looks(self) -> dict[str, str]:
+        """Plain name of a class -> what it looks like, of those that say it."""
+        return {entry.name: entry.looks for entry in reversed(list(self.classes.values())) if entry.looks}
 
     def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
         """The folder of the data set.
@@ -179,6 +195,9 @@ class Mixture(StrictModel):
     split: MixedSplit = Field(MixedSplit(), description="Split of the sources that are split by patient.")
     hold_out: Optional[HoldOut] = Field(
         None, description="Classes and sources that training never sees: their images are in the test alone."
+    )
+    probes: Optional[ProbesRule] = Field(
+        None, description="Adds probes to the training split; wrong images are of other sources too."
     )
     recipes: dict[str, Recipe] = Field({}, description="Recipe of each source, with the mixture's split.")
     path: str = Field("", description="Path of the YAML file.")
@@ -382,6 +401,8 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
         faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")
     for ignored in set(recipe.ignore_classes) & set(recipe.classes):
         faults.add("ignore_classes", f"{ignored!r} is in classes too; keep one of them")
+    if recipe.looks_share and not recipe.looks:
+        faults.add("looks_share", "has no effect: no class has looks. Give classes.NAME.looks, or remove it")
     owners: dict[str, str] = {}
     for name, words in recipe.names.items():
         for word in words:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.grounding.boxes import Box, find_boxes, format_box, parse_boxes, rewrite_boxes, round_box
@@ -42,6 +43,7 @@ class Findings:
         boxes01: box of each lesion, xyxy, 0-1 of the square, not rounded.
         decimals: number of decimals of coordinates in text.
         class_names: class -> plain name and synonyms, for all classes of the source.
+        looks: plain name -> what the class looks like, of those whose recipe says it.
     """
 
     refs: tuple[str, ...]
@@ -49,6 +51,7 @@ class Findings:
     boxes01: tuple[Box, ...]
     decimals: int
     class_names: dict[str, list[str]]
+    looks: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Record) -> Findings:
@@ -56,7 +59,8 @@ class Findings:
         refs = record["objects"]["ref"]
         boxes = record_geometry(record).to_square(true_boxes(record))
         names = tuple(record["terms"][ref][0] for ref in refs)
-        return cls(tuple(refs), names, tuple(boxes), record["provenance"]["box_decimals"], record["terms"])
+        decimals, looks = record["provenance"]["box_decimals"], record.get("looks", {})
+        return cls(tuple(refs), names, tuple(boxes), decimals, record["terms"], looks)
 
     @property
     def rounded(self) -> list[Box]:
@@ -70,9 +74,12 @@ class Findings:
         return next(matches, None)
 
     def lines(self) -> str:
-        """One line per lesion: number, name, box."""
-        pairs = enumerate(zip(self.names, self.boxes01), start=1)
-        return "\n".join(f"{number}. {name} at {format_box(box, self.decimals)}" for number, (name, box) in pairs)
+        """One line per lesion: number, name, box, and what such a finding looks like in general, where the recipe says it."""
+        lines = []
+        for number, (name, box) in enumerate(zip(self.names, self.boxes01), start=1):
+            looks = f" (in general: {self.looks[name]})" if name in self.looks else ""
+            lines.append(f"{number}. {name} at {format_box(box, self.decimals)}{looks}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Union
 
-from umed_plugin.data.records import Record
+from umed_plugin.data.records import PROBE, Record
 from umed_plugin.data.writing.prompts import Prompts
 from umed_plugin.data.writing.steps import SetAside, WrittenDiagnosis
 from umed_plugin.data.writing.writer import Outcome
@@ -14,12 +14,17 @@ from umed_plugin.data.writing.writer import Outcome
 WRITER = "openai"
 
 
+def needs_text(record: Record) -> bool:
+    """Whether the model writes the record's diagnosis: it shows a lesion, and is no probe."""
+    return bool(record["objects"]["ref"]) and record["answer_type"] != PROBE
+
+
 def with_texts(
     records: Iterable[Record], outcome: Outcome, model: str, prompts: Prompts
 ) -> tuple[list[Record], list[Record]]:
     """Put the texts into copies of the records.
 
-    Images without a lesion keep the offline writer's text. Images without a reply are left out.
+    Images without a lesion, and probes, keep the offline writer's text. Images without a reply are left out.
 
     Returns:
         the records to train on, and those set aside: they carry the rejected text, and its faults under ``aside``.
@@ -28,7 +33,7 @@ def with_texts(
     set_aside: list[Record] = []
     for record in records:
         name = record["id"]
-        if not record["objects"]["ref"]:
+        if not needs_text(record):
             finished.append(record)
         elif name in outcome.written:
             finished.append(_with_text(record, outcome.written[name], model, prompts))

@@ -108,6 +108,21 @@ class Benchmark:
     reads_boxes: bool = False
 
 
+@dataclass(frozen=True)
+class OfRecipe:
+    """A benchmark made from the studies of any recipe or JSON of records: ``--benchmark NAME:RECIPE``.
+
+    A file of this folder that ends with ``OF_RECIPE = OfRecipe(...)`` adds one.
+
+    Attributes:
+        benchmark: all but its questions.
+        made: (the recipe's studies as questions, each with its ``record`` in ``about``) -> the questions to ask.
+    """
+
+    benchmark: Benchmark
+    made: Callable[[Sequence[BenchmarkQuestion]], list[BenchmarkQuestion]]
+
+
 # A hook for what needs the model again once it has answered, such as attention. It is called for each batch while the prompts,
 # with their image features, are in memory: (answerer, N questions, their N embedded prompts, their N answers) -> N dicts of JSON
 # values. `score` and `details` find the dict of a question in `ModelAnswer.examined`; it is kept with the answer on disk.
@@ -125,10 +140,27 @@ def read_json(file: Path, benchmark: str) -> Any:
     """
     if not file.is_file():
         raise UmedError(f"{file}: no such file; {benchmark} needs it. Is --data-root the folder that holds it?")
+    check_whole(file)
     try:
         return parse_json(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UmedError(f"{file}: not JSON ({error}). Download it again.") from error
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def check_whole(file: Path) -> None:
+    """Refuse the few lines that git leaves in place of a large file, which many published repositories hold.
+
+    Raises:
+        UmedError: it is such a pointer.
+    """
+    with file.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise UmedError(
+                f"{file}: is a Git LFS pointer and not the file itself. Get it: git lfs pull, in its repository."
+            )
 
 
 def read_records(file: Path, benchmark: str) -> list[Any]:
@@ -169,7 +201,7 @@ def questions_of_rows(
         count += 1
         try:
             if not isinstance(row, Mapping):
-                raise UmedError(f"{where}: is a {type(row).__name__}, not an object.")
+                raise UmedError(f"{where}: is {_shown(row)}, not an object.")
             listed += make(row, where)
         except _ODD as error:
             message = str(error) if isinstance(error, UmedError) else f"{where}: {type(error).__name__}: {error}"
@@ -182,6 +214,11 @@ def questions_of_rows(
         raise UmedError(f"{benchmark}: {len(odd)} of {count} rows cannot be read. Is it the right file?\n{shown}")
     warn(f"{benchmark}: {len(odd)} of {count} rows are left out, because they cannot be read:\n{shown}")
     return listed
+
+
+def _shown(row: Any) -> str:
+    """What a row is that is no object: its type, and a text itself."""
+    return f"a {type(row).__name__}" + (f" ({row[:80]})" if isinstance(row, str) else "")
 
 
 def field_of(record: Mapping[str, Any], where: str, *names: str) -> Any:

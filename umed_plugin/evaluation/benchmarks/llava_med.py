@@ -18,6 +18,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
+    check_whole,
     existing_image,
     field_of,
     find_one,
@@ -76,6 +77,7 @@ def _of_file(file: Path, root: Path) -> list[BenchmarkQuestion]:
 
 
 def _lines(file: Path) -> list[Any]:
+    check_whole(file)
     rows = []
     for line in file.read_text(encoding="utf-8-sig").split("\n"):
         if line.strip():

@@ -71,6 +71,10 @@ def _question(record: dict[str, Any], task: str, where: str, folders: Sequence[P
     if not (isinstance(turns, list) and turns and isinstance(turns[0], list) and len(turns[0]) == 2):
         raise UmedError(f"{where}: its conversations are not pairs of question and answer: {str(turns)[:80]!r}.")
     asked, truth = str(turns[0][0]), str(turns[0][1])
+    if task == "VG" and not DIALECTS["qwen_vl"].read(truth, 1000, 1000):
+        raise UmedError(f"{where}: its answer {truth[:80]!r} has no box that could be found.")
+    if not truth.strip():
+        raise UmedError(f"{where}: its answer is empty.")
     return BenchmarkQuestion(
         id=f"{task}/{identity}",
         image=existing_image(folders, f"{identity}.png", where),

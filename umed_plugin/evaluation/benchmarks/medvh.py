@@ -1,12 +1,15 @@
 """MedVH: hallucination of chest X-ray models, by multiple choice, false confidence justification and reports.
 
-Gu et al. (arXiv 2407.02730). JSON lists in ``multi_choices`` and ``text_generation``, told apart by their names:
+Gu et al. (arXiv 2407.02730). JSON lists in ``multi_choices`` and ``text_generation``, told apart by the names of
+files and folders (the published folder ``baseline_worngful_image`` is misspelt):
 
 - multiple choice (wrong image, none of the above, clinically incorrect question, their baselines): ``question``, ``choices`` in
   one text ("A: ..., B: ..."), ``gt``, which is "C" or "C: ...". Where the two differ ("a: atelectasis", which is D), the text
   counts; a row whose ``gt`` is no choice is left out and named. An answer that states no letter counts as the choice with the
   highest difflib ratio to it. The authors compare the answer's first character with the whole ``gt``; the first character alone
-  is reported too.
+  is reported too. In ``NOTA``, ``cli`` and ``wrongful_image`` the right choice is the last one in every row, and in ``pre`` it is
+  "no" in every row. So ``says_last`` stands beside the accuracy, and ``balanced_accuracy`` is the mean of a task and its
+  baseline.
 - false confidence justification (``FCJ``): a wrong answer is suggested. Departure: the authors let a language model read the
   justification; here the model is asked to begin with the letter that it considers right, and that letter counts.
 - report (``report``): ``gt_labels`` (or ``pos_labels``) are what the image shows. Departure: the authors label reports with
@@ -24,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
@@ -35,7 +38,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     read_records,
 )
 from umed_plugin.evaluation.metrics.choices import LETTERS, chosen_option, right_option
-from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, means, ratio
+from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, mean_of_groups, means, ratio
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.grounding.terms import named_classes
 from umed_plugin.model.answerer import ModelAnswer
@@ -64,6 +67,7 @@ FINDINGS = {
     ),
 }
 NOTHING = "No Finding"
+_BASELINE = "_baseline"
 _CHOICE = re.compile(r"(?:^|\s)([A-J])\s*:\s*")
 _ASKED = (
     "Please respond with the correct answer letter. No explanation is needed. Question: {question} Choices: {choices}"
@@ -78,12 +82,44 @@ _REPORT = "Write a radiology report of this chest X-ray. Name every abnormality 
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of every file in the two folders; a task is named after its file."""
     find_one(root, ["multi_choices/**/*.json", "text_generation/**/*.json"], "medvh")
-    listed = []
+    listed: list[BenchmarkQuestion] = []
     for file in sorted([*root.glob("multi_choices/**/*.json"), *root.glob("text_generation/**/*.json")]):
-        task = re.sub(r"^test_|_src$", "", file.stem).lower()
+        task = task_of(file)
         rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "medvh")))
         listed += questions_of_rows(rows, partial(_questions, task=task, file=file), f"medvh/{task}")
-    return listed
+    return _paired(listed)
+
+
+def task_of(file: Path) -> str:
+    """The task of a file, by its name and its folder's: ``nota``, ``nota_baseline``, ``fcj``, ``report_generation``, ..."""
+    task = re.sub(r"^test_|_src$", "", file.stem).lower()
+    if file.parent.name.lower().startswith(_BASELINE.strip("_")) and not task.endswith(_BASELINE):
+        task += _BASELINE
+    return task.replace("worngful", "wrongful")
+
+
+def _paired(listed: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
+    """The questions; those of a task and its baseline get the group ``pair``, unless both files ask the same."""
+    by_task: dict[str, list[BenchmarkQuestion]] = {}
+    for question in listed:
+        by_task.setdefault(question.groups["part"], []).append(question)
+    pairs = set()
+    for task in sorted(by_task):
+        baseline = by_task.get(task + _BASELINE)
+        if baseline is None:
+            continue
+        if [(q.text, q.truth) for q in baseline] == [(q.text, q.truth) for q in by_task[task]]:
+            warn(
+                f"medvh/{task}: its file and its baseline's hold the same questions and answers: no balanced accuracy."
+            )
+        else:
+            pairs |= {task, task + _BASELINE}
+    return [
+        replace(q, groups={**q.groups, "pair": q.groups["part"].removesuffix(_BASELINE)})
+        if q.groups["part"] in pairs
+        else q
+        for q in listed
+    ]
 
 
 def _questions(record: dict[str, Any], where: str, *, task: str, file: Path) -> list[BenchmarkQuestion]:
@@ -170,14 +206,13 @@ def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> d
 
 
 def metrics(rows: Sequence[Row]) -> list[Metric]:
-    """Accuracy by task, and how often the last choice is taken; wrong suggestions accepted; CHAIR and recall of reports.
-
-    In three of the published tasks the last choice is right in every row: an accuracy near ``says_last`` says nothing there.
-    """
+    """Accuracy by task, balanced with its baseline, and how often the last choice is taken; wrong suggestions; reports."""
     accuracy, first, takes, last = means("accuracy", "accuracy_first_character", "takes_suggestion", "says_last")
+    balanced = Metric("balanced_accuracy", mean_of_groups("accuracy", "part"), ("accuracy", "part"))
     return [
         *by_group(accuracy, "part", rows),
-        *by_group(last, "part", rows),
+        *by_group(balanced, "pair", rows),
+        *by_group(replace(last, rates=False), "part", rows),
         *by_group(first, "part", rows),
         replace(takes, lower_is_better=True),
         Metric(
@@ -196,8 +231,8 @@ BENCHMARK = Benchmark(
     title="MedVH, hallucination on chest X-rays",
     needs="`multi_choices/` and `text_generation/`",
     url="https://physionet.org/content/medvh (credentialed access)",
-    reported="accuracy of each task, share of answers that take the last choice, wrong suggestions taken; of reports CHAIR and "
-    "recall",
+    reported="accuracy of each task, balanced accuracy of a task and its baseline, share of answers that take the last choice, "
+    "wrong suggestions taken; of reports CHAIR and recall",
     questions=questions,
     score=score,
     metrics=metrics,

@@ -1,23 +1,26 @@
 """PMC-VQA: questions about figures of biomedical papers, with four choices (choice) and without (blank).
 
-Zhang et al. (arXiv 2305.10415). A CSV (``test.csv``, ``test_2.csv``, ``test_clean.csv``) with ``Figure_path``, ``Question``,
-``Choice A`` .. ``Choice D``, ``Answer`` (older files: ``Anwser``) and, in newer files, ``Answer_label``; values may begin with
-" A:". In both tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script. Departure: an
-answer that begins with a letter counts as that letter; their script looks at the last character alone, which suits models that
-were trained to answer with it.
+Zhang et al. (arXiv 2305.10415). A CSV with ``Figure_path``, ``Question``, ``Choice A`` .. ``Choice D`` and ``Answer``; values may
+begin with " A:". In ``test.csv`` and ``test_clean.csv`` the answer (in older files ``Anwser``) is a text, and ``Answer_label`` a
+letter. In ``test_2.csv`` the answer is the letter, and there are ``index``, ``Caption`` and ``split`` too. In both
+tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script. Departure: an answer that
+begins with a letter counts as that letter; their script looks at the last character alone, which suits models that were trained
+to answer with it.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from umed_plugin.data.texts import read_rows
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
+    check_whole,
     existing_image,
     field_of,
     find_one,
@@ -35,16 +38,24 @@ _BLEU_1 = ("ngrams_shared_1", "ngrams_said_1", "words_said", "words_wanted")
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """Two questions for each row: with the choices, and without."""
     file = find_one(root, ["test_clean.csv", "test_2.csv", "test.csv", "*test*.csv"], "pmc_vqa")
-    folders = [root / "images_2", root / "images", root / "figures", root]
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        rows = ((f"{file}, line {number}", row) for number, row in enumerate(csv.DictReader(stream), start=2))
-        return questions_of_rows(rows, lambda row, where: _of_row(row, where, folders), "pmc_vqa")
+    folders = [root / name for name in ("images_2", "images_2/figures", "images", "figures", ".")]
+    check_whole(file)
+    head, *body = [row for row in read_rows(file) if row] or [[]]
+    rows = ((f"{file}, row {number}", _record(head, row)) for number, row in enumerate(body, start=2))
+    return questions_of_rows(rows, lambda row, where: _of_row(row, where, folders), "pmc_vqa")
+
+
+def _record(head: Sequence[str], row: Sequence[str]) -> Any:
+    """A row by its headers; a row with another number of cells has slipped, and is told as what it is."""
+    return dict(zip(head, row)) if len(row) == len(head) else f"{len(row)} cells, and the header has {len(head)}"
 
 
 def _of_row(record: dict[str, str], where: str, folders: Sequence[Path]) -> list[BenchmarkQuestion]:
     image = existing_image(folders, field_of(record, where, "Figure_path"), where)
     question = field_of(record, where, "Question").strip()
     choices = [_plain(field_of(record, where, f"Choice {letter}")) for letter in LETTERS[:4]]
+    if not question or not all(choices):
+        raise UmedError(f"{where}: its question or one of its choices is empty: {question!r}, {choices}.")
     right = _right(record, choices, where)
     options = " ".join(f"{letter}: {choice}" for letter, choice in zip(LETTERS, choices))
     about = {"choices": choices, "right": right}

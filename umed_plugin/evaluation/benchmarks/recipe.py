@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES
-from umed_plugin.data.records import Record, record_geometry, true_boxes, with_pseudo_boxes
+from umed_plugin.data.records import PROBE, Record, record_geometry, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.grounding import (
@@ -366,9 +366,8 @@ def recipe_benchmark(
                 on_bad_image=on_bad_image,
                 render=render,
             )
-        return record_questions(
-            [record for record in records if record["split"] == split], folder, pseudo_boxes=pseudo_boxes
-        )
+        asked = [record for record in records if record["split"] == split and record["answer_type"] != PROBE]
+        return record_questions(asked, folder, pseudo_boxes=pseudo_boxes)
 
     return replace(GIVEN_BOX if give_box else RECIPE, questions=questions)
 

@@ -74,6 +74,7 @@ class Metric:
         limits: the least and the greatest value that a question can have, if the statistic is a mean of the questions; an exact
             interval needs them.
         lower_is_better: whether a positive difference is for the worse.
+        rates: whether it rates the answers; False if it only describes them, such as how often the last choice is taken.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Metric:
     where: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
     lower_is_better: bool = False
+    rates: bool = True
 
     def takes(self, row: Row) -> bool:
         """Whether the row has all columns and belongs to the groups."""
@@ -152,6 +154,15 @@ def measure(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, dict[st
             found = _interval(value, values, metric, own, clusters, metric.limits)
             results[metric.name] = _result(metric, "value", value, *found, len(indices), len(set(clusters)))
     return results
+
+
+def statistics(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, float | None]:
+    """The value of each metric as `measure` gives it, without an interval; None where it is undefined."""
+    return {
+        metric.name: _number(metric.statistic(_columns(metric, [rows[index] for index in indices])))
+        for sharing, indices in _grouped_by_rows(metrics, rows)
+        for metric in sharing
+    }
 
 
 def _result(

@@ -88,6 +88,13 @@ class DataFlags:
         above=0,
         below=1,
     )
+    umed_similar: int = flag(
+        0,
+        "Number of similar training studies whose diagnoses stand before each question, except under the stock template. They "
+        "are found by the tower's mean patch feature, without the patient's own and near-duplicates. 0: none.",
+        least=0,
+        most=16,
+    )
     umed_supervision_check_samples: int = flag(
         64,
         "Records per template whose supervised tokens are checked before training; 0: no check.",
