@@ -78,6 +78,10 @@ RUN_BY = {
         ("umed recipe check frames.yaml", "umed recipe build frames.yaml"),
         "pseudo_boxes/test_recipes.py::test_the_pages_example_runs",
     ),
+    "python benchmarks/pseudo_boxes.py": "pseudo_boxes/test_benchmark.py::"
+    "test_figures_controls_and_the_choice_of_a_rule_are_printed",
+    "python benchmarks/labels_day.py": "pseudo_boxes/test_day.py::"
+    "test_from_labels_alone_to_an_evaluation_on_true_boxes_by_one_command",
     "umed recipe build mau_labels": "pseudo_boxes/test_recipes.py::test_the_pages_mixture_is_built",
     "for python in .venv/bin/python": "docs/test_commands.py::test_the_hash_that_the_page_prints_is_the_patchs",
     "UMED_WRITE_DOCS=1": "docs/test_generated.py::test_a_page_that_is_out_of_date_is_named_and_written_anew",
