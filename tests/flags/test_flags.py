@@ -244,7 +244,7 @@ def test_stage_2_refuses_what_it_cannot_shard_and_says_what_works(algorithm, cha
 
 
 @pytest.mark.parametrize(
-    ("stage", "instead"), [("rewarding", "--umed_val_every"), ("instruction_tuning", "umed evaluate")]
+    ("stage", "instead"), [("rewarding", "--umed_val_every"), ("instruction_tuning", "--umed_val_every")]
 )
 def test_evaluations_without_an_evaluation_set_are_refused(stage, instead):
     from transformers.trainer_utils import IntervalStrategy

@@ -37,6 +37,7 @@ SLOWEST = (
     *("test_launch.py", "test_feature_cache.py", "test_ablation.py", "test_deepspeed.py", "test_serving.py"),
     *("test_judge_runs.py", "test_benchmarks.py", "test_doctor.py", "test_convert.py", "test_validation.py"),
     *("test_resume.py", "test_stacks.py", "test_cached_runs.py", "test_ppo_learns.py", "test_writing_runs.py"),
+    *("test_study.py", "test_upgrade_decision.py"),
 )
 
 

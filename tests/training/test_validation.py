@@ -205,29 +205,32 @@ TUNING = (
 
 
 @pytest.mark.parametrize("stage", [TUNING, ("--umed_algorithm", "ppo")], ids=["stage 1", "stage 2"])
-def test_a_stage_that_only_loses_ends_where_it_began(taught, stage, tmp_path):
-    """At such a rate the first step ruins what the checkpoint knows by heart."""
+def test_a_stage_ends_after_validations_without_gain_and_keeps_the_best(taught, stage, tmp_path):
+    """At such a rate the first step ruins what the checkpoint knows by heart, so stage 2 ends where it began."""
     checkpoint, file, _ = taught
     run = stopping(checkpoint, file, tmp_path / "out", *stage)
     found = state_of(tmp_path / "out")
     scores = {v.step: v.score for v in early_stopping.validations(found["log_history"])}
-    assert found["global_step"] == 2 and list(scores) == [0, 1, 2] and max(scores.values()) == scores[0] > scores[2]
-    assert [line["val/kept_step"] for line in found["log_history"] if "val/kept_step" in line] == [0]
-    assert (
-        "training ended after step 2: 2 validations without gain. Kept are the weights after step 0: val/iou 0."
-        in run.stdout
-    )
-    expected, kept = weights(checkpoint), weights(tmp_path / "out")
+    assert max(scores.values()) == scores[0] > scores[2]
+    counted = {step: score for step, score in scores.items() if step > 0 or stage != TUNING}
+    best = max(counted, key=counted.get)
+    assert best == 0 or stage == TUNING
+    assert found["global_step"] == best + 2 < 9 and list(scores) == list(range(best + 3))
+    assert [line["val/kept_step"] for line in found["log_history"] if "val/kept_step" in line] == [best]
+    told = f"training ended after step {best + 2}: 2 validations without gain. Kept are the weights after step {best}: val/"
+    assert told in run.stdout
+    expected = weights(tmp_path / "out" / f"checkpoint-{best}" if best else checkpoint)
+    kept = weights(tmp_path / "out")
     shared = {name for name in expected if "vision_tower" not in name}
     assert shared and all(torch.equal(kept[name], expected[name]) for name in shared)
 
-    # A run that was killed after its first step, or while it saved its result, ends in the same way.
-    for step in (1, 2):
+    # A run that was killed before its end, or while it saved its result, ends in the same way.
+    for step in (best + 1, best + 2):
         again = tmp_path / f"again{step}"
         shutil.copytree(tmp_path / "out" / f"checkpoint-{step}", again / f"checkpoint-{step}")
         shutil.copytree(tmp_path / "out" / "best_weights", again / "best_weights")
         stopping(checkpoint, file, again, *stage)
-        assert curve(again) == curve(tmp_path / "out") and state_of(again)["global_step"] == 2
+        assert curve(again) == curve(tmp_path / "out") and state_of(again)["global_step"] == best + 2
         resumed = weights(again)
         assert all(torch.equal(resumed[name], tensor) for name, tensor in kept.items())
 

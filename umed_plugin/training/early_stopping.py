@@ -1,7 +1,9 @@
 """Early stopping: end a stage when its held-out score no longer rises, and keep the weights of its best validation.
 
 The score of a validation is the mean of ``val/iou`` and ``val/accuracy`` (`umed_plugin.training.validation`), of those that the
-held-out studies can give. The first validation lies before the first step, so a stage that only loses ends where it began.
+held-out studies can give. In stage 2 the validation before the first step counts, so a stage 2 that only loses ends where it began.
+In stage 1 it does not: a checkpoint that names abnormalities and gives no boxes has a high score by its accuracy alone, and first
+loses some of that while it learns to give boxes (seen in this project).
 
 All that decides is read from the log of the trainer's state, which each checkpoint holds. So a resumed run stops at the same
 step and keeps the same weights. The best weights lie in ``best_weights/`` of the output folder: all that is trained, one file.
@@ -24,6 +26,7 @@ from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import replacing
+from umed_plugin.flags.rules import TUNING
 
 FOLDER = "best_weights"
 KEPT_STEP = "val/kept_step"
@@ -72,7 +75,8 @@ class EarlyStopping(TrainerCallback):
         self._folder = Path(trainer.args.output_dir) / FOLDER
         self._patience: int = trainer.args.umed.umed_stop_after
         self._of_checkpoint: int | None = None  # the best step when the last checkpoint was written
-        self._since = 0  # the first step whose weights can be among the kept ones
+        # The first step whose weights can be among the kept ones.
+        self._since = 1 if trainer.args.umed.umed_stage == TUNING else 0
 
     def validated(self) -> list[Validated]:
         """The validations so far whose weights could be kept."""
@@ -83,7 +87,7 @@ class EarlyStopping(TrainerCallback):
         return without_gain(self.validated()) >= self._patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Keep the weights before the first step, or find those that the stopped run has kept."""
+        """Keep the weights before the first step of stage 2, or find those that the stopped run has kept."""
         if state.global_step == 0:
             self._keep_if_best()
             return
