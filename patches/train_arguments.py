@@ -31,6 +31,7 @@ from umed_plugin.patches import (
     lora_resume,
     model_class,
     quantized_base,
+    vision_tower,
 )
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
@@ -134,6 +135,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
         ]
     )
     model_class.warn_of_departures(run)
+    vision_tower.choose_lora_targets(run)
     if run.active and training_args.ddp_find_unused_parameters is None:
         # All that a stage trains takes part in each step. transformers asks DDP to search for unused weights under LoRA, and
         # that search fails under the reentrant gradient checkpointing of transformers 4.

@@ -6,7 +6,7 @@ Why: (1) LLaVA builds the tower late. So the tower weights in a checkpoint (LLaV
 are reported as unused, and training uses the original CLIP instead. (2) Without ``--bf16`` `train()` casts the tower to fp16,
 which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint with
 ``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained. (4) Its forward pass
-lets no gradient through, which ``--umed_tower_lr`` needs.
+lets no gradient through, which ``--umed_tower_lr`` needs. (5) LoRA adapts all linear layers; ``--umed_lora_targets`` names some.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, keeps LoRA out of it, and can train it.
 
@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -50,12 +50,35 @@ def change(recorder: Recorder) -> None:
         return stock_forward.__wrapped__(self, images) if trained else stock_forward(self, images)
 
     def find_all_linear_names(model: Any) -> Any:
-        return _outside_the_tower(model, stock_names(model))
+        wanted = find_all_linear_names.umed_targets  # type: ignore[attr-defined]
+        return _outside_the_tower(model, _chosen(stock_names(model), wanted))
+
+    # LLaVA calls it with the model alone; `choose_lora_targets` says at the start of a run which layers it is to name.
+    find_all_linear_names.umed_targets = []  # type: ignore[attr-defined]
 
     recorder.replace(LlavaMetaModel, "initialize_vision_modules", initialize_vision_modules)
     recorder.replace(CLIPVisionTower, "to", to)
     recorder.replace(CLIPVisionTower, "forward", forward)
     recorder.replace(llava_train, "find_all_linear_names", find_all_linear_names)
+
+
+def choose_lora_targets(run: TrainingRun) -> None:
+    """Let LoRA adapt only the layers of ``--umed_lora_targets`` in this run."""
+    names = sys.modules["llava.train.train"].find_all_linear_names
+    if hasattr(names, "umed_targets"):
+        names.umed_targets = run.flags.lora_targets() if run.active else []
+
+
+def _chosen(names: list[str], wanted: list[str]) -> list[str]:
+    """Those of the model's layers that are wanted, or all.
+
+    Raises:
+        UmedError: the model has no layer of a wanted name.
+    """
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise UmedError(f"--umed_lora_targets: {unknown_name('layer', unknown[0], sorted(names))}")
+    return wanted or names
 
 
 def _prepare_tower(model: Any, run: TrainingRun) -> None:

@@ -25,7 +25,8 @@ def faults_of(path: Path) -> list[str]:
 def test_the_expected_recipes_are_shipped() -> None:
     assert set(shipped_recipes()) == {
         *("brain_tumor_coco", "deeplesion", "deeplesion_liver", "demo_studies", "kidney_stone", "kvasir_seg"),
-        *("kvasir_seg_masks", "kvasir_v2", "mau", "mau_labels", "nih_cxr14", "nih_cxr14_labels", "tbx11k"),
+        *("iu_xray_reports", "kvasir_seg_masks", "kvasir_v2", "mau", "mau_labels", "mimic_cxr_reports", "ms_cxr"),
+        *("nih_cxr14", "nih_cxr14_labels", "tbx11k", "vindr_cxr"),
     }
 
 

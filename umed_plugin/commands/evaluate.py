@@ -53,6 +53,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         f"LLaVA-Med's question file (.jsonl); or {', '.join(f'{kind}:RECIPE' for kind in OF_RECIPES)}",
     )
     parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
+    parser.add_argument(
+        "--as",
+        dest="report_as",
+        metavar="TREATMENT",
+        help="with report:RECIPE, compare texts as R2Gen does: r2gen (IU X-ray), or r2gen:10,100 (MIMIC-CXR: words rarer than 10 "
+        "are unknown, texts are cut to 100 tokens)",
+    )
+    parser.add_argument(
+        "--scores",
+        dest="report_scores",
+        metavar="FILE.csv",
+        type=Path,
+        help="with report:RECIPE, a CSV with a column id and further scores of the answers, which are averaged with the others",
+    )
     parser.add_argument("--split", help="train, val or test (default: test)")
     parser.add_argument(
         "--limit", metavar="N", type=int, help="only the first N questions of each part of the benchmark"
@@ -124,6 +138,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
     from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
+    from umed_plugin.evaluation.benchmarks.report import PREFIX as REPORTS
     from umed_plugin.evaluation.evaluator import check_benchmark, evaluate, evaluate_shard
     from umed_plugin.evaluation.tables import unread_boxes_line
     from umed_plugin.grounding.dialects import find_dialect
@@ -133,6 +148,9 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     check_similar_flags(args)
+    for name, value in (("--as", args.report_as), ("--scores", args.report_scores)):
+        if value is not None and not args.benchmark.startswith(REPORTS):
+            raise UsageError(f"{name} has no effect without --benchmark {REPORTS}RECIPE.")
     server = _server_of(args)
     shard, ranks = _share_of(args)
     check_benchmark(args.benchmark)
@@ -142,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
     how.update(similar=args.similar, similar_from=args.similar_from)
     how.update({name: getattr(args, name) for name in _SETTINGS}, server=server)
+    how.update(report_as=args.report_as, report_scores=args.report_scores)
     with progress("answering", "question") as advance:
         if shard is None:
             evaluation: Evaluation | None = evaluate(*what, progress=advance, **how)

@@ -18,6 +18,7 @@ from typing import Any, Callable, Optional, Union
 
 import numpy as np
 
+from umed_plugin.data import phrase_writer, report_writer
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
@@ -30,18 +31,21 @@ from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import Request, Seen, look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS, look_at
 from umed_plugin.data.recipes.options import SPLITS, ProbesRule
-from umed_plugin.data.recipes.recipe import AnyRecipe
+from umed_plugin.data.recipes.recipe import AnyRecipe, Recipe
 from umed_plugin.data.records import PSEUDO, Record
 from umed_plugin.data.shards import Shard
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
 from umed_plugin.faults import Faults
+from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
 from umed_plugin.grounding.boxes import Box, is_degenerate
 from umed_plugin.grounding.geometry import ImageGeometry, Montage
+from umed_plugin.grounding.terms import find_terms
 from umed_plugin.terminal.progress import tracked
 
 WRITER = "templates-1"
+_WRITERS = {PHRASE: phrase_writer.WRITER, REPORT: report_writer.WRITER}
 # A lesion is not trained on when LLaVA's centre crop leaves less than this fraction of its area: nobody could find it.
 LEAST_VISIBLE = 0.1
 
@@ -356,6 +360,7 @@ def _reading(item: Annotated) -> dict[str, Any]:
         "slice_axis": options.slice_axis,
         "volume": options.volume,
         "pixels": options.pixels,
+        **({"beside": [str(view) for view in item.views]} if item.views else {}),
     }
 
 
@@ -434,9 +439,15 @@ def written_record(
     record = _record(prepared, out_dir, geometry, decimals, seed)
     # Seeded per record: a record's wording does not depend on which others are built.
     rng = random.Random(f"{seed}:{record['id']}")
-    if record["split"] == "train" and (asked := looks_question(record, prepared.item.recipe.looks_share, seed)):
-        record["asked"] = asked
-    record["conversations"] = write_conversation(record, geometry, rng, decimals)
+    if record["answer_type"] == PHRASE:
+        record["conversations"] = phrase_writer.write_phrase_conversation(record, geometry, rng, decimals)
+    elif record["answer_type"] == REPORT:
+        record["conversations"] = report_writer.write_report_conversation(prepared.item.report, rng)
+    else:
+        asked = looks_question(record, prepared.item.recipe.looks_share, seed) if record["split"] == "train" else None
+        if asked:
+            record["asked"] = asked
+        record["conversations"] = write_conversation(record, geometry, rng, decimals)
     return record
 
 
@@ -453,7 +464,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         **reading,
         "conversations": [],
         "objects": {
-            "ref": prepared.classes,
+            "ref": _named_in(item.report, recipe) if item.report else prepared.classes,
             "bbox": [[round(value, 3) for value in box] for box in prepared.boxes],
             "bbox_type": "real",
         },
@@ -464,14 +475,15 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         "modality": item.modality,
         "patient": item.patient,
         "split": item.split,
-        "answer_type": "grounded" if prepared.boxes else "negative",
+        "answer_type": answer_type_of(prepared),
+        **({"phrase": item.phrase} if item.phrase else {}),
         **({"augment": recipe.augment.model_dump()} if recipe.augment is not None else {}),
         **({"held_out": True} if item.held_out else {}),
         "provenance": {
             "recipe": recipe.name,
             "recipe_sha256": recipe.sha256,
             **({"mixture": recipe.mixture} if recipe.mixture else {}),
-            "writer": WRITER,
+            "writer": _WRITERS.get(answer_type_of(prepared), WRITER),
             "seed": seed,
             "image_aspect_ratio": geometry.mode,
             "box_decimals": decimals,
@@ -483,15 +495,34 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
     }
 
 
+def answer_type_of(prepared: Prepared) -> str:
+    """What the record of an image asks for: one of `umed_plugin.grounding.answer_types.ANSWER_TYPES`."""
+    if prepared.item.report:
+        return REPORT
+    if prepared.item.phrase:
+        return PHRASE
+    return GROUNDED if prepared.boxes else NEGATIVE
+
+
+def _named_in(report: str, recipe: Recipe) -> list[str]:
+    """The classes that a report names and does not rule out, in the order of their first mention."""
+    return list(dict.fromkeys(name for _, _, name in find_terms(report, recipe.names)))
+
+
 def _name(item: Annotated) -> str:
     """The id of an item's record."""
+    return _picture(item) + (f": {item.phrase}" if item.phrase else "")
+
+
+def _picture(item: Annotated) -> str:
+    """The name of what an item shows."""
     original = os.path.relpath(item.image, item.root)
     return f"{item.recipe.name}/{original}" + ("" if item.slice is None else f"#{item.slice}")
 
 
 def _rendered_name(item: Annotated) -> str:
     """Where the item's image is rendered to, relative to ``out_dir``, if no other picture is there."""
-    return (Path("images") / (_name(item).replace("../", "").replace("#", "_slice") + ".png")).as_posix()
+    return (Path("images") / (_picture(item).replace("../", "").replace("#", "_slice") + ".png")).as_posix()
 
 
 def _report(

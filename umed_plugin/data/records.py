@@ -3,8 +3,10 @@
 Plain LLaVA trains on ``id``, ``image`` and ``conversations``. The further fields are ``objects`` (ms-swift's schema: ``ref``
 class keys, ``bbox`` xyxy in pixels of the file that ``image`` names, ``bbox_type`` "real"), ``image_size`` ``[width, height]``,
 ``terms`` (class -> plain name, then synonyms, for all classes of the source), ``source``, ``modality``, ``patient``,
-``split``, ``answer_type`` ("grounded" or "negative"; "probe" for `umed_plugin.data.probes`), ``provenance``, ``augment`` where
-the recipe says how its studies may be augmented, and ``held_out`` (true) where its ``hold_out`` keeps the study from training.
+``split``, ``answer_type`` (`umed_plugin.grounding.answer_types`; "probe" for `umed_plugin.data.probes`), ``provenance``,
+``augment`` where the recipe says how its studies may be augmented, and ``held_out`` (true) where its ``hold_out`` keeps the study
+from training. A record of a phrase has the sentence as ``phrase``. A report's ``objects`` name its findings in ``ref`` and have
+no ``bbox``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from umed_plugin.data.augment_rule import augment_faults
 from umed_plugin.data.json_list import items_of
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
+from umed_plugin.grounding.answer_types import PHRASE, asks_for_boxes, asks_for_diagnosis
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
@@ -53,7 +56,7 @@ def record_faults(record: Any) -> list[str]:
     if faults:
         return faults
     refs, boxes = record["objects"].get("ref"), record["objects"].get("bbox")
-    if not isinstance(refs, list) or not isinstance(boxes, list) or len(refs) != len(boxes):
+    if not isinstance(refs, list) or not isinstance(boxes, list) or len(boxes) not in _lengths(record, refs):
         faults.append("'objects' needs lists 'ref' and 'bbox' of the same length")
     else:
         faults += [
@@ -61,6 +64,8 @@ def record_faults(record: Any) -> list[str]:
             for ref in refs
             if ref not in record["terms"]
         ]
+        if record["answer_type"] == PHRASE and not (isinstance(record.get("phrase"), str) and boxes):
+            faults.append("answer_type is 'phrase'; needed: a text 'phrase', and its boxes")
         faults += [
             f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)
         ]
@@ -76,6 +81,11 @@ def record_faults(record: Any) -> list[str]:
     return faults + (augment_faults(record["augment"]) if "augment" in record else [])
 
 
+def _lengths(record: Any, refs: list[Any]) -> tuple[int, ...]:
+    """How many boxes a record may have."""
+    return (len(refs),) if asks_for_boxes(record) else (0,)
+
+
 def _is_asked_and_answered(turns: list[Any]) -> bool:
     written = all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns)
     return written and [turn.get("from") for turn in turns[:2]] == ["human", "gpt"]
@@ -89,6 +99,11 @@ def _is_plain_item(record: Any) -> bool:
 
 def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
+
+
+def is_diagnosed(record: Record) -> bool:
+    """Whether the record is a diagnosis of lesions: no negative, phrase, report or probe."""
+    return bool(record["objects"]["ref"]) and asks_for_diagnosis(record) and record["answer_type"] != PROBE
 
 
 def load_records(path: str | Path, *, split: str | None = None) -> list[Record]:
@@ -253,5 +268,5 @@ def record_geometry(record: Record, image_size: int = 336, patch_size: int = 14)
 
 
 def true_boxes(record: Record) -> list[tuple[float, float, float, float]]:
-    """The boxes of a record's lesions, xyxy in pixels of the file that ``image`` names."""
+    """The boxes of a record's lesions, xyxy in pixels of the file that ``image`` names; none for a report."""
     return [(float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in record["objects"]["bbox"]]

@@ -34,11 +34,11 @@ def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError]) -> li
         items: annotated slices with their recipes. Those of ``slices: annotated`` are returned unchanged.
         bad_images: errors of volumes that cannot be read are appended to it.
     """
-    volumes: dict[tuple[str, str], list[Annotated]] = {}
+    volumes: dict[tuple[str, ...], list[Annotated]] = {}
     # Images as they are, and in place of each volume its key, until all of its slices are known.
-    order: list[Annotated | tuple[str, str]] = []
+    order: list[Annotated | tuple[str, ...]] = []
     for item in items:
-        key = (item.recipe.name, str(item.image))
+        key = (item.recipe.name, str(item.image), item.phrase)
         if item.recipe.image.slices == "annotated":
             order.append(item)
             continue

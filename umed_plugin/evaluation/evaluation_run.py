@@ -49,6 +49,8 @@ class EvaluationSettings:
         give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
         pseudo_boxes: measure records against pseudo-boxes too, which no person drew.
         similar: what is said before each question of similar training studies; None: nothing.
+        report_as: how ``report:`` treats texts, ``r2gen`` or ``r2gen:LEAST,MOST``; None: as they are.
+        report_scores: CSV of further scores of reports, by question id.
     """
 
     base: Path | str | None = None
@@ -65,6 +67,8 @@ class EvaluationSettings:
     give_box: bool = False
     pseudo_boxes: bool = False
     similar: SimilarCases | None = None
+    report_as: str | None = None
+    report_scores: Path | None = None
 
 
 class EvaluationRun:

@@ -28,6 +28,8 @@ from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQues
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS, OF_RECIPES, split_name
 from umed_plugin.evaluation.benchmarks.llava_med import file_benchmark, is_question_file
 from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
+from umed_plugin.evaluation.benchmarks.report import OF_RECIPE as REPORTS
+from umed_plugin.evaluation.benchmarks.report import report_benchmark
 from umed_plugin.evaluation.evaluation_run import EvaluationRun, EvaluationSettings
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation
@@ -52,7 +54,8 @@ def evaluate(
 
     Args:
         checkpoint: a full LLaVA checkpoint, a LoRA folder, or any object with the methods of `AnswersQuestions`.
-        benchmark: name of a benchmark, name or YAML of a recipe, a JSON of records, or ``probes:`` before one of these two.
+        benchmark: name of a benchmark, name or YAML of a recipe, a JSON of records, or ``probes:`` or ``report:`` before one of
+            the latter two.
         data_root: folder of its files; None: as the recipe says.
         split: ``test``, ``val`` or ``train``; None: ``test``.
         limit: at most this many questions of each part of the benchmark.
@@ -198,6 +201,8 @@ def _benchmark_of(
         give_box=settings.give_box,
         pseudo_boxes=settings.pseudo_boxes,
     )
+    if of_recipe is REPORTS:
+        return report_benchmark(recipe, studies, settings, root)
     return studies if of_recipe is None else _made_of(studies, of_recipe)
 
 

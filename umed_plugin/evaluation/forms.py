@@ -85,6 +85,7 @@ class _DrawnForm(Form):
     modality: str = ""
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     reading: Optional[dict[str, Any]] = None
+    answer_type: str = ""
 
 
 class StudyForm(PredictionForm, _DrawnForm):
@@ -95,7 +96,7 @@ class StudyForm(PredictionForm, _DrawnForm):
     @field_validator("values")
     @classmethod
     def _has_accuracy(cls, values: dict[str, float]) -> dict[str, float]:
-        return _having(values, "accuracy")
+        return values if "without_box" in values else _having(values, "accuracy")  # a phrase asks for no class
 
     @field_validator("groups")
     @classmethod

@@ -142,6 +142,8 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
     faults += _faults_of_validation(flags, training_args)
     if flags.umed_stage == TUNING:
         faults += _faults_of_tuning(flags, training_args)
+    if flags.umed_lora_targets is not None and not getattr(training_args, "lora_enable", False):
+        faults.append("--umed_lora_targets has no effect without --lora_enable True.")
     if flags.umed_stage == REWARDING:
         if training_args.fsdp:
             faults.append(

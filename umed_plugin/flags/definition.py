@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from umed_plugin.errors import UsageError
+from umed_plugin.flags.groups.adapter import AdapterFlags
 from umed_plugin.flags.groups.data import DataFlags
 from umed_plugin.flags.groups.judge import JudgeFlags
 from umed_plugin.flags.groups.objective import ObjectiveFlags
@@ -53,7 +54,15 @@ class StageFlags:
 # The fields of a dataclass begin with those of its last base.
 @dataclass
 class UmedFlags(
-    SamplingFlags, TuningFlags, VisionRelevanceFlags, ObjectiveFlags, JudgeFlags, RewardFlags, DataFlags, StageFlags
+    SamplingFlags,
+    TuningFlags,
+    VisionRelevanceFlags,
+    ObjectiveFlags,
+    JudgeFlags,
+    RewardFlags,
+    AdapterFlags,
+    DataFlags,
+    StageFlags,
 ):
     """Flags that `umed_plugin.patches.train_arguments` adds to LLaVA's TrainingArguments; ``args.umed`` returns them."""
 
@@ -66,6 +75,10 @@ class UmedFlags(
         """``--umed_accept_changed`` as names without dashes."""
         names = (self.umed_accept_changed or "").split(",")
         return {name.strip().lstrip("-") for name in names} - {""}
+
+    def lora_targets(self) -> list[str]:
+        """``--umed_lora_targets`` as names; empty for all linear layers."""
+        return (self.umed_lora_targets or "").split(",") if self.umed_lora_targets else []
 
     def reward_names(self) -> list[str]:
         """``--umed_rewards`` as a list."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.grounding.boxes import Box, is_degenerate, is_inside, set_iou
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -31,6 +32,7 @@ class AnswerScore:
         predicted01: the same boxes as they are compared, in 0-1 of the square; a malformed one has no area.
         true01: the true boxes that the model can see, in 0-1 of the square.
         unread: number of boxes in the answer that could not be read; they are among the boxes, without area.
+        diagnosed: whether the record asks for names. Of a phrase alone, ``accuracy`` and ``class_f1`` mean nothing.
     """
 
     accuracy: float
@@ -40,6 +42,7 @@ class AnswerScore:
     predicted01: list[Box]
     true01: list[Box]
     unread: int = 0
+    diagnosed: bool = True
 
     @property
     def n_true(self) -> int:
@@ -90,12 +93,14 @@ def score_answer(
     seen = [(ref, box) for ref, box in zip(record["objects"]["ref"], in_square) if not is_degenerate(box)]
     true = [box for _, box in seen]
     wanted, named = {ref for ref, _ in seen}, named_classes(text, record["terms"])
+    wanted = wanted if in_square else set(record["objects"]["ref"])  # a report names findings and has no boxes
     right = named == wanted and (bool(wanted) or not predicted)
     f1 = 2 * len(named & wanted) / (len(named) + len(wanted)) if named or wanted else 1.0
     compared = [box if is_inside(box) else _BOX_THAT_IS_NONE for box in predicted]
     unread = dialect.read_all(text, geometry.width, geometry.height).count(None)
     placed = geometry.from_square(predicted)
-    return AnswerScore(float(right), f1, set_iou(compared, true), placed, compared, true, unread)
+    overlap, diagnosed = set_iou(compared, true), asks_for_names(record)
+    return AnswerScore(float(right), f1, overlap, placed, compared, true, unread, diagnosed)
 
 
 @dataclass(frozen=True)

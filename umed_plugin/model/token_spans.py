@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_names
+from umed_plugin.grounding.phrases import phrase_spans
 from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.forward import Candidates
 
@@ -21,10 +23,15 @@ def lesion_naming_tokens(
     tokenizer: Any, candidates: Candidates, records: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
     """For each of N answers the indices 0..T-1 of the tokens that name a lesion of its record; ``records`` has N entries."""
-    return [
-        naming_tokens(tokenizer, ids, record["terms"], set(record["objects"]["ref"]))
-        for ids, record in zip(candidates.answers(), records)
-    ]
+    return [record_tokens(tokenizer, ids, record) for ids, record in zip(candidates.answers(), records)]
+
+
+def record_tokens(tokenizer: Any, token_ids: Sequence[int], record: Mapping[str, Any]) -> list[int]:
+    """Indices of the answer tokens that name a lesion of the record; of a phrase, the tokens that repeat its words."""
+    if asks_for_names(record):
+        return naming_tokens(tokenizer, token_ids, record["terms"], set(record["objects"]["ref"]))
+    text, ends = decode_with_offsets(tokenizer, token_ids)
+    return tokens_in_spans(ends, phrase_spans(text, record["phrase"]))
 
 
 def naming_tokens(tokenizer: Any, token_ids: Sequence[int], terms: ClassNames, classes: Collection[str]) -> list[int]:

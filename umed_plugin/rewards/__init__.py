@@ -20,6 +20,7 @@ without arguments. Everything else is optional, as attributes:
   Give one if the values are much smaller than 1, or the floor keeps them from being divided by their maximum.
 - ``for_records(records) -> reward``: called once before the first step, with at most 2,000 records spread over the training
   split, the same in every process. The run uses what it returns. `format` learns there how the references are worded.
+- ``applies_to(record) -> bool``: whether the reward means something for a record. Its values for other records count as None.
 - ``start(prompts, completions, **columns)``: begins slow work and returns at once. It is called as soon as the answers are
   sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and
   reference policy, so a judge on a server can answer in the meantime.
@@ -49,6 +50,7 @@ from umed_plugin.rewards.running import (
     reward_states,
     run_rewards,
     start_rewards,
+    what_is_unrewarded,
 )
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "run_rewards",
     "start_rewards",
     "weighted_sum",
+    "what_is_unrewarded",
 ]
 
 

@@ -24,6 +24,7 @@ def register_reward(
     max_normalised: Optional[bool] = None,
     least_maximum: Optional[float] = None,
     scale: Optional[Scale] = None,
+    applies_to: Optional[Callable[[Mapping[str, Any]], bool]] = None,
 ) -> Callable[[R], R]:
     """Decorator that adds a reward to `REWARDS` and sets its attributes.
 
@@ -40,6 +41,8 @@ def register_reward(
             function of the columns, called as ``scale(record=..., geometry=..., ...)``, that returns N of them. A reward whose
             values are about 0.01 needs one: under a floor of 0.1 it would never be divided by its maximum. None: the reward's
             own attribute of this name, or 1.
+        applies_to: whether the reward means something for a record, such as one of `umed_plugin.grounding.answer_types`. Answers
+            to other records get None. None: the reward's own attribute of this name, or all records.
 
     Raises:
         ValueError: the name is taken.
@@ -58,6 +61,8 @@ def register_reward(
         for attribute, value in given.items():
             if value is not None:
                 _set(reward, name, attribute, value)
+        if applies_to is not None:  # a function in a class would be a method
+            _set(reward, name, "applies_to", staticmethod(applies_to) if isinstance(reward, type) else applies_to)
         REWARDS.register(name)(reward)
         return reward
 
@@ -106,8 +111,13 @@ def call_reward(
     """What a reward, or its ``start``, returns for a batch.
 
     As in TRL, everything is passed by keyword, so ``def f(completions, **kwargs)`` is a reward too. A function that gives its
-    first two parameters other names gets them by position.
+    first two parameters other names gets them by position. A value for a record to which the reward does not apply is None.
     """
     if is_called_by_position(reward, columns):
-        return reward(prompts, completions, **columns)
-    return reward(prompts=prompts, completions=completions, **columns)
+        values = reward(prompts, completions, **columns)
+    else:
+        values = reward(prompts=prompts, completions=completions, **columns)
+    applies = getattr(reward, "applies_to", None)
+    if applies is None or values is None or "record" not in columns:
+        return values
+    return [value if applies(record) else None for value, record in zip(values, columns["record"])]

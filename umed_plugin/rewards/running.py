@@ -6,6 +6,7 @@ reward says to stop.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.grounding.answer_types import PHRASE, REPORT
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
@@ -55,6 +57,48 @@ def reward_of_run(entry: Any, records: Sequence[Mapping[str, Any]] = ()) -> Rewa
         return reward
     count = min(len(records), MOST_RECORDS)
     return reward.for_records([records[i * len(records) // count] for i in range(count)])
+
+
+def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each kind of record that some reward does not apply to, a sentence that says so.
+
+    Args:
+        rewards: of the run, by name.
+        records: of the training split; `MOST_RECORDS` of them at most are looked at.
+
+    Raises:
+        UmedError: no reward applies to a kind of record, so nothing could be learnt from these records.
+    """
+    count = min(len(records), MOST_RECORDS)
+    looked_at = [records[i * len(records) // count] for i in range(count)]
+    kinds = Counter(record.get("answer_type") for record in looked_at)
+    sentences = []
+    for kind in (PHRASE, REPORT):
+        without = [name for name, reward in rewards.items() if not _applies(reward, {"answer_type": kind})]
+        if not kinds[kind] or not without:
+            continue
+        share = f"{kinds[kind]} of {count} training records looked at are {kind}s"
+        if len(without) == len(rewards):
+            raise UmedError(
+                f"{share}, and none of the rewards ({', '.join(rewards)}) applies to a {kind}: nothing would be learnt from "
+                f"these. Use stage 1 for them, leave them out of the records, or add a reward that applies: "
+                f"{', '.join(_that_apply(kind))}."
+            )
+        sentences.append(f"{share}; {', '.join(without)} {_verb(without)} not apply to them.")
+    return sentences
+
+
+def _applies(reward: Any, record: Mapping[str, Any]) -> bool:
+    return bool(getattr(reward, "applies_to", lambda record: True)(record))
+
+
+def _that_apply(kind: str) -> list[str]:
+    """The shipped rewards that mean something for a kind of record."""
+    return [name for name in sorted(REWARDS) if _applies(REWARDS.get(name), {"answer_type": kind})]
+
+
+def _verb(names: Sequence[str]) -> str:
+    return "does" if len(names) == 1 else "do"
 
 
 def start_rewards(

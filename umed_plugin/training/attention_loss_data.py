@@ -11,7 +11,7 @@ from torch import Tensor
 
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.errors import UmedError
-from umed_plugin.model.token_spans import naming_tokens
+from umed_plugin.model.token_spans import record_tokens
 from umed_plugin.training.tuning_data import GroundedDataset
 
 TOKENS, COVER = "lesion_tokens", "lesion_cover"
@@ -61,7 +61,7 @@ class LesionDataset(GroundedDataset):
             none = torch.zeros((image_size // patch_size) ** 2)
             return {TOKENS: torch.zeros(0, dtype=torch.long), COVER: none}
         answer = (labels != IGNORE_INDEX).nonzero().flatten()
-        named = naming_tokens(self.tokenizer, ids[answer].tolist(), record["terms"], set(record["objects"]["ref"]))
+        named = record_tokens(self.tokenizer, ids[answer].tolist(), record)
         cover = record_geometry(record, image_size, patch_size).patch_cover(true_boxes(record))
         return {TOKENS: answer[named], COVER: torch.from_numpy(cover).float()}
 

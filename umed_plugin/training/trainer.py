@@ -41,7 +41,7 @@ from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
-from umed_plugin.rewards import load_reward_states, make_rewards, reward_states
+from umed_plugin.rewards import load_reward_states, make_rewards, reward_states, what_is_unrewarded
 from umed_plugin.training.dynamic_sampling import Dealing, FurtherQueries
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.experience_maker import ExperienceMaker
@@ -93,6 +93,9 @@ class RewardingTrainer(LLaVATrainer):
             warn(remark)
         llava = base_llava(model)
         rewards = make_rewards(flags, args.output_dir, self.train_dataset.list_data_dict)
+        for sentence in what_is_unrewarded(rewards, self.train_dataset.list_data_dict):
+            if args.process_index == 0:
+                note(sentence)
         self.metrics = StepMetrics(self, flags, metric_names(flags, rewards))
         self.add_callback(StopForReward(rewards, self.metrics.on_any_rank))
         if flags.umed_feature_cache is not None:

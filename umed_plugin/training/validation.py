@@ -140,7 +140,7 @@ def sums_and_counts(scores: Sequence[AnswerScore]) -> Tensor:
     ratios = [box_area_ratio(score.predicted01, score.true01) for score in scores]
     columns = (
         [score.set_iou for score in scores if score.n_true],
-        [score.accuracy for score in scores],
+        [score.accuracy for score in scores if score.diagnosed],
         [math.log(ratio) for ratio in ratios if ratio is not None],
     )
     return torch.tensor([[sum(column), len(column)] for column in columns], dtype=torch.float64)

@@ -13,6 +13,7 @@ from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, rem
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UsageError, note, warn
 from umed_plugin.files.locks import locked
+from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
 from umed_plugin.terminal.progress import add_quiet_flag
 
 if TYPE_CHECKING:
@@ -223,8 +224,9 @@ def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:
     from umed_plugin.data.records import with_pseudo_boxes
 
     counts = Counter(record["answer_type"] for record in records)
-    probes = f", {counts['probe']} probes and controls" if counts["probe"] else ""
-    note(f"{args.out}: {len(records)} records, {counts['grounded']} with lesions, {counts['negative']} without{probes}")
+    kinds = {PHRASE: "phrases", REPORT: "reports", "probe": "probes and controls"}
+    others = "".join(f", {counts[kind]} {named}" for kind, named in kinds.items() if counts[kind])
+    note(f"{args.out}: {len(records)} records, {counts[GROUNDED]} with lesions, {counts[NEGATIVE]} without{others}")
     if args.tower is not None:
         pseudo = len(with_pseudo_boxes(records))
         note(

@@ -98,7 +98,7 @@ def _draw(axes: Any, case: Case, seen: SeenImage) -> None:
             _outline(axes, box, style)
     axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    named = "right class" if case.accuracy == 1 else "wrong class"
+    named = "phrase" if case.accuracy is None else "right class" if case.accuracy == 1 else "wrong class"
     overlap = f"IoU {case.set_iou:.2f}" if case.boxes else "no box"
     axes.set_xlabel(f"{named}\n{overlap}", fontsize=9, labelpad=3)
 

@@ -14,6 +14,7 @@ from umed_plugin.commands.report.pictures import SeenImage, as_augmented, as_dat
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
 from umed_plugin.evaluation.results import Evaluation
+from umed_plugin.grounding.answer_types import REPORT
 from umed_plugin.grounding.boxes import is_degenerate, is_inside, parse_boxes
 
 Card = dict[str, Any]
@@ -51,7 +52,7 @@ def choose(studies: Sequence[list[Case]], most: int) -> list[list[Case]]:
     if len(studies) <= most:
         return list(studies)
     by_gain = sorted(studies, key=lambda cases: cases[-1].set_iou - cases[0].set_iou, reverse=True)
-    by_failure = sorted(studies, key=lambda cases: (cases[-1].set_iou, cases[-1].accuracy))
+    by_failure = sorted(studies, key=lambda cases: (cases[-1].set_iou, cases[-1].accuracy or 0.0))
     third = most // 3
     taken = {cases[0].id: cases for cases in [*by_gain[:third], *by_failure[:third]]}
     others = [cases for cases in studies if cases[0].id not in taken]
@@ -97,7 +98,7 @@ def _answer(case: Case, seen: SeenImage | None) -> Card:
     return {
         "text": case.answer,
         "accuracy": case.accuracy,
-        "iou": case.set_iou,
+        "iou": None if case.answer_type == REPORT else case.set_iou,
         "relevance": case.vision_relevance,
         "boxes": seen.boxes01(case.boxes) if seen else [],
         "malformed": sum(is_degenerate(box) for box in case.boxes),

@@ -167,12 +167,12 @@ function drawStudy(card) {
   if (answer && answer.heat) layers.unshift(heatLayer(answer.heat));
   const overlaps = card.answers.map(answer => answer ? number(answer.iou) : "–").join(" → ");
   const last = card.answers[card.answers.length - 1];
-  const verdict = last ? (last.accuracy === 1 ? "right class" : "wrong class") : "not asked";
+  const verdict = last ? (last.accuracy === null ? "phrase" : last.accuracy === 1 ? "right class" : "wrong class") : "not asked";
   const alt = "Study " + card.id + ", true: " + classesOf(card);
   return [
     picture(card, alt, ...layers),
     el("span", {className: "name", textContent: classesOf(card)}),
-    el("span", {className: "scores"}, "IoU " + overlaps, el("span", {className: last && last.accuracy === 1 ? "right" : "wrong", textContent: verdict})),
+    el("span", {className: "scores"}, "IoU " + overlaps, el("span", {className: last && last.accuracy === null ? "" : last && last.accuracy === 1 ? "right" : "wrong", textContent: verdict})),
   ];
 }
 
@@ -185,7 +185,7 @@ function openStudy(card) {
       el("div", {}, el("h4", {textContent: "answer"}), el("p", {className: "answer", textContent: answer.text || "(an empty answer)"})),
       card.reference ? el("div", {}, el("h4", {textContent: "reference"}), el("p", {className: "reference", textContent: card.reference})) : null),
     el("dl", {className: "facts"},
-      ...[["Diagnosis", answer.accuracy === 1 ? "right" : "wrong"], ["IoU", number(answer.iou)],
+      ...[["Diagnosis", answer.accuracy === null ? "" : answer.accuracy === 1 ? "right" : "wrong"], ["IoU", number(answer.iou)],
           ["Vision relevance", number(answer.relevance, 3)],
           ["Malformed boxes", answer.malformed ? String(answer.malformed) : ""]]
         .filter(([, value]) => value).map(([name, value]) => el("div", {}, el("dt", {textContent: name}), el("dd", {textContent: value})))),

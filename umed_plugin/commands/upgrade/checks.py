@@ -18,7 +18,6 @@ from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flags.checks import find_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
-from umed_plugin.flags.rules import STAGES
 
 
 def check_together(settings: Settings, origin: Origin, machine: Machine) -> None:
@@ -43,7 +42,7 @@ def check_together(settings: Settings, origin: Origin, machine: Machine) -> None
     faults += [f"accept_findings: {unknown_name('finding', code, KINDS)}" for code in unknown]
     if settings.method == "full" and settings.lora != type(settings.lora)():
         faults.append("lora: has no effect with method full.")
-    for name in STAGES:
+    for name in settings.stages:
         flags = training_flags(name, getattr(settings, name), settings, origin)
         faults += [f"{name}: {fault}" for fault in _flag_faults(flags)]
     if faults:

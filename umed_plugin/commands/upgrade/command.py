@@ -43,6 +43,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         type=Path,
         help="settings file (run.yaml); without --out, its folder is the run's folder",
     )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="settings of another system to begin with, such as pfmvg (a name of --presets, or a YAML file); run.yaml, --config "
+        "and the command line win over it",
+    )
+    parser.add_argument("--presets", action="store_true", help="list the presets and end")
     parser.add_argument("--base", metavar="CKPT", help="base of a LoRA checkpoint (default: the one its adapter names)")
     parser.add_argument("--method", choices=("lora", "full"), help="LoRA or full fine-tuning (default: lora)")
     parser.add_argument(
@@ -72,16 +79,25 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upgrade, or print the commands."""
+    from umed_plugin.commands.upgrade.presets import presets
     from umed_plugin.commands.upgrade.run import Upgrade
     from umed_plugin.commands.upgrade.settings import RUN_FILE, read_settings
+    from umed_plugin.commands.upgrade.training import what_is_trained
 
+    if args.presets:
+        for name, about in presets().items():
+            say(f"{name}: {about}")
+        return 0
     # User-defined rewards are found in the working folder, here as in the training processes.
     sys.path.append(os.getcwd())
     folder, file = _run_folder(args, RUN_FILE)
-    settings = read_settings(file, _changes(args))
+    settings = read_settings(file, _changes(args), args.preset)
     upgrade = Upgrade(folder, settings, console(wide_in_pipes=True), args.redo_changed)
     if args.dry_run:
         _print_commands(upgrade.steps)
+        for name in upgrade.settings.stages:
+            trained = what_is_trained(upgrade.settings, getattr(upgrade.settings, name))
+            say(f"# {name.replace('_', ' ')} {trained}.")
         for line in upgrade.memory():
             say(f"# {line}")
         return 0

@@ -29,7 +29,6 @@ from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
-EVALUATED = ("base", *STAGES)
 # Settings that both trainings depend on, besides those of their stage.
 _TRAINING_KEYS = (
     "seed",
@@ -106,6 +105,11 @@ class Plan:
         self.tried = self._in_runs("tried")
         self._held_out: tuple[list[int], bool] | None = None
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """The stages whose checkpoints are evaluated: without stage 2, if it is not run or its trial did not pay."""
+        return ("base", *(STAGES[:1] if self.pays is False else self.settings.stages))
+
     def _in_runs(self, name: str) -> Path:
         family = "llava-mistral" if self.origin.config["model_type"] == "llava_mistral" else "llava"
         return self.folder / "runs" / f"{name}-{family}"
@@ -122,7 +126,7 @@ class Plan:
             self._evaluation(TUNING, self.tuned),
         ]
         steps += self.trial() if self.settings.rewarding.run == "auto" else []
-        if self.pays is False:
+        if self.pays is False or REWARDING not in self.settings.stages:
             return [*steps, self._checkpoint(REWARDING, tuning, self.start, self.result)]
         rewarding = self._training(REWARDING, self.settings.rewarding, self.tuned)
         result = self._checkpoint(REWARDING, rewarding, self.tuned, self.result)
@@ -242,7 +246,7 @@ class Plan:
         if self.has_val():
             flags.setdefault("umed_val_every", stage.save_steps)
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
-        number = EVALUATED.index(name)
+        number = 1 + STAGES.index(name)
         inputs = {"checkpoint": source, "records": self.records, **self._tower()}
         # Runs begun before these keys existed lack them.
         newer = {"bits": 16, "augment": False, "label_share": None}

@@ -19,14 +19,14 @@ from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
 from umed_plugin.commands.upgrade.decision import Decision, decide
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
-from umed_plugin.commands.upgrade.plan import EVALUATED, Plan, Step
+from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 from umed_plugin.files.locks import INSIDE, locked
-from umed_plugin.flags.rules import STAGES
+from umed_plugin.flags.rules import REWARDING
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
 
@@ -87,7 +87,9 @@ class Upgrade:
 
     def memory(self) -> list[str]:
         """Lines that say which memory each stage needs, and whether the GPU has it."""
-        lines = memory_lines(self.origin.config, {name: work_of(name, self.settings) for name in STAGES}, self.machine)
+        lines = memory_lines(
+            self.origin.config, {name: work_of(name, self.settings) for name in self.settings.stages}, self.machine
+        )
         less = "With DeepSpeed less: ZeRO-2 shares gradients and Adam among the GPUs, ZeRO-3 the weights too."
         return lines + ([less] if self.settings.deepspeed is not None else [])
 
@@ -231,7 +233,7 @@ class Upgrade:
         self.provenance.end(step)
         bars.end()
         self._pass_on(step, read_from(log, began))
-        if step.name == "evaluation_instruction_tuning":
+        if step.name == "evaluation_instruction_tuning" and REWARDING in self.settings.stages:
             self._warn_of_no_boxes()
         return True
 
@@ -301,7 +303,7 @@ class Upgrade:
         from umed_plugin.evaluation.benchmarks.recipe import headline
         from umed_plugin.evaluation.results import Evaluation, compare
 
-        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in self._evaluated()}
+        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in self.plan.evaluated}
         base, *_, before, last = [evaluations["base"], *evaluations.values()]
         summary = {
             **{stage: headline(evaluation) for stage, evaluation in evaluations.items()},
@@ -312,10 +314,6 @@ class Upgrade:
         }
         write_json(self.folder / "summary.json", summary)
         return summary
-
-    def _evaluated(self) -> tuple[str, ...]:
-        """The stages whose checkpoints are evaluated; without stage 2, if its trial did not pay."""
-        return EVALUATED[:-1] if self.plan.pays is False else EVALUATED
 
     def _write_manifest(self, summary: dict[str, Any]) -> None:
         """Write into the result's folder what it was made from."""
@@ -331,7 +329,7 @@ class Upgrade:
             "versions": versions(),
             "settings": self.settings.model_dump(),
             "commands": [step.line() for step in self.steps],
-            "evaluation": {stage: summary[stage] for stage in self._evaluated()},
+            "evaluation": {stage: summary[stage] for stage in self.plan.evaluated},
             "files": self.provenance.hashes(self.plan.result),
         }
         write_json(self.plan.result / MANIFEST, content)
@@ -356,7 +354,7 @@ class Upgrade:
     def _print_summary(self, summary: dict[str, Any]) -> None:
         from umed_plugin.evaluation.stages_table import stages_notes, stages_table
 
-        stages = {stage: summary[stage] for stage in self._evaluated()}
+        stages = {stage: summary[stage] for stage in self.plan.evaluated}
         self.console.print(stages_table(stages, summary["comparison"]))
         for line in stages_notes(stages, summary["comparison"]):
             self.console.print(line, style="dim", soft_wrap=True)

@@ -11,6 +11,7 @@ How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -19,10 +20,12 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from umed_plugin import files
 from umed_plugin.commands.machine import Machine
+from umed_plugin.commands.upgrade.presets import preset_file
 from umed_plugin.data.texts import read_yaml
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UmedError, UsageError, note
 from umed_plugin.faults import Faults, StrictModel, validated
 from umed_plugin.flags.names import PAPER_REWARDS, SYMBOLIC
+from umed_plugin.flags.rules import STAGES
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
@@ -42,6 +45,9 @@ class Lora(StrictModel):
     r: int = _key(128, "Rank.", ge=1)
     alpha: int = _key(256, "Scale: the adapter is multiplied by alpha / r.", ge=1)
     dropout: float = _key(0.05, "Dropout on the adapter's input, in stage 1.", ge=0, lt=1)
+    targets: Optional[list[str]] = _key(
+        None, "Linear layers that get the adapter, such as [q_proj, v_proj]; null: all.", min_length=1
+    )
 
 
 class Stage(StrictModel):
@@ -76,10 +82,10 @@ class InstructionTuning(Stage):
 class Rewarding(Stage):
     """Stage 2: Abnormal-Aware Rewarding."""
 
-    run: Literal["always", "auto"] = _key(
+    run: Literal["always", "auto", "never"] = _key(
         "always",
-        "always, or auto: only if a trial says on held-out studies (split val) that it pays; else the result is stage 1's. "
-        "`rewarding: auto` is short for it.",
+        "always; auto: only if a trial says on held-out studies (split val) that it pays; or never. Without stage 2 the result is "
+        "stage 1's. `rewarding: auto` and `rewarding: never` are short for it.",
     )
     trial_steps: int = _key(40, "Optimizer steps of the trial of run: auto.", ge=1)
     steps: Optional[int] = _key(200, "Optimizer steps; null: use epochs.", ge=1)
@@ -154,6 +160,11 @@ class Settings(StrictModel):
     rewarding: Annotated[Rewarding, BeforeValidator(_short_form)] = Rewarding()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are trained, in their order."""
+        return STAGES[:1] if self.rewarding.run == "never" else STAGES
+
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value."""
         return _flat(self.model_dump())
@@ -167,12 +178,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
+def read_settings(file: Path | None, changes: dict[str, Any], preset: str | None = None) -> Settings:
     """Read settings from a file, and apply changes.
 
     Args:
         file: a ``run.yaml``; None starts from the defaults.
         changes: dotted key -> value.
+        preset: name or file of a preset (`umed_plugin.commands.upgrade.presets`), or None. File and changes win over it, and a
+            note says where they do.
 
     Raises:
         UmedError: all faults at once, including missing files and folders.
@@ -186,6 +199,9 @@ def read_settings(file: Path | None, changes: dict[str, Any]) -> Settings:
             data["recipe"] = recipe_path(data["recipe"], file.parent)
         _place_evaluation(data, file.parent)
         _place_symbols(data, file.parent)
+    if preset is not None:
+        given = [(str(file), _flat(data)), ("the command line", changes)]
+        data = over_preset(preset, _load(preset_file(preset)), given)
     for key, value in changes.items():
         _put(data, key.split("."), value)
     _place_evaluation(data, Path.cwd())
@@ -204,6 +220,25 @@ def _load(file: Path) -> dict[str, Any]:
     data = read_yaml(file)
     if not isinstance(data, dict):
         raise UmedError(f"{file}: contains a {type(data).__name__}. Needed: a mapping of keys to values.")
+    return data
+
+
+def over_preset(preset: str, data: dict[str, Any], given: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The settings of a preset with those that are given put over them, and a note for each that differs.
+
+    Args:
+        preset: its name.
+        data: its settings.
+        given: where settings stand, in words, and their dotted keys and values; later ones win.
+    """
+    of_preset = _flat(data)
+    for where, values in given:
+        for key, value in values.items():
+            if key in of_preset and of_preset[key] != value:
+                note(
+                    f"--preset {preset} would set {key} to {of_preset[key]}; {where} sets it to {value}, and that counts."
+                )
+            _put(data, key.split("."), value)
     return data
 
 

@@ -105,7 +105,27 @@ def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
     # Stage 2 turns dropout off whatever the flag says.
     dropout = lora.dropout if name == TUNING else 0.0
     flags = {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": dropout}
-    return {**flags, "bits": settings.bits if settings.bits != 16 else None}
+    return {
+        **flags,
+        "umed_lora_targets": ",".join(lora.targets) if lora.targets else None,
+        "bits": settings.bits if settings.bits != 16 else None,
+    }
+
+
+def what_is_trained(settings: Settings, stage: Stage) -> str:
+    """A sentence on the weights that a stage trains, for a dry run."""
+    frozen = stage.flags.get("freeze_mm_mlp_adapter") or (
+        settings.method == "full" and stage.flags.get("freeze_backbone")
+    )
+    projector = "the projector is frozen" if frozen else "with the projector"
+    if settings.method == "full":
+        return f"trains all weights of the language model, {projector}; the vision tower is frozen"
+    lora = settings.lora
+    layers = " and ".join(lora.targets) if lora.targets else "all linear layers"
+    return (
+        f"trains a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {layers}, {projector}; the "
+        "vision tower is frozen"
+    )
 
 
 def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_re
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
 from umed_plugin.data.annotations.patients import set_patients, tell_empty_files, tell_empty_splits, tell_headers
+from umed_plugin.data.annotations.phrases import leave_out_without_phrase
 from umed_plugin.data.annotations.splits import deal_out, without_copies_held_out
 from umed_plugin.data.annotations.units import check_stated_sizes, check_units
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, register_reader
@@ -49,9 +50,12 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     faults = annotations.faults
     reader = READERS.get(recipe.annotations.reader)
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
+    leave_out_without_phrase(annotated, recipe, faults)
     annotated = one_reading(annotated, recipe.annotations.readers, faults)
     annotated = without_repeated_images(annotated, recipe, faults)
     met = Counter(name for item in annotated for name in item.classes)
+    if any(item.report for item in annotated):
+        met.update(recipe.classes)  # what reports name is searched for when their records are written
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
     check_labels(items, recipe, faults)
@@ -64,7 +68,8 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotations.left_out["augmented copy in val or test"] += copies
     for item in items:
         item.modality = item.modality or recipe.modality
-        (annotations.items if item.image.exists() else annotations.missing).append(item)
+        there = all(picture.exists() for picture in (item.image, *item.views))
+        (annotations.items if there else annotations.missing).append(item)
     check_units(items, faults)
     check_stated_sizes(annotations.missing, recipe, faults)
     tell_headers(annotations.items, recipe.split, faults)
@@ -110,6 +115,8 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
                 first.setdefault(name, item.where)
         if any(name in recipe.ignore_classes for name in item.classes):
             annotations.left_out["holds an ignored class"] += 1
+        elif item.report:
+            kept.append(item)
         elif not item.classes and recipe.negatives.use == "drop":
             annotations.left_out["negative"] += 1
         elif not item.classes and not may_be_negative(item, recipe, annotations.root):

@@ -30,6 +30,9 @@ class Annotated:
         copy_of: the picture of which the image is an augmented copy, or empty.
         reader: who read the image, such as a radiologist, or empty. An image read by several has one item for each of them, also
             for one who found nothing; `consensus.one_reading` makes one of them.
+        phrase: the sentence that the boxes are of, or empty. An image has one item for each of its phrases.
+        report: text of the report on the image, or empty. Its item has no boxes, and says nothing about where findings lie.
+        views: further pictures of the study that are shown beside the image, left to right.
         dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
         held_out: whether the recipe's ``hold_out`` keeps it from training; set by `read_annotations`.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
@@ -49,6 +52,9 @@ class Annotated:
     left_out: str = ""
     copy_of: str = ""
     reader: str = ""
+    phrase: str = ""
+    report: str = ""
+    views: tuple[Path, ...] = ()
     dropped_boxes: int = field(default=0, repr=False)
     held_out: bool = field(default=False, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
@@ -58,7 +64,7 @@ class Annotated:
     @property
     def is_negative(self) -> bool:
         """True if the image shows no lesion, as far as the annotations say."""
-        return not self.classes
+        return not self.classes and not self.report
 
     @property
     def labels(self) -> list[str]:

@@ -7,10 +7,11 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, by_reader, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.labels import labels_of
+from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json as read_file
@@ -64,6 +65,11 @@ annotations:
         None,
         description="Field of a box, or else of its entry, that names who read the image. See ``annotations.readers``. With a "
         "field of the entry, a reader who found nothing is an entry with an empty list.",
+    )
+    phrase: Optional[str] = Field(
+        None,
+        description="Field of a box, or else of its entry, that holds a sentence, such as ``label_text`` of MS-CXR. Each "
+        "pair of image and sentence is a record then: the question asks where the sentence is seen, and the answer is its boxes.",
     )
     convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
         "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
@@ -129,7 +135,7 @@ def read_json(options: JsonOptions, root: Path, faults: Faults) -> list[Annotate
                 _add_labels(item, entry, options, applied, faults)
                 items.append(item)
             else:
-                items += _by_reader(item, entry, options, faults)
+                items += _by_phrase_and_reader(item, entry, options, faults)
     if not faults.messages:
         applied.tell(faults)
     return items
@@ -151,21 +157,31 @@ def _add_labels(item: Annotated, entry: dict[str, Any], options: JsonOptions, ap
     item.classes = labels_of(names, options.no_finding, item.where, faults) or []
 
 
-def _by_reader(item: Annotated, entry: Any, options: JsonOptions, faults: Faults) -> list[Annotated]:
-    """One item for each reader whom ``reader_field`` names."""
-    if options.reader_field is None:
-        return [item]
-    of_entry = entry.get(options.reader_field)
+def _by_phrase_and_reader(item: Annotated, entry: Any, options: JsonOptions, faults: Faults) -> list[Annotated]:
+    """One item for each phrase, and for each reader whom ``reader_field`` names."""
     if not item.boxes:
+        of_entry = None if options.reader_field is None else entry.get(options.reader_field)
         item.reader = "" if of_entry is None else str(of_entry)
         return [item]
-    names = [
-        written.get(options.reader_field, of_entry) for written in entry[options.boxes] if isinstance(written, dict)
-    ]
+    names = _of_boxes(options.reader_field, entry, options)
+    if options.reader_field is None and len(names) != len(item.boxes):
+        return [item]  # a box that cannot be read is a fault already
     if any(not isinstance(name, (str, int)) for name in names) or len(names) != len(item.boxes):
         faults.add(item.where, f"has a box without {options.reader_field!r} (annotations.reader_field)")
         return [item]
-    return by_reader(item, [str(name) for name in names])
+    phrases = [""] * len(names)
+    if options.phrase is not None:
+        phrases = [
+            checked_phrase(text, f"{item.where} box {number}", options.phrase, faults)
+            for number, text in enumerate(_of_boxes(options.phrase, entry, options))
+        ]
+    return by_phrase(item, phrases, [str(name) for name in names])
+
+
+def _of_boxes(field: Optional[str], entry: Any, options: JsonOptions) -> list[Any]:
+    """The value of a field in each box, or else in its entry; empty texts without a field."""
+    boxes = [written for written in entry[options.boxes] if isinstance(written, dict)]
+    return ["" if field is None else written.get(field, entry.get(field)) for written in boxes]
 
 
 def _entries(path: Path, faults: Faults) -> list[tuple[str, Any]]:

@@ -8,8 +8,9 @@ from typing import Any, Literal, Optional
 
 from pydantic import Field, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, by_reader, drop_box, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, Unit, drop_box, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
+from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
@@ -19,7 +20,7 @@ from umed_plugin.grounding.boxes import Box, iou_matrix
 _LEAST_AGREEMENT = 0.5
 # Fields that the reader needs of each entry, and their types in JSON.
 _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
-    "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
+    "images": {"id": (int, str), "width": (int, float), "height": (int, float)},
     "annotations": {"image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
     "categories": {"id": (int, str), "name": (str, int)},
 }
@@ -51,6 +52,16 @@ annotations:
         "is not named in COCO, and does not count as a reader of it.",
     )
 
+    phrase: Optional[str] = Field(
+        None,
+        description="Field of an annotation that holds a sentence, such as ``label_text`` of MS-CXR. Each pair of image and "
+        "sentence is a record then: the question asks where the sentence is seen, and the answer is its boxes.",
+    )
+    file_field: str = Field(
+        "file_name",
+        description="Field of an image that holds its file. MS-CXR has the path in ``path``, and the bare name in ``file_name``.",
+    )
+
     @model_validator(mode="after")
     def _readers_are_named(self) -> CocoOptions:
         if self.readers is not None and self.reader_field is None:
@@ -64,14 +75,14 @@ def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotate
     items: list[Annotated] = []
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
-        content = _content(path, faults) if path is not None else None
+        content = _content(path, options, faults) if path is not None else None
         if path is not None and content is not None:
             folders = ImageFolders(options, root, split, path.parent, faults)
             items += _CocoFile(options, path, split, folders, faults).items(content)
     return items
 
 
-def _content(path: Path, faults: Faults) -> Any:
+def _content(path: Path, options: CocoOptions, faults: Faults) -> Any:
     before = len(faults.messages)
     content = faults.read(read_json, path)
     if len(faults.messages) > before:
@@ -85,9 +96,10 @@ def _content(path: Path, faults: Faults) -> Any:
     if missing:
         faults.add(path, f"has no {', '.join(missing)}; it holds {', '.join(content) or 'nothing'}. Is it COCO?")
         return None
+    needed = {**_FIELDS, "images": {**_FIELDS["images"], options.file_field: (str,)}}
     wrong = [
         (f"{path} {key}[{number}]", fault)
-        for key, fields in _FIELDS.items()
+        for key, fields in needed.items()
         for number, entry in enumerate(content[key])
         for fault in _entry_faults(entry, fields)
     ]
@@ -116,6 +128,7 @@ class _CocoFile:
         names = self._categories(content["categories"])
         by_id = self._images(content["images"])
         readers: dict[Any, list[str]] = {key: [] for key in by_id}
+        phrases: dict[Any, list[str]] = {key: [] for key in by_id}
         disagreeing: list[str] = []
         with_outline = 0
         for annotation in content["annotations"]:
@@ -132,12 +145,13 @@ class _CocoFile:
                 item.boxes.append(in_unit(box, self.options.normalised))
                 item.classes.append(names[annotation["category_id"]])
                 readers[annotation["image_id"]].append(self._reader(annotation, where))
+                phrases[annotation["image_id"]].append(self._phrase(annotation, where))
                 outline = _outline(annotation.get("segmentation"))
                 with_outline += outline is not None
                 if outline is not None and iou_matrix([box], [outline])[0, 0] < _LEAST_AGREEMENT:
                     disagreeing.append(where)
         self._tell_disagreeing(disagreeing, with_outline)
-        return [part for key, item in by_id.items() for part in by_reader(item, readers[key])]
+        return [part for key, item in by_id.items() for part in by_phrase(item, phrases[key], readers[key])]
 
     def _reader(self, annotation: Any, where: str) -> str:
         if self.options.reader_field is None:
@@ -148,6 +162,10 @@ class _CocoFile:
                 where, f"{self.options.reader_field} is {name!r} (annotations.reader_field); needed: a name"
             )
         return str(name)
+
+    def _phrase(self, annotation: Any, where: str) -> str:
+        field = self.options.phrase
+        return "" if field is None else checked_phrase(annotation.get(field), where, field, self.faults)
 
     def _categories(self, entries: list[Any]) -> dict[Any, str]:
         names: dict[Any, str] = {}
@@ -164,7 +182,7 @@ class _CocoFile:
         by_id: dict[Any, Annotated] = {}
         names: dict[Any, str] = {}
         for entry in entries:
-            where, name = f"{self.path} image {entry['id']}", entry["file_name"]
+            where, name = f"{self.path} image {entry['id']}", entry[self.options.file_field]
             if names.setdefault(entry["id"], name) != name:
                 self.faults.add(
                     where,

@@ -115,9 +115,9 @@ def one_reading(items: Sequence[Annotated], rule: Optional[ReadersRule], faults:
 
 def _by_image(items: Sequence[Annotated]) -> list[list[Annotated]]:
     folders: dict[str, str] = {}
-    images: dict[tuple[str, object], list[Annotated]] = {}
+    images: dict[tuple[object, ...], list[Annotated]] = {}
     for item in items:
-        images.setdefault((real_path(str(item.image), folders), item.slice), []).append(item)
+        images.setdefault((real_path(str(item.image), folders), item.slice, item.phrase), []).append(item)
     return list(images.values())
 
 

@@ -42,7 +42,7 @@ def check_inside(items: Sequence[Annotated], recipe: Recipe, root: Path, faults:
     real_folders: dict[str, str] = {}
     outside: dict[str, tuple[Annotated, str]] = {}
     for item in items:
-        for path in _files_of(item.image):
+        for path in [file for picture in (item.image, *item.views) for file in _files_of(picture)]:
             real = real_path(path, real_folders)
             if not any(f"{real}{os.sep}".startswith(folder) for folder in allowed):
                 outside.setdefault(str(item.image), (item, real))

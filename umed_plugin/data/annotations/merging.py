@@ -19,15 +19,15 @@ _MOST_COMPARED = 1000  # boxes of one image
 
 
 def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> list[Annotated]:
-    """The items with those of one image (and slice) merged, whatever path they name it by.
+    """The items with those of one image (and slice, and phrase) merged, whatever path they name it by.
 
     It is a fault if they contradict each other: one with and one without a lesion, or in different splits.
     """
-    first: dict[tuple[str, object], Annotated] = {}
+    first: dict[tuple[object, ...], Annotated] = {}
     merged: list[str] = []
     folders: dict[str, str] = {}
     for item in items:
-        earlier = first.setdefault((real_path(str(item.image), folders), item.slice), item)
+        earlier = first.setdefault((real_path(str(item.image), folders), item.slice, item.phrase), item)
         if earlier is item:
             continue
         contradiction = _contradiction(earlier, item, recipe)
@@ -57,6 +57,8 @@ def _contradiction(first: Annotated, item: Annotated, recipe: Recipe) -> str:
         )
     if first.patient and item.patient and first.patient != item.patient:
         return f"but of patient {item.patient!r}, and there of {first.patient!r}"
+    if first.report != item.report:
+        return "but with another report"
     for name in ("size", "window"):
         here, there = getattr(item, name), getattr(first, name)
         if here is not None and there is not None and tuple(here) != tuple(there):
@@ -65,15 +67,16 @@ def _contradiction(first: Annotated, item: Annotated, recipe: Recipe) -> str:
 
 
 def drop_repeated_boxes(items: Sequence[Annotated], faults: Faults) -> None:
-    """Keep one of several equal boxes of a class, and remark on boxes of a class that overlap by more than half."""
+    """Keep one of several equal boxes of a class or phrase, and remark on those of a class that overlap by more than half."""
     overlapping, first = 0, ""
     for item in items:
         seen: set[tuple[object, ...]] = set()
         kept: list[int] = []
         for index, (box, name) in enumerate(zip(item.boxes, item.classes)):
-            key = (name, *(round(value, 6 if item.normalised else 3) for value in box))
+            key = ("" if item.phrase else name, *(round(value, 6 if item.normalised else 3) for value in box))
             if key in seen:
-                faults.left_out["boxes", "the same box of the same class twice"] += 1
+                of = "phrase" if item.phrase else "class"
+                faults.left_out["boxes", f"the same box of the same {of} twice"] += 1
             else:
                 kept.append(index)
             seen.add(key)

@@ -61,7 +61,8 @@ def _check_shared_images(annotations: AnnotationSet) -> None:
     shared: list[tuple[Annotated, Annotated]] = []
     for item in annotations.items:
         earlier = first.setdefault((real_path(str(item.image), folders), item.slice), item)
-        if earlier is not item:
+        phrases_of_one = bool(item.phrase and earlier.phrase) and item.recipe is earlier.recipe
+        if earlier is not item and not phrases_of_one:
             shared.append((earlier, item))
     if shared:
         one, other = shared[0]

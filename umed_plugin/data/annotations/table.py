@@ -14,6 +14,7 @@ from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.annotations.labels import labels_of, split_label
 from umed_plugin.data.annotations.listed import ListedImages
+from umed_plugin.data.annotations.phrases import checked_phrase
 from umed_plugin.data.recipes.options import SPLITS, BoxColumns, Column, ImageList, Split, compiled, with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_rows
@@ -82,6 +83,11 @@ annotations:
     leave_out_listed: Optional[ImageList] = Field(
         None,
         description="A CSV of images that are left out, such as those to which another recipe gives boxes.",
+    )
+    phrase: Optional[Column] = Field(
+        None,
+        description="Column that holds a sentence, such as ``label_text`` of MS-CXR. Each pair of image and "
+        "sentence is a record then: the question asks where the sentence is seen, and the answer is its boxes.",
     )
     only_class: Optional[str] = Field(None, description="Class of every row, if no column names it.")
     split_values: dict[str, Split] = Field(
@@ -188,6 +194,8 @@ def _wanted_columns(options: CsvOptions) -> list[tuple[str, Column]]:
     """(recipe key, column) of every column that must exist; the slice column may be absent."""
     wanted: list[tuple[str, Column]] = [("annotations.only_rows", title) for title in options.only_rows]
     wanted += [("annotations.leave_out_images", title) for title in options.leave_out_images]
+    if options.phrase is not None:
+        wanted.append(("annotations.phrase", options.phrase))
     for role, given in options.columns:
         columns = given if isinstance(given, list) else [given]
         wanted += [
@@ -217,14 +225,14 @@ class _Table:
         self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
 
     def items(self, rows: list[list[str]]) -> list[Annotated]:
-        merged: dict[tuple[Path, Optional[int], str], Annotated] = {}
+        merged: dict[tuple[object, ...], Annotated] = {}
         for number, row in enumerate(rows, start=2):
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
             item = self._item(row, f"{self.path}:{number}") if self._is_whole(row, number) else None
             if item is None:
                 continue
-            first = merged.setdefault((item.image, item.slice, item.reader), item)
+            first = merged.setdefault((item.image, item.slice, item.reader, item.phrase), item)
             if first is not item:
                 (self._check_labels_agree if self.options.labels_only else self._check_agree)(first, item)
                 first.window = first.window or item.window
@@ -328,6 +336,7 @@ class _Table:
             window=self._window(row, where),
             left_out=self._left_out(row) or self.listed.reason(file),
             reader=self._cell(row, columns.reader),
+            phrase=self._phrase(row, bool(found[0]), where),
         )
 
     def _labels(self, row: list[str], where: str) -> Optional[tuple[list[Box], list[str]]]:
@@ -366,6 +375,16 @@ class _Table:
             )
             return None
         return box, [lesion] * len(box)
+
+    def _phrase(self, row: list[str], has_box: bool, where: str) -> str:
+        column = self.options.phrase
+        if column is None:
+            return ""
+        text = self._cell(row, column)
+        if text and not has_box:
+            self.faults.add(where, f"has the phrase {text!r} and no box. Give the box, or remove the row")
+            return ""
+        return checked_phrase(text, where, column, self.faults) if has_box else ""
 
     def _box(self, row: list[str], where: str) -> Optional[list[Box]]:
         """The row's box in a list, an empty list for a negative, None after a fault."""

@@ -14,6 +14,7 @@ from typing import Any
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
 from umed_plugin.data.augmentation.texts import can_mirror, is_templated, moved_record
 from umed_plugin.data.records import Record, record_faults, record_geometry, true_boxes
+from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.square_move import SquareMove, kept_fraction
 
 # A rotation, zoom or shift that leaves less of a lesion's box in the square is drawn anew, so many times.
@@ -74,7 +75,8 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
     r"""The record as one epoch of a run with ``--umed_augment`` shows it.
 
     Args:
-        record: of `umed_plugin.data.records`. One without true boxes, such as a plain LLaVA item, changes its grey levels only.
+        record: of `umed_plugin.data.records`. A report, or a plain LLaVA item, changes its grey levels only: nobody knows
+            what a movement would cut off.
         seed: of the run.
         epoch: counted from 0.
         name: of the record, where it has no id.
@@ -99,7 +101,7 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
         return Study(record)
     grey = _draw_grey(rule, rng)
     flips = [flip for flip in ("left_right", "up_down") if rng.random() < 0.5 and flip in rule.flips]
-    if record_faults(record):
+    if record_faults(record) or not asks_for_boxes(record):
         return Study(record, grey=grey)
     flips = [flip for flip in flips if can_mirror(record, flip)]
     moved = _moved(record, rule, rng, SquareMove("left_right" in flips, "up_down" in flips))

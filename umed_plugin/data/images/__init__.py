@@ -94,6 +94,7 @@ def load_image(
     slice_axis: int = 2,
     volume: Optional[int] = None,
     pixels: str = "square",
+    beside: Sequence[Union[str, Path]] = (),
 ) -> tuple[np.ndarray, Orientation]:
     """Read an image, a slice of a volume or series, or a montage of slices, as the model sees it.
 
@@ -109,9 +110,11 @@ def load_image(
         slice_axis: 0, 1 or 2, of the NIfTI array as stored.
         volume: index from 0 of a volume in a 4-D NIfTI file.
         pixels: ``square``: DICOM and NIfTI slices whose pixels are not square are resampled. ``as_stored``: they are not.
+        beside: further images that are shown to the right of it, all of the height of the lowest one.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, and how it was turned from the stored slice (for a montage: how each tile was).
+        uint8 RGB ``[height, width, 3]``, and how it was turned from the stored slice (for a montage: how each tile was; with
+        ``beside``: not at all, and of the size of the whole).
 
     Raises:
         UmedError: the file is missing, unreadable, or holds something that cannot be shown.
@@ -138,6 +141,7 @@ def load_image(
         slice_axis=slice_axis,
         volume=volume,
         pixels=pixels,
+        beside=beside,
     )
     return shown.pixels, shown.orientation
 
@@ -147,6 +151,7 @@ def show_image(
     *,
     slice: Union[int, Sequence[int], None] = None,
     volume: Optional[int] = None,
+    beside: Sequence[Union[str, Path]] = (),
     **options: Any,
 ) -> ShownImage:
     """Read an image as `load_image` does, with its arguments, and return what is known of its file too.
@@ -155,6 +160,9 @@ def show_image(
         UmedError: as `load_image`.
     """
     path = Path(path)
+    if beside:
+        parts = [show_image(path, slice=slice, volume=volume, **options)]
+        return _side_by_side(path, parts + [show_image(other, **options) for other in beside])
     if slice is not None and not isinstance(slice, int):
         return _montage(path, [show_image(path, slice=index, volume=volume, **options) for index in slice])
     return _show_one(path, slice, volume, **options)
@@ -208,6 +216,24 @@ def _montage(path: Path, parts: list[ShownImage]) -> ShownImage:
         whole[y : y + plan.height, x : x + plan.width] = part.pixels
     remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
     return replace(parts[0], pixels=whole, remarks=remarks)
+
+
+def _side_by_side(path: Path, parts: list[ShownImage]) -> ShownImage:
+    """Images next to each other, left to right, scaled to the height of the lowest one."""
+    from PIL import Image
+
+    height = min(part.pixels.shape[0] for part in parts)
+    scaled = []
+    for part in parts:
+        rows, columns = part.pixels.shape[:2]
+        picture = Image.fromarray(part.pixels)
+        same = (max(1, round(columns * height / rows)), height)
+        scaled.append(part.pixels if rows == height else np.asarray(picture.resize(same, Image.Resampling.BICUBIC)))
+    width = sum(picture.shape[1] for picture in scaled)
+    check_size(path, width, height)
+    remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
+    whole = np.ascontiguousarray(np.concatenate(scaled, axis=1))
+    return ShownImage(whole, Orientation(width, height), is_grey_levels=True, remarks=remarks)
 
 
 def slice_count(path: Path, slice_axis: int = 2) -> int:

@@ -113,7 +113,8 @@ class ImageCache:
     def _name(self, path: str | Path, reading: dict[str, Any]) -> bytes:
         """32 bytes that identify this state of the file, read in this way."""
         parts = [os.path.abspath(path), json.dumps(reading, sort_keys=True), self._made_by]
-        parts += [repr(state) for state in file_states(path)] + reader_version(path)
+        for file in (path, *reading.get("beside", ())):
+            parts += [repr(state) for state in file_states(file)] + reader_version(file)
         return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).digest()
 
     def _slots_of(self, name: bytes) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 from umed_plugin import files
 from umed_plugin.data.images import READERS, Remark
-from umed_plugin.data.reading.looks import Dated, Request, Seen, rendered_state, state_of
+from umed_plugin.data.reading.looks import Dated, Request, Seen, rendered_state, state_of_all
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import warn
 from umed_plugin.files import parse_json
@@ -76,7 +76,7 @@ class KeptLooks:
             seen = _seen(fields["seen"])
         except (ValueError, LookupError, TypeError):
             return None
-        if fields["state"] != state_of(request.path):
+        if fields["state"] != state_of_all(request):
             return None
         return None if seen.rendered and fields["rendered"] != rendered_state(request, seen) else seen
 

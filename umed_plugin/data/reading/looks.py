@@ -93,7 +93,7 @@ class Dated:
 
 def look(request: Request, evaluated: Pictures) -> Dated:
     """Look at an image, render it if LLaVA cannot read it, and compare it with the evaluation sets."""
-    before = state_of(request.path)
+    before = state_of_all(request)
     try:
         seen, pixels = look_at(request)
         burned_in = None if seen.by_llava or seen.window_missing else burned_in_annotation(Path(request.path))
@@ -106,7 +106,7 @@ def look(request: Request, evaluated: Pictures) -> Dated:
     if not seen.by_llava and request.out_dir is not None and not also_evaluated:
         rendered = _render(pixels, request.rendered, Path(request.out_dir))
     whole = replace(seen, burned_in=burned_in, evaluated=also_evaluated, rendered=rendered)
-    return Dated(whole, before if before == state_of(request.path) else None)
+    return Dated(whole, before if before == state_of_all(request) else None)
 
 
 def look_at(request: Request) -> tuple[Seen, np.ndarray]:
@@ -116,7 +116,7 @@ def look_at(request: Request) -> tuple[Seen, np.ndarray]:
         UmedError: the image cannot be read, or LLaVA's image processor cannot take it.
     """
     path = Path(request.path)
-    by_llava = read_by_llava(path)
+    by_llava = not request.reading.get("beside") and read_by_llava(path)
     if not by_llava and request.no_window:
         return Seen(window_missing=True), NO_PIXELS
     if by_llava:
@@ -143,6 +143,13 @@ def state_of(path: str) -> Optional[str]:
     if any(time.time_ns() - modified < _SETTLED_NS for _, _, modified in states):
         return None
     return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def state_of_all(request: Request) -> Optional[str]:
+    """As `state_of`, of the image and of those that are shown beside it."""
+    states = [state_of(path) for path in (request.path, *request.reading.get("beside", ()))]
+    known = [state for state in states if state is not None]
+    return "+".join(known) if len(known) == len(states) else None
 
 
 def rendered_state(request: Request, seen: Seen) -> Optional[list[int]]:

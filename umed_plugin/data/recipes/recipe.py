@@ -137,6 +137,12 @@ class Recipe(StrictModel):
         """Plain name of a class -> what it looks like, of those that say it."""
         return {entry.name: entry.looks for entry in reversed(list(self.classes.values())) if entry.looks}
 
+    @property
+    def phrase(self) -> Optional[Union[str, int]]:
+        """Field or column of the phrases, or None: then an image is one record with all of its lesions."""
+        found: Optional[Union[str, int]] = getattr(self.annotations, "phrase", None)
+        return found
+
     def root(self, data_root: Optional[Union[str, Path]] = None) -> Path:
         """The folder of the data set.
 
@@ -382,6 +388,10 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
     if listed is not None and recipe.split.by == "column" and listed.split is None:
         faults.add(
             "negatives.listed.split", "missing. split.by is 'column', so the list must name the column of its split"
+        )
+    if listed is not None and recipe.phrase is not None:
+        faults.add(
+            "negatives.listed", "has no effect together with annotations.phrase: no phrase is about these images"
         )
     if options.stored_frame_ and (recipe.image.box_frame, recipe.image.box_axes) != ("stored", "xy"):
         faults.add(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from umed_plugin import files
 from umed_plugin.data.images.drawing import read_pixels
-from umed_plugin.data.records import Record
+from umed_plugin.data.records import Record, is_diagnosed
 from umed_plugin.errors import UmedError
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def screen(records: Iterable[Record], folder: Path, *, send: bool, left_out: set
     for record in records:
         name = record["id"]
         result.unknown.discard(name)
-        if not record["objects"]["ref"]:
+        if not is_diagnosed(record):
             result.allowed.append(record)  # images without a lesion are never sent
         elif name in left_out:
             result.left_out += 1

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any, Union
 
-from umed_plugin.data.records import PROBE, Record
+from umed_plugin.data.records import Record, is_diagnosed
 from umed_plugin.data.writing.prompts import Prompts
 from umed_plugin.data.writing.steps import SetAside, WrittenDiagnosis
 from umed_plugin.data.writing.writer import Outcome
@@ -15,8 +15,8 @@ WRITER = "openai"
 
 
 def needs_text(record: Record) -> bool:
-    """Whether the model writes the record's diagnosis: it shows a lesion, and is no probe."""
-    return bool(record["objects"]["ref"]) and record["answer_type"] != PROBE
+    """Whether the model writes the record's diagnosis: it shows a lesion, and is no phrase, report or probe."""
+    return is_diagnosed(record)
 
 
 def with_texts(
@@ -24,7 +24,7 @@ def with_texts(
 ) -> tuple[list[Record], list[Record]]:
     """Put the texts into copies of the records.
 
-    Images without a lesion, and probes, keep the offline writer's text. Images without a reply are left out.
+    Images without a lesion, phrases, reports and probes keep the offline writer's text. Images without a reply are left out.
 
     Returns:
         the records to train on, and those set aside: they carry the rejected text, and its faults under ``aside``.

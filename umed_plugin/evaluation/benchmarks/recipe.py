@@ -11,6 +11,10 @@ All metrics are 0-1. The four that every stage of a run is summarised by (`HEADL
 Studies without a lesion are left out of the last three, where "no box" would score 1 without a look at the image. A box drawn on
 one of them costs accuracy. So are studies whose lesions LLaVA's centre crop has cut away.
 
+A record of a phrase (``answer_type`` "phrase") is scored by its boxes alone, in two arithmetics: see
+`umed_plugin.evaluation.metrics.phrases`. A report is scored by the findings that it names; its text is scored by the benchmark
+``report:RECIPE``.
+
 Confidence intervals resample patients where records name them, else images: slices of one patient are not independent.
 
 ``accuracy`` is also reported by source and, as the paper prints MAU's, as the unweighted mean of the sources
@@ -38,12 +42,26 @@ from umed_plugin.evaluation.metrics.grounding import (
     overlaps_by_size,
     points_at,
 )
-from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, by_group, mean, mean_of_groups, means, ratio
+from umed_plugin.evaluation.metrics.metric import (
+    RATE,
+    Columns,
+    Metric,
+    Row,
+    by_group,
+    mean,
+    mean_of_groups,
+    means,
+    ratio,
+)
+from umed_plugin.evaluation.metrics.phrases import phrase_metrics, phrase_values
 from umed_plugin.evaluation.results import Evaluation, Prediction
+from umed_plugin.grounding.answer_types import asks_for_boxes, asks_for_names
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.consistency import consistency_of
 from umed_plugin.grounding.dialects import LLAVA
+from umed_plugin.grounding.phrases import phrase_spans
 from umed_plugin.grounding.scoring import AnswerScore, Scorer, score_answer
+from umed_plugin.grounding.terms import named_classes
 from umed_plugin.model.answerer import ModelAnswer
 
 if TYPE_CHECKING:
@@ -137,15 +155,52 @@ def _scored(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) ->
 
 def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
     """The columns of one study; those of attention only where the answer was examined."""
-    scores = _scored(question, answer, scorer)
+    scores, record = _scored(question, answer, scorer), question.about["record"]
+    if not asks_for_boxes(record):
+        return {"accuracy": scores.accuracy, **finding_values(answer.text, record)}
+    if not asks_for_names(record):
+        return _phrase_values(scores, record, answer)
     if answer.examined is None:
         values = case_values(scores, None)
     else:
         hit = _attention_hit(answer.examined["heat"], scores)
         values = case_values(scores, answer.examined["vision_relevance"], hit)
-    record = question.about["record"]
     agrees = consistency_of(answer.text, record, _geometry(record, scorer), scorer.dialect)
     return values if agrees is None else {**values, "consistent_answers": float(agrees == 1)}
+
+
+def _phrase_values(scores: AnswerScore, record: Record, answer: ModelAnswer) -> dict[str, float]:
+    """The columns of a phrase; vision relevance only of an answer that repeats its words."""
+    values = case_values(scores, None)
+    del values["accuracy"]
+    if scores.true01:
+        values |= phrase_values(scores, record["objects"]["bbox"], record["image_size"])
+    if answer.examined is not None and phrase_spans(answer.text, record["phrase"]):
+        values["vision_relevance"] = answer.examined["vision_relevance"]
+    return values
+
+
+def finding_values(text: str, record: Record) -> dict[str, float]:
+    """Counts of one report: findings that its text names, that the reference names, and both."""
+    said, true = named_classes(text, record["terms"]), set(record["objects"]["ref"])
+    return {"findings_said": len(said), "findings_true": len(true), "findings_right": len(said & true)}
+
+
+def finding_metrics(rows: Sequence[Row]) -> list[Metric]:
+    """Precision, recall and F1 of the findings that reports name, over all of them; none where no row is a report."""
+    if not any("findings_true" in row.values for row in rows):
+        return []
+    right, said, true = "findings_right", "findings_said", "findings_true"
+
+    def f1(columns: Columns) -> float:
+        total = columns[said].sum() + columns[true].sum()
+        return float(2 * columns[right].sum() / total) if total else float("nan")
+
+    return [
+        Metric("findings_precision", ratio(right, said), (right, said), limits=RATE),
+        Metric("findings_recall", ratio(right, true), (right, true), limits=RATE),
+        Metric("findings_f1", f1, (right, said, true), limits=RATE),
+    ]
 
 
 def _attention_hit(heat: dict[str, Any] | None, score: AnswerScore) -> float:
@@ -195,6 +250,7 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     is the share of them with an IoU of at least 0.5. Sizes are those of `umed_plugin.evaluation.metrics.grounding`.
     ``consistent_answers`` is the share of answers that agree with themselves in all that applies (`checks` of
     `umed_plugin.grounding.consistency`), of the answers to which some of it applies.
+    Records of phrases and reports add `phrase_metrics` and `finding_metrics`.
     ``unread_boxes`` is the mean number of boxes in an answer that could not be read; each counts as a box without area.
     ``held_out_accuracy`` and ``seen_accuracy``, and the same of IoU: of the studies that the recipe's ``hold_out`` kept from
     training, and of all others; where it keeps none, they are left out.
@@ -225,7 +281,13 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
         for name in ("lesion_iou", "lesions_found"):
             of = (f"{name}_{size}", lesions)
             reported.append(Metric(f"{name}/{size}", ratio(*of), of, limits=RATE))
-    return reported
+    others = [*phrase_metrics(rows), *finding_metrics(rows)]
+    if not others:
+        return reported
+    # Of phrases and reports much of this is not asked; what the summary of a run needs is always there.
+    return [
+        metric for metric in (*reported, *others) if metric.name in HEADLINE or any(metric.takes(row) for row in rows)
+    ]
 
 
 def details(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, Any]:
@@ -239,6 +301,7 @@ def details(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) ->
         "modality": str(record.get("modality") or ""),
         "image_aspect_ratio": record["provenance"]["image_aspect_ratio"],
         "reading": record.get("reading"),
+        "answer_type": record["answer_type"],
     }
 
 
@@ -250,7 +313,7 @@ class Case:
         image: path of the image file.
         true_boxes: xyxy in pixels of the image file.
         boxes: predicted, in the same pixels; a malformed box is all zeros.
-        accuracy: 1.0 if exactly the true classes are named, else 0.0.
+        accuracy: 1.0 if exactly the true classes are named, else 0.0; None for a phrase, which asks for none.
         set_iou: 0-1; for a study without a lesion 1.0 for no box, else 0.0.
         vision_relevance: 0-1; None for a study without a lesion.
         source: the recipe that the record came from.
@@ -259,6 +322,7 @@ class Case:
         reading: arguments of `umed_plugin.data.images.load_image` for a DICOM or NIfTI file; else None.
         heat: where the name of the abnormality looks (`umed_plugin.model.heat_map`); None if the answer names none.
         truth: the reference answer; empty in files of earlier versions.
+        answer_type: what the record asks for (`umed_plugin.grounding.answer_types`); empty in files of earlier versions.
     """
 
     id: str
@@ -268,7 +332,7 @@ class Case:
     true_classes: list[str]
     true_boxes: list[list[float]]
     boxes: list[list[float]]
-    accuracy: float
+    accuracy: float | None
     set_iou: float
     vision_relevance: float | None
     source: str = ""
@@ -277,10 +341,11 @@ class Case:
     reading: dict[str, Any] | None = None
     heat: dict[str, Any] | None = None
     truth: str = ""
+    answer_type: str = ""
 
 
 # Lines of a later version may hold more.
-_DRAWN = {"true_classes", "true_boxes", "boxes", "set_iou", "modality", "image_aspect_ratio", "reading"}
+_DRAWN = {"true_classes", "true_boxes", "boxes", "set_iou", "modality", "image_aspect_ratio", "reading", "answer_type"}
 
 
 def cases_of(evaluation: Evaluation) -> list[Case]:
@@ -297,7 +362,7 @@ def _case(prediction: Prediction) -> Case:
         question=prediction.question,
         answer=prediction.answer,
         truth=prediction.truth,
-        accuracy=prediction.values["accuracy"],
+        accuracy=prediction.values.get("accuracy"),
         vision_relevance=prediction.values.get("vision_relevance"),
         source=prediction.groups["source"],
         heat=(prediction.examined or {}).get("heat"),

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 
@@ -55,6 +56,9 @@ def class_relevance(
     scored = zip(completions, record, geometry)
     return [score_answer(text, study, in_square).class_f1 for text, study, in_square in scored]
 
+
+# Of a phrase, whose answer names nothing, there is nothing to judge.
+lexical_relevance.applies_to = class_relevance.applies_to = asks_for_names  # type: ignore[attr-defined]
 
 LOCAL_JUDGES = {"lexical": lexical_relevance, "classes": class_relevance}
 

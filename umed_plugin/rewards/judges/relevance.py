@@ -20,6 +20,7 @@ from umed_plugin.errors import UmedError, note
 from umed_plugin.flags import rewards as judge_flags
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import REPLAY
+from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.remote import settings
 from umed_plugin.remote.ledger import Ledger, LedgerUser
 from umed_plugin.remote.replies import Failure, Reply, RequestResult
@@ -44,6 +45,7 @@ class JudgedRelevance:
     """
 
     stop: str | None = None
+    applies_to = staticmethod(asks_for_names)
 
     def __init__(
         self,
@@ -164,14 +166,16 @@ class JudgedRelevance:
         self._check_patience(scores, failures)
         self._ledger.refresh()
         self.stop = self._spent()
-        return scores
+        of_asked = iter(scores)
+        return [next(of_asked) if self.applies_to(item) else None for item in record]
 
     def metrics(self) -> dict[str, float]:
         """Of the last call: share of candidates without a score, requests sent, candidates that needed no request, and so on."""
         return self._metrics
 
     def _questions(self, completions: Sequence[str], record: Sequence[Any]) -> list[JudgeQuestion]:
-        return [self._questionnaire.ask(item, text) for text, item in zip(completions, record)]
+        pairs = zip(completions, record)
+        return [self._questionnaire.ask(item, text) for text, item in pairs if self.applies_to(item)]
 
     def _score(self, key: str) -> tuple[float | None, str | None]:
         """The score of a question, or the reason why there is none."""
@@ -210,7 +214,9 @@ class JudgedRelevance:
 
     def _check_patience(self, scores: Sequence[float | None], failures: Sequence[str]) -> None:
         """Raise an error after ``patience`` consecutive calls without a score."""
-        self._rollouts_without_score = self._rollouts_without_score + 1 if len(failures) == len(scores) else 0
+        self._rollouts_without_score = (
+            self._rollouts_without_score + 1 if scores and len(failures) == len(scores) else 0
+        )
         if self._rollouts_without_score >= self._patience:
             count = self._rollouts_without_score
             rollouts = "a rollout" if count == 1 else f"{count} consecutive rollouts"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_diagnosis
 from umed_plugin.grounding.consistency import consistency_of
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.rewards.contract import register_reward
 
 
-@register_reward("consistency")
+@register_reward("consistency", applies_to=asks_for_diagnosis)
 def consistency(
     prompts: Sequence[str],
     completions: Sequence[str],

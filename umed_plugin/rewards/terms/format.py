@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_diagnosis
 from umed_plugin.grounding.boxes import Box, copies, is_inside
 from umed_plugin.grounding.claims import says_normal
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -14,7 +15,7 @@ from umed_plugin.grounding.wording import Wording, count_words, language, repeat
 from umed_plugin.rewards.contract import register_reward
 
 
-@register_reward("format")
+@register_reward("format", applies_to=asks_for_diagnosis)
 def format(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -45,6 +46,8 @@ def format(
 
 class FormatOf:
     """The reward `format` in a run, which knows how the references of the training records are worded."""
+
+    applies_to = staticmethod(asks_for_diagnosis)
 
     def __init__(self, references: Iterable[str]) -> None:
         self._wording = Wording.of(references)

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.rewards.contract import register_reward
@@ -31,7 +32,7 @@ _STEPS = ((0.55, 0.15), (0.75, 0.10), (1.0, 0.05))
 _DEMANDS = ((0.75, 0.55, 0.40), (0.60, 0.75, 0.35), (0.0, 0.80, 0.20))
 
 
-@register_reward("localization_curriculum")
+@register_reward("localization_curriculum", applies_to=asks_for_boxes)
 class LocalizationCurriculum:
     """1 if the set IoU of an answer is at least the threshold, else 0; a study without a lesion as in `localization`.
 

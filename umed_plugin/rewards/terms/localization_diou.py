@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.boxes import DISTANCE_SHARE, set_iou, shaped_iou_matrix
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.rewards.contract import register_reward
 
 
-@register_reward("localization_diou", max_normalised=True, least_maximum=2 * DISTANCE_SHARE)
+@register_reward("localization_diou", max_normalised=True, least_maximum=2 * DISTANCE_SHARE, applies_to=asks_for_boxes)
 def localization_diou(
     prompts: Sequence[str],
     completions: Sequence[str],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.rewards.contract import register_reward
 from umed_plugin.rewards.judges.lexical import lexical_relevance
 
-relevance = register_reward("relevance")(lexical_relevance)
+relevance = register_reward("relevance", applies_to=asks_for_names)(lexical_relevance)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.rewards.contract import register_reward
 from umed_plugin.rewards.symbols import SymbolFile, check_against, read_symbols
 
@@ -18,7 +19,7 @@ from umed_plugin.rewards.symbols import SymbolFile, check_against, read_symbols
 RIGHT, NO_SYMBOL = 1.0, -0.5
 
 
-@register_reward(SYMBOLIC)
+@register_reward(SYMBOLIC, applies_to=asks_for_names)
 class Symbolic:
     """``(sum c + sum a + n/2) / (5n/2 - 1)`` over the n steps that the reference takes, in 0..1.
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from umed_plugin.data.records import true_boxes
+from umed_plugin.grounding.answer_types import asks_for_boxes, asks_for_names
 from umed_plugin.grounding.geometry import ImageGeometry
+from umed_plugin.grounding.phrases import phrase_spans
 from umed_plugin.rewards.contract import register_reward
 
 
@@ -21,7 +23,7 @@ def even_share(
     return [shares[id(study), id(in_square)] for study, in_square in zip(record, geometry)]
 
 
-@register_reward("vision_relevance", max_normalised=True, scale=even_share)
+@register_reward("vision_relevance", max_normalised=True, scale=even_share, applies_to=asks_for_boxes)
 def vision_relevance(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -34,5 +36,14 @@ def vision_relevance(
 
     0 when no token names it. ``None`` for a study without abnormality: it has no lesion patches. The scale is the even share, so
     that a small lesion, which can only draw little attention, is divided by its maximum as a large one is.
+
+    Of a phrase the tokens are those that repeat its words; ``None`` for an answer that repeats none, because it need not.
     """
-    return [share if study["objects"]["bbox"] else None for share, study in zip(attention_on_lesion, record)]
+    answers = zip(attention_on_lesion, completions, record)
+    return [share if _looks(text, study) else None for share, text, study in answers]
+
+
+def _looks(text: str, study: Mapping[str, Any]) -> bool:
+    if not asks_for_names(study):
+        return bool(phrase_spans(text, study["phrase"]))
+    return bool(study["objects"]["bbox"])

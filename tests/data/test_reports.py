@@ -1,0 +1,143 @@
+"""Reports: R2Gen's JSON and a CSV, one image or all of a study, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from umed_plugin.data.augmentation.study import augmented_study
+from umed_plugin.data.build import build_records
+from umed_plugin.data.images import open_image
+from umed_plugin.data.records import is_diagnosed, load_records, record_faults, save_records
+from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.errors import UmedError
+
+HEAD = """
+name: texts
+description: Drawn studies with reports.
+terms: {licence: CC0, url: "https://example.org"}
+classes: {effusion: {name: pleural effusion, synonyms: [effusion]}, nodule: {name: nodule}}
+"""
+
+
+def write(folder: Path, options: str = "", studies: dict | None = None, split: str = "{by: column}") -> Path:
+    for place, size in {"s1/0.png": (60, 80), "s1/1.png": (40, 40), "s2/0.png": (50, 50)}.items():
+        (folder / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 100 + size[0]).save(folder / "images" / place)
+    studies = studies or {
+        "train": [study("s1", "Small effusion.  XXXX  heart is normal,\nno nodule.", ["s1/0.png", "s1/1.png"])],
+        "val": [],
+        "test": [study("s2", "The lungs are clear.", ["s2/0.png"])],
+    }
+    (folder / "annotation.json").write_text(json.dumps(studies))
+    recipe = folder / "r.yaml"
+    recipe.write_text(
+        f"{HEAD}annotations: {{reader: reports, files: annotation.json, image_root: images{options}}}\nsplit: {split}\n"
+    )
+    return recipe
+
+
+def study(name: str, report: object, images: object) -> dict:
+    return {"id": name, "report": report, "image_path": images, "split": "train", "subject_id": f"of {name}"}
+
+
+def built(folder: Path, recipe: Path, **settings: object) -> list[dict]:
+    return build_records(load_recipe(recipe), out_dir=folder / "out", data_root=folder, **settings)
+
+
+def test_r2gens_file_gives_texts_with_the_findings_that_they_name(tmp_path, capsys):
+    first, second = built(tmp_path, write(tmp_path))
+    assert first["conversations"][1]["value"] == "Small effusion. XXXX heart is normal, no nodule."
+    assert (first["answer_type"], first["split"], first["patient"]) == ("report", "train", "of s1")
+    assert first["objects"] == {"ref": ["pleural effusion"], "bbox": [], "bbox_type": "real"}
+    assert second["objects"]["ref"] == [] and second["split"] == "test"
+    assert first["image"].endswith("images/s1/0.png")
+    assert "1 images left out (further views of a study; annotations.views)" in capsys.readouterr().err
+    assert not any(record_faults(record) or is_diagnosed(record) for record in (first, second))
+    save_records([first, second], tmp_path / "r.json")
+    assert load_records(tmp_path / "r.json", split="test") == [second]
+    boxed = {**first, "objects": {**first["objects"], "bbox": [[0, 0, 9, 9]]}}
+    assert "same length" in record_faults(boxed)[0]
+
+
+def test_a_montage_shows_all_images_of_a_study_side_by_side_at_the_lowest_height(tmp_path):
+    recipe = write(tmp_path, ", views: montage, taken_out: remove")
+    record = built(tmp_path, recipe)[0]
+    assert record["conversations"][1]["value"] == "Small effusion. heart is normal, no nodule."
+    picture = np.asarray(Image.open(tmp_path / "out" / record["image"]))
+    assert picture.shape == (40, 70, 3) and record["image_size"] == [70, 40]
+    assert set(picture[:, :30].ravel()) == {160} and set(picture[:, 30:].ravel()) == {140}
+    # Read in place, as with an image cache, it is the same picture.
+    in_place = built(tmp_path, recipe, render=False)[0]
+    assert np.array_equal(np.asarray(open_image(in_place["image"], in_place["reading"])), picture)
+    # A second build sees that the second view has changed.
+    Image.new("L", (40, 40), 7).save(tmp_path / "images/s1/1.png")
+    again = built(tmp_path, recipe)[0]
+    assert set(np.asarray(Image.open(tmp_path / "out" / again["image"]))[:, 30:].ravel()) == {7}
+
+
+def test_a_csv_has_views_by_study(tmp_path):
+    write(tmp_path)
+    (tmp_path / "t.csv").write_text(
+        "study,image,report,who\n1,s1/0.png,A nodule.,p\n1,s1/1.png,A nodule.,p\n2,s2/0.png,Clear.,q\n"
+    )
+    options = (
+        "{reader: reports, files: t.csv, image_root: images, views: montage, columns: {study: study, patient: who}}"
+    )
+    recipe = tmp_path / "c.yaml"
+    recipe.write_text(f"{HEAD}annotations: {options}\nsplit: {{by: patient, fractions: {{train: 1}}}}\n")
+    first, second = built(tmp_path, recipe)
+    assert (first["patient"], first["image_size"], first["objects"]["ref"]) == ("p", [70, 40], ["nodule"])
+    assert second["image_size"] == [50, 50]
+    (tmp_path / "t.csv").write_text("study,image,report,who\n1,s1/0.png,A nodule.,p\n1,s1/1.png,None.,p\n1,,x,p\n")
+    with pytest.raises(
+        UmedError, match=r"(?s)t.csv:3: gives study '1' another report.*t.csv:4: column 'image' is empty"
+    ):
+        built(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("studies", "words"),
+    [
+        ({"train": [study("s1", 7, ["s1/0.png"]), study("s2", "Clear.", [])]}, r"(?s)train\[0\].*'report'.*train\[1\]"),
+        ({"images": []}, "has no list train, val or test; it holds images. Is it R2Gen's"),
+        (
+            {"train": [study("s1", "Clear.", ["s1/0.png"]), study("s2", "A nodule.", ["s1/0.png"])]},
+            "is about 0.png again.*another report",
+        ),
+        ({"train": [study("s1", "Clear.", ["s1/0.pgn"])]}, "no such image.*Did you mean 'images/s1/0.png'"),
+    ],
+)
+def test_what_cannot_be_a_report_is_named(studies, words, tmp_path):
+    with pytest.raises(UmedError, match=words):
+        built(tmp_path, write(tmp_path, studies=studies))
+
+
+def test_an_empty_report_is_counted_and_a_report_is_never_moved(tmp_path, capsys):
+    recipe = write(
+        tmp_path, studies={"train": [study("s1", " . ", ["s1/0.png"]), study("s2", "A nodule.", ["s2/0.png"])]}
+    )
+    (record,) = built(tmp_path, recipe)
+    assert "1 studies left out (their report is empty)" in capsys.readouterr().err
+    record["augment"] = {"flips": ["left_right"], "rotation": 20, "zoom": [0.5, 2], "share": 1}
+    moves = {augmented_study(record, 0, epoch).move for epoch in range(8)}
+    assert len(moves) == 1 and not next(iter(moves)).mirrors and not next(iter(moves)).resamples
+
+
+def test_the_shipped_recipes_read_r2gens_files(tmp_path):
+    write(tmp_path, studies={"train": [study("CXR9_IM-1", "Mild edema.", ["s1/0.png"])], "val": [], "test": []})
+    (tmp_path / "images" / "CXR9_IM-1").symlink_to(tmp_path / "images" / "s1")
+    content = json.loads((tmp_path / "annotation.json").read_text())
+    content["train"][0]["image_path"] = ["CXR9_IM-1/0.png", "CXR9_IM-1/1.png"]
+    del content["train"][0]["subject_id"]
+    (tmp_path / "annotation.json").write_text(json.dumps(content))
+    (record,) = build_records(load_recipe("iu_xray_reports"), out_dir=tmp_path / "out", data_root=tmp_path)
+    assert record["patient"] == "CXR9" and record["objects"]["ref"] == ["pulmonary edema"]
+    content["train"][0]["subject_id"] = "10000032"
+    (tmp_path / "annotation.json").write_text(json.dumps(content))
+    (record,) = build_records(load_recipe("mimic_cxr_reports"), out_dir=tmp_path / "out", data_root=tmp_path)
+    assert record["patient"] == "10000032"
