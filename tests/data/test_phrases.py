@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from umed_plugin.data.build import build_records
-from umed_plugin.data.records import record_faults
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.data.records import record_faults
 from umed_plugin.errors import UmedError
 
 HEAD = """

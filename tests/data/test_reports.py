@@ -12,8 +12,8 @@ from PIL import Image
 from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.build import build_records
 from umed_plugin.data.images import open_image
-from umed_plugin.data.records import is_diagnosed, load_records, record_faults, save_records
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.data.records import is_diagnosed, load_records, record_faults, save_records
 from umed_plugin.errors import UmedError
 
 HEAD = """
@@ -106,7 +106,7 @@ def test_a_csv_has_views_by_study(tmp_path):
         ({"train": [study("s1", 7, ["s1/0.png"]), study("s2", "Clear.", [])]}, r"(?s)train\[0\].*'report'.*train\[1\]"),
         ({"images": []}, "has no list train, val or test; it holds images. Is it R2Gen's"),
         (
-            {"train": [study("s1", "Clear.", ["s1/0.png"]), study("s2", "A nodule.", ["s1/0.png"])]},
+            {"train": [study("s1", "Clear.", ["s1/0.png"]), study("s1", "A nodule.", ["s1/0.png"])]},
             "is about 0.png again.*another report",
         ),
         ({"train": [study("s1", "Clear.", ["s1/0.pgn"])]}, "no such image.*Did you mean 'images/s1/0.png'"),
