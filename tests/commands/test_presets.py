@@ -13,7 +13,7 @@ from support.umed_runs import train, weights
 from umed_plugin import cli
 from umed_plugin.commands.upgrade.presets import preset_file, presets
 from umed_plugin.commands.upgrade.settings import Settings, read_settings
-from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.errors import UsageError
 
 
 def of(preset: str, file: Path | None = None, **changes: object) -> Settings:
@@ -36,7 +36,7 @@ def test_all_presets_are_listed_and_set_known_keys(capsys):
 def test_pfmvg_is_stage_1_of_rank_64_on_two_projections(capsys):
     settings = of("pfmvg")
     lora = settings.lora
-    assert (settings.stages, settings.method) == (["instruction_tuning"], "lora")
+    assert (settings.stages, settings.method) == (("instruction_tuning",), "lora")
     assert (lora.r, lora.alpha, lora.dropout, lora.targets) == (64, 16, 0.05, ["q_proj", "v_proj"])
     assert capsys.readouterr().out == "", "nothing was given that differs"
 
@@ -55,12 +55,6 @@ def test_what_is_given_wins_over_a_preset_and_is_said(tmp_path, capsys):
     assert of(str(mine)).rewarding.candidates == 5
 
 
-@pytest.mark.parametrize("stages", ["[rewarding]", "[rewarding, instruction_tuning]", "[]"])
-def test_stages_that_cannot_follow_each_other_are_refused(stages):
-    with pytest.raises(UmedError, match="stages"):
-        read_settings(None, {"checkpoint": "/a", "recipe": "demo_studies", "stages": yaml.safe_load(stages)})
-
-
 @pytest.mark.llava
 def test_the_dry_run_of_pfmvg_names_its_numbers(tiny_mistral, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -69,7 +63,7 @@ def test_the_dry_run_of_pfmvg_names_its_numbers(tiny_mistral, tmp_path, monkeypa
     out = capsys.readouterr().out
     for flag in ("lora_r 64", "lora_alpha 16", "lora_dropout 0.05", "umed_lora_targets q_proj,v_proj"):
         assert f"--{flag} " in out
-    assert "--freeze_mm_mlp_adapter False" in out and "rewarding" not in out
+    assert "--freeze_mm_mlp_adapter False" in out and "--umed_stage rewarding" not in out
     assert (
         "# instruction tuning trains a LoRA adapter of rank 64, alpha 16, dropout 0.05 on q_proj and v_proj, with the "
         "projector; the vision tower is frozen." in out

@@ -115,7 +115,7 @@ split: {by: patients, fractions: {train: .5}}
             "{by: patient}",
             "",
             "annotations.reader: missing. Allowed: coco, csv, cvat, dicom_seg, folders, json, label_studio, labelme, mask, "
-            "nifti_labels, padchest_gr, voc, yolo",
+            "nifti_labels, padchest_gr, reports, voc, yolo",
         ),
         ("{reader: coco, files: {}}", "{by: patient}", "", "annotations.files: found dict."),
         (

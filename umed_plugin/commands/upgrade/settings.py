@@ -84,8 +84,8 @@ class Rewarding(Stage):
 
     run: Literal["always", "auto", "never"] = _key(
         "always",
-        "always; auto: only if a trial says on held-out studies (split val) that it pays; or never. Without stage 2 the result is "
-        "stage 1's. `rewarding: auto` and `rewarding: never` are short for it.",
+        "always; auto: only if a trial says on held-out studies (split val) that it pays; or never. Without stage 2 the result "
+        "is stage 1's. `rewarding: auto` and `rewarding: never` are short for it.",
     )
     trial_steps: int = _key(40, "Optimizer steps of the trial of run: auto.", ge=1)
     steps: Optional[int] = _key(200, "Optimizer steps; null: use epochs.", ge=1)
