@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.cells import cell_of, columns_exist
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
-from umed_plugin.data.annotations.table import cell_of, checked_split, columns_exist
+from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import SPLITS, Column
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json, read_rows
@@ -100,7 +101,7 @@ def _item(
 
 def _of_json(path: Path, faults: Faults) -> Iterator[_Study]:
     before = len(faults.messages)
-    content = faults.read(read_json, path)
+    content: Any = faults.read(read_json, path)
     if len(faults.messages) > before:
         return
     found = [split for split in SPLITS if isinstance(content, dict) and isinstance(content.get(split), list)]
@@ -128,7 +129,7 @@ def _of_json(path: Path, faults: Faults) -> Iterator[_Study]:
 
 def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_Study]:
     columns: ReportColumns = options.columns
-    rows = faults.read(read_rows, path) or []
+    rows: list[list[str]] = faults.read(read_rows, path) or []
     header = [title.strip() for title in rows[0]] if rows else []
     wanted = [(f"annotations.columns.{role}", column) for role, column in columns if column is not None]
     if not header or not columns_exist(wanted, header, path, faults):

@@ -389,6 +389,8 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
         faults.add(
             "negatives.listed.split", "missing. split.by is 'column', so the list must name the column of its split"
         )
+    if recipe.phrase is not None and getattr(options, "labels_only", False):
+        faults.add("annotations.phrase", "needs boxes, and the annotations name labels alone")
     if listed is not None and recipe.phrase is not None:
         faults.add(
             "negatives.listed", "has no effect together with annotations.phrase: no phrase is about these images"
