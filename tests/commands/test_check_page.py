@@ -149,3 +149,32 @@ def test_the_command_writes_the_page(tmp_path, capsys):
     assert main(["recipe", "check", str(recipe), "--report", str(tmp_path / "report")]) == 0
     assert "report written" in capsys.readouterr().out
     assert (tmp_path / "report" / "check.html").read_text().count("data:image/webp") == 5
+
+
+def test_a_recipe_without_patients_says_that_each_image_counts_as_one(tmp_path, capsys):
+    """Finding 19: the number of patients was the number of images, and nothing said so."""
+    said = "The recipe knows no patients, so each image counts as one."
+    checked(tmp_path / "data")
+    (recipe,) = (tmp_path / "data").glob("*.yaml")
+    assert main(["recipe", "check", str(recipe)]) == 0
+    assert said not in capsys.readouterr().out
+    recipe.write_text(recipe.read_text().replace(", patient: patient", ""))
+    assert main(["recipe", "check", str(recipe), "--report", str(tmp_path / "report")]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in (tmp_path / "report" / "check.html").read_text()
+
+
+def test_faults_of_the_recipe_say_that_the_data_comes_later_and_one_is_one(tmp_path, capsys):
+    """Finding 20: a fault of the YAML hid the faults of the data silently, and "1 faults" was said."""
+    checked(tmp_path / "data", ROWS + "2.png,90,10,120,50,cy,p2,train\n")
+    (recipe,) = (tmp_path / "data").glob("*.yaml")
+    good = recipe.read_text()
+    recipe.write_text(good.replace("reader: csv", "reader: cvs").replace("modality: CT", "modalty: CT"))
+    assert main(["recipe", "check", str(recipe)]) == 1
+    told = capsys.readouterr().err
+    assert "cvs" in told and "modalty" in told, "all of the recipe's faults at once"
+    assert "The data was not looked at: its faults are found once the recipe has none." in told
+    recipe.write_text(good)
+    assert main(["recipe", "check", str(recipe), "--report", str(tmp_path / "report")]) == 1
+    assert "1 fault:" in capsys.readouterr().out
+    assert "1 fault, 0 images missing" in (tmp_path / "report" / "check.html").read_text()

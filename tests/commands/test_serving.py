@@ -29,7 +29,7 @@ from umed_plugin import cli
 from umed_plugin.commands.serve import shelf, uploads
 from umed_plugin.commands.serve.access import refusal
 from umed_plugin.commands.serve.dialogue import Dialogue
-from umed_plugin.commands.serve.handler import _page_file
+from umed_plugin.commands.serve.handler import page_html
 from umed_plugin.commands.serve.line import Line
 from umed_plugin.data.images import load_image
 from umed_plugin.remote.settings import is_loopback
@@ -141,7 +141,7 @@ def test_images_are_removed_when_the_page_says_so_and_the_oldest_give_way(
     assert [folder.name for folder in server.shelf.folder.iterdir()] == [studies[2]]
     client.question(studies[2])
     assert client.ask("POST", f"/studies/{studies[2]}/forget", b"")[0] == 200
-    until(lambda: not [key for key in list(server.dialogue._features) if key[0] == studies[2]])
+    until(lambda: not [key for key in list(server.dialogues[0]._features) if key[0] == studies[2]])
     assert server.shelf.folder.stat().st_mode & 0o077 == 0, "readable by this user only"
 
 
@@ -230,7 +230,34 @@ def test_the_page_loads_nothing_from_elsewhere_and_takes_names_as_text(client: C
 
 def test_a_page_needs_all_that_it_shows() -> None:
     with pytest.raises(Exception, match="is undefined"):
-        _page_file("page.html", {"checkpoint": "c"})
+        page_html({"checkpoints": ["c"]})
+
+
+def test_a_window_by_hand_and_the_range_of_a_named_one(client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    assert client.window(study) == (200, {"low": -1000.0, "high": 999.0})
+    assert client.window(study, window="lung") == (200, {"low": -1350.0, "high": 150.0})
+    status, data = client.picture(study, window="-200,300.5")
+    assert status == 200
+    shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(shown - load_image(dicom, window=(-200, 300.5))[0]).mean() < 3
+    for wrong, why in (("300,300", "below the upper"), ("1e3,2e3", "no such window"), ("1,2,3", "no such window")):
+        status, said = client.picture(study, window=wrong)
+        assert status == 422 and why in said["error"] and "a.dcm" in said["error"]
+
+
+def test_two_checkpoints_are_asked_one_by_one(dialogue: Dialogue, client: Client, dicom: Path) -> None:
+    study, _ = client.upload(dicom)
+    status, said, _ = client.ask("POST", f"/studies/{study}/questions", {**VIEW, "question": "What?", "model": 1})
+    assert status == 400 and "This server has 1." in said["error"]
+    with chat_server(dialogue, dialogue) as both:
+        asked = Client(both)
+        study, _ = asked.upload(dicom)
+        answers = [asked.question(study, model=model)[-1]["answer"] for model in (0, 1)]
+        assert [answer["number"] for answer in answers] == [1, 2] and answers[0]["text"] == answers[1]["text"]
+        assert asked.attention(study, 2)[-1]["attention"]["sinks"] is None
+        masked = asked.attention(study, 2, mask_sinks=True)[-1]["attention"]
+        assert masked["sinks"] == 0, "a hidden value is at most the root of the model's width times their RMS"
 
 
 # Requests that are refused.
@@ -485,6 +512,22 @@ def test_an_address_beyond_this_machine_is_warned_of(tiny_mistral: Path, tmp_pat
         assert "umed: warning: 0.0.0.0 can be reached from other machines" in process.began
         assert Client(process).ask("GET", "/")[0] == 200
         assert Client(process).ask("GET", "/", Host="evil.example")[0] == 403
+
+
+def test_two_checkpoints_are_served_by_one_command(
+    speaking: Path, tiny_mistral: Path, tmp_path: Path, dicom: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(speaking, tmp_path, "--compare", str(tiny_mistral), "--max-new-tokens", "4") as process:
+        client = Client(process)
+        page = client.ask("GET", "/")[1].decode()
+        # Both folders have one name: as much of their paths is shown as tells them apart.
+        for checkpoint in (speaking, tiny_mistral):
+            assert f'data-name="{checkpoint.parent.name}/{checkpoint.name}"' in page
+        study, _ = client.upload(dicom)
+        texts = [client.question(study, model=model)[-1]["answer"]["text"] for model in (0, 1)]
+        assert SENTENCE.startswith(texts[0]) and texts[0] != texts[1]
+    assert cli.main(["serve", str(speaking), "--compare", str(speaking)]) == 2
+    assert "is the checkpoint that is served already" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(tiny_mistral: Path, server: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def shot(page: Page, name: str) -> None:
 
 
 def shown(page: Page) -> None:
-    page.until("document.querySelector('#picture').naturalWidth > 0 && !document.querySelector('#stage.loading')")
+    page.until("document.querySelector('#picture').naturalWidth > 0 && !document.querySelector('body.loading')")
 
 
 def answers(page: Page) -> list[str]:
@@ -77,7 +77,7 @@ def test_from_a_series_to_boxes_and_a_heat_map(page: Page, tmp_path: Path) -> No
     page.run("document.querySelector('#question').focus()")
     page._say("Input.insertText", on_page=True, text="What is it?")
     page.press("Enter")
-    page.until("document.querySelectorAll('#talk .about').length === 1")
+    page.until("document.querySelectorAll('#talk .of-turn').length === 1")
     assert answers(page) == [SENTENCE]
     # 97 x 61 in a square of 97: 18 rows above.
     x1, y1, x2, y2 = (97 * value for value in BOX01)
@@ -111,7 +111,7 @@ def test_from_a_series_to_boxes_and_a_heat_map(page: Page, tmp_path: Path) -> No
 
     # A further question on the same slice, from the suggestions.
     page.click("#suggestions button")
-    page.until("document.querySelectorAll('#talk .about').length === 2")
+    page.until("document.querySelectorAll('#talk .of-turn').length === 2")
     assert page.run("document.querySelector('#fault').textContent") == ""
 
 
@@ -175,7 +175,7 @@ def test_two_tabs_do_not_mix(page: Page, server: Any, tmp_path: Path) -> None:
         for tab in (page, other):
             tab.click("#suggestions button")
         for tab in (page, other):
-            tab.until("document.querySelectorAll('#talk .about').length === 1")
+            tab.until("document.querySelectorAll('#talk .of-turn').length === 1")
         assert page.run("document.querySelector('#boxes').getAttribute('viewBox')") == "0 0 97 61"
         assert other.run("document.querySelector('#boxes').getAttribute('viewBox')") == "0 0 40 90"
         # A closed page takes its images along.
@@ -202,7 +202,7 @@ def test_an_answer_can_be_stopped(page: Page, server: Any, tmp_path: Path) -> No
         page.until("!document.querySelector('#send').disabled")
     assert answers(page) == ["Stopped."]
     page.click("#suggestions button")
-    page.until("document.querySelectorAll('#talk .about').length === 1")
+    page.until("document.querySelectorAll('#talk .of-turn').length === 1")
 
 
 def test_hostile_answers_and_file_names_are_shown_and_do_nothing(
@@ -221,7 +221,7 @@ def test_hostile_answers_and_file_names_are_shown_and_do_nothing(
     page.run("document.querySelector('#question').focus()")
     page._say("Input.insertText", on_page=True, text=HOSTILE)
     page.press("Enter")
-    page.until("document.querySelectorAll('#talk .about').length === 1")
+    page.until("document.querySelectorAll('#talk .of-turn').length === 1")
     assert answers(page) == [HOSTILE] and HOSTILE in page.run("document.querySelector('#talk').textContent")
     assert name in page.run("document.body.textContent")
     assert page.run("typeof window.hacked") == "undefined"
@@ -235,7 +235,7 @@ def test_on_a_phone_nothing_is_cut_off(page: Page, tmp_path: Path, width: int, h
     page.give_files("#files", *sorted(write_series(tmp_path / "s", WindowCenter=0, WindowWidth=2000).glob("IM*")))
     shown(page)
     page.click("#suggestions button")
-    page.until("document.querySelectorAll('#talk .about').length === 1 && !document.querySelector('#heat').hidden")
+    page.until("document.querySelectorAll('#talk .of-turn').length === 1 && !document.querySelector('#heat').hidden")
     shot(page, f"phone-{width}")
     assert page.run("document.documentElement.scrollWidth") <= width
     too_wide = """[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length

@@ -12,6 +12,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
@@ -63,8 +64,9 @@ def zipped(*entries: tuple[str, bytes]) -> bytes:
 def test_pictures_have_no_window(folder: Path, tmp_path: Path) -> None:
     file = write_png(tmp_path / "Scan of Ms. X.png", scene())
     study = study_of(folder, file)
+    plane = {"axis": 2, "name": "", "slices": 1, "edges": None}
     assert study.described() == {
-        "items": [{"label": "Scan of Ms. X.png", "planes": [{"axis": 2, "name": "", "slices": 1}], "volumes": 1, "windows": ()}],
+        "items": [{"label": "Scan of Ms. X.png", "planes": [plane], "volumes": 1, "windows": ()}],
         "left_out": [],
     }  # fmt: skip
     assert bright_box(pixels(study)) == BOX
@@ -99,6 +101,58 @@ def test_a_dicom_offers_its_own_window_and_the_presets(folder: Path, tmp_path: P
         np.testing.assert_array_equal(pixels(study, window=window), load_image(file, window=window)[0])
     mr = write_dicom(tmp_path / "b.dcm", scene(), Modality="MR")
     assert study_of(folder, mr).items[0].windows == ("full",), "Hounsfield presets do not apply to MR"
+
+
+@pytest.mark.llava
+def test_a_ct_without_a_window_opens_with_one_for_tissue(folder: Path, tmp_path: Path) -> None:
+    item = study_of(folder, write_dicom(tmp_path / "a.dcm", scene())).items[0]
+    assert item.windows[:2] == ("soft_tissue", "full") and set(item.windows) == {"full", *PRESETS}
+    unnamed = write_dicom(tmp_path / "b.dcm", scene(), Modality="")
+    assert study_of(folder, unnamed).items[0].windows == ("full",), "nothing says that these are Hounsfield units"
+    unit = write_dicom(tmp_path / "c.dcm", scene(), Modality="", RescaleType="HU")
+    assert study_of(folder, unit).items[0].windows[0] == "soft_tissue"
+
+
+@pytest.mark.llava
+def test_the_sides_are_known_where_the_file_says_how_it_lies(folder: Path, tmp_path: Path) -> None:
+    coronal = [1, 0, 0, 0, 0, -1]
+    files = [
+        write_dicom(tmp_path / "axial.dcm", scene()),
+        write_dicom(tmp_path / "coronal.dcm", scene(), orientation=coronal),
+        write_dicom(tmp_path / "turned.dcm", scene(), orientation=[-1, 0, 0, 0, -1, 0]),
+        write_png(tmp_path / "a.png", scene()),
+        write_volume(tmp_path / "v.nii"),
+    ]
+    lone = write_dicom(tmp_path / "none.dcm", scene())
+    header = pydicom.dcmread(lone)
+    del header.ImageOrientationPatient
+    header.save_as(lone)
+    study = study_of(folder, *files, lone)
+    edges = {item.label: [plane.edges for plane in item.planes] for item in study.items}
+    axial, frontal, lateral = ("R", "L", "A", "P"), ("R", "L", "S", "I"), ("A", "P", "S", "I")
+    assert edges["axial.dcm"] == edges["turned.dcm"] == [axial] and edges["coronal.dcm"] == [frontal]
+    assert edges["a.png"] == edges["none.dcm"] == [None]
+    assert [plane.name for plane in study.items[4].planes] == ["axial", "sagittal", "coronal"]
+    assert edges["v.nii"] == [axial, lateral, frontal]
+
+
+@pytest.mark.llava
+def test_people_of_one_upload_are_told_apart_and_not_named(folder: Path, tmp_path: Path) -> None:
+    """Also where two people's files share a series UID, as some tools that remove names leave them."""
+    files = []
+    for person in ("secret-1", "secret-2"):
+        series = write_series(tmp_path / person, PatientID=person)
+        files += [(f"{person}-{file.name}.dcm", file.read_bytes()) for file in series.glob("IM*")]
+    study = study_of(folder, *files, write_png(tmp_path / "c.png", scene()))
+    assert [item.label for item in study.items] == [
+        "person 1: series 1 (12 slices)",
+        "person 2: series 2 (12 slices)",
+        "person unknown: c.png",
+    ]
+    assert study.left_out[-1] == ("2 people", "this upload holds images of each of them. Look at the labels")
+    assert "secret" not in str(study.described())
+    alone = study_of(folder, files[0])
+    assert not alone.left_out and "person" not in alone.items[0].label
 
 
 @pytest.mark.llava
@@ -193,7 +247,7 @@ def test_a_volume_can_be_cut_in_three_planes(ending: str, folder: Path, tmp_path
     study = study_of(folder, file)
     (item,) = study.items
     assert [(plane.axis, plane.name) for plane in item.planes] == [(2, "axial"), (0, "sagittal"), (1, "coronal")]
-    assert item.windows == ("full", *PRESETS)
+    assert item.windows == ("full",), "NIfTI does not say that its values are Hounsfield units"
     for plane in item.planes:
         expected = load_image(file, slice=plane.slices // 2, slice_axis=plane.axis, window="full")[0]
         np.testing.assert_array_equal(pixels(study, axis=plane.axis, slice=plane.slices // 2, window="full"), expected)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from pathlib import Path
 
 import pytest
 from support.browser import Page
 from support.judge_server import Asked, judge_server
+from support.pages import DOCS, blocks
 from support.writer_server import KEY, draft, findings_of, finished, is_reflection, reply, write_data
 
 from umed_plugin import cli
-from umed_plugin.data.records import load_records
+from umed_plugin.data.records import load_records, record_geometry
 
 pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
 
@@ -59,8 +61,10 @@ def decisions_file(folder: Path, *made: dict, name: str = "d.json", reviewer: st
 
 def shown(page: Path) -> dict[str, dict]:
     """The page's own list of cards: id to digest, text and boxes."""
-    listed = re.search(r"const CARDS = (\[.*?\n\]);", page.read_text(), re.DOTALL).group(1)
-    return {card["id"]: card for card in json.loads(re.sub(r",\s*\]$", "]", listed))}
+    listed = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL).group(
+        1
+    )
+    return {card["id"]: card for card in json.loads(listed)["cards"]}
 
 
 def decision(card: dict, kind: str, text: str = "") -> dict:
@@ -80,10 +84,10 @@ def test_a_reviewer_clicks_through_the_page_and_the_build_takes_it(built: Path, 
         assert page.run("document.querySelectorAll('article').length") == 7
         page.until("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
         assert page.run("document.querySelector('b') === null")  # the model's words are text, not HTML
-        frame = page.run("(() => { const r = document.querySelector('rect').getBoundingClientRect(),"
+        frame = page.run("(() => { const r = document.querySelector('rect.line').getBoundingClientRect(),"
                          " p = document.querySelector('img').getBoundingClientRect();"
                          " return [(r.left - p.left) / p.width, (r.top - p.top) / p.height]; })()")  # fmt: skip
-        box = json.loads(cards[names[0]]["boxes"][0])
+        box = json.loads(cards[names[0]]["lesions"][0]["box"])
         assert frame == pytest.approx(box[:2], abs=0.02)
 
         assert page.run("document.querySelector('#card-0 .do-accept').disabled")
@@ -129,10 +133,134 @@ def test_a_reviewer_clicks_through_the_page_and_the_build_takes_it(built: Path, 
     assert not (built / "out" / "train.aside.json").exists()
 
 
+def test_boxes_are_moved_by_mouse_and_keys_and_the_build_takes_them(built: Path, tmp_path: Path) -> None:
+    file = review(built)
+    card = next(card for card in shown(file).values() if not card["aside"] and card["lesions"])
+    place, box = list(shown(file)).index(card["id"]), card["lesions"][0]["box"]
+    (tmp_path / "downloads").mkdir()
+    page = Page(tmp_path / "profile", tmp_path / "downloads")
+    try:
+        page.open(file)
+        own = f"#card-{place} "
+        assert page.run(f"document.querySelector('{own}.box text').textContent") == "1"
+        page.click(f"{own}.do-accept")
+        page.run(f"document.querySelector('{own}.box').focus()")
+        page.press("ArrowRight", times=3)
+        page.press("ArrowDown", shift=True)
+        x1, y1, x2, y2 = json.loads(box)
+        moved = [round(x1 + 0.03, 2), y1, round(x2 + 0.03, 2), round(y2 + 0.01, 2)]
+        listed = f"document.querySelector('{own}.lesions code').textContent"
+        assert json.loads(page.run(listed)) == pytest.approx(moved)
+        assert page.run(listed) in page.run(f"document.querySelector('{own}textarea').value")
+        assert page.run(f"document.querySelector('{own}.do-undo').disabled"), "the decision was about another box"
+        page.drag(f"{own}.box .corner.se", -6, 0)
+        now = json.loads(page.run(listed))
+        assert now[:2] == pytest.approx(moved[:2]) and now[2] < moved[2]
+        page.drag(f"{own}.box .line", 500, 0)
+        at_edge = json.loads(page.run(listed))
+        assert at_edge[2] == 1 and at_edge[2] - at_edge[0] == pytest.approx(now[2] - now[0]), "kept whole at the edge"
+        page.click(f"{own}.do-back")
+        assert page.run(listed) == box
+        page.drag(f"{own}.box .line", 20, 8)
+        final = page.run(listed)
+        page.click(f"{own}.do-accept")
+        assert page.run(f"document.querySelector('{own}.state').textContent") == "accepted with your changes"
+        page.open(file)  # a closed tab loses nothing
+        assert page.run(listed) == final
+        page.click("#download")
+        ended = time.monotonic() + 60
+        while not (found := list((tmp_path / "downloads").glob("*.json"))):
+            assert time.monotonic() < ended
+            time.sleep(0.05)
+    finally:
+        page.close()
+    before = {record["id"]: record for record in load_records(built / "out" / "train.json")}[card["id"]]
+    assert rebuild(built, found[0]) == 0
+    record = {record["id"]: record for record in load_records(built / "out" / "train.json")}[card["id"]]
+    assert final in record["conversations"][1]["value"] and box not in record["conversations"][1]["value"]
+    assert record["provenance"]["review"]["boxes_moved"] == 1
+    assert record["objects"]["ref"] == before["objects"]["ref"]
+    (found_box,) = record_geometry(record).to_square(record["objects"]["bbox"])
+    assert found_box == pytest.approx(json.loads(final), abs=0.006)
+
+
+def test_keys_go_on_decide_and_take_back(built: Path, tmp_path: Path) -> None:
+    page = Page(tmp_path / "profile", tmp_path)
+    try:
+        page.open(review(built))
+        current, counts = "document.querySelector('.current').id", "document.getElementById('counts').textContent"
+        page.press("j", times=3)
+        assert page.run(current) == "card-2"
+        page.press("k")
+        page.press("a")  # its text has a box too many: nothing happens
+        assert page.run(current) == "card-1" and page.run(counts).startswith("0 accepted")
+        page.press("r")
+        assert page.run(current) == "card-2"
+        page.press("a")
+        assert page.run(counts) == "1 accepted, 0 edited, 1 rejected, 5 left" and page.run(current) == "card-3"
+        assert page.run("document.getElementById('progress').value") == 2
+        page.press("k")
+        page.press("u")
+        assert page.run(counts).startswith("0 accepted")
+        page.press("e")
+        page._say("Input.insertText", on_page=True, text="ajrk")
+        assert page.run(counts).startswith("0 accepted"), "in a text these are letters"
+        page.press("Escape")
+        assert page.run("document.activeElement.id") == "card-2"
+    finally:
+        page.close()
+
+
+def test_a_settled_disagreement_counts_instead_of_the_reviewers(built: Path, capsys) -> None:
+    cards = [card for card in shown(review(built)).values() if not card["aside"]]
+    one = decisions_file(built, *(decision(card, "accept") for card in cards), name="1.json")
+    two = decisions_file(
+        built,
+        decision(cards[0], "reject"),
+        *(decision(card, "accept") for card in cards[1:]),
+        name="2.json",
+        reviewer="B",
+    )
+    names = {
+        "mau.review.A.decisions.json": one,
+        "mau.review.B.decisions.json": two,
+        "mau/built/mau.json": built / "out" / "train.json",
+    }
+    for command in blocks(DOCS / "writer.md", "bash")[-1].splitlines():
+        for name, file in names.items():
+            command = command.replace(name, str(file))
+        assert cli.main(shlex.split(command)[1:]) == 0, command
+    assert f"  {cards[0]['id']}: A accept; B reject" in capsys.readouterr().out
+    page = built / "out" / "train.disagreements.html"
+    assert list(shown(page)) == [cards[0]["id"]]
+    assert "<b>A</b>: accept" in page.read_text() and "<b>B</b>: reject" in page.read_text()
+    settled = built / "settled.json"
+    settled.write_text(json.dumps({"reviewer": "C", "settles": True, "decisions": [decision(cards[0], "accept")]}))
+    capsys.readouterr()
+    assert rebuild(built, one, two, settled) == 0
+    printed = capsys.readouterr().out
+    assert cards[0]["id"] in {record["id"] for record in load_records(built / "out" / "train.json")}
+    assert "Cohen's kappa of A and B: 0.00" in printed and "they disagree on 1 texts" in printed
+    assert cli.main(["recipe", "review", str(built / "out" / "train.json"), "--disagreements", str(one), str(one)]) == 1
+    assert "only A is in these files" in capsys.readouterr().err
+
+
+def test_a_box_that_is_none_is_told(built: Path, capsys) -> None:
+    card = next(card for card in shown(review(built)).values() if not card["aside"])
+    for boxes, why in (
+        ([[0.5, 0.1, 0.2, 0.3]], "has the box [0.5"),
+        ([[0, 0, 1, 1]] * 2, "has 1 boxes, not 2"),
+        ("x", "of type str"),
+    ):
+        file = decisions_file(built, {**decision(card, "edit", card["text"]), "boxes": boxes})
+        assert rebuild(built, file) == 1
+        assert why in capsys.readouterr().err
+
+
 def test_pages_hold_only_so_many_and_a_sample_is_drawn(built: Path, monkeypatch, capsys) -> None:
     assert len(shown(review(built, "--sample", "2"))) == 4  # two aside and two others
     assert list(shown(review(built, "--sample", "2"))) == list(shown(review(built, "--sample", "2")))
-    monkeypatch.setattr("umed_plugin.data.writing.review.PAGE_RECORDS", 3)
+    monkeypatch.setattr("umed_plugin.commands.recipe.review_page.PAGE_RECORDS", 3)
     review(built)
     pages = sorted(file.name for file in (built / "out").glob("*.html"))
     assert pages == ["train.review-2.html", "train.review-3.html", "train.review.html"]

@@ -313,7 +313,7 @@ def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path:
 @pytest.mark.llava
 def test_the_commands_of_the_page_fit(tmp_path: Path, monkeypatch, capsys) -> None:
     """All but the reading of MAU's archives, which test_mau_page.py does: its recipe is replaced by a small one."""
-    text = blocks(DOCS / "writer.md", "bash")[-1]
+    text = blocks(DOCS / "writer.md", "bash")[1]
     write_data(tmp_path, 2)
     monkeypatch.chdir(tmp_path)
     Path("mau").mkdir()

@@ -53,6 +53,8 @@ RUN_BY = {
     "torchrun --nproc_per_node 8 --no-python umed evaluate": "evaluation/test_benchmarks.py::"
     "test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill",
     "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
+    "umed serve ./checkpoints/llava-mistral-stage2 --compare": "commands/test_serving.py::"
+    "test_two_checkpoints_are_served_by_one_command",
     "umed rollout-server": "commands/test_rollout_server.py::test_the_command_becomes_the_server",
     "umed convert checkpoints/llava-mistral-stage1 --language-model-only": "checkpoints/test_language_model.py::"
     "test_the_language_model_gives_the_same_logits",
@@ -83,6 +85,12 @@ RUN_BY = {
     "python benchmarks/labels_day.py": "pseudo_boxes/test_day.py::"
     "test_from_labels_alone_to_an_evaluation_on_true_boxes_by_one_command",
     "umed recipe build mau_labels": "pseudo_boxes/test_recipes.py::test_the_pages_mixture_is_built",
+    **dict.fromkeys(
+        ("umed recipe agreement", "umed recipe review mau/built/mau.json --disagreements"),
+        "data/test_review.py::test_a_settled_disagreement_counts_instead_of_the_reviewers",
+    ),
+    "umed-run bash finetune_task_lora.sh --umed_stage rewarding --umed_val_every": "training/test_validation_pictures.py::"
+    "test_a_run_shows_its_held_out_studies",
     "for python in .venv/bin/python": "docs/test_commands.py::test_the_hash_that_the_page_prints_is_the_patchs",
     "UMED_WRITE_DOCS=1": "docs/test_generated.py::test_a_page_that_is_out_of_date_is_named_and_written_anew",
     ".venv/bin/umed patches": "patches/test_patches.py::test_the_command_lists_them_all_and_fails_on_a_misfit",
@@ -191,6 +199,7 @@ def test_the_recipe_commands_run(
     recipe, _, _ = blocks(DOCS / "data.md", "yaml")
     Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
     Path("my_tumors").mkdir()
+    Path("train.review.decisions.json").write_text('{"decisions": []}')
     ran = [command for command in COMMANDS if entry(command) == "umed recipe"]
     for command in ran:
         command, _, file = command.replace("/data/brain_tumor_coco", str(data)).partition(" > ")
@@ -198,7 +207,7 @@ def test_the_recipe_commands_run(
         assert cli.main(shlex.split(command)[1:]) == 0, command
         if file:
             Path(file).write_text(capsys.readouterr().out)
-    assert len(ran) == 8
+    assert len(ran) == 10
     assert Path("my_tumors/train.json").stat().st_size > 1000
     assert load_recipe("my_mau.yaml").size == 5817
 

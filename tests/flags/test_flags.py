@@ -110,6 +110,7 @@ def test_defaults_fit_in_both_stages_and_without():
         ({"umed_vrr_mask_sinks": 20.0, "umed_rewards": "relevance"}, "no effect without vision_relevance in"),
         ({"umed_attention_loss": 0.03}, "no effect in --umed_stage rewarding, only in instruction_tuning"),
         ({"umed_val_records": 8}, "no effect without --umed_val_every"),
+        ({"umed_val_pictures": 8}, "no effect without --umed_val_every"),
         ({"umed_rewards": "no_such_module:reward"}, "no module 'no_such_module'"),
         ({"umed_rewards": "math:no_such_function"}, "has no 'no_such_function'"),
         ({"umed_rewards": "math:pi"}, "is float and not a function"),
@@ -390,6 +391,10 @@ def test_what_is_allowed_but_not_what_one_may_expect_is_said():
         "--group_by_modality_length",
         "--label_smoothing_factor",
     ]
+    pictures = UmedFlags(umed_stage="rewarding", umed_val_every=5, umed_val_pictures=8)
+    assert find_remarks(pictures, training_args)[2].startswith("--umed_val_pictures has no effect without --report_to")
+    training_args.report_to = ["tensorboard"]
+    assert len(find_remarks(pictures, training_args)) == 2
 
 
 def test_shipped_rewards_that_max_normalises_are_those_that_the_floor_acts_on():

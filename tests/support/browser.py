@@ -104,17 +104,17 @@ class Page:
         for kind in ("dragEnter", "dragOver", "drop"):
             self._say("Input.dispatchDragEvent", on_page=True, type=kind, x=x, y=y, data=data)
 
-    def press(self, key: str, times: int = 1) -> None:
-        """A key of the keyboard, at what has the focus."""
+    def press(self, key: str, times: int = 1, *, shift: bool = False) -> None:
+        """A key of the keyboard, at what has the focus; a single letter or sign, or a key's name."""
         codes = {"Enter": 13, "Tab": 9, "ArrowRight": 39, "ArrowLeft": 37, "Space": 32, "End": 35, "Home": 36}
         codes |= {"ArrowLeft": 37, "ArrowUp": 38, "ArrowDown": 40, "Escape": 27}
-        text = {"Enter": "\r", "Space": " "}.get(key, "")
+        text = key if len(key) == 1 else {"Enter": "\r", "Space": " "}.get(key, "")
         name = " " if key == "Space" else key
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
                 self._say(
                     "Input.dispatchKeyEvent", on_page=True, type=kind, key=name, code=key, text=text if kind == "keyDown" else "",
-                    windowsVirtualKeyCode=codes[key],
+                    windowsVirtualKeyCode=codes.get(key) or ord(key.upper()), modifiers=8 if shift else 0,
                 )  # fmt: skip
 
     def shape(self, width: int, height: int, *, phone: bool = False, dark: bool = False) -> None:
@@ -151,6 +151,36 @@ class Page:
             self._say(
                 "Input.dispatchMouseEvent", on_page=True, type=kind, x=place[0], y=place[1], button="left", clickCount=1
             )
+
+    def drag(self, selector: str, dx: int, dy: int, *, steps: int = 4) -> None:
+        """Press the left button in the middle of an element, move by pixels, and let go."""
+        x, y = self.run(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
+            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        places = [(x + dx * step / steps, y + dy * step / steps) for step in range(steps + 1)]
+        kinds = ["mousePressed", *["mouseMoved"] * steps, "mouseReleased"]
+        for kind, (at_x, at_y) in zip(kinds, [*places, places[-1]]):
+            self._say(
+                "Input.dispatchMouseEvent", on_page=True, type=kind, x=at_x, y=at_y, button="left", buttons=1, clickCount=1
+            )  # fmt: skip
+
+    def wheel(self, selector: str, amount: int, *, ctrl: bool = False) -> None:
+        """Turn the wheel over the middle of an element; with Ctrl as a trackpad's pinch does."""
+        x, y = self.run(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        turn = {"x": x, "y": y, "deltaX": 0, "deltaY": amount, "modifiers": 2 if ctrl else 0}
+        self._say("Input.dispatchMouseEvent", on_page=True, type="mouseWheel", **turn)
+
+    def hover(self, selector: str) -> None:
+        """Move the mouse over the middle of an element."""
+        x, y = self.run(
+            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        self._say("Input.dispatchMouseEvent", on_page=True, type="mouseMoved", x=x, y=y)
 
     def type_into(self, selector: str, text: str, *, instead: bool = False) -> None:
         """Type at the end of a field, or instead of what it holds."""

@@ -15,17 +15,17 @@ VIEW = {"item": 0, "axis": 2, "slice": 0, "volume": 0, "window": "file"}
 
 
 @contextmanager
-def chat_server(dialogue: Any, most_bytes: int = 50_000_000) -> Iterator[Any]:
+def chat_server(*dialogues: Any, most_bytes: int = 50_000_000) -> Iterator[Any]:
     from umed_plugin.commands.serve.server import ChatServer
     from umed_plugin.commands.serve.shelf import Shelf
 
     shelf = Shelf(most_bytes)
     about = {
-        "checkpoint": "tiny-<b>llava",
+        "checkpoints": ["tiny-<b>llava", "other-llava"][: len(dialogues)],
         "upload_mb": most_bytes / 1e6,
         "questions": ["Is it a nodule?", "And where?"],
     }
-    server = ChatServer("127.0.0.1", 0, dialogue, shelf, about)
+    server = ChatServer("127.0.0.1", 0, dialogues, shelf, about)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -82,5 +82,8 @@ class Client:
     def question(self, study: str, question: str = "What is it?", **more: Any) -> list[dict[str, Any]]:
         return self.ask("POST", f"/studies/{study}/questions", {**VIEW, "question": question, **more})[1]
 
-    def attention(self, study: str, number: int) -> list[dict[str, Any]]:
-        return self.ask("POST", f"/studies/{study}/answers/{number}/attention", b"{}")[1]
+    def attention(self, study: str, number: int, **how: Any) -> list[dict[str, Any]]:
+        return self.ask("POST", f"/studies/{study}/answers/{number}/attention", how)[1]
+
+    def window(self, study: str, **view: Any) -> tuple[int, Any]:
+        return self.ask("GET", f"/studies/{study}/window?{urlencode({**VIEW, **view})}")[:2]

@@ -62,6 +62,9 @@ def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
             )
     if getattr(training_args, "label_smoothing_factor", 0):
         remarks.append("--label_smoothing_factor has no effect in --umed_stage rewarding: it supervises no labels.")
+    takes_pictures = {"tensorboard", "wandb"} & {*(getattr(training_args, "report_to", None) or [])}
+    if flags.umed_val_pictures != UmedFlags().umed_val_pictures and not takes_pictures:
+        remarks.append("--umed_val_pictures has no effect without --report_to tensorboard or wandb.")
     return remarks
 
 

@@ -8,6 +8,9 @@ whether the policy reads images better. Logged, with the same meaning as in `ume
 - ``val/box_area_ratio``: mean area of an answer's boxes over that of the true ones, as geometric mean over the studies where both
   have boxes. It climbs above 1 when boxes hedge.
 
+With ``--report_to tensorboard`` or ``wandb``, ``--umed_val_pictures`` of the studies are shown there with the answer's and the
+true boxes (`umed_plugin.training.validation_pictures`).
+
 The first values are from before the first step. Nothing here draws a random number: training samples the same answers with and
 without it.
 
@@ -20,6 +23,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +39,7 @@ from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
 from umed_plugin.training.rewarding_data import collate_queries
+from umed_plugin.training.validation_pictures import PictureLog, Shown, chosen_for_pictures, is_shown_by
 
 METRICS = ("val/iou", "val/accuracy", "val/box_area_ratio")
 
@@ -53,6 +58,7 @@ class HeldOutValidation(TrainerCallback):
         self.trainer, self.dataset, self.flags = trainer, dataset, trainer.args.umed
         names = [str(record["id"]) for record in dataset.list_data_dict]
         self.chosen = chosen_indices(names, self.flags.umed_val_records)
+        self.pictures = PictureLog()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log the values before the first step, unless the run is resumed."""
@@ -70,28 +76,47 @@ class HeldOutValidation(TrainerCallback):
             self.trainer.metrics.held_out(measured)
         self.trainer.log(measured)
 
+    def _chosen_for_pictures(self, share: Sequence[int]) -> set[int]:
+        """Of the first rank's share, the records whose pictures are shown; none where nothing takes them."""
+        trainer = self.trainer
+        if not trainer.is_world_process_zero() or not is_shown_by(trainer.callback_handler.callbacks):
+            return set()
+        return chosen_for_pictures(self.dataset.list_data_dict, share, self.flags.umed_val_pictures)
+
     def measure(self) -> dict[str, float]:
-        """The current policy's metrics; each rank answers its share of the records."""
+        """The current policy's metrics; each rank answers its share of the records. Shows pictures, where they are taken."""
         trainer, args = self.trainer, self.trainer.args
         share = self.chosen[args.process_index :: args.world_size]
         policy = trainer.accelerator.unwrap_model(trainer.model)
         was_training = policy.training
         policy.eval()
         scores: list[AnswerScore] = []
+        pictured, shown = self._chosen_for_pictures(share), list[Shown]()
         with gathered_parameters(policy), trainer.compute_loss_context_manager(), _precision_of(args):
             for start in range(0, len(share), args.per_device_eval_batch_size):
-                queries = [self.dataset[index] for index in share[start : start + args.per_device_eval_batch_size]]
+                batch = share[start : start + args.per_device_eval_batch_size]
+                queries = [self.dataset[index] for index in batch]
                 geometries = [self._geometry(policy, query["record"]) for query in queries]
-                scores += greedy_scores(
-                    policy, self.dataset.tokenizer, queries, geometries, self.flags.umed_max_new_tokens
-                )
+                texts = greedy_answers(policy, self.dataset.tokenizer, queries, self.flags.umed_max_new_tokens)
+                found = [
+                    score_answer(text, query["record"], geometry)
+                    for text, query, geometry in zip(texts, queries, geometries)
+                ]
+                scores += found
+                shown += [self._shown(*study) for study in zip(batch, geometries, texts, found) if study[0] in pictured]
         policy.train(was_training)
+        self.pictures.log(trainer.state.global_step, shown, trainer.callback_handler.callbacks)
         totals = sums_and_counts(scores)[None].to(args.device)
         return metrics(trainer.accelerator.gather(totals).sum(dim=0))
 
     def _geometry(self, policy: Any, record: Record) -> ImageGeometry:
         tower = base_llava(policy).get_vision_tower().config
         return record_geometry(record, tower.image_size, tower.patch_size)
+
+    def _shown(self, index: int, geometry: ImageGeometry, text: str, score: AnswerScore) -> Shown:
+        record = self.dataset.list_data_dict[index]
+        image = Path(self.dataset.image_path(index))
+        return Shown(str(record["id"]), image, record.get("reading"), geometry, text, score)
 
 
 def _precision_of(args: Any) -> AbstractContextManager[Any]:
@@ -108,20 +133,13 @@ def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:
 
 
 @torch.no_grad()
-def greedy_scores(
-    policy: Any,
-    tokenizer: Any,
-    queries: Sequence[dict[str, Any]],
-    geometries: Sequence[ImageGeometry],
-    max_new_tokens: int,
-) -> list[AnswerScore]:
-    """Answer queries (items of `QueryDataset`) greedily in one batch, and score the answers.
+def greedy_answers(policy: Any, tokenizer: Any, queries: Sequence[dict[str, Any]], max_new_tokens: int) -> list[str]:
+    """Answer queries (items of `QueryDataset`) greedily in one batch.
 
     Args:
         policy: a LLaVA model in evaluation mode.
         tokenizer: its tokenizer.
         queries: Q items.
-        geometries: of their images.
         max_new_tokens: longest answer.
     """
     batch = collate_queries(queries)
@@ -131,8 +149,7 @@ def greedy_scores(
         prompts,
         SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=tokenizer.eos_token_id),
     )
-    texts = decode_answers(tokenizer, answers)
-    return [score_answer(*parts) for parts in zip(texts, batch["records"], geometries)]
+    return decode_answers(tokenizer, answers)
 
 
 def sums_and_counts(scores: Sequence[AnswerScore]) -> Tensor:

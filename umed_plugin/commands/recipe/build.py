@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, remove_marks
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
-from umed_plugin.errors import UsageError, note, warn
+from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.files.locks import locked
 from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
 from umed_plugin.terminal.progress import add_quiet_flag
@@ -209,6 +209,7 @@ def with_decisions(
         file.unlink()
     if decisions:
         _tell_decisions(reviewed.counts)
+        _tell_agreement(decisions)
     return reviewed.records
 
 
@@ -218,6 +219,25 @@ def _tell_decisions(counts: dict[str, int]) -> None:
         note(f"{counts['stale']} decisions are about a text that has changed since, and were not used")
     if counts["unknown"]:
         note(f"{counts['unknown']} decisions name no record of this build, and were not used")
+
+
+def _tell_agreement(decisions: list[Decision]) -> None:
+    """Of several reviewers, how far each pair agrees."""
+    from umed_plugin.commands.recipe.agreement import kappa_in_words
+    from umed_plugin.data.writing.agreement import measure, reviewer_of
+
+    own = [decision for decision in decisions if not decision.settles]
+    if len({reviewer_of(decision) for decision in own}) < 2:
+        return
+    try:
+        found = measure(own)
+    except UmedError as error:  # one reviewer decided twice; the build takes such files
+        note(f"no kappa: {error}")
+        return
+    for pair in found.pairs:
+        note(f"Cohen's kappa of {pair.first} and {pair.second}: {kappa_in_words(pair.kappa, pair.texts)}")
+    if found.disagreements:
+        note(f"they disagree on {len(found.disagreements)} texts; list them with: umed recipe agreement FILE FILE ...")
 
 
 def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:

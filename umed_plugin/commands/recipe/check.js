@@ -1,4 +1,3 @@
-"use strict";
 // ---- Images of the check.
 
 // COCO's limits in the square of 336 pixels that CLIP sees, as umed evaluate has them.
@@ -72,34 +71,26 @@ for (const pair of DATA.pairs) {
 
 // ---- Histograms of the boxes.
 
-const SPACE = "http://www.w3.org/2000/svg";
-function drawn(tag, values, text) {
-  const made = document.createElementNS(SPACE, tag);
-  for (const [name, value] of Object.entries(values)) made.setAttribute(name, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
 function histogram(sides) {
-  const most = Math.max(1, ...sides), svg = drawn("svg", {viewBox: "0 0 330 160", role: "img",
+  const most = Math.max(1, ...sides), plot = svg("svg", {viewBox: "0 0 330 160", role: "img",
     "aria-label": "Number of boxes by side: " + sides.map((count, i) => i * 10 + " to " + (i + 1) * 10 + " % " + count).join(", ")});
   sides.forEach((count, i) => {
     const height = 120 * count / most;
-    svg.append(drawn("rect", {class: "bar", x: 12 + 30 * i, y: 134 - height, width: 26, height}));
-    svg.append(drawn("text", {x: 25 + 30 * i, y: 128 - height, "text-anchor": "middle"}, String(count)));
-    svg.append(drawn("text", {x: 12 + 30 * i, y: 149, "text-anchor": "middle"}, String(i * 10)));
+    plot.append(svg("rect", {class: "bar", x: 12 + 30 * i, y: 134 - height, width: 26, height}));
+    plot.append(svg("text", {x: 25 + 30 * i, y: 128 - height, "text-anchor": "middle"}, String(count)));
+    plot.append(svg("text", {x: 12 + 30 * i, y: 149, "text-anchor": "middle"}, String(i * 10)));
   });
-  svg.append(drawn("text", {x: 312, y: 149, "text-anchor": "middle"}, "100"));
-  return svg;
+  plot.append(svg("text", {x: 312, y: 149, "text-anchor": "middle"}, "100"));
+  return plot;
 }
 
 function centreMap(centres) {
-  const most = Math.max(1, ...centres.flat()), svg = drawn("svg", {viewBox: "0 0 320 320", role: "img",
+  const most = Math.max(1, ...centres.flat()), plot = svg("svg", {viewBox: "0 0 320 320", role: "img",
     "aria-label": "Centres of the boxes: at most " + most + " in one of 100 fields"});
   centres.forEach((row, y) => row.forEach((count, x) => {
-    svg.append(drawn("rect", {class: "cell", x: 32 * x, y: 32 * y, width: 32, height: 32, "fill-opacity": (.85 * count / most).toFixed(2)}));
+    plot.append(svg("rect", {class: "cell", x: 32 * x, y: 32 * y, width: 32, height: 32, "fill-opacity": (.85 * count / most).toFixed(2)}));
   }));
-  return svg;
+  return plot;
 }
 
 function drawPlaces() {

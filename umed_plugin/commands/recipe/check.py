@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
-from umed_plugin.errors import note
+from umed_plugin.errors import UmedError, UsageError, note
 from umed_plugin.terminal.console import console as make_console
 from umed_plugin.terminal.progress import add_quiet_flag
 
@@ -40,8 +40,16 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.data.checking.report import print_check
     from umed_plugin.data.recipes.recipe import load_recipe
 
+    try:
+        recipe = load_recipe(args.recipe)
+    except UsageError:
+        raise
+    except UmedError as error:
+        raise UmedError(
+            f"{error}\nThe data was not looked at: its faults are found once the recipe has none."
+        ) from error
     check = check_recipe(
-        load_recipe(args.recipe),
+        recipe,
         data_root=args.data_root,
         against=args.against,
         progress=True,

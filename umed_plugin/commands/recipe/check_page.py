@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.commands.static_page import render_page
+from umed_plugin.commands.page_parts import GALLERY_SCRIPTS, GALLERY_STYLES, render_page
 from umed_plugin.data.checking.check import RecipeCheck
 from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
 from umed_plugin.data.checking.report import classes_table, sources_of, sources_table, splits_table
@@ -26,12 +26,12 @@ _FAULTS, _PAIRS = 200, 60  # shown at most
 def write_report(check: RecipeCheck, folder: Path) -> Path:
     """Write the page, and a contact sheet per source beside it; return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    own, report = Path(__file__).parent, Path(__file__).parents[1] / "report"
+    own = Path(__file__).parent
     data = {"cards": check.images_shown.cards, "pairs": _pairs(check), "places": _places(check)}
     page = render_page(
         own / "check.html",
-        styles=[report / "report.css", own / "check.css"],
-        scripts=[report / "gallery.js", own / "check.js"],
+        styles=[*GALLERY_STYLES, own / "check.css"],
+        scripts=[*GALLERY_SCRIPTS, own / "check.js"],
         data=data,
         recipe=check.recipe,
         root=one_line(check.annotations.root),

@@ -1,4 +1,4 @@
-"""``umed recipe list | show R | check R | build R --out FILE | review FILE``.
+"""``umed recipe list | show R | check R | build R --out FILE | review FILE | agreement FILE FILE``.
 
 ``list`` and ``show`` are here; the other actions have a module each.
 """
@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.commands.recipe import build, check, review
+from umed_plugin.commands.recipe import agreement, build, check, review
 from umed_plugin.terminal.console import console
 
 
@@ -27,6 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     check.add_parser(actions)
     build.add_parser(actions)
     review.add_parser(actions)
+    agreement.add_parser(actions)
 
 
 def _add_list(actions: argparse._SubParsersAction[Any]) -> None:

@@ -1,12 +1,16 @@
-"""``umed recipe review FILE``: a page on which a person accepts, edits and rejects diagnoses."""
+"""``umed recipe review FILE``: a page on which a person accepts, edits and rejects diagnoses, and moves boxes."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from umed_plugin.errors import UmedError, UsageError, note
+
+if TYPE_CHECKING:
+    from umed_plugin.data.records import Record
+    from umed_plugin.data.writing.decisions import Decision
 
 
 def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
@@ -29,27 +33,60 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         help="number of random records to review besides those set aside (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument(
+        "--disagreements",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DECISIONS",
+        help="only the records on which these reviewers disagree, with their decisions; what is decided there counts instead",
+    )
     parser.add_argument("--out", type=Path, metavar="HTML", help="the page (default: FILE with .review.html)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the review pages."""
+    from umed_plugin.commands.recipe.review_page import write_pages
     from umed_plugin.data.records import load_records
-    from umed_plugin.data.writing.review import choose, write_pages
+    from umed_plugin.data.writing.review import choose
 
     if args.sample is not None and args.sample < 0:
         raise UsageError(f"--sample {args.sample}: must be 0 or more.")
+    if args.sample is not None and args.disagreements:
+        raise UsageError("--sample: no effect with --disagreements, which chooses the records.")
     records = load_records(args.file)
     set_aside = args.file.with_name(f"{args.file.stem}.aside.json")
     if set_aside.is_file():
         records += load_records(set_aside)
     if not records:
         raise UmedError(f"{args.file}: has no records, and there is no {set_aside.name}. There is nothing to review.")
-    chosen = choose(records, args.sample, args.seed)
-    file = args.out or args.file.with_name(f"{args.file.stem}.review.html")
-    pages = write_pages(chosen, args.image_folder or args.file.parent, file)
+    others = _disagreements(args.disagreements, records) if args.disagreements else None
+    chosen = (
+        choose(records, args.sample, args.seed) if others is None else [one for one in records if one["id"] in others]
+    )
+    name = "disagreements" if args.disagreements else "review"
+    file = args.out or args.file.with_name(f"{args.file.stem}.{name}.html")
+    pages = write_pages(chosen, args.image_folder or args.file.parent, file, others)
     links = "".join(f"\n  {page.resolve().as_uri()}" for page in pages)
     note(f"{len(chosen)} of {len(records)} records on {len(pages)} pages. The pages hold images of patients.{links}")
     note("then run: umed recipe build ... --decisions DOWNLOADED_FILES")
     return 0
+
+
+def _disagreements(files: list[Path], records: list[Record]) -> dict[str, list[Decision]]:
+    """Record -> the decisions about its text, where reviewers differ.
+
+    Raises:
+        UmedError: they agree on all texts of these records.
+    """
+    from umed_plugin.data.writing.agreement import measure
+    from umed_plugin.data.writing.decisions import answer_of, read_decisions, text_digest
+
+    shown = {record["id"]: text_digest(answer_of(record)) for record in records}
+    found = measure(read_decisions(files)).disagreements
+    differing = {made[0].record: made for made in found if shown.get(made[0].record) == made[0].shown}
+    if not differing:
+        past = f" {len(found)} disagreements are about other texts than those of the records." if found else ""
+        raise UmedError(f"--disagreements: the reviewers agree on all these records.{past} There is nothing to settle.")
+    return differing

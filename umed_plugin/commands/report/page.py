@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.commands.page_parts import GALLERY_SCRIPTS, GALLERY_STYLES, render_page
 from umed_plugin.commands.report.about import about_run, about_training, other_settings
 from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
-from umed_plugin.commands.static_page import render_page
 from umed_plugin.evaluation.benchmarks.recipe import cases_of
 from umed_plugin.files.locks import locked
 
@@ -67,8 +67,8 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
     charts = [chart.plot for training in trainings for group in training["groups"].values() for chart in group]
     return render_page(
         shelf / "report.html",
-        styles=[shelf / "report.css"],
-        scripts=[shelf / "gallery.js", shelf / "report.js"],
+        styles=[*GALLERY_STYLES, shelf / "report.css"],
+        scripts=[*GALLERY_SCRIPTS, shelf / "report.js"],
         data={
             **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
             "metrics": _finite(table["exact"], None) if table else None,

@@ -1,12 +1,4 @@
-"use strict";
 // ---- Curves: the value under the pointer or chosen by the arrow keys, and a moving average over them.
-
-const SVG = "http://www.w3.org/2000/svg";
-const shape = (tag, values) => {
-  const made = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(values)) made.setAttribute(name, value);
-  return made;
-};
 
 class Curve {
   constructor(figure) {
@@ -15,7 +7,7 @@ class Curve {
     this.points = this.plot.points.filter(([, value]) => value !== null);
     this.reading = figure.querySelector(".reading");
     this.drawn = figure.querySelector(".plot svg");
-    this.over = shape("svg", {class: "over", viewBox: this.drawn.getAttribute("viewBox"), "aria-hidden": "true"});
+    this.over = svg("svg", {class: "over", viewBox: this.drawn.getAttribute("viewBox"), "aria-hidden": "true"});
     this.drawn.after(this.over);
     this.place = null;
     figure.addEventListener("pointermove", event => this.point(event));
@@ -58,8 +50,8 @@ class Curve {
     this.reading.textContent = "";
     if (place === null || !this.points[place]) return;
     const [step, value] = this.points[place], x = this.x(step);
-    this.over.append(shape("line", {class: "cursor", x1: x, x2: x, y1: 0, y2: this.drawn.viewBox.baseVal.height - 28}),
-      shape("circle", {cx: x, cy: this.y(value), r: 3}));
+    this.over.append(svg("line", {class: "cursor", x1: x, x2: x, y1: 0, y2: this.drawn.viewBox.baseVal.height - 28}),
+      svg("circle", {cx: x, cy: this.y(value), r: 3}));
     const reference = this.plot.reference.find(([at]) => at === step);
     const average = this.average && this.average[place];
     this.reading.textContent = "step " + step + ": " + Number(value.toPrecision(5))
@@ -76,7 +68,7 @@ class Curve {
     let sum = 0, share = 0;
     this.average = this.points.map(([, value]) => { sum = weight * sum + value; share = weight * share + 1; return sum / share; });
     const places = this.points.map(([step], i) => this.x(step).toFixed(2) + "," + this.y(this.average[i]).toFixed(2));
-    this.over.prepend(shape("polyline", {class: "smooth", points: places.join(" ")}));
+    this.over.prepend(svg("polyline", {class: "smooth", points: places.join(" ")}));
   }
 }
 
@@ -200,7 +192,7 @@ function heatFigure(card, answer) {
   const of = answer.heat.of_true_name ? "the abnormality's name" : "the name in the answer, which is wrong";
   return el("figure", {className: "attention"},
     picture(card, "Attention of " + of + " over the image", heatLayer(answer.heat), boxLayer(card.true, "true")),
-    el("figcaption", {}, "Attention of " + of + ". Yellow: at least " + MOST + " times a uniform share; the highest patch has "
+    el("figcaption", {}, "Attention of " + of + ". Yellow: at least " + HEAT_MOST + " times a uniform share; the highest patch has "
       + (answer.heat.peak * answer.heat.grid[0] * answer.heat.grid[1]).toFixed(1) + " times."));
 }
 

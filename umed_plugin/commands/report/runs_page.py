@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.commands.page_parts import DOCUMENT_STYLES, render_page
 from umed_plugin.commands.report.about import about_run
 from umed_plugin.commands.report.curves import points_of
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import cell_of, difference_of, title_of
-from umed_plugin.commands.static_page import render_page
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
 from umed_plugin.evaluation.results import compare
@@ -46,7 +46,7 @@ def write_runs_page(run_dirs: Sequence[Path], file: Path) -> Path:
     names = names_of(runs)
     page = render_page(
         shelf / "runs.html",
-        styles=[shelf / "report.css"],
+        styles=[*DOCUMENT_STYLES, shelf / "report.css"],
         heads=[*_SHOWN.values(), "stage", *(title_of(name)[0] for name in HEADLINE), "last difference of mean IoU"],
         rows=[_row(run, name, place, file) for place, (run, name) in enumerate(zip(runs, names))],
         charts=_charts(runs, names),

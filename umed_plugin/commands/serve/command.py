@@ -8,12 +8,13 @@ import ctypes
 import logging
 import signal
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.machine import add_dtype_flag
 from umed_plugin.commands.similar_flags import add_similar_flags, check_similar_flags
-from umed_plugin.errors import say
+from umed_plugin.errors import UsageError, say
 
 _SECONDS_TO_END = 20
 # mallopt's name for the smallest block that is taken from the system alone, and so given back when it is freed.
@@ -27,15 +28,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="a local chat page with boxes and heat maps",
         description="Chat with a checkpoint about PNG, JPEG, DICOM or NIfTI images on a local page. Choose slice and window; see "
         "the answer, its boxes, and heat maps of its words. Images stay on this machine and are removed at the end.",
-        epilog="example:\n  umed serve runs/demo/checkpoint/llava-mistral-umed",
+        epilog="examples:\n  umed serve runs/demo/checkpoint/llava-mistral-umed\n"
+        "  umed serve checkpoints/llava-mistral-stage2 --compare checkpoints/llava-mistral-stage1",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full checkpoint, or a LoRA folder")
     parser.add_argument(
         "--base", metavar="CKPT", type=Path, help="base of a LoRA folder (default: the one that the adapter names)"
     )
     parser.add_argument(
+        "--compare",
+        metavar="CKPT",
+        type=Path,
+        help="a second checkpoint: each question goes to both, and their answers stand side by side. Both are in memory",
+    )
+    parser.add_argument(
         "--template",
-        help="prompt template, e.g. mistral_instruct to prompt as stock LLaVA does (default: by model)",
+        help="prompt template of each checkpoint, e.g. mistral_instruct to prompt as stock LLaVA does (default: by model)",
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
@@ -61,7 +69,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and serve until Ctrl-C."""
-    from umed_plugin.errors import UsageError
     from umed_plugin.patches import prepare_llava
 
     for flag in ("upload_mb", "megapixels", "max_new_tokens"):
@@ -74,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
+    checkpoints = [args.checkpoint] if args.compare is None else [args.checkpoint, args.compare]
+    names = names_of(checkpoints)
     give_large_blocks_back()
     prepare_llava()
     _keep_headers_out_of_the_terminal()
@@ -81,15 +90,18 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.commands.serve.dialogue import Dialogue
     from umed_plugin.commands.serve.shelf import Shelf
 
-    say(f"umed serve: loading {args.checkpoint}")
-    dialogue = Dialogue(args.checkpoint, args.base, args.template, args.max_new_tokens, args.dtype)
-    if args.similar:
-        dialogue.look_up(args.similar, args.similar_from)
+    dialogues = []
+    for checkpoint in checkpoints:
+        say(f"umed serve: loading {checkpoint}")
+        base = args.base if checkpoint is args.checkpoint or (checkpoint / "adapter_config.json").is_file() else None
+        dialogues.append(Dialogue(checkpoint, base, args.template, args.max_new_tokens, args.dtype))
+        if args.similar:
+            dialogues[-1].look_up(args.similar, args.similar_from)
     shelf = Shelf(args.upload_mb * 10**6, args.megapixels)
     # Service managers stop with SIGTERM; the images must be removed then too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _serve(args, dialogue, shelf)
+        _serve(args, dialogues, names, shelf)
     finally:
         shelf.close()
     return 0
@@ -105,19 +117,31 @@ def give_large_blocks_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
-def _serve(args: argparse.Namespace, dialogue: Any, shelf: Any) -> None:
+def names_of(checkpoints: Sequence[Path]) -> list[str]:
+    """The folders' names; of two with the same name, as much of their paths as tells them apart."""
+    paths = [checkpoint.resolve() for checkpoint in checkpoints]
+    if len(set(paths)) < len(paths):
+        raise UsageError(f"--compare {checkpoints[1]}: is the checkpoint that is served already. Give another one.")
+    for parts in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _serve(args: argparse.Namespace, dialogues: Any, names: Sequence[str], shelf: Any) -> None:
     from umed_plugin.commands.serve.server import ChatServer
     from umed_plugin.data.template_writer import QUESTIONS
     from umed_plugin.errors import UmedError, warn
     from umed_plugin.remote.settings import is_loopback
 
     about = {
-        "checkpoint": args.checkpoint.resolve().name,
+        "checkpoints": names,
         "upload_mb": args.upload_mb,
         "questions": [QUESTIONS[0], QUESTIONS[2]],
     }
     try:
-        server = ChatServer(args.host, args.port, dialogue, shelf, about)
+        server = ChatServer(args.host, args.port, dialogues, shelf, about)
     except OSError as error:
         raise UmedError(
             f"--host {args.host} --port {args.port}: cannot listen there ({error.strerror or error}). Choose another address or "

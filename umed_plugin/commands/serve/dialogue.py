@@ -25,11 +25,11 @@ from torch import Tensor
 from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
+from umed_plugin.commands.serve.box_places import Place, box_places
 from umed_plugin.data.leaks import thumbprint
 from umed_plugin.data.similar import Bank, Case, make_bank
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
-from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.answerer import ModelImages, image_and
@@ -46,6 +46,7 @@ Turn = tuple[str, str]
 MOST_PICTURES = 64  # with cached features: about 1 MB each for a 336-pixel tower
 MOST_CONVERSATIONS = 2  # with a KV cache: about 0.5 GB each for a 13B Llama
 ROOM_TO_GO_ON = 512  # free columns in a KV cache for follow-up questions
+SINK_RATIO = 20.0  # tau of arXiv 2503.03321
 _WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
 
 
@@ -56,7 +57,7 @@ class Answer:
     Attributes:
         text: the decoded answer, without special tokens and separator.
         boxes: xyxy in pixels of the picture, in the order of the text; None for a box that is malformed or leaves the square.
-        unread: number of attempts at a box in the text that cannot be read, such as one that is cut off; not in ``boxes``.
+        places: where the boxes stand in the text, and what could not be read as one, such as a box that is cut off.
         forgotten: number of earlier questions that did not fit into the context and were left out.
         prompt_ids: token ids [L] of the prompt, with the image token.
         token_ids: the generated token ids, including EOS if it was generated.
@@ -66,7 +67,7 @@ class Answer:
 
     text: str
     boxes: list[Optional[Box]]
-    unread: int
+    places: list[Place]
     forgotten: int
     prompt_ids: Tensor
     token_ids: list[int]
@@ -189,15 +190,18 @@ class Dialogue:
         geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
         boxes01 = parse_boxes(text)
         boxes = [box if is_inside(box01) else None for box01, box in zip(boxes01, geometry.from_square(boxes01))]
-        unread = LLAVA.read_all(text, picture.width, picture.height).count(None)
-        return Answer(text, boxes, unread, forgotten, ids, token_ids, features, geometry)
+        return Answer(text, boxes, box_places(text), forgotten, ids, token_ids, features, geometry)
 
     @torch.no_grad()
-    def attention(self, answer: Answer) -> dict[str, Any]:
+    def attention(self, answer: Answer, mask_sinks: bool = False) -> dict[str, Any]:
         """The attention of each word of an answer on the image patches, averaged over layers and heads.
 
+        Args:
+            mask_sinks: leave out attention sinks, layer by layer (`umed_plugin.model.attention`, tau = 20).
+
         Returns:
-            ``grid``: patches per side. ``place``: xyxy of the grid in pixels of the picture. ``words``: a list of
+            ``grid``: patches per side. ``place``: xyxy of the grid in pixels of the picture. ``sinks``: number of patches that
+            are left out in at least one layer; None if none are to be. ``words``: a list of
 
             - ``text``: the word;
             - ``is_name``: whether it names an abnormality that a shipped recipe knows; these words come first;
@@ -212,7 +216,8 @@ class Dialogue:
         names = [(start, end) for start, end, _ in find_terms(text, self.terms)]
         words = [match.span() for match in _WORD.finditer(text)]
         spans = [*names, *(word for word in words if word not in names)]
-        maps = self._maps(answer, ids) if spans else None
+        maps, sinks = self._maps(answer, ids, SINK_RATIO if mask_sinks else 0.0) if spans else (None, 0)
+        attended["sinks"] = sinks if mask_sinks else None
         attended["words"] = [
             {
                 "text": text[slice(*span)],
@@ -318,19 +323,26 @@ class Dialogue:
     def _shown(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
-    def _maps(self, answer: Answer, ids: Sequence[int]) -> Tensor:
-        """Attention [T, P] of each token on the image patches, averaged over layers and heads; each row sums to 1."""
+    def _maps(self, answer: Answer, ids: Sequence[int], sink_ratio: float) -> tuple[Tensor, int]:
+        """Attention [T, P] of each token on the image patches, averaged over layers and heads, and the number of masked patches.
+
+        Each row sums to 1.
+        """
         prompts = embed_prompts(self.model, [answer.prompt_ids], answer.features)
         tokens = torch.tensor([list(ids)], device=prompts.mask.device)
         maps = torch.zeros(len(ids), prompts.n_patches, device=tokens.device)
+        masked = torch.zeros(prompts.n_patches, dtype=torch.bool, device=tokens.device)
         layers = range(self.llava.config.num_hidden_layers)
 
         def add(_owners: Tensor, _queries: Tensor, attention: Tensor) -> None:
             maps.add_(attention.mean(dim=1))
+            if sink_ratio:  # what is masked gets nothing from any token and head of this layer
+                masked.logical_or_((attention == 0).all(dim=0).all(dim=0))
 
-        candidates, settings = Candidates(tokens, torch.ones_like(tokens)), AttentionSettings(layers)
+        candidates = Candidates(tokens, torch.ones_like(tokens))
+        settings = AttentionSettings(layers, sink_ratio=sink_ratio)
         pass_with_attention(self.model, prompts, candidates, [range(len(ids))], settings, add)
-        return maps / len(layers)
+        return maps / len(layers), int(masked.sum())
 
 
 def shipped_terms() -> ClassNames:

@@ -9,6 +9,7 @@
 | ``GET /studies/NAME/picture?item=&axis=&slice=&volume=&window=`` | one slice as a JPEG |
 | ``POST /studies/NAME/questions`` | lines of JSON: ``waiting``, ``text`` so far, finally ``answer`` or ``error`` |
 | ``POST /studies/NAME/answers/N/attention`` | lines of JSON: ``waiting``, finally ``attention`` or ``error`` |
+| ``GET /studies/NAME/window?item=&axis=&slice=&volume=&window=`` | ``{"low": L, "high": H}`` of a slice's window |
 | ``POST /studies/NAME/forget`` | removes its files |
 
 Errors are ``{"error": TEXT}``. Requests are not logged: file names and URLs would give access to patients' images.
@@ -19,17 +20,18 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Event
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import Field, ValidationError
 
+from umed_plugin.commands.page_parts import PARTS, joined
 from umed_plugin.commands.serve.access import new_cookie, person, refusal
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.line import Line
@@ -42,10 +44,20 @@ SHOWN_SIDE = 1280  # longer side of a picture in the browser, in pixels
 _MOST_JSON = 1 << 18
 _GONE = "These images are no longer on the server. Choose them again."
 _SILENCE = 60  # seconds without data after which a connection is closed
+_Model = TypeVar("_Model", bound=StrictModel)
+_OWN = Path(__file__).parent
+# In this order: ``page.js`` uses the others as soon as it runs.
+_SCRIPTS = ("requests", "pane", "answers", "saving", "choosing", "overlays", "asking", "page")
 _FILES = {
-    "/": ("page.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ((PARTS / "colours.css", _OWN / "page.css"), "text/css"),
+    "/page.js": (
+        (
+            PARTS / "elements.js",
+            PARTS / "heat.js",
+            *(_OWN / f"{name}.js" for name in _SCRIPTS),
+        ),
+        "text/javascript",
+    ),
 }
 _HEADERS = {
     # Nothing from other sites, no frames, nothing cached: these are images of patients.
@@ -60,8 +72,9 @@ _HEADERS = {
 
 
 class ChatRequest(StrictModel):
-    """The JSON body of a question: the view it is about, the earlier turns, and the question."""
+    """The JSON body of a question: the model that is asked, the view it is about, the earlier turns, and the question."""
 
+    model: int = Field(default=0, ge=0)
     item: int = 0
     axis: int = 2
     slice: int = 0
@@ -69,6 +82,12 @@ class ChatRequest(StrictModel):
     window: str = "file"
     turns: list[tuple[str, str]] = Field(default=[], max_length=50)
     question: str = Field(min_length=1, max_length=4000)
+
+
+class AttentionRequest(StrictModel):
+    """The JSON body of a request for an answer's attention."""
+
+    mask_sinks: bool = False
 
 
 class Ending(Exception):
@@ -86,7 +105,7 @@ class _Refused(Exception):
 class ChatState(Protocol):
     """The state that all connections share; `umed_plugin.commands.serve.server.ChatServer` implements it."""
 
-    dialogue: Dialogue
+    dialogues: Sequence[Dialogue]
     shelf: Shelf
     about: dict[str, Any]
     line: Line
@@ -137,14 +156,20 @@ class Handler(BaseHTTPRequestHandler):
     # Routes.
 
     def _get(self, path: str, parts: list[str], query: dict[str, str]) -> None:
+        if path == "/":
+            cookie = new_cookie(self.headers.get("Cookie"))
+            return self._reply(HTTPStatus.OK, page_html(self.server.about), "text/html; charset=utf-8", cookie)
         if path in _FILES:
-            name, kind = _FILES[path]
-            cookie = new_cookie(self.headers.get("Cookie")) if path == "/" else None
-            return self._reply(HTTPStatus.OK, _page_file(name, self.server.about), f"{kind}; charset=utf-8", cookie)
+            files, kind = _FILES[path]
+            return self._reply(HTTPStatus.OK, joined(files).encode(), f"{kind}; charset=utf-8")
         if path == "/favicon.ico":
             return self._reply(HTTPStatus.NO_CONTENT, b"", "")
-        if parts[2:] != ["picture"]:
+        if parts[2:] not in (["picture"], ["window"]):
             raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
+        if parts[2:] == ["window"]:
+            with self._case(parts) as case:
+                low, high = case.opened().window_range(_view(query))
+            return self._json({"low": low, "high": high})
         with self._case(parts) as case:
             picture = case.opened().picture(_view(query))
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
@@ -198,10 +223,11 @@ class Handler(BaseHTTPRequestHandler):
         if parts[2:] == ["forget"]:
             self._forget(case)
         elif parts[2:] == ["questions"]:
-            self._ask(case, _chat_request(body))
+            self._ask(case, _read(ChatRequest, body))
         elif len(parts) == 5 and parts[2] == "answers" and parts[4] == "attention":
-            answer = case.answer(_whole_number(parts[3]) or 0)
-            self._stream(lambda tell: {"attention": self.server.dialogue.attention(answer)})
+            model, answer = case.answer(_whole_number(parts[3]) or 0)
+            masked = _read(AttentionRequest, body).mask_sinks
+            self._stream(lambda tell: {"attention": self.server.dialogues[model].attention(answer, masked)})
         else:
             raise _Refused(HTTPStatus.NOT_FOUND, "There is no such page. Reload the chat page.")
         return None
@@ -210,19 +236,24 @@ class Handler(BaseHTTPRequestHandler):
         self.server.shelf.forget(case.name)
         self._json({})  # respond first: a closing page does not wait
         with self.server.line.turn(lambda before: None):
-            self.server.dialogue.forget(case.owns)
+            for dialogue in self.server.dialogues:
+                dialogue.forget(case.owns)
 
     def _ask(self, case: Case, request: ChatRequest) -> None:
         view = View(request.item, request.axis, request.slice, request.volume, request.window)
+        if request.model >= len(self.server.dialogues):
+            raise _Refused(
+                HTTPStatus.BAD_REQUEST, f"model: {request.model}. This server has {len(self.server.dialogues)}."
+            )
         picture = case.opened().picture(view)
-        dialogue = self.server.dialogue
+        dialogue = self.server.dialogues[request.model]
 
         def work(tell: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
             answer = dialogue.answer(
                 case.key(view), picture, request.turns, request.question, lambda text: tell({"text": text})
             )
-            number = case.keep(answer)
-            shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "unread": answer.unread}
+            number = case.keep(answer, request.model)
+            shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "places": answer.places}
             return {"answer": {**shown, "forgotten": answer.forgotten, "size": picture.size}}
 
         self._stream(work)
@@ -302,14 +333,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _page_file(name: str, about: dict[str, Any]) -> bytes:
-    folder = Path(__file__).parent
-    if not name.endswith(".html"):
-        return (folder / name).read_bytes()
+def page_html(about: dict[str, Any]) -> bytes:
+    """The page for a server with this checkpoint, limit of uploads and suggested questions."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template(name).render(about).encode()
+    environment = Environment(loader=FileSystemLoader(_OWN), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html").render(about).encode()
 
 
 def _view(query: dict[str, str]) -> View:
@@ -319,9 +348,9 @@ def _view(query: dict[str, str]) -> View:
     return View(window=query.get("window", "file"), **numbers)  # type: ignore[arg-type]
 
 
-def _chat_request(body: bytes) -> ChatRequest:
+def _read(kind: type[_Model], body: bytes) -> _Model:
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the request"

@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import traceback
+from collections.abc import Sequence
 from http.server import ThreadingHTTPServer
 from typing import Any
 
@@ -21,9 +22,9 @@ class ChatServer(ThreadingHTTPServer):
 
     Args:
         host, port: address to listen on; port 0 takes any free one.
-        dialogue: answers the questions.
+        dialogues: answer the questions; of several, each question goes to all.
         shelf: stores the uploads.
-        about: variables of the page template: ``checkpoint``, ``upload_mb`` and ``questions``.
+        about: variables of the page template: ``checkpoints`` (a name for each dialogue), ``upload_mb`` and ``questions``.
 
     Raises:
         OSError: it cannot listen on that address.
@@ -32,8 +33,10 @@ class ChatServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, host: str, port: int, dialogue: Dialogue, shelf: Shelf, about: dict[str, Any]) -> None:
-        self.dialogue, self.shelf, self.about = dialogue, shelf, about
+    def __init__(
+        self, host: str, port: int, dialogues: Sequence[Dialogue], shelf: Shelf, about: dict[str, Any]
+    ) -> None:
+        self.dialogues, self.shelf, self.about = dialogues, shelf, about
         self.own_name = host
         self.line = Line()
         self.ending = threading.Event()

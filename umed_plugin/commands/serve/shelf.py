@@ -48,7 +48,7 @@ class Case:
         self.study: Optional[Study] = None
         self._fault: Optional[UmedError] = None
         self.busy = threading.Lock()  # stores the files of one upload one after the other
-        self._answers: OrderedDict[int, Answer] = OrderedDict()
+        self._answers: OrderedDict[int, tuple[int, Answer]] = OrderedDict()
         self._count = 0
 
     def opened(self) -> Study:
@@ -85,24 +85,24 @@ class Case:
         """Whether a key belongs to one of this case's pictures."""
         return key[0] == self.name
 
-    def keep(self, answer: Answer) -> int:
-        """Keep an answer and return its number, for `answer`."""
+    def keep(self, answer: Answer, model: int = 0) -> int:
+        """Keep an answer of a model, by its index, and return the answer's number, for `answer`."""
         self._count += 1
-        self._answers[self._count] = answer
+        self._answers[self._count] = model, answer
         while len(self._answers) > MOST_ANSWERS:
             self._answers.popitem(last=False)
         return self._count
 
-    def answer(self, number: int) -> Answer:
-        """Return the answer with this number.
+    def answer(self, number: int) -> tuple[int, Answer]:
+        """The index of the model, and the answer with this number.
 
         Raises:
             UmedError: there is none, or newer answers have replaced it.
         """
-        answer = self._answers.get(number)
-        if answer is None:
+        kept = self._answers.get(number)
+        if kept is None:
             raise UmedError("This answer is not kept any longer. Ask again.")
-        return answer
+        return kept
 
 
 class Full(Exception):

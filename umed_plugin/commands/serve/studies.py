@@ -6,11 +6,13 @@ stored. Error messages of the libraries are replaced, because they may quote it.
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 
@@ -20,7 +22,9 @@ from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
 from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.images.series import series_stack
+from umed_plugin.data.images.sides import Edges, edge_letters
 from umed_plugin.data.images.stored import Limits, limited, unreadable
+from umed_plugin.data.images.windows import range_of
 from umed_plugin.data.recipes.options import WINDOW_PRESETS
 from umed_plugin.errors import UmedError
 
@@ -38,6 +42,10 @@ NO_STACK = (
 )
 UNEVEN = "the distances between its slices differ: a slice may be missing"
 PLANES = ("sagittal", "coronal", "axial")
+# A CT whose header has no window opens with this one.
+_CT_WINDOW = "soft_tissue"
+# A window that was set by hand: the values that become black and white.
+_BY_HAND = re.compile(r"(-?\d{1,9}(?:\.\d{1,6})?),(-?\d{1,9}(?:\.\d{1,6})?)", re.ASCII)
 _MIDDLE = 0.5
 
 
@@ -64,16 +72,27 @@ _reading = threading.Lock()
 
 @dataclass(frozen=True)
 class Plane:
-    """A plane of a volume: the stored axis that its slices are across, its name, and the number of slices."""
+    """A plane of a volume.
+
+    Attributes:
+        axis: the stored axis that its slices are across.
+        name: empty if there is no other.
+        slices: their number.
+        edges: letters of the patient's sides at the left, right, top and bottom edge; None if the file does not say how it lies.
+    """
 
     axis: int
     name: str
     slices: int
+    edges: Optional[Edges] = None
 
 
 @dataclass(frozen=True)
 class View:
-    """One slice as it is shown: an item of the study, and the options that `load_image` reads it with."""
+    """One slice as it is shown: an item of the study, and the options that `load_image` reads it with.
+
+    ``window`` is a name, or ``LOW,HIGH``: a window that was set by hand.
+    """
 
     item: int = 0
     axis: int = 2
@@ -109,12 +128,23 @@ class Item:
         plane = next((plane for plane in self.planes if plane.axis == view.axis), None)
         if plane is None or not 0 <= view.slice < plane.slices or not 0 <= view.volume < self.volumes:
             raise UmedError(f"{self.label}: no such slice, plane or volume. Choose one that the page offers.")
-        if view.window not in (self.windows or ("file",)):
-            raise UmedError(f"{self.label}: no such window. Allowed: {', '.join(self.windows) or 'file'}.")
+        window = self._window(view.window)
         if len(self.paths) > 1:
-            return self.paths[view.slice], {"window": view.window}
-        how = {"window": view.window, "slice": view.slice, "slice_axis": view.axis, "volume": view.volume}
+            return self.paths[view.slice], {"window": window}
+        how = {"window": window, "slice": view.slice, "slice_axis": view.axis, "volume": view.volume}
         return self.paths[0], how
+
+    def _window(self, wanted: str) -> Union[str, tuple[float, float]]:
+        by_hand = _BY_HAND.fullmatch(wanted) if self.windows else None
+        if by_hand:
+            low, high = float(by_hand[1]), float(by_hand[2])
+            if math.isfinite(low) and low < high:
+                return low, high
+            raise UmedError(f"{self.label}: window {wanted}: the lower value must be below the upper one.")
+        if wanted not in (self.windows or ("file",)):
+            allowed = f"{', '.join(self.windows)}, or LOW,HIGH" if self.windows else "file"
+            raise UmedError(f"{self.label}: no such window. Allowed: {allowed}.")
+        return wanted
 
 
 class Study:
@@ -142,11 +172,16 @@ class Study:
         self._names = {file.path: file.name for file in files}
         self.left_out = list(left_out)
         self.items: list[Item] = []
+        self._persons: dict[Path, str] = {}
+        persons: list[str] = []
         with _reading, limited(self._limits):
             for group in self._groups(files):
+                before = len(self.items)
                 self._add(group)
+                persons += [self._persons[group[0]]] * (len(self.items) - before)
         if not self.items:
             raise UmedError(self._why_nothing())
+        self._tell_people_apart(persons)
 
     def picture(self, view: View) -> Image:
         """One slice in RGB, in radiological orientation.
@@ -156,15 +191,35 @@ class Study:
         """
         from PIL import Image
 
-        if not 0 <= view.item < len(self.items):
-            raise UmedError("There is no such image in this upload. Choose one that the page offers.")
-        item = self.items[view.item]
+        item = self._item(view)
         path, how = item.reading(view)
         with _reading, limited(self._limits):
             try:
                 return Image.fromarray(load_image(path, **how)[0])
             except UmedError as error:
                 raise UmedError(self._message(error, item.label)) from error
+
+    def window_range(self, view: View) -> tuple[float, float]:
+        """The values of a slice that its window shows as black and white.
+
+        Raises:
+            UmedError: as `picture`, or the slice has grey levels, to which no window applies.
+        """
+        item = self._item(view)
+        path, how = item.reading(view)
+        if not item.windows:
+            raise UmedError(f"{item.label}: has grey levels already. No window applies.")
+        window = how.pop("window")
+        with _reading, limited(self._limits):
+            try:
+                return range_of(read_stored(path, **how), window, path)
+            except UmedError as error:
+                raise UmedError(self._message(error, item.label)) from error
+
+    def _item(self, view: View) -> Item:
+        if not 0 <= view.item < len(self.items):
+            raise UmedError("There is no such image in this upload. Choose one that the page offers.")
+        return self.items[view.item]
 
     def described(self) -> dict[str, Any]:
         """The study as JSON for the page."""
@@ -180,33 +235,45 @@ class Study:
         return {"items": items, "left_out": [f"{name}: {why}" for name, why in self.left_out]}
 
     def _groups(self, files: Sequence[Received]) -> list[list[Path]]:
-        """Group the slices of a series; every other image is a group of its own."""
-        series: dict[str, list[Path]] = {}
+        """Group the slices of a series of one person; every other image is a group of its own."""
+        series: dict[tuple[str, str], list[Path]] = {}
         groups: list[list[Path]] = []
         for file in files:
-            uid = self._series_of(file)
-            group = series.get(uid) if uid else None
+            person, uid = self._person_and_series(file)
+            group = series.get((person, uid)) if uid else None
             if group is None:
                 group = [file.path]
                 groups.append(group)
+                self._persons[file.path] = person
                 if uid:
-                    series[uid] = group
+                    series[person, uid] = group
             else:
                 group.append(file.path)
         return groups
 
-    def _series_of(self, file: Received) -> Optional[str]:
-        """The series UID of a single-frame DICOM file; None for any other file."""
+    def _person_and_series(self, file: Received) -> tuple[str, str]:
+        """Patient's and series' identifiers of a single-frame DICOM file; the latter is empty for any other file, both may be."""
         if file.kind != "dicom":
-            return None
+            return "", ""
         try:
             with unreadable(file.path):
                 header = open_header(file.path, pixels=False)
+                person = str(getattr(header, "PatientID", None) or "")
                 if int(getattr(header, "NumberOfFrames", None) or 1) > 1 or not getattr(header, "Rows", None):
-                    return None
-                return str(getattr(header, "SeriesInstanceUID", None) or "") or None
+                    return person, ""
+                return person, str(getattr(header, "SeriesInstanceUID", None) or "")
         except UmedError:
-            return None  # `_add` hits the same error and reports it
+            return "", ""  # `_add` hits the same error and reports it
+
+    def _tell_people_apart(self, persons: Sequence[str]) -> None:
+        """If the items belong to several people, number the people in the labels. Identifiers are not shown."""
+        known = list(dict.fromkeys(filter(None, persons)))
+        if len(known) < 2:
+            return
+        for place, person in enumerate(persons):
+            name = f"person {known.index(person) + 1}" if person else "person unknown"
+            self.items[place] = replace(self.items[place], label=f"{name}: {self.items[place].label}")
+        self.left_out.append((f"{len(known)} people", "this upload holds images of each of them. Look at the labels"))
 
     def _add(self, group: list[Path]) -> None:
         try:
@@ -222,21 +289,24 @@ class Study:
         if path.name.endswith((".nii", ".nii.gz")):
             return self._volume(path)
         count = slice_count(path)
-        windows = _windows(_middle_slice(path, count))
+        middle = _middle_slice(path, count)
         if path.name.endswith(RASTER_ENDINGS):
-            windows = windows[:1]  # 16-bit values without a unit: Hounsfield presets do not apply
-        return Item(self._names[path], (path,), (Plane(2, "", count),), 1, windows)
+            return Item(self._names[path], (path,), (Plane(2, "", count),), 1, _windows(middle, is_ct=False))
+        shown = [_edges(middle)] + [_edges(read_stored(path, slice=end)) for end in (0, count - 1) if count > 1]
+        edges = shown[0] if len(set(shown)) == 1 else None  # the frames of one file may lie differently
+        return Item(self._names[path], (path,), (Plane(2, "", count, edges),), 1, _windows(middle, _is_ct(path)))
 
     def _volume(self, path: Path) -> Item:
         x, y, z, volumes = volume_shape(path)
         if x * y * z > MOST_VOXELS:
             raise UmedError(f"{path}: {x} x {y} x {z} voxels are too many to show. Allowed: up to {MOST_VOXELS}.")
         stored = _middle_slice(path, z, volume=0)
-        names = _plane_names(stored)
-        planes = [Plane(axis, name, count) for axis, name, count in zip(range(3), names, (x, y, z))]
+        names, edges = _plane_names(stored), _plane_edges(stored)
+        planes = [Plane(axis, *about) for axis, about in enumerate(zip(names, (x, y, z), edges))]
         # The recipes' default plane comes first. A flat image has no other.
         chosen = (planes[2], *planes[:2]) if z > 1 else (planes[2],)
-        return Item(self._names[path], (path,), chosen, volumes, _windows(stored))
+        # NIfTI has no field for the unit of its values, so nothing says that they are Hounsfield units.
+        return Item(self._names[path], (path,), chosen, volumes, _windows(stored, is_ct=False))
 
     def _series(self, group: list[Path]) -> Item:
         number = sum(len(item.paths) > 1 or item.paths[0].is_dir() for item in self.items) + 1
@@ -257,7 +327,8 @@ class Study:
             self.left_out.append((label, f"no slices of it (a scout, a report or a second copy): {', '.join(others)}"))
         self.left_out += [(label, UNEVEN) for remark in stack.remarks if "uneven" in remark.kind]
         first = read_stored(folder, slice=int(len(stack.files) * _MIDDLE))
-        return Item(label, (folder,), (Plane(2, "", len(stack.files)),), 1, _windows(first))
+        plane = Plane(2, "", len(stack.files), _edges(first))
+        return Item(label, (folder,), (plane,), 1, _windows(first, _is_ct(stack.files[0])))
 
     def _unordered(self, folder: Path, label: str) -> Item:
         """The files of a series that `series_stack` refuses, by name; the page says that their order may not be anatomical."""
@@ -265,7 +336,7 @@ class Study:
         label += ", sorted by file name: no slice positions"
         self.left_out.append((label, NO_STACK))
         first = read_stored(paths[int(len(paths) * _MIDDLE)])
-        return Item(label, paths, (Plane(2, "", len(paths)),), 1, _windows(first))
+        return Item(label, paths, (Plane(2, "", len(paths)),), 1, _windows(first, _is_ct(paths[0])))
 
     def _message(self, error: UmedError, name: str) -> str:
         """The error for the user, with the uploaded file's name and without library messages, which may quote the header."""
@@ -288,16 +359,38 @@ def _middle_slice(path: Path, count: int, volume: Optional[int] = None) -> Store
     return read_stored(path, slice=int(count * _MIDDLE) if count > 1 else None, volume=volume)
 
 
-def _windows(stored: StoredSlice) -> tuple[str, ...]:
-    """The windows that apply to a slice: the file's own, the full range, and Hounsfield presets."""
+def _windows(stored: StoredSlice, is_ct: bool) -> tuple[str, ...]:
+    """The windows that apply to a slice, the one that it opens with first: the file's own, the full range, a CT's presets."""
     if stored.is_grey_levels:
         return ()
     try:
         own = ("file",) if stored.view() is not None else ()
     except UmedError:
         own = ()
-    presets = tuple(WINDOW_PRESETS) if stored.hounsfield else ()
-    return (*own, "full", *presets)
+    if not is_ct:
+        return (*own, "full")
+    first = (*own, "full") if own else (_CT_WINDOW, "full")
+    return (*first, *(name for name in WINDOW_PRESETS if name not in first))
+
+
+def _is_ct(path: Path) -> bool:
+    """Whether a DICOM file says that its values are Hounsfield units: by its modality, or, without one, by its rescale type."""
+    header = open_header(path, pixels=False)
+    modality = getattr(header, "Modality", None)
+    return modality == "CT" if modality else getattr(header, "RescaleType", None) == "HU"
+
+
+def _edges(stored: StoredSlice) -> Optional[Edges]:
+    return None if stored.directions is None else edge_letters(*stored.directions)
+
+
+def _plane_edges(stored: StoredSlice) -> tuple[Optional[Edges], Optional[Edges], Optional[Edges]]:
+    """The letters of slices across each stored axis, from the directions of the first two axes."""
+    if stored.directions is None:
+        return None, None, None
+    first, second = stored.directions
+    third = np.cross(first, second)  # its sign does not matter: a slice is turned so that its sides are as usual
+    return edge_letters(second, third), edge_letters(first, third), edge_letters(first, second)
 
 
 def _plane_names(stored: StoredSlice) -> tuple[str, str, str]:

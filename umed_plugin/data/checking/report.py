@@ -167,8 +167,10 @@ def splits_table(check: RecipeCheck) -> CheckTable:
         numbers = [check.images[split], check.negatives[split], len(check.patients.get(split, ())), lesions]
         rows.append([split or "(none)", *map(str, [*numbers, check.labelled[split]] if labelled else numbers)])
     heads = ["split", "images", "without lesion", "patients", "lesions"]
-    about = "label, no box: pseudo_boxes find a box for these, with umed recipe build --tower." if labelled else ""
-    return CheckTable("Images", about, [*heads, "label, no box"] if labelled else heads, rows)
+    alone = sum(check.images.values()) == len(check.patient_images)
+    about = ["The recipe knows no patients, so each image counts as one."] if alone and rows else []
+    about += ["label, no box: pseudo_boxes find a box for these, with umed recipe build --tower."] if labelled else []
+    return CheckTable("Images", " ".join(about), [*heads, "label, no box"] if labelled else heads, rows)
 
 
 def classes_table(check: RecipeCheck) -> CheckTable:

@@ -107,6 +107,25 @@ def _view(stored: StoredSlice, finite: np.ndarray, window: OneWindow, path: Path
     return LinearView(float(_least(stored.values, finite)), float(np.max(stored.values, where=finite, initial=-np.inf)))
 
 
+def range_of(stored: StoredSlice, window: OneWindow, path: Path) -> tuple[float, float]:
+    """The values of a slice that become black and white: where a person who changes a window by hand begins.
+
+    Of a file's sigmoid it is the range around its centre; of a look-up table, the slice's least and largest value.
+
+    Raises:
+        UmedError: the slice has no finite value, or the window is not for it.
+    """
+    finite = np.isfinite(stored.values)
+    if not finite.any():
+        raise UmedError(f"{path}: has no finite value")
+    view = _view(stored, finite, window, path)
+    if isinstance(view, LinearView):
+        return view.low, view.high
+    if isinstance(view, SigmoidView):
+        return view.centre - view.width / 2, view.centre + view.width / 2
+    return float(_least(stored.values, finite)), float(np.max(stored.values, where=finite, initial=-np.inf))
+
+
 def each_window(window: Window) -> list[OneWindow]:
     """The windows as a list: of one, or of three for red, green and blue.
 

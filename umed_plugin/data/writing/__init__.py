@@ -13,8 +13,9 @@ The modules in the order in which they are used:
 - :mod:`~umed_plugin.data.writing.steps` decides the next request from the replies so far.
 - :mod:`~umed_plugin.data.writing.writer` and :mod:`~umed_plugin.data.writing.batched` send the requests.
 - :mod:`~umed_plugin.data.writing.merge` puts the texts into the records.
-- :mod:`~umed_plugin.data.writing.review` writes the page for reviewers, :mod:`~umed_plugin.data.writing.decisions` reads what
-  they decided.
+- :mod:`~umed_plugin.data.writing.review` chooses what is reviewed; `umed recipe review` writes the page.
+- :mod:`~umed_plugin.data.writing.decisions` reads what the reviewers decided, :mod:`~umed_plugin.data.writing.agreement` how far
+  they agree.
 
 Departures from the paper: it publishes neither prompts nor checks; both are ours. Images without a lesion keep the text of the
 offline writer (`umed_plugin.data.template_writer`), because there is no region to show.

@@ -3,7 +3,7 @@
 The review page's button downloads a decisions file. Each decision names a record and the digest of the text that the reviewer
 saw. If the text has changed since, the decision is not applied, but counted. With several reviewers, one rejection is enough to
 leave an image out. An edit takes precedence over an acceptance. Two different edits of one text are an error, which the reviewers
-must resolve.
+must resolve. A decision that settles a disagreement (``umed recipe review --disagreements``) counts instead of the others.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.data.records import Record
+from umed_plugin.data.records import Record, record_geometry
 from umed_plugin.data.writing.checks import Findings, box_faults, in_our_dialect
 from umed_plugin.errors import UmedError
+from umed_plugin.grounding.boxes import Box, round_box
 
 ACCEPT, EDIT, REJECT = "accept", "edit", "reject"
 _FAULTS_SHOWN = 10
@@ -33,6 +34,8 @@ class Decision:
         shown: digest of the text that was reviewed.
         kind: ``accept``, ``edit`` or ``reject``.
         text: the edited text; empty unless ``kind`` is ``edit``.
+        boxes: the boxes of all lesions, xyxy in 0-1 of the square, if the reviewer moved one; else empty.
+        settles: whether it was made in knowledge of the others' decisions, and counts instead of them.
         reviewer, note: as typed into the page; may be empty.
         file: the file that it was read from.
     """
@@ -44,6 +47,8 @@ class Decision:
     reviewer: str
     note: str
     file: str
+    boxes: tuple[Box, ...] = ()
+    settles: bool = False
 
 
 @dataclass
@@ -108,6 +113,10 @@ def read_decisions(files: Iterable[Path]) -> list[Decision]:
                         reviewer=reviewer,
                         note=note,
                         file=str(file),
+                        boxes=tuple(
+                            (float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in item.get("boxes") or ()
+                        ),
+                        settles=content.get("settles") is True,
                     )
                 )
     _raise_if_any(faults)
@@ -124,6 +133,16 @@ def _fault_of(item: Any) -> str:
         return f"has the decision {item['decision']!r}; allowed: {ACCEPT}, {EDIT}, {REJECT}"
     if item["decision"] == EDIT and not item.get("text", "").strip():
         return "is an edit without text"
+    return _fault_of_boxes(item.get("boxes") or [])
+
+
+def _fault_of_boxes(boxes: Any) -> str:
+    if not isinstance(boxes, list):
+        return f"has boxes of type {type(boxes).__name__}; needed: a list"
+    for box in boxes:
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(value) in (int, float) for value in box)
+        if not numbers or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            return f"has the box {box!r}; needed: x1, y1, x2, y2 in 0-1, with x1 < x2 and y1 < y2"
     return ""
 
 
@@ -150,6 +169,7 @@ def apply_decisions(records: Sequence[Record], set_aside: Sequence[Record], deci
         if not current:
             (result.set_aside if "aside" in record else result.records).append(record)
             continue
+        current = [decision for decision in current if decision.settles] or current
         deciding = _deciding(record, current, faults)
         if deciding is None:
             continue
@@ -180,7 +200,8 @@ def _reviewed(record: Record, deciding: Decision, decisions: list[Decision], fau
     changed: dict[str, Any] = copy.deepcopy(record)
     changed.pop("aside", None)
     text = deciding.text.strip() if deciding.kind == EDIT else answer_of(record)
-    findings = Findings.of(record)
+    moved = _move_boxes(changed, deciding, faults)
+    findings = Findings.of(changed)
     of_boxes = box_faults(text, findings)
     if of_boxes:
         faults.append(f"{deciding.file}: the text for record {record['id']!r} cannot be used: {' '.join(of_boxes)}")
@@ -188,7 +209,31 @@ def _reviewed(record: Record, deciding: Decision, decisions: list[Decision], fau
     changed["conversations"][1]["value"] = in_our_dialect(text, findings)
     reviewers = [decision.reviewer for decision in decisions]
     changed["provenance"]["review"] = {"decision": deciding.kind, "reviewers": reviewers}
+    if moved:
+        changed["provenance"]["review"]["boxes_moved"] = moved
     return changed
+
+
+def _move_boxes(record: Record, deciding: Decision, faults: list[str]) -> int:
+    """Put the boxes that a reviewer moved into the record; returns their number. The others stay as exact as they were."""
+    if not deciding.boxes:
+        return 0
+    findings, boxes = Findings.of(record), record["objects"]["bbox"]
+    if len(deciding.boxes) != len(boxes):
+        faults.append(f"{deciding.file}: record {record['id']!r} has {len(boxes)} boxes, not {len(deciding.boxes)}.")
+        return 0
+    moved = [
+        index
+        for index, box in enumerate(deciding.boxes)
+        if round_box(box, findings.decimals) != findings.rounded[index]
+    ]
+    geometry = record_geometry(record)
+    width, height = record["image_size"]
+    for index in moved:
+        ((x1, y1, x2, y2),) = geometry.from_square([deciding.boxes[index]])
+        inside = [max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))]
+        boxes[index] = [round(value, 3) for value in inside]
+    return len(moved)
 
 
 def _raise_if_any(faults: list[str]) -> None:

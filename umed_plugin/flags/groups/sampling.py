@@ -174,3 +174,11 @@ class SamplingFlags:
         least=0,
         on_resume=SAID,
     )
+    umed_val_pictures: int = flag(
+        4,
+        "Number of held-out studies that each validation shows with the answer's and the true boxes in TensorBoard or W&B, under "
+        "--report_to.",
+        needs=VALIDATION,
+        least=0,
+        on_resume=FREE,
+    )

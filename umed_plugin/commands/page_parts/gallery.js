@@ -1,18 +1,6 @@
-"use strict";
-// Texts of models and files enter the page as text only: no element is ever created from a string.
+// ---- A gallery of pictures, and one of them opened. `DATA` is what the page's Python gave.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const PAGE = 24;
-const byId = id => document.getElementById(id);
-
-function el(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name in made && !name.startsWith("aria")) made[name] = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children.filter(child => child !== null && child !== undefined));
-  return made;
-}
 
 const number = (value, digits = 2) => value === null || value === undefined ? "–" : value.toFixed(digits);
 const namesOf = card => card.classes.length ? card.classes : ["no abnormality"];
@@ -21,41 +9,18 @@ const classesOf = card => card.classes.length ? card.classes.join(", ") : "no ab
 // ---- A picture with boxes and heat over it; boxes are in 0-1 of the square that the picture shows.
 
 function boxLayer(boxes, name) {
-  const space = "http://www.w3.org/2000/svg";
-  const layer = document.createElementNS(space, "svg");
-  layer.setAttribute("viewBox", "0 0 1 1");
-  layer.setAttribute("preserveAspectRatio", "none");
-  layer.setAttribute("aria-hidden", "true");
-  layer.setAttribute("class", "boxes " + name);
+  const layer = svg("svg", {viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true", class: "boxes " + name});
   for (const [x1, y1, x2, y2] of boxes) {
-    for (const part of ["casing", "edge"]) {
-      const shape = document.createElementNS(space, "rect");
-      const place = {x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: part};
-      for (const [key, value] of Object.entries(place)) shape.setAttribute(key, value);
-      layer.append(shape);
-    }
+    for (const part of ["casing", "edge"]) layer.append(svg("rect", {x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: part}));
   }
   return layer;
 }
 
-// Dark violet to yellow, as matplotlib's plasma: even steps of brightness, safe for colour blindness. All maps share one scale;
-// otherwise a uniform map would look like a sharp one. No attention is transparent, MOST times a uniform share or more is yellow.
-const MOST = 4;
-const RAMP = [[13, 8, 135], [126, 3, 168], [204, 71, 120], [248, 149, 64], [240, 249, 33]];
-
 function heatLayer(heat) {
   const [rows, columns] = heat.grid;
-  const values = Uint8Array.from(atob(heat.values), byte => byte.charCodeAt(0));
-  const canvas = el("canvas", {width: columns, height: rows, className: "heat", "aria-hidden": "true"});
+  const canvas = el("canvas", {className: "heat", "aria-hidden": "true"});
   canvas.style.width = canvas.style.height = 100 * heat.covers + "%";
-  const image = new ImageData(columns, rows);
-  values.forEach((value, patch) => {
-    const share = Math.min(value / 255 * heat.peak * rows * columns / MOST, 1);
-    const at = share * (RAMP.length - 1), low = Math.min(Math.floor(at), RAMP.length - 2);
-    const mixed = RAMP[low].map((from, i) => from + (RAMP[low + 1][i] - from) * (at - low));
-    image.data.set([...mixed, 190 * share], 4 * patch);
-  });
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  drawHeat(canvas, rows, columns, heatTimes(heat.values, heat.peak));
   return canvas;
 }
 
@@ -190,4 +155,3 @@ viewer.dialog.addEventListener("keydown", event => {
   event.preventDefault();
   viewer.fill(viewer.place + step);
 });
-

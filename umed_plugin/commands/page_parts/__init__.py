@@ -1,7 +1,15 @@
-"""A page in one HTML file that loads nothing, as `umed report` and `umed recipe check` write it.
+"""What the pages share: `umed report`, `umed recipe check`, `umed recipe review` and `umed serve`.
 
-Texts are escaped by the template, or set as text by the script. The page's Content-Security-Policy allows only its own script,
-which it names by its hash.
+| file | holds |
+| --- | --- |
+| ``colours.css`` | the colours, in light and dark |
+| ``document.css`` | text, tables and controls of the written pages |
+| ``gallery.css``, ``gallery.js``, ``viewer.html`` | cards with pictures, filters, and the dialog of an opened one |
+| ``elements.js`` | making elements, without ever reading a string as HTML |
+| ``heat.js`` | the one scale of every heat map |
+
+The written pages are one HTML file each and load nothing. Texts are escaped by the template, or set as text by the script. The
+page's Content-Security-Policy allows only its own script, which it names by its hash.
 """
 
 from __future__ import annotations
@@ -13,6 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PARTS = Path(__file__).parent
+DOCUMENT_STYLES = (PARTS / "colours.css", PARTS / "document.css")
+GALLERY_STYLES = (*DOCUMENT_STYLES, PARTS / "gallery.css")
+GALLERY_SCRIPTS = (PARTS / "elements.js", PARTS / "heat.js", PARTS / "gallery.js")
+
 
 def render_page(
     template: Path, *, styles: Sequence[Path], scripts: Sequence[Path] = (), data: Any = None, **values: Any
@@ -20,7 +33,7 @@ def render_page(
     """The HTML of a template that is given ``style``, ``script``, ``script_hash``, ``data`` and the ``values``.
 
     Args:
-        template: the Jinja file; a value that it uses and is not given is an error.
+        template: the Jinja file; a value that it uses and is not given is an error. It may include files of this folder.
         styles, scripts: files that are put one behind the other into the page.
         data: what the script reads, as JSON without infinite numbers.
         values: what the template shows.
@@ -29,15 +42,15 @@ def render_page(
     from jinja2.utils import htmlsafe_json_dumps
 
     environment = Environment(
-        loader=FileSystemLoader(template.parent),
+        loader=FileSystemLoader([template.parent, PARTS]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    script = _joined(scripts)
+    script = joined(scripts)
     return environment.get_template(template.name).render(
-        style=_joined(styles),
+        style=joined(styles),
         script=script,
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         data=htmlsafe_json_dumps(
@@ -47,5 +60,6 @@ def render_page(
     )
 
 
-def _joined(texts: Sequence[Path]) -> str:
+def joined(texts: Sequence[Path]) -> str:
+    """The contents of files, one behind the other."""
     return "".join(file.read_text(encoding="utf-8") for file in texts)
