@@ -203,7 +203,7 @@ def _fuzzed_weights(count: int, folder: Path, seed: int) -> Counter[str]:
     import torch
     from safetensors.torch import save
 
-    from umed_plugin.checkpoints.loading import read_tensors
+    from umed_plugin.checkpoints.folder import read_tensors
     from umed_plugin.errors import UmedError
 
     whole = save({"a.weight": torch.arange(12.0).reshape(3, 4), "b.bias": torch.ones(5)})

@@ -166,7 +166,7 @@ def trained(out: Path) -> State:
 
 def upgraded(out: Path) -> State:
     """Weights, figures and answers of an upgrade."""
-    from umed_plugin.checkpoints.loading import read_tensors, weight_files
+    from umed_plugin.checkpoints.folder import read_tensors, weight_files
 
     (result,) = (out / "checkpoint").iterdir()
     state: State = {name: tensor for file in weight_files(result) for name, tensor in read_tensors(file).items()}

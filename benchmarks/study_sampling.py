@@ -50,7 +50,7 @@ def best_answers(options: Any, records: Sequence[dict[str, Any]]) -> list[dict[s
     """The records with the best of their sampled answers in place of the reference."""
     import torch
 
-    from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+    from umed_plugin.checkpoints.folder import UMED_TEMPLATES
     from umed_plugin.model.answerer import Answerer, AnswererSettings
     from umed_plugin.model.forward import decode_answers, embed_prompts
     from umed_plugin.model.sampling import SamplingSettings, generate

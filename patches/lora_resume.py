@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import NON_LORA, read_tensors
+from umed_plugin.checkpoints.folder import NON_LORA, read_tensors
 from umed_plugin.errors import UmedError, did_you_mean, warn
 from umed_plugin.files import read_object, write_json
 from umed_plugin.flags.checks import raise_faults

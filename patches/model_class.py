@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import ADAPTER
-from umed_plugin.checkpoints.loading import FAMILIES as LLAVA_FAMILIES
+from umed_plugin.checkpoints.folder import ADAPTER
+from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.errors import warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun

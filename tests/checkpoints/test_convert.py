@@ -21,7 +21,7 @@ from support.conversion import (
     variant,
 )
 
-from umed_plugin.checkpoints.loading import TOWER, read_tensors, weight_files
+from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
 from umed_plugin.checkpoints.to_transformers import bare_tower_name, to_transformers
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError

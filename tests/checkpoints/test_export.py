@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from support.taught import ANSWERS, QUESTION, STOCK, learn_by_heart, study_records, write_lora
 from support.umed_runs import python_of_llavas_pins
 
-from umed_plugin.checkpoints.loading import TOWER
-from umed_plugin.checkpoints.merging import export, merge
+from umed_plugin.checkpoints.exporting import export
+from umed_plugin.checkpoints.folder import TOWER
+from umed_plugin.checkpoints.merging import merge
 from umed_plugin.errors import UsageError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings

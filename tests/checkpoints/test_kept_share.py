@@ -9,8 +9,9 @@ import pytest
 import torch
 from support.taught import write_lora
 
+from umed_plugin.checkpoints.folder import read_tensors, weight_files
 from umed_plugin.checkpoints.kept_share import KeptShare
-from umed_plugin.checkpoints.loading import load_checkpoint, read_tensors, weight_files
+from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.cli import main
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 from support.taught import write_lora
 
-from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
-from umed_plugin.checkpoints.merging import export, merge, stock_name_fault
+from umed_plugin.checkpoints.exporting import export
+from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
+from umed_plugin.checkpoints.loading import load_checkpoint
+from umed_plugin.checkpoints.merging import merge
+from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.files import replacing_folder

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.taught import write_lora
 
-from umed_plugin.checkpoints.loading import load_checkpoint, read_tensors, weight_files
-from umed_plugin.checkpoints.merging import export, merge
+from umed_plugin.checkpoints.exporting import export
+from umed_plugin.checkpoints.folder import read_tensors, weight_files
+from umed_plugin.checkpoints.loading import load_checkpoint
+from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers

@@ -14,8 +14,9 @@ from support.records import write_records
 from support.sam_files import write_sam_file
 from support.umed_runs import python_of_llavas_pins, train, weights
 
-from umed_plugin.checkpoints.loading import TOWER
-from umed_plugin.checkpoints.merging import export, merge
+from umed_plugin.checkpoints.exporting import export
+from umed_plugin.checkpoints.folder import TOWER
+from umed_plugin.checkpoints.merging import merge
 
 SCRIPT = Path(__file__).resolve().parents[1] / "support" / "stock_loads.py"
 LORA = "--lora_enable True --lora_r 4 --lora_dropout 0"

@@ -22,7 +22,7 @@ from support.records import grounded_records
 from support.taught import STOCK, write_lora
 from support.umed_runs import environment, python_of_llavas_pins, run_python
 
-from umed_plugin.checkpoints.loading import read_tensors, weight_files
+from umed_plugin.checkpoints.folder import read_tensors, weight_files
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from umed_plugin.checkpoints.loading import TOWER, load_checkpoint, read_tensors, weight_files
+from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
+from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.prompt_templates import question_prompt
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers

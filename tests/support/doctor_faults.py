@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support import canaries
-from umed_plugin.checkpoints.loading import TOWER
+from umed_plugin.checkpoints.folder import TOWER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMES = {"mistral": "tiny-llava-mistral", "llama": "tiny-llava-v1"}

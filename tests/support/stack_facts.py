@@ -22,8 +22,8 @@ prepare_llava()
 
 from support.tuning import make_dataset  # noqa: E402
 from support.umed_runs import train  # noqa: E402
+from umed_plugin.checkpoints.exporting import export  # noqa: E402
 from umed_plugin.checkpoints.loading import load_checkpoint  # noqa: E402
-from umed_plugin.checkpoints.merging import export  # noqa: E402
 from umed_plugin.model.forward import decode_answers, embed_prompts, encode_images  # noqa: E402
 from umed_plugin.model.sampling import SamplingSettings, generate  # noqa: E402
 from umed_plugin.training.tuning_data import tokenize_record  # noqa: E402

@@ -16,7 +16,7 @@ from support.records import write_records
 from support.sam_files import write_sam_file
 from support.umed_runs import TWO_PROCESSES, train, train_flags, umed_run, weights
 
-from umed_plugin.checkpoints.loading import TOWER
+from umed_plugin.checkpoints.folder import TOWER
 from umed_plugin.commands.demo.tiny_checkpoint import DEFAULT_CORPUS, make_checkpoint
 
 LORA = shlex.split("--lora_enable True --lora_r 4 --gradient_checkpointing True --bf16 True --learning_rate 1e-2")

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from umed_plugin.checkpoints.loading import TOWER
+from umed_plugin.checkpoints.folder import TOWER
 from umed_plugin.errors import note, warn
 
 LEAST_KEPT = 0.9

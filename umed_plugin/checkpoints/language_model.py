@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, TOKENIZER_FILES, is_lora, read_config, weight_files
 from umed_plugin.checkpoints.hf_processor import read_json
-from umed_plugin.checkpoints.loading import EMBEDDING, HEAD, TOKENIZER_FILES, is_lora, read_config, weight_files
 from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE, old_rope
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stored
 from umed_plugin.checkpoints.writing import LANGUAGE_MODEL_OF, writing_checkpoint

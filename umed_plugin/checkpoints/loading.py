@@ -1,14 +1,11 @@
-"""Read checkpoints: find their weight files, and load the model.
+"""Load a checkpoint's model and tokenizer, with the tower and the projector that belong to it.
 
 Stock LLaVA chooses the loader by the folder's name; this module reads ``model_type`` from ``config.json``. Vision-tower weights
-inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is set). Weight files are checked by
-`umed_plugin.checkpoints.safe_loading` before anything opens them, and no Python in a checkpoint is imported.
-`umed_plugin.checkpoints.merging` writes checkpoints.
+inside a checkpoint are used (stock LLaVA drops them unless ``unfreeze_mm_vision_tower`` is set).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -16,186 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.pickles import printable, read_pickle
-from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
-from umed_plugin.checkpoints.stored import read_safetensors
+from umed_plugin.checkpoints.folder import (
+    FAMILIES,
+    NON_LORA,
+    READ_WHEN_ANSWERING,
+    TOWER,
+    adapter_tensors,
+    find_base,
+    is_lora,
+    read_config,
+    read_tensors,
+    refuse_transformers_adapter,
+    weight_files,
+)
+from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.checkpoints.utf8_paths import in_utf8
-from umed_plugin.errors import UmedError, unknown_name
-
-# model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
-FAMILIES = {
-    "llava_mistral": ("llava.model.language_model.llava_mistral", "LlavaMistralForCausalLM"),
-    "llava_llama": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
-    "llava": ("llava.model.language_model.llava_llama", "LlavaLlamaForCausalLM"),
-}
-# model_type -> prompt template: the plugin's, and the one that stock LLaVA uses.
-UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
-STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
-ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TOWER = "model.vision_tower."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PROJECTOR = "mm_projector.bin"  # written by --tune_mm_mlp_adapter True
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-_LANGUAGE = ("llama", "mistral")  # model types without a projector, over which LLaVA trains one
-# Keys of config.json that LLaVA reads when it answers. Training may change them, so a merged checkpoint gets the trained values.
-READ_WHEN_ANSWERING = (
-    "image_aspect_ratio",
-    "mm_vision_select_layer",
-    "mm_vision_select_feature",
-    "mm_patch_merge_type",
-    "mm_use_im_start_end",
-    "mm_use_im_patch_token",
-)
-
-
-def read_config(path: Path | str) -> dict[str, Any]:
-    """Return ``config.json`` of a LLaVA checkpoint or LoRA folder.
-
-    Raises:
-        UmedError: there is none, or it is not a LLaVA checkpoint.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        fault = "no such folder" if not Path(path).is_dir() else "a folder without config.json"
-        raise UmedError(
-            f"{path}: {fault}. Needed: a LLaVA checkpoint on this machine (config.json, weights, tokenizer). "
-            "Download a checkpoint from the Hugging Face Hub with: huggingface-cli download NAME --local-dir DIR"
-        )
-    config = read_object(file)
-    kind = config.get("model_type")
-    if kind in _LANGUAGE:
-        raise UmedError(
-            f"{file}: is a plain language model ({kind}), not a LLaVA checkpoint. If a LoRA folder or a projector was trained "
-            "over it, write the full checkpoint first: umed merge TRAINED --base CKPT --out DIR"
-        )
-    if kind == "llava" and "text_config" in config:
-        raise UmedError(
-            f"{file}: this is the transformers form of LLaVA (it has text_config), which LLaVA's own code cannot load. Needed: "
-            "the original form, as in liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b on the Hub."
-        )
-    if kind not in FAMILIES:
-        raise UmedError(f"{file}: not a LLaVA checkpoint: {unknown_name('model_type', str(kind), FAMILIES)}")
-    return config
-
-
-def read_language_config(path: Path | str) -> dict[str, Any]:
-    """``config.json`` of a LLaVA checkpoint, or of a plain language model over which LLaVA trains one; see `read_config`."""
-    config = read_object(Path(path) / "config.json") if (Path(path) / "config.json").is_file() else {}
-    return config if config.get("model_type") in _LANGUAGE else read_config(path)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UmedError: the file is something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise UmedError(f"{file}: is not JSON ({type(error).__name__}). Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise UmedError(f"{file}: is not a JSON object. Copy or download it again.")
-    return content
-
-
-def is_lora(path: Path | str) -> bool:
-    """Whether the folder holds a LoRA adapter instead of a full model."""
-    return (Path(path) / ADAPTER).is_file()
-
-
-def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None = None) -> list[Path]:
-    """The weight files of a full checkpoint: one file, or the shards of its index, in transformers' order of preference.
-
-    Args:
-        checkpoint: a folder, or a name on the Hugging Face Hub.
-        prefix: skip shards without a tensor whose name begins with it.
-        cache_dir: where files from the Hub are cached.
-
-    Raises:
-        UmedError: there are none, or a shard is missing.
-    """
-    from transformers.utils import cached_file
-
-    def find(name: str) -> Path | None:
-        file = cached_file(
-            str(checkpoint), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        return None if file is None else Path(file)
-
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        file = find(name)
-        if file is not None and not name.endswith(".json"):
-            return [file]
-        if file is not None:
-            weight_map = _weight_map(file)
-            shards = sorted({shard for tensor, shard in weight_map.items() if tensor.startswith(prefix)})
-            paths = {shard: find(shard) for shard in shards}
-            missing = [shard for shard, path in paths.items() if path is None]
-            if missing:
-                raise UmedError(
-                    f"{checkpoint}: {name} lists {', '.join(missing)}, which is missing. Download the checkpoint again."
-                )
-            return [path for path in paths.values() if path is not None]
-    raise UmedError(
-        f"{checkpoint}: contains no weights. Needed: model.safetensors or pytorch_model.bin, or their shards with the index."
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard of an index.
-
-    Raises:
-        UmedError: the index cannot be read, or names files outside its folder.
-    """
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted(shard for shard in set(weight_map.values()) if not is_plain_name(shard))
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise UmedError(f"{index}: is not an index of weight files ({error!r}). Copy or download it again.") from error
-    if outside:
-        raise UmedError(
-            f"{index}: names {printable(outside[0])!r}, which is not a file of its folder ({len(outside)} such in all). Allowed: "
-            "names of files beside the index. Download the checkpoint again."
-        )
-    return weight_map
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether a name in an index is that of a file beside it, not a path to somewhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
-
-
-def read_tensors(file: Path) -> dict[str, Any]:
-    """Name -> tensor of one weight file, on the CPU, in its saved dtype.
-
-    Raises:
-        UmedError: it holds more than plain tensors, or cannot be read.
-    """
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        check_plain([file])
-        return load_file(file)
-    import torch
-
-    tensors = load_pickle(file)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UmedError(f"{file}: is not a dictionary of tensors, as weight files are. Copy or download it again.")
-    return dict(tensors)
+from umed_plugin.errors import UmedError
 
 
 def load_checkpoint(
@@ -239,33 +72,6 @@ def load_checkpoint(
     model = model.to(device=device, dtype=dtype).eval()
     tower = model.get_vision_tower() if not is_lora(path) else model.get_base_model().get_vision_tower()
     return tokenizer, model, tower.image_processor
-
-
-def named_base(lora_dir: Path, named: Any) -> Any:
-    """The base that an adapter names. A path that was typed relative to another folder is looked for above the adapter's own."""
-    if not isinstance(named, str) or Path(named).is_absolute() or Path(named).is_dir():
-        return named
-    above = (folder / named for folder in Path(os.path.abspath(lora_dir)).parents)
-    return next((str(path) for path in above if path.is_dir()), named)
-
-
-def find_base(lora_dir: Path, base: Path | str | None) -> Path:
-    """The base of a LoRA folder: ``base`` if given, else the one that its adapter names.
-
-    Raises:
-        UmedError: it is not on this machine, or it is a LoRA folder itself.
-    """
-    folder = base or named_base(lora_dir, read_object(lora_dir / ADAPTER).get("base_model_name_or_path"))
-    if not folder or not Path(folder).is_dir():
-        raise UmedError(
-            f"{lora_dir}: is a LoRA folder over {folder!r}, which is not a folder on this machine. Pass the checkpoint on which "
-            "it was trained with --base."
-        )
-    if is_lora(folder):
-        raise UmedError(
-            f"--base {folder}: is a LoRA folder itself. Merge it first: umed merge {folder} --base CKPT --out DIR"
-        )
-    return Path(folder)
 
 
 def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> tuple[Any, Any]:
@@ -386,40 +192,6 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
         model = get_peft_model(model, config)
         set_peft_model_state_dict(model, adapter)
     return model
-
-
-def refuse_transformers_adapter(lora_dir: Path) -> None:
-    """Refuse an adapter that was trained over transformers' form of LLaVA, with TRL or peft.
-
-    Raises:
-        UmedError: its tensors are named as in that form.
-    """
-    for name in _ADAPTER_FILES:
-        file = lora_dir / name
-        if not file.is_file():
-            continue
-        check_plain([file])
-        names = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file).tensors
-        if any(".language_model." in tensor for tensor in names):
-            raise UmedError(
-                f"{lora_dir}: is an adapter of transformers' form of LLaVA, as TRL trains it. Merge it there first: "
-                "model = PeftModel.from_pretrained(model, FOLDER).merge_and_unload(); model.save_pretrained(MERGED). Then "
-                "convert it to LLaVA's layout: umed convert MERGED --out DIR"
-            )
-
-
-def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names)."""
-    files = [lora_dir / name for name in _ADAPTER_FILES if (lora_dir / name).is_file()]
-    if not files:
-        raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
-    if not (lora_dir / NON_LORA).is_file():
-        raise UmedError(
-            f"{lora_dir}: has no {NON_LORA} (the trained projector), which LLaVA writes at the end of training only. Use the "
-            "output folder of a finished run, not one of its checkpoint-N folders."
-        )
-    others = {name.removeprefix("base_model.model."): t for name, t in read_tensors(lora_dir / NON_LORA).items()}
-    return read_tensors(files[0]), others
 
 
 @contextmanager

@@ -1,31 +1,25 @@
-"""Write checkpoints: merge a LoRA folder into its base, or export a fully fine-tuned one in the layout of the original.
+"""Merge a LoRA folder, or a projector, into its base.
 
-Names and dtypes stay the original's, unless another dtype is requested, and shapes too, unless training added tokens. Weights are
-read and written tensor by tensor; a LoRA delta is computed in float32. Only an adapter, and a ``.bin`` file that is written,
-are in memory as a whole. Folders are written atomically.
+Names and dtypes stay the base's, unless another dtype is requested. Weights are read and written tensor by tensor; a LoRA delta
+is computed in float32. Only an adapter, and a ``.bin`` file that is written, are in memory as a whole. Folders are written
+atomically. `umed_plugin.checkpoints.exporting` does the same for full fine-tuning.
 
 How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.checkpoints.kept_share import KeptShare
-from umed_plugin.checkpoints.loading import (
+from umed_plugin.checkpoints.folder import (
     ADAPTER,
-    EMBEDDING,
     FAMILIES,
-    HEAD,
     PROJECTOR,
     READ_WHEN_ANSWERING,
     TOKENIZER_FILES,
-    TOWER,
     adapter_tensors,
     find_base,
     is_lora,
@@ -36,15 +30,21 @@ from umed_plugin.checkpoints.loading import (
     refuse_transformers_adapter,
     weight_files,
 )
+from umed_plugin.checkpoints.kept_share import KeptShare
+from umed_plugin.checkpoints.original_layout import (
+    add_tensors,
+    copy_small_files,
+    copy_tower,
+    dtype_of,
+    has_tower,
+    name_dtype,
+    name_tower,
+    written,
+)
 from umed_plugin.checkpoints.tower_weights import tower_parts, whole_tower
 from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
-
-_NOT_COPIED = (
-    *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "umed.json"),
-    "umed_manifest.json",  # describes only the folder in which it is
-)
 
 
 def merge(
@@ -112,12 +112,12 @@ def merge(
     config = {**base_config, **trained_config} if plain else _merged_config(base_config, trained_config)
     deltas, others = _trained_parts(lora_dir)
     sources = weight_files(base)
-    holds_tower = any(_holds_tower(stored(file)) for file in sources)
+    holds_tower = any(has_tower(stored(file)) for file in sources)
     new_tower: dict[str, Any] = {}
     if tower_parts(others) and not holds_tower:
         new_tower = whole_tower(_taken(others, tower_parts(others)), config, lora_dir)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(lora_dir, base)) as folder:
-        _copy_small_files(base, folder)
+        copy_small_files(base, folder)
         # Each tensor of the base is read, merged and written before the next; used entries leave `deltas` and `others`.
         for file in told(sources, progress):
             tensors = stored(file)
@@ -125,10 +125,10 @@ def merge(
             for name, tensor in tensors.items():
                 old = tensor.read()
                 trained = _merged(name, old, deltas, others, lora_dir)
-                writer.add(name, _written(name, old, trained, dtype, kept))
+                writer.add(name, written(name, old, trained, dtype, kept))
             if file is sources[-1]:
                 new = {**(_new_projector(others) if plain else {}), **new_tower}
-                _add_tensors(writer, new, _dtype_of(tensors, dtype), folder / file.name)
+                add_tensors(writer, new, dtype_of(tensors, dtype), folder / file.name)
             writer.close()
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
         unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)
@@ -137,10 +137,10 @@ def merge(
                 f"{lora_dir}: trained {unused[0]!r} ({len(unused)} in all), which {base} does not have. Check --base."
             )
         if with_tower:
-            _copy_tower(config, folder, out)
-        _name_tower(config, trained_config, holds_tower or bool(new_tower))
-        _name_dtype(config, dtype, folder)
-        _write_config(config, folder)
+            copy_tower(config, folder, out)
+        name_tower(config, trained_config, holds_tower or bool(new_tower))
+        name_dtype(config, dtype, folder)
+        files.write_json(folder / "config.json", config, indent=2)
     return out
 
 
@@ -192,12 +192,6 @@ def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {name.removeprefix("base_model.model."): t for name, t in read_tensors(trained / PROJECTOR).items()}
 
 
-def _dtype_of(tensors: dict[str, Any], dtype: str | None) -> Any:
-    import torch
-
-    return getattr(torch, dtype) if dtype else next(iter(tensors.values())).torch_dtype()
-
-
 def _taken(others: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """``part``, removed from ``others``."""
     return {name: others.pop(name) for name in part}
@@ -209,16 +203,6 @@ def _new_projector(others: dict[str, Any]) -> dict[str, Any]:
     return {name: others.pop(name) for name in names}
 
 
-def _add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path) -> None:
-    """Add tensors that the base lacks to its last weight file, in its dtype, and to the index."""
-    for name, tensor in new.items():
-        writer.add(name, tensor.to(dtype))
-    for index in file.parent.glob(f"*{file.suffix}.index.json") if new else ():
-        content = read_object(index)
-        content["weight_map"].update(dict.fromkeys(new, file.name))
-        files.write_json(index, content, indent=2)
-
-
 def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> dict[str, Any]:
     """The base's ``config.json`` with the trained values of the keys that it has."""
     config = {
@@ -228,27 +212,6 @@ def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> di
     if trained_config.get("image_aspect_ratio", "square") != config.get("image_aspect_ratio", "square"):
         config["image_aspect_ratio"] = trained_config["image_aspect_ratio"]
     return config
-
-
-def _copy_tower(config: dict[str, Any], folder: Path, out: Path) -> None:
-    """Copy the tower, if it is a folder on this machine, into ``folder``; name it by its final path in ``out``."""
-    tower = config.get("mm_vision_tower", "")
-    if os.path.isdir(tower):
-        shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
-        config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
-
-
-def _holds_tower(tensors: dict[str, Any]) -> bool:
-    return any(name.startswith(TOWER) for name in tensors)
-
-
-def _name_tower(config: dict[str, Any], trained_config: dict[str, Any], holds_tower: bool) -> None:
-    """Make stock LLaVA load the tower inside the checkpoint, if training used that one.
-
-    In a checkpoint without a tower, the key would make stock LLaVA use a randomly initialized one.
-    """
-    if holds_tower and trained_config.get("unfreeze_mm_vision_tower"):
-        config["unfreeze_mm_vision_tower"] = True
 
 
 def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any, float, bool]]:
@@ -292,160 +255,3 @@ def _merged(name: str, old: Any, deltas: dict[str, Any], others: dict[str, Any],
                 "checkpoint on which it was trained?"
             )
     return new if change is None else new.float().add_(change)
-
-
-def _written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptShare | None) -> Any:
-    """A trained tensor as it is written: in the base's dtype, or, if it holds fractions, in the requested one."""
-    import torch
-
-    wanted = base.dtype if dtype is None or not base.is_floating_point() else getattr(torch, dtype)
-    written = trained.to(wanted).contiguous()
-    if kept is not None and base.shape == trained.shape:  # with added tokens there is nothing to compare all rows with
-        kept.add(name, base, trained, written)
-    return written
-
-
-def export(
-    checkpoint: Path | str,
-    out: Path | str,
-    *,
-    like: Path | str,
-    with_tower: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-    dtype: str | None = None,
-    kept: KeptShare | None = None,
-) -> Path:
-    """Write a fully fine-tuned checkpoint in the layout of the one with which training began; return its path.
-
-    LLaVA's full fine-tuning saves float32 tensors, including the frozen tower's, and files that only a trainer reads. The
-    export contains exactly the tensors of ``like``, in its dtypes and weight files, with its config keys and tokenizer files. A
-    tower that was trained (``--umed_tower_lr``) comes besides, in the last weight file. If training added tokens, their rows,
-    the tokenizer and ``vocab_size`` are the trained ones.
-
-    Args:
-        checkpoint: the trained one.
-        out: must not exist, unless ``overwrite``; see `stock_name_fault` for its name.
-        like: the checkpoint with which training began.
-        with_tower: if the vision tower is a folder on this machine, copy it into ``out`` and name it in ``config.json`` by
-            absolute path. ``out`` then does not need the folder of ``like``.
-        overwrite: replace ``out``.
-        progress: called with (weight files written, weight files in all).
-        dtype, kept: as for `merge`.
-
-    Raises:
-        UmedError: the two are of different model types, a tensor is missing, or ``out`` exists.
-    """
-    checkpoint, out, like = Path(checkpoint), Path(out), Path(like)
-    trained_config, config = read_config(checkpoint), read_config(like)
-    if trained_config["model_type"] != config["model_type"]:
-        raise UmedError(
-            f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
-        )
-    config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
-    trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}
-    if trained_config.get("tie_word_embeddings") and EMBEDDING in trained:
-        trained.setdefault(HEAD, trained[EMBEDDING])  # one tensor under two names, of which training saves the first
-    old = {file: stored(file) for file in weight_files(like)}
-    rows = _check_tensors(
-        trained, {name: t for tensors in old.values() for name, t in tensors.items()}, checkpoint, like
-    )
-    holds_tower = any(map(_holds_tower, old.values()))
-    says_so = trained_config.get("unfreeze_mm_vision_tower")
-    new_tower = tower_parts(trained) if says_so and not holds_tower else {}
-    with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint, like)) as folder:
-        _copy_small_files(like, folder)
-        for file in told(list(old), progress):
-            writer = weight_writer(folder / file.name, [*old[file], *new_tower])
-            for name, tensor in old[file].items():
-                writer.add(name, _written(name, tensor.read(), trained[name].read(), dtype, kept))
-            if new_tower and file is list(old)[-1]:
-                tower = {name: tensor.read() for name, tensor in new_tower.items()}
-                _add_tensors(writer, tower, _dtype_of(old[file], dtype), folder / file.name)
-            writer.close()
-        if rows is not None:
-            _take_tokenizer(checkpoint, folder)
-            config["vocab_size"] = rows
-        if with_tower:
-            _copy_tower(config, folder, out)
-        _name_tower(config, trained_config, holds_tower or bool(new_tower))
-        _name_dtype(config, dtype, folder)
-        _write_config(config, folder)
-    return out
-
-
-def _check_tensors(trained: dict[str, Any], old: dict[str, Any], checkpoint: Path, like: Path) -> int | None:
-    """Compare names and shapes of a full training's tensors with the original's.
-
-    Returns:
-        The number of rows of the embeddings, if training added tokens; else None.
-
-    Raises:
-        UmedError: they differ in anything else.
-    """
-    missing = [name for name in old if name not in trained]
-    if missing:
-        raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has. Check --base.")
-    lost = [n for n in trained if n not in old and n != HEAD and TOWER not in n and not n.endswith("inv_freq")]
-    if lost:
-        raise UmedError(
-            f"{checkpoint}: trained {lost[0]!r} ({len(lost)} in all), which {like} does not have. Check --base."
-        )
-    before, after = (tensors[EMBEDDING].shape[0] for tensors in (old, trained)) if EMBEDDING in old else (0, 0)
-    for name, tensor in old.items():
-        rows = after if name in (EMBEDDING, HEAD) and after > before else tensor.shape[0] if tensor.shape else 0
-        if trained[name].shape != (*((rows,) if tensor.shape else ()), *tensor.shape[1:]):
-            raise UmedError(
-                f"{checkpoint}: {name} has shape {trained[name].shape}, but {tensor.shape} in {like}. Is --base the checkpoint "
-                "with which training began?"
-            )
-    return after if after > before else None
-
-
-def _take_tokenizer(checkpoint: Path, folder: Path) -> None:
-    """Copy the tokenizer with the tokens that training added."""
-    found = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
-    if not found:
-        raise UmedError(
-            f"{checkpoint}: its embeddings have rows for added tokens, but it has no tokenizer. Copy the tokenizer that the "
-            "training used into it."
-        )
-    for file in found:
-        shutil.copy2(file, folder / file.name)
-
-
-def stock_name_fault(path: Path | str, model_type: str) -> str | None:
-    """Why stock LLaVA would load a folder incorrectly because of its name, with advice; None if it loads it correctly."""
-    path = Path(path).resolve()
-    name = f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
-    lowered, wanted = name.lower(), "llava and mistral" if model_type == "llava_mistral" else "llava"
-    wrong = [word for word in ("mpt", "mistral", "lora") if word in lowered and word not in wanted]
-    if all(word in lowered for word in wanted.split(" and ")) and not wrong:
-        return None
-    advice = f"its name should contain {wanted}" + (f" and not {wrong[0]}" if wrong else "")
-    return f"stock LLaVA chooses its loader by the folder's name; to load {path.name!r} as {model_type}, {advice}."
-
-
-def _copy_small_files(source: Path, folder: Path) -> None:
-    """Copy tokenizer, generation config, weight index: all files except weights and a trainer's own."""
-    weights = {file.name for file in weight_files(source)}
-    for file in sorted(source.iterdir()):
-        other_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.name not in weights
-        if file.is_file() and file.name not in weights and not other_weights and file.name not in _NOT_COPIED:
-            shutil.copy2(file, folder / file.name)
-
-
-def _name_dtype(config: dict[str, Any], dtype: str | None, folder: Path) -> None:
-    """State a requested dtype where the base's is stated, and the size of the weights in their index."""
-    if dtype is None:
-        return
-    config.update({key: dtype for key in ("torch_dtype", "dtype") if key in config})
-    for file in folder.glob("*.index.json"):
-        index = read_object(file)
-        tensors = [tensor for part in weight_files(folder) for tensor in stored(part).values()]
-        index.setdefault("metadata", {})["total_size"] = sum(tensor.size for tensor in tensors)
-        files.write_json(file, index, indent=2)
-
-
-def _write_config(config: dict[str, Any], folder: Path) -> None:
-    files.write_json(folder / "config.json", config, indent=2)

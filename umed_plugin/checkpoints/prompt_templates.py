@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import STOCK_TEMPLATES, UMED_TEMPLATES
 from umed_plugin.errors import UsageError, unknown_name, warn
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, weight_files
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
-from umed_plugin.checkpoints.loading import EMBEDDING, HEAD, weight_files
 from umed_plugin.checkpoints.to_transformers import (
     NAMES,
     OF_THE_FILE,
@@ -51,7 +51,7 @@ def to_llava(
     Args:
         checkpoint: folder with ``config.json``, weights, processor, and the ``tokenizer.model`` that LLaVA reads.
         out: must not exist, unless ``overwrite``. Stock LLaVA chooses its loader by the folder's name:
-            `merging.stock_name_fault`.
+            `writing.stock_name_fault`.
         overwrite: replace ``out``.
         progress: called with (bytes done, bytes in all).
 

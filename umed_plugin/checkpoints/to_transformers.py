@@ -21,17 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, STOCK_TEMPLATES, TOWER, is_lora, read_config, weight_files
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
-from umed_plugin.checkpoints.loading import (
-    EMBEDDING,
-    HEAD,
-    STOCK_TEMPLATES,
-    TOWER,
-    is_lora,
-    read_config,
-    tower_tensors,
-    weight_files,
-)
+from umed_plugin.checkpoints.loading import tower_tensors
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from umed_plugin.checkpoints.loading import TOWER, weight_files
+from umed_plugin.checkpoints.folder import TOWER, weight_files
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
 

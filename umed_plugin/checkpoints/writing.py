@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from umed_plugin import files
-from umed_plugin.checkpoints.loading import ADAPTER, FAMILIES
+from umed_plugin.checkpoints.folder import ADAPTER, FAMILIES
 
 # Key in the config.json of a folder that `umed_plugin.checkpoints.language_model` has written: the checkpoint's name.
 LANGUAGE_MODEL_OF = "umed_language_model_of"
@@ -63,3 +63,15 @@ def _read(file: Path) -> dict:
     except (OSError, RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def stock_name_fault(path: Path | str, model_type: str) -> str | None:
+    """Why stock LLaVA would load a folder incorrectly because of its name, with advice; None if it loads it correctly."""
+    path = Path(path).resolve()
+    name = f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name
+    lowered, wanted = name.lower(), "llava and mistral" if model_type == "llava_mistral" else "llava"
+    wrong = [word for word in ("mpt", "mistral", "lora") if word in lowered and word not in wanted]
+    if all(word in lowered for word in wanted.split(" and ")) and not wrong:
+        return None
+    advice = f"its name should contain {wanted}" + (f" and not {wrong[0]}" if wrong else "")
+    return f"stock LLaVA chooses its loader by the folder's name; to load {path.name!r} as {model_type}, {advice}."

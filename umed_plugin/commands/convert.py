@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_transformers(args: argparse.Namespace) -> int:
-    from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, read_config
+    from umed_plugin.checkpoints.folder import STOCK_TEMPLATES, read_config
     from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
     from umed_plugin.checkpoints.to_transformers import to_transformers
     from umed_plugin.errors import note
@@ -86,9 +86,9 @@ def _to_language_model(args: argparse.Namespace) -> int:
 
 
 def _to_llava(args: argparse.Namespace) -> int:
-    from umed_plugin.checkpoints.loading import read_config
-    from umed_plugin.checkpoints.merging import stock_name_fault
+    from umed_plugin.checkpoints.folder import read_config
     from umed_plugin.checkpoints.to_llava import to_llava
+    from umed_plugin.checkpoints.writing import stock_name_fault
     from umed_plugin.commands.doctor.examination import errors_of_result
     from umed_plugin.errors import UsageError, note
 

@@ -46,9 +46,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Merge, and report how stock LLaVA would load a folder of that name."""
+    from umed_plugin.checkpoints.exporting import export
+    from umed_plugin.checkpoints.folder import is_lora, read_config
     from umed_plugin.checkpoints.kept_share import KeptShare
-    from umed_plugin.checkpoints.loading import is_lora, read_config
-    from umed_plugin.checkpoints.merging import export, merge, stock_name_fault, trained_bits
+    from umed_plugin.checkpoints.merging import merge, trained_bits
+    from umed_plugin.checkpoints.writing import stock_name_fault
     from umed_plugin.commands.doctor.examination import errors_of_result
 
     kept = KeptShare()
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _is_projector(folder: Path) -> bool:
     """Whether the folder holds the output of ``--tune_mm_mlp_adapter True``: a projector, and no model."""
-    from umed_plugin.checkpoints.loading import PROJECTOR
+    from umed_plugin.checkpoints.folder import PROJECTOR
 
     whole = any(folder.glob("*model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return (folder / PROJECTOR).is_file() and not whole

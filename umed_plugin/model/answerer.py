@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
+from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
 from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect

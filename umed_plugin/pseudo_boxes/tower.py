@@ -12,16 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from umed_plugin.checkpoints.loading import (
-    FAMILIES,
-    find_base,
-    is_lora,
-    read_config,
-    read_object,
-    tower_misfit,
-    tower_tensors,
-    weight_files,
-)
+from umed_plugin.checkpoints.folder import FAMILIES, find_base, is_lora, read_config, read_object, weight_files
+from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.data.images.drawing import square_of
 from umed_plugin.errors import UmedError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.loading import STOCK_TEMPLATES, is_lora, read_config
+from umed_plugin.checkpoints.folder import STOCK_TEMPLATES, is_lora, read_config
 from umed_plugin.checkpoints.prompt_templates import is_of_family
 from umed_plugin.checkpoints.sam_encoder import read_sam_file
 from umed_plugin.checkpoints.utf8_paths import in_utf8

@@ -108,7 +108,7 @@ class DemoRun:
 
     def run(self) -> dict[str, Any]:
         """Run all steps; return the summary."""
-        from umed_plugin.checkpoints.merging import export
+        from umed_plugin.checkpoints.exporting import export
 
         began = time.monotonic()
         records = self.records()
@@ -147,7 +147,7 @@ class DemoRun:
 
     def base_checkpoint(self) -> None:
         """Make the small checkpoint and train it on captions: what a medical LLaVA knows before the plugin is used."""
-        from umed_plugin.checkpoints.merging import export
+        from umed_plugin.checkpoints.exporting import export
         from umed_plugin.commands.demo.prior import caption_records, corpus
         from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
         from umed_plugin.data.records import load_records

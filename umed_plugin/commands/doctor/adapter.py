@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.loading import ADAPTER
+from umed_plugin.checkpoints.folder import ADAPTER
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import MISTRAL, PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import LORA, Contents

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_memory(args: argparse.Namespace) -> None:
     """The memory of the default plan; the recipe must be one that can be read."""
-    from umed_plugin.checkpoints.loading import find_base, is_lora, read_config
+    from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
     from umed_plugin.commands.machine import this_machine
     from umed_plugin.commands.memory import DEFAULT_PLAN, has_fused_attention, memory_lines
     from umed_plugin.data.recipes.recipe import load_recipe

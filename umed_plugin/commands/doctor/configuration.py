@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents

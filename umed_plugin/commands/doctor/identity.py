@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from umed_plugin.checkpoints.loading import FAMILIES, TOWER
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER
 from umed_plugin.commands.doctor.configuration import MISTRAL, is_transformers_form
 from umed_plugin.commands.doctor.contents import Contents
 from umed_plugin.commands.doctor.values import Values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from umed_plugin.checkpoints.loading import FAMILIES
+from umed_plugin.checkpoints.folder import FAMILIES
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import MISTRAL, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, LORA, NOTHING, Contents

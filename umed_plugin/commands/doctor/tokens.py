@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.loading import FAMILIES
+from umed_plugin.checkpoints.folder import FAMILIES
 from umed_plugin.checkpoints.utf8_paths import in_utf8
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import EMBEDDING, is_transformers_form

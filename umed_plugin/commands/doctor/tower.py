@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from umed_plugin.checkpoints.loading import FAMILIES, TOWER, is_plain_name
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_plain_name
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name

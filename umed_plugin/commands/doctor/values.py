@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from umed_plugin.checkpoints.loading import TOWER
+from umed_plugin.checkpoints.folder import TOWER
 from umed_plugin.checkpoints.stored import FLOATS, BadFile, StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents

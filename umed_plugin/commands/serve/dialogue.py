@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES, load_checkpoint
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
+from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
 from umed_plugin.commands.serve.box_places import Place, box_places

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-from umed_plugin.checkpoints.merging import stock_name_fault
+from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.commands.doctor.catalogue import KINDS
 from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.upgrade.origin import Origin

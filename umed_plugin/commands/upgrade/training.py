@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.commands.memory import Work, has_fused_attention
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin.checkpoints.loading import STOCK_TEMPLATES
+from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.files import parse_json

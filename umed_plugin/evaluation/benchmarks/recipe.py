@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.records import PROBE, Record, record_geometry, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
