@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.looks import find_question
 from umed_plugin.data.records import record_geometry
 from umed_plugin.errors import UmedError

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.probes import KINDS, SUGGESTION, Probe, make_probes
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe

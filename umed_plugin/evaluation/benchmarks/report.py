@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
-from umed_plugin.checkpoints.loading import UMED_TEMPLATES
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.errors import UmedError, UsageError, note
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
 from umed_plugin.evaluation.benchmarks.recipe import finding_metrics, finding_values
