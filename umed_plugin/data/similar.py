@@ -51,7 +51,7 @@ class Case:
 
     id: str
     path: str
-    reading: Optional[Mapping[str, Any]] = None
+    reading: Optional[dict[str, Any]] = None
     patient: str = ""
     diagnosis: str = ""
 

@@ -143,7 +143,7 @@ class Dialogue:
 
         def encode(cases: Sequence[Case]) -> Any:
             pixels = process_images(
-                [open_image(case.path, case.reading and dict(case.reading)) for case in cases],
+                [open_image(case.path, case.reading) for case in cases],
                 self.processor,
                 self.llava.config,
             )
