@@ -59,7 +59,8 @@ class SimilarCases:
 
 def _case(question: BenchmarkQuestion) -> Case:
     record = question.about.get("record") or {}
-    return Case(str(record.get("id", "")), question.image, question.reading, question.patient)
+    reading = None if question.reading is None else dict(question.reading)
+    return Case(str(record.get("id", "")), question.image, reading, question.patient)
 
 
 def encoder(answerer: Any) -> Encode:
