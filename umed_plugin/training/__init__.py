@@ -2,10 +2,11 @@
 
 Stage 1, Abnormal-Aware Instruction Tuning (LLaVA's own trainer):
 
+- `umed_plugin.training.replay`: the records of the highest loss twice
 - `umed_plugin.training.tuning_data`: LLaVA's dataset over grounded records
 - `umed_plugin.training.supervision_check`, `umed_plugin.training.teacher_check`: before training starts, which tokens are
   supervised, and whether the teachers fit
-- `umed_plugin.training.replay`: the records of the highest loss twice
+- `umed_plugin.training.reference`: the weights as they were at the start, the teacher of `keeping` and stage 2's reference policy
 - `umed_plugin.training.keeping`, `umed_plugin.training.attending`, `umed_plugin.training.tower_teaching`: further losses
 - `umed_plugin.training.trained_tower`: the vision tower's own learning rate
 - `umed_plugin.training.tuning_trainer`: LLaVA's trainer with these
@@ -14,7 +15,6 @@ Stage 2, Abnormal-Aware Rewarding:
 
 - `umed_plugin.training.advantages`: where advantages are computed, for GRPO and PPO; the weight of the KL
 - `umed_plugin.training.value_head`: the value network of PPO
-- `umed_plugin.training.reference`: the reference policy
 - `umed_plugin.training.feature_cache`: the frozen vision tower's features on disk
 - `umed_plugin.training.sampler`, `umed_plugin.training.rewarding_data`: the order of the queries, and the queries
 - `umed_plugin.training.experience`: what updates learn from, split into minibatches
