@@ -175,7 +175,9 @@ class TuningTrainer(LLaVATrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        if output_dir is not None and Path(output_dir) != Path(self.args.output_dir):
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            return  # the result of the run, from which none is resumed
+        if self.args.should_save:  # transformers 5 comes here in every process
             for extra in self._extra:
                 extra.save(Path(output_dir))
             if self._replay is not None:
