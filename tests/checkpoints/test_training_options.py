@@ -24,7 +24,6 @@ TRAININGS = {
     "keep": f"{LORA} --umed_keep 0.1",
     "teacher": f"{LORA} --umed_keep clinkd --umed_teacher {{base}}",
     "replay": "--umed_replay 0.5 --num_train_epochs 2",
-    "tower": f"{LORA} --umed_tower_lr 5e-3",
     "tower-full": "--umed_tower_lr 5e-3",
     "tower-teacher": f"{LORA} --umed_tower_lr 5e-3 --umed_tower_teacher {{sam}}",
 }
