@@ -27,7 +27,8 @@ from itertools import islice
 from string import ascii_uppercase
 from typing import Any, Optional
 
-from umed_plugin.data.records import PROBE, PSEUDO, Record, record_geometry, true_boxes
+from umed_plugin.data.records import PSEUDO, Record, record_geometry, true_boxes
+from umed_plugin.grounding.answer_types import PROBE, asks_for_diagnosis
 
 WRONG_IMAGE, REMOVED_OPTION, FALSE_PREMISE, SUGGESTION = KINDS = (
     "wrong_image",
@@ -102,7 +103,7 @@ def make_probes(
     """The probes of records, each followed by its control. The same records and seed give the same probes.
 
     Args:
-        records: of one split, from `umed_plugin.data.build.build_records`. Probes among them are passed over.
+        records: of one split, from `umed_plugin.data.build.build_records`. Probes, phrases and reports are passed over.
         seed: of the order of studies and options, and of who is paired with whom.
         kinds: some of `KINDS`.
         most: pairs of each kind; None: one for each study that the kind can ask about.
@@ -120,7 +121,7 @@ def make_probes(
         probe a On which side of the image is the nodule? -> there is no nodule
         control b On which side of the image is the nodule? -> left
     """
-    studies = _Studies([record for record in records if record["answer_type"] != PROBE])
+    studies = _Studies([record for record in records if asks_for_diagnosis(record)])
     found = Probes()
     for kind in kinds:
         rng = random.Random(f"probes:{seed}:{kind}")

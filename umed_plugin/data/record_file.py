@@ -21,8 +21,9 @@ import numpy as np
 from umed_plugin import files
 from umed_plugin.data.items import ItemsCheck, as_meant
 from umed_plugin.data.json_list import Placed, items_of
-from umed_plugin.data.records import PROBE, Record, RecordsCheck
+from umed_plugin.data.records import Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
+from umed_plugin.grounding.answer_types import PROBE
 
 _FORMAT = "index-3"
 _COLUMNS = {

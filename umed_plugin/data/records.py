@@ -25,8 +25,6 @@ from umed_plugin.grounding.answer_types import PHRASE, asks_for_boxes, asks_for_
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
-# The answer_type of records whose answer is one of the options in its question: stage 1 trains on them, nothing scores them.
-PROBE = "probe"
 
 # Value of ``provenance.boxes`` where an anomaly map drew the box, and no person. ``provenance.box_score`` is its peak, 0-1.
 PSEUDO = "pseudo"
@@ -103,7 +101,7 @@ def _is_box(box: Any) -> bool:
 
 def is_diagnosed(record: Record) -> bool:
     """Whether the record is a diagnosis of lesions: no negative, phrase, report or probe."""
-    return bool(record["objects"]["ref"]) and asks_for_diagnosis(record) and record["answer_type"] != PROBE
+    return bool(record["objects"]["ref"]) and asks_for_diagnosis(record)
 
 
 def load_records(path: str | Path, *, split: str | None = None) -> list[Record]:

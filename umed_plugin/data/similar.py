@@ -25,8 +25,9 @@ import numpy as np
 from umed_plugin import files
 from umed_plugin.data.images import file_states, open_image
 from umed_plugin.data.leaks import SAME, likeness, thumbprint
-from umed_plugin.data.records import PROBE, Record
+from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, warn
+from umed_plugin.grounding.answer_types import PROBE, asks_for_names
 from umed_plugin.terminal.progress import tracked
 
 NOTHING = "no finding"
@@ -71,6 +72,12 @@ def case_of(record: Record, folder: Path | str) -> Case:
         f"{record.get('source', '')}/{patient}" if patient else "",
         " and ".join(sorted(names)) or NOTHING,
     )
+
+
+def is_study(record: Record) -> bool:
+    """Whether an item's classes are all that its image shows: not those of a plain LLaVA item, a phrase or a probe."""
+    known = "image" in record and "objects" in record
+    return known and asks_for_names(record) and record.get("answer_type") != PROBE
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ def make_bank(
     tower: str = "",
     title: str = "similar cases",
 ) -> Bank:
-    """The bank of the training studies among the records. Probes, and plain LLaVA items, are no studies.
+    """The bank of the training studies among the records. Probes, phrases and plain LLaVA items are no studies.
 
     Args:
         folder: of their images.
@@ -162,9 +169,7 @@ def make_bank(
         UmedError: there is no training study, or an image cannot be read.
     """
     cases = [
-        case_of(record, folder)
-        for record in records
-        if record.get("split", "train") == "train" and "objects" in record and record.get("answer_type") != PROBE
+        case_of(record, folder) for record in records if record.get("split", "train") == "train" and is_study(record)
     ]
     if not cases:
         raise UmedError("no study of the split train that similar cases could be taken from.")

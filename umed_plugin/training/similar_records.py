@@ -1,7 +1,7 @@
 """``--umed_similar K`` in training: each record's question begins with what its K nearest training studies show.
 
 Records under LLaVA's stock template are asked without: stock LLaVA, which prompts the exported checkpoint so, cannot look
-anything up. It then asks as these records asked. So are probes and items without true boxes.
+anything up. It then asks as these records asked. So are probes, phrases, and items without true boxes.
 
 The neighbours are found once, before training, with the tower as it is then. The first process writes them to
 ``OUTPUT_DIR/umed_data/similar-SPLIT.json``; a resumed run reads them again.
@@ -19,8 +19,8 @@ import torch
 
 from umed_plugin import files
 from umed_plugin.data.record_file import JoinedRecords
-from umed_plugin.data.records import PROBE, Record
-from umed_plugin.data.similar import Case, Encode, case_of, make_bank, said_of, with_similar
+from umed_plugin.data.records import Record
+from umed_plugin.data.similar import Case, Encode, case_of, is_study, make_bank, said_of, with_similar
 from umed_plugin.errors import UmedError, note
 from umed_plugin.training.feature_cache import weights_digest
 from umed_plugin.training.first_process import first_process_does
@@ -84,7 +84,7 @@ def _find(dataset: Any, studies: JoinedRecords, file: Path) -> None:
     asked = [index for index in range(len(own)) if _is_asked(dataset, index, own[index])]
     cases = [case_of(own[index], folder) for index in asked]
     digest = weights_digest(tower)
-    taken = [case_of(one, folder) for one in studies if _is_study(one)]
+    taken = [case_of(one, folder) for one in studies if is_study(one)]
     key = hashlib.sha256(repr((count, digest, len(own), asked, cases, taken)).encode())
     try:
         if files.read_object(file)["key"] == key.hexdigest():
@@ -100,12 +100,8 @@ def _find(dataset: Any, studies: JoinedRecords, file: Path) -> None:
     files.write_json(file, {"key": key.hexdigest(), "said": said})
 
 
-def _is_study(record: Record) -> bool:
-    return "image" in record and "objects" in record and record.get("answer_type") != PROBE
-
-
 def _is_asked(dataset: Any, index: int, record: Record) -> bool:
-    return _is_study(record) and dataset.template_of(index) == dataset.template
+    return is_study(record) and dataset.template_of(index) == dataset.template
 
 
 def _encoder(dataset: Any, tower: Any) -> Encode:

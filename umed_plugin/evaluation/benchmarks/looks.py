@@ -18,6 +18,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
 from umed_plugin.evaluation.benchmarks.recipe import check_aspect_ratio
 from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, by_group, means
+from umed_plugin.grounding.answer_types import asks_for_diagnosis
 from umed_plugin.grounding.scoring import Scorer, score_answer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -36,7 +37,7 @@ def looks_questions(studies: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuest
         names = {record["terms"][ref][0] for ref in record["objects"]["ref"]}
         name = next(iter(names)) if len(names) == 1 else ""
         looks = record.get("looks", {}).get(name)
-        if looks:
+        if looks and asks_for_diagnosis(record):
             groups = {**study.groups, "class": name}
             for form, text in ((BARE, find_question(name)), (DESCRIBED, find_question(name, looks))):
                 asked.append(replace(study, id=f"{study.id}/{form}", text=text, groups={**groups, "part": form}))

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
-from umed_plugin.data.records import PROBE, Record, record_geometry, true_boxes, with_pseudo_boxes
+from umed_plugin.data.records import Record, record_geometry, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.grounding import (
@@ -55,7 +55,7 @@ from umed_plugin.evaluation.metrics.metric import (
 )
 from umed_plugin.evaluation.metrics.phrases import phrase_metrics, phrase_values
 from umed_plugin.evaluation.results import Evaluation, Prediction
-from umed_plugin.grounding.answer_types import asks_for_boxes, asks_for_names
+from umed_plugin.grounding.answer_types import PROBE, asks_for_boxes, asks_for_names
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.consistency import consistency_of
 from umed_plugin.grounding.dialects import LLAVA
