@@ -48,7 +48,7 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
     open_keys = {key for key, value in settings.flat().items() if value is None}
     assert open_keys == {
         *("base", "data_root", "deepspeed", "instruction_tuning.steps", "rewarding.epochs", "rewarding.reward_weights"),
-        *("evaluation.limit", "label_share", "lora.targets"),
+        *("evaluation.limit", "evaluation.recipe", "evaluation.data_root", "label_share", "lora.targets"),
     }
     assert settings.device == "cpu" and settings.precision == "fp32"
     # Each key stands under a line that says what it is.

@@ -196,7 +196,7 @@ def test_the_recipe_commands_run(
     """Every ``umed recipe`` command as it stands, with the page's own recipe, on the real images."""
     data = real_data / "brain_tumor_coco"
     monkeypatch.chdir(tmp_path)
-    recipe, _, _ = blocks(DOCS / "data.md", "yaml")
+    recipe, *_ = blocks(DOCS / "data.md", "yaml")
     Path("my_tumors.yaml").write_text(recipe.replace("/data/brain_tumor_coco", str(data)))
     Path("my_tumors").mkdir()
     Path("train.review.decisions.json").write_text('{"decisions": []}')
@@ -213,7 +213,7 @@ def test_the_recipe_commands_run(
 
 
 def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
-    recipe, several_readers, augment = blocks(DOCS / "data.md", "yaml")
+    recipe, several_readers, augment, hold_out = blocks(DOCS / "data.md", "yaml")
     assert len(recipe.splitlines()) <= 10
     (tmp_path / "my_tumors.yaml").write_text(recipe)
     load_recipe(str(tmp_path / "my_tumors.yaml"))
@@ -223,3 +223,5 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "vindr.yaml")).annotations.readers.at_least == 2
     (tmp_path / "augmented.yaml").write_text(recipe + augment)
     assert load_recipe(str(tmp_path / "augmented.yaml")).augment.rotation == 10
+    (tmp_path / "held_out.yaml").write_text(recipe + hold_out.replace("effusion", "brain tumor"))
+    assert load_recipe(str(tmp_path / "held_out.yaml")).hold_out.classes == ["brain tumor"]
