@@ -1,9 +1,9 @@
 """Early stopping: end a stage when its held-out score no longer rises, and keep the weights of its best validation.
 
 The score of a validation is the mean of ``val/iou`` and ``val/accuracy`` (`umed_plugin.training.validation`), of those that the
-held-out studies can give. In stage 2 the validation before the first step counts: a stage 2 that only loses ends where it began.
-In stage 1 it does not. A checkpoint that names abnormalities without boxes has a high score by its accuracy alone, and at first
-loses some of that while it learns to give boxes (seen in this project).
+held-out studies can give. In stage 2 the validation before the first step counts, so a stage 2 that only loses ends where it
+began. In stage 1 it does not: a checkpoint that names abnormalities and gives no boxes has a high score by its accuracy alone. At
+first it loses some of that while it learns to give boxes (seen in this project).
 
 All that decides is read from the log of the trainer's state, which each checkpoint holds. So a resumed run stops at the same
 step and keeps the same weights. The best weights lie in ``best_weights/`` of the output folder: all that is trained, one file.
