@@ -78,14 +78,14 @@ def measured(command: Sequence[Any], log: Path, cwd: Path) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _curves(log: Sequence[dict[str, Any]]) -> dict[str, list[list[float]]]:
-    """[step, value] of what a training says of itself and is worth keeping: held-out values, rewards and guards."""
-    kept: dict[str, list[list[float]]] = defaultdict(list)
+def _curves(log: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What a training says of itself and is worth keeping, as ``step:value step:value``: held-out values, rewards, guards."""
+    kept: dict[str, list[str]] = defaultdict(list)
     for entry in log:
         for name, value in entry.items():
             if name.startswith(CURVES):
-                kept[name].append([entry["step"], round(value, 4)])
-    return dict(kept)
+                kept[name].append(f"{entry['step']}:{value:.4g}")
+    return {name: " ".join(values) for name, values in kept.items()}
 
 
 class Workshop:
