@@ -100,7 +100,7 @@ function drawPlaces() {
   const centres = chosen[0].centres.map((row, y) => row.map((_, x) => chosen.reduce((sum, places) => sum + places.centres[y][x], 0)));
   byId("plots").replaceChildren(
     el("figure", {}, histogram(sides), el("figcaption", {textContent: "Side of a box (square root of its area), in % of the square's side"})),
-    el("figure", {}, centreMap(centres), el("figcaption", {textContent: "Where the centres of the boxes lie; the darkest field has " + Math.max(...centres.flat())})));
+    el("figure", {}, centreMap(centres), el("figcaption", {textContent: "Where the centres of the boxes lie; the fullest field has " + Math.max(...centres.flat())})));
 }
 for (const name of Object.keys(DATA.places)) byId("places-class").append(el("option", {value: name, textContent: name}));
 byId("places-class").addEventListener("change", drawPlaces);

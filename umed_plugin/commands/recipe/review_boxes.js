@@ -40,7 +40,7 @@ class Boxes {
     }
     const number = group.querySelector("text");
     number.setAttribute("x", Math.min(x1, UNITS - 40));
-    number.setAttribute("y", y1 > 55 ? y1 - 10 : Math.min(y2 + 45, UNITS - 8));
+    number.setAttribute("y", y1 > 65 ? y1 - 22 : Math.min(y2 + 58, UNITS - 8));  // clear of the corners
     group.setAttribute("aria-label", `Box ${i + 1}, ${this.card.lesions[i].name}, at ${this.now[i]}: arrows move it`);
   }
 
