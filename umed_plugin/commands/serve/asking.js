@@ -42,8 +42,8 @@ async function ask(question) {
 
 function entry(question) {
   const replies = panes.map(() => el("p", {className: "answer", textContent: "…"}));
-  const beside = panes.length < 2 ? replies : replies.map((reply, k) => el("div", {className: `of-${k}`},
-    el("h2", {}, el("span", {className: "swatch"}), panes[k].name), reply));
+  const names = panes.map(pane => panes.length > 1 ? el("h2", {}, el("span", {className: "swatch"}), pane.name) : null);
+  const beside = replies.map((reply, k) => el("div", {className: `of-${k}`}, names[k], reply));
   const entry = el("div", {className: "turn"}, el("p", {className: "question", textContent: question}), el("div", {className: "replies"}, ...beside));
   $("talk").append(entry);
   scroll();

@@ -11,6 +11,7 @@ function showOverlays() {
       : `The answer refers to another view (${describe(turn.view)}).`;
   }
   for (const other of state.turns) other.entry.classList.toggle("chosen", other === turn && state.turns.length > 1);
+  place();  // the controls below the picture have changed
 }
 
 // A box and its sentence, in both directions.
@@ -56,16 +57,16 @@ function showHeat(turn) {
   const said = [];
   let flat = false;
   panes.forEach((pane, k) => {
-    const attention = attentionOf(turn, k), word = wordOf(turn, k), who = panes.length > 1 ? `${pane.name}: ` : "";
+    const attention = attentionOf(turn, k), word = wordOf(turn, k), who = panes.length > 1 ? `${pane.name}: the` : "The";
     if (!word) return;
     const times = heatTimes(word.map, word.peak), highest = word.peak * times.length;
     const off = highest < HEAT_LEAST && !turn.anyway;
     flat ||= off;
     pane.showHeat(attention, off ? null : times, turn.answers[k].size, Number($("opacity").value));
-    said.push(`${who}the strongest patch has ${highest.toFixed(1)} times an even share${off ? `, which is below ${HEAT_LEAST}: no map` : ""}`
+    said.push(`${who} strongest patch has ${highest.toFixed(1)} times an even share${off ? `, which is below ${HEAT_LEAST}: no map` : ""}`
       + (attention.sinks === null ? "" : `, ${attention.sinks} of ${times.length} patches left out as sinks`) + ".");
   });
-  $("peak").textContent = said.map(text => text[0].toUpperCase() + text.slice(1)).join(" ");
+  $("peak").textContent = said.join(" ");
   $("anyway").hidden = !flat;
   drawHeat($("bar"), 1, 120, [...Array(120).keys()].map(at => at / 119 * HEAT_MOST), Number($("opacity").value));
 }
