@@ -6,7 +6,7 @@ choice, the choice that is most often right, the commonest references, yes and n
 image, its middle, and a grid of boxes.
 
 They are chosen with the references at hand, which a model has not: an upper bound of what needs no image. At most `MOST`
-questions, drawn at random by a fixed seed, are scored for it.
+questions, drawn at random by a fixed seed, are scored for it; of studies with boxes `MOST_STUDIES`, since each takes longer.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQues
 from umed_plugin.evaluation.metrics.answers import words
 from umed_plugin.evaluation.metrics.choices import LETTERS
 from umed_plugin.evaluation.metrics.metric import Row, statistics
+from umed_plugin.grounding.answer_types import REPORT, asks_for_boxes
 from umed_plugin.grounding.boxes import format_box
 from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
-MOST = 2000
+MOST, MOST_STUDIES = 2000, 200
 HIGH = 0.9  # a constant answer that scores this much is said below the table, whatever the model scores
 _COMMONEST, _WORDS = 4, 50
 _PLACES = ("the first choice", "the second choice", "the third choice", "the fourth choice")
@@ -56,8 +57,9 @@ def best_constants(
         scorer: of the model's answers.
     """
     asked = list(questions)
-    if len(asked) > MOST:
-        asked = [asked[i] for i in sorted(random.Random(0).sample(range(len(asked)), MOST))]
+    most = MOST_STUDIES if benchmark.reads_boxes else MOST
+    if len(asked) > most:
+        asked = [asked[i] for i in sorted(random.Random(0).sample(range(len(asked)), most))]
     best: dict[str, dict[str, Any]] = {}
     for name, constant in constant_answers(asked, benchmark, scorer).items():
         rows = [
@@ -75,6 +77,8 @@ def constant_answers(
     questions: Sequence[BenchmarkQuestion], benchmark: Benchmark, scorer: Scorer
 ) -> dict[str, Constant]:
     """Answers that do not depend on the image, by what they are, simplest first: of equal ones the first is reported."""
+    if any(asks_for_boxes(question.about.get("record", {"answer_type": REPORT})) for question in questions):
+        return {"nothing": _text(""), **(_with_boxes(questions) if scorer.dialect == LLAVA else {})}
     found: dict[str, Constant] = {}
     if any(_choices(question) for question in questions):
         found |= {name: _place(place) for place, name in enumerate(_PLACES)}
@@ -133,14 +137,17 @@ def _chosen(question: BenchmarkQuestion, index: int) -> ModelAnswer:
 
 
 def _with_boxes(questions: Sequence[BenchmarkQuestion]) -> dict[str, Constant]:
-    """Boxes that are the same in every image, alone and with the commonest finding before them."""
+    """Each of the commonest findings in a box around all, and the commonest also in the other boxes; else the boxes alone."""
     records: list[Mapping[str, Any]] = [q.about["record"] for q in questions if "record" in q.about]
     common = Counter(record["terms"][ref][0] for record in records for ref in set(record["objects"]["ref"]))
-    named = {name: f"{name} at " for name, _ in common.most_common(_COMMONEST)} or {"": ""}
+    names = [name for name, _ in common.most_common(_COMMONEST)] or [""]
+    whole, *others = _BOXES
+    said = [(name, whole) for name in names] + [(names[0], where) for where in others]
     return {
-        f"{name}{', ' if name else ''}{where}": _text(said + " ".join(map(format_box, boxes)))
-        for where, boxes in _BOXES.items()
-        for name, said in named.items()
+        f"{name}{', ' if name else ''}{where}": _text(
+            (f"{name} at " if name else "") + " ".join(map(format_box, _BOXES[where]))
+        )
+        for name, where in said
     }
 
 

@@ -272,7 +272,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
         of_less += means("unread_boxes", limits=None)
     reported += [replace(metric, lower_is_better=True) for metric in of_less]
     if any("consistent_answers" in row.values for row in rows):  # nor did they look at this
-        reported += means("consistent_answers")
+        # A constant answer may agree with itself.
+        reported += [replace(metric, rates=False) for metric in means("consistent_answers")]
     for group in (HELD_OUT, SEEN):
         if any(row.groups.get("training") == group for row in rows):
             reported += [replace(m, name=f"{group}_{m.name}", where={"training": group}) for m in (accuracy, iou)]
