@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.records import write_records
 from support.umed_runs import train, weights
 
 from umed_plugin import cli
+from umed_plugin.checkpoints.loading import read_tensors, weight_files
 from umed_plugin.commands.upgrade.presets import preset_file, presets
 from umed_plugin.commands.upgrade.settings import Settings, read_settings
 from umed_plugin.errors import UsageError
@@ -96,6 +98,24 @@ def test_the_adapter_has_rank_64_on_the_named_layers_alone(tiny_mistral, tmp_pat
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapters} == {"q_proj", "v_proj"}
     assert all(tensor.shape[0] == 64 for name, tensor in adapters.items() if "lora_A" in name)
     assert all("vision_tower" not in name for name in adapters)
+
+
+@pytest.mark.run
+def test_stage_a_of_reports_trains_the_tower_and_leaves_the_language_model(tiny_mistral, tmp_path):
+    content = yaml.safe_load(preset_file("report_tower").read_text())
+    tuning = content["instruction_tuning"]
+    assert tuning["flags"]["umed_tower_lr"] == pytest.approx(0.01 * tuning["learning_rate"])
+    records, output = write_records(tmp_path / "data"), tmp_path / "full-llava-mistral"
+    more = ["--max_steps", "2", "--freeze_backbone", "True", "--umed_tower_lr", "1e-3"]
+    done = train(tiny_mistral, records, output, *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = {name: value for file in weight_files(tiny_mistral) for name, value in read_tensors(file).items()}
+    after = weights(output)
+    moved = {name for name, value in after.items() if name in before and not torch.equal(value, before[name])}
+    assert any("mm_projector" in name for name in moved)
+    assert not [name for name in moved if "self_attn" in name or "embed_tokens" in name]
+    tower = [name for name in after if "vision_tower" in name]
+    assert tower, "the trained tower is in the checkpoint"
 
 
 @pytest.mark.run

@@ -30,6 +30,9 @@ RUN_BY = {
     "umed report runs/seed0 --picture": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
     "umed upgrade": "commands/test_upgrade_runs.py::test_killed_in_every_step_it_ends_as_the_run_that_was_not",
     "nohup umed upgrade": "commands/test_upgrade_runs.py::test_killed_in_every_step_it_ends_as_the_run_that_was_not",
+    "umed upgrade --presets": "commands/test_presets.py::test_all_presets_are_listed_and_set_known_keys",
+    "umed upgrade checkpoints/llava-med-v1.5-mistral-7b --recipe ms_cxr": "commands/test_presets.py::"
+    "test_the_dry_run_of_pfmvg_names_its_numbers",
     "umed upgrade --config": "commands/test_upgrade.py::test_a_dry_run_prints_commands_and_no_librarys_words",
     "umed-run bash scripts/v1_5/finetune_task_lora.sh": "docs/test_scripts.py::"
     "test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation",
@@ -44,6 +47,10 @@ RUN_BY = {
     "test_every_benchmark_runs_and_says_the_same_again",
     "umed evaluate ./checkpoints/llava-mistral-stage2 --benchmark vqa_rad": "evaluation/test_benchmark_files.py::"
     "test_every_benchmark_runs_and_says_the_same_again",
+    "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark ms_cxr": "evaluation/test_phrases.py::"
+    "test_the_evaluation_of_a_recipe_has_the_figures_of_its_phrases",
+    "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark report:": "evaluation/test_reports.py::"
+    "test_the_command_of_the_page",
     "umed evaluate runs/demo/checkpoint/llava-mistral-umed --benchmark probes:demo_studies": "evaluation/test_probes.py::"
     "test_the_command_of_the_page",
     "umed evaluate ./checkpoints/llava-mistral-stage1 --benchmark brain_tumor_coco "

@@ -207,3 +207,19 @@ def test_flags_of_reports_are_refused_elsewhere(tmp_path, capsys):
         assert f"{flags[0]} has no effect without --benchmark report:RECIPE" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path), "--benchmark", "report:nothing"]) == 2
     assert "unknown benchmark 'nothing'" in capsys.readouterr().err
+
+
+def test_the_command_of_the_page(tmp_path, capsys, monkeypatch):
+    """Scores are computed anew from the answers that an evaluation has kept, so the second command asks nothing."""
+    file = write_reports(tmp_path)
+    monkeypatch.setattr("umed_plugin.patches.prepare_llava", lambda: None)
+    monkeypatch.setattr("umed_plugin.evaluation.evaluation_run._answerer", lambda *_: Writes())
+    monkeypatch.setattr("umed_plugin.evaluation.evaluator._aspect_ratio", lambda *_: "pad")
+    call = ["evaluate", str(tmp_path), "--benchmark", f"report:{file}", "--out", str(tmp_path / "out")]
+    assert cli.main(call) == 0
+    plain = capsys.readouterr().out
+    assert cli.main([*call, "--as", "r2gen"]) == 0
+    treated = capsys.readouterr().out
+    for name in ("bleu_4", "cider_d", "findings_f1"):
+        assert name in plain and name in treated
+    assert plain != treated

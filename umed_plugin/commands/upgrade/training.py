@@ -114,18 +114,16 @@ def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
 
 def what_is_trained(settings: Settings, stage: Stage) -> str:
     """A sentence on the weights that a stage trains, for a dry run."""
-    frozen = stage.flags.get("freeze_mm_mlp_adapter") or (
-        settings.method == "full" and stage.flags.get("freeze_backbone")
-    )
-    projector = "the projector is frozen" if frozen else "with the projector"
+    projector = "the projector is frozen" if stage.flags.get("freeze_mm_mlp_adapter") else "with the projector"
+    rate = stage.flags.get("umed_tower_lr")
+    tower = "the vision tower is frozen" if rate is None else f"the vision tower is trained at {rate:g}"
     if settings.method == "full":
-        return f"trains all weights of the language model, {projector}; the vision tower is frozen"
+        # LLaVA's --freeze_backbone freezes all but the layer that gives the logits.
+        part = "the output layer alone" if stage.flags.get("freeze_backbone") else "all weights"
+        return f"trains {part} of the language model, {projector}; {tower}"
     lora = settings.lora
     layers = " and ".join(lora.targets) if lora.targets else "all linear layers"
-    return (
-        f"trains a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {layers}, {projector}; the "
-        "vision tower is frozen"
-    )
+    return f"trains a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {layers}, {projector}; {tower}"
 
 
 def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:
