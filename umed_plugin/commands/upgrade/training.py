@@ -123,7 +123,8 @@ def what_is_trained(settings: Settings, stage: Stage) -> str:
         return f"trains {part} of the language model, {projector}; {tower}"
     lora = settings.lora
     layers = " and ".join(lora.targets) if lora.targets else "all linear layers"
-    return f"trains a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g} on {layers}, {projector}; {tower}"
+    adapter = f"a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g}"
+    return f"trains {adapter} on {layers}, {projector}; {tower}"
 
 
 def _rewarding_flags(stage: Rewarding) -> dict[str, Any]:
