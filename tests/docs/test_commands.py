@@ -127,6 +127,7 @@ RUN_BY = {
     "test_ranks_and_one_process_write_the_same_evaluation",
     "python benchmarks/probing.py": "benchmarks/test_neighbours.py::"
     "test_probing_trains_with_and_without_probes_and_compares",
+    "python benchmarks/phrases.py": "benchmarks/test_phrases.py::test_boxes_are_compared_with_those_to_the_other_phrase",
     "python benchmarks/looks.py": "benchmarks/test_neighbours.py::"
     "test_descriptions_of_unseen_classes_are_compared_with_bare_names",
     "python benchmarks/similar_cases.py": "benchmarks/test_neighbours.py::test_similar_cases_are_compared_with_none",

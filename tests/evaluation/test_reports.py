@@ -206,7 +206,7 @@ def test_flags_of_reports_are_refused_elsewhere(tmp_path, capsys):
         assert cli.main(["evaluate", str(tmp_path), "--benchmark", "mau", *flags]) == 2
         assert f"{flags[0]} has no effect without --benchmark report:RECIPE" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path), "--benchmark", "report:nothing"]) == 2
-    assert "unknown benchmark 'nothing'" in capsys.readouterr().err
+    assert "unknown recipe 'nothing'" in capsys.readouterr().err
 
 
 def test_the_command_of_the_page(tmp_path, capsys, monkeypatch):
