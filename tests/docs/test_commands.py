@@ -221,7 +221,7 @@ def test_the_recipe_commands_run(
 
 
 def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
-    recipe, several_readers, augment, hold_out = blocks(DOCS / "data.md", "yaml")
+    recipe, several_readers, phrases, reports, augment, hold_out = blocks(DOCS / "data.md", "yaml")
     assert len(recipe.splitlines()) <= 10
     (tmp_path / "my_tumors.yaml").write_text(recipe)
     load_recipe(str(tmp_path / "my_tumors.yaml"))
@@ -229,6 +229,10 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     other = by_file + several_readers + rest.partition("\n")[2].replace("{by: file}", "{by: patient}")
     (tmp_path / "vindr.yaml").write_text(other)
     assert load_recipe(str(tmp_path / "vindr.yaml")).annotations.readers.at_least == 2
+    (tmp_path / "phrases.yaml").write_text(other.replace(several_readers, phrases))
+    assert load_recipe(str(tmp_path / "phrases.yaml")).phrase == "label_text"
+    (tmp_path / "reports.yaml").write_text(other.replace(several_readers, reports).replace("split: {by: patient}\n", ""))
+    assert load_recipe(str(tmp_path / "reports.yaml")).annotations.views == "montage"
     (tmp_path / "augmented.yaml").write_text(recipe + augment)
     assert load_recipe(str(tmp_path / "augmented.yaml")).augment.rotation == 10
     (tmp_path / "held_out.yaml").write_text(recipe + hold_out.replace("effusion", "brain tumor"))
