@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from umed_plugin import cli
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import record_faults
@@ -142,3 +143,11 @@ def test_ms_cxr_is_read_in_its_published_form(tmp_path):
     (tmp_path / "MS_CXR_Local_Alignment_v1.1.0.json").write_text(json.dumps(content))
     (record,) = build_records(load_recipe("ms_cxr"), out_dir=tmp_path / "out", data_root=tmp_path)
     assert record["patient"] == "p10000032" and record["objects"]["bbox"] == [[612, 410, 912, 670]]
+
+
+def test_check_shows_phrases_as_images_with_boxes(tmp_path, capsys):
+    recipe = write(tmp_path, "csv")
+    page = tmp_path / "page"
+    assert cli.main(["recipe", "check", str(recipe), "--data-root", str(tmp_path), "--report", str(page)]) == 0
+    assert any(page.rglob("*.html"))
+    assert "3" in capsys.readouterr().out

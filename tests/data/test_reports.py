@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from umed_plugin import cli
 from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.build import build_records
 from umed_plugin.data.images import open_image
@@ -141,3 +142,12 @@ def test_the_shipped_recipes_read_r2gens_files(tmp_path):
     (tmp_path / "annotation.json").write_text(json.dumps(content))
     (record,) = build_records(load_recipe("mimic_cxr_reports"), out_dir=tmp_path / "out", data_root=tmp_path)
     assert record["patient"] == "10000032"
+
+
+def test_check_and_build_count_reports(tmp_path, capsys):
+    recipe, page = write(tmp_path), tmp_path / "page"
+    common = [str(recipe), "--data-root", str(tmp_path)]
+    assert cli.main(["recipe", "check", *common, "--report", str(page)]) == 0
+    assert any(page.rglob("*.html"))
+    assert cli.main(["recipe", "build", *common, "--out", str(tmp_path / "built" / "r.json")]) == 0
+    assert "2 records, 0 with lesions, 0 without, 2 reports" in capsys.readouterr().out

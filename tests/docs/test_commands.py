@@ -231,7 +231,9 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "vindr.yaml")).annotations.readers.at_least == 2
     (tmp_path / "phrases.yaml").write_text(other.replace(several_readers, phrases))
     assert load_recipe(str(tmp_path / "phrases.yaml")).phrase == "label_text"
-    (tmp_path / "reports.yaml").write_text(other.replace(several_readers, reports).replace("split: {by: patient}\n", ""))
+    (tmp_path / "reports.yaml").write_text(
+        other.replace(several_readers, reports).replace("split: {by: patient}\n", "")
+    )
     assert load_recipe(str(tmp_path / "reports.yaml")).annotations.views == "montage"
     (tmp_path / "augmented.yaml").write_text(recipe + augment)
     assert load_recipe(str(tmp_path / "augmented.yaml")).augment.rotation == 10
