@@ -235,6 +235,16 @@ def test_a_stage_ends_after_validations_without_gain_and_keeps_the_best(taught, 
         assert all(torch.equal(resumed[name], tensor) for name, tensor in kept.items())
 
 
+def test_two_processes_stop_after_the_same_step(taught, tmp_path):
+    checkpoint, file, _ = taught
+    flags = train_flags(checkpoint, file, tmp_path / "two", *FLAGS, *STOPS, "--umed_stop_after", "1")
+    run = umed_run([*TWO_PROCESSES, *flags])
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert state_of(tmp_path / "two")["global_step"] == 1 and run.stdout.count("Kept are the weights after step 0") == 1
+    expected, kept = weights(checkpoint), weights(tmp_path / "two")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected if "vision_tower" not in name)
+
+
 def test_the_best_validation_is_the_first_with_the_highest_score():
     log = [{"loss": 1.0, "step": 1}, {"val/iou": 0.2, "val/accuracy": 0.4, "step": 2}, {"val/accuracy": 0.3, "step": 4}]
     validated = early_stopping.validations(log)

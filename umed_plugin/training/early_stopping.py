@@ -92,7 +92,10 @@ class EarlyStopping(TrainerCallback):
             self._keep_if_best()
             return
         best = best_of(self.validated())
-        if best is not None and not self._file(best.step).is_file():
+        lost = best is not None and not self._file(best.step).is_file()
+        # The first process has written it, perhaps on another machine; all must go on alike.
+        own = torch.tensor([float(lost)], device=args.device)
+        if best is not None and self.trainer.accelerator.gather(own)[0]:
             if args.process_index == 0:
                 warn(
                     f"{self._file(best.step)} is missing: the weights of the best validation, after step {best.step}, are lost. "
@@ -140,7 +143,7 @@ class EarlyStopping(TrainerCallback):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the best weights into the model, on every rank, after the run; LLaVA saves them then.
+        """Put the best weights into the model of the process that saves it, after the run and before LLaVA does.
 
         Raises:
             UmedError: they do not fit the model.
@@ -148,7 +151,7 @@ class EarlyStopping(TrainerCallback):
         state, args, best = self.trainer.state, self.trainer.args, best_of(self.validated())
         if best is None:
             return
-        if best.step != state.global_step:
+        if best.step != state.global_step and args.should_save:
             kept, file = load_file(self._file(best.step)), self._file(best.step)
             parameters = dict(self._parameters())
             if {name: tensor.shape for name, tensor in kept.items()} != {n: p.shape for n, p in parameters.items()}:
