@@ -82,7 +82,10 @@ def test_from_a_series_to_boxes_and_a_heat_map(page: Page, tmp_path: Path) -> No
     # 97 x 61 in a square of 97: 18 rows above.
     x1, y1, x2, y2 = (97 * value for value in BOX01)
     assert boxes(page) == [pytest.approx([x1 / 97, (y1 - 18) / 61, x2 / 97, (y2 - 18) / 61], abs=0.02)]
-    page.until("!document.querySelector('#heat').hidden")
+    page.until("!document.querySelector('#anyway').hidden")  # random weights look at everything alike
+    assert page.run("document.querySelector('#heat').hidden")
+    page.click("#anyway")
+    assert not page.run("document.querySelector('#heat').hidden")
     assert page.run("document.querySelector('#word').selectedOptions[0].textContent") == "nodule"
     place = page.run("""(() => { const h = document.querySelector('#heat').getBoundingClientRect(),
       p = document.querySelector('#picture').getBoundingClientRect();
@@ -235,7 +238,9 @@ def test_on_a_phone_nothing_is_cut_off(page: Page, tmp_path: Path, width: int, h
     page.give_files("#files", *sorted(write_series(tmp_path / "s", WindowCenter=0, WindowWidth=2000).glob("IM*")))
     shown(page)
     page.click("#suggestions button")
-    page.until("document.querySelectorAll('#talk .of-turn').length === 1 && !document.querySelector('#heat').hidden")
+    page.until(
+        "document.querySelectorAll('#talk .of-turn').length === 1 && document.querySelector('#peak').textContent"
+    )
     shot(page, f"phone-{width}")
     assert page.run("document.documentElement.scrollWidth") <= width
     too_wide = """[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length
@@ -249,10 +254,25 @@ def test_everything_can_be_reached_with_the_tab_key_and_has_a_name(page: Page, t
     shown(page)
     page.run("document.activeElement.blur()")
     reached = []
-    for _ in range(16):
+    for _ in range(26):
         page.press("Tab")
         reached.append(page.run("document.activeElement.id || document.activeElement.textContent"))
-    wanted = {"files", "folder", "window", "slice", "with-boxes", "with-heat", "question", "send", "with-turns"}
+    wanted = {
+        "files",
+        "folder",
+        "stage",
+        "zoom-in",
+        "level",
+        "width",
+        "drag",
+        "window",
+        "slice",
+        "with-boxes",
+        "with-heat",
+        "question",
+        "send",
+        "with-turns",
+    }
     assert wanted <= set(reached)
     nameless = """[...document.querySelectorAll('button, input, select, textarea')].filter(e =>
       !(e.labels && e.labels.length && e.labels[0].textContent.trim()) && !e.textContent.trim()).map(e => e.id)"""

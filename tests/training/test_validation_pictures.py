@@ -109,5 +109,5 @@ def test_a_run_shows_its_held_out_studies(
     else:
         (files,) = tmp_path.glob("wandb/offline-run-*/files/media")
         assert len(list(files.glob("images/val/pictures_*.png"))) == 6
-        boxes = [json.loads(file.read_text()) for file in files.glob("metadata/boxes2D/*.json")]
+        boxes = [json.loads(file.read_text()) for file in files.rglob("*.boxes2D.json")]
         assert any(box["box_data"] for box in boxes) and all("class_labels" in box for box in boxes)

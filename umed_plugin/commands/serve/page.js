@@ -160,6 +160,7 @@ function place() {
   const scale = Math.min((space - 12 * (columns - 1)) / columns / width, Math.max(most, 240) / height);
   for (const pane of panes) pane.place(zoom, Math.floor(width * scale), Math.floor(height * scale));
   $("zoom-whole").textContent = `${Math.round(zoom.zoom * 100)} %`;
+  $("zoom-whole").setAttribute("aria-label", `${$("zoom-whole").textContent}: show the whole picture`);
   document.body.classList.toggle("moving", $("drag").value === "move" || $("windows").hidden);
 }
 
@@ -248,7 +249,7 @@ for (const {stage} of panes) {
 for (const id of ["with-boxes", "with-heat", "sinks"]) $(id).addEventListener("change", showOverlays);
 $("opacity").value = HEAT_OPACITY;
 $("opacity").addEventListener("input", () => { if (state.chosen) showHeat(state.chosen); });
-$("word").addEventListener("change", event => { Object.assign(state.chosen, {word: Number(event.target.value), anyway: false}); showOverlays(); });
+$("word").addEventListener("change", event => { state.chosen.word = Number(event.target.value); showOverlays(); });
 $("anyway").addEventListener("click", () => { state.chosen.anyway = true; showOverlays(); $("with-heat").focus(); });
 $("back").addEventListener("click", () => show(state.chosen.view));
 $("ask").addEventListener("submit", event => { event.preventDefault(); ask($("question").value); });
