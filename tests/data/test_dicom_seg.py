@@ -160,7 +160,7 @@ def test_boxes_are_where_the_segment_is_shown(tmp_path: Path) -> None:
     """A prone patient: the slice is turned by half for display, and the box with it."""
     import pydicom
 
-    from umed_plugin.data.build import prepare
+    from umed_plugin.data.preparation import prepare
 
     values = np.zeros((40, 50))
     values[4:14, 6:26] = 1

@@ -158,7 +158,7 @@ def test_options_that_cannot_be(tmp_path: Path, more: str, extra: str, words: st
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_boxes_of_labels_are_where_the_lesion_is_shown(tmp_path: Path, axis: int) -> None:
     """Not square, not symmetric, with voxels of 1 x 1 x 3 mm: the slice is turned and resampled, and the box with it."""
-    from umed_plugin.data.build import prepare
+    from umed_plugin.data.preparation import prepare
 
     labels = np.zeros((30, 24, 20), np.uint8)
     labels[5:11, 4:8, 12:17] = 1

@@ -13,6 +13,7 @@ from support.records import write_records
 from support.tuning import make_dataset, make_tokenizer
 
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, question_prompt
+from umed_plugin.data import record_writer
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.training.supervision_check import check_supervision
@@ -291,7 +292,6 @@ def write_coco_recipe(folder):
 def test_a_recipe_is_built_once_and_again_when_anything_it_is_made_from_changes(
     records, tokenizer, monkeypatch, capsys
 ):
-    from umed_plugin.training import tuning_data
 
     recipe, data = write_coco_recipe(records.parent)
 
@@ -316,11 +316,11 @@ def test_a_recipe_is_built_once_and_again_when_anything_it_is_made_from_changes(
     assert built() and not built()
     recipe.write_text(recipe.read_text().replace("nodule", "node"))
     assert built() and not built()
-    monkeypatch.setattr(tuning_data.build, "WRITER", "another")
+    monkeypatch.setitem(record_writer.WRITERS, "grounded", "another")
     assert built() and not built()
 
 
-def test_held_out_records_come_from_recipe_and_file_and_lie_beside_those_for_training(records, tokenizer):
+def test_held_out_records_lie_beside_those_for_training_and_plain_items_are_not_scored(records, tokenizer, capsys):
     recipe, data = write_coco_recipe(records.parent)
     held_out = json.loads((data / "train.json").read_text())
     Image.new("RGB", (60, 40)).save(data / "c.png")
@@ -336,7 +336,8 @@ def test_held_out_records_come_from_recipe_and_file_and_lie_beside_those_for_tra
         trained = make_dataset(records, tokenizer, umed_recipe=str(recipe)).list_data_dict
         assert [record["split"] for record in trained] == ["train"] * 9
         held_out = make_dataset(records, tokenizer, umed_recipe=str(recipe), split="val").list_data_dict
-        assert [record["id"] for record in held_out] == ["x/c.png", "record-3"]
+        assert [record["id"] for record in held_out] == ["x/c.png"]  # record-3 of the file is a plain item
+        assert "1 of 2 held-out records have no true boxes and are not scored." in "".join(capsys.readouterr())
         assert held_out[0]["image"] == str(data / "c.png")
     with pytest.raises(UmedError, match="no images in split 'test'"):
         make_dataset(records, tokenizer, umed_recipe=str(recipe), split="test")
@@ -353,7 +354,7 @@ def test_an_interrupted_build_leaves_no_stamp(records, tokenizer, monkeypatch):
     def interrupted(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning_data.build, "build_records", interrupted)
+    monkeypatch.setattr(tuning_data, "build_records", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_dataset(records, tokenizer, umed_recipe=str(recipe), umed_box_decimals=3)
     assert not stamp.exists()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Optional, Protocol
 
 import numpy as np
@@ -88,3 +90,14 @@ def check_finder(recipe: AnyRecipe, find_boxes: Optional[FindsBoxes], render: bo
         raise UsageError(
             "render: pseudo-boxes are found in images as LLaVA reads them, so they are rendered; set render=True"
         )
+
+
+def picture_name(item: Annotated) -> str:
+    """The name of what an item shows."""
+    original = os.path.relpath(item.image, item.root)
+    return f"{item.recipe.name}/{original}" + ("" if item.slice is None else f"#{item.slice}")
+
+
+def rendered_name(item: Annotated) -> str:
+    """Where the item's image is rendered to, relative to ``out_dir``, if no other picture is there."""
+    return (Path("images") / (picture_name(item).replace("../", "").replace("#", "_slice") + ".png")).as_posix()

@@ -31,9 +31,10 @@ from torch.utils.data import Dataset
 
 from umed_plugin import files
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, separators
-from umed_plugin.data import build
+from umed_plugin.data import record_writer
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.augmentation.study import Study
+from umed_plugin.data.build import build_records
 from umed_plugin.data.image_files import check_image_files
 from umed_plugin.data.images import READERS, check_picture, file_states
 from umed_plugin.data.images.cache import ImageCache
@@ -112,6 +113,10 @@ def _with_true_boxes(records: JoinedRecords, split: str) -> JoinedRecords:
         raise UmedError(
             f"--umed_val_every: none of the {len(records)} records of the split {split!r} has true boxes. Answers are scored by "
             "the records that `umed recipe build` writes."
+        )
+    if len(labelled) < len(records):
+        note(
+            f"{len(records) - len(labelled)} of {len(records)} held-out records have no true boxes and are not scored."
         )
     return labelled
 
@@ -236,7 +241,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
     stamp = {
         "recipe": recipe.path,
         "recipe_sha256": recipe.sha256,
-        "writer": build.WRITER,
+        "writers": record_writer.WRITERS,
         "readers": READERS,
         **_data_stamp(recipe, flags.umed_data_root),
         **options,
@@ -246,7 +251,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         return
     # An interrupted build must not leave the old stamp beside records or images that it has replaced.
     stamp_file.unlink(missing_ok=True)
-    records = build.build_records(
+    records = build_records(
         recipe, out_dir=folder, split=split, data_root=flags.umed_data_root, progress=True, **options
     )
     for record in records:

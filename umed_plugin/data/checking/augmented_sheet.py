@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 
 from umed_plugin.data.annotations import Annotated
 from umed_plugin.data.augmentation.study import Study, augmented_study
-from umed_plugin.data.build import written_record
 from umed_plugin.data.checking.contact_sheet import chosen_items, colour_of
 from umed_plugin.data.prepared import Prepared
+from umed_plugin.data.record_writer import written_record
 from umed_plugin.data.records import true_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import is_degenerate

@@ -14,11 +14,11 @@ from typing import Optional, Union
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.merging import overlapping_count
-from umed_plugin.data.build import LEAST_VISIBLE, prepare
 from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
 from umed_plugin.data.checking.contact_sheet import ContactSheets
 from umed_plugin.data.checking.gallery import BoxPlaces, CheckedImages
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
+from umed_plugin.data.preparation import LEAST_VISIBLE, prepare
 from umed_plugin.data.prepared import Prepared
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.errors import UmedError
