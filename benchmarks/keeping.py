@@ -57,8 +57,14 @@ def write_teacher(file: Path, seed: int = 0) -> Path:
     encoder = SamVisionEncoder(
         SamVisionConfig(**sizes, image_size=64, patch_size=8, window_size=3, global_attn_indexes=[1])
     )
-    for parameter in encoder.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
+    for name, parameter in encoder.named_parameters():
+        # No biases and plain norms, so that the features differ from place to place.
+        if "layer_norm" in name:
+            torch.nn.init.constant_(parameter, float(name.endswith("weight")))
+        elif name.endswith("bias") or name == "pos_embed":
+            torch.nn.init.zeros_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.3)
     # As LVM-Med names them.
     torch.save({f"model.{name}": tensor for name, tensor in encoder.state_dict().items()}, file)
     return file
