@@ -73,7 +73,9 @@ def test_the_cosine_of_held_out_images_rises(tiny_mistral):
     after = cosines(tower, targets, pixels)
     rows = [Row(str(i), str(i), {"rise": new - old}) for i, (old, new) in enumerate(zip(before, after))]
     rise = measure(means("rise"), rows)["rise"]
-    print(f"held-out cosine {sum(before) / HELD_OUT:.3f} -> {sum(after) / HELD_OUT:.3f}, {rise['value']:+.3f} {rise['ci95']}")
+    print(
+        f"held-out cosine {sum(before) / HELD_OUT:.3f} -> {sum(after) / HELD_OUT:.3f}, {rise['value']:+.3f} {rise['ci95']}"
+    )
     assert rise["ci95"][0] > 0.02
     told = loss.metrics(list)
     assert 0 < told["tower_cosine"] < 1 and loss.metrics(list) == {}
