@@ -5,7 +5,7 @@
     python benchmarks/pseudo_boxes.py runs/pseudo --seeds 0,1,2 --stage-1       stage 1 on pseudo-boxes and on true ones
 
 The recipe reads the class of each study and no box. AUROC compares the map's peaks on studies with and without a lesion
-that neither trained it nor set its level. Pointing is the share of studies whose peak lies in a lesion. IoU is that of the one
+that neither trained it nor set its level (nan: there is none). Pointing is the share of studies whose peak lies in a lesion. IoU is that of the one
 pseudo-box with the nearest lesion, 0 where there is no box. "Kept" are the studies whose peak reaches least_score.
 Controls: a map of 0 steps, and one that was trained on pictures in which nothing was drawn.
 """
@@ -130,8 +130,9 @@ class Seed:
                     ious[share].append(0.0 if box is None else float(iou_matrix([box], lesions).max()))
             aurocs += [(auroc(scores[True], scores[False]), len(scores[True]))] if scores[False] else []
         of_kept = {share: [value for value, keep in zip(values, kept) if keep] for share, values in ious.items()}
+        count_of = sum(count for _, count in aurocs)
         return {
-            "auroc": sum(value * count for value, count in aurocs) / sum(count for _, count in aurocs),
+            "auroc": sum(value * count for value, count in aurocs) / count_of if count_of else float("nan"),
             "pointing": fmean(points),
             "kept": fmean(kept),
             "iou": {share: fmean(values) for share, values in ious.items()},
