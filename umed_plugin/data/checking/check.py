@@ -166,7 +166,7 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     item = prepared.item
     split, patient = item.split, f"{item.recipe.name} {item.patient}"
     check.images[split] += 1
-    negative = not prepared.boxes and not prepared.labels
+    negative = not prepared.boxes and not prepared.labels and not item.report
     check.negatives[split] += negative
     check.labelled[split] += bool(prepared.labels)
     check.patients[split].add(patient)
