@@ -4,10 +4,10 @@
     python benchmarks/pseudo_boxes.py runs/pseudo --seeds 0,1,2                 the figures, with two controls
     python benchmarks/pseudo_boxes.py runs/pseudo --seeds 0,1,2 --stage-1       stage 1 on pseudo-boxes and on true ones
 
-The recipe reads the class of each study and no box. AUROC compares the map's peaks on studies with and without a lesion
-that neither trained it nor set its level (nan: there is none). Pointing is the share of studies whose peak lies in a lesion. IoU is that of the one
-pseudo-box with the nearest lesion, 0 where there is no box. "Kept" are the studies whose peak reaches least_score.
-Controls: a map of 0 steps, and one that was trained on pictures in which nothing was drawn.
+The recipe reads the class of each study and no box. AUROC compares the map's peaks on studies with and without a lesion that
+neither trained it nor set its level (nan: there is none). Pointing is the share of studies whose peak lies in a lesion. IoU is
+that of the one pseudo-box with the nearest lesion, 0 where there is no box. "Kept" are the studies whose peak reaches
+least_score. Controls: a map of 0 steps, and one that was trained on pictures in which nothing was drawn.
 """
 
 from __future__ import annotations

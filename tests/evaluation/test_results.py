@@ -75,7 +75,9 @@ def test_what_is_saved_is_loaded_and_every_metric_stands_there_once(tmp_path):
         "resamples": 2000,
     }
     best, measured = content.pop("constants"), json.dumps(content)
-    assert measured.count('"accuracy"') == measured.count('"mean_iou"') == 1, "one value and one interval of each metric"
+    assert measured.count('"accuracy"') == measured.count('"mean_iou"') == 1, (
+        "one value and one interval of each metric"
+    )
     assert set(best["mean_iou"]) == {"value", "answer"}
     accuracy = {"value": 0.75, "ci95": None, "n": 4, "units": 3, "interval": "too few"}
     assert content["metrics"]["accuracy"] == accuracy
