@@ -846,7 +846,8 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
     def made(**changes):
         """The trainer for these arguments, and the dtype of its bf16 model then."""
         values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
-        args = SimpleNamespace(**{**values, "process_index": 0, "umed_tower_lr": None, **changes})
+        values |= {"process_index": 0, "umed_tower_lr": None, "umed_stop_after": 0}
+        args = SimpleNamespace(**{**values, **changes})
         args.umed = UmedFlags(**{name: value for name, value in changes.items() if name.startswith("umed_")})
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
         chosen = llava_train.LLaVATrainer(model=model, args=args)

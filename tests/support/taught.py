@@ -42,6 +42,7 @@ def study_records(folder: Path) -> list[dict]:
                 "objects": {"ref": [], "bbox": [], "bbox_type": "real"},
                 "image_size": [80, 48],
                 "terms": {"nodule": ["nodule"]},
+                "answer_type": "grounded",
                 "provenance": {"image_aspect_ratio": "pad"},
             }
         )
