@@ -36,4 +36,4 @@ def _letters(direction: np.ndarray) -> str:
     """The sides that a direction points to."""
     axes = sorted(range(3), key=lambda axis: -abs(direction[axis]))[:2]
     wanted = [axis for place, axis in enumerate(axes) if not place or abs(direction[axis]) >= _OBLIQUE]
-    return "".join(_LETTERS[axis][direction[axis] < 0] for axis in wanted)
+    return "".join(_LETTERS[axis][int(direction[axis] < 0)] for axis in wanted)
