@@ -32,7 +32,7 @@ from umed_plugin.data.images.drawing import read_pixels
 from umed_plugin.data.recipes.pseudo_boxes import PseudoBoxRule
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import Record, record_geometry, save_records, true_boxes, with_pseudo_boxes
-from umed_plugin.evaluation.benchmarks.recipe import headline
+from umed_plugin.evaluation.benchmarks.recipe_cases import headline
 from umed_plugin.grounding.boxes import iou_matrix
 from umed_plugin.pseudo_boxes import PseudoBoxes
 from umed_plugin.pseudo_boxes.box_rule import box_of

@@ -23,7 +23,7 @@ from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
+from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.model.heat_map import decode_heat_map
 
 PREDICTIONS = "evaluation/base/predictions.jsonl"

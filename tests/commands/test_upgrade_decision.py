@@ -13,7 +13,8 @@ from umed_plugin.commands.upgrade.decision import decide
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+from umed_plugin.evaluation.benchmarks.recipe_scoring import case_values
 from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import Evaluation, Prediction
 from umed_plugin.grounding.scoring import AnswerScore

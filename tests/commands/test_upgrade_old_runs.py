@@ -25,7 +25,7 @@ from umed_plugin.commands.upgrade.provenance import MANIFEST
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, read_settings
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
+from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.stages_table import stages_table
 from umed_plugin.flags.definition import UmedFlags

@@ -16,7 +16,9 @@ from support.records import evaluated_records
 from umed_plugin.cli import main
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import RECIPE, case_values, headline, record_questions
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
+from umed_plugin.evaluation.benchmarks.recipe_cases import headline
+from umed_plugin.evaluation.benchmarks.recipe_scoring import case_values
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate, evaluate_questions
 from umed_plugin.evaluation.metrics.metric import measure
@@ -149,7 +151,7 @@ def test_slices_of_one_patient_are_drawn_together():
 
 
 def test_the_attention_of_a_name_hits_a_lesion_or_not():
-    from umed_plugin.evaluation.benchmarks.recipe import _attention_hit
+    from umed_plugin.evaluation.benchmarks.recipe_scoring import _attention_hit
     from umed_plugin.grounding.geometry import ImageGeometry
     from umed_plugin.grounding.scoring import score_answer
     from umed_plugin.model.heat_map import encode_heat_map

@@ -10,7 +10,7 @@ from PIL import Image
 
 from umed_plugin import evaluate
 from umed_plugin.commands.report.gallery import study_cards
-from umed_plugin.evaluation.benchmarks.recipe import headline
+from umed_plugin.evaluation.benchmarks.recipe_cases import headline
 from umed_plugin.evaluation.metrics.phrases import (
     dice_matrix,
     integer_dice_matrix,

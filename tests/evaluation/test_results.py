@@ -19,7 +19,8 @@ from umed_plugin.cli import main
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.asking import ask
-from umed_plugin.evaluation.benchmarks.recipe import RECIPE, cases_of, headline, record_questions
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
+from umed_plugin.evaluation.benchmarks.recipe_cases import cases_of, headline
 from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.results import Evaluation, compare, resampling_unit

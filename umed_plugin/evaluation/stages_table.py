@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
+from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.tables import direction_note, formatted, interval_notes
 
 
@@ -16,7 +16,7 @@ def stages_table(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[st
     """A rich table: one row per metric, one column per stage, values with their 95 % intervals.
 
     Args:
-        stages: name -> an evaluation in short, from `umed_plugin.evaluation.benchmarks.recipe.headline`.
+        stages: name -> an evaluation in short, from `umed_plugin.evaluation.benchmarks.recipe_cases.headline`.
         comparison: what `umed_plugin.evaluation.results.compare` gives for the last two stages; adds a column.
     """
     from rich.table import Table

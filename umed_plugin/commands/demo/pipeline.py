@@ -249,7 +249,7 @@ class DemoRun:
     def _summarise(self, evaluations: dict[str, Any], began: float) -> dict[str, Any]:
         from umed_plugin.commands.report.before_after import write_before_after
         from umed_plugin.commands.report.page import write_report
-        from umed_plugin.evaluation.benchmarks.recipe import headline
+        from umed_plugin.evaluation.benchmarks.recipe_cases import headline
         from umed_plugin.evaluation.results import compare
         from umed_plugin.evaluation.stages_table import stages_notes, stages_table
 

@@ -13,7 +13,7 @@ from typing import Any
 from umed_plugin.commands.report.pictures import SeenImage, see
 from umed_plugin.commands.report.run_folder import read_run, stage_label
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
+from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.grounding.boxes import Box
 
 COLUMNS = 6

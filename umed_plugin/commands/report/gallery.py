@@ -12,7 +12,7 @@ from typing import Any
 
 from umed_plugin.commands.report.pictures import SeenImage, as_augmented, as_data_url, see
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import Case, cases_of
+from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.answer_types import REPORT
 from umed_plugin.grounding.boxes import is_degenerate, is_inside, parse_boxes

@@ -18,7 +18,7 @@ from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
-from umed_plugin.evaluation.benchmarks.recipe import cases_of
+from umed_plugin.evaluation.benchmarks.recipe_cases import cases_of
 from umed_plugin.files.locks import locked
 
 FILE = "report.html"

@@ -19,7 +19,7 @@ from umed_plugin.commands.report.curves import points_of
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import cell_of, difference_of, title_of
 from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.evaluation.benchmarks.recipe import HEADLINE
+from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.results import compare
 from umed_plugin.files.locks import locked
 

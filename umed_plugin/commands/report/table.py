@@ -7,7 +7,8 @@ from typing import Any
 
 from umed_plugin.commands.report.run_folder import stage_label
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.recipe import HEADLINE, RECIPE
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE
+from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.tables import direction_note, interval_notes
 
@@ -27,7 +28,7 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     """What the page's tables hold, None without an evaluation; and what could not be compared, in words.
 
     ``heads`` are the column heads: first the ``stages``, then the differences. ``rows`` are the metrics of
-    `umed_plugin.evaluation.benchmarks.recipe.HEADLINE`, ``more`` all further metrics. ``exact`` has all numbers unrounded.
+    `umed_plugin.evaluation.benchmarks.recipe_scoring.HEADLINE`, ``more`` all further ones. ``exact`` has all numbers unrounded.
     """
     if not evaluations:
         return None, []

@@ -239,7 +239,7 @@ class Upgrade:
 
     def _warn_of_no_boxes(self) -> None:
         """Say before stage 2 that stage 1's answers hold no box: stage 2 only reinforces boxes that are sampled."""
-        from umed_plugin.evaluation.benchmarks.recipe import cases_of
+        from umed_plugin.evaluation.benchmarks.recipe_cases import cases_of
         from umed_plugin.evaluation.results import Evaluation
 
         cases = cases_of(Evaluation.load(self.folder / "evaluation" / "instruction_tuning"))
@@ -300,7 +300,7 @@ class Upgrade:
         return read_json(summary)
 
     def _summarise(self) -> dict[str, Any]:
-        from umed_plugin.evaluation.benchmarks.recipe import headline
+        from umed_plugin.evaluation.benchmarks.recipe_cases import headline
         from umed_plugin.evaluation.results import Evaluation, compare
 
         evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in self.plan.evaluated}

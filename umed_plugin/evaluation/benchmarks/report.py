@@ -26,7 +26,7 @@ from typing import Any, Optional
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.errors import UmedError, UsageError, note
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
-from umed_plugin.evaluation.benchmarks.recipe import finding_metrics, finding_values
+from umed_plugin.evaluation.benchmarks.recipe_scoring import finding_metrics, finding_values
 from umed_plugin.evaluation.metrics.captions import BLEU_COLUMNS, ORDERS, bleu, bleu_counts, meteor, rouge_l, words
 from umed_plugin.evaluation.metrics.cider import DocumentFrequencies
 from umed_plugin.evaluation.metrics.metric import Metric, Row, means
