@@ -24,7 +24,7 @@ def test_a_tiny_run_prints_captions_boxes_and_cosine(tmp_path, monkeypatch, caps
     base, plain, taught = json.loads((tmp_path / "results.json").read_text())
     assert plain["captions_difference"] == 0 and base["captions"] > 0 and -1 <= taught["teacher"] <= 1
     log = (tmp_path / "seed0" / "logs" / "tower-and-teacher.log").read_text()
-    assert "tower_cosine" in log and "LVM-Med's" in log
+    assert "--umed_tower_teacher" in log and "LVM-Med's" in log
 
 
 def test_differences_are_paired_with_stage_1_without_options():

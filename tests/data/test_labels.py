@@ -15,6 +15,7 @@ from support.drawn import write_recipe
 from umed_plugin.cli import main
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
 from umed_plugin.data.build import build_records
+from umed_plugin.data.recipes.readers import READERS
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
 
@@ -173,6 +174,8 @@ def test_a_reader_of_ones_own_may_give_both_and_is_asked_which(tmp_path: Path, m
         "    return [Annotated(root / 'a.png', [(1.0, 2.0, 9.0, 9.0)], ['nod'], 'line 1')]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    list(READERS)
+    monkeypatch.setattr(READERS, "_entries", dict(READERS._entries))
     (message,) = read(tmp_path, "{reader: 'mine:read', files: x}").faults.messages
     assert "line 1: 1 images have boxes, and the recipe has pseudo_boxes. Which of the two?" in message
 

@@ -226,7 +226,8 @@ def test_the_recipe_is_valid_and_short(tmp_path: Path) -> None:
     (tmp_path / "my_tumors.yaml").write_text(recipe)
     load_recipe(str(tmp_path / "my_tumors.yaml"))
     by_file, _, rest = recipe.partition("annotations: ")
-    other = by_file + several_readers + rest.partition("\n")[2].replace("{by: file}", "{by: patient}")
+    split = next(line for line in recipe.splitlines(keepends=True) if line.startswith("split:"))
+    other = by_file + several_readers + rest.partition("\n")[2].replace(split, "split: {by: patient}\n")
     (tmp_path / "vindr.yaml").write_text(other)
     assert load_recipe(str(tmp_path / "vindr.yaml")).annotations.readers.at_least == 2
     (tmp_path / "phrases.yaml").write_text(other.replace(several_readers, phrases))

@@ -297,6 +297,7 @@ def query_dataset(records, tokenizer, tower, **flags):
     training_args = SimpleNamespace(
         umed=UmedFlags(umed_stage="rewarding", **flags),
         output_dir=str(records.parent / "out"),
+        process_index=0,
         main_process_first=lambda **_: contextlib.nullcontext(),
     )
     return QueryDataset(tokenizer, data_args, training_args)

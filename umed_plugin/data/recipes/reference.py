@@ -48,6 +48,7 @@ _SECTIONS: dict[type[StrictModel], str] = {
     pseudo_boxes.PseudoBoxRule: "`pseudo_boxes`",
     augment_rule.AugmentRule: "`augment`",
     options.HoldOut: "`hold_out`",
+    options.ProbesRule: "`probes`",
 }
 _MIXTURE_SECTIONS: dict[type[StrictModel], str] = {
     recipe.Mixture: "A mixture of recipes",
