@@ -114,6 +114,7 @@ def with_scores(rows, cell, folder: Path, iou: float) -> None:
     rows.add(cell, about, folder)
 
 
+@pytest.mark.llava
 def test_rows_hold_the_scores_of_each_question_and_the_table_pairs_them(tmp_path):
     plan = loaded(tmp_path, TINY)
     rows = study_rows.Rows(plan, tmp_path / "rows")

@@ -38,6 +38,7 @@ def evaluation(ious, wrong=0):
 LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + n % 3 / 20 for n in range(20)])
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     ("log", "before", "after", "pays", "words"),
     [

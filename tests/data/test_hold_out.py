@@ -111,6 +111,7 @@ def evaluated(benchmark, questions, answer):
     return questions, {name: found["value"] for name, found in measure(benchmark.metrics(rows), rows).items()}
 
 
+@pytest.mark.llava
 def test_an_evaluation_says_what_training_could_not_see(studies, tmp_path):
     records = build_records(
         recipe_with(tmp_path, "{classes: [effusion]}"), out_dir=tmp_path, data_root=studies, split="test"
@@ -125,6 +126,7 @@ def test_an_evaluation_says_what_training_could_not_see(studies, tmp_path):
     assert not {name for name in without if "held_out" in name or "seen" in name}
 
 
+@pytest.mark.llava
 def test_with_the_box_in_the_question_the_diagnosis_alone_is_judged(studies, tmp_path):
     records = build_records(load_recipe("demo_studies"), out_dir=tmp_path, data_root=studies, split="test")
     asked, found = evaluated(GIVEN_BOX, record_questions(records), lambda q: q.truth)

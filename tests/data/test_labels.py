@@ -203,6 +203,7 @@ def test_pseudo_boxes_need_a_tower_and_only_they_do(tmp_path: Path, capsys: pyte
     assert "has no effect" in capsys.readouterr().err
 
 
+@pytest.mark.llava
 def test_check_counts_labels_as_neither_lesions_nor_negatives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

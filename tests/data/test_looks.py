@@ -48,6 +48,7 @@ split: {{by: column}}
     return load_recipe(folder / "small.yaml")
 
 
+@pytest.mark.llava
 def test_training_studies_of_one_class_are_asked_for_it_and_test_studies_are_not(tmp_path):
     plain = build_records(recipe(tmp_path), out_dir=tmp_path / "out")
     built = build_records(recipe(tmp_path, "looks_share: 1"), out_dir=tmp_path / "out")
@@ -77,6 +78,7 @@ def test_the_share_and_the_bare_quarter():
     assert not any(text for text, one in zip(asked, able) if not one)
 
 
+@pytest.mark.llava
 def test_the_writers_prompt_says_what_a_finding_looks_like(tmp_path):
     record = next(
         one for one in build_records(recipe(tmp_path), out_dir=tmp_path / "out") if one["objects"]["ref"] == ["nodule"]

@@ -66,6 +66,7 @@ def built(folder: Path, recipe: Path) -> list[dict]:
     return build_records(load_recipe(recipe), out_dir=folder / "out", data_root=folder)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("form", FORMS)
 def test_an_image_and_a_sentence_are_a_record_with_all_of_its_boxes(form, tmp_path, capsys):
     records = built(tmp_path, write(tmp_path, form, empty="none.png"))
@@ -86,6 +87,7 @@ def test_an_image_and_a_sentence_are_a_record_with_all_of_its_boxes(form, tmp_pa
     assert "1 images left out (no phrase is about it; annotations.phrase)" in said
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize("form", FORMS)
 def test_a_box_without_a_sentence_is_named_with_its_row(form, tmp_path):
     rows = [ROWS[0], ("a.png", "heart", [40, 40, 20, 20], " ")]
@@ -94,6 +96,7 @@ def test_a_box_without_a_sentence_is_named_with_its_row(form, tmp_path):
         built(tmp_path, write(tmp_path, form, rows))
 
 
+@pytest.mark.llava
 def test_a_missing_column_and_a_sentence_without_a_box_are_named(tmp_path):
     recipe = write(tmp_path, "csv")
     text = recipe.read_text()
@@ -107,6 +110,7 @@ def test_a_missing_column_and_a_sentence_without_a_box_are_named(tmp_path):
         built(tmp_path, recipe)
 
 
+@pytest.mark.llava
 def test_a_box_that_two_classes_share_is_one_box_of_its_sentence(tmp_path, capsys):
     rows = [ROWS[0], ("a.png", "heart", *ROWS[0][2:])]
     (record,) = built(tmp_path, write(tmp_path, "csv", rows))
@@ -121,6 +125,7 @@ def test_listed_negatives_have_no_phrase(tmp_path):
         load_recipe(recipe)
 
 
+@pytest.mark.llava
 def test_ms_cxr_is_read_in_its_published_form(tmp_path):
     """Keys as in the public JSON: the path beside a bare file name, sentences as label_text; the patient is in the path."""
     path = "files/p10/p10000032/s50414267/02aa804e-bde0afdd-112c0b34-7bc16630-4e384014.jpg"
@@ -145,6 +150,7 @@ def test_ms_cxr_is_read_in_its_published_form(tmp_path):
     assert record["patient"] == "p10000032" and record["objects"]["bbox"] == [[612, 410, 912, 670]]
 
 
+@pytest.mark.llava
 def test_check_shows_phrases_as_images_with_boxes(tmp_path, capsys):
     recipe = write(tmp_path, "csv")
     page = tmp_path / "page"

@@ -136,6 +136,7 @@ split: {{by: column}}
     return folder / "small.yaml"
 
 
+@pytest.mark.llava
 def test_a_recipe_adds_probes_to_the_training_split_alone(tmp_path):
     plain = build_records(load_recipe(recipe(tmp_path, "")), out_dir=tmp_path / "out")
     file = recipe(tmp_path, "probes: {share: 0.5}")

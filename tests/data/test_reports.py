@@ -50,6 +50,7 @@ def built(folder: Path, recipe: Path, **settings: object) -> list[dict]:
     return build_records(load_recipe(recipe), out_dir=folder / "out", data_root=folder, **settings)
 
 
+@pytest.mark.llava
 def test_r2gens_file_gives_texts_with_the_findings_that_they_name(tmp_path, capsys):
     first, second = built(tmp_path, write(tmp_path))
     assert first["conversations"][1]["value"] == "Small effusion. XXXX heart is normal, no nodule."
@@ -65,6 +66,7 @@ def test_r2gens_file_gives_texts_with_the_findings_that_they_name(tmp_path, caps
     assert "same length" in record_faults(boxed)[0]
 
 
+@pytest.mark.llava
 def test_a_montage_shows_all_images_of_a_study_side_by_side_at_the_lowest_height(tmp_path):
     recipe = write(tmp_path, ", views: montage, taken_out: remove")
     record = built(tmp_path, recipe)[0]
@@ -81,6 +83,7 @@ def test_a_montage_shows_all_images_of_a_study_side_by_side_at_the_lowest_height
     assert set(np.asarray(Image.open(tmp_path / "out" / again["image"]))[:, 30:].ravel()) == {7}
 
 
+@pytest.mark.llava
 def test_a_csv_has_views_by_study(tmp_path):
     write(tmp_path)
     (tmp_path / "t.csv").write_text(
@@ -101,6 +104,7 @@ def test_a_csv_has_views_by_study(tmp_path):
         built(tmp_path, recipe)
 
 
+@pytest.mark.llava
 @pytest.mark.parametrize(
     ("studies", "words"),
     [
@@ -118,6 +122,7 @@ def test_what_cannot_be_a_report_is_named(studies, words, tmp_path):
         built(tmp_path, write(tmp_path, studies=studies))
 
 
+@pytest.mark.llava
 def test_an_empty_report_is_counted_and_a_report_is_never_moved(tmp_path, capsys):
     recipe = write(
         tmp_path, studies={"train": [study("s1", " . ", ["s1/0.png"]), study("s2", "A nodule.", ["s2/0.png"])]}
@@ -129,6 +134,7 @@ def test_an_empty_report_is_counted_and_a_report_is_never_moved(tmp_path, capsys
     assert len(moves) == 1 and not next(iter(moves)).mirrors and not next(iter(moves)).resamples
 
 
+@pytest.mark.llava
 def test_the_shipped_recipes_read_r2gens_files(tmp_path):
     write(tmp_path, studies={"train": [study("CXR9_IM-1", "Mild edema.", ["s1/0.png"])], "val": [], "test": []})
     (tmp_path / "images" / "CXR9_IM-1").symlink_to(tmp_path / "images" / "s1")
@@ -144,6 +150,7 @@ def test_the_shipped_recipes_read_r2gens_files(tmp_path):
     assert record["patient"] == "10000032"
 
 
+@pytest.mark.llava
 def test_check_and_build_count_reports(tmp_path, capsys):
     recipe, page = write(tmp_path), tmp_path / "page"
     common = [str(recipe), "--data-root", str(tmp_path)]
