@@ -77,7 +77,7 @@ class CheckpointTeacher:
                 f"--umed_teacher {path}: predicts {other} tokens, but the model that learns {own}. Needed: a checkpoint with the "
                 "same vocabulary."
             )
-        sees, seen = (p.to_dict() for p in (processor, llava.get_vision_tower().image_processor))
+        sees, seen = (_in_lists(p.to_dict()) for p in (processor, llava.get_vision_tower().image_processor))
         differing = [key for key in ("size", "crop_size", "image_mean", "image_std") if sees.get(key) != seen.get(key)]
         if differing:
             raise UmedError(
@@ -165,3 +165,8 @@ def keeping_loss(model: Any, args: Any) -> KeepingLoss:
             f"{weights.temperature:g}. Each batch takes a second pass, without gradient."
         )
     return KeepingLoss(model, teacher, weights, flags.umed_logit_rows)
+
+
+def _in_lists(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an image processor; a mean is a list or a tuple, depending on the version of transformers."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
