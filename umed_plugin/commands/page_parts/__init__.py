@@ -5,6 +5,7 @@
 | ``colours.css`` | the colours, in light and dark |
 | ``document.css`` | text, tables and controls of the written pages |
 | ``gallery.css``, ``gallery.js``, ``viewer.html`` | cards with pictures, filters, and the dialog of an opened one |
+| ``head.html`` | the head of the written pages that have a script: what they may load, and their style |
 | ``elements.js`` | making elements, without ever reading a string as HTML |
 | ``heat.js`` | the one scale of every heat map |
 
