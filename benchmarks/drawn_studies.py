@@ -1,4 +1,4 @@
-"""Shared by `looks.py` and `similar_cases.py`: drawn studies as records, and a small checkpoint trained on them."""
+"""Shared by `looks.py`, `phrases.py` and `similar_cases.py`: drawn studies as records, and a small checkpoint trained on them."""
 
 from __future__ import annotations
 

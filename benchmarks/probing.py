@@ -21,7 +21,7 @@ from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings
 from umed_plugin.data.probes import probe_records
 from umed_plugin.data.records import load_records, save_records
 from umed_plugin.evaluation.benchmarks.probes import OF_RECIPE, probe_questions
-from umed_plugin.evaluation.benchmarks.recipe import record_questions
+from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.evaluation.questions import chosen_questions
@@ -70,8 +70,6 @@ class SeedRun:
         out = self.demo.out / "evaluation" / name
         checkpoint = self.demo.checkpoint(name)
         probed = evaluate_questions(checkpoint, OF_RECIPE.benchmark, probes, settings, out=out / "probes")
-        from umed_plugin.evaluation.benchmarks.recipe import RECIPE
-
         settings = replace(settings, max_new_tokens=self.demo.settings.max_new_tokens)
         return {
             "probes": probed,

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.checkpoints.folder import (
-    TOWER,
-    read_object,
-    weight_files,
-)
+from umed_plugin.checkpoints.folder import TOWER, read_object, weight_files
 from umed_plugin.checkpoints.kept_share import KeptShare
 from umed_plugin.checkpoints.weight_shards import stored
 

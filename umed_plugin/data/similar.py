@@ -189,10 +189,7 @@ def encoded(cases: Sequence[Case], encode: Encode, title: str) -> tuple[np.ndarr
     features, prints = [], []
     for batch in tracked(batches, title, "batch", len(batches)):
         features.append(np.asarray(encode(batch), np.float32))
-        prints += [
-            thumbprint(np.asarray(open_image(case.path, None if case.reading is None else dict(case.reading))))
-            for case in batch
-        ]
+        prints += [thumbprint(np.asarray(open_image(case.path, case.reading))) for case in batch]
     found = np.concatenate(features)
     flat = ~np.isfinite(found).all(axis=1) | (np.linalg.norm(found, axis=1) == 0)
     if flat.any():
@@ -202,9 +199,7 @@ def encoded(cases: Sequence[Case], encode: Encode, title: str) -> tuple[np.ndarr
 
 def said_of(cases: Sequence[Case], bank: Bank, encode: Encode, k: int, title: str = "their neighbours") -> list[str]:
     """What is said before the question about each case. Cases of one image, as a file and its reading, are encoded once."""
-    keys = [
-        (case.path, json.dumps(None if case.reading is None else dict(case.reading), sort_keys=True)) for case in cases
-    ]
+    keys = [(case.path, json.dumps(case.reading, sort_keys=True)) for case in cases]
     first = dict(zip(reversed(keys), reversed(cases)))
     places = {key: place for place, key in enumerate(first)}
     features, prints = encoded(list(first.values()), encode, title)

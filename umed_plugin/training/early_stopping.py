@@ -164,9 +164,8 @@ class EarlyStopping(TrainerCallback):
 
     def _words(self, best: Validated) -> str:
         """What was kept, and why the run ended."""
-        (entry,) = [
-            line for line in self.trainer.state.log_history if line.get("step") == best.step and {*SCORED} & {*line}
-        ][:1]
+        log = self.trainer.state.log_history
+        entry = next(line for line in log if line.get("step") == best.step and {*SCORED} & {*line})
         values = ", ".join(f"{name} {entry[name]:.3f}" for name in SCORED if name in entry)
         ended = self.trainer.state.global_step
         why = (

@@ -85,11 +85,12 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     records = JoinedRecords(parts)
     if flags.umed_stage == REWARDING:
         records = _without_probes(records, training_args.process_index == 0)
-    of_split = records.where(records.texts("split") == split)
+    splits = records.texts("split")
+    of_split = records.where(splits == split)
     if len(of_split) < len(records) and split == "train":
-        _tell_other_splits(records.texts("split").tolist())
+        _tell_other_splits(splits.tolist())
     if not of_split:
-        found = ", ".join(map(repr, sorted(set(records.texts("split").tolist()))))
+        found = ", ".join(map(repr, sorted(set(splits.tolist()))))
         raise UmedError(
             f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
         )

@@ -123,6 +123,19 @@ class OfRecipe:
     made: Callable[[Sequence[BenchmarkQuestion]], list[BenchmarkQuestion]]
 
 
+def no_questions(name: str) -> Callable[[Path, str, Path], list[BenchmarkQuestion]]:
+    """``questions`` of the benchmark of an `OfRecipe`, which has none without a recipe.
+
+    Args:
+        name: of the benchmark.
+    """
+
+    def refuse(_root: Path, _split: str, _work: Path) -> list[BenchmarkQuestion]:
+        raise UmedError(f"{name} are made from a recipe: --benchmark {name}:RECIPE")
+
+    return refuse
+
+
 # A hook for what needs the model again once it has answered, such as attention. It is called for each batch while the prompts,
 # with their image features, are in memory: (answerer, N questions, their N embedded prompts, their N answers) -> N dicts of JSON
 # values. `score` and `details` find the dict of a question in `ModelAnswer.examined`; it is kept with the answer on disk.

@@ -15,7 +15,7 @@ from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.looks import find_question
 from umed_plugin.data.records import record_geometry
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe, no_questions
 from umed_plugin.evaluation.benchmarks.recipe import check_aspect_ratio
 from umed_plugin.evaluation.metrics.metric import Columns, Metric, Row, by_group, means
 from umed_plugin.grounding.answer_types import asks_for_diagnosis
@@ -71,10 +71,6 @@ def _gain(columns: Columns) -> float:
     return float(columns["mean_iou"][described].mean() - columns["mean_iou"][~described].mean())
 
 
-def _no_questions(*_: object) -> list[BenchmarkQuestion]:
-    raise UmedError("it is made from a recipe: --benchmark looks:RECIPE")
-
-
 OF_RECIPE = OfRecipe(
     Benchmark(
         name="looks",
@@ -82,7 +78,7 @@ OF_RECIPE = OfRecipe(
         needs="the recipe's data set, and `classes.NAME.looks`",
         url="",
         reported="IoU and IoU at least 0.5 of both forms of the question; their difference, over all classes and of each",
-        questions=_no_questions,
+        questions=no_questions("looks"),
         score=score,
         metrics=metrics,
         order=2,

@@ -16,7 +16,7 @@ from dataclasses import replace
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.probes import KINDS, SUGGESTION, Probe, make_probes
 from umed_plugin.errors import UmedError, warn
-from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe
+from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe, no_questions
 from umed_plugin.evaluation.metrics.answers import in_tags, words
 from umed_plugin.evaluation.metrics.choices import named_letter, nearest_option
 from umed_plugin.evaluation.metrics.llava_med import holds
@@ -114,10 +114,6 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     return reported
 
 
-def _no_questions(*_: object) -> list[BenchmarkQuestion]:
-    raise UmedError("probes are made from a recipe: --benchmark probes:RECIPE")
-
-
 OF_RECIPE = OfRecipe(
     Benchmark(
         name="probes",
@@ -126,7 +122,7 @@ OF_RECIPE = OfRecipe(
         url="",
         reported="balanced accuracy over all kinds of probes and of each; accuracy of probes and of controls; share of refusals; "
         "suggestions taken when wrong and when right",
-        questions=_no_questions,
+        questions=no_questions("probes"),
         score=score,
         metrics=metrics,
         order=1,

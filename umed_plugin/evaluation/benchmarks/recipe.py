@@ -45,10 +45,7 @@ from umed_plugin.evaluation.benchmarks.recipe_scoring import (
     score,
     scored,
 )
-from umed_plugin.evaluation.metrics.metric import (
-    Metric,
-    Row,
-)
+from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.grounding.answer_types import PROBE
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.dialects import LLAVA
@@ -229,8 +226,6 @@ def _metrics_of_diagnosis(rows: Sequence[Row]) -> list[Metric]:
 
 
 # The bound above which no better box can lift the diagnosis. The paper gives GPT-4V the true box in the same way (.31 -> .72).
-
-
 GIVEN_BOX = replace(
     RECIPE,
     name="recipe_given_box",
