@@ -14,7 +14,8 @@ import pytest
 from support.umed_runs import TWO_PROCESSES, environment
 
 from umed_plugin.commands import processes
-from umed_plugin.commands.processes import importable, run_logged, steps_in, what_went_wrong
+from umed_plugin.commands.processes import importable, run_logged, what_went_wrong
+from umed_plugin.commands.run_logs import metrics_beside_a_bar, steps_in
 from umed_plugin.errors import UmedError
 
 # Rank 1 fails by itself; rank 0 waits for it in a collective act and fails because of it.
@@ -84,7 +85,39 @@ def test_the_progress_is_that_of_the_last_bar(tmp_path):
     code = "import time; print('3/9 [00:01', end='\\r', flush=True); time.sleep(0.5)"
     seen = []
     run_logged([sys.executable, "-c", code], tmp_path / "run.log", "the run", progress=lambda *now: seen.append(now))
-    assert set(seen) == {(3, 9)}
+    assert set(seen) == {(3, 9, "")}
+
+
+def test_the_last_metrics_stay_beside_the_bar_until_there_are_others(tmp_path):
+    """Also when the row is far above the end of the log, and the bar overwrites itself many times."""
+    code = """
+import time
+print({'loss': 0.0, 'reward/total': 1.25, 'reward/relevance': 0.5, 'kl': 0.0123, 'epoch': 1.0}, flush=True)
+print('3/9 [00:01', end='\\r', flush=True); time.sleep(0.6)
+for _ in range(1000): print('4/9 [00:01', end='\\r')
+print(flush=True); time.sleep(0.6)
+print({'loss': '0.0', 'reward/total': '1.5', 'kl': '0.02'}); print({'train_loss': 0.1}); print('9/9 [00:02')
+"""
+    seen = []
+    run_logged([sys.executable, "-c", code], tmp_path / "run.log", "the run", progress=lambda *now: seen.append(now))
+    assert list(dict.fromkeys(seen)) == [
+        (3, 9, "reward/total 1.25, kl 0.0123"),
+        (4, 9, "reward/total 1.25, kl 0.0123"),
+        (9, 9, "reward/total 1.5, kl 0.02"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ({"loss": 2.4726, "learning_rate": 0.1}, "loss 2.47"),
+        ({"loss": 0.0, "reward/total": -0.5}, "reward/total -0.5"),
+        ({"loss": float("nan")}, "loss nan"),
+        ({"val/localization": 0.4}, ""),
+    ],
+)
+def test_beside_a_bar_stands_what_the_stage_is_after(row, shown):
+    assert metrics_beside_a_bar(row) == shown
 
 
 def test_ctrl_c_ends_the_command_too(tmp_path):

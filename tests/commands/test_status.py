@@ -11,7 +11,7 @@ import pytest
 from support.report_runs import write_log
 
 from umed_plugin.cli import main
-from umed_plugin.commands.status import read_progress
+from umed_plugin.commands.run_logs import last_row, read_progress
 from umed_plugin.files.locks import holder, locked
 
 # As transformers 4 and LLaVA write it: tqdm's bars with carriage returns, and a row of metrics now and then.
@@ -95,3 +95,7 @@ def test_progress_of_a_log(text: str, expected: Any, tmp_path: Path) -> None:
 def test_transformers_5_prints_rows_of_strings(tmp_path: Path) -> None:
     found = read_progress(with_log(tmp_path, BAR + "{'loss': '0.5', 'epoch': '1'}\n{'train_loss': '0.1'}\n"))
     assert found is not None and found.row == {"loss": 0.5, "epoch": 1.0}
+
+
+def test_a_loss_that_is_no_number_any_more_is_read() -> None:
+    assert str(last_row("{'loss': nan, 'kl': inf, 'epoch': 1.0}\n")) == "{'loss': nan, 'kl': inf, 'epoch': 1.0}"

@@ -7,8 +7,10 @@ that was killed under the old modules and finished under the new ones gave the s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import shlex
@@ -86,6 +88,41 @@ def test_nothing_of_an_old_run_is_taken_for_changed(folder):
     record["command"][:2] = ["python", "-m", "umed_plugin.somewhere_else"]
     (folder / "made" / f"{STEPS[2]}.json").write_text(json.dumps(record))
     assert upgrade_of(folder).provenance.differences(upgrade.steps[2], inputs=True) == []
+
+
+@pytest.mark.llava
+def test_a_run_that_goes_on_says_first_what_is_kept_and_from_where(folder, monkeypatch):
+    """Stage 2 was killed behind its second checkpoint; then everything is there."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise UmedError("stopped by the test")
+
+    def told() -> list[str]:
+        shown = io.StringIO()
+        upgrade = Upgrade(folder, read_settings(folder / RUN_FILE, {}), Console(file=shown))
+        with contextlib.suppress(UmedError):
+            upgrade.run()
+        return [line for line in shown.getvalue().splitlines() if line.startswith("kept")]
+
+    monkeypatch.setattr("umed_plugin.commands.upgrade.run.run_logged", stop)
+    monkeypatch.setattr(Upgrade, "_conclude", stop)
+    assert told() == [], "nothing is left to run"
+    for step in STEPS[6:]:
+        (folder / "made" / f"{step}.json").unlink()
+    stage_2 = folder / "made" / f"{STEPS[5]}.json"
+    stage_2.write_text(json.dumps({**read(stage_2), "outputs": None}))
+    for number in (9, 10):
+        (folder / "runs" / "rewarding-llava-mistral" / f"checkpoint-{number}").mkdir(parents=True)
+    shutil.rmtree(folder / "checkpoint")
+    kept = (
+        "kept from the earlier start: records by recipe drawn, evaluation: base, stage 1: instruction tuning, "
+        "checkpoint of stage 1: instruction tuning, evaluation: instruction tuning (5 of 8 steps). "
+    )
+    assert told() == [f"{kept}Goes on with stage 2: rewarding, from its checkpoint-10."]
+    shutil.rmtree(folder / "runs" / "rewarding-llava-mistral")
+    assert told() == [f"{kept}Goes on with stage 2: rewarding, from its beginning: it has no checkpoint yet."]
+    stage_2.unlink()
+    assert told() == [f"{kept}Goes on with stage 2: rewarding."]
 
 
 @pytest.mark.llava

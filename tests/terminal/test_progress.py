@@ -36,7 +36,8 @@ def test_a_file_gets_lines_with_step_rate_and_time_left(monkeypatch: pytest.Monk
         steps.update(10, 130)
         time.sleep(0.02)
         steps.update(20, 130)
-        wait_for(r"umed: stage 1: step 20 of 130 \(15 %\), [\d.]+ steps/s, \d+ s left\n", shown)
+        steps.update(20, 130, "loss 2.5")
+        wait_for(r"umed: stage 1: step 20 of 130 \(15 %\), [\d.]+ steps/s, \d+ s left, loss 2\.5\n", shown)
         steps.begin("stage\x1b[2J\n2", "byte")
         steps.update(10**9, 2 * 10**9, "half\x07")
         wait_for(r"1\.00 of 2\.00 GB \(50 %\), half\\x07\n", shown)
@@ -76,6 +77,25 @@ def test_a_terminal_gets_a_bar_and_no_lines() -> None:
     text = shown.getvalue()
     assert "[red]\\x1b]0;owned\\x07" in text and "step 3 of 9 (33 %)" in text and "[bold]" in text
     assert "umed:" not in text and "\x07" not in text
+
+
+def test_a_terminal_shows_once_where_the_log_is_and_the_metrics_beside_the_bar() -> None:
+    shown = io.StringIO()
+    with Steps(console(file=shown, force_terminal=True, width=120)) as steps:
+        steps.begin("stage 2", note="log: /runs/logs/stage_2.log")
+        steps.update(30, 1300, "reward/total 1.25, kl 0.0123")
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.getvalue())
+    assert text.count("stage 2: log: /runs/logs/stage_2.log\n") == 1
+    assert "step 30 of 1300 (2 %) reward/total 1.25, kl 0.0123" in text
+
+
+def test_on_a_narrow_terminal_the_numbers_stay_whole() -> None:
+    shown = io.StringIO()
+    with Steps(console(file=shown, force_terminal=True, width=80)) as steps:
+        steps.begin("stage 2: rewarding")
+        steps.update(30, 1300, "reward/total 1.25, kl 0.0123")
+    assert "step 30 of 1300 (2 %)" in shown.getvalue() and "0:00:00" in shown.getvalue()
+    assert "0.0123" in shown.getvalue() and "\u2026" not in shown.getvalue()
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:

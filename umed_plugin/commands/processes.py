@@ -18,14 +18,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
+from umed_plugin.commands.run_logs import last_row, metrics_beside_a_bar, read_from, steps_in
 from umed_plugin.commands.signals import held_back
 from umed_plugin.errors import UmedError
 
-# "12/130 [00:05<00:51" of tqdm, which transformers' trainer uses too, and "umed: answering: question 12 of 130 (9 %)" of ours.
-_BAR = re.compile(r"(\d+)/(\d+) \[")
-_LINE = re.compile(r"^umed: .*: \w+ (\d+) of (\d+) \(", re.MULTILINE)
 # Environment variable of a command and of all that it starts.
 MARK = "UMED_CHILD_OF"
 _SECONDS_TO_END = 10
@@ -45,6 +43,7 @@ _CONSEQUENCES = (
     "KeyboardInterrupt",
 )
 _LAST_LINES, _LONGEST = 15, 60
+_TAIL = 6000  # bytes of a log that are read for the progress, five times a second
 
 
 def run_logged(
@@ -54,7 +53,7 @@ def run_logged(
     *,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
     bars: bool = True,
 ) -> None:
     """Run a command to its end; append the command and its output to ``log``.
@@ -65,7 +64,8 @@ def run_logged(
         name: of the command, for the error.
         cwd: working folder; by default this process's.
         environment: by default this process's.
-        progress: called with (steps done, steps in all), read from the log.
+        progress: called with (steps done, steps in all, last metrics in words), read from the log. Without a row of metrics, as
+            in an evaluation, the words are empty.
         bars: read tqdm's bars as well as our own lines. Outside trainings, bars count loaded files and not the steps.
 
     However this call ends, by an error, Ctrl-C or a signal, none of the command's processes is left.
@@ -82,23 +82,23 @@ def run_logged(
         marked = {**(os.environ if environment is None else environment), MARK: mark}
         process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=cwd, env=marked)
         try:
-            while process.poll() is None:
+            metrics, runs = "", True
+            while runs:
                 time.sleep(0.2)
-                steps = steps_in(read_from(log, max(began, log.stat().st_size - 6000)), bars) if progress else None
-                if steps and progress:
-                    progress(*steps)
+                runs = process.poll() is None  # asked before the log is read, so that its last lines are shown too
+                if progress is None:
+                    continue
+                printed = read_from(log, max(began, log.stat().st_size - _TAIL))
+                # The last row may be far above the end, so the words stay until another row is read.
+                metrics = metrics_beside_a_bar(last_row(printed)) or metrics
+                if steps := steps_in(printed, bars):
+                    progress(*steps, metrics)
         finally:
             if process.poll() != 0:
                 with held_back():
                     end_all(process, mark)
     if process.returncode:
         raise UmedError(f"{name} {_ending(process.returncode)}. From {log}:\n{what_went_wrong(read_from(log, began))}")
-
-
-def steps_in(printed: str, bars: bool) -> Optional[tuple[int, int]]:
-    """(steps done, steps in all) of the last progress line, or else of the last bar, in a log; None if there is neither."""
-    found = _LINE.findall(printed) or (_BAR.findall(printed) if bars else [])
-    return (int(found[-1][0]), int(found[-1][1])) if found else None
 
 
 def end_all(process: subprocess.Popen[bytes], mark: str) -> None:
@@ -162,13 +162,6 @@ def _ending(status: int) -> str:
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return "was killed (SIGKILL), as Linux does when memory runs out"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-
-
-def read_from(log: Path, start: int) -> str:
-    """The log from byte ``start``, as text; tqdm's carriage returns become newlines."""
-    with open(log, "rb") as stream:
-        stream.seek(start)
-        return stream.read().decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def what_went_wrong(printed: str) -> str:

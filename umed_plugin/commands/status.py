@@ -7,27 +7,17 @@ under Slurm or nohup, and for one that has been killed.
 from __future__ import annotations
 
 import argparse
-import ast
-import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
-from umed_plugin.commands.processes import read_from, steps_in
+from umed_plugin.commands.run_logs import Progress, metrics_in_words, read_progress
 from umed_plugin.errors import UmedError, say
 from umed_plugin.files.locks import holder
 from umed_plugin.terminal.progress import duration
 from umed_plugin.terminal.text import one_line
 
-_TAIL = 200_000  # bytes of a log that are read
 _STALE = 600  # seconds without a line after which a running step may hang
-# tqdm's "12/130 [00:05<00:51,  2.27it/s" and "1.43s/it", and our own "step 12 of 130 (9 %), 1.4 s per step".
-_BAR_RATE = re.compile(r"(\d+)/(\d+) \[[\d:]+<[\d:?]+, +([\d.]+)(it/s|s/it)")
-_LINE_RATE = re.compile(r"^umed: .*: \w+ (\d+) of (\d+) \([^)]*\), ([\d.]+) (\w+s/s|s per \w+)", re.MULTILINE)
-_ROW = re.compile(r"^\{'.*\}$", re.MULTILINE)
-_SHOWN = ("reward/", "val/", "kl", "loss")  # of the last row, in this order
-_MOST = 8
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -42,22 +32,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="folder of the run")
     parser.set_defaults(run=run)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a log says of its step.
-
-    Attributes:
-        done, total: steps.
-        seconds: of one step; None if the log does not say.
-        row: the last logged metrics.
-    """
-
-    done: int
-    total: int
-    seconds: Optional[float]
-    row: dict[str, float]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,38 +86,9 @@ def _lines(found: Progress, running: bool) -> list[str]:
         if running and found.done < found.total:
             parts.append(f"{duration(found.seconds * (found.total - found.done))} left")
     lines = [", ".join(parts)]
-    names = [name for start in _SHOWN for name in found.row if name.startswith(start)]
-    if names:
-        lines.append("last: " + ", ".join(f"{name} {found.row[name]:.3g}" for name in dict.fromkeys(names[:_MOST])))
+    if shown := metrics_in_words(found.row):
+        lines.append(f"last: {shown}")
     return lines
-
-
-def read_progress(log: Path) -> Optional[Progress]:
-    """What the end of a log says of its step; None if there is no progress in it."""
-    text = read_from(log, max(0, log.stat().st_size - _TAIL))
-    text = text[text.rfind("umed-run ") + 1 :]  # of the last attempt: each begins with its command
-    steps = steps_in(text, bars=True)
-    if steps is None:
-        return None
-    rates = _LINE_RATE.findall(text) or [rate for rate in _BAR_RATE.findall(text) if int(rate[1]) == steps[1]]
-    seconds = None
-    if rates and float(rates[-1][2]):
-        number, unit = float(rates[-1][2]), rates[-1][3]
-        seconds = 1 / number if unit.endswith("/s") else number
-    return Progress(*steps, seconds, _last_row(text))
-
-
-def _last_row(text: str) -> dict[str, float]:
-    """The metrics of the last row that the trainer printed; transformers 5 prints them as strings."""
-    for line in reversed(_ROW.findall(text)):
-        try:
-            row = ast.literal_eval(line)
-            found = {str(name): float(value) for name, value in row.items()}
-        except (ValueError, SyntaxError, TypeError):
-            continue
-        if not any(name.startswith("train_") for name in found):
-            return found
-    return {}
 
 
 def _of_checkpoints(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from umed_plugin.terminal.text import one_line
 
 SECONDS = 30.0  # between two lines
 _SHORT = 1.0  # seconds of a step whose end needs no line
+_BAR, _SHORT_BAR, _WIDE = 40, 10, 140  # columns: of a bar, of a bar on a terminal that is not wide, of a wide one
 _quiet = False
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class Steps:
         Args:
             title: of the step.
             unit: what is counted, in the singular; ``byte`` is shown as MB and GB.
-            note: such as where its log is; shown where there is no terminal.
+            note: such as where its log is; shown as the step begins.
         """
         self.end()
         for shown in self._shown():
@@ -117,6 +118,7 @@ class _Bars:
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
         from rich.text import Text
 
         class Count(ProgressColumn):
@@ -124,15 +126,16 @@ class _Bars:
                 return Text("" if task.total is None else _count(task.completed, task.total, task.fields["unit"]))
 
         def column(text: str) -> TextColumn:
-            return TextColumn(text, markup=False)
+            return TextColumn(text, markup=False, table_column=Column(no_wrap=False))
 
+        # On a narrow terminal the bar is short, and title and status are wrapped; numbers stay whole.
         self._progress = Progress(
             column("{task.description}"),
-            BarColumn(),
-            Count(),
+            BarColumn(_BAR if console.width >= _WIDE else _SHORT_BAR),
+            Count(table_column=Column(no_wrap=True)),
             column("{task.fields[status]}"),
             TimeElapsedColumn(),
-            column("left:"),
+            TextColumn("left:"),
             TimeRemainingColumn(),
             console=console,
             transient=transient,
@@ -146,6 +149,9 @@ class _Bars:
         self._progress.stop()
 
     def begin(self, title: str, unit: str, note: str) -> None:
+        if note:  # a line above the bars; it stays
+            said = f"{one_line(title)}: {one_line(note)}"
+            self._progress.console.print(said, markup=False, highlight=False, soft_wrap=True, style="dim")
         self._task = self._progress.add_task(one_line(title), total=None, unit=unit, status="")
 
     def update(self, done: int, total: Optional[int], status: str) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 from umed_plugin.commands.doctor.examination import ERROR, examine
 from umed_plugin.commands.machine import Machine, this_machine
 from umed_plugin.commands.memory import memory_lines
-from umed_plugin.commands.processes import importable, marked_processes, read_from, run_logged
+from umed_plugin.commands.processes import importable, marked_processes, run_logged
+from umed_plugin.commands.run_logs import read_from
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.checks import check_together
 from umed_plugin.commands.upgrade.decision import Decision, decide
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
+from umed_plugin.commands.upgrade.resuming import what_is_kept
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
@@ -172,6 +174,8 @@ class Upgrade:
 
     def _run_steps(self, bars: Steps) -> bool:
         """Run all steps that are left to run; returns whether one of them ran. What a step has made may decide on later ones."""
+        if kept := what_is_kept(self.steps, self.provenance, self._is_left):
+            self.console.print(one_line(kept), soft_wrap=True, markup=False)
         ran, number = False, 0
         while number < len(self.steps):
             ran |= self._run_step(self.steps[number], bars)
@@ -277,11 +281,15 @@ class Upgrade:
                 f"note: {step.title} was begun with other library versions: {', '.join(changed)}", soft_wrap=True
             )
 
+    def _is_left(self, step: Step) -> bool:
+        """Whether a step has to run."""
+        return self._needed(step) and not self.provenance.is_done(step)
+
     def _needed(self, step: Step) -> bool:
         if step.goal or self.provenance.read(step) is None:
             return True
         users = [other for other in self.steps if set(step.outputs) & set(other.inputs.values())]
-        return any(not self.provenance.is_done(other) and self._needed(other) for other in users)
+        return any(self._is_left(other) for other in users)
 
     def _conclude(self, any_ran: bool, bars: Steps) -> dict[str, Any]:
         """Write summary, manifest and report if a step ran or a file is missing.

@@ -1,0 +1,35 @@
+"""What a continued upgrade keeps from its earlier start, and where it goes on.
+
+How to run: ``what_is_kept(upgrade.steps, upgrade.provenance, upgrade.is_left)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from umed_plugin.commands.upgrade.plan import Step
+from umed_plugin.commands.upgrade.provenance import Provenance
+from umed_plugin.training.run_settings import last_checkpoint
+
+
+def what_is_kept(steps: Sequence[Step], provenance: Provenance, is_left: Callable[[Step], bool]) -> str | None:
+    """One sentence on the steps that are done, and one on the step that is next; None for a first start, and without a next step.
+
+    Args:
+        steps: of the run, in their order.
+        provenance: of the run.
+        is_left: whether a step has to run.
+    """
+    following = next((step for step in steps if is_left(step)), None)
+    kept = [step for step in steps if provenance.is_done(step)]
+    begun = following is not None and provenance.read(following) is not None
+    if following is None or not (kept or begun):
+        return None
+    place = f"Goes on with {following.title}"
+    if begun and following.trains:
+        checkpoint = last_checkpoint(following.outputs[0])
+        place += f", from its {checkpoint.name}" if checkpoint else ", from its beginning: it has no checkpoint yet"
+    elif begun:
+        place += ", which had begun" + (": what is answered is not asked again" if following.resumable else "")
+    titles = ", ".join(step.title for step in kept) or "nothing"
+    return f"kept from the earlier start: {titles} ({len(kept)} of {len(steps)} steps). {place}."
