@@ -1,8 +1,8 @@
 """The only code that reads pixels: PNG, JPEG, TIFF, 16-bit PNG, DICOM and NIfTI slices -> 8-bit RGB as the model sees it.
 
-MONAI's readers open the files. The reader objects are used directly, because ``LoadImage(reader=...)`` silently falls back to
-other readers, and because the defaults of PILReader and PydicomReader swap rows and columns. All arrays here are
-``[row, column]``. Whatever turns an image for display also returns an `Orientation`, which turns its boxes.
+MONAI's readers open DICOM and NIfTI files, Pillow all others. The reader objects are used directly, because
+``LoadImage(reader=...)`` silently falls back to other readers, and because the default of PydicomReader swaps rows and columns.
+All arrays here are ``[row, column]``. Whatever turns an image for display also returns an `Orientation`, which turns its boxes.
 
 8-bit images keep their grey values, as in LLaVA. All others go through a window, after the DICOM modality table or rescale, the
 NIfTI scaling, or the recipe's offset. DICOM and NIfTI slices whose pixels are not square are resampled, as a viewer does.

@@ -2,6 +2,8 @@
 
 What is shown is what LLaVA's own ``Image.open(path).convert("RGB")`` shows. It does not follow the EXIF orientation of JPEG, PNG
 and WebP; Pillow itself turns TIFF. Nor does it follow a resolution that differs between x and y. `StoredSlice.remarks` say so.
+
+Pillow opens the files. MONAI's PILReader gives the same values, but importing it imports torch, transformers and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -35,12 +37,7 @@ def read_raster(path: Path, offset: float, page: Optional[int] = None) -> Stored
     Raises:
         UmedError: the file is damaged or too large, or has no such page.
     """
-    from monai.data import PILReader
-
-    facts: dict[str, Any] = {}
-
-    def shown(image: Any) -> Any:
-        check_raster(image, path)
+    with opened_raster(path) as image:
         index = checked_index(path, page, page_count(image), "page")
         if index:
             image.seek(index)
@@ -48,22 +45,15 @@ def read_raster(path: Path, offset: float, page: Optional[int] = None) -> Stored
         # Pillow takes the tag out while it turns a TIFF.
         turned = image.tag_v2.get(_TIFF_ORIENTATION, 1) if image.format == "TIFF" else 1
         image.load()
-        facts.update(exif=exif_tag(image), remarks=_remarks(image, turned), inverted=_white_is_zero(image))
+        deep = image.mode in DEEP_MODES
         # Palette, alpha and CMYK images would become indices or wrong channels. LLaVA converts in the same way.
-        return image if image.mode in DEEP_MODES else image.convert("RGB")
-
-    reader = PILReader(converter=shown, reverse_indexing=False)
-    with unreadable(path):
-        check_file_size(path)
-        _check_webp(path)
-        with reader.read(path, formats=_FORMATS) as image:
-            values, _ = reader.get_data(image)
-            deep = image.mode in DEEP_MODES
+        values = np.asarray(image if deep else image.convert("RGB"))
+        exif, remarks, inverted = exif_tag(image), _remarks(image, turned), _white_is_zero(image)
     if not deep:
-        return StoredSlice(values, is_grey_levels=True, exif=facts["exif"], remarks=facts["remarks"])
+        return StoredSlice(values, is_grey_levels=True, exif=exif, remarks=remarks)
     grey = values.astype(np.float32)
     grey -= np.float32(offset)
-    return StoredSlice(grey, **facts)
+    return StoredSlice(grey, exif=exif, remarks=remarks, inverted=inverted)
 
 
 @contextmanager
