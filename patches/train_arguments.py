@@ -136,6 +136,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     )
     model_class.warn_of_departures(run)
     vision_tower.choose_lora_targets(run)
+    vision_tower.expect_tower_tensors(run)
     if run.active and training_args.ddp_find_unused_parameters is None:
         # All that a stage trains takes part in each step. transformers asks DDP to search for unused weights under LoRA, and
         # that search fails under the reentrant gradient checkpointing of transformers 4.

@@ -1,9 +1,10 @@
 """Load the vision tower that is inside the checkpoint, in a dtype in which the device can compute.
 
-Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to` and `forward`, and `find_all_linear_names` in
-`llava.train.train`.
+Targets: `LlavaMetaModel.initialize_vision_modules`, `CLIPVisionTower.to` and `forward`, `find_all_linear_names` in
+`llava.train.train`, and the names of tensors that `LlavaLlamaForCausalLM` and `LlavaMistralForCausalLM` may leave unused.
 Why: (1) LLaVA builds the tower late. So the tower weights in a checkpoint (LLaVA-Med 1.5 has its own: LLaVA-Med #86, #105, #109)
-are reported as unused, and training uses the original CLIP instead. (2) Without ``--bf16`` `train()` casts the tower to fp16,
+are reported as unused, and training uses the original CLIP instead. Where this patch loads and compares them itself, that list of
+names says nothing, and is left out. (2) Without ``--bf16`` `train()` casts the tower to fp16,
 which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint with
 ``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained. (4) Its forward pass
 lets no gradient through, which ``--umed_tower_lr`` needs. (5) LoRA adapts all linear layers; ``--umed_lora_targets`` names some.
@@ -16,13 +17,19 @@ saves. It makes stock LLaVA load tower weights from a checkpoint.
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
+from umed_plugin.checkpoints.folder import TOWER
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
+
+# transformers' list of patterns: tensors of these names may be in a checkpoint and not in its model.
+_UNUSED = "_keys_to_ignore_on_load_unexpected"
+_OF_THE_TOWER = f"^{re.escape(TOWER)}"
 
 
 def change(recorder: Recorder) -> None:
@@ -60,6 +67,29 @@ def change(recorder: Recorder) -> None:
     recorder.replace(CLIPVisionTower, "to", to)
     recorder.replace(CLIPVisionTower, "forward", forward)
     recorder.replace(llava_train, "find_all_linear_names", find_all_linear_names)
+    for model_class in _model_classes():
+        recorder.replace(model_class, _UNUSED, list(getattr(model_class, _UNUSED) or ()))
+
+
+def _model_classes() -> list[Any]:
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+
+    return [LlavaLlamaForCausalLM, LlavaMistralForCausalLM]
+
+
+def expect_tower_tensors(run: TrainingRun) -> None:
+    """Keep transformers from listing the checkpoint's tower tensors as unused, if this run is about to compare and load them.
+
+    `_load_checkpoint_tower` says of all of them whether they are equal, or differ, or do not fit. Other tensors are still listed.
+    """
+    compared = run.active and run.flags.umed_tower_weights == "checkpoint"
+    for model_class in _model_classes():
+        patterns = getattr(model_class, _UNUSED)
+        if not isinstance(patterns, list):  # this patch is not in force
+            continue
+        # In place: the patch is undone only where its list still stands.
+        patterns[:] = [pattern for pattern in patterns if pattern != _OF_THE_TOWER] + [_OF_THE_TOWER] * compared
 
 
 def choose_lora_targets(run: TrainingRun) -> None:

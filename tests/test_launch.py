@@ -104,6 +104,31 @@ def test_the_environment_gets_one_folder_once():
     assert child_environment({}) == {"PYTHONPATH": str(SITE)}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "heard"),
+    [
+        ([], False),
+        (["--bits", "16", "--optim", "adamw_torch"], False),
+        (["--bits", "4"], True),
+        (["--bits=8"], True),
+        (["--optim", "paged_adamw_8bit"], True),
+    ],
+)
+def test_bitsandbytes_is_heard_only_in_runs_that_use_it(arguments, heard, tmp_path):
+    """Stand-ins for both libraries; as in LLaVA, importing llava imports bitsandbytes."""
+    for name, code in {
+        "llava": "import bitsandbytes",
+        "bitsandbytes": "import warnings; print('undefined symbol'); warnings.warn('no GPU')",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(code)
+    (tmp_path / "train.py").write_text("import llava, bitsandbytes; print(bitsandbytes.__name__)")
+    run = umed_run(["python", str(tmp_path / "train.py"), *arguments], pythonpath=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = [run.stdout.splitlines(), "no GPU" in run.stderr]
+    assert said == ([["undefined symbol", "bitsandbytes"], True] if heard else [["bitsandbytes"], False])
+
+
 @pytest.mark.llava
 def test_a_broken_plugin_does_not_let_training_start(tmp_path):
     checkout = tmp_path / "umed_plugin"

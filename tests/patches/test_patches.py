@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import importlib
 import json
+import logging
 import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -763,6 +765,39 @@ def test_an_equal_tower_is_said_to_be_equal_rounded_or_not(tiny_mistral, flags, 
     model, _ = loaded_tower(towered(tiny_mistral, tmp_path / "towered", dtype=dtype), tiny_mistral, flags)
     assert "equal those of" in capsys.readouterr().out
     assert not hasattr(model.config, "unfreeze_mm_vision_tower")
+
+
+@pytest.fixture
+def said_by_transformers(monkeypatch) -> Iterator[list[str]]:
+    """What it warns of while it loads."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def test_tower_tensors_are_not_listed_as_unused_where_they_are_loaded(
+    tiny_mistral, flags, tmp_path, said_by_transformers, capsys
+):
+    """Another tensor that nothing uses still is, and so are the tower's where its weights are not asked for."""
+
+    def listed(*more: str) -> set[str]:
+        said_by_transformers.clear()
+        loaded_tower(checkpoint, tiny_mistral, flags, *more)
+        lists = [text for text in said_by_transformers if "were not used when" in text or "UNEXPECTED" in text]
+        return {name for name in ("vision_tower", "model.stray") if name in "".join(lists)}
+
+    checkpoint = towered(tiny_mistral, tmp_path / "towered")
+    patching.apply(ALL)
+    assert listed() == set() and "equal those of" in capsys.readouterr().out
+    assert listed("--umed_tower_weights", "original") == {"vision_tower"}
+    file = checkpoint / "model.safetensors"
+    save_file({**load_file(file), "model.stray": torch.zeros(1)}, file, metadata={"format": "pt"})
+    assert listed() == {"model.stray"}
 
 
 def test_a_tower_that_does_not_fit_is_refused(tiny_mistral, flags, tmp_path):

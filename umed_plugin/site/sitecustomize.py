@@ -1,8 +1,8 @@
 """Python runs this at the start of every child of ``umed-run``, which puts this folder on PYTHONPATH.
 
-When `llava` is imported, it installs the hook that applies the patches. It also runs the sitecustomize that it hides, if any. A
-Python process that does not use LLaVA loses no time and cannot fail here. Python would only print an error raised here, so an
-error is kept and raised when LLaVA's training code is imported.
+When `llava` is imported, it installs the hook that applies the patches, and silences bitsandbytes where a run does not use it. It
+also runs the sitecustomize that it hides, if any. A Python process that does not use LLaVA loses no time and cannot fail here.
+Python would only print an error raised here, so an error is kept and raised when LLaVA's training code is imported.
 """
 
 import os
@@ -39,8 +39,11 @@ def _install():
     try:
         from umed_plugin.patches import TRIGGERS, after_import
         from umed_plugin.patching.import_hook import install
+        from umed_plugin.terminal.silent_imports import SilentImports, uses_bitsandbytes
 
         install(TRIGGERS, after_import)
+        if not uses_bitsandbytes(sys.argv):
+            sys.meta_path.insert(0, SilentImports())
     except (ImportError, SyntaxError, AttributeError, TypeError) as error:
         sys.meta_path.insert(0, _Refusal(type(error).__name__ + ": " + str(error)))
 

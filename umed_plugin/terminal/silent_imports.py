@@ -7,10 +7,26 @@ import importlib.abc
 import io
 import sys
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 SILENT = frozenset({"bitsandbytes"})
+# Values of --optim that name an optimizer of bitsandbytes, such as adamw_bnb_8bit, paged_lion_32bit and ademamix.
+_ITS_OPTIMIZERS = ("bnb", "8bit", "paged", "ademamix")
+
+
+def uses_bitsandbytes(arguments: Sequence[str]) -> bool:
+    """Whether a training computes with bitsandbytes (``--bits 4``, or an optimizer of it): then its words are about this run.
+
+    Example:
+        >>> uses_bitsandbytes(["train_mem.py", "--bits", "16"]), uses_bitsandbytes(["train_mem.py", "--bits=4"])
+        (False, True)
+    """
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    given = dict(zip(words, words[1:]))
+    optimizer = given.get("--optim", "")
+    return given.get("--bits", "16") in ("4", "8") or any(name in optimizer for name in _ITS_OPTIMIZERS)
 
 
 class _SilentLoader(importlib.abc.Loader):
