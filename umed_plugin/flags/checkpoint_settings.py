@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from umed_plugin.flags.tower_names import find_differences, is_same_place, last_part
+
 # Flags that say how tower and projector are built, with the value that LLaVA takes where the configuration has none.
 _BUILT_BY = {"mm_vision_select_layer": None, "mm_vision_select_feature": "patch", "mm_projector_type": "linear"}
 # Flags that the run follows, so that it goes on otherwise than the checkpoint was trained; and what that means.
@@ -36,8 +38,14 @@ def find_contradictions(config: Mapping[str, Any], model_args: Any) -> list[str]
         if None not in (stored, given) and stored != given:
             faults.append(_built_otherwise(name, given, stored, name))
     given = getattr(model_args, "vision_tower", None)
-    if given is not None and _last_part(given) != _last_part(str(tower)):
+    if given is None or is_same_place(given, str(tower)):
+        return faults
+    if last_part(given) != last_part(str(tower)):
         faults.append(_built_otherwise("vision_tower", given, tower, "mm_vision_tower"))
+    elif differing := find_differences(given, str(tower), config)[1]:
+        faults.append(
+            _built_otherwise("vision_tower", given, tower, "mm_vision_tower", f" It has {', '.join(differing)}.")
+        )
     return faults
 
 
@@ -54,20 +62,31 @@ def find_departures(config: Mapping[str, Any], model_args: Any, data_args: Any) 
                 f"--{name} is {given} (LLaVA's default if you did not give it), but the checkpoint was trained with {stored}: "
                 f"{meaning}. To go on as before: --{name} {stored}."
             )
+    given, stored = getattr(model_args, "vision_tower", None), str(config["mm_vision_tower"])
+    if given is not None and not is_same_place(given, stored) and last_part(given) == last_part(stored):
+        remarks.append(_another_place(given, stored, config))
     adapter = getattr(model_args, "pretrain_mm_mlp_adapter", None)
     if adapter is not None:
         remarks.append(f"--pretrain_mm_mlp_adapter {adapter} replaces the checkpoint's trained projector.")
     return remarks
 
 
-def _built_otherwise(flag: str, given: Any, stored: Any, key: str) -> str:
+def _another_place(given: str, stored: str, config: Mapping[str, Any]) -> str:
+    """A tower of the checkpoint's name at another place: taken for the same one, which the saved configuration then names."""
+    equal = find_differences(given, stored, config)[0]
+    compared = (
+        f"{', '.join(equal)} {'is' if len(equal) == 1 else 'are'} equal" if equal else "nothing else could be compared"
+    )
     return (
-        f"--{flag} {given} (LLaVA's default if you did not give it): the checkpoint's config.json has {key} {stored}. The run "
-        f"would train with {stored} and save {given}, so the trained checkpoint would be read as another model. Use --{flag} "
-        f"{stored}."
+        f"--vision_tower {given} and the checkpoint's mm_vision_tower {stored} are taken for the same tower by their name; "
+        f"{compared}. The run loads {stored}, as LLaVA does, and the config.json that it saves will name {given}. To keep the "
+        f"checkpoint's: --vision_tower {stored}. To load {given}: set mm_vision_tower in the checkpoint's config.json to it."
     )
 
 
-def _last_part(tower: str) -> str:
-    """The name of a tower, which a local copy of it keeps."""
-    return tower.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].lower()
+def _built_otherwise(flag: str, given: Any, stored: Any, key: str, reason: str = "") -> str:
+    return (
+        f"--{flag} {given} (LLaVA's default if you did not give it): the checkpoint's config.json has {key} {stored}.{reason} "
+        f"The run would train with {stored} and save {given}, so the trained checkpoint would be read as another model. Use "
+        f"--{flag} {stored}."
+    )
