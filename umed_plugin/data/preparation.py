@@ -21,6 +21,7 @@ from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.prepared import Prepared, rendered_name
 from umed_plugin.data.reading import Request, Seen
 from umed_plugin.data.reading.looks import NO_PIXELS, look_at
+from umed_plugin.data.recipes.options import preset_misfit
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_degenerate
@@ -103,6 +104,10 @@ def _fit_to_image(item: Annotated, seen: Seen, pixels: np.ndarray, annotations: 
     options, shown = item.recipe.image, seen.shown(pixels)
     if seen.window_missing:
         annotations.faults.add(item.where, "the window column is empty, and image.window is 'column'")
+        return None
+    misfit = None if seen.is_grey_levels else preset_misfit(options.window, item.modality)
+    if misfit:
+        annotations.faults.add(item.where, f"image.window {misfit}")
         return None
     frame = BoxFrame(options.box_frame, shown)
     claimed = tuple(item.size or frame.size)

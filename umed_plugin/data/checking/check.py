@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Union
 
+import numpy as np
+
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.merging import overlapping_count
 from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
@@ -26,6 +28,8 @@ from umed_plugin.grounding.boxes import best_iou_for_decimals
 from umed_plugin.grounding.geometry import ImageGeometry
 
 DECIMALS = (2, 3)
+# Share of an image's pixels at the two ends of its window above which the window is hardly meant.
+MOST_AT_ENDS = 0.95
 
 
 @dataclass
@@ -79,6 +83,8 @@ class RecipeCheck:
         patient_images: patient, with its source -> number of images.
         thin_boxes, overlapping_boxes: names of the images of boxes under a pixel wide or high, and of boxes that overlap another
             of their class by more than half; one entry for each box.
+        windowed: number of images that are shown through a window: DICOM, NIfTI, and pictures of more than 8 bits.
+        black_or_white: names of those that then consist of black and white nearly alone.
         evaluation_leaks: images of train and val that are also in an evaluation set; None if no set was given.
         sheets, images_shown: images with their boxes, for contact sheets and for the page.
         augmented: studies as ``--umed_augment`` shows them, for the page; None if they were not asked for.
@@ -98,6 +104,8 @@ class RecipeCheck:
     patient_images: Counter[str] = field(default_factory=Counter)
     thin_boxes: list[str] = field(default_factory=list)
     overlapping_boxes: list[str] = field(default_factory=list)
+    windowed: int = 0
+    black_or_white: list[str] = field(default_factory=list)
     evaluation_leaks: Optional[list[Leak]] = None
     sheets: ContactSheets = field(default_factory=lambda: ContactSheets([]))
     augmented: Optional[AugmentedSheets] = None
@@ -181,10 +189,13 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     overlapping = overlapping_count(prepared.boxes, prepared.classes)
     check.thin_boxes += [name] * thin
     check.overlapping_boxes += [name] * overlapping
+    clipped = not prepared.is_grey_levels and share_at_ends(prepared.shown) > MOST_AT_ENDS
+    check.windowed += not prepared.is_grey_levels
+    check.black_or_white += [name] * clipped
     check.sheets.add(prepared)
     if check.augmented is not None and not prepared.labels:  # they have no answer yet
         check.augmented.add(prepared)
-    kinds = {"box under a pixel": thin, "overlapping boxes of a class": overlapping}
+    kinds = {"box under a pixel": thin, "overlapping boxes of a class": overlapping, "black or white": clipped}
     check.images_shown.add(name, prepared, [kind for kind, count in kinds.items() if count])
     padded, cropped = (ImageGeometry(*prepared.size, mode) for mode in ("pad", "square"))
     for box, lesion in zip(prepared.boxes, prepared.classes):
@@ -198,6 +209,11 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
             for decimals, values in counts.best_iou.items():
                 values.append(best_iou_for_decimals(in_square, decimals))
             counts.places.add(in_square)
+
+
+def share_at_ends(pixels: np.ndarray) -> float:
+    """Share of the pixels of uint8 ``[height, width, 3]`` that are 0 or 255 in every channel, 0-1."""
+    return float(((pixels == 0) | (pixels == 255)).all(axis=2).mean())
 
 
 def picture_name(item: Annotated) -> str:

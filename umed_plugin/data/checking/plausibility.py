@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from umed_plugin.data.checking.check import RecipeCheck
+from umed_plugin.data.checking.check import MOST_AT_ENDS, RecipeCheck
 from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import Mixture
 
@@ -19,6 +19,7 @@ LOOKED_AT = (
     "boxes of one class that overlap by more than half",
     "images turned or resampled",
     "pixels that are not square",
+    "windows that leave black and white alone",
     "empty splits",
     "a small test split",
     "patients with most of the data",
@@ -64,6 +65,11 @@ def plausibility(check: RecipeCheck) -> list[Finding]:
         *(
             Finding(f"images that {kind}", len(names), annotations.read, names[:3])
             for kind, names in _image_kinds(check)
+        ),
+        _of(
+            f"images of which over {100 * MOST_AT_ENDS:g} % is black or white: is image.window (or offset) right?",
+            check.black_or_white,
+            check.windowed,
         ),
         _of("splits that are asked for and empty", _empty_splits(check)),
         *_small_test_split(check),

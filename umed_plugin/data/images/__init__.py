@@ -233,7 +233,8 @@ def _side_by_side(path: Path, parts: list[ShownImage]) -> ShownImage:
     check_size(path, width, height)
     remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
     whole = np.ascontiguousarray(np.concatenate(scaled, axis=1))
-    return ShownImage(whole, Orientation(width, height), is_grey_levels=True, remarks=remarks)
+    grey = all(part.is_grey_levels for part in parts)
+    return ShownImage(whole, Orientation(width, height), is_grey_levels=grey, remarks=remarks)
 
 
 def slice_count(path: Path, slice_axis: int = 2) -> int:

@@ -31,6 +31,23 @@ WINDOW_PRESETS = {
 }
 
 
+# Words that stand for computed tomography in a modality. Neither OCT nor SPECT is in Hounsfield units.
+_CT_WORDS = frozenset({"ct", "cta", "cbct", "cect", "hrct", "ldct", "mdct", "msct", "ncct", "nect"})
+
+
+def is_ct(modality: str) -> bool:
+    """Whether a modality in words is computed tomography, whose values are Hounsfield units.
+
+    Example:
+        >>> [is_ct(text) for text in ("CT", "PET/CT", "chest ct", "Computed Tomography", "OCT", "SPECT", "MRI", "")]
+        [True, True, True, True, False, False, False, False]
+    """
+    words = re.findall(r"[a-z]+", modality.lower())
+    return not _CT_WORDS.isdisjoint(words) or " ".join(words[:2]).startswith(
+        ("computed tomograph", "computertomograph")
+    )
+
+
 @dataclass(frozen=True)
 class InWords:
     """The type of a key as the recipe reference states it, where the Python type says less than the user may write."""
@@ -115,7 +132,7 @@ class ImageOptions(StrictModel):
     ] = Field(
         "file",
         description="``file``: DICOM's own window, or the full range where the file has none. ``full``: from the smallest to "
-        "the largest value of the slice. ``column``: the window column of the CSV. A CT preset: "
+        "the largest value of the slice. ``column``: the window column of the CSV. A preset, for CT alone: "
         + ", ".join(f"``{name}``" for name in WINDOW_PRESETS)
         + ". Or a range: ``{centre: 40, width: 400}`` or ``{low: -160, high: 240}``. A list of three, without ``column``, gives "
         "the red, green and blue channel.",
@@ -159,6 +176,17 @@ class ImageOptions(StrictModel):
         description="When the annotations state another image size than the file has. ``stop``: report a fault. ``scale``: the "
         "boxes were drawn on the same picture at that size and are scaled with it. ``stretch``: the same, for a picture that "
         "was squeezed, each side by its own factor (TBX11K's XML).",
+    )
+
+
+def preset_misfit(window: Any, modality: str) -> Optional[str]:
+    """Why a window of ``image.window`` is not for images of a modality, as text; None if it is, or the modality is not known."""
+    presets = [each for each in (window if isinstance(window, list) else [window]) if each in list(WINDOW_PRESETS)]
+    if not presets or not modality or is_ct(modality):
+        return None
+    return (
+        f"is {presets[0]!r}, a range in Hounsfield units, and the modality is {modality!r}, not CT. Allowed here: file, full, "
+        "column, or a range in the images' own unit, such as {low: 0, high: 800}"
     )
 
 

@@ -25,6 +25,7 @@ from umed_plugin.data.recipes.options import (
     ProbesRule,
     SplitRule,
     UsageTerms,
+    preset_misfit,
     with_text_keys,
 )
 from umed_plugin.data.recipes.pseudo_boxes import PseudoBoxRule
@@ -409,8 +410,12 @@ def _check_together(recipe: Recipe, faults: Faults) -> None:
     columns = getattr(options, "columns", None)
     if recipe.split.by == "column" and not options.names_split:
         faults.add("split.by", "is 'column', but annotations.columns.split names none (reader csv)")
-    if recipe.image.window == "column" and (columns is None or columns.window is None):
+    if recipe.image.window == "column" and getattr(columns, "window", None) is None:
         faults.add("image.window", "is 'column', but annotations.columns.window names none (reader csv)")
+    # Where a column or a reader of the user's may name modalities, each image is asked as it is read.
+    one_modality = getattr(columns, "modality", None) is None and type(options) is not FreeOptions
+    if one_modality and (misfit := preset_misfit(recipe.image.window, recipe.modality)):
+        faults.add("image.window", misfit)
     for ignored in set(recipe.ignore_classes) & set(recipe.classes):
         faults.add("ignore_classes", f"{ignored!r} is in classes too; keep one of them")
     if recipe.looks_share and not recipe.looks:
