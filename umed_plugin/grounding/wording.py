@@ -13,9 +13,10 @@ A word of the references has no faulty form, so ``pT2N0`` may stand in an answer
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from umed_plugin.grounding.boxes import blot_boxes, rewrite_boxes
 
@@ -105,6 +106,33 @@ def language(text: str, known: Collection[str] = (), wording: Wording | None = N
         return 0.0
     clean = max(0.0, 1 - len(faulty_words(text, known, wording)) / (GARBLED * total))
     return clean * (1.0 if wording is None else wording.familiar(text))
+
+
+def language_beside(text: str, reference: str, known: Collection[str] = ()) -> float:
+    """How much an answer reads like language where its reference does, 0-1: 1 if it has no more faults than the reference.
+
+    The rules know the writing of European languages. A reference in which they find no language says that they do not fit here:
+    then every answer has 1. A reference that breaks a rule, such as by small letters after a full stop, allows answers to do so.
+
+    Args:
+        text, reference: with or without boxes.
+        known: as for `language`.
+
+    Example:
+        >>> language_beside("A nodule.", "There is a nodule."), language_beside("no2 d[ule b there0", "There is a nodule.")
+        (1.0, 0.0)
+        >>> language_beside("肺部有结节。", "左肺有结节。")
+        1.0
+    """
+    least = language(reference)
+    return min(1.0, language(text, known) / least) if least else 1.0
+
+
+def known_words(record: Mapping[str, Any]) -> frozenset[str]:
+    """Words whose form is right in an answer to a record: those of its question, its reference and its names."""
+    texts = [str(turn.get("value", "")) for turn in record["conversations"][:2]]
+    texts += [name for names in record["terms"].values() for name in names]
+    return Wording.of(texts).words
 
 
 def faulty_words(text: str, known: Collection[str] = (), wording: Wording | None = None) -> list[str]:

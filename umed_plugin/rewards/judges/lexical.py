@@ -1,8 +1,10 @@
 """The local judges, deterministic and free: ``lexical`` (class names and words, the default) and ``classes`` (class names only).
 
-``lexical`` is ``CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1``, in 0..1. Class F1 asks whether the right abnormalities
-are named. Word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets. It ignores numbers,
-so that boxes are not judged twice.
+``lexical`` is ``language * (CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1)``, in 0..1. Class F1 asks whether the right
+abnormalities are named. Word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets. It
+ignores numbers, so that boxes are not judged twice. Both see a bag of words, and a garbled answer may hold the right ones. So
+``language``, in 0..1, says how much the answer reads like language beside its reference (`wording.language_beside`). Without
+faults it is exactly 1.
 
 ``classes`` is the class F1 alone. Where references word the same finding in random phrases, as a template writer does, word F1
 mostly tells which phrase was guessed, and learning it draws all answers to one wording.
@@ -20,6 +22,7 @@ from typing import Any
 from umed_plugin.grounding.answer_types import asks_for_names
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
+from umed_plugin.grounding.wording import known_words, language_beside
 
 # One half: the right name in wrong words is worth as much as wrong names in the reference's words.
 CLASS_WEIGHT = 0.5
@@ -35,12 +38,23 @@ def lexical_relevance(
     geometry: Sequence[ImageGeometry],
     **columns: Any,
 ) -> list[float | None]:
-    """Relevance of each completion to its record's reference diagnosis, in 0..1; never ``None``."""
+    """Relevance of each completion to its record's reference diagnosis, in 0..1; never ``None``.
+
+    Example:
+        >>> study = {"terms": {"cyst": ["cyst"]}, "objects": {"ref": ["cyst"], "bbox": [[10, 20, 30, 40]]}}
+        >>> study["conversations"] = [{"value": "Where?"}, {"value": "A cyst lies here."}]
+        >>> answers = ["A cyst lies here.", "A cyst.", "cyst b there0 A [0. lies here d2:"]
+        >>> columns = {"record": [study] * 3, "geometry": [ImageGeometry(100, 100)] * 3}
+        >>> [round(score, 2) for score in lexical_relevance([""] * 3, answers, **columns)]
+        [1.0, 0.83, 0.0]
+    """
     scores: list[float | None] = []
     for completion, study, in_square in zip(completions, record, geometry):
         class_f1 = score_answer(completion, study, in_square).class_f1
-        word_f1 = _word_f1(completion, study["conversations"][1]["value"])
-        scores.append(CLASS_WEIGHT * class_f1 + (1 - CLASS_WEIGHT) * word_f1)
+        reference = study["conversations"][1]["value"]
+        word_f1 = _word_f1(completion, reference)
+        read = language_beside(completion, reference, known_words(study))
+        scores.append(read * (CLASS_WEIGHT * class_f1 + (1 - CLASS_WEIGHT) * word_f1))
     return scores
 
 

@@ -11,7 +11,7 @@ from umed_plugin.grounding.claims import says_normal
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import boxes_in_square
 from umed_plugin.grounding.terms import named_classes, ruled_out_classes
-from umed_plugin.grounding.wording import Wording, count_words, language, repeated_words
+from umed_plugin.grounding.wording import Wording, count_words, known_words, language, repeated_words
 from umed_plugin.rewards.contract import register_reward
 
 
@@ -83,16 +83,9 @@ def _value(text: str, record: Mapping[str, Any], geometry: ImageGeometry, wordin
     words = count_words(text)
     if not words:
         return 0.0
-    read = language(text, _known_words(record), wording)
+    read = language(text, known_words(record), wording)
     unrepeated = 1 - min(1.0, repeated_words(text, times=max(1, len(boxes))) / words)
     return read * unrepeated * (1 + _boxed(text, boxes, record["terms"])) / 2
-
-
-def _known_words(record: Mapping[str, Any]) -> frozenset[str]:
-    """Words whose form is right in an answer to this record: those of its question, its reference and its names."""
-    texts = [str(turn.get("value", "")) for turn in record["conversations"][:2]]
-    texts += [name for names in record["terms"].values() for name in names]
-    return Wording.of(texts).words
 
 
 def _boxed(text: str, boxes: Sequence[Box], terms: Mapping[str, Sequence[str]]) -> float:
