@@ -8,10 +8,10 @@ from __future__ import annotations
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
+from support.quantized import needs_kernels
 from support.records import grounded_records
 from support.umed_runs import environment, run_command
 
@@ -63,14 +63,19 @@ def run_stage(step: Step, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "method"),
-    [*((machine, "lora") for machine in MACHINES), ("8 x 80 GB", "full"), ("1 x V100 (fp16)", "full")],
+    ("machine", "method", "bits"),
+    [
+        *((machine, "lora", 16) for machine in MACHINES),
+        ("8 x 80 GB", "full", 16),
+        ("1 x V100 (fp16)", "full", 16),
+        pytest.param("1 x 24 GB", "lora", 4, marks=needs_kernels),
+    ],
 )
 def test_both_stages_of_the_plan_for_a_machine_run(
-    machine: str, method: str, tiny_mistral: Path, tmp_path: Path
+    machine: str, method: str, bits: int, tiny_mistral: Path, tmp_path: Path
 ) -> None:
     records = grounded_records(tmp_path / "data")
-    changes: dict[str, Any] = {"checkpoint": str(tiny_mistral), "recipe": str(records), "method": method}
+    changes = {"checkpoint": str(tiny_mistral), "recipe": str(records), "method": method, "bits": bits}
     upgrade = Upgrade(tmp_path / "run", read_settings(None, changes), Console(quiet=True), machine=MACHINES[machine])
     for step in upgrade.steps:
         if step.trains:

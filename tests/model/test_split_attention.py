@@ -171,6 +171,24 @@ def test_grouped_heads_are_those_of_repeated_keys(name, masked):
     torch.testing.assert_close(split_attention.attend(q, k, v, mask, name), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("of_mask", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_queries", [torch.float32, torch.bfloat16])
+def test_a_mask_of_any_dtype_hides_the_same_keys(of_mask, of_queries, name):
+    """Under autocast the mask has more range than the queries; over a base of 4 bits, less."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 5, 16).to(of_queries) for heads in (4, 2, 2))
+    seen = torch.ones(5, 5).tril().bool()
+    seen[0] = False  # a padded row, which sees nothing
+    added = torch.zeros(2, 1, 5, 5, dtype=of_mask).masked_fill(~seen, torch.finfo(of_mask).min)
+    found = split_attention.attend(q, k, v, added, name)
+    expected = split_attention.attend(q, k, v, seen[None, None].expand(2, 1, 5, 5), name)
+    assert found.dtype == of_queries and torch.isfinite(found).all()
+    torch.testing.assert_close(
+        found[:, :, 1:], expected[:, :, 1:], atol=1e-2 if of_queries != torch.float32 else 1e-6, rtol=0
+    )
+
+
 def test_spans_of_two_rows():
     columns = Columns(
         torch.tensor([[-1, 0, 0, 1, 1, 2], [0, 0, 0, 1, 2, -1]]),

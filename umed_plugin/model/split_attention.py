@@ -300,9 +300,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, name: str) -> T
     if mask is None:
         mask = torch.ones(steps, steps, dtype=torch.bool, device=q.device).tril()
     elif mask.is_floating_point() and mask.dtype != q.dtype:
-        # Under autocast queries are in half precision, and the mask has the dtype of the embeddings. Rounded, its lowest number
-        # would be -inf.
-        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+        # The mask has the dtype of the embeddings. Queries are in another under autocast, and over a base of 4 bits. Clamped in
+        # float32, which has both dtypes' lowest numbers: rounded, the mask's would be -inf.
+        mask = mask.float().clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
     if shared > 1:
         q = q.reshape(batch, k.shape[1], shared * steps, size)
         mask = mask.expand(*mask.shape[:-2], steps, mask.shape[-1])
