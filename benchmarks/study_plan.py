@@ -102,20 +102,46 @@ def plain(name: str) -> str:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study.
+    """Read a study, and the file of ``like`` that it goes by, if any.
 
     Raises:
         UmedError: with all faults of the file.
     """
-    data = read_yaml(path)
-    if not isinstance(data, dict):
-        raise UmedError(f"{path}: holds a {type(data).__name__}; a study is a mapping.")
+    data = _mapping(path)
     faults = Faults()
+    if "like" in data:
+        data = _completed(data, _mapping(path.parent / str(data["like"])), faults)
     study = validated(Study, data, "", faults)
     if study is not None:
         _check_names(study, faults)
     faults.raise_if_any(str(path))
     return study
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UmedError(f"{path}: holds a {type(data).__name__}; a study is a mapping.")
+    return data
+
+
+def _completed(study: dict[str, Any], common: dict[str, Any], faults: Faults) -> dict[str, Any]:
+    """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names."""
+    study = {key: value for key, value in study.items() if key != "like"}
+    shared, arms = study.pop("shared_arms", []), common.get("arms", {})
+    for name in set(shared) - set(arms):
+        faults.add("shared_arms", unknown_name("arm", name, arms))
+    stages = {
+        stage: {**common.get("stages", {}).get(stage, {}), **study.get("stages", {}).get(stage, {})}
+        for stage in {**common.get("stages", {}), **study.get("stages", {})}
+    }
+    return {
+        **common,
+        **study,
+        "flags": {**common.get("flags", {}), **study.get("flags", {})},
+        "stages": stages,
+        "arms": {**{name: arms[name] for name in shared if name in arms}, **study.get("arms", {})},
+    }
 
 
 def _check_names(study: Study, faults: Faults) -> None:

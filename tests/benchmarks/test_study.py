@@ -83,6 +83,25 @@ def test_faults_of_a_study_come_at_once(tmp_path):
     assert "against" in told and "tuning_seed: 7 is among the reported seeds" in told
 
 
+def test_a_study_goes_by_another_file_where_it_says_nothing_itself(tmp_path):
+    common = changed(flags={"umed_stock_template_share": 1, "learning_rate": 0.1})
+    (tmp_path / "common.yaml").write_text(yaml.safe_dump(common))
+    own = {key: TINY[key] for key in ("name", "title", "question", "sizes")}
+    own |= {
+        "like": "common.yaml",
+        "flags": {"learning_rate": 0.2},
+        "shared_arms": ["stage 1", "stage 2"],
+        "against": None,
+    }
+    own |= {"figure": [], "stages": {2: {"umed_num_candidates": 4}}, "arms": {"more": {"start": "stage 1", "steps": 3}}}
+    found = loaded(tmp_path, own)
+    assert list(found.arms) == ["stage 1", "stage 2", "more"] and found.seeds == [1]
+    assert found.flags == {"umed_stock_template_share": 1, "learning_rate": 0.2}
+    assert found.stages[2] == {**TINY["stages"][2], "umed_num_candidates": 4}
+    with pytest.raises(UmedError, match="shared_arms"):
+        loaded(tmp_path, {**own, "shared_arms": ["stage 1", "stage 3", "stage 2"]})
+
+
 def test_a_row_counts_until_its_own_settings_change(tmp_path):
     cell = Cell(1, 4, "plain", "stage 2")
     plan = loaded(tmp_path, TINY)
