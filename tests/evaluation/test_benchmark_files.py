@@ -15,7 +15,9 @@ from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.evaluation.benchmarks.medvh import split_choices
+from umed_plugin.evaluation.constants import best_constants, constant_answers
 from umed_plugin.evaluation.metrics.choices import right_option
+from umed_plugin.evaluation.metrics.metric import Row, statistics
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
@@ -200,6 +202,54 @@ def test_an_odd_label_of_medmnist_costs_its_image_alone(tmp_path, capsys, odd):
     assert sum(question.groups["part"] == "chestmnist" for question in questions_of("medmnist", tmp_path)) == 3 * 14
 
 
+def breast(folder, name="breastmnist", labels=(0, 1, 1, 1), **changes):
+    """``changes`` take the place of arrays."""
+    folder.mkdir(exist_ok=True)
+    arrays = {"test_images": np.zeros((len(labels), 28, 28), np.uint8), "test_labels": np.array(labels)[:, None]}
+    np.savez(folder / f"{name}.npz", **{**arrays, **changes})
+    return folder
+
+
+def test_of_several_sizes_of_a_set_the_largest_is_asked(tmp_path, capsys):
+    """By name, _64 comes behind _224. Files of others that begin like a set's are none of MedMNIST's."""
+    for name in ("breastmnist", "breastmnist_64", "breastmnist_128", "breastmnist_224", "breastmnist_corrupted"):
+        breast(tmp_path, name)
+    assert {question.about["file"] for question in questions_of("medmnist", tmp_path)} == {
+        str(tmp_path / "breastmnist_224.npz")
+    }
+    told = capsys.readouterr().err
+    assert "breastmnist is there in 4 sizes; breastmnist_224.npz is asked" in told
+    assert "breastmnist_224.npz has 4 test images, and the published file has 156" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"test_images": np.zeros((4, 28, 28), np.float32)},
+            "test_images are float32 .4, 28, 28.; MedMNIST's are uint8",
+        ),
+        ({"test_images": np.zeros((4, 28, 28, 28), np.uint8)}, "test_images are uint8 .4, 28, 28, 28."),
+        ({"test_images": np.zeros((3, 28, 28), np.uint8)}, "labels .4, 1. of 3 images do not fit"),
+        ({"test_labels": np.array([["a"]] * 4, dtype=object)}, "cannot be read .*allow_pickle"),
+    ],
+)
+def test_arrays_that_are_not_medmnists_are_refused(changes, words, tmp_path):
+    with pytest.raises(UmedError, match=words):
+        questions_of("medmnist", breast(tmp_path, **changes))
+
+
+def test_a_cut_off_npz_and_volumes_are_told(tmp_path):
+    whole = (breast(tmp_path) / "breastmnist.npz").read_bytes()
+    for length in (len(whole) // 2, 20, 0):
+        (tmp_path / "breastmnist.npz").write_bytes(whole[:length])
+        with pytest.raises(UmedError, match="breastmnist.npz: cannot be read .*Was the download cut off"):
+            questions_of("medmnist", tmp_path)
+    (tmp_path / "breastmnist.npz").rename(tmp_path / "nodulemnist3d_64.npz")
+    with pytest.raises(UmedError, match="nodulemnist3d_64.npz: volumes are not asked"):
+        questions_of("medmnist", tmp_path)
+
+
 # --- OmniMedVQA
 
 
@@ -240,6 +290,85 @@ def test_omnimedvqa_by_hand(tmp_path):
     assert found["prefix_score"] == pytest.approx(2 / 3)
     assert found["prefix_score_mean_of_sets"] == pytest.approx((0.5 + 1) / 2)
     assert (found["qa_score/FP"], found["qa_score/US"], found["qa_score/Disease"]) == (0.5, 1, 0)
+
+
+def test_an_omnimedvqa_folder_that_was_unpacked_into_another_is_found(tmp_path):
+    omni(tmp_path / "OmniMedVQA")
+    assert [question.id for question in questions_of("omnimedvqa", tmp_path)] == ["ACRIMA/a", "ACRIMA/b", "BUSI/c"]
+
+
+def test_files_of_restricted_access_are_left_out_where_none_of_their_images_is_there(tmp_path, capsys):
+    root = omni(tmp_path)
+    (row,) = json.loads((root / "QA_information" / "Open-access" / "BUSI.json").read_text())
+    restricted = root / "QA_information" / "Restricted-access"
+    restricted.mkdir()
+    for name in ("AIDA", "Kvasir1"):
+        rows = [{**row, "dataset": name, "question_id": n, "image_path": f"Images/{name}/{n}.png"} for n in range(3)]
+        (restricted / f"{name}.json").write_text(json.dumps(rows))
+    assert [question.groups["part"] for question in questions_of("omnimedvqa", root)] == ["ACRIMA", "ACRIMA", "BUSI"]
+    told = capsys.readouterr().out
+    assert "2 files of Restricted-access with 6 questions are left out, because none of their images is here" in told
+    assert "AIDA, Kvasir1" in told
+    picture(root / "Images" / "AIDA" / "1.png")
+    with pytest.raises(UmedError, match=r"2 images of omnimedvqa are missing[^\0]*--on-bad-image skip"):
+        questions_of("omnimedvqa", root)
+    asked, skipped = chosen_questions(BENCHMARKS["omnimedvqa"], root, work=root / "work", skip=True)
+    assert [question.id for question in asked][-1] == "AIDA/1" and skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gt_answer": "PET"}, "gt_answer 'PET' is not one of its options"),
+        ({"gt_answer": float("nan")}, "its gt_answer is empty"),
+        ({"gt_answer": None}, "its gt_answer is empty"),
+        ({"question": " "}, "its question is empty"),
+        ({"option_B": ""}, "its option_B is empty"),
+        ({"option_A": None}, "has 1 options of option_A to option_D; needed: two at least"),
+        ({"option_A": ["CT"]}, "its option_A is a list"),
+        ({"image_path": ""}, "its image_path is empty"),
+    ],
+)
+def test_one_odd_row_of_omnimedvqa_is_left_out_and_named(changes, words, tmp_path, capsys):
+    file = omni(tmp_path) / "QA_information" / "Open-access" / "ACRIMA.json"
+    rows = json.loads(file.read_text())
+    file.write_text(json.dumps([rows[0], {**rows[0], **changes}, rows[1], rows[1]]))
+    asked = questions_of("omnimedvqa", tmp_path)
+    assert [question.id for question in asked] == ["ACRIMA/a", "ACRIMA/b", "ACRIMA/b#2", "BUSI/c"], "ids stay unique"
+    told = capsys.readouterr().err
+    assert "1 of 5 rows are left out" in told and f"ACRIMA.json[1]: {words}" in told
+
+
+# --- VQA-RAD, SLAKE and LLaVA-Med's files
+
+
+def closed(folder):
+    """Open and closed questions in the forms of all three."""
+    rows = [("Yes", "CLOSED"), ("No", "CLOSED "), ("left", "CLOSED"), ("Left lung", "OPEN"), (4, "OPEN")]
+    records = [
+        {"qid": n, "question": f"Question {n}?", "answer": answer, "answer_type": kind, "q_lang": "en"}
+        | {"img_name": f"{n}.png", "image_name": f"{n}.png", "phrase_type": "test_freeform"}
+        | {"id": n, "image": f"{n}.png"}
+        | {"conversations": [{"from": "human", "value": f"Question {n}?"}, {"from": "gpt", "value": str(answer)}]}
+        for n, (answer, kind) in enumerate(rows)
+    ]
+    for n in range(len(rows)):
+        picture(folder / "imgs" / f"{n}.png", seed=n)
+        picture(folder / "images" / f"{n}.png", seed=n)
+    (folder / "test.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["slake", "vqa_rad"])
+@pytest.mark.parametrize("field", ["question", "answer"])
+@pytest.mark.parametrize("empty", ["", "  ", None, float("nan")])
+def test_a_row_without_question_or_answer_is_left_out_and_named(name, field, empty, tmp_path, capsys):
+    """SLAKE's train.json has one with the answer ""; it would be a candidate that every answer holds."""
+    rows = json.loads((closed(tmp_path) / "test.json").read_text())
+    (tmp_path / "test.json").write_text(json.dumps([{**rows[0], field: empty}, *rows[1:]]))
+    assert [question.truth for question in questions_of(name, tmp_path)] == ["No", "left", "Left lung", "4"]
+    told = capsys.readouterr().err
+    assert f"{name}: 1 of 5 rows are left out" in told and f"[0]: its {field} is empty" in told
 
 
 # --- MedVH
@@ -539,6 +668,49 @@ def test_every_benchmark_runs_and_says_the_same_again(name, make, metric, tiny_m
     before = (out / "evaluation.json").read_bytes()
     assert main(command(tiny_mistral, name, root, out, "--limit", 2, "--batch-size", 5)) == 0
     assert (out / "evaluation.json").read_bytes() == before
+
+
+# Rating metrics that need more than an answer, or that less is better of, have no best constant.
+@pytest.mark.parametrize(
+    ("name", "make", "bare"),
+    [
+        ("pmc_vqa", pmc, set()),
+        ("medmnist", mnist, set()),
+        ("omnimedvqa", omni, set()),
+        ("medvh", medvh, {"takes_suggestion", "report_chair"}),
+        ("med_grit", grit, set()),
+        ("slake", closed, set()),
+        ("vqa_rad", closed, set()),
+        ("llava_med", closed, set()),
+    ],
+)
+def test_the_best_answer_that_never_looks_stands_beside_every_figure(name, make, bare, tmp_path, short_bootstrap):
+    questions, scorer = questions_of(name, make(tmp_path / "data")), Scorer()
+    adapt = BENCHMARKS[name].adapt
+    questions = adapt(questions, scorer) if adapt else questions
+    found = best_constants(BENCHMARKS[name], questions, scorer)
+    losses = [[1.0] * len(question.options) for question in questions]
+    figures = metrics_of(name, questions, [(q.truth, x) for q, x in zip(questions, losses)])
+    defined = {key for key, value in figures.items() if value is not None and not key.startswith("says_last")}
+    assert set(found) == defined - bare
+    benchmark = BENCHMARKS[name]
+    for constant in constant_answers(questions, benchmark, scorer).values():
+        rows = [Row(q.id, q.cluster, benchmark.score(q, constant(q), scorer), q.groups) for q in questions]
+        for key, value in statistics(benchmark.metrics(rows), rows).items():
+            assert value is None or key not in found or value <= found[key]["value"] + 1e-12
+
+
+def test_a_benchmark_that_is_not_listed_above_would_have_no_constants():
+    assert set(BENCHMARKS) == {
+        "pmc_vqa",
+        "medmnist",
+        "omnimedvqa",
+        "medvh",
+        "med_grit",
+        "slake",
+        "vqa_rad",
+        "llava_med",
+    }
 
 
 def test_a_folder_without_the_files_is_named(tmp_path):

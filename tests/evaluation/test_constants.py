@@ -60,6 +60,27 @@ def test_likelihoods_of_a_constant_answer():
     assert found["auc/pneumoniamnist"]["value"] == 0.5
 
 
+def test_who_reads_the_question_and_does_not_look_is_found_out():
+    """The same question with the same answer about every image, in choices and in words; another one has no other image."""
+    options = ["CT", "MRI", "X-ray"]
+    questions = [
+        BenchmarkQuestion(f"{word}{n}", f"{n}.png", f"What is {word}?", right, groups={"answer_type": "CLOSED"})
+        for n in range(4)
+        for word, right in (("one", "yes"), ("two", "no"), ("three", "yes"), ("four", "no"), ("five", "yes"))
+    ]
+    found = best("slake", [*questions, *open_closed(["no"], "CLOSED")])["closed_accuracy"]
+    assert found["answer"] == "what the same question mostly has elsewhere" and found["value"] == 20 / 21
+    turned = [[*options[n % 3 :], *options[: n % 3]] for n in range(12)]
+    asked = [
+        BenchmarkQuestion(
+            f"{n}", f"{n}.png", f"Question {n % 3}", options[n % 3], groups={"part": "x", "task": "choice"},
+            about={"choices": turned[(n // 3) % 3], "right": turned[(n // 3) % 3].index(options[n % 3])},
+        )
+        for n in range(12)
+    ]  # fmt: skip
+    assert best("medvh", asked)["accuracy/x"] == {"value": 1.0, "answer": "what the same question mostly has elsewhere"}
+
+
 def open_closed(truths, kind):
     return [
         BenchmarkQuestion(f"{kind}{n}", f"{n}.png", "Q?", truth, groups={"answer_type": kind})

@@ -3,7 +3,8 @@
 MedVH's published files have the right answer in the last place in every row of three tasks, so "the last choice" scores 1 there.
 Nothing in an accuracy shows that. So answers that are the same for every image are scored like the model's own: the place of a
 choice, the choice that is most often right, the commonest references, yes and no, nothing, and, where boxes count, the whole
-image, its middle, and a grid of boxes.
+image, its middle, and a grid of boxes. One more reads the question, and still no image: it says what the same question has mostly
+about the other images.
 
 They are chosen with the references at hand, which a model has not: an upper bound of what needs no image. At most `MOST`
 questions, drawn at random by a fixed seed, are scored for it; of studies with boxes `MOST_STUDIES`, since each takes longer.
@@ -12,7 +13,7 @@ questions, drawn at random by a fixed seed, are scored for it; of studies with b
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,8 @@ def constant_answers(
         found[f"the {_WORDS} commonest words"] = _text(" ".join(word for word, _ in common.most_common(_WORDS)))
     if benchmark.reads_boxes and scorer.dialect == LLAVA:
         found |= _with_boxes(questions)
+    if len({(_words_of(question), question.cluster) for question in questions}) > len(set(map(_words_of, questions))):
+        found["what the same question mostly has elsewhere"] = _elsewhere(questions)
     return found
 
 
@@ -122,6 +125,31 @@ def _prior(questions: Sequence[BenchmarkQuestion]) -> Constant:
     def answer(question: BenchmarkQuestion) -> ModelAnswer:
         choices = _choices(question)
         return _chosen(question, max(range(len(choices)), key=lambda i: often[choices[i]]) if choices else 0)
+
+    return answer
+
+
+def _words_of(question: BenchmarkQuestion) -> tuple[Any, ...]:
+    """All that who does not look knows of a question: its words, and its choices in whatever order."""
+    asked = (question.groups.get("part", ""), question.text or "", question.options_after or "")
+    return (*asked, *sorted(_choices(question)))
+
+
+def _elsewhere(questions: Sequence[BenchmarkQuestion]) -> Constant:
+    """The commonest reference of the same words about other images; where there is none, the commonest of all."""
+    often = Counter(question.truth for question in questions)
+    same: dict[Any, Counter[str]] = defaultdict(Counter)
+    own: dict[Any, Counter[str]] = defaultdict(Counter)
+    for question in questions:
+        same[_words_of(question)][question.truth] += 1
+        own[_words_of(question), question.cluster][question.truth] += 1
+
+    def answer(question: BenchmarkQuestion) -> ModelAnswer:
+        others = same[_words_of(question)] - own[_words_of(question), question.cluster]
+        choices = _choices(question)
+        if choices:
+            return _chosen(question, max(range(len(choices)), key=lambda i: (others[choices[i]], often[choices[i]])))
+        return _text((others or often).most_common(1)[0][0])(question)
 
     return answer
 

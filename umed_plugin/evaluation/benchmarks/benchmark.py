@@ -248,6 +248,21 @@ def field_of(record: Mapping[str, Any], where: str, *names: str) -> Any:
     )
 
 
+def text_of(record: Mapping[str, Any], where: str, *names: str) -> str:
+    """The text of the first of the fields that the record has, as it stands there; a number as text.
+
+    Raises:
+        UmedError: it has none of them, or nothing is in it: null, NaN or blanks; or it is no text.
+    """
+    value = field_of(record, where, *names)
+    name = next(name for name in names if name in record)
+    if value is None or value != value or not str(value).strip():
+        raise UmedError(f"{where}: its {name} is empty.")
+    if isinstance(value, (list, dict)):
+        raise UmedError(f"{where}: its {name} is {_shown(value)}; needed: a text.")
+    return str(value)
+
+
 def find_one(root: Path, patterns: Sequence[str], benchmark: str) -> Path:
     """The first file below ``root`` that matches one of the patterns.
 

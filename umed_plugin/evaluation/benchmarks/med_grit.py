@@ -14,6 +14,10 @@ Each metric is reported by modality and as the unweighted mean over modalities:
 - ``mbmr``: mean of BLEU-1 to -4, METEOR and ROUGE-L, for MII and GC. Departures that make it differ from printed numbers:
   `umed_plugin.evaluation.metrics.captions`.
 - ``referring_accuracy``: share of RO answers that contain every word of the truth, as substrings.
+
+File names, keys and metrics are those of the authors' ``infer.py`` and ``eval_*_score_modality.py`` (ShawnHuang497/BiRD at
+b588ecb). As there, a grounding row without a box counts for nothing. Departure: a modality without rows is left out of the mean;
+there it counts as 0.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     find_one,
     questions_of_rows,
     read_records,
+    text_of,
 )
 from umed_plugin.evaluation.metrics.captions import BLEU_COLUMNS, caption_values, mbmr
 from umed_plugin.evaluation.metrics.grounding import recalled
@@ -66,15 +71,15 @@ def _questions(record: dict[str, Any], where: str, *, task: str, folders: Sequen
 
 
 def _question(record: dict[str, Any], task: str, where: str, folders: Sequence[Path]) -> BenchmarkQuestion:
-    identity = str(field_of(record, where, "id"))
+    identity = text_of(record, where, "id")
     turns = field_of(record, where, "conversations")
     if not (isinstance(turns, list) and turns and isinstance(turns[0], list) and len(turns[0]) == 2):
         raise UmedError(f"{where}: its conversations are not pairs of question and answer: {str(turns)[:80]!r}.")
-    asked, truth = str(turns[0][0]), str(turns[0][1])
+    asked, truth = (
+        text_of({"question": turns[0][0], "answer": turns[0][1]}, where, name) for name in ("question", "answer")
+    )
     if task == "VG" and not DIALECTS["qwen_vl"].read(truth, 1000, 1000):
         raise UmedError(f"{where}: its answer {truth[:80]!r} has no box that could be found.")
-    if not truth.strip():
-        raise UmedError(f"{where}: its answer is empty.")
     return BenchmarkQuestion(
         id=f"{task}/{identity}",
         image=existing_image(folders, f"{identity}.png", where),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion, field_of
+from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion, field_of, text_of
 from umed_plugin.evaluation.metrics.llava_med import (
     closed_accuracy,
     closed_hit,
@@ -31,19 +31,16 @@ def question_of(record: dict[str, Any], where: str, image: str) -> BenchmarkQues
     """A question of the fields ``qid``, ``question``, ``answer`` and ``answer_type``.
 
     Raises:
-        UmedError: one of them is missing, or ``answer_type`` is neither open nor closed.
+        UmedError: one of them is missing or empty, or ``answer_type`` is neither open nor closed.
     """
     kind = str(field_of(record, where, "answer_type")).strip().upper()
     if kind not in (OPEN, CLOSED):
         raise UmedError(f"{where}: answer_type is {kind!r}; allowed: {OPEN}, {CLOSED}.")
-    asked, truth = field_of(record, where, "question"), field_of(record, where, "answer")
-    if asked is None or truth is None:
-        raise UmedError(f"{where}: its {'question' if asked is None else 'answer'} is empty.")
     return BenchmarkQuestion(
         id=str(field_of(record, where, "qid")),
         image=image,
-        text=str(asked).strip(),
-        truth=str(truth).strip(),
+        text=text_of(record, where, "question").strip(),
+        truth=text_of(record, where, "answer").strip(),
         groups={"answer_type": kind},
     )
 

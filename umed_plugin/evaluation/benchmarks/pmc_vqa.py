@@ -2,10 +2,12 @@
 
 Zhang et al. (arXiv 2305.10415). A CSV with ``Figure_path``, ``Question``, ``Choice A`` .. ``Choice D`` and ``Answer``; values may
 begin with " A:". In ``test.csv`` and ``test_clean.csv`` the answer (in older files ``Anwser``) is a text, and ``Answer_label`` a
-letter. In ``test_2.csv`` the answer is the letter, and there are ``index``, ``Caption`` and ``split`` too. In both
-tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script. Departure: an answer that
-begins with a letter counts as that letter; their script looks at the last character alone, which suits models that were trained
-to answer with it.
+letter. In ``test_2.csv`` the answer is the letter, and there are ``index``, ``Caption`` and ``split`` too. The files are those of
+xmcmic/PMC-VQA at b56ae59, whose README calls the newer ones ``test2.csv`` and ``images2.zip``.
+
+In both tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script
+(xiaoman-zhang/PMC-VQA at 1678ec2). Departure: an answer that begins with a letter counts as that letter; their script looks at
+the last character alone, which suits models that were trained to answer with it.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ _BLEU_1 = ("ngrams_shared_1", "ngrams_said_1", "words_said", "words_wanted")
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """Two questions for each row: with the choices, and without."""
     file = find_one(root, ["test_clean.csv", "test_2.csv", "test.csv", "*test*.csv"], "pmc_vqa")
-    folders = [root / name for name in ("images_2", "images_2/figures", "images", "figures", ".")]
+    folders = [root / name for name in ("images_2", "images_2/figures", "images2", "images", "figures", ".")]
     check_whole(file)
     head, *body = [row for row in read_rows(file) if row] or [[]]
     rows = ((f"{file}, row {number}", _record(head, row)) for number, row in enumerate(body, start=2))

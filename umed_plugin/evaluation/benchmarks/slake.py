@@ -1,5 +1,7 @@
 """SLAKE (Liu et al. 2021): ``{train,validate,test}.json`` and ``imgs/``; its English questions.
 
+One row of ``train.json`` (``qid`` 1622) has an empty answer; it is left out and named.
+
 Some of its X-rays come from NIH ChestX-ray14. If you train on that data set, check it with ``umed recipe check ... --against
 slake/imgs``. Scores: `umed_plugin.evaluation.benchmarks.open_closed`.
 """
@@ -14,10 +16,10 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
     existing_image,
-    field_of,
     find_one,
     questions_of_rows,
     read_records,
+    text_of,
 )
 from umed_plugin.evaluation.benchmarks.open_closed import (
     REPORTED,
@@ -39,7 +41,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     def in_english(record: dict[str, Any], where: str) -> list[BenchmarkQuestion]:
         if record.get("q_lang", "en") != "en":
             return []
-        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "img_name")), where))]
+        return [question_of(record, where, existing_image(folders, text_of(record, where, "img_name"), where))]
 
     rows = ((f"{file}[{number}]", record) for number, record in enumerate(records))
     listed = questions_of_rows(rows, in_english, "slake")

@@ -1,7 +1,10 @@
 """VQA-RAD (Lau et al. 2018): ``VQA_RAD Dataset Public.json`` and a folder of images.
 
 The test split is the 451 questions whose ``phrase_type`` begins with ``test``. Its images are in the training part too: it tests
-new questions, not new patients. Scores: `umed_plugin.evaluation.benchmarks.open_closed`.
+new questions, not new patients. Some answers are numbers, and some of the types end with a space; both are read. The JSON that
+MEVF split into ``trainset.json`` and ``testset.json`` has 3,515 rows and no ``test`` in ``phrase_type``: it is another file.
+
+Scores: `umed_plugin.evaluation.benchmarks.open_closed`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     find_one,
     questions_of_rows,
     read_records,
+    text_of,
 )
 from umed_plugin.evaluation.benchmarks.open_closed import (
     REPORTED,
@@ -38,7 +42,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
         kinds.add(str(field_of(record, where, "phrase_type")))
         if str(record["phrase_type"]).startswith("test") != (split == "test"):
             return []
-        return [question_of(record, where, existing_image(folders, str(field_of(record, where, "image_name")), where))]
+        return [question_of(record, where, existing_image(folders, text_of(record, where, "image_name"), where))]
 
     rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "vqa_rad")))
     listed = questions_of_rows(rows, of_split, "vqa_rad")
