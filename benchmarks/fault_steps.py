@@ -93,6 +93,17 @@ class Inputs:
         return self._made("data", make) / "records.json"
 
     @property
+    def labels(self) -> Path:
+        """Pictures with a label and no box, normal ones, and their recipe with ``pseudo_boxes``."""
+        from labels_day import RECIPE, draw
+
+        def make(place: Path) -> None:
+            draw(place / "images", labelled=40, normal=16, seed=0)
+            (place / "labels.yaml").write_text(RECIPE.replace("SEED", "0").replace("STEPS", "60"))
+
+        return self._made("labels", make)
+
+    @property
     def asked(self) -> Path:
         """Records to evaluate on."""
         from support.records import evaluated_records
@@ -236,6 +247,9 @@ def steps(inputs: Inputs) -> dict[str, Step]:
     found = [
         Step("build", lambda out, _: [*UMED, "recipe", "build", "demo_studies", "--data-root", inputs.studies,
              "--out", out / "train.json"], file_states, "train.json"),
+        Step("pseudo_boxes", lambda out, _: [*UMED, "recipe", "build", inputs.labels / "labels.yaml", "--data-root",
+             inputs.labels / "images", "--out", out / "train.json", "--tower", inputs.checkpoint],
+             some_files("train.json", "train.pseudo_boxes.png"), "train.json"),
         Step("writer", lambda out, server: [sys.executable, "-c", WRITING, "recipe", "build", inputs.written / "recipe.yaml",
              "--out",
              out / "train.json", *writer, server], some_files("train.json"), "train.json", "train.ledger.jsonl", copy_images),
