@@ -14,17 +14,11 @@ import torch
 from rich.console import Console
 
 from umed_plugin import cli
+from umed_plugin.commands import memory_extras
 from umed_plugin.commands.machine import Machine
-from umed_plugin.commands.memory import (
-    DEFAULT_PLAN,
-    ModelSize,
-    Work,
-    activations,
-    fits,
-    memory_lines,
-    remedies,
-    stage_memory,
-)
+from umed_plugin.commands.memory import ModelSize, Work, activations, has_fused_attention, stage_memory
+from umed_plugin.commands.memory_advice import DEFAULT_PLAN, fits, memory_lines, remedies
+from umed_plugin.commands.memory_extras import Extras, ImageEncoder, Tower
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
 from umed_plugin.commands.upgrade.training import work_of
@@ -131,6 +125,135 @@ def test_the_default_plan_is_what_an_upgrade_starts(tiny_mistral: Path, tmp_path
     upgrade = Upgrade(tmp_path / "run", settings, Console(quiet=True), machine=Machine(1, 80 * GB))
     for name, work in DEFAULT_PLAN.items():
         assert {**vars(work_of(name, upgrade.settings)), "fused": True} == vars(work)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "sdpa"])
+@pytest.mark.parametrize("half", [True, False], ids=["bf16", "fp32"])
+def test_activations_of_a_trained_tower_are_what_torch_saves(half: bool, fused: bool, checkpointing: bool) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    if fused and not getattr(CLIPVisionModel, "_supports_sdpa", False):
+        pytest.skip("this stack's CLIP has no sdpa attention")
+    for shape, images, side in (((64, 3, 3, 4, 256), 2, 48), ((96, 5, 5, 6, 384), 3, 80)):
+        tower = Tower(*shape, tokens=(side // 8) ** 2 + 1)
+        config = CLIPVisionConfig(
+            hidden_size=tower.hidden,
+            intermediate_size=tower.ffn,
+            num_hidden_layers=tower.layers,
+            num_attention_heads=tower.heads,
+            image_size=side,
+            patch_size=8,
+        )
+        config._attn_implementation = "sdpa" if fused else "eager"
+        model = CLIPVisionModel(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+        pixels = torch.randn(images, 3, side, side)
+        with autocast, saved_bytes(model) as total:
+            assert model(pixels, output_hidden_states=True).hidden_states[-1].requires_grad
+        total[0] -= 4 * pixels.numel()
+        if half:  # autocast's copies of the weights, which `stage_memory` counts as weights
+            total[0] -= 2 * (3 * 8 * 8 * tower.hidden + (0 if checkpointing else tower.weights))
+        if half and not fused and not checkpointing and torch.__version__.startswith("2.0"):
+            # autocast on a CPU leaves the softmax in bf16 there
+            total[0] += 4 * tower.used * images * tower.heads * tower.tokens**2
+        sizes = {"half": half, "fused": fused}
+        estimate = memory_extras.tower_activations(tower, images, checkpointing=checkpointing, **sizes)
+        if checkpointing:  # the layer that is computed again is not there yet
+            estimate -= memory_extras.tower_activations(
+                replace(tower, used=2), images, checkpointing=False, **sizes
+            ) - memory_extras.tower_activations(replace(tower, used=1), images, checkpointing=False, **sizes)
+        assert estimate == pytest.approx(total[0], rel=0.15)
+
+
+def test_the_kl_to_a_teacher_saves_two_distributions() -> None:
+    from umed_plugin.model.distillation import Head, answer_kl
+
+    layer = torch.nn.Linear(16, 500, bias=False)
+    states = torch.randn(40, 16, requires_grad=True)
+    for rows, kept in ((0, memory_extras.saved_by_kl(40, 500)), (10, 0.0)):
+        with saved_bytes(layer) as total:
+            answer_kl(states, Head(layer.weight), torch.randn(40, 16), Head(torch.randn(500, 16)), rows=rows)
+        assert total[0] == pytest.approx(kept, rel=0.15), "in parts, nothing is kept but the states"
+
+
+def test_the_loss_of_a_towers_teacher_saves_features() -> None:
+    from umed_plugin.model.tower_teacher import new_map, patch_cosine
+
+    tower, encoder = Tower(hidden=64, tokens=101), ImageEncoder(channels=24)
+    onto = new_map(tower.hidden, encoder.channels, 0)
+    features = torch.randn(3, 100, tower.hidden, dtype=torch.bfloat16, requires_grad=True)
+    with saved_bytes(onto) as total:
+        (1 - patch_cosine(features, torch.randn(3, 100, encoder.channels), onto)).mean()
+    assert memory_extras.feature_loss(tower, 3, encoder) == pytest.approx(total[0], rel=0.15)
+
+
+def test_the_pass_of_an_image_encoder_peaks_in_a_global_layer() -> None:
+    from torch.profiler import profile
+    from transformers.models.sam.configuration_sam import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+    config = SamVisionConfig(
+        hidden_size=32,
+        output_channels=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=256,
+        patch_size=8,
+        mlp_dim=64,
+        window_size=4,
+        global_attn_indexes=[1],
+    )
+    module = SamVisionEncoder(config).eval().requires_grad_(False)
+    encoder = ImageEncoder(heads=4, cells=32**2, channels=16)
+    for half in (True, False):
+        autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=half)
+        with torch.no_grad(), autocast, profile(profile_memory=True) as profiled:
+            module(torch.randn(1, 3, 256, 256))
+        now = peak = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        fused = has_fused_attention()
+        assert memory_extras.encoder_pass(encoder, 1, half=half, fused=fused) == pytest.approx(peak, rel=0.15)
+
+
+def test_a_plan_counts_what_further_losses_add(tiny_mistral: Path, tmp_path: Path) -> None:
+    from support.sam_files import sam_encoder, write_sam_file
+
+    work = DEFAULT_PLAN["instruction_tuning"]
+    plain = stage_memory(LLAVA_MED, work)
+    tower, projector = LLAVA_MED.tower, LLAVA_MED.projector
+    keeping = stage_memory(LLAVA_MED, replace(work, extras=Extras(keeps=True)))
+    assert keeping["copy of the start"] == 4 * projector and keeping["KL"] == 16 * 1024 * 32000
+    full = stage_memory(LLAVA_MED, replace(work, rank=0, extras=Extras(keeps=True)))
+    assert full["copy of the start"] == 4 * (LLAVA_MED.language + projector)
+    taught = stage_memory(LLAVA_MED, replace(work, extras=Extras(keeps=True, teacher=LLAVA_MED.weights)))
+    assert taught["teacher"] == 2 * LLAVA_MED.weights and "copy of the start" not in taught
+    trained = stage_memory(LLAVA_MED, replace(work, extras=Extras(tower=True)))
+    assert trained["gradients and Adam"] - plain["gradients and Adam"] == 12 * tower.trained
+    assert trained["weights"] - plain["weights"] == 4 * tower.trained, (
+        "float32 and a copy in half precision, not half alone"
+    )
+    assert trained["activations of the tower"] > 5e8
+    both = stage_memory(LLAVA_MED, replace(work, extras=Extras(tower=True, encoder=ImageEncoder())))
+    assert both["tower's teacher"] == 4 * 89_700_000
+    crowded = stage_memory(
+        LLAVA_MED, replace(work, rows=64, checkpointing=True, extras=Extras(True, 0, True, ImageEncoder()))
+    )
+    assert sum(crowded.values()) > sum(both.values())
+
+    flags = {"umed_keep": "clinkd", "umed_teacher": str(tiny_mistral), "umed_tower_lr": 1e-6, "umed_logit_rows": 0}
+    flags["umed_tower_teacher"] = str(write_sam_file(tmp_path / "sam.pth", "image_encoder."))
+    changes = {"checkpoint": str(tmp_path), "recipe": str(tmp_path / "r.json"), "instruction_tuning.flags": flags}
+    first, second = (work_of(name, read_settings(None, changes)) for name in DEFAULT_PLAN)
+    assert first.logit_rows == 0 and first.extras.keeps and first.extras.tower and first.extras.teacher > 0
+    assert first.extras.encoder is not None
+    assert first.extras.encoder.weights == sum(p.numel() for p in sam_encoder().parameters())
+    assert second.extras == Extras()
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change_until_it_does() -> None:

@@ -49,6 +49,24 @@ def test_stage_1_trains_resumes_and_is_merged_into_the_16_bit_base(
 
 
 @needs_kernels
+def test_stage_1_holds_to_its_start_over_4_bits(tiny_mistral: Path, tmp_path: Path) -> None:
+    """The first step's KL is 0: its start is the model with its adapter off. Resumed, the teacher is the same start."""
+    records, whole, resumed = write_records(tmp_path / "data"), tmp_path / "whole", tmp_path / "resumed"
+    steps = ("--lr_scheduler_type", "constant", "--save_steps", "2", "--umed_keep", "0.5", "--umed_logit_rows", "7")
+    assert (run := train(tiny_mistral, records, whole, *QLORA, *steps, "--max_steps", "4")).returncode == 0, run.stderr
+    for until in ("2", "4"):
+        run = train(tiny_mistral, records, resumed, *QLORA, *steps, "--max_steps", until)
+        assert run.returncode == 0, run.stderr[-3000:]
+    logs = [json.loads((out / "trainer_state.json").read_text())["log_history"][:4] for out in (whole, resumed)]
+    kept = [[float(row["keep_kl"]) for row in log] for log in logs]
+    assert kept[0][0] == pytest.approx(0, abs=1e-6) and kept[0][-1] > 1e-4
+    assert kept[1] == pytest.approx(kept[0], rel=1e-4, abs=1e-6)
+    expected, found = weights(whole), weights(resumed)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+
+
+@needs_kernels
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_stage_2_learns_over_4_bits_from_what_it_has_sampled(
     algorithm: str, tiny_mistral: Path, tmp_path: Path

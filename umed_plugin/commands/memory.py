@@ -6,27 +6,23 @@ and under torch 2.13 with transformers 5.23. The two differ by up to 8 %, and th
 checkpointing, each layer keeps its input, and one layer at a time is computed again.
 
 Not counted are the CUDA context, kernels' workspaces and fragmentation: `RESERVE` stands for them. DeepSpeed's configuration
-is not read: with it, the estimate is that of a run without.
+is not read: with it, the estimate is that of a run without. What further losses of stage 1 add is in
+`umed_plugin.commands.memory_extras`, what is said of a plan in `umed_plugin.commands.memory_advice`.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from umed_plugin.commands.machine import Machine
-from umed_plugin.files import read_object
-from umed_plugin.flags.rules import REWARDING, TUNING
+from umed_plugin.commands import memory_extras
+from umed_plugin.commands.memory_extras import Extras, Tower
 
-GIGA = 1e9
 RESERVE = 1.5e9
-# The share of a GPU up to which a plan is said to fit.
-_USABLE = 0.95
 # A float32 weight's gradient, and Adam's two averages.
 _BYTES_OF_GRADIENT, _BYTES_OF_ADAM = 4, 8
 # 4-bit weights with their scales (bitsandbytes, double quantization).
@@ -74,8 +70,7 @@ class ModelSize:
     Attributes:
         keys: channels of keys, and of values.
         patches: image tokens.
-        tower: weights of the vision tower.
-        tower_hidden: channels of its features.
+        tower: the vision tower.
     """
 
     hidden: int
@@ -85,8 +80,7 @@ class ModelSize:
     ffn: int
     vocabulary: int
     patches: int = 576
-    tower: int = 304_000_000
-    tower_hidden: int = 1024
+    tower: Tower = field(default_factory=Tower)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> ModelSize:
@@ -102,10 +96,12 @@ class ModelSize:
         if tower is None:
             return size
         tower = tower.get("vision_config", tower)
-        width, layers = tower["hidden_size"], tower["num_hidden_layers"]
-        weights = layers * (4 * width**2 + 2 * width * tower["intermediate_size"])
-        patches = (tower["image_size"] // tower["patch_size"]) ** 2
-        return replace(size, patches=patches, tower=weights, tower_hidden=width)
+        layers, patches = tower["num_hidden_layers"], (tower["image_size"] // tower["patch_size"]) ** 2
+        used = range(layers + 1)[config.get("mm_vision_select_layer", -2)]
+        own = Tower(
+            tower["hidden_size"], layers, used, tower["num_attention_heads"], tower["intermediate_size"], patches + 1
+        )
+        return replace(size, patches=patches, tower=own)
 
     @property
     def language(self) -> int:
@@ -116,7 +112,12 @@ class ModelSize:
     @property
     def projector(self) -> int:
         """Weights of a two-layer projector."""
-        return self.hidden * (self.tower_hidden + self.hidden)
+        return self.hidden * (self.tower.hidden + self.hidden)
+
+    @property
+    def weights(self) -> int:
+        """Of the whole checkpoint."""
+        return self.language + self.projector + self.tower.weights
 
     def adapter(self, rank: int) -> int:
         """Weights of a LoRA adapter on all seven products of each layer."""
@@ -136,8 +137,9 @@ class Work:
         rows: records (stage 2: questions) of a batch.
         text: tokens of question and answer; in stage 2 of the question.
         candidates, answer: K answers of so many tokens for each question; 0 in stage 1.
-        logit_rows: rows of float32 logits at a time in stage 2.
+        logit_rows: rows of float32 logits at a time in stage 2, and in the KL of stage 1; 0: all.
         bits: of the frozen weights: 16 or 4.
+        extras: further losses of stage 1.
     """
 
     rank: int
@@ -150,6 +152,7 @@ class Work:
     answer: int = 0
     logit_rows: int = 1024
     bits: int = 16
+    extras: Extras = field(default_factory=Extras)
 
 
 def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
@@ -166,20 +169,54 @@ def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
     frozen = _BYTES_OF_4_BITS if work.bits == 4 else width
     # Input embeddings are not quantized.
     embeddings = (width - frozen) * size.vocabulary * size.hidden
-    trained = size.projector + (size.adapter(work.rank) if work.rank else size.language)
-    # Full fine-tuning trains float32 weights, of which autocast keeps copies in half precision.
-    language = size.language * frozen + embeddings if work.rank else size.language * (2 if work.half else 0)
-    weights = size.tower * width + 4 * trained + language
+    tower = size.tower.trained if work.extras.tower else 0
+    trained = size.projector + (size.adapter(work.rank) if work.rank else size.language) + tower
+    # What is trained outside of an adapter has float32 weights, of which autocast keeps copies in half precision.
+    copies = 2 if work.half else 0
+    language = size.language * frozen + embeddings if work.rank else size.language * copies
+    weights = (size.tower.weights - tower) * width + tower * copies + 4 * trained + language
     parts = {"weights": weights, "gradients and Adam": trained * float(_BYTES_OF_GRADIENT + _BYTES_OF_ADAM)}
     if work.candidates and not work.rank:
         parts["reference policy"] = float(size.language * width)
+    parts |= _teachers(size, work, trained)
     prompt = size.patches + work.text
     length = prompt + work.candidates * work.answer
     update = {"activations": activations(size, work, length), "logits": _logits(size, work, length)}
+    update |= _of_extras(size, work)
     cache = 2 * size.layers * size.keys * width * work.rows * (prompt + work.candidates * work.answer)
-    sampling = {"KV cache of sampling": float(cache)} if work.candidates else {}
-    parts |= update if sum(update.values()) >= sum(sampling.values()) else sampling
+    others = {"KV cache of sampling": float(cache)} if work.candidates else {}
+    if work.extras.encoder is not None:
+        need = memory_extras.encoder_pass(work.extras.encoder, work.rows, half=work.half, fused=work.fused)
+        others = {"pass of the tower's teacher": need}
+    parts |= update if sum(update.values()) >= sum(others.values()) else others
     return {**parts, "reserve": RESERVE}
+
+
+def _teachers(size: ModelSize, work: Work, trained: int) -> dict[str, float]:
+    """Weights that only further losses need."""
+    extras, parts = work.extras, {}
+    if extras.teacher:
+        parts["teacher"] = float(extras.teacher * (2 if work.half else 4))
+    elif extras.keeps:
+        # With its adapter switched off, the model itself is the start, but for what is trained outside of the adapter.
+        parts["copy of the start"] = 4.0 * (trained - (size.adapter(work.rank) if work.rank else 0))
+    if extras.encoder is not None:
+        parts["tower's teacher"] = 4.0 * extras.encoder.weights
+    return parts
+
+
+def _of_extras(size: ModelSize, work: Work) -> dict[str, float]:
+    """What further losses keep until the backward pass. All of a record's text counts as its answer."""
+    extras, parts = work.extras, {}
+    if extras.keeps:
+        parts["KL"] = memory_extras.kl_bytes(work.rows * work.text, size.vocabulary, work.logit_rows)
+    if extras.tower:
+        parts["activations of the tower"] = memory_extras.tower_activations(
+            size.tower, work.rows, half=work.half, checkpointing=work.checkpointing, fused=work.fused
+        )
+    if extras.encoder is not None:
+        parts["loss of the tower's teacher"] = memory_extras.feature_loss(size.tower, work.rows, extras.encoder)
+    return parts
 
 
 def activations(size: ModelSize, work: Work, length: int) -> float:
@@ -199,51 +236,9 @@ def activations(size: ModelSize, work: Work, length: int) -> float:
 
 def _logits(size: ModelSize, work: Work, length: int) -> float:
     """Logits, their logarithms and their gradient, in float32."""
-    rows = min(work.logit_rows, work.rows * work.candidates * work.answer) if work.candidates else work.rows * length
+    answers = work.rows * work.candidates * work.answer
+    rows = min(work.logit_rows or answers, answers) if work.candidates else work.rows * length
     return 3.0 * 4 * rows * size.vocabulary
-
-
-# What `umed upgrade` starts by default on a GPU (a test holds it against the settings).
-DEFAULT_PLAN = {
-    TUNING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=8),
-    REWARDING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=4, candidates=8, answer=128),
-}
-
-
-def memory_lines(config: Mapping[str, Any], works: Mapping[str, Work], machine: Machine) -> list[str]:
-    """For each stage, the memory that one GPU needs, whether it is there, and what to change where it is not.
-
-    Args:
-        config: ``config.json`` of the checkpoint.
-        works: stage -> what one of its processes holds.
-        machine: with the GPU; without one, the lines only name the need.
-    """
-    file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
-    size = ModelSize.of(config, read_object(file) if file.is_file() else None)
-    text = max(work.text for work in works.values())
-    lines = [f"memory a GPU, for {size.patches} image tokens and {text} tokens of text:"]
-    for number, (name, work) in enumerate(works.items(), start=1):
-        lines.append(f"stage {number}, {name.replace('_', ' ')}: {summary(stage_memory(size, work))}")
-        lines += [f"  {_verdict(size, work, machine.gpu_bytes)}"] if machine.gpus else []
-    return lines
-
-
-def _verdict(size: ModelSize, work: Work, there: int) -> str:
-    if fits(stage_memory(size, work), there):
-        return f"fits the GPU's {there / GIGA:.1f} GB."
-    changes = remedies(size, work, there)
-    if not changes:
-        larger = "Use a larger GPU, or DeepSpeed's ZeRO-3 over several."
-        return f"does NOT fit the GPU's {there / GIGA:.1f} GB, whatever the batch. {larger}"
-    # Of several batch sizes or ranks, the last one holds.
-    last = {words.split(":")[0]: words for words, _ in changes}
-    need = sum(stage_memory(size, changes[-1][1]).values())
-    over_4_bits = stage_memory(size, replace(work, bits=4))
-    instead = ""
-    if work.rank and changes[-1][1].bits != 4 and fits(over_4_bits, there):
-        instead = f" Or set bits: 4 alone: about {sum(over_4_bits.values()) / GIGA:.1f} GB."
-    changed = f"Set {'; '.join(last.values())}: about {need / GIGA:.1f} GB."
-    return f"does NOT fit the GPU's {there / GIGA:.1f} GB. {changed}{instead}"
 
 
 def has_fused_attention() -> bool:
@@ -253,60 +248,3 @@ def has_fused_attention() -> bool:
         from transformers import MistralForCausalLM
 
     return find_spec("flash_attn") is not None or bool(getattr(MistralForCausalLM, "_supports_sdpa", False))
-
-
-def summary(parts: Mapping[str, float]) -> str:
-    """One line: the sum and its parts, in GB of 10^9 bytes."""
-    named = " + ".join(f"{need / GIGA:.1f} {part}" for part, need in parts.items())
-    return f"about {sum(parts.values()) / GIGA:.1f} GB: {named}"
-
-
-def fits(parts: Mapping[str, float], gpu_bytes: int) -> bool:
-    """Whether it fits a GPU, with a little room."""
-    return sum(parts.values()) <= _USABLE * gpu_bytes
-
-
-def remedies(size: ModelSize, work: Work, gpu_bytes: int) -> list[tuple[str, Work]]:
-    """The first change that makes the work fit, or the changes that together do; (what to change, the work after it).
-
-    Empty where nothing helps: the model needs a larger GPU, or DeepSpeed with ZeRO-3 over several.
-    """
-    for changes in (_changes(work), _changes_over_4_bits(work)):
-        taken: list[tuple[str, Work]] = []
-        for words, changed in changes:
-            current = taken[-1][1] if taken else work
-            after = replace(current, **changed)
-            if after == current:
-                continue
-            taken.append((words, after))
-            if fits(stage_memory(size, after), gpu_bytes):
-                return taken
-    return []
-
-
-def _changes(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes in the order in which they cost least; half the batch keeps the step by twice the accumulation."""
-    yield "gradient_checkpointing: true", {"checkpointing": True}
-    yield from _smaller_batches(work)
-    if not work.rank:
-        yield "method: lora", {"rank": 128}
-
-
-def _changes_over_4_bits(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes where a smaller batch alone is not enough: a base of 4 bits first, which saves more than a smaller adapter."""
-    yield "gradient_checkpointing: true", {"checkpointing": True}
-    if not work.rank:
-        yield "method: lora", {"rank": 128}
-    yield "bits: 4", {"bits": 4}
-    yield from _smaller_batches(work)
-    rank = work.rank or 128
-    while rank > 16:
-        rank //= 2
-        yield f"lora.r: {rank} (and lora.alpha: {2 * rank})", {"rank": rank}
-
-
-def _smaller_batches(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = work.rows
-    while rows > 1:
-        rows //= 2
-        yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}

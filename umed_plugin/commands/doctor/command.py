@@ -83,7 +83,8 @@ def _print_memory(args: argparse.Namespace) -> None:
     """The memory of the default plan; the recipe must be one that can be read."""
     from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
     from umed_plugin.commands.machine import this_machine
-    from umed_plugin.commands.memory import DEFAULT_PLAN, has_fused_attention, memory_lines
+    from umed_plugin.commands.memory import has_fused_attention
+    from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines
     from umed_plugin.data.recipes.recipe import load_recipe
 
     if not args.recipe.endswith(".json"):

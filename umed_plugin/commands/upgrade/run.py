@@ -13,7 +13,7 @@ from typing import Any
 
 from umed_plugin.commands.doctor.examination import ERROR, examine
 from umed_plugin.commands.machine import Machine, this_machine
-from umed_plugin.commands.memory import memory_lines
+from umed_plugin.commands.memory_advice import memory_lines
 from umed_plugin.commands.processes import importable, marked_processes, run_logged
 from umed_plugin.commands.run_logs import read_from
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap

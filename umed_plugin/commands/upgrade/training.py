@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
-from umed_plugin.checkpoints.folder import UMED_TEMPLATES
-from umed_plugin.commands.memory import Work, has_fused_attention
+from umed_plugin.checkpoints.folder import UMED_TEMPLATES, read_config
+from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention
+from umed_plugin.commands.memory_extras import Extras, ImageEncoder
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
 from umed_plugin.errors import UmedError
-from umed_plugin.flags.rules import TUNING
+from umed_plugin.flags.rules import TUNING, parse_keep
 
 # Paths that differ from run to run; `flags` of the settings must not set them either.
 PATH_FLAGS = ("model_name_or_path", "data_path", "image_folder", "output_dir")
@@ -185,4 +188,32 @@ def work_of(name: str, settings: Settings) -> Work:
         candidates=stage.candidates if rewarding else 0,
         answer=stage.max_new_tokens if rewarding else 0,
         bits=settings.bits,
+        logit_rows=int(stage.flags.get("umed_logit_rows", Work.logit_rows)),
+        extras=_extras(stage) if name == TUNING else Extras(),
     )
+
+
+def _extras(stage: Stage) -> Extras:
+    """The further losses that a stage's `flags` ask for. What is wrong with a flag is said when the stage begins."""
+    flags, keeps, teacher, tower = stage.flags, False, 0, "umed_tower_lr" in stage.flags
+    with suppress(ValueError):
+        keeps = parse_keep(str(flags.get("umed_keep", 0))).kl > 0
+    if keeps and "umed_teacher" in flags:
+        with suppress(UmedError):
+            teacher = ModelSize.of(read_config(str(flags["umed_teacher"]))).weights
+    taught = tower and "umed_tower_teacher" in flags and flags.get("umed_tower_teacher_weight") != 0
+    return Extras(keeps, teacher, tower, _encoder(str(flags["umed_tower_teacher"])) if taught else None)
+
+
+def _encoder(file: str) -> ImageEncoder:
+    """The sizes of a tower's teacher; those of SAM's ViT-B where the file cannot be read."""
+    from umed_plugin.checkpoints.sam_encoder import read_sam_file
+
+    try:
+        found = read_sam_file(file)
+    except UmedError:
+        return ImageEncoder()
+    settings = found.settings
+    cells = (settings["image_size"] // settings["patch_size"]) ** 2
+    weights = sum(math.prod(tensor.shape) for tensor in found.tensors.values())
+    return ImageEncoder(weights, settings["num_attention_heads"], cells, settings["output_channels"])

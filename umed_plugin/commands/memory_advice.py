@@ -1,0 +1,119 @@
+"""What is said of a plan's memory: whether it fits the GPU, and what to change where it does not.
+
+The figures are those of `umed_plugin.commands.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.commands.machine import Machine
+from umed_plugin.commands.memory import ModelSize, Work, stage_memory
+from umed_plugin.files import read_object
+from umed_plugin.flags.rules import REWARDING, TUNING
+
+GIGA = 1e9
+# The share of a GPU up to which a plan is said to fit.
+_USABLE = 0.95
+
+# What `umed upgrade` starts by default on a GPU (a test holds it against the settings).
+DEFAULT_PLAN = {
+    TUNING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=8),
+    REWARDING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=4, candidates=8, answer=128),
+}
+
+
+def memory_lines(config: Mapping[str, Any], works: Mapping[str, Work], machine: Machine) -> list[str]:
+    """For each stage, the memory that one GPU needs, whether it is there, and what to change where it is not.
+
+    Args:
+        config: ``config.json`` of the checkpoint.
+        works: stage -> what one of its processes holds.
+        machine: with the GPU; without one, the lines only name the need.
+    """
+    file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
+    size = ModelSize.of(config, read_object(file) if file.is_file() else None)
+    text = max(work.text for work in works.values())
+    lines = [f"memory a GPU, for {size.patches} image tokens and {text} tokens of text:"]
+    for number, (name, work) in enumerate(works.items(), start=1):
+        lines.append(f"stage {number}, {name.replace('_', ' ')}: {summary(stage_memory(size, work))}")
+        lines += [f"  {_verdict(size, work, machine.gpu_bytes)}"] if machine.gpus else []
+    return lines
+
+
+def _verdict(size: ModelSize, work: Work, there: int) -> str:
+    if fits(stage_memory(size, work), there):
+        return f"fits the GPU's {there / GIGA:.1f} GB."
+    changes = remedies(size, work, there)
+    if not changes:
+        larger = "Use a larger GPU, or DeepSpeed's ZeRO-3 over several."
+        return f"does NOT fit the GPU's {there / GIGA:.1f} GB, whatever the batch. {larger}"
+    # Of several batch sizes or ranks, the last one holds.
+    last = {words.split(":")[0]: words for words, _ in changes}
+    need = sum(stage_memory(size, changes[-1][1]).values())
+    over_4_bits = stage_memory(size, replace(work, bits=4))
+    instead = ""
+    if work.rank and changes[-1][1].bits != 4 and fits(over_4_bits, there):
+        instead = f" Or set bits: 4 alone: about {sum(over_4_bits.values()) / GIGA:.1f} GB."
+    changed = f"Set {'; '.join(last.values())}: about {need / GIGA:.1f} GB."
+    return f"does NOT fit the GPU's {there / GIGA:.1f} GB. {changed}{instead}"
+
+
+def summary(parts: Mapping[str, float]) -> str:
+    """One line: the sum and its parts, in GB of 10^9 bytes."""
+    named = " + ".join(f"{need / GIGA:.1f} {part}" for part, need in parts.items())
+    return f"about {sum(parts.values()) / GIGA:.1f} GB: {named}"
+
+
+def fits(parts: Mapping[str, float], gpu_bytes: int) -> bool:
+    """Whether it fits a GPU, with a little room."""
+    return sum(parts.values()) <= _USABLE * gpu_bytes
+
+
+def remedies(size: ModelSize, work: Work, gpu_bytes: int) -> list[tuple[str, Work]]:
+    """The first change that makes the work fit, or the changes that together do; (what to change, the work after it).
+
+    Empty where nothing helps: the model needs a larger GPU, or DeepSpeed with ZeRO-3 over several.
+    """
+    for changes in (_changes(work), _changes_over_4_bits(work)):
+        taken: list[tuple[str, Work]] = []
+        for words, changed in changes:
+            current = taken[-1][1] if taken else work
+            after = replace(current, **changed)
+            if after == current:
+                continue
+            taken.append((words, after))
+            if fits(stage_memory(size, after), gpu_bytes):
+                return taken
+    return []
+
+
+def _changes(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes in the order in which they cost least; half the batch keeps the step by twice the accumulation."""
+    yield "gradient_checkpointing: true", {"checkpointing": True}
+    yield from _smaller_batches(work)
+    if not work.rank:
+        yield "method: lora", {"rank": 128}
+
+
+def _changes_over_4_bits(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes where a smaller batch alone is not enough: a base of 4 bits first, which saves more than a smaller adapter."""
+    yield "gradient_checkpointing: true", {"checkpointing": True}
+    if not work.rank:
+        yield "method: lora", {"rank": 128}
+    yield "bits: 4", {"bits": 4}
+    yield from _smaller_batches(work)
+    rank = work.rank or 128
+    while rank > 16:
+        rank //= 2
+        yield f"lora.r: {rank} (and lora.alpha: {2 * rank})", {"rank": rank}
+
+
+def _smaller_batches(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
+    rows = work.rows
+    while rows > 1:
+        rows //= 2
+        yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}
