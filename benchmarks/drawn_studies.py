@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,29 @@ from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.terminal.progress import Steps
 
 SIDE = 96
+
+
+def arguments(description: str, given: Sequence[str] | None, **counts: tuple[int, str]) -> argparse.Namespace:
+    """Parse the command line of a benchmark on drawn studies, which all need LLaVA's patches: these are applied.
+
+    Args:
+        description: the benchmark's docstring; its first line is shown.
+        given: the arguments; None: those of the process.
+        counts: further options, each a whole number: name -> (default, help).
+    """
+    from umed_plugin.patches import prepare_llava
+
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
+    shared = {"processes": (2, "that train side by side")}
+    for name, (default, told) in {**counts, **shared}.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=default, help=f"{told} (default: {default})")
+    parser.add_argument("--epochs", type=float, default=8, help="of stage 1 (default: 8)")
+    parsed = parser.parse_args(given)
+    prepare_llava()
+    return parsed
 
 
 def shape(form: str, x: float, y: float, size: float) -> tuple[np.ndarray, list[float]]:

@@ -12,14 +12,13 @@ Finished steps are not done again. Writes ``results.json`` to the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, record, shape
+from drawn_studies import SIDE, DrawnRun, arguments, record, shape
 
 from umed_plugin.data.looks import looks_question
 from umed_plugin.data.records import Record, record_geometry
@@ -74,19 +73,10 @@ def _study(folder: Path, name: str, split: str, kind: tuple[str, str], generator
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Train, ask, print a row for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
-    parser.add_argument("--studies", type=int, default=4000, help="of the training split (default: 4000)")
-    parser.add_argument("--test", type=int, default=150, help="held-out studies (default: 150)")
-    parser.add_argument("--epochs", type=float, default=8, help="of stage 1 (default: 8)")
-    parser.add_argument("--processes", type=int, default=2, help="that train side by side (default: 2)")
-    args = parser.parse_args(arguments)
-    from umed_plugin.patches import prepare_llava
-
-    prepare_llava()
+    counts = {"studies": (4000, "of the training split"), "test": (150, "held-out studies")}
+    args = arguments(__doc__, given, **counts)
     results: dict[str, Any] = {}
     print("| seed | bare name | described | difference | IoU of trained classes | n |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

@@ -11,7 +11,6 @@ Finished steps are not done again. Writes ``results.json`` to the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, record, shape
+from drawn_studies import SIDE, DrawnRun, arguments, record, shape
 
 from umed_plugin.data.phrase_writer import write_phrase_conversation
 from umed_plugin.data.records import Record, record_geometry
@@ -80,19 +79,10 @@ def swapped(records: Sequence[Record]) -> list[Record]:
     return [{**_asked({**one, "phrase": one["other_phrase"]}), "id": one["id"]} for one in records]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Train, ask both ways, print a row for each seed and figure."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
-    parser.add_argument("--pictures", type=int, default=2000, help="of the training split (default: 2000)")
-    parser.add_argument("--test", type=int, default=100, help="held-out pictures (default: 100)")
-    parser.add_argument("--epochs", type=float, default=8, help="of stage 1 (default: 8)")
-    parser.add_argument("--processes", type=int, default=2, help="that train side by side (default: 2)")
-    args = parser.parse_args(arguments)
-    from umed_plugin.patches import prepare_llava
-
-    prepare_llava()
+    counts = {"pictures": (2000, "of the training split"), "test": (100, "held-out pictures")}
+    args = arguments(__doc__, given, **counts)
     results: dict[str, Any] = {}
     print("| seed | figure | asked as written | phrases swapped | difference | n |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")

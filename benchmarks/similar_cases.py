@@ -11,14 +11,13 @@ Finished steps are not done again. Writes ``results.json`` to the folder.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, record, shape
+from drawn_studies import SIDE, DrawnRun, arguments, record, shape
 
 from umed_plugin.data.records import Record
 from umed_plugin.evaluation.evaluator import evaluate
@@ -60,20 +59,15 @@ def _study(
     return record(name, split, picture, folder, ([lesion], [box]), terms=terms, patient=name)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Train both, ask, print a row for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", default="0", help="separated by commas (default: 0)")
-    parser.add_argument("--sites", type=int, default=200, help="each with one held-out study (default: 200)")
-    parser.add_argument("--of-each", type=int, default=6, help="training studies of a site (default: 6)")
-    parser.add_argument("--epochs", type=float, default=8, help="of stage 1 (default: 8)")
-    parser.add_argument("--similar", type=int, default=3, help="K (default: 3)")
-    parser.add_argument("--processes", type=int, default=2, help="that train side by side (default: 2)")
-    args = parser.parse_args(arguments)
-    from umed_plugin.patches import prepare_llava
-
-    prepare_llava()
+    args = arguments(
+        __doc__,
+        given,
+        sites=(200, "each with one held-out study"),
+        of_each=(6, "training studies of a site"),
+        similar=(3, "K"),
+    )
     results: dict[str, Any] = {}
     print("| seed | trained and asked without | trained with, asked without | with K | with - without | n |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import demo_table
 import numpy as np
 import pytest
 import stock_template
+from support import forked
 from transformers import AutoTokenizer
 
 from umed_plugin.cli import main
+from umed_plugin.commands import processes
 from umed_plugin.commands.demo.pipeline import STAGES, DemoSettings, run_demo
 from umed_plugin.commands.demo.prior import caption_records, corpus
 from umed_plugin.commands.demo.studies import LESIONS, draw_study, make_studies
@@ -111,7 +115,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 @pytest.mark.run
-def test_the_demo_runs_from_start_to_end(tmp_path, capsys):
+def test_the_demo_runs_from_start_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked.popen, STDOUT=subprocess.STDOUT))
     settings = DemoSettings(
         tuning=16,
         rewarding=8,

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support import forked
+from support.forked_shells import programs
 from support.records import grounded_records
 from support.taught import STOCK, write_lora
 from support.umed_runs import environment, python_of_llavas_pins, run_python
@@ -255,9 +256,11 @@ def test_the_printed_commands_by_hand_make_the_same_checkpoint_and_stock_llava_s
     hand = tmp_path / "by hand"
     printed = run(call(adapter, records, hand, *more, "--dry-run", **small)).stdout
     assert not hand.exists()
+    python = programs(tmp_path / "programs") / "python"
     for line in lines_of(printed):
         if "evaluate" not in shlex.split(line):
-            subprocess.run(["bash", "-c", line], env=environment(), check=True, capture_output=True)
+            by_server = line.replace(sys.executable, str(python))
+            subprocess.run(["bash", "-c", by_server], env=environment(), check=True, capture_output=True)
     same, theirs = tensors(hand / "checkpoint" / result.name), tensors(result)
     assert {name for name, tensor in theirs.items() if not torch.equal(tensor, same[name])} == set()
 

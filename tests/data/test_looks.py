@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import pytest
-from PIL import Image
+from support.drawn import write_noise_recipe
 from support.probing import studies
 
 from umed_plugin.data.augmentation.texts import is_templated
@@ -20,32 +19,8 @@ LOOKS = {"nodule": "a grey disc", "cyst": "a dark ellipse"}
 
 
 def recipe(folder, extra="", looks="looks: a small bright disc."):
-    rows = ["file,x1,y1,x2,y2,lesion,split"]
-    for split in ("train", "test"):
-        for number in range(30):
-            name = f"{split}{number}.png"
-            pixels = np.random.default_rng(len(rows)).integers(0, 255, (40, 40), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name)
-            lesion = ("cyst", "nodule", "")[number % 3]
-            rows.append(f"{name},{'5,5,20,20' if lesion else ',,,'},{lesion},{split}")
-    (folder / "a.csv").write_text("\n".join(rows) + "\n")
-    (folder / "small.yaml").write_text(f"""
-name: small
-description: Noise.
-terms: {{licence: CC0, url: "https://example.org"}}
-data_root: {folder}
-annotations:
-  reader: csv
-  files: a.csv
-  columns: {{file: file, box: [x1, y1, x2, y2], lesion: lesion, split: split}}
-classes:
-  cyst: {{name: cyst}}
-  nodule:
-    name: nodule
-    {looks}
-split: {{by: column}}
-{extra}""")
-    return load_recipe(folder / "small.yaml")
+    studies_of = [(lesion, (5, 5, 20, 20)) for lesion in ("cyst", "nodule", "")] * 10
+    return load_recipe(write_noise_recipe(folder, studies_of, side=40, nodule=looks, extra=extra))
 
 
 @pytest.mark.llava

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support.forked_shells import programs
 from support.source_files import write_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,12 +78,9 @@ def test_from_five_downloads_to_mau_json(downloads: Path) -> None:
     """Fewer pictures than the 5,817 are there, which is said and no fault."""
     if shutil.which("unzip") is None:
         pytest.skip("this machine has no unzip, which the page's commands call")
-    programs = downloads / "programs"
-    programs.mkdir()
-    (programs / "umed").write_text(f'#!/bin/sh\nexec {sys.executable} -m umed_plugin.cli "$@"\n')
-    (programs / "umed").chmod(0o755)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": path}
+    places = f"{programs(downloads / 'programs')}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": places, "PYTHONPATH": path}
     command = ["bash", "-euo", "pipefail", "-c", commands()]
     run = subprocess.run(command, cwd=downloads, env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]

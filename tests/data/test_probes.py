@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import numpy as np
 import pytest
-from PIL import Image
+from support.drawn import write_noise_recipe
 from support.probing import NAMES, TERMS, studies
 
 from umed_plugin.data.build import build_records
@@ -110,30 +109,10 @@ def test_records_to_train_on_have_equal_parts_and_are_valid():
 
 
 def recipe(folder, extra):
-    rows = ["file,x1,y1,x2,y2,lesion,split"]
-    for split in ("train", "test"):
-        for number in range(12):
-            name, x = f"{split}{number}.png", 5 if number % 3 else 60
-            pixels = np.random.default_rng(len(rows)).integers(0, 255, (100, 100), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name)
-            lesion = ("cyst", "nodule", "")[number % 3] if number % 4 else "nodule"
-            box = f"{x},5,{x + 30},40" if lesion else ",,,"
-            rows.append(f"{name},{box},{lesion},{split}")
-    (folder / "a.csv").write_text("\n".join(rows) + "\n")
-    text = f"""
-name: small
-description: Noise.
-terms: {{licence: CC0, url: "https://example.org"}}
-data_root: {folder}
-annotations:
-  reader: csv
-  files: a.csv
-  columns: {{file: file, box: [x1, y1, x2, y2], lesion: lesion, split: split}}
-classes: {{cyst: {{name: cyst}}, nodule: {{name: nodule}}}}
-split: {{by: column}}
-{extra}"""
-    (folder / "small.yaml").write_text(text)
-    return folder / "small.yaml"
+    lesions = [("cyst", "nodule", "")[number % 3] if number % 4 else "nodule" for number in range(12)]
+    places = [5 if number % 3 else 60 for number in range(12)]
+    boxed = [(lesion, (x, 5, x + 30, 40)) for lesion, x in zip(lesions, places)]
+    return write_noise_recipe(folder, boxed, side=100, extra=extra)
 
 
 @pytest.mark.llava

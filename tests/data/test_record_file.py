@@ -13,7 +13,7 @@ import pytest
 
 from umed_plugin.data import json_list, record_file
 from umed_plugin.data.items import check_items
-from umed_plugin.data.record_file import JoinedRecords, RecordFile, open_records
+from umed_plugin.data.record_file import JoinedRecords, RecordFile, kept_splits, open_records
 from umed_plugin.data.records import load_records, not_records, save_records
 from umed_plugin.errors import UmedError
 
@@ -63,6 +63,20 @@ def test_every_record_is_read_from_its_place(
         assert records.column("words").tolist() == words
     with pytest.raises(IndexError):
         records[10]
+
+
+def test_the_kept_index_answers_which_splits_there_are(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(items))
+    assert kept_splits(file) is None, "no start has kept one"
+    opened(file)
+    assert kept_splits(file) == {"train", "val"}, "the aspect ratio is no split"
+    file.write_text(json.dumps([entry for entry in items if entry["split"] == "train"]))
+    assert kept_splits(file) is None, "it is of another file"
+    opened(file)
+    assert kept_splits(file) == {"train"}
+    (tmp_path / ".train.json.index.npz").write_bytes(b"PK")
+    assert kept_splits(file) is None
 
 
 def test_records_of_several_files_are_one_sequence(tmp_path: Path, items: list[dict[str, Any]]) -> None:

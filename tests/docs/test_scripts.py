@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.forked_shells import programs
 from support.pages import DOCS, README, blocks, commands, pages
 from support.umed_runs import ROOT, run_python
 
@@ -198,15 +199,15 @@ def test_the_script_with_the_changes_has_flags_that_llava_and_the_plugin_take(
     assert find_faults(umed, model_args, data_args, training_args) == []
 
 
-def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path) -> str:
+def script_for(stage: str, model: Path, tower: Path, data: Path, out: Path, python: Path) -> str:
     """The page's script of a stage with model, data and device swapped, and two steps long."""
     first, second = blocks(TRAINING, "diff")
     script = applied(SCRIPT, first)
     if stage == "rewarding":
         script = applied(script, second)
     swapped = {
-        "deepspeed llava/train/train_mem.py": f"{sys.executable} -m llava.train.train_mem",
-        "python llava/train/train_mem.py": f"{sys.executable} -m llava.train.train_mem",
+        "deepspeed llava/train/train_mem.py": f"{python} -m llava.train.train_mem",
+        "python llava/train/train_mem.py": f"{python} -m llava.train.train_mem",
         "./checkpoints/llava-med-v1.5-mistral-7b": str(model),
         "./checkpoints/llava-mistral-stage1": str(model),
         "openai/clip-vit-large-patch14-336": str(tower),
@@ -238,6 +239,7 @@ def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
 ) -> None:
     """Both stages through ``umed-run bash SCRIPT``, each merged, and the result evaluated, on the real images."""
     data, model = real_data / "brain_tumor_coco", tiny_mistral
+    python = programs(tmp_path / "programs") / "python"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def umed(module: str, *arguments: str | Path) -> None:
@@ -246,9 +248,8 @@ def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
 
     for number, stage in enumerate(("instruction_tuning", "rewarding"), start=1):
         script = tmp_path / f"{stage}.sh"
-        script.write_text(
-            script_for(stage, model, tiny_mistral / "vision_tower", data, tmp_path / f"stage{number}-lora")
-        )
+        out = tmp_path / f"stage{number}-lora"
+        script.write_text(script_for(stage, model, tiny_mistral / "vision_tower", data, out, python))
         umed("launch", "bash", script)
         merged = tmp_path / f"llava-mistral-stage{number}"
         umed("cli", "merge", tmp_path / f"stage{number}-lora", "--base", model, "--out", merged)

@@ -139,3 +139,46 @@ def write_recipe(folder: Path, annotations: str, split: str = "{by: patient}", e
     path = folder / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+NOISE_RECIPE = """
+name: small
+description: Noise.
+terms: {licence: CC0, url: "https://example.org"}
+data_root: DATA
+annotations:
+  reader: csv
+  files: a.csv
+  columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion, split: split}
+classes: {cyst: {name: cyst}, nodule: {name: nodule, NODULE}}
+split: {by: column}
+"""
+
+
+def write_noise_recipe(
+    folder: Path,
+    studies: list[tuple[str, tuple[int, int, int, int]]],
+    *,
+    side: int,
+    nodule: str = "synonyms: []",
+    extra: str = "",
+) -> Path:
+    """A recipe for studies of noise, the same lesions and boxes in the training and in the test split; "" is no lesion.
+
+    Args:
+        side: of the images, in pixels.
+        nodule: a further key of the class nodule.
+        extra: further YAML at the top level.
+    """
+    rows = ["file,x1,y1,x2,y2,lesion,split"]
+    for split in ("train", "test"):
+        for number, (lesion, box) in enumerate(studies):
+            name = f"{split}{number}.png"
+            pixels = np.random.default_rng(len(rows)).integers(0, 255, (side, side), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name)
+            corners = ",".join(map(str, box)) if lesion else ",,,"
+            rows.append(f"{name},{corners},{lesion},{split}")
+    (folder / "a.csv").write_text("\n".join(rows) + "\n")
+    text = NOISE_RECIPE.replace("DATA", str(folder)).replace("NODULE", nodule) + extra
+    (folder / "small.yaml").write_text(text)
+    return folder / "small.yaml"

@@ -1,7 +1,7 @@
 """Python processes forked from one that has imported torch, transformers and MONAI: of a tiny run more than half is imports.
 
-What is forked is ``python -m llava.train.train_mem``, under `umed-run` or torchrun too, and ``python -m umed_plugin.cli``. The
-child takes its command's environment, working directory, path, descriptors and session, runs the sitecustomize of its path,
+What is forked is ``python -m llava.train.train_mem``, under `umed-run` or torchrun too, ``python -m umed_plugin.cli`` and
+``python benchmarks/NAME.py``. A shell's lines get there by `support.forked_shells`. The child takes its command's environment, working directory, path, descriptors and session, runs the sitecustomize of its path,
 then the module as ``__main__``, so that LLaVA, the plugin and its patches are imported in each anew. Only the start is not the
 real one: tests/test_launch.py and test_deepspeed.py start real processes, and ``UMED_FRESH_RUNS=1`` makes all tests do so.
 
@@ -29,7 +29,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = ("llava.train.train_mem", "umed_plugin.cli")
+BENCHMARKS = ROOT / "benchmarks"
 TORCHRUN = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "--nproc_per_node"]
 PRELOADED = (
     *("torch", "torch.distributed", "transformers.trainer", "transformers.models.mistral.modeling_mistral"),
@@ -43,17 +45,25 @@ _LOCK = threading.Lock()
 
 
 def parsed(command: Sequence[Any], environment: dict[str, str]) -> tuple[int, str, list[str], dict[str, str]] | None:
-    """(ranks, module, arguments, environment) of a command that can be forked; None for any other."""
+    """(ranks, module or script, arguments, environment) of a command that can be forked; None for any other."""
     from umed_plugin.launch import child_environment
 
     words, ranks = _with_modules(command), 1
     if words[:3] == ["python", "-m", "umed_plugin.launch"]:
         words, environment = _with_modules(words[3:]), child_environment(environment)
     if words[:3] == ["python", "-m", "torch.distributed.run"] and words[3:8] == TORCHRUN:
-        words, ranks = ["python", *words[9:]], int(words[8])
-    if words[:2] != ["python", "-m"] or words[2] not in MODULES:
-        return None
-    return ranks, words[2], words[3:], environment
+        ranks, words = int(words[8]), words[9:]
+        words = _with_modules(words[1:]) if words[:1] == ["--no-python"] else ["python", *words]
+    if words[:2] == ["python", "-m"] and words[2] in MODULES:
+        return ranks, words[2], words[3:], environment
+    if words[:1] == ["python"] and len(words) > 1 and Path(words[1]).parent == BENCHMARKS:
+        return ranks, words[1], words[2:], environment
+    return None
+
+
+def _with_python(module: str, arguments: Sequence[str]) -> list[str]:
+    """The command that runs a module or script."""
+    return [sys.executable, *([] if module.endswith(".py") else ["-m"]), module, *arguments]
 
 
 def _with_modules(command: Sequence[Any]) -> list[str]:
@@ -77,14 +87,14 @@ class ForkingPopen(subprocess.Popen):
         environment = dict(os.environ if given["env"] is None else given["env"])
         command = given["args"]
         found = None if isinstance(command, (str, bytes)) else parsed(command, environment)
-        if found is None or found[0] != 1:
+        if found is None:
             super()._execute_child(*arguments)
             return
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(given, *found[1:])
+            _become(given, *found)
         self._child_created = True
         for kept, end in (("p2cwrite", "p2cread"), ("c2pread", "c2pwrite"), ("errread", "errwrite")):
             if given[end] != -1 and given[kept] != -1:
@@ -94,8 +104,10 @@ class ForkingPopen(subprocess.Popen):
             os.close(devnull)
 
 
-def _become(given: dict[str, Any], module: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
-    """In a child: take over what exec and Python's start would set up, run the module, and end."""
+def _become(
+    given: dict[str, Any], ranks: int, module: str, arguments: list[str], environment: dict[str, str]
+) -> NoReturn:
+    """In a child: take over what exec and Python's start would set up, run the module or its ranks, and end."""
     code = 1
     try:
         for descriptor, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
@@ -111,12 +123,17 @@ def _become(given: dict[str, Any], module: str, arguments: list[str], environmen
         os.chdir(given["cwd"] or os.getcwd())
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
-        sys.path[:] = [os.getcwd(), *entries, *_BASE_PATH]
-        importlib.invalidate_caches()
-        sys.argv = ["-m", *arguments]
-        sys.orig_argv = [sys.executable, "-m", module, *arguments]
-        _run_sitecustomize(entries)
-        code = _run_main(module)
+        command = _with_python(module, arguments)
+        if ranks > 1:
+            code = _wait_for([ForkingPopen(command, env={**environment, **more}) for more in _variables_of_ranks(ranks)])
+        else:
+            is_script = module.endswith(".py")
+            sys.path[:] = [str(Path(module).parent) if is_script else os.getcwd(), *entries, *_BASE_PATH]
+            importlib.invalidate_caches()
+            sys.argv = [module if is_script else "-m", *arguments]
+            sys.orig_argv = command
+            _run_sitecustomize(entries)
+            code = _run_main(module)
     finally:
         with contextlib.suppress(BaseException):
             threading._shutdown()
@@ -145,12 +162,15 @@ def _run_sitecustomize(entries: list[str]) -> None:
 
 
 def _run_main(module: str) -> int:
-    """Run a module as ``__main__``; the exit status that Python would end with."""
+    """Run a module or script as ``__main__``; the exit status that Python would end with."""
     import runpy
 
     try:
         try:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            if module.endswith(".py"):
+                runpy.run_path(module, run_name="__main__")
+            else:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit:
             raise
         except BaseException as error:  # noqa: BLE001 (any, as Python does)
@@ -189,7 +209,7 @@ def _attend(request: dict[str, Any]) -> None:
         subprocess.Popen = ForkingPopen  # type: ignore[misc]
     folder, command, environment = Path(request["folder"]), request["command"], request["environment"]
     ranks, module, arguments, environment = parsed(command, environment)
-    plain = [sys.executable, "-m", module, *arguments]
+    plain = _with_python(module, arguments)
     with open(request["out"], "ab") as out, open(request["err"], "ab") as err:
         streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "cwd": request["cwd"]}
         processes = [
@@ -332,6 +352,11 @@ class _Server:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
 
+    @property
+    def pid(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
     def check(self) -> None:
         """Raise if the server has ended."""
         if self._process.poll() is not None:
@@ -351,6 +376,11 @@ def _only_server() -> _Server:
 def _server() -> _Server:
     with _LOCK:
         return _only_server()
+
+
+def server_pid() -> int:
+    """The server's process, which is started if there is none."""
+    return _server().pid
 
 
 def start(command: Sequence[Any], *, new_session: bool = False, **keywords: Any) -> Any:

@@ -25,7 +25,7 @@ LIBRARIES |= {"torch", "torchvision", "transformers", "trl"}
 LAZY = "make_checkpoint"
 # What a test starts training or evaluation with, in a process of its own.
 TRAINERS = ("support.umed_runs.train", "support.umed_runs.train_flags", "support.umed_runs.reward")
-TRAINERS += ("support.umed_runs.run_python", "support.forked")
+TRAINERS += ("support.umed_runs.run_python", "support.forked", "support.forked_shells.programs")
 # Where the modules of this repository lie: first part of a dotted name -> folder.
 PACKAGES = {"umed_plugin": ROOT / "umed_plugin", "support": ROOT / "tests" / "support"}
 

@@ -46,7 +46,7 @@ def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
 
 
 def make_dataset(
-    records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", kind=GroundedDataset, **flags
+    records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", kind=GroundedDataset, rank=0, **flags
 ):
     """A GroundedDataset, or one of another kind, as a run would make it, with a 64 px image processor and 8 px patches."""
     data_args = SimpleNamespace(
@@ -63,7 +63,7 @@ def make_dataset(
         umed=UmedFlags(umed_stage="instruction_tuning", **flags),
         output_dir=str(records.parent / "out"),
         seed=0,
-        process_index=0,
+        process_index=rank,
         main_process_first=lambda **_: contextlib.nullcontext(),
     )
     return kind(tokenizer, data_args, training_args, split)

@@ -204,6 +204,8 @@ def test_other_splits_are_left_out(records, tokenizer, capsys):
     records.write_text(json.dumps(content))
     assert len(make_dataset(records, tokenizer)) == 6
     assert "2 records of other splits" in capsys.readouterr().out
+    assert len(make_dataset(records, tokenizer, rank=1)) == 6
+    assert "other splits" not in capsys.readouterr().out, "the first rank has said so"
     records.write_text(json.dumps(content[:2]))
     with pytest.raises(UmedError, match="no record of the split 'train'"):
         make_dataset(records, tokenizer)
@@ -339,6 +341,8 @@ def test_held_out_records_lie_beside_those_for_training_and_plain_items_are_not_
         assert [record["id"] for record in held_out] == ["x/c.png"]  # record-3 of the file is a plain item
         assert "1 of 2 held-out records have no true boxes and are not scored." in "".join(capsys.readouterr())
         assert held_out[0]["image"] == str(data / "c.png")
+    make_dataset(records, tokenizer, umed_recipe=str(recipe), split="val", rank=1)
+    assert "not scored" not in "".join(capsys.readouterr()), "the first rank has said so"
     with pytest.raises(UmedError, match="no images in split 'test'"):
         make_dataset(records, tokenizer, umed_recipe=str(recipe), split="test")
 

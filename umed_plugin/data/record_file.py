@@ -201,6 +201,19 @@ def make_index(
     return index
 
 
+def kept_splits(path: Path) -> Optional[set[str]]:
+    """The splits of a file's records, from the index that a start has kept of it; None if there is none of the file as it is."""
+    try:
+        with np.load(_index_path(path), allow_pickle=False) as kept:
+            about = json.loads(str(kept["about"]))
+            asked, places = about["asked"], np.unique(kept["split"])
+        if (asked["format"], asked["state"]) != (_FORMAT, _state(path)):
+            return None
+        return {about["names"][place] for place in places}
+    except Exception:  # noqa: BLE001  as in `_kept_index`
+        return None
+
+
 def _made_index(path: Path, check: ItemsCheck, strict: bool) -> Index:
     rows, names = _Rows(), {"": 0}
     records = RecordsCheck(path) if strict else None

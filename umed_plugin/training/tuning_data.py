@@ -83,11 +83,12 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     if data_args.data_path is not None:
         parts.append(_file_records(data_args, flags, split, marks))
     records = JoinedRecords(parts)
+    tells = training_args.process_index == 0
     if flags.umed_stage == REWARDING:
-        records = _without_probes(records, training_args.process_index == 0)
+        records = _without_probes(records, tells)
     splits = records.texts("split")
     of_split = records.where(splits == split)
-    if len(of_split) < len(records) and split == "train":
+    if len(of_split) < len(records) and split == "train" and tells:
         _tell_other_splits(splits.tolist())
     if not of_split:
         found = ", ".join(map(repr, sorted(set(splits.tolist()))))
@@ -95,11 +96,11 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
             f"{data_args.data_path or flags.umed_recipe}: has no record of the split {split!r}; 'split' is {found or 'empty'}."
         )
     if split != "train":
-        of_split = _with_true_boxes(of_split, split)
+        of_split = _with_true_boxes(of_split, split, tells)
     _check_aspect_ratio(of_split, data_args.image_aspect_ratio)
     if flags.umed_label_share is not None and split == "train":
         of_split, divided = own_share(of_split, flags.umed_label_share, flags.umed_stage)
-        if training_args.process_index == 0:
+        if tells:
             note(divided)
     if data_args.image_folder is None:
         # Paths of built records are absolute. os.path.join keeps them, but does not accept None before them.
@@ -107,7 +108,7 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
     return of_split
 
 
-def _with_true_boxes(records: JoinedRecords, split: str) -> JoinedRecords:
+def _with_true_boxes(records: JoinedRecords, split: str, tells: bool) -> JoinedRecords:
     """The held-out records that answers can be scored by. Stage 1 also trains on plain items, which have no true boxes."""
     labelled = records.where(records.column("labelled"))
     if not labelled:
@@ -115,17 +116,17 @@ def _with_true_boxes(records: JoinedRecords, split: str) -> JoinedRecords:
             f"--umed_val_every: none of the {len(records)} records of the split {split!r} has true boxes. Answers are scored by "
             "the records that `umed recipe build` writes."
         )
-    if len(labelled) < len(records):
+    if len(labelled) < len(records) and tells:
         note(
             f"{len(records) - len(labelled)} of {len(records)} held-out records have no true boxes and are not scored."
         )
     return labelled
 
 
-def _without_probes(records: JoinedRecords, tell: bool) -> JoinedRecords:
+def _without_probes(records: JoinedRecords, tells: bool) -> JoinedRecords:
     """Stage 2 rewards diagnoses with boxes; the answer to a probe is one of its options."""
     probes = records.column("probe")
-    if probes.any() and tell:
+    if probes.any() and tells:
         note(f"{int(probes.sum())} probes are left out: stage 1 trains on them, stage 2 does not.")
     return records.where(~probes) if probes.any() else records
 

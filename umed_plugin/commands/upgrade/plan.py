@@ -27,6 +27,7 @@ from umed_plugin.commands.upgrade.training import launcher, program, training_fl
 from umed_plugin.data.json_list import items_of
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.data.record_file import kept_splits
 from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
 # Settings that both trainings depend on, besides those of their stage.
@@ -152,13 +153,9 @@ class Plan:
         status = self.records.stat()
         stamp = [status.st_size, status.st_mtime_ns]
         if self._held_out is None or self._held_out[0] != stamp:
-            found = False
-            with contextlib.suppress(ValueError, RecursionError):  # the steps that read them say what is wrong
-                found = any(
-                    isinstance(placed.item, dict) and placed.item.get("split") == "val"
-                    for placed in items_of(self.records, strict=True)
-                )
-            self._held_out = (stamp, found)
+            # Where no training has kept an index of the records yet, they are read.
+            splits = kept_splits(self.records)
+            self._held_out = (stamp, _reads_val(self.records) if splits is None else "val" in splits)
         return self._held_out[1]
 
     def _settings(self, *keys: str) -> dict[str, Any]:
@@ -281,6 +278,14 @@ class Plan:
             outputs=(result,),
             goal=True,
         )
+
+
+def _reads_val(records: Path) -> bool:
+    """Whether a file of records has one of the split val."""
+    with contextlib.suppress(ValueError, RecursionError):  # the steps that read them say what is wrong
+        items = (placed.item for placed in items_of(records, strict=True))
+        return any(isinstance(item, dict) and item.get("split") == "val" for item in items)
+    return False
 
 
 def umed() -> list[str]:
