@@ -16,6 +16,7 @@ from umed_plugin.commands import processes
 from umed_plugin.commands.demo.pipeline import DemoSettings
 from umed_plugin.evaluation.metrics.metric import Row
 
+pytestmark = pytest.mark.one_stack
 SETTINGS = DemoSettings(
     tuning=16,
     rewarding=8,

@@ -9,7 +9,7 @@ import pytest
 from augmentation import FORMATS, Found, main, measure, words_right
 
 # The image as the model sees it comes from transformers' processor.
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]
 
 # At 10 degrees, the corners of a turned square leave the box around its ellipse by up to 7.4 % of its area, and half a pixel of
 # each edge may be on either side.

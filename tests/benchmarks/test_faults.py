@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.umed_runs import ROOT
 
-pytestmark = [pytest.mark.llava, pytest.mark.run]
+pytestmark = [pytest.mark.llava, pytest.mark.run, pytest.mark.one_stack]
 
 
 @pytest.fixture

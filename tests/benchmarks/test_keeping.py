@@ -13,6 +13,8 @@ from support import forked
 from umed_plugin.commands import processes
 from umed_plugin.evaluation.metrics.metric import Row
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.mark.run
 def test_a_tiny_run_prints_captions_boxes_and_cosine(tmp_path, monkeypatch, capsys):

@@ -15,6 +15,8 @@ from support import forked
 
 from umed_plugin.commands import processes
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture(autouse=True)
 def _forked(monkeypatch):

@@ -13,6 +13,8 @@ from support import forked
 from umed_plugin.commands import processes
 from umed_plugin.data.records import record_faults
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.mark.run
 def test_boxes_are_compared_with_those_to_the_other_phrase(tmp_path, capsys, monkeypatch):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.umed_runs import ROOT, environment, run_command
 
 pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"layers": 1, "width": 64, "vocabulary": 300, "image-size": 28, "prompt-tokens": 10, "answer-tokens": 4}
 
 
@@ -34,14 +31,7 @@ def test_a_small_step_is_measured_on_both_sides(precision, tmp_path):
     ]
     command += [f"--{name}={size}" for name, size in SMALL.items()]
     command += ["--json", str(file)]
-    run = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+    run = run_command(command, env=environment(), timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     figures = json.loads(file.read_text())
     assert figures["prefix_tokens"] == 14

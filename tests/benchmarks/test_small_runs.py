@@ -17,6 +17,7 @@ def run(script: str, *arguments: str, **keywords: bool) -> subprocess.CompletedP
     return run_command(command, env=environment(), forks_too=True, timeout=300, **keywords)
 
 
+@pytest.mark.one_stack
 def test_images_of_every_format_are_read_by_every_side(tmp_path):
     """The benchmark itself compares the sides' tensors. Small images are no test of speed, which it ends with 1 for."""
     done = run(
@@ -30,6 +31,7 @@ def test_images_of_every_format_are_read_by_every_side(tmp_path):
     assert all(figure["spread"] < 0.02 for figure in figures.values()), "the sides' tensors differ"
 
 
+@pytest.mark.one_stack
 def test_a_bomb_takes_less_memory_than_allowed(tmp_path):
     names = ["PNG, 16 megapixels of 16 bits", "GIF of 65,535 x 65,535 named .png"]
     # What a forked process shares with its parent would count as its own memory.
@@ -41,6 +43,7 @@ def test_a_bomb_takes_less_memory_than_allowed(tmp_path):
     assert bomb["result"].startswith("422: ") and bomb["above_idle_mb"] < 32
 
 
+@pytest.mark.one_stack
 def test_answers_with_and_without_sharing_are_compared():
     done = run(
         *[
@@ -75,12 +78,14 @@ def test_every_row_of_the_real_size_runs_on_a_small_checkpoint(tmp_path):
     assert done.stdout.count("\n| ") == 12
 
 
+@pytest.mark.one_stack
 def test_ranks_and_one_process_write_the_same_evaluation():
     done = run("shared_evaluation.py", "--records", "8", "--max-new-tokens", "2", "--repetitions", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["same_files"] is True
 
 
+@pytest.mark.one_stack
 def test_records_are_the_same_in_memory_and_by_index(tmp_path):
     """The benchmark itself compares the batches and lengths of its ways."""
     done = run("records.py", "--records", "300", "--json", str(tmp_path / "records.json"))
@@ -90,6 +95,7 @@ def test_records_are_the_same_in_memory_and_by_index(tmp_path):
     assert all(figure["words"] > 300 * 20 and len(figure["ids"]) == 16 for figure in figures.values())
 
 
+@pytest.mark.one_stack
 def test_builds_with_and_without_a_pool_are_compared(tmp_path):
     """The benchmark itself compares what was written."""
     done = run(

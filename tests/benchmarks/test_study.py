@@ -25,6 +25,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation, Prediction
 
+pytestmark = pytest.mark.one_stack
 TINY = {
     "name": "tiny",
     "title": "Tiny",

@@ -18,7 +18,7 @@ from umed_plugin import cli
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.runs_page import write_runs_page
 
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]
 
 
 @pytest.fixture

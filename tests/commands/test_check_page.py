@@ -29,7 +29,7 @@ ROWS = """file,x1,y1,x2,y2,lesion,patient,split
 5.png,3,2,90,55,nod,p5,test
 """
 CARDS = "[...document.querySelectorAll('#images-list .card')].map(card => card.querySelector('img').alt)"
-pytestmark = pytest.mark.llava
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]
 
 
 def checked(folder: Path, rows: str = ROWS, same: bool = False) -> RecipeCheck:

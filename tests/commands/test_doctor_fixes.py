@@ -170,6 +170,7 @@ def test_every_fix_of_the_catalogue_is_tried():
     assert tried == {code for code, kind in KINDS.items() if kind.fix}
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 @pytest.mark.parametrize("code", [code for code, kind in KINDS.items() if kind.fix])
 def test_stock_llava_answers_right_after_the_fix(code, told):
@@ -178,6 +179,7 @@ def test_stock_llava_answers_right_after_the_fix(code, told):
     assert mended == clean
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 @pytest.mark.parametrize("code", [one.code for one in MENDED if not one.harmless] + ["adapter-model-type"])
 def test_stock_llava_fails_or_errs_before_the_fix(code, told):
@@ -269,6 +271,7 @@ def by_name(tiny_mistral: Path, tiny_llama: Path, tmp_path_factory: pytest.TempP
     return dict(zip([*cases, "without llava, by a link", "a temporary folder, by a link"], stock(pairs, folder)))
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 def test_what_the_findings_about_names_say_is_so(by_name):
     good = by_name.pop("good mistral")
@@ -321,6 +324,7 @@ def untouched(tiny_mistral: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return dict(zip(["good", *CLAIMS], stock(pairs, folder)))
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 @pytest.mark.parametrize("code", list(CLAIMS))
 def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
@@ -330,6 +334,7 @@ def test_what_stock_llava_does_with_what_a_person_must_mend(code, untouched):
     assert does == CLAIMS[code], answer
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 def test_a_delta_that_llava_made_is_named_and_its_remedy_restores_the_model(tiny_llama, tmp_path):
     """LLaVA-Med 1.0 was published as the output of LLaVA's make_delta."""
@@ -378,6 +383,7 @@ def write_base(target: Path, folder: Path) -> None:
         shutil.copy2(file, folder)
 
 
+@pytest.mark.one_stack  # stock LLaVA runs on its pins alone
 @pytest.mark.run
 def test_forgotten_in_the_index_means_random(told):
     assert "error" not in told["index-wrong"]["faulty"], "LLaVA reports nothing, which is why this is an error"

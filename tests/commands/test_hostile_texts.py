@@ -17,6 +17,7 @@ from support.records import evaluated_records
 from support.speaking import teach
 from support.umed_runs import environment
 
+pytestmark = pytest.mark.one_stack
 TITLE = "\x1b]0;owned\x07"
 HOSTILE = f"{TITLE}\x1b[2J\u202eno"
 # What rich and tqdm write for colours, the cursor and its visibility.

@@ -26,6 +26,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.model.heat_map import decode_heat_map
 
+pytestmark = pytest.mark.one_stack
 PREDICTIONS = "evaluation/base/predictions.jsonl"
 CANDIDATES = "runs/rewarded-llava-mistral/candidates.jsonl"
 

@@ -21,6 +21,7 @@ from support.report_runs import (
 
 from umed_plugin.commands.report.page import write_report
 
+pytestmark = pytest.mark.one_stack
 CARDS = "[...document.querySelectorAll('#studies-list .card')]"
 
 

@@ -17,6 +17,7 @@ from support.speaking import BOX01, SENTENCE, teach
 
 from umed_plugin.commands.serve.dialogue import Dialogue
 
+pytestmark = pytest.mark.one_stack
 SHOTS = os.environ.get("UMED_SCREENSHOTS")
 
 

@@ -25,6 +25,7 @@ from umed_plugin.commands.serve.uploads import Uploads, ending_of, shown_name
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 PRESETS = ("abdomen", "bone", "brain", "liver", "lung", "mediastinum", "soft_tissue")
 
 

@@ -21,6 +21,7 @@ from support.speaking import SENTENCE, teach
 from umed_plugin.commands.serve.box_places import box_places
 from umed_plugin.commands.serve.dialogue import Dialogue
 
+pytestmark = pytest.mark.one_stack
 ASKED = "document.querySelectorAll('#talk .of-turn').length === 1"
 WINDOW = "document.querySelector('#window').value"
 OTHER = "A cyst lies at (225,130;487 951)."

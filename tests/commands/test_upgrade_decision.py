@@ -19,6 +19,7 @@ from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import Evaluation, Prediction
 from umed_plugin.grounding.scoring import AnswerScore
 
+pytestmark = pytest.mark.one_stack
 QUIET = [
     {"guard/iou_over_held_out": 0.05, "guard/accuracy_over_held_out": 0.1, "groups_without_signal": 0.4, "step": 1}
 ]

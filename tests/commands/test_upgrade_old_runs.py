@@ -33,6 +33,7 @@ from umed_plugin.evaluation.stages_table import stages_table
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.rules import STAGES
 
+pytestmark = pytest.mark.one_stack
 OLD = Path(__file__).resolve().parents[1] / "support" / "old"
 STEPS = (
     *("records", "evaluation_base", "stage_1_instruction_tuning", "checkpoint_instruction_tuning"),

@@ -18,6 +18,7 @@ from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.checking.report import print_check
 from umed_plugin.data.recipes.recipe import load_recipe
 
+pytestmark = pytest.mark.one_stack
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: patient, split: split}"
 CSV = f"{{reader: csv, files: a.csv, columns: {COLUMNS}}}"
 ROWS = """file,x1,y1,x2,y2,lesion,patient,split

@@ -18,6 +18,8 @@ from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
+pytestmark = pytest.mark.one_stack
+
 
 def recipe_with(folder, rule: str):
     text = shipped_recipes()["demo_studies"].read_text()

@@ -19,6 +19,7 @@ from umed_plugin.data.recipes.readers import READERS
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 ALL_IN_TRAIN = "{by: patient, fractions: {train: 1}}"
 PSEUDO = "pseudo_boxes: {normal: negatives}\n"
 FOLDERS = "{reader: folders, files: .%s}"

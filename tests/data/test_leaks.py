@@ -14,6 +14,8 @@ from umed_plugin.data.images import load_image
 from umed_plugin.data.leaks import Pictures, evaluation_pictures, thumbprint
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
+
 
 def picture(seed: int, height: int = 300, width: int = 420) -> np.ndarray:
     return np.repeat(uneven(height, width, seed).astype(np.uint8)[:, :, None], 3, axis=2)

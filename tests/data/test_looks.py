@@ -15,6 +15,7 @@ from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.writing.checks import Findings
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 LOOKS = {"nodule": "a grey disc", "cyst": "a dark ellipse"}
 
 

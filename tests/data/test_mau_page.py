@@ -17,6 +17,7 @@ from PIL import Image
 from support.forked_shells import programs
 from support.source_files import write_sources
 
+pytestmark = pytest.mark.one_stack
 ROOT = Path(__file__).resolve().parents[2]
 
 

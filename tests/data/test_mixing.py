@@ -16,6 +16,7 @@ from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import Mixture, load_recipe, shipped_recipes
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 SOURCES = ("deeplesion", "kidney_stone", "nih_cxr14", "tbx11k", "kvasir_seg")
 
 

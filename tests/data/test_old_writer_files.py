@@ -20,7 +20,7 @@ from support.writer_server import KEY, good, is_reflection
 from umed_plugin import cli
 from umed_plugin.data.records import Record, load_records
 
-pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]  # images are read through MONAI, which needs torch
 
 OLD = ROOT / "tests" / "support" / "old" / "writer"
 

@@ -14,6 +14,7 @@ from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import record_faults
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 HEAD = """
 name: sentences
 description: Two drawn images with sentences.

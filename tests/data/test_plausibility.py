@@ -13,6 +13,7 @@ from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility
 from umed_plugin.data.checking.report import print_check
 from umed_plugin.data.recipes.recipe import load_recipe
 
+pytestmark = pytest.mark.one_stack
 CSV = "{reader: csv, files: a.csv, columns: {file: f, box: [x1, y1, x2, y2], lesion: c, patient: p, split: s}%s}"
 HEAD = "f,x1,y1,x2,y2,c,p,s\n"
 

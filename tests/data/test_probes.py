@@ -27,6 +27,8 @@ from umed_plugin.data.records import load_records, record_faults, save_records
 from umed_plugin.data.writing.merge import needs_text
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
+
 
 def pairs(found, kind):
     probes = found.by_kind[kind]

@@ -17,6 +17,7 @@ from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import is_diagnosed, load_records, record_faults, save_records
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 HEAD = """
 name: texts
 description: Drawn studies with reports.

@@ -17,7 +17,7 @@ from support.writer_server import KEY, draft, findings_of, finished, is_reflecti
 from umed_plugin import cli
 from umed_plugin.data.records import load_records, record_geometry
 
-pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]  # images are read through MONAI, which needs torch
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from umed_plugin.data.similar import NOTHING, Bank, Case, case_of, make_bank, sa
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
+
 
 def noise(seed):
     return np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)

@@ -18,6 +18,7 @@ from umed_plugin.data.recipes.recipe import Recipe, load_recipe
 from umed_plugin.data.records import true_boxes
 from umed_plugin.grounding.boxes import iou_matrix
 
+pytestmark = pytest.mark.one_stack
 # In the few images of a test, a split may hold negatives alone, and would keep none of them.
 ALL_IN_TRAIN = (("per_positive: 0.5", "per_positive: 9"), ("  seed: 0\n", "  seed: 0\n  fractions: {train: 1.0}\n"))
 

@@ -15,6 +15,7 @@ from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.grounding.boxes import parse_boxes, round_box
 from umed_plugin.grounding.geometry import ImageGeometry
 
+pytestmark = pytest.mark.one_stack
 TERMS = {
     "nodule": ["nodule", "nodular opacity"],
     "pleural effusion": ["pleural effusion", "effusion"],

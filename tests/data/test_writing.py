@@ -28,6 +28,8 @@ from umed_plugin import cli
 from umed_plugin.data.records import load_records
 from umed_plugin.grounding.boxes import parse_boxes
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from support.writer_server import KEY, draft, finished, good, is_asked_again, is
 from umed_plugin import cli
 from umed_plugin.data.records import load_records
 
-pytestmark = pytest.mark.llava  # images are read through MONAI, which needs torch
+pytestmark = [pytest.mark.llava, pytest.mark.one_stack]  # images are read through MONAI, which needs torch
 
 COUNT, CONCURRENCY, KILLS = 500, 16, 3
 

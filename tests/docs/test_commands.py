@@ -15,6 +15,7 @@ from support.umed_runs import ROOT, environment
 from umed_plugin import cli
 from umed_plugin.data.recipes.recipe import load_recipe
 
+pytestmark = pytest.mark.one_stack
 # The beginning of a command, and the test that runs it or, with device, size and folders swapped, what it calls. The longest
 # beginning counts.
 RUN_BY = {

@@ -14,6 +14,7 @@ from support.umed_runs import ROOT, environment
 
 import umed_plugin
 
+pytestmark = pytest.mark.one_stack
 EXAMPLES = blocks(ROOT / "CONTRIBUTING.md", "diff")
 SUBJECTS = re.findall(r"^### (.*)$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 

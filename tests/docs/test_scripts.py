@@ -29,6 +29,7 @@ REWARDS = DOCS / "rewards.md"
 TRAINING = DOCS / "training.md"
 
 
+@pytest.mark.one_stack
 def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: Path) -> None:
     """The page's file as it stands, in a run: its values are written beside the answers that they are for."""
     from support.records import grounded_records
@@ -67,6 +68,7 @@ def test_the_reward_is_short_and_runs_in_stage_2(tiny_mistral: Path, tmp_path: P
     assert f"reward/{own}" in (tmp_path / "out" / "trainer_state.json").read_text()
 
 
+@pytest.mark.one_stack
 def test_the_judge_of_the_page_has_flags_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
     from support.llava_args import llava_args
     from transformers import HfArgumentParser
@@ -234,6 +236,7 @@ def stock_answers(checkpoint: Path, images: Path, folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in files["answers_file"].read_text().splitlines()]
 
 
+@pytest.mark.one_stack
 def test_the_scripts_and_commands_lead_from_a_checkpoint_to_its_evaluation(
     real_data: Path, tiny_mistral: Path, tmp_path: Path
 ) -> None:

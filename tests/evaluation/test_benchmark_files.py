@@ -22,6 +22,8 @@ from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
 
+pytestmark = pytest.mark.one_stack
+
 
 def questions_of(name, root, **options):
     return chosen_questions(BENCHMARKS[name], root, work=root / "work", **options)[0]

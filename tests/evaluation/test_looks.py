@@ -10,6 +10,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.evaluator import evaluate
 from umed_plugin.grounding.boxes import format_box
 
+pytestmark = pytest.mark.one_stack
+
 
 def test_both_forms_are_asked_and_their_difference_is_paired(tmp_path):
     looks = {"nodule": "a grey disc"}

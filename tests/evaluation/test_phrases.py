@@ -25,6 +25,7 @@ from umed_plugin.grounding.phrases import phrase_spans
 from umed_plugin.grounding.scoring import Scorer, score_answer
 from umed_plugin.model.answerer import ModelAnswer
 
+pytestmark = pytest.mark.one_stack
 # Two boxes, then IoU and Dice of areas, then those of whole pixels, worked out on paper.
 PAIRS = [
     ((10, 10, 20, 20), (20, 10, 30, 20), (0, 1), (0, 1), (11, 231), (22, 242)),  # they touch

@@ -25,6 +25,8 @@ from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
+pytestmark = pytest.mark.one_stack
+
 
 def escape(text):
     return next((option for option in choices_of(text) if option.startswith(("not ans", "none of", "there is no"))), "")

@@ -18,6 +18,7 @@ from umed_plugin.evaluation.metrics.r2gen_text import R2GenTreatment, cleaned
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
+pytestmark = pytest.mark.one_stack
 WORDS = [
     *("the", "heart", "is", "normal", "in", "size", "lungs", "are", "clear", "no", "effusion", "pneumothorax"),
     *("small", "left", "right", "basal", "opacity", "mild", "edema", "seen"),

@@ -30,6 +30,7 @@ from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, ModelAnswer
 from umed_plugin.model.heat_map import decode_heat_map
 
+pytestmark = pytest.mark.one_stack
 OLD = Path(__file__).parents[1] / "support" / "old"
 RIGHT = "A nodule at [0.10, 0.30, 0.40, 0.60]."
 

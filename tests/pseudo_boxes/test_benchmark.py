@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from support.umed_runs import ROOT
 
-pytestmark = [pytest.mark.llava, pytest.mark.run]
+pytestmark = [pytest.mark.llava, pytest.mark.run, pytest.mark.one_stack]
 
 
 @pytest.fixture

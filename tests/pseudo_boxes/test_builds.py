@@ -57,6 +57,7 @@ def test_a_label_gets_a_box_that_says_who_drew_it(studies: Path, tower: Path, tm
     assert out.read_bytes() == content
 
 
+@pytest.mark.one_stack
 def test_hidden_boxes_are_not_looked_at(studies: Path, tower: Path, tmp_path: Path) -> None:
     recipe = str(write_recipe(studies, CSV, SPLIT, RULE))
     built = []
@@ -99,6 +100,7 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_boxes(
     assert len(steps) == count + 12
 
 
+@pytest.mark.one_stack
 def test_boxes_are_kept_for_the_next_build_and_damaged_lines_found_again(
     studies: Path, tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_boxes_are_kept_for_the_next_build_and_damaged_lines_found_again(
     assert other != whole, "a rule for boxes that has changed is not answered from what is kept"
 
 
+@pytest.mark.one_stack
 def test_what_the_map_depends_on_trains_another(studies: Path, tower: Path, tmp_path: Path) -> None:
     def maps() -> int:
         return len(list((tmp_path / "out" / FOLDER).glob("map-*.pt")))
@@ -131,6 +134,7 @@ def test_what_the_map_depends_on_trains_another(studies: Path, tower: Path, tmp_
     assert maps() == 6
 
 
+@pytest.mark.one_stack
 def test_other_splits_get_the_same_boxes_alone(studies: Path, tower: Path, tmp_path: Path) -> None:
     split = "{by: patient, fractions: {train: 0.8, test: 0.2}}"
     recipe = load_recipe(write_recipe(studies, CSV, split, RULE.replace("5", "4")))
@@ -149,6 +153,7 @@ def rows_of(studies: Path) -> list[str]:
     return (studies / "labels.csv").read_text().splitlines()
 
 
+@pytest.mark.one_stack
 def test_too_few_normal_images_are_a_fault_for_each_modality(studies: Path, tower: Path, tmp_path: Path) -> None:
     rows = [row for row in rows_of(studies) if not row.startswith(("CT_0", "CT_1", "CT_2"))]
     (studies / "labels.csv").write_text("\n".join(rows) + "\n")
@@ -160,6 +165,7 @@ def test_too_few_normal_images_are_a_fault_for_each_modality(studies: Path, towe
     assert "modality 'CT': 4 images" in fault(studies, tower, tmp_path / "out", rule)
 
 
+@pytest.mark.one_stack
 def test_normal_images_of_one_patient_are_a_fault(studies: Path, tower: Path, tmp_path: Path) -> None:
     rows = [
         ",".join([*row.split(",")[:2], "P1", *row.split(",")[3:]]) if ",," in row else row for row in rows_of(studies)
@@ -170,6 +176,7 @@ def test_normal_images_of_one_patient_are_a_fault(studies: Path, tower: Path, tm
     assert "all 5 normal images are of one patient ('P1')" in told
 
 
+@pytest.mark.one_stack
 def test_images_below_the_score_and_with_several_labels_are_left_out_and_counted(
     studies: Path, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -210,6 +217,7 @@ def test_the_tower_of_a_checkpoint_is_taken_and_others_are_refused(
         PatchTower(tmp_path / "hollow")
 
 
+@pytest.mark.one_stack
 def test_evaluation_refuses_boxes_that_no_person_drew(studies: Path, tower: Path, tmp_path: Path) -> None:
     records = build(studies, tower, tmp_path / "out")
     with pytest.raises(UmedError, match="8 of 20 records, the first .* against boxes that no person drew"):

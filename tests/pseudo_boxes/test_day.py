@@ -13,6 +13,8 @@ from support.umed_runs import environment, run_command
 from umed_plugin.data.records import load_records
 from umed_plugin.evaluation.results import Evaluation
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.mark.run
 @pytest.mark.llava

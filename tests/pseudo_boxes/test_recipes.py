@@ -20,6 +20,7 @@ from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 from umed_plugin.data.records import load_records
 from umed_plugin.errors import UmedError
 
+pytestmark = pytest.mark.one_stack
 PAGE = DOCS / "pseudo-boxes.md"
 V2 = {
     **dict.fromkeys(("normal-cecum", "normal-pylorus", "normal-z-line"), 4),

@@ -9,13 +9,15 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from support import forked
 from support.judge_server import Answer, Asked, JudgeServer, judge_server, score
 from support.records import grounded_records
-from support.umed_runs import environment, train_flags, weights
+from support.umed_runs import TWO_PROCESSES, environment, train_flags, weights
 
 KEY = "sk-test-0123456789"
 FLAGS = shlex.split(
@@ -39,20 +41,17 @@ def judged(server: JudgeServer | None, **changes: str) -> list[str]:
     return [part for name, value in {**judge, **changes}.items() for part in (f"--{name}", value)]
 
 
-def start(checkpoint: Path, records: Path, output: Path, *more: str, launcher: tuple[str, ...] = PYTHON):
+def start(checkpoint: Path, records: Path, output: Path, *more: str, launcher: Sequence[str] = PYTHON):
     """``umed-run`` with the key in its environment, as a process that can be killed."""
     command = [sys.executable, "-m", "umed_plugin.launch", *launcher]
     command += train_flags(checkpoint, records, output, *[part for part in FLAGS if part], *more)
-    return subprocess.Popen(
-        command,
-        env={**environment(), "OPENAI_API_KEY": KEY},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {**environment(), "OPENAI_API_KEY": KEY}
+    if forked.wanted(command):
+        return forked.Forked(command, env=env)
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen, returncode: int | None = 0) -> str:
+def finish(process: subprocess.Popen | forked.Forked, returncode: int | None = 0) -> str:
     """Everything that the process printed; the key must not be in it."""
     stdout, stderr = process.communicate(timeout=300)
     assert returncode is None or process.returncode == returncode, f"{stdout[-1500:]}\n{stderr[-3000:]}"
@@ -116,6 +115,7 @@ def test_the_key_is_in_no_file_of_a_run(whole):
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
+@pytest.mark.one_stack
 def test_replaying_gives_the_same_rewards_and_weights_without_a_server(whole, tiny_mistral, records, tmp_path):
     output, _ = whole
     replay = judged(None, umed_judge=f"replay:{output / 'judge.jsonl'}")
@@ -125,6 +125,7 @@ def test_replaying_gives_the_same_rewards_and_weights_without_a_server(whole, ti
     assert not (tmp_path / "out" / "judge.jsonl").exists()
 
 
+@pytest.mark.one_stack
 def test_killed_in_the_middle_of_judging_and_resumed_asks_nothing_twice(whole, tiny_mistral, records, tmp_path):
     output, let_go, after = tmp_path / "out", threading.Event(), []
 
@@ -157,6 +158,7 @@ def _holds(asked: Asked, answer: str) -> bool:
     return f"<answer>\n{answer}\n</answer>" in asked.text
 
 
+@pytest.mark.one_stack
 def test_a_spent_budget_ends_with_a_checkpoint_and_a_larger_one_goes_on(whole, tiny_mistral, records, tmp_path):
     output = tmp_path / "out"
     with judge_server(by_text) as server:
@@ -171,11 +173,10 @@ def test_a_spent_budget_ends_with_a_checkpoint_and_a_larger_one_goes_on(whole, t
 
 
 def test_two_processes_share_the_ledger_and_stop_together(tiny_mistral, records, tmp_path):
-    launcher = ("torchrun", "--nproc_per_node", "2", "--master_port", "29527", "-m", "llava.train.train_mem")
     output = tmp_path / "out"
     with judge_server(by_text) as server:
         flags = judged(server, umed_judge_budget="40requests")
-        printed = finish(start(tiny_mistral, records, output, *flags, launcher=launcher), 1)
+        printed = finish(start(tiny_mistral, records, output, *flags, launcher=TWO_PROCESSES), 1)
     assert "the judge's budget of 40 requests is spent" in printed
     lines = [json.loads(line) for line in (output / "judge.jsonl").read_text().splitlines()]
     assert len(lines) == len(server.asked) >= 40
@@ -187,6 +188,7 @@ def test_two_processes_share_the_ledger_and_stop_together(tiny_mistral, records,
     assert rank_files == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.one_stack
 def test_a_server_that_is_not_there_ends_the_run_plainly(tiny_mistral, records, tmp_path):
     nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "2"}
     nowhere["umed_judge_retries"] = "0"

@@ -320,6 +320,15 @@ class Forked:
         """SIGTERM to the process, or to each rank."""
         self.send_signal(signal.SIGTERM)
 
+    def kill(self) -> None:
+        """SIGKILL to the process, or to each rank."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Wait, and what it has printed and what it has said on standard error."""
+        ended = self.done(timeout)
+        return ended.stdout, ended.stderr
+
     def done(self, timeout: float = 300) -> subprocess.CompletedProcess:
         """Wait, and what it has printed."""
         code = self.wait(timeout)

@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3 on a CPU, two processes over gloo, through ``umed-run deepspeed``: both stages, full and LoRA.
+"""DeepSpeed's ZeRO-2 and ZeRO-3 on a CPU, two processes over gloo: both stages, full and LoRA.
+
+``umed-run deepspeed`` starts one run of each stage, and ``umed-run torchrun`` the others: both launchers set the same variables.
 
 Each run is held against one process that takes the two batches as one, with plain gradient descent: then equal weights mean equal
 gradients.
@@ -19,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.records import grounded_records
-from support.umed_runs import train_flags, umed_run, weights
+from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
@@ -59,6 +61,7 @@ REWARDING = [
     ),
 ]
 LORA = shlex.split("--lora_enable True --lora_r 4 --lora_dropout 0")
+TWO_DEVICES = ("--num_gpus", "2")
 
 # Sampling without chance, so that one process samples what two do: candidate k begins with the k-th likeliest token. Answers to
 # odd records end after two tokens, the others after six: then the processes make different numbers of passes. At each token all
@@ -129,10 +132,10 @@ def free_port() -> str:
 
 
 def sharded(stage: int, checkpoint: Path, records: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ()):
-    """Two processes, one query or record each a step."""
+    """Two processes, one query or record each a step: by DeepSpeed's launcher, or without its flags by torchrun, in half the time."""
     config = output.parent / f"zero{stage}.json"
     config.write_text(json.dumps({**CONFIG, "zero_optimization": PARTS[stage]}))
-    launch = ["deepspeed", *(launcher or ("--num_gpus", "2")), "--master_port", free_port(), script()]
+    launch = ["deepspeed", *launcher, "--master_port", free_port(), script()] if launcher else TWO_PROCESSES
     more = [*flags, "--per_device_train_batch_size", "1", "--deepspeed", str(config)]
     run = umed_run([*launch, *train_flags(checkpoint, records, output, *more)], pythonpath=records.parent)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
@@ -142,7 +145,7 @@ def sharded(stage: int, checkpoint: Path, records: Path, output: Path, *flags: s
 def alone(checkpoint: Path, records: Path, output: Path, *flags: str) -> None:
     """One process that takes both batches at once."""
     more = [*flags, "--per_device_train_batch_size", "2", "--save_strategy", "no"]
-    command = ["python", script(), *train_flags(checkpoint, records, output, *more)]
+    command = ["python", "-m", "llava.train.train_mem", *train_flags(checkpoint, records, output, *more)]
     run = umed_run(command, pythonpath=records.parent)
     assert run.returncode == 0, run.stderr[-4000:]
 
@@ -185,7 +188,7 @@ ATTENTION_LOSS = shlex.split("--umed_attention_loss 3 --umed_vrr_mask_sinks 2.6"
 @pytest.mark.parametrize("loss", [(), ATTENTION_LOSS], ids=["plain", "attention-loss"])
 def test_stage_1_full_under_zero_3_saves_resumes_and_equals_one_process(loss, tiny_llama, records, tmp_path):
     whole = tmp_path / "llava-whole"
-    sharded(3, tiny_llama, records, whole, *TUNING, *loss)
+    sharded(3, tiny_llama, records, whole, *TUNING, *loss, launcher=() if loss else TWO_DEVICES)
     alone(tiny_llama, records, tmp_path / "alone", *TUNING, *loss)
     check_equal(whole, tmp_path / "alone", load_file(tiny_llama / "model.safetensors"))
     if not loss:
@@ -212,7 +215,7 @@ def test_stage_1_lora_under_zero_2_trains_on_two_nodes_and_is_merged(tiny_mistra
 
 
 def test_stage_2_full_under_zero_2_equals_one_process(tiny_llama, records, tmp_path):
-    sharded(2, tiny_llama, records, tmp_path / "whole", *REWARDING)
+    sharded(2, tiny_llama, records, tmp_path / "whole", *REWARDING, launcher=TWO_DEVICES)
     alone(tiny_llama, records, tmp_path / "alone", *REWARDING)
     check_equal(tmp_path / "whole", tmp_path / "alone", load_file(tiny_llama / "model.safetensors"))
 
@@ -245,6 +248,7 @@ def test_a_deepspeed_for_another_device_is_refused_before_the_model_is_loaded(
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     (tmp_path / "zero2.json").write_text(json.dumps({**CONFIG, "zero_optimization": PARTS[2]}))
     more = [*TUNING, "--deepspeed", str(tmp_path / "zero2.json")]
-    run = umed_run(["python", script(), *train_flags(tiny_llama, records, tmp_path / "out", *more)])
+    command = ["python", "-m", "llava.train.train_mem"]
+    run = umed_run([*command, *train_flags(tiny_llama, records, tmp_path / "out", *more)])
     assert run.returncode == 2
     assert "training runs on cpu, but the installed DeepSpeed on cuda" in run.stderr and "torchrun" in run.stderr

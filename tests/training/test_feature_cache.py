@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -19,7 +18,7 @@ import torch
 from PIL import Image
 from support.records import grounded_records
 from support.tuning import make_tokenizer
-from support.umed_runs import INTERRUPT, ROOT, TWO_PROCESSES, environment, train_flags, umed_run, weights
+from support.umed_runs import INTERRUPT, ROOT, TWO_PROCESSES, environment, run_command, train_flags, umed_run, weights
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
@@ -374,14 +373,8 @@ def test_only_images_without_features_have_to_be_readable_before_training(tokeni
 def test_the_benchmark_prints_both_sides_and_what_is_saved():
     """Small sizes; that the losses agree is checked by the benchmark itself."""
     sizes = "--images 4 --candidates 2 --new-tokens 6 --tower 64 2 56 --model 64 1 --cpu-seconds"
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "feature_cache.py"), *sizes.split()],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [sys.executable, str(ROOT / "benchmarks" / "feature_cache.py"), *sizes.split()]
+    run = run_command(command, env=environment())
     assert run.returncode == 0, run.stderr[-3000:]
     (table,) = re.findall(r"median of 2 steps.*", run.stdout, re.DOTALL)
     rows = {
