@@ -1,9 +1,10 @@
 """Python processes forked from one that has imported torch, transformers and MONAI: of a tiny run more than half is imports.
 
 What is forked is ``python -m llava.train.train_mem``, under `umed-run` or torchrun too, ``python -m umed_plugin.cli`` and
-``python benchmarks/NAME.py``. A shell's lines get there by `support.forked_shells`. The child takes its command's environment, working directory, path, descriptors and session, runs the sitecustomize of its path,
-then the module as ``__main__``, so that LLaVA, the plugin and its patches are imported in each anew. Only the start is not the
-real one: tests/test_launch.py and test_deepspeed.py start real processes, and ``UMED_FRESH_RUNS=1`` makes all tests do so.
+``python benchmarks/NAME.py``. A shell's lines get there by `support.forked_shells`. The child takes its command's environment,
+working directory, path, descriptors and session, runs the sitecustomize of its path, then the module as ``__main__``, so that
+LLaVA, the plugin and its patches are imported in each anew. Only the start is not the real one: tests/test_launch.py and
+test_deepspeed.py start real processes, and ``UMED_FRESH_RUNS=1`` makes all tests do so.
 
     python tests/support/forked.py      the server: one JSON request a line on stdin; it answers with files
 """
@@ -125,7 +126,9 @@ def _become(
         entries = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
         command = _with_python(module, arguments)
         if ranks > 1:
-            code = _wait_for([ForkingPopen(command, env={**environment, **more}) for more in _variables_of_ranks(ranks)])
+            code = _wait_for(
+                [ForkingPopen(command, env={**environment, **more}) for more in _variables_of_ranks(ranks)]
+            )
         else:
             is_script = module.endswith(".py")
             sys.path[:] = [str(Path(module).parent) if is_script else os.getcwd(), *entries, *_BASE_PATH]

@@ -1,6 +1,6 @@
 """For lines of a shell: ``umed`` and ``python`` as programs whose processes are forked by the server of `support.forked`.
 
-    python -SE tests/support/forked_shells.py PID umed evaluate ...     what such a program runs; PID is the server's
+python -SE tests/support/forked_shells.py PID umed evaluate ...     what such a program runs; PID is the server's
 """
 
 from __future__ import annotations

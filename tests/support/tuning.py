@@ -46,7 +46,14 @@ def make_tokenizer(folder, *, legacy=True, symbols=("USER",)):
 
 
 def make_dataset(
-    records, tokenizer, version="umed_v1", image_aspect_ratio="pad", split="train", kind=GroundedDataset, rank=0, **flags
+    records,
+    tokenizer,
+    version="umed_v1",
+    image_aspect_ratio="pad",
+    split="train",
+    kind=GroundedDataset,
+    rank=0,
+    **flags,
 ):
     """A GroundedDataset, or one of another kind, as a run would make it, with a 64 px image processor and 8 px patches."""
     data_args = SimpleNamespace(

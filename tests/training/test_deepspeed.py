@@ -132,7 +132,7 @@ def free_port() -> str:
 
 
 def sharded(stage: int, checkpoint: Path, records: Path, output: Path, *flags: str, launcher: tuple[str, ...] = ()):
-    """Two processes, one query or record each a step: by DeepSpeed's launcher, or without its flags by torchrun, in half the time."""
+    """Two processes, one query or record each a step: by DeepSpeed's launcher, or without its flags by torchrun."""
     config = output.parent / f"zero{stage}.json"
     config.write_text(json.dumps({**CONFIG, "zero_optimization": PARTS[stage]}))
     launch = ["deepspeed", *launcher, "--master_port", free_port(), script()] if launcher else TWO_PROCESSES
