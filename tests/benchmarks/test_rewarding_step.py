@@ -26,6 +26,8 @@ def test_a_small_step_is_measured_on_both_sides(precision, tmp_path):
         "2",
         "--accumulation",
         "2",
+        "--threads",
+        "1",
         "--precision",
         precision,
     ]

@@ -13,6 +13,7 @@ import demo_table
 import numpy as np
 import pytest
 import stock_template
+import torch
 from support import forked
 from transformers import AutoTokenizer
 
@@ -117,6 +118,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 @pytest.mark.run
 def test_the_demo_runs_from_start_to_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked.popen, STDOUT=subprocess.STDOUT))
+    # Threads of a model this small wait for one another, in this test and in all that follow in this process.
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     settings = DemoSettings(
         tuning=16,
         rewarding=8,
@@ -132,7 +136,7 @@ def test_the_demo_runs_from_start_to_end(tmp_path, capsys, monkeypatch):
     out = tmp_path / "demo"
     returned = run_demo(out, seed=0, settings=settings)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary == returned
+    assert summary == returned and threads == [settings.processes]
     assert list(summary) == [*STAGES, "comparison", "seed", "seconds"]
     for stage in STAGES:
         assert summary[stage]["n"] == 8

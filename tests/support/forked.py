@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,8 @@ PRELOADED = (
 )
 # `sys.path` of every Python here, without the script's folder and PYTHONPATH.
 _BASE_PATH: list[str] = []
+# What is to be tidied up at the end of every process, by the libraries that are preloaded.
+_BASE_FINALIZERS: set[weakref.finalize] = set()
 _LOCK = threading.Lock()
 
 
@@ -115,6 +118,8 @@ def _become(
             if given[name] not in (-1, descriptor):
                 os.dup2(given[name], descriptor)
         _close_as_exec_does()
+        for finalizer in set(weakref.finalize._registry) - _BASE_FINALIZERS:
+            finalizer.detach()  # the temporary folders of the process that it is forked from
         for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGCHLD, signal.SIG_DFL)):
             signal.signal(number, handler)
         if given.get("start_new_session"):
@@ -198,6 +203,7 @@ def serve() -> None:
     _BASE_PATH[:] = [entry for entry in sys.path[1:] if entry not in added]
     for name in PRELOADED:
         importlib.import_module(name)
+    _BASE_FINALIZERS.update(weakref.finalize._registry)
     gc.collect()
     gc.freeze()  # or each garbage collection would search, and copy, all of these libraries' objects
     for line in sys.stdin:
