@@ -6,13 +6,17 @@ import ast
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 from support import budget, forked, needs
+from support.forked_shells import programs
 from support.records import write_records
 from support.umed_runs import environment, run_python, train_flags
+
+import umed_plugin
 
 TESTS = Path(__file__).resolve().parent
 # Also in the code of a child process, which stands in a string.
@@ -104,6 +108,17 @@ def test_a_forked_process_dies_like_a_started_one(tiny_llama, tmp_path):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+@pytest.mark.run
+def test_a_shells_line_is_forked_with_its_words_streams_and_status(tmp_path):
+    path = os.pathsep.join([str(programs(tmp_path / "programs")), os.environ["PATH"]])
+    line = 'umed --version > "a file"; umed evaluate; echo "status $?"; python -c "print(6 * 7)"'
+    run = {"cwd": tmp_path, "env": {**environment(), "PATH": path}, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "-c", line], **run)
+    assert umed_plugin.__version__ in (tmp_path / "a file").read_text()
+    assert "arguments are required: CKPT" in done.stderr
+    assert done.stdout.splitlines()[-2:] == ["status 2", "42"], "what is not the plugin's is run as it is"
 
 
 @pytest.mark.parametrize("number", [1, 2])
