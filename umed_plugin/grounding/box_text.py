@@ -10,7 +10,7 @@
   counted.
 
 A box that stands behind a word such as "at" or "bbox", in a tag, in a pair of pairs or under names is `explicit`. Four bare
-numbers in brackets are a box if they fit the unit of the dialect (`WrittenBox.is_box`).
+numbers in brackets are a box if they fit the unit of the dialect (`umed_plugin.grounding.written_box.WrittenBox.is_box`).
 """
 
 from __future__ import annotations
@@ -20,129 +20,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from umed_plugin.grounding.box_bins import BINNED, Box, bin_kind
-
-# Full-width and other forms of the characters that boxes are written with, one for one, so that places in the text stay.
-_PLAIN = str.maketrans("，、،；．٫％（）［］【】｛｝〔〕⟨⟩〈〉《》：＝＜＞＋－−", ",,,;..%()[][]{}[]()()():=<>+--")
-
-_NUMBER = r"(?:(?<![\d.])[+-])?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]\d{1,3})?"
-_AXIS = r"[xy]_?(?:min|max|[0-2])"
-_NAME = rf"{_AXIS}|c[xy]|[xywh]|left|top|right|bottom|width|height"
-_TOKEN = re.compile(
-    rf"""
-    (?P<named> \b({_NAME})["'`]?\s{{0,3}}[:=]\s{{0,3}}["'`]?({_NUMBER})(?:\s?%)? )
-    | (?P<bin> <(?:(loc_)(\d{{1,4}})|(loc)(\d{{4}})|([xy])(\d{{1,4}})|(patch_index_)(\d{{1,4}}))> )
-    | (?P<tag> <(/|\|/)?\|?(?:(?:begin_of_|bounding_?)?b?box(?:es)?(?:_start)?|(end_of_box|box_end)|det)\|?> )
-    | (?P<number> {_NUMBER}(?:\s?%)? )
-    | (?P<word> [^\W\d]\w* )
-    | (?P<open> [\[(\{{] )
-    | (?P<close> [\])\}}] )
-    | (?P<separator> [,;] )
-    | (?P<quote> ["'`$*\\|_] )
-    | (?P<other> \S )
-    """,
-    re.X | re.I,
+from umed_plugin.grounding.box_bins import BINNED, bin_kind
+from umed_plugin.grounding.box_tokens import (
+    ANGLE,
+    AXIS,
+    BETWEEN,
+    CUT_TAG,
+    GROUP,
+    JOINS,
+    KINDS,
+    NAMES,
+    NOT_NUMBERS,
+    PLACES,
+    PLAIN,
+    TOKEN,
+    UNITS,
+    WORTH_A_LOOK,
+    decimal_commas,
 )
-# Text in which nothing can be found has no digit, and no bracket or tag at its end.
-_WORTH_A_LOOK = re.compile(r"\d|[\[(<{]|box", re.I)
-# Numbers in angle brackets, closed or cut off; a single one ("< 5 mm") is a comparison.
-_ANGLE = re.compile(rf"<(?=\s{{0,3}}{_NUMBER}%?(?:\s{{0,3}}[,;]\s{{0,3}}{_NUMBER}%?){{1,7}}[\s,;.]{{0,3}}(>|$))")
-_CUT_TAG = re.compile(r"<\|?(?:box\w*|bbox|loc_?\d{0,4}|patch_index_\d{0,4}|[xy]\d{1,4})\|?$", re.I)
+from umed_plugin.grounding.written_box import WrittenBox
 
-# Words before numbers that make them a box, and words that may stand between.
-_PLACES = {
-    *(
-        "at",
-        "box",
-        "boxes",
-        "bbox",
-        "bboxes",
-        "bbox_2d",
-        "box_2d",
-        "bounding_box",
-        "coordinate",
-        "coordinates",
-        "coords",
-    ),
-    *("located", "location", "position", "region", "area", "roi", "rectangle"),
-}
-_BETWEEN = {"is", "are", "was", "were", "be", "here"}
-# Words between the two corners of a box.
-_JOINS = {"to", "and", "through", "corner", "lower", "upper", "top", "bottom", "left", "right"}
-_UNITS = {"cm", "mm", "m", "ml", "cc", "mg", "g", "kg", "hu", "suv", "ms", "s", "ng", "pg", "mmhg"}
-_NOT_NUMBERS = {"nan", "inf", "infinity", "none", "null"}
-_NAMES = (
-    (("x1", "y1", "x2", "y2"), "xyxy"),
-    (("x0", "y0", "x1", "y1"), "xyxy"),
-    (("xmin", "ymin", "xmax", "ymax"), "xyxy"),
-    (("left", "top", "right", "bottom"), "xyxy"),
-    (("left", "top", "width", "height"), "xywh"),
-    (("x", "y", "w", "h"), "xywh"),
-    (("x", "y", "width", "height"), "xywh"),
-    (("cx", "cy", "w", "h"), "cxcywh"),
-    (("cx", "cy", "width", "height"), "cxcywh"),
-)
 _LONGEST_BOX = 160  # characters between two brackets
 _FAR = 12  # tokens after which a named number no longer belongs to the one before
-
-
-@dataclass(frozen=True)
-class WrittenBox:
-    """A box, an attempt at one, or four bare numbers, as a text has them.
-
-    Attributes:
-        start, end: its characters in the text.
-        numbers: four numbers as written; of ``percent`` and ``bins`` in 0-1. None if it cannot be read.
-        kind: ``whole`` or ``decimal`` numbers, ``percent``, ``bins``, or ``none`` if it cannot be read.
-        explicit: whether something beside the numbers says that they are a box.
-        order: of the numbers, where the text names them; None: the dialect's.
-    """
-
-    start: int
-    end: int
-    numbers: Box | None
-    kind: str
-    explicit: bool
-    order: str | None = None
-
-    def is_box(self, unit: str = "auto") -> bool:
-        """Whether the numbers are a box in a dialect of this unit; False for an attempt that cannot be read."""
-        if self.numbers is None:
-            return False
-        if self.explicit or self.kind in ("percent", "bins"):
-            return True
-        steps = {round(after - before, 9) for before, after in zip(self.numbers, self.numbers[1:])}
-        largest = max(map(abs, self.numbers))
-        if largest > 1 and len(steps) == 1 and 0 < next(iter(steps)) < 10:
-            return False  # an enumeration: "images (1, 2, 3, 4)"
-        if unit not in ("auto", "1"):
-            return True
-        if self.kind == "whole":
-            return largest <= 1 or largest >= 100
-        return largest <= 2 or sum(0 <= value <= 1 for value in self.numbers) >= 2
-
-    def corners(self, order: str = "xyxy") -> Box:
-        """The numbers as x1, y1, x2, y2, in their own unit.
-
-        Args:
-            order: of the dialect, where the text does not name the numbers: ``xyxy``, ``yxyx``, ``xywh`` or ``cxcywh``.
-
-        Raises:
-            ValueError: it cannot be read.
-        """
-        if self.numbers is None:
-            raise ValueError("an attempt at a box has no corners")
-        a, b, c, d = self.numbers
-        return {
-            "xyxy": (a, b, c, d),
-            "yxyx": (b, a, d, c),
-            "xywh": (a, b, a + c, b + d),
-            "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-        }[self.order or order]
-
-    def is_attempt(self) -> bool:
-        """Whether it was meant as a box, and cannot be read."""
-        return self.numbers is None and self.explicit
 
 
 @dataclass
@@ -162,14 +61,14 @@ class _Frame:
 
 def scan(text: str) -> tuple[WrittenBox, ...]:
     """Boxes, attempts and bare numbers of a text, in order."""
-    return _scan(text) if _WORTH_A_LOOK.search(text) else ()
+    return _scan(text) if WORTH_A_LOOK.search(text) else ()
 
 
 @lru_cache(maxsize=512)
 def _scan(text: str) -> tuple[WrittenBox, ...]:
-    plain = text.translate(_PLAIN)
+    plain = text.translate(PLAIN)
     characters = list(plain)
-    for angle in _ANGLE.finditer(plain):
+    for angle in ANGLE.finditer(plain):
         characters[angle.start()] = "("
         if angle[1]:
             characters[angle.end(1) - 1] = ")"
@@ -194,12 +93,12 @@ class _Scanner:
         self.named: dict[str, re.Match[str]] = {}
         self.named_age = 0
         self.open_tags = 0
-        for token in _TOKEN.finditer(text):
+        for token in TOKEN.finditer(text):
             self._take(token)
         self._end()
 
     def _take(self, token: re.Match[str]) -> None:
-        kind = next(name for name in _KINDS if token[name] is not None)
+        kind = next(name for name in KINDS if token[name] is not None)
         if kind != "bin":
             self._flush_bins()
         self.named_age += 1
@@ -221,16 +120,16 @@ class _Scanner:
 
     def _word(self, token: re.Match[str]) -> None:
         word, frame = token[0].lower(), self.frames[-1]
-        if frame.opener and not frame.has_words and word in _NOT_NUMBERS:
+        if frame.opener and not frame.has_words and word in NOT_NUMBERS:
             frame.readable = False
             return
-        if not (frame.pairs and word in _JOINS):
+        if not (frame.pairs and word in JOINS):
             self._broken(frame, token.start(), word)
-        self.place = word in _PLACES or (self.place and word in _BETWEEN)
+        self.place = word in PLACES or (self.place and word in BETWEEN)
 
     def _broken(self, frame: _Frame, end: int, word: str) -> None:
         """A word among the numbers: what was there so far is no box, but may have been meant as one."""
-        if frame.numbers and word not in _UNITS:
+        if frame.numbers and word not in UNITS:
             self._weigh(frame, end, closed=False)
         self._drop_pairs(frame)
         frame.numbers = []
@@ -292,7 +191,7 @@ class _Scanner:
         frame.pairs = []
 
     def _tag(self, token: re.Match[str]) -> None:
-        closes = bool(token[_GROUP["slash"]] or token[_GROUP["end"]])
+        closes = bool(token[GROUP["slash"]] or token[GROUP["end"]])
         if not closes:
             self.open_tags += 1
             self.frames.append(_Frame(token.start(), "tag", True))
@@ -312,11 +211,11 @@ class _Scanner:
         frame = self.frames[-1]
         frame.readable = not frame.opener
         frame.has_box = True
-        name = token[_GROUP["name"]].lower().replace("_", "")
+        name = token[GROUP["name"]].lower().replace("_", "")
         if name in self.named:
             self._flush_named()
         self.named[name], self.named_age = token, 0
-        for names, order in _NAMES:
+        for names, order in NAMES:
             if all(part in self.named for part in names):
                 ordered = [self.named[part] for part in names]
                 start, end = min(t.start() for t in ordered), max(t.end() for t in ordered)
@@ -346,7 +245,7 @@ class _Scanner:
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]
             numbers = None
-            axes = "".join(t[_GROUP["axis"]] or "" for t in part).lower()
+            axes = "".join(t[GROUP["axis"]] or "" for t in part).lower()
             if len(part) == size and axes in ("", "xyxy"):
                 numbers = read([int("".join(filter(str.isdigit, t[0]))) for t in part])
             self.found.append(WrittenBox(part[0].start(), part[-1].end(), numbers, "bins" if numbers else "none", True))
@@ -354,7 +253,7 @@ class _Scanner:
 
     def _flush_named(self, least: int = 2) -> None:
         """Named numbers of which some are missing. Only names such as x1 or ymin tell that a box was meant."""
-        tokens = [token for name, token in self.named.items() if len(name) > 1 and re.fullmatch(_AXIS, name)]
+        tokens = [token for name, token in self.named.items() if len(name) > 1 and re.fullmatch(AXIS, name)]
         if len(tokens) >= least:
             self.found.append(
                 WrittenBox(min(t.start() for t in tokens), max(t.end() for t in tokens), None, "none", True)
@@ -370,7 +269,7 @@ class _Scanner:
         if frame.has_box and not tokens:
             return False
         if closed and frame.readable and end - start <= _LONGEST_BOX:
-            numbers = _decimal_commas(self.text[start + 1 : end - 1]) if 4 < len(tokens) <= 8 else None
+            numbers = decimal_commas(self.text[start + 1 : end - 1]) if 4 < len(tokens) <= 8 else None
             texts = numbers or [token[0] for token in tokens]
             if len(texts) == 4:
                 return self._emit(start, end, texts, frame.explicit)
@@ -420,7 +319,7 @@ class _Scanner:
         self._flush_bins()
         self._flush_named(least=1 if any(frame.opener == "{" for frame in self.frames) else 2)
         end = len(self.text.rstrip())
-        cut_tag = _CUT_TAG.search(self.text, max(0, end - 24), end)
+        cut_tag = CUT_TAG.search(self.text, max(0, end - 24), end)
         if cut_tag and not any(box.end == cut_tag.start() and not box.numbers for box in self.found[-1:]):
             self.found.append(WrittenBox(cut_tag.start(), end, None, "none", True))
         while len(self.frames) > 1:
@@ -445,24 +344,3 @@ class _Scanner:
             kind = "whole" if whole and (max(a, b, c, d) > 1 or "." not in "".join(texts)) else "decimal"
         self.found.append(WrittenBox(start, end, (a, b, c, d), kind, explicit, order))
         return True
-
-
-_KINDS = ("named", "bin", "tag", "number", "word", "open", "close", "separator", "quote", "other")
-# Places of the groups without a name in _TOKEN.
-_GROUP = {
-    "name": _TOKEN.groupindex["named"] + 1,
-    "axis": _TOKEN.groupindex["bin"] + 5,
-    "slash": _TOKEN.groupindex["tag"] + 1,
-    "end": _TOKEN.groupindex["tag"] + 2,
-}
-
-
-def _decimal_commas(inner: str) -> list[str] | None:
-    """Four numbers in 0-1 with decimal commas (``0,16, 0,28``), as texts with full stops; None if it is not that."""
-    parts = re.split(r";\s*|,\s+|\s+", inner.strip("\"' ,;"))
-    if len(parts) == 1:
-        digits = parts[0].split(",")
-        parts = [f"{digits[i]},{digits[i + 1]}" for i in range(0, 8, 2)] if len(digits) == 8 else []
-    if len(parts) != 4 or not all(re.fullmatch(r"[+-]?0,\d+|1,0+|[01]", part) for part in parts):
-        return None
-    return [part.replace(",", ".") for part in parts]

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from umed_plugin.grounding.box_bins import Box as Box  # named here by all others
-from umed_plugin.grounding.box_text import WrittenBox, scan
+from umed_plugin.grounding.box_text import scan
+from umed_plugin.grounding.written_box import WrittenBox
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.grounding.box_bins import Box
-from umed_plugin.grounding.box_text import WrittenBox, scan
+from umed_plugin.grounding.box_text import scan
+from umed_plugin.grounding.written_box import WrittenBox
 
 ORDERS = ("xyxy", "xywh", "cxcywh", "yxyx")
 UNITS = ("auto", "1", "100", "1000", "1024", "pixels")
