@@ -348,7 +348,7 @@ def test_held_out_records_lie_beside_those_for_training_and_plain_items_are_not_
 
 
 def test_an_interrupted_build_leaves_no_stamp(records, tokenizer, monkeypatch):
-    from umed_plugin.training import tuning_data
+    from umed_plugin.training import training_records
 
     recipe, _ = write_coco_recipe(records.parent)
     make_dataset(records, tokenizer, umed_recipe=str(recipe))
@@ -358,14 +358,14 @@ def test_an_interrupted_build_leaves_no_stamp(records, tokenizer, monkeypatch):
     def interrupted(*args, **keywords):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning_data, "build_records", interrupted)
+    monkeypatch.setattr(training_records, "build_records", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_dataset(records, tokenizer, umed_recipe=str(recipe), umed_box_decimals=3)
     assert not stamp.exists()
 
 
 def test_rewards_need_true_boxes(records, tokenizer):
-    from umed_plugin.training.tuning_data import training_records
+    from umed_plugin.training.training_records import training_records
 
     dataset = make_dataset(records, tokenizer)
     args = SimpleNamespace(umed=UmedFlags(umed_stage="rewarding"))
