@@ -11,9 +11,10 @@ import torch
 from support.llava_models import embedded
 
 from umed_plugin import patching
-from umed_plugin.model.attention import AttentionSettings, attention_on_lesion, attention_sinks
+from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import answer_pass, repeated_inputs, uses_packed_pass
 from umed_plugin.model.heat_map import attention_maps
+from umed_plugin.model.patch_attention import attention_sinks
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.token_spans import decode_with_offsets, naming_tokens, tokens_in_spans
 from umed_plugin.patches import attention_mask

@@ -29,14 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umed_plugin.model.attention import (
-    AttentionSettings,
-    TokenPlaces,
-    attention_sinks,
-    attention_to_patches,
-    hooks,
-)
+from umed_plugin.model.attention import AttentionSettings, hooks
 from umed_plugin.model.forward import IMAGE_TOKEN_INDEX
+from umed_plugin.model.patch_attention import TokenPlaces, attention_sinks, attention_to_patches
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from umed_plugin.model.attention import (
     AttentionSettings,
     LesionShares,
     Watched,
-    attention_sinks,
     hooks,
     measuring,
     norm_weights,
@@ -36,6 +35,7 @@ from umed_plugin.model.attention import (
 )
 from umed_plugin.model.forward import Candidates, PromptBatch, output_layer_sees, prefill, unwrapped
 from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
+from umed_plugin.model.patch_attention import attention_sinks
 from umed_plugin.model.sampling import (
     FinishedRows,
     SamplingSettings,

@@ -88,7 +88,7 @@ class LesionAttention:
         processor: the model's processor, the one that the trainer uses.
         layers: indices of decoder layers; default: the last half.
         heads: indices of heads; default: all.
-        sink_ratio: masks attention sinks (:func:`umed_plugin.model.attention.attention_sinks`); 0 masks none.
+        sink_ratio: masks attention sinks (:func:`umed_plugin.model.patch_attention.attention_sinks`); 0 masks none.
     """
 
     def __init__(

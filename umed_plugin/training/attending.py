@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError, UsageError, warn
-from umed_plugin.model.attention import AttentionSettings, rope_inverse_frequencies
+from umed_plugin.model.attention import AttentionSettings
 from umed_plugin.model.attention_loss import AttentionLoss, LesionTokens, Measured
 from umed_plugin.model.distillation import AnswerStates
 from umed_plugin.model.forward import base_llava
+from umed_plugin.model.patch_attention import rope_inverse_frequencies
 from umed_plugin.training.attention_loss_data import COVER, TOKENS
 from umed_plugin.training.extra_loss import Gather, PlainLoss
 
