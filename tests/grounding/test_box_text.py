@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from umed_plugin.grounding import box_text
+from umed_plugin.grounding import box_text, box_tokens, written_box
 from umed_plugin.grounding.boxes import blot_boxes, parse_boxes, rewrite_boxes
 from umed_plugin.grounding.dialects import DIALECTS, LLAVA, find_dialect
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -320,13 +320,14 @@ HOSTILE = [
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_the_work_to_find_boxes_grows_as_the_text_does(piece):
     """Lines of Python that run: what a clock would measure, on any machine."""
+    files = {module.__file__ for module in (box_text, box_tokens, written_box)}
 
     def work(length: int) -> int:
         lines = 0
 
         def count(frame, event, _):
             nonlocal lines
-            if frame.f_code.co_filename != box_text.__file__:
+            if frame.f_code.co_filename not in files:
                 return None
             lines += event == "line"
             return count
