@@ -196,26 +196,34 @@ def compare_rows(metrics: Sequence[Metric], before: Sequence[Row], after: Sequen
             f"the two evaluations were not asked the same questions ({len(before)} and {len(after)} of them), so they cannot "
             "be compared pair by pair. Evaluate both with the same benchmark, split and limit."
         )
-    results: dict[str, dict[str, Any]] = {}
+    results = {metric.name: _result(metric, "difference", None, None, UNDEFINED, 0, 0) for metric in metrics}
+    pairs = [(earlier[row.id], row) for row in after]
+    groups: dict[bytes, list[Metric]] = {}
     for metric in metrics:
-        pairs = [(earlier[row.id], row) for row in after if metric.takes(row) and metric.takes(earlier[row.id])]
-        results[metric.name] = _compared(metric, pairs)
+        taken = bytes(metric.takes(row) and metric.takes(old) for old, row in pairs)
+        if any(taken):
+            groups.setdefault(taken, []).append(metric)
+    for taken, sharing in groups.items():
+        results.update(_compared(sharing, [pair for pair, is_taken in zip(pairs, taken) if is_taken]))
     return results
 
 
-def _compared(metric: Metric, pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
-    """The difference of one metric over (before, after) of each question."""
-    if not pairs:
-        return _result(metric, "difference", None, None, UNDEFINED, 0, 0)
-    # Groups are those of the question, the same in both runs.
-    old, new = (_columns(metric, rows) for rows in zip(*pairs))
+def _compared(sharing: Sequence[Metric], pairs: Sequence[tuple[Row, Row]]) -> dict[str, dict[str, Any]]:
+    """The differences of metrics that take the same (before, after) pairs, so that these are drawn only once."""
     clusters = [row.cluster for _, row in pairs]
-    resampled = [metric.statistic(_take(new, draw)) - metric.statistic(_take(old, draw)) for draw in _draws(clusters)]
-    difference = _number(metric.statistic(new) - metric.statistic(old))
-    span = None if metric.limits is None else metric.limits[1] - metric.limits[0]
-    limits = None if span is None else (-span, span)
-    found = _interval(difference, resampled, metric, new, clusters, limits)
-    return _result(metric, "difference", difference, *found, len(pairs), len(set(clusters)))
+    # Groups are those of the question, the same in both runs.
+    columns = [tuple(_columns(metric, rows) for rows in zip(*pairs)) for metric in sharing]
+    resampled: list[list[float]] = [[] for _ in sharing]
+    for draw in _draws(clusters):
+        for metric, (old, new), values in zip(sharing, columns, resampled):
+            values.append(metric.statistic(_take(new, draw)) - metric.statistic(_take(old, draw)))
+    results: dict[str, dict[str, Any]] = {}
+    for metric, (old, new), values in zip(sharing, columns, resampled):
+        difference = _number(metric.statistic(new) - metric.statistic(old))
+        span = None if metric.limits is None else metric.limits[1] - metric.limits[0]
+        found = _interval(difference, values, metric, new, clusters, None if span is None else (-span, span))
+        results[metric.name] = _result(metric, "difference", difference, *found, len(pairs), len(set(clusters)))
+    return results
 
 
 def _columns(metric: Metric, rows: Sequence[Row]) -> Columns:
