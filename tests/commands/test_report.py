@@ -59,7 +59,17 @@ def test_the_report_has_table_curves_studies_and_candidates(run):
     assert all(card["picture"].startswith("data:image/webp;base64,") for card in data["studies"] + data["candidates"])
     for title in ("Mean IoU", "stage 2 − stage 1", "stage 2 − base", "reward/localization", "guard/box_area_ratio"):
         assert title in page, title
-    assert "6 of 11 points are above 1.5: boxes hedge by growing" in page
+    assert page.count("6 of 11 points are above 1.5: boxes hedge by growing") == 2, (
+        "at the chart, and beside the results"
+    )
+    assert page.index("boxes hedge by growing") < page.index('id="metric-mean_iou"') < page.index('id="curves"')
+    assert 'class=""' in page[page.rindex("<details", 0, page.index("Hacking guards (1 warning)")) :][:40], (
+        "never folded"
+    )
+    assert "reward/total, which the model learns by, cannot be added up" in page
+    assert "of 4 patients;" in page and "This is one training run" in page
+    drawn = sum("mean_iou" in one.values for one in read_run(run).evaluations["base"].predictions)
+    assert f"base in 0 of {drawn}, stage 1 in {drawn} of {drawn}" in page
     assert data["candidates"][0]["terms"] == ["relevance", "localization"]
     assert data["candidates"][0]["rows"][2]["terms"] == [None, 0.0]
     summary = json.loads((run / "evaluation" / "rewarding" / "evaluation.json").read_text())
@@ -186,6 +196,13 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
     assert [cell["value"] for cell in by_title["open recall"]][:3] == ["–", "–", "0.250"]
     assert "n = 8" in next(row["about"] for row in table["more"] if row["title"] == "open recall")
     assert by_title["false box rate"][0]["value"] == "0.000" and by_title["false box rate"][-1]["value"] == "+0.000"
+    assert (by_title["Mean IoU"][0]["verdict"], by_title["Mean IoU"][1]["verdict"]) == ("no box drawn", "")
+    assert (
+        by_title["Mean IoU"][0]["interval"].endswith(", exact") and "exact" not in by_title["Mean IoU"][1]["interval"]
+    )
+    assert any('"exact"' in note for note in table["notes"])
+    assert any("except for false box rate, false boxes per negative, unread boxes" in note for note in table["notes"])
+    assert "lesion IoU, large" in table["without_rows"] and "lesion IoU, large" not in by_title
     clear = by_title["Mean IoU"][-1]
     assert clear["trend"] == "up" and clear["value"].startswith("▲ +") and clear["verdict"] == "better"
     assert by_title["Accuracy"][-1]["trend"] == "", "equal answers have no trend"
@@ -194,7 +211,8 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
 def test_what_was_run_is_told(run):
     settings = {"model_name_or_path": {"path": "/ckpt", "sha256": "0123456789abcdef"}, "seed": 7, "learning_rate": 2e-4}
     settings |= {"umed_recipe": "brain_tumor_coco", "umed_algorithm": "grpo", "umed_rewards": "relevance,localization"}
-    settings |= {"umed_reward_weights": "4,2", "adam_beta1": 0.9, "lora_r": None}
+    settings |= {"umed_reward_weights": "4,2", "adam_beta1": 0.9, "lora_r": 64, "lora_enable": False}
+    settings |= {"accelerator_config": "'AcceleratorConfig'"}
     made = {"at": "2026-11-28T20:00:00+00:00", "machine": "node7", "commit": "abc", "versions": {"torch": "2.0.1"}}
     for name, stage in (("tuned", "instruction_tuning"), ("rewarded", "rewarding")):
         content = {"umed_stage": stage, "settings": settings, "made_with": made}
@@ -202,12 +220,18 @@ def test_what_was_run_is_told(run):
     (run / "summary.json").write_text(json.dumps({"seed": 3, "seconds": 3700.0}))
     read = read_run(run)
     facts = dict(about_run(read))
-    assert facts["checkpoint"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
+    assert facts["started from"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
+    assert facts["sources of the studies"] == "demo_studies"
+    assert facts["stage 2 started, ended"] == "2026-11-28 19:59 UTC, 2026-11-28 20:00 UTC"
+    assert "(exported from rewarded-llava-mistral, which stage 2 trained)" in facts["evaluated as stage 2"]
     assert (facts["seed"], facts["duration"], facts["machine"]) == ("3", "1 h 01 min", "node7")
     assert (facts["commit"], facts["versions"]) == ("abc", "torch 2.0.1")
     of_stage_2 = dict(about_training(read.trainings[1]))
     assert of_stage_2["weights of the rewards"] == "4,2" and of_stage_2["duration"] == "9 s"
     assert "LoRA rank" not in of_stage_2 and dict(other_settings(read.trainings[1]))["adam_beta1"] == "0.9"
+    of_stage_1 = dict(other_settings(read.trainings[0]))
+    assert "adam_beta1" in of_stage_1, "and no flags of rewarding, no settings without content"
+    assert not {"umed_rewards", "umed_reward_weights", "lora_r", "accelerator_config"} & of_stage_1.keys()
     page = write_report(run).read_text()
     assert "loss is near 0 in every step" in page and page.index(">Rewards<") < page.index("GRPO&#39;s loss")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import time
 from urllib.parse import quote
 
@@ -65,6 +66,17 @@ def test_sorted_by_gain_and_by_failure_and_filtered(run, page):
     shown = [title.split(",")[0].removeprefix("Study ") for title in titles(page)]
     worst = sorted((one["values"]["accuracy"], one["set_iou"]) for one in after.values())
     assert [(after[name]["values"]["accuracy"], after[name]["set_iou"]) for name in shown] == worst[:24]
+    said = CARDS + "[0].querySelector('.scores').textContent"
+    assert page.run(said).startswith("IoU no box → ") and "wrong class (stage 2)" in page.run(said)
+    assert page.run(said).endswith(shown[0].split("/")[-1])
+
+    # Among the failures of stage 1 the verdict is stage 1's.
+    choose(page, "studies-to", "1")
+    assert "wrong class (stage 1)" in page.run(said)
+    choose(page, "studies-sort", "box")
+    overlaps = page.run(CARDS + ".map(card => card.querySelector('.scores').textContent.split(' → ')[1])")
+    assert "no box" not in overlaps and overlaps == sorted(overlaps)
+    choose(page, "studies-to", "2")
 
     choose(page, "studies-sort", "loss")
     choose(page, "studies-from", "1")
@@ -174,8 +186,13 @@ def test_sampled_answers_show_the_reward_per_term(run, page):
         *("box", "answer", "relevance", "localization", "reward"),
     ]
     rows = page.run(cells)
+    rows = [[cell.replace("\u00a0", " ") for cell in row] for row in rows]
     assert rows[0] == ["1.000 → 1.0 × 1.000", "1.000 → 1.0 × 1.000", "2.000 (best)"]
     assert rows[2] == ["– → 1.0 × 1.000", "0.000 → 1.0 × 0.000", "0.250 = 1.000 − 0.750 (cut off)"]
+    how = page.run("document.querySelector('#viewer .how').textContent")
+    assert "–: not scored; it counts as the mean" in how and "Cut off: the answer had reached" in how
+    truth = page.run("document.querySelector('#viewer .truth').textContent")
+    assert re.match(r"True: \[0\.\d\d, .*\]\. Reference: .+", truth), truth
     pressed = (
         "[...document.querySelectorAll('#viewer tbody button')].map(button => button.getAttribute('aria-pressed'))"
     )
@@ -255,7 +272,8 @@ def test_a_phone_shows_results_and_rewards_and_folds_the_rest(run, page):
     page.shape(390, 844, phone=True)
     page.open(write_report(run))
     opened = "[...document.querySelectorAll('#run details, #curves details')].filter(d => d.open)"
-    assert page.run(opened + ".map(d => d.querySelector('summary').textContent)") == ["Rewards"]
+    shown = ["Rewards", "Hacking guards (1 warning)"]
+    assert page.run(opened + ".map(d => d.querySelector('summary').textContent)") == shown, "no warning is folded away"
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

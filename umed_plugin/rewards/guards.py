@@ -114,7 +114,7 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
     ),
     "guard/box_area_ratio": (
         lambda metrics: metrics["guard/box_area_ratio"] > 1.5,
-        "above 1.5: boxes hedge by growing. Lower --umed_temperature, and look at val/iou",
+        "above 1.5: boxes hedge by growing. Look at the IoU of held-out studies, and lower --umed_temperature",
     ),
     "guard/extra_boxes": (
         lambda metrics: metrics["guard/extra_boxes"] > 0.5,

@@ -53,6 +53,7 @@ def log_candidates(
         study["image"] = os.path.abspath(image)
         study["image_aspect_ratio"] = record["provenance"]["image_aspect_ratio"]
         study["question"] = record["conversations"][0]["value"].replace("<image>", "").strip()
+        study["reference"] = record["conversations"][1]["value"]
     line = {"step": step, "id": record["id"], "true": record["objects"], "study": study, "candidates": group}
     if recipe is not None:
         line["normalised"], line["weights"] = recipe

@@ -129,13 +129,22 @@ const viewer = {
     byId("viewer-place").textContent = this.place + 1 + " of " + cards.length;
     byId("viewer-previous").disabled = this.place === 0;
     byId("viewer-next").disabled = this.place === cards.length - 1;
+    byId("viewer-copied").textContent = "";
     byId("viewer-link").href = "#" + linkOf(this.gallery, card);
     byId("viewer-body").replaceChildren(...this.gallery.open(card));
   },
 };
 // A link to one study: #studies=ID; of stage 2's answers, #candidates=STEP/ID.
 const linkOf = (gallery, card) => gallery.name + "=" + encodeURIComponent(card.step === undefined ? card.id : card.step + "/" + card.id);
-byId("viewer-link").addEventListener("click", () => history.replaceState(null, "", byId("viewer-link").href));
+byId("viewer-link").addEventListener("click", event => {
+  event.preventDefault();
+  const link = byId("viewer-link");
+  history.replaceState(null, "", link.href);
+  // A browser may refuse the clipboard; the address bar has the link in any case.
+  const say = text => { byId("viewer-copied").textContent = text; };
+  if (!navigator.clipboard) return say("link is in the address bar");
+  navigator.clipboard.writeText(location.href).then(() => say("link copied"), () => say("link is in the address bar"));
+});
 function openLinked(galleries) {
   let wanted = "";
   try { wanted = decodeURIComponent(location.hash.slice(1)); } catch { return; }  // not a link of this page

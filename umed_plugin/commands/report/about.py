@@ -5,13 +5,16 @@ A run of an earlier version, or one of another program, lacks some of these. Wha
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.report.forms import ManifestForm, RunSummaryForm
-from umed_plugin.commands.report.run_folder import Run, Training
+from umed_plugin.commands.report.run_folder import Run, Training, stage_label
 from umed_plugin.data.similar import WITHOUT_SIMILAR
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError
@@ -53,18 +56,44 @@ def about_run(run: Run) -> Facts:
     """(name, value) of the run as a whole."""
     settings, summary, manifest = _upgrade_settings(run), _run_summary(run), _manifest(run)
     facts: Facts = [("folder", str(run.folder))]
-    facts += _known(settings, {"checkpoint": "checkpoint", "recipe": "recipe", "data_root": "data"})
-    if not settings and run.trainings and run.trainings[0].settings:
-        facts += _known(run.trainings[0].settings, {"model_name_or_path": "checkpoint", "umed_recipe": "recipe"})
+    facts += _known(settings, {"checkpoint": "started from", "recipe": "recipe", "data_root": "data"})
+    first = next((training.settings for training in run.trainings if training.settings), {})
+    if not settings and first:
+        facts += _known(first, {"model_name_or_path": "started from", "umed_recipe": "recipe"})
+        facts += _known(first, {} if first.get("umed_recipe") else {"data_path": "records"})
+    sources = {row.groups.get("source") for one in run.evaluations.values() for row in one.predictions}
+    facts += [("sources of the studies", ", ".join(sorted(filter(None, sources))))] if any(sources) else []
     seeds = [source["seed"] for source in (summary, settings) if source.get("seed") is not None]
     facts += [("seed", str(seeds[0]))] if seeds else []
-    evaluated = [(name, evaluation.checkpoint) for name, evaluation in run.evaluations.items() if evaluation.checkpoint]
-    facts += [(f"evaluated as {name.replace('_', ' ')}", checkpoint) for name, checkpoint in evaluated]
+    evaluated = [name for name, evaluation in run.evaluations.items() if evaluation.checkpoint]
+    facts += [(f"evaluated as {stage_label(name)}", _evaluated(name, run)) for name in evaluated]
+    facts += [fact for training in run.trainings for fact in _times(training)]
     seconds = summary.get("seconds") or sum(training.seconds or 0 for training in run.trainings)
     facts += (
         [("duration" if "seconds" in summary else "duration of the trainings", duration(seconds))] if seconds else []
     )
     return [*facts, *_made_with(next((one.made_with for one in reversed(run.trainings) if one.made_with), manifest))]
+
+
+def _evaluated(stage: str, run: Run) -> str:
+    """The checkpoint that was evaluated, and the training that it was exported from."""
+    checkpoint = run.evaluations[stage].checkpoint
+    trained = next((training.name for training in run.trainings if training.stage == stage), None)
+    if trained is None or trained in Path(checkpoint).parts:
+        return checkpoint
+    return f"{checkpoint} (exported from {trained}, which {stage_label(stage)} trained)"
+
+
+def _times(training: Training) -> Facts:
+    """When a stage started and ended: its weights were written at its end, and the trainer measured how long it took."""
+    try:
+        ended = datetime.fromisoformat(str(training.made_with.get("at")))
+    except ValueError:
+        return []
+    label, form = stage_label(training.stage or training.name), "%Y-%m-%d %H:%M %Z"
+    started = [ended - timedelta(seconds=training.seconds)] if training.seconds else []
+    times = [f"{when:{form}}".strip() for when in (*started, ended)]
+    return [(f"{label} started, ended" if started else f"{label}: last weights written", ", ".join(times))]
 
 
 def about_training(training: Training) -> Facts:
@@ -73,7 +102,7 @@ def about_training(training: Training) -> Facts:
     names = {**_FIRST, **rewarding}
     if training.settings.get("max_steps", -1) > 0:  # it overrides the epochs
         del names["num_train_epochs"]
-    facts = _known(training.settings, names)
+    facts = _known(_in_effect(training), names)
     if training.settings.get("umed_similar"):
         facts.append(("similar cases", f"{training.settings['umed_similar']} before each question. {WITHOUT_SIMILAR}"))
     return [*facts, *([("duration", duration(training.seconds))] if training.seconds else [])]
@@ -82,7 +111,26 @@ def about_training(training: Training) -> Facts:
 def other_settings(training: Training) -> Facts:
     """(flag, value) of all other flags, in alphabetical order."""
     shown = {*_FIRST, *(_OF_REWARDING if training.stage == "rewarding" else ())}
-    return [(name, _words(value)) for name, value in sorted(training.settings.items()) if name not in shown]
+    return [(name, _words(value)) for name, value in sorted(_in_effect(training).items()) if name not in shown]
+
+
+def _in_effect(training: Training) -> dict[str, Any]:
+    """The settings without those of the other stage, of an adapter or a quantisation that is off, and names without content."""
+    from umed_plugin.flags.definition import UmedFlags
+    from umed_plugin.flags.needs import rules_of
+
+    settings = training.settings
+    idle = {flag.name for flag in dataclasses.fields(UmedFlags) if training.stage not in (None, *rules_of(flag).stages)}
+    if not settings.get("lora_enable"):
+        idle |= {name for name in settings if name.startswith("lora_") and name != "lora_enable"}
+    if settings.get("bits") == 16:
+        idle |= {"double_quant", "quant_type"}
+    return {name: value for name, value in settings.items() if name not in idle and not _is_a_class_name(value)}
+
+
+def _is_a_class_name(value: Any) -> bool:
+    """Whether it is an object that was kept as the name of its class alone, such as ``'AcceleratorConfig'``."""
+    return isinstance(value, str) and re.fullmatch(r"'[A-Za-z_]+'", value) is not None
 
 
 def _known(settings: Mapping[str, Any], names: Mapping[str, str]) -> Facts:
@@ -99,7 +147,6 @@ def _words(value: Any) -> str:
 
 def _made_with(made: Mapping[str, Any]) -> Facts:
     facts = [(name, str(made[name])) for name in ("commit", "machine", "device") if made.get(name)]
-    facts += [("weights written", str(made["at"]))] if made.get("at") else []
     versions = made.get("versions") or {}
     return facts + (
         [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []

@@ -39,6 +39,11 @@ GRPO_LOSS = (
     "GRPO's loss is near 0 in every step, and that is right: the advantages of a question's answers sum to 0, so at the first "
     "update of a step their terms cancel. The gradient does not. Whether the model learns is in the rewards."
 )
+_NORMS = {
+    "max": "divided by the best of the question's answers (localization, vision relevance)",
+    "zscore": "standardised over the question's answers",
+    "none": "taken as they are",
+}
 _NOT_SHOWN = {"step", "epoch", "total_flos"}
 _OF_THE_END = "train_"  # what the trainer logs once, at the end
 _REFERENCE = "_reference"
@@ -47,6 +52,15 @@ _REFERENCE = "_reference"
 _INK, _LINE, _SECOND, _MARK = "#010203", "#010204", "#010205", "#010206"
 _PAGE = {_INK: "currentColor", _LINE: "var(--line)", _SECOND: "var(--second)", _MARK: "var(--alarm)"}
 _WIDTH, _HEIGHT = 3.7, 1.9  # inches; 72 SVG units each
+
+
+def rewards_note(settings: Mapping[str, Any]) -> str:
+    """Why ``reward/total`` is not the weighted sum of the other curves, of a training with these flags."""
+    how = _NORMS.get(settings.get("umed_reward_norm") or "", "normalised over the question's answers")
+    return (
+        "reward/total, which the model learns by, cannot be added up from the other curves. Those are the rewards' own scores. "
+        f"For the total, the scores of each question are {how}, then weighted and summed. A cut-off answer may lose some of it."
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,11 @@ class Chart:
     summary: str
     alarm: str
     plot: dict[str, Any]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is nothing to draw: all values are 0, and so are those that they are compared with."""
+        return not self.alarm and not any(value for _, value in (*self.plot["points"], *self.plot["reference"]))
 
 
 def charts_of(training: Training) -> dict[str, list[Chart]]:

@@ -88,6 +88,7 @@ class _StudyForm(Form):
     source: Optional[str] = None
     modality: Optional[str] = None
     question: str = ""
+    reference: str = ""
 
     @field_validator("augmented")
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.report.pictures import SeenImage, as_augmented, as_data_url, see
+from umed_plugin.commands.report.table import Looked
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.evaluation.results import Evaluation
@@ -73,6 +74,7 @@ def _study_card(cases: Mapping[str, Case], stages: Iterable[str], run_folder: Pa
         **picture,
         "true": seen.boxes01(first.true_boxes) if seen else [],
         "true_count": len(first.true_boxes),
+        "covered": float(seen.geometry.patch_cover(first.true_boxes).mean()) if seen else 0.0,
         "answers": [_answer(cases[stage], seen) if stage in cases else None for stage in stages],
     }
 
@@ -101,9 +103,25 @@ def _answer(case: Case, seen: SeenImage | None) -> Card:
         "iou": None if case.answer_type == REPORT else case.set_iou,
         "relevance": case.vision_relevance,
         "boxes": seen.boxes01(case.boxes) if seen else [],
+        "drawn": len(case.boxes),
         "malformed": sum(is_degenerate(box) for box in case.boxes),
         "heat": case.heat,
     }
+
+
+def looked_over_uniform(cards: Sequence[Card], stages: Sequence[str]) -> Looked | None:
+    """The vision relevance of each stage beside chance; None where no card has both."""
+    with_lesion = [card for card in cards if card["covered"]]
+    sums: dict[str, tuple[float, float]] = {}
+    for place, stage in enumerate(stages):
+        seen = [(card["answers"][place], card["covered"]) for card in with_lesion if card["answers"][place]]
+        known = [(answer["relevance"], covered) for answer, covered in seen if answer["relevance"] is not None]
+        if known:
+            sums[stage] = (sum(relevance for relevance, _ in known), sum(covered for _, covered in known))
+    if not sums:
+        return None
+    uniform = sum(card["covered"] for card in with_lesion) / len(with_lesion)
+    return Looked(uniform, {stage: relevance / covered for stage, (relevance, covered) in sums.items()})
 
 
 def candidate_cards(
@@ -135,6 +153,7 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
         "source": study.get("source") or "unknown",
         "modality": study.get("modality") or "",
         "question": study.get("question", ""),
+        "reference": study.get("reference") or "",
         "classes": line["true"]["ref"],
         **picture,
         "true": seen.boxes01(line["true"]["bbox"]) if seen else [],

@@ -14,8 +14,8 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.commands.page_parts import GALLERY_SCRIPTS, GALLERY_STYLES, render_page
 from umed_plugin.commands.report.about import about_run, about_training, other_settings
-from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of
-from umed_plugin.commands.report.gallery import candidate_cards, study_cards
+from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of, rewards_note
+from umed_plugin.commands.report.gallery import candidate_cards, looked_over_uniform, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
 from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.evaluation.benchmarks.recipe_cases import cases_of
@@ -56,7 +56,8 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
     labels = [stage_label(stage) for stage in run.evaluations]
     studies = study_cards(run.evaluations, most_studies, run.folder, advance("drawing studies"))
     candidates = candidate_cards(run.candidates, run.folder, advance("drawing sampled answers"))
-    table, notes = metrics_table(run.evaluations)
+    looked = looked_over_uniform(studies, list(run.evaluations))
+    table, notes = metrics_table(run.evaluations, looked)
     asked = max((len(cases_of(evaluation)) for evaluation in run.evaluations.values()), default=0)
     if len(studies) < asked:
         notes.append(
@@ -71,6 +72,9 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         scripts=[*GALLERY_SCRIPTS, shelf / "report.js"],
         data={
             **_finite({"stages": labels, "studies": studies, "candidates": candidates, "charts": charts}),
+            "norm": next(
+                (one.settings.get("umed_reward_norm") for one in run.trainings if one.stage == "rewarding"), None
+            ),
             "metrics": _finite(table["exact"], None) if table else None,
             "name": run.folder.name,
         },
@@ -80,6 +84,8 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         notes=notes,
         table=table,
         trainings=trainings,
+        warnings=[warning for training in trainings for warning in training["warnings"]],
+        chance=looked.warning() if looked else "",
         stages=labels,
         studies=len(studies),
         candidates=len(candidates),
@@ -91,16 +97,23 @@ def _training(training: Training, progress: Callable[[int, int], None] | None) -
     steps = f"{training.steps} steps"
     if training.steps < training.of_steps:
         steps = f"{training.steps} of {training.of_steps} steps: not finished"
-    groups = charts_of(training)
+    drawn = charts_of(training)
+    groups = {title: [chart for chart in charts if not chart.is_zero] for title, charts in drawn.items()}
     if progress is not None:
         progress(1, 1)
-    about = f"{steps}." if groups else f"{steps}; nothing was logged (see --logging_steps)."
+    about = f"{steps}." if drawn else f"{steps}; nothing was logged (see --logging_steps)."
     is_grpo = training.stage == "rewarding" and training.settings.get("umed_algorithm", "grpo") == "grpo"
     return {
         "title": f"{kinds[training.stage]}: {training.name}",
         "about": about,
         "groups": groups,
-        "notes": {"Loss": GRPO_LOSS} if is_grpo else {},
+        "zero": {title: [chart.name for chart in charts if chart.is_zero] for title, charts in drawn.items()},
+        "alarms": {title: sum(bool(chart.alarm) for chart in charts) for title, charts in groups.items()},
+        "warnings": [f"{chart.name}: {chart.alarm}." for charts in groups.values() for chart in charts if chart.alarm],
+        "notes": {
+            **({"Loss": GRPO_LOSS} if is_grpo else {}),
+            **({"Rewards": rewards_note(training.settings)} if training.stage == "rewarding" else {}),
+        },
         "facts": about_training(training),
         "settings": other_settings(training),
     }

@@ -144,6 +144,8 @@ const studyOrders = {
   gain: (card, from, to) => [gainOf(card, "iou", from, to), gainOf(card, "accuracy", from, to)],
   loss: (card, from, to) => [-gainOf(card, "iou", from, to), -gainOf(card, "accuracy", from, to)],
   failure: (card, from, to) => { const a = card.answers[to]; return a ? [a.accuracy, a.iou, gainOf(card, "iou", from, to) * -1] : [9]; },
+  // Answers with a box first; without one there is no place to look at.
+  box: (card, from, to) => { const a = card.answers[to]; return a && a.iou !== null ? [a.drawn && card.true_count ? 0 : 1, a.iou] : [9]; },
   asked: () => [0],
 };
 
@@ -152,19 +154,25 @@ function gainOf(card, what, from, to) {
   return card.answers[from] && card.answers[to] ? card.answers[from][what] - card.answers[to][what] : 9;
 }
 
-function drawStudy(card) {
+const overlapOf = answer => !answer ? "–" : answer.iou !== null && !answer.drawn ? "no box" : number(answer.iou);
+const verdictOf = answer => !answer ? "not asked" : answer.accuracy === null ? "phrase" : answer.accuracy === 1 ? "right class" : "wrong class";
+const fileOf = id => String(id).split("/").pop();
+
+function drawStudy(card, gallery) {
   const layers = [boxLayer(card.true, "true")];
   card.answers.forEach((answer, stage) => { if (answer) layers.push(boxLayer(answer.boxes, "stage-" + stage)); });
   const heated = byId("heat").value, answer = heated === "" ? null : card.answers[heated];
   if (answer && answer.heat) layers.unshift(heatLayer(answer.heat));
-  const overlaps = card.answers.map(answer => answer ? number(answer.iou) : "–").join(" → ");
-  const last = card.answers[card.answers.length - 1];
-  const verdict = last ? (last.accuracy === null ? "phrase" : last.accuracy === 1 ? "right class" : "wrong class") : "not asked";
+  const overlaps = card.answers.map(overlapOf).join(" → ");
+  // Of the checkpoint that the order looks at.
+  const to = Number(gallery.value("to")), judged = card.answers[to], verdict = verdictOf(judged);
+  const tone = {"right class": "right", "wrong class": "wrong"}[verdict] || "";
   const alt = "Study " + card.id + ", true: " + classesOf(card);
   return [
     picture(card, alt, ...layers),
     el("span", {className: "name", textContent: classesOf(card)}),
-    el("span", {className: "scores"}, "IoU " + overlaps, el("span", {className: last && last.accuracy === null ? "" : last && last.accuracy === 1 ? "right" : "wrong", textContent: verdict})),
+    el("span", {className: "scores"}, "IoU " + overlaps, el("span", {className: tone, textContent: verdict + " (" + DATA.stages[to] + ")"}),
+      el("span", {className: "file", textContent: fileOf(card.id)})),
   ];
 }
 
@@ -177,7 +185,7 @@ function openStudy(card) {
       el("div", {}, el("h4", {textContent: "answer"}), el("p", {className: "answer", textContent: answer.text || "(an empty answer)"})),
       card.reference ? el("div", {}, el("h4", {textContent: "reference"}), el("p", {className: "reference", textContent: card.reference})) : null),
     el("dl", {className: "facts"},
-      ...[["Diagnosis", answer.accuracy === null ? "" : answer.accuracy === 1 ? "right" : "wrong"], ["IoU", number(answer.iou)],
+      ...[["Diagnosis", answer.accuracy === null ? "" : answer.accuracy === 1 ? "right" : "wrong"], ["IoU", overlapOf(answer)],
           ["Vision relevance", number(answer.relevance, 3)],
           ["Malformed boxes", answer.malformed ? String(answer.malformed) : ""]]
         .filter(([, value]) => value).map(([name, value]) => el("div", {}, el("dt", {textContent: name}), el("dd", {textContent: value})))),
@@ -191,8 +199,9 @@ function heatFigure(card, answer) {
   if (!answer.heat) return el("p", {className: "soft", textContent: "No attention map: " + why});
   const of = answer.heat.of_true_name ? "the abnormality's name" : "the name in the answer, which is wrong";
   return el("figure", {className: "attention"},
-    picture(card, "Attention of " + of + " over the image", heatLayer(answer.heat), boxLayer(card.true, "true")),
-    el("figcaption", {}, "Attention of " + of + ". Yellow: at least " + HEAT_MOST + " times a uniform share; the highest patch has "
+    picture(card, "Attention of " + of + " over the image", heatLayer(answer.heat), boxLayer(card.true, "true"),
+      boxLayer(answer.boxes, "stage-" + card.answers.indexOf(answer))),
+    el("figcaption", {}, "Attention of " + of + ", with the true box and the answer's. Yellow: at least " + HEAT_MOST + " times a uniform share; the highest patch has "
       + (answer.heat.peak * answer.heat.grid[0] * answer.heat.grid[1]).toFixed(1) + " times."));
 }
 
@@ -218,32 +227,53 @@ function drawCandidates(card) {
   return [
     picture(card, "Question " + card.id + " at step " + card.step, boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(best.boxes, "best")),
     el("span", {className: "name", textContent: classesOf(card)}),
-    el("span", {className: "scores", textContent: "step " + card.step + ": reward " + number(meanOf(card)) + ", best " + number(bestOf(card))}),
+    el("span", {className: "scores", textContent: "step " + card.step + ": mean reward " + number(meanOf(card)) + " of " + card.rows.length
+      + " answers, best " + number(bestOf(card))}),
+    el("span", {className: "scores file", textContent: fileOf(card.id)}),
   ];
 }
 
+// Coordinates as answers write them, in 0-1 of the square.
+const asWritten = box => "[" + box.map(value => value.toFixed(2)).join(", ") + "]";
+// Small scores keep three digits, so that a division can be redone by hand.
+const score = value => value && Math.abs(value) < .1 ? value.toPrecision(3) : number(value, 3);
+const NORMS = {
+  max: count => "Normalised: localization and vision relevance are divided by the best of the " + count
+    + " answers, or by a floor if the best is smaller (--umed_reward_floor). Other rewards stay as they are.",
+  zscore: count => "Normalised: standardised over the " + count + " answers.",
+  none: () => "Nothing is normalised.",
+};
+
 function openCandidates(card) {
-  const best = bestOf(card), frame = el("div", {className: "panel"});
+  const best = bestOf(card), frame = el("div", {className: "panel shown"});
+  const tied = card.rows.length > 1 && card.rows.every(row => row.reward === best);
   const show = chosen => {
     const others = card.rows.filter(row => row !== chosen).flatMap(row => row.boxes);
-    frame.replaceChildren(picture(card, "Boxes of the answers", boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(chosen.boxes, "best")));
+    frame.replaceChildren(picture(card, "Boxes of the answers", boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(chosen.boxes, "best")),
+      el("p", {className: "truth", textContent: truth}));
   };
+  const truth = (card.true.length ? "True: " + card.true.map(asWritten).join(", ") : "True: no box")
+    + (card.reference ? ". Reference: " + card.reference : "");
   const names = ["answer", ...card.terms, "reward"];
   // How a term enters the reward: weight x normalised value.
-  const share = (row, i) => card.weights && row.normalised ? " → " + number(card.weights[i], 1) + " × " + number(row.normalised[i], 3) : "";
+  const share = (row, i) => card.weights && row.normalised ? " → " + number(card.weights[i], 1) + "\u00a0×\u00a0" + score(row.normalised[i]) : "";
   const sum = row => row.normalised.reduce((all, value, i) => all + card.weights[i] * value, 0);
   const deduction = row => card.weights && row.normalised && Math.abs(sum(row) - row.reward) > 1e-3
     ? " = " + number(sum(row), 3) + " − " + number(sum(row) - row.reward, 3) + " (cut off)" : "";
+  const notes = [card.weights && NORMS[DATA.norm] ? NORMS[DATA.norm](card.rows.length) : "",
+    card.rows.some(row => row.terms.includes(null)) ? "–: not scored; it counts as the mean of the question's other answers, or as 0 if none is scored." : "",
+    card.rows.some(deduction) ? "Cut off: the answer had reached --umed_max_new_tokens before it ended, which is penalised (--umed_cut_off)." : "",
+    tied ? "All answers have the same reward: this question gives no signal." : ""];
   const how = card.weights ? "Each reward's score → its weight × its normalised value. The reward is the sum of these products."
     : "The score of each reward; the last column is their weighted sum after normalisation.";
-  const table = el("table", {className: "stacked"}, el("caption", {textContent: how}),
+  const table = el("table", {className: "stacked"}, el("caption", {textContent: "The answers and their scores"}),
     el("thead", {}, el("tr", {}, el("th", {scope: "col", textContent: "box"}),
       ...names.map(name => el("th", {scope: "col", textContent: name.replaceAll("_", " ")})))));
   const body = el("tbody");
   const choices = card.rows.map((row, place) => {
     const choice = el("button", {type: "button", textContent: String(place + 1), "aria-label": "show the boxes of answer " + (place + 1)});
-    const values = row.terms.map((value, i) => el("td", {textContent: number(value, 3) + share(row, i), "data-label": card.terms[i].replaceAll("_", " ")}));
-    const isBest = row.reward === best;
+    const values = row.terms.map((value, i) => el("td", {textContent: score(value) + share(row, i), "data-label": card.terms[i].replaceAll("_", " ")}));
+    const isBest = !tied && row.reward === best;
     body.append(el("tr", {className: isBest ? "is-best" : ""}, el("td", {"data-label": "box"}, choice),
       el("td", {textContent: row.text + (row.malformed ? " (" + row.malformed + " malformed box(es))" : ""), "data-label": "answer"}),
       ...values, el("td", {textContent: number(row.reward, 3) + deduction(row) + (isBest ? " (best)" : ""), "data-label": "reward"})));
@@ -258,7 +288,8 @@ function openCandidates(card) {
   table.append(body);
   const words = el("p", {className: "legend"}, ...[["true", "true box"], ["best", "the chosen answer"], ["other", "the other answers"]]
     .map(([name, text]) => el("span", {}, el("span", {className: "swatch " + name}), text)));
-  return [facts(card), words, el("div", {className: "candidates"}, frame, el("div", {className: "scroll"}, table))];
+  const said = el("p", {className: "soft how", textContent: [how, ...notes].filter(Boolean).join(" ")});
+  return [facts(card), said, words, el("div", {className: "candidates"}, frame, el("div", {className: "scroll"}, table))];
 }
 
 // ---- The page.

@@ -24,7 +24,7 @@ from umed_plugin.evaluation.results import compare
 from umed_plugin.files.locks import locked
 
 FILE = "reports.html"
-_SHOWN = {"checkpoint": "checkpoint", "recipe": "recipe", "seed": "seed"}
+_SHOWN = {"started from": "checkpoint", "recipe": "recipe", "seed": "seed"}
 _METRICS = ("reward/", "val/", "loss", "kl")  # beginnings of the metrics that are overlaid
 # Drawn in these colours, then replaced by the page's own; a dash pattern of its own tells each run apart without colours.
 _INK = "#010203"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from umed_plugin.commands.report.run_folder import stage_label
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE
 from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
+from umed_plugin.evaluation.metrics.metric import EXACT
 from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.tables import direction_note, interval_notes
 
@@ -21,10 +23,49 @@ _ABOUT = {
     "false_box_rate": ("false box rate", "share of studies without a lesion on which a box is drawn"),
     "lesion_iou": ("lesion IoU", "of each lesion and the box that it is matched to"),
     "lesions_found": ("lesions found", "share with IoU of at least 0.5"),
+    "pointing_game": (
+        "pointing game",
+        "share of studies with a lesion in which the middle of the first box lies in one",
+    ),
+    "pointing_game_attention": (
+        "pointing game of the attention",
+        "share of studies with a lesion in which the patch with most attention of the abnormality's name lies in one",
+    ),
+    "false_boxes_per_negative": ("false boxes per negative", "mean number of boxes on a study without a lesion"),
+    "unread_boxes": ("unread boxes", "mean number of boxes in an answer that have no readable coordinates"),
+    "consistent_answers": ("consistent answers", "share that agree with themselves: number, side and names"),
 }
+# Beginnings of metrics that are 0 where nothing is drawn.
+_OF_BOXES = ("mean_iou", "acc_at", "pointing_game", "lesion_iou", "lesions_found")
+NEAR_UNIFORM = 1.1  # vision relevance of at most so many times uniform attention is about chance
 
 
-def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any] | None, list[str]]:
+@dataclass(frozen=True)
+class Looked:
+    """Vision relevance beside chance, over the studies with a lesion that the gallery shows.
+
+    Attributes:
+        uniform: what attention that is the same everywhere would have: the mean share of the picture that lesions cover, 0-1.
+        times: stage -> its vision relevance as a multiple of ``uniform``.
+    """
+
+    uniform: float
+    times: Mapping[str, float]
+
+    def warning(self) -> str:
+        """What to say if the last stage's attention is about chance; else empty."""
+        stage, times = list(self.times.items())[-1]
+        if times > NEAR_UNIFORM:
+            return ""
+        return (
+            f"Vision relevance of {stage_label(stage)} is {times:.2f} times that of uniform attention: about chance. A higher "
+            "value than before is no sign yet that the model looks at the lesion."
+        )
+
+
+def metrics_table(
+    evaluations: Mapping[str, Evaluation], looked: Looked | None = None
+) -> tuple[dict[str, Any] | None, list[str]]:
     """What the page's tables hold, None without an evaluation; and what could not be compared, in words.
 
     ``heads`` are the column heads: first the ``stages``, then the differences. ``rows`` are the metrics of
@@ -46,13 +87,20 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     stages = [evaluation.metrics for evaluation in evaluations.values()]
     reported = dict.fromkeys(name for metrics in stages for name in metrics)
     first = [name for name in HEADLINE if name in reported]
+    asked = [name for name in reported if any(metrics.get(name, {}).get("n") for metrics in stages)]
+
+    def row(name: str) -> dict[str, Any]:
+        return _row(name, evaluations, list(differences.values()), looked)
+
     table = {
         "about": _about(list(evaluations.values())),
-        "notes": _notes(list(evaluations.values()), list(differences.values())),
+        "notes": _notes(evaluations, list(differences.values())),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
-        "rows": [_row(name, stages, list(differences.values())) for name in first],
-        "more": [_row(name, stages, list(differences.values())) for name in reported if name not in first],
+        "rows": [row(name) for name in first],
+        "more": [row(name) for name in asked if name not in first],
+        "kinds": _kinds(asked),
+        "without_rows": ", ".join(full_title(name) for name in reported if name not in (*asked, *first)),
         # To the last digit, for the downloads.
         "exact": {
             "stages": {stage_label(name): evaluation.metrics for name, evaluation in evaluations.items()},
@@ -62,37 +110,79 @@ def metrics_table(evaluations: Mapping[str, Evaluation]) -> tuple[dict[str, Any]
     return table, notes
 
 
+def _kinds(names: Sequence[str]) -> str:
+    """What the further metrics are of, for the heading that they are folded under."""
+    kinds = {"by source": "accuracy/", "by lesion size": "lesion_iou/", "on studies without a lesion": "false_box"}
+    found = [kind for kind, start in kinds.items() if any(name.startswith(start) for name in names)]
+    return ", ".join(found) or "all others"
+
+
 def _about(evaluations: Sequence[Evaluation]) -> str:
-    """How many studies (questions), and what the intervals resample."""
+    """How many studies (questions) of how many patients, and what the intervals resample."""
     last = evaluations[-1]
+    clusters = len({prediction.cluster for prediction in last.predictions})
     units = " and ".join(dict.fromkeys(evaluation.unit for evaluation in evaluations))
     resampled = f"Intervals are 95 % confidence intervals, resampled by {units}."
     if last.benchmark != RECIPE.name:
         return f"{len(last.predictions)} questions of {last.benchmark}. {resampled}"
-    return f"{len(last.predictions)} studies, {last.metrics['mean_iou']['n']} of them with a lesion. {resampled}"
+    patients = f" of {clusters} patients" if last.unit == "patient" else ""
+    with_lesion = f"{last.metrics['mean_iou']['n']} of the studies have a lesion"
+    return f"{len(last.predictions)} studies{patients}; {with_lesion}. {resampled}"
 
 
-def _notes(evaluations: Sequence[Evaluation], differences: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the last stage's intervals and the last difference's are unsure, and what the sign of a difference means."""
-    last = evaluations[-1]
-    notes = interval_notes(last.metrics, last.unit)
-    return [*notes, direction_note(differences[-1])] if differences else notes
+def _notes(evaluations: Mapping[str, Evaluation], differences: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where intervals are unsure, how often a box was drawn, and what the sign of a difference means."""
+    stages = list(evaluations.values())
+    last = stages[-1]
+    sampled = {full_title(name): entry for name, entry in last.metrics.items() if entry.get("interval") != EXACT}
+    notes = interval_notes(sampled, last.unit)
+    shown = [*(evaluation.metrics for evaluation in stages), *differences]
+    if any(entry.get("interval") == EXACT for metrics in shown for entry in metrics.values()):
+        unit = last.unit.replace(", ", " or ")
+        notes.append(f'"exact": a Clopper-Pearson interval, since every {unit} scores alike.')
+    drawn = {stage_label(stage): answers_with_box(one) for stage, one in evaluations.items()}
+    if any(asked for _, asked in drawn.values()):
+        said = ", ".join(f"{label} in {boxes} of {asked}" for label, (boxes, asked) in drawn.items())
+        notes.append(f"A box is drawn in the studies with a lesion: {said}. An answer without a box has IoU 0.")
+    if differences:
+        named = {full_title(name): entry for name, entry in differences[-1].items()}
+        notes += [direction_note(named) + " Differences are computed before rounding."]
+    return notes
 
 
-def _row(name: str, stages: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def answers_with_box(evaluation: Evaluation) -> tuple[int, int]:
+    """Answers that have a box, readable or not, and all answers, of the studies whose boxes are scored."""
+    asked = [one for one in evaluation.predictions if "mean_iou" in one.values]
+    return sum(bool(one.details.get("boxes")) for one in asked), len(asked)
+
+
+def _row(
+    name: str,
+    evaluations: Mapping[str, Evaluation],
+    differences: Sequence[Mapping[str, Any]],
+    looked: Looked | None,
+) -> dict[str, Any]:
     """A metric's row; its name may end with a group, as in ``accuracy/deeplesion``."""
-    base, _, group = name.partition("/")
-    title, about = title_of(base)
+    stages = [evaluation.metrics for evaluation in evaluations.values()]
     n = max(metrics[name]["n"] for metrics in stages if name in metrics)
-    measured = [metrics.get(name, {}) for metrics in stages]
-    compared = [metrics.get(name, {}) for metrics in differences]
-    cells = [cell_of(value) for value in measured]
-    cells += [difference_of(value) for value in compared]
-    return {
-        "title": f"{title}, {group}" if group else title,
-        "about": "; ".join(filter(None, [about, f"n = {n}"])),
-        "cells": cells,
-    }
+    about = [title_of(name.partition("/")[0])[1], f"n = {n}"]
+    cells = [cell_of(metrics.get(name, {})) for metrics in stages]
+    for (stage, evaluation), cell in zip(evaluations.items(), cells):
+        boxes, asked = answers_with_box(evaluation)
+        if asked and not boxes and name.startswith(_OF_BOXES) and name != "pointing_game_attention":
+            cell["verdict"] = "no box drawn"
+        if looked is not None and name == "vision_relevance" and stage in looked.times:
+            cell["verdict"] = f"{looked.times[stage]:.2f} × uniform"
+    if looked is not None and name == "vision_relevance":
+        about.append(f"uniform attention has {looked.uniform:.3f}")
+    cells += [difference_of(metrics.get(name, {})) for metrics in differences]
+    return {"id": name, "title": full_title(name), "about": "; ".join(filter(None, about)), "cells": cells}
+
+
+def full_title(name: str) -> str:
+    """The name for readers of a metric that may be of one group."""
+    base, _, group = name.partition("/")
+    return ", ".join(filter(None, [title_of(base)[0], group]))
 
 
 def title_of(name: str) -> tuple[str, str]:
@@ -102,18 +192,24 @@ def title_of(name: str) -> tuple[str, str]:
 
 def cell_of(measured: Mapping[str, Any]) -> dict[str, str]:
     """A cell of one metric."""
-    return _cell(measured.get("value"), measured.get("ci95"))
+    return _exact(_cell(measured.get("value"), measured.get("ci95")), measured)
 
 
 def difference_of(compared: Mapping[str, Any]) -> dict[str, str]:
     """A cell of a difference: a mark, and whether it is for the better or worse, if its interval excludes 0."""
-    cell, interval = _cell(compared.get("difference"), compared.get("ci95"), "+.3f"), compared.get("ci95")
+    interval = compared.get("ci95")
+    cell = _exact(_cell(compared.get("difference"), interval, "+.3f"), compared)
     if interval is None or interval[0] <= 0 <= interval[1]:
         return cell
     is_up = interval[0] > 0
     is_better = is_up != compared.get("lower_is_better", False)
     cell["value"] = ("▲ " if is_up else "▼ ") + cell["value"]
     return {**cell, "trend": "up" if is_better else "down", "verdict": "better" if is_better else "worse"}
+
+
+def _exact(cell: dict[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
+    """The cell, which says so if its interval is exact and not resampled."""
+    return {**cell, "interval": f"{cell['interval']}, exact"} if entry.get("interval") == EXACT else cell
 
 
 def _cell(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> dict[str, str]:
