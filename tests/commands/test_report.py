@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,8 @@ def test_the_report_has_table_curves_studies_and_candidates(run):
         "never folded"
     )
     assert "reward/total, which the model learns by, cannot be added up" in page
+    assert " × uniform</span>" in page and "uniform attention has 0." in page
+    assert "share of answers with the most frequent wording" in page
     assert "of 4 patients;" in page and "This is one training run" in page
     drawn = sum("mean_iou" in one.values for one in read_run(run).evaluations["base"].predictions)
     assert f"base in 0 of {drawn}, stage 1 in {drawn} of {drawn}" in page
@@ -148,6 +151,10 @@ def test_metrics_that_are_not_numbers_are_gaps(run):
     groups = charts_of(Training("t", None, log, 3, 3))
     assert list(groups) == ["Loss", "KL and policy"]
     assert groups["KL and policy"][0].summary == "0.1 at step 1, 0.2 at step 2"
+    write_log(run / "runs/tuned-llava-mistral", "instruction_tuning", [{"grad_norm": 0.0, "loss": 1.0}] * 3)
+    assert (
+        "0 throughout: grad_norm." in (page := write_report(run).read_text()) and 'aria-label="grad_norm"' not in page
+    )
     folder = run / "runs" / "rewarded-llava-mistral"
     line = json.loads((folder / "candidates.jsonl").read_text().splitlines()[0])
     line["candidates"][0]["relevance"] = math.nan
@@ -196,9 +203,9 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
     assert [cell["value"] for cell in by_title["open recall"]][:3] == ["–", "–", "0.250"]
     assert "n = 8" in next(row["about"] for row in table["more"] if row["title"] == "open recall")
     assert by_title["false box rate"][0]["value"] == "0.000" and by_title["false box rate"][-1]["value"] == "+0.000"
-    assert (by_title["Mean IoU"][0]["verdict"], by_title["Mean IoU"][1]["verdict"]) == ("no box drawn", "")
-    assert (
-        by_title["Mean IoU"][0]["interval"].endswith(", exact") and "exact" not in by_title["Mean IoU"][1]["interval"]
+    assert [cell["verdict"] for cell in by_title["Mean IoU"][:2]] == ["exact; no box drawn", ""]
+    assert by_title["Vision relevance"][0]["verdict"] == "", (
+        "the gallery, which knows how much is covered, was not asked"
     )
     assert any('"exact"' in note for note in table["notes"])
     assert any("except for false box rate, false boxes per negative, unread boxes" in note for note in table["notes"])
@@ -218,7 +225,14 @@ def test_what_was_run_is_told(run):
         content = {"umed_stage": stage, "settings": settings, "made_with": made}
         (run / f"runs/{name}-llava-mistral/umed.json").write_text(json.dumps(content))
     (run / "summary.json").write_text(json.dumps({"seed": 3, "seconds": 3700.0}))
-    read = read_run(run)
+    write_log(run / "runs/captions-llava-mistral", None, [{"loss": 1.0}])
+    (run / "logs").mkdir()
+    (run / "logs/captions.log").write_text(
+        "python -m x --output_dir /out --seed 5 --max_steps -1 --data_path c.json\n--seed 6\n"
+    )
+    captions, *trainings = read_run(run).trainings
+    assert dict(about_training(captions)) == {"records": "c.json", "seed": "5", "duration": "9 s"}
+    read = replace(read_run(run), trainings=trainings)
     facts = dict(about_run(read))
     assert facts["started from"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
     assert facts["sources of the studies"] == "demo_studies"

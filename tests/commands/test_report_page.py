@@ -192,6 +192,7 @@ def test_sampled_answers_show_the_reward_per_term(run, page):
     how = page.run("document.querySelector('#viewer .how').textContent")
     assert "–: not scored; it counts as the mean" in how and "Cut off: the answer had reached" in how
     truth = page.run("document.querySelector('#viewer .truth').textContent")
+    assert "the same reward" not in how
     assert re.match(r"True: \[0\.\d\d, .*\]\. Reference: .+", truth), truth
     pressed = (
         "[...document.querySelectorAll('#viewer tbody button')].map(button => button.getAttribute('aria-pressed'))"
@@ -263,6 +264,8 @@ def test_a_link_opens_one_study_with_its_reference(run, page):
     page.until("document.getElementById('viewer').open")
     assert page.run("document.getElementById('viewer-title').textContent") == one["id"]
     assert page.run("document.querySelector('#viewer .reference').textContent") == one["truth"]
+    page.click("#viewer-link")
+    page.until("document.getElementById('viewer-copied').textContent.startsWith('link ')")
     page.press("ArrowRight")
     following = page.run("document.getElementById('viewer-title').textContent")
     assert page.run("decodeURIComponent(document.getElementById('viewer-link').hash)") == f"#studies={following}"

@@ -57,7 +57,7 @@ def about_run(run: Run) -> Facts:
     settings, summary, manifest = _upgrade_settings(run), _run_summary(run), _manifest(run)
     facts: Facts = [("folder", str(run.folder))]
     facts += _known(settings, {"checkpoint": "started from", "recipe": "recipe", "data_root": "data"})
-    first = next((training.settings for training in run.trainings if training.settings), {})
+    first = next((training.settings for training in run.trainings if training.stage and training.settings), {})
     if not settings and first:
         facts += _known(first, {"model_name_or_path": "started from", "umed_recipe": "recipe"})
         facts += _known(first, {} if first.get("umed_recipe") else {"data_path": "records"})
@@ -100,7 +100,8 @@ def about_training(training: Training) -> Facts:
     """(name, value) of what decides a training most."""
     rewarding = _OF_REWARDING if training.stage == "rewarding" else {}
     names = {**_FIRST, **rewarding}
-    if training.settings.get("max_steps", -1) > 0:  # it overrides the epochs
+    most = training.settings.get("max_steps")
+    if isinstance(most, int) and most > 0:  # it overrides the epochs
         del names["num_train_epochs"]
     facts = _known(_in_effect(training), names)
     if training.settings.get("umed_similar"):

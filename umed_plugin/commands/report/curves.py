@@ -39,6 +39,27 @@ GRPO_LOSS = (
     "GRPO's loss is near 0 in every step, and that is right: the advantages of a question's answers sum to 0, so at the first "
     "update of a step their terms cancel. The gradient does not. Whether the model learns is in the rewards."
 )
+# Half a line for each metric whose name does not say what it is (`umed_plugin.rewards.guards`, `training.step_metrics`).
+MEANINGS = {
+    "guard/whole_image_boxes": "share of boxes around nearly the whole image",
+    "guard/malformed_boxes": "share of boxes without area or outside of the image",
+    "guard/unread_boxes": "boxes per answer whose coordinates cannot be read",
+    "guard/box_area_ratio": "area of the answers' boxes over that of the true ones",
+    "guard/extra_boxes": "boxes per answer beyond the true number",
+    "guard/missing_boxes": "boxes per answer short of the true number",
+    "guard/length_ratio": "words of the answers over words of the references",
+    "guard/distinct_skeletons": "different wordings over answers, without numbers and class names",
+    "guard/top_skeleton": "share of answers with the most frequent wording",
+    "guard/distinct_coordinates": "number of different coordinates in all boxes",
+    "groups_without_signal": "share of questions whose answers all have the same reward",
+    "answers_cut_off": "share of answers that --umed_max_new_tokens ended",
+    "vision_relevance/over_uniform": "attention on the lesion over what uniform attention has; 1 is chance",
+    "vision_relevance/iou_correlation": "whether answers that look at the lesion also find it, -1 to 1",
+    "clip_fraction": "share of tokens whose probability ratio is clipped",
+    "entropy": "of the sampled tokens, in nats",
+    "kl": "distance from the start of the stage, in nats per token",
+}
+_UNSCORED = "guard/unscored/"
 _NORMS = {
     "max": "divided by the best of the question's answers (localization, vision relevance)",
     "zscore": "standardised over the question's answers",
@@ -81,6 +102,13 @@ class Chart:
     summary: str
     alarm: str
     plot: dict[str, Any]
+
+    @property
+    def meaning(self) -> str:
+        """What the metric is, in half a line; empty where its name says it."""
+        if self.name.startswith(_UNSCORED):
+            return "share of answers that this reward cannot score"
+        return MEANINGS.get(self.name, "")
 
     @property
     def is_zero(self) -> bool:

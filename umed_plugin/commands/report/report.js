@@ -266,6 +266,9 @@ function openCandidates(card) {
     tied ? "All answers have the same reward: this question gives no signal." : ""];
   const how = card.weights ? "Each reward's score → its weight × its normalised value. The reward is the sum of these products."
     : "The score of each reward; the last column is their weighted sum after normalisation.";
+  const remarksOn = row => [row.malformed ? row.malformed + " malformed box(es)" : "",
+    card.true_count && !row.boxes.length && !row.malformed ? "no box" : "", deduction(row) ? "cut off" : ""]
+    .filter(Boolean).map(remark => " (" + remark + ")").join("");
   const table = el("table", {className: "stacked"}, el("caption", {textContent: "The answers and their scores"}),
     el("thead", {}, el("tr", {}, el("th", {scope: "col", textContent: "box"}),
       ...names.map(name => el("th", {scope: "col", textContent: name.replaceAll("_", " ")})))));
@@ -275,7 +278,7 @@ function openCandidates(card) {
     const values = row.terms.map((value, i) => el("td", {textContent: score(value) + share(row, i), "data-label": card.terms[i].replaceAll("_", " ")}));
     const isBest = !tied && row.reward === best;
     body.append(el("tr", {className: isBest ? "is-best" : ""}, el("td", {"data-label": "box"}, choice),
-      el("td", {textContent: row.text + (row.malformed ? " (" + row.malformed + " malformed box(es))" : ""), "data-label": "answer"}),
+      el("td", {textContent: row.text + remarksOn(row), "data-label": "answer"}),
       ...values, el("td", {textContent: number(row.reward, 3) + deduction(row) + (isBest ? " (best)" : ""), "data-label": "reward"})));
     return choice;
   });

@@ -6,6 +6,7 @@ be read too, and so can an unfinished run: what is not there yet is left out.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from umed_plugin.files import parse_json, read_object
 # In the order in which a run goes through them; evaluations under other names come after these.
 STAGES = {"base": "base", "instruction_tuning": "stage 1", "rewarding": "stage 2"}
 
+_LONGEST_COMMAND = 100_000  # characters of a log's first line
 _REMEDY = "remove it, or go on with the training"
 
 
@@ -34,7 +36,8 @@ class Training:
         log: rows of the trainer's ``log_history``, one every ``--logging_steps``.
         steps: optimizer steps done.
         of_steps: optimizer steps planned.
-        settings: every flag that decides the result, as ``umed.json`` holds it; empty for a training without the plugin.
+        settings: every flag that decides the result, as ``umed.json`` holds it. Of a training without the plugin, the flags that
+            the first line of its log in ``logs/`` holds, as `umed demo` writes it; else empty.
         made_with: versions, commit, machine and time of the last write, likewise.
     """
 
@@ -127,9 +130,29 @@ def read_training(folder: Path) -> Training | None:
         rows,
         state.get("global_step", 0),
         state.get("max_steps", 0),
-        flags.get("settings") or {},
+        flags.get("settings") or ({} if marker else _logged_flags(folder)),
         flags.get("made_with") or {},
     )
+
+
+def _logged_flags(folder: Path) -> dict[str, Any]:
+    """The flags in the command at the top of a training's log; empty without one."""
+    logs = sorted((folder.parent.parent / "logs").glob("*.log"))
+    log = next((path for path in logs if folder.name.startswith(f"{path.stem}-")), None)
+    if log is None:
+        return {}
+    with open(log, encoding="utf-8", errors="replace") as stream:
+        words = stream.readline(_LONGEST_COMMAND).split()
+    words = words[words.index("--output_dir") :] if "--output_dir" in words else []
+    return {name[2:]: _number(value) for name, value in zip(words, words[1:]) if name.startswith("--")}
+
+
+def _number(text: str) -> Any:
+    """An int or a float where the text is one."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def read_candidates(file: Path) -> list[dict[str, Any]]:

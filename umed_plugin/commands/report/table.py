@@ -170,7 +170,7 @@ def _row(
     for (stage, evaluation), cell in zip(evaluations.items(), cells):
         boxes, asked = answers_with_box(evaluation)
         if asked and not boxes and name.startswith(_OF_BOXES) and name != "pointing_game_attention":
-            cell["verdict"] = "no box drawn"
+            cell["verdict"] = "; ".join(filter(None, [cell["verdict"], "no box drawn"]))
         if looked is not None and name == "vision_relevance" and stage in looked.times:
             cell["verdict"] = f"{looked.times[stage]:.2f} × uniform"
     if looked is not None and name == "vision_relevance":
@@ -209,7 +209,7 @@ def difference_of(compared: Mapping[str, Any]) -> dict[str, str]:
 
 def _exact(cell: dict[str, str], entry: Mapping[str, Any]) -> dict[str, str]:
     """The cell, which says so if its interval is exact and not resampled."""
-    return {**cell, "interval": f"{cell['interval']}, exact"} if entry.get("interval") == EXACT else cell
+    return {**cell, "verdict": "exact"} if entry.get("interval") == EXACT else cell
 
 
 def _cell(value: float | None, interval: Sequence[float] | None, form: str = ".3f") -> dict[str, str]:
