@@ -252,8 +252,9 @@ function openCandidates(card) {
     frame.replaceChildren(picture(card, "Boxes of the answers", boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(chosen.boxes, "best")),
       el("p", {className: "truth", textContent: truth}));
   };
-  const truth = (card.true.length ? "True: " + card.true.map(asWritten).join(", ") : "True: no box")
-    + (card.reference ? ". Reference: " + card.reference : "");
+  // Without the picture, its size is unknown and true boxes have no coordinates.
+  const truth = [card.true.length ? "True: " + card.true.map(asWritten).join(", ") : card.true_count ? "" : "True: no box",
+    card.reference ? "Reference: " + card.reference : ""].filter(Boolean).join(". ");
   const names = ["answer", ...card.terms, "reward"];
   // How a term enters the reward: weight x normalised value.
   const share = (row, i) => card.weights && row.normalised ? " → " + number(card.weights[i], 1) + "\u00a0×\u00a0" + score(row.normalised[i]) : "";
