@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.speaking import SENTENCE, teach
 
 from umed_plugin.commands.serve.box_places import box_places
 from umed_plugin.commands.serve.dialogue import Dialogue
+from umed_plugin.commands.serve.handler import Handler
 
 pytestmark = pytest.mark.one_stack
 ASKED = "document.querySelectorAll('#talk .of-turn').length === 1"
@@ -52,8 +54,10 @@ def opened(server: Any, folder: Path) -> Any:
         page.visit(server.url)
         yield page
         logged = [event for event in page.events if event["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
-        faults = [event for event in logged if event["params"].get("entry", {}).get("level", "error") == "error"]
-        assert not faults, faults
+        entries = [event["params"].get("entry", event["params"]) for event in logged]
+        faults = [entry for entry in entries if entry.get("level", "error") == "error"]
+        # The limits of a window may be asked for when the study has just been replaced by another.
+        assert not [entry for entry in faults if "/window?" not in entry.get("url", "")]
     finally:
         page.close()
 
@@ -146,6 +150,31 @@ def test_level_and_width_by_drag_keys_and_numbers(page: Page, tmp_path: Path) ->
     assert page.run(WINDOW) == window
     give(page, write_png(tmp_path / "a.png", scene()))
     page.until("document.querySelector('#windows').hidden")
+
+
+def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, late = Handler._case, threading.Event()
+
+    def case(handler: Handler, parts: list[str]) -> Any:
+        if late.is_set() and parts[-1] == "picture":
+            late.clear()
+            time.sleep(1)
+        return stock(handler, parts)
+
+    monkeypatch.setattr(Handler, "_case", case)
+    give(page, write_dicom(tmp_path / "a.dcm", scene()))
+    late.set()
+    page.type_into("#level", "100", instead=True)
+    page.press("Enter")
+    page.until("document.querySelector('body.loading') !== null")
+    page.give_files("#files", write_png(tmp_path / "a.png", scene()))
+    page.until("document.querySelector('#windows').hidden && document.querySelector('#picture').naturalWidth > 0")
+    shown = page.run("document.querySelector('#picture').dataset.address")
+    time.sleep(1.2)
+    assert page.run("document.querySelector('#picture').dataset.address") == shown
+    assert text(page, "#fault") == ""
 
 
 def test_boxes_stay_under_another_window_and_the_page_says_what_the_model_saw(page: Page, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_report_of_old_folders_of_both_kinds(tmp_path):
     for name in ("recipe", "vqa_rad"):
         shutil.copytree(OLD / name, tmp_path / name / "evaluation" / "base")
     page = write_report(tmp_path / "recipe").read_text()
-    assert "4 studies, 3 of them with a lesion" in page and "<b>0.750</b>" in page and page.count("r3") == 1
+    assert "4 studies; 3 of the studies have a lesion" in page and "<b>0.750</b>" in page and page.count("r3") == 1
     page = write_report(tmp_path / "vqa_rad").read_text()
     assert "6 questions of vqa_rad" in page and "closed accuracy" in page and 'id="studies"' not in page
 

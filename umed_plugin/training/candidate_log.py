@@ -52,8 +52,10 @@ def log_candidates(
         # A report may be made in another folder than the run was started in.
         study["image"] = os.path.abspath(image)
         study["image_aspect_ratio"] = record["provenance"]["image_aspect_ratio"]
-        study["question"] = record["conversations"][0]["value"].replace("<image>", "").strip()
-        study["reference"] = record["conversations"][1]["value"]
+        question, *reference = (turn["value"] for turn in record["conversations"][:2])
+        study["question"] = question.replace("<image>", "").strip()
+        if reference:
+            study["reference"] = reference[0]
     line = {"step": step, "id": record["id"], "true": record["objects"], "study": study, "candidates": group}
     if recipe is not None:
         line["normalised"], line["weights"] = recipe

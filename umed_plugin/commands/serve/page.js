@@ -4,7 +4,7 @@ const $ = byId;
 const WINDOWS = {file: "the file's own", full: "whole range", soft_tissue: "soft tissue"};
 // view: what is shown. range: the values that are black and white there, null until known. turns: the questions and their answers;
 // chosen: the one whose boxes are shown.
-const state = {study: null, items: [], view: null, range: null, turns: [], count: 0, chosen: null, uploads: 0, stop: null, wanted: false};
+const state = {study: null, items: [], view: null, range: null, turns: [], count: 0, chosen: null, uploads: 0, stop: null, loading: null, wanted: false};
 const panes = [...document.querySelectorAll(".pane")].map((figure, k) => new Pane(figure, box => light(k, box)));
 const zoom = new Zoom(panes, {changed: place, dragged, slices: {exist: () => !$("slice-label").hidden, by: count => bySlices(count)}});
 
@@ -15,9 +15,14 @@ function waiting(before) {
 }
 
 function forget() {
+  if (state.loading) {  // its picture would be shown, or missed, beside the next study
+    state.loading.onload = state.loading.onerror = null;
+    state.loading.removeAttribute("src");
+    document.body.classList.remove("loading");
+  }
   if (state.study) navigator.sendBeacon(`/studies/${state.study}/forget`);
   if (state.stop) state.stop.abort();
-  Object.assign(state, {study: null, items: [], view: null, range: null, turns: [], count: 0, chosen: null});
+  Object.assign(state, {study: null, loading: null, wanted: false, items: [], view: null, range: null, turns: [], count: 0, chosen: null});
   $("talk").replaceChildren();
   for (const {picture} of panes) {
     picture.removeAttribute("src");
@@ -123,9 +128,11 @@ function loadPicture() {
   const address = `/studies/${state.study}/picture?${new URLSearchParams(state.view)}`;
   if (panes[0].picture.dataset.address === address) return;
   document.body.classList.add("loading");
-  const picture = new Image();
+  const {study} = state, picture = new Image();
+  state.loading = picture;
   const done = async worked => {
     document.body.classList.remove("loading");
+    state.loading = null;
     if (worked) {
       for (const pane of panes) {
         pane.picture.src = picture.src;
@@ -136,7 +143,7 @@ function loadPicture() {
     } else {
       const reply = await fetch(address).catch(() => null);
       const content = reply && !reply.ok ? await reply.json().catch(() => ({})) : {};
-      fault(content.error || GONE);
+      if (state.study === study) fault(content.error || GONE);
     }
     if (state.wanted) { state.wanted = false; if (state.view) loadPicture(); }
   };
