@@ -126,7 +126,10 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _completed(study: dict[str, Any], common: dict[str, Any], faults: Faults) -> dict[str, Any]:
-    """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names."""
+    """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names.
+
+    A flag of a stage that is null is not given.
+    """
     study = {key: value for key, value in study.items() if key != "like"}
     shared, arms = study.pop("shared_arms", []), common.get("arms", {})
     for name in set(shared) - set(arms):
@@ -134,6 +137,9 @@ def _completed(study: dict[str, Any], common: dict[str, Any], faults: Faults) ->
     stages = {
         stage: {**common.get("stages", {}).get(stage, {}), **study.get("stages", {}).get(stage, {})}
         for stage in {**common.get("stages", {}), **study.get("stages", {})}
+    }
+    stages = {
+        stage: {name: value for name, value in flags.items() if value is not None} for stage, flags in stages.items()
     }
     return {
         **common,

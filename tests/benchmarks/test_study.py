@@ -18,12 +18,16 @@ import study_training
 import yaml
 from study_plan import Cell
 from support import forked
+from support.llava_args import llava_args
 from support.umed_runs import ROOT, run_command
 
 from umed_plugin.commands import processes
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation, Prediction
+from umed_plugin.flags.checks import find_faults
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.rules import REWARDING, TUNING
 
 pytestmark = pytest.mark.one_stack
 TINY = {
@@ -70,6 +74,12 @@ def test_every_study_that_is_shipped_can_be_read(file):
     cells = list(study_plan.cells(found, found.seeds, found.sizes))
     assert len({cell.name for cell in cells}) == len(cells)
     assert all(study_plan.digest(found, cell) for cell in cells)
+    for variant, arm in {(cell.variant, cell.arm) for cell in cells}:
+        given = study_plan.flags_of(found, variant, arm)
+        own = {name: value for name, value in given.items() if name.startswith("umed_")}
+        stage = TUNING if found.arms[arm].stage == 1 else REWARDING
+        faults = find_faults(UmedFlags(umed_stage=stage, **own), *llava_args(), files=False)
+        assert not [fault for fault in faults if any(f"--{name}" in fault for name in own)], (variant, arm)
 
 
 def test_faults_of_a_study_come_at_once(tmp_path):
