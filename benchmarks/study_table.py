@@ -49,7 +49,14 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
                     lines.append(_line(study, rows, variant, finished))
         if lines:
             of = f"{COMPARED[0]} | {COMPARED[1]}"
-            heads = ["arm", "seeds", *SHOWN, f"from its start: {of}", f"against {study.against}: {of}", "processor s"]
+            heads = [
+                "arm",
+                "seeds",
+                *SHOWN,
+                f"from its start: {of}",
+                f"against {study.against or '(none)'}: {of}",
+                "processor s",
+            ]
             head = " | ".join(heads)
             count = head.count("|") + 1
             parts += ["", f"**{size} labelled studies**", "", f"| {head} |", f"|{'---|' * count}", *lines]
