@@ -88,13 +88,14 @@ def metrics_table(
     reported = dict.fromkeys(name for metrics in stages for name in metrics)
     first = [name for name in HEADLINE if name in reported]
     asked = [name for name in reported if any(metrics.get(name, {}).get("n") for metrics in stages)]
+    drawn = {stage: answers_with_box(evaluation) for stage, evaluation in evaluations.items()}
 
     def row(name: str) -> dict[str, Any]:
-        return _row(name, evaluations, list(differences.values()), looked)
+        return _row(name, evaluations, list(differences.values()), drawn, looked)
 
     table = {
         "about": _about(list(evaluations.values())),
-        "notes": _notes(evaluations, list(differences.values())),
+        "notes": _notes(evaluations, list(differences.values()), drawn),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
         "rows": [row(name) for name in first],
@@ -130,7 +131,11 @@ def _about(evaluations: Sequence[Evaluation]) -> str:
     return f"{len(last.predictions)} studies{patients}; {with_lesion}. {resampled}"
 
 
-def _notes(evaluations: Mapping[str, Evaluation], differences: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(
+    evaluations: Mapping[str, Evaluation],
+    differences: Sequence[Mapping[str, Any]],
+    drawn: Mapping[str, tuple[int, int]],
+) -> list[str]:
     """Where intervals are unsure, how often a box was drawn, and what the sign of a difference means."""
     stages = list(evaluations.values())
     last = stages[-1]
@@ -140,9 +145,8 @@ def _notes(evaluations: Mapping[str, Evaluation], differences: Sequence[Mapping[
     if any(entry.get("interval") == EXACT for metrics in shown for entry in metrics.values()):
         unit = last.unit.replace(", ", " or ")
         notes.append(f'"exact": a Clopper-Pearson interval, since every {unit} scores alike.')
-    drawn = {stage_label(stage): answers_with_box(one) for stage, one in evaluations.items()}
     if any(asked for _, asked in drawn.values()):
-        said = ", ".join(f"{label} in {boxes} of {asked}" for label, (boxes, asked) in drawn.items())
+        said = ", ".join(f"{stage_label(stage)} in {boxes} of {asked}" for stage, (boxes, asked) in drawn.items())
         notes.append(f"A box is drawn in the studies with a lesion: {said}. An answer without a box has IoU 0.")
     if differences:
         named = {full_title(name): entry for name, entry in differences[-1].items()}
@@ -160,6 +164,7 @@ def _row(
     name: str,
     evaluations: Mapping[str, Evaluation],
     differences: Sequence[Mapping[str, Any]],
+    drawn: Mapping[str, tuple[int, int]],
     looked: Looked | None,
 ) -> dict[str, Any]:
     """A metric's row; its name may end with a group, as in ``accuracy/deeplesion``."""
@@ -167,8 +172,7 @@ def _row(
     n = max(metrics[name]["n"] for metrics in stages if name in metrics)
     about = [title_of(name.partition("/")[0])[1], f"n = {n}"]
     cells = [cell_of(metrics.get(name, {})) for metrics in stages]
-    for (stage, evaluation), cell in zip(evaluations.items(), cells):
-        boxes, asked = answers_with_box(evaluation)
+    for (stage, (boxes, asked)), cell in zip(drawn.items(), cells):
         if asked and not boxes and name.startswith(_OF_BOXES) and name != "pointing_game_attention":
             cell["verdict"] = "; ".join(filter(None, [cell["verdict"], "no box drawn"]))
         if looked is not None and name == "vision_relevance" and stage in looked.times:
