@@ -126,28 +126,27 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _completed(study: dict[str, Any], common: dict[str, Any], faults: Faults) -> dict[str, Any]:
-    """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names.
-
-    A flag of a stage that is null is not given.
-    """
+    """A study with what it leaves to the common file: whole keys, single flags, and the arms that ``shared_arms`` names."""
     study = {key: value for key, value in study.items() if key != "like"}
     shared, arms = study.pop("shared_arms", []), common.get("arms", {})
     for name in set(shared) - set(arms):
         faults.add("shared_arms", unknown_name("arm", name, arms))
-    stages = {
-        stage: {**common.get("stages", {}).get(stage, {}), **study.get("stages", {}).get(stage, {})}
-        for stage in {**common.get("stages", {}), **study.get("stages", {})}
-    }
-    stages = {
-        stage: {name: value for name, value in flags.items() if value is not None} for stage, flags in stages.items()
-    }
+    of_stages, own_of_stages = common.get("stages", {}), study.get("stages", {})
     return {
         **common,
         **study,
-        "flags": {**common.get("flags", {}), **study.get("flags", {})},
-        "stages": stages,
+        "flags": _merged(common.get("flags", {}), study.get("flags", {})),
+        "stages": {
+            stage: _merged(of_stages.get(stage, {}), own_of_stages.get(stage, {}))
+            for stage in {**of_stages, **own_of_stages}
+        },
         "arms": {**{name: arms[name] for name in shared if name in arms}, **study.get("arms", {})},
     }
+
+
+def _merged(common: Flags, own: Mapping[str, Optional[FlagValue]]) -> Flags:
+    """The flags of both, of which ``own`` overrides; one that is null there is not given."""
+    return {name: value for name, value in {**common, **own}.items() if value is not None}
 
 
 def _check_names(study: Study, faults: Faults) -> None:
