@@ -41,9 +41,14 @@ def test_a_file_gets_lines_with_step_rate_and_time_left(monkeypatch: pytest.Monk
         steps.begin("stage\x1b[2J\n2", "byte")
         steps.update(10**9, 2 * 10**9, "half\x07")
         wait_for(r"1\.00 of 2\.00 GB \(50 %\), half\\x07\n", shown)
+        steps.begin("drawing", "study")
+        steps.update(10, 130)
+        time.sleep(0.02)
+        steps.update(30, 130)
+        wait_for(r"umed: drawing: study 30 of 130 \(23 %\), [\d.]+ studies/s, \d+ s left\n", shown)
     lines = shown.getvalue().splitlines()
     assert lines[0] == "umed: stage 1: started; log: a.log" and "umed: stage\\x1b[2J\\n2: started" in lines
-    assert all(line.startswith("umed: stage") for line in lines)
+    assert all(line.startswith(("umed: stage", "umed: drawing")) for line in lines)
 
 
 def test_a_new_step_has_half_a_minute_before_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:

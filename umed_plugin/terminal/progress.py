@@ -243,7 +243,7 @@ def _count(done: int, total: Optional[int], unit: str) -> str:
             if total
             else f"{done / 1e9:.2f} GB"
         )
-    return f"{unit} {done} of {total} ({_percent(done, total)})" if total else f"{done} {unit}s"
+    return f"{unit} {done} of {total} ({_percent(done, total)})" if total else f"{done} {_plural(unit)}"
 
 
 def _percent(done: int, total: Optional[int]) -> str:
@@ -253,7 +253,11 @@ def _percent(done: int, total: Optional[int]) -> str:
 def _rate(rate: float, unit: str) -> str:
     if unit == "byte":
         return f"{rate / 1e6:.0f} MB/s"
-    return f"{rate:.1f} {unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s per {unit}"
+    return f"{rate:.1f} {_plural(unit)}/s" if rate >= 1 else f"{1 / rate:.1f} s per {unit}"
+
+
+def _plural(unit: str) -> str:
+    return f"{unit[:-1]}ies" if unit.endswith("y") else f"{unit}s"
 
 
 def duration(seconds: float) -> str:
