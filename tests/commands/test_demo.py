@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 from umed_plugin.cli import main
 from umed_plugin.commands import processes
-from umed_plugin.commands.demo.pipeline import STAGES, DemoSettings, run_demo
+from umed_plugin.commands.demo.pipeline import STAGES, DemoSettings, environment, run_demo
 from umed_plugin.commands.demo.prior import caption_records, corpus
 from umed_plugin.commands.demo.studies import LESIONS, draw_study, make_studies
 from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
@@ -106,6 +107,14 @@ def test_the_checkpoint_is_as_its_seed_says_and_its_tokenizer_splits_digits(tmp_
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     with pytest.raises(UsageError, match="Did you mean 'mistral'"):
         make_checkpoint(tmp_path / "c", family="mistrall")
+
+
+@pytest.mark.run
+def test_a_process_that_has_prepared_nothing_makes_the_checkpoint(tmp_path):
+    """Some benchmarks make it before they start any command of ours. The tests' own process has prepared LLaVA long before."""
+    made = "from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint; make_checkpoint('tiny-llava-mistral')"
+    subprocess.run([sys.executable, "-c", made], check=True, cwd=tmp_path, env=environment())
+    assert (tmp_path / "tiny-llava-mistral/vision_tower/config.json").is_file()
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

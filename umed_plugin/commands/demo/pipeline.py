@@ -237,7 +237,9 @@ class DemoRun:
         from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
         from umed_plugin.evaluation.evaluation_run import EvaluationSettings
         from umed_plugin.evaluation.evaluator import evaluate_questions
+        from umed_plugin.patches import prepare_llava
 
+        prepare_llava()
         self.steps.begin(f"evaluating on held-out studies: {stage.replace('_', ' ')}", "question")
         held_out = [record for record in records if record["split"] == "test"]
         settings = EvaluationSettings(batch_size=50, max_new_tokens=self.settings.max_new_tokens, device="cpu")

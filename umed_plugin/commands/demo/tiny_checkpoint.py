@@ -60,6 +60,9 @@ def make_checkpoint(
         raise UsageError(unknown_name("checkpoint family", family, FAMILIES))
     import torch
 
+    from umed_plugin.patches import prepare_llava
+
+    prepare_llava()  # a benchmark that calls this has no command of ours before it
     path = Path(path).resolve()
     path.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
