@@ -1,0 +1,198 @@
+"""Mistakes of names and places: files that are named in another way, and images outside of the data root."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.annotation_files import (
+    BOX,
+    COCO,
+    CSV,
+    HEAD,
+    JSON,
+    MASK,
+    VOC,
+    YOLO,
+    an_object,
+    boxes,
+    coco,
+    put,
+    read,
+    two_regions,
+    xml,
+)
+
+
+def test_a_voc_file_name_without_its_ending(tmp_path: Path) -> None:
+    put(tmp_path / "img" / "a.png")
+    text = '<?xml version="1.0" encoding="GB2312"?>' + xml("a", an_object())
+    put(tmp_path / "xml" / "a.xml", text)
+    assert boxes(read(tmp_path, VOC % "")) == {"img/a.png": [BOX]}
+    assert boxes(read(tmp_path, (VOC % "").replace("xml/*", f"{tmp_path}/xml/*"))) == {"img/a.png": [BOX]}
+
+
+def test_split_lists_in_the_forms_that_there_are(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "unlisted"):
+        put(tmp_path / "img" / f"{name}.png")
+        put(tmp_path / "xml" / f"{name}.xml", xml(f"{name}.png", an_object()))
+    put(tmp_path / "train.txt", b"\xef\xbb\xbfa.png\nJPEGImages/b.jpg\nlost\n")
+    put(tmp_path / "val.txt", "c -1\n")
+    found = read(tmp_path, VOC % ", split_lists: {train: train.txt, val: val.txt}", "{by: file}")
+    assert {item.image.name: item.split for item in found.items} == {"a.png": "train", "b.png": "train", "c.png": "val"}
+    assert found.left_out == {"its XML is in none of split_lists": 1}
+    assert found.faults.left_out == {("names in train.txt", "no XML has this name"): 1}
+
+
+@pytest.mark.parametrize(
+    "written", [r"sub\A.png", "sub/%41.png", "sub/a.PNG", "SUB/A.png", "sub/A.jpg", "sub/B_lesoin.png"]
+)
+def test_the_name_that_was_probably_meant(tmp_path: Path, written: str) -> None:
+    from umed_plugin.data.annotations.finding import did_you_mean_file
+
+    for name in ("A.png", "B_lesion.png"):
+        put(tmp_path / "sub" / name)
+    expected = "sub/B_lesion.png" if "les" in written else "sub/A.png"
+    assert did_you_mean_file(tmp_path / written, tmp_path) == f" Did you mean {expected!r}?"
+    assert did_you_mean_file(tmp_path / "sub" / "image_12.png", tmp_path) == ""
+
+
+def test_links_to_folders_are_followed_and_files_that_a_pattern_misses_are_told(tmp_path: Path) -> None:
+    put(tmp_path / "real" / "a.xml", xml("a.png", an_object()))
+    put(tmp_path / "img" / "a.png")
+    (tmp_path / "xml").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    put(tmp_path / "real" / "B.XML", xml("b.png"))
+    put(tmp_path / "real" / "s" / "c.xml", xml("c.png"))
+    found = read(tmp_path, (VOC % "").replace("xml/*", "x*/a"))
+    assert boxes(found) == {"img/a.png": [BOX]}
+    remarks = read(tmp_path, VOC % "").faults.remarks
+    assert any(
+        "1 further files are not read, since they differ from the pattern only in case" in line for line in remarks
+    )
+    assert any(
+        "1 further files are not read, since they are in sub folders; xml/**/*.xml reads" in line for line in remarks
+    )
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "a" * 300 + ".png", "\ud800.png"])
+@pytest.mark.parametrize("form", ["coco", "json"])
+def test_names_that_no_file_can_have(tmp_path: Path, form: str, name: str) -> None:
+    if form == "coco":
+        coco(tmp_path, [(1, name)], [(1, [10, 20, 20, 20], {})])
+    else:
+        put(tmp_path / "a.json", json.dumps({name: {"b": []}}))
+    (message,) = read(tmp_path, (COCO if form == "coco" else JSON) % "").faults.messages
+    assert "cannot be the path of a file" in message
+
+
+def test_lists_of_images_that_are_never_sent_have_no_mark(tmp_path: Path) -> None:
+    from umed_plugin.data.writing.burnt_in import read_list
+
+    put(tmp_path / "never.txt", b"\xef\xbb\xbfdrawn/a.png\ndrawn/b.png\n")
+    assert read_list(tmp_path / "never.txt") == {"drawn/a.png", "drawn/b.png"}
+
+
+@pytest.mark.parametrize("form", ["csv", "coco", "json"])
+def test_folders_of_classes_in_place_of_a_file_name_the_reader_for_them(tmp_path: Path, form: str) -> None:
+    put(tmp_path / "classes" / "nod" / "a.png")
+    annotations = (
+        ({"csv": CSV, "coco": COCO, "json": JSON}[form] % "").replace("a.csv", "classes").replace("a.json", "classes")
+    )
+    (message,) = read(tmp_path, annotations).faults.messages
+    assert (
+        "classes: is a folder; needed: the annotation file. Folders named by a class say what images show and not where: "
+        "the reader folders reads them" in message
+    )
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.csv", "f,x1,y1,x2,y2,c\na.png,,,,,normal\n")
+    (message,) = read(tmp_path, CSV % "").faults.messages
+    assert "A value that means no lesion belongs in annotations.no_finding" in message
+    assert boxes(read(tmp_path, CSV % ", no_finding: [normal]"))["a.png"] == []
+
+
+# Images outside of the data root
+
+
+def outside_by_dots(folder: Path, secret: Path) -> str:
+    return "../secret/x.png"
+
+
+def outside_by_an_absolute_path(folder: Path, secret: Path) -> str:
+    return str(secret / "x.png")
+
+
+def outside_by_a_link(folder: Path, secret: Path) -> str:
+    (folder / "l.png").symlink_to(secret / "x.png")
+    return "l.png"
+
+
+def outside_by_a_linked_folder(folder: Path, secret: Path) -> str:
+    (folder / "d").symlink_to(secret)
+    return "d/x.png"
+
+
+def outside_in_a_series(folder: Path, secret: Path) -> str:
+    put(folder / "ser" / "1.dcm")
+    (folder / "ser" / "2.dcm").symlink_to(secret / "x.png")
+    return "ser"
+
+
+OUTSIDE = [
+    outside_by_dots,
+    outside_by_an_absolute_path,
+    outside_by_a_link,
+    outside_by_a_linked_folder,
+    outside_in_a_series,
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "coco", "json", "listed"])
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_images_outside_of_the_data_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, place: Callable[[Path, Path], str]
+) -> None:
+    folder, secret = tmp_path / "data", tmp_path / "secret"
+    put(secret / "x.png")
+    put(folder / "a.png")
+    name, extra = place(folder, secret), ""
+    if form == "coco":
+        coco(folder, [(1, name)], [(1, [10, 20, 20, 20], {})])
+    elif form == "json":
+        put(folder / "a.json", json.dumps({name: {"b": [{"at": BOX}]}}))
+    else:
+        row = f"{name},10,20,30,40,nod\n"
+        put(folder / "a.csv", HEAD + (row if form == "csv" else "a.png,10,20,30,40,nod\n"))
+        put(folder / "none.csv", f"f\n{name}\n")
+        extra = "negatives: {listed: {files: none.csv, file: f}}\n" if form == "listed" else ""
+    annotations = {"csv": CSV, "listed": CSV, "coco": COCO, "json": JSON}[form] % ""
+    (message,) = read(folder, annotations, extra=extra).faults.messages
+    assert "is not in the data root" in message
+    assert "name its folder in linked_roots of the recipe" in message
+    assert read(folder, annotations, extra=f"{extra}linked_roots: ['{secret}']\n").faults.messages == []
+    monkeypatch.setenv("UMED_LINKED_ROOTS", f"/nowhere{os.pathsep}{secret}")
+    assert read(folder, annotations, extra=extra).faults.messages == []
+
+
+def test_what_the_recipe_itself_names_may_be_anywhere(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "x.png")
+    put(tmp_path / "real" / "a.csv", HEAD + "x.png,10,20,30,40,nod\n")
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    for root in ("../elsewhere", str(tmp_path / "elsewhere"), "../else*"):
+        assert len(boxes(read(tmp_path / "data", CSV % f", image_root: '{root}'"))) == 1
+
+
+@pytest.mark.parametrize("reader", ["yolo", "mask"])
+def test_links_among_the_images_of_a_folder(tmp_path: Path, reader: str) -> None:
+    put(tmp_path / "secret" / "x.png")
+    folder = tmp_path / "data"
+    for name in ("images", "labels", "i"):
+        (folder / name).mkdir(parents=True)
+    put(folder / "m" / "x.png", two_regions(255, 255))
+    (folder / ("images" if reader == "yolo" else "i") / "x.png").symlink_to(tmp_path / "secret" / "x.png")
+    (message,) = read(folder, (YOLO if reader == "yolo" else MASK) % "").faults.messages
+    assert "leads to" in message
+    assert "is not in the data root" in message
