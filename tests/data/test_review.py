@@ -259,12 +259,15 @@ def test_a_box_that_is_none_is_told(built: Path, capsys) -> None:
 
 def test_pages_hold_only_so_many_and_a_sample_is_drawn(built: Path, monkeypatch, capsys) -> None:
     assert len(shown(review(built, "--sample", "2"))) == 4  # two aside and two others
+    assert "4 of 7 records on one page" in capsys.readouterr().out
+    assert "<h1>Review of train</h1>" in (built / "out/train.review.html").read_text()
     assert list(shown(review(built, "--sample", "2"))) == list(shown(review(built, "--sample", "2")))
     monkeypatch.setattr("umed_plugin.commands.recipe.review_page.PAGE_RECORDS", 3)
     review(built)
     pages = sorted(file.name for file in (built / "out").glob("*.html"))
     assert pages == ["train.review-2.html", "train.review-3.html", "train.review.html"]
     assert "7 of 7 records on 3 pages" in capsys.readouterr().out
+    assert "<h1>Review of train, page 2 of 3</h1>" in (built / "out/train.review-2.html").read_text()
 
 
 def test_one_rejection_is_enough_and_an_edit_goes_before_acceptance(built: Path) -> None:

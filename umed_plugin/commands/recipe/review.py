@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     file = args.out or args.file.with_name(f"{args.file.stem}.{name}.html")
     pages = write_pages(chosen, args.image_folder or args.file.parent, file, others)
     links = "".join(f"\n  {page.resolve().as_uri()}" for page in pages)
-    note(f"{len(chosen)} of {len(records)} records on {len(pages)} pages. The pages hold images of patients.{links}")
+    where = f"{len(pages)} pages" if len(pages) > 1 else "one page"
+    note(f"{len(chosen)} of {len(records)} records on {where}, with images of patients.{links}")
     note("then run: umed recipe build ... --decisions DOWNLOADED_FILES")
     return 0
 

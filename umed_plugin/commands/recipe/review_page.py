@@ -6,6 +6,7 @@ for ``umed recipe build --decisions FILE``. Boxes can be moved; a moved box is w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def write_pages(
     for number, page in enumerate(pages, start=1):
         target = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(target, render(page, folder, target.stem, f"{number} of {len(pages)}", others))
+        place = f"{number} of {len(pages)}" if len(pages) > 1 else ""
+        files.write_text(target, render(page, folder, target.stem, place, others))
         written.append(target)
     return written
 
@@ -54,7 +56,7 @@ def render(
     page: str,
     others: Mapping[str, Sequence[Decision]] | None = None,
 ) -> str:
-    """The HTML of one page."""
+    """The HTML of one page. ``page`` is its place, such as "2 of 3"; empty where it is the only one."""
     own = Path(__file__).parent
     cards = [_card(record, folder, (others or {}).get(record["id"], ())) for record in records]
     read_by_script = ("id", "shown", "text", "decimals", "inside", "lesions", "aside")
@@ -68,7 +70,8 @@ def render(
             "cards": [{key: card[key] for key in read_by_script} for card in cards],
         },
         cards=cards,
-        name=name,
+        # The file is called records.review.html, and records.review-2.html if there are more.
+        name=re.sub(r"\.(review|disagreements)(-\d+)?$", "", name),
         page=page,
         settles=others is not None,
     )

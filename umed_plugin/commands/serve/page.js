@@ -116,7 +116,7 @@ function describe(view) {
   if (item.planes.length > 1) parts.push(plane.name);
   if (plane.slices > 1) parts.push(`slice ${view.slice + 1} of ${plane.slices}`);
   if (item.volumes > 1) parts.push(`volume ${view.volume + 1}`);
-  if (item.windows.length > 1) parts.push(`window ${wordsOf(view.window)}`);
+  if (item.windows.length > 1) parts.push(`window: ${wordsOf(view.window)}`);
   return parts.join(", ") || item.label;
 }
 
