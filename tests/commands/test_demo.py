@@ -112,7 +112,9 @@ def test_the_checkpoint_is_as_its_seed_says_and_its_tokenizer_splits_digits(tmp_
 @pytest.mark.run
 def test_a_process_that_has_prepared_nothing_makes_the_checkpoint(tmp_path):
     """Some benchmarks make it before they start any command of ours. The tests' own process has prepared LLaVA long before."""
-    made = "from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint; make_checkpoint('tiny-llava-mistral')"
+    made = (
+        "from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint; make_checkpoint('tiny-llava-mistral')"
+    )
     subprocess.run([sys.executable, "-c", made], check=True, cwd=tmp_path, env=environment())
     assert (tmp_path / "tiny-llava-mistral/vision_tower/config.json").is_file()
 
