@@ -21,7 +21,7 @@ from umed_plugin.data.images.windows import plain_window
 from umed_plugin.data.prepared import Prepared, rendered_name
 from umed_plugin.data.reading import Request, Seen
 from umed_plugin.data.reading.looks import NO_PIXELS, look_at
-from umed_plugin.data.recipes.options import preset_misfit
+from umed_plugin.data.recipes.image_options import preset_misfit
 from umed_plugin.data.volumes import MontageItem, choose_slices, shown_slices
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, is_degenerate

@@ -25,7 +25,7 @@ from umed_plugin.data.images.series import series_stack
 from umed_plugin.data.images.sides import Edges, edge_letters
 from umed_plugin.data.images.stored import Limits, limited, unreadable
 from umed_plugin.data.images.windows import range_of
-from umed_plugin.data.recipes.options import WINDOW_PRESETS
+from umed_plugin.data.recipes.image_options import WINDOW_PRESETS
 from umed_plugin.errors import UmedError
 
 if TYPE_CHECKING:

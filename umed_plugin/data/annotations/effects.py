@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.data.recipes.options import ImageOptions
+from umed_plugin.data.recipes.image_options import ImageOptions
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults

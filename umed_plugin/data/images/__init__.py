@@ -101,7 +101,7 @@ def load_image(
     Args:
         path: an image file, or the folder of one DICOM series.
         window: ``file`` (the file's own window), ``full`` (minimum to maximum), a preset such as ``lung``, ``(low, high)``, or a
-            `WindowRange`. Three of these give the red, green and blue channel. See `recipe.ImageOptions`.
+            `WindowRange`. Three of these give the red, green and blue channel. See `image_options.ImageOptions`.
         offset: subtracted from the values of PNG and TIFF files of more than 8 bits.
         orientation: ``canonical`` (as a radiologist sees it) or ``as_stored``.
         slice: index from 0: along ``slice_axis`` of a NIfTI volume, of a frame of a multi-frame DICOM file, of a page of a TIFF,

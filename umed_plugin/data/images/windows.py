@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 import numpy as np
 
 from umed_plugin.data.images.stored import StoredSlice, View
-from umed_plugin.data.recipes.options import WINDOW_PRESETS, WindowRange
+from umed_plugin.data.recipes.image_options import WINDOW_PRESETS, WindowRange
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 
 _PART = 2**18  # pixels that are changed to grey levels at once

@@ -15,11 +15,11 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 from pydantic import BeforeValidator, Field, field_validator
 
 from umed_plugin.data.augment_rule import AugmentRule
+from umed_plugin.data.recipes.image_options import ImageOptions
 from umed_plugin.data.recipes.options import (
     AbnormalityClass,
     Fractions,
     HoldOut,
-    ImageOptions,
     InWords,
     NegativeRule,
     ProbesRule,

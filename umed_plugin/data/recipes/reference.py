@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pydantic.fields import FieldInfo
 
 from umed_plugin.data import augment_rule
-from umed_plugin.data.recipes import options, pseudo_boxes, recipe
+from umed_plugin.data.recipes import image_options, options, pseudo_boxes, recipe
 from umed_plugin.data.recipes.options import InWords
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, reader_options
 from umed_plugin.faults import StrictModel, model_in
@@ -38,8 +38,8 @@ _SECTIONS: dict[type[StrictModel], str] = {
     recipe.Recipe: "A recipe",
     options.UsageTerms: "`terms`",
     options.AbnormalityClass: "`classes`",
-    options.ImageOptions: "`image`",
-    options.WindowRange: "`image.window` as a range",
+    image_options.ImageOptions: "`image`",
+    image_options.WindowRange: "`image.window` as a range",
     options.SplitRule: "`split`",
     options.ReadersRule: "`annotations.readers`",
     options.NegativeRule: "`negatives`",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Optional
 
-from umed_plugin.data.recipes.options import HoldOut, preset_misfit
+from umed_plugin.data.recipes.image_options import preset_misfit
+from umed_plugin.data.recipes.options import HoldOut
 from umed_plugin.data.recipes.readers import FreeOptions
 from umed_plugin.errors import unknown_name
 from umed_plugin.faults import Faults
