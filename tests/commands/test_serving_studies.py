@@ -20,8 +20,9 @@ from support.drawn import BOX, bright_box, scene, write_dicom, write_dicom_as, w
 from support.series import SLICES, write_series, write_volume
 
 from umed_plugin.commands.serve import archives
-from umed_plugin.commands.serve.studies import Study, View
+from umed_plugin.commands.serve.studies import Study
 from umed_plugin.commands.serve.uploads import Uploads, ending_of, shown_name
+from umed_plugin.commands.serve.views import View
 from umed_plugin.data.images import load_image
 from umed_plugin.errors import UmedError
 

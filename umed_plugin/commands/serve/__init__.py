@@ -4,7 +4,8 @@ The modules, in the order of a request:
 
 - `access` decides which requests are allowed; `handler` and `server` speak HTTP.
 - `uploads` stores files and detects their type by content; `shelf` keeps the studies of all open pages.
-- `studies` reads slices; `line` is the queue for the models; `dialogue` runs one; `box_places` finds its boxes in the text.
+- `studies` reads slices; `views` says which planes and windows each image has.
+- `line` is the queue for the models; `dialogue` runs one; `box_places` finds its boxes in the text.
 - ``page.html``, ``page.css`` and the scripts are sent to the browser: ``requests.js`` speaks to the server, ``choosing.js``
   uploads, ``pane.js`` shows a slice, ``overlays.js`` its boxes and heat, ``asking.js`` and ``answers.js`` an answer.
   ``saving.js`` writes files, and ``page.js`` holds it together.

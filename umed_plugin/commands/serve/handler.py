@@ -36,7 +36,7 @@ from umed_plugin.commands.serve.access import new_cookie, person, refusal
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.line import Line
 from umed_plugin.commands.serve.shelf import Case, Full, Shelf
-from umed_plugin.commands.serve.studies import View
+from umed_plugin.commands.serve.views import View
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import StrictModel
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Optional
 
 from umed_plugin.commands.serve.dialogue import Answer
-from umed_plugin.commands.serve.studies import MOST_MEGAPIXELS, Study, View, limits_of
+from umed_plugin.commands.serve.studies import MOST_MEGAPIXELS, Study, limits_of
 from umed_plugin.commands.serve.uploads import Uploads
+from umed_plugin.commands.serve.views import View
 from umed_plugin.errors import UmedError
 
 MOST_STUDIES_OF_ONE = 16

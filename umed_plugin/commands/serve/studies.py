@@ -1,4 +1,4 @@
-"""The uploaded images as a viewer shows them: series and files with their slices, planes and windows, and one slice as a picture.
+"""The uploaded images as a viewer shows them: series and files, each with its planes and windows, and one slice as a picture.
 
 `umed_plugin.data.images` reads everything, one slice at a time in the whole process. Nothing of a DICOM header is shown or
 stored. Error messages of the libraries are replaced, because they may quote it.
@@ -6,26 +6,21 @@ stored. Error messages of the libraries are replaced, because they may quote it.
 
 from __future__ import annotations
 
-import math
-import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Optional
 
 from umed_plugin.commands.serve.uploads import ALLOWED, Received
+from umed_plugin.commands.serve.views import Item, Plane, View, edges_of, plane_edges, plane_names, says_ct, windows_of
 from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_count
 from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
 from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.images.series import series_stack
-from umed_plugin.data.images.sides import Edges, edge_letters
 from umed_plugin.data.images.stored import Limits, limited, unreadable
 from umed_plugin.data.images.windows import range_of
-from umed_plugin.data.recipes.image_options import WINDOW_PRESETS
 from umed_plugin.errors import UmedError
 
 if TYPE_CHECKING:
@@ -41,11 +36,6 @@ NO_STACK = (
     "differ in orientation, size or pixel spacing"
 )
 UNEVEN = "the distances between its slices differ: a slice may be missing"
-PLANES = ("sagittal", "coronal", "axial")
-# A CT whose header has no window opens with this one.
-_CT_WINDOW = "soft_tissue"
-# A window that was set by hand: the values that become black and white.
-_BY_HAND = re.compile(r"(-?\d{1,9}(?:\.\d{1,6})?),(-?\d{1,9}(?:\.\d{1,6})?)", re.ASCII)
 _MIDDLE = 0.5
 
 
@@ -68,83 +58,6 @@ def limits_of(megapixels: int) -> Limits:
 
 # One reader at a time: the readers cache the last volume between calls.
 _reading = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Plane:
-    """A plane of a volume.
-
-    Attributes:
-        axis: the stored axis that its slices are across.
-        name: empty if there is no other.
-        slices: their number.
-        edges: letters of the patient's sides at the left, right, top and bottom edge; None if the file does not say how it lies.
-    """
-
-    axis: int
-    name: str
-    slices: int
-    edges: Optional[Edges] = None
-
-
-@dataclass(frozen=True)
-class View:
-    """One slice as it is shown: an item of the study, and the options that `load_image` reads it with.
-
-    ``window`` is a name, or ``LOW,HIGH``: a window that was set by hand.
-    """
-
-    item: int = 0
-    axis: int = 2
-    slice: int = 0
-    volume: int = 0
-    window: str = "file"
-
-
-@dataclass(frozen=True)
-class Item:
-    """A series, a volume or a picture.
-
-    Attributes:
-        label: its name on the page.
-        paths: one file, the folder of a series, or several files without slice positions, which ``slice`` indexes.
-        planes: at least one; the first is the default.
-        volumes: number of volumes of a 4-D file, else 1.
-        windows: windows that make a difference, the first is the default; none for grey levels and colours.
-    """
-
-    label: str
-    paths: tuple[Path, ...]
-    planes: tuple[Plane, ...]
-    volumes: int
-    windows: tuple[str, ...]
-
-    def reading(self, view: View) -> tuple[Path, dict[str, Any]]:
-        """The file, and the arguments for `load_image`.
-
-        Raises:
-            UmedError: there is no such slice, plane, volume or window.
-        """
-        plane = next((plane for plane in self.planes if plane.axis == view.axis), None)
-        if plane is None or not 0 <= view.slice < plane.slices or not 0 <= view.volume < self.volumes:
-            raise UmedError(f"{self.label}: no such slice, plane or volume. Choose one that the page offers.")
-        window = self._window(view.window)
-        if len(self.paths) > 1:
-            return self.paths[view.slice], {"window": window}
-        how = {"window": window, "slice": view.slice, "slice_axis": view.axis, "volume": view.volume}
-        return self.paths[0], how
-
-    def _window(self, wanted: str) -> Union[str, tuple[float, float]]:
-        by_hand = _BY_HAND.fullmatch(wanted) if self.windows else None
-        if by_hand:
-            low, high = float(by_hand[1]), float(by_hand[2])
-            if math.isfinite(low) and low < high:
-                return low, high
-            raise UmedError(f"{self.label}: window {wanted}: the lower value must be below the upper one.")
-        if wanted not in (self.windows or ("file",)):
-            allowed = f"{', '.join(self.windows)}, or LOW,HIGH" if self.windows else "file"
-            raise UmedError(f"{self.label}: no such window. Allowed: {allowed}.")
-        return wanted
 
 
 class Study:
@@ -291,22 +204,22 @@ class Study:
         count = slice_count(path)
         middle = _middle_slice(path, count)
         if path.name.endswith(RASTER_ENDINGS):
-            return Item(self._names[path], (path,), (Plane(2, "", count),), 1, _windows(middle, is_ct=False))
-        shown = [_edges(middle)] + [_edges(read_stored(path, slice=end)) for end in (0, count - 1) if count > 1]
+            return Item(self._names[path], (path,), (Plane(2, "", count),), 1, windows_of(middle, is_ct=False))
+        shown = [edges_of(middle)] + [edges_of(read_stored(path, slice=end)) for end in (0, count - 1) if count > 1]
         edges = shown[0] if len(set(shown)) == 1 else None  # the frames of one file may lie differently
-        return Item(self._names[path], (path,), (Plane(2, "", count, edges),), 1, _windows(middle, _is_ct(path)))
+        return Item(self._names[path], (path,), (Plane(2, "", count, edges),), 1, windows_of(middle, says_ct(path)))
 
     def _volume(self, path: Path) -> Item:
         x, y, z, volumes = volume_shape(path)
         if x * y * z > MOST_VOXELS:
             raise UmedError(f"{path}: {x} x {y} x {z} voxels are too many to show. Allowed: up to {MOST_VOXELS}.")
         stored = _middle_slice(path, z, volume=0)
-        names, edges = _plane_names(stored), _plane_edges(stored)
+        names, edges = plane_names(stored), plane_edges(stored)
         planes = [Plane(axis, *about) for axis, about in enumerate(zip(names, (x, y, z), edges))]
         # The recipes' default plane comes first. A flat image has no other.
         chosen = (planes[2], *planes[:2]) if z > 1 else (planes[2],)
         # NIfTI has no field for the unit of its values, so nothing says that they are Hounsfield units.
-        return Item(self._names[path], (path,), chosen, volumes, _windows(stored, is_ct=False))
+        return Item(self._names[path], (path,), chosen, volumes, windows_of(stored, is_ct=False))
 
     def _series(self, group: list[Path]) -> Item:
         number = sum(len(item.paths) > 1 or item.paths[0].is_dir() for item in self.items) + 1
@@ -327,8 +240,8 @@ class Study:
             self.left_out.append((label, f"no slices of it (a scout, a report or a second copy): {', '.join(others)}"))
         self.left_out += [(label, UNEVEN) for remark in stack.remarks if "uneven" in remark.kind]
         first = read_stored(folder, slice=int(len(stack.files) * _MIDDLE))
-        plane = Plane(2, "", len(stack.files), _edges(first))
-        return Item(label, (folder,), (plane,), 1, _windows(first, _is_ct(stack.files[0])))
+        plane = Plane(2, "", len(stack.files), edges_of(first))
+        return Item(label, (folder,), (plane,), 1, windows_of(first, says_ct(stack.files[0])))
 
     def _unordered(self, folder: Path, label: str) -> Item:
         """The files of a series that `series_stack` refuses, by name; the page says that their order may not be anatomical."""
@@ -336,7 +249,7 @@ class Study:
         label += ", sorted by file name: no slice positions"
         self.left_out.append((label, NO_STACK))
         first = read_stored(paths[int(len(paths) * _MIDDLE)])
-        return Item(label, paths, (Plane(2, "", len(paths)),), 1, _windows(first, _is_ct(paths[0])))
+        return Item(label, paths, (Plane(2, "", len(paths)),), 1, windows_of(first, says_ct(paths[0])))
 
     def _message(self, error: UmedError, name: str) -> str:
         """The error for the user, with the uploaded file's name and without library messages, which may quote the header."""
@@ -357,47 +270,3 @@ class Study:
 
 def _middle_slice(path: Path, count: int, volume: Optional[int] = None) -> StoredSlice:
     return read_stored(path, slice=int(count * _MIDDLE) if count > 1 else None, volume=volume)
-
-
-def _windows(stored: StoredSlice, is_ct: bool) -> tuple[str, ...]:
-    """The windows that apply to a slice, the one that it opens with first: the file's own, the full range, a CT's presets."""
-    if stored.is_grey_levels:
-        return ()
-    try:
-        own = ("file",) if stored.view() is not None else ()
-    except UmedError:
-        own = ()
-    if not is_ct:
-        return (*own, "full")
-    first = (*own, "full") if own else (_CT_WINDOW, "full")
-    return (*first, *(name for name in WINDOW_PRESETS if name not in first))
-
-
-def _is_ct(path: Path) -> bool:
-    """Whether a DICOM file says that its values are Hounsfield units: by its modality, or, without one, by its rescale type."""
-    header = open_header(path, pixels=False)
-    modality = getattr(header, "Modality", None)
-    return modality == "CT" if modality else getattr(header, "RescaleType", None) == "HU"
-
-
-def _edges(stored: StoredSlice) -> Optional[Edges]:
-    return None if stored.directions is None else edge_letters(*stored.directions)
-
-
-def _plane_edges(stored: StoredSlice) -> tuple[Optional[Edges], Optional[Edges], Optional[Edges]]:
-    """The letters of slices across each stored axis, from the directions of the first two axes."""
-    if stored.directions is None:
-        return None, None, None
-    first, second = stored.directions
-    third = np.cross(first, second)  # its sign does not matter: a slice is turned so that its sides are as usual
-    return edge_letters(second, third), edge_letters(first, third), edge_letters(first, second)
-
-
-def _plane_names(stored: StoredSlice) -> tuple[str, str, str]:
-    """The plane names of slices across each stored axis, from the directions of the first two axes."""
-    if stored.directions is None:
-        return ("along x", "along y", "along z")
-    first, second = stored.directions
-    across = (first, second, np.cross(first, second))
-    names = [PLANES[int(np.argmax(np.abs(direction)))] for direction in across]
-    return (names[0], names[1], names[2])
