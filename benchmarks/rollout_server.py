@@ -86,7 +86,8 @@ class Exactness:
 
     def greedy(self, name: str, model: Any) -> dict[str, Any]:
         """Equal answers, and the largest difference of a log-probability."""
-        from umed_plugin.model.forward import Scoring, answer_pass
+        from umed_plugin.model.forward import answer_pass
+        from umed_plugin.model.output_layer import Scoring
         from umed_plugin.model.sampling import generate
         from umed_plugin.model.server_sampling import sample_on_server
 

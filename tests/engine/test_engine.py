@@ -20,7 +20,8 @@ from support.umed_runs import reward, weights
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.cli import main
 from umed_plugin.model.answerer import prompt_ids
-from umed_plugin.model.forward import Scoring, answer_pass, embed_prompts, encode_images
+from umed_plugin.model.forward import answer_pass, embed_prompts, encode_images
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.server_sampling import mean_difference, sample_on_server, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError

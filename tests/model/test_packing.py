@@ -10,14 +10,9 @@ from support.llava_models import drawn_answers, embedded
 from support.packed import outcome, packed_run, plain_run, with_lora
 
 from umed_plugin import patching
-from umed_plugin.model.forward import (
-    Scoring,
-    answer_log_probs,
-    answer_pass,
-    base_llava,
-    uses_packed_pass,
-)
+from umed_plugin.model.forward import answer_log_probs, answer_pass, base_llava, uses_packed_pass
 from umed_plugin.model.kv_cache import PreallocatedCache
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.packing import Columns, block_mask, pack, packing_fault
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.patches import attention_mask

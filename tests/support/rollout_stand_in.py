@@ -116,7 +116,8 @@ def sampling(checkpoint: Path) -> Complete:
     from safetensors.torch import load_file
 
     from umed_plugin.checkpoints.loading import load_checkpoint
-    from umed_plugin.model.forward import PromptBatch, Scoring, answer_pass
+    from umed_plugin.model.forward import PromptBatch, answer_pass
+    from umed_plugin.model.output_layer import Scoring
     from umed_plugin.model.sampling import SamplingSettings, generate
 
     tokenizer, model, _ = load_checkpoint(checkpoint, device="cpu")

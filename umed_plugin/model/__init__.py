@@ -1,6 +1,7 @@
 """What the policy computes: forward passes, sampling and attention of a loaded LLaVA model. Read the modules in this order.
 
 - `umed_plugin.model.forward`: prompts and answers as tensors, the teacher-forced pass, log-probabilities
+- `umed_plugin.model.output_layer`: logits of some positions alone, or log-probabilities in place of logits
 - `umed_plugin.model.packing`: K answers behind one prompt in a single row, with a block mask
 - `umed_plugin.model.kv_cache`: the KV cache of the K candidates while they are sampled, and while they are scored
 - `umed_plugin.model.sampling`: the token loop; `SamplingSettings`

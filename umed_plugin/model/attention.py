@@ -39,12 +39,12 @@ from umed_plugin.model.forward import (
     AnswerPass,
     Candidates,
     PromptBatch,
-    Scoring,
     answer_pass,
     base_llava,
     positions,
     uses_packed_pass,
 )
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.packing import pack
 from umed_plugin.model.patch_attention import TokenPlaces, attention_sinks, attention_to_patches
 

@@ -11,18 +11,17 @@ left), T answer tokens (padded right), P image patches, H hidden size, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache
 
 from umed_plugin.errors import UmedError
 from umed_plugin.model.kv_cache import SharedPrefixCache
+from umed_plugin.model.output_layer import Scoring, output_layer_scores, output_layer_sees, scored
 from umed_plugin.model.packing import pack, row_mask
 from umed_plugin.model.split_attention import attends_split
 
@@ -75,23 +74,6 @@ class AnswerLogProbs:
 
     log_probs: Tensor
     entropy: Tensor
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What a pass makes of its logits, part by part, so that the logits of all tokens are never in memory together.
-
-    Attributes:
-        temperature: of sampling; the logits are divided by it (0 counts as 1).
-        rows: tokens whose logits exist at once, in the backward pass too; 0: all.
-        entropy_gradient: keep the graph of the entropy, for an entropy bonus.
-        hidden: keep the hidden states, for a value head.
-    """
-
-    temperature: float = 1.0
-    rows: int = 0
-    entropy_gradient: bool = False
-    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,34 +150,6 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-@contextmanager
-def output_layer_sees(llava: Any, select: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Give the output layer only ``select`` of the last hidden states: the logits of other positions are never computed.
-
-    Yields:
-        A list to which each pass appends the selected states, with their graph.
-
-    Raises:
-        UmedError: a pass did not call the output layer.
-    """
-    selected: list[Tensor] = []
-
-    def hook(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        selected.append(select(inputs[0]))
-        return (selected[-1], *inputs[1:])
-
-    handle = llava.get_output_embeddings().register_forward_pre_hook(hook)
-    try:
-        yield selected
-    finally:
-        handle.remove()
-    if not selected:
-        raise UmedError(
-            "the model computed its logits without calling its output layer, so their positions could not be selected. If "
-            "config.json has pretraining_tp above 1, set it to 1: the results are the same."
-        )
-
-
 def prefill(model: Any, prompts: PromptBatch, cache: DynamicCache) -> AnswerPass:
     """Run the prompts into the KV cache; returns the first answer token's logits and hidden state (N = Q, T = 1).
 
@@ -261,7 +215,7 @@ def _packed_pass(model: Any, prompts: PromptBatch, candidates: Candidates, scori
     embeds = torch.cat([prompts.embeds, answers], dim=1)
     mask = row_mask(llava, rows.columns, embeds.dtype)
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": rows.columns.positions}
-    scores = _output_layer_scores(llava, candidates.token_ids, scoring)
+    scores = output_layer_scores(llava, candidates.token_ids, scoring)
     with output_layer_sees(llava, lambda hidden: hidden[rows.row, rows.before]) as hidden, scores:
         output = model(**inputs, use_cache=False, return_dict=True).logits
     return _outputs(output.float(), hidden[0], candidates, scoring)
@@ -271,7 +225,7 @@ def _repeated_pass(model: Any, prompts: PromptBatch, candidates: Candidates, sco
     llava = unwrapped(model)
     # The last prompt position predicts the first answer token, and the last answer token predicts nothing that is needed.
     start = prompts.mask.shape[1] - 1
-    scores = _output_layer_scores(llava, candidates.token_ids, scoring)
+    scores = output_layer_scores(llava, candidates.token_ids, scoring)
     with output_layer_sees(llava, lambda hidden: hidden[:, start:-1]) as hidden, scores:
         output = model(**repeated_inputs(llava, prompts, candidates), use_cache=False, return_dict=True).logits
     return _outputs(output.float(), hidden[0], candidates, scoring)
@@ -292,7 +246,7 @@ def _shared_prefix_pass(
         "attention_mask": mask,
         "position_ids": positions(mask)[:, prompts.mask.shape[1] :],
     }
-    scores = _output_layer_scores(llava, candidates.token_ids[:, 1:], scoring)
+    scores = output_layer_scores(llava, candidates.token_ids[:, 1:], scoring)
     with output_layer_sees(llava, lambda hidden: hidden[:, :-2]) as hidden, scores:
         output = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits
     # The prompt's pass predicts first tokens, once per query; its copies for the K answers share one gradient.
@@ -310,58 +264,6 @@ def _outputs(output: Tensor, hidden: Tensor, candidates: Candidates, scoring: Sc
     log_probs, entropy = (output * candidates.mask[..., None].to(output.dtype)).unbind(dim=-1)
     states = hidden.float() if scoring.hidden else hidden[..., :0].detach()
     return AnswerPass(output[..., :0].detach(), states, AnswerLogProbs(log_probs, entropy))
-
-
-@contextmanager
-def _output_layer_scores(llava: Any, token_ids: Tensor, scoring: Scoring | None) -> Iterator[None]:
-    """Let the output layer return [N, T, 2] log-probabilities of ``token_ids`` [N, T] and entropies, in place of logits.
-
-    This happens inside the layer, because DDP and ZeRO-3 expect one call of it in each pass, on all ranks.
-    """
-    if scoring is None:
-        yield
-        return
-    layer = llava.get_output_embeddings()
-    stock, own = layer.forward, vars(layer).get("forward")
-
-    def forward(hidden: Tensor) -> Tensor:
-        states, targets = hidden.flatten(0, 1), token_ids.flatten()
-        rows = scoring.rows or len(states)
-        parts = list(zip(states.split(rows), targets.split(rows)))
-        # A part's logits are made anew in the backward pass, unless it is the only one.
-        again = len(parts) > 1 and torch.is_grad_enabled()
-        found = [
-            _recomputed(stock, *part, scoring) if again else scored(stock(part[0]), part[1], scoring) for part in parts
-        ]
-        return torch.cat(found).unflatten(0, token_ids.shape)
-
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del layer.forward
-        else:
-            layer.forward = own
-
-
-def _recomputed(layer: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, scoring: Scoring) -> Tensor:
-    def part(states: Tensor) -> Tensor:
-        return scored(layer(states), targets, scoring)
-
-    return checkpoint(part, states, use_reentrant=False, preserve_rng_state=False)
-
-
-def scored(logits: Tensor, token_ids: Tensor, scoring: Scoring) -> Tensor:
-    """[..., 2] float32 log-probabilities of the tokens [...] and entropies of the distributions, from logits [..., V]."""
-    logits = logits.float()
-    if scoring.temperature not in (0, 1):
-        logits = logits / scoring.temperature
-    log_probs = logits.log_softmax(dim=-1)
-    chosen = log_probs.gather(-1, token_ids[..., None]).squeeze(-1)
-    with torch.set_grad_enabled(scoring.entropy_gradient and torch.is_grad_enabled()):
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-    return torch.stack([chosen, entropy], dim=-1)
 
 
 def unwrapped(model: Any) -> Any:

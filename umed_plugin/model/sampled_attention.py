@@ -33,7 +33,8 @@ from umed_plugin.model.attention import (
     norm_weights,
     patch_indices,
 )
-from umed_plugin.model.forward import Candidates, PromptBatch, output_layer_sees, prefill, unwrapped
+from umed_plugin.model.forward import Candidates, PromptBatch, prefill, unwrapped
+from umed_plugin.model.output_layer import output_layer_sees
 from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
 from umed_plugin.model.patch_attention import attention_sinks
 from umed_plugin.model.sampling import (

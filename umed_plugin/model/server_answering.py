@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from umed_plugin.model.forward import Candidates, PromptBatch, Scoring, answer_pass
+from umed_plugin.model.forward import Candidates, PromptBatch, answer_pass
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.server_sampling import difference_fault, mean_difference, sample_on_server, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError

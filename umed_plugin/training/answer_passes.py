@@ -12,15 +12,8 @@ from torch import Tensor
 
 from umed_plugin.data.records import Record
 from umed_plugin.model.attention import attention_on_lesion
-from umed_plugin.model.forward import (
-    AnswerPass,
-    Candidates,
-    PromptBatch,
-    Scoring,
-    answer_pass,
-    base_llava,
-    embed_prompts,
-)
+from umed_plugin.model.forward import AnswerPass, Candidates, PromptBatch, answer_pass, base_llava, embed_prompts
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.training.candidate_sampling import Lesions, Queries
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.value_head import ValueHead

@@ -30,7 +30,8 @@ from umed_plugin.data.records import Record
 from umed_plugin.errors import note
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.model.forward import Candidates, Scoring, base_llava, decode_answers
+from umed_plugin.model.forward import Candidates, base_llava, decode_answers
+from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.packing import packing_fault
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.sharding import gathered_parameters
