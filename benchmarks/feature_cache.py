@@ -132,7 +132,8 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     import torch
 
     seconds = {}
-    sampling, read = trainer.maker.sampling, trainer._reader.read
+    sampling, reader = trainer.maker.sampling, trainer.rollouts.reader
+    read = reader.read
 
     def timed(part: str, stock: Any) -> Any:
         def call(*positional: Any) -> Any:
@@ -145,7 +146,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
 
     torch.manual_seed(0)
     trainer.train_dataset.feature_cache = cache
-    sampling.encode, trainer._reader.read = timed("tower", sampling.encode), timed("data", read)
+    sampling.encode, reader.read = timed("tower", sampling.encode), timed("data", read)
     began = clock()
     loss = trainer.training_step(trainer.model, {"indices": torch.tensor(indices)})
     for group in trainer.optimizer.param_groups:
@@ -154,7 +155,7 @@ def one_step(trainer: Any, indices: list[int], cache: Any, clock: Clock) -> dict
     trainer.model.zero_grad()
     seconds["rest"] = clock() - began - seconds["data"] - seconds["tower"]
     del sampling.encode  # the method is there again
-    trainer._reader.read = read
+    reader.read = read
     return {**seconds, "loss": loss.item()}
 
 

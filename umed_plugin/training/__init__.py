@@ -24,6 +24,7 @@ Stage 2, Abnormal-Aware Rewarding:
 - `umed_plugin.training.dynamic_sampling`: replaces groups without signal
 - `umed_plugin.training.experience_maker`: one rollout: candidates are sampled, log-probabilities of the old and the reference
   policy are taken, rewards are collected (IoU is `umed_plugin.rewards.terms.localization`)
+- `umed_plugin.training.rollouts`: which sampled answers each batch learns from; rollouts in checkpoints
 - `umed_plugin.training.validation`: held-out validation while training runs
 - `umed_plugin.training.stopping`, `umed_plugin.training.rewarding_state`: stop with a checkpoint, and resume from it
 - `umed_plugin.training.trainer`: the training step, optimizer and checkpoints

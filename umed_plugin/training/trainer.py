@@ -1,17 +1,9 @@
 """Stage 2, Abnormal-Aware Rewarding, as a subclass of LLaVA's own trainer.
 
 A training step takes a batch of queries. `umed_plugin.training.experience_maker` samples and rewards K candidates for each, and
-computes advantages; `RewardingTrainer.compute_loss` returns the objective as the loss. LoRA, schedules, logging and checkpoints
-stay the trainer's. ``per_device_train_batch_size`` counts queries.
-
-A rollout is sampled whole before the first batch that learns from it. In GRPO it holds the batches of one optimizer step (at an
-epoch's end: those that are left), and nothing of it is kept after the step. In PPO it feeds ``--umed_minibatches_per_rollout``
-optimizer steps, and there are ``--umed_updates_per_rollout`` epochs over it, each shuffled into new minibatches. (GRPO works the
-same if one of the two is above 1.) Such a rollout goes into a checkpoint that falls between its updates. PPO's advantages are
-whitened over the rollout of one rank, as in TRL.
-
-The Trainer's data loader only yields indices, which keeps its steps, epochs and skipped batches right. The images of a whole
-rollout are read by `umed_plugin.training.query_reader`.
+computes advantages, and `umed_plugin.training.rollouts` says which of them a batch learns from. `RewardingTrainer.compute_loss`
+returns the objective as the loss. LoRA, schedules, logging and checkpoints stay the trainer's. ``per_device_train_batch_size``
+counts queries.
 
 The value network's layer lies outside the model (see `umed_plugin.training.value_head`). `RewardingTrainer.training_step` does
 for its gradient what the Trainer and DDP do for the model's. ``--max_grad_norm`` bounds the norm of each separately; TRL takes
@@ -23,7 +15,6 @@ Run it with ``umed-run ... --umed_stage rewarding``. Departures from the paper a
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,21 +33,20 @@ from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.rewards import load_reward_states, make_rewards, reward_states, what_is_unrewarded
-from umed_plugin.training.dynamic_sampling import Dealing, FurtherQueries
-from umed_plugin.training.experience import Experience, Samples, minibatch_order
+from umed_plugin.training.experience import Experience
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.importance import importance_metrics, importance_weights
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
-    StepSize,
     ValueTensors,
     grpo_objective,
     ppo_objective,
 )
 from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memory
-from umed_plugin.training.query_reader import QueryReader, as_indices, rank_batches
-from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, rollout_file, save_state
+from umed_plugin.training.query_reader import as_indices
+from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, save_state
+from umed_plugin.training.rollouts import Rollouts
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
@@ -115,50 +105,14 @@ class RewardingTrainer(LLaVATrainer):
             flags.umed_loss_aggregation,
             flags.umed_max_new_tokens,
         )
-        self._experience: Experience | None = None
-        self._batches_seen = 0
-        self._step_begun, self._batches_in_step = -1, 0
-        self._sampled_ahead: deque[tuple[list[int], Experience]] = deque()
-        self._step_size: StepSize | None = None
-        self._reader = QueryReader(
-            self.train_dataset,
-            self.data_collator,
-            self.args.dataloader_num_workers,
-            self._batches_of_epoch,
-            numbered=flags.umed_augment,
-        )
-        self._further = FurtherQueries(
-            self.train_dataset,
-            self.data_collator,
-            Dealing(self._seed_of_order, args.process_index, args.world_size),
-            numbered=flags.umed_augment,
-        )
+        self.rollouts = Rollouts(self)
         self.add_callback(StartCheck(self))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 
-    @property
-    def _seed_of_order(self) -> int:
-        """The seed of the order of the data."""
-        seed: int = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return seed
-
     def _get_train_sampler(self, *unused: Any) -> EpochSampler:
         """Queries in an order that survives resuming. They have equal length, so LLaVA's grouping by length is not needed."""
-        args, flags, seed = self.args, self.flags, self._seed_of_order
-        step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        rollout = step * flags.umed_minibatches_per_rollout
-        if flags.rollout_is_any_step():
-            self._sampler = EpochSampler(len(self.train_dataset), seed)
-            return self._sampler
-        if len(self.train_dataset) < rollout:
-            raise UmedError(
-                f"{len(self.train_dataset)} records do not fill one rollout of {rollout} queries (batch size x processes x "
-                "accumulation steps x --umed_minibatches_per_rollout), which --umed_algorithm ppo and several updates need. "
-                "Lower --per_device_train_batch_size, --gradient_accumulation_steps or --umed_minibatches_per_rollout."
-            )
-        self._sampler = EpochSampler(len(self.train_dataset), seed, rollout, flags.umed_updates_per_rollout)
-        return self._sampler
+        return self.rollouts.new_sampler()
 
     def get_train_dataloader(self) -> Any:
         """A data loader that only says which records come next; no image is read for its batches."""
@@ -172,27 +126,6 @@ class RewardingTrainer(LLaVATrainer):
             drop_last=args.dataloader_drop_last,
         )
         return self.accelerator.prepare(loader)
-
-    def _batches_of_epoch(self, epoch: int) -> list[list[int]]:
-        """All batches that this rank reads in an epoch over the data."""
-        args = self.args
-        return rank_batches(
-            self._sampler.reading_order(epoch),
-            args.train_batch_size,
-            args.world_size,
-            args.process_index,
-            args.dataloader_drop_last,
-        )
-
-    @property
-    def _batches_per_epoch(self) -> int:
-        """Batches of a rank in one epoch over a rollout."""
-        return self.args.gradient_accumulation_steps * self.flags.umed_minibatches_per_rollout
-
-    @property
-    def _batches_per_rollout(self) -> int:
-        """Batches of a rank from one sampling to the next."""
-        return self.flags.umed_updates_per_rollout * self._batches_per_epoch
 
     def create_optimizer(self) -> Any:
         """LLaVA's optimizer, with the value network's layer as a parameter group of its own."""
@@ -213,7 +146,7 @@ class RewardingTrainer(LLaVATrainer):
             ) from None
         finally:
             self.maker.engine.close()
-        self._reader.close()
+        self.rollouts.reader.close()
         if self.value_head is not None and self.args.should_save:
             self.value_head.save(Path(self.args.output_dir))
         return output
@@ -232,7 +165,7 @@ class RewardingTrainer(LLaVATrainer):
         """One batch, forward and backward. DDP and the Trainer do not know the value head: its gradient is handled here."""
         head = self.value_head
         # The first batch of an accumulation starts from zero, as the model's gradient does.
-        if head is not None and self._batches_seen % self.args.gradient_accumulation_steps == 0:
+        if head is not None and self.rollouts.begins_step:
             head.zero_grad()
         remedy = learning_remedy(self.flags)
         with remedy_for_memory("learning from sampled answers", remedy, keep=self.args.auto_find_batch_size):
@@ -258,7 +191,7 @@ class RewardingTrainer(LLaVATrainer):
             return self._objective(model, inputs)
 
     def _objective(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        experience = self._minibatch(self.accelerator.unwrap_model(model), inputs["indices"].tolist())
+        experience = self.rollouts.minibatch(self.accelerator.unwrap_model(model), inputs["indices"].tolist())
         samples = experience.samples
 
         # The only pass with gradient: over the candidates, through projector and language model.
@@ -274,11 +207,11 @@ class RewardingTrainer(LLaVATrainer):
         assert old_log_probs is not None
         if samples.log_probs is None:
             self.maker.measure_kl(samples, old_log_probs)
-            if not self._sampled_ahead:
+            if self.rollouts.all_handed_out:
                 self.maker.adapt_kl()
         policy = PolicyTensors(answers.log_probs, old_log_probs, samples.reference_log_probs, answers.entropy)
 
-        mask, step = samples.loss_mask, self._step_size
+        mask, step = samples.loss_mask, self.rollouts.step_size
         advantages = self._for_this_policy(experience, old_log_probs)
         if self.value_head is None:
             loss, terms = grpo_objective(policy, advantages, mask, self.settings, experience.kl_coef, step)
@@ -308,81 +241,16 @@ class RewardingTrainer(LLaVATrainer):
             raise RolloutServerError(fault or "the rollout server's model differs from another process's policy.")
         return experience.advantages * importance_weights(own, sampled, flags.umed_importance_cap)
 
-    def _minibatch(self, policy: Any, indices: list[int]) -> Experience:
-        """What this batch learns from. The first batch of a rollout samples all of it."""
-        seen = self._batches_seen
-        self._batches_seen += 1
-        if self.flags.rollout_is_any_step():
-            return self._batch_of_step(policy, indices)
-        return self._batch_of_rollout(policy, seen)
-
-    def _batch_of_step(self, policy: Any, indices: list[int]) -> Experience:
-        """The batch with these indices. The first one of an optimizer step samples all that the step will take."""
-        if self._step_begun != self.state.global_step:
-            self._step_begun, self._batches_in_step = self.state.global_step, 0
-            self._sampled_ahead.clear()
-        if not self._sampled_ahead or self._sampled_ahead[0][0] != indices:
-            accumulation = self.args.gradient_accumulation_steps
-            left_in_step = accumulation - self._batches_in_step % accumulation
-            self._sampled_ahead = self._sample_ahead(policy, indices, left_in_step)
-        self._batches_in_step += 1
-        return self._sampled_ahead.popleft()[1]
-
-    def _sample_ahead(self, policy: Any, indices: list[int], count: int) -> deque[tuple[list[int], Experience]]:
-        """Sample the batch with these indices and those that follow in this epoch, ``count`` at most."""
-        epoch = self._sampler.epochs_begun - 1
-        first = self._reader.position(epoch, indices)
-        batches = [self._prepare_inputs(batch) for batch in self._reader.read(epoch, first, count)]
-        whole = self.maker.make(policy, batches, self._further_batches)
-        self._weigh_step(whole.samples, len(batches))
-        coming: deque[tuple[list[int], Experience]] = deque()
-        start = 0
-        for batch, name in zip(batches, self._reader.plan(epoch)[first:]):
-            size = len(batch["records"])
-            coming.append((name, whole.minibatch(range(start, start + size))))
-            start += size
-        return coming
-
-    def _batch_of_rollout(self, policy: Any, seen: int) -> Experience:
-        """Batch number ``seen`` of this run, where a rollout feeds a fixed number of batches."""
-        rollout, batch_in_rollout = divmod(seen, self._batches_per_rollout)
-        if self._experience is None or batch_in_rollout == 0:
-            data_epoch, number = self._sampler.rollout(rollout)
-            batches = self._reader.read(data_epoch, number * self._batches_per_epoch, self._batches_per_epoch)
-            batches = [self._prepare_inputs(batch) for batch in batches]
-            self._experience = self.maker.make(policy, batches, self._further_batches)
-        # Which queries come next follows from counters and seed alone: a resumed run takes the same ones.
-        size, accumulation = self.args.train_batch_size, self.args.gradient_accumulation_steps
-        epoch, batch = divmod(batch_in_rollout, self._batches_per_epoch)
-        seed = (self.args.seed, rollout, epoch, self.args.process_index)
-        order = minibatch_order(self._batches_per_epoch * size, self.flags.umed_minibatches_per_rollout, seed)
-        if batch % accumulation == 0:
-            step = self._experience.minibatch(order[batch * size : (batch + accumulation) * size])
-            self._weigh_step(step.samples, accumulation)
-        return self._experience.minibatch(order[batch * size : (batch + 1) * size])
-
-    def _further_batches(self, count: int) -> list[dict[str, Any]]:
-        """``count`` further queries of this rank, in batches that are scored as others are."""
-        batches = self._further.take(count, self.args.train_batch_size)
-        return [self._prepare_inputs(batch) for batch in batches]
-
-    def _weigh_step(self, samples: Samples, batches: int) -> None:
-        """Set the size of an average micro-batch of the optimizer step, over all ranks, from this rank's samples of the step."""
-        own = StepSize.of(samples.loss_mask)
-        answers, tokens = self.metrics.means_over_ranks(own.answers / batches, own.tokens / batches)
-        self._step_size = StepSize(answers, tokens)
-
     def _save_rng_state(self, output_dir: str) -> None:
         """Save what else a resumed run needs; every rank calls this at each checkpoint, for its random state."""
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         if self.args.should_save:
-            states, further = reward_states(self.maker.rewards), self._further.taken
+            states, further = reward_states(self.maker.rewards), self.rollouts.further.taken
             save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value, states, further)
             if self.value_head is not None:
                 self.value_head.save(folder)
-        if self._experience is not None and self._batches_seen % self._batches_per_rollout:
-            self._experience.save(rollout_file(folder, self.args.process_index))
+        self.rollouts.save(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, and what `_save_rng_state` wrote; every resumed run calls this, also under DeepSpeed."""
@@ -395,42 +263,14 @@ class RewardingTrainer(LLaVATrainer):
         lost = load_reward_states(self.maker.rewards, load_rewards(folder))
         if lost and self.args.process_index == 0:
             warn(f"{folder} has no state of the rewards {', '.join(lost)}: they begin as in a new run.")
-        self._further.taken = load_further(folder)
+        self.rollouts.further.taken = load_further(folder)
         if self.value_head is not None:
             self.value_head.load(folder)
         if adapted and value is not None:
             kl_coef.value = value
-        # The number of batches says where in a rollout the checkpoint lies. In between, its answers are read, not sampled anew.
-        if (folder / TRAINER_STATE_NAME).is_file():
-            steps = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-            self._batches_seen = steps * self.args.gradient_accumulation_steps
-        if self._batches_seen % self._batches_per_rollout:
-            self._load_rollout(folder)
-
-    def _load_rollout(self, folder: Path) -> None:
-        """Load what this rank was learning from. If any rank has lost its file, all sample anew, because they gather."""
-        file = rollout_file(folder, self.args.process_index)
-        if not self.metrics.on_any_rank(not file.is_file()):
-            self._experience = Experience.load(file, self.args.device)
-            self._check_rollout(file, self._experience)
-        elif self.args.process_index == 0:
-            warn(
-                f"{folder} lies between the updates of a rollout, but not each of the {self.args.world_size} processes finds its "
-                f"{rollout_file(folder, 'N').name} there. All processes sample the rollout anew, so this run departs from the "
-                "stopped one."
-            )
-
-    def _check_rollout(self, file: Path, experience: Experience) -> None:
-        """Refuse a rollout of another shape: checkpoints before settings were stored cannot be compared flag by flag."""
-        queries, candidates = experience.samples.rewards.shape
-        needed = self._batches_per_epoch * self.args.train_batch_size
-        if (queries, candidates) != (needed, self.flags.umed_num_candidates):
-            raise UmedError(
-                f"{file}: is a rollout of {queries} queries with {candidates} candidates each, but this run has {needed} with "
-                f"{self.flags.umed_num_candidates}. Resume with the --per_device_train_batch_size, "
-                "--gradient_accumulation_steps, --umed_minibatches_per_rollout and --umed_num_candidates with which the run was "
-                "started, or choose another --output_dir."
-            )
+        # The number of steps says where in a rollout the checkpoint lies.
+        state = folder / TRAINER_STATE_NAME
+        self.rollouts.resume(folder, TrainerState.load_from_json(str(state)).global_step if state.is_file() else None)
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the metrics' means since the last log, over all ranks, to the trainer's own metrics."""
