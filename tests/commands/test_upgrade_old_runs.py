@@ -26,6 +26,7 @@ from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.upgrade.provenance import MANIFEST
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, read_settings
+from umed_plugin.commands.upgrade.summary import summarise
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.results import Evaluation, compare
@@ -173,7 +174,8 @@ def test_the_same_predictions_have_one_interval_in_evaluate_report_and_upgrade(f
     records = make_records(tmp_path / "data", 28)
     for stage in SHIFTS:
         write_evaluation(folder, stage, records)
-    summary = upgrade_of(folder)._summarise()
+    upgrade = upgrade_of(folder)
+    summary = summarise(upgrade.plan, upgrade.decision)
     page = write_report(folder).read_text()
     shown = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])["metrics"]
     labels = ("base", "stage 1", "stage 2")

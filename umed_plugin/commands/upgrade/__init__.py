@@ -9,5 +9,5 @@ Layout of the folder (as of ``umed demo``):
 - ``checkpoint/NAME``: the result, in the layout of the input, with ``umed_manifest.json``.
 
 All steps except summary, manifest and report are commands that you could run by hand. `umed_plugin.commands.upgrade.plan` lists
-them, `umed_plugin.commands.upgrade.run` runs them.
+them, `umed_plugin.commands.upgrade.run` runs them, and `umed_plugin.commands.upgrade.summary` says what they came to.
 """

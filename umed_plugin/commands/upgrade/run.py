@@ -24,6 +24,7 @@ from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.resuming import what_is_kept
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
+from umed_plugin.commands.upgrade.summary import REPORT, SUMMARY, print_summary, summarise, write_manifest
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
@@ -32,7 +33,6 @@ from umed_plugin.flags.rules import REWARDING
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
 
-REPORT = "report.html"
 # Environment variable of every process of a run; identifies processes that outlive a killed run.
 MARK = "UMED_UPGRADE_OF"
 # Beginnings of lines in a step's log that are shown.
@@ -114,7 +114,7 @@ class Upgrade:
                 summary = self._conclude(ran, bars)
             if self.settings.in_place:
                 self.swap.finish(self.plan.result)
-            self._print_summary(summary)
+            print_summary(summary, self.plan, self.swap, self.console)
         return summary
 
     def _refuse_foreign_folder(self) -> None:
@@ -299,48 +299,13 @@ class Upgrade:
         # A late import: it loads torch and transformers, whose messages would mix with the output of a dry run.
         from umed_plugin.commands.report.page import write_report
 
-        summary, files = self.folder / "summary.json", (self.plan.result / MANIFEST, self.folder / REPORT)
+        summary, files = self.folder / SUMMARY, (self.plan.result / MANIFEST, self.folder / REPORT)
         if any_ran or not all(file.is_file() for file in (summary, *files)):
-            self._write_manifest(self._summarise())
+            write_manifest(summarise(self.plan, self.decision), self.plan, self.steps, self.provenance)
             bars.begin("writing the report")
             write_report(self.folder, progress=lambda _what, done, total: bars.update(done, total))
             bars.end()
         return read_json(summary)
-
-    def _summarise(self) -> dict[str, Any]:
-        from umed_plugin.evaluation.benchmarks.recipe_cases import headline
-        from umed_plugin.evaluation.results import Evaluation, compare
-
-        evaluations = {stage: Evaluation.load(self.folder / "evaluation" / stage) for stage in self.plan.evaluated}
-        base, *_, before, last = [evaluations["base"], *evaluations.values()]
-        summary = {
-            **{stage: headline(evaluation) for stage, evaluation in evaluations.items()},
-            "comparison": compare(before, last),
-            "comparison_with_base": compare(base, last),
-            "seed": self.settings.seed,
-            **({"rewarding_auto": self.decision.as_json()} if self.decision is not None else {}),
-        }
-        write_json(self.folder / "summary.json", summary)
-        return summary
-
-    def _write_manifest(self, summary: dict[str, Any]) -> None:
-        """Write into the result's folder what it was made from."""
-        origins = dict.fromkeys((self.origin.checkpoint, self.origin.full))
-        records = self.plan.records
-        recipe = {key: value for step in self.steps for key, value in step.digests.items()}
-        content = {
-            "made_by": "umed upgrade",
-            "input": {str(path): self.provenance.hashes(path) for path in origins},
-            "recipe": {"name": self.settings.recipe, "sha256": recipe},
-            "records": {str(records): self.provenance.hash_of(records)},
-            "seed": self.settings.seed,
-            "versions": versions(),
-            "settings": self.settings.model_dump(),
-            "commands": [step.line() for step in self.steps],
-            "evaluation": {stage: summary[stage] for stage in self.plan.evaluated},
-            "files": self.provenance.hashes(self.plan.result),
-        }
-        write_json(self.plan.result / MANIFEST, content)
 
     def _finish_swap(self) -> dict[str, Any]:
         """Complete a swap that an earlier start began."""
@@ -355,27 +320,9 @@ class Upgrade:
                 f"{self.plan.result}."
             )
         self.swap.finish(self.plan.result)
-        summary = read_json(self.folder / "summary.json")
-        self._print_summary(summary)
+        summary = read_json(self.folder / SUMMARY)
+        print_summary(summary, self.plan, self.swap, self.console)
         return summary
-
-    def _print_summary(self, summary: dict[str, Any]) -> None:
-        from umed_plugin.evaluation.stages_table import stages_notes, stages_table
-
-        stages = {stage: summary[stage] for stage in self.plan.evaluated}
-        self.console.print(stages_table(stages, summary["comparison"]))
-        for line in stages_notes(stages, summary["comparison"]):
-            self.console.print(line, style="dim", soft_wrap=True)
-        if "rewarding_auto" in summary:
-            decided = summary["rewarding_auto"]
-            words = one_line(f"rewarding: auto: stage 2 was {decided['stage_2']}: {' '.join(decided['because'])}")
-            self.console.print(words, soft_wrap=True, markup=False)
-        checkpoint = self.swap.checkpoint if self.settings.in_place else self.plan.result
-        paths = {"checkpoint": checkpoint, "report": self.folder / REPORT, "settings": self.folder / RUN_FILE}
-        for name, path in paths.items():
-            self.console.print(f"{name}: {one_line(path)}", soft_wrap=True)
-        if self.settings.in_place and self.swap.backup.exists():
-            self.console.print(f"old checkpoint: {one_line(self.swap.backup)}", soft_wrap=True)
 
 
 def end_left_running(folder: Path) -> Sequence[int]:
