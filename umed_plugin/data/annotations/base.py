@@ -6,8 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
+from umed_plugin.data.recipes.options import Convention, Unit
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
@@ -116,7 +117,7 @@ class AnnotationSet:
         return lines + self.unused_options + self.faults.remarks
 
 
-def as_xyxy(values: Sequence[float], convention: str) -> Box:
+def as_xyxy(values: Sequence[float], convention: Convention) -> Box:
     """A box of four numbers as xyxy, in the same unit.
 
     Args:
@@ -160,10 +161,6 @@ def by_reader(item: Annotated, readers: Sequence[str]) -> list[Annotated]:
         dropped = item.dropped_boxes if number == 0 else 0
         parts.append(replace(item, boxes=boxes, classes=classes, reader=reader, dropped_boxes=dropped))
     return parts or [item]
-
-
-# How coordinates are given: in pixels, in fractions of the image (0-1), or in percent of it (0-100).
-Unit = Literal[False, True, "percent"]
 
 
 def in_unit(box: Box, unit: Unit) -> Box:

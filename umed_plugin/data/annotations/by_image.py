@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Optional, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, as_xyxy, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, as_xyxy, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.labels import labels_of
 from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
-from umed_plugin.data.recipes.options import checked_template
+from umed_plugin.data.recipes.options import Convention, Unit, checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json as read_file
 from umed_plugin.faults import Faults
@@ -71,14 +71,8 @@ annotations:
         description="Field of a box, or else of its entry, that holds a sentence, such as ``label_text`` of MS-CXR. Each "
         "pair of image and sentence is a record then: the question asks where the sentence is seen, and the answer is its boxes.",
     )
-    convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
-        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
-    )
-    normalised: Unit = Field(
-        False,
-        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), as "
-        "Label Studio writes them, ``false`` if they are pixels.",
-    )
+    convention: Convention = "xyxy"
+    normalised: Unit = False
 
     @field_validator("image")
     @classmethod

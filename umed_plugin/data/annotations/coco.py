@@ -8,9 +8,10 @@ from typing import Any, Literal, Optional
 
 from pydantic import Field, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, Unit, drop_box, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, drop_box, four_numbers, in_unit, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
+from umed_plugin.data.recipes.options import Unit
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
@@ -36,11 +37,7 @@ annotations:
   image_root: images
 """
 
-    normalised: Unit = Field(
-        False,
-        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), "
-        "``false`` if they are pixels, as in COCO.",
-    )
+    normalised: Unit = False
     crowd: Literal["drop", "keep"] = Field(
         "drop",
         description="Annotations with ``iscrowd`` or ``ignore``, which mark a region of many objects. ``drop``: leave the box "

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Unit
-from umed_plugin.data.recipes.options import BoxColumns, Column, ImageList, Split, compiled, with_text_keys
+from umed_plugin.data.recipes.options import (
+    BoxColumns,
+    Column,
+    Convention,
+    ImageList,
+    Split,
+    Unit,
+    compiled,
+    with_text_keys,
+)
 from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.faults import StrictModel
 
@@ -56,14 +64,8 @@ annotations:
 """
 
     columns: CsvColumns = Field(description="Which column holds what.")
-    convention: Literal["xyxy", "xywh", "cxcywh"] = Field(
-        "xyxy", description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."
-    )
-    normalised: Unit = Field(
-        False,
-        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), "
-        "``false`` if they are pixels.",
-    )
+    convention: Convention = "xyxy"
+    normalised: Unit = False
     delimiter: str = Field(",", description="Character between two columns.")
     label_separator: Optional[str] = Field(
         None,

@@ -31,6 +31,18 @@ class InWords:
 # A column of a CSV by its header, or by its number from 0.
 Column = Annotated[Union[int, str], InWords("column")]
 BoxColumns = Annotated[Union[Column, list[Column]], InWords("column, or list of four columns")]
+# The keys ``convention`` and ``normalised`` of readers whose boxes are four numbers.
+Convention = Annotated[
+    Literal["xyxy", "xywh", "cxcywh"],
+    Field(description="``xyxy``: two corners. ``xywh``: corner and size. ``cxcywh``: centre and size."),
+]
+Unit = Annotated[
+    Literal[False, True, "percent"],
+    Field(
+        description="``true`` if coordinates are fractions of the image (0-1), ``percent`` if they are percent of it (0-100), as "
+        "Label Studio writes them, ``false`` if they are pixels."
+    ),
+]
 
 
 class UsageTerms(StrictModel):
