@@ -89,9 +89,9 @@ def _resumed(trainer: Any, loader: Any, steps: int, checkpoint: str) -> Any:
 
 def _begin(loader: Any, epoch: int) -> None:
     """Let our sampler's next iteration be that of an epoch, counted from 0."""
-    while hasattr(loader, "batch_sampler"):
-        loader = loader.batch_sampler
-    loader.sampler.epochs_begun = epoch
+    from umed_plugin.training.sampler import sampler_in
+
+    sampler_in(loader).epochs_begun = epoch
 
 
 class _ResumedLoader:

@@ -19,23 +19,18 @@ def change(recorder: Recorder) -> None:
     """Wrap the method."""
     from transformers import Trainer
 
+    from umed_plugin.training.sampler import sampler_in
+
     stock = Trainer._run_epoch
 
     def _run_epoch(self: Any, *, epoch: int, train_dataloader: Any, epochs_trained: int, **keywords: Any) -> Any:
         if epoch == epochs_trained:
-            sampler = _sampler(train_dataloader)
+            sampler = sampler_in(train_dataloader)
             for _ in range(epochs_trained):
                 iter(sampler)  # only begins an epoch: PyTorch's own samplers draw nothing before the first index
         return stock(self, epoch=epoch, train_dataloader=train_dataloader, epochs_trained=epochs_trained, **keywords)
 
     recorder.replace(Trainer, "_run_epoch", _run_epoch)
-
-
-def _sampler(loader: Any) -> Any:
-    """The sampler inside the batch samplers that accelerate nests."""
-    while hasattr(loader, "batch_sampler"):
-        loader = loader.batch_sampler
-    return loader.sampler
 
 
 PATCH = Patch(

@@ -85,3 +85,10 @@ class EpochSampler(Sampler):
         if self.rollout_size is None:
             raise ValueError("this order has no rollouts")
         return divmod(number, self.size // self.rollout_size)
+
+
+def sampler_in(loader: Any) -> Any:
+    """The sampler inside the batch samplers that accelerate nests."""
+    while hasattr(loader, "batch_sampler"):
+        loader = loader.batch_sampler
+    return loader.sampler

@@ -29,6 +29,7 @@ from umed_plugin.training.attending import AttendingLoss
 from umed_plugin.training.extra_loss import ExtraLoss
 from umed_plugin.training.keeping import keeping_loss
 from umed_plugin.training.replay import RECORDS, Replay, ReplayedEpochs, ReplayedLoader
+from umed_plugin.training.sampler import sampler_in
 from umed_plugin.training.tower_teaching import tower_teaching_loss
 from umed_plugin.training.trained_tower import give_own_rate
 
@@ -143,7 +144,7 @@ class TuningTrainer(LLaVATrainer):
         if self._replay is None:
             return loader
         args, checkpoint = self.args, self._resumed_from
-        sampler = _sampler_in(loader)
+        sampler = sampler_in(loader)
         return ReplayedLoader(
             loader,
             sampler,
@@ -207,10 +208,3 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Called by transformers."""
         self._trainer.step_is_done(control)
-
-
-def _sampler_in(loader: Any) -> Any:
-    """The sampler inside the batch samplers that accelerate nests."""
-    while hasattr(loader, "batch_sampler"):
-        loader = loader.batch_sampler
-    return loader.sampler
