@@ -9,11 +9,10 @@ from typing import Any, Literal, Optional
 from pydantic import Field, model_validator
 
 from umed_plugin.data.annotations.base import Annotated, drop_box, four_numbers, in_unit, stated_size
-from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
+from umed_plugin.data.annotations.finding import ImageFolders, json_files
 from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
 from umed_plugin.data.recipes.options import Unit
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
-from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, iou_matrix
 
@@ -70,29 +69,24 @@ annotations:
 def read_coco(options: CocoOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read one COCO file per split."""
     items: list[Annotated] = []
-    for split, name in options.files.items():
-        path = annotation_file(root, name, faults)
-        content = _content(path, options, faults) if path is not None else None
-        if path is not None and content is not None:
+    for split, path, content in json_files(options, root, faults):
+        if _is_coco(content, path, options, faults):
             folders = ImageFolders(options, root, split, path.parent, faults)
             items += _CocoFile(options, path, split, folders, faults).items(content)
     return items
 
 
-def _content(path: Path, options: CocoOptions, faults: Faults) -> Any:
-    before = len(faults.messages)
-    content = faults.read(read_json, path)
-    if len(faults.messages) > before:
-        return None
+def _is_coco(content: Any, path: Path, options: CocoOptions, faults: Faults) -> bool:
+    """Whether the content has all that is needed of COCO; what it lacks is a fault."""
     if not isinstance(content, dict):
         faults.add(
             path, f"holds a {type(content).__name__}; needed: an object with lists {', '.join(_FIELDS)}. Is it COCO?"
         )
-        return None
+        return False
     missing = [key for key in _FIELDS if not isinstance(content.get(key), list)]
     if missing:
         faults.add(path, f"has no {', '.join(missing)}; it holds {', '.join(content) or 'nothing'}. Is it COCO?")
-        return None
+        return False
     needed = {**_FIELDS, "images": {**_FIELDS["images"], options.file_field: (str,)}}
     wrong = [
         (f"{path} {key}[{number}]", fault)
@@ -102,7 +96,7 @@ def _content(path: Path, options: CocoOptions, faults: Faults) -> Any:
     ]
     for where, fault in wrong:
         faults.add(where, fault)
-    return None if wrong else content
+    return not wrong
 
 
 def _entry_faults(entry: Any, fields: dict[str, tuple[type, ...]]) -> list[str]:

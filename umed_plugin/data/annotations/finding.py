@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import unquote
 
+from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
 
 # Of images in general: letters first, so that the last component of a UID is not one.
@@ -222,6 +223,17 @@ def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
         faults.add(root / name, f"no such annotation file.{did_you_mean_file(root / name, root)}")
         return None
     return found[0]
+
+
+def json_files(options: Any, root: Path, faults: Faults) -> Iterator[tuple[str, Path, Any]]:
+    """(split, file, content) of each of a reader's files in JSON; one that is not there or cannot be read is a fault."""
+    for split, name in options.files.items():
+        path = annotation_file(root, name, faults)
+        if path is not None:
+            before = len(faults.messages)
+            content = faults.read(read_json, path)
+            if len(faults.messages) == before:
+                yield split, path, content
 
 
 def did_you_mean_file(path: Path, root: Path) -> str:

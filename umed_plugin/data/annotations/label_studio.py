@@ -14,10 +14,9 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.brush import decode_brush
-from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
+from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
-from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
@@ -73,12 +72,7 @@ class _Task:
 def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read one export per split; each annotator of a task is a reader of its image."""
     items: list[Annotated] = []
-    for split, name in options.files.items():
-        path = annotation_file(root, name, faults)
-        before = len(faults.messages)
-        content = faults.read(read_json, path) if path is not None else None
-        if path is None or len(faults.messages) > before:
-            continue
+    for split, path, content in json_files(options, root, faults):
         if not isinstance(content, list):
             faults.add(
                 path, f"holds a {type(content).__name__}; needed: a list of tasks, as the exports JSON and JSON-MIN are"

@@ -8,9 +8,9 @@ from typing import Any, Optional
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, four_numbers
-from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
+from umed_plugin.data.annotations.finding import ImageFolders, annotation_file, json_files
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
-from umed_plugin.data.texts import read_json, read_rows
+from umed_plugin.data.texts import read_rows
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
@@ -49,12 +49,7 @@ def read_padchest_gr(options: PadchestGrOptions, root: Path, faults: Faults) -> 
     """Read the studies of each file."""
     items: list[Annotated] = []
     studies = _table(options, root, faults)
-    for split, name in options.files.items():
-        path = annotation_file(root, name, faults)
-        before = len(faults.messages)
-        content = faults.read(read_json, path) if path is not None else None
-        if path is None or len(faults.messages) > before:
-            continue
+    for split, path, content in json_files(options, root, faults):
         if not isinstance(content, list):
             faults.add(path, f"holds a {type(content).__name__}; needed: a list of studies. Is it PadChest-GR?")
             continue
