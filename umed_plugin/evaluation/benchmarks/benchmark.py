@@ -189,6 +189,13 @@ def read_records(file: Path, benchmark: str) -> list[Any]:
 
 
 Rows = Iterable[tuple[str, Any]]
+
+
+def numbered(file: Path, records: Iterable[Any]) -> Rows:
+    """The rows of a file, each behind where it stands, such as ``test.json[13]``."""
+    return ((f"{file}[{number}]", record) for number, record in enumerate(records))
+
+
 _ODD_SHOWN = 5
 # What reading a row raises if a key is missing, or a value has another type than the published files have.
 _ODD = (UmedError, AttributeError, IndexError, KeyError, TypeError, ValueError)
@@ -200,7 +207,7 @@ def questions_of_rows(
     """The questions of a benchmark's rows. A row that cannot be read is left out, counted and named, and ends nothing.
 
     Args:
-        rows: where each row stands, such as ``test.json[13]``, and the row.
+        rows: where each row stands, and the row, as `numbered` gives them.
         make: the questions of a row, none to pass over it; raises what is wrong with it.
         benchmark: its name, for the message.
 

@@ -22,6 +22,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
 )
@@ -72,8 +73,8 @@ def _of_file(file: Path, root: Path) -> list[BenchmarkQuestion]:
     rows = _lines(file) if file.suffix == ".jsonl" else read_records(file, "llava_med")
     truths = _truths(file.parent / "test.json") if file.suffix == ".jsonl" else {}
     folders = [root, root / "images", root / "VQA_RAD Image Folder", root / "imgs", file.parent, file.parent / "images"]
-    placed = ((f"{file}[{number}]", row) for number, row in enumerate(rows))
-    return questions_of_rows(placed, partial(_question, folders=folders, truths=truths), "llava_med")
+    make = partial(_question, folders=folders, truths=truths)
+    return questions_of_rows(numbered(file, rows), make, "llava_med")
 
 
 def _lines(file: Path) -> list[Any]:

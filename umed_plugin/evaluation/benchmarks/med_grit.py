@@ -35,6 +35,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
     text_of,
@@ -60,7 +61,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     for file in sorted(root.glob("**/*.json")):
         tasks = [task for task in TASKS if re.search(rf"(?:^|_){task}(?:_|$)", file.stem)]
         if len(tasks) == 1:
-            rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "med_grit")))
+            rows = numbered(file, read_records(file, "med_grit"))
             make = partial(_questions, task=tasks[0], folders=folders)
             listed += questions_of_rows(rows, make, f"med_grit/{tasks[0]}")
     return listed

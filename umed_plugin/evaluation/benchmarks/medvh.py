@@ -34,6 +34,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
 )
@@ -85,7 +86,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     listed: list[BenchmarkQuestion] = []
     for file in sorted([*root.glob("multi_choices/**/*.json"), *root.glob("text_generation/**/*.json")]):
         task = task_of(file)
-        rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "medvh")))
+        rows = numbered(file, read_records(file, "medvh"))
         listed += questions_of_rows(rows, partial(_questions, task=task, file=file), f"medvh/{task}")
     return _paired(listed)
 

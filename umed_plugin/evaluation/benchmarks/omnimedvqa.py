@@ -30,6 +30,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
     text_of,
@@ -52,11 +53,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     find_one(root, patterns, "omnimedvqa")
     files = next(files for pattern in patterns if (files := sorted(root.glob(pattern))))
     inner = next((parent.parent for parent in files[0].parents if parent.name == "QA_information"), root)
-    rows = (
-        (f"{file}[{number}]", record)
-        for file in files
-        for number, record in enumerate(read_records(file, "omnimedvqa"))
-    )
+    rows = (row for file in files for row in numbered(file, read_records(file, "omnimedvqa")))
     listed = questions_of_rows(rows, lambda row, where: [_question(row, where, inner)], "omnimedvqa")
     return _with_images(listed, {file.stem for file in files if file.parent.name == _RESTRICTED})
 

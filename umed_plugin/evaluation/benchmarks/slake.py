@@ -17,6 +17,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     BenchmarkQuestion,
     existing_image,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
     text_of,
@@ -43,8 +44,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
             return []
         return [question_of(record, where, existing_image(folders, text_of(record, where, "img_name"), where))]
 
-    rows = ((f"{file}[{number}]", record) for number, record in enumerate(records))
-    listed = questions_of_rows(rows, in_english, "slake")
+    listed = questions_of_rows(numbered(file, records), in_english, "slake")
     if not listed:
         raise UmedError(f"{file}: none of its {len(records)} questions is in English (q_lang 'en').")
     return listed

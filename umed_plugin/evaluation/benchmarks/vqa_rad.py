@@ -19,6 +19,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     existing_image,
     field_of,
     find_one,
+    numbered,
     questions_of_rows,
     read_records,
     text_of,
@@ -44,8 +45,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
             return []
         return [question_of(record, where, existing_image(folders, text_of(record, where, "image_name"), where))]
 
-    rows = ((f"{file}[{number}]", record) for number, record in enumerate(read_records(file, "vqa_rad")))
-    listed = questions_of_rows(rows, of_split, "vqa_rad")
+    listed = questions_of_rows(numbered(file, read_records(file, "vqa_rad")), of_split, "vqa_rad")
     if not listed and split == "test":
         raise UmedError(
             f"{file}: no question is of the test split: none has a phrase_type that begins with 'test'. Found: "
