@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +119,9 @@ class DrawnRun(DemoRun):
         if not (checkpoint / "config.json").is_file():
             self.instruction_tuning(name, self.tiny, ["--data_path", file, *flags])
         return checkpoint
+
+
+def runs(args: argparse.Namespace) -> Iterator[tuple[str, DrawnRun]]:
+    """Seed and run of each seed of the command line; `arguments` has read it."""
+    for seed in args.seeds.split(","):
+        yield seed, DrawnRun(args.out.resolve() / f"seed{seed}", int(seed), args.epochs, args.processes)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, arguments, record, shape
+from drawn_studies import SIDE, arguments, record, runs, shape
 
 from umed_plugin.data.looks import looks_question
 from umed_plugin.data.records import Record, record_geometry
@@ -80,9 +80,8 @@ def main(given: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     print("| seed | bare name | described | difference | IoU of trained classes | n |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for seed in args.seeds.split(","):
-        run = DrawnRun(args.out.resolve() / f"seed{seed}", int(seed), args.epochs, args.processes)
-        records = drawn(run.data, int(seed), args.studies, args.test)
+    for seed, run in runs(args):
+        records = drawn(run.data, run.seed, args.studies, args.test)
         checkpoint = run.tuned("tuned", run.start_from(records))
         settings = EvaluationSettings(batch_size=50, max_new_tokens=80, device="cpu")
         held_out = [one for one in records if one["split"] == "test"]

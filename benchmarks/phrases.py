@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, arguments, record, shape
+from drawn_studies import SIDE, arguments, record, runs, shape
 
 from umed_plugin.data.phrase_writer import write_phrase_conversation
 from umed_plugin.data.records import Record, record_geometry
@@ -86,9 +86,8 @@ def main(given: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     print("| seed | figure | asked as written | phrases swapped | difference | n |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for seed in args.seeds.split(","):
-        run = DrawnRun(args.out.resolve() / f"seed{seed}", int(seed), args.epochs, args.processes)
-        records = drawn(run.data, int(seed), args.pictures, args.test)
+    for seed, run in runs(args):
+        records = drawn(run.data, run.seed, args.pictures, args.test)
         checkpoint = run.tuned("tuned", run.start_from(records))
         settings = EvaluationSettings(batch_size=50, max_new_tokens=40, device="cpu")
         held_out = [one for one in records if one["split"] == "test"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawn_studies import SIDE, DrawnRun, arguments, record, shape
+from drawn_studies import SIDE, arguments, record, runs, shape
 
 from umed_plugin.data.records import Record
 from umed_plugin.evaluation.evaluator import evaluate
@@ -71,9 +71,8 @@ def main(given: Sequence[str] | None = None) -> None:
     results: dict[str, Any] = {}
     print("| seed | trained and asked without | trained with, asked without | with K | with - without | n |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for seed in args.seeds.split(","):
-        run = DrawnRun(args.out.resolve() / f"seed{seed}", int(seed), args.epochs, args.processes)
-        records = drawn(run.data, int(seed), args.sites, args.of_each)
+    for seed, run in runs(args):
+        records = drawn(run.data, run.seed, args.sites, args.of_each)
         file = run.start_from(records)
         without = run.tuned("without", file)
         # Half of the records are under the stock template and have no cases: what stock LLaVA is asked.
