@@ -17,3 +17,11 @@ def llava_args(**changes):
         "evaluation_strategy": "no",
     }
     return [SimpleNamespace(**{**stock, **changes})] * 3
+
+
+def parse(flags: list[str]):
+    """LLaVA's three argument objects, as `train()` gets them under the patches."""
+    from llava.train import train as llava_train
+
+    classes = (llava_train.ModelArguments, llava_train.DataArguments, llava_train.TrainingArguments)
+    return llava_train.transformers.HfArgumentParser(classes).parse_args_into_dataclasses(flags)

@@ -1,0 +1,105 @@
+"""The trainer that LLaVA's script makes: which one a stage gets, and the order of its records."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.llava_args import parse
+
+from umed_plugin import patching
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.patches import ALL
+
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
+
+class Lengths(list):
+    """A data set of which the trainer needs the lengths alone; below 0: without an image."""
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        return self
+
+
+@pytest.mark.parametrize("grouped", ["--group_by_modality_length", "--group_by_length", "--remove_unused_columns"])
+@pytest.mark.parametrize("signs", [(1,), (1, -1)], ids=["images", "mixed"])
+def test_the_order_of_an_epoch_depends_on_seed_and_epoch_alone(flags, grouped, signs):
+    from llava.train.llava_trainer import LLaVATrainer
+
+    patching.apply(ALL)
+    lengths = Lengths(sign * (i % 7 + 1) for i in range(20) for sign in signs)
+    items = [{"input_ids": [0] * abs(length)} for length in lengths]
+
+    def epochs(moved: int, *more: str) -> list[list[int]]:
+        _, _, args = parse([*flags, "--umed_stage", "instruction_tuning", grouped, "True", *more])
+        data = lengths if args.group_by_modality_length else items
+        trainer = LLaVATrainer.__new__(LLaVATrainer)
+        trainer.args, trainer.train_dataset = args, data
+        trainer.tokenizer = trainer.processing_class = None
+        sampler = trainer._get_train_sampler()
+        found = []
+        for _ in range(2):
+            torch.rand(moved)
+            before = torch.random.get_rng_state()
+            found.append([int(index) for index in sampler])
+            assert torch.equal(torch.random.get_rng_state(), before)
+        assert sorted(found[0]) == list(range(len(sampler))) == sorted(found[1])
+        return found
+
+    first, second = epochs(0)
+    assert first != second
+    assert epochs(5) == [first, second]
+    assert epochs(0, "--seed", "7") != [first, second]
+    assert epochs(0, "--seed", "7", "--data_seed", "42") == [first, second]
+
+
+class AnyTrainer:
+    """Takes what LLaVA hands to its trainer."""
+
+    def __init__(self, *, model, args):
+        self.model, self.args, self.callbacks = model, args, []
+
+    def add_callback(self, callback):
+        self.callbacks.append(callback)
+
+
+def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed(monkeypatch, capsys):
+    import torch
+    from llava.train import train as llava_train
+
+    monkeypatch.setattr(llava_train, "LLaVATrainer", AnyTrainer)
+    ours = type("RewardingTrainer", (AnyTrainer,), {})
+    monkeypatch.setitem(sys.modules, "umed_plugin.training.trainer", SimpleNamespace(RewardingTrainer=ours))
+    tuning = type("TuningTrainer", (AnyTrainer,), {})
+    monkeypatch.setitem(sys.modules, "umed_plugin.training.tuning_trainer", SimpleNamespace(TuningTrainer=tuning))
+    from umed_plugin.patches import trainer
+
+    def made(**changes):
+        """The trainer for these arguments, and the dtype of its bf16 model then."""
+        values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
+        values |= {"process_index": 0, "umed_tower_lr": None, "umed_stop_after": 0}
+        args = SimpleNamespace(**{**values, **changes})
+        args.umed = UmedFlags(**{name: value for name, value in changes.items() if name.startswith("umed_")})
+        model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+        chosen = llava_train.LLaVATrainer(model=model, args=args)
+        return type(chosen), model.weight.dtype, len(chosen.callbacks)
+
+    recorder = patching.Recorder()
+    trainer.PATCH.apply(recorder)
+    try:
+        assert made(bf16=True) == (AnyTrainer, torch.bfloat16, 0)
+        assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 1)
+        assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 1)
+        assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 1)
+        assert made(umed_stage="instruction_tuning", umed_attention_loss=0.03)[0] is tuning
+        assert made(umed_stage="instruction_tuning", umed_keep="0.1")[0] is tuning
+        assert made(umed_stage="instruction_tuning", umed_replay=0.2)[0] is tuning
+        assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 0)
+        assert not capsys.readouterr().err
+        assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 0)
+        assert "--fsdp trains weights of 16 bits" in capsys.readouterr().err
+    finally:
+        recorder.undo()
