@@ -30,11 +30,6 @@ def silent(text: str) -> None:
     """Ignore the text."""
 
 
-@pytest.fixture(scope="module")
-def speaking(tiny_mistral, tmp_path_factory):
-    return teach(tiny_mistral, tmp_path_factory.mktemp("taught"))
-
-
 @pytest.fixture(params=["tiny_mistral", "tiny_llama"])
 def dialogue(request):
     return Dialogue(request.getfixturevalue(request.param), most_tokens=12)

@@ -60,8 +60,8 @@ RUN_BY = {
     ),
     "torchrun --nproc_per_node 8 --no-python umed evaluate": "evaluation/test_benchmarks.py::"
     "test_two_ranks_end_with_the_files_of_one_process_also_after_a_kill",
-    "umed serve": "commands/test_serving.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
-    "umed serve ./checkpoints/llava-mistral-stage2 --compare": "commands/test_serving.py::"
+    "umed serve": "commands/test_serving_command.py::test_the_command_ends_cleanly_and_tells_nothing_of_patients",
+    "umed serve ./checkpoints/llava-mistral-stage2 --compare": "commands/test_serving_command.py::"
     "test_two_checkpoints_are_served_by_one_command",
     "umed rollout-server": "commands/test_rollout_server.py::test_the_command_becomes_the_server",
     "umed convert checkpoints/llava-mistral-stage1 --language-model-only": "checkpoints/test_language_model.py::"

@@ -35,7 +35,7 @@ BUDGET = {
 SLOWEST = (
     *("test_trainer.py", "test_doctor_fixes.py", "test_upgrade_runs.py", "test_demo.py", "test_small_runs.py"),
     *("test_scripts.py", "test_plan_runs.py", "test_launch.py", "test_feature_cache.py", "test_ablation.py"),
-    *("test_deepspeed.py", "test_serving.py", "test_judge_runs.py", "test_benchmarks.py", "test_doctor.py"),
+    *("test_deepspeed.py", "test_serving_command.py", "test_judge_runs.py", "test_benchmarks.py", "test_doctor.py"),
     *("test_convert.py", "test_validation.py", "test_tuning_runs.py", "test_neighbours.py", "test_resume.py"),
     *("test_stacks.py", "test_cached_runs.py", "test_ppo_learns.py", "test_mau_page.py", "test_writing_runs.py"),
     *("test_study.py", "test_upgrade_decision.py", "test_builds.py", "test_day.py"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,11 @@ class Client:
 
     def window(self, study: str, **view: Any) -> tuple[int, Any]:
         return self.ask("GET", f"/studies/{study}/window?{urlencode({**VIEW, **view})}")[:2]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for the condition, for 20 s at most."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met within 20 s"
+        time.sleep(0.05)
