@@ -46,3 +46,11 @@ def client(server: Any) -> Client:
 def dicom(tmp_path: Path) -> Path:
     """An image of 97 x 61 pixels with a window of its own."""
     return write_dicom(tmp_path / "a.dcm", scene(), WindowCenter=0, WindowWidth=2000)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder for the files of one study."""
+    made = tmp_path / "case"
+    made.mkdir()
+    return made
