@@ -6,6 +6,7 @@ same held-out studies, so they are compared with their start pair by pair. Inter
 all seeds.
 
     python benchmarks/ablation.py runs/ablation --seeds 0,1,2
+    python benchmarks/ablation.py runs/norms --seeds 10,11 --rows "full, GRPO; full, GRPO on raw rewards"     some rows only
 
 Finished steps are not done again, so an interrupted benchmark goes on with the same command. ``--jobs`` runs side by side what
 does not wait for one another. Writes ``table.md`` and ``results.json`` to the folder.
@@ -60,6 +61,7 @@ PPO = (*PPO, "--umed_value_learning_rate", 1e-3)
 ROWS = (
     Row("full, GRPO"),
     Row("full, PPO", flags=PPO),
+    Row("full, GRPO on raw rewards", flags=("--umed_reward_norm", "none")),
     Row("without VRR", flags=("--umed_rewards", "relevance,localization", "--umed_reward_weights", "4,2")),
     Row("without ALR", flags=("--umed_rewards", "relevance,vision_relevance", "--umed_reward_weights", "4,1")),
     Row("SFT + PPO on relevance", flags=(*PPO, "--umed_rewards", "relevance", "--umed_reward_weights", "4")),
@@ -154,7 +156,7 @@ def run_all(runs: Sequence[SeedRun], rows: Sequence[Row], jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         _wait([pool.submit(run.prepare) for run in runs])
         _wait([pool.submit(run.row, rows[0], 0) for run in runs])
-        steps = steps_of_the_same_time(runs, rows[0])
+        steps = steps_of_the_same_time(runs, rows[0])  # the first row is one of stage 2
         _wait([pool.submit(run.row, row, steps) for row in rows if row.start == EARLY for run in runs])
         _wait([pool.submit(run.row, row, steps) for row in rows if row.start != EARLY for run in runs])
         names = ["base", EARLY, *(row.name for row in rows)]
@@ -206,6 +208,26 @@ def _cell(entry: dict[str, Any], metric: str) -> str:
     return f"{entry[metric]:.3f} ({difference})"
 
 
+def chosen_rows(names: str) -> list[Row]:
+    """The rows of these names in the table's order; names are divided by semicolons, since some hold a comma.
+
+    Raises:
+        SystemExit: no row has such a name, or a row goes on from one that is left out, or a row of stage 1 lacks its time.
+    """
+    asked = {name.strip() for name in names.split(";")}
+    if unknown := asked - {row.name for row in ROWS}:
+        raise SystemExit(
+            f"no row is named {', '.join(sorted(unknown))}; there are: {'; '.join(row.name for row in ROWS)}"
+        )
+    rows = [row for row in ROWS if row.name in asked]
+    for row in rows:
+        if row.start not in asked | {EARLY}:
+            raise SystemExit(f"'{row.name}' goes on from '{row.start}': name that row too")
+        if row.flags is None and rows[0].flags is None:
+            raise SystemExit(f"'{row.name}' takes the time of a row of stage 2: name one too, such as '{ROWS[0].name}'")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,12 +235,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="training runs side by side")
     parser.add_argument("--processes", type=int, default=2, help="processes of one training run, at most 12")
+    parser.add_argument(
+        "--rows", default=";".join(row.name for row in ROWS), help="divided by semicolons; default: all"
+    )
     options = parser.parse_args(arguments)
+    rows = chosen_rows(options.rows)
     settings = DemoSettings(processes=options.processes)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     runs = [SeedRun(options.out.resolve() / f"seed{seed}", seed, settings) for seed in seeds]
-    run_all(runs, ROWS, options.jobs)
-    entries = results(runs, ROWS)
+    run_all(runs, rows, options.jobs)
+    entries = results(runs, rows)
     (options.out / "results.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     (options.out / "table.md").write_text(markdown(entries) + "\n", encoding="utf-8")
     print(markdown(entries))

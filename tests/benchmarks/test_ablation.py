@@ -90,3 +90,16 @@ def test_differences_are_paired_with_the_start_and_pooled_over_seeds(tmp_path):
     assert entry["accuracy_difference"] == pytest.approx((0.5 - 1 + 0.2 + 0.2) / 4)
     assert entry["mean IoU_difference"] == pytest.approx((0.5 + 0.2 + 0.2) / 3)
     assert [seed[0] for seed in entry["mean IoU_by_seed"]] == pytest.approx([0.5, 0.2])
+
+
+def test_some_rows_are_chosen_by_name_and_need_what_they_go_on_from():
+    chosen = ablation.chosen_rows("full, GRPO on raw rewards; full, GRPO")
+    assert [row.name for row in chosen] == ["full, GRPO", "full, GRPO on raw rewards"]
+    for names, told in (
+        ("full", "no row is named full"),
+        ("full, GRPO;stage 1 continued, then once more", "goes on from 'stage 1 continued': name that row too"),
+        ("stage 1 continued", "takes the time of a row of stage 2"),
+    ):
+        with pytest.raises(SystemExit) as refused:
+            ablation.chosen_rows(names)
+        assert told in str(refused.value)
