@@ -22,7 +22,7 @@ from umed_plugin.commands.report.gallery import choose
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
-from umed_plugin.commands.report.table import metrics_table
+from umed_plugin.commands.report.table import Looked, metrics_table
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.model.heat_map import decode_heat_map
@@ -433,3 +433,16 @@ def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
     lines[0]["study"]["augmented"] = Study({}, move).as_json()
     moved = candidate_cards(lines, run)[0]
     assert moved["picture"] != plain["picture"] and moved["picture"] and moved["true"] == plain["true"]
+
+
+@pytest.mark.parametrize(
+    ("times", "told"),
+    [
+        (2.0, ""),
+        (1.04, "Vision relevance of tuned is 1.04 times that of uniform attention: about chance."),
+        (0.0, "Vision relevance of tuned is 0: no answer names the abnormality"),
+    ],
+)
+def test_attention_about_chance_and_a_name_that_never_comes_are_two_things(times, told):
+    said = Looked(0.05, {"base": 3.0, "tuned": times}).warning()
+    assert said.startswith(told) and bool(said) == bool(told)

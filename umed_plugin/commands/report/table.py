@@ -57,6 +57,11 @@ class Looked:
         stage, times = list(self.times.items())[-1]
         if times > NEAR_UNIFORM:
             return ""
+        if times == 0:
+            return (
+                f"Vision relevance of {stage_label(stage)} is 0: no answer names the abnormality, so no attention of its name "
+                "could be measured."
+            )
         return (
             f"Vision relevance of {stage_label(stage)} is {times:.2f} times that of uniform attention: about chance. A higher "
             "value than before is no sign yet that the model looks at the lesion."
