@@ -223,8 +223,8 @@ def chosen_rows(names: str) -> list[Row]:
     for row in rows:
         if row.start not in asked | {EARLY}:
             raise SystemExit(f"'{row.name}' goes on from '{row.start}': name that row too")
-        if row.flags is None and rows[0].flags is None:
-            raise SystemExit(f"'{row.name}' takes the time of a row of stage 2: name one too, such as '{ROWS[0].name}'")
+    if rows[0].flags is None:
+        raise SystemExit(f"'{rows[0].name}' takes the time of a row of stage 2: name one too, such as '{ROWS[0].name}'")
     return rows
 
 

@@ -25,7 +25,6 @@ from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings, environmen
 from umed_plugin.data.records import load_records, save_records
 from umed_plugin.errors import UmedError
 from umed_plugin.files.locks import locked
-from umed_plugin.patches import prepare_llava
 from umed_plugin.terminal.progress import Steps
 
 CHECKPOINT = "llava-mistral"  # stock LLaVA chooses the class by the folder's name
@@ -119,7 +118,6 @@ class Workshop:
                 records = load_records(make_data(demo.data, self._generated(), seed))
                 save_records([record for record in records if record["split"] == "train"], demo.tuning_records)
                 shutil.rmtree(demo.runs, ignore_errors=True)
-                prepare_llava()  # on today's libraries, which have another tower
                 demo.base_checkpoint()
                 files.write_json(done, {"seed": seed})
         return demo.base
