@@ -59,6 +59,21 @@ def test_nothing_is_found_in_a_good_checkpoint(family, good, tmp_path):
     assert codes(copied(good[family], tmp_path / NAMES[family])) == ALWAYS[family]
 
 
+def test_a_byte_pair_tokenizer_needs_its_own_files(good, tmp_path):
+    """SmolLM2 has one: transformers' slow GPT2Tokenizer reads vocab.json and merges.txt, and no tokenizer.model."""
+    folder = copied(good["llama"], tmp_path / NAMES["llama"])
+    (folder / "tokenizer.model").unlink()
+    edit(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    (found,) = [finding for finding in examine(folder) if finding.code == "tokenizer-missing"]
+    assert found.found.startswith("no vocab.json and no merges.txt")
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = ["<unk>", "<s>", "</s>", *(f"word{number}" for number in range(rows - 3))]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    assert [finding.found for finding in examine(folder) if finding.code == "tokenizer-missing"] == ["no merges.txt"]
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    assert codes(folder) == ALWAYS["llama"]
+
+
 def test_the_folder_above_counts_for_a_checkpoint_of_a_run(good, tmp_path):
     """LLaVA reads the name of a ``checkpoint-N`` folder together with that of its parent folder."""
     assert examine(copied(good["mistral"], tmp_path / "llava-mistral-run" / "checkpoint-20")) == []

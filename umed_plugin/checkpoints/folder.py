@@ -30,8 +30,10 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER = "model.vision_tower."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROJECTOR = "mm_projector.bin"  # written by --tune_mm_mlp_adapter True
+BYTE_PAIR_FILES = ("vocab.json", "merges.txt")  # what transformers' slow GPT2Tokenizer reads
 TOKENIZER_FILES = (
     "tokenizer.model",
+    *BYTE_PAIR_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

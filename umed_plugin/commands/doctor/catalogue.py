@@ -211,10 +211,9 @@ CONFIG = (
 
 TOKENS = (
     Kind(
-        "tokenizer-missing", ERROR, "no tokenizer.model",
-        "LLaVA reads its slow tokenizer from tokenizer.model and fails without it.",
-        "Copy tokenizer.model, tokenizer_config.json and special_tokens_map.json from the checkpoint that this one was "
-        "made from.",
+        "tokenizer-missing", ERROR, "no tokenizer.model, or no vocab.json and merges.txt for GPT2Tokenizer",
+        "LLaVA reads its slow tokenizer from these files and fails without them.",
+        "Copy them, tokenizer_config.json and special_tokens_map.json from the checkpoint that this one was made from.",
     ),
     Kind(
         "tokenizer-unreadable", ERROR, "the tokenizer's files cannot be read",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.folder import FAMILIES
+from umed_plugin.checkpoints.folder import BYTE_PAIR_FILES, FAMILIES
 from umed_plugin.checkpoints.utf8_paths import in_utf8
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import EMBEDDING, is_transformers_form
@@ -22,9 +22,11 @@ def check_tokens(contents: Contents) -> Iterator[Finding]:
     config = contents.config
     if contents.kind != FULL or is_transformers_form(config) or config.get("model_type") not in FAMILIES:
         return
-    if not (contents.path / "tokenizer.model").is_file():
-        found = "only tokenizer.json" if (contents.path / "tokenizer.json").is_file() else "no tokenizer file"
-        yield finding("tokenizer-missing", f"{found}, but no tokenizer.model", str(contents.path))
+    if missing := _missing(contents):
+        found = f"no {' and no '.join(missing)}"
+        if (contents.path / "tokenizer.json").is_file():
+            found += ", only tokenizer.json"
+        yield finding("tokenizer-missing", found, str(contents.path))
         return
     try:
         tokenizer = _load(contents)
@@ -42,6 +44,13 @@ def check_tokens(contents: Contents) -> Iterator[Finding]:
         where = f"{contents.config_file}: pad_token_id"
         change = contents.configures(pad_token_id=unknown)
         yield finding("padding-token", f"pad_token_id is {pad}, but vocab_size is {rows}", where, change, token=unknown)
+
+
+def _missing(contents: Contents) -> list[str]:
+    """The files that LLaVA's slow tokenizer would read and that are not there."""
+    named = read_object(contents.path / "tokenizer_config.json").get("tokenizer_class")
+    needed = BYTE_PAIR_FILES if named == "GPT2Tokenizer" else ("tokenizer.model",)
+    return [name for name in needed if not (contents.path / name).is_file()]
 
 
 def _several_questions(contents: Contents) -> Iterator[Finding]:
