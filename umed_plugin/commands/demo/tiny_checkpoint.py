@@ -68,7 +68,7 @@ def make_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _make_tokenizer(path, corpus, legacy=family == "mistral")
-        tower = _make_tower(path / "vision_tower")
+        tower = write_tower(path / "vision_tower")
         model = _make_model(family, len(tokenizer), hidden_size, layers, tower)
         model.half().save_pretrained(path)
     return path
@@ -143,7 +143,8 @@ def write_tokenizer(path: Path, model: bytes, *, legacy: bool, longest: int = CO
     return LlamaTokenizer.from_pretrained(path)
 
 
-def _make_tower(path: Path) -> Path:
+def write_tower(path: Path) -> Path:
+    """Write the small vision tower with its image processor into a folder, and return the folder."""
     from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor, CLIPVisionModel
     from transformers import CLIPVisionConfig
 
@@ -214,7 +215,23 @@ def _make_model(family: str, vocabulary: int, hidden_size: int, layers: int, tow
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    multimodal = {
+    multimodal = vision_settings(tower)
+    with contextlib.redirect_stdout(io.StringIO()):
+        if family == "mistral":
+            from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+
+            model = LlavaMistralForCausalLM(LlavaMistralConfig(**shape, sliding_window=None, **multimodal))
+        else:
+            from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+            model = LlavaLlamaForCausalLM(LlavaConfig(**shape, **multimodal))
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def vision_settings(tower: Path) -> dict[str, Any]:
+    """What ``config.json`` of a LLaVA checkpoint says about images, for a tower of `write_tower`."""
+    return {
         "mm_vision_tower": str(tower),
         "mm_hidden_size": TOWER_WIDTH,
         "mm_projector_type": "mlp2x_gelu",
@@ -230,14 +247,3 @@ def _make_model(family: str, vocabulary: int, hidden_size: int, layers: int, tow
         "tokenizer_padding_side": "right",
         "tokenizer_model_max_length": CONTEXT,
     }
-    with contextlib.redirect_stdout(io.StringIO()):
-        if family == "mistral":
-            from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
-
-            model = LlavaMistralForCausalLM(LlavaMistralConfig(**shape, sliding_window=None, **multimodal))
-        else:
-            from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-
-            model = LlavaLlamaForCausalLM(LlavaConfig(**shape, **multimodal))
-    model.generation_config.pad_token_id = 0
-    return model
