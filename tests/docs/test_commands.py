@@ -110,6 +110,7 @@ RUN_BY = {
     "python benchmarks/keeping.py": "benchmarks/test_keeping.py::test_a_tiny_run_prints_captions_boxes_and_cosine",
     "python benchmarks/rewarding_step.py": "benchmarks/test_rewarding_step.py::test_a_small_step_is_measured_on_both_sides",
     "python benchmarks/trl_step.py": "benchmarks/test_trl_step.py::test_a_small_step_of_both_trainers_is_measured",
+    "python benchmarks/smollm2.py": "benchmarks/test_smollm2.py::test_both_stages_train_it",
     "python benchmarks/gpu.py": "benchmarks/test_gpu.py::"
     "test_both_stages_are_measured_under_every_attention_with_torch_and_transformers_alone",
     "python benchmarks/feature_cache.py": "training/test_feature_cache.py::"
