@@ -115,6 +115,13 @@ def test_csv_missing_columns(folder: Path) -> None:
             "images[0]: width is 'missing'; needed: int or float",
         ),
         ({"images": [{"id": 5, "width": 3, "height": 3}]}, "a.json images[0]: file_name is 'missing'; needed: str"),
+        *(
+            (
+                {"images": [{"id": 5, "file_name": "pos.png", "width": width, "height": 3}]},
+                f"a.json image 5: width and height are [{width}, 3]; needed: whole numbers of pixels",
+            )
+            for width in (float("nan"), float("inf"), 100.5, -1)
+        ),
         ({"categories": [{"name": "nod"}]}, "a.json categories[0]: id is 'missing'; needed: int or str"),
         ({"images": None}, "a.json: has no images; it holds images, categories, annotations"),
     ],

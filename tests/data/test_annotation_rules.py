@@ -96,3 +96,92 @@ def test_mistakes_of_a_recipe(tmp_path: Path, annotations: str, split: str, extr
     with pytest.raises(UmedError) as caught:
         read(tmp_path, annotations, split, extra)
     assert words in str(caught.value)
+
+
+NUMBERED = "{reader: csv, files: a.csv, columns: {file: 0, box: [1, 2, 3, 4], lesion: 5}%s}"
+ROWS = "a.png,10,10,30,30,nod\na.png,50,50,70,70,nod\nb.png,20,20,40,40,nod\n"
+
+
+def test_a_csv_without_titles_loses_no_row(tmp_path: Path) -> None:
+    """keras-retinanet's CSV has none. Its first row would be read as titles, and its lesion would not be there."""
+    for name in ("a.png", "b.png", "c.png"):
+        put(tmp_path / name)
+    put(tmp_path / "a.csv", ROWS)
+    faults = read(tmp_path, NUMBERED % "").faults.messages
+    assert len(faults) == 5  # the file, and the four numbers of the box
+    assert "its first line has 'a.png' in column 0 (annotations.columns.file)" in faults[0]
+    assert "annotations.header: false" in faults[0]
+    found = read(tmp_path, NUMBERED % ", header: false")
+    assert boxes(found) == {"a.png": [(10, 10, 30, 30), (50, 50, 70, 70)], "b.png": [(20, 20, 40, 40)]}
+    assert found.items[1].where.endswith("a.csv:3")
+    put(tmp_path / "a.csv", "0,1,2,3,4,5\n" + ROWS)  # pandas writes such titles
+    assert boxes(read(tmp_path, NUMBERED % "")) == boxes(found)
+
+
+def test_lists_without_titles_lose_no_image(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        put(tmp_path / name)
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
+    put(tmp_path / "n.csv", "b.png\nc.png\n")
+    listed = "negatives: {listed: {files: n.csv, file: 0%s}}\n"
+    (fault,) = read(tmp_path, CSV % "", extra=listed % "").faults.messages
+    assert "'b.png' in column 0 (negatives.listed.file)" in fault and "negatives.listed.header: false" in fault
+    assert set(boxes(read(tmp_path, CSV % "", extra=listed % ", header: false"))) == {"a.png", "b.png", "c.png"}
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\nb.png,10,20,30,40,nod\n")
+    left_out = ", leave_out_listed: {files: n.csv, file: 0%s}"
+    (fault,) = read(tmp_path, CSV % (left_out % "")).faults.messages
+    assert "annotations.leave_out_listed.header: false" in fault
+    assert set(boxes(read(tmp_path, CSV % (left_out % ", header: false")))) == {"a.png"}
+
+
+def test_a_tab_in_single_quotes_is_a_tab(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.csv", (HEAD + "a.png,10,20,30,40,nod\n").replace(",", "\t"))
+    assert boxes(read(tmp_path, CSV % ", delimiter: '\\t'")) == {"a.png": [BOX]}
+
+
+@pytest.mark.parametrize("given", ["''", "'||'", "'\"'", r'"\n"'])
+def test_a_delimiter_is_one_character(given: str, tmp_path: Path) -> None:
+    with pytest.raises(UmedError, match="delimiter.*needed: one character"):
+        read(tmp_path, CSV % f", delimiter: {given}")
+
+
+def test_shares_are_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UmedError, match="fractions.*sum to nan; needed: 1"):
+        read(tmp_path, CSV % "", "{by: patient, fractions: {train: .nan, test: 0.5}}")
+
+
+@pytest.mark.parametrize("window", ["400, 40", "nan, 5", "0, inf", "5, 5", "wide"])
+def test_a_window_is_two_numbers_of_which_the_first_is_less(window: str, tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.csv", f'f,x1,y1,x2,y2,c,w\na.png,10,20,30,40,nod,"{window}"\n')
+    (fault,) = read(tmp_path, CSV.replace("lesion: c", "lesion: c, window: w") % "").faults.messages
+    assert f'a.csv:2: window is {window!r}; needed: "low, high"' in fault
+
+
+BY_COLUMN = "{by: column}"
+WITH_PATIENT = "{reader: csv, files: a.csv, columns: {file: f, box: [x1, y1, x2, y2], lesion: c, patient: p, split: s}}"
+
+
+def test_a_patient_that_pandas_made_a_float_is_the_same_patient(tmp_path: Path) -> None:
+    for name in "abcd":
+        put(tmp_path / f"{name}.png")
+    put(tmp_path / "a.csv", "f,x1,y1,x2,y2,c,p\na.png,10,20,30,40,nod,0.0\nb.png,10,20,30,40,nod, 1.0\n")
+    put(tmp_path / "n.csv", "f,p\nc.png,0\nd.png,01\n")
+    annotations = WITH_PATIENT.replace(", split: s", "")
+    found = read(tmp_path, annotations, extra="negatives: {listed: {files: n.csv, file: f, patient: p}}\n")
+    assert [item.patient for item in found.items] == ["0", "1", "0", "01"]
+    (remark,) = [line for line in found.faults.remarks if "leading zeros" in line]
+    assert "differ only by leading zeros or case, such as '01' and '1' (1 in all)" in remark
+
+
+def test_a_patient_in_two_splits_is_told_when_it_is_read(tmp_path: Path) -> None:
+    """Not by the check alone: people build without one."""
+    rows = "a.png,10,20,30,40,nod,P1,train\nb.png,10,20,30,40,nod,P1,test\n"
+    for name in "ab":
+        put(tmp_path / f"{name}.png")
+    put(tmp_path / "a.csv", "f,x1,y1,x2,y2,c,p,s\n" + rows)
+    (remark,) = [
+        line for line in read(tmp_path, WITH_PATIENT, BY_COLUMN).faults.remarks if "more than one split" in line
+    ]
+    assert remark.startswith("split: 1 patient is in more than one split (P1): results on test")

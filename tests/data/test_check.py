@@ -85,7 +85,7 @@ def test_the_tables(recipe_file: Path) -> None:
     assert lines["nodule"][:5] == ["2", "1", "1", "16 x 18", "1 / 0"]
     assert lines["cyst"][3:5] == ["25 x 40", "0 / 1"]
     assert "Terms: CC0. https://example.org/drawn" in text
-    assert "1 patients are in more than one split (drawn p1)" in text
+    assert "1 patient is in more than one split (p1)" in text
     assert "The recipe fits the data." in text
 
 

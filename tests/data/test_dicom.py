@@ -66,6 +66,14 @@ def test_an_unknown_window_function_is_refused_unless_the_recipe_chooses(tmp_pat
     assert grey(path, window=(0.0, 100.0)).max() == 255
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
+@pytest.mark.parametrize(("centre", "width"), [("nan", "5"), ("40", "inf")])
+def test_a_window_that_is_no_number_is_an_error(centre: str, width: str, tmp_path: Path) -> None:
+    path = write_dicom_as(tmp_path / "a.dcm", RAMP, ExplicitVRLittleEndian, WindowCenter=centre, WindowWidth=width)
+    with pytest.raises(UmedError, match=f"centre {centre} and width {width}; needed: numbers. Choose another"):
+        load_image(path)
+
+
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian])
 @pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("first", [-1024, 0, 1000])

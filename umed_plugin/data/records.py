@@ -12,6 +12,7 @@ no ``bbox``.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.data.augment_rule import augment_faults
 from umed_plugin.data.json_list import items_of
+from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.answer_types import PHRASE, asks_for_boxes, asks_for_diagnosis
+from umed_plugin.grounding.answer_types import ANSWER_TYPES, NEGATIVE, PHRASE, asks_for_boxes, asks_for_diagnosis
+from umed_plugin.grounding.boxes import is_degenerate, is_inside
 from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
 
 # Value of ``provenance.boxes`` where an anomaly map drew the box, and no person. ``provenance.box_score`` is its peak, 0-1.
 PSEUDO = "pseudo"
+_PIXELS = "real"  # ms-swift's name for boxes in pixels; it has "norm1" and "norm1000" for shares of the image
 
 _FIELDS = {
     "id": str,
@@ -44,7 +48,10 @@ _FAULTS_SHOWN = 10
 
 
 def record_faults(record: Any) -> list[str]:
-    """Why an item is not a valid record, field by field: what was found and what is needed. Empty for a valid record."""
+    """Why an item is not a valid record, field by field: what was found and what is needed. Empty for a valid record.
+
+    Whether boxes lie within the image is asked of files alone: `load_records`.
+    """
     if not isinstance(record, dict):
         return [f"is {type(record).__name__}; a record is an object"]
     faults = [f"has no field {name!r}" for name in _FIELDS if name not in record]
@@ -53,30 +60,53 @@ def record_faults(record: Any) -> list[str]:
             faults.append(f"field {name!r} is {type(record[name]).__name__}; needed: {kind.__name__}")
     if faults:
         return faults
-    refs, boxes = record["objects"].get("ref"), record["objects"].get("bbox")
+    return (
+        _object_faults(record)
+        + _value_faults(record)
+        + (augment_faults(record["augment"]) if "augment" in record else [])
+    )
+
+
+def _object_faults(record: Any) -> list[str]:
+    """What is wrong with the lesions: names, boxes, and the unit of the boxes."""
+    refs, boxes, unit = (record["objects"].get(key) for key in ("ref", "bbox", "bbox_type"))
     if not isinstance(refs, list) or not isinstance(boxes, list) or len(boxes) not in _lengths(record, refs):
-        faults.append("'objects' needs lists 'ref' and 'bbox' of the same length")
-    else:
-        faults += [
-            f"objects.ref {ref!r} is not in 'terms' ({', '.join(record['terms'])})"
-            for ref in refs
-            if ref not in record["terms"]
-        ]
-        if record["answer_type"] == PHRASE and not (isinstance(record.get("phrase"), str) and boxes):
-            faults.append("answer_type is 'phrase'; needed: a text 'phrase', and its boxes")
-        faults += [
-            f"objects.bbox[{i}] is {box!r}; needed: 4 numbers" for i, box in enumerate(boxes) if not _is_box(box)
-        ]
+        return ["'objects' needs lists 'ref' and 'bbox' of the same length"]
+    faults = [
+        f"objects.ref {ref!r} is not in 'terms' ({', '.join(record['terms'])})"
+        for ref in refs
+        if ref not in record["terms"]
+    ]
+    if record["answer_type"] == PHRASE and not (isinstance(record.get("phrase"), str) and boxes):
+        faults.append("answer_type is 'phrase'; needed: a text 'phrase', and its boxes")
+    if record["answer_type"] == NEGATIVE and boxes:
+        faults.append(f"answer_type is 'negative', but objects.bbox has {len(boxes)}; needed: none, or 'grounded'")
+    if unit not in (None, _PIXELS):
+        faults.append(f"objects.bbox_type is {unit!r}; needed: {_PIXELS!r}, boxes in pixels of the image. Convert them")
+    for index, box in enumerate(boxes):
+        if not _is_box(box):
+            faults.append(f"objects.bbox[{index}] is {box!r}; needed: 4 numbers, x1 < x2 and y1 < y2")
+    return faults
+
+
+def _value_faults(record: Any) -> list[str]:
+    """What is wrong with the fields that hold one of a few values, the size of the image, and the conversation."""
+    faults = []
     size, mode = record["image_size"], record["provenance"].get("image_aspect_ratio")
-    if len(size) != 2 or not all(type(value) is int and value > 0 for value in size):
+    if not _is_size(size):
         faults.append(f"'image_size' is {size!r}; needed: [width, height], whole numbers above 0")
-    if mode not in MODES:
-        faults.append(f"provenance.image_aspect_ratio is {mode!r}; allowed: {', '.join(MODES)}")
+    for found, name, allowed in (
+        (mode, "provenance.image_aspect_ratio", MODES),
+        (record["answer_type"], "answer_type", ANSWER_TYPES),
+        (record["split"], "split", SPLITS),
+    ):
+        if found not in allowed:
+            faults.append(f"{name} is {found!r}; allowed: {', '.join(allowed)}")
     if not _is_asked_and_answered(record["conversations"]):
         faults.append(
             "'conversations' needs a turn from 'human' and then one from 'gpt', each with its text as 'value'"
         )
-    return faults + (augment_faults(record["augment"]) if "augment" in record else [])
+    return faults
 
 
 def _lengths(record: Any, refs: list[Any]) -> tuple[int, ...]:
@@ -95,8 +125,24 @@ def _is_plain_item(record: Any) -> bool:
     )
 
 
+def _is_size(size: Any) -> bool:
+    return len(size) == 2 and all(type(value) is int and value > 0 for value in size)
+
+
 def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(value, (int, float)) for value in box)
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    return all(type(value) in (int, float) and math.isfinite(value) for value in box) and not is_degenerate(box)
+
+
+def _outside_faults(record: Record) -> list[str]:
+    """Boxes of a valid record that leave its image. Those of augmented studies may reach into the padding; no file holds them."""
+    width, height = record["image_size"]
+    return [
+        f"objects.bbox[{index}] is {box!r}; needed: within the image of {width} x {height} pixels"
+        for index, box in enumerate(record["objects"]["bbox"])
+        if not is_inside(box, width, height)
+    ]
 
 
 def is_diagnosed(record: Record) -> bool:
@@ -197,7 +243,7 @@ class RecordsCheck:
         if _is_plain_item(record):
             self._plain += 1
             self._first_plain = index if self._first_plain is None else self._first_plain
-        elif found := record_faults(record):
+        elif found := record_faults(record) or _outside_faults(record):
             self._fault_count += len(found)
             if len(self._faults) < _FAULTS_SHOWN:
                 self._faults += [f"{self._path}[{index}]: {fault}" for fault in found]

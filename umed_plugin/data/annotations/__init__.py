@@ -19,7 +19,13 @@ from umed_plugin.data.annotations.labels import check_labels
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
-from umed_plugin.data.annotations.patients import set_patients, tell_empty_files, tell_empty_splits, tell_headers
+from umed_plugin.data.annotations.patients import (
+    set_patients,
+    tell_empty_files,
+    tell_empty_splits,
+    tell_headers,
+    tell_shared_patients,
+)
 from umed_plugin.data.annotations.phrases import leave_out_without_phrase
 from umed_plugin.data.annotations.splits import deal_out, without_copies_held_out
 from umed_plugin.data.annotations.units import check_stated_sizes, check_units
@@ -89,8 +95,10 @@ def _deal_out(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet
         # A mixture chooses from its sources, and says itself which of its splits are empty.
         if not recipe.mixture:
             tell_empty_splits(items, recipe.split.fractions, annotations.faults)
-    elif recipe.split.by == "file":
+        return
+    if recipe.split.by == "file":
         tell_empty_files(items, recipe, annotations.faults)
+    tell_shared_patients(items, annotations.faults)
 
 
 def _without_left_out(items: list[Annotated], annotations: AnnotationSet) -> list[Annotated]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -171,6 +172,10 @@ def in_unit(box: Box, unit: Unit) -> Box:
 
 
 def stated_size(width: Any, height: Any) -> Optional[tuple[int, int]]:
-    """Width and height in pixels; None where a tool writes 0 for what it does not know."""
-    sides = [int(side) if isinstance(side, float) and side.is_integer() else side for side in (width, height)]
-    return (sides[0], sides[1]) if all(sides) else None
+    """Width and height in pixels; None where a tool writes 0 for what it does not know, or after a fault of `is_pixels`."""
+    return (int(width), int(height)) if is_pixels(width) and is_pixels(height) and width and height else None
+
+
+def is_pixels(side: Any) -> bool:
+    """Whether a value is a whole number of pixels, 0 or more; it may be written as 100.0."""
+    return type(side) in (int, float) and 0 <= side < math.inf and side == int(side)

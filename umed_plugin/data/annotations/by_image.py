@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 
 from pydantic import Field, field_validator, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, as_xyxy, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, as_xyxy, four_numbers, in_unit, is_pixels, stated_size
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.labels import labels_of
@@ -245,7 +245,7 @@ def _size(entry: dict[str, Any], where: str, options: JsonOptions, faults: Fault
     if options.size is None:
         return None
     width, height = (entry.get(name) for name in options.size)
-    if not isinstance(width, int) or not isinstance(height, int):
+    if not is_pixels(width) or not is_pixels(height):
         faults.add(where, f"{' and '.join(options.size)} are {[width, height]}; needed: whole numbers of pixels")
         return None
     return stated_size(width, height)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Optional
 
+from umed_plugin.data.images import DICOM_ENDINGS, NIFTI_ENDINGS
+from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.recipes.options import Column
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def titled(rows: list[list[str]], has_header: bool) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The titles of the columns, and the other rows with the numbers of their lines; without a header, titles are 0, 1, 2, ..."""
+    if not rows:
+        return [], []
+    titles = [title.strip() for title in rows[0]] if has_header else [str(column) for column in range(len(rows[0]))]
+    return titles, list(enumerate(rows, start=1))[has_header:]
 
 
 def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:
@@ -24,7 +37,23 @@ def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Pat
                 f"has {header.count(column)} columns {column!r} ({role}). Name the one that is meant by its number",
             )
             good = False
+        elif isinstance(column, int) and _is_data(header[column], role, column):
+            faults.add(
+                path,
+                f"its first line has {header[column]!r} in column {column} ({role}). If that is data and no title: "
+                f"{role.split('.columns')[0].removesuffix('.file')}.header: false. Else give the column another title",
+            )
+            good = False
     return good
+
+
+def _is_data(cell: str, role: str, column: int) -> bool:
+    """Whether a header's cell is a value. pandas writes the numbers of the columns as titles, which are none."""
+    if role.endswith(".file"):
+        return cell.lower().endswith(RASTER_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
+    parts = [part for part in re.split(r"[,;\s]+", cell.strip(" []()")) if part]
+    is_number = bool(parts) and all(_NUMBER.fullmatch(part) for part in parts)
+    return is_number and cell != str(column) and role.endswith((".box", ".slice", ".window"))
 
 
 def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal, Optional
 
 from pydantic import Field, model_validator
 
-from umed_plugin.data.annotations.base import Annotated, drop_box, four_numbers, in_unit, stated_size
+from umed_plugin.data.annotations.base import Annotated, drop_box, four_numbers, in_unit, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, json_files
 from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
 from umed_plugin.data.recipes.options import Unit
@@ -182,8 +181,8 @@ class _CocoFile:
             if entry["id"] in by_id:
                 continue
             sides = (entry["width"], entry["height"])
-            if not all(0 <= side < math.inf for side in sides):
-                self.faults.add(where, f"width and height are {list(sides)}; needed: numbers of pixels")
+            if not all(map(is_pixels, sides)):
+                self.faults.add(where, f"width and height are {list(sides)}; needed: whole numbers of pixels")
             size = stated_size(*sides)
             by_id[entry["id"]] = Annotated(
                 self.folders.find([name]), [], [], where, size, bool(self.options.normalised), split=self.split

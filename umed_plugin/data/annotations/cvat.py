@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, drop_box, stated_size
+from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, turned_rectangle
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -86,8 +86,9 @@ def _item(
         faults.add(where, "has no name; needed: the image's file")
         return None
     sides = numbers([element.get("width", "0"), element.get("height", "0")])
-    if sides is None or min(sides) < 0:
-        faults.add(where, f"width and height are {[element.get('width'), element.get('height')]}; needed: pixels")
+    if sides is None or not all(map(is_pixels, sides)):
+        found = [element.get("width"), element.get("height")]
+        faults.add(where, f"width and height are {found}; needed: whole numbers of pixels")
         return None
     names = [f"{subset}/{name}", name] if subset else [name]
     item = Annotated(folders.find(names), [], [], where, stated_size(*sides))

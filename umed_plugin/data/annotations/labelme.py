@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
-from umed_plugin.data.annotations.base import Annotated, drop_box, stated_size
+from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files
 from umed_plugin.data.annotations.shapes import Point, extent, points_of
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -80,8 +80,8 @@ def _item(path: Path, content: Any, folders: ImageFolders, faults: Faults) -> Op
 
 def _size(path: Path, content: dict[str, Any], faults: Faults) -> Optional[tuple[int, int]]:
     sides = [content.get(name) or 0 for name in ("imageWidth", "imageHeight")]
-    if any(isinstance(side, bool) or not isinstance(side, (int, float)) or not 0 <= side < math.inf for side in sides):
-        faults.add(path, f"imageWidth and imageHeight are {sides}; needed: numbers of pixels")
+    if not all(map(is_pixels, sides)):
+        faults.add(path, f"imageWidth and imageHeight are {sides}; needed: whole numbers of pixels")
         return None
     return stated_size(*sides)
 

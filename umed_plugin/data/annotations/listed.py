@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
-from umed_plugin.data.annotations.cells import cell_of, columns_exist
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
 from umed_plugin.data.annotations.finding import annotation_file
 from umed_plugin.data.recipes.options import ImageList
 from umed_plugin.data.texts import read_rows
@@ -28,9 +28,9 @@ class ListedImages:
         rows = faults.read(read_rows, path, rule.delimiter) if path is not None else None
         if path is None or not rows:
             return
-        header = [title.strip() for title in rows[0]]
+        header, data = titled(rows, rule.header)
         if columns_exist([("annotations.leave_out_listed.file", rule.file)], header, path, faults):
-            self._names = {_name(cell_of(row, header, rule.file)) for row in rows[1:]} - {""}
+            self._names = {_name(cell_of(row, header, rule.file)) for _, row in data} - {""}
 
     def reason(self, file: str) -> str:
         """Why an image is left out; empty for one that is not listed."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
-from umed_plugin.data.annotations.cells import cell_of, columns_exist
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
@@ -75,7 +75,7 @@ def _read_list(listed: NegativeList, options: ReaderOptions, root: Path, annotat
     rows = faults.read(read_rows, path, listed.delimiter) if path is not None else None
     if path is None or not rows:
         return []
-    header = [title.strip() for title in rows[0]]
+    header, data = titled(rows, listed.header)
     if not columns_exist(_columns(listed), header, path, faults):
         return []
     folders = ImageFolders(options, root, "", path.parent, faults)
@@ -83,7 +83,7 @@ def _read_list(listed: NegativeList, options: ReaderOptions, root: Path, annotat
     applied = Applied({f"negatives.listed.only_rows.{title}": values for title, values in listed.only_rows.items()})
     items: dict[str, Annotated] = {}
     others: set[str] = set()
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in data:
         where, file = f"{path}:{number}", cell_of(row, header, listed.file)
         for title in listed.only_rows:
             applied.meet(f"negatives.listed.only_rows.{title}", cell_of(row, header, title))

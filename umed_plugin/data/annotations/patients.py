@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,6 +22,8 @@ from umed_plugin.faults import Faults
 
 _PATIENT_ID = 0x00100020
 _DICOM = (".dcm", ".dicom", ".ima", "")
+_WHOLE = re.compile(r"^(\d+)\.0+$")  # pandas writes the patient 7 as 7.0 where another row has none
+_NAMED = 5
 # A patient with more than half of at least so many images is mostly a name that was cut or matched too short.
 _ENOUGH_IMAGES = 10
 
@@ -33,6 +35,7 @@ def set_patients(items: Sequence[Annotated], rule: SplitRule, root: Path, faults
     for item in items:
         path = os.path.relpath(item.image, root).replace(os.sep, "/")
         item.copy_of = _first_group(rule.copy_pattern, path)
+        item.patient = _WHOLE.sub(r"\1", item.patient.strip())
         in_header = hashed_patient(item.image) if by_header else None
         if by_header and in_header is None:
             unnamed["header"].append(item)
@@ -44,6 +47,7 @@ def set_patients(items: Sequence[Annotated], rule: SplitRule, root: Path, faults
         item.patient = in_header or item.patient or matched or item.copy_of or without_ending(item.image.name)
     _tell_unnamed(items, unnamed, rule, faults)
     _tell_largest(items, faults)
+    _tell_alike({item.patient for item in items}, faults)
 
 
 def _first_group(pattern: Optional[str], path: str) -> str:
@@ -94,6 +98,20 @@ def _tell_largest(items: Sequence[Annotated], faults: Faults) -> None:
         faults.remark("split", f"patient {patient!r} has {count} of {len(items)} images, which all go to one split")
 
 
+def _tell_alike(patients: Collection[str], faults: Faults) -> None:
+    """Remark on names that differ by leading zeros or case alone: one person under two names may be in train and in test."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for patient in sorted(patients):
+        spellings[re.sub(r"(?<!\d)0+(?=\d)", "", patient.casefold())].append(patient)
+    alike = [names for names in spellings.values() if len(names) > 1]
+    if alike:
+        faults.remark(
+            "split",
+            f"patients have names that differ only by leading zeros or case, such as {alike[0][0]!r} and {alike[0][1]!r} "
+            f"({len(alike)} in all). They count as different patients. If they are the same, write the names in one way",
+        )
+
+
 def tell_empty_splits(items: Sequence[Annotated], fractions: Mapping[Any, float], faults: Faults) -> None:
     """Remark on splits of patients that were asked for and stay empty."""
     patients = {(item.recipe.name, item.patient) for item in items}
@@ -109,6 +127,21 @@ def tell_empty_files(items: Sequence[Annotated], recipe: Recipe, faults: Faults)
     for split in sorted(named - {item.split for item in items}):
         if items:
             faults.remark("split", f"{split!r} is empty, and annotations.files or split_lists name it")
+
+
+def tell_shared_patients(items: Sequence[Annotated], faults: Faults) -> None:
+    """Remark on patients that files or a column put into several splits: the test then has patients seen in training."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        splits[item.patient].add(item.split)
+    shared = sorted(patient for patient, found in splits.items() if len(found) > 1)
+    if shared:
+        faults.remark(
+            "split",
+            f"{len(shared)} patient{'s are' if len(shared) > 1 else ' is'} in more than one split "
+            f"({', '.join(shared[:_NAMED])}): results on test will look better than they are. To split by patient: "
+            "split: {by: patient}",
+        )
 
 
 def tell_headers(items: Sequence[Annotated], rule: SplitRule, faults: Faults) -> None:

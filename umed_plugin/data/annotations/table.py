@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated, as_xyxy, in_unit
-from umed_plugin.data.annotations.cells import cell_of, columns_exist
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.annotations.labels import labels_of, split_label
@@ -33,12 +34,12 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
         rows = faults.read(read_rows, path, options.delimiter) if path is not None else None
         if path is None or rows is None:
             continue
-        header = [title.strip() for title in rows[0]] if rows else []
+        header, data = titled(rows, options.header)
         if columns_exist(_wanted_columns(options), header, path, faults):
             folders = ImageFolders(options, root, split, path.parent, faults)
             table = _Table(options, header, path, folders, split, faults, applied)
             table.listed = listed
-            items += table.items(rows[1:])
+            items += table.items(data)
     if not faults.messages:
         applied.tell(faults)
         listed.tell(faults)
@@ -87,9 +88,9 @@ class _Table:
         self.listed = ListedImages(None, path.parent, faults)
         self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
 
-    def items(self, rows: list[list[str]]) -> list[Annotated]:
+    def items(self, rows: list[tuple[int, list[str]]]) -> list[Annotated]:
         merged: dict[tuple[object, ...], Annotated] = {}
-        for number, row in enumerate(rows, start=2):
+        for number, row in rows:
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
             item = self._item(row, f"{self.path}:{number}") if self._is_whole(row, number) else None
@@ -290,7 +291,9 @@ class _Table:
         try:
             low, high = (float(part) for part in _numbers(text))
         except ValueError:
-            self.faults.add(where, f'window is {text!r}; needed: "low, high"')
+            low = high = math.nan
+        if not -math.inf < low < high < math.inf:  # a NaN is neither
+            self.faults.add(where, f'window is {text!r}; needed: "low, high", two numbers of which the first is less')
             return None
         return low, high
 

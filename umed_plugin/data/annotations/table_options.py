@@ -11,6 +11,8 @@ from umed_plugin.data.recipes.options import (
     BoxColumns,
     Column,
     Convention,
+    Delimiter,
+    HasHeader,
     ImageList,
     Split,
     Unit,
@@ -52,7 +54,7 @@ class CsvColumns(StrictModel):
 
 
 class CsvOptions(ReaderOptions):
-    """CSV with a header line. Rows of the same image (and slice) belong together."""
+    """CSV, with a header line unless ``header: false``. Rows of the same image (and slice) belong together."""
 
     yaml_example_ = """
 annotations:
@@ -66,7 +68,8 @@ annotations:
     columns: CsvColumns = Field(description="Which column holds what.")
     convention: Convention = "xyxy"
     normalised: Unit = False
-    delimiter: str = Field(",", description="Character between two columns.")
+    delimiter: Delimiter = ","
+    header: HasHeader = True
     label_separator: Optional[str] = Field(
         None,
         min_length=1,

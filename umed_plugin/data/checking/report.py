@@ -51,14 +51,6 @@ def print_check(check: RecipeCheck, console: Console) -> None:
     console.print(classes_table(check).for_terminal())
     for line in check.annotations.unused_options + check.annotations.faults.remarks:
         console.print(one_line(line), style="yellow", soft_wrap=True)
-    shared = check.shared_patients
-    if shared:
-        console.print(
-            Text.assemble(
-                (f"{len(shared)} patients are in more than one split", "yellow"),
-                f" ({one_line(', '.join(shared[:_SHOWN]))}): results on test will look better than they are.",
-            )
-        )
     _print_leaks(check, console)
     _print_plausibility(check, console)
     _print_missing(check, console)

@@ -117,6 +117,10 @@ def own_view(header: FrameHeader, path: Path) -> Optional[View]:
         if tables:
             return TableView(*_table(tables[0], header))
         centre, width = (_first(getattr(part, name, None)) for name in ("WindowCenter", "WindowWidth"))
+        if not np.isfinite([centre or 0, width or 0]).all():
+            raise UmedError(
+                f"{path}: its window has centre {centre:g} and width {width:g}; needed: numbers. Choose another: image.window"
+            )
         if centre is not None and width is not None and width > 0:
             return _window(centre, width, str(getattr(part, "VOILUTFunction", None) or "LINEAR"), path)
         # Floating-point pixels have no BitsStored (PS3.3 C.7.6.24).

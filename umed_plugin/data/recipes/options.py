@@ -76,7 +76,7 @@ class AbnormalityClass(StrictModel):
 
 
 def _sum_to_one(value: dict[str, float]) -> dict[str, float]:
-    if not value or abs(sum(value.values()) - 1) > 1e-6 or min(value.values()) < 0:
+    if not value or not abs(sum(value.values()) - 1) <= 1e-6 or min(value.values()) < 0:  # a NaN is no share either
         raise ValueError(f"sum to {sum(value.values()):g}; needed: 1, none below 0")
     return value
 
@@ -201,12 +201,32 @@ class ReadersRule(StrictModel):
         return self
 
 
+def _one_character(value: str) -> str:
+    if value == "\\t":  # in single quotes, YAML keeps the backslash
+        return "\t"
+    if len(value) != 1 or value in '"\r\n':
+        raise ValueError(f"is {value!r}; needed: one character, such as ',' or ';', or \\t for a tab")
+    return value
+
+
+Delimiter = Annotated[
+    str, AfterValidator(_one_character), Field(description="Character between two columns. ``\\t`` is a tab.")
+]
+HasHeader = Annotated[
+    bool,
+    Field(
+        description="Whether the first line holds the titles of the columns. If not, name the columns by their numbers."
+    ),
+]
+
+
 class ImageList(StrictModel):
     """A CSV that names images."""
 
     files: str = Field(description="The CSV under the data root. A pattern stands for the one file that it matches.")
     file: Column = Field(description="Column of the image file. Folders in it are not compared.")
-    delimiter: str = Field(",", description="Character between two columns.")
+    delimiter: Delimiter = ","
+    header: HasHeader = True
 
 
 ProbeKind = Literal["wrong_image", "removed_option", "false_premise", "suggestion"]
@@ -237,7 +257,8 @@ class NegativeList(StrictModel):
     only_rows: dict[str, list[str]] = Field(
         {}, description="Column header and the values to keep. Other rows are left out."
     )
-    delimiter: str = Field(",", description="Character between two columns.")
+    delimiter: Delimiter = ","
+    header: HasHeader = True
 
 
 class HoldOut(StrictModel):
