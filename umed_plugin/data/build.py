@@ -20,11 +20,12 @@ from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
 from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS
-from umed_plugin.data.recipes.options import SPLITS, ProbesRule
+from umed_plugin.data.recipes.options import ProbesRule
 from umed_plugin.data.recipes.recipe import AnyRecipe
 from umed_plugin.data.record_writer import written_record
 from umed_plugin.data.records import Record
 from umed_plugin.data.shards import Shard
+from umed_plugin.data.splits import SPLITS
 from umed_plugin.data.volumes import choose_slices
 from umed_plugin.errors import UmedError, UsageError, unknown_name, warn
 from umed_plugin.faults import Faults

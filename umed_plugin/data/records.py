@@ -20,7 +20,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.data.augment_rule import augment_faults
 from umed_plugin.data.json_list import items_of
-from umed_plugin.data.recipes.options import SPLITS
+from umed_plugin.data.splits import SPLITS
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.answer_types import ANSWER_TYPES, NEGATIVE, PHRASE, asks_for_boxes, asks_for_diagnosis

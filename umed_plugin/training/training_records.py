@@ -22,10 +22,10 @@ from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.build import build_records
 from umed_plugin.data.image_files import check_image_files
 from umed_plugin.data.images import READERS, file_states
-from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
 from umed_plugin.data.record_file import JoinedRecords, RecordFile, make_index, open_records
 from umed_plugin.data.records import check_exists, not_records, save_records
+from umed_plugin.data.splits import SPLITS
 from umed_plugin.data.texts import read_json
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.rules import REWARDING

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from umed_plugin.commands.serve.uploads import ALLOWED, Received
 from umed_plugin.commands.serve.views import Item, Plane, View, edges_of, plane_edges, plane_names, says_ct, windows_of
+from umed_plugin.data.endings import RASTER_ENDINGS
 from umed_plugin.data.images import StoredSlice, load_image, read_stored, slice_count
 from umed_plugin.data.images.dicom import open_header
 from umed_plugin.data.images.nifti import volume_shape
-from umed_plugin.data.images.raster import RASTER_ENDINGS
 from umed_plugin.data.images.series import series_stack
 from umed_plugin.data.images.stored import Limits, limited, unreadable
 from umed_plugin.data.images.windows import range_of

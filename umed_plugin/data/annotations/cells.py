@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
-from umed_plugin.data.images import DICOM_ENDINGS, NIFTI_ENDINGS
-from umed_plugin.data.images.raster import RASTER_ENDINGS
+from umed_plugin.data.endings import IMAGE_ENDINGS
 from umed_plugin.data.recipes.options import Column
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults
@@ -50,7 +49,7 @@ def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Pat
 def _is_data(cell: str, role: str, column: int) -> bool:
     """Whether a header's cell is a value. pandas writes the numbers of the columns as titles, which are none."""
     if role.endswith(".file"):
-        return cell.lower().endswith(RASTER_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
+        return cell.lower().endswith(IMAGE_ENDINGS)
     parts = [part for part in re.split(r"[,;\s]+", cell.strip(" []()")) if part]
     is_number = bool(parts) and all(_NUMBER.fullmatch(part) for part in parts)
     return is_number and cell != str(column) and role.endswith((".box", ".slice", ".window"))

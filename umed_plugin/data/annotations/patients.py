@@ -16,8 +16,9 @@ from typing import Any, Optional
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import without_ending
-from umed_plugin.data.recipes.options import SPLITS, SplitRule
+from umed_plugin.data.recipes.options import SplitRule
 from umed_plugin.data.recipes.recipe import Recipe
+from umed_plugin.data.splits import SPLITS
 from umed_plugin.faults import Faults
 
 _PATIENT_ID = 0x00100020

@@ -13,8 +13,9 @@ from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.cells import cell_of, columns_exist
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.table import checked_split
-from umed_plugin.data.recipes.options import SPLITS, Column
+from umed_plugin.data.recipes.options import Column
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.splits import SPLITS
 from umed_plugin.data.texts import read_json, read_rows
 from umed_plugin.faults import Faults, StrictModel
 

@@ -11,7 +11,8 @@ import os
 from collections.abc import Sequence
 
 from umed_plugin.data.annotations.base import Annotated
-from umed_plugin.data.recipes.options import SPLITS, SplitRule
+from umed_plugin.data.recipes.options import SplitRule
+from umed_plugin.data.splits import SPLITS
 
 
 def deal_out(items: Sequence[Annotated], rule: SplitRule) -> None:

@@ -15,8 +15,9 @@ from umed_plugin.data.annotations.labels import labels_of, split_label
 from umed_plugin.data.annotations.listed import ListedImages
 from umed_plugin.data.annotations.phrases import checked_phrase
 from umed_plugin.data.annotations.table_options import CsvOptions
-from umed_plugin.data.recipes.options import SPLITS, Column, Split
+from umed_plugin.data.recipes.options import Column
 from umed_plugin.data.recipes.readers import register_reader
+from umed_plugin.data.splits import SPLITS, Split
 from umed_plugin.data.texts import read_rows
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults

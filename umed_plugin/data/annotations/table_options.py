@@ -14,12 +14,12 @@ from umed_plugin.data.recipes.options import (
     Delimiter,
     HasHeader,
     ImageList,
-    Split,
     Unit,
     compiled,
     with_text_keys,
 )
 from umed_plugin.data.recipes.readers import ReaderOptions
+from umed_plugin.data.splits import Split
 from umed_plugin.faults import StrictModel
 
 

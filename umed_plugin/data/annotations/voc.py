@@ -11,8 +11,8 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files, without_ending
-from umed_plugin.data.recipes.options import Split
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.splits import Split
 from umed_plugin.data.texts import read_text, read_xml
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 from umed_plugin.data.checking.check import MOST_AT_ENDS, RecipeCheck
-from umed_plugin.data.recipes.options import SPLITS
 from umed_plugin.data.recipes.recipe import Mixture
+from umed_plugin.data.splits import SPLITS
 
 LOOKED_AT = (
     "boxes under a pixel",

@@ -18,11 +18,11 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from umed_plugin.data.endings import DICOM_ENDINGS, IMAGE_ENDINGS, NIFTI_ENDINGS, RASTER_ENDINGS
 from umed_plugin.data.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.data.images.nifti import read_nifti, volume_shape
 from umed_plugin.data.images.raster import (
     DEEP_MODES,
-    RASTER_ENDINGS,
     opened_raster,
     raster_pages,
     read_by_llava,
@@ -60,9 +60,6 @@ __all__ = [
     "show_image",
     "slice_count",
 ]
-
-NIFTI_ENDINGS = (".nii", ".nii.gz")
-DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 
 
 @dataclass(frozen=True)
@@ -326,7 +323,7 @@ def read_stored(
         return read_dicom(path, slice)
     if name.endswith(RASTER_ENDINGS):
         return read_raster(path, offset, slice)
-    endings = ", ".join(RASTER_ENDINGS + DICOM_ENDINGS + NIFTI_ENDINGS)
+    endings = ", ".join(IMAGE_ENDINGS)
     raise UmedError(f"{path}: has neither a known file extension nor a DICOM header. Allowed: {endings}")
 
 

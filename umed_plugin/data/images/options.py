@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from umed_plugin.data.images import NIFTI_ENDINGS, slice_count
-from umed_plugin.data.images.raster import RASTER_ENDINGS
+from umed_plugin.data.endings import NIFTI_ENDINGS, RASTER_ENDINGS
+from umed_plugin.data.images import slice_count
 from umed_plugin.data.recipes.recipe import Recipe
 
 # Option -> the images that it acts on, in words.

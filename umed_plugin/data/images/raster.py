@@ -15,10 +15,10 @@ from typing import Any, Optional
 
 import numpy as np
 
+from umed_plugin.data.endings import RASTER_ENDINGS
 from umed_plugin.data.images.stored import Remark, StoredSlice, check_file_size, check_size, checked_index, unreadable
 from umed_plugin.errors import UmedError
 
-RASTER_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 # Pillow goes by the content and would start other programs for some formats (EPS), whatever the file is called.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000", "PPM")

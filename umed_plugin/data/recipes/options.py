@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal, Optional, Union
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from umed_plugin.data.splits import Split
 from umed_plugin.errors import unknown_name
 from umed_plugin.faults import StrictModel
-
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

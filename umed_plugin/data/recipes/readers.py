@@ -13,7 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, Optional, Union
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
-from umed_plugin.data.recipes.options import InWords, ReadersRule, Split, checked_template
+from umed_plugin.data.recipes.options import InWords, ReadersRule, checked_template
+from umed_plugin.data.splits import Split
 from umed_plugin.faults import Faults, StrictModel
 from umed_plugin.registry import Registry
 
