@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from pydantic import Field
 
@@ -16,12 +14,11 @@ from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.brush import decode_brush
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
+from umed_plugin.data.annotations.studio_images import Group, ImageTags, image_names, region_kind
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
-# What Label Studio puts before the name of an uploaded file.
-_UPLOADED = re.compile(r"^[0-9a-f]{8}-")
 # Fields of a JSON-MIN entry that are no control tags of the labelling interface.
 _OF_ENTRY = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")
 
@@ -47,6 +44,11 @@ annotations:
         None,
         description="Regular expression and replacement that turn the image's field into a path, which is tried first.",
     )
+    to_name: Optional[str] = Field(
+        None,
+        description="Where a task shows several images: the image tag of the labelling interface whose regions are read. "
+        "Regions of the other images are left out. Name the file of the same image by ``image``.",
+    )
     patient: Optional[str] = Field(None, description="Field of a task's data that names the patient.")
     no_finding: list[str] = Field(
         [],
@@ -65,7 +67,7 @@ class _Task:
     where: str
     data: dict[str, Any]
     annotator: str
-    results: list[list[dict[str, Any]]]
+    results: list[Group]
 
 
 @register_reader("label_studio", LabelStudioOptions)
@@ -100,12 +102,14 @@ class _Export:
     def __init__(self, options: LabelStudioOptions, path: Path, folders: ImageFolders, faults: Faults) -> None:
         self.options, self.path, self.folders, self.faults = options, path, folders, faults
         self.names = Renamed(options.rename)
+        self.tags = ImageTags(options.to_name, path, faults)
         self.written: dict[Path, str] = {}
         self.parted: list[str] = []
 
     def tell(self) -> None:
-        """Remark on what may be read otherwise than it was meant."""
+        """Say what may be read otherwise than it was meant."""
         self.names.tell(self.path, self.faults)
+        self.tags.tell()
         if self.parted:
             self.faults.remark(
                 self.parted[0],
@@ -154,31 +158,37 @@ class _Export:
         if "annotation_id" not in entry:
             self.faults.left_out["tasks", "without a submitted annotation"] += 1
             return
-        results: list[list[dict[str, Any]]] = []
+        results: list[Group] = []
+        drawn: list[str] = []
         for key, value in entry.items():
             if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
                 continue
-            if isinstance(value, list) and any(_kind(region) for region in value if isinstance(region, dict)):
+            if isinstance(value, list) and any(region_kind(region) for region in value if isinstance(region, dict)):
                 results += [[{"value": region, **region}] for region in value if isinstance(region, dict)]
+                drawn.append(key)
             elif isinstance(value, dict) and "choices" in value:
                 results.append([{"value": value}])
             elif isinstance(value, str) and value in self.options.no_finding:
                 results.append([{"value": {"choices": [value]}}])
-        yield _Task(where, entry, _annotator(entry.get("annotator")), results)
+        if self.tags.one_of_min(drawn, entry, where):
+            yield _Task(where, entry, _annotator(entry.get("annotator")), results)
 
     def item(self, task: _Task) -> Optional[Annotated]:
         """The image as one annotator read it; None after a fault."""
+        results = self.tags.on_image(task.results, task.data, task.where)
         image = self._image(task)
-        if image is None:
+        if image is None or results is None:
             return None
         item = Annotated(image, [], [], task.where, normalised=True, reader=task.annotator)
         item.patient = str(task.data.get(self.options.patient) or "") if self.options.patient is not None else ""
         others: Counter[str] = Counter()
-        for group in task.results:
+        for group in results:
             self._add(item, group, others)
         said = [name for name in others if name not in self.options.no_finding]
         if said and not item.boxes:
             item.left_out = "has choices or texts, but no region; annotations.no_finding"
+        if len(results) < len(task.results) and not item.boxes:
+            item.left_out = "has regions on other images of its task alone; annotations.to_name"
         return item
 
     def _image(self, task: _Task) -> Optional[Path]:
@@ -201,10 +211,10 @@ class _Export:
             return None
         return image
 
-    def _add(self, item: Annotated, group: list[dict[str, Any]], others: Counter[str]) -> None:
+    def _add(self, item: Annotated, group: Group, others: Counter[str]) -> None:
         """Add the boxes of one region, or count what an annotation says without one."""
         values = [result["value"] for result in group if isinstance(result.get("value"), dict)]
-        kinds = [_kind(value) for value in values]
+        kinds = [region_kind(value) for value in values]
         if not any(kinds):
             others.update(_said(values))
             return
@@ -270,16 +280,6 @@ class _Export:
         return [turned_rectangle((x, y, x + a, y + b), found[4], (x, y))]
 
 
-def _kind(value: dict[str, Any]) -> str:
-    """Kind of a region by its fields; empty for a choice, a text or a relation."""
-    for key, kind in (("rle", "brush"), ("points", "polygon"), ("vertices", "vector"), ("radiusX", "ellipse")):
-        if key in value:
-            return kind
-    if "x" not in value:
-        return ""
-    return "rectangle" if "height" in value else "keypoint"
-
-
 def _labels(value: dict[str, Any]) -> list[str]:
     found = [value[key] for key in value if key.endswith("labels")]
     return [str(label) for labels in found for label in (labels if isinstance(labels, list) else [labels])]
@@ -291,9 +291,9 @@ def _said(values: list[dict[str, Any]]) -> list[str]:
     return [str(one)[:80] for part in found for one in (part if isinstance(part, list) else [part])]
 
 
-def _grouped(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _grouped(results: list[dict[str, Any]]) -> list[Group]:
     """Results of one region have the same id: its shape, its label, and texts about it."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
+    groups: dict[Any, Group] = {}
     for number, result in enumerate(results):
         key = result.get("id")
         groups.setdefault(key if isinstance(key, (str, int)) else ("", number), []).append(result)
@@ -305,21 +305,3 @@ def _annotator(written: Any) -> str:
     if isinstance(written, dict):
         written = written.get("email") or written.get("id")
     return "" if written is None else str(written)
-
-
-def image_names(written: str) -> list[str]:
-    """Names under which the image of a task is looked for, the longest first.
-
-    Example:
-        >>> from umed_plugin.data.annotations.label_studio import image_names
-        >>> image_names("/data/upload/3/0a1b2c3d-ct%201.png")
-        ['data/upload/3/0a1b2c3d-ct 1.png', '0a1b2c3d-ct 1.png', 'ct 1.png']
-        >>> image_names("/data/local-files/?d=set/a.png")
-        ['set/a.png', 'a.png']
-    """
-    parts = urlsplit(written.replace("\\", "/"))
-    path = unquote(parts.path)
-    if parts.path.rstrip("/").endswith("local-files"):
-        path = parse_qs(parts.query).get("d", [path])[0]
-    last = path.rsplit("/", 1)[-1]
-    return list(dict.fromkeys([path.lstrip("/") or written, last or written, _UPLOADED.sub("", last) or written]))
