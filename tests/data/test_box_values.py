@@ -43,6 +43,51 @@ def test_bbox_and_segmentation_must_agree(tmp_path: Path) -> None:
     assert boxes(read(tmp_path, COCO % "")) == {"a.png": [OTHER]}
 
 
+def rotation(value: str) -> str:
+    """An object's attributes as CVAT writes them to Pascal VOC."""
+    return f"<attributes><attribute><name>rotation</name><value>{value}</value></attribute></attributes>"
+
+
+@pytest.mark.parametrize(
+    ("written", "more", "expected"),
+    [
+        (([30, 35, 40, 10], {"segmentation": []}), "", (45, 20, 55, 60)),
+        # Of an outline the bbox is the extent already.
+        (([45, 20, 10, 40], {"segmentation": [[45, 20, 55, 20, 55, 60, 45, 60]]}), "", (45, 20, 55, 60)),
+        (([0.3, 0.4375, 0.4, 0.125], {}), ", normalised: true", (0.45, 0.25, 0.55, 0.75)),
+    ],
+)
+def test_cvats_rotation_in_coco(tmp_path: Path, written: Any, more: str, expected: tuple[float, ...]) -> None:
+    put(tmp_path / "a.png")
+    box, fields = written
+    coco(tmp_path, [(1, "a.png")], [(1, box, {**fields, "attributes": {"occluded": False, "rotation": 90.0}})])
+    assert boxes(read(tmp_path, COCO % more)) == {"a.png": [pytest.approx(expected)]}
+
+
+@pytest.mark.parametrize(("convention", "expected"), [("half_open", (45, 20, 55, 60)), ("one_based", (44, 19, 55, 60))])
+def test_cvats_rotation_in_voc(tmp_path: Path, convention: str, expected: tuple[float, ...]) -> None:
+    put(tmp_path / "img" / "a.png")
+    put(tmp_path / "xml" / "a.xml", xml("a.png", an_object((30, 35, 70, 45), rotation("90.0"))))
+    assert boxes(read(tmp_path, VOC % f", convention: {convention}")) == {"img/a.png": [expected]}
+
+
+def test_a_rotation_that_is_no_number(tmp_path: Path) -> None:
+    put(tmp_path / "img" / "a.png")
+    put(tmp_path / "xml" / "a.xml", xml("a.png", an_object(more=rotation("left"))))
+    assert "attribute 'rotation' that is no number" in read(tmp_path, VOC % "").faults.messages[0]
+    put(tmp_path / "a.png")
+    coco(tmp_path, [(1, "a.png")], [(1, [10, 20, 20, 20], {"attributes": {"rotation": "left"}})])
+    assert "attributes.rotation is 'left'; needed: degrees" in read(tmp_path, COCO % "").faults.messages[0]
+
+
+def test_a_voc_object_of_two_boxes_is_a_fault(tmp_path: Path) -> None:
+    put(tmp_path / "img" / "a.png")
+    second = "<bndbox><xmin>50</xmin><ymin>50</ymin><xmax>69</xmax><ymax>69</ymax></bndbox>"
+    put(tmp_path / "xml" / "a.xml", xml("a.png", an_object(more=second)))
+    (message,) = read(tmp_path, VOC % "").faults.messages
+    assert "a.xml object 0: has 2 <bndbox>; needed: one" in message
+
+
 POSE = "0 0.5 0.5 0.2 0.2 0.9 0.9 0.1 0.1\n"
 TURNED = "0 0.4 0.5 0.5 0.4 0.6 0.5 0.5 0.6\n"
 INNER = pytest.approx((0.4, 0.4, 0.6, 0.6))

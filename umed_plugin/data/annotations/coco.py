@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from umed_plugin.data.annotations.base import Annotated, drop_box, four_numbers, in_unit, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, json_files
 from umed_plugin.data.annotations.phrases import by_phrase, checked_phrase
+from umed_plugin.data.annotations.shapes import number, turned_about_centre
 from umed_plugin.data.recipes.options import Unit
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
@@ -124,7 +125,7 @@ class _CocoFile:
         for annotation in content["annotations"]:
             where = f"{self.path} annotation {annotation.get('id')}"
             item = by_id.get(annotation["image_id"])
-            box = self._box(annotation, where)
+            box = self._box(annotation, item, where)
             if item is None:
                 self.faults.add(where, f"image_id {annotation['image_id']!r} is not among the images")
             elif annotation["category_id"] not in names:
@@ -189,13 +190,37 @@ class _CocoFile:
             )
         return by_id
 
-    def _box(self, annotation: Any, where: str) -> Optional[Box]:
+    def _box(self, annotation: Any, item: Optional[Annotated], where: str) -> Optional[Box]:
         numbers = four_numbers(annotation["bbox"])
         if numbers is None:
             self.faults.add(where, f"bbox is {annotation['bbox']!r}; needed: [x, y, width, height], numbers in pixels")
             return None
         x, y, width, height = numbers
-        return (x, y, x + width, y + height)
+        return self._turned((x, y, x + width, y + height), annotation, item, where)
+
+    def _turned(self, box: Box, annotation: Any, item: Optional[Annotated], where: str) -> Optional[Box]:
+        """The extent of a box that CVAT states unturned, with its rotation; None after a fault.
+
+        The bbox of an outline or a mask is their extent, which is turned already.
+        """
+        attributes = annotation.get("attributes")
+        written = attributes.get("rotation") if isinstance(attributes, dict) else None
+        if written in (None, "") or annotation.get("segmentation"):
+            return box
+        degrees = number(written)
+        if degrees is None:
+            self.faults.add(where, f"attributes.rotation is {written!r}; needed: degrees, as CVAT writes them")
+            return None
+        if not degrees or item is None:
+            return box
+        # Fractions and percent turn as the pixels do, whose sides differ.
+        width, height = (item.size or (0, 0)) if self.options.normalised else (1, 1)
+        if not width or not height:
+            self.faults.add(where, "has attributes.rotation and no pixels; needed: width and height of its image")
+            return None
+        x1, y1, x2, y2 = box
+        x1, y1, x2, y2 = turned_about_centre((x1 * width, y1 * height, x2 * width, y2 * height), degrees)
+        return (x1 / width, y1 / height, x2 / width, y2 / height)
 
     def _is_crowd(self, annotation: Any) -> bool:
         flags = (annotation.get("iscrowd"), annotation.get("ignore"))

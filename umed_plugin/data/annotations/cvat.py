@@ -9,7 +9,7 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
-from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, turned_rectangle
+from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, turned_about_centre
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_xml
 from umed_plugin.faults import Faults
@@ -134,4 +134,4 @@ def _box(shape: ElementTree.Element) -> Optional[Box]:
     if shape.tag == "ellipse":
         return ellipse((a, b), (c, d), degrees)
     box = (a, b, c, d) if shape.tag == "box" else (a, b, a + c, b + d)
-    return turned_rectangle(box, degrees, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+    return turned_about_centre(box, degrees)

@@ -56,6 +56,11 @@ def turned_rectangle(box: Box, degrees: float, about: Point) -> Box:
     return extent([(a + (x - a) * cosine - (y - b) * sine, b + (x - a) * sine + (y - b) * cosine) for x, y in corners])
 
 
+def turned_about_centre(box: Box, degrees: float) -> Box:
+    """The smallest box around a rectangle that is turned about its centre, as CVAT states its ``rotation``. In pixels."""
+    return turned_rectangle(box, degrees, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+
+
 def ellipse(centre: Point, radii: Point, degrees: float = 0.0) -> Box:
     """The smallest box around an ellipse that is turned about its centre. In pixels."""
     sine, cosine = math.sin(math.radians(degrees)), math.cos(math.radians(degrees))

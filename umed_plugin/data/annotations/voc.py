@@ -11,6 +11,7 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files, without_ending
+from umed_plugin.data.annotations.shapes import number, turned_about_centre
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import Split
 from umed_plugin.data.texts import read_text, read_xml
@@ -132,11 +133,9 @@ def _item(
     if elsewhere:
         faults.add(path, f"has {elsewhere} <object> that are not directly in <{tree.tag}>, where Pascal VOC has them")
     item = Annotated(folders.find([name]), [], [], str(path), _size(tree, path, faults))
-    for number, entry in enumerate(tree.findall("object")):
-        texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-        box = _box(texts, options.convention)
+    for place, entry in enumerate(tree.findall("object")):
+        box = _box(entry, options.convention, f"{path} object {place}", faults)
         if box is None:
-            faults.add(f"{path} object {number}", f"bndbox is {texts}; needed: numbers xmin, ymin, xmax, ymax")
             continue
         if (entry.findtext("difficult") or "").strip() == "1":
             difficult[options.difficult] += 1
@@ -148,16 +147,41 @@ def _item(
     return item
 
 
-def _box(texts: list[Optional[str]], convention: str) -> Optional[Box]:
-    """The box half-open from 0. One without width or height as written has none here either: it is a mistake, not a pixel."""
+def _box(entry: ElementTree.Element, convention: str, where: str, faults: Faults) -> Optional[Box]:
+    """The object's box, half-open from 0, around its rotation; None after a fault."""
+    texts = [entry.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+    count, degrees = len(entry.findall("bndbox")), _degrees(entry)
     try:
         x1, y1, x2, y2 = (float(text or "") for text in texts)
     except ValueError:
+        faults.add(where, f"bndbox is {texts}; needed: numbers xmin, ymin, xmax, ymax")
         return None
+    if count > 1:
+        faults.add(where, f"has {count} <bndbox>; needed: one. Write an <object> for each box")
+        return None
+    if degrees is None:
+        faults.add(where, "has an attribute 'rotation' that is no number; needed: degrees, as CVAT writes them")
+        return None
+    box = _half_open((x1, y1, x2, y2), convention)
+    return turned_about_centre(box, degrees) if degrees else box
+
+
+def _half_open(box: Box, convention: str) -> Box:
+    """The box half-open from 0. One without width or height as written has none here either: it is a mistake, not a pixel."""
+    x1, y1, x2, y2 = box
     if x1 >= x2 or y1 >= y2:
-        return (x1, y1, x2, y2)
+        return box
     left, top, right, bottom = _SHIFTS[convention]
     return (x1 + left, y1 + top, x2 + right, y2 + bottom)
+
+
+def _degrees(entry: ElementTree.Element) -> Optional[float]:
+    """How far CVAT turned the box clockwise about its centre, in degrees; None if that is no number."""
+    for attribute in entry.findall("attributes/attribute"):
+        written = (attribute.findtext("value") or "").strip()
+        if (attribute.findtext("name") or "").strip() == "rotation" and written:
+            return number(written)
+    return 0.0
 
 
 def _size(tree: ElementTree.Element, path: Path, faults: Faults) -> Optional[tuple[int, int]]:
