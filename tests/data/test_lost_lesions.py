@@ -48,6 +48,59 @@ def test_masks_below_the_threshold(tmp_path: Path, values: np.ndarray, more: str
         assert boxes(found) == {"i/a.png": [(10, 10, 30, 30), (50, 50, 70, 70)]}
 
 
+def floats(first: float, second: float = 0) -> np.ndarray:
+    values = np.zeros((80, 100), np.float32)
+    values[10:30, 10:30], values[50:70, 50:70] = first, second
+    return values
+
+
+ONE, TWO = (10, 10, 30, 30), (50, 50, 70, 70)
+CLASS_1 = ("only_class: nod", "values: {1: nod}")
+
+
+@pytest.mark.parametrize(
+    ("values", "ending", "options", "expected"),
+    [
+        (floats(0.9), "tif", (), "holds values that are not whole: 0.9. Save whole numbers"),
+        (floats(1.7), "tif", CLASS_1, "holds values that are not whole: 1.7"),
+        (floats(np.nan), "tif", (), "holds values that are not whole: nan"),
+        (floats(0.9), "tif", ("nod", "nod, threshold: 0.5"), [ONE]),
+        (floats(0.9, 0.3), "tif", ("nod", "nod, threshold: 0.5"), [ONE]),
+        (floats(1), "tif", CLASS_1, [ONE]),
+        (
+            two_regions(255, 255),
+            "png",
+            ("nod", "nod, threshold: 0.5"),
+            "up to 255, and annotations.threshold 0.5 is a frac",
+        ),
+        (two_regions(1, 2), "jpg", (), "holds only 0-"),
+        (two_regions(1, 2), "jpg", ("only_class: nod", "values: {1: nod, 2: nod}"), "and JPEG leaves as much of black"),
+        (two_regions(255, 255), "jpg", (), [ONE, TWO]),
+        (floats(1000, 300).astype(">u2"), "tif", ("only_class: nod", "values: {1000: nod, 300: nod}"), [ONE, TWO]),
+    ],
+)
+def test_masks_of_floats_of_jpeg_and_of_16_bits(
+    tmp_path: Path, values: np.ndarray, ending: str, options: tuple[str, ...], expected: Any
+) -> None:
+    put(tmp_path / "i" / "a.png")
+    put(tmp_path / "m" / f"a.{ending}", values)
+    found = read(tmp_path, (MASK % "").replace("{stem}.png", f"{{stem}}.{ending}").replace(*(options or ("", ""))))
+    if isinstance(expected, str):
+        (message,) = found.faults.messages
+        assert expected in message
+    else:
+        (painted,) = boxes(found).values()
+        assert painted == expected
+
+
+def test_fractions_below_the_threshold_are_counted_and_no_negative(tmp_path: Path) -> None:
+    put(tmp_path / "i" / "a.png")
+    put(tmp_path / "m" / "a.tif", floats(0.3))
+    found = read(tmp_path, (MASK % ", threshold: 0.5").replace("{stem}.png", "{stem}.tif"))
+    assert found.items == []
+    assert found.faults.left_out == {("boxes", "regions below annotations.threshold 0.5"): 1}
+
+
 def test_a_mask_in_the_alpha_channel_is_a_fault(tmp_path: Path) -> None:
     values = np.zeros((80, 100, 4), np.uint8)
     values[10:30, 10:30, 3] = 255

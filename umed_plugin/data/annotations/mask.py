@@ -12,10 +12,12 @@ from pydantic import Field, field_validator, model_validator
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files
+from umed_plugin.data.images.raster import DEEP_MODES
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 
+_MOST_WHOLE = 2.0**53  # floats above it are no labels
 # Black of a mask that was saved as JPEG, in grey levels.
 _JPEG_NOISE = 32
 
@@ -38,8 +40,11 @@ annotations:
     only_class: Optional[str] = Field(
         None, description="For binary masks: the class of every pixel at or above ``threshold``."
     )
-    threshold: int = Field(
-        128, description="For binary masks: the lowest grey value that counts (JPEG masks hold grey levels)."
+    threshold: float = Field(
+        128,
+        allow_inf_nan=False,
+        description="For binary masks: the lowest grey value that counts (JPEG masks hold grey levels). For masks of floats in "
+        "0-1: a fraction, such as 0.5.",
     )
     min_area: int = Field(
         1,
@@ -72,7 +77,7 @@ def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotate
                 faults.add(mask, f"is the mask of {owners[mask]} and of {image}, and nothing says which it is about")
                 continue
             values = _values(mask, root, faults)
-            if values is None:
+            if values is None or not _is_readable(values, options, mask, faults):
                 continue
             for value in np.unique(values).tolist() if options.values else []:
                 applied.meet("annotations.values", str(value))
@@ -110,7 +115,7 @@ def _tell_unused_masks(options: MaskOptions, root: Path, used: set[Path], faults
 
 
 def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
-    """Grey values ``[height, width]`` of a mask, or None after a fault."""
+    """Grey values ``[height, width]`` of a mask, whole numbers unless the file holds others; None after a fault."""
     if not mask.is_file():
         faults.add(
             mask,
@@ -128,10 +133,49 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
             if image.mode in ("LA", "RGBA", "PA"):
                 return _of_transparent(image, mask, faults)
             # The indices of a palette are the labels. Converting its colours would give shades of grey.
-            return np.asarray(image if image.mode in ("L", "P", "I", "I;16", "1") else image.convert("L")).astype(int)
+            values = np.asarray(image if image.mode in (*DEEP_MODES, "L", "P", "1") else image.convert("L"))
+            return values.astype(int) if values.dtype.kind != "f" or _whole(values).all() else values
     except (OSError, SyntaxError, ValueError) as error:
         faults.add(mask, f"cannot be read as an image: {error}")
         return None
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    """Which floats are whole numbers; NaN and infinity are none."""
+    return (values == np.round(values)) & (np.abs(values) < _MOST_WHOLE)
+
+
+def _is_readable(values: np.ndarray, options: MaskOptions, mask: Path, faults: Faults) -> bool:
+    """False after a fault: values that neither a class nor the threshold can be told by."""
+    highest = values.max(initial=0)
+    is_fraction = 0 < options.threshold < 1 and options.only_class is not None
+    if values.dtype.kind == "f":
+        if is_fraction and values.min(initial=0) >= 0 and highest <= 1:
+            return True
+        held = ", ".join(f"{value:g}" for value in np.unique(values[~_whole(values)])[:3].tolist())
+        faults.add(
+            mask,
+            f"holds values that are not whole: {held}. Save whole numbers; for fractions of 0-1 give only_class, and a "
+            "threshold that is a fraction, such as 0.5",
+        )
+        return False
+    if is_fraction and highest > 1:
+        faults.add(
+            mask, f"holds whole values up to {highest}, and annotations.threshold {options.threshold:g} is a fraction"
+        )
+        return False
+    is_asked_for = "threshold" in options.model_fields_set and options.threshold <= highest
+    if 0 < highest <= _JPEG_NOISE and _is_lossy(mask) and not is_asked_for:
+        faults.add(
+            mask,
+            f"holds only 0-{highest}, and JPEG leaves as much of black. Save the masks as PNG, with 0 where nothing is",
+        )
+        return False
+    return True
+
+
+def _is_lossy(mask: Path) -> bool:
+    return mask.suffix.lower() in (".jpg", ".jpeg")
 
 
 def _of_transparent(image: Image.Image, mask: Path, faults: Faults) -> Optional[np.ndarray]:
@@ -151,9 +195,9 @@ def _add_regions(item: Annotated, values: np.ndarray, options: MaskOptions, mask
 
     if options.only_class is not None:
         # A 1-bit mask holds 0 and 1.
-        threshold = options.threshold if values.max(initial=0) > 1 else 1
+        threshold = options.threshold if values.dtype.kind == "f" or values.max(initial=0) > 1 else 1
         layers = [(options.only_class, values >= threshold)]
-        _check_threshold(values, threshold, options, mask, faults)
+        _check_threshold(item, values, threshold, options, mask, faults)
     else:
         unknown = sorted(set(np.unique(values).tolist()) - {0} - set(options.values))
         if unknown:
@@ -171,15 +215,17 @@ def _add_regions(item: Annotated, values: np.ndarray, options: MaskOptions, mask
             item.classes.append(name)
 
 
-def _check_threshold(values: np.ndarray, threshold: int, options: MaskOptions, mask: Path, faults: Faults) -> None:
+def _check_threshold(
+    item: Annotated, values: np.ndarray, threshold: float, options: MaskOptions, mask: Path, faults: Faults
+) -> None:
     """A fault if something is painted that the threshold does not see: the image would become a negative, or lose a lesion.
 
-    A region counts if all of it is below the threshold, and above what JPEG compression leaves of black.
+    A region counts if all of it is below the threshold, and above what JPEG compression leaves of black. Of fractions, which are
+    hardly ever exactly 0, such regions are left out and counted.
     """
     from scipy.ndimage import find_objects, label
 
-    lossy = mask.suffix.lower() in (".jpg", ".jpeg")
-    painted = values > (_JPEG_NOISE if lossy else 0)
+    painted = values > (_JPEG_NOISE if _is_lossy(mask) else 0)
     if not painted.any() or not (values[painted] < threshold).any():
         return
     numbered, _ = label(painted, structure=np.ones((3, 3)))
@@ -189,11 +235,14 @@ def _check_threshold(values: np.ndarray, threshold: int, options: MaskOptions, m
         if not (values[extent][numbered[extent] == number] >= threshold).any()
         and (numbered[extent] == number).sum() >= options.min_area
     ]
-    if unseen:
+    if values.dtype.kind == "f":
+        for _ in unseen:
+            drop_box(item, f"regions below annotations.threshold {threshold:g}", faults)
+    elif unseen:
         held = sorted(set(np.unique(values[painted]).tolist()))
         faults.add(
             mask,
-            f"has {len(unseen)} painted regions below annotations.threshold {threshold}; it holds the values "
+            f"has {len(unseen)} painted regions below annotations.threshold {threshold:g}; it holds the values "
             f"{', '.join(map(str, held[:10]))}{' ...' if len(held) > 10 else ''}. If every value above 0 is a lesion: "
             "threshold: 1. If values tell classes or lesions apart: annotations.values",
         )
