@@ -273,9 +273,20 @@ def test_groups_and_shapes_without_area(tmp_path: Path) -> None:
     assert labelme(tmp_path, []).items[0].boxes == []
 
 
+def test_a_flag_without_a_shape_is_no_negative(tmp_path: Path) -> None:
+    found = labelme(tmp_path, [], flags={"polyp": True})
+    assert found.items == []
+    assert found.left_out == {"has a flag, but no shape; annotations.no_finding": 1}
+    assert boxes(labelme(tmp_path, [], flags={"polyp": False})) == {"a.png": []}
+    assert boxes(labelme(tmp_path, [], more=", no_finding: [normal]", flags={"normal": True})) == {"a.png": []}
+    drawn = labelme(tmp_path, [shape("rectangle", [[10, 20], [30, 40]])], flags={"polyp": True})
+    assert boxes(drawn) == {"a.png": [(10, 20, 30, 40)]}
+
+
 @pytest.mark.parametrize(
     ("shapes", "fields", "words"),
     [
+        ([], {"flags": ["polyp"]}, "flags are ['polyp']; needed: an object of names"),
         (None, {}, "has no list 'shapes'. Is it labelme?"),
         ([shape("rectangle", [[1, 2]])], {}, "is a 'rectangle' of 1 points. Allowed"),
         ([shape("rectangle", [[1, "x"], [3, 4]])], {}, "needed: a label, and points"),

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any, Optional
 
+from pydantic import Field
+
 from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files
 from umed_plugin.data.annotations.shapes import Point, extent, points_of
@@ -29,6 +31,12 @@ annotations:
   files: annotated/*.json
 """
 
+    no_finding: list[str] = Field(
+        [],
+        description="Flags of a file that say that the image has no lesion. An image that has other flags set, and no shape, is "
+        "left out.",
+    )
+
 
 @register_reader("labelme", LabelmeOptions)
 def read_labelme(options: LabelmeOptions, root: Path, faults: Faults) -> list[Annotated]:
@@ -43,14 +51,16 @@ def read_labelme(options: LabelmeOptions, root: Path, faults: Faults) -> list[An
                 continue
             if (split, path.parent) not in folders:
                 folders[split, path.parent] = ImageFolders(options, root, split, path.parent, faults)
-            item = _item(path, content, folders[split, path.parent], faults)
+            item = _item(path, content, folders[split, path.parent], options, faults)
             if item is not None:
                 item.split = split
                 items.append(item)
     return items
 
 
-def _item(path: Path, content: Any, folders: ImageFolders, faults: Faults) -> Optional[Annotated]:
+def _item(
+    path: Path, content: Any, folders: ImageFolders, options: LabelmeOptions, faults: Faults
+) -> Optional[Annotated]:
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list):
         faults.add(path, "has no list 'shapes'. Is it labelme?")
@@ -75,7 +85,18 @@ def _item(path: Path, content: Any, folders: ImageFolders, faults: Faults) -> Op
         item.classes.append(label)
         if len(boxes) > 1:
             faults.left_out["shapes", "parts of one lesion by their group_id, joined into one box"] += len(boxes) - 1
+    if _other_flags(path, content, options, faults) and not item.boxes:
+        item.left_out = "has a flag, but no shape; annotations.no_finding"
     return item
+
+
+def _other_flags(path: Path, content: dict[str, Any], options: LabelmeOptions, faults: Faults) -> bool:
+    """Whether the file sets a flag that may say that there is a lesion."""
+    flags = content.get("flags") or {}
+    if not isinstance(flags, dict):
+        faults.add(path, f"flags are {_short(flags)}; needed: an object of names, each true or false")
+        return False
+    return any(value and name not in options.no_finding for name, value in flags.items())
 
 
 def _size(path: Path, content: dict[str, Any], faults: Faults) -> Optional[tuple[int, int]]:
