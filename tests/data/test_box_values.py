@@ -128,6 +128,7 @@ def test_yolo_rows_of_more_than_a_box(
         ((0.1, 0.2, 0.3, 0.4), "", "Are these fractions? Then: normalised: true"),
         ((0.1, 0.2, 0.3, 0.4), ", normalised: true", (0.1, 0.2, 0.3, 0.4)),
         ((10.0, 20.0, 30.0, 40.0), ", normalised: percent", (0.1, 0.2, 0.3, 0.4)),
+        ((0.1, 0.1, 0.5, 0.6), ", normalised: percent", "Are these fractions? Then: normalised: true"),
         ((10.0, 20.0, 30.0, 40.0), ", normalised: true", "is far outside of its image, like 1 of 1 boxes"),
         ((10.0, 20.0, 30.0, 40.0), "", BOX),
     ],
@@ -147,6 +148,27 @@ def test_units(tmp_path: Path, form: str, box: tuple[float, ...], unit: str, exp
         assert expected in message
     else:
         assert boxes(found) == {"a.png": [pytest.approx(expected)]}
+
+
+@pytest.mark.parametrize("convention", ["one_based", "inclusive", "half_open"])
+def test_fractions_in_voc(tmp_path: Path, convention: str) -> None:
+    put(tmp_path / "img" / "a.png")
+    fractions = an_object((0.1, 0.2, 0.4, 0.6))  # type: ignore[arg-type]
+    put(tmp_path / "xml" / "a.xml", xml("a.png", fractions))
+    (message,) = read(tmp_path, VOC % f", convention: {convention}").faults.messages
+    assert "box [0.1, 0.2, 0.4, 0.6] lies within the first pixel, like 1 of 1 boxes. Are these fractions?" in message
+    assert message.endswith("The reader voc takes pixels alone")
+
+
+def test_fractions_in_label_studio(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    size = {"original_width": 512, "original_height": 512}
+    value = {"x": 0.1, "y": 0.1, "width": 0.4, "height": 0.5, "rotation": 0, "rectanglelabels": ["nod"]}
+    task = {"data": {"image": "a.png"}, "annotations": [{"result": [{**size, "to_name": "image", "value": value}]}]}
+    put(tmp_path / "a.json", json.dumps([task]))
+    (message,) = read(tmp_path, "{reader: label_studio, files: a.json}").faults.messages
+    assert "box [0.1, 0.1, 0.5, 0.6] lies within the first percent of its image, like 1 of 1 boxes" in message
+    assert message.endswith("The reader label_studio takes percent alone")
 
 
 def test_label_studios_boxes_are_in_percent(tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ annotations:
   image_root: images
 """
 
+    in_percent_ = True
+
     image: str = Field(
         "image",
         description="Field of a task's data that names the image. Of a URL or an upload the path counts, and then the file's "

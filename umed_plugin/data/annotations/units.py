@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
-_HINT = "(annotations.normalised)"
 # From so many boxes on, it is no chance that all lie in the first 100 pixels of images that are more than four times as large.
 _ENOUGH_FOR_PERCENT = 20
 _SIDE_FOR_PERCENT = 400
@@ -25,17 +25,53 @@ def check_units(items: Sequence[Annotated], faults: Faults) -> None:
         _check_fractions([pair for pair in boxes if not pair[1].normalised], faults)
         _check_percent([pair for pair in boxes if not pair[1].normalised], faults)
         _check_pixels([pair for pair in boxes if pair[1].normalised], faults)
+        _check_read_as_percent(
+            [pair for pair in boxes if pair[1].normalised and _in_percent(pair[1].recipe.annotations)], faults
+        )
+
+
+def within_first_pixel(box: Box) -> bool:
+    """Whether a box in pixels is probably one in fractions of its image."""
+    return all(-0.01 <= value <= 1.01 for value in box) and any(box)
+
+
+def _in_percent(options: ReaderOptions) -> bool:
+    return options.in_percent_ or getattr(options, "normalised", False) == "percent"
+
+
+def _advice(options: ReaderOptions, unit: str) -> str:
+    """What to write if boxes are in another unit, or that the format has but one."""
+    if "normalised" in type(options).model_fields:
+        return f" Then: normalised: {unit} (annotations.normalised)"
+    return f" The reader {options.reader} takes {'percent' if options.in_percent_ else 'pixels'} alone"
 
 
 def _check_fractions(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
-    small = [(box, item) for box, item in boxes if all(-0.01 <= value <= 1.01 for value in box) and any(box)]
+    small = [(box, item) for box, item in boxes if within_first_pixel(box)]
+    _tell_small(small, boxes, "pixel", 1, faults)
+
+
+def _check_read_as_percent(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
+    """Fractions that are read as percent lie within the first hundredth of each side."""
+    small = [(box, item) for box, item in boxes if within_first_pixel(_times(box, 100))]
+    _tell_small(small, boxes, "percent of its image", 100, faults)
+
+
+def _times(box: Box, factor: float) -> Box:
+    return box[0] * factor, box[1] * factor, box[2] * factor, box[3] * factor
+
+
+def _tell_small(
+    small: list[tuple[Box, Annotated]], boxes: list[tuple[Box, Annotated]], what: str, factor: float, faults: Faults
+) -> None:
+    """A fault if most boxes may be fractions, else a remark; the first is shown times ``factor``, as the file states it."""
     if not small:
         return
     box, item = small[0]
-    shown = [round(value, 4) for value in box]
-    message = f"box {shown} lies within the first pixel, like {len(small)} of {len(boxes)} boxes. Are these fractions?"
+    shown = [round(value, 4) for value in _times(box, factor)]
+    message = f"box {shown} lies within the first {what}, like {len(small)} of {len(boxes)} boxes. Are these fractions?"
     if 2 * len(small) > len(boxes):
-        faults.add(item.where, f"{message} Then: normalised: true {_HINT}")
+        faults.add(item.where, message + _advice(item.recipe.annotations, "true"))
     else:
         faults.remark(item.where, message)
 
@@ -48,7 +84,7 @@ def _check_percent(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
         faults.remark(
             large[0][1].where,
             f"all {len(large)} boxes lie in 0-100, and their images have {_SIDE_FOR_PERCENT} pixels or more on a side. Are these "
-            f"percent? Then: normalised: percent {_HINT}",
+            f"percent?{_advice(large[0][1].recipe.annotations, 'percent')}",
         )
 
 
@@ -56,10 +92,17 @@ def _check_pixels(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
     large = [(box, item) for box, item in boxes if any(value > 2 or value < -1 for value in box)]
     if large:
         box, item = large[0]
+        options = item.recipe.annotations
+        key = " (annotations.normalised)" if "normalised" in type(options).model_fields else ""
+        read_as = (
+            "percent (0-100). Are these pixels?"
+            if _in_percent(options)
+            else "fractions (0-1). Are these pixels or percent?"
+        )
         faults.add(
             item.where,
             f"box {[round(value, 4) for value in box]} is far outside of its image, like {len(large)} of {len(boxes)} boxes, "
-            f"since coordinates are read as fractions (0-1). Are these pixels or percent? {_HINT}",
+            f"since coordinates are read as {read_as}{key}",
         )
 
 

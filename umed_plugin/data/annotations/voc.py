@@ -12,6 +12,7 @@ from pydantic import Field
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files, without_ending
 from umed_plugin.data.annotations.shapes import number, turned_about_centre
+from umed_plugin.data.annotations.units import within_first_pixel
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import Split
 from umed_plugin.data.texts import read_text, read_xml
@@ -169,7 +170,9 @@ def _box(entry: ElementTree.Element, convention: str, where: str, faults: Faults
 def _half_open(box: Box, convention: str) -> Box:
     """The box half-open from 0. One without width or height as written has none here either: it is a mistake, not a pixel."""
     x1, y1, x2, y2 = box
-    if x1 >= x2 or y1 >= y2:
+    # Fractions stay as they are, so that `check_units` knows them: a shift by a pixel would move them out of 0-1.
+    is_fraction = within_first_pixel(box) and not all(value.is_integer() for value in box)
+    if x1 >= x2 or y1 >= y2 or is_fraction:
         return box
     left, top, right, bottom = _SHIFTS[convention]
     return (x1 + left, y1 + top, x2 + right, y2 + bottom)
