@@ -78,6 +78,35 @@ def test_links_to_folders_are_followed_and_files_that_a_pattern_misses_are_told(
     )
 
 
+@pytest.mark.parametrize("pattern", ["xml/*.xml", "xml/**/*.xml"])
+def test_a_link_that_leads_nowhere_is_a_record_that_would_be_lost(tmp_path: Path, pattern: str) -> None:
+    for name in "abc":
+        put(tmp_path / "img" / f"{name}.png")
+        put(tmp_path / "xml" / f"{name}.xml", xml(f"{name}.png", an_object()))
+    (tmp_path / "xml" / "b.xml").unlink()
+    (tmp_path / "xml" / "b.xml").symlink_to("../store/not-fetched")
+    faults = read(tmp_path, (VOC % "").replace("xml/*.xml", pattern)).faults
+    assert faults.messages == [
+        f"{tmp_path}/xml/b.xml: is a link to ../store/not-fetched, which is not there. Fetch it: git annex get, or datalad get"
+    ]
+    assert not any("not read" in remark for remark in faults.remarks)
+    (tmp_path / "xml" / "c.xml").unlink()
+    (tmp_path / "xml" / "c.xml").symlink_to("nowhere")
+    (message,) = read(tmp_path, (VOC % "").replace("xml/*.xml", pattern)).faults.messages
+    assert message.endswith("or datalad get. 1 more are such links")
+
+
+@pytest.mark.parametrize("name", ["a.json", "*.json"])
+def test_an_annotation_file_that_is_a_link_that_leads_nowhere(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.json").symlink_to("XX")
+    (message,) = read(tmp_path, (COCO % "").replace("a.json", f"'{name}'")).faults.messages
+    assert "a.json: no such annotation file. It is a link to XX, which is not there. Fetch it" in message
+    put(tmp_path / "b.json", "{}")
+    if name == "*.json":
+        (message,) = read(tmp_path, (COCO % "").replace("a.json", f"'{name}'")).faults.messages
+        assert "matches a.json, b.json; needed: one" in message
+
+
 @pytest.mark.parametrize("name", ["a\0.png", "a" * 300 + ".png", "\ud800.png"])
 @pytest.mark.parametrize("form", ["coco", "json"])
 def test_names_that_no_file_can_have(tmp_path: Path, form: str, name: str) -> None:

@@ -204,6 +204,16 @@ def test_mistakes_in_segmentations(tmp_path: Path, write: Any, words: str) -> No
     assert words in message
 
 
+def test_a_source_that_is_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    uids = write_series(tmp_path)
+    (tmp_path / "seg").mkdir()
+    write_seg(tmp_path / "seg" / "s.dcm", [(uids[0], 1, layer(ONE))])
+    (tmp_path / "ct" / "3.dcm").unlink()
+    (tmp_path / "ct" / "3.dcm").symlink_to("XX")
+    (message,) = read(tmp_path, ", negative_slices: keep").faults.messages
+    assert "ct/3.dcm: is a link to XX, which is not there" in message
+
+
 def test_one_instance_in_two_files(tmp_path: Path) -> None:
     uids = write_series(tmp_path)
     (tmp_path / "ct" / "copy.dcm").write_bytes((tmp_path / "ct" / "0.dcm").read_bytes())

@@ -195,3 +195,40 @@ def test_check_and_build_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert all("readme.txt" in said for said in (text, by_build))
     assert slice_count(folder) == SLICES - 1
     assert show_image(folder, slice=0).orientation.width == WIDTH
+
+
+def test_a_link_that_leads_nowhere_is_a_slice_that_is_not_there(tmp_path: Path) -> None:
+    folder = numbered(tmp_path / "s", [0, 5, 10, 15, 20, 25])
+    (folder / "0.dcm").unlink()
+    (folder / "0.dcm").symlink_to("../.git/annex/objects/XX")
+    with pytest.raises(
+        UmedError, match=r"s: 1 of its files are not there, so slices may be missing.*: 0\.dcm is a link"
+    ) as e:
+        value_of(folder, 2)
+    assert "to ../.git/annex/objects/XX, which is not there. Fetch it: git annex get, or datalad get." in str(e.value)
+    write_dicom(tmp_path / "fetched.dcm", np.full((9, 11), 0), **{**OWN, "ImagePositionPatient": [0, 0, 0]})
+    (tmp_path / ".git" / "annex" / "objects").mkdir(parents=True)
+    (tmp_path / "fetched.dcm").rename(tmp_path / ".git" / "annex" / "objects" / "XX")
+    assert value_of(folder, 2) == -996
+    (folder / "readme.txt").symlink_to("nowhere")
+    assert value_of(folder, 2) == -996
+
+
+def test_slices_in_a_sub_folder_are_missed_and_other_files_there_are_said(tmp_path: Path) -> None:
+    folder = numbered(tmp_path / "s", [0, 5, 10, 15, 20, 25])
+    (folder / "more").mkdir()
+    write_dicom(folder / "more" / "scout.dcm", scene(), SeriesInstanceUID="1.2.4")
+    (folder / "more" / "notes.txt").write_text("")
+    assert value_of(folder, 2) == -996
+    assert kinds(folder) == [
+        "are of series folders from which DICOM files in sub folders were left out (more/scout.dcm)"
+    ]
+    (folder / "0.dcm").rename(folder / "more" / "0.dcm")
+    with pytest.raises(
+        UmedError, match=r"s: 1 DICOM files of the same series are in sub folders.*first: more/0\.dcm\. Move"
+    ):
+        value_of(folder, 2)
+    (folder / "more" / "0.dcm").unlink()
+    (folder / "more" / "0.dcm").symlink_to("XX")
+    with pytest.raises(UmedError, match=r"slices may be missing\. The first: more/0\.dcm is a link to XX"):
+        value_of(folder, 2)

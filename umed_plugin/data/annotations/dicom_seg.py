@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
-from umed_plugin.data.annotations.finding import ImageFolders, matches, matching_files
+from umed_plugin.data.annotations.finding import ImageFolders, add_not_fetched, matches, matching_files
 from umed_plugin.data.annotations.shapes import regions
 from umed_plugin.data.recipes.options import with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -87,7 +87,7 @@ def read_dicom_seg(options: DicomSegOptions, root: Path, faults: Faults) -> list
         sources: Optional[list[_Source]] = None
         for path in matching_files(root, pattern, faults):
             if sources is None:
-                sources = _sources(folders.folders)
+                sources = _sources(folders.folders, faults)
             try:
                 items += _SegFile(options, path, sources, split, applied, faults).items()
             except UmedError as error:
@@ -96,14 +96,17 @@ def read_dicom_seg(options: DicomSegOptions, root: Path, faults: Faults) -> list
     return items
 
 
-def _sources(folders: Sequence[Path]) -> list[_Source]:
+def _sources(folders: Sequence[Path], faults: Faults) -> list[_Source]:
     """The headers of all DICOM images in the folders and below. Other files, and SEG files, are no sources."""
     from pydicom import dcmread
 
     tags = ["SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Rows", "Columns", "NumberOfFrames"]
     tags += ["ImagePositionPatient", "ImageOrientationPatient"]
     found = []
-    for path in (path for folder in folders for path in matches(folder, "**/*") if path.is_file()):
+    paths = [path for folder in folders for path in matches(folder, "**/*")]
+    # A slice that is not there would be missed as a negative image, or by its UID.
+    add_not_fetched(paths, faults)
+    for path in (path for path in paths if path.is_file()):
         try:
             header = dcmread(path, stop_before_pixels=True, specific_tags=tags)
             uid, size = str(header.SOPInstanceUID), (int(header.Columns), int(header.Rows))

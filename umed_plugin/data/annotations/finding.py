@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import unquote
 
+from umed_plugin.data.places import folders_below, not_fetched
 from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
 
@@ -152,9 +153,9 @@ def matches(root: Path, pattern: str) -> list[Path]:
 
 def _step(folder: Path, part: str) -> Iterator[Path]:
     if part == "**":
-        yield from _folders_below(folder, set())
+        yield from folders_below(folder)
     elif not any(sign in part for sign in "*?["):
-        if (folder / part).exists():
+        if os.path.lexists(folder / part):
             yield folder / part
     elif folder.is_dir():
         for name in os.listdir(folder):
@@ -162,53 +163,54 @@ def _step(folder: Path, part: str) -> Iterator[Path]:
                 yield folder / name
 
 
-def _folders_below(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """A folder and all below it, each once: a link back to a folder above would have no end."""
-    real = os.path.realpath(folder)
-    if real in seen or not folder.is_dir():
-        return
-    seen.add(real)
-    yield folder
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield from _folders_below(Path(entry.path), seen)
+def add_not_fetched(paths: Iterable[Path], faults: Faults) -> bool:
+    """One fault for the links among the paths whose target is not there, which names the first; True if there are any."""
+    said = [(path, text) for path in paths if (text := not_fetched(path)) is not None]
+    if said:
+        more = f". {len(said) - 1} more are such links" if len(said) > 1 else ""
+        faults.add(said[0][0], said[0][1] + more)
+    return bool(said)
 
 
 def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
-    """Files that match a pattern under the root, sorted. It is a fault if none does.
+    """Files that match a pattern under the root, sorted. It is a fault if none does, and if one is a link that leads nowhere.
 
     Files that the pattern misses by their case or by a folder in between are counted: their images would be lost without a word.
     """
-    found = [path for path in matches(root, pattern) if path.is_file()]
-    if not found:
+    matching = matches(root, pattern)
+    found = [path for path in matching if path.is_file()]
+    if not add_not_fetched(matching, faults) and not found:
         faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
     folder, last = os.path.split(pattern)
     if last.startswith("*.") and "**" not in pattern:
         known = set(found)
         nearby = set(matches(root, os.path.join(folder, "*"))) - known
-        other_case = [
-            path for path in nearby if fnmatch.fnmatchcase(path.name.lower(), last.lower()) and path.is_file()
-        ]
-        _tell_missed(root / pattern, sorted(other_case), "differ from the pattern only in case", faults)
+        other_case = [path for path in nearby if fnmatch.fnmatchcase(path.name.lower(), last.lower())]
+        _tell_missed(root / pattern, other_case, "differ from the pattern only in case", faults)
         if folder:
             below = set(matches(root, os.path.join(folder, "**", last))) - known
             _tell_missed(
                 root / pattern,
-                sorted(below),
+                below,
                 f"are in sub folders; {os.path.join(folder, '**', last)} reads them",
                 faults,
             )
     return found
 
 
-def _tell_missed(where: Path, missed: list[Path], why: str, faults: Faults) -> None:
+def _tell_missed(where: Path, paths: Iterable[Path], why: str, faults: Faults) -> None:
+    """A remark on the files among the paths. Folders are none, and links that lead nowhere are a fault of their own."""
+    missed = sorted(path for path in paths if path.is_file())
     if missed:
         faults.remark(where, f"{len(missed)} further files are not read, since they {why}. The first: {missed[0]}")
 
 
 def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
     """The file of that name, or the one file that a pattern matches; None after a fault."""
-    found = [path for path in matches(root, name) if path.is_file()] if "*" in name else [root / name]
+    found = [root / name]
+    if "*" in name:
+        # A link that leads nowhere counts: the pattern would find another file once it is fetched.
+        found = [path for path in matches(root, name) if path.is_file() or not_fetched(path)]
     if len(found) > 1:
         faults.add(root / name, f"matches {', '.join(path.name for path in found)}; needed: one. Name it in the recipe")
         return None
@@ -220,7 +222,8 @@ def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:
         )
         return None
     if not found or not found[0].is_file():
-        faults.add(root / name, f"no such annotation file.{did_you_mean_file(root / name, root)}")
+        path = found[0] if found else root / name
+        faults.add(path, f"no such annotation file.{did_you_mean_file(path, root)}")
         return None
     return found[0]
 
@@ -237,10 +240,13 @@ def json_files(options: Any, root: Path, faults: Faults) -> Iterator[tuple[str, 
 
 
 def did_you_mean_file(path: Path, root: Path) -> str:
-    """``" Did you mean 'x.png'?"`` for a file that is not there, or ``""``.
+    """``" Did you mean 'x.png'?"`` for a file that is not there, what its link says if it is one, or ``""``.
 
     Names differ by Windows' backslash, by ``%20`` and its like, by case, by ending, or by a typing mistake.
     """
+    link = not_fetched(path)
+    if link is not None:
+        return f" It {link}."
     written = os.path.relpath(path, root)
     for variant in (written, written.replace("\\", "/"), unquote(written), unquote(written.replace("\\", "/"))):
         near = _nearest(root, variant)

@@ -28,7 +28,8 @@ from umed_plugin.data.images.raster import (
     read_by_llava,
     read_raster,
 )
-from umed_plugin.data.images.series import burned_in_flag, file_states, series_files, series_flags, series_stack
+from umed_plugin.data.images.series import burned_in_flag, series_files, series_flags, series_stack
+from umed_plugin.data.images.series_folder import file_states
 from umed_plugin.data.images.stored import (
     READERS,
     Remark,
@@ -39,6 +40,7 @@ from umed_plugin.data.images.stored import (
     square_size,
 )
 from umed_plugin.data.images.windows import Window, to_grey_levels
+from umed_plugin.data.places import not_fetched
 from umed_plugin.errors import UmedError, UsageError, unknown_name
 from umed_plugin.grounding.geometry import Montage, Orientation
 
@@ -315,7 +317,7 @@ def read_stored(
         stored = read_dicom(stack.files[checked_index(path, slice, len(stack.files), "slice")], None)
         return replace(stored, remarks=(*stored.remarks, *stack.remarks))
     if not path.is_file():
-        raise UmedError(f"{path}: no such image file")
+        raise UmedError(f"{path}: {not_fetched(path) or 'no such image file'}")
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
         return read_nifti(path, slice, slice_axis, volume)

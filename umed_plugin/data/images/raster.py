@@ -17,6 +17,7 @@ import numpy as np
 
 from umed_plugin.data.endings import RASTER_ENDINGS
 from umed_plugin.data.images.stored import Remark, StoredSlice, check_file_size, check_size, checked_index, unreadable
+from umed_plugin.data.places import not_fetched
 from umed_plugin.errors import UmedError
 
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
@@ -66,7 +67,7 @@ def opened_raster(path: Path) -> Iterator[Any]:
     from PIL import Image
 
     if not path.is_file():
-        raise UmedError(f"{path}: no such image file")
+        raise UmedError(f"{path}: {not_fetched(path) or 'no such image file'}")
     with unreadable(path):
         check_file_size(path)
         _check_webp(path)

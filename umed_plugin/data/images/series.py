@@ -8,7 +8,6 @@ said. A file that may be a damaged slice, two images at one position, or two sta
 from __future__ import annotations
 
 import functools
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,28 +16,12 @@ from typing import Any, Optional
 
 import numpy as np
 
-from umed_plugin.data.images.dicom import frame_count_of, open_header
+from umed_plugin.data.images.dicom import frame_count_of
+from umed_plugin.data.images.series_folder import check_sub_folders, file_states, image_headers
 from umed_plugin.data.images.stored import Remark, unreadable
 from umed_plugin.errors import UmedError
 
 _SHOWN = 3
-# Files that archives and systems put beside the slices, by ending or name, in lower case.
-_OTHER_ENDINGS = (
-    ".txt",
-    ".csv",
-    ".tsv",
-    ".json",
-    ".xml",
-    ".html",
-    ".htm",
-    ".md",
-    ".pdf",
-    ".log",
-    ".yaml",
-    ".yml",
-    ".xlsx",
-)
-_OTHER_NAMES = ("dicomdir", "thumbs.db", "desktop.ini", "readme", "license", "licence", "version", "lockfile")
 _NO_SLICE_TYPES = ("LOCALIZER", "SCREEN SAVE", "SCREENSAVE", "SCOUT")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 # Components of unit vectors, mm of a position, and the share by which distances between slices may differ.
@@ -58,20 +41,6 @@ class Stack:
     files: tuple[Path, ...]
     flags: frozenset[Optional[str]]
     remarks: tuple[Remark, ...]
-
-
-def file_states(path: str | Path) -> list[tuple[str, int, int]]:
-    """Name, size in bytes and modification time in ns of a file, or of every file in a folder. Changes if the image does.
-
-    Raises:
-        OSError: the path does not exist.
-    """
-    if not os.path.isdir(path):
-        status = os.stat(path)
-        return [(os.path.basename(path), status.st_size, status.st_mtime_ns)]
-    with os.scandir(path) as files:
-        states = [(file.name, file.stat()) for file in files if file.is_file()]
-    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in states)
 
 
 def series_files(folder: Path) -> tuple[Path, ...]:
@@ -109,12 +78,13 @@ def burned_in_flag(header: Any) -> Optional[str]:
 @functools.lru_cache(maxsize=64)
 def _stack(folder: Path, states: tuple[tuple[str, int, int], ...]) -> Stack:
     left_out: dict[str, list[str]] = defaultdict(list)
-    headers = _headers(folder, states, left_out)
+    headers = image_headers(folder, states, left_out)
     _leave_out_copies(headers, left_out)
     _leave_out_other_pictures(headers, left_out)
     if not headers:
         raise UmedError(f"{folder}: has no DICOM images. Allowed: the folder of one series, without subfolders.")
     _check_one_stack(folder, headers)
+    check_sub_folders(folder, states, headers, left_out)
     positions = _positions(folder, headers)
     files = tuple(sorted(positions, key=lambda path: positions[path]))
     unit = " mm" if all(_has_position(header) for header in headers.values()) else ""
@@ -124,61 +94,6 @@ def _stack(folder: Path, states: tuple[tuple[str, int, int], ...]) -> Stack:
     ]
     remarks += _uneven([positions[file] for file in files], unit)
     return Stack(files, frozenset(burned_in_flag(header) for header in headers.values()), tuple(remarks))
-
-
-def _headers(folder: Path, states: Sequence[tuple[str, int, int]], left_out: dict[str, list[str]]) -> dict[Path, Any]:
-    """The header of every image; whatever else is in the folder is left out or refused."""
-    headers: dict[Path, Any] = {}
-    damaged = []
-    for name, size, _ in states:
-        path = folder / name
-        if _is_other_file(name) or (_is_unlike_dicom(path) and size):
-            left_out["files of other kinds"].append(name)
-            continue
-        try:
-            with unreadable(path):
-                if size == 0:
-                    raise ValueError("empty file")
-                header = open_header(path, pixels=False)
-                if not getattr(header, "Rows", None) and not _is_another_object(header):
-                    raise ValueError("it has no image")
-        except UmedError as fault:
-            damaged.append((name, size, fault))
-            continue
-        if getattr(header, "Rows", None):
-            headers[path] = header
-        else:
-            left_out["DICOM objects without an image"].append(name)
-    if damaged:
-        name, size, cause = damaged[0]
-        raise UmedError(
-            f"{folder}: {len(damaged)} files cannot be read as DICOM, so slices may be missing (the first: {name}, {size} "
-            "bytes). Download the series again, or remove the files if they are not slices."
-        ) from cause
-    return headers
-
-
-def _is_other_file(name: str) -> bool:
-    lower = name.lower()
-    return lower.startswith(".") or lower.endswith(_OTHER_ENDINGS) or os.path.splitext(lower)[0] in _OTHER_NAMES
-
-
-def _is_unlike_dicom(path: Path) -> bool:
-    """True for a file that has neither DICOM's preamble nor a name that slices have: no ending, a number, .dcm, .dicom, .ima."""
-    from pydicom.misc import is_dicom
-
-    ending = path.suffix.lower()
-    named_so = ending in ("", ".dcm", ".dicom", ".ima", ".img") or ending[1:].isdigit()
-    return not named_so and not is_dicom(path)
-
-
-def _is_another_object(header: Any) -> bool:
-    """True for a DICOM object that says of itself that it is something else than an image, such as a report."""
-    from pydicom.uid import UID
-
-    kind = getattr(header, "SOPClassUID", None) or getattr(header.file_meta, "MediaStorageSOPClassUID", None)
-    name = UID(str(kind or "")).name.lower()  # the UID itself if it is not of the standard
-    return "storage" in name and "image storage" not in name
 
 
 def _leave_out_copies(headers: dict[Path, Any], left_out: dict[str, list[str]]) -> None:
