@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.drawn import write_dicom, write_nifti
 from support.source_files import uneven
 
 from umed_plugin.data.images import load_image
@@ -107,3 +108,23 @@ def test_links_to_folders_of_an_evaluation_set_are_followed(tmp_path: Path) -> N
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "images").symlink_to(tmp_path / "disk")
     assert evaluation_pictures([tmp_path / "set"]).names == [str(tmp_path / "set" / "images" / "a.png")]
+
+
+@pytest.mark.llava
+def test_every_kind_of_image_of_an_evaluation_set_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.webp", "b.gif"):
+        Image.fromarray(picture(1)).save(tmp_path / name)
+    for name in ("c.dicom", "IM0001"):
+        write_dicom(tmp_path / name, picture(2)[:, :, 0] / 255)
+    write_nifti(tmp_path / "v.nii.gz", np.stack([picture(3)[:, :, 0], picture(4)[:, :, 0]], axis=2) / 255, np.eye(4))
+    (tmp_path / "d.jp2").write_bytes(b"x")
+    (tmp_path / "e.png").symlink_to("nowhere")
+    found = evaluation_pictures([tmp_path])
+    names = ["IM0001", "a.webp", "b.gif", "c.dicom", "v.nii.gz#0", "v.nii.gz#1"]
+    assert [Path(name).name for name in found.names] == names
+    assert found.has(picture(1))
+    told = capsys.readouterr().err
+    assert "files that are no images by their names are not compared with the training data: .jp2 (1)" in told
+    assert "e.png: is a link to nowhere, which is not there" in told

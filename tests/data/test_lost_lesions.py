@@ -152,6 +152,18 @@ def test_yolo_images_of_every_format_that_is_read_are_negatives_without_a_label(
     assert sorted(boxes(read(tmp_path, YOLO % ""))) == ["images/a.png", "images/b.webp", "images/c.GIF"]
 
 
+def test_yolo_images_of_every_ending_are_read_and_what_else_lies_there_is_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jfif", "c.dcm", "d.jp2", "e.nii.gz", "f.DICOM", "g", "readme.txt"):
+        put(tmp_path / "images" / name)
+    put(tmp_path / "labels" / "a.txt", "0 0.5 0.5 0.2 0.2")
+    put(tmp_path / "labels" / "e.txt", "0 0.5 0.5 0.2 0.2")
+    found = read(tmp_path, YOLO % "")
+    lesions = {name: len(marked) for name, marked in boxes(found).items()}
+    assert lesions == {"images/a.png": 1, "images/c.dcm": 0, "images/e.nii.gz": 1, "images/f.DICOM": 0}
+    counted = {why.split(",")[0]: count for (_, why), count in found.faults.left_out.items()}
+    assert counted == {".jfif": 1, ".jp2": 1, "no ending": 1}
+
+
 def test_masks_of_no_image_are_counted(tmp_path: Path) -> None:
     put(tmp_path / "i" / "a.png")
     for name in ("a", "b"):

@@ -9,6 +9,7 @@ neighbouring slices of one CT reach 0.95, and different patients 0.77.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,16 @@ import numpy as np
 from PIL import Image
 
 from umed_plugin.data.annotations.finding import matches
-from umed_plugin.data.images import load_image
+from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.images import has_dicom_magic, load_image, slice_count
+from umed_plugin.data.images.stored import unreadable
+from umed_plugin.data.places import not_fetched
 from umed_plugin.errors import UmedError, warn
 
 # Similarity from which two images count as the same one, or as neighbours of which one reveals the other.
 SAME = 0.9
 _SIDE, _COARSE = 32, 3.0  # side of a thumbnail, and standard deviation of the blur that is subtracted, in its pixels
 _ROWS = 512  # thumbnails compared at a time
-_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm")
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,52 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:
     pictures = Pictures()
     for path in map(Path, paths):
         # Links to folders are followed: evaluation sets often lie on another disk.
-        files = [file for file in matches(path, "**/*") if file.suffix.lower() in _ENDINGS]
+        others: Counter[str] = Counter()
+        files = []
+        for file in (file for file in matches(path, "**/*") if not file.is_dir()):
+            if _may_be_image(file):
+                files.append(file)
+            else:
+                others[file.suffix.lower() or "no ending"] += 1
         if not files:
             raise UmedError(
                 f"{path}: not a folder with images in it or below. Give the folder of an evaluation set's images"
             )
         for file in files:
             try:
-                pictures.add(str(file), load_image(file)[0])
+                _add_slices(file, pictures)
             except UmedError as error:
                 warn(f"not compared with the training data: {error}")
+        if others:
+            counted = ", ".join(f"{ending} ({count})" for ending, count in others.most_common())
+            warn(f"{path}: files that are no images by their names are not compared with the training data: {counted}")
     return pictures
+
+
+def _may_be_image(file: Path) -> bool:
+    """True for the endings of images, and for a DICOM file of any name. A file that cannot be opened may be one too."""
+    try:
+        return file.name.lower().endswith(IMAGE_ENDINGS) or has_dicom_magic(file)
+    except OSError:
+        return True
+
+
+def _add_slices(file: Path, pictures: Pictures) -> None:
+    """Add every slice of a NIfTI volume (along its last axis), frame of a DICOM file and page of a TIFF.
+
+    Any of them may be a training image.
+
+    Raises:
+        UmedError: the file cannot be read.
+    """
+    link = not_fetched(file)
+    if link is not None:
+        raise UmedError(f"{file}: {link}")
+    with unreadable(file):
+        count = slice_count(file)
+        for index in range(count):
+            name = f"{file}#{index}" if count > 1 else str(file)
+            pictures.add(name, load_image(file, slice=index if count > 1 else None)[0])
 
 
 def _turned(prints: np.ndarray) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.data.endings import NIFTI_ENDINGS, RASTER_ENDINGS
 from umed_plugin.data.recipes.image_options import ImageOptions
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.errors import did_you_mean
@@ -82,11 +83,11 @@ def tell_unused_image_options(images: Iterable[Path], options: ImageOptions, fau
 
 def _kind(image: Path) -> str:
     name = image.name.lower()
-    if name.endswith((".nii", ".nii.gz")):
+    if name.endswith(NIFTI_ENDINGS):
         return "nifti"
     if name.endswith((".png", ".tif", ".tiff")):
         return "deep"
-    return "flat" if name.endswith((".jpg", ".jpeg", ".bmp")) else "dicom"
+    return "flat" if name.endswith(RASTER_ENDINGS) else "dicom"
 
 
 def _listed(names: list[str]) -> str:

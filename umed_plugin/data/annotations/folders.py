@@ -12,10 +12,10 @@ from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import matches
 from umed_plugin.data.annotations.labels import labels_of
+from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.places import folders_below
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
-
-_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".dcm", ".nii", ".nii.gz")
 
 
 class FoldersOptions(ReaderOptions):
@@ -30,7 +30,7 @@ annotations:
 
     no_finding: list[str] = Field([], description="Names of folders whose images have no lesion.")
     endings: list[str] = Field(
-        list(_ENDINGS), min_length=1, description="Endings of image files. Other files are counted and not read."
+        list(IMAGE_ENDINGS), min_length=1, description="Endings of image files. Other files are counted and not read."
     )
 
     @model_validator(mode="after")
@@ -73,7 +73,7 @@ def _images_below(
     items: list[Annotated] = []
     endings = tuple(ending.lower() for ending in options.endings)
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    beside = [name for name in names if (folder / name).is_file() and name.lower().endswith(endings)]
+    beside = [name for name in names if not (folder / name).is_dir() and name.lower().endswith(endings)]
     if beside:
         faults.add(
             folder,
@@ -97,13 +97,15 @@ def _images_below(
 
 
 def _files_of(folder: Path, endings: tuple[str, ...], others: Counter[str]) -> list[Path]:
-    """The images of a class folder and of the folders below it, sorted; other files are counted by their ending."""
+    """The images of a class folder and of the folders below it, sorted; other files are counted by their ending.
+
+    Links to folders are followed, as by the patterns of the other readers.
+    """
     images: list[Path] = []
-    for place, below, names in os.walk(folder):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for name in (name for name in names if not name.startswith(".")):
-            if name.lower().endswith(endings):
-                images.append(Path(place) / name)
-            else:
-                others[os.path.splitext(name)[1].lower()] += 1
+    paths = [path for place in folders_below(folder) for path in place.iterdir() if not path.name.startswith(".")]
+    for path in (path for path in paths if not path.is_dir()):
+        if path.name.lower().endswith(endings):
+            images.append(path)
+        else:
+            others[path.suffix.lower()] += 1
     return sorted(images)

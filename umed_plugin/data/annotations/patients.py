@@ -16,13 +16,14 @@ from typing import Any, Optional
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import without_ending
+from umed_plugin.data.endings import DICOM_ENDINGS
 from umed_plugin.data.recipes.options import SplitRule
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.data.splits import SPLITS
 from umed_plugin.faults import Faults
 
 _PATIENT_ID = 0x00100020
-_DICOM = (".dcm", ".dicom", ".ima", "")
+_DICOM = (*DICOM_ENDINGS, "")
 _WHOLE = re.compile(r"^(\d+)\.0+$")  # pandas writes the patient 7 as 7.0 where another row has none
 _NAMED = 5
 # A patient with more than half of at least so many images is mostly a name that was cut or matched too short.

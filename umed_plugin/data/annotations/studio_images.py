@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from umed_plugin.data.images.raster import RASTER_ENDINGS
+from umed_plugin.data.endings import RASTER_ENDINGS
 from umed_plugin.faults import Faults
 
 # What Label Studio puts before the name of an uploaded file.

@@ -11,12 +11,13 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import ImageFolders, did_you_mean_file, matches
+from umed_plugin.data.endings import IMAGE_ENDINGS
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_text, read_yaml
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+_LABELS = (".txt",)
 
 
 class YoloOptions(ReaderOptions):
@@ -102,20 +103,22 @@ def _is_number(word: str) -> bool:
 
 def _pairs(label_folder: Path, folders: ImageFolders, faults: Faults) -> list[tuple[Path, Optional[Path]]]:
     """Every image with its label file, or None. A label file without an image, or with several, is a fault."""
-    labels = _by_place(label_folder, matches(label_folder, "**/*"), (".txt",))
+    labels = _by_place(label_folder, matches(label_folder, "**/*"), _LABELS)
     below = {os.path.dirname(place) for place in labels}
     images: dict[str, list[Path]] = {}
     passed_over: list[Path] = []
     for folder in folders.folders:
-        for place, paths in _by_place(folder, matches(folder, "**/*"), _IMAGES).items():
+        files = matches(folder, "**/*")
+        for place, paths in _by_place(folder, files, IMAGE_ENDINGS).items():
             # Other sub folders may hold anything: masks, plots, or the images of another split.
             if not os.path.dirname(place) or os.path.dirname(place) in below:
                 images.setdefault(place, []).extend(paths)
             else:
                 passed_over += paths
+        _count_others([path for path in files if os.path.relpath(path.parent, folder) in (os.curdir, *below)], faults)
     shown = ", ".join(map(str, folders.folders))
     if not images:
-        faults.add(shown, f"holds no image ({', '.join(_IMAGES)}); check annotations.image_root")
+        faults.add(shown, f"holds no image ({', '.join(IMAGE_ENDINGS)}); check annotations.image_root")
     if passed_over:
         faults.remark(
             shown,
@@ -137,9 +140,19 @@ def _by_place(folder: Path, paths: Sequence[Path], endings: tuple[str, ...]) -> 
     """Path below the folder without ending -> the files there with one of the endings, in any case."""
     found: dict[str, list[Path]] = {}
     for path in paths:
-        if path.suffix.lower() in endings:
-            found.setdefault(os.path.relpath(path.with_suffix(""), folder), []).append(path)
+        ending = next((ending for ending in endings if path.name.lower().endswith(ending)), None)
+        if ending is not None:
+            place = os.path.relpath(path.with_name(path.name[: -len(ending)]), folder)
+            found.setdefault(place, []).append(path)
     return found
+
+
+def _count_others(paths: Sequence[Path], faults: Faults) -> None:
+    """Count by their ending what lies among the images and is neither an image nor a label file."""
+    for path in paths:
+        if not path.name.lower().endswith((*IMAGE_ENDINGS, *_LABELS)) and not path.is_dir():
+            what = f"{path.suffix.lower() or 'no ending'}, which is not one of {', '.join(IMAGE_ENDINGS)}"
+            faults.left_out["files beside the images", what] += 1
 
 
 def _rows(item: Annotated, label: Path, names: dict[int, str], faults: Faults) -> list[_Row]:

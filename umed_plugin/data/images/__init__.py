@@ -54,6 +54,7 @@ __all__ = [
     "canonical_orientation",
     "check_picture",
     "file_states",
+    "has_dicom_magic",
     "load_image",
     "open_image",
     "read_by_llava",
@@ -246,7 +247,7 @@ def slice_count(path: Path, slice_axis: int = 2) -> int:
         return len(series_files(path))
     if path.name.lower().endswith(NIFTI_ENDINGS):
         return volume_shape(path)[slice_axis]
-    if path.name.lower().endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
+    if path.name.lower().endswith(DICOM_ENDINGS) or has_dicom_magic(path):
         return frame_count(path)
     return raster_pages(path) if path.name.lower().endswith(RASTER_ENDINGS) else 1
 
@@ -321,12 +322,13 @@ def read_stored(
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
         return read_nifti(path, slice, slice_axis, volume)
-    if name.endswith(DICOM_ENDINGS) or _has_dicom_magic(path):
+    if name.endswith(DICOM_ENDINGS) or has_dicom_magic(path):
         return read_dicom(path, slice)
     if name.endswith(RASTER_ENDINGS):
         return read_raster(path, offset, slice)
-    endings = ", ".join(IMAGE_ENDINGS)
-    raise UmedError(f"{path}: has neither a known file extension nor a DICOM header. Allowed: {endings}")
+    raise UmedError(
+        f"{path}: has neither a known file extension nor a DICOM header. Allowed: {', '.join(IMAGE_ENDINGS)}"
+    )
 
 
 def burned_in_annotation(path: Path) -> Optional[str]:
@@ -339,12 +341,13 @@ def burned_in_annotation(path: Path) -> Optional[str]:
         if "YES" in flags:
             return "YES"
         return "NO" if flags == {"NO"} else None
-    if not path.name.lower().endswith(DICOM_ENDINGS) and not _has_dicom_magic(path):
+    if not path.name.lower().endswith(DICOM_ENDINGS) and not has_dicom_magic(path):
         return None
     return burned_in_flag(open_header(path, pixels=False))
 
 
-def _has_dicom_magic(path: Path) -> bool:
+def has_dicom_magic(path: Path) -> bool:
+    """True for a DICOM file with a preamble, whatever its name is."""
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 
