@@ -58,13 +58,14 @@ def test_a_folder_names_the_class_of_its_images(tmp_path: Path) -> None:
 
 
 def test_links_to_folders_in_a_class_folder_are_followed(tmp_path: Path) -> None:
-    for name in ("data/nod/a.png", "disk/sub/b.png"):
+    for name in ("data/nod/a.png", "disk/sub/b.png", "data/healthy/d.png"):
         image(tmp_path / name)
     (tmp_path / "disk" / "sub" / "c.dicom").write_bytes(b"")
     (tmp_path / "data" / "nod" / "more").symlink_to(tmp_path / "disk" / "sub")
     (tmp_path / "disk" / "sub" / "loop").symlink_to(tmp_path / "data" / "nod")
-    found = read(tmp_path, (FOLDERS % "").replace("files: .", "files: data"), "")
-    assert sorted(labels(found)) == ["data/nod/a.png", "data/nod/more/b.png", "data/nod/more/c.dicom"]
+    found = read(tmp_path, (FOLDERS % ", no_finding: [healthy]").replace("files: .", "files: data"))
+    images = ["data/nod/a.png", "data/nod/more/b.png", "data/nod/more/c.dicom"]
+    assert sorted(labels(found)) == ["data/healthy/d.png", *images]
 
 
 def test_mistakes_of_folders_are_told(tmp_path: Path) -> None:
