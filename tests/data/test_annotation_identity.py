@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.annotation_files import (
     ALL_IN_TRAIN,
     BOX,
@@ -26,9 +27,10 @@ from support.annotation_files import (
     read,
     xml,
 )
-from support.drawn import write_dicom, write_recipe
+from support.drawn import write_dicom, write_nifti, write_recipe
 
 from umed_plugin.data.annotations import read_annotations
+from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
 
@@ -71,6 +73,57 @@ def test_entries_of_one_image_are_one_record(tmp_path: Path, write: Callable[[Pa
     found = read(tmp_path, write(tmp_path))
     assert list(boxes(found).values()) == [[BOX, OTHER]]
     assert sum("1 entries are about an image that has one" in remark for remark in found.faults.remarks) == 1
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("name", ["a.png", "v.nii.gz"])
+def test_a_file_with_one_slice_named_with_and_without_it_is_one_record(tmp_path: Path, name: str) -> None:
+    values = np.arange(8000, dtype=np.uint8).reshape(80, 100)
+    put(tmp_path / "a.png", values)
+    write_nifti(tmp_path / "v.nii.gz", values.T[:, :, None] / 255, np.diag([-1.0, -1, 1, 1]))
+    put(tmp_path / "a.csv", f"f,x1,y1,x2,y2,c,s\n{name},10,20,30,40,nod,\n{name},50,50,70,70,nod,0\n")
+    annotations = CSV.replace("lesion: c", "lesion: c, slice: s") % ""
+    recipe = load_recipe(write_recipe(tmp_path, annotations, ALL_IN_TRAIN))
+    (record,) = build_records(recipe, out_dir=tmp_path / "out", workers=1)
+    assert record["id"] == f"drawn/{name}"
+    assert record["objects"]["bbox"] == [list(BOX), list(OTHER)]
+
+
+def test_slice_0_of_several_is_not_the_whole_file(tmp_path: Path) -> None:
+    first, second = (Image.fromarray(np.zeros((80, 100), np.uint8)) for _ in range(2))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    put(tmp_path / "a.csv", "f,x1,y1,x2,y2,c,s\na.tif,10,20,30,40,nod,\na.tif,50,50,70,70,nod,0\n")
+    found = read(tmp_path, CSV.replace("lesion: c", "lesion: c, slice: s") % "")
+    assert [item.slice for item in found.items] == [None, 0]
+
+
+def test_an_image_listed_as_negative_under_two_names_is_one(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        put(tmp_path / f"{name}.png")
+    (tmp_path / "link.png").symlink_to("b.png")
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
+    put(tmp_path / "n.csv", "f,s\nb.png,train\n./b.png,train\nlink.png,train\nc.png,train\n./c.png,train\n")
+    listed = "negatives: {listed: {files: n.csv, file: f}}\n"
+    assert sorted(boxes(read(tmp_path, CSV % "", extra=listed))) == ["a.png", "b.png", "c.png"]
+    rows = "negatives: {listed: {files: n.csv, file: f, only_rows: {s: [normal]}}}\n"
+    put(tmp_path / "n.csv", "f,s\nb.png,normal\n./b.png,nodule\nc.png,normal\n")
+    found = read(tmp_path, CSV % "", extra=rows)
+    assert sorted(boxes(found)) == ["a.png", "c.png"]
+    assert found.left_out == {"listed as negative, but not in all of its rows": 1}
+
+
+@pytest.mark.llava
+def test_two_records_of_one_id_are_refused(tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "disk/a.png")):
+        put(tmp_path / name, np.full((80, 100), number, np.uint8))
+    (tmp_path / "disk" / "sub").mkdir()
+    (tmp_path / "sub").symlink_to(tmp_path / "disk" / "sub")
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\nsub/../a.png,10,20,30,40,nod\n")
+    recipe = load_recipe(write_recipe(tmp_path, CSV % "", ALL_IN_TRAIN))
+    with pytest.raises(
+        UmedError, match=r"1 records have the id of another one. The first: 'drawn/a.png', of .*/a.png and"
+    ):
+        build_records(recipe, out_dir=tmp_path / "out", workers=1)
 
 
 def one_coco_id_for_two_files(folder: Path) -> str:

@@ -129,12 +129,27 @@ def build_records(
         if leave_what_is_seen(prepared, geometry, tally):
             records.append(written_record(prepared, out, geometry, box_decimals, seed))
     _report(annotations, bad_images, tally, recipe, on_bad_image)
+    _check_ids(records, recipe)
     if not records:
         raise UmedError(
             f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
             f"Look with: umed recipe check {recipe.name} --data-root {annotations.root}"
         )
     return records if recipe.probes is None else records + _probes(recipe.probes, records, seed, recipe.name)
+
+
+def _check_ids(records: Sequence[Record], recipe: AnyRecipe) -> None:
+    """Refuse two records of one id: kept answers, shares and reviews know a record by its id alone."""
+    first: dict[str, Record] = {}
+    repeated = [
+        (record, known) for record in records if (known := first.setdefault(record["id"], record)) is not record
+    ]
+    if repeated:
+        record, known = repeated[0]
+        raise UmedError(
+            f"{recipe.path}: {len(repeated)} records have the id of another one. The first: {record['id']!r}, of "
+            f"{known['image']} and of {record['image']}. Name each image once in the annotations, by its plain path."
+        )
 
 
 def _probes(rule: ProbesRule, records: Sequence[Record], seed: int, name: str) -> list[Record]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from umed_plugin.data.annotations import Annotated
+from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.images import slice_count
 from umed_plugin.errors import UmedError
 
@@ -37,8 +38,9 @@ def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError]) -> li
     volumes: dict[tuple[str, ...], list[Annotated]] = {}
     # Images as they are, and in place of each volume its key, until all of its slices are known.
     order: list[Annotated | tuple[str, ...]] = []
+    folders: dict[str, str] = {}
     for item in items:
-        key = (item.recipe.name, str(item.image), item.phrase)
+        key = (item.recipe.name, real_path(str(item.image), folders), item.phrase)
         if item.recipe.image.slices == "annotated":
             order.append(item)
             continue

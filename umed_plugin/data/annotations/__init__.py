@@ -16,7 +16,7 @@ from umed_plugin.data.annotations.effects import tell_unused_image_options, tell
 from umed_plugin.data.annotations.hold_out import hold_out
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.labels import check_labels
-from umed_plugin.data.annotations.merging import drop_repeated_boxes, without_repeated_images
+from umed_plugin.data.annotations.merging import drop_repeated_boxes, name_whole_files, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
 from umed_plugin.data.annotations.patients import (
@@ -57,6 +57,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     reader = READERS.get(recipe.annotations.reader)
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
     leave_out_without_phrase(annotated, recipe, faults)
+    name_whole_files(annotated, recipe)
     annotated = one_reading(annotated, recipe.annotations.readers, faults)
     annotated = without_repeated_images(annotated, recipe, faults)
     met = Counter(name for item in annotated for name in item.classes)

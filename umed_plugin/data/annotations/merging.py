@@ -5,17 +5,47 @@ Two records of an image would each teach that the lesions of the other are not t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.images import slice_count
 from umed_plugin.data.recipes.recipe import Recipe
+from umed_plugin.errors import UmedError
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, iou_matrix
 
 # Boxes of one class that overlap more are probably one lesion, marked twice or by several readers.
 MOST_OVERLAP = 0.5
 _MOST_COMPARED = 1000  # boxes of one image
+
+
+def name_whole_files(items: Sequence[Annotated], recipe: Optional[Recipe] = None) -> None:
+    """Set the slice to None where a file with one slice is named both as a whole and by slice 0: they are one image.
+
+    Only files that are named both ways are opened.
+
+    Args:
+        recipe: of the items; None: each item has its own.
+    """
+    folders: dict[str, str] = {}
+    files: dict[str, list[Annotated]] = {}
+    for item in items:
+        if item.slice in (None, 0):
+            files.setdefault(real_path(str(item.image), folders), []).append(item)
+    for named in files.values():
+        if len({item.slice for item in named}) == 2 and _has_one_slice(named[0], recipe or named[0].recipe):
+            for item in named:
+                item.slice = None
+
+
+def _has_one_slice(item: Annotated, recipe: Recipe) -> bool:
+    # What cannot be read is told when the image is.
+    with contextlib.suppress(UmedError):
+        return item.image.exists() and slice_count(item.image, recipe.image.slice_axis) == 1
+    return False
 
 
 def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> list[Annotated]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.annotations.merging import name_whole_files
 from umed_plugin.data.annotations.patients import tell_empty_splits
 from umed_plugin.data.annotations.splits import picked_by_hash
 from umed_plugin.data.recipes.recipe import Mixture, Recipe
@@ -56,6 +57,7 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
 
 def _check_shared_images(annotations: AnnotationSet) -> None:
     """Add a fault for images that two sources describe: each says that the lesions of the other are not there."""
+    name_whole_files(annotations.items)
     folders: dict[str, str] = {}
     first: dict[tuple[str, object], Annotated] = {}
     shared: list[tuple[Annotated, Annotated]] = []

@@ -13,12 +13,14 @@ from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
+from umed_plugin.data.annotations.merging import without_repeated_images
 from umed_plugin.data.annotations.splits import picked_by_hash
 from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import Column, NegativeList
 from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.data.texts import read_rows
+from umed_plugin.faults import Faults
 
 
 def may_be_negative(item: Annotated, recipe: Recipe, root: Path) -> bool:
@@ -35,9 +37,7 @@ def listed_negatives(annotated: Sequence[Annotated], recipe: Recipe, annotations
     folders: dict[str, str] = {}
     covered = {real_path(str(item.image), folders) for item in annotated}
     kept: list[Annotated] = []
-    for item in with_possible_paths(
-        _read_list(listed, recipe.annotations, annotations.root, annotations), annotations.faults
-    ):
+    for item in _read_list(listed, recipe, annotations):
         if real_path(str(item.image), folders) in covered:
             annotations.left_out["listed as negative, but annotated"] += 1
         elif not item.image.exists():
@@ -64,13 +64,13 @@ def choose_negatives(recipe: Recipe, annotations: AnnotationSet) -> None:
     annotations.items = [item for item in annotations.items if id(item) in kept]
 
 
-def _read_list(listed: NegativeList, options: ReaderOptions, root: Path, annotations: AnnotationSet) -> list[Annotated]:
-    """The images that a CSV lists as having no lesion. They lie in the folders of the annotated images.
+def _read_list(listed: NegativeList, recipe: Recipe, annotations: AnnotationSet) -> list[Annotated]:
+    """The images that a CSV lists as having no lesion, each once. They lie in the folders of the annotated images.
 
     ``rename`` and ``split_values`` of the annotations hold for them too. An image that has rows of both kinds, as from several
     readers, is no negative.
     """
-    faults = annotations.faults
+    faults, root, options = annotations.faults, annotations.root, recipe.annotations
     path = annotation_file(root, listed.files, faults)
     rows = faults.read(read_rows, path, listed.delimiter) if path is not None else None
     if path is None or not rows:
@@ -103,8 +103,20 @@ def _read_list(listed: NegativeList, options: ReaderOptions, root: Path, annotat
     applied.tell(faults)
     if not items:
         faults.no_effect(path, "lists no image without a lesion, so negatives.listed has no effect")
-    annotations.left_out["listed as negative, but not in all of its rows"] += len(others & set(items))
-    return [item for file, item in items.items() if file not in others]
+    once = without_repeated_images(with_possible_paths(list(items.values()), faults), recipe, faults)
+    positive = _real_paths(others, options, root, path)
+    real: dict[str, str] = {}
+    kept = [item for item in once if real_path(str(item.image), real) not in positive]
+    annotations.left_out["listed as negative, but not in all of its rows"] += len(once) - len(kept)
+    return kept
+
+
+def _real_paths(files: set[str], options: ReaderOptions, root: Path, path: Path) -> set[str]:
+    """Where the files of rows that are no negatives lie. What is wrong with their names is nobody's concern."""
+    folders, names = ImageFolders(options, root, "", path.parent), Renamed(getattr(options, "rename", None))
+    images = [Annotated(folders.find(names.of(file)), [], [], str(path)) for file in files]
+    real: dict[str, str] = {}
+    return {real_path(str(item.image), real) for item in with_possible_paths(images, Faults())}
 
 
 def _columns(listed: NegativeList) -> list[tuple[str, Column]]:
