@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from umed_plugin import cli
+from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.build import build_records
 from umed_plugin.data.images import open_image
@@ -121,6 +122,62 @@ def test_a_csv_has_views_by_study(tmp_path):
 def test_what_cannot_be_a_report_is_named(studies, words, tmp_path):
     with pytest.raises(UmedError, match=words):
         built(tmp_path, write(tmp_path, studies=studies))
+
+
+def splits(folder: Path, recipe: Path) -> list[str]:
+    found = read_annotations(load_recipe(recipe), folder)
+    assert found.faults.messages == []
+    return [item.split for item in found.items]
+
+
+def fault(folder: Path, recipe: Path) -> str:
+    (message,) = read_annotations(load_recipe(recipe), folder).faults.messages
+    return message
+
+
+ONE, TWO = study("s1", "A nodule.", ["s1/0.png"]), study("s2", "Clear.", ["s2/0.png"])
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val"])
+def test_the_names_of_the_validation_split(name, tmp_path):
+    studies = {"train": [ONE], name: [TWO], "test": [study("s3", "Clear.", ["s1/1.png"])]}
+    assert splits(tmp_path, write(tmp_path, studies=studies)) == ["train", "val", "test"]
+    (tmp_path / "t.csv").write_text(f"image,report,in\ns1/0.png,A nodule.,train\ns2/0.png,Clear.,{name}\n")
+    recipe = write(tmp_path, ", columns: {split: in}")
+    recipe.write_text(recipe.read_text().replace("annotation.json", "t.csv"))
+    assert splits(tmp_path, recipe) == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("studies", "words"),
+    [
+        ({"train": [ONE], "dev": [TWO]}, "holds 'dev', which would not be read. Needed: lists of studies"),
+        ({"train": [ONE], "val": {"s2": TWO}}, "holds 'val', which would not be read"),
+        ([ONE], "holds a list; needed: lists train, val or test"),
+    ],
+)
+def test_studies_that_no_split_names_are_a_fault(studies, words, tmp_path):
+    assert words in fault(tmp_path, write(tmp_path, studies=studies))
+    assert splits(tmp_path, write(tmp_path, studies={"train": [ONE], "val": None, "info": ["made up"]})) == ["train"]
+
+
+def test_a_file_that_names_another_split_than_the_recipe_is_a_fault(tmp_path):
+    recipe = write(tmp_path, studies={"train": [ONE], "val": [TWO], "test": []}, split="{by: file}")
+    recipe.write_text(recipe.read_text().replace("files: annotation.json", "files: {train: annotation.json}"))
+    words = (
+        "is read as train by annotations.files, and holds 1 studies of val. To keep its splits, give the file without"
+    )
+    assert words in fault(tmp_path, recipe)
+    (tmp_path / "annotation.json").write_text(json.dumps({"train": [ONE, TWO], "val": [], "test": []}))
+    assert splits(tmp_path, recipe) == ["train", "train"]
+
+
+@pytest.mark.parametrize("name", ["r.csv", "R.CSV"])
+def test_a_table_without_a_column_of_splits_names_none(name, tmp_path):
+    recipe = write(tmp_path)
+    recipe.write_text(recipe.read_text().replace("annotation.json", name))
+    with pytest.raises(UmedError, match=r"split.by: is 'column', but annotations.columns.split names none"):
+        load_recipe(recipe)
 
 
 @pytest.mark.llava

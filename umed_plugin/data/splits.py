@@ -6,3 +6,5 @@ from typing import Literal
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+# What the files of data sets call them.
+SPLIT_NAMES: dict[str, Split] = {"train": "train", "validation": "val", "val": "val", "valid": "val", "test": "test"}

@@ -10,11 +10,11 @@ from pydantic import Field
 from umed_plugin.data.annotations.base import Annotated, four_numbers
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file, json_files
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.data.splits import SPLIT_NAMES
 from umed_plugin.data.texts import read_rows
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
-_SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}
 # Who marked what: the first reader of a study, and the second one, whom only a part of the studies has.
 _FIRST, _SECOND = "boxes", "extra_boxes"
 
@@ -80,8 +80,8 @@ def _table(options: PadchestGrOptions, root: Path, faults: Faults) -> Optional[d
             )
             continue
         named = (row[patient].strip(), row[split].strip())
-        if named[1] not in _SPLITS:
-            faults.add(f"{path}:{number}", f"split is {named[1]!r}. Allowed: {', '.join(_SPLITS)}")
+        if named[1] not in SPLIT_NAMES:
+            faults.add(f"{path}:{number}", f"split is {named[1]!r}. Allowed: {', '.join(SPLIT_NAMES)}")
         elif found.setdefault(row[study].strip(), named) != named:
             faults.add(f"{path}:{number}", f"gives study {row[study]} another patient or split than a row before it")
     return found
@@ -109,7 +109,7 @@ def _study(
         if named is None:
             faults.add(where, f"study {study.get('StudyID')!r} is not in annotations.table")
             return []
-        item.patient, item.split = named[0], _SPLITS[named[1]]
+        item.patient, item.split = named[0], SPLIT_NAMES[named[1]]
         second.patient, second.split = item.patient, item.split
     for number, finding in enumerate(findings):
         if not _add_finding(f"{where} finding {number}", finding, item, second, faults):

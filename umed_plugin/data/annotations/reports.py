@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -12,10 +13,9 @@ from pydantic import Field
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.cells import cell_of, columns_exist
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
-from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import Column
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
-from umed_plugin.data.splits import SPLITS
+from umed_plugin.data.splits import SPLIT_NAMES
 from umed_plugin.data.texts import read_json, read_rows
 from umed_plugin.faults import Faults, StrictModel
 
@@ -34,7 +34,9 @@ class ReportColumns(StrictModel):
 
 
 class ReportsOptions(ReaderOptions):
-    """Reports without boxes: R2Gen's ``annotation.json`` with lists ``train``, ``val`` and ``test``, or a CSV (``.csv``)."""
+    """Reports without boxes: R2Gen's ``annotation.json`` with lists ``train``, ``val`` (or ``valid``, ``validation``) and
+    ``test``, or a CSV (``.csv``).
+    """
 
     yaml_example_ = """
 annotations:
@@ -59,7 +61,11 @@ annotations:
     @property
     def names_split(self) -> bool:
         """True if the file itself names the split: R2Gen's does, a CSV by a column."""
-        return self.columns.split is not None or all(not name.endswith(".csv") for name in self.files.values())
+        return self.columns.split is not None or all(not _is_table(name) for name in self.files.values())
+
+
+def _is_table(name: str) -> bool:
+    return name.lower().endswith(".csv")
 
 
 # Where it stands, study, images, report, patient, split.
@@ -75,12 +81,21 @@ def read_reports(options: ReportsOptions, root: Path, faults: Faults) -> list[An
         if path is None:
             continue
         folders = ImageFolders(options, root, split, path.parent, faults)
-        studies = _of_table(path, options, faults) if path.suffix.lower() == ".csv" else _of_json(path, faults)
+        studies = _of_table(path, options, faults) if _is_table(path.name) else _of_json(path, faults)
+        others: Counter[str] = Counter()
         for where, images, report, patient, named in studies:
             item = _item(where, images, report, folders, options, faults)
             if item is not None:
                 item.patient, item.split = patient, split or named
                 items.append(item)
+            others.update([named] if split and named not in ("", split) else [])
+        if others:
+            held = " and ".join(f"{count} studies of {other}" for other, count in others.items())
+            faults.add(
+                path,
+                f"is read as {split} by annotations.files, and holds {held}. To keep its splits, give the file without a split, "
+                f"as files: {name}, and split: {{by: column}}",
+            )
     return items
 
 
@@ -105,16 +120,14 @@ def _of_json(path: Path, faults: Faults) -> Iterator[_Study]:
     content: Any = faults.read(read_json, path)
     if len(faults.messages) > before:
         return
-    found = [split for split in SPLITS if isinstance(content, dict) and isinstance(content.get(split), list)]
-    if not found:
-        holds = ", ".join(content) if isinstance(content, dict) else type(content).__name__
-        faults.add(
-            path, f"has no list train, val or test; it holds {holds or 'nothing'}. Is it R2Gen's annotation.json?"
-        )
+    if not isinstance(content, dict):
+        faults.add(path, f"holds a {type(content).__name__}; needed: lists train, val or test. Is it R2Gen's?")
         return
-    for split in found:
-        for number, study in enumerate(content[split]):
-            where = f"{path} {split}[{number}]"
+    if not _names_its_splits(content, path, faults):
+        return
+    for key, split in SPLIT_NAMES.items():
+        for number, study in enumerate(content.get(key) or []):
+            where = f"{path} {key}[{number}]"
             images, report = (study.get(key) if isinstance(study, dict) else None for key in ("image_path", "report"))
             listed = [images] if isinstance(images, str) else images
             if (
@@ -126,6 +139,30 @@ def _of_json(path: Path, faults: Faults) -> Iterator[_Study]:
                 faults.add(where, "needs a text 'report' and a list 'image_path' of file names. Is it R2Gen's?")
             else:
                 yield where, listed, report, str(study.get("subject_id") or ""), split
+
+
+def _names_its_splits(content: dict[str, Any], path: Path, faults: Faults) -> bool:
+    """Whether all studies are in lists that are named as splits are; False after a fault."""
+    if not any(isinstance(content.get(key), list) for key in SPLIT_NAMES):
+        faults.add(
+            path,
+            f"has no list train, val or test; it holds {', '.join(content) or 'nothing'}. Is it R2Gen's annotation.json?",
+        )
+        return False
+    wrong = [key for key, value in content.items() if key not in SPLIT_NAMES and _holds_studies(value)]
+    wrong += [key for key in SPLIT_NAMES if not isinstance(content.get(key), (list, type(None)))]
+    if wrong:
+        faults.add(
+            path,
+            f"holds {', '.join(map(repr, wrong))}, which would not be read. Needed: lists of studies, each named by one of "
+            f"{', '.join(SPLIT_NAMES)}",
+        )
+    return not wrong
+
+
+def _holds_studies(value: Any) -> bool:
+    listed = value if isinstance(value, list) else []
+    return any(isinstance(one, dict) and ("image_path" in one or "report" in one) for one in listed)
 
 
 def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_Study]:
@@ -156,4 +193,7 @@ def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_
 
 def _split_of(row: list[str], header: list[str], where: str, options: ReportsOptions, faults: Faults) -> str:
     column = options.columns.split
-    return "" if column is None else checked_split(cell_of(row, header, column), {}, where, faults)
+    text = cell_of(row, header, column)
+    if column is not None and text not in SPLIT_NAMES:
+        faults.add(where, f"split is {text!r} (annotations.columns.split). Allowed: {', '.join(SPLIT_NAMES)}")
+    return SPLIT_NAMES.get(text, "") if column is not None else ""
