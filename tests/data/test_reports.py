@@ -216,3 +216,23 @@ def test_check_and_build_count_reports(tmp_path, capsys):
     assert any(page.rglob("*.html"))
     assert cli.main(["recipe", "build", *common, "--out", str(tmp_path / "built" / "r.json")]) == 0
     assert "2 records, 0 with lesions, 0 without, 2 reports" in capsys.readouterr().out
+
+
+def test_a_patient_of_number_0_is_a_patient(tmp_path):
+    """Empty, each of the images would be a patient of its own."""
+    studies = [{**study(name, "Small effusion.", [f"{name}/0.png"]), "subject_id": 0} for name in ("s1", "s2")]
+    found = read_annotations(load_recipe(write(tmp_path, studies={"train": studies, "val": [], "test": []})), tmp_path)
+    assert [item.patient for item in found.items] == ["0", "0"]
+
+
+def test_a_table_without_titles_loses_no_study(tmp_path):
+    recipe = write(tmp_path, ", columns: {file: 0, report: 1}", split="{by: patient, fractions: {train: 1}}")
+    (tmp_path / "r.csv").write_text("s1/0.png,Small effusion.\ns2/0.png,The lungs are clear.\n")
+    recipe.write_text(recipe.read_text().replace("annotation.json", "r.csv"))
+    (fault,) = read_annotations(load_recipe(recipe), tmp_path).faults.messages
+    assert "'s1/0.png' in column 0 (annotations.columns.file)" in fault and "annotations.header: false" in fault
+    recipe.write_text(recipe.read_text().replace("columns:", "header: false, columns:"))
+    assert [item.report for item in read_annotations(load_recipe(recipe), tmp_path).items] == [
+        "Small effusion.",
+        "The lungs are clear.",
+    ]

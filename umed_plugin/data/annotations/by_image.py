@@ -8,6 +8,7 @@ from typing import Any, Optional, Union
 from pydantic import Field, field_validator, model_validator
 
 from umed_plugin.data.annotations.base import Annotated, as_xyxy, four_numbers, in_unit, is_pixels, stated_size
+from umed_plugin.data.annotations.cells import name_of
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.labels import labels_of
@@ -211,8 +212,7 @@ def _item(
         return None
     size = _size(entry, where, options, faults)
     item = Annotated(folders.find([image]), [], [], where, size, bool(options.normalised))
-    patient = entry.get(options.patient) if options.patient is not None else None
-    item.patient = "" if patient is None else str(patient)
+    item.patient = name_of(entry.get(options.patient)) if options.patient is not None else ""
     for number, written in enumerate(entry[options.boxes] if options.boxes is not None else []):
         box = _box(written, options)
         lesion = options.only_class or (written.get(options.lesion) if isinstance(written, dict) else None)

@@ -61,3 +61,8 @@ def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:
         return ""
     index = header.index(column) if isinstance(column, str) else column
     return row[index].strip() if index < len(row) else ""
+
+
+def name_of(value: object) -> str:
+    """A patient or another name that a JSON field holds; empty for null, and "0" for 0."""
+    return "" if value is None else str(value)

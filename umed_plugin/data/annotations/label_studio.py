@@ -12,6 +12,7 @@ from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.brush import decode_brush
+from umed_plugin.data.annotations.cells import name_of
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
 from umed_plugin.data.annotations.studio_images import Group, ImageTags, image_names, region_kind
@@ -182,7 +183,7 @@ class _Export:
         if image is None or results is None:
             return None
         item = Annotated(image, [], [], task.where, normalised=True, reader=task.annotator)
-        item.patient = str(task.data.get(self.options.patient) or "") if self.options.patient is not None else ""
+        item.patient = name_of(task.data.get(self.options.patient)) if self.options.patient is not None else ""
         others: Counter[str] = Counter()
         for group in results:
             self._add(item, group, others)

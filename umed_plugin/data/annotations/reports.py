@@ -11,9 +11,9 @@ from typing import Any, Literal, Optional
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated
-from umed_plugin.data.annotations.cells import cell_of, columns_exist
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, name_of, titled
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
-from umed_plugin.data.recipes.options import Column
+from umed_plugin.data.recipes.options import Column, HasHeader
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import SPLIT_NAMES
 from umed_plugin.data.texts import read_json, read_rows
@@ -57,6 +57,7 @@ annotations:
         "``remove`` them, from the answers to train on and from the references alike.",
     )
     columns: ReportColumns = Field(ReportColumns(), description="Columns of a CSV.")
+    header: HasHeader = True
 
     @property
     def names_split(self) -> bool:
@@ -138,7 +139,7 @@ def _of_json(path: Path, faults: Faults) -> Iterator[_Study]:
             ):
                 faults.add(where, "needs a text 'report' and a list 'image_path' of file names. Is it R2Gen's?")
             else:
-                yield where, listed, report, str(study.get("subject_id") or ""), split
+                yield where, listed, report, name_of(study.get("subject_id")), split
 
 
 def _names_its_splits(content: dict[str, Any], path: Path, faults: Faults) -> bool:
@@ -168,12 +169,12 @@ def _holds_studies(value: Any) -> bool:
 def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_Study]:
     columns: ReportColumns = options.columns
     rows: list[list[str]] = faults.read(read_rows, path) or []
-    header = [title.strip() for title in rows[0]] if rows else []
+    header, data = titled(rows, options.header)
     wanted = [(f"annotations.columns.{role}", column) for role, column in columns if column is not None]
     if not header or not columns_exist(wanted, header, path, faults):
         return
     studies: dict[str, tuple[str, list[str], list[str]]] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in data:
         where = f"{path}:{number}"
         if not any(cell.strip() for cell in row):
             continue
