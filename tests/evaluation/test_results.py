@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.benchmark_files import mnist, omni
 from support.benchmark_runs import command, lines, rad
 from support.records import evaluated_records
 
@@ -21,7 +22,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.asking import ask
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.benchmarks.recipe_cases import cases_of, headline
-from umed_plugin.evaluation.evaluator import evaluate_questions
+from umed_plugin.evaluation.evaluator import evaluate, evaluate_questions
 from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.results import Evaluation, compare, resampling_unit
 from umed_plugin.evaluation.tables import unread_boxes_line
@@ -303,3 +304,38 @@ def test_kept_answers_that_were_damaged_are_named_before_anything_is_asked(tmp_p
     (tmp_path / "out" / "predictions.jsonl").write_text("[1]\n")
     with pytest.raises(UmedError, match=r"predictions.jsonl: line 1 is not an object with the key 'id'"):
         KeptAnswers(tmp_path / "out", "predictions.jsonl", {})
+
+
+class Rates(Says):
+    """A model whose first option has this loss, and the others a usual one."""
+
+    def __init__(self, loss):
+        super().__init__("CT")
+        self.loss = loss
+
+    def answer(self, questions, examine=None):
+        return [ModelAnswer(self.text, [self.loss, *[1.0] * (len(q.options) - 1)]) for q in questions]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "make", "first"), [("medmnist", mnist, "chestmnist/0/atelectasis"), ("omnimedvqa", omni, "ACRIMA/a")]
+)
+def test_likelihoods_that_are_not_finite_are_refused(name, make, first, loss, tmp_path, short_bootstrap):
+    """The lowest of [NaN, 1, .5] would be the first, which is the right option of some questions."""
+    root, out = make(tmp_path / "data"), tmp_path / "out"
+    refused = (
+        rf"question '{first}': its likelihoods are not finite \({loss}, 1\.0.*diverged.*--dtype bfloat16 or float32"
+    )
+    with pytest.raises(UmedError, match="Rates: " + refused):
+        evaluate(Rates(loss), name, root, out=out)
+    assert not lines(out / "predictions.jsonl"), "nothing of it is kept"
+    evaluate(Rates(0.5), name, root, out=out)
+    kept = lines(out / "predictions.jsonl")
+    kept[0]["losses"][0] = loss
+    (out / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    kept_first = kept[0]["id"]
+    with pytest.raises(
+        UmedError, match=rf"Rates, answers kept in .*predictions.jsonl: question '{kept_first}': its like"
+    ):
+        evaluate(Rates(0.5), name, root, out=out)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.kept_answers import KeptAnswers
 from umed_plugin.evaluation.questions import in_batches
@@ -44,6 +46,7 @@ def ask(
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
+    checkpoint: str = "the checkpoint",
 ) -> dict[str, ModelAnswer]:
     """Answers by question id; those that are kept already are not asked for again.
 
@@ -54,6 +57,10 @@ def ask(
         kept: where answers are written as they come; None: nowhere.
         batch_size: rows at a time: questions, or options of questions.
         progress: called with (questions done, questions in all).
+        checkpoint: its name, for errors.
+
+    Raises:
+        UmedError: a likelihood is not finite, or a kept answer is damaged.
     """
     batches = in_batches(questions, batch_size)
     answers: dict[str, ModelAnswer] = {}
@@ -63,10 +70,10 @@ def ask(
         whole = [batch for batch in batches if all(question.id in known for question in batch)]
         kept.keep_only(question.id for batch in whole for question in batch)
         reused = {question.id: known[question.id] for batch in whole for question in batch}
-        answers = answers_of(kept.path, reused)
+        answers = answers_of(kept.path, reused, checkpoint)
     for batch in batches if kept is None or kept.shard is None else kept.shard.of(batches):
         if batch[0].id not in answers:
-            new = _ask_batch(benchmark, batch, answerer)
+            new = _ask_batch(benchmark, batch, answerer, checkpoint)
             answers.update({question.id: answer for question, answer in zip(batch, new)})
             if kept is not None:
                 kept.add([kept_line(*pair) for pair in zip(batch, new)])
@@ -76,24 +83,41 @@ def ask(
 
 
 def _ask_batch(
-    benchmark: Benchmark, batch: Sequence[BenchmarkQuestion], answerer: AnswersQuestions
+    benchmark: Benchmark, batch: Sequence[BenchmarkQuestion], answerer: AnswersQuestions, checkpoint: str
 ) -> list[ModelAnswer]:
     questions = [ImageQuestion(q.image, q.text, q.options, q.options_after, q.write, q.reading) for q in batch]
     hook = benchmark.examine
-    if hook is None:
-        return answerer.answer(questions)
 
     def examine(written: Sequence[int], prompts: Any, answers: Any) -> list[dict[str, Any]]:
+        assert hook is not None
         return hook(answerer, [batch[index] for index in written], prompts, answers)
 
-    return answerer.answer(questions, examine)
+    answers = answerer.answer(questions) if hook is None else answerer.answer(questions, examine)
+    for question, answer in zip(batch, answers):
+        _check_finite(checkpoint, question.id, answer.losses)
+    return answers
 
 
-def answers_of(file: Path, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, ModelAnswer]:
+def _check_finite(where: str, identity: str, losses: Sequence[float | None]) -> None:
+    """Refuse likelihoods that no metric can use: NaN is neither above nor below another, so any option could be the likeliest.
+
+    Raises:
+        UmedError: one of them is not finite.
+    """
+    if not all(loss is not None and math.isfinite(loss) for loss in losses):
+        raise UmedError(
+            f"{where}: question {identity!r}: its likelihoods are not finite ({', '.join(map(str, losses))}). The checkpoint has "
+            "diverged, or overflows in float16: --dtype bfloat16 or float32."
+        )
+
+
+def answers_of(
+    file: Path, lines: Mapping[str, Mapping[str, Any]], checkpoint: str = "the checkpoint"
+) -> dict[str, ModelAnswer]:
     """The answers that `kept_line` has kept, by their questions' ids.
 
     Raises:
-        UmedError: some were damaged after they were written; each is named.
+        UmedError: some were damaged after they were written, and each is named; or a likelihood is not finite.
     """
     from umed_plugin.evaluation.forms import KeptForm
 
@@ -101,6 +125,8 @@ def answers_of(file: Path, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     for identity, line in lines.items():
         validated(KeptForm, line, f"{file}: question {identity!r}: ", faults)
     faults.raise_if_any(f"{file} is damaged (remedy: remove the file to ask everything again)")
+    for identity, line in lines.items():
+        _check_finite(f"{checkpoint}, answers kept in {file}", identity, line["losses"])
     return {
         identity: ModelAnswer(line["answer"], line["losses"], line.get("examined")) for identity, line in lines.items()
     }

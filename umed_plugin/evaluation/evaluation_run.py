@@ -115,13 +115,15 @@ class EvaluationRun:
             self._kept,
             batch_size=self._settings.batch_size,
             progress=progress,
+            checkpoint=self._name,
         )
         if self._kept is None or self._kept.shard is None:
             return answers
         asked, said = {question.id for question in self._questions}, time.monotonic()
         while missing := asked - set(answers):
             others = self._kept.of_others().items()
-            answers.update(answers_of(self._kept.path, {name: line for name, line in others if name in missing}))
+            found = {name: line for name, line in others if name in missing}
+            answers.update(answers_of(self._kept.path, found, self._name))
             left = len(asked - set(answers))
             if progress is not None:
                 progress(len(answers), len(asked))
