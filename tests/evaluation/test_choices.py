@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from umed_plugin.evaluation.benchmarks.probes import stated_option
 from umed_plugin.evaluation.metrics import choices
 
 
@@ -127,3 +128,56 @@ def test_a_letter_is_found_in_any_spelling(answer):
 )
 def test_what_is_no_letter(answer):
     assert choices.named_letter(answer, 4) is None
+
+
+FINDINGS = ["pneumonia", "cyst", "nodule", "normal"]
+SIDES = ["left lung", "right lung", "both lungs", "none"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [
+        *((text, 1) for text in ("I think it's B.", "I think it is B", "This is option B", "The image shows B")),
+        *((text, 1) for text in ("Based on the image, B", "I would say B.", "So, B", "Hence B.", "I see B")),
+        *((text, 1) for text in ("It looks like (B) to me: (B)", "B rather than C", "I think B, not C.", "A cyst, thus B")),
+        ("I would say A because of the shadow", 0), ("It could only be D here.", 3), ("Both lungs are clear, so C", 2),
+    ],
+)  # fmt: skip
+def test_a_letter_that_stands_alone_goes_before_the_nearest_text(answer, index):
+    assert choices.chosen_option(answer, FINDINGS) == index
+    assert stated_option(answer, FINDINGS) == index
+
+
+@pytest.mark.parametrize(
+    ("answer", "letters"),
+    [
+        ("The answer is not B but C", [2]),
+        ("Neither A nor C, so B", [1]),
+        ("It is not A, B or D; it is C.", [2]),
+        ("I don't think it is B.", []),
+        ("I don't think B is correct.", []),
+        ("I would not choose B.", []),
+        ("Not B", []),
+        ("It is A or B.", [0, 1]),
+        ("A and B", [0, 1]),
+        ("B is wrong", []),
+        ("A lesion is in the right lung", []),
+        ("I, too, see a lesion", []),
+        ("The image shows E", []),
+        ("This is hepatitis B.", []),
+        ("It is a type B", []),
+        ("Cirrhosis, Child-Pugh B.", []),
+        ("An infection with C. difficile", []),
+    ],
+)
+def test_letters_that_are_ruled_out_left_open_or_part_of_a_name(answer, letters):
+    assert choices.stated_letters(answer, SIDES) == letters
+    if len(letters) != 1:
+        assert choices.chosen_option(answer, SIDES) == (None if letters else choices.nearest_option(answer, SIDES))
+    else:
+        assert choices.chosen_option(answer, SIDES) == stated_option(answer, SIDES) == letters[0]
+
+
+def test_the_letter_of_an_option_s_own_text_is_not_its_place():
+    assert choices.chosen_option("I would say influenza B.", ["influenza B", "influenza A", "none"]) == 0
+    assert choices.chosen_option("I think it is B", ["A cyst", "A nodule"]) == 1

@@ -6,8 +6,8 @@ letter. In ``test_2.csv`` the answer is the letter, and there are ``index``, ``C
 xmcmic/PMC-VQA at b56ae59, whose README calls the newer ones ``test2.csv`` and ``images2.zip``.
 
 In both tasks an answer counts as the choice with the highest difflib ratio to it, as in the authors' script
-(xiaoman-zhang/PMC-VQA at 1678ec2). Departure: an answer that begins with a letter counts as that letter; their script looks at
-the last character alone, which suits models that were trained to answer with it.
+(xiaoman-zhang/PMC-VQA at 1678ec2). Departure: an answer that states a letter counts as that letter, and one that states several
+as wrong. Their script looks at the last character alone, which suits models that were trained to answer with it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from umed_plugin.data.probes import KINDS, SUGGESTION, Probe, make_probes
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion, OfRecipe, no_questions
 from umed_plugin.evaluation.metrics.answers import in_tags, words
-from umed_plugin.evaluation.metrics.choices import named_letter, nearest_option
+from umed_plugin.evaluation.metrics.choices import nearest_option, stated_letters
 from umed_plugin.evaluation.metrics.llava_med import holds
 from umed_plugin.evaluation.metrics.metric import RATE, Metric, Row, mean_of_groups, means
 from umed_plugin.grounding.scoring import Scorer
@@ -63,9 +63,9 @@ def _question(probe: Probe, study: BenchmarkQuestion) -> BenchmarkQuestion:
 
 def stated_option(answer: str, options: Sequence[str]) -> int | None:
     """Index of the option that an answer stands for; None if it stands for none, or for several."""
-    letter = named_letter(answer, len(options))
-    if letter is not None:
-        return letter
+    letters = stated_letters(answer, options)
+    if letters:
+        return letters[0] if len(letters) == 1 else None
     said = words(in_tags(answer))
     held = [index for index, option in enumerate(options) if holds(said, words(option))]
     # "nodule" is held by "there is no nodule" as well: the longer option is meant.
