@@ -190,3 +190,25 @@ def test_open_accuracy_wants_the_words_in_a_row():
     assert llava_med.open_accuracy("It is the left upper lobe.", "left upper lobe") == 1
     assert llava_med.open_accuracy("upper left lobe", "left upper lobe") == 0
     assert llava_med.open_accuracy("anything", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("hepatitis B", "hepatitis A", 0),
+        ("hepatitis A", "hepatitis A", 1),
+        ("It is hepatitis a.", "Hepatitis A", 1),
+        ("A", "A", 1),
+        ("B", "A", 0),
+        ("type dissection", "type A dissection", 0),
+        ("A type a dissection", "type A dissection", 1),
+        ("A-scan", "an A-scan", 1),
+        ("nodule", "A nodule", 1),
+        ("THERE IS A NODULE", "a nodule", 1),
+        ("Answer: A nodule", "the nodule", 1),
+        ("in the lung", "in lung", 1),
+    ],
+)
+def test_an_article_is_dropped_and_the_letter_a_is_not(answer, truth, right):
+    assert llava_med.open_accuracy(answer, truth) == right
+    assert llava_med.closed_accuracy(answer, truth) == right

@@ -21,6 +21,8 @@ _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+\d*")
 _DIGIT_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
 _ARTICLES = {"a", "an", "the"}
+# Words that "A" gives a name to, in any spelling: "type a dissection".
+_LETTERED = {"class", "grade", "group", "hepatitis", "influenza", "stage", "type", "vitamin"}
 _NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_NUMBER_WORDS)}
 
@@ -68,7 +70,30 @@ def words(text: str) -> list[str]:
     Example:
         >>> words("\u201cYes\u201d\u2026 the **two** lungs: 1,000 mm")
         ['yes', '2', 'lungs', '1000', 'mm']
+        >>> words("A case of hepatitis A")
+        ['case', 'of', 'hepatitis', 'a']
     """
     joined = _DIGIT_COMMA.sub("", _APOSTROPHE.sub("", unicodedata.normalize("NFKC", text)))
-    found = _WORD.findall(_TAG.sub(" ", re.sub(r"\\[a-zA-Z]+", " ", joined)).lower())
-    return [_NUMBERS.get(word, word) for word in found if word not in _ARTICLES]
+    cleaned = _TAG.sub(" ", re.sub(r"\\[a-zA-Z]+", " ", joined))
+    found = list(_WORD.finditer(cleaned))
+    said = [match[0].lower() for match in found]
+    return [
+        _NUMBERS.get(word, word)
+        for index, word in enumerate(said)
+        if word not in _ARTICLES or not _is_article(cleaned, found, index)
+    ]
+
+
+def _is_article(text: str, found: list[re.Match[str]], index: int) -> bool:
+    """Whether "a", "an" or "the" stands before a word of its own, and "A" is not the letter of "hepatitis A" or "type A".
+
+    Where a text has no small letters, a capital inside a sentence says nothing.
+    """
+    if index + 1 == len(found) or re.match(r"\s*[.,;:!?)\]}-]", text[found[index].end() :]):
+        return False
+    if found[index][0].lower() != "a" or not index:
+        return True
+    before = text[found[index - 1].end() : found[index].start()]
+    inside_sentence = re.fullmatch(r"[ \t,-]+", before) is not None
+    is_capital = found[index][0] == "A" and any(char.islower() for char in text)
+    return not (inside_sentence and (is_capital or found[index - 1][0].lower() in _LETTERED))
