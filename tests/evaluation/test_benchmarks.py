@@ -117,6 +117,27 @@ def test_llava_med_s_own_question_files_are_a_benchmark(tmp_path):
     assert found["closed_accuracy"] == found["open_accuracy"] == 1
 
 
+@pytest.mark.parametrize("nothing", ["", " ", float("nan")])
+def test_rows_of_llava_med_without_a_reference_are_left_out_and_named(nothing, tmp_path, capsys):
+    picture(tmp_path / "a.png")
+
+    def asked_of(*answers):
+        rows = [{"question_id": n, "image": "a.png", "text": "Organ?", "answer": a} for n, a in enumerate(answers)]
+        (tmp_path / "e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return chosen_questions(file_benchmark(str(tmp_path / "e.jsonl"), None), None, work=tmp_path)[0]
+
+    assert [question.id for question in asked_of("liver", nothing, "lung", nothing)] == ["0", "2"]
+    told = capsys.readouterr().err
+    assert "llava_med: 2 of 4 rows are left out" in told and "e.jsonl[1]: its answer is empty." in told
+    with pytest.raises(
+        UmedError, match=r"llava_med: 3 of 4 rows cannot be read[^\0]*e.jsonl\[1\]: its answer is empty"
+    ):
+        asked_of("liver", nothing, nothing, nothing)
+    truth = {"id": 1, "image": "a.png", "conversations": [{"from": "human", "value": "Organ?"}, {"value": "heart"}]}
+    (tmp_path / "test.json").write_text(json.dumps([truth]))
+    assert [question.truth for question in asked_of("liver", nothing)] == ["liver", "heart"]
+
+
 def test_real_rows_of_vqa_rad_and_slake(real_data, tmp_path):
     root = real_data / "vqa_rad"
     with pytest.raises(UmedError, match=r"11 images of vqa_rad are missing.*synpic29265.jpg[^\0]*--on-bad-image skip"):

@@ -3,7 +3,8 @@
 ``--benchmark FILE.jsonl`` takes a file as it is; ``--benchmark llava_med --data-root DIR`` finds one in a folder. A row of
 ``test.json`` has ``id``, ``image``, two ``conversations`` and ``answer_type``. A line of the ``.jsonl`` has ``question_id``,
 ``image``, ``text``, and in some files ``answer``, ``gt_answer`` or ``gpt4_answer``; answers that it lacks are looked up by id in
-a ``test.json`` beside it. Scores: `umed_plugin.evaluation.benchmarks.open_closed`.
+a ``test.json`` beside it. A row whose answer is empty is left out and named. Scores:
+`umed_plugin.evaluation.benchmarks.open_closed`.
 """
 
 from __future__ import annotations
@@ -111,12 +112,19 @@ def _question(
             f"{where}: has no {'question' if not asked else 'answer to compare with'}. Keys of an answer: {', '.join(_ANSWERS)}; "
             "or two conversations, in this file or by id in a test.json beside it."
         )
-    truth = str(answers[0]).strip()
+    truth = next((text for answer in answers if (text := _text_of_answer(answer))), None)
+    if truth is None:
+        raise UmedError(f"{where}: its answer is empty.")
     kind = str(whole.get("answer_type") or (CLOSED if words(truth) in (["yes"], ["no"]) else OPEN)).strip().upper()
     if kind not in (OPEN, CLOSED):
         raise UmedError(f"{where}: answer_type is {kind!r}; allowed: {OPEN}, {CLOSED}.")
     image = existing_image(folders, str(field_of(whole, where, "image")), where)
     return [BenchmarkQuestion(identity, image, asked, truth, groups={"answer_type": kind})]
+
+
+def _text_of_answer(answer: Any) -> str:
+    """The text of a reference answer; empty for one that holds nothing, or NaN."""
+    return "" if answer != answer else str(answer).strip()
 
 
 BENCHMARK = Benchmark(
