@@ -125,6 +125,16 @@ def test_lists_of_images_that_are_never_sent_have_no_mark(tmp_path: Path) -> Non
     assert read_list(tmp_path / "never.txt") == {"drawn/a.png", "drawn/b.png"}
 
 
+def test_lists_of_images_that_are_never_sent_hold_names_with_odd_separators(tmp_path: Path) -> None:
+    from umed_plugin.data.writing.burnt_in import read_list, write_list
+
+    names = {"drawn/a\u2028b.png", "drawn/c\x85d.png", "drawn/e\x0cf.png"}
+    write_list(dict.fromkeys(names, "text in its left corner"), tmp_path / "never.txt", set())
+    assert read_list(tmp_path / "never.txt") == names
+    put(tmp_path / "windows.txt", b"drawn/a.png\r\n\r\ndrawn/b.png\t# why\r\n")
+    assert read_list(tmp_path / "windows.txt") == {"drawn/a.png", "drawn/b.png"}
+
+
 @pytest.mark.parametrize("form", ["csv", "coco", "json"])
 def test_folders_of_classes_in_place_of_a_file_name_the_reader_for_them(tmp_path: Path, form: str) -> None:
     put(tmp_path / "classes" / "nod" / "a.png")

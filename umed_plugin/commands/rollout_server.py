@@ -144,7 +144,7 @@ def _engine_of(python: str | None) -> Engine:
         looked = subprocess.run(
             [python, "-c", _LOOK], env=_without_our_path(), capture_output=True, text=True, timeout=120, check=True
         )
-        seen = json.loads(looked.stdout.splitlines()[-1])
+        seen = json.loads(looked.stdout.rstrip("\n").split("\n")[-1])
     except (OSError, IndexError, ValueError, subprocess.SubprocessError) as error:
         raise UsageError(
             f"--python {python}: cannot be run ({error}). Name the python of vLLM's environment."

@@ -132,7 +132,8 @@ class BatchClient:
             if file:
                 with self._readable_errors():
                     text = self._client.files.content(file).text
-                for line in text.splitlines():
+                # Not splitlines(): a reply may hold U+2028 or U+0085, which JSON leaves as they are.
+                for line in text.split("\n"):
                     self._pass_on(line)
         self._note(ended=name)
         if batch.status == "failed":
@@ -175,7 +176,7 @@ class BatchClient:
         files: list[str] = []
         batches: dict[str, str] = {}
         ended: set[str] = set()
-        lines = self._notes.read_text(encoding="utf-8").splitlines() if self._notes.is_file() else []
+        lines = self._notes.read_text(encoding="utf-8").split("\n") if self._notes.is_file() else []
         for line in lines:
             try:
                 note = parse_json(line)

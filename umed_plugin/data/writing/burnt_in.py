@@ -141,7 +141,8 @@ def read_list(file: Path) -> set[str]:
     """
     try:
         # utf-8-sig: behind a byte-order mark, the first id would name no record, and that image would be sent.
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(): an id is a file's name, which may hold U+0085 or U+2028.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise UmedError(
             f"{file}: cannot be read ({error}). Needed: a text file with one record id per line."
