@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from umed_plugin import __version__, files
+from umed_plugin import files
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import UmedError, note
 from umed_plugin.evaluation.asking import AnswersQuestions, Progress, answers_of, ask, kept_line
@@ -21,6 +20,7 @@ from umed_plugin.evaluation.kept_answers import SETTINGS, KeptAnswers
 from umed_plugin.evaluation.metrics.metric import measure
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation, Prediction, resampling_unit
 from umed_plugin.evaluation.similar_cases import SimilarCases
+from umed_plugin.evaluation.what_was_asked import CHANGES, what_answers_depend_on
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import Answerer, AnswererSettings, ModelAnswer
@@ -77,6 +77,7 @@ class EvaluationRun:
     Args:
         checkpoint, benchmark, questions, settings, out: as for `evaluate_questions`.
         shard: the share of this process; None: it asks all questions.
+        chosen_by: how the questions were chosen, such as ``limit``; JSON values. A message names them where they differ.
 
     Raises:
         UmedError: there are no questions, or ``out`` holds answers given under other settings.
@@ -90,6 +91,7 @@ class EvaluationRun:
         settings: EvaluationSettings,
         out: Path | str | None,
         shard: Shard | None = None,
+        chosen_by: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         if not questions:
             raise UmedError("there is nothing to evaluate on: no questions. Is it the right --split?")
@@ -103,8 +105,13 @@ class EvaluationRun:
         self._kept: KeptAnswers | None = None
         if self._out is not None:
             _refuse_older(self._out / SETTINGS)
-            depends = _what_answers_depend_on(benchmark, self._questions, self._answerer, settings)
-            self._kept = KeptAnswers(self._out, PREDICTIONS, depends, shard=shard)
+            depends = {
+                "benchmark": benchmark.name,
+                **self._answerer.fingerprint(),
+                "batch_size": settings.batch_size,
+                **what_answers_depend_on(benchmark, self._questions, chosen_by, self._out),
+            }
+            self._kept = KeptAnswers(self._out, PREDICTIONS, depends, shard=shard, changes=CHANGES)
 
     def ask(self, progress: Progress | None, *, wait: bool = True) -> dict[str, ModelAnswer] | None:
         """All answers by question id; None if those of other processes are missing, and nobody waits for them."""
@@ -183,26 +190,6 @@ def _name_of(checkpoint: Path | str | AnswersQuestions) -> str:
     return str(checkpoint) if isinstance(checkpoint, (Path, str)) else type(checkpoint).__name__
 
 
-def _what_answers_depend_on(
-    benchmark: Benchmark,
-    questions: Sequence[BenchmarkQuestion],
-    answerer: AnswersQuestions,
-    settings: EvaluationSettings,
-) -> dict[str, Any]:
-    """The settings under which kept answers may be used again. Scoring is not among them: it is done anew each time."""
-    asked = [[q.id, Path(q.image).name, q.text, list(q.options), q.options_after, q.write] for q in questions]
-    depends = {
-        "benchmark": benchmark.name,
-        **answerer.fingerprint(),
-        "batch_size": settings.batch_size,
-        "questions": _hash(asked),
-    }
-    if benchmark.examine is not None:
-        # What a further pass finds depends on the code and on all that the questions are about, such as the true boxes.
-        depends |= {"plugin": __version__, "about": _hash([q.about for q in questions])}
-    return depends
-
-
 def _refuse_older(file: Path) -> None:
     """Refuse a folder in which an earlier version has evaluated records: its lines lack what this one keeps."""
     if file.is_file() and "records" in files.read_object(file):
@@ -210,10 +197,6 @@ def _refuse_older(file: Path) -> None:
             f"{file.parent}: holds an evaluation of records by an earlier version of umed-plugin, which this version reads and "
             "compares but does not continue. Remove that folder to evaluate again; `umed evaluate` also takes another --out."
         )
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def predicted(benchmark: Benchmark, question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> Prediction:

@@ -167,7 +167,8 @@ def _evaluate(
         if similar:
             cases = _similar_cases(similar, similar_from, str(benchmark), checkpoint, root, chosen, Path(temporary))
             chosen = replace(chosen, similar=cases)
-        run = EvaluationRun(checkpoint, asked, questions, chosen, out, shard)
+        chosen_by = {"split": split or asked.splits[0], "limit": limit, "similar": similar}
+        run = EvaluationRun(checkpoint, asked, questions, chosen, out, shard, chosen_by)
         answers = run.ask(progress, wait=shared is None or shared[1])
         return None if answers is None else run.evaluation(answers, skipped, candidates)
 

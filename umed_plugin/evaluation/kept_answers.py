@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from umed_plugin import files
@@ -32,6 +33,7 @@ class KeptAnswers:
         settings: all that the answers depend on. Those of an earlier run in the folder must be the same.
         key: field of a line that holds the question's id.
         shard: the share of this process; None: it asks all questions.
+        changes: settings that are hashes, such as ``weights`` or ``questions.texts`` -> what to say when they differ.
 
     Attributes:
         lines: of this process's file.
@@ -47,12 +49,13 @@ class KeptAnswers:
         settings: Mapping[str, Any],
         key: str = "id",
         shard: Shard | None = None,
+        changes: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._joined, self._key, self.shard = Path(folder) / name, key, shard
         self.path = self._joined if shard is None else self._shard_file(shard)
         Path(folder).mkdir(parents=True, exist_ok=True)
         answers = [file for file in (self._joined, *self._shard_files()) if file.exists()]
-        _check_settings(Path(folder) / SETTINGS, json.loads(json.dumps(settings)), answers)
+        _check_settings(Path(folder) / SETTINGS, json.loads(json.dumps(settings)), answers, changes)
         self.lines: dict[str, dict[str, Any]] = self._read(self.path)
 
     def _shard_file(self, shard: Shard) -> Path:
@@ -116,21 +119,50 @@ def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
     return b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n" for line in lines)
 
 
-def _check_settings(file: Path, settings: dict[str, Any], answers: Sequence[Path]) -> None:
+def _check_settings(file: Path, settings: dict[str, Any], answers: Sequence[Path], changes: Mapping[str, str]) -> None:
     if answers and not file.exists():
         raise UmedError(
             f"{answers[0]} exists, but no {SETTINGS} that says under which settings its answers were given. "
             "Give another --out, or remove that file."
         )
     if answers:
-        earlier = files.parse_json(file.read_text(encoding="utf-8"))
-        changed = [name for name in sorted({*earlier, *settings}) if earlier.get(name) != settings.get(name)]
-        if changed:
-            changes = "\n".join(
-                f"  {name}: {earlier.get(name)!r} there, {settings.get(name)!r} now" for name in changed
-            )
+        differences = _differences(files.read_object(file), settings, changes)
+        if differences:
+            told = "\n".join(f"  {line}" for line in differences)
             raise UmedError(
-                f"{file.parent} holds answers that were given under other settings:\n{changes}\n"
+                f"{file.parent} holds answers that were given under other settings:\n{told}\n"
                 "Give another --out, or remove that folder."
             )
     files.write_json(file, settings)
+
+
+def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any], changes: Mapping[str, str]) -> list[str]:
+    """What differs, a line each; a hash is explained."""
+    groups = [name for name, value in now.items() if isinstance(value, dict)]
+    if not all(isinstance(earlier.get(name, {}), dict) for name in groups):
+        return ["an earlier version of umed-plugin wrote them, which noted less of what they depend on"]
+    lines = []
+    for group in ("", *groups):
+        before, after = (_flat(settings, group) for settings in (earlier, now))
+        changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+        plain = [_changed(name, before.get(name), after.get(name)) for name in changed if name not in changes]
+        explained = [f"{_last(name)}: {changes[name]}" for name in changed if name in changes]
+        # The hashes of a group follow from what stands in it plainly: another limit asks other questions.
+        lines += plain if group and plain else [*plain, *explained]
+    return lines
+
+
+def _flat(settings: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """The settings of a group by their dotted names; of no group, those that are no group."""
+    if group:
+        return {f"{group}.{name}": value for name, value in settings.get(group, {}).items()}
+    return {name: value for name, value in settings.items() if not isinstance(value, dict)}
+
+
+def _changed(name: str, before: Any, after: Any) -> str:
+    there, now = ("none" if value is None else repr(value) for value in (before, after))
+    return f"{_last(name)}: {there} there, {now} now"
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -6,7 +6,6 @@ and 16-bit files with the window and slice that a record names. On a GPU answers
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
 from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
+from umed_plugin.checkpoints.state import checkpoint_hashes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
 from umed_plugin.grounding.scoring import Scorer
@@ -117,7 +117,7 @@ class Answerer:
         warn_of_other_family(settings.template, self.llava.config.model_type)
         self.template = settings.template or settings.templates[self.llava.config.model_type]
         self.max_new_tokens = settings.max_new_tokens
-        self._hashes = [checkpoint_hash(folder) for folder in (checkpoint, settings.base) if folder is not None]
+        self._hashes = checkpoint_hashes(checkpoint, settings.base)
         self._writer = None if settings.server is None else _server_writer(settings.server, self.model)
         config, cache, cache_gb = self.llava.config, settings.image_cache, settings.image_cache_gb
         self.images = ModelImages(checkpoint, self.processor, config, cache, cache_gb)
@@ -322,15 +322,3 @@ def _readable(read: Callable[..., Any], path: str, reading: Reading | None) -> A
         return read(path, reading)
     except (OSError, SyntaxError, ValueError) as error:
         raise UmedError(f"{path}: cannot be read as an image ({error}). Check the file, or --data-root.") from error
-
-
-def checkpoint_hash(checkpoint: Path | str) -> str:
-    """A hash that changes with the checkpoint's configuration, and with size or time of its weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(checkpoint).iterdir()):
-        if file.name in ("config.json", "adapter_config.json"):
-            digest.update(file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin"):
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]

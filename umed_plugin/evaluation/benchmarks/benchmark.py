@@ -36,6 +36,7 @@ class BenchmarkQuestion:
         write: whether the model writes an answer; else only likelihoods are computed.
         patient: whom the image shows, unique within the benchmark; empty if unknown. Intervals resample patients.
         reading: arguments of `umed_plugin.data.images.load_image` for a DICOM or NIfTI file; else None.
+        made_from: path of the file from which the benchmark writes the image; empty if the image is a file of its own.
     """
 
     id: str
@@ -49,6 +50,7 @@ class BenchmarkQuestion:
     write: bool = True
     patient: str = ""
     reading: Mapping[str, Any] | None = None
+    made_from: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a question that asks for nothing."""

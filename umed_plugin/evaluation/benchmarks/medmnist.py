@@ -53,12 +53,25 @@ def _of_set(file: Path, name: str, split: str, folder: Path) -> list[BenchmarkQu
                     groups={"part": name, "label": disease},
                     about=about,
                     write=False,
+                    made_from=str(file),
                 )
                 for disease, present in zip(known.classes, label)
             ]
         text = f"What does this {known.what} show? Answer with one of: {'; '.join(known.classes)}."
         identity, groups, truth = f"{name}/{row['index']}", {"part": name}, known.classes[label[0]]
-        return [BenchmarkQuestion(identity, image, text, truth, known.classes, groups=groups, about=about, write=False)]
+        return [
+            BenchmarkQuestion(
+                identity,
+                image,
+                text,
+                truth,
+                known.classes,
+                groups=groups,
+                about=about,
+                write=False,
+                made_from=str(file),
+            )
+        ]
 
     rows = (
         (f"{file.name}:{split}_labels[{index}]", {"index": index, "label": label})
