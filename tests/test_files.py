@@ -208,6 +208,26 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert failed.value.filename == str(target) and list(tmp_path.iterdir()) == []
 
 
+def test_lines_of_json_hold_every_name_and_follow_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    target, odd = tmp_path / "answers.jsonl", os.fsdecode(b"caf\xe9.png")
+    files.append_json_lines(target, [{"image": odd}, {"answer": "größe"}])
+    assert target.read_bytes() == b'{"image": "caf\\udce9.png"}\n' + '{"answer": "größe"}\n'.encode()
+    with target.open("ab") as stream:
+        stream.write(b'{"answ')
+    files.append_json_lines(target, [1, "a\u2028b"])
+    lines = target.read_bytes().decode().split("\n")
+    assert lines[2:] == ['{"answ', "1", '"a\u2028b"', ""] and json.loads(lines[0]) == {"image": odd}
+    files.write_json_lines(target, [{"image": odd}])
+    assert target.read_bytes() == files.json_lines([{"image": odd}])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_lines_that_do_not_fit_on_the_disk_name_their_file() -> None:
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        files.append_json_lines("/dev/full", [1])
+    assert failed.value.filename == "/dev/full"
+
+
 def test_what_libraries_say_of_a_full_disk_is_told_from_their_other_errors() -> None:
     """safetensors and torch.save raise exceptions of their own; one may be the cause of another."""
     rust = Exception(

@@ -14,6 +14,7 @@ from support.benchmark_runs import command, rad
 from umed_plugin import evaluate
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
@@ -149,3 +150,30 @@ def test_a_tower_that_was_written_anew_is_another_checkpoint(tiny_mistral, tmp_p
     capsys.readouterr()
     assert main(command(checkpoint, "vqa_rad", root, tmp_path / "out")) == 1
     assert "weights: files of the checkpoint, its base, its vision tower" in capsys.readouterr().err
+
+
+def test_an_image_may_have_a_name_that_is_not_utf_8(tmp_path):
+    name, root = os.fsdecode(b"caf\xe9.png"), tmp_path / "lm"
+    root.mkdir()
+    Image.new("L", (40, 50)).save(root / name)
+    row = {"question_id": name, "image": name, "text": "Which organ?", "answer": "liver"}
+    (root / "u.jsonl").write_text(json.dumps(row) + "\n")
+    for _ in range(2):
+        evaluation = evaluate(Says("liver"), root / "u.jsonl", out=tmp_path / "out")
+        assert [prediction.image for prediction in evaluation.predictions] == [str(root / name)]
+    assert Evaluation.load(tmp_path / "out") == evaluation
+    assert json.loads((tmp_path / "out/llava_med/answers.jsonl").read_text())["question_id"] == name
+
+
+def test_a_full_disk_is_named_with_the_file_of_answers(tmp_path):
+    import resource
+
+    root = slake(tmp_path / "slake")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            evaluate(Says("yes " * 2000), "slake", root, out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "out/predictions.jsonl")

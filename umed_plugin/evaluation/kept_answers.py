@@ -11,7 +11,6 @@ the others, so answers also count when the number of processes changes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -83,9 +82,9 @@ class KeptAnswers:
             content = path.read_bytes()
         except FileNotFoundError:
             return {}
-        whole = content[: content.rfind(b"\n") + 1]
         lines = []
-        for number, text in enumerate(whole.splitlines(), start=1):
+        # What stands behind the last newline was cut off.
+        for number, text in enumerate(content.split(b"\n")[:-1], start=1):
             try:
                 lines.append(files.parse_json(text))
             except ValueError as error:
@@ -104,19 +103,12 @@ class KeptAnswers:
         """Forget all lines but those of ``ids``, on the disk too."""
         wanted = set(ids)
         self.lines = {identity: line for identity, line in self.lines.items() if identity in wanted}
-        files.write_bytes(self.path, _text(self.lines.values()))
+        files.write_json_lines(self.path, self.lines.values())
 
     def add(self, lines: Sequence[dict[str, Any]]) -> None:
         """Append the lines of a batch; they are on the disk when this returns."""
-        with self.path.open("ab") as stream:
-            stream.write(_text(lines))
-            stream.flush()
-            os.fsync(stream.fileno())
+        files.append_json_lines(self.path, lines)
         self.lines.update({str(line[self._key]): line for line in lines})
-
-
-def _text(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    return b"".join(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n" for line in lines)
 
 
 def _check_settings(file: Path, settings: dict[str, Any], answers: Sequence[Path], changes: Mapping[str, str]) -> None:

@@ -21,7 +21,6 @@ Files from before schema 2 had two forms. Both are still read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -118,8 +117,7 @@ class Evaluation:
 
     def save(self, folder: Path | str) -> None:
         """Write ``evaluation.json`` and ``predictions.jsonl`` into ``folder``, which is made if need be."""
-        lines = [json.dumps(prediction.line(), ensure_ascii=False) + "\n" for prediction in self.predictions]
-        files.write_text(Path(folder) / PREDICTIONS, "".join(lines))
+        files.write_json_lines(Path(folder) / PREDICTIONS, [prediction.line() for prediction in self.predictions])
         clusters = {prediction.cluster for prediction in self.predictions}
         summary = {
             "schema": SCHEMA,

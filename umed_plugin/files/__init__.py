@@ -86,10 +86,59 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any, *, indent: int | None = 1) -> None:
     """Replace the file's content with JSON and a final newline; letters that are not ASCII stay readable."""
+    write_bytes(path, _json_bytes(value, indent))
+
+
+def write_json_lines(path: str | Path, values: Iterable[Any]) -> None:
+    """Replace the file's content with JSON, a line for each value."""
+    write_bytes(path, json_lines(values))
+
+
+def append_json_lines(path: str | Path, values: Iterable[Any], *, durable: bool = True) -> None:
+    """Add lines of JSON at the end of a file, which is made if need be; its folder must exist.
+
+    A line that a killed process left incomplete is closed first.
+
+    Args:
+        path: the file.
+        values: JSON values, a line each.
+        durable: return once the lines are on the disk.
+
+    Raises:
+        OSError: it cannot be written; the error has the file's name.
+    """
     try:
-        write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        with open(path, "a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            closed = not size or os.pread(file.fileno(), 1, size - 1) == b"\n"
+            content = (b"" if closed else b"\n") + json_lines(values)
+            while content:
+                content = content[file.write(content) :]
+            if durable:
+                _fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)  # a write fails without saying in which file
+        raise
+
+
+def json_lines(values: Iterable[Any]) -> bytes:
+    r"""Values as lines of JSON in UTF-8; letters that are not ASCII stay readable.
+
+    Example:
+        >>> json_lines([{"answer": "no"}, 1])
+        b'{"answer": "no"}\n1\n'
+    """
+    return b"".join(_json_bytes(value, None) for value in values)
+
+
+def _json_bytes(value: Any, indent: int | None) -> bytes:
+    """JSON and a newline."""
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:  # a file name that is not UTF-8: only JSON's escapes can hold it
-        write_text(path, json.dumps(value, indent=indent) + "\n")
+        text = json.dumps(value, indent=indent).encode("utf-8")
+    return text + b"\n"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -253,13 +302,18 @@ def _flush(path: Path) -> None:
     except PermissionError:
         return
     try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    try:
         os.fsync(descriptor)
     except OSError as error:
         # Anything else is an error: the disk may be full or broken.
         if error.errno not in _CANNOT_FLUSH:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def is_stale_partial(file: os.DirEntry[str]) -> bool:

@@ -8,7 +8,6 @@ A batch that a killed process created but could not note is identified on the se
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from umed_plugin.errors import UmedError
-from umed_plugin.files import parse_json
+from umed_plugin.files import append_json_lines, parse_json
 from umed_plugin.remote.client import key_from_environment, read_completion, short_message
 from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
 from umed_plugin.remote.settings import ServerSettings
@@ -191,8 +190,4 @@ class BatchClient:
         return files, batches, ended
 
     def _note(self, **fields: str) -> None:
-        # The leading newline closes a line that a kill left incomplete.
-        with self._notes.open("ab") as file:
-            file.write(b"\n" + json.dumps(fields).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json_lines(self._notes, [fields])

@@ -10,7 +10,6 @@ No reply is paid for twice: not by another process, not after a crash, and not b
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import threading
 from collections import Counter
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UmedError
-from umed_plugin.files import parse_json
+from umed_plugin.files import json_lines, parse_json
 
 _PIECE = 2**20  # bytes read at a time
 _COUNTS = ("prompt_tokens", "completion_tokens")
@@ -143,7 +142,7 @@ class Ledger:
             UmedError: the file cannot be locked or written.
         """
         line = {"key": key, "model": self.model, "reply": reply, **usage, **more}
-        data = json.dumps(line, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        data = json_lines([line])
         with self._lock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX)

@@ -16,6 +16,8 @@ from typing import Any
 
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from umed_plugin.files import append_json_lines
+
 NAME = "candidates"
 
 
@@ -59,8 +61,7 @@ def log_candidates(
     line = {"step": step, "id": record["id"], "true": record["objects"], "study": study, "candidates": group}
     if recipe is not None:
         line["normalised"], line["weights"] = recipe
-    with open(Path(output_dir) / "candidates.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    append_json_lines(Path(output_dir) / "candidates.jsonl", [line], durable=False)
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
             callback.tb_writer.add_text(NAME, as_markdown(line), step)

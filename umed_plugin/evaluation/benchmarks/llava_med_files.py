@@ -7,7 +7,6 @@ same order. Each answer needs the keys that its ``model_vqa.py`` writes, and eac
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +43,7 @@ def save_for_llava_med(
             "question_id": question.id,
             "prompt": question.text,
             "text": answers[question.id].text,
-            "answer_id": hashlib.sha256(f"{benchmark} {model} {question.id}".encode()).hexdigest()[:22],
+            "answer_id": _answer_id(f"{benchmark} {model} {question.id}"),
             "model_id": model,
             "metadata": {},
         }
@@ -62,8 +61,13 @@ def save_for_llava_med(
         }
         for question in asked
     ]
-    files.write_text(folder / "answers.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    files.write_json_lines(folder / "answers.jsonl", lines)
     files.write_json(folder / "test.json", truth)
     if candidates:
         # Under "0", as their scripts look it up.
         files.write_json(folder / "candidate.json", {"0": sorted(set(candidates))}, indent=None)
+
+
+def _answer_id(made_from: str) -> str:
+    # Names of files stand in it, which need not be UTF-8.
+    return hashlib.sha256(made_from.encode(errors="backslashreplace")).hexdigest()[:22]
