@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,8 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
         )
     if is_lora(folder):
         raise UmedError(
-            f"--base {folder}: is a LoRA folder itself. Merge it first: umed merge {folder} --base CKPT --out DIR"
+            f"--base {folder}: is a LoRA folder itself. Merge it first: umed merge {shlex.quote(str(folder))} --base CKPT "
+            "--out DIR"
         )
     return Path(folder)
 

@@ -9,6 +9,7 @@ How to run: ``umed convert CKPT --language-model-only --out DIR``.
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def to_language_model(
     if is_lora(checkpoint):
         raise UmedError(
             f"{checkpoint}: is a LoRA folder. Take the checkpoint on which it was trained, and load the adapter at run time. Or "
-            f"merge it first: umed merge {checkpoint} --base CKPT --out DIR"
+            f"merge it first: umed merge {shlex.quote(str(checkpoint))} --base CKPT --out DIR"
         )
     config = read_config(checkpoint)
     tokenizer = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]

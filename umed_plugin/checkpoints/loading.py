@@ -46,7 +46,8 @@ def load_checkpoint(
         (tokenizer, model, image processor). For a LoRA folder the model is a PEFT model, whose adapter can be disabled.
 
     Raises:
-        UmedError: it is not a LLaVA checkpoint, or its base, tower or weights are missing or do not fit.
+        UmedError: it is not a LLaVA checkpoint, or its base, tower or weights are missing or do not fit; or there is no such
+            device.
 
     Example:
         >>> import tempfile
@@ -59,7 +60,9 @@ def load_checkpoint(
     """
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    from umed_plugin.checkpoints.precision import answering_device
+
+    device = answering_device(device)
     dtype = dtype or torch.float32
     path = Path(path)
     if not is_lora(path):

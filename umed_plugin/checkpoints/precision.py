@@ -50,6 +50,27 @@ def answering_precision(checkpoint: Path | str, base: Path | str | None, device:
     return "bfloat16"
 
 
+def answering_device(wanted: str | None = None) -> str:
+    """The device on which a checkpoint answers: the wanted one; without a wish ``cuda`` if there is one, else ``cpu``.
+
+    Raises:
+        UsageError: a GPU is wanted, and torch sees none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted is not None and wanted.startswith("cuda") and not there:
+        built = (
+            ""
+            if torch.version.cuda or torch.version.hip
+            else f", and this torch ({torch.__version__}) is built without CUDA"
+        )
+        raise UsageError(
+            f"--device {wanted}: torch sees no GPU on this machine{built}. Allowed here: cpu, which is also the default."
+        )
+    return wanted or ("cuda" if there else "cpu")
+
+
 def memory_here() -> int:
     """Bytes of memory of this machine, or of the container that this process runs in."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -6,7 +6,10 @@ match those of training, so the templates differ only in the system text.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES, UMED_TEMPLATES
@@ -50,6 +53,34 @@ def conversation_template(name: str) -> Conversation:
     if name in TEMPLATES:
         conversation.system = TEMPLATES[name].system
     return conversation
+
+
+def check_template(name: str | None) -> None:
+    """Refuse an unknown template before LLaVA is imported or a checkpoint is read, both of which take long.
+
+    The names are read from LLaVA's source. Where they cannot be read so, `conversation_template` checks them later.
+
+    Raises:
+        UsageError: there is no such template.
+    """
+    stock = _names_in_source()
+    if name is not None and stock and name not in {*stock, *TEMPLATES}:
+        raise UsageError(f"--template: {unknown_name('template', name, {*stock, *TEMPLATES})}")
+
+
+def _names_in_source() -> set[str]:
+    """The keys of ``conv_templates`` in LLaVA's ``conversation.py``, which is not imported; empty if they are not found."""
+    try:
+        package = importlib.util.find_spec("llava")
+        folders = (package and package.submodule_search_locations) or []
+        module = ast.parse(b"".join((Path(folder) / "conversation.py").read_bytes() for folder in folders))
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "conv_templates":
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else []
+            return {str(key.value) for key in keys if isinstance(key, ast.Constant)}
+    return set()
 
 
 def is_of_family(name: str, model_type: str) -> bool:

@@ -17,6 +17,7 @@ How to run: ``umed convert CKPT --out DIR``.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def to_transformers(
     checkpoint, out = Path(checkpoint), Path(out)
     if is_lora(checkpoint):
         raise UmedError(
-            f"{checkpoint}: is a LoRA folder. Merge it first: umed merge {checkpoint} --base CKPT --out DIR"
+            f"{checkpoint}: is a LoRA folder. Merge it first: umed merge {shlex.quote(str(checkpoint))} --base CKPT --out DIR"
         )
     config = read_config(checkpoint)
     _check_expressible(checkpoint, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and report what other programs have to know."""
+    from umed_plugin.checkpoints.prompt_templates import check_template
     from umed_plugin.checkpoints.to_llava import is_transformers_form
 
+    check_template(args.template)
     if args.language_model_only:
         return _to_language_model(args)
     return _to_llava(args) if is_transformers_form(args.checkpoint) else _to_transformers(args)
@@ -81,7 +84,7 @@ def _to_language_model(args: argparse.Namespace) -> int:
         )
     with progress("writing the language model", "byte") as advance:
         out = to_language_model(args.checkpoint, args.out, overwrite=args.overwrite, progress=advance)
-    say(f"language model: {out}\nserve it with: umed rollout-server {out}")
+    say(f"language model: {out}\nserve it with: umed rollout-server {shlex.quote(str(out))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from umed_plugin.terminal.text import one_line
 if TYPE_CHECKING:
     from umed_plugin.data.shards import Shard
     from umed_plugin.evaluation.results import Evaluation
+    from umed_plugin.grounding.dialects import BoxDialect
     from umed_plugin.remote.rollout_server import RolloutServer
 
 # Options that are fields of `EvaluationSettings` by the same name.
@@ -138,24 +140,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, write the files."""
     from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
-    from umed_plugin.evaluation.benchmarks.report import PREFIX as REPORTS
     from umed_plugin.evaluation.evaluator import check_benchmark, evaluate, evaluate_shard
     from umed_plugin.evaluation.tables import unread_boxes_line
-    from umed_plugin.grounding.dialects import find_dialect
     from umed_plugin.patches import prepare_llava
 
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
-    check_similar_flags(args)
-    for name, value in (("--as", args.report_as), ("--scores", args.report_scores)):
-        if value is not None and not args.benchmark.startswith(REPORTS):
-            raise UsageError(f"{name} has no effect without --benchmark {REPORTS}RECIPE.")
+    dialect = _checked(args)
     server = _server_of(args)
     shard, ranks = _share_of(args)
     check_benchmark(args.benchmark)
+    before = _before(args)
     prepare_llava()
-    dialect, before = find_dialect(args.boxes), _before(args)
     what = (args.checkpoint, args.benchmark, args.data_root)
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
     how.update(similar=args.similar, similar_from=args.similar_from)
@@ -181,6 +175,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _checked(args: argparse.Namespace) -> BoxDialect:
+    """Refuse what is wrong with the flags alone, before LLaVA is imported and a checkpoint is read.
+
+    Returns:
+        the dialect of ``--boxes``.
+    """
+    from umed_plugin.checkpoints.precision import answering_device
+    from umed_plugin.checkpoints.prompt_templates import check_template
+    from umed_plugin.evaluation.benchmarks.report import PREFIX as REPORTS
+    from umed_plugin.grounding.dialects import find_dialect
+
+    for name in ("limit", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
+    if not 0 < args.image_cache_gb < math.inf:
+        raise UsageError(f"--image-cache-gb is {args.image_cache_gb:g}; needed: a number of GB above 0.")
+    check_similar_flags(args)
+    for name, value in (("--as", args.report_as), ("--scores", args.report_scores)):
+        if value is not None and not args.benchmark.startswith(REPORTS):
+            raise UsageError(f"{name} has no effect without --benchmark {REPORTS}RECIPE.")
+    check_template(args.template)
+    dialect = find_dialect(args.boxes)
+    if args.device == "cuda":
+        answering_device(args.device)
+    return dialect
+
+
 def _server_of(args: argparse.Namespace) -> RolloutServer | None:
     """The server of ``--server``."""
     from umed_plugin.remote.rollout_server import RolloutServer
@@ -192,7 +213,7 @@ def _server_of(args: argparse.Namespace) -> RolloutServer | None:
         return None
     for fault in rollout_server_faults("--server", args.server, "--allow-remote", args.allow_remote):
         raise UsageError(fault)
-    return RolloutServer(args.server.rstrip("/"))
+    return RolloutServer(args.server.rstrip("/"), timeout_flag=None)
 
 
 def _share_of(args: argparse.Namespace) -> tuple[Shard | None, bool]:

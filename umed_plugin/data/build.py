@@ -8,6 +8,7 @@ named relative to ``out_dir``, so ``--image_folder out_dir`` serves both. Only p
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -133,7 +134,7 @@ def build_records(
     if not records:
         raise UmedError(
             f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
-            f"Look with: umed recipe check {recipe.name} --data-root {annotations.root}"
+            f"Look with: umed recipe check {shlex.quote(recipe.name)} --data-root {shlex.quote(str(annotations.root))}"
         )
     return records if recipe.probes is None else records + _probes(recipe.probes, records, seed, recipe.name)
 

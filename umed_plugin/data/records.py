@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def _checked(items: Iterable[Any], path: Path, split: str | None) -> list[Record
 def check_exists(path: Path) -> None:
     """Raise a `UmedError` if the file does not exist."""
     if not path.is_file():
-        raise UmedError(f"{path}: no such file. Write it with: umed recipe build RECIPE --out {path}")
+        raise UmedError(f"{path}: no such file. Write it with: umed recipe build RECIPE --out {shlex.quote(str(path))}")
 
 
 def _whole_list(path: Path) -> list[Any]:

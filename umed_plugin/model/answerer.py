@@ -102,14 +102,14 @@ class Answerer:
     """
 
     def __init__(self, checkpoint: Path | str, settings: AnswererSettings | None = None) -> None:
-        import torch
-
         from umed_plugin.checkpoints.loading import load_checkpoint
-        from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
+        from umed_plugin.checkpoints.precision import answering_device, answering_precision, torch_dtype
+        from umed_plugin.checkpoints.prompt_templates import check_template
         from umed_plugin.model.forward import base_llava
 
         settings = settings or AnswererSettings()
-        self.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_template(settings.template)
+        self.device = answering_device(settings.device)
         self.dtype = answering_precision(checkpoint, settings.base, self.device, settings.dtype)
         loaded = load_checkpoint(checkpoint, settings.base, self.device, torch_dtype(self.dtype))
         self.tokenizer, self.model, self.processor = loaded

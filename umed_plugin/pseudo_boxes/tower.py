@@ -14,6 +14,7 @@ from torch import Tensor
 
 from umed_plugin.checkpoints.folder import FAMILIES, find_base, is_lora, read_config, read_object, weight_files
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
+from umed_plugin.checkpoints.precision import answering_device
 from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.data.images.drawing import square_of
 from umed_plugin.errors import UmedError
@@ -45,7 +46,7 @@ class PatchTower:
     def __init__(self, path: Path | str, device: str | None = None) -> None:
         from transformers import CLIPImageProcessor, CLIPVisionModel
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = answering_device(device)
         folder, inside = _tower_of(Path(path))
         if Path(folder).is_dir():
             check_plain(weight_files(folder))

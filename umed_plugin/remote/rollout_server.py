@@ -51,12 +51,14 @@ class RolloutServer:
         timeout: seconds for one request.
         retries: further attempts after a lost connection or a busy server.
         pause: seconds before the first retry; each further pause is twice as long.
+        timeout_flag: flag of the command that sets ``timeout``, for messages; None: the command has none.
     """
 
     url: str
     timeout: float = 600.0
     retries: int = 3
     pause: float = 1.0
+    timeout_flag: str | None = "--umed_rollout_timeout"
 
     def base_model(self) -> str:
         """The name under which the server holds the model without an adapter.
@@ -134,9 +136,14 @@ class RolloutServer:
                 if error.status not in _TRIED_AGAIN or not left:
                     raise
             except (TimeoutError, socket.timeout):  # in Python 3.9 two types
+                remedy = (
+                    "Give the same command again"
+                    if self.timeout_flag is None
+                    else f"Allow more with {self.timeout_flag}"
+                )
                 raise RolloutServerError(
                     f"{self.url}: no reply within {timeout:g} s. The first request after its start may compile for minutes. "
-                    "Allow more with --umed_rollout_timeout, or see what the server prints."
+                    f"{remedy}, or see what the server prints."
                 ) from None
             except (OSError, http.client.HTTPException) as error:
                 if not left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def find_teacher_faults(flags: Any, model_args: Any, cache_dir: str | None = Non
 def _faults_of_teacher(teacher: str, model_args: Any, cache_dir: str | None) -> list[str]:
     where = f"--umed_teacher {teacher}"
     if is_lora(teacher):
-        return [f"{where}: is a LoRA folder. Merge it first: umed merge {teacher} --base CKPT --out DIR"]
+        return [
+            f"{where}: is a LoRA folder. Merge it first: umed merge {shlex.quote(str(teacher))} --base CKPT --out DIR"
+        ]
     try:
         config = read_config(teacher)
     except UmedError as error:

@@ -6,6 +6,7 @@ faulty checkpoints and the fixed ones.
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from umed_plugin.commands.doctor.findings import ERROR, NOTE, WARNING, Finding, JsonChange, Kind
@@ -457,6 +458,7 @@ KINDS = {kind.code: kind for kinds in GROUPS.values() for kind in kinds}
 
 
 def finding(code: str, found: str, where: str, change: JsonChange | None = None, **values: Any) -> Finding:
-    """A finding of the catalogue; ``values`` fill the names in braces."""
+    """A finding of the catalogue; ``values`` fill the names in braces. Folders stand in commands: they are quoted for a shell."""
     kind = KINDS[code]
+    values |= {name: shlex.quote(str(values[name])) for name in ("checkpoint", "tower") if name in values}
     return Finding(code, kind.severity, found, where, kind.why, kind.remedy.format(**values), change)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -129,7 +130,7 @@ def _print(diagnosis: Diagnosis, changes: list[str], fixing: bool) -> None:
     print_findings(diagnosis.findings, console)
     fixable = sum(finding.fixable for finding in diagnosis.findings)
     if fixable and not fixing:
-        console.print(f"{fixable} of these can be fixed: umed doctor {diagnosis.checkpoint} --fix")
+        console.print(f"{fixable} of these can be fixed: umed doctor {shlex.quote(str(diagnosis.checkpoint))} --fix")
 
 
 def print_findings(findings: Sequence[Finding], console: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +205,7 @@ def with_decisions(
     if reviewed.set_aside:
         save_records(reviewed.set_aside, file)
         note(f"{len(reviewed.set_aside)} records set aside, with their faults: {file}")
-        note(f"review them with: umed recipe review {out}")
+        note(f"review them with: umed recipe review {shlex.quote(str(out))}")
     elif file.is_file():
         file.unlink()
     if decisions:

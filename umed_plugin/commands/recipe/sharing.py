@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.commands.numbers import at_least_one
 from umed_plugin.data.shards import Shard, parse_shard
 from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.files import parse_json
@@ -23,7 +24,7 @@ def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--workers``, ``--shard`` and ``--join``."""
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=at_least_one("--workers"),
         metavar="N",
         help="processes that read images (default: one for each CPU, at most 8, and 1 for few images); the result is the same",
     )
@@ -136,9 +137,3 @@ def remove_marks(args: argparse.Namespace) -> None:
     """Remove the marks of shards whose records have been written."""
     for file in args.out.parent.glob(f".{args.out.name}.shard-*-of-*"):
         file.unlink(missing_ok=True)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UsageError(f"--workers {text!r}: must be a whole number of at least 1.")
-    return int(text)

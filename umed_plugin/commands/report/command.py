@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.numbers import at_least_one
 from umed_plugin.errors import UsageError, say
 from umed_plugin.terminal.progress import Steps, add_quiet_flag
 
@@ -35,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--studies",
         metavar="N",
-        type=_positive,
+        type=at_least_one("--studies"),
         default=500,
         help="maximum number of studies in the gallery (default: 500)",
     )
@@ -44,13 +45,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -69,6 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and serve until Ctrl-C."""
+    from umed_plugin.checkpoints.prompt_templates import check_template
     from umed_plugin.patches import prepare_llava
 
     for flag in ("upload_mb", "megapixels", "max_new_tokens"):
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if not 0 <= args.port < 2**16:
         raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
+    check_template(args.template)
     checkpoints = [args.checkpoint] if args.compare is None else [args.checkpoint, args.compare]
     names = names_of(checkpoints)
     give_large_blocks_back()

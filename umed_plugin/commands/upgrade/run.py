@@ -6,6 +6,7 @@ How to run: ``umed upgrade CKPT --recipe R --out DIR``. The same command continu
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,8 +155,8 @@ class Upgrade:
             raise UmedError(
                 f"{self.origin.checkpoint}: cannot be upgraded as it is:\n"
                 + "\n".join(lines)
-                + f"\nDetails: `umed doctor {self.origin.checkpoint}`; with --fix it fixes what is safe. To upgrade anyway: "
-                f"--set accept_findings=[{','.join(error.code for error in errors)}]"
+                + f"\nDetails: `umed doctor {shlex.quote(str(self.origin.checkpoint))}`; with --fix it fixes what is safe. "
+                f"To upgrade anyway: --set accept_findings=[{','.join(error.code for error in errors)}]"
             )
 
     def _handle_changes(self, changes: Sequence[tuple[Step, list[str]]]) -> None:

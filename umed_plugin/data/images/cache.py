@@ -69,7 +69,8 @@ class ImageCache:
         self.slots = max_bytes // self.entry_bytes
         if self.slots < 1:
             raise UmedError(
-                f"{folder}: an image cache of {max_bytes} bytes is too small; one image needs {self.entry_bytes}."
+                f"{folder}: an image cache of {max_bytes} bytes is too small; one image needs {self.entry_bytes}. "
+                "Give it more: --image-cache-gb, in training --umed_image_cache_gb."
             )
         settings = {"format": FORMAT, "processor": processor.to_dict(), "image_aspect_ratio": image_aspect_ratio}
         self._made_by = json.dumps(settings, sort_keys=True, default=str)
