@@ -30,6 +30,7 @@ from umed_plugin.remote.settings import is_loopback
         ("127.0.0.1:8470", "null", None, False),
         ("127.0.0.1:8470", None, "cross-site", False),
         ("127.0.0.1:8470", None, "same-site", False),
+        ("127.0.0.1:8470", "http://[", None, False),
         (None, None, None, False),
         ("[::1", None, None, False),
         ("", None, None, False),
@@ -126,4 +127,20 @@ def test_what_is_no_request_does_no_harm(
 ) -> None:
     spoken(server, said)
     assert client.ask("GET", "/")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET http://[ HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: http://[\r\n\r\n", b"403"),
+        (b"GET http://[ HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"403"),
+    ],
+)
+def test_malformed_addresses_are_answered(
+    server: Any, said: bytes, status: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    heard = spoken(server, said)
+    assert heard.startswith(b"HTTP/1.1 " + status) and b'{"error": ' in heard
     assert capfd.readouterr().err == ""

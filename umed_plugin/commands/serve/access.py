@@ -16,7 +16,7 @@ import re
 import secrets
 from http.cookies import CookieError, SimpleCookie
 from typing import Optional
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 
 def refusal(
@@ -30,19 +30,30 @@ def refusal(
     """
     if not host_header or not _is_ours(_name_of(host_header), own_name):
         return "Wrong Host header. Allowed: an IP address, localhost, or the name that the server was started with."
-    if origin is not None and urlsplit(origin).netloc.lower() != host_header.lower():
+    if origin is not None and not _is_same_host(origin, host_header):
         return "This request comes from another website. Allowed: requests from this server's own page."
     if fetch_site not in (None, "same-origin", "none"):
         return "This request comes from another website. Allowed: requests from this server's own page."
     return None
 
 
+def split_or_none(address: str) -> Optional[SplitResult]:
+    """The parts of an address that a client has sent; None if it is malformed, such as ``http://[``."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return None
+
+
 def _name_of(host_header: str) -> str:
     """The host without its port and without the brackets of IPv6; empty if malformed."""
-    try:
-        return urlsplit(f"//{host_header}").hostname or ""
-    except ValueError:
-        return ""
+    parts = split_or_none(f"//{host_header}")
+    return (parts.hostname or "") if parts is not None else ""
+
+
+def _is_same_host(origin: str, host_header: str) -> bool:
+    parts = split_or_none(origin)
+    return parts is not None and parts.netloc.lower() == host_header.lower()
 
 
 def _is_ours(name: str, own_name: str) -> bool:

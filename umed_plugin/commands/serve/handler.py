@@ -27,12 +27,12 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from threading import Event
 from typing import Any, Optional, Protocol, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from pydantic import Field, ValidationError
 
 from umed_plugin.commands.page_parts import PARTS, joined
-from umed_plugin.commands.serve.access import new_cookie, person, refusal
+from umed_plugin.commands.serve.access import new_cookie, person, refusal, split_or_none
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.line import Line
 from umed_plugin.commands.serve.shelf import Case, Full, Shelf
@@ -137,13 +137,15 @@ class Handler(BaseHTTPRequestHandler):
         """Check the headers, call the route, and turn errors into responses."""
         self._replied = False
         self._unread = _whole_number(self.headers.get("Content-Length"))
-        address = urlsplit(self.path)
-        query = {name: values[-1] for name, values in parse_qs(address.query).items()}
         host, origin, site = (self.headers.get(name) for name in ("Host", "Origin", "Sec-Fetch-Site"))
         try:
             reason = refusal(host, origin, site, self.server.own_name)
             if reason is not None:
                 raise _Refused(HTTPStatus.FORBIDDEN, reason)
+            address = split_or_none(self.path)
+            if address is None:
+                raise _Refused(HTTPStatus.BAD_REQUEST, "This is not an address. Reload the chat page.")
+            query = {name: values[-1] for name, values in parse_qs(address.query).items()}
             route(address.path, [unquote(part) for part in address.path.split("/")[1:]], query)
         except _Refused as refused:
             self._error(refused.status, str(refused))
