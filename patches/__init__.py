@@ -23,6 +23,7 @@ from umed_plugin.patches import (
     main_script,
     model_class,
     old_flags,
+    own_code,
     process_group,
     quantized_base,
     resumed_batches,
@@ -43,7 +44,7 @@ from umed_plugin.patching import Patch, apply
 from umed_plugin.patching.import_hook import install
 
 # Without these LLaVA fails, or computes other numbers, on libraries newer than its pins. Without `torch_load` it runs code in a
-# checkpoint's pickles. For every process that uses LLaVA.
+# checkpoint's pickles, and without `own_code` a checkpoint's Python if somebody says yes. For every process that uses LLaVA.
 STACK: tuple[Patch, ...] = tuple(
     module.PATCH
     for module in (
@@ -55,6 +56,7 @@ STACK: tuple[Patch, ...] = tuple(
         config_layout,
         sdpa_mask,
         torch_load,
+        own_code,
     )
 )
 # These add the plugin's features to LLaVA's training, or fix LLaVA's training. For training processes only.

@@ -181,6 +181,58 @@ def test_training_runs_no_code(place, good, tmp_path):
     assert run.returncode == 1 and "is a TorchScript archive" in run.stderr, run.stderr[-2000:]
 
 
+@pytest.fixture(params=["OwnTokenizer", None])
+def own_tokenizer(good, tmp_path, monkeypatch, request) -> Path:
+    """A checkpoint whose tokenizer is a class in a file of its own, and a person who says yes to whatever is asked."""
+    folder = shutil.copytree(good / BASE, tmp_path / BASE)
+    name_tower(folder, folder / "vision_tower")
+    source = f"import os\nos.mkdir({str(tmp_path / 'canary')!r})\nfrom transformers import LlamaTokenizer\n"
+    (folder / "own.py").write_text(f"{source}class OwnTokenizer(LlamaTokenizer): pass\n")
+    content = json.loads((folder / "tokenizer_config.json").read_text())
+    content.update(tokenizer_class=request.param, auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    if (
+        request.param is None
+    ):  # transformers 4 then reads auto_map in config.json, and asks; else it knows no such class
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoTokenizer": ["own.OwnTokenizer", None]}
+        (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    return folder
+
+
+def test_the_tokenizer_that_a_checkpoint_brings_is_not_imported(own_tokenizer, tmp_path, capsys):
+    with pytest.raises(UmedError, match="Code of a checkpoint is never run"):
+        load_checkpoint(own_tokenizer, device="cpu")
+    assert main(["convert", str(own_tokenizer), "--out", str(tmp_path / "hf")]) == 1
+    assert f"{own_tokenizer}: its tokenizer_config.json" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_call_that_says_nothing_is_not_asked(own_tokenizer, tmp_path):
+    """LLaVA's `train()` calls so. Without the patch, the yes of the person runs the code."""
+    from transformers import AutoTokenizer
+
+    refused = f"{own_tokenizer}: its tokenizer_config.json|Tokenizer class OwnTokenizer does not exist"
+    with pytest.raises((UmedError, ValueError), match=refused):
+        AutoTokenizer.from_pretrained(str(own_tokenizer), use_fast=False)
+    assert not (tmp_path / "canary").exists()
+    AutoTokenizer.from_pretrained(str(own_tokenizer), use_fast=False, trust_remote_code=True)
+    assert (tmp_path / "canary").exists()  # the file is one that would run
+
+
+@pytest.mark.parametrize("own_tokenizer", [None], indirect=True)
+def test_training_runs_no_tokenizer_of_a_checkpoint(own_tokenizer, tmp_path):
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text("import builtins\nbuiltins.input = lambda *words: 'y'\n")
+    records = write_records(tmp_path / "data")
+    run = train(own_tokenizer, records, tmp_path / "out", "--max_steps", "1", pythonpath=hook)
+    assert not (tmp_path / "canary").exists()
+    assert run.returncode == 1 and f"umed: error: {own_tokenizer}: its tok" in run.stderr, run.stderr[-2000:]
+
+
 def test_python_that_a_checkpoint_brings_is_not_imported(good, tmp_path):
     """auto_map in config.json and tokenizer_config.json names a module of the folder; transformers would ask, or import it."""
     folder = shutil.copytree(good / BASE, tmp_path / BASE)

@@ -31,6 +31,7 @@ def places() -> dict[str, object]:
     from llava.model.multimodal_encoder import clip_encoder
     from llava.train import llava_trainer
     from llava.train import train as llava_train
+    from transformers import dynamic_module_utils
     from transformers import trainer as transformers_trainer
     from transformers.models.llama import modeling_llama
     from transformers.models.mistral import modeling_mistral
@@ -38,7 +39,13 @@ def places() -> dict[str, object]:
     owners = [llava_train, llava_trainer, llava_trainer.LLaVATrainer, LlavaMetaModel, xformers_patch]
     owners += [clip_encoder, clip_encoder.CLIPVisionTower, llava_llama.LlavaLlamaForCausalLM, llava_llama.LlavaConfig]
     owners += [llava_mistral.LlavaMistralForCausalLM, llava_mistral.LlavaMistralConfig]
-    owners += [transformers_trainer, transformers_trainer.Trainer, modeling_llama, modeling_mistral]
+    owners += [
+        dynamic_module_utils,
+        transformers_trainer,
+        transformers_trainer.Trainer,
+        modeling_llama,
+        modeling_mistral,
+    ]
     owners += [modeling_llama.LlamaAttention, modeling_mistral.MistralAttention]
     found = {f"{owner.__name__}.{name}": value for owner in owners for name, value in vars(owner).items()}
     found.update(llava.conversation.conv_templates)

@@ -15,7 +15,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.chat_template import END, IMAGE, START, jinja_template
 from umed_plugin.checkpoints.prompt_templates import question_prompt
-from umed_plugin.checkpoints.utf8_paths import in_utf8
+from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
@@ -70,13 +70,11 @@ def write_tokenizer(checkpoint: Path, config: dict[str, Any], folder: Path, temp
         template: name of the conversation template.
 
     Raises:
-        UmedError: there is no ``tokenizer.model``, or the result does not tokenize as LLaVA does.
+        UmedError: there is no ``tokenizer.model``, the tokenizer is code of the checkpoint, or the result does not tokenize as
+            LLaVA does.
     """
-    from transformers import AutoTokenizer
-
     source = sentencepiece_file(checkpoint)
-    with in_utf8(checkpoint) as readable:
-        tokenizer = AutoTokenizer.from_pretrained(readable, use_fast=False)
+    tokenizer = load_tokenizer(checkpoint)
     if config.get("mm_use_im_patch_token", True):  # LLaVA's loader adds the tokens that the configuration requests
         tokenizer.add_tokens(["<im_patch>"], special_tokens=True)
     marked = START + IMAGE + END if config.get("mm_use_im_start_end") else IMAGE

@@ -27,7 +27,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.safe_loading import check_plain
-from umed_plugin.checkpoints.utf8_paths import in_utf8
+from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
 
 
@@ -81,8 +81,6 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
     """(tokenizer, model) of a full checkpoint, with its own tower weights; ``config`` overrides values."""
     import importlib
 
-    from transformers import AutoTokenizer
-
     own = read_config(path)
     changes = {key: config[key] for key in READ_WHEN_ANSWERING if key in config} if config else {}
     _check_tower(path, own)
@@ -95,8 +93,7 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         # filled, while the model is: its weights need memory from the start.
         lean = not own.get("unfreeze_mm_vision_tower")
         model = model_class.from_pretrained(path, config=model_config, torch_dtype=dtype, low_cpu_mem_usage=lean)
-        with in_utf8(Path(path)) as readable:
-            tokenizer = AutoTokenizer.from_pretrained(readable, use_fast=False, trust_remote_code=False)
+        tokenizer = load_tokenizer(path)
         tower = model.get_vision_tower()
         if not tower.is_loaded:
             tower.load_model()

@@ -9,7 +9,7 @@ from typing import Any
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES, is_lora, read_config
 from umed_plugin.checkpoints.prompt_templates import is_of_family
 from umed_plugin.checkpoints.sam_encoder import read_sam_file
-from umed_plugin.checkpoints.utf8_paths import in_utf8
+from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
 
 
@@ -48,15 +48,12 @@ def _faults_of_teacher(teacher: str, model_args: Any, cache_dir: str | None) -> 
             f"{where}: is a {config['model_type']}, asked under the template {STOCK_TEMPLATES[config['model_type']]}, but "
             f"--version {model_args.version} trains under another. Needed: a teacher of the same template."
         )
-    fault = tokenizer_fault(_tokenizer(model_args.model_name_or_path, cache_dir), _tokenizer(teacher, None))
+    try:
+        own = load_tokenizer(model_args.model_name_or_path, cache_dir=cache_dir)
+        fault = tokenizer_fault(own, load_tokenizer(teacher))
+    except UmedError as error:
+        return [*faults, f"{where}: {error}"]
     return faults if fault is None else [*faults, f"{where}: {fault}"]
-
-
-def _tokenizer(path: str, cache_dir: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    with in_utf8(Path(path)) as readable:
-        return AutoTokenizer.from_pretrained(readable, cache_dir=cache_dir, use_fast=False, trust_remote_code=False)
 
 
 def tokenizer_fault(own: Any, other: Any) -> str | None:
