@@ -79,6 +79,33 @@ def test_without_a_tower_inside_stock_llava_is_not_told_to_look_for_one(tiny_mis
     assert "unfreeze_mm_vision_tower" not in json.loads((out / "config.json").read_text())
 
 
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.linspace(0, 1, 16),
+    f"{TOWER}vision_tower.vision_model.embeddings.position_ids": torch.arange(65)[None],
+}
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_a_buffer_that_newer_transformers_do_not_save_is_the_bases(buffer, tiny_mistral, tmp_path):
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    trained = shutil.copytree(tiny_mistral, tmp_path / "trained-llava-mistral")
+    weights = {**load_file(base / "model.safetensors"), buffer: BUFFERS[buffer]}
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    out = export(trained, tmp_path / "llava-mistral-out", like=base)
+    written = load_file(out / "model.safetensors")
+    assert torch.equal(written[buffer], BUFFERS[buffer])
+    assert set(written) == set(weights)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+def test_a_buffer_that_only_the_training_saved_is_left_out(buffer, tiny_mistral, tmp_path):
+    trained = shutil.copytree(tiny_mistral, tmp_path / "trained-llava-mistral")
+    weights = load_file(trained / "model.safetensors")
+    save_file({**weights, buffer: BUFFERS[buffer]}, trained / "model.safetensors", metadata={"format": "pt"})
+    out = export(trained, tmp_path / "llava-mistral-out", like=tiny_mistral)
+    assert set(load_file(out / "model.safetensors")) == set(weights)
+
+
 def tell(folder: Path, values: dict) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))

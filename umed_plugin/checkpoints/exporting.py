@@ -20,6 +20,7 @@ from umed_plugin.checkpoints.folder import (
     READ_WHEN_ANSWERING,
     TOKENIZER_FILES,
     TOWER,
+    is_buffer,
     read_config,
     weight_files,
 )
@@ -93,7 +94,10 @@ def export(
         for file in told(list(old), progress):
             writer = weight_writer(folder / file.name, [*old[file], *new_tower])
             for name, tensor in old[file].items():
-                writer.add(name, written(name, tensor.read(), trained[name].read(), dtype, kept))
+                before = tensor.read()
+                # Training changes no buffer, and newer transformers do not save it.
+                after = before if is_buffer(name) else trained[name].read()
+                writer.add(name, written(name, before, after, dtype, kept))
             if new_tower and file is list(old)[-1]:
                 tower = {name: tensor.read() for name, tensor in new_tower.items()}
                 add_tensors(writer, tower, dtype_of(old[file], dtype), folder / file.name)
@@ -118,16 +122,18 @@ def _check_tensors(trained: dict[str, Any], old: dict[str, Any], checkpoint: Pat
     Raises:
         UmedError: they differ in anything else.
     """
-    missing = [name for name in old if name not in trained]
+    missing = [name for name in old if name not in trained and not is_buffer(name)]
     if missing:
         raise UmedError(f"{checkpoint}: lacks {missing[0]!r} ({len(missing)} in all), which {like} has. Check --base.")
-    lost = [n for n in trained if n not in old and n != HEAD and TOWER not in n and not n.endswith("inv_freq")]
+    lost = [n for n in trained if n not in old and n != HEAD and TOWER not in n and not is_buffer(n)]
     if lost:
         raise UmedError(
             f"{checkpoint}: trained {lost[0]!r} ({len(lost)} in all), which {like} does not have. Check --base."
         )
     before, after = (tensors[EMBEDDING].shape[0] for tensors in (old, trained)) if EMBEDDING in old else (0, 0)
     for name, tensor in old.items():
+        if is_buffer(name):
+            continue
         rows = after if name in (EMBEDDING, HEAD) and after > before else tensor.shape[0] if tensor.shape else 0
         if trained[name].shape != (*((rows,) if tensor.shape else ()), *tensor.shape[1:]):
             raise UmedError(

@@ -103,6 +103,16 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a constant and no weight, such as 0, 1, 2, ...: older transformers save it, newer ones do not.
+
+    Example:
+        >>> is_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"), is_buffer("model.norm.weight")
+        (True, False)
+    """
+    return name.endswith(("rotary_emb.inv_freq", "position_ids"))
+
+
 def is_lora(path: Path | str) -> bool:
     """Whether the folder holds a LoRA adapter instead of a full model."""
     return (Path(path) / ADAPTER).is_file()

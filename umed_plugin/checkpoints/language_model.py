@@ -15,7 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, TOKENIZER_FILES, is_lora, read_config, weight_files
+from umed_plugin.checkpoints.folder import (
+    EMBEDDING,
+    HEAD,
+    TOKENIZER_FILES,
+    is_buffer,
+    is_lora,
+    read_config,
+    weight_files,
+)
 from umed_plugin.checkpoints.hf_processor import read_json
 from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE, old_rope
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stored
@@ -25,7 +33,6 @@ from umed_plugin.files import write_json
 
 _CLASSES = {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM"}
 _LANGUAGE = re.compile(r"(model\.(embed_tokens|layers|norm)|lm_head)\..*")
-_BUFFER = "rotary_emb.inv_freq"  # old transformers saved it
 
 
 def to_language_model(
@@ -61,7 +68,7 @@ def to_language_model(
         rows = None
         for file in weight_files(checkpoint):
             for name, tensor in stored(file).items():
-                if not _LANGUAGE.fullmatch(name) or name.endswith(_BUFFER):
+                if not _LANGUAGE.fullmatch(name) or is_buffer(name):
                     continue
                 rows = tensor.shape[0] if name == EMBEDDING else rows
                 if name != HEAD or not config.get("tie_word_embeddings"):

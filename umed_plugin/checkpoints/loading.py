@@ -20,6 +20,7 @@ from umed_plugin.checkpoints.folder import (
     TOWER,
     adapter_tensors,
     find_base,
+    is_buffer,
     is_lora,
     read_config,
     read_tensors,
@@ -123,12 +124,12 @@ def tower_tensors(checkpoint: Path | str, cache_dir: str | None = None) -> dict[
                 tensors.update({name[len(TOWER) :]: stream.get_tensor(name) for name in names})
         else:
             tensors.update({n[len(TOWER) :]: t for n, t in read_tensors(file).items() if n.startswith(TOWER)})
-    return {name: tensor for name, tensor in tensors.items() if not _is_counter(name)}
+    return {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
 
 
 def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
     """Why the weights ``inside`` a checkpoint cannot replace a tower's ``own`` ones, as text; None if they fit."""
-    own = {name: tensor for name, tensor in own.items() if not _is_counter(name)}
+    own = {name: tensor for name, tensor in own.items() if not is_buffer(name)}
     missing, unknown = sorted(set(own) - set(inside)), sorted(set(inside) - set(own))
     shapes = [
         f"{name} is {tuple(inside[name].shape)}, not {tuple(own[name].shape)}"
@@ -141,11 +142,6 @@ def tower_misfit(own: dict[str, Any], inside: dict[str, Any]) -> str | None:
         f"{len(missing)} tensors are missing, {len(unknown)} are unknown, {len(shapes)} have another shape "
         f"({'; '.join([*shapes, *missing, *unknown][:3])})"
     )
-
-
-def _is_counter(name: str) -> bool:
-    """``position_ids`` is 0, 1, 2, ... and not a weight: older transformers save it, newer ones do not."""
-    return name.endswith("position_ids")
 
 
 def _check_tower(path: Path, config: dict[str, Any]) -> None:

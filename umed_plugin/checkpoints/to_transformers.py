@@ -22,7 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, STOCK_TEMPLATES, TOWER, is_lora, read_config, weight_files
+from umed_plugin.checkpoints.folder import (
+    EMBEDDING,
+    HEAD,
+    STOCK_TEMPLATES,
+    TOWER,
+    is_buffer,
+    is_lora,
+    read_config,
+    weight_files,
+)
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import tower_tensors
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
@@ -205,7 +214,7 @@ def _tensors_of_tower(tower: str) -> dict[str, Any]:
 
 def _write_tower(writer: ShardWriter, tensors: dict[str, Any], vision: dict[str, Any], checkpoint: Path) -> None:
     """Check that the tower's weights fit its configuration, and write them."""
-    tensors = {bare_tower_name(name): tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    tensors = {bare_tower_name(name): tensor for name, tensor in tensors.items() if not is_buffer(name)}
     positions = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
     expected = (positions, vision["hidden_size"])
     embedding = tensors.get("embeddings.position_embedding.weight")
@@ -227,10 +236,10 @@ def bare_tower_name(name: str) -> str:
 
 
 def _language_tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:
-    """LLaVA's tensors, except the tower's and the rotary frequencies that old transformers saved."""
+    """LLaVA's tensors, except the tower's and the buffers that old transformers saved."""
     for file in weight_files(checkpoint):
         for name, tensor in stream(file):
-            if not name.startswith(TOWER) and not name.endswith("rotary_emb.inv_freq"):
+            if not name.startswith(TOWER) and not is_buffer(name):
                 yield name, tensor
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from umed_plugin.checkpoints.folder import TOWER, weight_files
+from umed_plugin.checkpoints.folder import TOWER, is_buffer, weight_files
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
 
@@ -32,7 +32,7 @@ def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> 
         f"{TOWER}{_INSIDE}{key}": tensor
         for file in weight_files(name, _MODEL)
         for key, tensor in stored(file).items()
-        if key.startswith(_MODEL) and not key.endswith("position_ids")
+        if key.startswith(_MODEL) and not is_buffer(key)
     }
     unknown = sorted(set(trained) - set(original))
     if unknown:
@@ -44,5 +44,5 @@ def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> 
 
 
 def tower_parts(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Those of a checkpoint's tensors that belong to its vision tower; ``position_ids`` are no weight."""
-    return {name: t for name, t in tensors.items() if name.startswith(TOWER) and not name.endswith("position_ids")}
+    """Those of a checkpoint's tensors that belong to its vision tower; a buffer is no weight."""
+    return {name: t for name, t in tensors.items() if name.startswith(TOWER) and not is_buffer(name)}

@@ -12,7 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from umed_plugin.checkpoints.folder import FAMILIES, find_base, is_lora, read_config, read_object, weight_files
+from umed_plugin.checkpoints.folder import (
+    FAMILIES,
+    find_base,
+    is_buffer,
+    is_lora,
+    read_config,
+    read_object,
+    weight_files,
+)
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.checkpoints.precision import answering_device
 from umed_plugin.checkpoints.safe_loading import check_plain
@@ -99,7 +107,7 @@ class PatchTower:
     def _digest(self) -> str:
         digest = hashlib.sha256(self._mean.tobytes() + self._std.tobytes())
         for name, tensor in sorted(self._model.state_dict().items()):
-            if not name.endswith("position_ids"):  # older transformers save it
+            if not is_buffer(name):  # older transformers save it
                 digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.folder import FAMILIES, TOWER
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents
@@ -21,7 +21,6 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROJECTOR, NEWLINE = "model.mm_projector.", "model.image_newline"
 MISTRAL, LLAMA = "llava_mistral", "llava_llama"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-_BUFFER = re.compile(r".*(rotary_emb\.inv_freq|position_ids)$")
 _MODES = ("pad", "square", "anyres")
 
 
@@ -198,7 +197,7 @@ def _language_model(contents: Contents) -> Iterator[Finding]:
 def _is_known_beside(name: str, layers: int) -> bool:
     match = _LAYER.match(name)
     dropped = match is not None and int(match[1]) >= layers  # reported as layers-dropped
-    return dropped or name.startswith((PROJECTOR, TOWER)) or name in (NEWLINE, HEAD) or bool(_BUFFER.match(name))
+    return dropped or name.startswith((PROJECTOR, TOWER)) or name in (NEWLINE, HEAD) or is_buffer(name)
 
 
 def _wrong_shapes(contents: Contents, expected: dict[str, tuple[int, ...]]) -> Iterator[Finding]:

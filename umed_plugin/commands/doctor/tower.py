@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_plain_name
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer, is_plain_name
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name
@@ -208,7 +208,7 @@ def tower_weights(folder: Path) -> dict[str, StoredTensor]:
 
 def _bare(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The tensors under the names that all transformers versions share, without position_ids, which only older ones save."""
-    return {bare_tower_name(name): t for name, t in tensors.items() if not name.endswith("position_ids")}
+    return {bare_tower_name(name): t for name, t in tensors.items() if not is_buffer(name)}
 
 
 def compare(own: dict[str, StoredTensor], loaded: dict[str, StoredTensor]) -> Distance:

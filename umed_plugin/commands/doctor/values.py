@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from umed_plugin.checkpoints.folder import TOWER
+from umed_plugin.checkpoints.folder import TOWER, is_buffer
 from umed_plugin.checkpoints.stored import FLOATS, BadFile, StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents
@@ -115,4 +115,4 @@ def check_values(contents: Contents, values: Values) -> Iterator[Finding]:
 def _language(contents: Contents) -> list[StoredTensor]:
     """All tensors except buffers and the tower's, which often has its own dtype."""
     stored = [*contents.weights.values(), *contents.adapter.values(), *contents.others.values()]
-    return [tensor for tensor in stored if not tensor.name.startswith(TOWER) and "inv_freq" not in tensor.name]
+    return [tensor for tensor in stored if not tensor.name.startswith(TOWER) and not is_buffer(tensor.name)]
