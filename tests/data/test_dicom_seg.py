@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -202,6 +203,26 @@ def test_mistakes_in_segmentations(tmp_path: Path, write: Any, words: str) -> No
     write(tmp_path / "seg" / "s.dcm", uids)
     (message,) = read(tmp_path).faults.messages
     assert words in message
+
+
+@pytest.mark.parametrize("tag", ["SegmentNumber", "ReferencedSegmentNumber", "ReferencedSOPInstanceUID", "Rows"])
+def test_a_segmentation_without_a_tag_that_it_needs(tmp_path: Path, tag: str) -> None:
+    import pydicom
+
+    uids = write_series(tmp_path)
+    path = tmp_path / "seg" / "s.dcm"
+    write_seg(path, [(uids[0], 1, layer(ONE))], labels=("nod",))
+    seg = pydicom.dcmread(path)
+    frame = seg.PerFrameFunctionalGroupsSequence[0]
+    image = frame.DerivationImageSequence[0].SourceImageSequence[0]
+    for part in (seg, seg.SegmentSequence[0], frame.SegmentIdentificationSequence[0], image):
+        if tag in part:
+            delattr(part, tag)
+    seg.save_as(path)
+    (message,) = read(tmp_path).faults.messages
+    assert re.search(
+        rf"s\.dcm: cannot be read as a DICOM segmentation \(AttributeError: .*'{tag}'; \d+ bytes\)", message
+    )
 
 
 def test_a_source_that_is_a_link_that_leads_nowhere(tmp_path: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +138,33 @@ def test_a_mask_of_several_pages_is_a_fault(tmp_path: Path, first: int) -> None:
     pages[0].save(tmp_path / "m" / "a.tif", save_all=True, append_images=pages[1:])
     found = read(tmp_path, (MASK % "").replace(".png'", ".tif'").replace("i/*.tif", "i/*.png"))
     assert ["has 2 pages" in message for message in found.faults.messages] == [True]
+
+
+def huge_mask() -> bytes:
+    """A PNG whose header claims 20,000 x 20,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 20000, 20000, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def mask_without_a_width() -> bytes:
+    """A TIFF whose tag 256, ImageWidth, has become another one."""
+    file = io.BytesIO()
+    Image.fromarray(two_regions(255, 255)).save(file, "TIFF")
+    width, other = (struct.pack("<HH", tag, 4) for tag in (256, 1000))
+    assert width in file.getvalue()
+    return file.getvalue().replace(width, other)
+
+
+@pytest.mark.parametrize("write", [huge_mask, mask_without_a_width])
+def test_masks_that_cannot_be_read_are_faults(tmp_path: Path, write: Callable[[], bytes]) -> None:
+    put(tmp_path / "i" / "a.png")
+    put(tmp_path / "m" / "a.png", write())
+    (message,) = read(tmp_path, MASK % "").faults.messages
+    assert re.search(r"m/a\.png: cannot be read as an image \(\w+: .*\d+ bytes\)\. Download the file again", message)
 
 
 def test_inverted_masks_are_told(tmp_path: Path) -> None:

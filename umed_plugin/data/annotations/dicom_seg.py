@@ -14,6 +14,7 @@ from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, add_not_fetched, matches, matching_files
 from umed_plugin.data.annotations.shapes import regions
+from umed_plugin.data.images.stored import unreadable
 from umed_plugin.data.recipes.options import with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
@@ -89,7 +90,9 @@ def read_dicom_seg(options: DicomSegOptions, root: Path, faults: Faults) -> list
             if sources is None:
                 sources = _sources(folders.folders, faults)
             try:
-                items += _SegFile(options, path, sources, split, applied, faults).items()
+                # pydicom raises an AttributeError for each tag that a file lacks.
+                with unreadable(path, "a DICOM segmentation"):
+                    items += _SegFile(options, path, sources, split, applied, faults).items()
             except UmedError as error:
                 faults.messages.append(str(error))
     applied.tell(faults)

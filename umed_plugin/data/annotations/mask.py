@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files
-from umed_plugin.data.images.raster import DEEP_MODES
+from umed_plugin.data.images.raster import DEEP_MODES, opened_raster
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
+from umed_plugin.errors import UmedError
 from umed_plugin.faults import Faults
 
 _MOST_WHOLE = 2.0**53  # floats above it are no labels
@@ -123,7 +123,7 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
         )
         return None
     try:
-        with Image.open(mask) as image:
+        with opened_raster(mask) as image:
             pages = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
             if pages > 1:
                 faults.add(
@@ -135,8 +135,8 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
             # The indices of a palette are the labels. Converting its colours would give shades of grey.
             values = np.asarray(image if image.mode in (*DEEP_MODES, "L", "P", "1") else image.convert("L"))
             return values.astype(int) if values.dtype.kind != "f" or _whole(values).all() else values
-    except (OSError, SyntaxError, ValueError) as error:
-        faults.add(mask, f"cannot be read as an image: {error}")
+    except UmedError as error:
+        faults.messages.append(str(error))
         return None
 
 
@@ -178,7 +178,7 @@ def _is_lossy(mask: Path) -> bool:
     return mask.suffix.lower() in (".jpg", ".jpeg")
 
 
-def _of_transparent(image: Image.Image, mask: Path, faults: Faults) -> Optional[np.ndarray]:
+def _of_transparent(image: Any, mask: Path, faults: Faults) -> Optional[np.ndarray]:
     """Grey values of a mask with an alpha channel; a fault if the shape is in that channel alone."""
     values = np.asarray(image.convert("LA"))
     grey, alpha = values[:, :, 0].astype(int), values[:, :, 1]

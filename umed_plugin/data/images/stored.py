@@ -123,8 +123,8 @@ class StoredSlice:
 
 
 @contextlib.contextmanager
-def unreadable(path: Path) -> Iterator[None]:
-    """Turn whatever the libraries raise for a damaged file into one error that names the file."""
+def unreadable(path: Path, what: str = "an image") -> Iterator[None]:
+    """Turn whatever the libraries raise for a damaged file into one error that names the file, and what it should be."""
     try:
         yield
     except UmedError:
@@ -133,7 +133,7 @@ def unreadable(path: Path) -> Iterator[None]:
         lines = (str(error).replace(str(path), path.name).strip() or "no reason given").splitlines()
         reason = " ".join(line.strip() for line in lines[:3])
         raise UmedError(
-            f"{path}: cannot be read as an image ({type(error).__name__}: {reason}; {os.path.getsize(path)} bytes). "
+            f"{path}: cannot be read as {what} ({type(error).__name__}: {reason}; {os.path.getsize(path)} bytes). "
             "Download the file again, or remove it from the annotations."
         ) from error
 
