@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.annotation_files import (
     BOX,
@@ -25,6 +27,8 @@ from support.annotation_files import (
     two_regions,
     xml,
 )
+
+from umed_plugin.data.preparation import missing_image
 
 
 def test_a_voc_file_name_without_its_ending(tmp_path: Path) -> None:
@@ -58,6 +62,28 @@ def test_the_name_that_was_probably_meant(tmp_path: Path, written: str) -> None:
     expected = "sub/B_lesion.png" if "les" in written else "sub/A.png"
     assert did_you_mean_file(tmp_path / written, tmp_path) == f" Did you mean {expected!r}?"
     assert did_you_mean_file(tmp_path / "sub" / "image_12.png", tmp_path) == ""
+
+
+def test_a_name_whose_accent_is_encoded_in_another_way(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD"))
+    put(tmp_path / apart, np.zeros((80, 100), np.uint8))
+    put(tmp_path / "a.csv", f"{HEAD}{composed},10,20,30,40,nod\n")
+    (item,) = read(tmp_path, CSV % "").missing
+    error = str(missing_image(item))
+    assert (
+        f"Did you mean {apart!r}? Both look the same, but encode an accent in two ways (Unicode NFC and NFD)." in error
+    )
+
+
+def test_brackets_in_a_name_that_exists_are_no_pattern(tmp_path: Path) -> None:
+    for folder in ("set [1]", "set 1"):
+        put(tmp_path / folder / "a.png")
+        put(tmp_path / folder / "xml" / "a.xml", xml("a.png", an_object()))
+    annotations = "{reader: voc, files: 'set [%s]/xml/*.xml', image_root: 'set %s'}"
+    assert boxes(read(tmp_path, annotations % ("1", "[1]"))) == {"set [1]/a.png": [BOX]}
+    assert boxes(read(tmp_path, annotations % ("12", "1"))) == {"set 1/a.png": [BOX]}
+    put(tmp_path / "scan [2].xml", xml("a.png", an_object()))
+    assert boxes(read(tmp_path, "{reader: voc, files: 'scan [2].xml', image_root: set 1}")) == {"set 1/a.png": [BOX]}
 
 
 def test_links_to_folders_are_followed_and_files_that_a_pattern_misses_are_told(tmp_path: Path) -> None:

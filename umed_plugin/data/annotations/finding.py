@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -154,7 +155,8 @@ def matches(root: Path, pattern: str) -> list[Path]:
 def _step(folder: Path, part: str) -> Iterator[Path]:
     if part == "**":
         yield from folders_below(folder)
-    elif not any(sign in part for sign in "*?["):
+    # A name such as `set [1]` stands for itself where it exists, and else for `set 1`.
+    elif not any(sign in part for sign in "*?[") or ("[" in part and os.path.lexists(folder / part)):
         if os.path.lexists(folder / part):
             yield folder / part
     elif folder.is_dir():
@@ -242,7 +244,8 @@ def json_files(options: Any, root: Path, faults: Faults) -> Iterator[tuple[str, 
 def did_you_mean_file(path: Path, root: Path) -> str:
     """``" Did you mean 'x.png'?"`` for a file that is not there, what its link says if it is one, or ``""``.
 
-    Names differ by Windows' backslash, by ``%20`` and its like, by case, by ending, or by a typing mistake.
+    Names differ by Windows' backslash, by ``%20`` and its like, by case, by ending, by how accents are encoded, or by a typing
+    mistake.
     """
     link = not_fetched(path)
     if link is not None:
@@ -251,7 +254,9 @@ def did_you_mean_file(path: Path, root: Path) -> str:
     for variant in (written, written.replace("\\", "/"), unquote(written), unquote(written.replace("\\", "/"))):
         near = _nearest(root, variant)
         if near is not None and near != path:
-            return f" Did you mean {os.path.relpath(near, root)!r}?"
+            same = _composed(os.path.relpath(near, root)) == _composed(written)
+            accents = " Both look the same, but encode an accent in two ways (Unicode NFC and NFD)." if same else ""
+            return f" Did you mean {os.path.relpath(near, root)!r}?{accents}"
     return ""
 
 
@@ -261,21 +266,35 @@ def _nearest(root: Path, written: str) -> Optional[Path]:
     *folders, last = Path(written).parts or ("",)
     for part in folders:
         names = _listing(str(current))
-        same = part if part in names or part == ".." else next((n for n in names if n.lower() == part.lower()), None)
-        if same is None:
+        alike = [part] if part in names or part == ".." else _alike(names, part)
+        if not alike:
             return None
-        current = current / same
+        current = current / alike[0]
     names = _listing(str(current))
     if last in names:
         return current / last
-    stem = without_ending(last).lower()
-    alike = [name for name in names if name.lower() == last.lower()]
-    alike += [name for name in names if without_ending(name).lower() == stem]
-    if not alike and len(names) <= _MOST_COMPARED:
+    stem = _folded(without_ending(last))
+    near = _alike(names, last)
+    near += [name for name in names if _folded(without_ending(name)) == stem]
+    if not near and len(names) <= _MOST_COMPARED:
         # Another number is another image, however close the names are.
         same_numbers = [name for name in names if _NUMBERS.findall(name) == _NUMBERS.findall(last)]
-        alike = difflib.get_close_matches(last, same_numbers, n=1, cutoff=0.8)
-    return current / alike[0] if alike else None
+        near = difflib.get_close_matches(last, same_numbers, n=1, cutoff=0.8)
+    return current / near[0] if near else None
+
+
+def _alike(names: Iterable[str], written: str) -> list[str]:
+    wanted = _folded(written)
+    return [name for name in names if _folded(name) == wanted]
+
+
+def _composed(name: str) -> str:
+    """A name whose accents are part of their letters (NFC). macOS and its archives write them apart (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _folded(name: str) -> str:
+    return _composed(name).lower()
 
 
 def _listing(folder: str) -> tuple[str, ...]:
