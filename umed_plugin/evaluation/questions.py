@@ -69,13 +69,21 @@ def _missing_images(benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]
 
 
 def _unique(questions: Sequence[BenchmarkQuestion]) -> list[BenchmarkQuestion]:
-    """The questions; an id that returns gets a number."""
-    seen: Counter[str] = Counter()
+    """The questions; an id that returns gets the next number with which no other question is called."""
+    taken = {question.id for question in questions}
+    numbers: dict[str, int] = {}
     result = []
     for question in questions:
-        seen[question.id] += 1
-        again = seen[question.id]
-        result.append(question if again == 1 else replace(question, id=f"{question.id}#{again}"))
+        if question.id in numbers:
+            identity, number = question.id, numbers[question.id] + 1
+            while f"{identity}#{number}" in taken:
+                number += 1
+            numbers[identity] = number
+            question = replace(question, id=f"{identity}#{number}")
+            taken.add(question.id)
+        else:
+            numbers[question.id] = 1
+        result.append(question)
     return result
 
 
