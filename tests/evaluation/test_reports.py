@@ -224,3 +224,19 @@ def test_the_command_of_the_page(tmp_path, capsys, monkeypatch):
     for name in ("bleu_4", "cider_d", "findings_f1"):
         assert name in plain and name in treated
     assert plain != treated
+
+
+def test_reports_that_were_treated_in_two_ways_are_not_compared(tmp_path):
+    """The same answers, once as they are and once as R2Gen treats them: the difference would be the treatment's."""
+    name = f"report:{write_reports(tmp_path)}"
+    plain = evaluate(Writes(), name, out=tmp_path / "plain")
+    treated = evaluate(Writes(), name, out=tmp_path / "r2gen", report_as="r2gen")
+    assert json.loads((tmp_path / "r2gen" / "evaluation.json").read_text())["treatment"] == "r2gen:3,60"
+    assert "treatment" not in json.loads((tmp_path / "plain" / "evaluation.json").read_text())
+    said = r"scored with no --as in one evaluation and with --as r2gen:3,60 in the other"
+    with pytest.raises(UmedError, match=said):
+        compare(tmp_path / "plain", tmp_path / "r2gen")
+    with pytest.raises(UmedError, match=said):
+        evaluate(Writes(), name, report_as="r2gen", compare_with=plain)
+    again = evaluate(Writes(), name, report_as="r2gen:3,60", compare_with=treated)
+    assert compare(tmp_path / "r2gen", again)["bleu_1"]["difference"] == 0

@@ -154,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
     how = {"split": args.split, "limit": args.limit, "out": args.out, "dialect": dialect}
     how.update(similar=args.similar, similar_from=args.similar_from)
     how.update({name: getattr(args, name) for name in _SETTINGS}, server=server)
+    how.update(compare_with=before)
     how.update(report_as=args.report_as, report_scores=args.report_scores)
     with progress("answering", "question") as advance:
         if shard is None:
@@ -246,6 +247,7 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
     from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS, split_name
     from umed_plugin.evaluation.benchmarks.llava_med import is_question_file
     from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX
+    from umed_plugin.evaluation.pairing import may_be_compared
     from umed_plugin.evaluation.results import Evaluation
 
     if args.compare is None:
@@ -260,7 +262,7 @@ def _before(args: argparse.Namespace) -> Evaluation | None:
         asked = "llava_med"
     else:
         asked = GIVEN_BOX.name if args.give_box else "recipe"
-    if before.benchmark != asked:
+    if not may_be_compared(before.benchmark, asked):
         raise UmedError(f"{args.compare}: holds an evaluation of {before.benchmark}, not of {asked}.")
     return before
 
@@ -271,7 +273,11 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     from umed_plugin.evaluation.results import compare
     from umed_plugin.evaluation.tables import direction_note, interval_notes, metrics_table, sources_table
 
-    console, differences = make_console(wide_in_pipes=True), None if before is None else compare(before, evaluation)
+    console, differences, refused = make_console(wide_in_pipes=True), None, None
+    try:
+        differences = None if before is None else compare(before, evaluation)
+    except UmedError as error:
+        refused = error  # told below the table, which took hours
     if "accuracy_average" in evaluation.metrics:
         console.print(sources_table(args.checkpoint.name, evaluation.metrics))
     title, other = (one_line(path.name) for path in (args.checkpoint, args.compare or args.checkpoint))
@@ -281,6 +287,10 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     notes += [f"{args.similar} similar cases before each question. {WITHOUT_SIMILAR}"] if args.similar else []
     if differences is not None:
         notes.append(direction_note(differences))
+    if differences is not None and before is not None and before.benchmark != evaluation.benchmark:
+        notes.append(
+            "Differences are over the studies that both were asked; one of the two was given their true boxes."
+        )
     for line in notes:
         console.print(line, style="dim", soft_wrap=True, markup=False)
     if evaluation.skipped:
@@ -290,3 +300,5 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
             comparison = {"before": str(args.compare), "after": str(args.out), "differences": differences}
             files.write_json(args.out / "comparison.json", comparison)
         console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}", soft_wrap=True)
+    if refused is not None:
+        raise refused

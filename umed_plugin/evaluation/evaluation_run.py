@@ -156,6 +156,7 @@ class EvaluationRun:
             asdict(self._scorer.dialect),
             skipped,
             best_constants(self._benchmark, self._questions, self._scorer),
+            self._benchmark.treatment,
         )
         if self._out is not None and self._kept is not None:
             evaluation.save(self._out)

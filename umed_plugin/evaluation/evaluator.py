@@ -31,6 +31,7 @@ from umed_plugin.evaluation.benchmarks.recipe import recipe_benchmark
 from umed_plugin.evaluation.benchmarks.report import OF_RECIPE as REPORTS
 from umed_plugin.evaluation.benchmarks.report import report_benchmark
 from umed_plugin.evaluation.evaluation_run import EvaluationRun, EvaluationSettings
+from umed_plugin.evaluation.pairing import check_before_asking
 from umed_plugin.evaluation.questions import chosen_questions
 from umed_plugin.evaluation.results import PREDICTIONS, Evaluation
 from umed_plugin.evaluation.similar_cases import SimilarCases
@@ -48,6 +49,7 @@ def evaluate(
     progress: Progress | None = None,
     similar: int = 0,
     similar_from: Path | str | None = None,
+    compare_with: Evaluation | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Ask a checkpoint the questions of a benchmark, greedily, score the answers and compute the metrics.
@@ -63,11 +65,12 @@ def evaluate(
         progress: called with (questions done, questions in all).
         similar: number of similar training studies whose diagnoses stand before each question (`umed_plugin.data.similar`).
         similar_from: a recipe or JSON of records with these studies; None: the benchmark's own.
+        compare_with: an earlier evaluation; other questions than its own are refused before the checkpoint is loaded.
         settings: fields of `EvaluationSettings`, such as ``batch_size``.
 
     Raises:
-        UmedError: the benchmark is unknown or its files are missing, an image cannot be read, or ``out`` holds answers given
-            under other settings.
+        UmedError: the benchmark is unknown or its files are missing, an image cannot be read, ``out`` holds answers given under
+            other settings, or ``compare_with`` was asked something else.
 
     Example:
         >>> import json, tempfile
@@ -96,7 +99,7 @@ def evaluate(
         {'value': 0.5, 'ci95': None, 'n': 2, 'units': 1, 'interval': 'too few'}
     """
     asked = (split, limit, similar, similar_from)
-    evaluation = _evaluate(checkpoint, benchmark, data_root, None, asked, out, progress, settings)
+    evaluation = _evaluate(checkpoint, benchmark, data_root, None, asked, out, progress, compare_with, settings)
     assert evaluation is not None, "only a shard can end before the evaluation does"
     return evaluation
 
@@ -114,6 +117,7 @@ def evaluate_shard(
     progress: Progress | None = None,
     similar: int = 0,
     similar_from: Path | str | None = None,
+    compare_with: Evaluation | None = None,
     **settings: Any,
 ) -> Evaluation | None:
     """`evaluate` by several processes: each answers its share, and whoever finds all answers there computes the metrics.
@@ -122,8 +126,8 @@ def evaluate_shard(
     process to the last digit. A process that was killed is started again with the same command.
 
     Args:
-        checkpoint, benchmark, data_root, split, limit, similar, similar_from, settings: as for `evaluate`; the same in all
-            processes.
+        checkpoint, benchmark, data_root, split, limit, similar, similar_from, compare_with, settings: as for `evaluate`; the
+            same in all processes.
         shard: the share of this process.
         out: folder that all processes see.
         wait: wait for the answers of the others, instead of returning without an evaluation.
@@ -136,7 +140,7 @@ def evaluate_shard(
         UmedError: as for `evaluate`.
     """
     shared, asked = (shard, wait), (split, limit, similar, similar_from)
-    return _evaluate(checkpoint, benchmark, data_root, shared, asked, out, progress, settings)
+    return _evaluate(checkpoint, benchmark, data_root, shared, asked, out, progress, compare_with, settings)
 
 
 def _evaluate(
@@ -147,6 +151,7 @@ def _evaluate(
     which: tuple[str | None, int | None, int, Path | str | None],
     out: Path | str | None,
     progress: Progress | None,
+    compare_with: Evaluation | None,
     settings: dict[str, Any],
 ) -> Evaluation | None:
     chosen = EvaluationSettings(**settings)
@@ -163,6 +168,8 @@ def _evaluate(
             work=Path(out or temporary) / "data",
             skip=chosen.on_bad_image == "skip",
         )
+        if compare_with is not None:
+            check_before_asking(compare_with, asked, questions)
         candidates = asked.candidates(root) if asked.candidates and root else ()
         if similar:
             cases = _similar_cases(similar, similar_from, str(benchmark), checkpoint, root, chosen, Path(temporary))

@@ -150,6 +150,7 @@ class SummaryForm(Form):
     boxes: dict[str, Any] = {}
     skipped: Count = 0
     constants: dict[str, ConstantForm] = {}
+    treatment: str = ""
 
 
 class RecipeSummaryForm(SummaryForm):

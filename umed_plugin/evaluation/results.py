@@ -8,6 +8,8 @@ A folder holds ``evaluation.json``::
      "metrics": {"closed_accuracy": {"value": 0.71, "ci95": [0.65, 0.77], "n": 272, "units": 190, "interval": "bootstrap"}, ...},
      "constants": {"closed_accuracy": {"value": 0.52, "answer": "nothing"}, ...}}
 
+Reports that were scored with ``--as`` also have ``treatment``, such as ``r2gen:3,60``.
+
 Every metric stands there once, with n and its 95 % confidence interval (`umed_plugin.evaluation.metrics.metric.measure`);
 ``resampling`` says what the intervals resample. ``constants`` has the best answer that never looks at an image
 (`umed_plugin.evaluation.constants`). ``benchmark`` is ``recipe`` for the records of any recipe.
@@ -99,6 +101,7 @@ class Evaluation:
         boxes: the form in which boxes were read, see `umed_plugin.grounding.dialects.BoxDialect`.
         skipped: questions that were left out because their image is missing.
         constants: name -> what `umed_plugin.evaluation.constants.best_constants` gives; empty in files of earlier versions.
+        treatment: of texts before they are scored, see `umed_plugin.evaluation.benchmarks.benchmark.Benchmark`.
     """
 
     benchmark: str
@@ -110,6 +113,7 @@ class Evaluation:
     boxes: dict[str, Any] = field(default_factory=dict)
     skipped: int = 0
     constants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    treatment: str = ""
 
     def rows(self) -> list[Row]:
         """What the metrics are computed from."""
@@ -131,6 +135,7 @@ class Evaluation:
             "resampling": {"unit": self.unit, "units": len(clusters), "resamples": RESAMPLES},
             "metrics": self.metrics,
             "constants": self.constants,
+            **({"treatment": self.treatment} if self.treatment else {}),
         }
         files.write_json(Path(folder) / SUMMARY, summary)
 
@@ -179,6 +184,7 @@ def _of_lines(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], fo
         summary.get("boxes", {}),
         summary.get("skipped", 0),
         summary.get("constants", {}),
+        summary.get("treatment", ""),
     )
 
 
@@ -263,15 +269,16 @@ def resampling_unit(patients: Sequence[str]) -> str:
 def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> dict[str, dict[str, Any]]:
     """Paired differences ``after - before`` of every metric: ``{metric: {"difference", "ci95", "n", "units", "interval"}}``.
 
-    Questions are paired by id. Intervals resample as those of the metrics do, with the same draws for both evaluations.
-    ``interval`` says how ``ci95`` was computed from ``units`` clusters, or why it is None.
+    Questions are paired by id, and must be the same in both. A recipe with its true boxes given (``--give-box``) is compared with
+    the same recipe without, over the questions and metrics that both have. Intervals resample as those of the metrics do, with
+    the same draws for both evaluations. ``interval`` says how ``ci95`` was computed from ``units`` clusters, or why it is None.
 
     Args:
         before: an evaluation, or the folder that holds one.
         after: the same of the other checkpoint.
 
     Raises:
-        UmedError: the two are of different benchmarks, or were not asked the same questions.
+        UmedError: the two are of different benchmarks, were not asked the same questions, or treated texts in two ways.
 
     Example:
         >>> from umed_plugin import compare
@@ -284,15 +291,27 @@ def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> 
         {'difference': 0.25, 'ci95': None, 'n': 4, 'units': 4, 'interval': 'too few'}
     """
     from umed_plugin.evaluation.benchmarks.catalogue import benchmark_of
+    from umed_plugin.evaluation.pairing import asked_of, check_questions, check_treatments, may_be_compared
 
     before, after = (item if isinstance(item, Evaluation) else Evaluation.load(item) for item in (before, after))
-    if before.benchmark != after.benchmark:
+    if not may_be_compared(before.benchmark, after.benchmark):
         raise UmedError(
             f"{before.checkpoint} was evaluated on {before.benchmark}, {after.checkpoint} on {after.benchmark}: they cannot be "
             "compared. Evaluate both on the same benchmark."
         )
-    rows = after.rows()
+    some = before.benchmark != after.benchmark
     try:
-        return compare_rows(benchmark_of(after.benchmark).metrics(rows), before.rows(), rows)
+        check_treatments(before.treatment, after.treatment)
+        check_questions(
+            *([asked_of(one) for one in evaluation.predictions] for evaluation in (before, after)), some=some
+        )
+        earlier, later = before.rows(), after.rows()
+        metrics = benchmark_of(after.benchmark).metrics(later)
+        if some:
+            shared = {row.id for row in earlier} & {row.id for row in later}
+            earlier, later = ([row for row in rows if row.id in shared] for rows in (earlier, later))
+            known = {metric.name for metric in benchmark_of(before.benchmark).metrics(earlier)}
+            metrics = [metric for metric in benchmark_of(after.benchmark).metrics(later) if metric.name in known]
+        return compare_rows(metrics, earlier, later)
     except UmedError as error:
         raise UmedError(f"{before.checkpoint} and {after.checkpoint}: {error}") from error

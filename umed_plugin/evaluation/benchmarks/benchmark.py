@@ -88,6 +88,7 @@ class Benchmark:
         details: (question, answer, scorer) -> further keys of the question's line in ``predictions.jsonl``.
         candidates: data root -> the open answers of the training split, empty if its file is missing.
         reads_boxes: whether boxes in the answers are scored, so that the user is told of those that could not be read.
+        treatment: of texts before they are scored, such as ``r2gen:3,60``; scores of two treatments are not compared.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Benchmark:
     details: Callable[[BenchmarkQuestion, ModelAnswer, Scorer], dict[str, Any]] | None = None
     candidates: Callable[[Path], list[str]] | None = None
     reads_boxes: bool = False
+    treatment: str = ""
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,10 @@ def report_benchmark(recipe: str, of_recipe: Benchmark, settings: Any, data_root
         items = read_annotations(load_recipe(recipe), data_root)
         return [item.report for item in (*items.items, *items.missing) if item.split == "train" and item.report]
 
-    reports = ReportSet(of_recipe, training_reports, treatment_of(settings.report_as), settings.report_scores)
-    return replace(REPORT, questions=reports.questions, adapt=reports.adapt, score=reports.score)
+    treatment = treatment_of(settings.report_as)
+    reports = ReportSet(of_recipe, training_reports, treatment, settings.report_scores)
+    named = "" if treatment is None else f"r2gen:{treatment.least_count},{treatment.most_tokens}"
+    return replace(REPORT, questions=reports.questions, adapt=reports.adapt, score=reports.score, treatment=named)
 
 
 def _unknown_set(*unused: Any) -> Any:
