@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.benchmark_runs import picture
+from support.records import evaluated_records
 
 from umed_plugin import compare, evaluate
 from umed_plugin.cli import main
@@ -18,6 +19,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 from umed_plugin.evaluation.evaluation_run import Answerer
 from umed_plugin.evaluation.pairing import Asked, check_questions
 from umed_plugin.evaluation.questions import _unique
+from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
@@ -117,3 +119,31 @@ def test_an_id_that_returns_gets_a_number_that_is_free():
     assert [question.id for question in _unique(questions)] == ["a", "a#3", "a#2", "a#4", "b"]
     twice = [BenchmarkQuestion(name, "a.png", "?", "") for name in ("a", "a", "a")]
     assert [question.id for question in _unique(twice)] == ["a", "a#2", "a#3"]
+
+
+def given_and_plain(folder):
+    """The same three studies, of which the last has no lesion, without and with the true boxes in the question."""
+    made = evaluated_records(folder, 3)
+    made[2]["objects"] = {"ref": [], "bbox": [], "bbox_type": "real"}
+    (folder / "records.json").write_text(json.dumps(made))
+    file = folder / "records.json"
+    evaluate(Says("Normal."), file, out=folder / "plain")
+    evaluate(
+        Says("A nodule."), file, out=folder / "given", give_box=True, compare_with=Evaluation.load(folder / "plain")
+    )
+    return folder / "plain", folder / "given"
+
+
+def test_given_boxes_are_compared_with_the_same_studies_without(tmp_path):
+    plain, given = given_and_plain(tmp_path)
+    found = compare(plain, given)
+    assert (found["accuracy"]["difference"], found["accuracy"]["n"]) == (1.0, 2), "of the studies with a lesion"
+    assert all(name.startswith("accuracy") for name in found), "what both have"
+    assert compare(given, plain)["accuracy"]["difference"] == -1.0
+
+
+def test_the_command_compares_given_boxes_with_the_recipe(tiny_mistral, tmp_path, capsys):
+    plain, _ = given_and_plain(tmp_path)
+    command = ["evaluate", str(tiny_mistral), "--benchmark", str(tmp_path / "records.json"), "--max-new-tokens", "4"]
+    assert main([*command, "--give-box", "--compare", str(plain)]) == 0
+    assert "Differences are over the studies that both were asked" in capsys.readouterr().out

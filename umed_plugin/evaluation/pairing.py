@@ -59,8 +59,10 @@ def _classes(names: Sequence[str]) -> str:
 
 
 def may_be_compared(before: str, after: str) -> bool:
-    """Whether evaluations of two benchmarks have questions in common."""
-    return before == after
+    """Whether evaluations of two benchmarks have questions in common: the same one, or a recipe with and without its boxes."""
+    from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX, RECIPE
+
+    return before == after or {before, after} == {RECIPE.name, GIVEN_BOX.name}
 
 
 def check_before_asking(before: Evaluation, benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]) -> None:
