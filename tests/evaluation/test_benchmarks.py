@@ -206,6 +206,13 @@ def test_what_is_on_the_disk_is_not_asked_again_and_a_batch_that_is_not_whole_is
     assert asked == [2, 2] and lines(out / "predictions.jsonl") == whole
 
 
+@pytest.mark.parametrize("more", [(), ("--quiet",)])
+def test_a_log_holds_no_bars_of_libraries(more, tiny_mistral, tmp_path, capfd):
+    assert main(command(tiny_mistral, "vqa_rad", rad(tmp_path / "rad", 2), tmp_path / "out", *more)) == 0
+    said = capfd.readouterr().err
+    assert "\r" not in said and "Loading weights" not in said and "%|" not in said
+
+
 def test_images_go_through_the_cache_of_training(tiny_mistral, tmp_path):
     root = rad(tmp_path / "rad")
     for out in ("plain", "first", "second"):

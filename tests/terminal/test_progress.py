@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -118,3 +120,25 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("seconds", "shown"), [(12.4, "12 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")])
 def test_durations_are_read_at_a_glance(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize(
+    ("terminal", "quiet", "shown"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_transformers_shows_bars_only_where_ours_are_shown(
+    terminal: bool, quiet: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    monkeypatch.setattr(progress, "make_console", lambda **how: console(file=io.StringIO(), force_terminal=terminal))
+    progress.be_quiet(quiet)
+    with progress.library_bars():
+        assert logging.is_progress_bar_enabled() == shown
+    assert logging.is_progress_bar_enabled(), "as it was before"
+
+
+def test_progress_imports_no_transformers() -> None:
+    code = "import sys, umed_plugin.terminal.progress; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -30,6 +30,7 @@ from umed_plugin.checkpoints.folder import (
 from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
+from umed_plugin.terminal.progress import library_bars
 
 
 def load_checkpoint(
@@ -192,11 +193,12 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning that tower weights are unused: `_load_full` uses them right afterwards."""
+    """Suppress transformers' warning that tower weights are unused: `_load_full` uses them right afterwards. And its bars."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with library_bars():
+            yield
     finally:
         logger.setLevel(level)

@@ -28,6 +28,7 @@ from umed_plugin.data.images.drawing import square_of
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.pseudo_boxes.synthesis import Picture
+from umed_plugin.terminal.progress import library_bars
 
 _CLIP = ("clip", "clip_vision_model")
 _PREFIX = "vision_tower."  # of a tower's tensors inside a checkpoint
@@ -59,7 +60,8 @@ class PatchTower:
         if Path(folder).is_dir():
             check_plain(weight_files(folder))
         try:
-            self._model = CLIPVisionModel.from_pretrained(folder)
+            with library_bars():
+                self._model = CLIPVisionModel.from_pretrained(folder)
             processor = CLIPImageProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise UmedError(f"--tower {path}: the tower {folder} cannot be loaded: {error}") from error

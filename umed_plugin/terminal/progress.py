@@ -36,6 +36,26 @@ def be_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+@contextmanager
+def library_bars() -> Iterator[None]:
+    """Inside, transformers shows its own bars only where ours are shown: on a terminal, without ``--quiet``.
+
+    transformers is imported here, and not before: wrap what loads weights with it.
+    """
+    if make_console(stderr=True).is_terminal and not _quiet:
+        yield
+        return
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
 class Steps:
     """The progress of one step after the other.
 
