@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.added_tokens import flags_that_add, tokenizer_files, why_lost
 from umed_plugin.checkpoints.folder import NON_LORA, read_tensors
 from umed_plugin.errors import UmedError, did_you_mean, warn
 from umed_plugin.files import read_object, write_json
@@ -185,13 +186,27 @@ def find_faults(run: TrainingRun) -> list[str]:
 
 
 def _not_mergeable(run: TrainingRun) -> list[str]:
-    """What `umed merge` could not take from a LoRA folder, said before hours of training."""
+    """What `umed merge` could not take from a LoRA folder or a projector, said before hours of training."""
+    faults = _lost_tokens(run)
     bias = getattr(run.training_args, "lora_bias", "none")
-    if not run.training_args.lora_enable or bias == "none":
+    if run.training_args.lora_enable and bias != "none":
+        faults.append(
+            f"--lora_bias {bias}: it trains biases that umed merge cannot merge. Allowed: none, which is LLaVA's default."
+        )
+    return faults
+
+
+def _lost_tokens(run: TrainingRun) -> list[str]:
+    """Flags that add tokens to a checkpoint of which LLaVA will save an adapter or the projector alone."""
+    model_args, cache_dir = run.model_args, run.training_args.cache_dir
+    base = model_args.model_name_or_path
+    if not run.training_args.lora_enable and not model_args.tune_mm_mlp_adapter:
         return []
-    return [
-        f"--lora_bias {bias}: it trains biases that umed merge cannot merge. Allowed: none, which is LLaVA's default."
-    ]
+    lost = flags_that_add(vars(model_args), base, cache_dir)
+    if not lost or not tokenizer_files(base, cache_dir):  # without a tokenizer, loading it says what is missing
+        return []
+    default = {"mm_use_im_patch_token": " (LLaVA's default if you did not give it)"}
+    return [f"--{flag} True{default.get(flag, '')} adds {why_lost(flag, base)}" for flag in lost]
 
 
 def _other_stage(run: TrainingRun) -> list[str]:

@@ -38,6 +38,29 @@ def flags_of(step: Step) -> dict[str, str]:
 
 
 @pytest.mark.llava
+@pytest.mark.parametrize("said", [None, False, True])
+def test_a_plan_asks_for_no_token_whose_row_lora_would_lose(said, tiny_mistral, tmp_path):
+    """Where config.json says nothing, LLaVA's default adds <im_patch>. Full fine-tuning saves its row."""
+    checkpoint = shutil.copytree(tiny_mistral, tmp_path / "llava-mistral-own")
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["mm_use_im_patch_token"]
+    told = {} if said is None else {"mm_use_im_patch_token": said}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **told}))
+
+    def asked(method: str) -> set[str]:
+        steps = upgrade_of(checkpoint, tmp_path / method, method=method).steps
+        found = (flags_of(step) for step in steps)
+        return {flags["mm_use_im_patch_token"] for flags in found if "mm_use_im_patch_token" in flags}
+
+    if said:
+        with pytest.raises(UmedError, match="config.json says mm_use_im_patch_token, whose tokens its tokenizer lacks"):
+            asked("lora")
+    else:
+        assert asked("lora") == {"False"}
+    assert asked("full") == {str(said is not False)}
+
+
+@pytest.mark.llava
 def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, tmp_path):
     settings = upgrade_of(tiny_mistral, tmp_path / "run").settings
     write_settings(settings, tmp_path / "run.yaml")

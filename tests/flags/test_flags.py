@@ -133,12 +133,37 @@ def test_each_fault_is_named(changes, words):
         ({"image_folder": "/no/folder"}, "no such folder"),
         ({"vision_tower": None}, "--vision_tower is missing"),
         ({"image_aspect_ratio": "anyres"}, "pad and square"),
+        ({"lora_enable": True, "tune_mm_mlp_adapter": True}, "LLaVA then trains the projector alone"),
+        ({"n_gpu": 2}, "one process drives 2 GPUs. Start one process per GPU: umed-run torchrun --nproc_per_node 2"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size does not work with --umed_stage rewarding"),
+        ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha 5.0 does not work with --umed_stage rewarding"),
     ],
 )
 def test_faults_between_our_flags_and_llavas(changes, words):
     faults = find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(**changes))
     assert len(faults) == 1
     assert words in faults[0]
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"umed_keep": "0.1"},
+        {"umed_attention_loss": 0.03},
+        {"umed_tower_teacher": __file__, "umed_tower_lr": 1e-5},
+        {"umed_replay": 0.3},
+    ],
+)
+def test_a_further_loss_of_stage_1_needs_one_process_per_gpu(further):
+    flags = UmedFlags(umed_stage="instruction_tuning", **further)
+    assert find_faults(flags, *llava_args(n_gpu=1)) == []
+    (fault,) = find_faults(flags, *llava_args(n_gpu=2))
+    assert fault.startswith(f"--{next(iter(further))}: one process drives 2 GPUs") and "CUDA_VISIBLE_DEVICES=0" in fault
+
+
+def test_stage_1_alone_takes_what_stage_2_refuses():
+    taken = llava_args(n_gpu=2, auto_find_batch_size=True, neftune_noise_alpha=5.0)
+    assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *taken) == []
 
 
 OWN_REWARDS = """

@@ -132,6 +132,38 @@ def test_flags_that_depart_from_the_checkpoint_are_said_before_it_is_loaded(flag
     assert "replaces the checkpoint's trained projector" in said
 
 
+IN_PART = (("--lora_enable", "True"), ("--tune_mm_mlp_adapter", "True"))
+
+
+@pytest.mark.parametrize("part", IN_PART)
+@pytest.mark.parametrize("name", ["--mm_use_im_patch_token", "--mm_use_im_start_end"])
+@pytest.mark.parametrize("stage", ["instruction_tuning", "rewarding"])
+def test_added_tokens_whose_rows_would_be_lost_are_refused_before_training(flags, tiny_mistral, stage, name, part):
+    patching.apply(ALL)
+    with pytest.raises(UsageError, match=f"{name} True.* adds tokens that {tiny_mistral} does not have") as caught:
+        parse([*flags, "--umed_stage", stage, *part, name, "True"])
+    assert f"Train with {name} False" in str(caught.value)
+    parse([*flags, "--umed_stage", stage, *part])
+    parse([*flags, "--umed_stage", stage, name, "True"])  # full fine-tuning saves all rows
+
+
+def test_llavas_default_of_the_patch_token_is_refused_for_lora(flags):
+    patching.apply(ALL)
+    at = flags.index("--mm_use_im_patch_token")
+    left_out = [*flags[:at], *flags[at + 2 :], "--umed_stage", "instruction_tuning", "--lora_enable", "True"]
+    with pytest.raises(UsageError, match=r"--mm_use_im_patch_token True \(LLaVA's default if you did not give it\)"):
+        parse(left_out)
+
+
+def test_the_trained_tower_is_not_lost_beside_the_projector(flags):
+    """LLaVA has this flag among its model's arguments until training begins."""
+    patching.apply(ALL)
+    with pytest.raises(UsageError, match="LLaVA then saves the projector alone"):
+        parse(
+            [*flags, "--umed_stage", "instruction_tuning", "--umed_tower_lr", "1e-5", "--tune_mm_mlp_adapter", "True"]
+        )
+
+
 @pytest.mark.parametrize(
     ("file", "words"), [("adapter_config.json", "is a LoRA adapter"), ("mm_projector.bin", "a trained projector alone")]
 )

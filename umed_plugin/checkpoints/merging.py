@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.checkpoints.added_tokens import flags_that_add, why_lost
 from umed_plugin.checkpoints.folder import (
     ADAPTER,
     FAMILIES,
     PROJECTOR,
     READ_WHEN_ANSWERING,
-    TOKENIZER_FILES,
     adapter_tensors,
     find_base,
     is_lora,
@@ -172,16 +172,9 @@ def _find_base(trained: Path, base: Path | str | None) -> Path:
 
 def _refuse_unsaved_tokens(trained: Path, config: dict[str, Any], base: Path) -> None:
     """Refuse a training that added tokens to the embeddings: with LoRA or a projector alone, LLaVA does not save their rows."""
-    requested = {"mm_use_im_patch_token": ("<im_patch>",), "mm_use_im_start_end": ("<im_start>", "<im_end>")}
-    files_of_tokenizer = [base / name for name in TOKENIZER_FILES if (base / name).is_file()]
-    known = b"".join(file.read_bytes() for file in files_of_tokenizer)
-    asked = [key for key in requested if config.get(key)]
-    lost = [key for key in asked if not all(token.encode() in known for token in requested[key])]
+    lost = flags_that_add(config, base)
     if lost:
-        raise UmedError(
-            f"{trained}: was trained with --{lost[0]} True, which added tokens that {base} does not have. LLaVA saves the rows "
-            f"of added tokens with full fine-tuning only. Train with --{lost[0]} False, as LLaVA's own checkpoints were."
-        )
+        raise UmedError(f"{trained}: was trained with --{lost[0]} True, which added {why_lost(lost[0], base)}")
 
 
 def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -143,8 +143,14 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
         )
     faults += _faults_of_bits(training_args)
     faults += _faults_of_validation(flags, training_args)
+    faults += _faults_of_several_gpus(flags, training_args)
+    if getattr(training_args, "lora_enable", False) and getattr(model_args, "tune_mm_mlp_adapter", False):
+        faults.append(
+            "--lora_enable True does not work with --tune_mm_mlp_adapter True: LLaVA then trains the projector alone, and the "
+            "adapter learns nothing. LoRA trains the projector too. Remove one of them."
+        )
     if flags.umed_stage == TUNING:
-        faults += _faults_of_tuning(flags, training_args)
+        faults += _faults_of_tuning(flags, model_args, training_args)
     if flags.umed_lora_targets is not None and not getattr(training_args, "lora_enable", False):
         faults.append("--umed_lora_targets has no effect without --lora_enable True.")
     if flags.umed_stage == REWARDING:
@@ -158,6 +164,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
                 "--deepspeed does not work with --umed_algorithm ppo: the value network is not part of the model that DeepSpeed "
                 "trains. Use --umed_algorithm grpo, or remove --deepspeed and start the script with torchrun."
             )
+        faults += _faults_of_rollouts(training_args)
         faults += _faults_of_rollout_server(flags, training_args)
     return [*faults, *_evaluation_faults(flags, training_args)]
 
@@ -177,7 +184,43 @@ def _faults_of_validation(flags: UmedFlags, training_args: Any) -> list[str]:
     return faults
 
 
-def _faults_of_tuning(flags: UmedFlags, training_args: Any) -> list[str]:
+def _faults_of_several_gpus(flags: UmedFlags, training_args: Any) -> list[str]:
+    """What one process with several GPUs cannot compute: it splits each batch without its answers' tensors."""
+    gpus = getattr(training_args, "n_gpu", 1)
+    if gpus < 2:
+        return []
+    given = {
+        "umed_stage rewarding": flags.umed_stage == REWARDING,
+        "umed_keep": flags.keeps(),
+        "umed_attention_loss": flags.umed_attention_loss > 0,
+        "umed_tower_teacher": flags.umed_tower_teacher is not None and flags.umed_tower_teacher_weight > 0,
+        "umed_replay": flags.umed_replay > 0,
+    }
+    return [
+        f"--{name}: one process drives {gpus} GPUs. Start one process per GPU: umed-run torchrun --nproc_per_node {gpus} -m "
+        "llava.train.train_mem ... Or show it one: CUDA_VISIBLE_DEVICES=0 umed-run python -m llava.train.train_mem ..."
+        for name, asked in given.items()
+        if asked
+    ]
+
+
+def _faults_of_rollouts(training_args: Any) -> list[str]:
+    """Flags of transformers that change what stage 2 samples, or how much, behind its back."""
+    faults = []
+    if getattr(training_args, "auto_find_batch_size", False):
+        faults.append(
+            "--auto_find_batch_size does not work with --umed_stage rewarding: answers are sampled for the whole step before a "
+            "batch can fail. Remove it. If memory runs out, the error says which flag to lower."
+        )
+    if getattr(training_args, "neftune_noise_alpha", None):
+        faults.append(
+            f"--neftune_noise_alpha {training_args.neftune_noise_alpha} does not work with --umed_stage rewarding: answers would "
+            "be scored under other noise than they were sampled under. Remove it."
+        )
+    return faults
+
+
+def _faults_of_tuning(flags: UmedFlags, model_args: Any, training_args: Any) -> list[str]:
     """What the losses and the order of stage 1 do not go with."""
     faults = []
     zero_3 = bool(training_args.deepspeed) and _is_zero_3(training_args.deepspeed)
@@ -202,7 +245,7 @@ def _faults_of_tuning(flags: UmedFlags, training_args: Any) -> list[str]:
             for name, given in found.items()
             if given
         ]
-    if flags.umed_tower_lr is not None and getattr(training_args, "tune_mm_mlp_adapter", False):
+    if flags.umed_tower_lr is not None and getattr(model_args, "tune_mm_mlp_adapter", False):
         faults.append(
             "--umed_tower_lr does not work with --tune_mm_mlp_adapter True: LLaVA then saves the projector alone, and the "
             "trained tower would be lost. Remove one of them."

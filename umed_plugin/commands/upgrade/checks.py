@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.commands.doctor.catalogue import KINDS
 from umed_plugin.commands.machine import Machine
@@ -42,11 +43,22 @@ def check_together(settings: Settings, origin: Origin, machine: Machine) -> None
     faults += [f"accept_findings: {unknown_name('finding', code, KINDS)}" for code in unknown]
     if settings.method == "full" and settings.lora != type(settings.lora)():
         faults.append("lora: has no effect with method full.")
+    faults += _lost_tokens(settings, origin)
     for name in settings.stages:
         flags = training_flags(name, getattr(settings, name), settings, origin)
         faults += [f"{name}: {fault}" for fault in _flag_faults(flags)]
     if faults:
         raise UmedError("invalid settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _lost_tokens(settings: Settings, origin: Origin) -> list[str]:
+    """Tokens that ``config.json`` asks for and the tokenizer lacks: LLaVA would add them, and LoRA would lose their rows."""
+    lost = flags_that_add(origin.config, origin.full) if settings.method == "lora" else []
+    return [
+        f"method: lora, but {origin.full / 'config.json'} says {key}, whose tokens its tokenizer lacks. LLaVA saves their rows "
+        f"with full fine-tuning only. Set {key} to false there, or use method: full."
+        for key in lost
+    ]
 
 
 def _machine_faults(settings: Settings, machine: Machine) -> list[str]:
@@ -80,7 +92,9 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
         faults = find_symbol_faults(UmedFlags(**own).reward_names())
     return faults + find_faults(
         UmedFlags(**own),
-        SimpleNamespace(vision_tower=flags["vision_tower"]),
+        SimpleNamespace(
+            vision_tower=flags["vision_tower"], tune_mm_mlp_adapter=flags.get("tune_mm_mlp_adapter", False)
+        ),
         SimpleNamespace(data_path="", image_folder=None, image_aspect_ratio=flags["image_aspect_ratio"]),
         SimpleNamespace(
             fsdp=flags.get("fsdp"),
@@ -88,6 +102,8 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
             evaluation_strategy=flags.get("evaluation_strategy", "no"),
             bits=flags.get("bits", 16),
             lora_enable=flags["lora_enable"],
+            auto_find_batch_size=flags.get("auto_find_batch_size", False),
+            neftune_noise_alpha=flags.get("neftune_noise_alpha"),
         ),
         files=False,
     )

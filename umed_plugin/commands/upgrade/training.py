@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
+from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES, read_config
 from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder
@@ -65,7 +66,7 @@ def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
         "mm_vision_select_feature": config.get("mm_vision_select_feature", "patch"),
         "mm_projector_type": config.get("mm_projector_type", "linear"),
         "mm_use_im_start_end": config.get("mm_use_im_start_end", False),
-        "mm_use_im_patch_token": config.get("mm_use_im_patch_token", True),
+        "mm_use_im_patch_token": _use_im_patch_token(settings, origin),
         "image_aspect_ratio": origin.image_mode,
         "model_max_length": settings.model_max_length,
         "umed_on_bad_image": settings.on_bad_image,
@@ -73,6 +74,13 @@ def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
         **({"umed_augment": True} if settings.augment else {}),
         **({"umed_label_share": settings.label_share} if settings.label_share is not None else {}),
     }
+
+
+def _use_im_patch_token(settings: Settings, origin: Origin) -> bool:
+    """What the checkpoint's ``config.json`` says. Where it says nothing, LLaVA's default can add a row, which LoRA loses."""
+    name = "mm_use_im_patch_token"
+    unsaid = name not in origin.config and settings.method == "lora"
+    return not (unsaid and flags_that_add({name: True}, origin.full)) and bool(origin.config.get(name, True))
 
 
 def _schedule_flags(stage: Stage, settings: Settings) -> dict[str, Any]:
