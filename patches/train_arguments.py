@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from umed_plugin.errors import UsageError, did_you_mean
+from umed_plugin.errors import UsageError, did_you_mean, warn
 from umed_plugin.files.locks import lock_for_the_process
-from umed_plugin.flags.checks import find_faults, raise_faults
+from umed_plugin.flags.checks import find_faults, find_remarks, raise_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.flags.rules import REWARDING, TUNING
@@ -135,6 +135,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
         ]
     )
     model_class.warn_of_departures(run)
+    _warn_of_remarks(run)
     vision_tower.choose_lora_targets(run)
     vision_tower.expect_tower_tensors(run)
     if run.active and training_args.ddp_find_unused_parameters is None:
@@ -150,6 +151,13 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
             busy = "another training is writing it"
             lock_for_the_process(training_args.output_dir, busy=busy, flag="--output_dir")
     return run
+
+
+def _warn_of_remarks(run: TrainingRun) -> None:
+    """Say, once per run, which flags do less than one may expect."""
+    if run.active and run.training_args.process_index == 0:
+        for remark in find_remarks(run.flags, run.training_args):
+            warn(remark)
 
 
 def _find_symbol_faults(flags: UmedFlags) -> list[str]:

@@ -422,6 +422,18 @@ def test_what_is_allowed_but_not_what_one_may_expect_is_said():
     assert len(find_remarks(pictures, training_args)) == 2
 
 
+def test_pictures_that_nothing_shows_are_said_in_stage_1_too():
+    _, _, training_args = llava_args(report_to=[], group_by_modality_length=True)
+    flags = UmedFlags(umed_stage="instruction_tuning", umed_val_every=5, umed_val_pictures=9)
+    (remark,) = find_remarks(flags, training_args)
+    assert remark.startswith("--umed_val_pictures has no effect without --report_to")
+
+
+def test_the_losses_of_replay_take_a_number_of_rows():
+    flags = UmedFlags(umed_stage="instruction_tuning", umed_replay=0.3, umed_logit_rows=256)
+    assert find_faults(flags, *llava_args()) == []
+
+
 def test_shipped_rewards_that_max_normalises_are_those_that_the_floor_acts_on():
     from umed_plugin.rewards import REWARDS
 

@@ -132,6 +132,14 @@ def test_flags_that_depart_from_the_checkpoint_are_said_before_it_is_loaded(flag
     assert "replaces the checkpoint's trained projector" in said
 
 
+def test_what_a_stage_leaves_out_is_said_before_it_is_loaded(flags, capsys):
+    patching.apply(ALL)
+    more = ["--umed_val_every", "5", "--umed_val_pictures", "9"]
+    for stage in ("instruction_tuning", "rewarding"):
+        parse([*flags, "--umed_stage", stage, *more])
+        assert "umed: warning: --umed_val_pictures has no effect without --report_to" in capsys.readouterr().err
+
+
 IN_PART = (("--lora_enable", "True"), ("--tune_mm_mlp_adapter", "True"))
 
 

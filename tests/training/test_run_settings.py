@@ -65,6 +65,26 @@ def test_each_kind_of_flag(change, kind):
     assert found == ({} if kind is None else {next(iter(change)): kind})
 
 
+@pytest.mark.parametrize(("stop_after", "found"), [(0, {}), (3, {"umed_val_records": ACCEPTED})])
+def test_other_held_out_records_count_where_scores_are_compared(stop_after, found):
+    flags = UmedFlags(umed_stage="rewarding", umed_val_every=5, umed_stop_after=stop_after)
+    before, now = settings_of(flags), settings_of(dataclasses.replace(flags, umed_val_records=8))
+    assert changes(before, now) == found
+
+
+def test_the_projector_that_the_reference_begins_with_is_compared(tmp_path):
+    @dataclasses.dataclass
+    class OfTheModel:
+        pretrain_mm_mlp_adapter: str | None = None
+
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.bin").write_text(name)
+    before, now = (settings_of(OfTheModel(str(tmp_path / f"{name}.bin"))) for name in ("a", "b"))
+    assert changes(before, now) == {"pretrain_mm_mlp_adapter": ACCEPTED}
+    assert changes(before, settings_of(OfTheModel())) == {"pretrain_mm_mlp_adapter": ACCEPTED}
+    assert changes(settings_of(OfTheModel()), settings_of(OfTheModel())) == {}
+
+
 def test_the_same_records_a_step_dealt_otherwise_go_on(monkeypatch):
     before = settings_of(Arguments())
     assert changes(before, settings_of(Arguments(**{BATCH: 1, ACCUMULATION: 2}))) == {BATCH: SAID, ACCUMULATION: SAID}

@@ -53,7 +53,15 @@ def check(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any)
 
 
 def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
-    """What stage 2 does under valid flags and a user may not expect, one sentence each; the run says it and goes on."""
+    """What a stage does under valid flags and a user may not expect, one sentence each; the run says it and goes on."""
+    remarks = _remarks_of_rewarding(training_args) if flags.umed_stage == REWARDING else []
+    takes_pictures = {"tensorboard", "wandb"} & {*(getattr(training_args, "report_to", None) or [])}
+    if flags.umed_val_pictures != UmedFlags().umed_val_pictures and not takes_pictures:
+        remarks.append("--umed_val_pictures has no effect without --report_to tensorboard or wandb.")
+    return remarks
+
+
+def _remarks_of_rewarding(training_args: Any) -> list[str]:
     remarks = []
     for name in ("group_by_modality_length", "group_by_length"):
         if getattr(training_args, name, False):
@@ -62,9 +70,6 @@ def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
             )
     if getattr(training_args, "label_smoothing_factor", 0):
         remarks.append("--label_smoothing_factor has no effect in --umed_stage rewarding: it supervises no labels.")
-    takes_pictures = {"tensorboard", "wandb"} & {*(getattr(training_args, "report_to", None) or [])}
-    if flags.umed_val_pictures != UmedFlags().umed_val_pictures and not takes_pictures:
-        remarks.append("--umed_val_pictures has no effect without --report_to tensorboard or wandb.")
     return remarks
 
 

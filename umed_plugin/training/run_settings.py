@@ -63,9 +63,7 @@ _KINDS = {
     **dict.fromkeys(("overwrite_output_dir", "report_to", "resume_from_checkpoint", "run_name", "label_names"), FREE),
     **dict.fromkeys(("no_cuda", "use_cpu", "use_mps_device", "use_ipex", "use_cache", "enable_jit_checkpoint"), FREE),
     **dict.fromkeys(("greater_is_better", "metric_for_best_model", "load_best_model_at_end", "jit_mode_eval"), FREE),
-    **dict.fromkeys(
-        ("past_index", "prediction_loss_only", "project", "pretrain_mm_mlp_adapter", "lora_weight_path"), FREE
-    ),
+    **dict.fromkeys(("past_index", "prediction_loss_only", "project", "lora_weight_path"), FREE),
     **dict.fromkeys(
         ("ray_scope", "mp_parameters", "skip_memory_metrics", "batch_eval_metrics", "auto_find_batch_size"), FREE
     ),
@@ -286,6 +284,8 @@ def find_changes(before: dict[str, Any], now: dict[str, Any], *, between_updates
         if _same(before[name], now[name]) or kind_of(name) == FREE:
             continue
         kind = kind_of(name)
+        if name == "umed_val_records" and not now.get("umed_stop_after"):
+            continue  # only early stopping compares scores of before and after the change
         if name == "deepspeed" and None in (before[name], now[name]):
             kind = FIXED
         elif name == WORLD_SIZE and now.get("deepspeed") is not None:

@@ -27,7 +27,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from umed_plugin.errors import UmedError, note, warn
-from umed_plugin.flags.checks import find_remarks
 from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
@@ -79,8 +78,6 @@ class RewardingTrainer(LLaVATrainer):
         switch_off_dropout(model)
         super().__init__(model=model, tokenizer=tokenizer, args=args, **keywords)
         self.flags = flags = args.umed
-        for remark in find_remarks(flags, args) if args.process_index == 0 else ():
-            warn(remark)
         llava = base_llava(model)
         rewards = make_rewards(flags, args.output_dir, self.train_dataset.list_data_dict)
         for sentence in what_is_unrewarded(rewards, self.train_dataset.list_data_dict):

@@ -47,9 +47,12 @@ class SamplingFlags:
     )
     umed_logit_rows: int = flag(
         1024,
-        "Answer tokens whose logits are in memory at once, in the passes over sampled answers and in the KL of --umed_keep; 0: "
-        "all. The backward pass computes them again, part by part.",
-        needs=Needs("stage 2 or --umed_keep", lambda flags: flags.umed_stage == REWARDING or flags.keeps()),
+        "Answer tokens whose logits are in memory at once: in the passes over sampled answers, in the KL of --umed_keep, and in "
+        "the losses of --umed_replay; 0: all. The backward pass computes them again, part by part.",
+        needs=Needs(
+            "stage 2 or --umed_keep or --umed_replay",
+            lambda flags: flags.umed_stage == REWARDING or flags.keeps() or flags.umed_replay > 0,
+        ),
         least=0,
         on_resume=SAID,
     )
@@ -164,7 +167,6 @@ class SamplingFlags:
         "Maximum number of held-out records per validation.",
         needs=VALIDATION,
         least=1,
-        on_resume=FREE,
     )
     umed_stop_after: int = flag(
         0,
