@@ -12,7 +12,8 @@ Versions: LLaVA 1.2.x.
 Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, keeps LoRA out of it, and can train it.
 
 If the tower is trained, or differs from the original, ``unfreeze_mm_vision_tower`` is set in the configuration that training
-saves. It makes stock LLaVA load tower weights from a checkpoint.
+saves. It makes stock LLaVA load tower weights from a checkpoint. Where ``--umed_tower_weights original`` leaves out a tower that
+differs, the configuration beside an adapter or a projector says so: `umed merge` and evaluation take the original one then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import sys
 from typing import Any
 
-from umed_plugin.checkpoints.folder import TOWER
+from umed_plugin.checkpoints.folder import ORIGINAL_TOWER, TOWER, TOWER_WEIGHTS
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
@@ -124,8 +125,13 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
     tower.umed_keep_fp32 = not (run.training_args.fp16 or run.training_args.bf16)
     if run.flags.umed_similar:
         run.data_args.umed_tower = tower
+    # One that the base's config.json holds is about another training.
+    if hasattr(model.config, TOWER_WEIGHTS):
+        delattr(model.config, TOWER_WEIGHTS)
     if run.flags.umed_tower_weights == "checkpoint":
         _load_checkpoint_tower(model, tower, run)
+    else:
+        _note_original_tower(model, tower, run)
     if run.flags.umed_tower_lr is not None:
         tower.umed_trained = True
         model.config.unfreeze_mm_vision_tower = True
@@ -133,8 +139,6 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
 
 def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
     """Replace the original tower weights with those in the checkpoint's weight files, and report how much they differ."""
-    import torch
-
     checkpoint = run.model_args.model_name_or_path
     weights = tower_tensors(checkpoint, run.training_args.cache_dir)
     if not weights:
@@ -148,8 +152,7 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
                 "tower with which the checkpoint was trained, or ignore its weights with --umed_tower_weights original."
             )
         own = {name: state[name] for name in weights}
-        # Training in bf16 saves a rounded tower, which still counts as the original one.
-        differing = [name for name in own if not torch.equal(own[name].cpu().to(weights[name].dtype), weights[name])]
+        differing = _differing(own, weights)
         distance = max((float((own[n].cpu().float() - weights[n].float()).abs().max()) for n in differing), default=0.0)
         if differing:
             tower.load_state_dict({name: weights[name].to(own[name].dtype) for name in own}, strict=False)
@@ -161,6 +164,36 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
         f"vision tower: loaded {len(own)} tensors from {checkpoint}; {len(differing)} of them differ from "
         f"{tower.vision_tower_name}, by {distance:.3g} at most. (To use the latter: --umed_tower_weights original.)"
     )
+
+
+def _note_original_tower(model: Any, tower: Any, run: TrainingRun) -> None:
+    """Note in the configuration, for merging and evaluation, that the checkpoint's own tower was left out, if it differs.
+
+    Full fine-tuning saves the tower with the model, so nothing need be noted.
+    """
+    checkpoint = run.model_args.model_name_or_path
+    weights = tower_tensors(checkpoint, run.training_args.cache_dir)
+    if not weights:
+        return
+    with _gathered(tower):
+        state = tower.state_dict()
+        differs = tower_misfit(state, weights) is not None or bool(_differing(state, weights))
+    if not differs:
+        return
+    run.say(
+        f"vision tower: the weights in {checkpoint} are left out, and those of {tower.vision_tower_name} are used "
+        "(--umed_tower_weights original)."
+    )
+    if run.training_args.lora_enable or run.model_args.tune_mm_mlp_adapter:
+        setattr(model.config, TOWER_WEIGHTS, ORIGINAL_TOWER)
+
+
+def _differing(state: dict[str, Any], weights: dict[str, Any]) -> list[str]:
+    """Names of a tower's tensors that are not those of a checkpoint; ``state`` has all of ``weights``."""
+    import torch
+
+    # Training in bf16 saves a rounded tower, which still counts as the original one.
+    return [name for name in weights if not torch.equal(state[name].cpu().to(weights[name].dtype), weights[name])]
 
 
 def _gathered(tower: Any) -> Any:

@@ -15,8 +15,9 @@ from support.umed_runs import python_of_llavas_pins
 
 from umed_plugin.checkpoints.exporting import export
 from umed_plugin.checkpoints.folder import TOWER
+from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
-from umed_plugin.errors import UsageError
+from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
@@ -58,6 +59,58 @@ def test_stock_llava_answers_with_the_tower_that_was_trained_with(written_by, ti
     _, model, _, _ = load_pretrained_model(str(out), None, out.name, device="cpu")
     assert torch.equal(model.get_vision_tower().state_dict()[name].float(), tensors[TOWER + name].float())
     assert "unfreeze_mm_vision_tower" not in json.loads((base / "config.json").read_text())
+
+
+LAST_NORM = "vision_tower.vision_model.post_layernorm.weight"
+
+
+@pytest.fixture
+def own_tower(tiny_mistral, tmp_path) -> Path:
+    """A base with a tower inside that differs from the original one."""
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral", ignore=shutil.ignore_patterns("vision_tower"))
+    tower = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    tensors = {f"{TOWER}vision_tower.{name}": tensor.half() for name, tensor in tower.items()}
+    tensors[TOWER + LAST_NORM] += 0.5
+    save_file(
+        {**load_file(base / "model.safetensors"), **tensors}, base / "model.safetensors", metadata={"format": "pt"}
+    )
+    return base
+
+
+@pytest.mark.parametrize("trained", [None, torch.tensor(2.0)], ids=["frozen", "trained"])
+@pytest.mark.parametrize("original", [True, False], ids=["original", "own"])
+def test_an_adapter_is_merged_and_loaded_with_the_tower_that_it_was_trained_with(
+    original, trained, own_tower, tiny_mistral, tmp_path
+):
+    """--umed_tower_weights original leaves the base's own tower out, which the run notes; --umed_tower_lr trains it besides."""
+    lora = write_lora(own_tower, tmp_path / "llava-mistral-lora")
+    tell(lora, {"umed_tower_weights": "original"} if original else {})
+    of_tower = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    expected = of_tower[LAST_NORM.removeprefix("vision_tower.")].float() + (0 if original else 0.5)
+    other = LAST_NORM.replace("weight", "bias")
+    if trained is not None:
+        others = torch.load(lora / "non_lora_trainables.bin", weights_only=True)
+        value = torch.full_like(of_tower[other.removeprefix("vision_tower.")].float(), float(trained))
+        torch.save({**others, f"base_model.model.{TOWER}{other}": value}, lora / "non_lora_trainables.bin")
+    out = merge(lora, own_tower, tmp_path / "llava-mistral-out")
+    for arguments in ((out,), (lora, own_tower)):
+        _, model, _ = load_checkpoint(*arguments, device="cpu")
+        llava = model.get_base_model() if len(arguments) > 1 else model
+        found = llava.get_vision_tower().state_dict()
+        torch.testing.assert_close(found[LAST_NORM].float(), expected, atol=1e-3, rtol=0)
+        assert trained is None or (found[other] == trained).all()
+    assert "umed_tower_weights" not in json.loads((out / "config.json").read_text())
+
+
+def test_an_original_tower_that_lacks_what_the_base_holds_is_refused(own_tower, tmp_path):
+    lora = write_lora(own_tower, tmp_path / "llava-mistral-lora")
+    tell(lora, {"umed_tower_weights": "original"})
+    weights = load_file(own_tower / "model.safetensors")
+    weights[f"{TOWER}vision_tower.vision_model.more.weight"] = torch.zeros(2)
+    save_file(weights, own_tower / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UmedError, match=r"umed_tower_weights original, but .* lacks '.*more\.weight'"):
+        merge(lora, own_tower, tmp_path / "llava-mistral-out")
+    assert not (tmp_path / "llava-mistral-out").exists()
 
 
 @pytest.mark.skipif(

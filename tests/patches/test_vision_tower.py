@@ -74,6 +74,34 @@ def test_the_checkpoints_own_tower_is_loaded_and_stock_is_told(tiny_mistral, fla
     assert not hasattr(model.config, "unfreeze_mm_vision_tower")
 
 
+NOTE = "umed_tower_weights"
+LORA = ("--lora_enable", "True")
+
+
+def test_a_tower_that_was_left_out_is_noted_where_the_training_saves_none(tiny_mistral, flags, tmp_path, capsys):
+    original = ("--umed_tower_weights", "original")
+    patching.apply(ALL)
+    differing = towered(tiny_mistral, tmp_path / "towered", shift=0.5)
+    for part in (LORA, ("--tune_mm_mlp_adapter", "True")):
+        model, _ = loaded_tower(differing, tiny_mistral, flags, *original, *part)
+        assert getattr(model.config, NOTE) == "original"
+    assert f"the weights in {differing} are left out" in capsys.readouterr().out
+    # Full fine-tuning saves the tower itself; an equal one is no other; and a narrower one is.
+    assert not hasattr(loaded_tower(differing, tiny_mistral, flags, *original)[0].config, NOTE)
+    equal = towered(tiny_mistral, tmp_path / "equal", dtype=torch.bfloat16)
+    assert not hasattr(loaded_tower(equal, tiny_mistral, flags, *original, *LORA)[0].config, NOTE)
+    partial = towered(tiny_mistral, tmp_path / "partial", drop=2)
+    assert getattr(loaded_tower(partial, tiny_mistral, flags, *original, *LORA)[0].config, NOTE) == "original"
+
+
+def test_a_note_of_an_earlier_training_does_not_stay(tiny_mistral, flags, tmp_path):
+    patching.apply(ALL)
+    checkpoint = towered(tiny_mistral, tmp_path / "towered", shift=0.5)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, NOTE: "original"}))
+    assert not hasattr(loaded_tower(checkpoint, tiny_mistral, flags, *LORA)[0].config, NOTE)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_equal_tower_is_said_to_be_equal_rounded_or_not(tiny_mistral, flags, tmp_path, capsys, dtype):
     patching.apply(ALL)

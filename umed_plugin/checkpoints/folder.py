@@ -29,6 +29,8 @@ STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER = "model.vision_tower."
+# Key of config.json beside an adapter or a projector: the base's own tower was left out, and the original one trained with.
+TOWER_WEIGHTS, ORIGINAL_TOWER = "umed_tower_weights", "original"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PROJECTOR = "mm_projector.bin"  # written by --tune_mm_mlp_adapter True
 BYTE_PAIR_FILES = ("vocab.json", "merges.txt")  # what transformers' slow GPT2Tokenizer reads
@@ -111,6 +113,11 @@ def is_buffer(name: str) -> bool:
         (True, False)
     """
     return name.endswith(("rotary_emb.inv_freq", "position_ids"))
+
+
+def left_out_own_tower(config: dict[str, Any]) -> bool:
+    """Whether a training of an adapter or a projector used the original tower, not the different one inside its base."""
+    return config.get(TOWER_WEIGHTS) == ORIGINAL_TOWER
 
 
 def is_lora(path: Path | str) -> bool:

@@ -22,6 +22,7 @@ from umed_plugin.checkpoints.folder import (
     find_base,
     is_buffer,
     is_lora,
+    left_out_own_tower,
     read_config,
     read_tensors,
     refuse_transformers_adapter,
@@ -100,7 +101,8 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         if not tower.is_loaded:
             tower.load_model()
     _add_image_tokens(tokenizer, model)
-    inside = tower_tensors(path)
+    # Of a LoRA folder the configuration says with which tower it was trained: --umed_tower_weights.
+    inside = {} if config and left_out_own_tower(config) else tower_tensors(path)
     if inside:
         misfit = tower_misfit(tower.state_dict(), inside)
         if misfit:

@@ -23,6 +23,7 @@ from umed_plugin.checkpoints.folder import (
     adapter_tensors,
     find_base,
     is_lora,
+    left_out_own_tower,
     read_config,
     read_language_config,
     read_object,
@@ -113,6 +114,8 @@ def merge(
     deltas, others = _trained_parts(lora_dir)
     sources = weight_files(base)
     holds_tower = any(has_tower(stored(file)) for file in sources)
+    if holds_tower and left_out_own_tower(trained_config):
+        others = {**_original_tower(others, config, sources, lora_dir), **others}
     new_tower: dict[str, Any] = {}
     if tower_parts(others) and not holds_tower:
         new_tower = whole_tower(_taken(others, tower_parts(others)), config, lora_dir)
@@ -183,6 +186,23 @@ def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         adapter, others = adapter_tensors(trained)
         return _lora_deltas(trained, adapter), others
     return {}, {name.removeprefix("base_model.model."): t for name, t in read_tensors(trained / PROJECTOR).items()}
+
+
+def _original_tower(others: dict[str, Any], config: dict[str, Any], sources: list[Path], where: Path) -> dict[str, Any]:
+    """The tower with which the training saw, by the names of the one inside the base, which it left out.
+
+    Raises:
+        UmedError: it has not the tensors of the one inside the base.
+    """
+    tower = whole_tower(tower_parts(others), config, where)
+    lacking = [name for file in sources for name in tower_parts(stored(file)) if name not in tower]
+    if lacking:
+        raise UmedError(
+            f"{where}: was trained with --umed_tower_weights original, but the mm_vision_tower of the "
+            f"base's config.json, {config.get('mm_vision_tower')}, lacks {lacking[0]!r} ({len(lacking)} in all). Name there the "
+            "tower of the training."
+        )
+    return tower
 
 
 def _taken(others: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:

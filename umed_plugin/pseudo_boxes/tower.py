@@ -17,6 +17,7 @@ from umed_plugin.checkpoints.folder import (
     find_base,
     is_buffer,
     is_lora,
+    left_out_own_tower,
     read_config,
     read_object,
     weight_files,
@@ -132,4 +133,5 @@ def _tower_of(path: Path) -> tuple[str, dict[str, Tensor]]:
     if not isinstance(name, str):
         raise UmedError(f"--tower {path}: config.json has no mm_vision_tower, so this model cannot see images.")
     beside = checkpoint / name
-    return str(beside) if beside.is_dir() else name, tower_tensors(checkpoint)
+    left_out = is_lora(path) and left_out_own_tower(read_config(path))
+    return str(beside) if beside.is_dir() else name, {} if left_out else tower_tensors(checkpoint)
