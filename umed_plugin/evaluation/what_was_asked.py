@@ -50,18 +50,18 @@ def what_answers_depend_on(
 def _pictures(questions: Sequence[BenchmarkQuestion], out: Path) -> list[Any]:
     """How each image is read, and the state of its files; each file is looked at once."""
     states: dict[str, Any] = {}
-    pictures = []
+    pictures, written_to = [], os.path.join(os.path.abspath(out), "")
     for question in questions:
         beside = [] if question.reading is None else question.reading.get("beside", ())
         files = [str(file) for file in (question.made_from or question.image, *beside)]
         for file in files:
             if file not in states:
-                states[file] = _state(file, out)
+                states[file] = _state(file, written_to)
         pictures.append([question.reading, [states[file] for file in files]])
     return pictures
 
 
-def _state(file: str, out: Path) -> Any:
+def _state(file: str, written_to: str) -> Any:
     """Name, size and time of an image's files; of an image that evaluations write themselves the content.
 
     Processes that share an evaluation may write the same image one after the other, so its time says nothing.
@@ -69,7 +69,7 @@ def _state(file: str, out: Path) -> Any:
     from umed_plugin.data.images import file_states
 
     try:
-        if os.path.isfile(file) and os.path.realpath(file).startswith(os.path.join(os.path.realpath(out), "")):
+        if os.path.abspath(file).startswith(written_to) and os.path.isfile(file):
             return hashlib.sha256(Path(file).read_bytes()).hexdigest()
         return file_states(file)
     except OSError:
