@@ -183,7 +183,7 @@ def upgraded(out: Path) -> State:
     state: State = {name: tensor for file in weight_files(result) for name, tensor in read_tensors(file).items()}
     state["summary"] = json.loads((out / "summary.json").read_text())
     for file in sorted((out / "evaluation").glob("*/predictions.jsonl")):
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.loads(line) for line in file.read_text().split("\n") if line]
         state[file.parent.name] = [{key: value for key, value in line.items() if key != "image"} for line in lines]
     return state
 

@@ -51,7 +51,7 @@ def ask_stock_llava(checkpoint: Path, data: Path, records: list[dict[str, Any]],
     failed = [i for i, process in enumerate(processes) if process.wait() != 0]
     if failed:
         raise SystemExit(f"stock LLaVA failed: see {work}/stock-{failed[0]}.log")
-    answers = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    answers = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").split("\n") if line]
     return {answer["question_id"]: answer["text"] for answer in answers}
 
 
