@@ -97,9 +97,17 @@ def _kernel(attention: Any, q: Any) -> Any:
         name = "sdpa"
     half = None
     if name == "flash" and q.dtype == torch.float32:
-        autocast = torch.is_autocast_enabled() and q.device.type == "cuda"
-        half = torch.get_autocast_gpu_dtype() if autocast else attention.q_proj.weight.dtype
+        half = _autocast_dtype(q.device.type) or attention.q_proj.weight.dtype
     return Kernel(name, getattr(attention.config, "sliding_window", None), half)
+
+
+def _autocast_dtype(device: str) -> Any:
+    """The dtype of autocast on a device; None where it is off."""
+    import torch
+
+    if device == "cpu":
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
 PATCH = Patch(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from support.flash import flash_attn_func, flash_attn_varlen_func
+from support.flash import exact_flash_attn_func, exact_flash_attn_varlen_func, flash_attn_varlen_func
 from support.llava_models import drawn_answers, embedded
 from support.packed import outcome, packed_run, plain_run, with_lora
 from transformers import modeling_utils
@@ -20,6 +21,7 @@ from transformers.models.mistral import modeling_mistral
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError
+from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model import split_attention
 from umed_plugin.model.forward import base_llava, prefill
 from umed_plugin.model.kv_cache import PreallocatedCache
@@ -27,6 +29,7 @@ from umed_plugin.model.packing import Columns, packing_fault
 from umed_plugin.model.sampling import SamplingSettings, continue_prompts
 from umed_plugin.patches import attention_mask
 from umed_plugin.patches import split_attention as patch
+from umed_plugin.training.experience_maker import ExperienceMaker
 
 KINDS = ("eager", "sdpa", "flash_attention_2")
 
@@ -34,9 +37,9 @@ KINDS = ("eager", "sdpa", "flash_attention_2")
 @pytest.fixture
 def split(monkeypatch):
     """The layers read descriptions of rows, and flash attention runs on a CPU, also for a plain row without padding."""
-    monkeypatch.setattr(split_attention, "flash_function", lambda: flash_attn_varlen_func)
-    monkeypatch.setattr(modeling_llama, "flash_attn_func", flash_attn_func, raising=False)
-    monkeypatch.setattr(modeling_mistral, "flash_attn_func", flash_attn_func, raising=False)
+    monkeypatch.setattr(split_attention, "flash_function", lambda: exact_flash_attn_varlen_func)
+    monkeypatch.setattr(modeling_llama, "flash_attn_func", exact_flash_attn_func, raising=False)
+    monkeypatch.setattr(modeling_mistral, "flash_attn_func", exact_flash_attn_func, raising=False)
     monkeypatch.setattr(modeling_mistral, "_flash_supports_window_size", True, raising=False)
     functions = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS", None)
     if functions is not None:  # transformers 5
@@ -237,11 +240,26 @@ def test_a_flash_attention_that_aligns_its_mask_to_the_first_key_is_found_out(lo
     def aligned_to_the_first_key(q, k, v, cu_q, cu_k, *rest, **keywords):
         lengths = zip(cu_q.tolist(), cu_k.tolist(), cu_k.tolist()[1:], cu_q.diff().tolist())
         kept = torch.cat([torch.arange(start, min(start + n, end)) for _, start, end, n in lengths])
-        return flash_attn_varlen_func(q, k[kept], v[kept], cu_q, cu_q, *rest, **keywords)
+        return exact_flash_attn_varlen_func(q, k[kept], v[kept], cu_q, cu_q, *rest, **keywords)
 
     assert packing_fault(flash) is None
     monkeypatch.setattr(split_attention, "flash_function", lambda: aligned_to_the_first_key)
     assert "other outputs for packed rows" in packing_fault(flash)
+
+
+@pytest.mark.usefixtures("split")
+def test_rows_are_packed_over_float32_weights_in_the_precision_of_the_run(loaded, monkeypatch):
+    """As full fine-tuning keeps its weights without DeepSpeed: flash attention refuses float32."""
+    _, model = loaded
+    monkeypatch.setattr(split_attention, "flash_function", lambda: flash_attn_varlen_func)
+    flash = with_attention(copy.deepcopy(model), "flash_attention_2")
+    assert "only support fp16 and bf16" in packing_fault(flash)
+    args = SimpleNamespace(deepspeed=None, bf16=False, fp16=False, device=torch.device("cpu"), process_index=0)
+    maker = object.__new__(ExperienceMaker)
+    maker.flags, maker.args = UmedFlags(umed_stage="rewarding"), args
+    assert not maker._can_pack(flash)
+    args.bf16 = True
+    assert maker._can_pack(flash)
 
 
 @pytest.mark.usefixtures("split")

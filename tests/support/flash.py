@@ -1,4 +1,7 @@
-"""Flash attention on a CPU: a plain function with the signature and the semantics of flash-attn's."""
+"""Flash attention on a CPU: plain functions with the signature and the semantics of flash-attn's.
+
+`flash_attn_varlen_func` refuses float32, as flash-attn does. The ``exact`` ones take it, to compare numbers closely.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,15 @@ import torch
 
 
 def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths: Any, **keywords: Any
+) -> torch.Tensor:
+    """`exact_flash_attn_varlen_func` for the dtypes that flash-attn has."""
+    if {x.dtype for x in (q, k, v)} not in ({torch.float16}, {torch.bfloat16}):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return exact_flash_attn_varlen_func(q, k, v, *lengths, **keywords)
+
+
+def exact_flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -49,11 +61,13 @@ def flash_attn_varlen_func(
     return torch.cat(outputs)
 
 
-def flash_attn_func(
+def exact_flash_attn_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0, **keywords: Any
 ) -> torch.Tensor:
     """The same for a batch without padding, [rows, tokens, heads, d]."""
     (rows, queries), keys = q.shape[:2], k.shape[1]
     starts = [torch.arange(rows + 1, dtype=torch.int32) * length for length in (queries, keys)]
     flat = (x.flatten(0, 1) for x in (q, k, v))
-    return flash_attn_varlen_func(*flat, *starts, queries, keys, dropout_p, **keywords).unflatten(0, (rows, queries))
+    return exact_flash_attn_varlen_func(*flat, *starts, queries, keys, dropout_p, **keywords).unflatten(
+        0, (rows, queries)
+    )

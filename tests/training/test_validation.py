@@ -7,7 +7,9 @@ import math
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from umed_plugin.evaluation.evaluator import evaluate_questions
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.training import early_stopping
-from umed_plugin.training.start_check import no_boxes, studies_with_lesion
+from umed_plugin.training.start_check import StartCheck, no_boxes, studies_with_lesion
 from umed_plugin.training.validation import METRICS, chosen_indices, metrics, sums_and_counts
 
 FLAGS = shlex.split(
@@ -253,3 +255,28 @@ def test_the_best_validation_is_the_first_with_the_highest_score():
     assert best.step == 2 and early_stopping.best_of([]) is None
     assert early_stopping.without_gain([early_stopping.Validated(n, 1 - n) for n in range(4)]) == 3
     assert early_stopping.without_gain([]) == 0
+
+
+def test_the_check_before_the_first_step_samples_in_the_precision_of_the_run(monkeypatch):
+    """A callback lies outside of the trainer's autocast, and flash attention refuses float32."""
+    seen = []
+    args = SimpleNamespace(deepspeed=None, bf16=True, fp16=False, device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        args=args,
+        model=torch.nn.Linear(2, 2),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        compute_loss_context_manager=nullcontext,
+        train_dataset=[{"record": {}}],
+        maker=SimpleNamespace(geometry=lambda record: None),
+    )
+
+    def answers(self, policy, query):
+        seen.append(policy(torch.ones(1, 2)).dtype)
+        return [], 0
+
+    monkeypatch.setattr(StartCheck, "_answers", answers)
+    check = StartCheck(trainer)
+    check._sample([0])
+    args.bf16 = False
+    check._sample([0])
+    assert seen == [torch.bfloat16, torch.float32]

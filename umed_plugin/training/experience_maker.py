@@ -59,6 +59,7 @@ from umed_plugin.training.experience import (
 )
 from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
+from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
 from umed_plugin.training.value_head import ValueHead
 
@@ -149,7 +150,7 @@ class ExperienceMaker:
         """Whether the K answers of a query can share a row with its prompt; tells the user which attention is used, and how."""
         fault = None
         if self.flags.umed_packed:
-            with gathered_parameters(llava):
+            with gathered_parameters(llava), precision_of(self.args):
                 fault = packing_fault(llava)
         packed = self.flags.umed_packed and fault is None
         if self.args.process_index == 0:

@@ -25,6 +25,7 @@ from umed_plugin.model.sampling import generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.terminal.text import one_line
 from umed_plugin.training.rewarding_data import collate_queries
+from umed_plugin.training.run_precision import precision_of
 
 STUDIES = 16
 FEWEST_STEPS = 20  # shorter runs are trials
@@ -77,7 +78,8 @@ class StartCheck(TrainerCallback):
         texts: list[str] = []
         counts = [0.0] * 4
         gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus), gathered_parameters(policy), trainer.compute_loss_context_manager():
+        own = trainer.compute_loss_context_manager()
+        with torch.random.fork_rng(gpus), gathered_parameters(policy), own, precision_of(trainer.args):
             for index in indices:
                 query = trainer.train_dataset[index]
                 new, ended = self._answers(policy, query)

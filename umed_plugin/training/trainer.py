@@ -46,6 +46,7 @@ from umed_plugin.training.out_of_memory import learning_remedy, remedy_for_memor
 from umed_plugin.training.query_reader import as_indices
 from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, save_state
 from umed_plugin.training.rollouts import Rollouts
+from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
@@ -181,10 +182,7 @@ class RewardingTrainer(LLaVATrainer):
         """The objective on a batch of queries; their rollout is sampled first unless an earlier batch has sampled it."""
         # Sampling and scoring call parts of the model, which accelerate does not wrap. Without this, the policy that samples
         # would compute in another precision than the one that learns.
-        args = self.args
-        if args.deepspeed or not (args.bf16 or args.fp16):
-            return self._objective(model, inputs)
-        with torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16):
+        with precision_of(self.args):
             return self._objective(model, inputs)
 
     def _objective(self, model: Any, inputs: dict[str, Any]) -> Tensor:

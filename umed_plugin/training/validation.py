@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
 from umed_plugin.training.rewarding_data import collate_queries
+from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.validation_pictures import PictureLog, Shown, chosen_for_pictures, is_shown_by
 
 METRICS = ("val/iou", "val/accuracy", "val/box_area_ratio")
@@ -92,7 +92,7 @@ class HeldOutValidation(TrainerCallback):
         policy.eval()
         scores: list[AnswerScore] = []
         pictured, shown = self._chosen_for_pictures(share), list[Shown]()
-        with gathered_parameters(policy), trainer.compute_loss_context_manager(), _precision_of(args):
+        with gathered_parameters(policy), trainer.compute_loss_context_manager(), precision_of(args):
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 batch = share[start : start + args.per_device_eval_batch_size]
                 queries = [self.dataset[index] for index in batch]
@@ -117,13 +117,6 @@ class HeldOutValidation(TrainerCallback):
         record = self.dataset.list_data_dict[index]
         image = Path(self.dataset.image_path(index))
         return Shown(str(record["id"]), image, record.get("reading"), geometry, text, score)
-
-
-def _precision_of(args: Any) -> AbstractContextManager[Any]:
-    """The precision in which a stage trains: a callback lies outside of the trainer's own."""
-    if args.deepspeed or not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(args.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:
