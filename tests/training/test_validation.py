@@ -257,6 +257,47 @@ def test_the_best_validation_is_the_first_with_the_highest_score():
     assert early_stopping.without_gain([]) == 0
 
 
+def stopping_at(output: Path, log: list[dict], step: int, weight: float) -> early_stopping.EarlyStopping:
+    """Early stopping in a run of one weight that stands at a step, resumed unless it is the first."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(weight)
+    flags = SimpleNamespace(umed_stop_after=5, umed_stage="rewarding")
+    args = SimpleNamespace(output_dir=output, umed=flags, should_save=True, process_index=0, device="cpu")
+    accelerator = SimpleNamespace(gather=lambda tensor: tensor, unwrap_model=lambda model: model)
+    state = SimpleNamespace(log_history=log, global_step=step)
+    trainer = SimpleNamespace(args=args, model=model, accelerator=accelerator, state=state)
+    stopping = early_stopping.EarlyStopping(trainer)
+    stopping.on_train_begin(args, state, None)
+    return stopping
+
+
+def validate(stopping: early_stopping.EarlyStopping, step: int, score: float) -> None:
+    """A step after which the weight is the step's number, and its validation and checkpoint."""
+    trainer = stopping.trainer
+    trainer.state.global_step = step
+    trainer.state.log_history.append({"step": step, "val/iou": score})
+    trainer.model.weight.data.fill_(step)
+    stopping.on_step_end(trainer.args, trainer.state, SimpleNamespace(should_training_stop=False))
+    stopping.on_save(trainer.args, trainer.state, None)
+
+
+def test_after_best_weights_were_lost_the_next_ones_are_kept_over_every_resume(tmp_path, capsys):
+    log = [{"step": 10, "val/iou": 0.9}, {"step": 20, "val/iou": 0.3}]  # the file of step 10 is lost with its machine
+    stopping = stopping_at(tmp_path, log, 20, 20.0)
+    assert "after step 10, are lost" in capsys.readouterr().err
+    validate(stopping, 30, 0.8)
+    validate(stopping, 40, 0.4)
+    again = stopping_at(tmp_path, json.loads(json.dumps(stopping.trainer.state.log_history)), 40, 40.0)
+    assert "lost" not in capsys.readouterr().err
+    validate(again, 50, 0.5)
+    assert [file.name for file in (tmp_path / early_stopping.FOLDER).iterdir()] == ["step-30.safetensors"]
+    again.restore()
+    assert again.trainer.model.weight.item() == 30
+    (tmp_path / early_stopping.FOLDER / "step-30.safetensors").unlink()
+    stopping_at(tmp_path, again.trainer.state.log_history, 50, 50.0)
+    assert "after step 30, are lost" in capsys.readouterr().err
+
+
 def test_the_check_before_the_first_step_samples_in_the_precision_of_the_run(monkeypatch):
     """A callback lies outside of the trainer's autocast, and flash attention refuses float32."""
     seen = []

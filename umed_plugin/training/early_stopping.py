@@ -30,6 +30,7 @@ from umed_plugin.flags.rules import TUNING
 
 FOLDER = "best_weights"
 KEPT_STEP = "val/kept_step"
+KEPT_FROM = "val/kept_from"  # the first step that counts since the best weights were lost
 SCORED = ("val/iou", "val/accuracy")
 _VALUE_HEAD = "value_head."
 
@@ -75,12 +76,13 @@ class EarlyStopping(TrainerCallback):
         self._folder = Path(trainer.args.output_dir) / FOLDER
         self._patience: int = trainer.args.umed.umed_stop_after
         self._of_checkpoint: int | None = None  # the best step when the last checkpoint was written
-        # The first step whose weights can be among the kept ones.
-        self._since = 1 if trainer.args.umed.umed_stage == TUNING else 0
+        self._first = 1 if trainer.args.umed.umed_stage == TUNING else 0  # step of the first validation that counts
 
     def validated(self) -> list[Validated]:
-        """The validations so far whose weights could be kept."""
-        return [found for found in validations(self.trainer.state.log_history) if found.step >= self._since]
+        """The validations so far whose weights could be kept: none from before the best weights were lost."""
+        log = self.trainer.state.log_history
+        since = max([self._first, *(entry[KEPT_FROM] for entry in log if KEPT_FROM in entry)])
+        return [found for found in validations(log) if found.step >= since]
 
     def ended(self) -> bool:
         """Whether the run has seen enough validations without gain."""
@@ -101,7 +103,9 @@ class EarlyStopping(TrainerCallback):
                     f"{self._file(best.step)} is missing: the weights of the best validation, after step {best.step}, are lost. "
                     f"This run keeps the best from step {state.global_step} on."
                 )
-            self._since = state.global_step + 1
+            # In the log, so that the next resumed run keeps on from there too.
+            state.log_history.append({KEPT_FROM: state.global_step + 1, "step": state.global_step})
+            best = None
         self._of_checkpoint = None if best is None else best.step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
