@@ -24,6 +24,9 @@ ARGS = SimpleNamespace(
     train_batch_size=3,
     gradient_accumulation_steps=1,
     auto_find_batch_size=False,
+    deepspeed=None,
+    bf16=False,
+    fp16=False,
     output_dir="",
 )
 ONE_RANK = SimpleNamespace(on_any_rank=bool, of_first_rank=float)
