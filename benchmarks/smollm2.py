@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", type=Path, help="a Llama with tied embeddings (default: the package's)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)")
     parser.add_argument("--seed", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=2, help="that train side by side (default: 2)")
+    parser.add_argument("--processes", type=int, default=1, help="that train side by side; two need more than 24 GB (default: 1)")
     options = parser.parse_args(arguments)
     sizes = DemoSettings(tuning=400, rewarding=200, val=8, test=8, processes=options.processes)
     run = DemoRun(options.out.resolve(), options.seed, sizes, Steps(Console(quiet=True)))
@@ -200,8 +200,9 @@ def train(run: DemoRun, start: Path, template: str, steps: int) -> list[dict[str
     if not (tuned / "config.json").is_file():
         run.instruction_tuning(names[0], start, [*flags, 3e-4])
     if not (rewarded / "config.json").is_file():
-        # A policy that writes no boxes yet would end a longer run; what a step costs does not depend on boxes.
-        run.rewarding(tuned, names[1], [*flags, 1e-5, "--umed_start_check", 0])
+        # A policy that writes no boxes yet would end a longer run; what a step costs does not depend on boxes. All logits of
+        # 49,152 words at once would take several GB.
+        run.rewarding(tuned, names[1], [*flags, 1e-5, "--umed_start_check", 0, "--umed_logit_rows", 1024])
     return [seen("stage 1, loss", tuned, "loss"), seen("stage 2, reward", rewarded, "reward/total")]
 
 
