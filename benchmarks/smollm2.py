@@ -154,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gguf", type=Path, help="a Llama with tied embeddings (default: the package's)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps of each stage (default: 3)")
     parser.add_argument("--seed", type=int, default=10)
-    parser.add_argument("--processes", type=int, default=1, help="that train side by side; two need more than 24 GB (default: 1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that train side by side; two need more than 24 GB (default: 1)"
+    )
     options = parser.parse_args(arguments)
     sizes = DemoSettings(tuning=400, rewarding=200, val=8, test=8, processes=options.processes)
     run = DemoRun(options.out.resolve(), options.seed, sizes, Steps(Console(quiet=True)))
