@@ -50,7 +50,7 @@ def _is_data(cell: str, role: str, column: int) -> bool:
     """Whether a header's cell is a value. pandas writes the numbers of the columns as titles, which are none."""
     if role.endswith(".file"):
         return cell.lower().endswith(IMAGE_ENDINGS)
-    parts = [part for part in re.split(r"[,;\s]+", cell.strip(" []()")) if part]
+    parts = parts_of(cell)
     is_number = bool(parts) and all(_NUMBER.fullmatch(part) for part in parts)
     return is_number and cell != str(column) and role.endswith((".box", ".slice", ".window"))
 
@@ -61,6 +61,11 @@ def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:
         return ""
     index = header.index(column) if isinstance(column, str) else column
     return row[index].strip() if index < len(row) else ""
+
+
+def parts_of(text: str) -> list[str]:
+    """The texts of the numbers in a cell that holds several: "[12.5, 30; 44 71]"."""
+    return [part for part in re.split(r"[,;\s]+", text.strip(" []()")) if part]
 
 
 def name_of(value: object) -> str:

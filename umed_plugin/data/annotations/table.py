@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated, as_xyxy, in_unit
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, parts_of, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.annotations.labels import labels_of, split_label
@@ -258,7 +258,7 @@ class _Table:
         texts = (
             [self._cell(row, column) for column in given]
             if isinstance(given, list)
-            else _numbers(self._cell(row, given))
+            else parts_of(self._cell(row, given))
         )
         if not any(texts):
             return []
@@ -290,17 +290,13 @@ class _Table:
         if not text:
             return None
         try:
-            low, high = (float(part) for part in _numbers(text))
+            low, high = (float(part) for part in parts_of(text))
         except ValueError:
             low = high = math.nan
         if not -math.inf < low < high < math.inf:  # a NaN is neither
             self.faults.add(where, f'window is {text!r}; needed: "low, high", two numbers of which the first is less')
             return None
         return low, high
-
-
-def _numbers(text: str) -> list[str]:
-    return [part for part in re.split(r"[,;\s]+", text.strip(" []()")) if part]
 
 
 def checked_split(text: str, values: dict[str, Split], where: str, faults: Faults) -> str:
