@@ -128,21 +128,19 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
     # One that the base's config.json holds is about another training.
     if hasattr(model.config, TOWER_WEIGHTS):
         delattr(model.config, TOWER_WEIGHTS)
-    if run.flags.umed_tower_weights == "checkpoint":
-        _load_checkpoint_tower(model, tower, run)
-    else:
-        _note_original_tower(model, tower, run)
+    weights = tower_tensors(run.model_args.model_name_or_path, run.training_args.cache_dir)
+    if weights and run.flags.umed_tower_weights == "checkpoint":
+        _load_checkpoint_tower(model, tower, weights, run)
+    elif weights:
+        _note_original_tower(model, tower, weights, run)
     if run.flags.umed_tower_lr is not None:
         tower.umed_trained = True
         model.config.unfreeze_mm_vision_tower = True
 
 
-def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
+def _load_checkpoint_tower(model: Any, tower: Any, weights: dict[str, Any], run: TrainingRun) -> None:
     """Replace the original tower weights with those in the checkpoint's weight files, and report how much they differ."""
     checkpoint = run.model_args.model_name_or_path
-    weights = tower_tensors(checkpoint, run.training_args.cache_dir)
-    if not weights:
-        return
     with _gathered(tower):
         state = tower.state_dict()
         misfit = tower_misfit(state, weights)
@@ -166,23 +164,19 @@ def _load_checkpoint_tower(model: Any, tower: Any, run: TrainingRun) -> None:
     )
 
 
-def _note_original_tower(model: Any, tower: Any, run: TrainingRun) -> None:
+def _note_original_tower(model: Any, tower: Any, weights: dict[str, Any], run: TrainingRun) -> None:
     """Note in the configuration, for merging and evaluation, that the checkpoint's own tower was left out, if it differs.
 
     Full fine-tuning saves the tower with the model, so nothing need be noted.
     """
-    checkpoint = run.model_args.model_name_or_path
-    weights = tower_tensors(checkpoint, run.training_args.cache_dir)
-    if not weights:
-        return
     with _gathered(tower):
         state = tower.state_dict()
         differs = tower_misfit(state, weights) is not None or bool(_differing(state, weights))
     if not differs:
         return
     run.say(
-        f"vision tower: the weights in {checkpoint} are left out, and those of {tower.vision_tower_name} are used "
-        "(--umed_tower_weights original)."
+        f"vision tower: the weights in {run.model_args.model_name_or_path} are left out, and those of "
+        f"{tower.vision_tower_name} are used (--umed_tower_weights original)."
     )
     if run.training_args.lora_enable or run.model_args.tune_mm_mlp_adapter:
         setattr(model.config, TOWER_WEIGHTS, ORIGINAL_TOWER)
