@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from umed_plugin.errors import UmedError, UsageError, warn
+from umed_plugin.errors import UmedError, warn
 from umed_plugin.model.attention import AttentionSettings
 from umed_plugin.model.attention_loss import AttentionLoss, LesionTokens, Measured
 from umed_plugin.model.distillation import AnswerStates
@@ -36,17 +36,12 @@ class AttendingLoss(PlainLoss):
 
     Raises:
         UmedError: the model's attention cannot be measured, or no record has boxes.
-        UsageError: chosen layers or heads do not exist, or one process drives several GPUs.
+        UsageError: chosen layers or heads do not exist.
     """
 
     def __init__(self, model: Any, dataset: Any, args: Any) -> None:
         flags, llava = args.umed, base_llava(model)
         config, tower = llava.config, llava.get_vision_tower()
-        if args.n_gpu > 1:
-            raise UsageError(
-                f"--umed_attention_loss: one process drives {args.n_gpu} GPUs. Start one process per GPU, with torchrun or "
-                "deepspeed."
-            )
         if tower.select_feature != "patch":
             raise UmedError(
                 f"--umed_attention_loss needs --mm_vision_select_feature patch, and this checkpoint has {tower.select_feature}: "
