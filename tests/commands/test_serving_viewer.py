@@ -70,6 +70,8 @@ def give(page: Page, *files: Path) -> None:
 def ask(page: Page) -> None:
     page.click("#suggestions button")
     page.until(ASKED)
+    # The controls of the heat map come with its first picture, and make the pictures smaller.
+    page.until("!document.querySelector('#word-label').hidden")
 
 
 def text(page: Page, selector: str) -> str:
