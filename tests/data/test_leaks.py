@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.drawn import write_dicom, write_nifti
+from support.drawn import write_dicom, write_nifti, write_recipe
 from support.source_files import uneven
 
+from umed_plugin.data.build import build_records
+from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.images import load_image
 from umed_plugin.data.leaks import Pictures, evaluation_pictures, thumbprint
+from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
 
 pytestmark = pytest.mark.one_stack
@@ -128,3 +131,21 @@ def test_every_kind_of_image_of_an_evaluation_set_is_compared(
     told = capsys.readouterr().err
     assert "files that are no images by their names are not compared with the training data: .jp2 (1)" in told
     assert "e.png: is a link to nowhere, which is not there" in told
+
+
+@pytest.mark.llava
+def test_a_volume_is_compared_along_the_axis_that_the_recipe_slices(tmp_path: Path) -> None:
+    (tmp_path / "evaluated").mkdir()
+    volume = np.random.default_rng(0).uniform(size=(6, 12, 12)).repeat(8, 0).repeat(4, 1).repeat(4, 2)
+    write_nifti(tmp_path / "evaluated" / "v.nii.gz", volume, np.eye(4))
+    write_nifti(tmp_path / "v.nii.gz", volume, np.eye(4))
+    (tmp_path / "a.csv").write_text('file,box,lesion,slice\nv.nii.gz,"4, 4, 20, 20",nod,20\n')
+    reader = "{reader: csv, files: a.csv, columns: {file: file, box: box, lesion: lesion, slice: slice}}"
+    recipe = load_recipe(write_recipe(tmp_path, reader, "{by: patient, fractions: {train: 1}}", "image: {slice_axis: 0}\n"))
+    against = [tmp_path / "evaluated"]
+    (leak,) = check_recipe(recipe, against=against).evaluation_leaks or []
+    assert leak.name == "train: drawn/v.nii.gz#20" and "evaluated/v.nii.gz#" in leak.other
+    with pytest.raises(UmedError, match="no images under"):  # its only one is left out
+        build_records(recipe, out_dir=tmp_path / "out", against=against)
+    both = evaluation_pictures(against, {0, 2}).names
+    assert both[0].endswith("v.nii.gz#0 along axis 0") and both[-1].endswith("v.nii.gz#47 along axis 2")

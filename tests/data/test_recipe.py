@@ -9,8 +9,7 @@ from support.drawn import write_recipe
 
 from umed_plugin.data.annotations.coco import CocoOptions
 from umed_plugin.data.annotations.table_options import CsvOptions
-from umed_plugin.data.checking.report import sources_of
-from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
+from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes, sources_of
 from umed_plugin.errors import UmedError, UsageError
 
 CSV = "{reader: csv, files: a.csv, columns: {file: f, box: [a, b, c, d], lesion: l}}"

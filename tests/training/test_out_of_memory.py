@@ -60,11 +60,9 @@ def test_a_single_question_that_does_not_fit_needs_fewer_or_shorter_answers():
     assert "--umed_num_candidates (8) or --umed_max_new_tokens (128)" in remedy and "sampling_batch" not in remedy
 
 
-def test_other_errors_pass_and_so_do_all_that_transformers_looks_for():
+def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="^shapes$"), remedy_for_memory("trying", "Lower it."):
         raise RuntimeError("shapes")
-    with pytest.raises(torch.cuda.OutOfMemoryError), remedy_for_memory("trying", "Lower it.", keep=True):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
     said = "^out of GPU memory while trying. Lower it. CUDA out of memory.$"
     with pytest.raises(UmedError, match=said), remedy_for_memory("trying", "Lower it."):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nmore")

@@ -22,7 +22,7 @@ from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS
 from umed_plugin.data.recipes.options import ProbesRule
-from umed_plugin.data.recipes.recipe import AnyRecipe
+from umed_plugin.data.recipes.recipe import AnyRecipe, slice_axes
 from umed_plugin.data.record_writer import written_record
 from umed_plugin.data.records import Record
 from umed_plugin.data.shards import Shard
@@ -101,7 +101,7 @@ def build_records(
     """
     _check_arguments(split, on_bad_image)
     check_finder(recipe, find_boxes, render)
-    evaluated = evaluation_pictures(against)
+    evaluated = evaluation_pictures(against, slice_axes(recipe))
     annotations = read_annotations(recipe, data_root)
     keep = [item for item in annotations.items if split in (None, item.split)]
     missing = [item for item in annotations.missing if split in (None, item.split)]
@@ -185,7 +185,7 @@ def read_shard(
     Raises:
         UmedError: the annotations have faults.
     """
-    evaluated = evaluation_pictures(against)
+    evaluated = evaluation_pictures(against, slice_axes(recipe))
     annotations = read_annotations(recipe, data_root)
     annotations.faults.raise_if_any(f"{recipe.path} with data in {annotations.root}")
     bad_images: list[UmedError] = []

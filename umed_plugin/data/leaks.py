@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from umed_plugin.data.annotations.finding import matches
-from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.endings import IMAGE_ENDINGS, NIFTI_ENDINGS
 from umed_plugin.data.images import has_dicom_magic, load_image, slice_count
 from umed_plugin.data.images.stored import unreadable
 from umed_plugin.data.places import not_fetched
@@ -111,13 +111,17 @@ class Pictures:
         return hashlib.sha256(np.stack(self._prints).tobytes()).hexdigest()
 
 
-def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:
-    """The images of evaluation sets. Each set is given as a folder, which is searched recursively.
+def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[int] = (2,)) -> Pictures:
+    """The images of evaluation sets, by file, and by slice if a file has several.
+
+    Args:
+        paths: folders, one for each set, which are searched recursively.
+        slice_axes: the axes of NIfTI arrays along which the training images are slices.
 
     Raises:
         UmedError: a path is not a folder, or holds no image.
     """
-    pictures = Pictures()
+    pictures, axes = Pictures(), sorted(set(slice_axes))
     for path in map(Path, paths):
         # Links to folders are followed: evaluation sets often lie on another disk.
         others: Counter[str] = Counter()
@@ -133,7 +137,7 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]]) -> Pictures:
             )
         for file in files:
             try:
-                _add_slices(file, pictures)
+                _add_slices(file, pictures, axes)
             except UmedError as error:
                 warn(f"not compared with the training data: {error}")
         if others:
@@ -150,8 +154,8 @@ def _may_be_image(file: Path) -> bool:
         return True
 
 
-def _add_slices(file: Path, pictures: Pictures) -> None:
-    """Add every slice of a NIfTI volume (along its last axis), frame of a DICOM file and page of a TIFF.
+def _add_slices(file: Path, pictures: Pictures, slice_axes: Sequence[int]) -> None:
+    """Add every slice of a NIfTI volume along these axes, frame of a DICOM file and page of a TIFF.
 
     Any of them may be a training image.
 
@@ -162,10 +166,13 @@ def _add_slices(file: Path, pictures: Pictures) -> None:
     if link is not None:
         raise UmedError(f"{file}: {link}")
     with unreadable(file):
-        count = slice_count(file)
-        for index in range(count):
-            name = f"{file}#{index}" if count > 1 else str(file)
-            pictures.add(name, load_image(file, slice=index if count > 1 else None)[0])
+        axes = slice_axes if file.name.lower().endswith(NIFTI_ENDINGS) else (2,)
+        for axis in axes:
+            along = f" along axis {axis}" if len(axes) > 1 else ""
+            count = slice_count(file, axis)
+            for index in range(count):
+                name = f"{file}#{index}{along}" if count > 1 else str(file)
+                pictures.add(name, load_image(file, slice=index if count > 1 else None, slice_axis=axis)[0])
 
 
 def _turned(prints: np.ndarray) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ from typing import Any, Optional, Protocol
 import numpy as np
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet
-from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture
+from umed_plugin.data.recipes.recipe import AnyRecipe, sources_of
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.grounding.boxes import Box
 
@@ -73,8 +73,7 @@ class FindsBoxes(Protocol):
 
 def has_pseudo_boxes(recipe: AnyRecipe) -> bool:
     """Whether a recipe, or a source of a mixture, asks for pseudo-boxes."""
-    sources = recipe.recipes.values() if isinstance(recipe, Mixture) else [recipe]
-    return any(source.pseudo_boxes is not None for source in sources)
+    return any(source.pseudo_boxes is not None for source in sources_of(recipe))
 
 
 def check_finder(recipe: AnyRecipe, find_boxes: Optional[FindsBoxes], render: bool) -> None:

@@ -128,7 +128,7 @@ class CandidateSampling:
             count = len(part.records)
             remedy = sampling_remedy(self.flags, count)
             doing = f"sampling {self.flags.umed_num_candidates} answers to each of {count} questions"
-            with remedy_for_memory(doing, remedy, keep=self.args.auto_find_batch_size):
+            with remedy_for_memory(doing, remedy):
                 sampled, shares, of_server = self._sample_part(policy, part)
             parts.append(sampled)
             attention += shares

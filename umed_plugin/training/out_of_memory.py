@@ -12,13 +12,12 @@ from umed_plugin.flags.definition import UmedFlags
 
 
 @contextmanager
-def remedy_for_memory(doing: str, remedy: str, *, keep: bool = False) -> Iterator[None]:
+def remedy_for_memory(doing: str, remedy: str) -> Iterator[None]:
     """Turn an out-of-memory error of the accelerator into one that names a remedy.
 
     Args:
         doing: what the block does, to complete "while ...".
         remedy: what to change, as sentences.
-        keep: let the error pass as it is: transformers looks for it under ``--auto_find_batch_size``.
 
     Raises:
         UmedError: the block ran out of memory.
@@ -26,8 +25,6 @@ def remedy_for_memory(doing: str, remedy: str, *, keep: bool = False) -> Iterato
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        if keep:
-            raise
         cause = str(error).strip().splitlines()[:1]
         raise UmedError(f"out of GPU memory while {doing}. {remedy} {' '.join(cause)}".rstrip()) from error
 

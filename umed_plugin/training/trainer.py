@@ -166,7 +166,7 @@ class RewardingTrainer(LLaVATrainer):
         if head is not None and self.rollouts.begins_step:
             head.zero_grad()
         remedy = learning_remedy(self.flags)
-        with remedy_for_memory("learning from sampled answers", remedy, keep=self.args.auto_find_batch_size):
+        with remedy_for_memory("learning from sampled answers", remedy):
             loss = super().training_step(model, inputs)
         # The last one averages over ranks and clips; then the Trainer calls the optimizer, which has the head's parameters.
         if head is not None and self.accelerator.sync_gradients:

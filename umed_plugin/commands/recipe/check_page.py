@@ -13,9 +13,9 @@ from umed_plugin import files
 from umed_plugin.commands.page_parts import GALLERY_SCRIPTS, GALLERY_STYLES, render_page
 from umed_plugin.data.checking.check import RecipeCheck
 from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
-from umed_plugin.data.checking.report import classes_table, sources_of, sources_table, splits_table
+from umed_plugin.data.checking.report import classes_table, sources_table, splits_table
 from umed_plugin.data.leaks import SAME, Leak
-from umed_plugin.data.recipes.recipe import Mixture
+from umed_plugin.data.recipes.recipe import Mixture, sources_of
 from umed_plugin.errors import UmedError
 from umed_plugin.terminal.text import one_line
 

@@ -55,7 +55,7 @@ def run_list(args: argparse.Namespace) -> int:
     """Print a table of the shipped recipes."""
     from rich.table import Table
 
-    from umed_plugin.data.checking.report import sources_of
+    from umed_plugin.data.recipes.recipe import sources_of
     from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
 
     table = Table("recipe", "classes", "terms", "description")

@@ -22,7 +22,7 @@ from umed_plugin.data.checking.gallery import BoxPlaces, CheckedImages
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
 from umed_plugin.data.preparation import LEAST_VISIBLE, prepare
 from umed_plugin.data.prepared import Prepared
-from umed_plugin.data.recipes.recipe import AnyRecipe
+from umed_plugin.data.recipes.recipe import AnyRecipe, slice_axes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import best_iou_for_decimals
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -150,7 +150,7 @@ def check_recipe(
     Raises:
         UmedError: there is no data folder, or a folder of ``against`` holds no image.
     """
-    evaluated = evaluation_pictures(against)
+    evaluated = evaluation_pictures(against, slice_axes(recipe))
     check = RecipeCheck(recipe, read_annotations(recipe, data_root))
     check.classes = {name: ClassCheck() for name in recipe.names}
     check.sheets = ContactSheets(check.annotations.items)

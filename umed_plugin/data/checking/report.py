@@ -14,7 +14,7 @@ from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
 from umed_plugin.data.leaks import SAME
-from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
+from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, sources_of
 from umed_plugin.data.splits import SPLITS
 from umed_plugin.terminal.text import one_line
 
@@ -23,11 +23,6 @@ if TYPE_CHECKING:
 
 _SHOWN = 10
 _EXAMPLES = 3  # of a row of the plausibility table
-
-
-def sources_of(recipe: AnyRecipe) -> list[Recipe]:
-    """The recipes of a mixture, or the recipe alone."""
-    return list(recipe.recipes.values()) if isinstance(recipe, Mixture) else [recipe]
 
 
 def print_check(check: RecipeCheck, console: Console) -> None:

@@ -232,6 +232,16 @@ class Mixture(StrictModel):
 AnyRecipe = Union[Recipe, Mixture]
 
 
+def sources_of(recipe: AnyRecipe) -> list[Recipe]:
+    """The recipes of a mixture, or the recipe alone."""
+    return list(recipe.recipes.values()) if isinstance(recipe, Mixture) else [recipe]
+
+
+def slice_axes(recipe: AnyRecipe) -> set[int]:
+    """The axes along which a recipe, or the sources of a mixture, slice NIfTI volumes."""
+    return {source.image.slice_axis for source in sources_of(recipe)}
+
+
 def _data_folder(recipe: str, written: str, given: Optional[Union[str, Path]], hint: str) -> Path:
     written = str(given) if given else written
     folder = Path(os.path.expandvars(written)).expanduser()
