@@ -6,7 +6,8 @@ Why: (1) LLaVA builds the tower late. So the tower weights in a checkpoint (LLaV
 are reported as unused, and training uses the original CLIP instead. Where this patch loads and compares them itself, that list of
 names says nothing, and is left out. (2) Without ``--bf16`` `train()` casts the tower to fp16,
 which fails on a CPU (LLaVA #1177, #1483) and loses precision in fp32 training. (3) In a checkpoint with
-``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained. (4) Its forward pass
+``unfreeze_mm_vision_tower`` the tower exists before LoRA is added, and gets adapters that are never trained. It also holds the
+checkpoint's weights already, whatever ``--umed_tower_weights`` asks for. (4) Its forward pass
 lets no gradient through, which ``--umed_tower_lr`` needs. (5) LoRA adapts all linear layers; ``--umed_lora_targets`` names some.
 Versions: LLaVA 1.2.x.
 Delete when: LLaVA loads its checkpoint's tower, in the training's dtype, keeps LoRA out of it, and can train it.
@@ -22,7 +23,7 @@ import re
 import sys
 from typing import Any
 
-from umed_plugin.checkpoints.folder import ORIGINAL_TOWER, TOWER, TOWER_WEIGHTS
+from umed_plugin.checkpoints.folder import ORIGINAL_TOWER, TOWER, TOWER_WEIGHTS, UNFREEZE
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
@@ -45,8 +46,10 @@ def change(recorder: Recorder) -> None:
     stock_names = llava_train.find_all_linear_names
 
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
-        stock_initialize(self, model_args=model_args, fsdp=fsdp)
         run = getattr(model_args, "umed_run", None)
+        if run is not None and run.active:
+            _forget_early_tower(self)
+        stock_initialize(self, model_args=model_args, fsdp=fsdp)
         if run is not None:
             _prepare_tower(self, run)
 
@@ -112,6 +115,18 @@ def _chosen(names: list[str], wanted: list[str]) -> list[str]:
     return wanted or names
 
 
+def _forget_early_tower(model: Any) -> None:
+    """Let LLaVA read the tower anew from its own files if it was built with the model, and so holds the checkpoint's weights.
+
+    That is so under ``unfreeze_mm_vision_tower``. `_prepare_tower` can then compare the two, and take the ones asked for.
+    """
+    tower = model.get_vision_tower()
+    if tower is not None:
+        tower.is_loaded = False
+    if hasattr(model.config, UNFREEZE):
+        delattr(model.config, UNFREEZE)
+
+
 def _prepare_tower(model: Any, run: TrainingRun) -> None:
     """Pass the tower's patch size and count to the data, and load the checkpoint's tower weights if a stage requests them.
 
@@ -135,7 +150,7 @@ def _prepare_tower(model: Any, run: TrainingRun) -> None:
         _note_original_tower(model, tower, weights, run)
     if run.flags.umed_tower_lr is not None:
         tower.umed_trained = True
-        model.config.unfreeze_mm_vision_tower = True
+        setattr(model.config, UNFREEZE, True)
 
 
 def _load_checkpoint_tower(model: Any, tower: Any, weights: dict[str, Any], run: TrainingRun) -> None:
@@ -157,7 +172,7 @@ def _load_checkpoint_tower(model: Any, tower: Any, weights: dict[str, Any], run:
     if not differing:
         run.say(f"vision tower: the {len(own)} tensors in {checkpoint} equal those of {tower.vision_tower_name}.")
         return
-    model.config.unfreeze_mm_vision_tower = True
+    setattr(model.config, UNFREEZE, True)
     run.say(
         f"vision tower: loaded {len(own)} tensors from {checkpoint}; {len(differing)} of them differ from "
         f"{tower.vision_tower_name}, by {distance:.3g} at most. (To use the latter: --umed_tower_weights original.)"

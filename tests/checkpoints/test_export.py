@@ -79,10 +79,16 @@ def own_tower(tiny_mistral, tmp_path) -> Path:
 
 @pytest.mark.parametrize("trained", [None, torch.tensor(2.0)], ids=["frozen", "trained"])
 @pytest.mark.parametrize("original", [True, False], ids=["original", "own"])
+@pytest.mark.parametrize("early", [False, True], ids=["", "unfreeze"])
 def test_an_adapter_is_merged_and_loaded_with_the_tower_that_it_was_trained_with(
-    original, trained, own_tower, tiny_mistral, tmp_path
+    early, original, trained, own_tower, tiny_mistral, tmp_path
 ):
-    """--umed_tower_weights original leaves the base's own tower out, which the run notes; --umed_tower_lr trains it besides."""
+    """--umed_tower_weights original leaves the base's own tower out, which the run notes; --umed_tower_lr trains it besides.
+
+    With unfreeze_mm_vision_tower in its config.json, LLaVA builds the base with its own tower.
+    """
+    if early:
+        tell(own_tower, {"unfreeze_mm_vision_tower": True})
     lora = write_lora(own_tower, tmp_path / "llava-mistral-lora")
     tell(lora, {"umed_tower_weights": "original"} if original else {})
     of_tower = load_file(tiny_mistral / "vision_tower" / "model.safetensors")

@@ -102,6 +102,21 @@ def test_a_note_of_an_earlier_training_does_not_stay(tiny_mistral, flags, tmp_pa
     assert not hasattr(loaded_tower(checkpoint, tiny_mistral, flags, *LORA)[0].config, NOTE)
 
 
+def test_the_original_tower_is_trained_with_where_the_checkpoint_asks_for_its_own(tiny_mistral, flags, tmp_path):
+    """With unfreeze_mm_vision_tower in its config.json, LLaVA builds the tower with the checkpoint's weights in it."""
+    original = load_file(tiny_mistral / "vision_tower" / "model.safetensors")
+    checkpoint = towered(tiny_mistral, tmp_path / "towered", shift=0.5)
+    config = json.loads((checkpoint / "config.json").read_text())
+    own = {"unfreeze_mm_vision_tower": True, "mm_vision_tower": str(tiny_mistral / "vision_tower")}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **own}))
+    patching.apply(ALL)
+    name = "vision_model.post_layernorm.weight"
+    for more, shift in (((), 0.5), (("--umed_tower_weights", "original"), 0)):
+        model, tower = loaded_tower(checkpoint, tiny_mistral, flags, *more)
+        assert torch.allclose(tower.vision_tower.state_dict()[name], original[name].float() + shift)
+        assert getattr(model.config, "unfreeze_mm_vision_tower", False) == bool(shift)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_equal_tower_is_said_to_be_equal_rounded_or_not(tiny_mistral, flags, tmp_path, capsys, dtype):
     patching.apply(ALL)

@@ -20,6 +20,7 @@ from umed_plugin.checkpoints.folder import (
     READ_WHEN_ANSWERING,
     TOKENIZER_FILES,
     TOWER,
+    UNFREEZE,
     is_buffer,
     read_config,
     weight_files,
@@ -87,7 +88,7 @@ def export(
         trained, {name: t for tensors in old.values() for name, t in tensors.items()}, checkpoint, like
     )
     holds_tower = any(map(has_tower, old.values()))
-    says_so = trained_config.get("unfreeze_mm_vision_tower")
+    says_so = trained_config.get(UNFREEZE)
     new_tower = tower_parts(trained) if says_so and not holds_tower else {}
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint, like)) as folder:
         copy_small_files(like, folder)

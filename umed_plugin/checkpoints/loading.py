@@ -18,6 +18,7 @@ from umed_plugin.checkpoints.folder import (
     NON_LORA,
     READ_WHEN_ANSWERING,
     TOWER,
+    UNFREEZE,
     adapter_tensors,
     find_base,
     is_buffer,
@@ -94,15 +95,17 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         model_config = model_class.config_class.from_pretrained(path, **changes)
         # In the requested dtype at once: 7 billion parameters in float32 are 28 GB. A tower inside the checkpoint is built, and
         # filled, while the model is: its weights need memory from the start.
-        lean = not own.get("unfreeze_mm_vision_tower")
+        lean = not own.get(UNFREEZE)
         model = model_class.from_pretrained(path, config=model_config, torch_dtype=dtype, low_cpu_mem_usage=lean)
         tokenizer = load_tokenizer(path)
         tower = model.get_vision_tower()
-        if not tower.is_loaded:
+        # Of a LoRA folder the configuration says with which tower it was trained: --umed_tower_weights.
+        original = bool(config) and left_out_own_tower(config)
+        if original or not tower.is_loaded:
+            tower.is_loaded = False  # built with the model, it holds the checkpoint's own weights
             tower.load_model()
     _add_image_tokens(tokenizer, model)
-    # Of a LoRA folder the configuration says with which tower it was trained: --umed_tower_weights.
-    inside = {} if config and left_out_own_tower(config) else tower_tensors(path)
+    inside = {} if original else tower_tensors(path)
     if inside:
         misfit = tower_misfit(tower.state_dict(), inside)
         if misfit:

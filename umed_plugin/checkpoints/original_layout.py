@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.checkpoints.folder import TOWER, read_object, weight_files
+from umed_plugin.checkpoints.folder import TOWER, UNFREEZE, read_object, weight_files
 from umed_plugin.checkpoints.kept_share import KeptShare
 from umed_plugin.checkpoints.weight_shards import stored
 
@@ -49,8 +49,8 @@ def name_tower(config: dict[str, Any], trained_config: dict[str, Any], holds_tow
 
     In a checkpoint without a tower, the key would make stock LLaVA use a randomly initialized one.
     """
-    if holds_tower and trained_config.get("unfreeze_mm_vision_tower"):
-        config["unfreeze_mm_vision_tower"] = True
+    if holds_tower and trained_config.get(UNFREEZE):
+        config[UNFREEZE] = True
 
 
 def dtype_of(tensors: dict[str, Any], dtype: str | None) -> Any:

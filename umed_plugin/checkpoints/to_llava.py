@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, weight_files
+from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, UNFREEZE, weight_files
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
 from umed_plugin.checkpoints.to_transformers import (
     NAMES,
@@ -173,7 +173,7 @@ def _llava_config(
     return {
         **language,
         **defaults,
-        **{key: value for key, value in original.items() if key not in ("vision_tower", "unfreeze_mm_vision_tower")},
+        **{key: value for key, value in original.items() if key not in ("vision_tower", UNFREEZE)},
         "architectures": [class_name],
         "model_type": model_type,
         "vocab_size": rows,

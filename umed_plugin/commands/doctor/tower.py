@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer, is_plain_name
+from umed_plugin.checkpoints.folder import FAMILIES, TOWER, UNFREEZE, is_buffer, is_plain_name
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name
@@ -17,7 +17,6 @@ from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 
-UNFREEZE = "unfreeze_mm_vision_tower"
 _HUB = ("openai", "laion")
 
 
