@@ -35,6 +35,28 @@ def test_a_pointer_in_place_of_a_file_is_told(tmp_path, name, file):
 
 
 @pytest.mark.parametrize(
+    ("name", "make", "file"),
+    [
+        ("medvh", medvh, "multi_choices/test_more.json"),
+        ("med_grit", grit, "more_VG_test.json"),
+        ("omnimedvqa", omni, "QA_information/Open-access/Chest.json"),
+        ("medmnist", mnist, "octmnist.npz"),
+        ("pmc_vqa", None, "test.csv"),
+        ("slake", None, "test.json"),
+    ],
+)
+def test_a_file_that_is_not_fetched_is_told_and_the_others_are_not_taken_for_all(name, make, file, tmp_path):
+    """git-annex and DataLad leave such links."""
+    if make is not None:
+        make(tmp_path)
+        questions_of(name, tmp_path)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).symlink_to("../.git/annex/objects/x")
+    with pytest.raises(UmedError, match=rf"{file}: is a link to .*annex/objects/x, which is not there. Fetch it"):
+        questions_of(name, tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "make", "file", "key"),
     [
         ("omnimedvqa", omni, "QA_information/Open-access/ACRIMA.json", "gt_answer"),

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
+from umed_plugin.data.annotations.finding import matches
+from umed_plugin.data.places import not_fetched
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.files import parse_json
@@ -274,16 +276,29 @@ def text_of(record: Mapping[str, Any], where: str, *names: str) -> str:
     return str(value)
 
 
+def files_matching(root: Path, *patterns: str) -> list[Path]:
+    """The files below ``root`` that match any of the patterns, sorted. Links to folders are followed.
+
+    Raises:
+        UmedError: one is a link to a file that is not there, so its questions would be passed over.
+    """
+    found = sorted({path for pattern in patterns for path in matches(root, pattern) if not path.is_dir()})
+    for path in found:
+        if text := not_fetched(path):
+            raise UmedError(f"{path}: {text}")
+    return found
+
+
 def find_one(root: Path, patterns: Sequence[str], benchmark: str) -> Path:
     """The first file below ``root`` that matches one of the patterns.
 
     Raises:
-        UmedError: there is none.
+        UmedError: there is none, or one is a link to a file that is not there.
     """
     for pattern in patterns:
-        matches = sorted(path for path in root.glob(pattern) if path.is_file())
-        if matches:
-            return matches[0]
+        found = files_matching(root, pattern)
+        if found:
+            return found[0]
     raise UmedError(
         f"{root}: holds none of {', '.join(patterns)}; {benchmark} needs one of them. Is it the right --data-root?"
     )

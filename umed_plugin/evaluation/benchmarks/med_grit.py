@@ -34,6 +34,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     BenchmarkQuestion,
     existing_image,
     field_of,
+    files_matching,
     find_one,
     numbered,
     questions_of_rows,
@@ -58,7 +59,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of every task whose file is there."""
     find_one(root, ["*_VG*.json", "*_RO*.json", "*_GC*.json", "*_MII*.json", "*/*_VG*.json"], "med_grit")
     folders, listed = [root / "images", root], []
-    for file in sorted(root.glob("**/*.json")):
+    for file in files_matching(root, "**/*.json"):
         tasks = [task for task in TASKS if re.search(rf"(?:^|_){task}(?:_|$)", file.stem)]
         if len(tasks) == 1:
             rows = numbered(file, read_records(file, "med_grit"))

@@ -33,6 +33,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     BenchmarkQuestion,
     existing_image,
     field_of,
+    files_matching,
     find_one,
     numbered,
     questions_of_rows,
@@ -82,9 +83,10 @@ _REPORT = "Write a radiology report of this chest X-ray. Name every abnormality 
 
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of every file in the two folders; a task is named after its file."""
-    find_one(root, ["multi_choices/**/*.json", "text_generation/**/*.json"], "medvh")
+    patterns = ["multi_choices/**/*.json", "text_generation/**/*.json"]
+    find_one(root, patterns, "medvh")
     listed: list[BenchmarkQuestion] = []
-    for file in sorted([*root.glob("multi_choices/**/*.json"), *root.glob("text_generation/**/*.json")]):
+    for file in files_matching(root, *patterns):
         task = task_of(file)
         rows = numbered(file, read_records(file, "medvh"))
         listed += questions_of_rows(rows, partial(_questions, task=task, file=file), f"medvh/{task}")

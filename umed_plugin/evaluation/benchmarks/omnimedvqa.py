@@ -29,6 +29,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     BenchmarkQuestion,
     existing_image,
     field_of,
+    files_matching,
     find_one,
     numbered,
     questions_of_rows,
@@ -51,7 +52,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """The questions of every data set whose file is there, in alphabetical order of data sets."""
     patterns = ["QA_information/*/*.json", "*/QA_information/*/*.json", "QA_information/*.json", "*.json"]
     find_one(root, patterns, "omnimedvqa")
-    files = next(files for pattern in patterns if (files := sorted(root.glob(pattern))))
+    files = next(files for pattern in patterns if (files := files_matching(root, pattern)))
     inner = next((parent.parent for parent in files[0].parents if parent.name == "QA_information"), root)
     rows = (row for file in files for row in numbered(file, read_records(file, "omnimedvqa")))
     listed = questions_of_rows(rows, lambda row, where: [_question(row, where, inner)], "omnimedvqa")

@@ -16,6 +16,7 @@ from umed_plugin.evaluation.benchmarks.benchmark import (
     Benchmark,
     BenchmarkQuestion,
     existing_image,
+    files_matching,
     find_one,
     numbered,
     questions_of_rows,
@@ -52,7 +53,7 @@ def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
 
 def candidates(root: Path) -> list[str]:
     """The open answers of the training split, if its file is there."""
-    has_training = any(root.glob("train.json")) or any(root.glob("*/train.json"))
+    has_training = bool(files_matching(root, "train.json", "*/train.json"))
     return open_answers(questions(root, "train", root)) if has_training else []
 
 
