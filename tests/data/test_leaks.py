@@ -141,7 +141,9 @@ def test_a_volume_is_compared_along_the_axis_that_the_recipe_slices(tmp_path: Pa
     write_nifti(tmp_path / "v.nii.gz", volume, np.eye(4))
     (tmp_path / "a.csv").write_text('file,box,lesion,slice\nv.nii.gz,"4, 4, 20, 20",nod,20\n')
     reader = "{reader: csv, files: a.csv, columns: {file: file, box: box, lesion: lesion, slice: slice}}"
-    recipe = load_recipe(write_recipe(tmp_path, reader, "{by: patient, fractions: {train: 1}}", "image: {slice_axis: 0}\n"))
+    recipe = load_recipe(
+        write_recipe(tmp_path, reader, "{by: patient, fractions: {train: 1}}", "image: {slice_axis: 0}\n")
+    )
     against = [tmp_path / "evaluated"]
     (leak,) = check_recipe(recipe, against=against).evaluation_leaks or []
     assert leak.name == "train: drawn/v.nii.gz#20" and "evaluated/v.nii.gz#" in leak.other

@@ -29,7 +29,9 @@ STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER = "model.vision_tower."
-UNFREEZE = "unfreeze_mm_vision_tower"  # key of config.json: stock LLaVA then loads the tower weights inside the checkpoint
+UNFREEZE = (
+    "unfreeze_mm_vision_tower"  # key of config.json: stock LLaVA then loads the tower weights inside the checkpoint
+)
 # Key of config.json beside an adapter or a projector: the base's own tower was left out, and the original one trained with.
 TOWER_WEIGHTS, ORIGINAL_TOWER = "umed_tower_weights", "original"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

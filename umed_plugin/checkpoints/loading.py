@@ -100,7 +100,7 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         tokenizer = load_tokenizer(path)
         tower = model.get_vision_tower()
         # Of a LoRA folder the configuration says with which tower it was trained: --umed_tower_weights.
-        original = bool(config) and left_out_own_tower(config)
+        original = config is not None and left_out_own_tower(config)
         if original or not tower.is_loaded:
             tower.is_loaded = False  # built with the model, it holds the checkpoint's own weights
             tower.load_model()

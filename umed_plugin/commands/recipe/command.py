@@ -55,8 +55,7 @@ def run_list(args: argparse.Namespace) -> int:
     """Print a table of the shipped recipes."""
     from rich.table import Table
 
-    from umed_plugin.data.recipes.recipe import sources_of
-    from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
+    from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes, sources_of
 
     table = Table("recipe", "classes", "terms", "description")
     for name in shipped_recipes():

@@ -14,7 +14,7 @@ from umed_plugin.data.annotations.finding import did_you_mean_file
 from umed_plugin.data.checking.check import DECIMALS, ClassCheck, RecipeCheck
 from umed_plugin.data.checking.plausibility import LOOKED_AT, plausibility, suggestions
 from umed_plugin.data.leaks import SAME
-from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, sources_of
+from umed_plugin.data.recipes.recipe import Mixture, sources_of
 from umed_plugin.data.splits import SPLITS
 from umed_plugin.terminal.text import one_line
 
