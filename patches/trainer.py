@@ -36,6 +36,7 @@ def change(recorder: Recorder) -> None:
             from umed_plugin.training.tuning_trainer import TuningTrainer
 
             trainer_class = TuningTrainer
+        _move_to_device(keywords["model"], args)
         if args.umed_tower_lr is not None:
             _train_tower(keywords["model"], args)
         # Stage 2's own trainer takes it: its guards compare with it.
@@ -62,6 +63,16 @@ def _asks_for_more(flags: Any) -> bool:
     """Whether stage 1 needs more than LLaVA's own loss, order and learning rates."""
     further = flags.umed_attention_loss > 0 or flags.keeps()
     return bool(further or flags.umed_replay > 0 or flags.umed_tower_lr is not None)
+
+
+def _move_to_device(model: Any, args: Any) -> None:
+    """Move the model where DeepSpeed moves it a moment later: our trainers try its attention, and copy weights, before that.
+
+    Without DeepSpeed the Trainer moves it at its start. ZeRO-3 has it in parts on the devices, and bitsandbytes loads it there.
+    """
+    in_parts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if args.deepspeed and not in_parts and getattr(args, "bits", 16) == 16:
+        model.to(args.device)
 
 
 def _train_tower(model: Any, args: Any) -> None:

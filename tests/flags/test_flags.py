@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -267,6 +268,22 @@ def test_stage_2_refuses_what_it_cannot_shard_and_says_what_works(algorithm, cha
     assert f"--{next(iter(changes))}" in fault and remedy in fault
     assert find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(**changes)) == []
     assert find_faults(UmedFlags(umed_stage="rewarding"), *llava_args(deepspeed="zero3.json")) == []
+
+
+@pytest.mark.parametrize("name", ["umed_keep", "umed_replay"])
+def test_what_asks_for_the_output_layer_outside_the_pass_is_refused_with_zero_3(name, tmp_path):
+    """Each rank would gather it as often as its own answers need, and wait for ever."""
+    flags = UmedFlags(umed_stage="instruction_tuning", **{name: "0.1" if name == "umed_keep" else 0.2})
+    for stage in (2, 3):
+        file = tmp_path / f"zero{stage}.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        faults = find_faults(flags, *llava_args(deepspeed=str(file)))
+        assert [f"--{name} does not work with ZeRO-3" in fault for fault in faults] == [True] * (stage == 3)
+
+
+def test_labels_cannot_be_smoothed_in_stage_1():
+    (fault,) = find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(label_smoothing_factor=0.1))
+    assert fault.startswith("--label_smoothing_factor does not work with LLaVA")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from support.llava_models import embedded
 
 from umed_plugin import patching
 from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
-from umed_plugin.model.forward import answer_pass, repeated_inputs, uses_packed_pass
+from umed_plugin.model.forward import answer_pass, base_llava, repeated_inputs, uses_packed_pass
 from umed_plugin.model.heat_map import attention_maps
 from umed_plugin.model.patch_attention import attention_sinks
 from umed_plugin.model.sampling import SamplingSettings, generate
@@ -249,6 +249,16 @@ def test_tokens_of_a_stretch_of_the_text(loaded):
     rows = tokens_in_spans(ends, [(start, start + len("nodule"))])
     assert tokenizer.decode([token_ids[row] for row in rows]) == "nodule"
     assert ends[-1] == len(text) and text.strip() == "It is a nodule."
+
+
+def test_a_class_token_before_the_patches_is_no_patch(sampled, batch, monkeypatch):
+    """Of a checkpoint with mm_vision_select_feature cls_patch."""
+    model, _, candidates, rows, cover = sampled
+    monkeypatch.setattr(base_llava(model).get_vision_tower(), "select_feature", "cls_patch")
+    prompts = embedded(model, batch)
+    assert prompts.n_patches == cover.shape[1] and len(prompts.embeds[0]) == len(sampled[1].embeds[0]) + 1
+    values, _ = attention_on_lesion(model, prompts, candidates, rows, cover, AttentionSettings([0, 2]))
+    torch.testing.assert_close(values, from_output_attentions(model, prompts, candidates, rows, cover, [0, 2]))
 
 
 def test_the_map_of_a_candidate_weighed_by_the_lesion_is_its_vision_relevance(sampled):

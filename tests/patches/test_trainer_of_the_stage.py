@@ -80,7 +80,13 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
     def made(**changes):
         """The trainer for these arguments, and the dtype of its bf16 model then."""
         values = {"umed_stage": None, "bf16": False, "fp16": False, "deepspeed": None, "fsdp": [], "world_size": 1}
-        values |= {"process_index": 0, "umed_tower_lr": None, "umed_stop_after": 0}
+        values |= {
+            "process_index": 0,
+            "bits": 16,
+            "device": torch.device("cpu"),
+            "umed_tower_lr": None,
+            "umed_stop_after": 0,
+        }
         args = SimpleNamespace(**{**values, **changes})
         args.umed = UmedFlags(**{name: value for name, value in changes.items() if name.startswith("umed_")})
         model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
@@ -103,3 +109,18 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
         assert "--fsdp trains weights of 16 bits" in capsys.readouterr().err
     finally:
         recorder.undo()
+
+
+def test_a_model_that_deepspeed_will_move_is_on_its_device_before_a_trainer_is_made():
+    """Trainers try its attention and copy its weights. The device "meta" stands for a GPU."""
+    from umed_plugin.patches.trainer import _move_to_device
+
+    def device_of(deepspeed, bits=16, in_parts=False):
+        model = torch.nn.Linear(1, 1)
+        if in_parts:
+            model.weight.ds_id = 0
+        _move_to_device(model, SimpleNamespace(deepspeed=deepspeed, bits=bits, device=torch.device("meta")))
+        return model.weight.device.type
+
+    assert device_of("zero2.json") == "meta"
+    assert device_of(None) == device_of("zero2.json", bits=4) == device_of("zero3.json", in_parts=True) == "cpu"

@@ -202,6 +202,18 @@ def test_training_studies_that_are_known_by_heart_are_warned_of(iou, accuracy, c
     assert guards.warnings(metrics) == []
 
 
+def test_a_phrase_has_no_diagnosis_that_could_be_known_by_heart():
+    guards = Guards(WINDOW)
+    for seed in range(WINDOW):
+        record, honest = study(seed)
+        if seed % 2:
+            record = {**record, "answer_type": "phrase", "phrase": "the shadow"}
+            honest = [f"It is at {format_box((0.1, 0.1, 0.5, 0.5))}."] * 4
+        add(guards, honest, record)
+    guards.held_out({"val/accuracy": 0.4})
+    assert guards.metrics()["guard/accuracy_over_held_out"] == pytest.approx(0.6)
+
+
 def test_rewards_that_teach_nothing_and_answers_that_never_end_are_warned_of_once():
     guards, metrics = after(lambda record, honest: honest)
     for _ in range(WINDOW):

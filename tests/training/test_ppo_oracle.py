@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -151,12 +152,25 @@ def test_explained_variance_is_one_for_the_truth_and_zero_for_a_constant(answers
     assert explained_variance(-a.values, a.values, a.mask).item() == pytest.approx(-3, abs=1e-4)
 
 
-def test_adaptive_kl_coefficient_is_that_of_trl():
-    ours, theirs = KLCoefficient(0.1, target=6.0, horizon=1000), AdaptiveKLController(0.1, 6.0, 1000)
+def test_adaptive_kl_coefficient_is_that_of_trl_for_small_steps():
+    ours, theirs = KLCoefficient(0.1, target=6.0, horizon=1e6), AdaptiveKLController(0.1, 6.0, 1e6)
     for kl, answers in [(0.0, 64), (6.5, 128), (40.0, 64), (5.9, 16), (-3.0, 8)]:
         ours.update(kl, answers)
         theirs.update(kl, answers)
-        assert ours.value == pytest.approx(theirs.value, rel=1e-12)
+        assert ours.value == pytest.approx(theirs.value, rel=1e-9)
+    assert ours.value != 0.1
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, math.exp(-0.2)), (40.0, math.exp(0.2))])
+def test_the_kl_coefficient_stays_positive_and_changes_by_a_fifth_within_a_horizon(kl, factor):
+    for answers, updates in ((512, 1), (10, 10), (100, 1)):
+        coefficient = KLCoefficient(0.1, target=6.0, horizon=100)
+        for _ in range(updates):
+            coefficient.update(kl, answers)
+        assert coefficient.value == pytest.approx(0.1 * factor ** (answers * updates / 100))
+
+
+def test_the_kl_coefficient_is_fixed_without_a_target():
     fixed = KLCoefficient(0.1)
     fixed.update(100.0, 64)
     assert fixed.value == 0.1

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from support.records import grounded_records
 from support.rollout_stand_in import StandIn, sampling, stand_in
 from support.umed_runs import OWN_REWARD, TWO_PROCESSES, reward, train_flags, umed_run, weights
 
+from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.training.importance import importance_metrics, importance_weights
 
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
@@ -86,6 +89,60 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(tiny_mistral, reco
     # The adapter of the run that died is unloaded, although this server does not know it.
     assert [name.rpartition("-")[2] for name in adapters(server, "load")] == ["2", "3"]
     assert len(logged(tmp_path / "out", "importance_ratio")) == 4
+
+
+def test_a_server_that_dies_between_two_rollouts_leaves_none_of_them(tiny_mistral, records, complete, tmp_path):
+    """The checkpoint lies behind the last update of a rollout, although the batch that failed was counted."""
+    asked = []
+
+    def dies_in_the_second_rollout(body, folder):
+        asked.append(folder)
+        if len(asked) == 2:
+            server.socket.close()
+            threading.Thread(target=server.shutdown).start()
+            raise ConnectionAbortedError
+        return complete(body, folder)
+
+    flags = ["--umed_rollout_retries", "1", "--umed_updates_per_rollout", "2"]
+    with stand_in(dies_in_the_second_rollout) as server:
+        died = run(tiny_mistral, records, tmp_path / "out", server, *flags)
+    assert died.returncode == 1 and "training stopped after step 2" in died.stderr
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert not list((tmp_path / "out" / "checkpoint-2").glob("rollout_*.pt"))
+
+
+def test_what_a_failing_step_has_moved_is_not_in_the_checkpoint(monkeypatch, tmp_path):
+    """Of a trainer without a model: the step that fails takes queries, moves a reward and adapts the KL's weight."""
+    from umed_plugin.training.trainer import LLaVATrainer, RewardingTrainer
+
+    class Moving:
+        moved = 0
+
+        def state(self):
+            return {"moved": self.moved}
+
+    trainer, reward_of_ones_own = RewardingTrainer.__new__(RewardingTrainer), Moving()
+    trainer.state, trainer.args = (
+        SimpleNamespace(global_step=2),
+        SimpleNamespace(output_dir=str(tmp_path), should_save=True),
+    )
+    trainer.flags, trainer.value_head, trainer.model_wrapped = UmedFlags(), None, None
+    trainer.maker = SimpleNamespace(kl_coef=SimpleNamespace(value=0.5), rewards={"own": reward_of_ones_own})
+    trainer.rollouts = SimpleNamespace(further=SimpleNamespace(taken=8), save=lambda folder: None)
+    trainer._before_step, trainer._stopped_at = (1, None), None
+
+    def fails(*_):
+        trainer.rollouts.further.taken, reward_of_ones_own.moved, trainer.maker.kl_coef.value = 16, 1, 0.6
+        raise RolloutServerError("gone")
+
+    monkeypatch.setattr(LLaVATrainer, "training_step", fails)
+    monkeypatch.setattr(LLaVATrainer, "_save_rng_state", lambda *_: None)
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *_: trainer._save_rng_state(str(tmp_path)))
+    with pytest.raises(RolloutServerError):
+        trainer.training_step(None, {})
+    trainer._save_stopped()
+    saved = json.loads((tmp_path / "rewarding_state.json").read_text())
+    assert (saved["further_queries"], saved["rewards"], saved["kl_coef"]) == (8, {"own": {"moved": 0}}, 0.5)
 
 
 def test_another_model_is_found_before_anything_is_learnt(tiny_mistral, records, tmp_path):

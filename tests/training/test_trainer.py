@@ -64,7 +64,7 @@ def check_ppo(whole: Path, resumed: Path) -> None:
     assert head["linear.weight"].abs().max() > 1e-3
     checkpoint = whole / "checkpoint-6"
     error = min(max(rollouts[1]["kl_per_answer"] / 0.05 - 1, -0.2), 0.2)
-    reached = rollouts[1]["kl_coef"] * (1 + error * 16 / 50)  # 4 questions, 4 answers each
+    reached = rollouts[1]["kl_coef"] * math.exp(error * 16 / 50)  # 4 questions, 4 answers each
     assert json.loads((checkpoint / "rewarding_state.json").read_text())["kl_coef"] == pytest.approx(reached)
     groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
     assert groups[-1]["initial_lr"] == 1e-2 and len(groups[-1]["params"]) == len(head)

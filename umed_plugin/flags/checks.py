@@ -229,10 +229,20 @@ def _faults_of_tuning(flags: UmedFlags, model_args: Any, training_args: Any) -> 
     """What the losses and the order of stage 1 do not go with."""
     faults = []
     zero_3 = bool(training_args.deepspeed) and _is_zero_3(training_args.deepspeed)
-    if flags.keeps() and zero_3:
+    outside = {
+        "umed_keep": (flags.keeps(), "the KL needs"),
+        "umed_replay": (flags.umed_replay > 0, "each record's loss needs"),
+    }
+    faults += [
+        f"--{name} does not work with ZeRO-3 ({training_args.deepspeed}): {needs} the output layer outside the model's own "
+        "pass, where ZeRO-3 has no whole weights. Use ZeRO-2, or remove the flag."
+        for name, (given, needs) in outside.items()
+        if given and zero_3
+    ]
+    if getattr(training_args, "label_smoothing_factor", 0):
         faults.append(
-            f"--umed_keep does not work with ZeRO-3 ({training_args.deepspeed}): the KL needs the output layer outside the "
-            "model's own pass, where ZeRO-3 has no whole weights. Use ZeRO-2, or remove the flag."
+            "--label_smoothing_factor does not work with LLaVA: transformers smooths labels of the text alone, and the logits "
+            "are of text and image. Remove it."
         )
     if flags.umed_tower_teacher is not None and training_args.deepspeed:
         faults.append(

@@ -35,7 +35,7 @@ class PromptBatch:
     Attributes:
         embeds: [Q, L, H] input embeddings, with the image patches where the image token was.
         mask: [Q, L] 1 for a token or patch, 0 for padding.
-        image_start: [Q] index in 0..L-1 of the first image patch.
+        image_start: [Q] index in 0..L-1 of the first image patch. A class token, which some towers give, stands before it.
         n_patches: number of image patches, the same for all prompts.
     """
 
@@ -111,7 +111,8 @@ def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tens
     Args:
         model: a LLaVA model, with or without PEFT wrapper.
         prompt_ids: Q tensors of token ids, each with ``IMAGE_TOKEN_INDEX`` exactly once.
-        image_features: [Q, P, D] from `encode_images`. The gradient reaches the projector.
+        image_features: [Q, P, D] from `encode_images`, or [Q, 1 + P, D] with the tower's class token first. The gradient reaches
+            the projector.
 
     Raises:
         UmedError: a prompt has no image token, or more than one.
@@ -132,13 +133,14 @@ def embed_prompts(model: Any, prompt_ids: Sequence[Tensor], image_features: Tens
         text = embed_tokens(torch.cat([ids[:start], ids[start + 1 :]]).to(image.device))
         rows.append(torch.cat([text[:start], image.to(text.dtype), text[start:]]))
         starts.append(start)
+    class_tokens = int(llava.get_vision_tower().select_feature == "cls_patch")
     length = max(row.shape[0] for row in rows)
     embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, length - row.shape[0], 0)) for row in rows])
     mask = torch.stack([_left_mask(length, row.shape[0], row.device) for row in rows])
     image_start = torch.tensor(
-        [length - row.shape[0] + start for row, start in zip(rows, starts)], device=embeds.device
+        [length - row.shape[0] + start + class_tokens for row, start in zip(rows, starts)], device=embeds.device
     )
-    return PromptBatch(embeds, mask, image_start, patches.shape[1])
+    return PromptBatch(embeds, mask, image_start, patches.shape[1] - class_tokens)
 
 
 def _left_mask(length: int, tokens: int, device: torch.device) -> Tensor:

@@ -172,7 +172,7 @@ class _TextStats:
         true: number of true boxes that the model can see.
         log_area_ratio: log of the mean box area over the mean true area; None where either has no box.
         iou: set IoU, 0-1; None for a study without a lesion.
-        accuracy: 1 if exactly the true classes are named, else 0.
+        accuracy: 1 if exactly the true classes are named, else 0; None for a question that asks for no diagnosis.
     """
 
     words: int
@@ -185,7 +185,7 @@ class _TextStats:
     true: int = 0
     log_area_ratio: float | None = None
     iou: float | None = None
-    accuracy: float = 0.0
+    accuracy: float | None = None
 
 
 class Guards:
@@ -255,7 +255,8 @@ class Guards:
     def _over_held_out(self, answers: Sequence[_TextStats]) -> dict[str, float]:
         """`HELD_OUT_GUARDS`, without those that the window or the validation cannot give."""
         ious = [answer.iou for answer in answers if answer.iou is not None]
-        values = {"val/iou": ious, "val/accuracy": [answer.accuracy for answer in answers]}
+        accuracies = [answer.accuracy for answer in answers if answer.accuracy is not None]
+        values = {"val/iou": ious, "val/accuracy": accuracies}
         return {
             guard: _mean(values[name]) - self._held_out[name]
             for guard, name in HELD_OUT_GUARDS.items()
@@ -338,7 +339,7 @@ def _answer_stats(text: str, score: AnswerScore, record: Mapping[str, Any], geom
         true=score.n_true,
         log_area_ratio=None if ratio is None else math.log(ratio),
         iou=score.set_iou if score.n_true else None,
-        accuracy=score.accuracy,
+        accuracy=score.accuracy if score.diagnosed else None,
     )
 
 

@@ -2,14 +2,15 @@
 
 PPO for language models rewards every token (`token_rewards`): ``r_t = -beta (log p - log p_ref)``, plus the sampled reward times
 c1 at the answer's last token (Ziegler et al. 2019, arXiv 1909.08593, eq. 2). GRPO has no per-token reward; its KL is a term of
-the loss. `KLCoefficient` is the weight beta. Generalised advantage estimation, whitening and the adaptive coefficient equal those
-of TRL 0.9's PPOTrainer, which the tests use as oracle.
+the loss. `KLCoefficient` is the weight beta. Generalised advantage estimation, whitening equal those of TRL 0.9's
+PPOTrainer, which the tests use as oracle, and the adaptive coefficient does to first order.
 
 Shapes: Q queries, K candidates, N = Q*K rows, T answer tokens. A mask [N, T] is 1 on tokens and 0 on padding behind them.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -155,12 +156,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 class KLCoefficient:
     """Weight beta of the KL to the reference, fixed or adapted to a target (Ziegler et al. 2019, section 2.2).
 
-    ``e = clip(KL / target - 1, -0.2, 0.2)`` and ``beta <- beta (1 + e n / horizon)`` after n answers.
+    ``e = clip(KL / target - 1, -0.2, 0.2)`` and ``beta <- beta exp(e n / horizon)`` after n answers. The paper and TRL write
+    ``1 + e n / horizon``, which is the same for small steps, and 0 or less where n answers are five horizons or more.
 
     Attributes:
         value: beta now, 0 or more.
         target: KL of an answer in nats, summed over its tokens; ``None`` keeps beta fixed.
-        horizon: number of answers over which beta changes by a factor of at most about e^0.2.
+        horizon: number of answers over which beta changes by a factor of at most e^0.2.
     """
 
     value: float
@@ -171,4 +173,4 @@ class KLCoefficient:
         """Adapt beta to the mean KL, in nats per answer, of ``answers`` answers."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * answers / self.horizon
+            self.value *= math.exp(error * answers / self.horizon)

@@ -15,6 +15,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.model.attention import AttentionSettings
 from umed_plugin.model.forward import Candidates, base_llava, embed_prompts, encode_images
+from umed_plugin.model.patch_attention import rope_inverse_frequencies
 from umed_plugin.model.sampled_attention import generate_with_attention
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.model.token_spans import lesion_naming_tokens
@@ -56,6 +57,10 @@ class Lesions:
             flags.vrr_head_indices(llava.config.num_attention_heads),
             flags.umed_vrr_mask_sinks,
         )
+        if "vision_relevance" in flags.reward_names():
+            rope_inverse_frequencies(
+                llava.config, 2, torch.device("cpu")
+            )  # refuses what cannot be measured at the start
 
     def naming_tokens(self, candidates: Candidates, records: Sequence[Record]) -> list[list[int]]:
         """For each of N candidates the indices of its tokens that name a lesion."""

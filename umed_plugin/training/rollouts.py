@@ -189,8 +189,12 @@ class Rollouts:
         self.step_size = StepSize(answers, tokens)
 
     def save(self, folder: Path) -> None:
-        """Write what this rank is learning from into a checkpoint, if the checkpoint lies between the updates of a rollout."""
-        if self._experience is not None and self._batches_seen % self._batches_per_rollout:
+        """Write what this rank is learning from into a checkpoint, if the checkpoint lies between the updates of a rollout.
+
+        What counts is what was learnt: a step that fails has begun a batch.
+        """
+        learnt = self._trainer.state.global_step * self._args.gradient_accumulation_steps
+        if self._experience is not None and learnt % self._batches_per_rollout:
             self._experience.save(rollout_file(folder, self._args.process_index))
 
     def resume(self, folder: Path, steps: int | None) -> None:

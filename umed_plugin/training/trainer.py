@@ -104,6 +104,9 @@ class RewardingTrainer(LLaVATrainer):
             flags.umed_max_new_tokens,
         )
         self.rollouts = Rollouts(self)
+        # What `_moved_by_steps` was when the optimizer step of this number began; of the one that failed, where one did.
+        self._before_step: tuple[int, Any] = (-1, None)
+        self._stopped_at: Any = None
         self.add_callback(StartCheck(self))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
@@ -156,6 +159,7 @@ class RewardingTrainer(LLaVATrainer):
             return "Nothing was learnt yet."
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not (folder / TRAINER_STATE_NAME).is_file():
+            self._stopped_at = self._before_step[1]
             self._save_checkpoint(self.model_wrapped, None)
         return f"Saved: {folder}. The same command goes on from there."
 
@@ -165,6 +169,8 @@ class RewardingTrainer(LLaVATrainer):
         # The first batch of an accumulation starts from zero, as the model's gradient does.
         if head is not None and self.rollouts.begins_step:
             head.zero_grad()
+        if self._before_step[0] != self.state.global_step:
+            self._before_step = self.state.global_step, self._moved_by_steps()
         remedy = learning_remedy(self.flags)
         with remedy_for_memory("learning from sampled answers", remedy):
             loss = super().training_step(model, inputs)
@@ -241,11 +247,15 @@ class RewardingTrainer(LLaVATrainer):
         super()._save_rng_state(output_dir)
         folder = Path(output_dir)
         if self.args.should_save:
-            states, further = reward_states(self.maker.rewards), self.rollouts.further.taken
-            save_state(folder, self.flags.umed_algorithm, self.maker.kl_coef.value, states, further)
+            kl_coef, states, further = self._stopped_at or self._moved_by_steps()
+            save_state(folder, self.flags.umed_algorithm, kl_coef, states, further)
             if self.value_head is not None:
                 self.value_head.save(folder)
         self.rollouts.save(folder)
+
+    def _moved_by_steps(self) -> tuple[float, dict[str, Any], int]:
+        """What a step changes beside the weights: the KL's weight, the rewards' states, the number of further queries taken."""
+        return self.maker.kl_coef.value, reward_states(self.maker.rewards), self.rollouts.further.taken
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, and what `_save_rng_state` wrote; every resumed run calls this, also under DeepSpeed."""

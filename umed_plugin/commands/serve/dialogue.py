@@ -274,9 +274,9 @@ class Dialogue:
         """The answer's token ids, including EOS if it was generated."""
         prompts = embed_prompts(self.model, [ids], features)
         # The cache already holds the prefix shared with the previous prompt; prefill computes only the rest.
-        held = self._cache_for(key, ids, prompts.n_patches)
+        held = self._cache_for(key, ids, features.shape[1])
         logits = prefill(self.model, prompts, held.cache).logits
-        held.columns = _columns(ids, prompts.n_patches)
+        held.columns = _columns(ids, features.shape[1])
         token_ids: list[int] = []
         while True:
             token_ids.append(int(logits[0, -1].argmax()))
@@ -299,9 +299,9 @@ class Dialogue:
         held.columns.append(token)
         return logits
 
-    def _cache_for(self, key: Hashable, ids: Tensor, patches: int) -> _Held:
+    def _cache_for(self, key: Hashable, ids: Tensor, features: int) -> _Held:
         """A KV cache that holds the prefix shared with the previous prompt of this picture, with room for the rest."""
-        columns = _columns(ids, patches)
+        columns = _columns(ids, features)
         held = self._held.get(key)
         if held is None or len(columns) + self.most_tokens > held.fits:
             room = self.most_tokens + ROOM_TO_GO_ON
@@ -358,11 +358,11 @@ def shipped_terms() -> ClassNames:
     return merged
 
 
-def _columns(ids: Tensor, patches: int) -> list[int]:
-    """What each column of an embedded prompt stands for: a token id, or the image token for each patch."""
+def _columns(ids: Tensor, features: int) -> list[int]:
+    """What each column of an embedded prompt stands for: a token id, or the image token for each feature of the image."""
     columns: list[int] = []
     for token in ids.tolist():
-        columns += [token] * (patches if token == IMAGE_TOKEN_INDEX else 1)
+        columns += [token] * (features if token == IMAGE_TOKEN_INDEX else 1)
     return columns
 
 
