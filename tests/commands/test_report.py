@@ -22,6 +22,7 @@ from umed_plugin.commands.report.gallery import choose
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
+from umed_plugin.commands.report.runs_page import write_runs_page
 from umed_plugin.commands.report.table import Looked, metrics_table
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
@@ -231,17 +232,17 @@ def test_what_was_run_is_told(run):
         "python -m x --output_dir /out --seed 5 --max_steps -1 --data_path c.json\n--seed 6\n"
     )
     captions, *trainings = read_run(run).trainings
-    assert dict(about_training(captions)) == {"records": "c.json", "seed": "5", "duration": "9 s"}
+    assert dict(about_training(captions)) == {"records": "c.json", "seed": "5", "duration of its last start": "9 s"}
     read = replace(read_run(run), trainings=trainings)
     facts = dict(about_run(read))
     assert facts["started from"] == "/ckpt (sha256 0123456789ab)" and facts["recipe"] == "brain_tumor_coco"
     assert facts["sources of the studies"] == "demo_studies"
-    assert facts["stage 2 started, ended"] == "2026-11-28 19:59 UTC, 2026-11-28 20:00 UTC"
+    assert facts["stage 2 last started, ended"] == "2026-11-28 19:59 UTC, 2026-11-28 20:00 UTC"
     assert "(exported from rewarded-llava-mistral, which stage 2 trained)" in facts["evaluated as stage 2"]
     assert (facts["seed"], facts["duration"], facts["machine"]) == ("3", "1 h 01 min", "node7")
     assert (facts["commit"], facts["versions"]) == ("abc", "torch 2.0.1")
     of_stage_2 = dict(about_training(read.trainings[1]))
-    assert of_stage_2["weights of the rewards"] == "4,2" and of_stage_2["duration"] == "9 s"
+    assert of_stage_2["weights of the rewards"] == "4,2" and of_stage_2["duration of its last start"] == "9 s"
     assert "LoRA rank" not in of_stage_2 and dict(other_settings(read.trainings[1]))["adam_beta1"] == "0.9"
     of_stage_1 = dict(other_settings(read.trainings[0]))
     assert "adam_beta1" in of_stage_1, "and no flags of rewarding, no settings without content"
@@ -263,6 +264,19 @@ def test_several_runs_get_an_index_of_their_reports(run, finished, tmp_path, cap
     assert ("no interval" if low is None else f"{low:.3f} to {high:.3f}") in page
     assert main(["report", str(run), str(run)]) == 2
     assert main(["report", str(run), str(finished[0]), "--picture", "x.png"]) == 2
+
+
+def test_a_run_without_a_training_takes_no_other_runs_colour(run, finished, tmp_path):
+    """Its row has the first colour, so the curves of the two behind it have the second and the third."""
+    evaluated, other = tmp_path / "only #1", tmp_path / "other"
+    shutil.copytree(finished[0] / "evaluation", evaluated / "evaluation")
+    shutil.copytree(run, other)
+    runs = [read_run(folder) for folder in (evaluated, run, other)]
+    assert not runs[0].trainings
+    page = write_runs_page([one.folder for one in runs], tmp_path / "index.html").read_text()
+    curves = page[page.index('aria-label="reward/total"') :]
+    assert "var(--run-1)" in curves and "var(--run-2)" in curves and "stroke: var(--run-0)" not in curves
+    assert 'href="only%20%231/report.html"' in page
 
 
 @pytest.mark.parametrize(

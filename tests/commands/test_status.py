@@ -72,6 +72,14 @@ def test_a_training_by_hand_is_read_from_its_checkpoints(tmp_path: Path, capsys:
     assert "started without umed-run, or without --umed_stage" in shown
 
 
+def test_a_training_that_went_on_behind_its_end_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path / "out", None, [{"loss": 3.0}])
+    assert main(["status", str(tmp_path / "out")]) == 0
+    write_log(tmp_path / "out" / "checkpoint-30", None, [{"loss": 3.0}, {"loss": 2.5}, {"loss": 2.0}])
+    assert main(["status", str(tmp_path / "out")]) == 1
+    assert "progress: 30 of 30 (100 %), as of its last checkpoint" in capsys.readouterr().out
+
+
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 1 and "holds no run" in capsys.readouterr().err
     assert main(["status", str(tmp_path / "nowhere")]) == 1 and "no such folder" in capsys.readouterr().err

@@ -140,6 +140,31 @@ def test_a_length_in_epochs_takes_the_one_in_steps_away_and_the_other_way_round(
     assert (settings.rewarding.steps, settings.rewarding.epochs) == (None, 2)
 
 
+@pytest.mark.parametrize("run", ["auto", "never"])
+def test_the_short_form_of_a_stage_keeps_its_other_settings(tiny_mistral, tmp_path, run):
+    """In every order, and over a file."""
+    both = {"rewarding.candidates": 16, "rewarding": run}
+    for given in (both, dict(reversed(both.items()))):
+        settings = settings_of(tiny_mistral, **given)
+        assert (settings.rewarding.run, settings.rewarding.candidates) == (run, 16)
+    file = tmp_path / "my.yaml"
+    file.write_text(f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\nrewarding: {{candidates: 16, steps: 300}}\n")
+    settings = read_settings(file, {"rewarding": run})
+    assert (settings.rewarding.run, settings.rewarding.candidates, settings.rewarding.steps) == (run, 16, 300)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 20261129101112])
+def test_a_seed_that_no_generator_takes_is_refused_before_anything_runs(tiny_mistral, seed, capsys):
+    with pytest.raises(UmedError, match="seed"):
+        settings_of(tiny_mistral, seed=seed)
+    for command in (
+        ["demo", "--seed", str(seed)],
+        ["upgrade", str(tiny_mistral), "--recipe", "r", "--seed", str(seed)],
+    ):
+        assert cli.main(command) == 2
+        assert "must be a whole number from 0 to 2147483647" in capsys.readouterr().err
+
+
 @pytest.mark.llava
 def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mistral, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -304,6 +329,22 @@ def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(ti
         (tmp_path / "run" / name).write_text("")
     with pytest.raises(UmedError, match="records by recipe demo_studies ended with status 1"):
         upgrade_of(tiny_mistral, tmp_path / "run").run()  # there is no data
+
+
+@pytest.mark.llava
+def test_a_start_that_does_not_come_to_its_end_leaves_no_end_of_an_earlier_one(tiny_mistral, tmp_path, capsys):
+    """`umed status` would call it done, and the next start would show the old figures as its own."""
+    folder = tmp_path / "run"
+    again = upgrade_of(tiny_mistral, folder)
+    write_settings(again.settings, folder / "run.yaml")
+    (folder / "logs").mkdir()
+    for name in ("summary.json", "report.html"):
+        (folder / name).write_text("{}")
+    with pytest.raises(UmedError, match="records by recipe demo_studies ended with status 1"):
+        again.run()  # there is no data
+    assert not (folder / "summary.json").exists() and not (folder / "report.html").exists()
+    assert cli.main(["status", str(folder)]) == 1
+    assert "stopped before its end" in capsys.readouterr().out
 
 
 @pytest.mark.llava

@@ -15,7 +15,7 @@ from typing import Any
 from umed_plugin.checkpoints.pickles import printable, read_pickle
 from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
 from umed_plugin.checkpoints.stored import read_safetensors
-from umed_plugin.errors import UmedError, unknown_name
+from umed_plugin.errors import UmedError, UsageError, unknown_name
 
 # model_type -> LLaVA's module and class. Checkpoints from before LLaVA 1.2 have the type "llava".
 FAMILIES = {
@@ -126,6 +126,26 @@ def left_out_own_tower(config: dict[str, Any]) -> bool:
 def is_lora(path: Path | str) -> bool:
     """Whether the folder holds a LoRA adapter instead of a full model."""
     return (Path(path) / ADAPTER).is_file()
+
+
+def check_base(base: Path | str | None, *checkpoints: Path | str, trained: tuple[str, ...] = (ADAPTER,)) -> None:
+    """Refuse ``--base`` where nothing takes it: a full checkpoint would be measured in place of the adapter that is meant.
+
+    Args:
+        base: as given.
+        checkpoints: folders that it may be the base of.
+        trained: files that have one, of which a folder must hold one.
+
+    Raises:
+        UsageError: a base is given, and none of the folders has use for it.
+    """
+    folders = [Path(checkpoint) for checkpoint in checkpoints]
+    uses = any((folder / name).is_file() for folder in folders for name in trained)
+    if base is not None and not uses and all(folder.is_dir() for folder in folders):
+        raise UsageError(
+            f"--base {base} has no effect: {' and '.join(map(str, checkpoints))} holds no {' or '.join(trained)}. Remove it, or "
+            "give the folder that was trained on this base."
+        )
 
 
 def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None = None) -> list[Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.chat_template import END, IMAGE, START, jinja_template
+from umed_plugin.checkpoints.folder import read_object
 from umed_plugin.checkpoints.prompt_templates import question_prompt
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
@@ -41,8 +42,12 @@ class Vocabulary:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The file's content, or {} if there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """A JSON object, or {} if there is no such file.
+
+    Raises:
+        UmedError: the file is something else.
+    """
+    return read_object(file) if file.is_file() else {}
 
 
 def sentencepiece_file(checkpoint: Path) -> Path:

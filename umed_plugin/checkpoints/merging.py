@@ -267,4 +267,4 @@ def _merged(name: str, old: Any, deltas: dict[str, Any], others: dict[str, Any],
                 f"{lora_dir}: {name} has shape {tuple(trained.shape)}, but {tuple(old.shape)} in the base. Is --base the "
                 "checkpoint on which it was trained?"
             )
-    return new if change is None else new.float().add_(change)
+    return new if change is None else new.float() + change

@@ -182,6 +182,7 @@ def _checked(args: argparse.Namespace) -> BoxDialect:
     Returns:
         the dialect of ``--boxes``.
     """
+    from umed_plugin.checkpoints.folder import check_base
     from umed_plugin.checkpoints.precision import answering_device
     from umed_plugin.checkpoints.prompt_templates import check_template
     from umed_plugin.evaluation.benchmarks.report import PREFIX as REPORTS
@@ -192,6 +193,7 @@ def _checked(args: argparse.Namespace) -> BoxDialect:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(args, name)}; needed: 1 or more.")
     if not 0 < args.image_cache_gb < math.inf:
         raise UsageError(f"--image-cache-gb is {args.image_cache_gb:g}; needed: a number of GB above 0.")
+    check_base(args.base, args.checkpoint)
     check_similar_flags(args)
     for name, value in (("--as", args.report_as), ("--scores", args.report_scores)):
         if value is not None and not args.benchmark.startswith(REPORTS):

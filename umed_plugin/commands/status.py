@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
 
 def has_ended(folder: Path) -> bool:
     """Whether the run has written what it writes last."""
-    return any((folder / name).is_file() for name in ("summary.json", "trainer_state.json"))
+    from umed_plugin.commands.report.run_folder import newest_state
+
+    return (folder / "summary.json").is_file() or newest_state(folder) == folder / "trainer_state.json"
 
 
 def _of_logs(folder: Path, running: bool, ended: bool) -> list[str]:

@@ -235,7 +235,11 @@ def _similar_cases(
         )
     source = recipe if given is None else str(given)
     studies = recipe_benchmark(
-        source, data_root=root if given is None else None, image_aspect_ratio=_aspect_ratio(checkpoint, settings)
+        source,
+        data_root=root if given is None else None,
+        image_aspect_ratio=_aspect_ratio(checkpoint, settings),
+        on_bad_image=settings.on_bad_image,
+        pseudo_boxes=True,  # only what they show is said, and nothing is measured against their boxes
     )
     questions = studies.questions(work, "train", work / "similar")
     kept = Path(source).with_name(f".{Path(source).name}.similar.npz") if source.endswith(".json") else None

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.numbers import seed
 from umed_plugin.commands.signals import Ended
 from umed_plugin.errors import warn
 from umed_plugin.terminal.progress import add_quiet_flag
@@ -24,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=Path, default=Path("umed-demo"), help="new folder (default: umed-demo)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of studies, weights and training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of studies, weights and training (default: 0)")
     add_quiet_flag(parser)
     parser.set_defaults(run=run)
 

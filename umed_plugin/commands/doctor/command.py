@@ -60,8 +60,12 @@ def run(args: argparse.Namespace) -> int:
     """Examine the checkpoint or the environment. Return 1 if an error remains, else 0."""
     if args.checkpoint is None:
         return _environment(args)
+    from umed_plugin.checkpoints.folder import ADAPTER, PROJECTOR, check_base
     from umed_plugin.commands.doctor.examination import diagnose, fix
 
+    check_base(args.base, args.checkpoint, trained=(ADAPTER, PROJECTOR))
+    if args.recipe is not None:
+        _check_recipe(args.recipe)
     changes: list[str] = []
     with redirect_stdout(sys.stderr), progress("reading weights", "byte", quiet=args.json) as advance:
 
@@ -72,30 +76,35 @@ def run(args: argparse.Namespace) -> int:
             fix(lambda: look().findings, changes.append)
         diagnosis = look()
     if args.json:
-        print(printable_json({**diagnosis.as_dict(), "changes": changes}))
+        memory = {} if args.recipe is None else {"memory": _memory(args)}
+        print(printable_json({**diagnosis.as_dict(), "changes": changes, **memory}))
     else:
         _print(diagnosis, changes, fixing=args.fix)
         if args.recipe is not None:
-            _print_memory(args)
+            for line in ("", *_memory(args)):
+                say(line)
     return _status(diagnosis.findings)
 
 
-def _print_memory(args: argparse.Namespace) -> None:
-    """The memory of the default plan; the recipe must be one that can be read."""
+def _check_recipe(recipe: str) -> None:
+    """Refuse one that cannot be read, before a checkpoint's weights are."""
+    from umed_plugin.data.recipes.recipe import load_recipe
+
+    if not recipe.endswith(".json"):
+        load_recipe(recipe)
+
+
+def _memory(args: argparse.Namespace) -> list[str]:
+    """The memory of the default plan, in lines."""
     from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
     from umed_plugin.commands.machine import this_machine
     from umed_plugin.commands.memory import has_fused_attention
     from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines
-    from umed_plugin.data.recipes.recipe import load_recipe
 
-    if not args.recipe.endswith(".json"):
-        load_recipe(args.recipe)
     full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
     fused = has_fused_attention()
     works = {name: replace(work, fused=fused) for name, work in DEFAULT_PLAN.items()}
-    say("")
-    for line in memory_lines(read_config(full), works, this_machine()):
-        say(line)
+    return list(memory_lines(read_config(full), works, this_machine()))
 
 
 def _status(findings: Sequence[Finding]) -> int:
@@ -156,8 +165,8 @@ def _environment(args: argparse.Namespace) -> int:
     from umed_plugin.errors import UsageError
     from umed_plugin.patches import ALL, prepare_llava
 
-    if args.fix or args.base:
-        raise UsageError("--fix and --base need a checkpoint. Give one: umed doctor CKPT --fix")
+    if args.fix or args.base or args.recipe:
+        raise UsageError("--fix, --base and --recipe need a checkpoint. Give one: umed doctor CKPT --fix")
     with redirect_stdout(sys.stderr):  # libraries print while they are imported
         facts, findings = examine_environment(ALL, prepare_llava)
     if args.json:

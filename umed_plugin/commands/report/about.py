@@ -70,7 +70,9 @@ def about_run(run: Run) -> Facts:
     facts += [fact for training in run.trainings for fact in _times(training)]
     seconds = summary.get("seconds") or sum(training.seconds or 0 for training in run.trainings)
     facts += (
-        [("duration" if "seconds" in summary else "duration of the trainings", duration(seconds))] if seconds else []
+        [("duration" if "seconds" in summary else "duration of the trainings' last starts", duration(seconds))]
+        if seconds
+        else []
     )
     return [*facts, *_made_with(next((one.made_with for one in reversed(run.trainings) if one.made_with), manifest))]
 
@@ -85,7 +87,7 @@ def _evaluated(stage: str, run: Run) -> str:
 
 
 def _times(training: Training) -> Facts:
-    """When a stage started and ended: its weights were written at its end, and the trainer measured how long it took."""
+    """When a stage last started, and ended: its weights were written then, and the trainer measured how long that start took."""
     try:
         ended = datetime.fromisoformat(str(training.made_with.get("at")))
     except ValueError:
@@ -93,7 +95,7 @@ def _times(training: Training) -> Facts:
     label, form = stage_label(training.stage or training.name), "%Y-%m-%d %H:%M %Z"
     started = [ended - timedelta(seconds=training.seconds)] if training.seconds else []
     times = [f"{when:{form}}".strip() for when in (*started, ended)]
-    return [(f"{label} started, ended" if started else f"{label}: last weights written", ", ".join(times))]
+    return [(f"{label} last started, ended" if started else f"{label}: last weights written", ", ".join(times))]
 
 
 def about_training(training: Training) -> Facts:
@@ -106,7 +108,7 @@ def about_training(training: Training) -> Facts:
     facts = _known(_in_effect(training), names)
     if training.settings.get("umed_similar"):
         facts.append(("similar cases", f"{training.settings['umed_similar']} before each question. {WITHOUT_SIMILAR}"))
-    return [*facts, *([("duration", duration(training.seconds))] if training.seconds else [])]
+    return [*facts, *([("duration of its last start", duration(training.seconds))] if training.seconds else [])]
 
 
 def other_settings(training: Training) -> Facts:

@@ -111,14 +111,11 @@ def read_training(folder: Path) -> Training | None:
     Raises:
         UmedError: trainer_state.json or umed.json is damaged.
     """
-    kept = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
-    states = sorted(kept, key=lambda path: int(path.parent.name[11:]))
-    states += [path for path in [folder / "trainer_state.json"] if path.is_file()]
-    if not states:
+    file = newest_state(folder)
+    if file is None:
         return None
-    state, flags = read_object(states[-1]), {}
-    check_object(states[-1], state, TrainerStateForm, _REMEDY)
-    marker = next((path for path in (folder / "umed.json", states[-1].parent / "umed.json") if path.is_file()), None)
+    state, flags = _read_state(file), {}
+    marker = next((path for path in (folder / "umed.json", file.parent / "umed.json") if path.is_file()), None)
     if marker:
         flags = read_object(marker)
         check_object(marker, flags, FlagsForm, _REMEDY)
@@ -133,6 +130,29 @@ def read_training(folder: Path) -> Training | None:
         flags.get("settings") or ({} if marker else _logged_flags(folder)),
         flags.get("made_with") or {},
     )
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The trainer_state.json behind most steps: the folder's own, which a training writes at its end, or a checkpoint's.
+
+    A training that goes on behind its end leaves the old one until its new end.
+
+    Raises:
+        UmedError: a trainer_state.json is damaged.
+    """
+    kept = [path for path in folder.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
+    newest = max(kept, key=lambda path: int(path.parent.name[11:]), default=None)
+    own = folder / "trainer_state.json"
+    if not own.is_file():
+        return newest
+    behind = newest is not None and _read_state(own).get("global_step", 0) < int(newest.parent.name[11:])
+    return newest if behind else own
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    state = read_object(file)
+    check_object(file, state, TrainerStateForm, _REMEDY)
+    return state
 
 
 def _logged_flags(folder: Path) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from umed_plugin import files
 from umed_plugin.commands.page_parts import DOCUMENT_STYLES, render_page
@@ -49,7 +50,7 @@ def write_runs_page(run_dirs: Sequence[Path], file: Path) -> Path:
         styles=[*DOCUMENT_STYLES, shelf / "report.css"],
         heads=[*_SHOWN.values(), "stage", *(title_of(name)[0] for name in HEADLINE), "last difference of mean IoU"],
         rows=[_row(run, name, place, file) for place, (run, name) in enumerate(zip(runs, names))],
-        charts=_charts(runs, names),
+        charts=_charts(runs),
         more=max(0, len(runs) - len(_COLOURS)),
     )
     with locked(file, busy="another index of reports is being written", flag="--index"):
@@ -68,7 +69,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 def _row(run: Run, name: str, place: int, file: Path) -> dict[str, Any]:
     facts = dict(about_run(run))
-    link = os.path.relpath(run.folder / "report.html", file.parent)
+    link = quote(os.path.relpath(run.folder / "report.html", file.parent))
     stage, last = next(reversed(run.evaluations.items()), ("", None))
     metrics = {} if last is None else last.metrics
     cells = [cell_of(metrics.get(metric, {})) for metric in HEADLINE]
@@ -92,11 +93,12 @@ def _difference(run: Run) -> dict[str, str]:
         return cell_of({})
 
 
-def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
+def _charts(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A chart for each metric that the last trainings of at least two runs have logged."""
-    trainings = [(name, run.trainings[-1]) for name, run in zip(names, runs) if run.trainings][: len(_COLOURS)]
+    # By the run's place, which its row in the table has too.
+    trainings = {place: run.trainings[-1] for place, run in enumerate(runs[: len(_COLOURS)]) if run.trainings}
     logged: dict[str, int] = {}
-    for _, training in trainings:
+    for training in trainings.values():
         for metric in {name for row in training.log for name in row}:
             logged[metric] = logged.get(metric, 0) + 1
     shared = [metric for metric, count in logged.items() if count > 1]
@@ -104,7 +106,7 @@ def _charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
     return [{"name": metric, "svg": _overlaid(metric, trainings)} for metric in dict.fromkeys(wanted)]
 
 
-def _overlaid(metric: str, trainings: Sequence[tuple[str, Training]]) -> str:
+def _overlaid(metric: str, trainings: Mapping[int, Training]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -113,7 +115,7 @@ def _overlaid(metric: str, trainings: Sequence[tuple[str, Training]]) -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.2, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        for place, (_, training) in enumerate(trainings):
+        for place, training in trainings.items():
             points = points_of(metric, training.log)
             if points:
                 look = {"color": _COLOURS[place], "linestyle": _DASHES[place], "linewidth": 1.6}

@@ -69,6 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the checkpoint and serve until Ctrl-C."""
+    from umed_plugin.checkpoints.folder import check_base, is_lora
     from umed_plugin.checkpoints.prompt_templates import check_template
     from umed_plugin.patches import prepare_llava
 
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--port is {args.port}. Allowed: 0 to 65535.")
     check_template(args.template)
     checkpoints = [args.checkpoint] if args.compare is None else [args.checkpoint, args.compare]
+    check_base(args.base, *checkpoints)
     names = names_of(checkpoints)
     give_large_blocks_back()
     prepare_llava()
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     dialogues = []
     for checkpoint in checkpoints:
         say(f"umed serve: loading {checkpoint}")
-        base = args.base if checkpoint is args.checkpoint or (checkpoint / "adapter_config.json").is_file() else None
+        base = args.base if is_lora(checkpoint) else None
         dialogues.append(Dialogue(checkpoint, base, args.template, args.max_new_tokens, args.dtype))
         if args.similar:
             dialogues[-1].look_up(args.similar, args.similar_from)

@@ -149,7 +149,7 @@ class Dialogue:
             )
             return encode_images(self.model, pixels).float().mean(dim=1).cpu().numpy()
 
-        studies = recipe_benchmark(source, image_aspect_ratio=self.mode, render=False)
+        studies = recipe_benchmark(source, image_aspect_ratio=self.mode, render=False, pseudo_boxes=True)
         with tempfile.TemporaryDirectory(prefix="umed-serve-") as work:
             questions = studies.questions(Path(work), "train", Path(work))
             placed = [{**question.about["record"], "image": question.image} for question in questions]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.commands.numbers import seed
 from umed_plugin.commands.signals import Ended
 from umed_plugin.errors import UsageError, say, warn
 from umed_plugin.terminal.console import console
@@ -58,7 +59,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--deepspeed", metavar="JSON", help="DeepSpeed configuration (default: no DeepSpeed)")
     parser.add_argument("--candidates", metavar="K", type=int, help="answers sampled per question (default: 8)")
     parser.add_argument("--rewards", metavar="LIST", help="comma-separated, as for --umed_rewards")
-    parser.add_argument("--seed", metavar="N", type=int, help="seed of wording, order and sampling (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=seed, help="seed of wording, order and sampling (default: 0)")
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

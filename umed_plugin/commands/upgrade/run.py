@@ -228,6 +228,8 @@ class Upgrade:
         if self.provenance.is_done(step):
             return False
         self._note_other_versions(step)
+        for name in (SUMMARY, REPORT):  # of an earlier end; this start has not come to its own yet
+            (self.folder / name).unlink(missing_ok=True)
         self.provenance.begin(step)
         log = self.folder / "logs" / f"{step.name}.log"
         began = log.stat().st_size if log.is_file() else 0

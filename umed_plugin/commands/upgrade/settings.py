@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from umed_plugin import files
 from umed_plugin.commands.machine import Machine
+from umed_plugin.commands.numbers import MOST_SEED
 from umed_plugin.commands.upgrade.presets import preset_file
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, UsageError, note
@@ -134,7 +135,7 @@ class Settings(StrictModel):
     in_place: bool = _key(
         False, "At the very end, put the result in the checkpoint's place and keep the old one beside it."
     )
-    seed: int = _key(0, "Seed of wording, order and sampling.")
+    seed: int = _key(0, "Seed of wording, order and sampling.", ge=0, le=MOST_SEED)
     augment: bool = _key(False, "Augment the training studies in both stages, as the recipe's augment says.")
     label_share: Optional[float] = _key(
         None,
@@ -243,11 +244,13 @@ def over_preset(preset: str, data: dict[str, Any], given: Sequence[tuple[str, Ma
 
 
 def _put(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Set a key in a mapping of mappings. ``rewarding: auto`` is short for ``rewarding: {run: auto}``, and both go together."""
     for key in keys[:-1]:
         if not isinstance(data.get(key), dict):
-            # `rewarding: auto` keeps its meaning beside further keys.
             data[key] = {"run": data[key]} if isinstance(data.get(key), str) else {}
         data = data[key]
+    if isinstance(value, str) and isinstance(data.get(keys[-1]), dict):
+        data, keys = data[keys[-1]], ["run"]
     data[keys[-1]] = value
     # They exclude each other, and the defaults set one of them.
     other = {"steps": "epochs", "epochs": "steps"}.get(keys[-1])

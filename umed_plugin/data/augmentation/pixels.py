@@ -46,7 +46,7 @@ def augment_pixels(
 
 def moved_picture(picture: np.ndarray, move: SquareMove) -> np.ndarray:
     """A square picture, uint8 [S, S, 3], after the movement; margins are black."""
-    values = torch.from_numpy(np.ascontiguousarray(picture)).movedim(-1, 0).float()
+    values = torch.from_numpy(np.array(picture)).movedim(-1, 0).float()
     moved, _ = _moved(values, _mask(None, values.shape[-1]), move)
     return moved.clamp(0, 255).round().byte().movedim(0, -1).contiguous().numpy()
 

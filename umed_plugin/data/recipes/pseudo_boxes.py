@@ -28,7 +28,7 @@ class PseudoBoxRule(StrictModel):
         "least, is not trained on.",
     )
     seed: int = Field(
-        0, description="Seed of the choice of normal images, of the drawn anomalies and of the map's weights."
+        0, ge=0, description="Seed of the choice of normal images, of the drawn anomalies and of the map's weights."
     )
     steps: int = Field(300, ge=0, description="Training steps of the map, 16 images each.")
     peak_share: float = Field(

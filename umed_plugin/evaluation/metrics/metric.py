@@ -247,11 +247,7 @@ def _draws(clusters: Sequence[str]) -> Iterable[np.ndarray]:
     import numpy as np
 
     generator = np.random.default_rng(0)
-    _, cluster_of_row = np.unique(np.asarray(clusters), return_inverse=True)
-    # The rows of cluster c stand in `order` from starts[c] on, sizes[c] of them.
-    order = np.argsort(cluster_of_row, kind="stable")
-    sizes = np.bincount(cluster_of_row)
-    starts = np.cumsum(sizes) - sizes
+    order, starts, sizes = _rows_of_clusters(clusters)
     for _ in range(RESAMPLES):
         drawn = generator.integers(0, len(sizes), len(sizes))
         # All rows of the drawn clusters without a loop: each cluster's start, repeated, plus 0, 1, ... within the cluster.
@@ -259,6 +255,15 @@ def _draws(clusters: Sequence[str]) -> Iterable[np.ndarray]:
         ends = np.cumsum(lengths)
         within = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         yield order[np.repeat(starts[drawn], lengths) + within]
+
+
+def _rows_of_clusters(clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row indices in the order of the clusters; where each cluster starts there; and how many rows it has."""
+    import numpy as np
+
+    _, cluster_of_row = np.unique(np.asarray(clusters), return_inverse=True)
+    sizes = np.bincount(cluster_of_row)
+    return np.argsort(cluster_of_row, kind="stable"), np.cumsum(sizes) - sizes, sizes
 
 
 def _interval(
@@ -301,8 +306,8 @@ def _defined_clusters(metric: Metric, columns: Columns, clusters: Sequence[str])
     """Number of clusters that say something about the metric: in a ratio, those whose denominator is not 0."""
     import numpy as np
 
-    names = np.asarray(clusters)
-    alone = (metric.statistic(_take(columns, np.flatnonzero(names == name))) for name in np.unique(names))
+    order, starts, _ = _rows_of_clusters(clusters)
+    alone = (metric.statistic(_take(columns, rows)) for rows in np.split(order, starts[1:]))
     return max(sum(value == value for value in alone), 1)
 
 
