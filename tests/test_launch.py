@@ -53,6 +53,28 @@ def test_what_cannot_be_run_is_named_like_a_shell_does(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("true llava/train/train_mem.py \\\n    --lora_enable True\n", True),
+        ('exit 0 "$@"\n', False),
+        ("echo ${@:2}\n", False),
+        ("echo $1\n", False),
+        ("source settings.sh || true\n", False),
+    ],
+    ids=["LLaVA's own", "all", "some", "one", "handed on"],
+)
+def test_flags_behind_a_script_that_takes_none_are_not_lost_in_silence(text, lost, tmp_path):
+    """Bash drops them: the run would train whatever the script says."""
+    script = tmp_path / "finetune_task_lora.sh"
+    script.write_text(f"#!/bin/bash\n{text}")
+    script.chmod(0o755)
+    for start in (["bash"], ["bash", "-e"], []):
+        run = umed_run([*start, str(script), "--umed_stage", "rewarding"])
+        assert (run.returncode == 2 and 'it holds no "$@"), so --umed_stage would be lost' in run.stderr) == lost
+        assert 'it holds no "$@"' not in umed_run([*start, str(script), "--max_steps", "1"]).stderr
+
+
 def test_the_exit_status_is_the_commands():
     assert umed_run(["sh", "-c", "exit 7"]).returncode == 7
     assert umed_run(["--", "sh", "-c", "exit 8"]).returncode == 8

@@ -1,8 +1,9 @@
 """``umed-run COMMAND...``: run an existing training command with the patches in every Python process that it starts.
 
-How to run: ``umed-run bash finetune.sh``, ``umed-run torchrun --nproc_per_node 2 ...``, ``umed-run deepspeed ...``, or
-``python -m umed_plugin.launch COMMAND...`` from a checkout. The command keeps its arguments. Our settings are flags of the
-command (``--umed_stage ...``), because launchers pass PYTHONPATH on to other nodes, but not the rest of the environment.
+How to run: ``umed-run bash finetune.sh`` with our flags in the script, ``umed-run torchrun --nproc_per_node 2 ...``,
+``umed-run deepspeed ...``, or ``python -m umed_plugin.launch COMMAND...`` from a checkout. The command keeps its arguments. Our
+settings are flags of the command (``--umed_stage ...``), because launchers pass PYTHONPATH on to other nodes, but not the rest
+of the environment.
 
 The command replaces this process, so signals, terminal and exit status are its own. Like a shell, umed-run exits with 127 if
 there is no such command and 126 if it cannot be run; without a command it exits with 2.
@@ -11,6 +12,7 @@ there is no such command and 126 if it cannot be run; without a command it exits
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,12 +27,17 @@ USAGE = """usage: umed-run COMMAND [ARGUMENT...]
 Run a LLaVA training command with umed-plugin in every Python process that it starts.
 
 example:
-  umed-run bash finetune.sh --umed_stage instruction_tuning --umed_recipe my_recipe.yaml --version umed_mistral
+  umed-run bash finetune.sh
   umed-run torchrun --nproc_per_node 2 llava/train/train_mem.py ... --umed_stage rewarding
 
-The --umed_* flags are part of the training command; `python -m llava.train.train_mem --help` under umed-run lists them.
+The --umed_* flags are part of the training command, in the script that holds it. `python -m llava.train.train_mem --help`
+under umed-run lists them.
 Before you train, check with `umed patches` that the plugin fits the installed libraries.
 """
+_SHELLS = ("bash", "sh", "dash", "zsh", "ksh")
+_LONGEST_SCRIPT = 10**6
+# $@, $*, $1, ${@:2}, and what hands them on without naming them.
+_USES_ARGUMENTS = re.compile(r"\$\{?[@*1-9]|\b(source|getopts|shift|BASH_ARGV)\b|^\s*\.\s", re.MULTILINE)
 _COMMON_COMMANDS = ("python", "python3", "bash", "sh", "torchrun", "deepspeed", "accelerate")
 
 
@@ -72,6 +79,9 @@ def _run(command: list[str]) -> NoReturn:
         )
         say(f"umed-run: error: {command[0]}: {reason}.", stderr=True)
         raise SystemExit(126 if exists else 127)
+    if (lost := _lost_in_a_script(command, program)) is not None:
+        say(f"umed-run: error: {lost}", stderr=True)
+        raise SystemExit(2)
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -79,6 +89,28 @@ def _run(command: list[str]) -> NoReturn:
     except OSError as error:
         say(f"umed-run: error: {program}: {error.strerror}. Run it through its interpreter.", stderr=True)
         raise SystemExit(126) from error
+
+
+def _lost_in_a_script(command: Sequence[str], program: str) -> str | None:
+    """Why our flags would be lost: they follow a shell script that uses none of its arguments, as LLaVA's own do."""
+    words = list(command)
+    if os.path.basename(program) in _SHELLS:
+        while len(words) > 1 and words[1].startswith("-"):
+            del words[1]
+        script, given = Path(words[1] if len(words) > 1 else ""), words[2:]
+    else:
+        script, given = Path(program), words[1:]
+    ours = next((word for word in given if word.startswith("--umed_")), None)
+    if ours is None or not script.is_file():
+        return None
+    text = script.read_bytes()[:_LONGEST_SCRIPT].decode(errors="replace")
+    is_shell = os.path.basename(program) in _SHELLS or re.match(r"#!.*sh\b", text)
+    if not is_shell or _USES_ARGUMENTS.search(text):
+        return None
+    return (
+        f'{script} passes no arguments on (it holds no "$@"), so {ours} would be lost. Write the --umed_* flags into its '
+        'training command, or add "$@" at the end of that command.'
+    )
 
 
 if __name__ == "__main__":

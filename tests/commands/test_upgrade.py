@@ -21,6 +21,7 @@ from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import Provenance
 from umed_plugin.commands.upgrade.run import MARK, Upgrade, end_left_running
 from umed_plugin.commands.upgrade.settings import Settings, as_yaml, read_settings, write_settings
+from umed_plugin.commands.upgrade.training import what_is_trained
 from umed_plugin.errors import UmedError, UsageError
 
 
@@ -151,6 +152,16 @@ def test_the_short_form_of_a_stage_keeps_its_other_settings(tiny_mistral, tmp_pa
     file.write_text(f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\nrewarding: {{candidates: 16, steps: 300}}\n")
     settings = read_settings(file, {"rewarding": run})
     assert (settings.rewarding.run, settings.rewarding.candidates, settings.rewarding.steps) == (run, 16, 300)
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_number(tiny_mistral, tmp_path):
+    """As the page has it: without a point, YAML 1.1 knows no exponent."""
+    file = tmp_path / "my.yaml"
+    flags = "{umed_tower_lr: 2e-6, run_name: e6, umed_reward_weights: '4,2,1'}"
+    file.write_text(f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\ninstruction_tuning: {{flags: {flags}}}\n")
+    read = read_settings(file, {})
+    assert read.instruction_tuning.flags == {"umed_tower_lr": 2e-6, "run_name": "e6", "umed_reward_weights": "4,2,1"}
+    assert "the vision tower is trained at 2e-06" in what_is_trained(read, read.instruction_tuning)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 20261129101112])

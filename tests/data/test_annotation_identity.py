@@ -31,6 +31,7 @@ from support.drawn import write_dicom, write_nifti, write_recipe
 
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.build import build_records
+from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
 
@@ -124,6 +125,8 @@ def test_two_records_of_one_id_are_refused(tmp_path: Path) -> None:
         UmedError, match=r"1 records have the id of another one. The first: 'drawn/a.png', of .*/a.png and"
     ):
         build_records(recipe, out_dir=tmp_path / "out", workers=1)
+    (said,) = check_recipe(recipe).faults
+    assert "drawn/a.png: is the id of 2 records" in said
 
 
 def one_coco_id_for_two_files(folder: Path) -> str:

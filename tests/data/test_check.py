@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from umed_plugin.data.build import build_records
 from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.checking.report import print_check
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.errors import UmedError
 
 pytestmark = pytest.mark.one_stack
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, patient: patient, split: split}"
@@ -181,6 +183,18 @@ def test_pictures_in_two_splits_and_in_an_evaluation_set(tmp_path: Path) -> None
     assert "1 pictures are in an evaluation set too" in text
     records = build_records(recipe, out_dir=tmp_path / "out", against=[tmp_path / "evaluated"])
     assert [Path(record["image"]).name for record in records] == ["1.png", "3.png", "4.png", "5.png"]
+
+
+def test_a_recipe_that_names_no_image_does_not_fit(tmp_path: Path) -> None:
+    """As `build`, whose advice is a command that works."""
+    (tmp_path / "a.json").write_text(
+        json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "nod"}]})
+    )
+    recipe = load_recipe(write_recipe(tmp_path, "{reader: coco, files: a.json}"))
+    check = check_recipe(recipe)
+    assert not check.ok and check.faults == [f"annotations: name no image under {tmp_path}"]
+    with pytest.raises(UmedError, match=f"Look with: umed recipe check {tmp_path / 'recipe.yaml'} --data-root"):
+        build_records(recipe, out_dir=tmp_path / "out")
 
 
 @pytest.mark.llava

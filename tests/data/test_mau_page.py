@@ -26,8 +26,14 @@ def page() -> str:
 
 
 def commands() -> str:
+    """The page's commands, the last two with the flag that it says to add for SLAKE."""
     block, _changed = re.findall(r"^```bash\n(.*?)^```$", page(), re.MULTILINE | re.DOTALL)
-    return block
+    assert "add `--against slake/imgs` to both commands" in page()
+    changed, times = re.subn(
+        r"^(umed recipe (?:check|build) mau .*)$", r"\1 --against slake/imgs", block, flags=re.MULTILINE
+    )
+    assert times == 2
+    return changed
 
 
 def pack(folder: Path, archive: Path, inside: str, names: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from support.drawn import write_recipe
 
 from umed_plugin.cli import main
 from umed_plugin.data.build import build_records
+from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.items import ItemsCheck
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import Record, load_records
@@ -161,6 +162,8 @@ def test_too_few_normal_images_are_a_fault_for_each_modality(studies: Path, towe
     assert "modality 'CT': 4 images have a label and no box, and the train split has 3 without a lesion" in told
     assert "X-ray" not in told
     assert not (tmp_path / "out" / FOLDER).exists(), "nothing is trained before"
+    (checked,) = check_recipe(load_recipe(studies / "recipe.yaml")).faults
+    assert checked in told, "`umed recipe check` says it too, without a tower"
     rule = "pseudo_boxes: {normal: '^images/X', steps: 1}\n"
     assert "modality 'CT': 4 images" in fault(studies, tower, tmp_path / "out", rule)
 
@@ -174,6 +177,8 @@ def test_normal_images_of_one_patient_are_a_fault(studies: Path, tower: Path, tm
     (studies / "labels.csv").write_text("\n".join(rows) + "\n")
     told = fault(studies, tower, tmp_path / "out")
     assert "all 5 normal images are of one patient ('P1')" in told
+    checked = check_recipe(load_recipe(studies / "recipe.yaml")).faults
+    assert checked and all(said in told for said in checked)
 
 
 @pytest.mark.one_stack

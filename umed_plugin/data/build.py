@@ -134,7 +134,7 @@ def build_records(
     if not records:
         raise UmedError(
             f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
-            f"Look with: umed recipe check {shlex.quote(recipe.name)} --data-root {shlex.quote(str(annotations.root))}"
+            f"Look with: umed recipe check {shlex.quote(recipe.path)} --data-root {shlex.quote(str(annotations.root))}"
         )
     return records if recipe.probes is None else records + _probes(recipe.probes, records, seed, recipe.name)
 

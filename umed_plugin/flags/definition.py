@@ -6,7 +6,7 @@ allowed values (`umed_plugin.flags.rules`). `umed_plugin.flags.checks` checks th
 The paper (arXiv 2501.01377) publishes no hyper-parameters, so every default here is our own choice and not the paper's.
 Where a default comes from other work, its help text names that work.
 
-How to run: ``umed-run bash finetune.sh --umed_stage instruction_tuning --umed_recipe NAME`` (see `umed_plugin.launch`).
+How to run: ``umed-run python -m llava.train.train_mem --umed_stage instruction_tuning --umed_recipe NAME ...``.
 Without ``--umed_stage``, stock LLaVA behaviour applies, and any other ``--umed_*`` flag is refused.
 
 Departures from the paper: the default algorithm is GRPO (the paper uses PPO), and the reward terms have weights.

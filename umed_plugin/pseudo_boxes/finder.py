@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
-from umed_plugin.data.annotations.splits import picked_by_hash
-from umed_plugin.data.recipes.pseudo_boxes import FEWEST_NORMALS, NEGATIVES
+from umed_plugin.data.normal_images import Group, by_patients_in_turn, enough_normals, normal_images
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.errors import warn
 from umed_plugin.files import parse_json
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 FOLDER = ".umed_pseudo_boxes"
 _BATCH = 16
-_Group = tuple[str, str]  # recipe and modality, which have one map
 
 
 class PseudoBoxes:
@@ -63,19 +60,7 @@ class PseudoBoxes:
 
     def normals(self, normals: Sequence[Annotated]) -> list[Annotated]:
         """The normal images of every recipe and modality: ``shots`` of the train split, from as many patients as possible."""
-        groups: dict[_Group, list[Annotated]] = defaultdict(list)
-        for item in normals:
-            rule = item.recipe.pseudo_boxes
-            if rule is None or item.split != "train":
-                continue
-            name = (
-                item.image.relative_to(item.root).as_posix()
-                if item.image.is_relative_to(item.root)
-                else str(item.image)
-            )
-            if rule.normal == NEGATIVES or re.search(rule.normal, name):
-                groups[item.recipe.name, item.modality].append(item)
-        return [item for group in groups.values() for item in _by_patients_in_turn(group)]
+        return normal_images(normals)
 
     def __call__(
         self,
@@ -85,8 +70,8 @@ class PseudoBoxes:
         image_aspect_ratio: str,
     ) -> None:
         """Give boxes to the images that have labels; see `umed_plugin.data.prepared.FindsBoxes`."""
-        wanted: dict[_Group, list[Prepared]] = defaultdict(list)
-        shots: dict[_Group, list[Prepared]] = defaultdict(list)
+        wanted: dict[Group, list[Prepared]] = defaultdict(list)
+        shots: dict[Group, list[Prepared]] = defaultdict(list)
         chosen = {id(item) for item in self.normals(annotations.normals)}
         for image in [*images, *normals]:
             group = (image.item.recipe.name, image.item.modality)
@@ -97,7 +82,10 @@ class PseudoBoxes:
                 annotations.left_out["several labels, and one pseudo-box cannot say which it is of"] += 1
             elif image.labels:
                 wanted[image.item.recipe.name, image.item.modality].append(image)
-        enough = [_enough(group, shots[group], len(wanted[group]), annotations) for group in wanted]
+        enough = [
+            enough_normals(group, [image.item for image in shots[group]], len(wanted[group]), annotations.faults)
+            for group in wanted
+        ]
         if all(enough):
             for group, labelled in wanted.items():
                 self._find(labelled, _in_turn(shots[group]), annotations, image_aspect_ratio)
@@ -197,44 +185,9 @@ def _of(images: Sequence[Prepared]) -> str:
     return f" of modality {modality}" if modality else ""
 
 
-def _enough(group: _Group, shots: Sequence[Prepared], labelled: int, annotations: AnnotationSet) -> bool:
-    """Whether there are enough normal images of a modality, of more than one patient; a fault is added if not."""
-    name, modality = group
-    what = f"modality {modality!r}" if modality else "the images (the recipe names no modality)"
-    if len(shots) < FEWEST_NORMALS:
-        annotations.faults.add(
-            f"{name}: pseudo_boxes.normal",
-            f"{what}: {labelled} images have a label and no box, and the train split has {len(shots)} without a lesion. Needed: "
-            f"{FEWEST_NORMALS} at least, of which the map learns what is normal. Add some (negatives, annotations.no_finding), "
-            "or leave these images out",
-        )
-        return False
-    patients = {image.item.patient for image in shots}
-    if len(patients) < 2:
-        annotations.faults.add(
-            f"{name}: pseudo_boxes.normal",
-            f"{what}: all {len(shots)} normal images are of one patient ({shots[0].item.patient!r}), and the map would learn "
-            "that everybody else is abnormal. Needed: two patients at least. Is split.patient_pattern right?",
-        )
-        return False
-    return True
-
-
-def _by_patients_in_turn(items: list[Annotated]) -> list[Annotated]:
-    """The first ``shots`` of the items, chosen by a hash: one of each patient, then a second of each, and so on."""
-    rule = items[0].recipe.pseudo_boxes
-    assert rule is not None
-    turn: dict[str, int] = defaultdict(int)
-    turns: list[tuple[int, Annotated]] = []
-    for item in picked_by_hash(items, len(items), rule.seed):
-        turns.append((turn[item.patient], item))
-        turn[item.patient] += 1
-    return [item for _, item in sorted(turns, key=lambda pair: pair[0])][: rule.shots]
-
-
 def _in_turn(shots: list[Prepared]) -> list[Prepared]:
     """The normal images in the order in which they were chosen, whatever the order of the build."""
-    place = {id(item): n for n, item in enumerate(_by_patients_in_turn([image.item for image in shots]))}
+    place = {id(item): n for n, item in enumerate(by_patients_in_turn([image.item for image in shots]))}
     return sorted(shots, key=lambda image: place[id(image.item)])
 
 

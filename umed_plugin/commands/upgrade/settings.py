@@ -11,6 +11,7 @@ How to run: ``umed upgrade --config DIR/run.yaml``, with ``--set KEY=VALUE`` for
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
@@ -30,6 +31,7 @@ from umed_plugin.flags.rules import STAGES
 
 RUN_FILE = "run.yaml"
 FlagValue = Union[bool, int, float, str]
+_WITH_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 _PATHS = ("checkpoint", "base", "data_root", "deepspeed")
 # Chosen by the first start, by method. Stage 1: as in LLaVA's scripts. Stage 2: LLaVA-RLHF's PPO for LoRA, for full fine-tuning
 # a twentieth of stage 1's.
@@ -38,6 +40,16 @@ _LEARNING_RATES = {"instruction_tuning": {"lora": 2e-4, "full": 2e-5}, "rewardin
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
     return Field(default, description=description, **limits)
+
+
+def _numbers_in_text(flags: Any) -> Any:
+    """Flags with the numbers that YAML reads as text, such as 2e-6: without a point it knows no exponent."""
+    if not isinstance(flags, dict):
+        return flags
+    return {
+        name: float(value) if isinstance(value, str) and _WITH_EXPONENT.fullmatch(value) else value
+        for name, value in flags.items()
+    }
 
 
 class Lora(StrictModel):
@@ -62,7 +74,7 @@ class Stage(StrictModel):
     accumulation: int = _key(1, "Gradient accumulation: batches per process and optimizer step.", ge=1)
     warmup_ratio: float = _key(0.03, "Share of the steps in which the learning rate warms up.", ge=0, le=1)
     save_steps: int = _key(50, "Save a checkpoint to resume from every this many steps.", ge=1)
-    flags: dict[str, FlagValue] = _key(
+    flags: Annotated[dict[str, FlagValue], BeforeValidator(_numbers_in_text)] = _key(
         {}, "Further flags of LLaVA's script or the plugin, without dashes: {report_to: tensorboard}."
     )
 

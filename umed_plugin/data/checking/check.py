@@ -20,9 +20,11 @@ from umed_plugin.data.checking.augmented_sheet import AugmentedSheets
 from umed_plugin.data.checking.contact_sheet import ContactSheets
 from umed_plugin.data.checking.gallery import BoxPlaces, CheckedImages
 from umed_plugin.data.leaks import Leak, Pictures, evaluation_pictures
+from umed_plugin.data.normal_images import Group, enough_normals, normal_images
 from umed_plugin.data.preparation import LEAST_VISIBLE, prepare
 from umed_plugin.data.prepared import Prepared
 from umed_plugin.data.recipes.recipe import AnyRecipe, slice_axes
+from umed_plugin.data.record_writer import record_id
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import best_iou_for_decimals
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -75,6 +77,8 @@ class RecipeCheck:
 
     Attributes:
         images, negatives, labelled: split -> number of images, of images without a lesion, and of images with a label and no box.
+        in_need_of_boxes: recipe and modality -> number of images with one label and no box.
+        records: id of a record -> number of images that give it.
         patients: split -> patients, with their source. ``shared_patients`` are in more than one split.
         sources: data set -> its counts.
         classes: plain name -> its lesions.
@@ -96,6 +100,8 @@ class RecipeCheck:
     images: Counter[str] = field(default_factory=Counter)
     negatives: Counter[str] = field(default_factory=Counter)
     labelled: Counter[str] = field(default_factory=Counter)
+    in_need_of_boxes: Counter[Group] = field(default_factory=Counter)
+    records: Counter[str] = field(default_factory=Counter)
     patients: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     sources: dict[str, SourceCheck] = field(default_factory=lambda: defaultdict(SourceCheck))
     classes: dict[str, ClassCheck] = field(default_factory=dict)
@@ -161,6 +167,8 @@ def check_recipe(
         _count(prepared, check)
     for item in check.annotations.missing:
         check.sources[item.recipe.name].missing += 1
+    if check.ok:
+        _add_faults_of_a_build(check)
     for held_out, others in (("val", ["train"]), ("test", ["train", "val"])):
         for other in others:
             check.split_leaks += check.pictures[held_out].also_in(check.pictures[other])
@@ -177,6 +185,9 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
     negative = not prepared.boxes and not prepared.labels and not item.report
     check.negatives[split] += negative
     check.labelled[split] += bool(prepared.labels)
+    if len(prepared.labels) == 1:
+        check.in_need_of_boxes[item.recipe.name, item.modality] += 1
+    check.records[record_id(item)] += 1
     check.patients[split].add(patient)
     source = check.sources[item.recipe.name]
     source.images += 1
@@ -209,6 +220,23 @@ def _count(prepared: Prepared, check: RecipeCheck) -> None:
             for decimals, values in counts.best_iou.items():
                 values.append(best_iou_for_decimals(in_square, decimals))
             counts.places.add(in_square)
+
+
+def _add_faults_of_a_build(check: RecipeCheck) -> None:
+    """Add the faults that a build would find at its end, or would first train an anomaly map to find."""
+    faults = check.annotations.faults
+    if not check.images:
+        faults.add("annotations", f"name no image under {check.annotations.root}")
+    shots: dict[Group, list[Annotated]] = defaultdict(list)
+    for item in normal_images(check.annotations.normals):
+        shots[item.recipe.name, item.modality].append(item)
+    for group, labelled in check.in_need_of_boxes.items():
+        enough_normals(group, shots[group], labelled, faults)
+    for name, count in check.records.items():
+        if count > 1:
+            faults.add(
+                name, f"is the id of {count} records. Name each image once in the annotations, by its plain path"
+            )
 
 
 def share_at_ends(pixels: np.ndarray) -> float:

@@ -88,9 +88,9 @@ class SplitRule(StrictModel):
     """Which images go to train, val and test."""
 
     by: Literal["file", "column", "patient"] = Field(
-        description="``file``: ``annotations.files`` or ``split_lists`` decide. ``column``: the split column of the CSV. "
-        "``patient``: a hash of ``seed`` and the patient's name, so a patient is never in two splits and keeps the split when "
-        "more images are downloaded."
+        description="``file``: ``annotations.files`` or ``split_lists`` decide. ``column``: the split column of the table or "
+        "JSON. ``patient``: a hash of ``seed`` and the patient's name, so a patient is never in two splits and keeps the split "
+        "when more images are downloaded."
     )
     seed: int = Field(0, description="Seed of the hash for ``by: patient``.")
     fractions: Fractions = Field(

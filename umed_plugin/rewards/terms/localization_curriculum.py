@@ -2,7 +2,7 @@
 
 The idea is MedLoc-R1's (arXiv 2603.28120): 1 if the IoU reaches the threshold, else 0. IoU itself pays nearly as much for a box
 that is roughly right as for an exact one, so its advantages fade while boxes could still improve. A fixed high threshold pays
-nothing at the start. Here the threshold rises when nearly all answers of the last questions reach it.
+nothing at the start. Here the threshold rises when most answers to the last questions reach it.
 
 Departures from MedLoc-R1, of which only the paper and a port could be read:
 
