@@ -118,16 +118,17 @@ def draw(study: Study, rows: Rows, seeds: Sequence[int], file: Path) -> bool:
         for variant, about in study.variants.items()
         if about.arms is None or arm in about.arms
     ]
-    if not any(points(study, rows, seeds, *line, "mean_iou") for line in lines):
+    lines = [line for line in lines if points(study, rows, seeds, *line, "mean_iou")]
+    if not lines:
         return False
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("mean IoU", "accuracy")):
         for number, (variant, arm) in enumerate(lines):
             found = points(study, rows, seeds, variant, arm, SHOWN[metric])
             # Lines at the same size would hide one another's intervals.
-            at = [point["size"] * (1 + 0.03 * (number - len(lines) / 2)) for point in found]
+            at = [point["size"] * (1 + 0.03 * (number - (len(lines) - 1) / 2)) for point in found]
             gains = [point["gain"] for point in found]
             ends = [point["ci95"] or [point["gain"]] * 2 for point in found]
             below, above = ([abs(gain - end[side]) for gain, end in zip(gains, ends)] for side in (0, 1))
@@ -139,6 +140,7 @@ def draw(study: Study, rows: Rows, seeds: Sequence[int], file: Path) -> bool:
         axes.minorticks_off()
         axes.set_xlabel("labelled studies")
         axes.set_ylabel(f"{metric}: gain over {study.against}")
-    axes.legend(fontsize=7)
+    # Below the axes, where it hides no interval.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=150)
     return True
