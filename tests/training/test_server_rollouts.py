@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,23 @@ def adapters(server: StandIn, done: str) -> list[str]:
     return [line.split()[1] for line in server.log if line.startswith(f"/v1/{done}_lora_adapter")]
 
 
+@contextmanager
+def dying_server(complete, rollout: int):
+    """A stand-in that dies when it is asked for this rollout, counted from 1."""
+    asked = []
+
+    def answer(body, folder):
+        asked.append(folder)
+        if len(asked) == rollout:
+            server.socket.close()
+            threading.Thread(target=server.shutdown).start()
+            raise ConnectionAbortedError
+        return complete(body, folder)
+
+    with stand_in(answer) as server:
+        yield server
+
+
 def test_a_run_sends_each_version_of_the_adapter_and_tidies_up(tiny_mistral, records, complete, tmp_path):
     with stand_in(complete) as server:
         done = run(tiny_mistral, records, tmp_path / "out", server)
@@ -64,18 +82,8 @@ def test_a_run_sends_each_version_of_the_adapter_and_tidies_up(tiny_mistral, rec
 
 
 def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(tiny_mistral, records, complete, tmp_path):
-    asked = []
-
-    def dies_in_the_third_rollout(body, folder):
-        asked.append(folder)
-        if len(asked) == 3:
-            server.socket.close()
-            threading.Thread(target=server.shutdown).start()
-            raise ConnectionAbortedError
-        return complete(body, folder)
-
     flags = ["--umed_rollout_retries", "1"]
-    with stand_in(dies_in_the_third_rollout) as server:
+    with dying_server(complete, rollout=3) as server:
         died = run(tiny_mistral, records, tmp_path / "out", server, *flags)
     assert died.returncode == 1
     (said,) = re.findall(r"umed: error: (.*)", died.stderr)
@@ -93,18 +101,8 @@ def test_a_server_that_dies_leaves_a_checkpoint_to_go_on_from(tiny_mistral, reco
 
 def test_a_server_that_dies_between_two_rollouts_leaves_none_of_them(tiny_mistral, records, complete, tmp_path):
     """The checkpoint lies behind the last update of a rollout, although the batch that failed was counted."""
-    asked = []
-
-    def dies_in_the_second_rollout(body, folder):
-        asked.append(folder)
-        if len(asked) == 2:
-            server.socket.close()
-            threading.Thread(target=server.shutdown).start()
-            raise ConnectionAbortedError
-        return complete(body, folder)
-
     flags = ["--umed_rollout_retries", "1", "--umed_updates_per_rollout", "2"]
-    with stand_in(dies_in_the_second_rollout) as server:
+    with dying_server(complete, rollout=2) as server:
         died = run(tiny_mistral, records, tmp_path / "out", server, *flags)
     assert died.returncode == 1 and "training stopped after step 2" in died.stderr
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").is_file()
