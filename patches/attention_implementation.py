@@ -84,7 +84,19 @@ def _no_flash(options: Any) -> str | None:
 
     if options.use_cpu or getattr(options, "no_cuda", False):
         return "--use_cpu was given"
-    return None if utils.is_flash_attn_2_available() else "flash-attn 2 or CUDA is missing"
+    if not utils.is_flash_attn_2_available():
+        return "flash-attn 2 or CUDA is missing"
+    if not (options.bf16 or options.fp16 or getattr(options, "bits", 16) < 16):
+        return "it computes in 16 bits alone, and neither --bf16 nor --fp16 is given"
+    return None if _has_ampere() else "it needs a GPU of Ampere or later"
+
+
+def _has_ampere() -> bool:
+    """Whether all visible GPUs are of Ampere or later; ROCm's flash-attn knows its own."""
+    import torch
+
+    gpus = range(torch.cuda.device_count())
+    return torch.version.hip is not None or all(torch.cuda.get_device_properties(index).major >= 8 for index in gpus)
 
 
 def _has_sdpa() -> bool:

@@ -97,8 +97,18 @@ def _kernel(attention: Any, q: Any) -> Any:
         name = "sdpa"
     half = None
     if name == "flash" and q.dtype == torch.float32:
-        half = _autocast_dtype(q.device.type) or attention.q_proj.weight.dtype
+        half = _autocast_dtype(q.device.type) or _half_of(attention)
     return Kernel(name, getattr(attention.config, "sliding_window", None), half)
+
+
+def _half_of(attention: Any) -> Any:
+    """The 16-bit dtype that a layer computes in: of its weights; over 4-bit ones, and before DeepSpeed casts, of the model."""
+    import torch
+
+    weights = attention.q_proj.weight.dtype
+    before = getattr(attention.config, "_pre_quantization_dtype", None)
+    known = [weights, before, getattr(attention.config, "dtype", None), getattr(attention.config, "torch_dtype", None)]
+    return next((dtype for dtype in known if dtype in (torch.float16, torch.bfloat16)), weights)
 
 
 def _autocast_dtype(device: str) -> Any:

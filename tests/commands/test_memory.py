@@ -124,7 +124,7 @@ def test_the_default_plan_is_what_an_upgrade_starts(tiny_mistral: Path, tmp_path
     settings = read_settings(None, {"checkpoint": str(tiny_mistral), "recipe": str(records)})
     upgrade = Upgrade(tmp_path / "run", settings, Console(quiet=True), machine=Machine(1, 80 * GB))
     for name, work in DEFAULT_PLAN.items():
-        assert {**vars(work_of(name, upgrade.settings)), "fused": True} == vars(work)
+        assert {**vars(work_of(name, upgrade.settings, upgrade.machine)), "fused": True} == vars(work)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
@@ -220,7 +220,7 @@ def test_the_pass_of_an_image_encoder_peaks_in_a_global_layer() -> None:
             if event.name() == "[memory]":
                 now += event.nbytes()
                 peak = max(peak, now)
-        fused = has_fused_attention()
+        fused = has_fused_attention(Machine())
         assert memory_extras.encoder_pass(encoder, 1, half=half, fused=fused) == pytest.approx(peak, rel=0.15)
 
 
@@ -237,7 +237,7 @@ def test_a_plan_counts_what_further_losses_add(tiny_mistral: Path, tmp_path: Pat
     taught = stage_memory(LLAVA_MED, replace(work, extras=Extras(keeps=True, teacher=LLAVA_MED.weights)))
     assert taught["teacher"] == 2 * LLAVA_MED.weights and "copy of the start" not in taught
     trained = stage_memory(LLAVA_MED, replace(work, extras=Extras(tower=True)))
-    assert trained["gradients and Adam"] - plain["gradients and Adam"] == 12 * tower.trained
+    assert trained["gradients and Adam"] - plain["gradients and Adam"] == 16 * tower.trained, "DDP's copy too"
     assert trained["weights"] - plain["weights"] == 4 * tower.trained, (
         "float32 and a copy in half precision, not half alone"
     )
@@ -252,7 +252,7 @@ def test_a_plan_counts_what_further_losses_add(tiny_mistral: Path, tmp_path: Pat
     flags = {"umed_keep": "clinkd", "umed_teacher": str(tiny_mistral), "umed_tower_lr": 1e-6, "umed_logit_rows": 0}
     flags["umed_tower_teacher"] = str(write_sam_file(tmp_path / "sam.pth", "image_encoder."))
     changes = {"checkpoint": str(tmp_path), "recipe": str(tmp_path / "r.json"), "instruction_tuning.flags": flags}
-    first, second = (work_of(name, read_settings(None, changes)) for name in DEFAULT_PLAN)
+    first, second = (work_of(name, read_settings(None, changes), Machine()) for name in DEFAULT_PLAN)
     assert first.logit_rows == 0 and first.extras.keeps and first.extras.tower and first.extras.teacher > 0
     assert first.extras.encoder is not None
     assert first.extras.encoder.weights == sum(p.numel() for p in sam_encoder().parameters())
@@ -260,7 +260,7 @@ def test_a_plan_counts_what_further_losses_add(tiny_mistral: Path, tmp_path: Pat
 
 
 def test_a_plan_that_does_not_fit_says_what_to_change_until_it_does() -> None:
-    large, small = 80 * GB, 24 * GB
+    large, small = 80 * GB, 28 * GB
     for work in DEFAULT_PLAN.values():
         assert fits(stage_memory(LLAVA_MED, work), large)
         assert not fits(stage_memory(LLAVA_MED, work), small)
@@ -275,14 +275,44 @@ def test_a_plan_that_does_not_fit_says_what_to_change_until_it_does() -> None:
     config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     config |= {"intermediate_size": 14336, "vocab_size": 32000, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
     said = "\n".join(memory_lines(config, DEFAULT_PLAN, Machine(1, small)))
-    assert "576 image tokens" in said and said.count("does NOT fit the GPU's 25.8 GB. Set batch_size: ") == 2
+    assert "576 image tokens" in said and said.count("does NOT fit the GPU's 30.1 GB. Set batch_size: ") == 2
     assert said.count(" Or set bits: 4 alone: about ") == 2
     assert (
         memory_lines(config, DEFAULT_PLAN, Machine(1, 6 * GB))[2]
         .strip()
         .startswith("does NOT fit the GPU's 6.4 GB, whatever")
     )
-    assert len(memory_lines(config, DEFAULT_PLAN, Machine())) == 3, "without a GPU there is nothing to compare with"
+    assert len(memory_lines(config, DEFAULT_PLAN, Machine())) == 4, "without a GPU there is nothing to compare with"
+
+
+def test_all_questions_of_a_step_are_sampled_at_once() -> None:
+    """A model without grouped heads keeps four times the keys; half the batch keeps the step, and what is sampled."""
+    llama = ModelSize(hidden=4096, layers=32, heads=32, keys=4096, ffn=11008, vocabulary=32000)
+    work = replace(DEFAULT_PLAN["rewarding"], bits=4, rows=2)
+    parts = stage_memory(llama, work)
+    assert parts["KV cache of sampling"] == 2 * 32 * 4096 * 2 * 8 * (576 + 192 + 8 * 128)
+    changes = remedies(llama, work, 16 * GB)
+    assert changes[0][0] == "flags.umed_sampling_batch_size: 4"
+    assert fits(stage_memory(llama, changes[-1][1]), 16 * GB)
+    over_float32 = stage_memory(llama, replace(work, half=False, bits=16))
+    assert over_float32["weights with the adapter"] == 4 * llama.language
+
+
+def test_gradients_are_there_twice_under_ddp() -> None:
+    work = DEFAULT_PLAN["instruction_tuning"]
+    alone, with_ddp = (stage_memory(LLAVA_MED, replace(work, ddp=ddp)) for ddp in (False, True))
+    trained = LLAVA_MED.projector + LLAVA_MED.adapter(128)
+    assert with_ddp["gradients and Adam"] - alone["gradients and Adam"] == 4 * trained
+
+
+def test_the_evaluations_of_a_plan_must_fit_too() -> None:
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
+    config |= {"vocab_size": 32000}  # Llama: no grouped heads
+    lines = {
+        gpu: memory_lines(config, DEFAULT_PLAN, Machine(1, gpu * GB), evaluated_together=16)[-1] for gpu in (12, 22, 80)
+    }
+    assert "a checkpoint answers with weights of 16 bits, also where bits: 4 trains" in lines[12]
+    assert "Set evaluation.batch_size: 8." in lines[22] and "fits the GPU" in lines[80]
 
 
 def test_a_base_of_4_bits_needs_a_quarter_of_the_frozen_weights() -> None:
@@ -298,7 +328,7 @@ def test_a_base_of_4_bits_needs_a_quarter_of_the_frozen_weights() -> None:
 def test_the_setting_bits_is_counted_and_needs_an_adapter(tmp_path: Path) -> None:
     changes = {"checkpoint": str(tmp_path), "recipe": str(tmp_path / "records.json"), "bits": 4}
     settings = read_settings(None, changes)
-    assert [work_of(name, settings).bits for name in DEFAULT_PLAN] == [4, 4]
+    assert [work_of(name, settings, Machine()).bits for name in DEFAULT_PLAN] == [4, 4]
     with pytest.raises(UmedError, match="bits.*4 needs method: lora"):
         read_settings(None, {**changes, "method": "full"})
 

@@ -9,13 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from support.umed_runs import environment, train_flags
 
 from umed_plugin import cli
+from umed_plugin.commands.machine import this_machine
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import Provenance
@@ -259,15 +262,32 @@ def test_every_command_is_one_that_its_program_takes(family, method, request, tm
 
 
 @pytest.mark.llava
-def test_several_processes_are_started_by_torchrun_and_with_a_configuration_by_deepspeed(tiny_llama, tmp_path):
+def test_several_processes_are_started_by_torchrun_with_a_configuration_of_deepspeed_too(tiny_llama, tmp_path):
+    """DeepSpeed's launcher ignores CUDA_VISIBLE_DEVICES where it is told a number of GPUs, and has one port for all runs."""
     config = tmp_path / "zero2.json"
     config.write_text("{}")
     two = upgrade_of(tiny_llama, tmp_path / "run", processes=2).steps[2]
     assert "--nproc_per_node 2 -m llava.train.train_mem" in two.line() and "torch" in two.line().split(" --")[0]
     deep = upgrade_of(tiny_llama, tmp_path / "run", processes=2, deepspeed=str(config)).steps[2]
-    assert "deepspeed" in deep.line().split(" --")[0] and "--num_gpus 2 --master_port 29500 " in deep.line()
+    assert "--rdzv_endpoint localhost:0 --nproc_per_node 2 -m llava.train.train_mem" in deep.line()
+    chosen = upgrade_of(tiny_llama, tmp_path / "run", processes=2, deepspeed=str(config), master_port=29511).steps[2]
+    assert "--rdzv_endpoint localhost:29511 " in chosen.line()
     assert f"--deepspeed {config}" in deep.line()
     assert config in deep.inputs.values(), "another configuration is another training"
+
+
+def test_gpus_before_ampere_train_in_fp16(tiny_llama, tmp_path, monkeypatch):
+    """torch 2.13 says that a T4 supports bf16: it counts emulation, which transformers refuses with tf32. Made-up GPUs."""
+    for majors, precision in (((8, 9), "bf16"), ((9, 7), "fp16")):
+        properties = [SimpleNamespace(major=major, total_memory=16 * 2**30) for major in majors]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+        assert this_machine().precision == precision
+    with pytest.raises(
+        UmedError, match="precision: bf16 needs GPUs of Ampere or later, all of them. Use precision: fp16"
+    ):
+        Upgrade(tmp_path / "run", settings_of(tiny_llama, precision="bf16"), Console(quiet=True)).run()
 
 
 def small_step(folder: Path, run: Path, **settings: object) -> Step:

@@ -282,3 +282,23 @@ def test_another_library_that_replaces_the_method_is_seen(loaded, monkeypatch):
     with monkeypatch.context() as replaced:
         replaced.setattr(attention, "forward", lambda self, *args, **keywords: None)
         assert not split_attention.attends_split(model)
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "half"),
+    [
+        (torch.bfloat16, {}, torch.bfloat16),
+        (torch.uint8, {"_pre_quantization_dtype": torch.float16}, torch.float16),
+        (torch.uint8, {"torch_dtype": torch.bfloat16}, torch.bfloat16),
+        (torch.float32, {"dtype": torch.float16}, torch.float16),
+        (torch.float32, {}, torch.float32),
+    ],
+    ids=["16 bits", "4 bits", "4 bits of another release", "before DeepSpeed casts", "float32"],
+)
+def test_float32_queries_are_cast_for_flash_attention_to_16_bits_and_never_to_packed_ones(weights, settings, half):
+    """LLaVA keeps norms in float32 over a base of 4 bits, whose weights are bytes."""
+    config = SimpleNamespace(_attn_implementation="flash_attention_2", **settings)
+    attention = SimpleNamespace(
+        training=False, config=config, q_proj=SimpleNamespace(weight=SimpleNamespace(dtype=weights))
+    )
+    assert patch._kernel(attention, torch.zeros(1)).half == half

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers
 
 from umed_plugin import patching
@@ -82,7 +83,7 @@ def test_flash_attention_falls_back_on_a_cpu_and_says_so(capsys, monkeypatch, fl
 
 
 def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeypatch, capsys):
-    on_gpu, on_cpu = options(monkeypatch, "--use_cpu", "False"), options(monkeypatch, "--use_cpu")
+    on_gpu, on_cpu = options(monkeypatch, "--use_cpu", "False", "--bf16"), options(monkeypatch, "--use_cpu")
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
     assert requested_attention("flash_attention_2", on_gpu) == "flash_attention_2"
     assert requested_attention("eager", on_cpu) == "eager"
@@ -91,6 +92,23 @@ def test_flash_attention_is_kept_where_it_runs_and_other_requests_always(monkeyp
     monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: False)
     assert requested_attention("flash_attention_2", on_gpu) is None
     assert "flash-attn 2 or CUDA is missing" in capsys.readouterr().out
+
+
+def test_flash_attention_that_is_installed_falls_back_where_it_cannot_compute(monkeypatch, capsys):
+    """transformers asks for package and CUDA alone; the kernel would refuse at the first step. The GPUs are made up."""
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)
+    for capability, flags, said in (
+        (7, ["--fp16"], "it needs a GPU of Ampere or later"),
+        (8, [], "it computes in 16 bits alone, and neither --bf16 nor --fp16 is given"),
+        (8, ["--bf16"], None),
+        (8, ["--bits", "4"], None),
+    ):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        properties = [SimpleNamespace(major=9), SimpleNamespace(major=capability)]
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+        chosen = requested_attention("flash_attention_2", options(monkeypatch, "--use_cpu", "False", *flags))
+        assert (chosen is None) == (said is not None)
+        assert said is None or said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -117,7 +135,9 @@ def test_a_short_form_of_the_flag_could_be_the_attention_loss_too(monkeypatch, c
 def refused(chosen, checkpoint, *, use_cpu=True, stage="rewarding"):
     flags = UmedFlags(umed_stage=stage, umed_attention=chosen)
     model_args = SimpleNamespace(model_name_or_path=str(checkpoint))
-    training_args = SimpleNamespace(umed=flags, umed_stage=stage, use_cpu=use_cpu, cache_dir=None)
+    training_args = SimpleNamespace(
+        umed=flags, umed_stage=stage, use_cpu=use_cpu, cache_dir=None, bf16=True, fp16=False, bits=16
+    )
     return attention_implementation.find_faults(TrainingRun(model_args, None, training_args))
 
 

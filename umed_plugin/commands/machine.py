@@ -45,7 +45,19 @@ def this_machine() -> Machine:
         return Machine()
     gpus = torch.cuda.device_count()
     memory = min(torch.cuda.get_device_properties(index).total_memory for index in range(gpus))
-    return Machine(gpus, memory, torch.cuda.is_bf16_supported())
+    return Machine(gpus, memory, compute_bf16())
+
+
+def compute_bf16() -> bool:
+    """Whether all visible GPUs compute in bfloat16.
+
+    torch 2.13's own answer is of one GPU and includes emulation, which transformers refuses to train in.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return torch.cuda.is_bf16_supported()
+    return all(torch.cuda.get_device_properties(index).major >= 8 for index in range(torch.cuda.device_count()))
 
 
 def add_dtype_flag(parser: argparse.ArgumentParser) -> None:

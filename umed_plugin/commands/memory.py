@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from umed_plugin.commands import memory_extras
+from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.memory_extras import Extras, Tower
 
 RESERVE = 1.5e9
@@ -135,6 +136,8 @@ class Work:
         checkpointing: activations are computed again in the backward pass.
         fused: attention by sdpa or flash-attn, else eager.
         rows: records (stage 2: questions) of a batch.
+        sampled: questions whose answers are sampled at a time; 0 in stage 1.
+        ddp: gradients are averaged by DistributedDataParallel, which keeps a second copy of them.
         text: tokens of question and answer; in stage 2 of the question.
         candidates, answer: K answers of so many tokens for each question; 0 in stage 1.
         logit_rows: rows of float32 logits at a time in stage 2, and in the KL of stage 1; 0: all.
@@ -152,6 +155,8 @@ class Work:
     answer: int = 0
     logit_rows: int = 1024
     bits: int = 16
+    sampled: int = 0
+    ddp: bool = False
     extras: Extras = field(default_factory=Extras)
 
 
@@ -175,7 +180,8 @@ def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
     copies = 2 if work.half else 0
     language = size.language * frozen + embeddings if work.rank else size.language * copies
     weights = (size.tower.weights - tower) * width + tower * copies + 4 * trained + language
-    parts = {"weights": weights, "gradients and Adam": trained * float(_BYTES_OF_GRADIENT + _BYTES_OF_ADAM)}
+    gradients = _BYTES_OF_GRADIENT * (2 if work.ddp else 1)
+    parts = {"weights": weights, "gradients and Adam": trained * float(gradients + _BYTES_OF_ADAM)}
     if work.candidates and not work.rank:
         parts["reference policy"] = float(size.language * width)
     parts |= _teachers(size, work, trained)
@@ -183,13 +189,21 @@ def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
     length = prompt + work.candidates * work.answer
     update = {"activations": activations(size, work, length), "logits": _logits(size, work, length)}
     update |= _of_extras(size, work)
-    cache = 2 * size.layers * size.keys * width * work.rows * (prompt + work.candidates * work.answer)
-    others = {"KV cache of sampling": float(cache)} if work.candidates else {}
+    others = {}
+    if work.candidates:
+        others = {"KV cache of sampling": kv_cache(size, width, work.sampled or work.rows, length)}
+        if not work.half and work.rank:  # the adapter is added to a second copy of the float32 weights
+            others["weights with the adapter"] = float(size.language * width)
     if work.extras.encoder is not None:
         need = memory_extras.encoder_pass(work.extras.encoder, work.rows, half=work.half, fused=work.fused)
         others = {"pass of the tower's teacher": need}
     parts |= update if sum(update.values()) >= sum(others.values()) else others
     return {**parts, "reserve": RESERVE}
+
+
+def kv_cache(size: ModelSize, width: int, rows: int, length: int) -> float:
+    """Bytes of the keys and values of rows of ``length`` tokens, in values of ``width`` bytes."""
+    return float(2 * size.layers * size.keys * width * rows * length)
 
 
 def _teachers(size: ModelSize, work: Work, trained: int) -> dict[str, float]:
@@ -241,10 +255,11 @@ def _logits(size: ModelSize, work: Work, length: int) -> float:
     return 3.0 * 4 * rows * size.vocabulary
 
 
-def has_fused_attention() -> bool:
-    """Whether training would use an attention that keeps no matrix of all pairs of tokens."""
+def has_fused_attention(machine: Machine) -> bool:
+    """Whether training there would use an attention that keeps no matrix of all pairs of tokens. flash-attn needs Ampere."""
     # Libraries print about missing GPUs while they are imported.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         from transformers import MistralForCausalLM
 
-    return find_spec("flash_attn") is not None or bool(getattr(MistralForCausalLM, "_supports_sdpa", False))
+    flash = machine.bf16 and find_spec("flash_attn") is not None
+    return flash or bool(getattr(MistralForCausalLM, "_supports_sdpa", False))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.machine import Machine
-from umed_plugin.commands.memory import ModelSize, Work, stage_memory
+from umed_plugin.commands.memory import RESERVE, ModelSize, Work, kv_cache, stage_memory
 from umed_plugin.files import read_object
 from umed_plugin.flags.rules import REWARDING, TUNING
 
@@ -21,18 +21,25 @@ _USABLE = 0.95
 
 # What `umed upgrade` starts by default on a GPU (a test holds it against the settings).
 DEFAULT_PLAN = {
-    TUNING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=8),
-    REWARDING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=4, candidates=8, answer=128),
+    TUNING: Work(rank=128, half=True, checkpointing=True, fused=True, rows=8, ddp=True),
+    REWARDING: Work(
+        rank=128, half=True, checkpointing=True, fused=True, rows=4, candidates=8, answer=128, sampled=8, ddp=True
+    ),
 }
+EVALUATED_TOGETHER = 16  # studies of a batch of `umed evaluate` in that plan
+_ANSWER = 128  # tokens
 
 
-def memory_lines(config: Mapping[str, Any], works: Mapping[str, Work], machine: Machine) -> list[str]:
+def memory_lines(
+    config: Mapping[str, Any], works: Mapping[str, Work], machine: Machine, evaluated_together: int = EVALUATED_TOGETHER
+) -> list[str]:
     """For each stage, the memory that one GPU needs, whether it is there, and what to change where it is not.
 
     Args:
         config: ``config.json`` of the checkpoint.
         works: stage -> what one of its processes holds.
         machine: with the GPU; without one, the lines only name the need.
+        evaluated_together: studies of a batch of the evaluations, which begin and end each stage.
     """
     file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
     size = ModelSize.of(config, read_object(file) if file.is_file() else None)
@@ -41,7 +48,29 @@ def memory_lines(config: Mapping[str, Any], works: Mapping[str, Work], machine: 
     for number, (name, work) in enumerate(works.items(), start=1):
         lines.append(f"stage {number}, {name.replace('_', ' ')}: {summary(stage_memory(size, work))}")
         lines += [f"  {_verdict(size, work, machine.gpu_bytes)}"] if machine.gpus else []
+    lines.append(f"evaluation: {summary(evaluation_memory(size, evaluated_together, text))}")
+    lines += [f"  {_verdict_of_evaluation(size, evaluated_together, text, machine.gpu_bytes)}"] if machine.gpus else []
     return lines
+
+
+def evaluation_memory(size: ModelSize, rows: int, text: int) -> dict[str, float]:
+    """What `umed evaluate` needs on a GPU, where a checkpoint answers in float16, part -> bytes."""
+    cache = kv_cache(size, 2, rows, size.patches + text + _ANSWER)
+    return {"weights": 2.0 * size.weights, "KV cache": cache, "reserve": RESERVE}
+
+
+def _verdict_of_evaluation(size: ModelSize, rows: int, text: int, there: int) -> str:
+    if fits(evaluation_memory(size, rows, text), there):
+        return f"fits the GPU's {there / GIGA:.1f} GB."
+    fewer = rows
+    while fewer > 1:
+        fewer //= 2
+        if fits(evaluation_memory(size, fewer, text), there):
+            return f"does NOT fit the GPU's {there / GIGA:.1f} GB. Set evaluation.batch_size: {fewer}."
+    return (
+        f"does NOT fit the GPU's {there / GIGA:.1f} GB: a checkpoint answers with weights of 16 bits, also where bits: 4 trains. "
+        "Use a larger GPU."
+    )
 
 
 def _verdict(size: ModelSize, work: Work, there: int) -> str:
@@ -83,8 +112,8 @@ def remedies(size: ModelSize, work: Work, gpu_bytes: int) -> list[tuple[str, Wor
         for words, changed in changes:
             current = taken[-1][1] if taken else work
             after = replace(current, **changed)
-            if after == current:
-                continue
+            if sum(stage_memory(size, after).values()) >= sum(stage_memory(size, current).values()):
+                continue  # it would change nothing here, such as a smaller update where sampling needs most
             taken.append((words, after))
             if fits(stage_memory(size, after), gpu_bytes):
                 return taken
@@ -113,7 +142,12 @@ def _changes_over_4_bits(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _smaller_batches(work: Work) -> Iterator[tuple[str, dict[str, Any]]]:
-    rows = work.rows
-    while rows > 1:
-        rows //= 2
-        yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}
+    """Fewer questions sampled at a time, which costs nothing, and fewer rows learnt from at a time, in turn."""
+    rows, sampled = work.rows, work.sampled
+    while rows > 1 or sampled > 1:
+        if sampled > 1:
+            sampled //= 2
+            yield f"flags.umed_sampling_batch_size: {sampled}", {"sampled": sampled}
+        if rows > 1:
+            rows //= 2
+            yield f"batch_size: {rows} (and accumulation x {work.rows // rows})", {"rows": rows}

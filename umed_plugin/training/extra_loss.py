@@ -28,7 +28,7 @@ class ExtraLoss(Protocol):
         """The context of one batch's forward and backward pass. Takes entries out of the batch that LLaVA does not know."""
 
     def before_pass(self, inputs: dict[str, Any]) -> None:
-        """Called with the batch as LLaVA gets it, before its forward pass, under the same autocast."""
+        """Called with the batch as LLaVA gets it, before its forward pass, in the precision of the run."""
 
     def added_to(self, loss: Tensor, answers: AnswerStates | None) -> Tensor:
         """``loss``, a scalar, with this one added, once the forward pass is over."""

@@ -29,6 +29,7 @@ from umed_plugin.training.attending import AttendingLoss
 from umed_plugin.training.extra_loss import ExtraLoss
 from umed_plugin.training.keeping import keeping_loss
 from umed_plugin.training.replay import RECORDS, Replay, ReplayedEpochs, ReplayedLoader
+from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.sampler import sampler_in
 from umed_plugin.training.tower_teaching import tower_teaching_loss
 from umed_plugin.training.trained_tower import give_own_rate
@@ -68,8 +69,10 @@ class TuningTrainer(LLaVATrainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
         """LLaVA's loss plus the further ones."""
-        for extra in self._extra:
-            extra.before_pass(inputs)
+        # On a GPU the Trainer's own autocast is inside the model's forward pass alone.
+        with precision_of(self.args):
+            for extra in self._extra:
+                extra.before_pass(inputs)
         seen = self._replay is not None or any(extra.needs_answers for extra in self._extra)
         with ExitStack() as stack:
             found = stack.enter_context(answer_states(base_llava(self.model))) if seen else []

@@ -102,9 +102,10 @@ def _memory(args: argparse.Namespace) -> list[str]:
     from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines
 
     full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
-    fused = has_fused_attention()
+    machine = this_machine()
+    fused = has_fused_attention(machine)
     works = {name: replace(work, fused=fused) for name, work in DEFAULT_PLAN.items()}
-    return list(memory_lines(read_config(full), works, this_machine()))
+    return list(memory_lines(read_config(full), works, machine))
 
 
 def _status(findings: Sequence[Finding]) -> int:

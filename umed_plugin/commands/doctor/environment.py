@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.findings import ERROR, NOTE, WARNING, Finding, Kind
+from umed_plugin.commands.machine import compute_bf16
 from umed_plugin.patching import DISTRIBUTIONS, Patch, installed, misfit
 
 ENVIRONMENT = (
@@ -171,7 +172,7 @@ def _accelerator(facts: dict[str, Any]) -> Iterator[Finding]:
         yield _finding("no-accelerator", "torch sees no GPU", f"torch {torch.__version__}")
         return
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    half = "bf16" if torch.cuda.is_bf16_supported() else "fp16 only"
+    half = "bf16" if compute_bf16() else "fp16 only"
     facts["accelerator"] = [f"{device.name}, {device.total_memory / 2**30:.0f} GiB" for device in devices] + [half]
     if importlib.util.find_spec("flash_attn") is None:
         yield _finding("no-flash-attention", "flash_attn cannot be imported", sys.prefix)

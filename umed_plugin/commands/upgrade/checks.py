@@ -69,6 +69,8 @@ def _machine_faults(settings: Settings, machine: Machine) -> list[str]:
         return ["device: cuda, but torch sees no GPU on this machine."]
     if settings.processes is not None and settings.processes > machine.gpus:
         return [f"processes: {settings.processes}, but torch sees {machine.gpus} GPUs. Each process needs one."]
+    if settings.precision == "bf16" and not machine.bf16:
+        return ["precision: bf16 needs GPUs of Ampere or later, all of them. Use precision: fp16."]
     return []
 
 

@@ -91,7 +91,10 @@ class Upgrade:
     def memory(self) -> list[str]:
         """Lines that say which memory each stage needs, and whether the GPU has it."""
         lines = memory_lines(
-            self.origin.config, {name: work_of(name, self.settings) for name in self.settings.stages}, self.machine
+            self.origin.config,
+            {name: work_of(name, self.settings, self.machine) for name in self.settings.stages},
+            self.machine,
+            evaluated_together=self.settings.evaluation.batch_size,
         )
         less = "With DeepSpeed less: ZeRO-2 shares gradients and Adam among the GPUs, ZeRO-3 the weights too."
         return lines + ([less] if self.settings.deepspeed is not None else [])

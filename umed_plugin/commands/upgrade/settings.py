@@ -162,7 +162,7 @@ class Settings(StrictModel):
     precision: Optional[Literal["bf16", "fp16", "fp32"]] = _key(None, "Precision of training: bf16, fp16 or fp32.")
     processes: Optional[int] = _key(None, "Training processes, one per GPU.", ge=1)
     deepspeed: Optional[str] = _key(None, "DeepSpeed configuration (JSON); null: no DeepSpeed.")
-    master_port: int = _key(29500, "Port of DeepSpeed's rendezvous.", ge=1024, le=65535)
+    master_port: int = _key(0, "Port of the rendezvous of a stage's processes; 0: any that is free.", ge=0, le=65535)
     method: Literal["lora", "full"] = _key("lora", "lora, or full: full fine-tuning.")
     bits: Literal[16, 4] = _key(
         16, "Bits of the frozen weights under the adapter: 16, or 4 (QLoRA), which needs bitsandbytes and less memory."
@@ -310,8 +310,6 @@ def _check_paths(settings: Settings, faults: Faults) -> None:
             faults.add(key, f"{folder}: no such folder")
     if settings.deepspeed is not None and not os.path.isfile(settings.deepspeed):
         faults.add("deepspeed", f"{settings.deepspeed}: no such file")
-    if settings.deepspeed is None and settings.master_port != Settings.model_fields["master_port"].default:
-        faults.add("master_port", "has no effect without deepspeed")
     if settings.bits == 4 and settings.method == "full":
         faults.add("bits", "4 needs method: lora; weights of 4 bits cannot be trained themselves")
     if settings.recipe.endswith(".json") and settings.data_root is not None:

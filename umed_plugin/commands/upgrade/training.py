@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
 from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES, read_config
+from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder
 from umed_plugin.commands.upgrade.origin import Origin
@@ -155,18 +155,19 @@ def _weight(weight: Union[float, str]) -> str:
 
 
 def launcher(settings: Settings) -> tuple[str, ...]:
-    """Start LLaVA's script under ``umed-run``: with Python, torchrun, or DeepSpeed's launcher."""
+    """Start LLaVA's script under ``umed-run``: with Python or torchrun.
+
+    With a DeepSpeed configuration too: DeepSpeed's own launcher ignores CUDA_VISIBLE_DEVICES where it is told how many GPUs to
+    use, and would train on other people's.
+    """
     umed_run = program("umed-run", "umed_plugin.launch")
     processes = str(settings.processes)
-    if settings.deepspeed is not None:
-        deepspeed = [*program("deepspeed", "deepspeed.launcher.runner"), "--num_gpus", processes]
-        return (*umed_run, *deepspeed, "--master_port", str(settings.master_port), _script())
-    if settings.device == "cpu" and settings.processes == 1:
+    if settings.device == "cpu" and settings.processes == 1 and settings.deepspeed is None:
         return (*umed_run, sys.executable, "-m", "llava.train.train_mem")
     # torchrun for one GPU process as well: under plain Python, transformers uses all visible GPUs (DataParallel).
     # Not --standalone: before torch 2.1 it uses one fixed port, on which two runs would collide.
     torchrun = [*program("torchrun", "torch.distributed.run"), "--rdzv_backend", "c10d"]
-    torchrun += ["--rdzv_endpoint", "localhost:0", "--nproc_per_node", processes]
+    torchrun += ["--rdzv_endpoint", f"localhost:{settings.master_port}", "--nproc_per_node", processes]
     return (*umed_run, *torchrun, "-m", "llava.train.train_mem")
 
 
@@ -176,29 +177,29 @@ def program(name: str, module: str) -> list[str]:
     return [str(beside)] if beside.is_file() else [sys.executable, "-m", module]
 
 
-def _script() -> str:
-    spec = find_spec("llava")
-    if spec is None or spec.origin is None:
-        raise UmedError("LLaVA is not installed in this environment (no module llava). Install LLaVA 1.2.2 first.")
-    return str(Path(spec.origin).parent / "train" / "train_mem.py")
-
-
-def work_of(name: str, settings: Settings) -> Work:
-    """What a process of a stage holds in memory at a time."""
+def work_of(name: str, settings: Settings, machine: Machine) -> Work:
+    """What a process of a stage holds in memory at a time, on this machine."""
     stage = getattr(settings, name)
     rewarding = isinstance(stage, Rewarding)
     return Work(
         rank=settings.lora.r if settings.method == "lora" else 0,
         half=settings.precision != "fp32",
         checkpointing=bool(settings.gradient_checkpointing),
-        fused=has_fused_attention(),
+        fused=has_fused_attention(machine),
+        ddp=settings.device == "cuda" and settings.deepspeed is None,
         rows=stage.batch_size,
+        sampled=_sampled_together(stage) if rewarding else 0,
         candidates=stage.candidates if rewarding else 0,
         answer=stage.max_new_tokens if rewarding else 0,
         bits=settings.bits,
         logit_rows=int(stage.flags.get("umed_logit_rows", Work.logit_rows)),
         extras=_extras(stage) if name == TUNING else Extras(),
     )
+
+
+def _sampled_together(stage: Rewarding) -> int:
+    """Questions of which a process samples the answers at a time."""
+    return int(stage.flags.get("umed_sampling_batch_size", 0)) or stage.batch_size * stage.accumulation
 
 
 def _extras(stage: Stage) -> Extras:
