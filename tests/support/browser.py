@@ -96,10 +96,7 @@ class Page:
 
     def drop(self, selector: str, *files: Path) -> None:
         """Drag files or folders onto an element and let them go."""
-        x, y = self.run(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        x, y = self._still_place(selector)
         data = {"items": [], "files": [str(file.resolve()) for file in files], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self._say("Input.dispatchDragEvent", on_page=True, type=kind, x=x, y=y, data=data)
@@ -139,25 +136,13 @@ class Page:
 
     def click(self, selector: str) -> None:
         """A real click of the mouse in the middle of an element."""
-        place = self.run(
-            f"(async () => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            " const middle = () => { const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; };"
-            " const frame = () => new Promise(requestAnimationFrame); let before, now = middle();"
-            # A page may still be moving, and on a busy machine the first frame after a scroll comes late.
-            " do { before = now; await frame(); await frame(); now = middle(); } while (String(before) !== String(now));"
-            " return now; })()"
-        )
+        x, y = self._still_place(selector, "center")
         for kind in ("mousePressed", "mouseReleased"):
-            self._say(
-                "Input.dispatchMouseEvent", on_page=True, type=kind, x=place[0], y=place[1], button="left", clickCount=1
-            )
+            self._say("Input.dispatchMouseEvent", on_page=True, type=kind, x=x, y=y, button="left", clickCount=1)
 
     def drag(self, selector: str, dx: int, dy: int, *, steps: int = 4) -> None:
         """Press the left button in the middle of an element, move by pixels, and let go."""
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'nearest'}});"
-            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        x, y = self._still_place(selector)
         places = [(x + dx * step / steps, y + dy * step / steps) for step in range(steps + 1)]
         kinds = ["mousePressed", *["mouseMoved"] * steps, "mouseReleased"]
         for kind, (at_x, at_y) in zip(kinds, [*places, places[-1]]):
@@ -167,19 +152,13 @@ class Page:
 
     def wheel(self, selector: str, amount: int, *, ctrl: bool = False) -> None:
         """Turn the wheel over the middle of an element; with Ctrl as a trackpad's pinch does."""
-        x, y = self.run(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        x, y = self._still_place(selector)
         turn = {"x": x, "y": y, "deltaX": 0, "deltaY": amount, "modifiers": 2 if ctrl else 0}
         self._say("Input.dispatchMouseEvent", on_page=True, type="mouseWheel", **turn)
 
     def hover(self, selector: str) -> None:
         """Move the mouse over the middle of an element."""
-        x, y = self.run(
-            f"(() => {{ const r = document.querySelector({json.dumps(selector)}).getBoundingClientRect();"
-            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        x, y = self._still_place(selector)
         self._say("Input.dispatchMouseEvent", on_page=True, type="mouseMoved", x=x, y=y)
 
     def type_into(self, selector: str, text: str, *, instead: bool = False) -> None:
@@ -198,6 +177,19 @@ class Page:
         self._process.wait()
         os.close(self._write)
         os.close(self._read)
+
+    def _still_place(self, selector: str, block: str = "nearest") -> tuple[float, float]:
+        """The middle of an element once it is in view and has stopped moving; ``block`` is scrollIntoView's."""
+        # A page may still be moving, and on a busy machine the first frame after a scroll comes late.
+        x, y = self.run(
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)});"
+            f" e.scrollIntoView({{block: {json.dumps(block)}}});"
+            " const middle = () => { const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; };"
+            " const frame = () => new Promise(requestAnimationFrame); let before, now = middle();"
+            " do { before = now; await frame(); await frame(); now = middle(); } while (String(before) !== String(now));"
+            " return now; })()"
+        )
+        return x, y
 
     def _say(self, method: str, on_page: bool = False, **parameters: Any) -> dict[str, Any]:
         self._number += 1
