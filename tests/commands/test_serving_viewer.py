@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.browser import Page
-from support.chat_client import chat_server
+from support.chat_client import chat_server, until
 from support.drawn import scene, write_dicom, write_png
 from support.series import write_series
 from support.speaking import SENTENCE, teach
@@ -24,6 +24,7 @@ from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.handler import Handler
 
 pytestmark = pytest.mark.one_stack
+RANGE_SHOWN = "document.querySelector('#level').value === '40' && document.querySelector('#width').value === '400'"
 ASKED = "document.querySelectorAll('#talk .of-turn').length === 1"
 WINDOW = "document.querySelector('#window').value"
 OTHER = "A cyst lies at (225,130;487 951)."
@@ -116,11 +117,16 @@ def test_zoom_by_keys_wheel_and_buttons_keeps_boxes_in_place(page: Page, tmp_pat
     x = page.run(left)
     page.press("ArrowRight")
     assert page.run(left) < x, "what lies to the right comes into view"
+    x = page.run(left)
     page.drag("#stage", 30, 0)
+    page.until(f"Math.abs({left} - {x} - 30) < 1")
     page.wheel("#stage", -200, ctrl=True)
     page.until("parseFloat(document.querySelector('#zoom-whole').textContent) > 300")
     page.press("0")
     assert zoom_of(page) == pytest.approx(1, abs=0.01)
+    for button, times in (("#zoom-in", 1.4), ("#zoom-out", 1)):
+        page.click(button)
+        assert zoom_of(page) == pytest.approx(times, abs=0.01), button
     page.wheel("#stage", -300)
     page.until("parseFloat(document.querySelector('#zoom-whole').textContent) > 150")  # a single picture has no slices
     page.click("#zoom-whole")
@@ -130,7 +136,7 @@ def test_zoom_by_keys_wheel_and_buttons_keeps_boxes_in_place(page: Page, tmp_pat
 def test_level_and_width_by_drag_keys_and_numbers(page: Page, tmp_path: Path) -> None:
     give(page, write_dicom(tmp_path / "a.dcm", scene()))
     assert page.run(WINDOW) == "soft_tissue"
-    page.until("document.querySelector('#level').value === '40' && document.querySelector('#width').value === '400'")
+    page.until(RANGE_SHOWN)
     page.drag("#stage", 50, 0)
     page.until(f"{WINDOW}.includes(',')")
     low, high = map(float, page.run(WINDOW).split(","))
@@ -157,16 +163,21 @@ def test_level_and_width_by_drag_keys_and_numbers(page: Page, tmp_path: Path) ->
 def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock, late = Handler._case, threading.Event()
+    stock, late, next_shown, sent = Handler._reply, threading.Event(), threading.Event(), threading.Event()
 
-    def case(handler: Handler, parts: list[str]) -> Any:
-        if late.is_set() and parts[-1] == "picture":
-            late.clear()
-            time.sleep(1)
-        return stock(handler, parts)
+    def reply(handler: Handler, status: Any, content: bytes, kind: str, *more: Any) -> None:
+        if kind != "image/jpeg" or not late.is_set():
+            return stock(handler, status, content, kind, *more)
+        late.clear()
+        next_shown.wait(60)
+        try:
+            stock(handler, status, content, kind, *more)
+        finally:  # the browser may have closed the connection
+            sent.set()
 
-    monkeypatch.setattr(Handler, "_case", case)
+    monkeypatch.setattr(Handler, "_reply", reply)
     give(page, write_dicom(tmp_path / "a.dcm", scene()))
+    page.until(RANGE_SHOWN)  # what is typed counts with the width
     late.set()
     page.type_into("#level", "100", instead=True)
     page.press("Enter")
@@ -174,13 +185,29 @@ def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(
     page.give_files("#files", write_png(tmp_path / "a.png", scene()))
     page.until("document.querySelector('#windows').hidden && document.querySelector('#picture').naturalWidth > 0")
     shown = page.run("document.querySelector('#picture').dataset.address")
-    time.sleep(1.2)
+    next_shown.set()
+    assert sent.wait(60)
+    until(lambda: has_ended(page, "window=-100%2C300"))
+    page.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert page.run("document.querySelector('#picture').dataset.address") == shown
     assert text(page, "#fault") == ""
 
 
+def has_ended(page: Page, part: str) -> bool:
+    """Whether the browser is done with its request for an address that has this part, or has called it off."""
+    page.run("0")  # takes in what the browser tells
+    told = [(event["method"], event["params"]) for event in page.events]
+    asked = [
+        p["requestId"] for method, p in told if method == "Network.requestWillBeSent" and part in p["request"]["url"]
+    ]
+    assert asked, f"nothing was asked for at {part}"
+    ended = [p["requestId"] for method, p in told if method in ("Network.loadingFinished", "Network.loadingFailed")]
+    return set(asked) <= set(ended)
+
+
 def test_boxes_stay_under_another_window_and_the_page_says_what_the_model_saw(page: Page, tmp_path: Path) -> None:
     give(page, write_dicom(tmp_path / "a.dcm", scene()))
+    page.until(RANGE_SHOWN)  # the keys change it
     ask(page)
     assert page.run("document.querySelector('#elsewhere').hidden")
     page.run("document.querySelector('#stage').focus()")
