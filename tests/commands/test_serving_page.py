@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.browser import Page
-from support.chat_client import chat_server
+from support.chat_client import chat_server, until
 from support.drawn import scene, write_dicom, write_png
 from support.report_runs import HOSTILE
 from support.series import write_series
@@ -185,12 +185,7 @@ def test_two_tabs_do_not_mix(page: Page, server: Any, tmp_path: Path) -> None:
         # A closed page takes its images along.
         folders = len(list(server.shelf.folder.iterdir()))
         other.visit("about:blank")
-        page.until("true")
-        for _ in range(100):
-            if len(list(server.shelf.folder.iterdir())) == folders - 1:
-                break
-            page.run("new Promise(done => setTimeout(done, 50))")
-        assert len(list(server.shelf.folder.iterdir())) == folders - 1
+        until(lambda: len(list(server.shelf.folder.iterdir())) == folders - 1)
     finally:
         other.close()
 
