@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-import socket
 import threading
-import time
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,21 @@ def test_the_line_is_served_in_order_and_told() -> None:
     def stand(number: int) -> None:
         with line.turn(heard.setdefault(number, []).append):
             served.append(number)
-            time.sleep(0.1)
+            # The next one may be served when all behind have heard how many are before them.
+            until(lambda: all(heard[behind][-1] == behind - number for behind in range(number + 1, 4)))
 
-    threads = []
-    for number in range(4):
-        threads.append(threading.Thread(target=stand, args=(number,)))
-        threads[-1].start()
-        time.sleep(0.02)
+    threads = [threading.Thread(target=stand, args=(number,)) for number in range(4)]
+    with line.turn(lambda before: None):  # until all stand in line, one behind the other
+        for number, thread in enumerate(threads):
+            thread.start()
+            until(lambda number=number: heard.get(number, [])[-1:] == [number + 1])
+            assert len(line._tickets) == number + 2
     for thread in threads:
         thread.join()
     assert served == [0, 1, 2, 3]
-    assert heard == {0: [], 1: [1], 2: [2, 1], 3: [3, 2, 1]}
+    # A number is told again after a second.
+    told = {number: [before for before, _ in groupby(numbers)] for number, numbers in heard.items()}
+    assert told == {0: [1], 1: [2, 1], 2: [3, 2, 1], 3: [4, 3, 2, 1]}
 
 
 def test_who_leaves_the_line_lets_the_others_on() -> None:
@@ -164,26 +168,18 @@ def test_who_leaves_the_line_lets_the_others_on() -> None:
 
 def test_a_second_question_waits_and_is_told(server: Any, client: Client, dicom: Path) -> None:
     study, _ = client.upload(dicom)
-    heard: list[Any] = []
-    with server.line.turn(lambda before: None):
-        asking = threading.Thread(target=lambda: heard.extend(client.question(study)))
-        asking.start()
-        time.sleep(0.3)
-    asking.join()
-    assert heard[0] == {"waiting": 1} and "answer" in heard[-1]
+    with ExitStack() as held:
+        held.enter_context(server.line.turn(lambda before: None))
+        with client.listening(study) as lines:
+            assert next(lines) == {"waiting": 1}
+            held.close()
+            assert "answer" in list(lines)[-1]
 
 
 def test_a_browser_that_goes_away_stops_its_answer(server: Any, client: Client, dicom: Path) -> None:
     study, _ = client.upload(dicom)
-    body = b'{"question": "What is it?", "item": 0}'
-    head = (
-        f"POST /studies/{study}/questions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    )
     with server.line.turn(lambda before: None):
-        with socket.create_connection(server.server_address[:2]) as connection:
-            connection.sendall(head + body)
-            heard = b""
-            while b"waiting" not in heard:
-                heard += connection.recv(4096)
+        with client.listening(study) as lines:
+            assert next(lines) == {"waiting": 1}
         until(lambda: len(server.line._tickets) == 1)
     assert client.question(study)[-1]["answer"]["text"] == SENTENCE

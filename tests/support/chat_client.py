@@ -83,6 +83,18 @@ class Client:
     def question(self, study: str, question: str = "What is it?", **more: Any) -> list[dict[str, Any]]:
         return self.ask("POST", f"/studies/{study}/questions", {**VIEW, "question": question, **more})[1]
 
+    @contextmanager
+    def listening(self, study: str, question: str = "What is it?", **more: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        """The lines of an answer as they come; the connection is closed behind the block, as by a page that goes away."""
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        connection.request("POST", f"/studies/{study}/questions", json.dumps({**VIEW, "question": question, **more}))
+        reply = connection.getresponse()
+        try:
+            yield (json.loads(line) for line in reply)
+        finally:
+            reply.close()
+            connection.close()
+
     def attention(self, study: str, number: int, **how: Any) -> list[dict[str, Any]]:
         return self.ask("POST", f"/studies/{study}/answers/{number}/attention", how)[1]
 
