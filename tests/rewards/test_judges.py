@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.judge_server import Answer, Asked, completion, judge_server, score
+from support.judge_server import SAYS_DROPPED, Answer, Asked, completion, judge_server, score
 from support.judging import KEY, RECORD, call, flags
 from support.umed_runs import TESTS, environment
 
@@ -173,7 +173,7 @@ def test_a_reply_that_does_not_come_in_time_is_none(tmp_path):
         return score(5)
 
     with judge_server(slow) as server:
-        assert call(judge_of(server, tmp_path, umed_judge_timeout=0.5), "slow", "fast") == [None, 0.5]
+        assert call(judge_of(server, tmp_path, umed_judge_timeout=3), "slow", "fast") == [None, 0.5]
         let_go.set()
 
 
@@ -302,7 +302,6 @@ class At:
 
 judge = JudgedRelevance.of(flags(At, umed_judge_concurrency=4), Path(sys.argv[2]))
 judge.start(["q"] * 8, [f"answer {i}" for i in range(8)], record=[RECORD] * 8)
-print("started", flush=True)
 input()
 raise SystemExit("a step failed")
 """
@@ -319,7 +318,7 @@ def test_replies_are_kept_when_the_process_ends_in_between(killed, tmp_path):
         return score(5)
 
     with judge_server(two_at_once) as server:
-        process = python(JUDGING, server.url, tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = python(SAYS_DROPPED + JUDGING, server.url, tmp_path, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
         file = tmp_path / "judge.jsonl"
         ended = time.monotonic() + 60
         while len(server.asked) < 6 or not file.is_file() or file.read_bytes().count(b"\n") < 2:
@@ -330,7 +329,8 @@ def test_replies_are_kept_when_the_process_ends_in_between(killed, tmp_path):
         else:
             process.stdin.write("\n")
             process.stdin.flush()
-            time.sleep(0.3)  # queued questions must be dropped before a slot is free
+            # Queued questions must be dropped before a slot is free.
+            assert process.stdout.readline() == "dropped\n", process.communicate(timeout=60)
             let_go.set()
         process.communicate(timeout=60)
         let_go.set()

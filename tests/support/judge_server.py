@@ -14,6 +14,17 @@ from typing import Any, TypeVar
 
 Server = TypeVar("Server", bound=ThreadingHTTPServer)
 
+# At the start of a process with a client. As it ends, the client drops what was not sent, then waits for what was: a line is
+# printed between the two.
+SAYS_DROPPED = """
+import asyncio
+_wait = asyncio.wait
+def _said(tasks, **named):
+    print("dropped", flush=True)
+    return _wait(tasks, **named)
+asyncio.wait = _said
+"""
+
 
 @dataclass
 class Answer:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support.judge_server import JudgeServer
+from support.judge_server import SAYS_DROPPED, JudgeServer
 from support.umed_runs import environment
 from support.writer_server import KEY
 from umed_plugin import cli
@@ -39,7 +39,7 @@ sys.exit(not complete)
 def start(folder: Path, server: JudgeServer, *more: str) -> subprocess.Popen:
     """The writer as a process of its own, on the records in ``out/built.json``."""
     return subprocess.Popen(
-        [sys.executable, "-c", WRITING, *command(folder, server, *more)],
+        [sys.executable, "-c", SAYS_DROPPED + WRITING, *command(folder, server, *more)],
         env={**environment(), "OPENAI_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
