@@ -52,25 +52,28 @@ def test_a_busy_server_is_asked_again():
 
 
 def test_a_slow_server_is_not_asked_twice():
+    let_go = threading.Event()
+
     def slow(body, folder):
-        time.sleep(0.5)
+        let_go.wait(60)
         return good(body, folder)
 
     with stand_in(slow) as server:
-        with pytest.raises(RolloutServerError, match=r"no reply within 0.1 s.*--umed_rollout_timeout"):
-            asked(server.url, timeout=0.1).complete(BODY)
-        assert server.log == ["/v1/completions"]
+        with pytest.raises(RolloutServerError, match=r"no reply within 1 s.*--umed_rollout_timeout"):
+            asked(server.url, timeout=1.0).complete(BODY)
+        let_go.set()
+    assert server.log == ["/v1/completions"]
 
 
 def test_a_server_that_drips_is_slow_too():
-    """No single read times out: each brings a byte."""
+    """No single read times out: each brings a byte. All of them would come within 20 s, and be no JSON."""
     listening = socket.create_server(("127.0.0.1", 0))
 
     def drip():
         connection, _ = listening.accept()
         connection.recv(65536)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(100):
+        for _ in range(1000):
             try:
                 connection.sendall(b" ")
             except OSError:
@@ -78,10 +81,8 @@ def test_a_server_that_drips_is_slow_too():
             time.sleep(0.02)
 
     threading.Thread(target=drip, daemon=True).start()
-    began = time.monotonic()
     with listening, pytest.raises(RolloutServerError, match="no reply within 0.3 s"):
         asked(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", timeout=0.3).complete(BODY)
-    assert time.monotonic() - began < 1.5
 
 
 @pytest.mark.parametrize(
