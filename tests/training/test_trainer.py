@@ -30,8 +30,17 @@ PPO = shlex.split(
     "--umed_algorithm ppo --umed_updates_per_rollout 2 --umed_minibatches_per_rollout 2"
     " --umed_kl_target 0.05 --umed_kl_horizon 50 --umed_value_learning_rate 1e-2 --umed_entropy_coef 0.01"
 )
-# Files of the run that is stopped as soon as they are there: the last of a checkpoint, and one in the middle of the next.
-WRITTEN, HALF_WRITTEN = "checkpoint-3/trainer_state.json", "tmp-checkpoint-6/optimizer.pt"
+# The last file of a checkpoint: a run is stopped as soon as it is there. That of the next one: a run is stopped as it opens it.
+WRITTEN, HALF_WRITTEN = "checkpoint-3/trainer_state.json", "tmp-checkpoint-6/trainer_state.json"
+# As `INTERRUPT`, but at one moment: a thread that looks now and then may miss the milliseconds between two files of a checkpoint.
+IN_A_WRITE = """
+import os, sys
+def kill(event, given):
+    if event == "open" and given[0] == {state!r}:
+        os.kill(os.getpid(), {signal})
+if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv") else [open("/proc/self/cmdline").read()]):
+    sys.addaudithook(kill)
+"""
 
 
 def steps_of_a_rollout(flags):
@@ -74,7 +83,7 @@ def check_ppo(whole: Path, resumed: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "flags", "stop", "when_there"),
+    ("family", "flags", "stop", "when"),
     [
         ("mistral", LORA, signal.SIGKILL, WRITTEN),
         ("llama", TWICE, signal.SIGINT, WRITTEN),
@@ -83,7 +92,7 @@ def check_ppo(whole: Path, resumed: Path) -> None:
     ],
     ids=["lora-kill", "full-two-updates-ctrl-c", "ppo-lora-kill", "ppo-full-cached-kill-in-a-write"],
 )
-def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, when_there, request, tmp_path):
+def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags, stop, when, request, tmp_path):
     checkpoint = request.getfixturevalue(f"tiny_{family}")
     records = grounded_records(tmp_path / "data")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -109,8 +118,9 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
 
     hook = tmp_path / "hook"
     hook.mkdir()
-    (hook / "sitecustomize.py").write_text(INTERRUPT.format(state=str(resumed / when_there), signal=int(stop)))
-    in_a_write = when_there == HALF_WRITTEN
+    in_a_write = when == HALF_WRITTEN
+    code = IN_A_WRITE if in_a_write else INTERRUPT
+    (hook / "sitecustomize.py").write_text(code.format(state=str(resumed / when), signal=int(stop)))
     cached = [*flags, "--umed_feature_cache", str(tmp_path / "cache")] if in_a_write else flags
     stopped = reward(checkpoint, records, resumed, *cached, hook=hook)
     assert stopped.returncode != 0
