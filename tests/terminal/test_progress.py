@@ -54,15 +54,28 @@ def test_a_file_gets_lines_with_step_rate_and_time_left(monkeypatch: pytest.Monk
 
 
 def test_a_new_step_has_half_a_minute_before_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS", 0.4)
-    shown = io.StringIO()
-    with Steps(console(file=shown)) as steps:
-        steps.begin("stage 1")
-        time.sleep(0.3)
-        steps.begin("report")
-        time.sleep(0.2)
-        assert "report: running" not in shown.getvalue()
-        wait_for("report: running for 0 s", shown)
+    """On a clock of its own: the thread's work is done here, and the second step begins while it waits."""
+    now, waited, shown = [0.0], [], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    steps = Steps(console(file=shown))
+    steps.begin("stage 1")
+
+    def wait(seconds: float) -> bool:
+        waited.append(seconds)
+        if len(waited) == 1:
+            now[0] = 20.0
+            steps.begin("report")
+            assert seconds == 30
+            now[0] = 30.0
+        else:
+            now[0] += seconds
+        return len(waited) > 2
+
+    monkeypatch.setattr(steps._lines._stopped, "wait", wait)
+    steps._lines._tell_now_and_then()
+    assert waited == [30, 20, 30]
+    started = ["stage 1: started", "stage 1: done in 20 s", "report: started"]
+    assert shown.getvalue().splitlines() == [f"umed: {line}" for line in (*started, "report: running for 30 s")]
 
 
 def test_a_resumed_step_is_timed_from_where_it_went_on(monkeypatch: pytest.MonkeyPatch) -> None:
