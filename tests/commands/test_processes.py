@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from support.umed_runs import TWO_PROCESSES, environment
+from support.waiting import has_ended
 
 from umed_plugin.commands import processes
 from umed_plugin.commands.processes import importable, run_logged, what_went_wrong
@@ -89,17 +89,27 @@ def test_the_progress_is_that_of_the_last_bar(tmp_path):
 
 
 def test_the_last_metrics_stay_beside_the_bar_until_there_are_others(tmp_path):
-    """Also when the row is far above the end of the log, and the bar overwrites itself many times."""
+    """Also when the row is far above the end of the log, and the bar overwrites itself many times.
+
+    The command goes on when its last bar has been shown.
+    """
     code = """
-import time
+import os, sys, time
+def shown(step):
+    while not os.path.exists(f"{sys.argv[1]}/{step}"): time.sleep(.02)
 print({'loss': 0.0, 'reward/total': 1.25, 'reward/relevance': 0.5, 'kl': 0.0123, 'epoch': 1.0}, flush=True)
-print('3/9 [00:01', end='\\r', flush=True); time.sleep(0.6)
+print('3/9 [00:01', end='\\r', flush=True); shown(3)
 for _ in range(1000): print('4/9 [00:01', end='\\r')
-print(flush=True); time.sleep(0.6)
+print(flush=True); shown(4)
 print({'loss': '0.0', 'reward/total': '1.5', 'kl': '0.02'}); print({'train_loss': 0.1}); print('9/9 [00:02')
 """
     seen = []
-    run_logged([sys.executable, "-c", code], tmp_path / "run.log", "the run", progress=lambda *now: seen.append(now))
+
+    def progress(*now):
+        seen.append(now)
+        (tmp_path / str(now[0])).touch()
+
+    run_logged([sys.executable, "-c", code, str(tmp_path)], tmp_path / "run.log", "the run", progress=progress)
     assert list(dict.fromkeys(seen)) == [
         (3, 9, "reward/total 1.25, kl 0.0123"),
         (4, 9, "reward/total 1.25, kl 0.0123"),
@@ -150,7 +160,6 @@ time.sleep(60)
 """
 COMMAND = """
 import os, sys
-from pathlib import Path
 from umed_plugin import cli
 from umed_plugin.commands import processes
 
@@ -182,12 +191,6 @@ def test_a_signal_ends_the_command_and_every_process_below_it(number, tmp_path):
     assert process.returncode == 128 + number
     assert error == ("umed: interrupted\n" if number == signal.SIGINT else f"umed: ended by {number.name}\n")
     assert has_ended(int(pid.read_text()))
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that only its new parent can remove."""
-    status = Path(f"/proc/{pid}/status")
-    return not status.exists() or "State:\tZ" in status.read_text()
 
 
 def test_a_command_that_fails_leaves_no_worker(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.drawn import BOX, scene, write_dicom, write_png, write_png16, write_recipe
 from support.umed_runs import environment
+from support.waiting import has_ended
 
 from umed_plugin import cli
 from umed_plugin.data import reading
@@ -236,7 +237,7 @@ def test_the_processes_end_with_their_parent(tmp_path: Path, number: int) -> Non
     until(lambda: len(list(tmp_path.iterdir())) == 2)
     parent.send_signal(number)
     parent.communicate(timeout=30)
-    until(lambda: not any(Path(f"/proc/{file.name}").exists() for file in tmp_path.iterdir()))
+    until(lambda: all(has_ended(int(file.name)) for file in tmp_path.iterdir()))
 
 
 def until(condition: Any, seconds: float = 60) -> None:

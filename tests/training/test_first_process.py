@@ -12,7 +12,7 @@ from support.umed_runs import environment
 from umed_plugin.training.first_process import first_process_does
 
 CODE = """
-import sys, time
+import os, sys, time
 import torch.distributed as dist
 from datetime import timedelta
 from umed_plugin.errors import UmedError
@@ -23,8 +23,23 @@ store = dist.TCPStore("localhost", int(sys.argv[3]), 2, rank == 0, timeout=timed
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=100))
 first_process.SECONDS, first_process._POLL = 0.5, 0.05
 
+def leave(name):
+    open(f"{folder}/{name}", "w").close()
+
+def wait_for(name):
+    end = time.monotonic() + 100
+    while not os.path.exists(f"{folder}/{name}"):
+        assert time.monotonic() < end, f"the other process did not leave {name!r}"
+        time.sleep(0.05)
+
+note = first_process.note
+def told(text):
+    note(text)
+    leave("told")
+first_process.note = told
+
 def work():
-    time.sleep(1.5)
+    wait_for("told")
     open(folder + "/built", "w").close()
 
 def fail():
@@ -36,7 +51,9 @@ try:
     first_process.first_process_does(fail, "check them")
 except UmedError as error:
     print(error)
-    time.sleep(2 * (rank == 0))  # the store lives in this process
+    if rank == 0:
+        wait_for("heard")  # the store lives in this process
+    leave("heard")
 """
 
 
