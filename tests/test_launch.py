@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.engine import free_port
 from support.records import write_records
 from support.umed_runs import ROOT, environment, train_flags, umed_run
 
@@ -82,12 +83,15 @@ def test_the_exit_status_is_the_commands():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_the_command(number, tmp_path):
-    code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(60)"
+    up = tmp_path / "up"
+    code = f"import os, time; open({str(up)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     command = [sys.executable, "-m", "umed_plugin.launch", "python", "-c", code]
     child = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
-    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+    while not (up.exists() and up.read_text()):
+        assert time.monotonic() < deadline and child.poll() is None, "the command did not start"
         time.sleep(0.02)
+    assert int(up.read_text()) == child.pid, "umed-run becomes the command"
     child.send_signal(number)
     assert child.wait(timeout=20) == -number
 
@@ -215,7 +219,7 @@ def test_two_processes_train_lora_from_a_shell_script(tiny_llama, tmp_path):
     flags = " ".join(train_flags(tiny_llama, records, output, *more))
     script = tmp_path / "finetune.sh"
     script.write_text(
-        f"torchrun --nproc_per_node 2 --master_port 29777 {find_spec('llava.train.train_mem').origin} {flags}\n"
+        f"torchrun --nproc_per_node 2 --master_port {free_port()} {find_spec('llava.train.train_mem').origin} {flags}\n"
     )
     run = umed_run(["bash", str(script)])
     assert run.returncode == 0, run.stderr[-3000:]
