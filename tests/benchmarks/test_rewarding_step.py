@@ -14,6 +14,7 @@ SMALL = {"layers": 1, "width": 64, "vocabulary": 300, "image-size": 28, "prompt-
 
 
 @pytest.mark.run
+@pytest.mark.timeout(1000)  # that of the suite would come before that of the command
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_small_step_is_measured_on_both_sides(precision, tmp_path):
     file = tmp_path / "step.json"
