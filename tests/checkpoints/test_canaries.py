@@ -150,24 +150,28 @@ FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind", "files"),
-    [(train, "torchscript", FILES), (train, "reduce", FILES), (reward, "tar", (*FILES, "rollout_0.pt"))],
+    ("stage", "kind", "files", "more"),
+    [
+        (train, "torchscript", FILES, ()),
+        (train, "reduce", FILES, ()),
+        # A checkpoint in the middle of a rollout holds the rollout too.
+        (reward, "tar", (*FILES, "rollout_0.pt"), ("--umed_updates_per_rollout", "2", "--max_steps", "3")),
+    ],
     ids=["stage 1, torchscript", "stage 1, reduce", "stage 2, tar"],
 )
-def test_resuming_runs_no_code(stage, kind, files, tiny_mistral, tmp_path):
-    """Every state of the checkpoint is hostile at once: the first that is read ends the run, and each is named in its turn."""
+def test_resuming_runs_no_code(stage, kind, files, more, tiny_mistral, tmp_path):
+    """One state of the checkpoint after the other is hostile: it ends the run, and is named."""
     records = grounded_records(tmp_path / "data") if stage is reward else write_records(tmp_path / "data")
     output = tmp_path / "out"
     steps = ("--max_steps", "2", "--save_steps", "1", "--save_total_limit", "1")
-    assert stage(tiny_mistral, records, output, *steps, "--num_train_epochs", "1").returncode == 0
+    assert stage(tiny_mistral, records, output, *steps, "--num_train_epochs", "1", *more).returncode == 0
     checkpoint = next(output.glob("checkpoint-*"))
     for name in files:
         file = checkpoint / name
-        if not file.is_file():
-            continue
+        assert file.is_file(), f"no {name}: {sorted(there.name for there in checkpoint.iterdir())}"
         kept = file.read_bytes()
         hostile(kind, file, tmp_path / "canary")
-        run = stage(tiny_mistral, records, output, *steps[2:], "--max_steps", "4")
+        run = stage(tiny_mistral, records, output, *steps[2:], *more, "--max_steps", "4")
         assert not (tmp_path / "canary").exists(), name
         assert run.returncode == 1 and f"umed: error: {file}" in run.stderr, run.stderr[-2000:]
         file.write_bytes(kept)
