@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Optional, Union
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
+from umed_plugin.data.annotations.one_image import in_one_image
 from umed_plugin.data.leaks import evaluation_pictures
 from umed_plugin.data.preparation import Looks, leave_what_is_seen, missing_image, prepare, request
 from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
@@ -189,7 +190,8 @@ def read_shard(
     annotations = read_annotations(recipe, data_root)
     annotations.faults.raise_if_any(f"{recipe.path} with data in {annotations.root}")
     bad_images: list[UmedError] = []
-    items = choose_slices([item for item in annotations.items if split in (None, item.split)], bad_images)
+    wanted = [item for item in annotations.items if split in (None, item.split)]
+    items = choose_slices(wanted, bad_images, annotations.left_out)
     requests = shard.of([request(item, Path(out_dir)) for item in items])
     looks = look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers, shard=shard)
     with contextlib.closing(looks):
@@ -245,8 +247,9 @@ def _report(
         warn(f"{recipe.name}: {len(bad_images)} images skipped, the first:\n  {shown}")
     title = f"{recipe.path} with data in {annotations.root}"
     annotations.faults.raise_if_any(title + (" (--on-bad-image skip leaves bad images out)" if bad_images else ""))
-    if annotations.wanted is not None and len(annotations.items) < annotations.wanted:
-        warn(f"{recipe.name}: {annotations.wanted} images wanted, {len(annotations.items)} found")
+    found = len(in_one_image(annotations.items))
+    if annotations.wanted is not None and found < annotations.wanted:
+        warn(f"{recipe.name}: {annotations.wanted} images wanted, {found} found")
     for line in annotations.told():
         warn(f"{recipe.name}: {line}")
     if tally["lost"] or tally["cut"]:

@@ -51,7 +51,7 @@ def prepare(
         look: gives what is seen of each image; None: reads them here, with their pixels.
     """
     used, whole = UsedOptions(), len(items) == len(annotations.items)
-    items = choose_slices(items, bad_images)
+    items = choose_slices(items, bad_images, annotations.left_out)
     with contextlib.closing((look or _read_here)(items)) as looks:
         # The looks come first: at their end they tidy up.
         pairs = zip(looks, items)

@@ -6,11 +6,13 @@ tiles.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Optional
 
 from umed_plugin.data.annotations import Annotated
-from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.annotations.one_image import in_one_image
 from umed_plugin.data.images import slice_count
 from umed_plugin.errors import UmedError
 
@@ -28,35 +30,34 @@ class MontageItem(Annotated):
     tile_of_box: tuple[int, ...] = ()
 
 
-def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError]) -> list[Annotated]:
+def choose_slices(items: Sequence[Annotated], bad_images: list[UmedError], left_out: Counter[str]) -> list[Annotated]:
     """The images that recipes make from annotated slices, in the order of the first slice of each volume.
 
     Args:
         items: annotated slices with their recipes. Those of ``slices: annotated`` are returned unchanged.
         bad_images: errors of volumes that cannot be read are appended to it.
+        left_out: images that would show a slice whose lesion no record says are counted in it.
     """
-    volumes: dict[tuple[str, ...], list[Annotated]] = {}
-    # Images as they are, and in place of each volume its key, until all of its slices are known.
-    order: list[Annotated | tuple[str, ...]] = []
-    folders: dict[str, str] = {}
-    for item in items:
-        key = (item.recipe.name, real_path(str(item.image), folders), item.phrase)
-        if item.recipe.image.slices == "annotated":
-            order.append(item)
-            continue
-        if key not in volumes:
-            order.append(key)
-        volumes.setdefault(key, []).append(item)
     images: list[Annotated] = []
-    for entry in order:
-        if isinstance(entry, Annotated):
-            images.append(entry)
+    for slices in in_one_image(items):
+        if slices[0].recipe.image.slices == "annotated":
+            images.append(slices[0])
             continue
         try:
-            images.append(_one_image(volumes[entry]))
+            image = _one_image(slices)
         except UmedError as error:
             bad_images.append(error)
+            continue
+        if _shows_unread(image):
+            left_out["shows a slice of its volume that is left out"] += 1
+        else:
+            images.append(image)
     return images
+
+
+def _shows_unread(image: Annotated) -> bool:
+    shown: set[Optional[int]] = set(image.tiles) if isinstance(image, MontageItem) else {image.slice}
+    return None in image.unread or bool(image.unread & shown)
 
 
 def shown_slices(item: Annotated) -> int | list[int] | None:

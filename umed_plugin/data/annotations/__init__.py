@@ -19,6 +19,7 @@ from umed_plugin.data.annotations.labels import check_labels
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, name_whole_files, without_repeated_images
 from umed_plugin.data.annotations.mixing import mixed
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
+from umed_plugin.data.annotations.one_image import in_one_image, is_negative, note_unread, tell_divided_volumes
 from umed_plugin.data.annotations.patients import (
     set_patients,
     tell_empty_files,
@@ -65,6 +66,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
         met.update(recipe.classes)  # what reports name is searched for when their records are written
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
+    note_unread(items, annotated, recipe)
     check_labels(items, recipe, faults)
     tell_unused_rules(recipe, met, sum(item.is_negative for item in items), faults)
     tell_unused_image_options((item.image for item in items), recipe.image, faults)
@@ -80,7 +82,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     check_units(items, faults)
     check_stated_sizes(annotations.missing, recipe, faults)
     tell_headers(annotations.items, recipe.split, faults)
-    annotations.normals = [item for item in annotations.items if item.is_negative]
+    annotations.normals = [item for image in in_one_image(annotations.items) if is_negative(image) for item in image]
     choose_negatives(recipe, annotations)
     annotations.left_out = +annotations.left_out
     return annotations
@@ -93,6 +95,8 @@ def _deal_out(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet
     set_patients(items, recipe.split, annotations.root, annotations.faults)
     if recipe.split.by == "patient":
         deal_out(items, recipe.split)
+    tell_divided_volumes(items, recipe, annotations.faults)
+    if recipe.split.by == "patient":
         # A mixture chooses from its sources, and says itself which of its splits are empty.
         if not recipe.mixture:
             tell_empty_splits(items, recipe.split.fractions, annotations.faults)

@@ -36,6 +36,8 @@ class Annotated:
         report: text of the report on the image, or empty. Its item has no boxes, and says nothing about where findings lie.
         views: further pictures of the study that are shown beside the image, left to right.
         dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
+        unread: slices of its volume that show what no record says, such as an ignored class; None stands for the whole file. Set
+            by `read_annotations` where the recipe makes one image of a volume.
         held_out: whether the recipe's ``hold_out`` keeps it from training; set by `read_annotations`.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
@@ -58,6 +60,7 @@ class Annotated:
     report: str = ""
     views: tuple[Path, ...] = ()
     dropped_boxes: int = field(default=0, repr=False)
+    unread: frozenset[Optional[int]] = field(default=frozenset(), repr=False)
     held_out: bool = field(default=False, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]

@@ -2,19 +2,21 @@
 
 An image that shows a held-out class, or is of a held-out source, is left out of train and val. In the test it stays, so results
 with and without the key are of the same studies. An image with another lesion beside it is left out too: to train on half of its
-lesions would teach that the other half is normal.
+lesions would teach that the other half is normal. So are all slices of a volume that becomes one image.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
+from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.recipes.options import HoldOut
 
 TEST = "test"
+Picture = tuple[str, Optional[int]]  # real path, and slice
 
 
 def hold_out(annotations: AnnotationSet, rule: Optional[HoldOut], sources: Mapping[str, str]) -> None:
@@ -28,19 +30,31 @@ def hold_out(annotations: AnnotationSet, rule: Optional[HoldOut], sources: Mappi
     if rule is None:
         return
     by_recipe = {sources[name]: name for name in rule.sources if name in sources}
+    folders: dict[str, str] = {}
+    found: dict[Picture, set[str]] = defaultdict(set)
+    for item in (*annotations.items, *annotations.missing):
+        found[_picture(item, folders)].update(_reasons(item, rule, by_recipe))
     tested: Counter[str] = Counter()
+    counted: set[tuple[Picture, str]] = set()
     for items in (annotations.items, annotations.missing):
         kept = []
         for item in items:
-            reasons = _reasons(item, rule, by_recipe)
+            picture = _picture(item, folders)
+            reasons = [name for name in (*rule.classes, *rule.sources) if name in found[picture]]
             item.held_out = bool(reasons)
             if reasons and item.split != TEST:
-                annotations.left_out[f"held out of {item.split}: {reasons[0]}"] += 1
+                annotations.left_out[f"held out of {item.split}: {reasons[0]}"] += (picture, item.split) not in counted
+                counted.add((picture, item.split))
                 continue
             tested.update(reasons)
             kept.append(item)
         items[:] = kept
     _tell(annotations, rule, tested)
+
+
+def _picture(item: Annotated, folders: dict[str, str]) -> Picture:
+    """What is seen together: an image, whatever sentences are said of it, and all slices of a montage."""
+    return real_path(str(item.image), folders), None if item.recipe.image.slices == "montage" else item.slice
 
 
 def _reasons(item: Annotated, rule: HoldOut, by_recipe: Mapping[str, str]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.annotations.merging import name_whole_files
+from umed_plugin.data.annotations.one_image import in_one_image, is_negative, picked_images
 from umed_plugin.data.annotations.patients import tell_empty_splits
-from umed_plugin.data.annotations.splits import picked_by_hash
 from umed_plugin.data.recipes.recipe import Mixture, Recipe
 
 
@@ -20,8 +20,8 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         read: returns all annotations of one source in its folder.
     """
     annotations = AnnotationSet(root, wanted=mixture.size)
-    positives: dict[str, list[Annotated]] = {}
-    negatives: dict[str, list[Annotated]] = {}
+    positives: dict[str, list[list[Annotated]]] = {}
+    negatives: dict[str, list[list[Annotated]]] = {}
     for name, recipe in mixture.recipes.items():
         folder = root / mixture.sources[name].folder
         if not folder.is_dir():
@@ -37,17 +37,18 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         annotations.missing += source.missing
         annotations.normals += source.normals
         annotations.left_out.update({f"{name}: {reason}": count for reason, count in source.left_out.items()})
-        positives[name] = [item for item in source.items if not item.is_negative]
-        negatives[name] = [item for item in source.items if item.is_negative]
+        images = in_one_image(source.items)
+        positives[name] = [image for image in images if not is_negative(image)]
+        negatives[name] = [image for image in images if is_negative(image)]
     shares = {name: source.share for name, source in mixture.sources.items()}
     without = dealt(round(mixture.size * mixture.negative_share), _sizes(negatives), shares)
     with_lesion = dealt(mixture.size - sum(without.values()), _sizes(positives), shares)
     for name in positives:
         seed = mixture.split.seed
-        selected = picked_by_hash(positives[name], with_lesion[name], seed)
-        selected += picked_by_hash(negatives[name], without[name], seed)
-        annotations.items += selected
-        above = len(positives[name]) + len(negatives[name]) - len(selected)
+        annotations.items += picked_images(positives[name], with_lesion[name], seed)
+        annotations.items += picked_images(negatives[name], without[name], seed)
+        selected = with_lesion[name] + without[name]
+        above = len(positives[name]) + len(negatives[name]) - selected
         annotations.left_out[f"{name}: above its share"] += above
     _check_shared_images(annotations)
     tell_empty_splits(annotations.items, mixture.split.fractions, annotations.faults)
@@ -75,8 +76,8 @@ def _check_shared_images(annotations: AnnotationSet) -> None:
         )
 
 
-def _sizes(lists: Mapping[str, list[Annotated]]) -> dict[str, int]:
-    return {name: len(items) for name, items in lists.items()}
+def _sizes(lists: Mapping[str, list[list[Annotated]]]) -> dict[str, int]:
+    return {name: len(images) for name, images in lists.items()}
 
 
 def dealt(size: int, available: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
 from umed_plugin.data.annotations.merging import without_repeated_images
-from umed_plugin.data.annotations.splits import picked_by_hash
+from umed_plugin.data.annotations.one_image import in_one_image, is_negative, picked_images
 from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import Column, NegativeList
 from umed_plugin.data.recipes.readers import ReaderOptions
@@ -50,17 +50,18 @@ def listed_negatives(annotated: Sequence[Annotated], recipe: Recipe, annotations
 
 
 def choose_negatives(recipe: Recipe, annotations: AnnotationSet) -> None:
-    """Keep as many negatives in each split as ``per_positive`` allows."""
+    """Keep as many negatives in each split as ``per_positive`` allows. A volume that is shown as one image counts once."""
     if recipe.negatives.per_positive is None:
         return
-    positives = Counter(item.split for item in annotations.items if not item.is_negative)
-    chosen = [item for item in annotations.items if not item.is_negative]
+    images = in_one_image(annotations.items)
+    positives = [image for image in images if not is_negative(image)]
+    counts = Counter(image[0].split for image in positives)
+    kept = {id(item) for image in positives for item in image}
     for split in sorted({item.split for item in annotations.items}):
-        negatives = [item for item in annotations.items if item.is_negative and item.split == split]
-        wanted = round(recipe.negatives.per_positive * positives[split])
-        chosen += picked_by_hash(negatives, wanted, recipe.split.seed)
-    annotations.left_out["negative above negatives.per_positive"] += len(annotations.items) - len(chosen)
-    kept = {id(item) for item in chosen}
+        negatives = [image for image in images if is_negative(image) and image[0].split == split]
+        wanted = round(recipe.negatives.per_positive * counts[split])
+        kept |= {id(item) for item in picked_images(negatives, wanted, recipe.split.seed)}
+        annotations.left_out["negative above negatives.per_positive"] += max(0, len(negatives) - wanted)
     annotations.items = [item for item in annotations.items if id(item) in kept]
 
 

@@ -13,6 +13,7 @@ from umed_plugin.data.annotations.base import Annotated, by_reader
 from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.faults import Faults
 
+NO_PHRASE = "no phrase is about it; annotations.phrase"
 _SHOWN = 60  # characters of a phrase in a message
 
 
@@ -55,7 +56,7 @@ def leave_out_without_phrase(items: Sequence[Annotated], recipe: Recipe, faults:
         if item.phrase:
             images.setdefault(item.phrase, set()).add(str(item.image))
         elif not item.dropped_boxes:
-            item.left_out = item.left_out or "no phrase is about it; annotations.phrase"
+            item.left_out = item.left_out or NO_PHRASE
     shared = [phrase for phrase, of in images.items() if len(of) > 1]
     if shared:
         shown = shared[0][:_SHOWN]

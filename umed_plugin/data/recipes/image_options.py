@@ -85,7 +85,8 @@ class ImageOptions(StrictModel):
         "annotated",
         description="Images made from a volume or DICOM series. ``annotated``: every slice that the annotations name. "
         "``largest_lesion``: the slice with the largest box (the middle slice if there is no lesion). ``montage``: slices side "
-        "by side, spread over the volume and moved onto those with lesions.",
+        "by side, spread over the volume and moved onto those with lesions. All slices of the volume must be in one split, and a "
+        "montage that would show a slice that is left out, such as one with an ignored class, is left out too.",
     )
     tiles: int = Field(9, ge=2, le=36, description="Maximum number of slices in a montage.")
     volume: Optional[int] = Field(None, ge=0, description="Index from 0 of the volume to show from a 4-D NIfTI file.")

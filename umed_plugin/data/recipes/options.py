@@ -288,7 +288,7 @@ class NegativeRule(StrictModel):
         None,
         ge=0,
         description="In each split, at most this many for each image with a lesion. A hash of ``split.seed`` and the path "
-        "selects them.",
+        "selects them. A volume that is shown as one image counts once.",
     )
 
     @field_validator("only")
