@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from umed_plugin import cli
+from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import record_faults
@@ -158,3 +159,30 @@ def test_check_shows_phrases_as_images_with_boxes(tmp_path, capsys):
     assert cli.main(["recipe", "check", str(recipe), "--data-root", str(tmp_path), "--report", str(page)]) == 0
     assert any(page.rglob("*.html"))
     assert "3" in capsys.readouterr().out
+
+
+def test_an_image_of_which_one_phrase_is_ignored_is_left_out_with_all_of_them(tmp_path):
+    recipe = write(tmp_path, "csv")
+    text = recipe.read_text().replace(", heart: {name: cardiomegaly}}", "}\nignore_classes: [heart]")
+    recipe.write_text(text)
+    found = read_annotations(load_recipe(recipe), tmp_path)
+    assert [item.image.name for item in found.items] == ["b.png"]
+    assert found.left_out == {"holds an ignored class": 1}
+
+
+def test_an_image_of_which_one_phrase_is_held_out_is_in_the_test_alone(tmp_path):
+    rows = [*ROWS, ("c.png", "heart", [40, 40, 20, 20], "Large heart"), ("c.png", "effusion", [1, 1, 9, 9], "Effusion")]
+    recipe = write(tmp_path, "csv", rows)
+    lines = (tmp_path / "a.csv").read_text().splitlines()
+    splits = ["split", *("test" if line.startswith("c.png") else "train" for line in lines[1:])]
+    (tmp_path / "a.csv").write_text("\n".join(f"{line},{split}" for line, split in zip(lines, splits)))
+    text = recipe.read_text().replace("lesion: category}", "lesion: category, split: split}")
+    text = text.replace("split: {by: patient, fractions: {train: 1}}", "split: {by: column}")
+    recipe.write_text(f"{text}\nhold_out: {{classes: [cardiomegaly]}}\n")
+    found = read_annotations(load_recipe(recipe), tmp_path)
+    assert [(item.image.name, item.split, item.held_out) for item in found.items] == [
+        ("b.png", "train", False),
+        ("c.png", "test", True),
+        ("c.png", "test", True),
+    ]
+    assert found.left_out == {"held out of train: cardiomegaly": 1}

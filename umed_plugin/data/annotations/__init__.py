@@ -13,6 +13,7 @@ from typing import Optional, Union
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.consensus import one_reading
 from umed_plugin.data.annotations.effects import tell_unused_image_options, tell_unused_rules
+from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.annotations.hold_out import hold_out
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.labels import check_labels
@@ -120,15 +121,22 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
     first: dict[str, str] = {}
     what: dict[str, str] = {}
     kept: list[Annotated] = []
+    folders: dict[str, str] = {}
+    ignored = {
+        (real_path(str(item.image), folders), item.slice)
+        for item in items
+        if any(name in recipe.ignore_classes for name in item.classes)
+    }
+    annotations.left_out["holds an ignored class"] += len(ignored)
     for item in items:
         for name in item.classes:
             if name not in recipe.classes and name not in recipe.ignore_classes:
                 unknown[name] += 1
                 what[name] = "boxes" if item.boxes else "images"
                 first.setdefault(name, item.where)
-        if any(name in recipe.ignore_classes for name in item.classes):
-            annotations.left_out["holds an ignored class"] += 1
-        elif item.report:
+        if ignored and (real_path(str(item.image), folders), item.slice) in ignored:
+            continue  # an image has one item for each of its phrases
+        if item.report:
             kept.append(item)
         elif not item.classes and recipe.negatives.use == "drop":
             annotations.left_out["negative"] += 1

@@ -2,7 +2,7 @@
 
 An image that shows a held-out class, or is of a held-out source, is left out of train and val. In the test it stays, so results
 with and without the key are of the same studies. An image with another lesion beside it is left out too: to train on half of its
-lesions would teach that the other half is normal. So are all slices of a volume that becomes one image.
+lesions would teach that the other half is normal. So are all phrases of an image, and all slices of a volume that becomes one.
 """
 
 from __future__ import annotations
