@@ -86,6 +86,40 @@ def test_copies_are_of_one_patient_and_one_of_them_is_held_out(tmp_path: Path) -
     assert found.left_out == {"augmented copy in val or test": 2 * held_out}
 
 
+COPIES = "{by: column, copy_pattern: '^(.+)\\.rf\\.'}"
+TEST_COLUMNS = "file: file, box: box, lesion: lesion, split: split"
+
+
+def test_all_phrases_of_a_held_out_image_stay(tmp_path: Path) -> None:
+    rows = [
+        f'{name},"1, 2, 30, 40",nod,{text},test' for name in ("a.rf.1.png", "a.rf.2.png") for text in ("One", "Two")
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(["file,box,lesion,text,split", *rows]))
+    for name in ("a.rf.1.png", "a.rf.2.png"):
+        (tmp_path / name).write_bytes(b"")
+    found = read(tmp_path, f"{{reader: csv, files: a.csv, phrase: text, columns: {{{TEST_COLUMNS}}}}}", COPIES)
+    assert [(item.image.name, item.phrase) for item in found.items] == [("a.rf.1.png", "One"), ("a.rf.1.png", "Two")]
+    assert found.left_out == {"augmented copy in val or test": 2}
+
+
+def test_all_slices_of_a_held_out_volume_stay(tmp_path: Path) -> None:
+    rows = [f'{name},"1, 2, 30, 40",nod,{k},test' for name in ("a.rf.1.nii", "a.rf.2.nii") for k in (2, 5)]
+    (tmp_path / "a.csv").write_text("\n".join(["file,box,lesion,slice,split", *rows]))
+    for name in ("a.rf.1.nii", "a.rf.2.nii"):
+        (tmp_path / name).write_bytes(b"")
+    found = read(tmp_path, f"{{reader: csv, files: a.csv, columns: {{{TEST_COLUMNS}, slice: slice}}}}", COPIES)
+    assert [(item.image.name, item.slice) for item in found.items] == [("a.rf.1.nii", 2), ("a.rf.1.nii", 5)]
+
+
+def test_the_first_copy_that_is_on_disk_is_held_out(tmp_path: Path) -> None:
+    names = ["a.rf.1.png", "a.rf.2.png", "a.rf.3.png"]
+    (tmp_path / "a.csv").write_text("\n".join(["file,box,lesion,split", *(f"{name},,,test" for name in names)]))
+    for name in names[1:]:
+        (tmp_path / name).write_bytes(b"")
+    found = read(tmp_path, f"{{reader: csv, files: a.csv, columns: {{{TEST_COLUMNS}}}}}", COPIES)
+    assert [item.image.name for item in found.items] == ["a.rf.2.png"] and not found.missing
+
+
 def test_the_patient_is_the_file_name_without_ending_when_nothing_says_it(tmp_path: Path) -> None:
     found = read(tmp_path, write_patients(tmp_path, ["a.nii.gz", "b.rf.12.png"]))
     assert [item.patient for item in found.items] == ["a", "b.rf.12"]

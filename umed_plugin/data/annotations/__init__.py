@@ -78,8 +78,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotations.left_out["augmented copy in val or test"] += copies
     for item in items:
         item.modality = item.modality or recipe.modality
-        there = all(picture.exists() for picture in (item.image, *item.views))
-        (annotations.items if there else annotations.missing).append(item)
+        (annotations.items if item.is_there else annotations.missing).append(item)
     check_units(items, faults)
     check_stated_sizes(annotations.missing, recipe, faults)
     tell_headers(annotations.items, recipe.split, faults)

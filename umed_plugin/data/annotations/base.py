@@ -72,6 +72,11 @@ class Annotated:
         return not self.classes and not self.report
 
     @property
+    def is_there(self) -> bool:
+        """Whether the image is on disk, with all of its views."""
+        return all(picture.exists() for picture in (self.image, *self.views))
+
+    @property
     def labels(self) -> list[str]:
         """What the image shows, where no box says at which place; else empty."""
         return [] if self.boxes else self.classes

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 
 from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.recipes.options import SplitRule
 from umed_plugin.data.splits import SPLITS
 
@@ -33,16 +34,18 @@ def split_of(patient: str, rule: SplitRule) -> str:
 
 
 def without_copies_held_out(items: Sequence[Annotated]) -> tuple[list[Annotated], int]:
-    """The items without further copies of a picture in val and test, and the number of items removed."""
-    seen: set[tuple[str, str]] = set()
-    kept: list[Annotated] = []
-    for item in sorted(items, key=lambda item: str(item.image)):
-        further = bool(item.copy_of) and item.split in ("val", "test") and (item.split, item.copy_of) in seen
-        seen.add((item.split, item.copy_of))
-        if not further:
-            kept.append(item)
-    chosen = {id(item) for item in kept}
-    return [item for item in items if id(item) in chosen], len(items) - len(kept)
+    """The items without further copies of a picture in val and test, and the number of items removed.
+
+    The first copy by name that is on disk stays, with all of its slices and phrases.
+    """
+    held_out = [item for item in items if item.copy_of and item.split in ("val", "test")]
+    folders: dict[str, str] = {}
+    places = {id(item): real_path(str(item.image), folders) for item in held_out}
+    first: dict[tuple[str, str], str] = {}
+    for item in sorted(held_out, key=lambda item: (not item.is_there, str(item.image))):
+        first.setdefault((item.split, item.copy_of), places[id(item)])
+    further = {id(item) for item in held_out if places[id(item)] != first[item.split, item.copy_of]}
+    return [item for item in items if id(item) not in further], len(further)
 
 
 def picked_by_hash(items: Sequence[Annotated], count: int, seed: int) -> list[Annotated]:

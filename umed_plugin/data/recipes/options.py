@@ -110,7 +110,8 @@ class SplitRule(StrictModel):
     copy_pattern: Optional[str] = Field(
         None,
         description="Regular expression on the same name or path. Its first group is the picture that the image is an augmented "
-        "copy of. Training uses all copies; val and test keep only the first by name, since copies add no information there.",
+        "copy of. Training uses all copies; val and test keep only the first by name that is on disk, since copies add no "
+        "information there.",
     )
 
     @field_validator("patient_pattern", "copy_pattern")
