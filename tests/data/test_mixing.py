@@ -173,3 +173,61 @@ def test_the_command_builds_a_mixture(sources: Path, tmp_path: Path, capsys: pyt
     assert cli.main(command) == 0
     assert len(json.loads(out.read_text())) == 30
     assert "30 records, 27 with lesions, 3 without" in capsys.readouterr().out
+
+
+def drawn_mixture(folder: Path, positives: int, negatives: int, rest: str, own: str = "") -> Mixture:
+    """One source of images that are on disk in name alone. Every second one with a lesion has a nodule, the others a cyst."""
+    rows = [f"p{n}.png,1,2,30,40,{'nodule' if n % 2 else 'cyst'}" for n in range(positives)]
+    rows += [f"n{n}.png,,,,," for n in range(negatives)]
+    (folder / "a.csv").write_text("\n".join(["file,x1,y1,x2,y2,lesion", *rows]))
+    for row in rows:
+        (folder / row.split(",")[0]).touch()
+    (folder / "one.yaml").write_text(
+        'name: one\ndescription: One.\nterms: {licence: CC0, url: "https://example.org"}\nannotations: {reader: csv, files: '
+        "a.csv, columns: {file: file, box: [x1, y1, x2, y2], lesion: lesion}}\nclasses: {nodule: {name: nodule}, cyst: "
+        f"{{name: cyst}}}}\nsplit: {{by: patient}}\n{own}"
+    )
+    (folder / "m.yaml").write_text(f"name: m\ndescription: M.\nsources: {{one.yaml: {{folder: .}}}}\n{rest}\n")
+    mixture = load_recipe(folder / "m.yaml")
+    assert isinstance(mixture, Mixture)
+    return mixture
+
+
+@pytest.mark.parametrize(
+    ("size", "positives", "negatives", "expected"),
+    [
+        (1000, 200, 500, (200, 22)),
+        (60, 200, 500, (54, 6)),
+        (60, 200, 2, (58, 2)),
+        (5, 200, 500, (5, 0)),
+        (60, 0, 500, (0, 0)),
+    ],
+)
+def test_negative_share_is_a_maximum(tmp_path: Path, size: int, positives: int, negatives: int, expected) -> None:
+    found = read_annotations(
+        drawn_mixture(tmp_path, positives, negatives, f"size: {size}\nnegative_share: 0.1"), tmp_path
+    )
+    without = sum(item.is_negative for item in found.items)
+    assert (len(found.items) - without, without) == expected
+
+
+def test_negative_share_is_a_maximum_after_hold_out_too(tmp_path: Path) -> None:
+    rest = "size: 200\nnegative_share: 0.2"
+    plain = read_annotations(drawn_mixture(tmp_path, 200, 200, rest), tmp_path)
+    held = read_annotations(drawn_mixture(tmp_path, 200, 200, rest + "\nhold_out: {classes: [nodule]}"), tmp_path)
+    without = sum(item.is_negative for item in held.items)
+    assert without == (len(held.items) - without) // 4
+    assert held.left_out["negative above negative_share"] == 40 - without
+    assert {i.image for i in held.items if i.split == "test"} == {i.image for i in plain.items if i.split == "test"}
+
+
+def test_per_positive_is_of_the_images_that_are_not_held_out(tmp_path: Path) -> None:
+    drawn_mixture(tmp_path, 200, 300, "size: 1", "negatives: {per_positive: 1}\n")
+    text = (tmp_path / "one.yaml").read_text()
+    (tmp_path / "one.yaml").write_text(f"{text}hold_out: {{classes: [nodule]}}\n")
+    found = read_annotations(load_recipe(tmp_path / "one.yaml"), tmp_path)
+    count = Counter((item.split, item.is_negative) for item in found.items)
+    assert count["train", True] == count["train", False] < 100 < 200
+    (tmp_path / "one.yaml").write_text(text)
+    plain = read_annotations(load_recipe(tmp_path / "one.yaml"), tmp_path)
+    assert {i.image for i in found.items if i.split == "test"} == {i.image for i in plain.items if i.split == "test"}

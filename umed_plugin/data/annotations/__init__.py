@@ -18,7 +18,7 @@ from umed_plugin.data.annotations.hold_out import hold_out
 from umed_plugin.data.annotations.inside import check_inside, with_possible_paths
 from umed_plugin.data.annotations.labels import check_labels
 from umed_plugin.data.annotations.merging import drop_repeated_boxes, name_whole_files, without_repeated_images
-from umed_plugin.data.annotations.mixing import mixed
+from umed_plugin.data.annotations.mixing import mixed, trim_negatives
 from umed_plugin.data.annotations.negatives import choose_negatives, listed_negatives, may_be_negative
 from umed_plugin.data.annotations.one_image import in_one_image, is_negative, note_unread, tell_divided_volumes
 from umed_plugin.data.annotations.patients import (
@@ -45,11 +45,23 @@ def read_annotations(recipe: AnyRecipe, data_root: Optional[Union[str, Path]] = 
         UmedError: there is no data folder.
     """
     if isinstance(recipe, Mixture):
-        annotations = mixed(recipe, recipe.root(data_root), _read)
+        annotations = mixed(recipe, recipe.root(data_root), _read_and_choose)
         hold_out(annotations, recipe.hold_out, {name: source.name for name, source in recipe.recipes.items()})
-        return annotations
-    annotations = _read(recipe, recipe.root(data_root))
-    hold_out(annotations, recipe.hold_out, {})
+        if recipe.hold_out is not None:
+            trim_negatives(annotations, recipe)
+    else:
+        annotations = _read(recipe, recipe.root(data_root))
+        hold_out(annotations, recipe.hold_out, {})
+        # Those that are held out are no positives of their split.
+        choose_negatives(recipe, annotations)
+    annotations.left_out = +annotations.left_out
+    return annotations
+
+
+def _read_and_choose(recipe: Recipe, root: Path) -> AnnotationSet:
+    annotations = _read(recipe, root)
+    choose_negatives(recipe, annotations)
+    annotations.left_out = +annotations.left_out
     return annotations
 
 
@@ -83,7 +95,6 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     check_stated_sizes(annotations.missing, recipe, faults)
     tell_headers(annotations.items, recipe.split, faults)
     annotations.normals = [item for image in in_one_image(annotations.items) if is_negative(image) for item in image]
-    choose_negatives(recipe, annotations)
     annotations.left_out = +annotations.left_out
     return annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -41,7 +42,10 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
         positives[name] = [image for image in images if not is_negative(image)]
         negatives[name] = [image for image in images if is_negative(image)]
     shares = {name: source.share for name, source in mixture.sources.items()}
-    without = dealt(round(mixture.size * mixture.negative_share), _sizes(negatives), shares)
+    # Few positives allow few negatives; few negatives leave room for more positives.
+    asked = round(mixture.size * mixture.negative_share)
+    found = sum(dealt(mixture.size - asked, _sizes(positives), shares).values())
+    without = dealt(min(asked, most_negatives(found, mixture.negative_share)), _sizes(negatives), shares)
     with_lesion = dealt(mixture.size - sum(without.values()), _sizes(positives), shares)
     for name in positives:
         seed = mixture.split.seed
@@ -54,6 +58,26 @@ def mixed(mixture: Mixture, root: Path, read: Callable[[Recipe, Path], Annotatio
     tell_empty_splits(annotations.items, mixture.split.fractions, annotations.faults)
     annotations.left_out = +annotations.left_out
     return annotations
+
+
+def most_negatives(positives: int, share: float) -> int:
+    """The most images without a lesion beside so many with one, if they may be ``share`` of all images."""
+    # 54 * 0.1 / (1 - 0.1) is 6, and a little less in floating point.
+    return math.floor(positives * share / (1 - share) + 1e-9)
+
+
+def trim_negatives(annotations: AnnotationSet, mixture: Mixture) -> None:
+    """Leave out negatives of train and val that are too many since images with a lesion were held out. The test stays."""
+    images = in_one_image(annotations.items)
+    negatives = [image for image in images if is_negative(image)]
+    above = len(negatives) - most_negatives(len(images) - len(negatives), mixture.negative_share)
+    trained = [image for image in negatives if image[0].split != "test"]
+    if above <= 0 or not trained:
+        return
+    kept = {id(item) for item in picked_images(trained, max(0, len(trained) - above), mixture.split.seed)}
+    dropped = {id(item) for image in trained for item in image} - kept
+    annotations.items = [item for item in annotations.items if id(item) not in dropped]
+    annotations.left_out["negative above negative_share"] += min(above, len(trained))
 
 
 def _check_shared_images(annotations: AnnotationSet) -> None:
