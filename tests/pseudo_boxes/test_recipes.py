@@ -143,10 +143,10 @@ def test_the_pages_example_runs(tmp_path: Path, tower: Path, monkeypatch: pytest
 
     Path("Kvasir-SEG").mkdir()
     write_kvasir(Path("Kvasir-SEG"), count=2)
-    Path("run.yaml").write_text(f"checkpoint: {tower}\n{upgrade}")
+    Path("run.yaml").write_text(upgrade)
     settings = read_settings(Path("run.yaml"), {})
     assert settings.evaluation.data_root == str(tmp_path / "Kvasir-SEG")
-    Path("run.yaml").write_text(f"checkpoint: {tower}\n" + upgrade.partition("evaluation")[0])
+    Path("run.yaml").write_text(upgrade.partition("evaluation")[0])
     with pytest.raises(UmedError, match="evaluation.recipe: missing. .*frames.yaml has pseudo_boxes"):
         read_settings(Path("run.yaml"), {})
     with pytest.raises(
