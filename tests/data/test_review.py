@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.browser import Page
+from support.drawn import write_noise_recipe
 from support.judge_server import Asked, judge_server
 from support.pages import DOCS, blocks
 from support.writer_server import KEY, draft, findings_of, finished, is_reflection, reply, write_data
@@ -327,3 +328,26 @@ def test_records_of_the_templates_can_be_reviewed_too(tmp_path: Path) -> None:
     first, second = shown(review(tmp_path)).values()
     assert cli.main([*command, "--decisions", str(decisions_file(tmp_path, decision(first, "reject")))]) == 0
     assert [record["id"] for record in load_records(tmp_path / "out" / "train.json")] == [second["id"]]
+
+
+def test_probes_are_not_reviewed_and_are_made_of_the_studies_that_remain(tmp_path: Path) -> None:
+    studies = [(("cyst", "nodule")[number % 2], (5, 5, 35, 40)) for number in range(8)]
+    recipe = write_noise_recipe(tmp_path, studies, side=100, extra="probes: {share: 1, kinds: [removed_option]}")
+    out = tmp_path / "out" / "train.json"
+    command = ["recipe", "build", str(recipe), "--out", str(out), "--split", "train"]
+    assert cli.main(command) == 0
+    built = load_records(out)
+    assert [record["answer_type"] for record in built] == ["grounded"] * 8 + ["probe"] * 8
+    cards = list(shown(review(tmp_path)).values())
+    assert [card["id"] for card in cards] == [record["id"] for record in built[:8]]
+    accepted = decisions_file(tmp_path, *(decision(card, "accept") for card in cards))
+    assert cli.main([*command, "--decisions", str(accepted)]) == 0
+    reviewed = load_records(out)
+    assert len(reviewed) == 16 and all("review" in record["provenance"] for record in reviewed[:8])
+    assert reviewed[8:] == built[8:], "a probe is no diagnosis, and nobody accepted it"
+    rejected = decisions_file(tmp_path, *(decision(card, "reject") for card in cards[:4]))
+    assert cli.main([*command, "--decisions", str(rejected)]) == 0
+    left = load_records(out)
+    kept = {record["image"] for record in left if record["answer_type"] == "grounded"}
+    probes = [record for record in left if record["answer_type"] == "probe"]
+    assert len(kept) == len(probes) == 4 and {record["image"] for record in probes} <= kept

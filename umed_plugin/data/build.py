@@ -22,7 +22,6 @@ from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
 from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS
-from umed_plugin.data.recipes.options import ProbesRule
 from umed_plugin.data.recipes.recipe import AnyRecipe, slice_axes
 from umed_plugin.data.record_writer import written_record
 from umed_plugin.data.records import Record
@@ -50,6 +49,7 @@ def build_records(
     render: bool = True,
     workers: Optional[int] = None,
     find_boxes: Optional[FindsBoxes] = None,
+    probes: bool = True,
 ) -> list[Record]:
     r"""Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
@@ -68,6 +68,7 @@ def build_records(
         workers: processes that read images. 1: this one. None: by the number of CPUs and images. The records are the same.
         find_boxes: gives boxes to images that have a label and none, as a recipe's ``pseudo_boxes`` asks for:
             `umed_plugin.pseudo_boxes.PseudoBoxes`.
+        probes: add the probes that the recipe asks for. False: `with_probes` adds them once the studies are final.
 
     What was seen of each image is kept in ``out_dir/.umed_checked.jsonl``: the next build reads only what has changed since.
 
@@ -137,7 +138,7 @@ def build_records(
             f"{recipe.path}: no images{f' in split {split!r}' if split else ''} under {annotations.root}. "
             f"Look with: umed recipe check {shlex.quote(recipe.path)} --data-root {shlex.quote(str(annotations.root))}"
         )
-    return records if recipe.probes is None else records + _probes(recipe.probes, records, seed, recipe.name)
+    return with_probes(records, recipe, seed) if probes else records
 
 
 def _check_ids(records: Sequence[Record], recipe: AnyRecipe) -> None:
@@ -154,15 +155,22 @@ def _check_ids(records: Sequence[Record], recipe: AnyRecipe) -> None:
         )
 
 
-def _probes(rule: ProbesRule, records: Sequence[Record], seed: int, name: str) -> list[Record]:
-    """Probes of the training split; says which kinds there are none of."""
+def with_probes(records: Sequence[Record], recipe: AnyRecipe, seed: int) -> list[Record]:
+    """The records, and the probes that the recipe asks for, of the training split; says which kinds there are none of.
+
+    Args:
+        records: the studies as they will be trained on, after writers and reviewers.
+        recipe: of the records.
+        seed: as for `build_records`.
+    """
+    rule = recipe.probes
     training = [record for record in records if record["split"] == "train"]
-    if not training:
-        return []
+    if rule is None or not training:
+        return list(records)
     made, found = probe_records(training, rule.share, seed, rule.kinds)
     for line in found.told():
-        warn(f"{name}: {line}")
-    return made
+        warn(f"{recipe.name}: {line}")
+    return [*records, *made]
 
 
 def read_shard(

@@ -38,6 +38,8 @@ WRONG_IMAGE, REMOVED_OPTION, FALSE_PREMISE, SUGGESTION = KINDS = (
 )
 NOT_ANSWERABLE, NONE_OF_THESE = "not answerable from this image", "none of these"
 WRITER = "probes-1"
+# In ``provenance``: of the diagnosis, which a probe does not have.
+_OF_DIAGNOSIS = ("model", "answered_by", "prompts", "replies", "review")
 _MOST_CLASSES = 4  # among the options
 _MIDDLE = 0.05  # a box whose centre is nearer to the image's middle is on no side
 
@@ -162,6 +164,7 @@ def _as_record(probe: Probe, seed: int) -> Record:
     """The record of the picture, with the probe as its conversation. Its boxes stay: an augmented picture keeps its lesions."""
     shown = probe.shown
     about = {"kind": probe.kind, "role": probe.role, "pair": probe.pair}
+    of_study = {key: value for key, value in shown["provenance"].items() if key not in _OF_DIAGNOSIS}
     return {
         **shown,
         "id": f"{shown['id']}~{probe.kind}-{probe.role}-{probe.pair}",
@@ -170,7 +173,7 @@ def _as_record(probe: Probe, seed: int) -> Record:
             {"from": "gpt", "value": f"{probe.options[probe.right]}."},
         ],
         "answer_type": PROBE,
-        "provenance": {**shown["provenance"], "writer": WRITER, "seed": seed, "probe": about},
+        "provenance": {**of_study, "writer": WRITER, "seed": seed, "probe": about},
     }
 
 

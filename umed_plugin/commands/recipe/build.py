@@ -142,6 +142,8 @@ def _sheet(args: argparse.Namespace) -> Path:
 
 def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: list[Decision]) -> int:
     from umed_plugin.commands.recipe.write import screened, tell_forecast, write_diagnoses
+    from umed_plugin.data.build import with_probes
+    from umed_plugin.data.recipes.recipe import load_recipe
     from umed_plugin.data.records import save_records
 
     records, complete = _build(args), True
@@ -153,6 +155,8 @@ def _write(args: argparse.Namespace, writer: WriterSettings | None, decisions: l
             return 0
         records, set_aside, complete = write_diagnoses(writer, records, args.out.parent)
     records = with_decisions(records, set_aside, decisions, args.out)
+    # Of the studies that remain, with the boxes that reviewers moved.
+    records = with_probes(records, load_recipe(args.recipe), args.seed)
     save_records(records, args.out)
     remove_marks(args)
     _tell_result(args, records)
@@ -190,6 +194,7 @@ def _build(args: argparse.Namespace) -> list[Record]:
         progress=True,
         workers=args.workers,
         find_boxes=_finder(args),
+        probes=False,
     )
 
 

@@ -83,8 +83,9 @@ def _disagreements(files: list[Path], records: list[Record]) -> dict[str, list[D
     """
     from umed_plugin.data.writing.agreement import measure
     from umed_plugin.data.writing.decisions import answer_of, read_decisions, text_digest
+    from umed_plugin.data.writing.review import is_reviewed
 
-    shown = {record["id"]: text_digest(answer_of(record)) for record in records}
+    shown = {record["id"]: text_digest(answer_of(record)) for record in records if is_reviewed(record)}
     found = measure(read_decisions(files)).disagreements
     differing = {made[0].record: made for made in found if shown.get(made[0].record) == made[0].shown}
     if not differing:
