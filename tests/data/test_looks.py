@@ -55,6 +55,18 @@ def test_the_share_and_the_bare_quarter():
 
 
 @pytest.mark.llava
+def test_training_is_never_asked_for_a_class_that_is_held_out(tmp_path):
+    extra = "looks_share: 1\nhold_out: {classes: [nodule]}\nprobes: {share: 1, kinds: [wrong_image]}"
+    built = build_records(recipe(tmp_path, extra), out_dir=tmp_path / "out")
+    training = [record for record in built if record["split"] == "train"]
+    found = Counter(record["answer_type"] for record in training)
+    assert found == {"grounded": 10, "negative": 10, "probe": 20}
+    assert not any("nodule" in turn["value"] for record in training for turn in record["conversations"])
+    assert not any("looks" in record for record in training), "augmentation and the writer have it from there"
+    assert all(record["looks"] for record in built if record["split"] == "test"), "the benchmark asks for it"
+
+
+@pytest.mark.llava
 def test_the_writers_prompt_says_what_a_finding_looks_like(tmp_path):
     record = next(
         one for one in build_records(recipe(tmp_path), out_dir=tmp_path / "out") if one["objects"]["ref"] == ["nodule"]

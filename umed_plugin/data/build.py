@@ -22,7 +22,7 @@ from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
 from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import look_at_all
 from umed_plugin.data.reading.looks import NO_PIXELS
-from umed_plugin.data.recipes.recipe import AnyRecipe, slice_axes
+from umed_plugin.data.recipes.recipe import AnyRecipe, classes_held_out, slice_axes
 from umed_plugin.data.record_writer import written_record
 from umed_plugin.data.records import Record
 from umed_plugin.data.shards import Shard
@@ -111,6 +111,7 @@ def build_records(
     records: list[Record] = []
     tally = {"lost": 0, "cut": 0, "emptied": 0}
     out = Path(out_dir) if render else None
+    held_out = classes_held_out(recipe)
 
     def known_or_read(items: Sequence[Annotated]) -> Looks:
         requests = [request(item, out) for item in items]
@@ -130,7 +131,7 @@ def build_records(
             continue
         geometry = ImageGeometry(*prepared.size, image_aspect_ratio)
         if leave_what_is_seen(prepared, geometry, tally):
-            records.append(written_record(prepared, out, geometry, box_decimals, seed))
+            records.append(written_record(prepared, out, geometry, box_decimals, seed, held_out))
     _report(annotations, bad_images, tally, recipe, on_bad_image)
     _check_ids(records, recipe)
     if not records:
@@ -167,7 +168,7 @@ def with_probes(records: Sequence[Record], recipe: AnyRecipe, seed: int) -> list
     training = [record for record in records if record["split"] == "train"]
     if rule is None or not training:
         return list(records)
-    made, found = probe_records(training, rule.share, seed, rule.kinds)
+    made, found = probe_records(training, rule.share, seed, rule.kinds, classes_held_out(recipe))
     for line in found.told():
         warn(f"{recipe.name}: {line}")
     return [*records, *made]

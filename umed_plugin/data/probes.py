@@ -21,7 +21,7 @@ Class questions take studies of one class. A side is the image's, as the box has
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from string import ascii_uppercase
@@ -100,7 +100,12 @@ class Probes:
 
 
 def make_probes(
-    records: Sequence[Record], seed: int = 0, *, kinds: Sequence[str] = KINDS, most: Optional[int] = None
+    records: Sequence[Record],
+    seed: int = 0,
+    *,
+    kinds: Sequence[str] = KINDS,
+    most: Optional[int] = None,
+    held_out: Collection[str] = (),
 ) -> Probes:
     """The probes of records, each followed by its control. The same records and seed give the same probes.
 
@@ -109,6 +114,7 @@ def make_probes(
         seed: of the order of studies and options, and of who is paired with whom.
         kinds: some of `KINDS`.
         most: pairs of each kind; None: one for each study that the kind can ask about.
+        held_out: classes that these records never show. They are no options, since they would never be right.
 
     Example:
         >>> from umed_plugin.data.probes import make_probes
@@ -123,7 +129,7 @@ def make_probes(
         probe a On which side of the image is the nodule? -> there is no nodule
         control b On which side of the image is the nodule? -> left
     """
-    studies = _Studies([record for record in records if asks_for_diagnosis(record)])
+    studies = _Studies([record for record in records if asks_for_diagnosis(record)], held_out)
     found = Probes()
     for kind in kinds:
         rng = random.Random(f"probes:{seed}:{kind}")
@@ -136,20 +142,24 @@ def make_probes(
 
 
 def probe_records(
-    records: Sequence[Record], share: float, seed: int, kinds: Sequence[str] = KINDS
+    records: Sequence[Record],
+    share: float,
+    seed: int,
+    kinds: Sequence[str] = KINDS,
+    held_out: Collection[str] = (),
 ) -> tuple[list[Record], Probes]:
     """Probes and controls as records to train on, ``share`` times as many as ``records``, with the kinds in equal parts.
 
     Args:
         records: of the training split.
         share: above 0; at least one pair is made.
-        seed, kinds: as for `make_probes`.
+        seed, kinds, held_out: as for `make_probes`.
 
     Returns:
         The records, and the probes that they were chosen from.
     """
     wanted = max(round(share * len(records) / 2), 1)  # pairs
-    found = make_probes(records, seed, kinds=kinds, most=wanted)
+    found = make_probes(records, seed, kinds=kinds, most=wanted, held_out=held_out)
     lists = [probes[:] for probes in found.by_kind.values()]
     chosen: list[Probe] = []
     while lists and len(chosen) < 2 * wanted:
@@ -180,8 +190,9 @@ def _as_record(probe: Probe, seed: int) -> Record:
 class _Studies:
     """Records by what probes need to know of them."""
 
-    def __init__(self, records: Sequence[Record]) -> None:
+    def __init__(self, records: Sequence[Record], held_out: Collection[str]) -> None:
         self.all = list(records)
+        self.held_out = held_out
         self.single = [record for record in self.all if len(_classes(record)) == 1]
         self.sources = {str(record.get("source", "")) for record in self.all}
         self._of_source: dict[str, list[Record]] = {}
@@ -191,6 +202,13 @@ class _Studies:
     def beside(self, record: Record) -> list[Record]:
         """The records of the same source."""
         return self._of_source[str(record.get("source", ""))]
+
+    def classes_among(self, record: Record, without: Sequence[str], most: int, rng: random.Random) -> list[str]:
+        """The record's class and others of its source, ``most`` at most, none of ``without`` and none held out."""
+        (own,) = _classes(record)
+        never = {own, *without, *self.held_out}
+        others = [name for name in record["terms"] if name not in never]
+        return [own, *rng.sample(others, min(most - 1, len(others)))]
 
     def why_no(self, kind: str) -> str:
         """Why no pair of a kind could be made."""
@@ -208,7 +226,7 @@ _Pair = tuple[Probe, Probe]
 def _wrong_image(studies: _Studies, rng: random.Random) -> Iterator[_Pair]:
     negatives = [record for record in studies.all if not _classes(record)]
     for number, own in enumerate(_shuffled(studies.single, rng)):
-        options = _classes_among(own, [], _MOST_CLASSES, rng)
+        options = studies.classes_among(own, [], _MOST_CLASSES, rng)
         offered = _words_of(own, options)
         others = [negatives] if negatives else []
         if len(studies.sources) > 1:
@@ -224,7 +242,7 @@ def _wrong_image(studies: _Studies, rng: random.Random) -> Iterator[_Pair]:
 
 def _removed_option(studies: _Studies, rng: random.Random) -> Iterator[_Pair]:
     for number, (own, other) in enumerate(_of_two_classes(studies, rng)):
-        options = _classes_among(other, _classes(own), _MOST_CLASSES - 1, rng)
+        options = studies.classes_among(other, _classes(own), _MOST_CLASSES - 1, rng)
         yield _pair(
             REMOVED_OPTION, number, _which(own), [*options, NONE_OF_THESE], rng,
             probe=(own, NONE_OF_THESE), control=(other, _classes(other)[0]), escape=NONE_OF_THESE,
@@ -249,7 +267,7 @@ def _false_premise(studies: _Studies, rng: random.Random) -> Iterator[_Pair]:
 def _suggestion(studies: _Studies, rng: random.Random) -> Iterator[_Pair]:
     for number, (own, other) in enumerate(_of_two_classes(studies, rng)):
         (true,), (suggested,) = _classes(own), _classes(other)
-        options = _classes_among(own, [suggested], _MOST_CLASSES - 1, rng) + [suggested]
+        options = studies.classes_among(own, [suggested], _MOST_CLASSES - 1, rng) + [suggested]
         name = own["terms"][suggested][0]
         yield _pair(
             SUGGESTION, number, f"A colleague suggests {name}. {_which(own)}", options, rng,
@@ -309,13 +327,6 @@ def _of_two_classes(studies: _Studies, rng: random.Random) -> Iterator[tuple[Rec
 
 def _classes(record: Record) -> list[str]:
     return sorted(set(record["objects"]["ref"]))
-
-
-def _classes_among(record: Record, without: Sequence[str], most: int, rng: random.Random) -> list[str]:
-    """The record's class and others of its source, ``most`` at most, none of ``without``."""
-    (own,) = _classes(record)
-    others = [name for name in record["terms"] if name != own and name not in without]
-    return [own, *rng.sample(others, min(most - 1, len(others)))]
 
 
 def _words_of(record: Record, names: Optional[Sequence[str]] = None) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Collection
 from pathlib import Path
 from typing import Optional
 
@@ -29,7 +30,12 @@ WRITERS = {
 
 
 def written_record(
-    prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry, decimals: int, seed: int
+    prepared: Prepared,
+    out_dir: Optional[Path],
+    geometry: ImageGeometry,
+    decimals: int,
+    seed: int,
+    held_out: Collection[str] = (),
 ) -> Record:
     """The record of an image, with its question and answer.
 
@@ -38,8 +44,16 @@ def written_record(
         geometry: of the image.
         decimals: of coordinates in the text.
         seed: of the wording.
+        held_out: classes that only the test has. No other record says what they look like, so none asks for them.
     """
     record = _record(prepared, out_dir, geometry, decimals, seed)
+    looks = {
+        name: looks
+        for name, looks in prepared.item.recipe.looks.items()
+        if record["split"] == "test" or name not in held_out
+    }
+    if looks:
+        record["looks"] = looks
     # Seeded per record: a record's wording does not depend on which others are built.
     rng = random.Random(f"{seed}:{record['id']}")
     if record["answer_type"] == PHRASE:
@@ -73,7 +87,6 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
         },
         "image_size": list(prepared.size),
         "terms": recipe.names,
-        **({"looks": recipe.looks} if recipe.looks else {}),
         "source": recipe.name,
         "modality": item.modality,
         "patient": item.patient,

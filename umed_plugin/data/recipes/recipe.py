@@ -254,6 +254,11 @@ def _data_folder(recipe: str, written: str, given: Optional[Union[str, Path]], h
     return folder.resolve()
 
 
+def classes_held_out(recipe: AnyRecipe) -> list[str]:
+    """Plain names of the classes that are in the test alone."""
+    return [] if recipe.hold_out is None else recipe.hold_out.classes
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Name -> YAML file of every recipe that comes with the plugin."""
     from umed_plugin import data_recipes
