@@ -176,6 +176,29 @@ def test_choices_without_a_region(tmp_path: Path, form: str) -> None:
     assert boxes(studio(tmp_path, content, ", no_finding: [normal]")) == {"a.png": []}
 
 
+@pytest.mark.parametrize("form", ["json", "min"])
+@pytest.mark.parametrize(
+    ("said", "left_out"),
+    [
+        ("Suspicious", {"has choices or texts, but no region; annotations.no_finding": 1}),
+        (None, {"has no region, and none of annotations.no_finding": 1}),
+    ],
+)
+def test_an_image_that_is_not_called_normal_is_no_negative(
+    tmp_path: Path, form: str, said: Optional[str], left_out: dict[str, int]
+) -> None:
+    content = []
+    for index, (name, choice) in enumerate({"a.png": "Normal", "b.png": said}.items()):
+        if form == "json":
+            chosen = {"id": "x", "type": "choices", "value": {"choices": [choice]}}
+            content.append(task(name, annotation(*([chosen] if choice else []))))
+        else:
+            entry = {"image": name, "id": index, "annotator": 1, "annotation_id": index, "site": "North"}
+            content.append({**entry, **({"diagnosis": choice} if choice else {})})
+    found = studio(tmp_path, content, ", no_finding: [Normal]", images=("a.png", "b.png"))
+    assert boxes(found) == {"a.png": []} and found.left_out == left_out
+
+
 def test_several_annotators(tmp_path: Path) -> None:
     content = [
         task("a.png", annotation(rectangle(10, 20, 20, 30)), annotation(rectangle(12, 20, 20, 30), by={"email": "b@x"}))

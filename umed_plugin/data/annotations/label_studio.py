@@ -56,7 +56,8 @@ annotations:
     no_finding: list[str] = Field(
         [],
         description="Choices that say that the image has no lesion. An annotation that has other choices or texts, and no "
-        "region, leaves its image out.",
+        "region, leaves its image out. Where the key is given, so does one that has neither a region nor one of these choices. A "
+        "field of JSON-MIN that holds one of them in any entry is a choice in all entries.",
     )
     brush: Literal["region", "parts"] = Field(
         "region", description="``region``: a brush region is one lesion. ``parts``: each of its connected parts is one."
@@ -84,6 +85,7 @@ def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -
             )
             continue
         export = _Export(options, path, ImageFolders(options, root, split, path.parent, faults), faults)
+        export.choice_fields = _choice_fields(content, options.no_finding)
         for number, entry in enumerate(content):
             for task in export.annotations(entry, f"{path} task {_id_of(entry, number)}"):
                 item = export.item(task)
@@ -99,6 +101,17 @@ def _id_of(entry: Any, number: int) -> Any:
     return found if isinstance(found, (int, str)) else f"[{number}]"
 
 
+def _choice_fields(entries: list[Any], no_finding: list[str]) -> set[str]:
+    """Fields of JSON-MIN that are choices: a single choice is a plain text there, as any field of the task's data may be."""
+    plain = [entry for entry in entries if isinstance(entry, dict) and "annotation_id" in entry]
+    return {
+        key
+        for entry in plain
+        for key, value in entry.items()
+        if key not in _OF_ENTRY and isinstance(value, str) and value in no_finding
+    }
+
+
 class _Export:
     """One file, read task by task."""
 
@@ -106,6 +119,7 @@ class _Export:
         self.options, self.path, self.folders, self.faults = options, path, folders, faults
         self.names = Renamed(options.rename)
         self.tags = ImageTags(options.to_name, path, faults)
+        self.choice_fields: set[str] = set()
         self.written: dict[Path, str] = {}
         self.parted: list[str] = []
 
@@ -171,7 +185,7 @@ class _Export:
                 drawn.append(key)
             elif isinstance(value, dict) and "choices" in value:
                 results.append([{"value": value}])
-            elif isinstance(value, str) and value in self.options.no_finding:
+            elif isinstance(value, str) and value and key in self.choice_fields:
                 results.append([{"value": {"choices": [value]}}])
         if self.tags.one_of_min(drawn, entry, where):
             yield _Task(where, entry, _annotator(entry.get("annotator")), results)
@@ -190,6 +204,8 @@ class _Export:
         said = [name for name in others if name not in self.options.no_finding]
         if said and not item.boxes:
             item.left_out = "has choices or texts, but no region; annotations.no_finding"
+        elif self.options.no_finding and not (others or item.boxes or item.dropped_boxes):
+            item.left_out = "has no region, and none of annotations.no_finding"
         if len(results) < len(task.results) and not item.boxes:
             item.left_out = "has regions on other images of its task alone; annotations.to_name"
         return item
