@@ -149,6 +149,20 @@ def test_segments_become_boxes_of_their_sources(tmp_path: Path) -> None:
     assert found.left_out == {"all of its boxes are left out": 1}
 
 
+def test_several_segmentations_of_one_series(tmp_path: Path) -> None:
+    uids = write_series(tmp_path, count=3)
+    for name, uid in zip("AB", uids):
+        write_seg(tmp_path / "seg" / f"{name}.dcm", [(uid, 1, layer(ONE))])
+    found = read(tmp_path)
+    assert boxes(found) == {"0.dcm": [("nodule", ONE)], "1.dcm": [("nodule", ONE)]}
+    assert found.faults.left_out == {
+        ("images", "of a segmented series, without a region; annotations.negative_slices"): 1
+    }
+    kept = read(tmp_path, ", negative_slices: keep")
+    assert boxes(kept) == {**boxes(found), "2.dcm": []}
+    assert not any("again" in line for line in kept.told())
+
+
 def test_fractions_and_frames_without_a_reference(tmp_path: Path) -> None:
     write_series(tmp_path)
     values = layer(ONE, value=100) + layer(TWO, value=99)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -76,6 +76,19 @@ class _Source:
     place: Optional[tuple[float, ...]]  # position, then orientation
 
 
+@dataclass
+class _Met:
+    """What the SEG files of a split are about: several may segment one series, such as one file for each lesion.
+
+    Attributes:
+        series: UID of each segmented series -> the first file that segments it.
+        marked: images with a region, of whatever file.
+    """
+
+    series: dict[str, Path] = field(default_factory=dict)
+    marked: set[tuple[Path, Optional[int]]] = field(default_factory=set)
+
+
 @register_reader("dicom_seg", DicomSegOptions)
 def read_dicom_seg(options: DicomSegOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read every SEG file, and find the image of each of its frames."""
@@ -86,15 +99,17 @@ def read_dicom_seg(options: DicomSegOptions, root: Path, faults: Faults) -> list
     for split, pattern in options.files.items():
         folders = ImageFolders(options, root, split, root, faults)
         sources: Optional[list[_Source]] = None
+        met = _Met()
         for path in matching_files(root, pattern, faults):
             if sources is None:
                 sources = _sources(folders.folders, faults)
             try:
                 # pydicom raises an AttributeError for each tag that a file lacks.
                 with unreadable(path, "a DICOM segmentation"):
-                    items += _SegFile(options, path, sources, split, applied, faults).items()
+                    items += _SegFile(options, path, sources, split, applied, faults).items(met)
             except UmedError as error:
                 faults.messages.append(str(error))
+        items += _others(options, sources or [], met, split, faults)
     applied.tell(faults)
     return items
 
@@ -145,8 +160,8 @@ class _SegFile:
         self.options, self.path, self.sources, self.split = options, path, sources, split
         self.applied, self.faults = applied, faults
 
-    def items(self) -> list[Annotated]:
-        """One item for each source image that a frame marks.
+    def items(self, met: _Met) -> list[Annotated]:
+        """One item for each source image that a frame marks; adds them to ``met``.
 
         Raises:
             UmedError: the file is no SEG, or is damaged.
@@ -154,13 +169,12 @@ class _SegFile:
         header = self._header()
         classes = self._classes(header)
         found: dict[tuple[Path, Optional[int]], Annotated] = {}
-        series: set[str] = set()
         for number, (frame, groups) in enumerate(zip(self._frames(header), self._groups(header))):
             where = f"{self.path} frame {number + 1}"
             source, index = self._source(where, groups, frame.shape)
             if source is None:
                 continue
-            series.add(source.series)
+            met.series.setdefault(source.series, self.path)
             item = found.setdefault(
                 (source.path, index),
                 Annotated(source.path, [], [], where, source.size, slice=index, split=self.split),
@@ -172,7 +186,8 @@ class _SegFile:
                 elif name is not None:
                     self._add(item, name, layer)
         marked = [item for item in found.values() if item.boxes or item.dropped_boxes]
-        return marked + self._others(series, {(item.image, item.slice) for item in marked})
+        met.marked.update((item.image, item.slice) for item in marked)
+        return marked
 
     def _header(self) -> Any:
         from pydicom import dcmread
@@ -291,25 +306,26 @@ class _SegFile:
                 item.boxes.append(box)
                 item.classes.append(name)
 
-    def _others(self, series: set[str], marked: set[tuple[Path, Optional[int]]]) -> list[Annotated]:
-        """Images of the segmented series without a lesion, if they are kept; else their number is told."""
-        places = [
-            (source, index)
-            for source in self.sources
-            if source.series in series
-            for index in ([None] if source.frames == 1 else range(source.frames))
-            if (source.path, index) not in marked
+
+def _others(
+    options: DicomSegOptions, sources: Sequence[_Source], met: _Met, split: str, faults: Faults
+) -> list[Annotated]:
+    """Images of the segmented series that no file marks, if they are kept; else their number is told."""
+    places = [
+        (source, index)
+        for source in sources
+        if source.series in met.series
+        for index in ([None] if source.frames == 1 else range(source.frames))
+        if (source.path, index) not in met.marked
+    ]
+    if options.negative_slices == "keep":
+        return [
+            Annotated(source.path, [], [], str(met.series[source.series]), source.size, slice=index, split=split)
+            for source, index in places
         ]
-        if self.options.negative_slices == "keep":
-            return [
-                Annotated(source.path, [], [], str(self.path), source.size, slice=index, split=self.split)
-                for source, index in places
-            ]
-        if places:
-            self.faults.left_out["images", "of a segmented series, without a region; annotations.negative_slices"] += (
-                len(places)
-            )
-        return []
+    if places:
+        faults.left_out["images", "of a segmented series, without a region; annotations.negative_slices"] += len(places)
+    return []
 
 
 def _same(one: Optional[tuple[float, ...]], other: Optional[tuple[float, ...]]) -> bool:
