@@ -86,6 +86,19 @@ def test_a_montage_shows_all_images_of_a_study_side_by_side_at_the_lowest_height
 
 
 @pytest.mark.llava
+def test_a_view_that_is_missing_is_named_and_the_first_is_not(tmp_path, capsys):
+    recipe = write(tmp_path, ", views: montage")
+    (tmp_path / "images/s1/1.png").rename(tmp_path / "images/s1/1.PNG")
+    with pytest.raises(UmedError) as caught:
+        built(tmp_path, recipe)
+    assert f"{tmp_path}/images/s1/1.png: no such image, but" in str(caught.value)
+    assert "Did you mean 'images/s1/1.PNG'?" in str(caught.value) and "s1/0.png" not in str(caught.value)
+    assert cli.main(["recipe", "check", str(recipe), "--data-root", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/images/s1/1.png Did you mean" in shown and "s1/0.png" not in shown
+
+
+@pytest.mark.llava
 def test_a_csv_has_views_by_study(tmp_path):
     write(tmp_path)
     (tmp_path / "t.csv").write_text(

@@ -93,10 +93,9 @@ def request(item: Annotated, out_dir: Optional[Path]) -> Request:
 
 def missing_image(item: Annotated, look_for_near: bool = True) -> UmedError:
     """The error for an annotated image that is not on disk; with the name that was probably meant, which takes time to find."""
-    meant = did_you_mean_file(item.image, item.root) if look_for_near else ""
-    return UmedError(
-        f"{item.image}: no such image, but {item.where} names it.{meant} Get it from {item.recipe.terms.url}"
-    )
+    picture = item.not_on_disk() or item.image
+    meant = did_you_mean_file(picture, item.root) if look_for_near else ""
+    return UmedError(f"{picture}: no such image, but {item.where} names it.{meant} Get it from {item.recipe.terms.url}")
 
 
 def _fit_to_image(item: Annotated, seen: Seen, pixels: np.ndarray, annotations: AnnotationSet) -> Optional[Prepared]:

@@ -74,12 +74,16 @@ class Annotated:
     @property
     def is_there(self) -> bool:
         """Whether the image is on disk, with all of its views."""
-        return all(picture.exists() for picture in (self.image, *self.views))
+        return self.not_on_disk() is None
 
     @property
     def labels(self) -> list[str]:
         """What the image shows, where no box says at which place; else empty."""
         return [] if self.boxes else self.classes
+
+    def not_on_disk(self) -> Optional[Path]:
+        """The first of its pictures that is not on disk; None if all are."""
+        return next((picture for picture in (self.image, *self.views) if not picture.exists()), None)
 
 
 @dataclass
@@ -90,7 +94,7 @@ class AnnotationSet:
         root: data root.
         wanted: number of images that a mixture asks for, or None.
         items: images that are on disk, with plain class names, patient and split.
-        missing: items whose image is not on disk.
+        missing: items of which a picture is not on disk.
         normals: images on disk without a lesion, before ``negatives.per_positive`` or a mixture selects some of them.
         left_out: reason -> number of images left out.
         dropped_boxes: number of degenerate boxes left out, known after the images are read.

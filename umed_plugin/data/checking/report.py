@@ -110,8 +110,9 @@ def _print_missing(check: RecipeCheck, console: Console) -> None:
             soft_wrap=True,
         )
         for item in missing[:_SHOWN]:
-            meant = did_you_mean_file(item.image, item.root)
-            console.print(f"  {one_line(item.image)}{one_line(meant)}", soft_wrap=True)
+            picture = item.not_on_disk() or item.image
+            meant = did_you_mean_file(picture, item.root)
+            console.print(f"  {one_line(picture)}{one_line(meant)}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
