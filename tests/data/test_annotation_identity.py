@@ -30,10 +30,13 @@ from support.annotation_files import (
 from support.drawn import write_dicom, write_nifti, write_recipe
 
 from umed_plugin.data.annotations import read_annotations
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.merging import without_repeated_images
 from umed_plugin.data.build import build_records
 from umed_plugin.data.checking.check import check_recipe
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
+from umed_plugin.faults import Faults
 
 
 def twice_in_coco(folder: Path) -> str:
@@ -74,6 +77,42 @@ def test_entries_of_one_image_are_one_record(tmp_path: Path, write: Callable[[Pa
     found = read(tmp_path, write(tmp_path))
     assert list(boxes(found).values()) == [[BOX, OTHER]]
     assert sum("1 entries are about an image that has one" in remark for remark in found.faults.remarks) == 1
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        ("", "says that a.png is 200x160, but the file is 100x80"),
+        (
+            "image: {other_size: scale}",
+            "but only one of the two states a size ((200, 160)), and image.other_size scales",
+        ),
+    ],
+)
+def test_a_size_that_one_of_two_entries_states_is_kept(tmp_path: Path, first: int, image: str, words: str) -> None:
+    put(tmp_path / "a.png", np.zeros((80, 100), np.uint8))
+    entries = [{"id": 1, "width": 0, "height": 0}, {"id": 2, "width": 200, "height": 160}]
+    entries = [{**entry, "file_name": "a.png"} for entry in (entries[first], entries[1 - first])]
+    coco(tmp_path, [], [(1, [1, 1, 8, 8], {}), (2, [100, 100, 90, 50], {})])
+    content = json.loads((tmp_path / "a.json").read_text())
+    put(tmp_path / "a.json", json.dumps({**content, "images": entries}))
+    recipe = load_recipe(write_recipe(tmp_path, COCO % "", ALL_IN_TRAIN, image))
+    with pytest.raises(UmedError) as caught:
+        build_records(recipe, out_dir=tmp_path / "out", workers=1)
+    assert words in str(caught.value)
+
+
+def test_a_patient_that_one_of_two_entries_names_is_kept(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    items = [
+        Annotated(tmp_path / "a.png", [box], ["nod"], "x", patient=name) for box, name in ((BOX, ""), (OTHER, "p7"))
+    ]
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
+    recipe = load_recipe(write_recipe(tmp_path, CSV % "", ALL_IN_TRAIN))
+    (item,) = without_repeated_images(items, recipe, Faults())
+    assert (item.boxes, item.patient) == ([BOX, OTHER], "p7")
 
 
 @pytest.mark.llava

@@ -10,9 +10,11 @@ import pytest
 from support.drawn import write_recipe
 
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
-from umed_plugin.data.annotations.consensus import clusters_of
+from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.consensus import clusters_of, one_reading
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
+from umed_plugin.faults import Faults
 
 # The columns of VinDr-CXR's train.csv, with made-up rows: three readers an image, 'No finding' without a box.
 HEAD = "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max\n"
@@ -182,3 +184,19 @@ def test_a_rule_without_readers_is_told(tmp_path: Path) -> None:
     found = read(tmp_path, reader % ", readers: {use: A}")
     assert any("annotations.readers: has no effect" in line for line in found.faults.remarks)
     assert os.path.basename(found.items[0].image) == "a.png"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_size_that_one_reader_states_is_kept(tmp_path: Path, first: int) -> None:
+    box, size = (100.0, 100.0, 190.0, 150.0), (200, 160)
+    for image, words in (("", ""), ("image: {other_size: scale}", "only some readers state the size of a.png")):
+        rule = CSV % (READER, ", readers: {consensus: wbf, at_least: 1}")
+        recipe = load_recipe(write_recipe(tmp_path, rule, "{by: patient, fractions: {train: 1}}", image))
+        marks = [
+            Annotated(tmp_path / "a.png", [box], ["nod"], name, stated, reader=name)
+            for name, stated in (("R1", None), ("R2", size))
+        ]
+        faults = Faults()
+        (item,) = one_reading([marks[first], marks[1 - first]], recipe, faults)
+        assert [words in message for message in faults.messages] == ([True] if words else [])
+        assert words or item.size == size

@@ -72,7 +72,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
     leave_out_without_phrase(annotated, recipe, faults)
     name_whole_files(annotated, recipe)
-    annotated = one_reading(annotated, recipe.annotations.readers, faults)
+    annotated = one_reading(annotated, recipe, faults)
     annotated = without_repeated_images(annotated, recipe, faults)
     met = Counter(name for item in annotated for name in item.classes)
     if any(item.report for item in annotated):

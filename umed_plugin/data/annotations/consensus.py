@@ -13,7 +13,9 @@ from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import real_path
+from umed_plugin.data.annotations.merging import has_boxes_of_two_sizes
 from umed_plugin.data.recipes.options import ReadersRule
+from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.errors import unknown_name
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box, iou_matrix
@@ -82,11 +84,12 @@ def clusters_of(marks: Sequence[tuple[str, str, Box]], iou: float) -> list[Clust
     return found
 
 
-def one_reading(items: Sequence[Annotated], rule: Optional[ReadersRule], faults: Faults) -> list[Annotated]:
-    """The items with those of one image by several readers made one, as the rule says.
+def one_reading(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> list[Annotated]:
+    """The items with those of one image by several readers made one, as ``annotations.readers`` says.
 
     It is a fault if several readers read an image and there is no rule.
     """
+    rule: Optional[ReadersRule] = recipe.annotations.readers
     names = sorted({item.reader for item in items if item.reader})
     if not names:
         if rule is not None and items:
@@ -110,7 +113,7 @@ def one_reading(items: Sequence[Annotated], rule: Optional[ReadersRule], faults:
             faults.add("annotations.readers.use", unknown_name("reader", rule.use, names[:20]))
             return [group[0] for group in images]
         return [item for group in images for item in _of_one(group, rule.use, faults)]
-    return [item for group in images for item in _consensus(group, rule, faults)]
+    return [item for group in images for item in _consensus(group, rule, recipe, faults)]
 
 
 def _by_image(items: Sequence[Annotated]) -> list[list[Annotated]]:
@@ -134,11 +137,11 @@ def _of_one(group: Sequence[Annotated], name: str, faults: Faults) -> list[Annot
     return [replace(group[0], boxes=[], classes=[], left_out=f"not read by {name!r}; annotations.readers")]
 
 
-def _consensus(group: list[Annotated], rule: ReadersRule, faults: Faults) -> list[Annotated]:
+def _consensus(group: list[Annotated], rule: ReadersRule, recipe: Recipe, faults: Faults) -> list[Annotated]:
     """One item with the lesions that enough readers marked; a negative, or one that is left out, if there is none."""
     if not any(item.reader for item in group):
         return group
-    fault = _disagreement(group)
+    fault = _disagreement(group, recipe)
     if fault:
         faults.add(group[-1].where, fault)
         return [group[0]]
@@ -157,6 +160,7 @@ def _consensus(group: list[Annotated], rule: ReadersRule, faults: Faults) -> lis
         classes=[cluster.name for cluster in kept],
         dropped_boxes=sum(item.dropped_boxes for item in group),
         left_out=next((item.left_out for item in group if item.left_out), ""),
+        size=next((item.size for item in group if item.size), None),
         window=next((item.window for item in group if item.window), None),
         reader="",
     )
@@ -176,7 +180,7 @@ def _why_no_negative(group: Sequence[Annotated], rule: ReadersRule) -> str:
     return ""
 
 
-def _disagreement(group: Sequence[Annotated]) -> str:
+def _disagreement(group: Sequence[Annotated], recipe: Recipe) -> str:
     first = group[0]
     if sum(len(item.boxes) for item in group) > _MOST_BOXES:
         return f"{first.image.name} has more than {_MOST_BOXES} boxes, too many for annotations.readers.consensus"
@@ -185,6 +189,8 @@ def _disagreement(group: Sequence[Annotated]) -> str:
             here, there = getattr(item, name), getattr(first, name)
             if here != there and None not in (here, there):
                 return f"{name} of {first.image.name} is {here!r}, and {there!r} in {first.where}"
+    if has_boxes_of_two_sizes(group, recipe):
+        return f"only some readers state the size of {first.image.name}, and image.other_size scales their boxes"
     return ""
 
 

@@ -69,7 +69,8 @@ def without_repeated_images(items: Sequence[Annotated], recipe: Recipe, faults: 
         earlier.classes = [*earlier.classes, *item.classes]
         earlier.left_out = earlier.left_out or item.left_out
         earlier.dropped_boxes += item.dropped_boxes
-        earlier.window = earlier.window or item.window
+        for name in ("size", "window", "patient", "modality", "copy_of"):
+            setattr(earlier, name, getattr(earlier, name) or getattr(item, name))
     if merged:
         faults.remark(
             "images", f"{len(merged)} entries are about an image that has one, and are merged with it: {merged[0]}"
@@ -93,7 +94,18 @@ def _contradiction(first: Annotated, item: Annotated, recipe: Recipe) -> str:
         here, there = getattr(item, name), getattr(first, name)
         if here is not None and there is not None and tuple(here) != tuple(there):
             return f"but with {name} {here}, and there with {there}"
+    if has_boxes_of_two_sizes((first, item), recipe):
+        return (
+            f"but only one of the two states a size ({first.size or item.size}), and image.other_size scales its boxes"
+        )
     return "" if first.normalised == item.normalised else "but in another unit"
+
+
+def has_boxes_of_two_sizes(items: Sequence[Annotated], recipe: Recipe) -> bool:
+    """Whether boxes of one image are in pixels of a stated size, which is scaled, and others in pixels of the file."""
+    if recipe.image.other_size == "stop" or all(item.size is None for item in items):
+        return False
+    return any(item.size is None and item.boxes and not item.normalised for item in items)
 
 
 def drop_repeated_boxes(items: Sequence[Annotated], faults: Faults) -> None:
