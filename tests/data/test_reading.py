@@ -205,6 +205,34 @@ def test_shards_are_joined_to_what_one_process_builds(folder: Path, capsys: pyte
     assert run("two", "--workers", "0") == 2 and "at least 1" in capsys.readouterr().err
 
 
+def test_two_sentences_of_a_slice_in_two_windows_are_two_pictures(folder: Path) -> None:
+    """Two processes would write one file at once, since neither sees that of the other."""
+    rows = [
+        ("c.png", "Dark area.", "-1000,0"),
+        ("c.png", "Bright area.", "0,1000"),
+        ("d.dcm", "One.", "0,1000"),
+        ("d.dcm", "Two.", "0,1000"),
+    ]
+    lines = [f'{name},{",".join(map(str, BOX))},nod,{text},"{window}"' for name, text, window in rows]
+    (folder / "a.csv").write_text("\n".join(["file,x1,y1,x2,y2,lesion,text,window", *lines]))
+    columns = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, window: window}"
+    annotations = f"{{reader: csv, files: a.csv, phrase: text, columns: {columns}}}"
+    recipe = load_recipe(write_recipe(folder, annotations, extra="image: {window: column}\n"))
+    records = build_records(recipe, out_dir=folder / "one", workers=1)
+    names = [record["image"] for record in records]
+    assert len(set(names[:2])) == 2 and all(name.startswith("images/drawn/c.png-") for name in names[:2])
+    assert names[2:] == ["images/drawn/d.dcm.png"] * 2, "one picture has one file, and its plain name"
+    assert build_records(recipe, out_dir=folder / "one", workers=1) == records, "nothing is read again"
+    assert build_records(recipe, out_dir=folder / "two", workers=2) == records
+    command = ["recipe", "build", str(recipe.path), "--data-root", str(folder), "--quiet"]
+    for shard in ("2/2", "1/2"):
+        assert cli.main([*command, "--out", str(folder / "three" / "t.json"), "--shard", shard]) == 0
+    assert json.loads((folder / "three" / "t.json").read_text()) == records
+    for out in ("two", "three"):
+        written = {name: data for name, data in content(folder / out).items() if name != "t.json"}
+        assert written == content(folder / "one") and len(written) == 3
+
+
 def test_a_shard_stops_at_images_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--out", str(folder / "out" / "t.json"), "--data-root", str(folder), "--shard", "1/2")
     assert cli.main(["recipe", "build", str(recipe_of(folder).path), *where]) == 1

@@ -17,7 +17,7 @@ from typing import Callable, Optional, Union
 from umed_plugin.data.annotations import Annotated, AnnotationSet, read_annotations
 from umed_plugin.data.annotations.one_image import in_one_image
 from umed_plugin.data.leaks import evaluation_pictures
-from umed_plugin.data.preparation import Looks, leave_what_is_seen, missing_image, prepare, request
+from umed_plugin.data.preparation import Looks, leave_what_is_seen, missing_image, prepare, requests_of
 from umed_plugin.data.prepared import FindsBoxes, Prepared, check_finder
 from umed_plugin.data.probes import probe_records
 from umed_plugin.data.reading import look_at_all
@@ -114,7 +114,7 @@ def build_records(
     held_out = classes_held_out(recipe)
 
     def known_or_read(items: Sequence[Annotated]) -> Looks:
-        requests = [request(item, out) for item in items]
+        requests = requests_of(items, out)
         for seen in look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers):
             yield seen, NO_PIXELS
 
@@ -201,7 +201,7 @@ def read_shard(
     bad_images: list[UmedError] = []
     wanted = [item for item in annotations.items if split in (None, item.split)]
     items = choose_slices(wanted, bad_images, annotations.left_out)
-    requests = shard.of([request(item, Path(out_dir)) for item in items])
+    requests = shard.of(requests_of(items, Path(out_dir)))
     looks = look_at_all(requests, evaluated, kept_in=Path(out_dir), workers=workers, shard=shard)
     with contextlib.closing(looks):
         title = f"{recipe.name}, shard {shard}: images"

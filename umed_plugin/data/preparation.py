@@ -6,8 +6,11 @@ Boxes go from the annotations' frame to pixels of the file, to the slice as it i
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -73,6 +76,30 @@ def _read_here(items: Sequence[Annotated]) -> Looks:
             yield look_at(request(item, None))
         except UmedError as error:
             yield Seen(fault=str(error)), NO_PIXELS
+
+
+def requests_of(items: Sequence[Annotated], out_dir: Optional[Path]) -> list[Request]:
+    """What to read of each item. Pictures that are not the same are rendered to files of their own, whoever writes first.
+
+    Two sentences of one slice, shown in two windows, would else be written to one file by two processes at once.
+
+    Args:
+        items: all of a build, so that every process gives them the same names.
+        out_dir: as for `request`.
+    """
+    requests = [request(item, out_dir) for item in items]
+    shown: dict[str, set[str]] = {}
+    for one in requests:
+        shown.setdefault(one.rendered, set()).add(_digest(one))
+    return [
+        one if len(shown[one.rendered]) == 1 else replace(one, rendered=f"{one.rendered[:-4]}-{_digest(one)}.png")
+        for one in requests
+    ]
+
+
+def _digest(one: Request) -> str:
+    """What is shown of a file, in a few letters."""
+    return hashlib.sha256(json.dumps(one.reading).encode()).hexdigest()[:12]
 
 
 def request(item: Annotated, out_dir: Optional[Path]) -> Request:
