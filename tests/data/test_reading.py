@@ -18,11 +18,13 @@ from support.umed_runs import environment
 from support.waiting import has_ended
 
 from umed_plugin import cli
+from umed_plugin.commands.recipe import sharing
 from umed_plugin.data import reading
 from umed_plugin.data.build import build_records
 from umed_plugin.data.reading import kept, looks
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
+from umed_plugin.files.locks import locked
 
 COLUMNS = "{file: file, box: [x1, y1, x2, y2], lesion: lesion, slice: slice}"
 CSV = f"{{reader: csv, files: a.csv, columns: {COLUMNS}}}"
@@ -203,6 +205,48 @@ def test_shards_are_joined_to_what_one_process_builds(folder: Path, capsys: pyte
     assert sorted(file.name for file in (folder / "two").glob(".*")) == [KEPT], "the shards' own files are joined"
     assert run("two", "--shard", "3/2") == 2 and "must be I/N" in capsys.readouterr().err
     assert run("two", "--workers", "0") == 2 and "at least 1" in capsys.readouterr().err
+
+
+def test_a_join_that_fails_can_be_repeated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out" / "t.json"
+    flags = ("--out", str(out), "--data-root", str(folder), "--on-bad-image", "skip", "--quiet")
+    command = ["recipe", "build", str(recipe_of(folder).path), *flags]
+
+    def full(*_: object) -> None:
+        raise UmedError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("umed_plugin.data.records.save_records", full)
+        assert [cli.main([*command, "--shard", shard]) for shard in ("1/2", "2/2")] == [0, 1]
+        assert [cli.main([*command, "--shard", "2/2"]), cli.main([*command, "--join"])] == [1, 1]
+    assert "no space left" in capsys.readouterr().err and not out.exists()
+    assert sorted(file.name for file in out.parent.glob(".t.json*")) == [
+        ".t.json.shard-1-of-2",
+        ".t.json.shard-2-of-2",
+    ]
+    assert cli.main([*command, "--join"]) == 0 and len(json.loads(out.read_text())) == 4
+    assert [file.name for file in out.parent.glob(".t.json*")] == []
+
+
+def test_of_two_shards_that_end_at_the_same_time_one_joins(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = folder / "out" / "t.json"
+    flags = ("--out", str(out), "--data-root", str(folder), "--on-bad-image", "skip", "--quiet")
+    command = ["recipe", "build", str(recipe_of(folder).path), *flags]
+    assert cli.main([*command, "--shard", "1/2"]) == 0
+    with locked(out):  # as by the other one, which has seen all marks
+        assert cli.main([*command, "--shard", "2/2"]) == 0
+        assert cli.main([*command, "--join"]) == 1
+    assert "Another shard, which ended at the same time, writes" in capsys.readouterr().out and not out.exists()
+    assert cli.main([*command, "--join"]) == 0, "if the other one fails, the marks are there"
+    # The other one has joined, and removed the marks, before this one looked for them.
+    seen = sharing._missing
+    monkeypatch.setattr(sharing, "_missing", lambda args, count: sharing.remove_marks(args) or seen(args, count))
+    assert cli.main([*command, "--shard", "2/2"]) == 0
+    assert "Another shard, which ended at the same time, writes" in capsys.readouterr().out
 
 
 def test_two_sentences_of_a_slice_in_two_windows_are_two_pictures(folder: Path) -> None:

@@ -30,6 +30,10 @@ _FOR_THE_PROCESS = contextlib.ExitStack()
 _KEPT: set[Path] = set()
 
 
+class HeldByAnotherError(UmedError):
+    """Another process holds the lock."""
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What is locked, by which file, and the words for those who come second."""
@@ -60,7 +64,8 @@ def locked(
         flag: that names another place; None if there is none.
 
     Raises:
-        UmedError: another process holds it, or the folder around it cannot be written.
+        HeldByAnotherError: another process holds it.
+        UmedError: the folder around it cannot be written.
 
     Example:
         >>> import tempfile
@@ -121,7 +126,7 @@ def _lock(asked: _Asked) -> int:
             owner = _owner(descriptor)
             os.close(descriptor)
             other = "or stop it" if asked.flag is None else f"stop it, or choose another {asked.flag}"
-            raise UmedError(f"{asked.target}: {asked.busy}{owner}. Wait for that one, {other}.") from None
+            raise HeldByAnotherError(f"{asked.target}: {asked.busy}{owner}. Wait for that one, {other}.") from None
         except OSError as error:
             if error.errno not in _CANNOT_LOCK:
                 os.close(descriptor)

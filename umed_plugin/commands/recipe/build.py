@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
-from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, remove_marks
+from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, joining, remove_marks
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
 from umed_plugin.errors import UmedError, UsageError, note, warn
-from umed_plugin.files.locks import locked
 from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
 from umed_plugin.terminal.progress import add_quiet_flag
 
@@ -87,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     _check_tower(args)
     if not is_whole(args):
         return 0
-    with locked(args.out):
-        return _write(args, writer, decisions)
+    with joining(args) as is_ours:
+        return _write(args, writer, decisions) if is_ours else 0
 
 
 def _check_replaced(out: Path, recipe: str) -> None:

@@ -7,7 +7,9 @@ of all shards goes on as a plain build does, which reads nothing anew. So the re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from umed_plugin.commands.numbers import at_least_one
 from umed_plugin.data.shards import Shard, parse_shard
 from umed_plugin.errors import UmedError, UsageError, note, warn
 from umed_plugin.files import parse_json
+from umed_plugin.files.locks import HeldByAnotherError, locked
 
 _FAULTS_SHOWN = 25
+_OTHER_JOINED = "Another shard, which ended at the same time, writes"
 
 
 def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +43,7 @@ def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def is_whole(args: argparse.Namespace) -> bool:
-    """Read this process's share, if it has one. True if every image was read, so that records can be built.
+    """Read this process's share, if it has one. True if every image was read, so that records can be built: see `joining`.
 
     Raises:
         UsageError: ``--join``, and a shard has not been read.
@@ -51,19 +55,39 @@ def is_whole(args: argparse.Namespace) -> bool:
         return True
     _read_share(args)
     missing = _missing(args, args.shard.count)
+    if args.shard in missing:
+        # Whoever joined removed this mark too.
+        note(f"shard {args.shard} is read. {_OTHER_JOINED} {args.out}.")
+        return False
     if missing:
         note(
             f"shard {args.shard} is read. Still to be read: {', '.join(map(str, missing))}. The last one writes {args.out}; "
             "so does --join."
         )
         return False
-    try:
-        # Two shards may end at the same time. The one that removes this mark joins.
-        _mark(args, Shard(1, args.shard.count)).unlink()
-    except FileNotFoundError:
-        note(f"shard {args.shard} is read. Another shard, which ended at the same time, writes {args.out}.")
-        return False
     return True
+
+
+@contextlib.contextmanager
+def joining(args: argparse.Namespace) -> Iterator[bool]:
+    """Hold ``--out`` while its records are written; False if they are written by another shard, which ended at the same time.
+
+    The marks of the shards stay until `remove_marks`. So ``--join`` can repeat what failed or was stopped.
+
+    Raises:
+        UmedError: another process is writing it, and this one is no shard.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(args.out))
+            is_ours = args.shard is None or not _missing(args, args.shard.count)
+        except HeldByAnotherError:
+            if args.shard is None:
+                raise
+            is_ours = False
+        if not is_ours:
+            note(f"shard {args.shard} is read. {_OTHER_JOINED} {args.out}.")
+        yield is_ours
 
 
 def _read_share(args: argparse.Namespace) -> None:
