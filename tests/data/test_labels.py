@@ -219,11 +219,11 @@ def test_pseudo_boxes_need_a_tower_and_only_they_do(tmp_path: Path, capsys: pyte
 def test_check_counts_labels_as_neither_lesions_nor_negatives(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("nod/a.png", "nod/b.png", "healthy/c.png"):
+    for name in ("nod/a.png", "nod/b.png", *(f"healthy/{n}.png" for n in "cdef")):
         image(tmp_path / name)
     recipe = write_recipe(tmp_path, FOLDERS % ", no_finding: [healthy]", ALL_IN_TRAIN, PSEUDO)
     assert main(["recipe", "check", str(recipe), "--report", str(tmp_path / "report"), "--quiet"]) == 0
     told = capsys.readouterr().out
     row = next(line for line in told.splitlines() if "train" in line)
-    assert [word for word in row.split() if word.isdigit()] == ["3", "1", "3", "0", "2"]
+    assert [word for word in row.split() if word.isdigit()] == ["6", "4", "6", "0", "2"]
     assert "label, no box" in told
