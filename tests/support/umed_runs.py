@@ -126,7 +126,7 @@ if "llava.train.train_mem" in " ".join(sys.orig_argv if hasattr(sys, "orig_argv"
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    """All weights that a run has saved at its end."""
+    """All weights that a run has saved at its end: at least one."""
     import torch
     from safetensors.torch import load_file
 
@@ -136,6 +136,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
             found.update(torch.load(output / name, weights_only=True))
     for file in output.glob("*.safetensors"):
         found.update(load_file(file))
+    assert found, f"{output} holds no weights"
     return found
 
 

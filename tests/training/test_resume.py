@@ -63,6 +63,7 @@ def test_where_an_epoch_does_not_fill_whole_steps_no_record_is_passed_over(tiny_
     history, again = (json.loads((f / "trainer_state.json").read_text())["log_history"] for f in (whole, resumed))
     assert [line["loss"] for line in again if "loss" in line] == [line["loss"] for line in history if "loss" in line]
     expected, found = weights(whole), weights(resumed)
+    assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 

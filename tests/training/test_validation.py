@@ -116,6 +116,7 @@ def test_training_samples_the_same_answers_with_and_without_the_curve(taught, wi
     assert len(sampled[0].splitlines()) == 5
     assert sampled[0] == sampled[1]
     expected, found = weights(tmp_path / "without"), weights(with_curve)
+    assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
