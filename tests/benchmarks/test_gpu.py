@@ -11,6 +11,7 @@ import pytest
 from support.umed_runs import ROOT, environment
 
 pytest.importorskip("transformers", minversion="5.0", reason="LLaVA's pins have no transformers 5")
+pytestmark = [pytest.mark.llava, pytest.mark.run]
 
 SIZES = (
     "--device cpu --layers 2 --hidden 256 --tower-layers 2 --image-size 28 --vocabulary 300 --prompt-tokens 10 --answer-tokens 4"

@@ -10,6 +10,7 @@ import pytest
 from support.umed_runs import ROOT, environment
 
 pytest.importorskip("trl", minversion="1.0", reason="needs TRL 1.x, which runs on the current stack alone")
+pytestmark = [pytest.mark.llava, pytest.mark.run]
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])

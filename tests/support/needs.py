@@ -1,8 +1,9 @@
 """Which tests need LLaVA and which start training, read from their source: nobody has to remember a marker.
 
-A test needs LLaVA when its module, a helper or a fixture that it uses imports torch or a library on top of it, itself or
-through other modules of this repository. Imports inside functions of the library are lazy and do not count: a test that runs
-into one of those carries ``@pytest.mark.llava``. A test trains when it or its helpers use one of `TRAINERS`.
+A test needs LLaVA when its module, a helper or a fixture that it uses imports torch or a library on top of it, itself, by
+``pytest.importorskip`` or through other modules of this repository. Imports inside functions of the library are lazy and do not
+count: a test that runs into one of those carries ``@pytest.mark.llava``. A test trains when it or its helpers use one of
+`TRAINERS`.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ def _imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
+            yield from (given.value for given in node.args if isinstance(given, ast.Constant))
 
 
 def _files_of(name: str) -> list[Path]:
