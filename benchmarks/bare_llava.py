@@ -41,6 +41,8 @@ class LoraLinear(nn.Module):
 class Tower(nn.Module):
     """A CLIP tower as LLaVA's class uses it: the patches of its penultimate layer."""
 
+    select_feature = "patch"
+
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.clip, self.config = CLIPVisionModel(config), config

@@ -133,8 +133,8 @@ split: {by: patients, fractions: {train: .5}}
             CSV,
             "{seed: 1}",
             "",
-            "split.by: missing. `file`: `annotations.files` or `split_lists` decide. `column`: the split column of the CSV. "
-            "`patient`: a hash of",
+            "split.by: missing. `file`: `annotations.files` or `split_lists` decide. `column`: the split column of the "
+            "table or JSON. `patient`: a hash of",
         ),
         ("{reader: coco, files: a}", "{by: file}", "", "split.by: is 'file', but annotations.files is one for all"),
         (CSV, "{by: column}", "", "split.by: is 'column', but annotations.columns.split names none"),
