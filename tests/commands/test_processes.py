@@ -160,6 +160,7 @@ time.sleep(60)
 """
 COMMAND = """
 import os, sys
+from pathlib import Path
 from umed_plugin import cli
 from umed_plugin.commands import processes
 
