@@ -16,6 +16,7 @@ import importlib
 import sys
 from typing import Any
 
+from umed_plugin.checkpoints.precision import has_ampere
 from umed_plugin.errors import note
 from umed_plugin.patches.model_class import FAMILIES, read_config
 from umed_plugin.patches.training_run import TRAIN, TrainingRun
@@ -80,6 +81,7 @@ _NO_SDPA = "transformers has no sdpa for this torch"
 
 def _no_flash(options: Any) -> str | None:
     """Why flash attention cannot run, in words."""
+    import torch
     from transformers import utils
 
     if options.use_cpu or getattr(options, "no_cuda", False):
@@ -88,15 +90,8 @@ def _no_flash(options: Any) -> str | None:
         return "flash-attn 2 or CUDA is missing"
     if not (options.bf16 or options.fp16 or getattr(options, "bits", 16) < 16):
         return "it computes in 16 bits alone, and neither --bf16 nor --fp16 is given"
-    return None if _has_ampere() else "it needs a GPU of Ampere or later"
-
-
-def _has_ampere() -> bool:
-    """Whether all visible GPUs are of Ampere or later; ROCm's flash-attn knows its own."""
-    import torch
-
-    gpus = range(torch.cuda.device_count())
-    return torch.version.hip is not None or all(torch.cuda.get_device_properties(index).major >= 8 for index in gpus)
+    # ROCm's flash-attn knows its own GPUs.
+    return None if torch.version.hip is not None or has_ampere() else "it needs a GPU of Ampere or later"
 
 
 def _has_sdpa() -> bool:

@@ -89,3 +89,10 @@ def torch_dtype(precision: str) -> Any:
 def _values(checkpoint: Path | str) -> int:
     """Number of values in all weight files."""
     return sum(tensor.values for file in weight_files(checkpoint) for tensor in stored(file).values())
+
+
+def has_ampere() -> bool:
+    """Whether all visible GPUs are NVIDIA's Ampere or later, which compute in bfloat16 and run flash-attn 2."""
+    import torch
+
+    return all(torch.cuda.get_device_properties(index).major >= 8 for index in range(torch.cuda.device_count()))

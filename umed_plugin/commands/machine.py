@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from umed_plugin.checkpoints.precision import has_ampere
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -55,9 +57,7 @@ def compute_bf16() -> bool:
     """
     import torch
 
-    if torch.version.hip is not None:
-        return torch.cuda.is_bf16_supported()
-    return all(torch.cuda.get_device_properties(index).major >= 8 for index in range(torch.cuda.device_count()))
+    return has_ampere() if torch.version.hip is None else torch.cuda.is_bf16_supported()
 
 
 def add_dtype_flag(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from umed_plugin.data.annotations.finding import matches
 from umed_plugin.data.endings import IMAGE_ENDINGS, NIFTI_ENDINGS
 from umed_plugin.data.images import has_dicom_magic, load_image, slice_count
 from umed_plugin.data.images.stored import unreadable
-from umed_plugin.data.places import not_fetched
+from umed_plugin.data.places import check_fetched
 from umed_plugin.errors import UmedError, warn
 
 # Similarity from which two images count as the same one, or as neighbours of which one reveals the other.
@@ -162,9 +162,7 @@ def _add_slices(file: Path, pictures: Pictures, slice_axes: Sequence[int]) -> No
     Raises:
         UmedError: the file cannot be read.
     """
-    link = not_fetched(file)
-    if link is not None:
-        raise UmedError(f"{file}: {link}")
+    check_fetched(file)
     with unreadable(file):
         axes = slice_axes if file.name.lower().endswith(NIFTI_ENDINGS) else (2,)
         for axis in axes:

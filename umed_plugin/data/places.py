@@ -7,12 +7,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional, Union
 
+from umed_plugin.errors import UmedError
+
 
 def not_fetched(path: Union[str, Path]) -> Optional[str]:
     """What to say of a link whose target is not there, as git-annex and DataLad leave it; None for everything else."""
     if not os.path.islink(path) or os.path.exists(path):
         return None
     return f"is a link to {os.readlink(path)}, which is not there. Fetch it: git annex get, or datalad get"
+
+
+def check_fetched(path: Union[str, Path]) -> None:
+    """Refuse a link whose target is not there.
+
+    Raises:
+        UmedError: it is one.
+    """
+    if text := not_fetched(path):
+        raise UmedError(f"{path}: {text}")
 
 
 def folders_below(folder: Path, seen: Optional[set[str]] = None) -> Iterator[Path]:

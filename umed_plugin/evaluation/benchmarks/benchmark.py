@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
 from umed_plugin.data.annotations.finding import matches
-from umed_plugin.data.places import not_fetched
+from umed_plugin.data.places import check_fetched
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.metrics.metric import Metric, Row
 from umed_plugin.files import parse_json
@@ -284,8 +284,7 @@ def files_matching(root: Path, *patterns: str) -> list[Path]:
     """
     found = sorted({path for pattern in patterns for path in matches(root, pattern) if not path.is_dir()})
     for path in found:
-        if text := not_fetched(path):
-            raise UmedError(f"{path}: {text}")
+        check_fetched(path)
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.data.places import not_fetched
+from umed_plugin.data.places import check_fetched
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.evaluation.benchmarks.benchmark import check_whole
 
@@ -106,8 +106,7 @@ def files_of_sets(root: Path) -> dict[str, Path]:
     for name in SETS:
         there = {size: root / f"{name}{'' if size == SIZES[0] else f'_{size}'}.npz" for size in SIZES}
         for file in there.values():
-            if text := not_fetched(file):
-                raise UmedError(f"{file}: {text}")
+            check_fetched(file)
         sizes = [size for size, file in there.items() if file.is_file()]
         if sizes:
             found[name] = there[max(sizes)]
