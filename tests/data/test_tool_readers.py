@@ -302,6 +302,8 @@ def test_a_flag_without_a_shape_is_no_negative(tmp_path: Path) -> None:
     assert found.left_out == {"has a flag, but no shape; annotations.no_finding": 1}
     assert boxes(labelme(tmp_path, [], flags={"polyp": False})) == {"a.png": []}
     assert boxes(labelme(tmp_path, [], more=", no_finding: [normal]", flags={"normal": True})) == {"a.png": []}
+    empty = labelme(tmp_path, [], more=", no_finding: [normal]", flags={"normal": False})
+    assert empty.items == [] and empty.left_out == {"has no shape, and none of annotations.no_finding": 1}
     drawn = labelme(tmp_path, [shape("rectangle", [[10, 20], [30, 40]])], flags={"polyp": True})
     assert boxes(drawn) == {"a.png": [(10, 20, 30, 40)]}
 
@@ -384,6 +386,9 @@ def test_cvat_says_what_it_does_not_read(tmp_path: Path) -> None:
     tag = image('<tag label="normal" source="manual"/>')
     assert cvat(tmp_path, tag).left_out == {"has a tag, but no box; annotations.no_finding": 1}
     assert boxes(cvat(tmp_path, tag, more=", no_finding: [normal]")) == {"a.png": []}
+    empty = cvat(tmp_path, image(""), more=", no_finding: [normal]")
+    assert empty.items == [] and empty.left_out == {"has no shape, and none of annotations.no_finding": 1}
+    assert boxes(cvat(tmp_path, image(""))) == {"a.png": []}
 
 
 def test_cvats_subsets_are_folders(tmp_path: Path) -> None:

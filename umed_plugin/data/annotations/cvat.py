@@ -34,8 +34,8 @@ annotations:
 
     no_finding: list[str] = Field(
         [],
-        description="Labels of ``tag`` elements that say that the image has no lesion. An image that has other tags, and no "
-        "shape, is left out.",
+        description="Labels of ``tag`` elements that say that the image has no lesion. An image without a shape is left out if "
+        "it has other tags, or, where this is given, none of these.",
     )
 
 
@@ -92,10 +92,10 @@ def _item(
         return None
     names = [f"{subset}/{name}", name] if subset else [name]
     item = Annotated(folders.find(names), [], [], where, stated_size(*sides))
-    other_tags = 0
+    tags: set[str] = set()
     for number, shape in enumerate(element):
         if shape.tag == "tag":
-            other_tags += shape.get("label") not in options.no_finding
+            tags.add(shape.get("label") or "")
         elif shape.tag in _WITHOUT_BOX:
             drop_box(item, f"<{shape.tag}>, which has no box", faults)
         elif shape.tag in _SHAPES and shape.get("outside") == "1":
@@ -104,8 +104,10 @@ def _item(
             _add(item, shape, f"{where} {shape.tag} {number}", faults)
         else:
             faults.add(where, f"has a <{shape.tag}>. Allowed: tag, {', '.join((*_SHAPES, *_WITHOUT_BOX))}")
-    if other_tags and not item.boxes:
+    if not item.boxes and not tags <= set(options.no_finding):
         item.left_out = "has a tag, but no box; annotations.no_finding"
+    elif options.no_finding and not (tags or item.boxes or item.dropped_boxes):
+        item.left_out = "has no shape, and none of annotations.no_finding"
     return item
 
 

@@ -33,8 +33,8 @@ annotations:
 
     no_finding: list[str] = Field(
         [],
-        description="Flags of a file that say that the image has no lesion. An image that has other flags set, and no shape, is "
-        "left out.",
+        description="Flags of a file that say that the image has no lesion. An image without a shape is left out if it has other "
+        "flags set, or, where this is given, none of these.",
     )
 
 
@@ -85,18 +85,21 @@ def _item(
         item.classes.append(label)
         if len(boxes) > 1:
             faults.left_out["shapes", "parts of one lesion by their group_id, joined into one box"] += len(boxes) - 1
-    if _other_flags(path, content, options, faults) and not item.boxes:
+    flags = _flags(path, content, faults)
+    if not item.boxes and not flags <= set(options.no_finding):
         item.left_out = "has a flag, but no shape; annotations.no_finding"
+    elif options.no_finding and not (flags or item.boxes or item.dropped_boxes):
+        item.left_out = "has no shape, and none of annotations.no_finding"
     return item
 
 
-def _other_flags(path: Path, content: dict[str, Any], options: LabelmeOptions, faults: Faults) -> bool:
-    """Whether the file sets a flag that may say that there is a lesion."""
+def _flags(path: Path, content: dict[str, Any], faults: Faults) -> set[str]:
+    """The flags that the file sets."""
     flags = content.get("flags") or {}
     if not isinstance(flags, dict):
         faults.add(path, f"flags are {_short(flags)}; needed: an object of names, each true or false")
-        return False
-    return any(value and name not in options.no_finding for name, value in flags.items())
+        return set()
+    return {name for name, value in flags.items() if value}
 
 
 def _size(path: Path, content: dict[str, Any], faults: Faults) -> Optional[tuple[int, int]]:

@@ -289,7 +289,8 @@ class NegativeRule(StrictModel):
         None,
         ge=0,
         description="In each split, at most this many for each image with a lesion. A hash of ``split.seed`` and the path "
-        "selects them. A volume that is shown as one image counts once.",
+        "selects them. A volume that is shown as one image counts once. In a mixture it limits what a source offers, and "
+        "``negative_share`` what is used.",
     )
 
     @field_validator("only")
