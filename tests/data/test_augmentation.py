@@ -114,6 +114,32 @@ def test_where_words_say_a_place_a_lesion_stays_in_its_part() -> None:
     assert len({region_of(box) for study in silent for box in parse_boxes(answer(study))}) > 1
 
 
+def test_a_question_of_looks_is_mirrored_with_its_image_and_keeps_its_place() -> None:
+    """Its answer is written again, and the question stands as it was asked."""
+    asked = "Find: nodule, that is a dark disc in the left half of the image."
+    mirrored = epochs(made([[20, 10, 50, 40]], MIRROR, asked=asked), 20)
+    moved = [study.record for study in mirrored if study.move.mirrors]
+    assert moved and all(is_templated(record) for record in moved)
+    assert {record["conversations"][0]["value"] for record in moved} == {f"<image>\n{asked.replace('left', 'right')}"}
+    moving = {"rotation": 20, "zoom": [0.7, 1.5], "shift": 0.2, "share": 1}
+    boxes = [
+        box
+        for study in epochs(made([[85, 45, 105, 65]], moving, asked=asked), 100)
+        for box in parse_boxes(answer(study))
+    ]
+    middles = [(x1 + x2) / 2 for x1, _, x2, _ in boxes]
+    assert max(middles) <= 0.5 and len(set(middles)) > 3
+
+
+def test_a_phrase_is_mirrored_with_its_question() -> None:
+    text = "At [0.10, 0.25, 0.25, 0.40]."
+    record = made([[20, 10, 50, 40]], MIRROR, text, answer_type="phrase", phrase="Nodule on the left.")
+    record["conversations"][0]["value"] = "<image>\nWhere is this seen: Nodule on the left?"
+    moved = [study.record for study in epochs(record, 20) if study.move.mirrors]
+    assert {record["phrase"] for record in moved} == {"Nodule on the right."}
+    assert all("Nodule on the right" in record["conversations"][0]["value"] for record in moved)
+
+
 @pytest.mark.parametrize(
     ("text", "more"),
     [

@@ -195,6 +195,9 @@ def test_tokens_and_patches_are_found_where_llava_puts_them():
     assert found() == {0: (2, [1, 7, 8]), 1: (1, [5, 6]), 3: (3, [7])}
     assert found(tokenizer_padding_side="left") == {0: (2, [1, 7, 8]), 1: (3, [7, 8]), 3: (3, [7])}
     assert found(tokenizer_model_max_length=7) == {0: (2, [1]), 1: (1, [5, 6])}, "cut off, tokens and patches alike"
+    # LLaVA's collator cuts the text itself, and the tokens count in the uncut one.
+    uncut = [torch.tensor([1, 4, 5, 6, 90]), *tokens[1:]]
+    assert found(tokens=uncut) == found()
     cover = torch.ones(4, 4)
     cover[1] = 0  # cropped away
     assert list(found(cover=cover)) == [0, 3]

@@ -129,7 +129,8 @@ def test_a_box_in_the_padding_is_outside_of_the_image():
 
 def test_to_call_every_image_normal_earns_no_more_than_the_negatives():
     """With the README's weights. On a study with a lesion the term is left out for such an answer."""
-    assert scored(NEGATIVES[0], NEGATIVE) == 1 and scored(NEGATIVES[0], POSITIVE) is None
+    for text in (NEGATIVES[0], "0 findings.", "There are 0 abnormal findings in this image."):
+        assert scored(text, NEGATIVE) == 1 and scored(text, POSITIVE) is None, text
     studies = [POSITIVE] * 3 + [NEGATIVE]
     columns = {"record": [study for study in studies for _ in range(2)], "geometry": [SQUARE] * 8}
     texts = [NEGATIVES[0]] * 8

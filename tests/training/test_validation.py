@@ -17,6 +17,7 @@ from support.records import grounded_records
 from support.taught import learn_by_heart, study_records
 from support.umed_runs import TWO_PROCESSES, train_flags, umed_run, weights
 
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
@@ -258,14 +259,16 @@ def test_the_best_validation_is_the_first_with_the_highest_score():
     assert early_stopping.without_gain([]) == 0
 
 
-def stopping_at(output: Path, log: list[dict], step: int, weight: float) -> early_stopping.EarlyStopping:
+def stopping_at(
+    output: Path, log: list[dict], step: int, weight: float, max_steps: int = 1000
+) -> early_stopping.EarlyStopping:
     """Early stopping in a run of one weight that stands at a step, resumed unless it is the first."""
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.fill_(weight)
     flags = SimpleNamespace(umed_stop_after=5, umed_stage="rewarding")
     args = SimpleNamespace(output_dir=output, umed=flags, should_save=True, process_index=0, device="cpu")
     accelerator = SimpleNamespace(gather=lambda tensor: tensor, unwrap_model=lambda model: model)
-    state = SimpleNamespace(log_history=log, global_step=step)
+    state = SimpleNamespace(log_history=log, global_step=step, max_steps=max_steps)
     trainer = SimpleNamespace(args=args, model=model, accelerator=accelerator, state=state)
     stopping = early_stopping.EarlyStopping(trainer)
     stopping.on_train_begin(args, state, None)
@@ -297,6 +300,17 @@ def test_after_best_weights_were_lost_the_next_ones_are_kept_over_every_resume(t
     (tmp_path / early_stopping.FOLDER / "step-30.safetensors").unlink()
     stopping_at(tmp_path, again.trainer.state.log_history, 50, 50.0)
     assert "after step 30, are lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("last", "max_steps"), [(60, 1000), (40, 40)])
+def test_a_finished_run_without_its_best_weights_is_left_as_it_is(tmp_path, last, max_steps):
+    """Removed after the run, as the pages allow. The same command must neither train on nor replace the result."""
+    log = [{"step": step, "val/iou": 1 - step / 100} for step in range(10, last + 1, 10)]
+    with pytest.raises(UmedError, match=f"had ended after step {last}, and .*step-10.safetensors.* is missing"):
+        stopping_at(tmp_path, log, last, 1.0, max_steps)
+    assert not any(early_stopping.KEPT_FROM in line for line in log)
+    # The last step was the best: its weights are in the checkpoint.
+    stopping_at(tmp_path, [{"step": 40, "val/iou": 0.9}], 40, 40.0, 40).restore()
 
 
 def test_the_check_before_the_first_step_samples_in_the_precision_of_the_run(monkeypatch):

@@ -64,7 +64,7 @@ class LesionTokens:
             config: of the model.
             input_ids: [B, L] with ``IMAGE_TOKEN_INDEX`` where an image goes.
             attention_mask: [B, L] 1 at tokens.
-            tokens: B tensors of indices 0..L-1 of the tokens that name a lesion.
+            tokens: B tensors of indices of the tokens that name a lesion, in the uncut text. Those from L on were cut off.
             covers: [B, P].
         """
         device, added = input_ids.device, covers.shape[1] - 1
@@ -77,7 +77,8 @@ class LesionTokens:
         rows, starts, columns = [], [], []
         for row, watched in enumerate(tokens):
             found = images[row].nonzero().flatten()
-            watched = watched.cpu()[kept[row, watched.cpu()]]
+            watched = watched.cpu()[watched.cpu() < ids.shape[1]]  # LLaVA's collator cuts long texts off
+            watched = watched[kept[row, watched]]
             if len(found) != 1 or not len(watched) or not covers[row].any():
                 continue
             start = places[row, found[0]]

@@ -89,7 +89,11 @@ class EarlyStopping(TrainerCallback):
         return without_gain(self.validated()) >= self._patience
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
-        """Keep the weights before the first step of stage 2, or find those that the stopped run has kept."""
+        """Keep the weights before the first step of stage 2, or find those that the stopped run has kept.
+
+        Raises:
+            UmedError: the run had ended, and its best weights are missing.
+        """
         if state.global_step == 0:
             self._keep_if_best()
             return
@@ -98,6 +102,7 @@ class EarlyStopping(TrainerCallback):
         # The first process has written it, perhaps on another machine; all must go on alike.
         own = torch.tensor([float(lost)], device=args.device)
         if best is not None and self.trainer.accelerator.gather(own)[0]:
+            self._refuse_if_finished(best)
             if args.process_index == 0:
                 warn(
                     f"{self._file(best.step)} is missing: the weights of the best validation, after step {best.step}, are lost. "
@@ -107,6 +112,16 @@ class EarlyStopping(TrainerCallback):
             state.log_history.append({KEPT_FROM: state.global_step + 1, "step": state.global_step})
             best = None
         self._of_checkpoint = None if best is None else best.step
+
+    def _refuse_if_finished(self, best: Validated) -> None:
+        """Raise a `UmedError` for a run that had ended: without the best weights, its last ones would replace its result."""
+        state = self.trainer.state
+        if best.step != state.global_step and (self.ended() or 0 < state.max_steps <= state.global_step):
+            raise UmedError(
+                f"this run had ended after step {state.global_step}, and {self._file(best.step)}, its best weights, is missing. "
+                f"What it saved in {self._folder.parent} is left as it is. To go on from the last step, raise --umed_stop_after "
+                "or the number of steps; to train anew, choose another --output_dir."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Keep the weights if the validation after this step is the best, and end the run after too many without gain."""

@@ -1,9 +1,9 @@
 """The conversation of an augmented study: boxes and words of side say where things lie in the changed image.
 
-An answer of the template writer is written again from the moved boxes, with the same wording. In any other text, boxes are moved
-where they stand, and words of side are mirrored. Rotation, zoom and shift change no word there; they are taken only if every
-lesion stays in its part of the image (the same third and the same half, across and down), or no word says where in the image
-something lies.
+An answer of the template writer is written again from the moved boxes, with the same wording. In any other text, such as a
+question of ``looks``, boxes are moved where they stand, and words of side are mirrored. Rotation, zoom and shift change no word
+there. They are taken only if every lesion stays in its part of the image (the same third and the same half, across and down), or
+no word says where in the image something lies.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Turns = list[dict[str, Any]]
 _FLIPS = ("left_right", "up_down")
 _SAME_BOX = 0.5  # IoU of a written box with a true one, above which they are the same lesion's
 _DECIMALS = (2, 3)
+_TEXTS = ("asked", "phrase")  # texts of a record beside its turns, which repeat them
 # "Left" may mean a half or a third of the image.
 _BORDERS = (1 / 3, 1 / 2, 2 / 3)
 
@@ -73,14 +74,21 @@ def moved_record(record: Record, move: SquareMove, templated: bool) -> Optional[
     found = record["objects"]
     bbox = [[round(value, 3) for value in pixels[i]] for i in order]
     moved = {**record, "objects": {**found, "ref": [found["ref"][i] for i in order], "bbox": bbox}}
-    turns = _written(moved) if templated else _moved_turns(record, move, before, after)
+    flips = [flip for flip, taken in zip(_FLIPS, (move.left_right, move.up_down)) if taken]
+    for name in _TEXTS:
+        if name in record:
+            moved[name] = mirrored_text(record[name], flips)
+    if any(moved[name] is None for name in _TEXTS if name in moved):
+        return None
+    if move.resamples and not _stay_in_place(before, after, move) and _says_where(record, templated):
+        return None
+    turns = _written(moved) if templated else _moved_turns(record, move, flips, before, after)
     return None if turns is None else {**moved, "conversations": turns}
 
 
-def _moved_turns(record: Record, move: SquareMove, before: Sequence[Box], after: Sequence[Box]) -> Optional[Turns]:
-    flips = [flip for flip, taken in zip(_FLIPS, (move.left_right, move.up_down)) if taken]
-    if move.resamples and not _stay_in_place(before, after, move) and _says_where(record):
-        return None
+def _moved_turns(
+    record: Record, move: SquareMove, flips: Sequence[str], before: Sequence[Box], after: Sequence[Box]
+) -> Optional[Turns]:
     turns = []
     for turn in record["conversations"]:
         text = _with_moved_boxes(turn["value"], move, before, after)
@@ -91,8 +99,10 @@ def _moved_turns(record: Record, move: SquareMove, before: Sequence[Box], after:
     return turns
 
 
-def _says_where(record: Record) -> bool:
-    return any(names_place(replace_terms(turn["value"], record["terms"], "x")) for turn in record["conversations"])
+def _says_where(record: Record, templated: bool) -> bool:
+    """Whether a text that is not written again says where something lies: of the template writer's turns, only ``asked``."""
+    texts = [record.get("asked", "")] if templated else [turn["value"] for turn in record["conversations"]]
+    return any(names_place(replace_terms(text, record["terms"], "x")) for text in texts)
 
 
 def _stay_in_place(before: Sequence[Box], after: Sequence[Box], move: SquareMove) -> bool:
