@@ -110,13 +110,19 @@ def test_the_checkpoint_is_as_its_seed_says_and_its_tokenizer_splits_digits(tmp_
 
 
 @pytest.mark.run
-def test_a_process_that_has_prepared_nothing_makes_the_checkpoint(tmp_path):
-    """Some benchmarks make it before they start any command of ours. The tests' own process has prepared LLaVA long before."""
-    made = (
-        "from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint; make_checkpoint('tiny-llava-mistral')"
-    )
+def test_threads_of_a_process_that_has_prepared_nothing_make_checkpoints(tmp_path):
+    """Some benchmarks make them before they start any command of ours, and of several seeds side by side."""
+    made = """
+from concurrent.futures import ThreadPoolExecutor
+from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+with ThreadPoolExecutor(3) as pool:
+    list(pool.map(lambda seed: make_checkpoint(f"{seed}-llava-mistral", seed=seed), (5, 6, 7)))
+"""
     subprocess.run([sys.executable, "-c", made], check=True, cwd=tmp_path, env=environment())
-    assert (tmp_path / "tiny-llava-mistral/vision_tower/config.json").is_file()
+    for seed in (5, 6, 7):
+        alone = make_checkpoint(tmp_path / f"alone{seed}-llava-mistral", seed=seed)
+        for file in ("model.safetensors", "vision_tower/model.safetensors"):
+            assert (tmp_path / f"{seed}-llava-mistral" / file).read_bytes() == (alone / file).read_bytes()
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ TOWER_LAYERS = 2
 CONTEXT = 1024
 # A sentencepiece model with byte fallback uses 256 entries for bytes and 3 for special tokens.
 VOCABULARY = 768
+
+# torch's random numbers are the process's, and transformers' classes are imported at their first use, which two threads break.
+_ONE_THREAD = threading.Lock()
 
 DEFAULT_CORPUS = (
     "[INST] What abnormality can be seen in this image? Give its location as a box. [/INST] There is an abnormality.",
@@ -46,7 +50,7 @@ def make_checkpoint(
     layers: int = 4,
     corpus: Sequence[str] = DEFAULT_CORPUS,
 ) -> Path:
-    """Write a small checkpoint with random weights under ``path`` and return the absolute path.
+    """Write a small checkpoint with random weights under ``path`` and return the absolute path. Threads do so in turns.
 
     Args:
         path: the folder to create; files of an earlier checkpoint in it are overwritten.
@@ -65,7 +69,7 @@ def make_checkpoint(
     prepare_llava()  # a benchmark that calls this has no command of ours before it
     path = Path(path).resolve()
     path.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
+    with _ONE_THREAD, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _make_tokenizer(path, corpus, legacy=family == "mistral")
         tower = write_tower(path / "vision_tower")
