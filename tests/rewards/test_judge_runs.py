@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import forked
-from support.judge_server import Answer, Asked, JudgeServer, judge_server, score
+from support.judge_server import Answer, Asked, JudgeServer, completion, judge_server, score
 from support.records import grounded_records
 from support.umed_runs import TWO_PROCESSES, environment, train_flags, weights
 
@@ -189,13 +189,38 @@ def test_two_processes_share_the_ledger_and_stop_together(tiny_mistral, records,
 
 
 @pytest.mark.one_stack
-def test_a_server_that_is_not_there_ends_the_run_plainly(tiny_mistral, records, tmp_path):
+@pytest.mark.parametrize("launcher", [PYTHON, TWO_PROCESSES], ids=["one process", "two processes"])
+def test_a_server_that_is_not_there_ends_the_run_plainly_with_a_checkpoint(launcher, tiny_mistral, records, tmp_path):
+    """The checkpoint is saved because of the failing judge, behind the step before it."""
     nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "2"}
     nowhere["umed_judge_retries"] = "0"
-    flags = [*judged(None, **nowhere), "--gradient_accumulation_steps", "2", "--save_steps", "1"]
+    flags = [*judged(None, **nowhere), "--gradient_accumulation_steps", "2", "--save_steps", "100"]
+    printed = finish(start(tiny_mistral, records, tmp_path / "out", *flags, launcher=launcher), 1)
+    said = "training stopped after step 1: the judge returned no score in 2 consecutive rollouts"
+    assert f"umed: error: {said}" in printed and "Connection" in printed
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-1" and (checkpoint / "trainer_state.json").is_file(), "a rollout is a step"
+    assert f"Saved: {checkpoint}. The same command goes on from there." in printed
+    if launcher == PYTHON:  # torchrun has a traceback of its own
+        assert "Traceback" not in printed
+
+
+def test_a_judge_without_patience_ends_the_run_before_the_first_step(tiny_mistral, records, tmp_path):
+    nowhere = {"umed_judge": "openai:m", "umed_judge_base_url": "http://127.0.0.1:9/v1", "umed_judge_patience": "1"}
+    flags = judged(None, **nowhere, umed_judge_retries="0")
     printed = finish(start(tiny_mistral, records, tmp_path / "out", *flags), 1)
-    assert "umed: error: the judge returned no score in 2 consecutive rollouts" in printed and "Connection" in printed
-    assert "Traceback" not in printed
-    assert [folder.name for folder in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"], (
-        "a rollout is a step"
-    )
+    assert "training stopped after step 0: the judge returned no score in a rollout" in printed
+    assert "Nothing was learnt yet." in printed and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_budget_that_cannot_be_counted_ends_the_run_with_a_checkpoint(tiny_mistral, records, tmp_path):
+    """The server stops telling tokens in the second rollout."""
+
+    def tells_less(asked: Asked) -> Answer:
+        return by_text(asked) if len(server.asked) <= 8 else Answer(completion('{"score": 3}', usage=False))
+
+    with judge_server(tells_less) as server:
+        flags = judged(server, umed_judge_budget="100000tokens", save_steps="100")
+        printed = finish(start(tiny_mistral, records, tmp_path / "out", *flags), 1)
+    assert "training stopped after step 1: --umed_judge_budget is in tokens" in printed
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()

@@ -33,6 +33,9 @@ without arguments. Everything else is optional, as attributes:
 - ``state() -> dict`` and ``load_state(state)``: what a checkpoint keeps of the reward, as JSON. A resumed run loads it.
 - ``stop: str | None``: if it is a text after a step, in any process, the run saves a checkpoint and ends with the text as an
   error.
+
+A reward that cannot go on raises `umed_plugin.UmedError`. The run then saves what it learnt before this rollout and ends with the
+error, in all processes. Nothing is learnt from the rollout.
 """
 
 from typing import Any

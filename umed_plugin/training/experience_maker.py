@@ -20,6 +20,7 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -61,6 +62,7 @@ from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
 from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
+from umed_plugin.training.stopping import RewardError, raised_together
 from umed_plugin.training.value_head import ValueHead
 
 
@@ -244,7 +246,8 @@ class ExperienceMaker:
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, queries.records)
-        start_rewards(self.rewards, questions, texts, **columns)
+        with self._rewards_agreed():
+            start_rewards(self.rewards, questions, texts, **columns)
         sizes = [len(batch["prompt_ids"]) for batch in batches]
         parts = [self.passes.scores(policy, *part, was_training) for part in batches_of(queries, candidates, sizes)]
 
@@ -268,6 +271,11 @@ class ExperienceMaker:
             sampled_log_probs,
         )
 
+    def _rewards_agreed(self) -> AbstractContextManager[None]:
+        """A block in which a reward may fail, such as a judge that never answers. All ranks enter it."""
+        elsewhere = "a reward failed in another process; its message says why."
+        return raised_together(self.metrics.on_any_rank, RewardError, elsewhere)
+
     def _reward_inputs(
         self, candidates: Candidates, records: list[Any]
     ) -> tuple[list[str], list[str], dict[str, list[Any]]]:
@@ -286,7 +294,8 @@ class ExperienceMaker:
         sizes: Sequence[int],
     ) -> tuple[Tensor | None, Tensor]:
         """Which answers are learnt from, as in `Samples`, and [Q, K] rewards; each term is logged separately."""
-        terms = run_rewards(self.rewards, questions, texts, **columns)
+        with self._rewards_agreed():
+            terms = run_rewards(self.rewards, questions, texts, **columns)
         self.metrics.add(collect_metrics(self.rewards))
         advance_rewards(self.rewards, self.metrics.of_all_ranks)
         has_ended = ended(candidates, self.tokenizer.eos_token_id)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol
@@ -27,6 +27,7 @@ from umed_plugin.model.forward import Candidates, PromptBatch
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.server_sampling import sample_on_server, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
+from umed_plugin.training.stopping import raised_together
 
 ADAPTERS = "rollout_adapters"
 _PREFIX = "umed-"
@@ -114,20 +115,14 @@ class ServerRollouts:
                 note(f"{server.url} samples the answers, with the model {model!r}.")
                 self._remove_left_over()
 
-    @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def agreed(self) -> AbstractContextManager[None]:
         """Let all ranks raise if the server fails one of them, or if a folder of adapters cannot be written.
 
         Raises:
             RolloutServerError: on all ranks.
         """
-        fault: str | None = None
-        try:
-            yield
-        except (UmedError, OSError) as error:
-            fault = str(error)
-        if self._ranks.on_any(fault is not None):
-            raise RolloutServerError(fault or "the rollout server failed another process; its message says why.")
+        elsewhere = "the rollout server failed another process; its message says why."
+        return raised_together(self._ranks.on_any, RolloutServerError, elsewhere, (UmedError, OSError))
 
     def prepare(self, policy: Any, step: int) -> None:
         """Publish the adapter if it is another one than at the last call."""

@@ -1,8 +1,9 @@
-"""Stop a run when a reward asks for it, with a checkpoint to resume from."""
+"""Stop a run when a reward asks for it, or fails, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,34 @@ from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
 from umed_plugin.rewards.contract import Reward
+
+
+class RewardError(UmedError):
+    """A reward cannot go on, such as a judge that never answers."""
+
+
+@contextmanager
+def raised_together(
+    on_any_rank: Callable[[bool], bool],
+    kind: type[UmedError],
+    elsewhere: str,
+    caught: tuple[type[Exception], ...] = (UmedError,),
+) -> Iterator[None]:
+    """A block around what may fail on one rank alone; all ranks enter it. No rank is left waiting for one that failed.
+
+    Args:
+        on_any_rank: returns True on all ranks if its argument is true on at least one of them.
+        kind: of the error that is raised, on all ranks.
+        elsewhere: its message on a rank on which nothing failed.
+        caught: what counts as failing.
+    """
+    fault: str | None = None
+    try:
+        yield
+    except caught as error:
+        fault = str(error)
+    if on_any_rank(fault is not None):
+        raise kind(fault or elsewhere)
 
 
 class StopForReward(TrainerCallback):

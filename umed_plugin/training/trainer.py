@@ -50,7 +50,7 @@ from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
-from umed_plugin.training.stopping import StopForReward
+from umed_plugin.training.stopping import RewardError, StopForReward
 from umed_plugin.training.validation import HeldOutValidation
 from umed_plugin.training.value_head import ValueHead
 
@@ -141,7 +141,7 @@ class RewardingTrainer(LLaVATrainer):
         """Train, and save the value network's layer beside what LLaVA saves at the end."""
         try:
             output = super().train(*positional, **keywords)
-        except RolloutServerError as error:
+        except (RolloutServerError, RewardError) as error:
             raise UmedError(
                 f"training stopped after step {self.state.global_step}: {error} {self._save_stopped()}"
             ) from None

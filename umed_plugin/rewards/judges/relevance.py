@@ -121,7 +121,7 @@ class JudgedRelevance:
         """Send the questions that the ledger cannot answer, each text once, and return without waiting.
 
         Raises:
-            UmedError: there is a question to send, and the budget was already spent before this run.
+            UmedError: there is a question to send, and the budget was already spent before this run. Stage 2 saves a checkpoint.
         """
         self._ledger.refresh()
         for question in self._questions(completions, record):
@@ -138,7 +138,8 @@ class JudgedRelevance:
         """Scores in 0..1, or ``None`` where there is none; waits for pending replies.
 
         Raises:
-            UmedError: no score in ``patience`` consecutive calls, or the replies cannot be stored or counted.
+            UmedError: no score in ``patience`` consecutive calls, or the replies cannot be stored or counted. Stage 2 saves what
+                it learnt before, see `umed_plugin.training.stopping`.
         """
         self.start(prompts, completions, record=record)
         began = time.monotonic()
