@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.umed_runs import TESTS, environment
 
+from umed_plugin.data.writing.account import Account
 from umed_plugin.errors import UmedError
 from umed_plugin.remote import ledger as ledger_module
 from umed_plugin.remote.ledger import Ledger, LedgerUser
@@ -23,6 +24,18 @@ def test_a_lost_reply_counts_and_is_not_returned(tmp_path: Path) -> None:
     assert ledger.counts == {"requests": 1, "prompt_tokens": 5}
     ledger.append("k", "the reply", {"prompt_tokens": 5})
     assert ledger.get("k").reply == "the reply" and ledger.counts["requests"] == 2
+
+
+def test_dollars_are_those_of_the_replies_of_the_model_with_the_prices(tmp_path: Path) -> None:
+    """Requests and tokens of all models count, as a budget for the file says."""
+    Ledger(tmp_path / "ledger.jsonl", "small").append("a", "r", {"prompt_tokens": 60_000_000, "completion_tokens": 1})
+    account = Account(Ledger(tmp_path / "ledger.jsonl", "large"), (100, "usd"), (2.5, 10.0))
+    assert account.spent_usd == 0 and account.unpriced == 1
+    assert account.over_budget({"requests": 1, "prompt_tokens": 1000, "completion_tokens": 200}) is None
+    account.ledger.append("b", None, {"prompt_tokens": 60_000_000}, lost="not JSON")
+    assert account.spent_usd == 150 and account.over_budget({"requests": 1}) is not None
+    assert account.ledger.counts_in("tokens")["prompt_tokens"] == 120_000_000
+    assert account.ledger.counts_in("requests")["requests"] == 2
 
 
 def test_the_first_reply_to_a_request_stays(tmp_path: Path) -> None:

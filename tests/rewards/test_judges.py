@@ -381,6 +381,15 @@ def test_a_spent_budget_asks_to_stop_after_a_whole_step(budget, spent, tmp_path)
         assert call(judge_of(server, tmp_path, **{**limit, "umed_judge_budget": "5000requests"}), "new") == [0.3]
 
 
+def test_a_budget_in_dollars_counts_the_judge_that_has_the_prices(tmp_path):
+    with judge_server(by_length) as server:
+        call(judge_of(server, tmp_path, umed_judge="openai:dear"), "a", "b", "c")
+        judge = judge_of(server, tmp_path, umed_judge_budget="0.005usd", umed_judge_prices="10,100")
+        assert call(judge, "a", "b") == [0.1, 0.1] and judge.stop is None
+        assert call(judge, "c") == [0.1]
+        assert "budget of 0.005 usd is spent: the replies of the-model in" in judge.stop
+
+
 def test_a_budget_that_cannot_be_counted_is_an_error_and_the_reply_is_kept(tmp_path):
     with judge_server(lambda asked: Answer(completion('{"score": 3}', usage=False))) as server:
         with pytest.raises(UmedError, match="does not report how many tokens"):

@@ -80,6 +80,7 @@ class Ledger:
         self._places: dict[str, dict[str, tuple[int, int]]] = {}
         self._read_to = 0
         self.counts: Counter[str] = Counter()
+        self._counts_of: dict[str, Counter[str]] = {}
         try:
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,6 +123,10 @@ class Ledger:
                 f"{self.path}: was changed while it was in use. Lines may only be added to a ledger. Start again."
             )
         return entry
+
+    def counts_in(self, unit: str) -> Counter[str]:
+        """What a budget in ``unit`` counts: in ``usd`` the model's own lines, because prices are one model's; else all lines."""
+        return self._counts_of.get(self.model, Counter()) if unit == "usd" else self.counts
 
     def refresh(self) -> None:
         """Read the complete lines that this process or another has written since the last read."""
@@ -187,8 +192,9 @@ class Ledger:
             return
         if "lost" not in entry.line:
             self._places.setdefault(entry.model, {}).setdefault(entry.line["key"], (start, len(line)))
-        self.counts["requests"] += 1
-        self.counts.update({name: entry.line[name] for name in _COUNTS if isinstance(entry.line.get(name), int)})
+        for counts in (self.counts, self._counts_of.setdefault(entry.model, Counter())):
+            counts["requests"] += 1
+            counts.update({name: entry.line[name] for name in _COUNTS if isinstance(entry.line.get(name), int)})
 
 
 def _entry_of(line: bytes) -> Entry | None:

@@ -155,6 +155,8 @@ def tell_forecast(settings: WriterSettings, records: list[Record], folder: Path)
 
 def _tell_outcome(settings: WriterSettings, outcome: Outcome, account: Account) -> None:
     cost = "" if account.spent_usd is None else f" for ${account.spent_usd:.2f} in total"
+    if cost and account.unpriced:
+        cost += f" ({account.unpriced} replies of other models are not counted: --prices are those of one model)"
     note(f"{len(outcome.written)} diagnoses written{cost}; every reply is in {settings.ledger}")
     if not outcome.missing:
         return

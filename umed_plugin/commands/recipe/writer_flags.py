@@ -54,7 +54,11 @@ def _add_server_flags(add: _Adder) -> None:
     add("--concurrency", type=int, metavar="N", help="number of images processed at the same time (default: 8)")
     add("--timeout", type=float, metavar="SECONDS", help="timeout of one attempt (default: 120)")
     add("--retries", type=int, metavar="N", help="further attempts after a network or server error (default: 5)")
-    add("--budget", metavar="AMOUNT", help="limit for all replies in the ledger: 20usd, 2000000tokens or 5000requests")
+    add(
+        "--budget",
+        metavar="AMOUNT",
+        help="limit for all replies in the ledger: 2000000tokens or 5000requests; 20usd: for those of --model",
+    )
     add("--prices", metavar="IN,OUT", help="US dollars per million prompt and completion tokens, such as 2.50,10")
     add("--ledger", type=Path, metavar="FILE", help="where replies are kept (default: FILE of --out, .ledger.jsonl)")
     add(

@@ -16,7 +16,8 @@ class Account:
 
     Args:
         ledger: earlier replies; new ones are added to it.
-        budget: amount and unit (``requests``, ``tokens``, ``usd``). A limit for all replies in the ledger together.
+        budget: amount and unit (``requests``, ``tokens``, ``usd``). A limit for all replies in the ledger together; in
+            ``usd`` for those of the ledger's model, whose prices are known.
         prices: US dollars per million prompt tokens and per million completion tokens.
     """
 
@@ -26,15 +27,20 @@ class Account:
 
     @property
     def spent_usd(self) -> float | None:
-        """US dollars for all replies in the ledger; None if no prices are known."""
-        return None if self.prices is None else settings.cost(self.ledger.counts, self.prices)
+        """US dollars for the model's replies in the ledger; None if no prices are known."""
+        return None if self.prices is None else settings.cost(self.ledger.counts_in("usd"), self.prices)
+
+    @property
+    def unpriced(self) -> int:
+        """Number of other models' replies in the ledger, of which no price is known."""
+        return self.ledger.counts["requests"] - self.ledger.counts_in("usd")["requests"]
 
     def over_budget(self, more: Mapping[str, int]) -> str | None:
         """A message if ``more`` requests and tokens, added to those in the ledger, would exceed the budget; else None."""
         if self.budget is None:
             return None
         limit, unit = self.budget
-        used = Counter(self.ledger.counts)
+        used = Counter(self.ledger.counts_in(unit))
         used.update(more)
         if settings.spent(used, unit, self.prices) <= limit:
             return None

@@ -84,8 +84,8 @@ class JudgeFlags:
     )
     umed_judge_budget: Optional[str] = flag(
         None,
-        "What all replies in the ledger may cost together: 5000requests, 2000000tokens or 20usd. Once it is spent, the run "
-        "finishes the step, saves a checkpoint and ends.",
+        "What all replies in the ledger may cost together: 5000requests or 2000000tokens; 20usd: those of the judge's model. "
+        "Once it is spent, the run finishes the step, saves a checkpoint and ends.",
         stage=REWARDING,
         needs=SERVER_JUDGE,
         parse=settings.parse_budget,

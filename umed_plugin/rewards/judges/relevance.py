@@ -40,7 +40,8 @@ class JudgedRelevance:
         questionnaire: writes the questions and reads the replies.
         ledger: earlier replies, to which new ones are added.
         patience: number of consecutive calls without any score after which the run ends. In stage 2 a call is a rollout.
-        budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach.
+        budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach; in ``usd``
+            those of the ledger's model.
         prices: US dollars per million input and output tokens.
     """
 
@@ -232,12 +233,13 @@ class JudgedRelevance:
         if self._budget is None:
             return None
         limit, unit = self._budget
-        spent = settings.spent(self._ledger.counts, unit, self._prices)
+        spent = settings.spent(self._ledger.counts_in(unit), unit, self._prices)
         if spent < limit:
             return None
+        of_model = f" of {self._ledger.model}" if unit == "usd" else ""
         return (
-            f"the judge's budget of {limit:g} {unit} is spent: the replies in {self._ledger.path} used {spent:g}. To continue, "
-            "run the same command with a larger --umed_judge_budget."
+            f"the judge's budget of {limit:g} {unit} is spent: the replies{of_model} in {self._ledger.path} used {spent:g}. "
+            "To continue, run the same command with a larger --umed_judge_budget."
         )
 
     def _cost(self, tokens: Mapping[str, int]) -> float:
