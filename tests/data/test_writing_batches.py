@@ -95,6 +95,49 @@ def test_a_batch_survives_kill_9_and_is_paid_once(made: bool, tmp_path: Path) ->
     assert len(load_records(tmp_path / "out" / "train.json")) == 5
 
 
+def test_an_open_batch_of_another_model_is_left_to_it(tmp_path: Path, capsys) -> None:
+    """Its replies would be taken for the texts of the model that is asked now."""
+
+    def by_model(asked: Asked) -> Answer:
+        answer = good(asked)
+        answer.body["model"] = asked.body["model"]
+        return answer
+
+    write_data(tmp_path, 2)
+    with batch_server(by_model, polls=10**9) as server:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("umed_plugin.remote.batch_api.time.sleep", _interrupted)
+            assert build(tmp_path, server, "--model", "first") == 128 + 2
+        server.polls = 2
+        server.batches["batch_0"]["looked_at"] = 0
+        capsys.readouterr()
+        assert build(tmp_path, server, "--model", "second") == 0
+        told = capsys.readouterr().out
+        assert "train.ledger.batches.jsonl: 1 open batch was asked of first at" in told and "--model first" in told
+        assert {line["answered_by"] for line in ledger_lines(tmp_path)} == {"second"}
+        before = len(server.batches)
+        assert build(tmp_path, server, "--model", "first") == 0
+        assert len(server.batches) == before + 1  # its first batch was collected, and the reflections followed
+    assert all(line["answered_by"] == line["model"] for line in ledger_lines(tmp_path))
+
+
+def test_a_batch_that_the_server_has_deleted_names_the_notes(tmp_path: Path, capsys) -> None:
+    notes = tmp_path / "out" / "train.ledger.batches.jsonl"
+    write_data(tmp_path, 1)
+    with batch_server(good) as server:
+        notes.parent.mkdir()
+        notes.write_text('{"file": "file_9"}\n{"batch": "batch_9", "file": "file_9"}\n')
+        assert build(tmp_path, server) == 1
+        told = capsys.readouterr().err
+        assert f"{notes}: lists batch batch_9" in told and "delete the lines with batch_9 from the file" in told
+        notes.write_text('{"file": "file_9"}\n')
+        assert build(tmp_path, server) == 0
+
+
+def _interrupted(seconds: float) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_server_without_a_batch_api_is_told_and_the_key_is_not(tmp_path: Path, capsys) -> None:
     from support.judge_server import judge_server
 

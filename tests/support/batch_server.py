@@ -102,14 +102,16 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0].removeprefix("/v1/").split("/")
         if path[0] == "files":
             self._send(self.server.files[path[1]])
+        elif len(path) > 1 and path[1] not in self.server.batches:
+            self._send({"error": {"message": f"no batch {path[1]}"}}, 404)
         elif len(path) > 1:
             self._send(self.server.look_at(path[1]))
         else:
             self._send({"object": "list", "data": list(self.server.batches.values()), "has_more": False})
 
-    def _send(self, body: Any) -> None:
+    def _send(self, body: Any, status: int = 200) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream" if isinstance(body, str) else "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
