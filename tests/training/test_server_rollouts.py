@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import threading
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from support.judge_server import Answer
 from support.records import grounded_records
 from support.rollout_stand_in import StandIn, sampling, stand_in
@@ -19,6 +21,7 @@ from support.umed_runs import OWN_REWARD, TWO_PROCESSES, reward, train_flags, um
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.training.importance import importance_metrics, importance_weights
+from umed_plugin.training.rollout_engine import Ranks, ServerRollouts
 
 LORA = ["--lora_enable", "True", "--lora_r", "4", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
 STEPS = [*LORA, "--max_steps", "4", "--save_steps", "4"]
@@ -138,9 +141,42 @@ def test_what_a_failing_step_has_moved_is_not_in_the_checkpoint(monkeypatch, tmp
     monkeypatch.setattr(trainer, "_save_checkpoint", lambda *_: trainer._save_rng_state(str(tmp_path)))
     with pytest.raises(RolloutServerError):
         trainer.training_step(None, {})
-    trainer._save_stopped()
+    assert trainer._save_stopped().startswith(f"Saved: {tmp_path / 'checkpoint-2'}.")
     saved = json.loads((tmp_path / "rewarding_state.json").read_text())
     assert (saved["further_queries"], saved["rewards"], saved["kl_coef"]) == (8, {"own": {"moved": 0}}, 0.5)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(trainer, "_save_checkpoint", full)
+    assert "could be saved either: model.safetensors: No space left" in trainer._save_stopped()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the process that writes", "the others"])
+def test_an_adapter_that_cannot_be_written_ends_all_processes_together(first, monkeypatch, tmp_path):
+    """Safetensors has an error of its own for a full disk, which is no OSError."""
+    told = []
+
+    def on_any(condition):
+        told.append(condition)
+        return condition or not first
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    engine = ServerRollouts.__new__(ServerRollouts)
+    engine._ranks, engine._published, engine._folder = Ranks(first, on_any, lambda number: number), None, tmp_path
+    engine._server = SimpleNamespace(load_adapter=lambda name, folder: None)
+    monkeypatch.setattr("umed_plugin.model.server_sampling.save_file", full)
+    config = SimpleNamespace(base_model_name_or_path="m", r=4, lora_alpha=8, fan_in_fan_out=False)
+    embeddings = SimpleNamespace(weight=torch.zeros(1))
+    base = SimpleNamespace(get_input_embeddings=lambda: embeddings)
+    policy = SimpleNamespace(peft_config={"default": config}, get_base_model=lambda: base, named_parameters=list)
+    monkeypatch.setattr("peft.get_peft_model_state_dict", lambda policy: {})
+    words = "cannot be written .*No space left" if first else "failed another process"
+    with pytest.raises(RolloutServerError, match=words):
+        engine.prepare(policy, 0)
+    assert told == [first] and not list(tmp_path.iterdir())
 
 
 def test_another_model_is_found_before_anything_is_learnt(tiny_mistral, records, tmp_path):

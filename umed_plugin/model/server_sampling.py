@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import base64
 import io
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from umed_plugin import files
+from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import Candidates, PromptBatch
 from umed_plugin.model.sampling import SamplingSettings
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
@@ -157,23 +160,29 @@ def write_adapter(policy: Any, folder: Path) -> Path:
         for name, tensor in get_peft_model_state_dict(policy).items()
         if ".layers." in name and ".vision_tower." not in name
     }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    files.write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": config.base_model_name_or_path,
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": 0.0,
-            "use_rslora": bool(getattr(config, "use_rslora", False)),
-            "fan_in_fan_out": bool(config.fan_in_fan_out),
-            "bias": "none",
-            "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
-            "modules_to_save": None,
-            "inference_mode": True,
-        },
-    )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": bool(getattr(config, "use_rslora", False)),
+        "fan_in_fan_out": bool(config.fan_in_fan_out),
+        "bias": "none",
+        "target_modules": sorted({name.split(".lora_")[0].rpartition(".")[2] for name in tensors}),
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    try:
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        files.write_json(folder / "adapter_config.json", settings)
+    except (OSError, SafetensorError) as error:
+        # Half an adapter is of no use, and on a full disk its room may be enough for the checkpoint that follows.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UmedError(
+            f"{folder}: the adapter for the rollout server cannot be written ({files.failed_write(error) or error}). Needed: a "
+            "folder with free space that the server can read; --umed_rollout_adapters names another."
+        ) from error
     return folder

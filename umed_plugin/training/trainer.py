@@ -27,6 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from umed_plugin.errors import UmedError, note, warn
+from umed_plugin.files import failed_write
 from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
@@ -160,7 +161,12 @@ class RewardingTrainer(LLaVATrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not (folder / TRAINER_STATE_NAME).is_file():
             self._stopped_at = self._before_step[1]
-            self._save_checkpoint(self.model_wrapped, None)
+            try:
+                self._save_checkpoint(self.model_wrapped, None)
+            except Exception as error:  # the full disk, of several libraries, that may have stopped the run
+                if (reason := failed_write(error)) is None:
+                    raise
+                return f"No checkpoint of this step could be saved either: {reason}."
         return f"Saved: {folder}. The same command goes on from there."
 
     def training_step(self, model: Any, inputs: dict[str, Any], *unused: Any) -> Tensor:
