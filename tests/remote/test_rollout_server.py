@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
@@ -49,6 +50,39 @@ def test_a_busy_server_is_asked_again():
     with stand_in(lambda body, folder: answers.pop(0)) as server, pytest.raises(RolloutServerError) as failed:
         asked(server.url).complete(BODY)
     assert "HTTP 500: engine dead." in str(failed.value) and not answers
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("head", [b"Content-Length: 5000", b"Transfer-Encoding: chunked"], ids=["length", "chunks"])
+def test_a_reply_that_breaks_off_is_a_lost_connection(times, head):
+    """Asked again; if that does not help, the connection is named, and not what the half reply looks like."""
+    listening, broken = socket.create_server(("127.0.0.1", 0)), []
+    whole = json.dumps(good(BODY, None).body).encode()
+
+    def answer():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                if len(broken) < times:
+                    broken.append(1)
+                    body = b'{"choices": [' if b"Length" in head else b'1000\r\n{"choices": ['
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body)
+                else:
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole)
+
+    threading.Thread(target=answer, daemon=True).start()
+    with listening:
+        server = asked(f"http://127.0.0.1:{listening.getsockname()[1]}/v1")
+        if times == 1:
+            assert len(server.complete(BODY)) == 1
+        else:
+            with pytest.raises(RolloutServerError, match=r"cannot be reached .IncompleteRead"):
+                server.complete(BODY)
+    assert len(broken) == times
 
 
 def test_a_slow_server_is_not_asked_twice():

@@ -180,7 +180,10 @@ class RolloutServer:
 
 
 def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:
-    """The body, unless it is still coming at the time ``end``: a server that drips never lets a single read time out."""
+    """The body, unless it is still coming at the time ``end``: a server that drips never lets a single read time out.
+
+    A connection that breaks looks like the end to ``read1``. It is a lost connection, and the request is sent again.
+    """
     pieces, size = [], 0
     while piece := response.read1(_PIECE):
         pieces.append(piece)
@@ -189,6 +192,8 @@ def _read_all(response: http.client.HTTPResponse, end: float) -> bytes:
             raise TimeoutError
         if size > _MOST_BYTES:
             raise http.client.HTTPException(f"a reply of more than {_MOST_BYTES} bytes")
+    if response.length:
+        raise http.client.IncompleteRead(b"".join(pieces), response.length)
     return b"".join(pieces)
 
 
