@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +28,12 @@ from support.writer_server import (
 
 from umed_plugin import cli
 from umed_plugin.data.records import load_records
+from umed_plugin.data.writing.account import Account
+from umed_plugin.data.writing.steps import WriterRequest
+from umed_plugin.data.writing.writer import DiagnosisWriter
 from umed_plugin.grounding.boxes import parse_boxes
+from umed_plugin.remote.ledger import Ledger
+from umed_plugin.remote.replies import Failure
 
 pytestmark = pytest.mark.one_stack
 
@@ -310,6 +317,39 @@ def test_a_server_that_only_fails_ends_the_run(answer, told, requests, tmp_path:
         server.answer = good
         assert build(tmp_path, server) == 0
     assert len(records_of(tmp_path)) == 30
+
+
+def test_a_run_that_has_stopped_draws_no_further_image(tmp_path: Path) -> None:
+    """A wrong key ends it at the first reply; the other images are missing, and none of them is drawn and encoded."""
+    drawn: list[str] = []
+
+    def task(name: str) -> SimpleNamespace:
+        request = WriterRequest(name, "write", 0, 10, 1, None, lambda: drawn.append(name) or [])
+        return SimpleNamespace(record={"id": name}, next_step=lambda reply_to: request)
+
+    def refuse(key: str, messages: object) -> Future:
+        refused: Future = Future()
+        refused.set_result(Failure("HTTP 401: wrong key", 401))
+        return refused
+
+    client = SimpleNamespace(ask=refuse, close=lambda: None)
+    writer = DiagnosisWriter(Account(Ledger(tmp_path / "ledger.jsonl", "m")))
+    outcome = writer.run([task(f"r{number}") for number in range(200)], lambda keep: client, 4)
+    assert len(drawn) <= 8 and len(outcome.missing) == 200
+    assert outcome.stopped == "the server refuses: HTTP 401: wrong key"
+
+
+def test_an_image_that_cannot_be_drawn_ends_the_run_and_holds_up_no_other(tmp_path: Path) -> None:
+    def broken() -> list:
+        raise ValueError("broken image")
+
+    request = WriterRequest("k", "write", 0, 10, 1, None, broken)
+    tasks = [
+        SimpleNamespace(record={"id": name}, next_step=lambda reply_to: request) for name in "ab"
+    ]  # share a request
+    client = SimpleNamespace(close=lambda: None)
+    with pytest.raises(ValueError, match="broken image"):
+        DiagnosisWriter(Account(Ledger(tmp_path / "ledger.jsonl", "m"))).run(tasks, lambda keep: client, 2)
 
 
 @pytest.mark.llava

@@ -142,8 +142,10 @@ class DiagnosisWriter:
                 self._consecutive_failures = unreadable = 0
 
     def _send(self, request: WriterRequest, task: ImageTask, client: ModelClient) -> Future[RequestResult] | None:
-        """Send a request, or share one with the same key that is in flight; None if its reply has just arrived."""
-        messages = request.messages()
+        """Send a request, or share one with the same key that is in flight; None if its reply has just arrived.
+
+        Images are drawn only for a request that is sent: a run that has stopped goes on to the images that have all replies.
+        """
         needs = self._tokens.of(request)
         with self._lock:
             while True:
@@ -164,11 +166,27 @@ class DiagnosisWriter:
             self._facts[request.key] = request.facts(task.record["id"])
             settled: Future[RequestResult] = Future()
             self._in_flight[request.key] = settled
+        try:
+            messages = request.messages()
+            if self._stop is not None:  # meanwhile
+                raise _Stopped(self._stop)
             future = client.ask(request.key, messages)
+        except BaseException as error:
+            self._release(request, needs)
+            settled.set_exception(error)  # for threads that share the request
+            raise
         # Threads wait for `settled`, not for `future`: a future wakes its waiters before it calls its callbacks, and they must
         # find the request settled.
         future.add_done_callback(lambda done: self._arrived(request, needs, done, settled))
         return settled
+
+    def _release(self, request: WriterRequest, needs: Mapping[str, int]) -> dict[str, Any]:
+        """Take a request out of those in flight, with what it reserved; returns its facts."""
+        with self._lock:
+            self._in_flight.pop(request.key, None)
+            self._reserved.subtract(needs)
+            self._settled.notify_all()
+            return self._facts.pop(request.key)
 
     def _arrived(
         self,
@@ -178,11 +196,7 @@ class DiagnosisWriter:
         settled: Future[RequestResult],
     ) -> None:
         """In the client's thread: a reply has been kept, or the request has failed."""
-        with self._lock:
-            self._in_flight.pop(request.key, None)
-            self._reserved.subtract(needs)
-            facts = self._facts.pop(request.key)
-            self._settled.notify_all()
+        facts = self._release(request, needs)
         result = None if done.cancelled() or done.exception() else done.result()
         if isinstance(result, Unreadable):
             # It may have been paid for, and nothing says how many tokens it took.
