@@ -342,6 +342,31 @@ def test_two_checkpoints_answer_side_by_side_and_are_saved(page_of_two: Page, tm
     assert (shown[-44:].max(axis=2) < 60).sum() > 10, "the text under it"
 
 
+def test_new_images_while_one_of_two_still_answers_leave_the_page_alive(
+    page_of_two: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, let_go, stock, asked = page_of_two, threading.Event(), Dialogue.answer, []
+
+    def second_is_slow(self: Dialogue, key: Any, picture: Any, turns: Any, question: str, tell: Any) -> Any:
+        asked.append(self)
+        while len(asked) == 2 and not let_go.wait(0.05):
+            tell("It is")
+        return stock(self, key, picture, turns, question, tell)
+
+    monkeypatch.setattr(Dialogue, "answer", second_is_slow)
+    give(page, write_png(tmp_path / "a.png", scene()))
+    page.click("#suggestions button")
+    replies = "[...document.querySelectorAll('#talk .answer')].map(e => e.textContent)"
+    page.until(f"{replies}.includes('It is')")  # the other has ended: the model answers one by one
+    page.run("document.querySelector('#picture').removeAttribute('src')")
+    give(page, write_dicom(tmp_path / "b.dcm", scene()))
+    page.until("!document.querySelector('#send').disabled && document.querySelector('#stop').hidden", 10)
+    assert text(page, "#fault") == "" and page.run("document.querySelectorAll('#talk .turn').length") == 0
+    let_go.set()
+    ask(page)
+    assert page.run(replies) == [SENTENCE, OTHER]
+
+
 def test_a_small_screen_shows_the_end_of_a_new_answer_above_the_form(page: Page, tmp_path: Path) -> None:
     page.shape(390, 844, phone=True)
     give(page, write_png(tmp_path / "a.png", scene()))

@@ -19,7 +19,7 @@ async function ask(question) {
   busy(true);
   $("question").value = "";
   $("talk").setAttribute("aria-busy", "true");  // screen readers read the whole answer, not each word
-  const faults = await Promise.all(asked.map(async (body, k) => {
+  const replied = asked.map(async (body, k) => {
     try {
       turn.answers[k] = await follow(`/studies/${state.study}/questions`, body, "answer", control.signal, message => {
         if ("waiting" in message && k === 0) status(waiting(message.waiting));
@@ -31,14 +31,22 @@ async function ask(question) {
       turn.replies[k].textContent = error.name === "AbortError" ? "Stopped." : error.message;
       return error;
     }
-  }));
-  status("");
-  if (faults.every(error => error)) state.turns = state.turns.filter(other => other !== turn);
-  else answered(turn);
-  $("talk").removeAttribute("aria-busy");
-  if (state.stop === control) { state.stop = null; busy(false); }
-  scroll();
+  });
+  try {
+    const faults = await Promise.all(replied);
+    if (isGone(turn)) return;
+    status("");
+    if (faults.every(error => error)) state.turns = state.turns.filter(other => other !== turn);
+    else answered(turn);
+  } finally {
+    $("talk").removeAttribute("aria-busy");
+    if (state.stop === control) { state.stop = null; busy(false); }
+    scroll();
+  }
 }
+
+// Whether other images were chosen while a turn was waited for: what it tells of is no longer shown.
+const isGone = turn => !state.turns.includes(turn);
 
 function entry(question) {
   const replies = panes.map(() => el("p", {className: "answer", textContent: "…"}));
@@ -90,6 +98,7 @@ async function saveTurn(turn) {
   show(turn.view);
   while (document.body.classList.contains("loading")) await new Promise(done => setTimeout(done, 30));
   await Promise.all(panes.map(({picture}) => picture.decode().catch(() => null)));
+  if (isGone(turn)) return;
   const heat = panes[0].heat.hidden ? [] : [`Heat map of "${$("word").selectedOptions[0].textContent}", 0 to ${HEAT_MOST} or more times an even share.`];
   const lines = [`${itemOf(turn.view).label}: ${describe(turn.view)}`, `Question: ${turn.question}`,
     ...turn.answers.flatMap((answer, k) => answer ? [`${panes[k].name}: ${answer.text || "(no text)"} (${aboutBoxes(answer)})`] : []),

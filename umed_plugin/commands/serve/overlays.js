@@ -73,13 +73,15 @@ function showHeat(turn) {
 
 async function look(turn) {
   turn.looking = true;
-  const mask_sinks = $("sinks").checked;
+  const {study} = state, mask_sinks = $("sinks").checked;
   try {
     for (const [k, answer] of turn.answers.entries()) {
       if (!answer || attentionOf(turn, k)) continue;
-      const path = `/studies/${state.study}/answers/${answer.number}/attention`;
-      const attention = await follow(path, {mask_sinks}, "attention", turn.signal, message => status(message.waiting
-        ? waiting(message.waiting) : "Computing the attention maps."));
+      const path = `/studies/${study}/answers/${answer.number}/attention`;
+      const attention = await follow(path, {mask_sinks}, "attention", turn.signal, message => {
+        if (!isGone(turn)) status(message.waiting ? waiting(message.waiting) : "Computing the attention maps.");
+      });
+      if (isGone(turn)) return;
       turn.attention[k] = {...turn.attention[k], [mask_sinks ? "masked" : "plain"]: attention};
     }
     const {words} = attentionOf(turn, turn.first);
@@ -87,6 +89,7 @@ async function look(turn) {
     status(!words.length || turn.word >= 0 ? "" : "No known abnormality is named in the answer. Choose a word for the heat map.");
   } catch (error) {
     turn.failed = true;
+    if (isGone(turn)) return;
     status("");
     fault(error.message);
     return;
