@@ -155,14 +155,15 @@ def test_the_window_changes_the_picture(page: Page, tmp_path: Path) -> None:
     ],
 )
 def test_bad_files_are_told_and_the_page_goes_on(
-    page: Page, tmp_path: Path, name: str, content: bytes, said: str
+    page: Page, server: Any, tmp_path: Path, name: str, content: bytes, said: str
 ) -> None:
-    bad = tmp_path / name
+    bad, before = tmp_path / name, set(server.shelf._cases)
     bad.write_bytes(content)
     page.give_files("#files", bad)
     page.until("document.querySelector('#fault').textContent !== ''")
     assert said in page.run("document.querySelector('#fault').textContent")
     assert page.run("document.querySelector('#fault').getAttribute('role')") == "alert"
+    until(lambda: set(server.shelf._cases) <= before)  # a refused upload holds no place
     page.give_files("#files", write_png(tmp_path / "good.png", scene()))
     shown(page)
     assert page.run("document.querySelector('#fault').textContent") == ""

@@ -14,11 +14,17 @@ async function choose(list) {
   $("progress").hidden = false;
   status(files.length === 1 ? "Uploading the file." : `Uploading ${files.length} files.`);
   const refused = [];
+  let study = null;
+  // The server holds a place for each upload, and a person has few: one that comes to nothing gives its place back.
+  const giveUp = () => {
+    if (study) send("POST", `/studies/${study}/forget`).catch(() => null);
+  };
   try {
-    const study = (await send("POST", "/studies")).study;
+    study = (await send("POST", "/studies")).study;
+    if (mine === state.uploads) state.coming = study;
     let sent = 0;
     for (const file of files) {
-      if (mine !== state.uploads) return void send("POST", `/studies/${study}/forget`);
+      if (mine !== state.uploads) return giveUp();
       try { await sendFile(`/studies/${study}/files`, file, loaded => { $("progress").value = (sent + loaded) / total; }); }
       catch (error) { if (files.length === 1 || error.message === GONE) throw error; refused.push(error.message); }
       sent += file.size;
@@ -26,13 +32,14 @@ async function choose(list) {
     status("Reading the images.");
     if (refused.length === files.length) throw new Error(refused.slice(0, 3).join(" "));
     const opened = await send("POST", `/studies/${study}/open`);
-    if (mine !== state.uploads) return void send("POST", `/studies/${study}/forget`);
+    if (mine !== state.uploads) return giveUp();
     begin(study, opened.items, [...refused, ...opened.left_out]);
     status("");
   } catch (error) {
+    giveUp();
     if (mine === state.uploads) { status(""); fault(error.message); }
   } finally {
-    if (mine === state.uploads) $("progress").hidden = true;
+    if (mine === state.uploads) { state.coming = null; $("progress").hidden = true; }
   }
 }
 

@@ -3,8 +3,9 @@
 const $ = byId;
 const WINDOWS = {file: "the file's own", full: "whole range", soft_tissue: "soft tissue"};
 // view: what is shown. range: the values that are black and white there, null until known. turns: the questions and their answers;
-// chosen: the one whose boxes are shown.
-const state = {study: null, items: [], view: null, range: null, turns: [], count: 0, chosen: null, uploads: 0, stop: null, loading: null, wanted: false};
+// chosen: the one whose boxes are shown. coming: the study that is being uploaded.
+const state = {study: null, items: [], view: null, range: null, turns: [], count: 0, chosen: null, uploads: 0, coming: null, stop: null, loading: null,
+               wanted: false, asking: false};
 const panes = [...document.querySelectorAll(".pane")].map((figure, k) => new Pane(figure, box => light(k, box)));
 const zoom = new Zoom(panes, {changed: place, dragged, slices: {exist: () => !$("slice-label").hidden, by: count => bySlices(count)}});
 
@@ -266,5 +267,7 @@ $("question").addEventListener("keydown", event => {
 for (const button of $("suggestions").children) button.addEventListener("click", () => ask(button.textContent.trim()));
 $("stop").addEventListener("click", () => state.stop?.abort());
 addEventListener("resize", place);
-addEventListener("pagehide", event => { if (!event.persisted && state.study) navigator.sendBeacon(`/studies/${state.study}/forget`); });
+addEventListener("pagehide", event => {
+  for (const study of [state.study, state.coming]) if (!event.persisted && study) navigator.sendBeacon(`/studies/${study}/forget`);
+});
 document.body.classList.add("empty");
