@@ -160,6 +160,24 @@ def test_level_and_width_by_drag_keys_and_numbers(page: Page, tmp_path: Path) ->
     page.until("document.querySelector('#windows').hidden")
 
 
+def test_an_answer_is_shown_again_in_the_window_by_hand_that_the_model_saw(page: Page, tmp_path: Path) -> None:
+    give(page, write_dicom(tmp_path / "a.dcm", scene()), write_png(tmp_path / "b.png", scene()))
+    item = page.run("[...document.querySelector('#item').options].findIndex(o => o.textContent.includes('b.png'))")
+    choose = """(value => { const i = document.querySelector('#item'); i.value = value;
+      i.dispatchEvent(new Event('change')); })"""
+    page.run(f"{choose}({1 - item})")
+    page.until(RANGE_SHOWN)
+    page.type_into("#level", "100", instead=True)
+    page.press("Enter")
+    page.until(f"{WINDOW} === '-100,300'")
+    ask(page)
+    page.run(f"{choose}({item})")
+    page.until("document.querySelector('#windows').hidden")
+    page.run("document.querySelector('#back').click()")
+    assert page.run(WINDOW) == "-100,300" and page.run("document.querySelector('#elsewhere').hidden")
+    page.until("document.querySelector('#picture').dataset.address.includes('window=-100%2C300')")
+
+
 def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,8 @@ const wordsOf = window => byHand(window) ? `${rangeOf(window).map(short).join(" 
 const itemOf = view => state.items[view.item];
 const planeOf = view => itemOf(view).planes.find(plane => plane.axis === view.axis);
 
-// Change parts of the view. Values that the new item or plane lacks fall back to its first, or to the middle slice.
+// Change parts of the view. Values that the new item or plane lacks fall back to its first, or to the middle slice. A window by hand
+// belongs to its item, unless the change brings it along: an answer is shown in the window that the model saw.
 function show(change) {
   const before = state.view || {}, item = state.items[change.item ?? before.item];
   const sameItem = (change.item ?? before.item) === before.item;
@@ -69,7 +70,7 @@ function show(change) {
   const plane = item.planes.find(plane => plane.axis === axis) || item.planes[0];
   const samePlane = sameItem && plane.axis === before.axis;
   const window = change.window ?? before.window;
-  const fits = item.windows.includes(window) || (item.windows.length && window && byHand(window) && sameItem);
+  const fits = item.windows.includes(window) || (item.windows.length && window && byHand(window) && (sameItem || change.window));
   state.view = {
     item: change.item ?? before.item,
     axis: plane.axis,
