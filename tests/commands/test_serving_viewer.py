@@ -178,6 +178,18 @@ def test_an_answer_is_shown_again_in_the_window_by_hand_that_the_model_saw(page:
     page.until("document.querySelector('#picture').dataset.address.includes('window=-100%2C300')")
 
 
+def test_a_slow_drag_adds_up(page: Page, tmp_path: Path) -> None:
+    """One pixel of a window of 80 values is a third of a value, and the picture is asked for in whole ones."""
+    give(page, write_dicom(tmp_path / "a.dcm", scene()))
+    page.until(RANGE_SHOWN)
+    page.type_into("#width", "80", instead=True)
+    page.press("Enter")
+    page.until(f"{WINDOW} === '0,80'")
+    page.drag("#stage", 60, 0, steps=60)
+    low, high = map(int, page.run(WINDOW).split(","))  # whole numbers
+    assert high - low == pytest.approx(80 * (1 + 1 / 250) ** 60, abs=3) and (low + high) / 2 == pytest.approx(40, abs=1)
+
+
 def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(
     page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,8 +195,9 @@ async function showRange() {
 function setRange(level, width) {
   if (!Number.isFinite(level) || !Number.isFinite(width)) return;
   const least = Math.max(Math.abs(level) * 1e-4, 1e-3), half = Math.max(width, least) / 2;
-  const bound = value => Math.min(Math.max(value, -1e8), 1e8).toFixed(half < 5 ? 4 : 0);
-  show({window: `${bound(level - half)},${bound(level + half)}`});
+  const range = [level - half, level + half].map(value => Math.min(Math.max(value, -1e8), 1e8));
+  show({window: range.map(value => value.toFixed(half < 5 ? 4 : 0)).join(",")});
+  state.range = range;  // as it is: the next pixel of a slow drag starts from it
 }
 
 // A drag: to the right widens the window, up lowers its level. Returns whether it was for the window.
