@@ -22,6 +22,7 @@ from support.speaking import SENTENCE, teach
 from umed_plugin.commands.serve.box_places import box_places
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.commands.serve.handler import Handler
+from umed_plugin.commands.serve.studies import Study
 
 pytestmark = pytest.mark.one_stack
 RANGE_SHOWN = "document.querySelector('#level').value === '40' && document.querySelector('#width').value === '400'"
@@ -188,6 +189,27 @@ def test_a_slow_drag_adds_up(page: Page, tmp_path: Path) -> None:
     page.drag("#stage", 60, 0, steps=60)
     low, high = map(int, page.run(WINDOW).split(","))  # whole numbers
     assert high - low == pytest.approx(80 * (1 + 1 / 250) ** 60, abs=3) and (low + high) / 2 == pytest.approx(40, abs=1)
+
+
+def test_slices_that_are_passed_ask_for_one_range_at_a_time(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, let_go, stock = [], threading.Event(), Study.window_range
+
+    def slow(self: Study, view: Any) -> Any:
+        asked.append(view.slice)
+        let_go.wait(60)
+        return stock(self, view)
+
+    monkeypatch.setattr(Study, "window_range", slow)
+    give(page, *sorted(write_series(tmp_path / "s").glob("IM*")))
+    until(lambda: len(asked) == 1)
+    page.run("document.querySelector('#stage').focus()")
+    page.press("ArrowRight", 4)
+    page.until("document.querySelector('#slice').value === '10'")
+    let_go.set()
+    page.until("document.querySelector('#width').value !== ''")
+    assert asked == [6, 10]
 
 
 def test_a_picture_that_is_late_is_not_shown_beside_the_next_study(

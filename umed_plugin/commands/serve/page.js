@@ -178,18 +178,26 @@ function place() {
 const levelAndWidth = ([low, high]) => [(low + high) / 2, high - low];
 
 // Show the range of the current window, which for a named one the server knows.
-async function showRange() {
-  const view = state.view;
-  if ($("windows").hidden) return null;
-  if (!state.range) {
-    const found = await send("GET", `/studies/${state.study}/window?${new URLSearchParams(view)}`).catch(() => null);
-    if (!found || view !== state.view) return null;
-    state.range = [found.low, found.high];
-  }
+function showRange() {
+  if ($("windows").hidden) return;
+  if (!state.range) return void askRange();
   const [level, width] = levelAndWidth(state.range);
   if (document.activeElement !== $("level")) $("level").value = short(level);
   if (document.activeElement !== $("width")) $("width").value = short(width);
-  return state.range;
+}
+
+// One request at a time: of the views that follow meanwhile, only the latest is asked for.
+async function askRange() {
+  if (state.asking) return;
+  state.asking = true;
+  let view = null;
+  while (state.view && view !== state.view && !state.range && !$("windows").hidden) {
+    view = state.view;
+    const found = await send("GET", `/studies/${state.study}/window?${new URLSearchParams(view)}`).catch(() => null);
+    if (found && view === state.view && !state.range) state.range = [found.low, found.high];
+  }
+  state.asking = false;
+  if (state.view && state.range) showRange();
 }
 
 function setRange(level, width) {
