@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from umed_plugin.commands.serve.box_places import box_places
+from umed_plugin.commands.serve.box_places import box_places, boxes_on_picture
 from umed_plugin.grounding.boxes import parse_boxes
+from umed_plugin.grounding.geometry import ImageGeometry
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,12 @@ def test_the_places_are_those_of_the_boxes() -> None:
         "[0.10, 0.20, 0.30, 0.40]",
         "(0.5, 0.5, 0.9, 0.9)",
     ]
+
+
+def test_a_box_in_the_padding_is_none_and_one_that_reaches_into_it_is_clipped() -> None:
+    """200 x 100 stands in the middle of a square of 200, between two bands of padding."""
+    geometry = ImageGeometry(200, 100, "pad", 336, 14)
+    in_padding, reaching, inside = (0.1, 0.0, 0.3, 0.2), (0.1, 0.1, 0.3, 0.5), (0.1, 0.3, 0.3, 0.5)
+    found = boxes_on_picture([in_padding, reaching, inside, (0.3, 0.4, 0.1, 0.5), (0.5, 0.5, 0.9, 1.2)], geometry)
+    expected = [None, (20, 0, 60, 50), (20, 10, 60, 50), None, None]
+    assert [box and tuple(round(value, 6) for value in box) for box in found] == expected

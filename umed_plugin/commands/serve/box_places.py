@@ -7,9 +7,12 @@ The page shows the sentence of a box and the box together. Numbers of which half
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 from umed_plugin.grounding.box_text import scan
+from umed_plugin.grounding.boxes import Box, is_inside
+from umed_plugin.grounding.geometry import ImageGeometry
 
 _DECIMAL = r"\d{0,3}\.\d+"
 # The end of a box whose beginning is missing: decimal numbers, and a bracket that nothing opened.
@@ -45,6 +48,26 @@ def box_places(text: str) -> list[Place]:
         if apart and not _is_in_brackets(text, half.start()):
             places.append(Place(half.start(), half.end(), None))
     return sorted(places)
+
+
+def boxes_on_picture(boxes01: Sequence[Box], geometry: ImageGeometry) -> list[Optional[Box]]:
+    """The boxes in pixels of the picture, without their parts in the padding.
+
+    Args:
+        boxes01: of the model's square.
+        geometry: maps between the picture and the square.
+
+    Returns:
+        one entry per box; None for one that is malformed, leaves the square, or lies in the padding alone.
+    """
+    boxes = zip(boxes01, geometry.from_square(boxes01))
+    return [_clipped(box, geometry.width, geometry.height) if is_inside(box01) else None for box01, box in boxes]
+
+
+def _clipped(box: Box, width: int, height: int) -> Optional[Box]:
+    x1, y1, x2, y2 = box
+    clipped = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+    return clipped if is_inside(clipped, width, height) else None
 
 
 def _is_in_brackets(text: str, position: int) -> bool:

@@ -26,11 +26,11 @@ from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
-from umed_plugin.commands.serve.box_places import Place, box_places
+from umed_plugin.commands.serve.box_places import Place, box_places, boxes_on_picture
 from umed_plugin.data.leaks import thumbprint
 from umed_plugin.data.similar import Bank, Case, make_bank
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.boxes import Box, is_inside, parse_boxes
+from umed_plugin.grounding.boxes import Box, parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.answerer import ModelImages, image_and
@@ -57,7 +57,8 @@ class Answer:
 
     Attributes:
         text: the decoded answer, without special tokens and separator.
-        boxes: xyxy in pixels of the picture, in the order of the text; None for a box that is malformed or leaves the square.
+        boxes: xyxy in pixels of the picture, in the order of the text, clipped to it; None for a box that is malformed, leaves
+            the square or lies in its padding.
         places: where the boxes stand in the text, and what could not be read as one, such as a box that is cut off.
         forgotten: number of earlier questions that did not fit into the context and were left out.
         prompt_ids: token ids [L] of the prompt, with the image token.
@@ -189,8 +190,7 @@ class Dialogue:
         text = self._shown(token_ids).split(self._stop())[0].strip()
         tower = self.llava.get_vision_tower().config
         geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
-        boxes01 = parse_boxes(text)
-        boxes = [box if is_inside(box01) else None for box01, box in zip(boxes01, geometry.from_square(boxes01))]
+        boxes = boxes_on_picture(parse_boxes(text), geometry)
         return Answer(text, boxes, box_places(text), forgotten, ids, token_ids, features, geometry)
 
     @torch.no_grad()
