@@ -37,6 +37,7 @@ def test_from_a_file_to_boxes_and_a_heat_map(client: Client, dicom: Path) -> Non
     assert texts == sorted(texts, key=len) and len(texts) > 20, "the text grows token by token"
     answer = last["answer"]
     assert answer["text"] == SENTENCE and answer["size"] == [97, 61]
+    assert answer["cut"] is None
     # 97 x 61 in a square of 97: 18 rows above, and as many below, into which the box reaches.
     x1, y1, x2, y2 = (97 * value for value in BOX01)
     assert answer["boxes"] == [pytest.approx([x1, y1 - 18, x2, 61])] and y2 - 18 > 61

@@ -58,7 +58,7 @@ def test_an_answer_is_the_evaluations(dialogue):
         SamplingSettings(max_new_tokens=12, temperature=0, eos_token_id=dialogue.tokenizer.eos_token_id),
     )
     assert answer.token_ids == expected.answers()[0]
-    assert len(heard) == 12 and heard[-1] == answer.text
+    assert len(heard) == 12 and heard[-1] == answer.text and answer.cut == 12
 
 
 def test_further_questions_cost_their_own_tokens_and_are_answered_the_same(dialogue):
@@ -163,6 +163,7 @@ def test_boxes_are_in_pixels_of_the_picture_and_words_have_maps(speaking):
     # 60 x 40 is padded to 60 x 60, with 10 rows above and below; the box reaches into those below.
     x1, y1, x2, y2 = (60 * value for value in BOX01)
     assert answer.boxes == [pytest.approx((x1, y1 - 10, x2, 40))] and y2 - 10 > 40
+    assert answer.cut is None
 
     attended = asked.attention(answer)
     words = attended["words"]

@@ -325,7 +325,7 @@ def test_a_box_and_its_sentence_light_one_another_and_half_a_box_is_said(
     )
 
     def two(self: Dialogue, *args: Any) -> Any:
-        return replace(answered(self, *args), text=said, boxes=[(20, 10, 60, 40)], places=box_places(said))
+        return replace(answered(self, *args), text=said, boxes=[(20, 10, 60, 40)], places=box_places(said), cut=60)
 
     monkeypatch.setattr(Dialogue, "answer", two)
     give(page, write_png(tmp_path / "a.png", scene()))
@@ -336,6 +336,7 @@ def test_a_box_and_its_sentence_light_one_another_and_half_a_box_is_said(
     ]
     assert text(page, "#talk mark") == "0.38, 0.49, 0.54]"
     assert "1 place in the text could not be read as a box, such as half a box" in text(page, "#talk .about")
+    assert "cut off at 60 tokens" in text(page, "#talk .about")
     lit = "document.querySelectorAll('#boxes .lit').length"
     assert page.run(lit) == 0
     page.run("document.querySelector('.sentence').focus()")
@@ -382,6 +383,7 @@ def test_two_checkpoints_answer_side_by_side_and_are_saved(page_of_two: Page, tm
     saved = json.loads(downloaded(tmp_path, ".json").read_text())
     assert [one["text"] for one in saved["answers"]] == [SENTENCE, OTHER]
     assert saved["answers"][1]["checkpoint"] == "other-llava" and len(saved["answers"][0]["boxes"]) == 1
+    assert [one["cut_off_at_tokens"] for one in saved["answers"]] == [None, None]
     assert saved["view"]["slice"] == 6 and saved["question"] == "Is it a nodule?"
     page.run(f"{buttons}.find(b => b.textContent === 'Save the picture').click()")
     picture = Image.open(downloaded(tmp_path, ".png")).convert("RGB")

@@ -59,11 +59,12 @@ function fillAnswer(paragraph, answer, lit) {
   return ofBox;
 }
 
-// What is to be known of an answer's boxes, in words.
-function aboutBoxes({boxes, places}) {
+// What is to be known of an answer's boxes and of its end, in words. cut: the tokens at which --max-new-tokens ended it, or null.
+function aboutAnswer({boxes, places, cut}) {
   const good = boxes.filter(box => box).length, unread = places.filter(([, , box]) => box === null).length;
   const parts = [`${good} ${good === 1 ? "box" : "boxes"}`];
   if (good < boxes.length) parts.push(`${boxes.length - good} malformed, without area or outside the picture`);
   if (unread) parts.push(`${unread} ${unread === 1 ? "place" : "places"} in the text could not be read as a box, such as half a box`);
+  if (cut) parts.push(`cut off at ${cut} tokens, which is --max-new-tokens`);
   return parts.join(" · ");
 }

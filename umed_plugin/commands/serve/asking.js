@@ -65,7 +65,7 @@ function answered(turn) {
   turn.answers.forEach((answer, k) => {
     if (!answer) return;
     turn.sentences[k] = fillAnswer(turn.replies[k], answer, box => { if (turn === state.chosen) light(k, box); });
-    const parts = [aboutBoxes(answer)], {forgotten} = answer;
+    const parts = [aboutAnswer(answer)], {forgotten} = answer;
     if (forgotten) parts.push(`${forgotten} of the earliest questions did not fit into the context and were left out`);
     turn.replies[k].after(el("p", {className: "about", textContent: parts.join(" · ")}));
   });
@@ -89,7 +89,8 @@ function answered(turn) {
 function asJson(turn) {
   return {saved: new Date().toISOString(), image: itemOf(turn.view).label, view: turn.view, shown: describe(turn.view), question: turn.question,
     answers: turn.answers.flatMap((answer, k) => answer ? [{checkpoint: panes[k].name, text: answer.text, boxes: answer.boxes,
-      picture_size: answer.size, not_readable_as_box: answer.places.filter(([, , box]) => box === null).map(([start, end]) =>
+      picture_size: answer.size, cut_off_at_tokens: answer.cut,
+      not_readable_as_box: answer.places.filter(([, , box]) => box === null).map(([start, end]) =>
         Array.from(answer.text).slice(start, end).join(""))}] : [])};
 }
 
@@ -101,7 +102,7 @@ async function saveTurn(turn) {
   if (isGone(turn)) return;
   const heat = panes[0].heat.hidden ? [] : [`Heat map of "${$("word").selectedOptions[0].textContent}", 0 to ${HEAT_MOST} or more times an even share.`];
   const lines = [`${itemOf(turn.view).label}: ${describe(turn.view)}`, `Question: ${turn.question}`,
-    ...turn.answers.flatMap((answer, k) => answer ? [`${panes[k].name}: ${answer.text || "(no text)"} (${aboutBoxes(answer)})`] : []),
+    ...turn.answers.flatMap((answer, k) => answer ? [`${panes[k].name}: ${answer.text || "(no text)"} (${aboutAnswer(answer)})`] : []),
     ...heat, `Saved ${new Date().toISOString().slice(0, 16).replace("T", " ")} UTC. Research software, not a medical device.`];
   await savePicture(panes, lines, fileName(itemOf(turn.view).label, turn.number, ".png"));
 }

@@ -61,6 +61,7 @@ class Answer:
             the square or lies in its padding.
         places: where the boxes stand in the text, and what could not be read as one, such as a box that is cut off.
         forgotten: number of earlier questions that did not fit into the context and were left out.
+        cut: the number of tokens after which ``--max-new-tokens`` cut the answer off; None if the model ended it.
         prompt_ids: token ids [L] of the prompt, with the image token.
         token_ids: the generated token ids, including EOS if it was generated.
         features: image features [1, P, D].
@@ -71,6 +72,7 @@ class Answer:
     boxes: list[Optional[Box]]
     places: list[Place]
     forgotten: int
+    cut: Optional[int]
     prompt_ids: Tensor
     token_ids: list[int]
     features: Tensor
@@ -191,7 +193,9 @@ class Dialogue:
         tower = self.llava.get_vision_tower().config
         geometry = ImageGeometry(picture.width, picture.height, self.mode, tower.image_size, tower.patch_size)
         boxes = boxes_on_picture(parse_boxes(text), geometry)
-        return Answer(text, boxes, box_places(text), forgotten, ids, token_ids, features, geometry)
+        return Answer(
+            text, boxes, box_places(text), forgotten, self._cut(token_ids), ids, token_ids, features, geometry
+        )
 
     @torch.no_grad()
     def attention(self, answer: Answer, mask_sinks: bool = False) -> dict[str, Any]:
@@ -280,12 +284,18 @@ class Dialogue:
         token_ids: list[int] = []
         while True:
             token_ids.append(int(logits[0, -1].argmax()))
-            if token_ids[-1] == self.tokenizer.eos_token_id or self._stop() in self._shown(token_ids):
+            if self._has_ended(token_ids):
                 return token_ids
             tell(self._shown(token_ids))
             if len(token_ids) == self.most_tokens:
                 return token_ids
             logits = self._next_logits(token_ids[-1], held)
+
+    def _has_ended(self, token_ids: Sequence[int]) -> bool:
+        return token_ids[-1] == self.tokenizer.eos_token_id or self._stop() in self._shown(token_ids)
+
+    def _cut(self, token_ids: Sequence[int]) -> Optional[int]:
+        return None if self._has_ended(token_ids) else len(token_ids)
 
     def _next_logits(self, token: int, held: _Held) -> Tensor:
         position = len(held.columns)

@@ -256,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
             )
             number = case.keep(answer, request.model)
             shown = {"number": number, "text": answer.text, "boxes": answer.boxes, "places": answer.places}
-            return {"answer": {**shown, "forgotten": answer.forgotten, "size": picture.size}}
+            return {"answer": {**shown, "forgotten": answer.forgotten, "cut": answer.cut, "size": picture.size}}
 
         self._stream(work)
 
