@@ -188,8 +188,12 @@ def test_r2gens_treatment_makes_rare_words_unknown(tmp_path):
 def test_scores_of_a_file_are_averaged_with_the_others(tmp_path):
     file, scores = write_reports(tmp_path), tmp_path / "s.csv"
     scores.write_text("id,bertscore,radgraph\nr3,0.5,1\nr4,0.7,0\nr5,0.9,0\nr9,1,1\n")
-    values = values_of(evaluate(Writes(), f"report:{file}", report_scores=scores))
+    evaluation = evaluate(Writes(), f"report:{file}", report_scores=scores)
+    values = values_of(evaluation)
     assert values["file/bertscore"] == pytest.approx(0.7) and values["file/radgraph"] == pytest.approx(1 / 3)
+    # They are of the model's own answers: one that never looks has none.
+    assert "rouge_l" in evaluation.constants
+    assert not any(name.startswith("file/") for name in evaluation.constants)
     scores.write_text("id,bertscore\nr3,high\nr4,nan\nr4,0.1\n")
     with pytest.raises(UmedError) as caught:
         read_scores(scores, ["r3", "r4", "r5"])

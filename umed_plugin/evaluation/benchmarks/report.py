@@ -45,7 +45,8 @@ def metrics(rows: Sequence[Row]) -> list[Metric]:
     reported = [Metric(f"bleu_{order}", partial(bleu, order=order), BLEU_COLUMNS) for order in ORDERS]
     reported += [*means("meteor", "rouge_l"), *means("cider_d", limits=_CIDER_LIMITS), *finding_metrics(rows)]
     of_file = sorted({name for row in rows for name in row.values if name.startswith(_OF_FILE)})
-    return [*reported, *means(*of_file, limits=None)]
+    # A file scores the model's own answers, so it says nothing of any other answer.
+    return [*reported, *(replace(metric, rates=False) for metric in means(*of_file, limits=None))]
 
 
 def treatment_of(written: Optional[str]) -> Optional[R2GenTreatment]:

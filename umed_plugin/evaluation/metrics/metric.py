@@ -74,7 +74,8 @@ class Metric:
         limits: the least and the greatest value that a question can have, if the statistic is a mean of the questions; an exact
             interval needs them.
         lower_is_better: whether a positive difference is for the worse.
-        rates: whether it rates the answers; False if it only describes them, such as how often the last choice is taken.
+        rates: whether it can be computed for any answer, and rates it. False if it only describes answers, such as how often the
+            last choice is taken, or comes from a file of scores.
     """
 
     name: str
