@@ -127,7 +127,7 @@ def test_the_best_answer_that_never_looks_stands_beside_every_figure(name, make,
     defined = {key for key, value in figures.items() if value is not None and not key.startswith("says_last")}
     assert set(found) == defined - bare
     benchmark = BENCHMARKS[name]
-    for constant in constant_answers(questions, benchmark, scorer).values():
+    for constant in constant_answers(questions, benchmark).values():
         rows = [Row(q.id, q.cluster, benchmark.score(q, constant(q), scorer), q.groups) for q in questions]
         for key, value in statistics(benchmark.metrics(rows), rows).items():
             assert value is None or key not in found or value <= found[key]["value"] + 1e-12

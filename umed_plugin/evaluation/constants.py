@@ -6,6 +6,8 @@ choice, the choice that is most often right, the commonest references, yes and n
 image, its middle, and a grid of boxes. One more reads the question, and still no image: it says what the same question has mostly
 about the other images.
 
+Constants are written in LLaVA's form of boxes and read in it, whatever form the checkpoint has (``--boxes``).
+
 They are chosen with the references at hand, which a model has not: an upper bound of what needs no image. At most `MOST`
 questions, drawn at random by a fixed seed, are scored for it; of studies with boxes `MOST_STUDIES`, since each takes longer.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
@@ -55,14 +58,15 @@ def best_constants(
 
     Args:
         questions: as the model was asked.
-        scorer: of the model's answers.
+        scorer: of the model's answers. Its dialect is not used: these answers are ours.
     """
     asked = list(questions)
     most = MOST_STUDIES if benchmark.reads_boxes else MOST
     if len(asked) > most:
         asked = [asked[i] for i in sorted(random.Random(0).sample(range(len(asked)), most))]
     best: dict[str, dict[str, Any]] = {}
-    for name, constant in constant_answers(asked, benchmark, scorer).items():
+    scorer = replace(scorer, dialect=LLAVA)
+    for name, constant in constant_answers(asked, benchmark).items():
         rows = [
             Row(question.id, question.cluster, benchmark.score(question, constant(question), scorer), question.groups)
             for question in asked
@@ -74,12 +78,10 @@ def best_constants(
     return best
 
 
-def constant_answers(
-    questions: Sequence[BenchmarkQuestion], benchmark: Benchmark, scorer: Scorer
-) -> dict[str, Constant]:
+def constant_answers(questions: Sequence[BenchmarkQuestion], benchmark: Benchmark) -> dict[str, Constant]:
     """Answers that do not depend on the image, by what they are, simplest first: of equal ones the first is reported."""
     if any(asks_for_boxes(question.about.get("record", {"answer_type": REPORT})) for question in questions):
-        return {"nothing": _text(""), **(_with_boxes(questions) if scorer.dialect == LLAVA else {})}
+        return {"nothing": _text(""), **_with_boxes(questions)}
     found: dict[str, Constant] = {}
     if any(_choices(question) for question in questions):
         found |= {name: _place(place) for place, name in enumerate(_PLACES)}
@@ -92,7 +94,7 @@ def constant_answers(
     if truths:
         common = Counter(word for question in questions for word in words(question.truth))
         found[f"the {_WORDS} commonest words"] = _text(" ".join(word for word, _ in common.most_common(_WORDS)))
-    if benchmark.reads_boxes and scorer.dialect == LLAVA:
+    if benchmark.reads_boxes:
         found |= _with_boxes(questions)
     if len({(_words_of(question), question.cluster) for question in questions}) > len(set(map(_words_of, questions))):
         found["what the same question mostly has elsewhere"] = _elsewhere(questions)
