@@ -132,6 +132,15 @@ def test_notes_name_what_says_little_and_what_is_not_beaten():
     assert constant_notes(metrics, {}) == []
 
 
+def test_a_metric_that_ends_elsewhere_than_at_1_is_judged_by_its_own_limit():
+    """CIDEr-D goes from 0 to 10: 1.2 is little, and 9.5 is much."""
+    metrics = {"cider_d": {"value": 0.3}}
+    (beaten,) = constant_notes(metrics, {"cider_d": {"value": 1.2, "answer": "x", "limit": 10.0}})
+    assert beaten == "No better than an answer that never looks at the image: cider_d (x: 1.200)."
+    (high,) = constant_notes(metrics, {"cider_d": {"value": 9.5, "answer": "x", "limit": 10.0}})
+    assert "reaches 90 % of the highest value or more here" in high
+
+
 def test_files_and_the_table_hold_it(tmp_path, capsys):
     rows = [
         {"qid": n, "img_name": f"{n}.png", "question": "Q?", "answer": "Yes", "answer_type": "CLOSED"} for n in range(6)

@@ -192,7 +192,7 @@ def test_scores_of_a_file_are_averaged_with_the_others(tmp_path):
     values = values_of(evaluation)
     assert values["file/bertscore"] == pytest.approx(0.7) and values["file/radgraph"] == pytest.approx(1 / 3)
     # They are of the model's own answers: one that never looks has none.
-    assert "rouge_l" in evaluation.constants
+    assert evaluation.constants["cider_d"]["limit"] == 10 and "limit" not in evaluation.constants["rouge_l"]
     assert not any(name.startswith("file/") for name in evaluation.constants)
     scores.write_text("id,bertscore\nr3,high\nr4,nan\nr4,0.1\n")
     with pytest.raises(UmedError) as caught:

@@ -23,7 +23,7 @@ from typing import Any
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.metrics.answers import words
 from umed_plugin.evaluation.metrics.choices import LETTERS
-from umed_plugin.evaluation.metrics.metric import Row, statistics
+from umed_plugin.evaluation.metrics.metric import RATE, Row, statistics
 from umed_plugin.grounding.answer_types import REPORT, asks_for_boxes
 from umed_plugin.grounding.boxes import format_box
 from umed_plugin.grounding.dialects import LLAVA
@@ -31,7 +31,7 @@ from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
 MOST, MOST_STUDIES = 2000, 200
-HIGH = 0.9  # a constant answer that scores this much is said below the table, whatever the model scores
+HIGH = 0.9  # share of a metric's upper limit; a constant answer that reaches it is said, whatever the model scores
 _COMMONEST, _WORDS = 4, 50
 _PLACES = ("the first choice", "the second choice", "the third choice", "the fourth choice")
 _BOXES = {
@@ -53,6 +53,8 @@ def best_constants(
 ) -> dict[str, dict[str, Any]]:
     """``{metric: {"value", "answer"}}``: the highest value that one of `constant_answers` reaches, and which one.
 
+    A metric whose upper limit is not 1, such as CIDEr-D, also has this ``limit``.
+
     Metrics of which less is better are left out, and those that only describe answers. So are those that no constant answer has,
     such as attention.
 
@@ -72,9 +74,12 @@ def best_constants(
             for question in asked
         ]
         metrics = [metric for metric in benchmark.metrics(rows) if metric.rates and not metric.lower_is_better]
+        limits = {
+            one.name: {"limit": one.limits[1]} for one in metrics if one.limits is not None and one.limits != RATE
+        }
         for metric, value in statistics(metrics, rows).items():
             if value is not None and (metric not in best or value > best[metric]["value"]):
-                best[metric] = {"value": value, "answer": name}
+                best[metric] = {"value": value, "answer": name, **limits.get(metric, {})}
     return best
 
 
@@ -184,18 +189,18 @@ def _with_boxes(questions: Sequence[BenchmarkQuestion]) -> dict[str, Constant]:
 def constant_notes(metrics: Mapping[str, Mapping[str, Any]], constants: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sentences on metrics that a constant answer does as well as the model in, and on those in which it scores high."""
     known = {name: (metrics[name]["value"], best) for name, best in constants.items() if name in metrics}
-    high = [
-        f"{name} ({best['answer']}: {best['value']:.3f})" for name, (_, best) in known.items() if best["value"] >= HIGH
-    ]
+    is_high = {name: best["value"] >= HIGH * best.get("limit", 1) for name, (_, best) in known.items()}
+    high = [f"{name} ({best['answer']}: {best['value']:.3f})" for name, (_, best) in known.items() if is_high[name]]
     beaten = [
         f"{name} ({best['answer']}: {best['value']:.3f})"
         for name, (value, best) in known.items()
-        if value is not None and best["value"] >= value and best["value"] < HIGH
+        if value is not None and best["value"] >= value and not is_high[name]
     ]
     notes = []
     if high:
         notes.append(
-            f"An answer that never looks at the image scores {HIGH:g} or more here, so these say little: {_some(high)}."
+            f"An answer that never looks at the image reaches {100 * HIGH:.0f} % of the highest value or more here, so these say "
+            f"little: {_some(high)}."
         )
     if beaten:
         notes.append(f"No better than an answer that never looks at the image: {_some(beaten)}.")

@@ -133,6 +133,7 @@ class ConstantForm(Form):
 
     value: float
     answer: str
+    limit: Optional[float] = None
 
 
 class _ResamplingForm(Form):
