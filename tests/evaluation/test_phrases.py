@@ -10,6 +10,7 @@ from PIL import Image
 
 from umed_plugin import evaluate
 from umed_plugin.commands.report.gallery import study_cards
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import headline
 from umed_plugin.evaluation.metrics.phrases import (
     dice_matrix,
@@ -112,6 +113,22 @@ class Answers:
             else ModelAnswer("The cyst: [0.00, 0.25, 0.50, 0.75]", [], {"vision_relevance": 0.25, "heat": heat})
             for question in questions
         ]
+
+
+def test_with_boxes_given_phrases_have_no_diagnosis(tmp_path, capsys):
+    """To give the box of a phrase gives away the answer, and a phrase asks for no class."""
+    records = [record_of("large cyst", [0, 0, 100, 100], number) for number in range(3)]
+    records[0] |= {"answer_type": "grounded"}
+    for number in range(3):
+        Image.fromarray(np.full((100, 200), 50 * number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    evaluation = evaluate(Answers(), tmp_path / "r.json", give_box=True)
+    assert [prediction.id for prediction in evaluation.predictions] == [records[0]["id"]]
+    assert evaluation.metrics["accuracy"]["n"] == 1
+    assert "2 of 3 questions are phrases, which ask for boxes and for no diagnosis" in capsys.readouterr().out
+    (tmp_path / "r.json").write_text(json.dumps(records[1:]))
+    with pytest.raises(UmedError, match=r"no box to give\. 2 of 2 questions are phrases"):
+        evaluate(Answers(), tmp_path / "r.json", give_box=True)
 
 
 def test_the_evaluation_of_a_recipe_has_the_figures_of_its_phrases(tmp_path):

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.data.records import Record, true_boxes, with_pseudo_boxes
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, note
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.recipe_cases import details
 from umed_plugin.evaluation.benchmarks.recipe_scoring import (
@@ -46,7 +46,7 @@ from umed_plugin.evaluation.benchmarks.recipe_scoring import (
     scored,
 )
 from umed_plugin.evaluation.metrics.metric import Metric, Row
-from umed_plugin.grounding.answer_types import PROBE
+from umed_plugin.grounding.answer_types import PROBE, asks_for_names
 from umed_plugin.grounding.boxes import format_box, is_degenerate
 from umed_plugin.grounding.dialects import LLAVA
 from umed_plugin.grounding.scoring import Scorer
@@ -192,27 +192,34 @@ RECIPE = Benchmark(
 def with_true_boxes(questions: Sequence[BenchmarkQuestion], scorer: Scorer) -> list[BenchmarkQuestion]:
     """The questions about studies with a lesion, each with the true boxes behind its text.
 
-    Those about other studies are left out: there is no box to give, and that none is given would tell the answer.
+    Those about other studies are left out: there is no box to give, and that none is given would tell the answer. Phrases are
+    left out too, and that is said: they ask for boxes alone.
 
     Raises:
-        UmedError: the checkpoint sees images in another way, or writes boxes in another form than LLaVA's.
+        UmedError: the checkpoint sees images in another way, writes boxes in another form than LLaVA's, or nothing is left.
     """
     if scorer.dialect != LLAVA:
         raise UmedError(
             "--give-box gives boxes in LLaVA's form, and this checkpoint has another (--boxes). Remove one of them."
         )
     asked = []
-    for question in check_aspect_ratio(questions, scorer):
+    diagnoses = [one for one in check_aspect_ratio(questions, scorer) if asks_for_names(one.about["record"])]
+    for question in diagnoses:
         record = question.about["record"]
         boxes = [box for box in geometry_of(record, scorer).to_square(true_boxes(record)) if not is_degenerate(box)]
         if boxes:
             given = "region is" if len(boxes) == 1 else "regions are"
             text = f"{question.text} The abnormal {given} at {', '.join(map(format_box, boxes))}."
             asked.append(replace(question, text=text))
+    phrases = len(questions) - len(diagnoses)
+    told = f"{phrases} of {len(questions)} questions are phrases, which ask for boxes and for no diagnosis"
     if not asked:
         raise UmedError(
             "--give-box: none of the studies has a lesion that the model can see, so there is no box to give."
+            + (f" {told}." if phrases else "")
         )
+    if phrases:
+        note(f"--give-box: {told}. They are left out.")
     return asked
 
 
