@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import signal
@@ -13,9 +14,13 @@ from pathlib import Path
 import pytest
 from support import forked
 from support.benchmark_runs import command, lines, metrics_of, picture, rad
+from support.probing import Follows
 from support.umed_runs import environment
 
+from umed_plugin import evaluate
 from umed_plugin.cli import main
+from umed_plugin.commands.demo.studies import make_studies
+from umed_plugin.commands.evaluate import _show
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
@@ -82,6 +87,21 @@ def test_missing_images_are_the_reason_also_when_they_are_skipped(tmp_path):
         UmedError, match="nothing is left to ask: 3 images of vqa_rad are missing, with 6 of 6 questions"
     ):
         chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, work=tmp_path, skip=True)
+
+
+def test_a_recipes_bad_and_missing_images_are_counted_as_skipped(tmp_path, capsys, short_bootstrap):
+    """The recipe leaves them out while it is built, before there are questions."""
+    make_studies(tmp_path / "studies", train=0, val=0, test=9)
+    xrays = sorted((tmp_path / "studies" / "xray").glob("*.png"))
+    xrays[0].write_bytes(xrays[0].read_bytes()[:40])
+    xrays[1].unlink()
+    asked = {"data_root": tmp_path / "studies", "on_bad_image": "skip"}
+    model = Follows(lambda text, image: "No.")
+    assert evaluate(model, "probes:demo_studies", limit=1, **asked).skipped == 2
+    evaluation = evaluate(model, "demo_studies", limit=1, out=tmp_path / "out", **asked)
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["skipped"] == 2
+    _show(argparse.Namespace(checkpoint=Path("x"), compare=None, out=None, similar=0), evaluation, None)
+    assert "2 questions were left out: their images are missing or cannot be read." in capsys.readouterr().out
 
 
 def test_llava_med_s_own_question_files_are_a_benchmark(tmp_path):

@@ -120,7 +120,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--max-new-tokens", metavar="N", type=int, help="longest answer (default: the benchmark's; 128 for recipes)"
     )
     parser.add_argument(
-        "--on-bad-image", choices=("stop", "skip"), default="stop", help="stop at missing images, or leave them out"
+        "--on-bad-image",
+        choices=("stop", "skip"),
+        default="stop",
+        help="stop at missing images, of recipes also at unreadable ones, or leave them out and count them",
     )
     parser.add_argument(
         "--pseudo-boxes",
@@ -296,7 +299,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     for line in notes:
         console.print(line, style="dim", soft_wrap=True, markup=False)
     if evaluation.skipped:
-        console.print(f"{evaluation.skipped} questions were left out: their images are missing.")
+        console.print(f"{evaluation.skipped} questions were left out: their images are missing or cannot be read.")
     if args.out:
         if differences is not None:
             comparison = {"before": str(args.compare), "after": str(args.out), "differences": differences}

@@ -50,6 +50,7 @@ def build_records(
     workers: Optional[int] = None,
     find_boxes: Optional[FindsBoxes] = None,
     probes: bool = True,
+    skipped: Optional[list[UmedError]] = None,
 ) -> list[Record]:
     r"""Build the records of a recipe, or of one of its splits, and render images that LLaVA cannot read.
 
@@ -69,6 +70,7 @@ def build_records(
         find_boxes: gives boxes to images that have a label and none, as a recipe's ``pseudo_boxes`` asks for:
             `umed_plugin.pseudo_boxes.PseudoBoxes`.
         probes: add the probes that the recipe asks for. False: `with_probes` adds them once the studies are final.
+        skipped: a list that gets a fault for each image that is skipped.
 
     What was seen of each image is kept in ``out_dir/.umed_checked.jsonl``: the next build reads only what has changed since.
 
@@ -133,6 +135,8 @@ def build_records(
         if leave_what_is_seen(prepared, geometry, tally):
             records.append(written_record(prepared, out, geometry, box_decimals, seed, held_out))
     _report(annotations, bad_images, tally, recipe, on_bad_image)
+    if skipped is not None:
+        skipped += bad_images
     _check_ids(records, recipe)
     if not records:
         raise UmedError(

@@ -252,7 +252,7 @@ def _made_of(studies: Benchmark, of_recipe: OfRecipe) -> Benchmark:
     def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
         return of_recipe.made(studies.questions(root, split, work))
 
-    return replace(of_recipe.benchmark, questions=questions)
+    return replace(of_recipe.benchmark, questions=questions, left_out=studies.left_out)
 
 
 def check_benchmark(name: str) -> None:

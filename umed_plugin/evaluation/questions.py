@@ -23,7 +23,9 @@ def chosen_questions(
     work: Path,
     skip: bool = False,
 ) -> tuple[list[BenchmarkQuestion], int]:
-    """The questions to ask, with unique ids, and how many were left out because their image is missing.
+    """The questions to ask, with unique ids, and how many were left out because their image is missing or cannot be read.
+
+    A recipe leaves images out before it has questions, and before ``limit``. Each counts as one question.
 
     Args:
         root: folder of the benchmark's files; None for a recipe, which knows its own.
@@ -55,7 +57,8 @@ def chosen_questions(
             f"{prefix}there is nothing to evaluate on: no questions of {benchmark.name} in split {split!r}. "
             f"Is it the right --split? Splits: {', '.join(benchmark.splits)}."
         )
-    return present, len(questions) - len(present)
+    left_out = benchmark.left_out() if benchmark.left_out is not None else 0
+    return present, len(questions) - len(present) + left_out
 
 
 def _missing_images(benchmark: Benchmark, questions: Sequence[BenchmarkQuestion]) -> str:

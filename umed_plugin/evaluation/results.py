@@ -99,7 +99,7 @@ class Evaluation:
         metrics: name -> what `umed_plugin.evaluation.metrics.metric.measure` gives.
         unit: what the intervals resample, such as "patient".
         boxes: the form in which boxes were read, see `umed_plugin.grounding.dialects.BoxDialect`.
-        skipped: questions that were left out because their image is missing.
+        skipped: questions that were left out because their image is missing or cannot be read.
         constants: name -> what `umed_plugin.evaluation.constants.best_constants` gives; empty in files of earlier versions.
         treatment: of texts before they are scored, see `umed_plugin.evaluation.benchmarks.benchmark.Benchmark`.
     """

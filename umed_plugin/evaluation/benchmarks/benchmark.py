@@ -84,6 +84,7 @@ class Benchmark:
         splits: all of them; the first is the default.
         max_new_tokens: longest answer that it needs.
         templates: model_type -> default prompt template.
+        left_out: number of images that `questions` left out when it was last called, since they are missing or unreadable.
         prepare: writes the images of the chosen questions, for a benchmark whose images are not files.
         adapt: (questions, scorer) -> questions fitted to the model, such as boxes in its coordinates.
         examine: a further pass over the answers of each batch, see `ExamineHook`; None for benchmarks that score texts alone.
@@ -105,6 +106,7 @@ class Benchmark:
     splits: tuple[str, ...] = ("test",)
     max_new_tokens: int = 128
     templates: Mapping[str, str] = field(default_factory=lambda: STOCK_TEMPLATES)
+    left_out: Callable[[], int] | None = None
     prepare: Callable[[Sequence[BenchmarkQuestion]], None] | None = None
     adapt: Callable[[Sequence[BenchmarkQuestion], Scorer], list[BenchmarkQuestion]] | None = None
     examine: ExamineHook | None = None

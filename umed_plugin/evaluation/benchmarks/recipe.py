@@ -132,6 +132,7 @@ def recipe_benchmark(
         give_box: give the true boxes in the question, and judge the diagnosis alone (`GIVEN_BOX`).
         pseudo_boxes: measure against pseudo-boxes too.
     """
+    skipped: list[UmedError] = []
 
     def questions(_root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
         from umed_plugin.data.build import build_records
@@ -139,6 +140,7 @@ def recipe_benchmark(
         from umed_plugin.data.recipes.recipe import load_recipe
         from umed_plugin.data.records import load_records
 
+        skipped.clear()
         if recipe.endswith(".json"):
             records, folder = load_records(recipe, split=split), Path(recipe).resolve().parent
         else:
@@ -156,11 +158,12 @@ def recipe_benchmark(
                 data_root=data_root,
                 on_bad_image=on_bad_image,
                 render=render,
+                skipped=skipped,
             )
         asked = [record for record in records if record["split"] == split and record["answer_type"] != PROBE]
         return record_questions(asked, folder, pseudo_boxes=pseudo_boxes)
 
-    return replace(GIVEN_BOX if give_box else RECIPE, questions=questions)
+    return replace(GIVEN_BOX if give_box else RECIPE, questions=questions, left_out=lambda: len(skipped))
 
 
 def _mau(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:

@@ -205,7 +205,8 @@ def report_benchmark(recipe: str, of_recipe: Benchmark, settings: Any, data_root
     treatment = treatment_of(settings.report_as)
     reports = ReportSet(of_recipe, training_reports, treatment, settings.report_scores)
     named = "" if treatment is None else f"r2gen:{treatment.least_count},{treatment.most_tokens}"
-    return replace(REPORT, questions=reports.questions, adapt=reports.adapt, score=reports.score, treatment=named)
+    of_reports = replace(REPORT, questions=reports.questions, adapt=reports.adapt, score=reports.score)
+    return replace(of_reports, left_out=of_recipe.left_out, treatment=named)
 
 
 def _unknown_set(*unused: Any) -> Any:
