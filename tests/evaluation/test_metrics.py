@@ -22,7 +22,7 @@ from umed_plugin.evaluation.metrics.metric import (
     measure,
     ratio,
 )
-from umed_plugin.evaluation.tables import direction_note, interval_notes
+from umed_plugin.evaluation.tables import direction_note, from_fewer, interval_notes, of_fewest
 
 
 def row(name, value=None, cluster=None, **groups):
@@ -154,6 +154,19 @@ def test_the_words_below_a_table():
     (iou,), (false_boxes,) = means("iou"), [replace(metric, lower_is_better=True) for metric in means("false")]
     both = compare_rows([iou, false_boxes], *[[Row("a", "a", {"iou": 0.5, "false": 1.0})]] * 2)
     assert direction_note(both) == "A positive difference is an improvement, except for false: there less is better."
+
+
+def test_differences_of_fewer_studies_than_the_metric_are_told_too():
+    """60 studies after, of which the evaluation before knows 12: its own interval is fine, and that of the difference is not."""
+    after, before = [row(str(i), i % 2) for i in range(60)], [row(str(i), i % 3 == 0) for i in range(60)]
+    before = [one if int(one.id) < 12 else replace(one, values={}) for one in before]
+    own, differences = measure(means("x"), after), compare_rows(means("x"), before, after)
+    assert interval_notes(own) == [] and own["x"]["units"] == 60 and differences["x"]["units"] == 12
+    (note,) = interval_notes(from_fewer(differences, own))
+    assert note.startswith("Few images (fewer than 30): difference of x (12).")
+    assert from_fewer(differences, {"x": {**own["x"], "units": 12}}) == {}, "the metric's own sentence says it"
+    few = measure(means("x"), after[:3])
+    assert of_fewest([few, own]) == of_fewest([own, few]) == few
 
 
 def test_the_bootstrap_holds_one_draw_at_a_time(monkeypatch):

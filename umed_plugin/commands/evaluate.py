@@ -276,7 +276,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     from umed_plugin.data.similar import WITHOUT_SIMILAR
     from umed_plugin.evaluation.constants import constant_notes
     from umed_plugin.evaluation.results import compare
-    from umed_plugin.evaluation.tables import direction_note, interval_notes, metrics_table, sources_table
+    from umed_plugin.evaluation.tables import direction_note, from_fewer, interval_notes, metrics_table, sources_table
 
     console, differences, refused = make_console(wide_in_pipes=True), None, None
     try:
@@ -291,7 +291,10 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
     notes += constant_notes(evaluation.metrics, evaluation.constants)
     notes += [f"{args.similar} similar cases before each question. {WITHOUT_SIMILAR}"] if args.similar else []
     if differences is not None:
-        notes.append(direction_note(differences))
+        notes += [
+            *interval_notes(from_fewer(differences, evaluation.metrics), evaluation.unit),
+            direction_note(differences),
+        ]
     if differences is not None and before is not None and before.benchmark != evaluation.benchmark:
         notes.append(
             "Differences are over the studies that both were asked; one of the two was given their true boxes."

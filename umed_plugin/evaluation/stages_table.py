@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
-from umed_plugin.evaluation.tables import direction_note, formatted, interval_notes
+from umed_plugin.evaluation.tables import direction_note, formatted, from_fewer, interval_notes, of_fewest
 
 
 def stages_table(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[str, Any] | None = None) -> Any:
@@ -41,8 +41,10 @@ def stages_notes(stages: Mapping[str, Mapping[str, Any]], comparison: Mapping[st
     """What stands below `stages_table`: what its intervals resample, where they are unsure, and what a sign means."""
     last = list(stages.values())[-1]
     unit = last.get("unit", "patient or image")  # a summary of an earlier version does not say
-    notes = [f"95 % intervals, resampled by {unit}.", *interval_notes(last.get("intervals", {}), unit)]
+    fewest = of_fewest([stage.get("intervals", {}) for stage in stages.values()])
+    notes = [f"95 % intervals, resampled by {unit}.", *interval_notes(fewest, unit)]
     if comparison:
         headline = {name: comparison[name] for name in HEADLINE if name in comparison}
+        notes += interval_notes(from_fewer(headline, fewest), unit)
         notes.append(direction_note(headline))
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,36 @@ def interval_notes(metrics: Mapping[str, Mapping[str, Any]], unit: str = "image"
     if exact:
         notes.append(f"Exact intervals (Clopper-Pearson), since all {plural} score alike: {_some(exact)}.")
     return notes
+
+
+def from_fewer(
+    differences: Mapping[str, Mapping[str, Any]],
+    metrics: Mapping[str, Mapping[str, Any]],
+    form: str = "difference of {}",
+) -> dict[str, Mapping[str, Any]]:
+    """The differences that have fewer clusters than the metric itself, for `interval_notes`, which says the others already.
+
+    So it is where only one of two evaluations has most of the studies, or the metric is undefined in the other.
+
+    Args:
+        differences: name -> what `umed_plugin.evaluation.results.compare` gives.
+        metrics: name -> what `umed_plugin.evaluation.metrics.metric.measure` gives for the later evaluation.
+        form: of a difference's name; the braces stand for the metric's.
+    """
+    own = {name: entry.get("units") or math.inf for name, entry in metrics.items()}
+    few = {name: entry for name, entry in differences.items() if (entry.get("units") or 0) < own.get(name, math.inf)}
+    return {form.format(name): entry for name, entry in few.items()}
+
+
+def of_fewest(stages: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """Each metric as the stage has it that has the fewest clusters for it; of equal ones the last."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for metrics in reversed(stages):
+        for name, entry in metrics.items():
+            known = found.get(name)
+            if known is None or (entry.get("units") or math.inf) < (known.get("units") or math.inf):
+                found[name] = entry
+    return found
 
 
 def direction_note(differences: Mapping[str, Mapping[str, Any]]) -> str:

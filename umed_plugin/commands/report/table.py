@@ -12,7 +12,7 @@ from umed_plugin.evaluation.benchmarks.recipe import RECIPE
 from umed_plugin.evaluation.benchmarks.recipe_scoring import HEADLINE
 from umed_plugin.evaluation.metrics.metric import EXACT
 from umed_plugin.evaluation.results import Evaluation, compare
-from umed_plugin.evaluation.tables import direction_note, interval_notes
+from umed_plugin.evaluation.tables import direction_note, from_fewer, interval_notes, of_fewest
 
 _ABOUT = {
     "accuracy": ("Accuracy", "share of studies whose answer names exactly the true classes"),
@@ -100,7 +100,7 @@ def metrics_table(
 
     table = {
         "about": _about(list(evaluations.values())),
-        "notes": _notes(evaluations, list(differences.values()), drawn),
+        "notes": _notes(evaluations, differences, drawn),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
         "rows": [row(name) for name in first],
@@ -138,14 +138,16 @@ def _about(evaluations: Sequence[Evaluation]) -> str:
 
 def _notes(
     evaluations: Mapping[str, Evaluation],
-    differences: Sequence[Mapping[str, Any]],
+    compared: Mapping[str, Mapping[str, Any]],
     drawn: Mapping[str, tuple[int, int]],
 ) -> list[str]:
     """Where intervals are unsure, how often a box was drawn, and what the sign of a difference means."""
     stages = list(evaluations.values())
     last = stages[-1]
-    sampled = {full_title(name): entry for name, entry in last.metrics.items() if entry.get("interval") != EXACT}
-    notes = interval_notes(sampled, last.unit)
+    fewest, differences = of_fewest([evaluation.metrics for evaluation in stages]), list(compared.values())
+    notes = interval_notes(_sampled(fewest), last.unit)
+    for head, difference in compared.items():
+        notes += interval_notes(_sampled(from_fewer(difference, fewest, "{}"), f", {head}"), last.unit)
     shown = [*(evaluation.metrics for evaluation in stages), *differences]
     if any(entry.get("interval") == EXACT for metrics in shown for entry in metrics.values()):
         unit = last.unit.replace(", ", " or ")
@@ -157,6 +159,11 @@ def _notes(
         named = {full_title(name): entry for name, entry in differences[-1].items()}
         notes += [direction_note(named) + " Differences are computed before rounding."]
     return notes
+
+
+def _sampled(entries: Mapping[str, Mapping[str, Any]], what: str = "") -> dict[str, Mapping[str, Any]]:
+    """The entries under readers' names, without those whose interval is exact, which the table says itself."""
+    return {f"{full_title(name)}{what}": entry for name, entry in entries.items() if entry.get("interval") != EXACT}
 
 
 def answers_with_box(evaluation: Evaluation) -> tuple[int, int]:
