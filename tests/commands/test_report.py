@@ -18,7 +18,7 @@ from umed_plugin.cli import main
 from umed_plugin.commands.report.about import about_run, about_training, other_settings
 from umed_plugin.commands.report.before_after import at_even_ranks, write_before_after
 from umed_plugin.commands.report.curves import charts_of
-from umed_plugin.commands.report.gallery import choose
+from umed_plugin.commands.report.gallery import candidate_cards, choose
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
@@ -429,7 +429,6 @@ def test_heat_is_what_was_put_in(finished):
 
 @pytest.mark.llava
 def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
-    from umed_plugin.commands.report.gallery import candidate_cards
     from umed_plugin.data.augmentation.study import Study
     from umed_plugin.grounding.square_move import SquareMove, clipped
 
@@ -460,3 +459,12 @@ def test_a_study_of_an_augmented_run_is_shown_as_it_was_moved(run):
 def test_attention_about_chance_and_a_name_that_never_comes_are_two_things(times, told):
     said = Looked(0.05, {"base": 3.0, "tuned": times}).warning()
     assert said.startswith(told) and bool(said) == bool(told)
+
+
+def test_a_sampled_answer_that_is_cut_off_in_its_box_has_a_malformed_box():
+    """The rewards count it as a box without area, so the page must not say "no box"."""
+    line = {"id": "a", "step": 1, "true": {"ref": ["cyst"], "bbox": [[0, 0, 9, 9]]}}
+    texts = ["A cyst at [0.10, 0.20, 0.30", "A cyst at [0.10, 0.20, 0.30, 1.40].", "A cyst.", "[0.1, 0.2, 0.3, 0.4]"]
+    line["candidates"] = [{"text": text, "reward": 0.0, "relevance": 0.0} for text in texts]
+    (card,) = candidate_cards([line], Path())
+    assert [(len(row["boxes"]), row["malformed"]) for row in card["rows"]] == [(0, 1), (0, 1), (0, 0), (1, 0)]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from umed_plugin import cli, compare, evaluate
+from umed_plugin.commands.report.table import metrics_table
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.evaluation.benchmarks.report import read_scores, treatment_of
 from umed_plugin.evaluation.metrics.captions import ORDERS, bleu, bleu_counts, rouge_l
@@ -244,3 +245,13 @@ def test_reports_that_were_treated_in_two_ways_are_not_compared(tmp_path):
         evaluate(Writes(), name, report_as="r2gen", compare_with=plain)
     again = evaluate(Writes(), name, report_as="r2gen:3,60", compare_with=treated)
     assert compare(tmp_path / "r2gen", again)["bleu_1"]["difference"] == 0
+
+
+def test_reports_are_not_called_studies_without_a_lesion(tmp_path):
+    """A report that names an effusion has no box; how many studies have a lesion is not known."""
+    file = write_reports(tmp_path)
+    evaluation = evaluate(Writes(), file)
+    table, _ = metrics_table({"base": evaluation})
+    assert "lesion" not in table["about"] and table["about"].startswith("3 studies of 3 patients. Intervals")
+    evaluation.metrics["mean_iou"]["n"] = 2
+    assert "; 2 of the studies have a lesion with a box." in metrics_table({"base": evaluation})[0]["about"]

@@ -16,7 +16,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe_cases import Case, cases_of
 from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.answer_types import REPORT
-from umed_plugin.grounding.boxes import is_degenerate, is_inside, parse_boxes
+from umed_plugin.grounding.boxes import is_degenerate, is_inside
+from umed_plugin.grounding.dialects import LLAVA
 
 Card = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -167,12 +168,12 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
 def _candidate(
     row: Mapping[str, Any], terms: Sequence[str], normalised: Mapping[str, Sequence[float]] | None, place: int
 ) -> Card:
-    boxes = parse_boxes(row["text"])
+    boxes = LLAVA.read_all(row["text"], 1, 1)  # training reads no other form; 0-1 needs no size
     return {
         "text": row["text"],
         "reward": row["reward"],
         "terms": [row[name] for name in terms],
         "normalised": [normalised[name][place] for name in terms] if normalised else None,
-        "boxes": [box for box in boxes if is_inside(box)],
-        "malformed": sum(not is_inside(box) for box in boxes),
+        "boxes": [box for box in boxes if box is not None and is_inside(box)],
+        "malformed": sum(box is None or not is_inside(box) for box in boxes),
     }

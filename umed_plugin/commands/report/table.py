@@ -132,8 +132,15 @@ def _about(evaluations: Sequence[Evaluation]) -> str:
     if last.benchmark != RECIPE.name:
         return f"{len(last.predictions)} questions of {last.benchmark}. {resampled}"
     patients = f" of {clusters} patients" if last.unit == "patient" else ""
-    with_lesion = f"{last.metrics['mean_iou']['n']} of the studies have a lesion"
-    return f"{len(last.predictions)} studies{patients}; {with_lesion}. {resampled}"
+    return f"{len(last.predictions)} studies{patients}{_with_lesion(last)}. {resampled}"
+
+
+def _with_lesion(evaluation: Evaluation) -> str:
+    """How many studies have a lesion. Of a report nothing is known about where its findings lie, so it has no box to count."""
+    count, has_reports = evaluation.metrics["mean_iou"]["n"], "findings_f1" in evaluation.metrics
+    if has_reports and not count:
+        return ""
+    return f"; {count} of the studies have a lesion" + (" with a box" if has_reports else "")
 
 
 def _notes(
