@@ -216,6 +216,20 @@ def test_the_table_shows_metrics_of_benchmarks_too_and_marks_clear_differences(r
     assert by_title["Accuracy"][-1]["trend"] == "", "equal answers have no trend"
 
 
+def test_stages_of_other_numbers_of_studies_say_each_number(run):
+    file = run / PREDICTIONS
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:5]))
+    summary = json.loads((file.parent / "evaluation.json").read_text())
+    summary["metrics"]["accuracy"]["n"] = 5
+    (file.parent / "evaluation.json").write_text(json.dumps(summary))
+    table, _ = metrics_table(read_run(run).evaluations)
+    accuracy, iou = (
+        next(row["about"] for row in table["rows"] if row["id"] == name) for name in ("accuracy", "mean_iou")
+    )
+    assert accuracy.endswith("; n = 5, 16, 16") and re.search(r"; n = \d+$", iou)
+    assert "The stages were not asked alike: base 5, stage 1 16, stage 2 16." in table["about"]
+
+
 def test_what_was_run_is_told(run):
     settings = {"model_name_or_path": {"path": "/ckpt", "sha256": "0123456789abcdef"}, "seed": 7, "learning_rate": 2e-4}
     settings |= {"umed_recipe": "brain_tumor_coco", "umed_algorithm": "grpo", "umed_rewards": "relevance,localization"}

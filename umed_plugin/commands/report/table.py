@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from umed_plugin.commands.report.run_folder import stage_label
 from umed_plugin.errors import UmedError
@@ -99,7 +99,7 @@ def metrics_table(
         return _row(name, evaluations, list(differences.values()), drawn, looked)
 
     table = {
-        "about": _about(list(evaluations.values())),
+        "about": _about(evaluations),
         "notes": _notes(evaluations, differences, drawn),
         "heads": [*map(stage_label, names), *differences],
         "stages": len(names),
@@ -123,12 +123,16 @@ def _kinds(names: Sequence[str]) -> str:
     return ", ".join(found) or "all others"
 
 
-def _about(evaluations: Sequence[Evaluation]) -> str:
+def _about(evaluations: Mapping[str, Evaluation]) -> str:
     """How many studies (questions) of how many patients, and what the intervals resample."""
-    last = evaluations[-1]
+    last = list(evaluations.values())[-1]
     clusters = len({prediction.cluster for prediction in last.predictions})
-    units = " and ".join(dict.fromkeys(evaluation.unit for evaluation in evaluations))
+    units = " and ".join(dict.fromkeys(evaluation.unit for evaluation in evaluations.values()))
     resampled = f"Intervals are 95 % confidence intervals, resampled by {units}."
+    asked = {stage_label(stage): len(evaluation.predictions) for stage, evaluation in evaluations.items()}
+    if len(set(asked.values())) > 1:
+        listed = ", ".join(f"{stage} {count}" for stage, count in asked.items())
+        resampled = f"The stages were not asked alike: {listed}. {resampled}"
     if last.benchmark != RECIPE.name:
         return f"{len(last.predictions)} questions of {last.benchmark}. {resampled}"
     patients = f" of {clusters} patients" if last.unit == "patient" else ""
@@ -188,8 +192,7 @@ def _row(
 ) -> dict[str, Any]:
     """A metric's row; its name may end with a group, as in ``accuracy/deeplesion``."""
     stages = [evaluation.metrics for evaluation in evaluations.values()]
-    n = max(metrics[name]["n"] for metrics in stages if name in metrics)
-    about = [title_of(name.partition("/")[0])[1], f"n = {n}"]
+    about = [title_of(name.partition("/")[0])[1], f"n = {_counted([metrics.get(name) for metrics in stages])}"]
     cells = [cell_of(metrics.get(name, {})) for metrics in stages]
     for (stage, (boxes, asked)), cell in zip(drawn.items(), cells):
         if asked and not boxes and name.startswith(_OF_BOXES) and name != "pointing_game_attention":
@@ -200,6 +203,14 @@ def _row(
         about.append(f"uniform attention has {looked.uniform:.3f}")
     cells += [difference_of(metrics.get(name, {})) for metrics in differences]
     return {"id": name, "title": full_title(name), "about": "; ".join(filter(None, about)), "cells": cells}
+
+
+def _counted(stages: Sequence[Optional[Mapping[str, Any]]]) -> str:
+    """The number of studies that a metric is of: one number, or each stage's where they differ."""
+    known = {measured["n"] for measured in stages if measured is not None}
+    if len(known) == 1:
+        return str(*known)
+    return ", ".join("–" if measured is None else str(measured["n"]) for measured in stages)
 
 
 def full_title(name: str) -> str:
