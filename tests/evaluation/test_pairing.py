@@ -114,6 +114,33 @@ def test_what_depends_on_the_checkpoint_is_no_other_question():
             check_questions([plain], [other])
 
 
+def test_other_true_boxes_are_another_question(tmp_path):
+    """The same ids and classes with another lesion: IoU would be compared against two truths."""
+    boxed = Asked("a", "nodule", "What is it?", [[10, 20, 30, 40], [50, 60, 70, 80]])
+    for same in (
+        replace(boxed, boxes=[[50.2, 60, 70, 80], [10, 20, 30, 39.8]]),
+        replace(boxed, boxes=None),
+    ):
+        check_questions([boxed], [same])
+        check_questions([same], [boxed])
+    for other in ([[10, 20, 30, 40], [50, 60, 70, 90]], [[10, 20, 30, 40]], [[10, 20, 30, 40]] * 2, []):
+        with pytest.raises(UmedError, match=r"the true boxes of question 'a' are '\[10, 20, 30, 40\], \[50"):
+            check_questions([boxed], [replace(boxed, boxes=other)])
+    made = evaluated_records(tmp_path, 2)
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(made))
+    before = evaluate(Says("Normal."), file)
+    x1, y1, x2, y2 = made[1]["objects"]["bbox"][0]
+    made[1]["objects"]["bbox"][0] = [x1, y1, x2, y2 - 3]
+    file.write_text(json.dumps(made))
+    model = Says("Normal.")
+    with pytest.raises(UmedError, match="the true boxes of question"):
+        evaluate(model, file, compare_with=before)
+    assert model.asked == 0
+    with pytest.raises(UmedError, match="the true boxes of question"):
+        compare(before, evaluate(model, file))
+
+
 def test_an_id_that_returns_gets_a_number_that_is_free():
     questions = [BenchmarkQuestion(name, "a.png", "?", "") for name in ("a", "a", "a#2", "a", "b")]
     assert [question.id for question in _unique(questions)] == ["a", "a#3", "a#2", "a#4", "b"]

@@ -1,8 +1,8 @@
 """Whether two evaluations asked the same, so that they can be compared pair by pair.
 
-Equal ids are not enough: two files of questions may both count from 0. So questions and references are compared too. What differs
-between two checkpoints that are asked the same does not count: boxes, which each sees in its own square, similar cases before a
-question, and true boxes that are given behind it.
+Equal ids are not enough: two files of questions may both count from 0. So questions, references and true boxes are compared too.
+What differs between two checkpoints that are asked the same does not count: boxes in texts, which each sees in its own square,
+similar cases before a question, and true boxes that are given behind it. True boxes are compared in pixels of the image file.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _ADDED = re.compile(r"\ASimilar studies, nearest first: .*\n| The abnormal region(?: is|s are) at [^\n]*\Z")
 _REMEDY = "Evaluate both with the same benchmark, split and limit."
 _SHOWN = 120  # characters of a text
+_PIXELS = 0.5  # by which a box may differ: another version may have rounded in another way
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,20 @@ class Asked:
         id: unique within the evaluation.
         truth: the reference; of a recipe's study its true classes, which do not depend on how the image is seen.
         question: None while it is not known, since it must still be fitted to the model.
+        boxes: true boxes of a recipe's study, xyxy in pixels of the image file; None where they are not known.
     """
 
     id: str
     truth: str
     question: str | None
+    boxes: Sequence[Sequence[float]] | None = None
 
 
 def asked_of(prediction: Prediction) -> Asked:
     """What was asked for an answer."""
-    classes = prediction.details.get("true_classes")
-    return Asked(prediction.id, prediction.truth if classes is None else _classes(classes), prediction.question)
+    classes, boxes = (prediction.details.get(name) for name in ("true_classes", "true_boxes"))
+    truth = prediction.truth if classes is None else _classes(classes)
+    return Asked(prediction.id, truth, prediction.question, boxes)
 
 
 def _asked_before(benchmark: Benchmark, question: BenchmarkQuestion) -> Asked:
@@ -51,7 +55,8 @@ def _asked_before(benchmark: Benchmark, question: BenchmarkQuestion) -> Asked:
     record = question.about.get("record") if benchmark.details is not None else None
     truth = question.truth if record is None else _classes(record["objects"]["ref"])
     text = question.options_after if question.text is None else question.text
-    return Asked(question.id, truth, text if benchmark.adapt is None else None)
+    boxes = None if record is None else record["objects"]["bbox"]
+    return Asked(question.id, truth, text if benchmark.adapt is None else None, boxes)
 
 
 def _classes(names: Sequence[str]) -> str:
@@ -107,7 +112,7 @@ def check_questions(before: Sequence[Asked], after: Sequence[Asked], *, some: bo
         some: it is enough that they have some questions in common.
 
     Raises:
-        UmedError: an id is in one of them only, or a question or reference differs; the first is named.
+        UmedError: an id is in one of them only, or a question, reference or true box differs; the first is named.
     """
     earlier = {asked.id: asked for asked in before}
     later = {asked.id for asked in after}
@@ -131,6 +136,20 @@ def check_questions(before: Sequence[Asked], after: Sequence[Asked], *, some: bo
             raise UmedError(
                 f"{start}: the reference of question {new.id!r} is {_both(old.truth, new.truth)}. {_REMEDY}"
             )
+        if old.boxes is not None and new.boxes is not None and not _same_boxes(old.boxes, new.boxes):
+            first, second = (", ".join(map(str, map(list, boxes))) or "none" for boxes in (old.boxes, new.boxes))
+            raise UmedError(f"{start}: the true boxes of question {new.id!r} are {_both(first, second)}. {_REMEDY}")
+
+
+def _same_boxes(old: Sequence[Sequence[float]], new: Sequence[Sequence[float]]) -> bool:
+    """Whether each box has one of its own in the other list that lies in the same place; the order does not count."""
+    left = list(new)
+    for box in old:
+        same = next((one for one in left if all(abs(a - b) <= _PIXELS for a, b in zip(box, one))), None)
+        if same is None:
+            return False
+        left.remove(same)
+    return not left
 
 
 def _differ(old: str, new: str) -> bool:
