@@ -18,7 +18,7 @@ from umed_plugin.cli import main
 from umed_plugin.commands.report.about import about_run, about_training, other_settings
 from umed_plugin.commands.report.before_after import at_even_ranks, write_before_after
 from umed_plugin.commands.report.curves import charts_of
-from umed_plugin.commands.report.gallery import candidate_cards, choose
+from umed_plugin.commands.report.gallery import candidate_cards, choose, looked_over_uniform, study_cards
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.pictures import as_augmented, see
 from umed_plugin.commands.report.run_folder import Training, read_run
@@ -482,3 +482,31 @@ def test_a_sampled_answer_that_is_cut_off_in_its_box_has_a_malformed_box():
     line["candidates"] = [{"text": text, "reward": 0.0, "relevance": 0.0} for text in texts]
     (card,) = candidate_cards([line], Path())
     assert [(len(row["boxes"]), row["malformed"]) for row in card["rows"]] == [(0, 1), (0, 1), (0, 0), (1, 0)]
+
+
+def test_chance_is_that_of_all_studies_and_not_of_those_in_the_gallery(run):
+    """Relevance and cover differ from study to study, so a selection has another ratio than the value in the table."""
+    for stage in SHIFTS:
+        change_predictions(run, stage, _looked_at)
+    evaluations = read_run(run).evaluations
+    cards = study_cards(evaluations, 99, run)
+    looked, note = looked_over_uniform(evaluations, cards)
+    value = evaluations["base"].metrics["vision_relevance"]
+    covers = [card["covered"] for card in cards if card["covered"]]
+    assert looked.uniform == pytest.approx(np.mean(covers)) and note == "" and len(covers) == value["n"]
+    relevances = [
+        one.values["vision_relevance"] for one in evaluations["base"].predictions if one.details["true_boxes"]
+    ]
+    assert looked.times["base"] == pytest.approx(np.mean(relevances) / np.mean(covers))
+    assert looked_over_uniform(evaluations, cards[:3]) == (looked, "") == looked_over_uniform(evaluations, [])
+    for stage in SHIFTS:  # as an earlier version wrote it
+        change_predictions(run, stage, lambda number, line: line.pop("image_size"))
+    old = read_run(run).evaluations
+    assert looked_over_uniform(old, cards)[0].times == pytest.approx(looked.times)
+    without, note = looked_over_uniform(old, cards[:3])
+    assert without is None and re.match(r"Vision relevance is not shown .*: for \d+ of \d+ studies", note)
+
+
+def _looked_at(number, line):
+    if line["true_boxes"]:
+        line["values"]["vision_relevance"] = 0.02 * (number + 1)

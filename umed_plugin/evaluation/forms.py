@@ -86,6 +86,7 @@ class _DrawnForm(Form):
     image_aspect_ratio: Literal["pad", "square"] = "pad"
     reading: Optional[dict[str, Any]] = None
     answer_type: str = ""
+    image_size: Optional[Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)]] = None
 
 
 class StudyForm(PredictionForm, _DrawnForm):

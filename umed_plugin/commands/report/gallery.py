@@ -18,6 +18,7 @@ from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.grounding.answer_types import REPORT
 from umed_plugin.grounding.boxes import is_degenerate, is_inside
 from umed_plugin.grounding.dialects import LLAVA
+from umed_plugin.grounding.geometry import ImageGeometry
 
 Card = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -110,19 +111,43 @@ def _answer(case: Case, seen: SeenImage | None) -> Card:
     }
 
 
-def looked_over_uniform(cards: Sequence[Card], stages: Sequence[str]) -> Looked | None:
-    """The vision relevance of each stage beside chance; None where no card has both."""
-    with_lesion = [card for card in cards if card["covered"]]
-    sums: dict[str, tuple[float, float]] = {}
-    for place, stage in enumerate(stages):
-        seen = [(card["answers"][place], card["covered"]) for card in with_lesion if card["answers"][place]]
-        known = [(answer["relevance"], covered) for answer, covered in seen if answer["relevance"] is not None]
-        if known:
-            sums[stage] = (sum(relevance for relevance, _ in known), sum(covered for _, covered in known))
-    if not sums:
-        return None
-    uniform = sum(card["covered"] for card in with_lesion) / len(with_lesion)
-    return Looked(uniform, {stage: relevance / covered for stage, (relevance, covered) in sums.items()})
+def looked_over_uniform(evaluations: Mapping[str, Evaluation], cards: Sequence[Card]) -> tuple[Looked | None, str]:
+    """The vision relevance of each stage beside chance, over all studies of its value; None where no study has both.
+
+    Files of earlier versions do not say how large an image is: there the cards know what a lesion covers. Where a study has no
+    card either, nothing is shown, and the second value says why.
+    """
+    of_cards = {card["id"]: card["covered"] for card in cards if card["picture"]}
+    covers: dict[str, float | None] = {}
+    looked: dict[str, dict[str, float]] = {}
+    for stage, evaluation in evaluations.items():
+        for case in cases_of(evaluation):
+            if case.vision_relevance is None or not case.true_boxes:
+                continue
+            if case.id not in covers:
+                covers[case.id] = _covered(case, of_cards)
+            looked.setdefault(stage, {})[case.id] = case.vision_relevance
+    unknown = sum(covered is None for covered in covers.values())
+    if unknown:
+        return None, (
+            f"Vision relevance is not shown beside that of uniform attention: for {unknown} of {len(covers)} studies with a "
+            "lesion neither the evaluation nor the gallery knows how large the image is. Evaluate again."
+        )
+    known = {study: covered for study, covered in covers.items() if covered}
+    times = {}
+    for stage, relevances in looked.items():
+        pairs = [(relevance, known[study]) for study, relevance in relevances.items() if study in known]
+        if pairs:
+            times[stage] = sum(relevance for relevance, _ in pairs) / sum(covered for _, covered in pairs)
+    return (Looked(sum(known.values()) / len(known), times) if times else None), ""
+
+
+def _covered(case: Case, of_cards: Mapping[str, float]) -> float | None:
+    """The share of the picture that the lesions of a study cover, 0-1; None if the size of its image is not known."""
+    if case.image_size is None:
+        return of_cards.get(case.id)
+    geometry = ImageGeometry(case.image_size[0], case.image_size[1], case.image_aspect_ratio)
+    return float(geometry.patch_cover(case.true_boxes).mean())
 
 
 def candidate_cards(

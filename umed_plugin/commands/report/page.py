@@ -56,8 +56,9 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
     labels = [stage_label(stage) for stage in run.evaluations]
     studies = study_cards(run.evaluations, most_studies, run.folder, advance("drawing studies"))
     candidates = candidate_cards(run.candidates, run.folder, advance("drawing sampled answers"))
-    looked = looked_over_uniform(studies, list(run.evaluations))
+    looked, not_shown = looked_over_uniform(run.evaluations, studies)
     table, notes = metrics_table(run.evaluations, looked)
+    notes += [not_shown] if not_shown else []
     asked = max((len(cases_of(evaluation)) for evaluation in run.evaluations.values()), default=0)
     if len(studies) < asked:
         notes.append(

@@ -42,7 +42,7 @@ NEAR_UNIFORM = 1.1  # vision relevance of at most so many times uniform attentio
 
 @dataclass(frozen=True)
 class Looked:
-    """Vision relevance beside chance, over the studies with a lesion that the gallery shows.
+    """Vision relevance beside chance, over all studies with a lesion.
 
     Attributes:
         uniform: what attention that is the same everywhere would have: the mean share of the picture that lesions cover, 0-1.

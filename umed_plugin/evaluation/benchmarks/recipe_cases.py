@@ -24,6 +24,7 @@ def details(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) ->
         "image_aspect_ratio": record["provenance"]["image_aspect_ratio"],
         "reading": record.get("reading"),
         "answer_type": record["answer_type"],
+        "image_size": list(record["image_size"]),
     }
 
 
@@ -45,6 +46,7 @@ class Case:
         heat: where the name of the abnormality looks (`umed_plugin.model.heat_map`); None if the answer names none.
         truth: the reference answer; empty in files of earlier versions.
         answer_type: what the record asks for (`umed_plugin.grounding.answer_types`); empty in files of earlier versions.
+        image_size: width and height of the image, in pixels; None in files of earlier versions.
     """
 
     id: str
@@ -64,10 +66,14 @@ class Case:
     heat: dict[str, Any] | None = None
     truth: str = ""
     answer_type: str = ""
+    image_size: list[int] | None = None
 
 
 # Lines of a later version may hold more.
-_DRAWN = {"true_classes", "true_boxes", "boxes", "set_iou", "modality", "image_aspect_ratio", "reading", "answer_type"}
+_DRAWN = {
+    *("true_classes", "true_boxes", "boxes", "set_iou", "modality", "image_aspect_ratio", "reading", "answer_type"),
+    "image_size",
+}
 
 
 def cases_of(evaluation: Evaluation) -> list[Case]:
