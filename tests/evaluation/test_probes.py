@@ -144,6 +144,10 @@ def test_names_that_are_wrong_and_records_without_probes_are_told(tmp_path):
     save_records(with_images(tmp_path, studies(5, names=("polyp",), negatives=0)), tmp_path / "records.json")
     with pytest.raises(UmedError, match=r"(?s)allow no probe:.*no probes of the kind wrong_image"):
         evaluate(Follows(str), f"probes:{tmp_path / 'records.json'}")
+    # Of records, images lie beside the file: a folder for them would be passed over.
+    for name in ("", "probes:"):
+        with pytest.raises(UsageError, match=r"--data-root no-such: has no effect on .*records.json.*Remove it"):
+            evaluate(Follows(str), f"{name}{tmp_path / 'records.json'}", data_root="no-such")
 
 
 def test_kinds_that_fall_out_are_said_and_the_others_asked(tmp_path, capsys):

@@ -54,7 +54,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help=f"{', '.join(BENCHMARKS)}; mau or another recipe (name or YAML); records (JSON) that `umed recipe build` wrote; "
         f"LLaVA-Med's question file (.jsonl); or {', '.join(f'{kind}:RECIPE' for kind in OF_RECIPES)}",
     )
-    parser.add_argument("--data-root", metavar="DIR", type=Path, help="folder of the benchmark's or recipe's files")
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        type=Path,
+        help="folder of the benchmark's or recipe's files (none for a JSON of records, whose images lie beside it)",
+    )
     parser.add_argument(
         "--as",
         dest="report_as",

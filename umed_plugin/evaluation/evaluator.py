@@ -58,7 +58,7 @@ def evaluate(
         checkpoint: a full LLaVA checkpoint, a LoRA folder, or any object with the methods of `AnswersQuestions`.
         benchmark: name of a benchmark, name or YAML of a recipe, a JSON of records, or ``probes:`` or ``report:`` before one of
             the latter two.
-        data_root: folder of its files; None: as the recipe says.
+        data_root: folder of its files; None: as the recipe says. A JSON of records takes none: its images lie beside it.
         split: ``test``, ``val`` or ``train``; None: ``test``.
         limit: at most this many questions of each part of the benchmark.
         out: folder for the files that docs/evaluation.md lists; a killed run continues from them. None: nothing is written.
@@ -199,6 +199,11 @@ def _benchmark_of(
     of_recipe, recipe = split_name(name)
     if of_recipe is None and is_question_file(name):
         return file_benchmark(name, root)
+    if root is not None and recipe.endswith(".json"):
+        raise UsageError(
+            f"--data-root {root}: has no effect on {recipe}. Records name their images themselves, and relative ones are looked "
+            f"for in {Path(recipe).resolve().parent}. Remove it."
+        )
     studies = recipe_benchmark(
         recipe,
         data_root=root,
