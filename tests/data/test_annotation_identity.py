@@ -269,6 +269,7 @@ def test_a_folder_named_by_its_uid_has_no_ending(tmp_path: Path) -> None:
     put(tmp_path / "a.csv", HEAD + "".join(f"{name},10,20,30,40,nod\n" for name in names))
     found = read(tmp_path, CSV % "", "{by: patient}")
     assert sorted(item.patient for item in found.items) == names
+    assert all(item.patient_is_file for item in found.items), "nothing names the patient"
 
 
 @pytest.mark.parametrize(
@@ -303,6 +304,7 @@ def test_a_pattern_with_a_slash_is_matched_with_the_path(tmp_path: Path) -> None
     )
     found = read(tmp_path, CSV % "", "{by: patient, patient_pattern: '^([^/]+)/'}")
     assert [item.patient for item in found.items] == ["LIDC-1", "LIDC-1", "LIDC-2"]
+    assert not any(item.patient_is_file for item in found.items)
 
 
 @pytest.mark.llava  # writing DICOM needs pydicom 3

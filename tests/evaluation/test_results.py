@@ -18,6 +18,7 @@ from support.records import evaluated_records
 
 from umed_plugin.cli import main
 from umed_plugin.commands.report.page import write_report
+from umed_plugin.data.records import FILE_NAME
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.asking import ask
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
@@ -103,6 +104,19 @@ def test_an_answer_may_hold_what_python_takes_for_the_end_of_a_line(tmp_path):
 def test_the_resampling_unit_is_the_patient_where_it_is_known():
     assert resampling_unit(["a", "b"]) == "patient" and resampling_unit(["", ""]) == "image"
     assert resampling_unit(["a", ""]) == "patient, or image where no patient is known"
+
+
+def test_the_name_of_a_file_is_no_patient(tmp_path):
+    """Two volumes of one name in two folders, two slices of each: clusters are the volumes, and no one is called a patient."""
+    made = evaluated_records(tmp_path, 4)
+    for number, record in enumerate(made):
+        record["patient"] = "1"
+        record["provenance"] |= {"patient": FILE_NAME, "original": f"{'aabb'[number]}/1.nii.gz"}
+    questions = record_questions(made)
+    assert [question.cluster for question in questions] == ["test/a/1.nii.gz"] * 2 + ["test/b/1.nii.gz"] * 2
+    assert resampling_unit([question.patient for question in questions]) == "image"
+    del made[0]["provenance"]["patient"]  # as an earlier version wrote it
+    assert record_questions(made)[0].cluster == "test/1"
 
 
 def test_an_old_evaluation_of_a_recipe_is_read():

@@ -13,7 +13,7 @@ from umed_plugin.data.annotations import Annotated
 from umed_plugin.data.looks import looks_question
 from umed_plugin.data.prepared import Prepared, picture_name
 from umed_plugin.data.recipes.recipe import Recipe
-from umed_plugin.data.records import PSEUDO, Record
+from umed_plugin.data.records import FILE_NAME, PSEUDO, Record
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import shown_slices
 from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
@@ -105,6 +105,7 @@ def _record(prepared: Prepared, out_dir: Optional[Path], geometry: ImageGeometry
             "box_decimals": decimals,
             "original": os.path.relpath(item.image, item.root),
             "slice": shown_slices(item),
+            **({"patient": FILE_NAME} if item.patient_is_file else {}),
             **({"burned_in_annotation": prepared.burned_in} if prepared.burned_in else {}),
             **({} if prepared.box_score is None else {"boxes": PSEUDO, "box_score": prepared.box_score}),
         },

@@ -30,6 +30,8 @@ from umed_plugin.grounding.geometry import MODES, ImageGeometry
 
 Record = dict[str, Any]
 
+# Value of ``provenance.patient`` where nothing names the patient, and the name of the image's file stands there.
+FILE_NAME = "file name"
 # Value of ``provenance.boxes`` where an anomaly map drew the box, and no person. ``provenance.box_score`` is its peak, 0-1.
 PSEUDO = "pseudo"
 _PIXELS = "real"  # ms-swift's name for boxes in pixels; it has "norm1" and "norm1000" for shares of the image

@@ -61,15 +61,20 @@ class Case:
 Encode = Callable[[Sequence[Case]], np.ndarray]
 
 
+def patient_of(record: Record) -> str:
+    """Whom a record shows, with the source; a file's name where nothing names the patient; empty if the record has none."""
+    patient = str(record.get("patient") or "")
+    return f"{record.get('source', '')}/{patient}" if patient else ""
+
+
 def case_of(record: Record, folder: Path | str) -> Case:
     """The case of a record, whose image is looked for in ``folder``."""
     names = list(dict.fromkeys(record["terms"][ref][0] for ref in record["objects"]["ref"]))
-    patient = str(record.get("patient") or "")
     return Case(
         str(record["id"]),
         str(Path(folder) / record["image"]),
         record.get("reading"),
-        f"{record.get('source', '')}/{patient}" if patient else "",
+        patient_of(record),
         " and ".join(sorted(names)) or NOTHING,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.data.records import Record
-from umed_plugin.data.similar import Bank, Case, Encode, make_bank, said_of
+from umed_plugin.data.similar import Bank, Case, Encode, make_bank, patient_of, said_of
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.benchmark import BenchmarkQuestion
 
@@ -60,7 +60,7 @@ class SimilarCases:
 def _case(question: BenchmarkQuestion) -> Case:
     record = question.about.get("record") or {}
     reading = None if question.reading is None else dict(question.reading)
-    return Case(str(record.get("id", "")), question.image, reading, question.patient)
+    return Case(str(record.get("id", "")), question.image, reading, patient_of(record) or question.patient)
 
 
 def encoder(answerer: Any) -> Encode:

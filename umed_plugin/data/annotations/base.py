@@ -38,6 +38,7 @@ class Annotated:
         dropped_boxes: number of boxes that the reader left out. An image that keeps none is left out, and is no negative.
         unread: slices of its volume that show what no record says, such as an ignored class; None stands for the whole file. Set
             by `read_annotations` where the recipe makes one image of a volume.
+        patient_is_file: whether nothing names the patient, so that the file's name stands there; set by `read_annotations`.
         held_out: whether the recipe's ``hold_out`` keeps it from training; set by `read_annotations`.
         recipe, root: recipe and folder of the image's data set; set by `read_annotations`.
     """
@@ -61,6 +62,7 @@ class Annotated:
     views: tuple[Path, ...] = ()
     dropped_boxes: int = field(default=0, repr=False)
     unread: frozenset[Optional[int]] = field(default=frozenset(), repr=False)
+    patient_is_file: bool = field(default=False, repr=False)
     held_out: bool = field(default=False, repr=False)
     # Not in the repr: recipes are long, and the same for thousands of images.
     recipe: Recipe = field(default=None, repr=False)  # type: ignore[assignment]

@@ -46,7 +46,9 @@ def set_patients(items: Sequence[Annotated], rule: SplitRule, root: Path, faults
         matched = _first_group(rule.patient_pattern, path)
         if not matched and not item.patient and not in_header:
             unnamed["pattern"].append(item)
-        item.patient = in_header or item.patient or matched or item.copy_of or without_ending(item.image.name)
+        item.patient = in_header or item.patient or matched or item.copy_of
+        item.patient_is_file = not item.patient
+        item.patient = item.patient or without_ending(item.image.name)
     _tell_unnamed(items, unnamed, rule, faults)
     _tell_largest(items, faults)
     _tell_alike({item.patient for item in items}, faults)

@@ -37,6 +37,7 @@ class BenchmarkQuestion:
         about: what else scoring needs to know; JSON values.
         write: whether the model writes an answer; else only likelihoods are computed.
         patient: whom the image shows, unique within the benchmark; empty if unknown. Intervals resample patients.
+        part_of: the file that the image is a part of, such as a volume, where the patient is not known; else empty.
         reading: arguments of `umed_plugin.data.images.load_image` for a DICOM or NIfTI file; else None.
         made_from: path of the file from which the benchmark writes the image; empty if the image is a file of its own.
     """
@@ -51,6 +52,7 @@ class BenchmarkQuestion:
     about: Mapping[str, Any] = field(default_factory=dict)
     write: bool = True
     patient: str = ""
+    part_of: str = ""
     reading: Mapping[str, Any] | None = None
     made_from: str = ""
 
@@ -63,8 +65,8 @@ class BenchmarkQuestion:
 
     @property
     def cluster(self) -> str:
-        """What confidence intervals resample as a whole: the patient where it is known, else the image."""
-        return self.patient or self.image
+        """What confidence intervals resample as a whole: the patient where it is known, else the image with all of its slices."""
+        return self.patient or self.part_of or self.image
 
 
 @dataclass(frozen=True)

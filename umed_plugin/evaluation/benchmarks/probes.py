@@ -57,6 +57,7 @@ def _question(probe: Probe, study: BenchmarkQuestion) -> BenchmarkQuestion:
             "shown": study.id,
         },
         patient=study.patient,
+        part_of=study.part_of,
         reading=study.reading,
     )
 

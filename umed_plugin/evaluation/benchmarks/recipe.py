@@ -15,7 +15,8 @@ A record of a phrase (``answer_type`` "phrase") is scored by its boxes alone, in
 `umed_plugin.evaluation.metrics.phrases`. A report is scored by the findings that it names; its text is scored by the benchmark
 ``report:RECIPE``.
 
-Confidence intervals resample patients where records name them, else images: slices of one patient are not independent.
+Confidence intervals resample patients where records name them, else image files: slices of one patient are not independent. A
+patient who is called as the file is (``provenance.patient`` "file name") is not known.
 
 ``accuracy`` is also reported by source and, as the paper prints MAU's, as the unweighted mean of the sources
 (``accuracy_average``): a source with few studies weighs as much as one with many.
@@ -31,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES
-from umed_plugin.data.records import Record, true_boxes, with_pseudo_boxes
+from umed_plugin.data.records import FILE_NAME, Record, true_boxes, with_pseudo_boxes
 from umed_plugin.errors import UmedError, note
 from umed_plugin.evaluation.benchmarks.benchmark import Benchmark, BenchmarkQuestion
 from umed_plugin.evaluation.benchmarks.recipe_cases import details
@@ -83,6 +84,9 @@ def record_questions(
 def _question(record: Record, image_folder: Path | str, held_out: str | None) -> BenchmarkQuestion:
     human, reference = (turn["value"] for turn in record["conversations"][:2])
     source, patient = str(record.get("source", "")), str(record.get("patient") or "")
+    provenance, part_of = record.get("provenance") or {}, ""
+    if provenance.get("patient") == FILE_NAME:  # files of one name in two folders are two images, and no one's patient
+        patient, part_of = "", f"{source}/{provenance['original']}" if "original" in provenance else ""
     return BenchmarkQuestion(
         id=str(record["id"]),
         image=os.path.join(image_folder, record["image"]),
@@ -91,6 +95,7 @@ def _question(record: Record, image_folder: Path | str, held_out: str | None) ->
         groups={"source": source, **({} if held_out is None else {"training": held_out})},
         about={"record": record},
         patient=f"{source}/{patient}" if patient else "",
+        part_of=part_of,
         reading=record.get("reading"),
     )
 
