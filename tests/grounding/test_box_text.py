@@ -203,6 +203,33 @@ PROSE = [
     "windows [0, 80]",
     "lesions at 2 and 4 o'clock",
     "at T5 [3, 4]",
+    *("grade 1, 2, 3", "0.5 cm", "(see 1, 2, 3)", "T1, T2, L3", "2.1 x 3.4 x 1.0 cm", "BI-RADS [4]", "[12, 13, 14]"),
+    *("at 0.5, 1.0 and 1.5 T", "at 0.12, 0.30, 0.80 mm", "at 0.12, 0.30, 0.80 of it", "at 0.5, 0.6, 0.7"),
+    *("p values (0.01, 0.03, 0.04)", "HR 0.80 (0.12, 0.30, 0.80)", "(0.5, 0.6, 0.7)", "at [1, none]", "[0, 80"),
+    *(
+        "left: 0.5, right: 0.6",
+        "left: 0.5 cm, right: 0.6 cm, width: 0.7 cm",
+        "left: 3, right: 4, top: 2",
+        "x = 3, y = 4",
+    ),
+    *("bbox: [null, null, null, null]", "in the form [x1, y1, x2, y2]", "at [a, b, c, d]", "at segments [S1, S2]"),
+]
+# Of a box, although it cannot be read; the whole answer.
+MEANT = [
+    "Abnormal area at x=0.12, y=0.30, w=0.80",
+    "Abnormal area at x: 120, y: 300, w: 80.",
+    '[{"x": 0.12, "y": 0.30, "w": 0.4',
+    '[{"x": 0.12',
+    '[{"left": 0.12, "top": 0.30, "width": 0.4',
+    '{"left": 120, "top": 300, "right": 400}',
+    "Abnormal area at 0.12, 0.30, 0.80",
+    "Abnormal area at [nan, nan, nan, nan].",
+    "[nan, nan, nan, nan]",
+    "Abnormal area at [x1, y1, x2, y2].",
+    "A lesion at [xmin, ymin, xmax, ymax]",
+    "Nodule [0",
+    "Nodule at [[0",
+    "A nodule (0.12, 0.30, 0.80).",
 ]
 
 
@@ -227,6 +254,16 @@ def test_an_attempt_at_a_box_is_no_absence(attempt, end):
     score = score_answer(f"A nodule [0.16, 0.28, 0.47, 0.59]. {text}", NODULE, SQUARE)
     assert score.set_iou == pytest.approx(0.5), "a second box, which overlaps nothing"
     assert len(LLAVA.unread(text)) == 1
+
+
+@pytest.mark.parametrize("text", MEANT)
+def test_what_was_meant_as_a_box_is_no_absence(text):
+    score = score_answer(text.replace("nodule", "lesion").replace("Nodule", "Lesion"), NEGATIVE, SQUARE)
+    assert (score.accuracy, score.unread, len(score.boxes)) == (0.0, 1, 1)
+
+
+def test_names_in_place_of_numbers_beside_a_box_say_how_it_is_written():
+    assert LLAVA.read_all("The box [x1, y1, x2, y2] is [0.1, 0.2, 0.3, 0.4].", 100, 100) == [(0.1, 0.2, 0.3, 0.4)]
 
 
 @pytest.mark.parametrize("frame", ["{}", "A nodule {}.", "{}, which is normal"])
@@ -314,6 +351,7 @@ HOSTILE = [
         "at ",
     ),
     *(" ", "\t[", "% ", "<x1>", "- ", "(0.1,0.2)", "_", "x_", '"x1"    ', "[0.1 0.2 0.3 0.4 a ", "0.1 0.2 0.3 0.4 a "),
+    *("a (0.12, 0.30, 0.80) ", "at 0.12, 0.30, 0.80. ", "x=0.1, y=0.2, w=0.3 a ", "[nan, ", "at [x1, y1, x2, y2] "),
 ]
 
 

@@ -4,8 +4,8 @@
 
 - boxes: four numbers in brackets or ``<box>`` tags, two pairs ``(x1,y1),(x2,y2)``, named numbers (``x1=..``, ``"xmin": ..``), and
   the bins of other models (``<loc_160>``, ``<x16>``, ``<patch_index_0044>``);
-- attempts: a bracket with too few or too many numbers, one that is cut off, named numbers of which some are missing. An attempt
-  is a box without area: what cannot be read is not an absence;
+- attempts: a bracket with too few or too many numbers, one that is cut off, named numbers of which some are missing, ``nan`` or
+  names in place of numbers. An attempt is a box without area: what cannot be read is not an absence;
 - bare numbers: four numbers that prose has for another reason, such as ``see (1, 2, 3, 4)``. They are no box, and are only
   counted.
 
@@ -23,20 +23,27 @@ from functools import lru_cache
 from umed_plugin.grounding.box_bins import BINNED, bin_kind
 from umed_plugin.grounding.box_tokens import (
     ANGLE,
-    AXIS,
     BETWEEN,
     CUT_TAG,
     GROUP,
     JOINS,
     KINDS,
     NAMES,
+    NAN,
     NOT_NUMBERS,
     PLACES,
     PLAIN,
     TOKEN,
     UNITS,
     WORTH_A_LOOK,
+    are_placeholders,
     decimal_commas,
+    is_all,
+    is_share,
+    name_a_box,
+    number_of,
+    three_of_a_box,
+    value_of,
 )
 from umed_plugin.grounding.written_box import WrittenBox
 
@@ -53,6 +60,8 @@ class _Frame:
     explicit: bool
     numbers: list[re.Match[str]] = field(default_factory=list)
     pairs: list[_Frame] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # words right in it
+    nans: int = 0
     end: int = 0  # of a pair
     readable: bool = True  # nothing but numbers and separators
     has_words: bool = False
@@ -75,15 +84,6 @@ def _scan(text: str) -> tuple[WrittenBox, ...]:
     return tuple(sorted(_Scanner("".join(characters)).found, key=lambda box: box.start))
 
 
-def _value(number: str) -> float:
-    return float(number.rstrip("%").rstrip())
-
-
-def _is_share(number: re.Match[str]) -> bool:
-    """Whether a number token is a decimal number in 0-1."""
-    return "." in number[0] and "%" not in number[0] and 0 <= _value(number[0]) <= 1
-
-
 class _Scanner:
     def __init__(self, text: str) -> None:
         self.text, self.found = text, []  # type: tuple[str, list[WrittenBox]]
@@ -93,6 +93,7 @@ class _Scanner:
         self.named: dict[str, re.Match[str]] = {}
         self.named_age = 0
         self.open_tags = 0
+        self.placeholders: list[WrittenBox] = []  # beside a box they only say how it is written
         for token in TOKEN.finditer(text):
             self._take(token)
         self._end()
@@ -122,7 +123,10 @@ class _Scanner:
         word, frame = token[0].lower(), self.frames[-1]
         if frame.opener and not frame.has_words and word in NOT_NUMBERS:
             frame.readable = False
+            frame.nans += word in NAN
             return
+        if frame.opener:
+            frame.names.append(word)
         if not (frame.pairs and word in JOINS):
             self._broken(frame, token.start(), word)
         self.place = word in PLACES or (self.place and word in BETWEEN)
@@ -163,6 +167,8 @@ class _Scanner:
 
     def _close_frame(self, end: int) -> None:
         frame, parent = self.frames.pop(), self.frames[-1]
+        if frame.explicit and are_placeholders(frame.names):
+            self.placeholders.append(WrittenBox(frame.start, end, None, "none", True))
         if len(frame.numbers) == 2 and frame.readable and not frame.pairs and frame.opener != "tag":
             frame.end = end
             parent.pairs.append(frame)
@@ -186,7 +192,7 @@ class _Scanner:
     def _drop_pairs(self, frame: _Frame) -> None:
         """A corner that no second one follows, as in "at (0.1, 0.2)", was meant as a box."""
         for pair in frame.pairs:
-            if pair.explicit and all(map(_is_share, pair.numbers)):
+            if pair.explicit and all(map(is_share, pair.numbers)):
                 self.found.append(WrittenBox(pair.start, pair.end, None, "none", True))
         frame.pairs = []
 
@@ -219,9 +225,7 @@ class _Scanner:
             if all(part in self.named for part in names):
                 ordered = [self.named[part] for part in names]
                 start, end = min(t.start() for t in ordered), max(t.end() for t in ordered)
-                self._emit(
-                    start, end, [t[0].split(":")[-1].split("=")[-1].strip("\"'` ") for t in ordered], True, order
-                )
+                self._emit(start, end, list(map(number_of, ordered)), True, order)
                 self.named = {}
                 break
 
@@ -251,13 +255,11 @@ class _Scanner:
             self.found.append(WrittenBox(part[0].start(), part[-1].end(), numbers, "bins" if numbers else "none", True))
         self.frames[-1].has_box = True
 
-    def _flush_named(self, least: int = 2) -> None:
-        """Named numbers of which some are missing. Only names such as x1 or ymin tell that a box was meant."""
-        tokens = [token for name, token in self.named.items() if len(name) > 1 and re.fullmatch(AXIS, name)]
-        if len(tokens) >= least:
-            self.found.append(
-                WrittenBox(min(t.start() for t in tokens), max(t.end() for t in tokens), None, "none", True)
-            )
+    def _flush_named(self, cut: bool = False) -> None:
+        """Named numbers of which some are missing."""
+        if name_a_box(self.named, self.text, cut):
+            places = sorted(place for token in self.named.values() for place in token.span())
+            self.found.append(WrittenBox(places[0], places[-1], None, "none", True))
         self.named = {}
 
     def _weigh(self, frame: _Frame, end: int, *, closed: bool) -> bool:
@@ -282,30 +284,31 @@ class _Scanner:
 
     def _is_attempt(self, frame: _Frame, end: int, closed: bool) -> bool:
         tokens = [*frame.numbers, *(token for pair in frame.pairs for token in pair.numbers)]
-        shares = sum(map(_is_share, tokens))
+        shares = sum(map(is_share, tokens))
         if frame.opener == "tag":
             return bool(tokens)
         if not frame.opener:
-            return len(tokens) >= 4 and shares >= 4 and (frame.explicit or self._is_all(tokens[0].start(), end))
+            if len(tokens) == 3:
+                return frame.explicit and three_of_a_box(self.text, tokens)
+            return len(tokens) >= 4 and shares >= 4 and (frame.explicit or is_all(self.text, tokens[0].start(), end))
         if frame.explicit:
-            return len(tokens) >= 2
+            return len(tokens) + frame.nans >= 2
         if frame.opener == "[":
-            return shares >= 3
+            return shares >= 3 or frame.nans >= 3
+        if closed and frame.readable and frame.opener == "(":
+            return three_of_a_box(self.text, tokens, frame.start)
         return not closed and shares >= 4
-
-    def _is_all(self, start: int, end: int) -> bool:
-        """Whether the text holds nothing beside this."""
-        return not self.text[:start].strip() if start < 8 and not self.text[end:].strip(" .\n") else False
 
     def _cut(self, frame: _Frame, end: int, parent: _Frame) -> bool:
         """A bracket that is never closed, because the answer was cut off."""
         if frame.has_words or frame.has_box:
             return False
         tokens = [*frame.numbers, *(token for pair in frame.pairs for token in pair.numbers)]
-        shares, sizes = sum(map(_is_share, tokens)), [abs(_value(token[0])) for token in tokens]
+        shares, sizes = sum(map(is_share, tokens)), [abs(value_of(token[0])) for token in tokens]
         meant = frame.explicit and frame.opener != "{"
         if frame.opener == "[":
-            meant |= not tokens or shares >= 1 or (len(tokens) >= 2 and max(sizes) >= 100)
+            # No list of references begins with 0, and nearly every box does.
+            meant |= not tokens or shares >= 1 or (len(tokens) >= 2 and max(sizes) >= 100) or not any(sizes)
         elif frame.opener in "({":
             meant |= shares >= 2
         if meant:
@@ -317,7 +320,7 @@ class _Scanner:
 
     def _end(self) -> None:
         self._flush_bins()
-        self._flush_named(least=1 if any(frame.opener == "{" for frame in self.frames) else 2)
+        self._flush_named(cut=any(frame.opener == "{" for frame in self.frames))
         end = len(self.text.rstrip())
         cut_tag = CUT_TAG.search(self.text, max(0, end - 24), end)
         if cut_tag and not any(box.end == cut_tag.start() and not box.numbers for box in self.found[-1:]):
@@ -331,12 +334,13 @@ class _Scanner:
         root = self.frames[0]
         self._root_run(end)
         self._drop_pairs(root)
+        self.found += self.placeholders if not any(box.numbers or box.explicit for box in self.found) else []
 
     def _box(self, start: int, end: int, tokens: Sequence[re.Match[str]], explicit: bool) -> None:
         self._emit(start, end, [token[0] for token in tokens], explicit)
 
     def _emit(self, start: int, end: int, texts: Sequence[str], explicit: bool, order: str | None = None) -> bool:
-        a, b, c, d = map(_value, texts)
+        a, b, c, d = map(value_of, texts)
         if any("%" in text for text in texts):
             a, b, c, d, kind = a / 100, b / 100, c / 100, d / 100, "percent"
         else:
