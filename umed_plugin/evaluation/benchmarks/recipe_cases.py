@@ -24,7 +24,7 @@ def details(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) ->
         "image_aspect_ratio": record["provenance"]["image_aspect_ratio"],
         "reading": record.get("reading"),
         "answer_type": record["answer_type"],
-        "image_size": list(record["image_size"]),
+        "image_size": [int(side) for side in record["image_size"]],
     }
 
 
