@@ -8,30 +8,20 @@ Versions: torch 2.0 and newer.
 Delete when: LLaVA, transformers, accelerate, peft and DeepSpeed all load with ``weights_only=True`` on torch 2.6 or newer.
 
 The call goes through `umed_plugin.checkpoints.safe_loading`. Other callers, such as a reward of your own, get `torch.load` as it
-is.
+is. Where no patch is applied, `safe_loading.behind_the_door` does the same for the time in which the package loads a checkpoint.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
-from umed_plugin.checkpoints.safe_loading import load_through
+from umed_plugin.checkpoints.safe_loading import with_door
 from umed_plugin.patching import Patch, Recorder, Target
-
-CALLERS = ("llava", "transformers", "peft", "accelerate", "deepspeed", "umed_plugin")
 
 
 def change(recorder: Recorder) -> None:
     """Wrap `torch.load`."""
     import torch
 
-    stock = torch.load
-
-    def load(f: Any, *args: Any, **keywords: Any) -> Any:
-        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        return load_through(stock, f, *args, **keywords) if caller in CALLERS else stock(f, *args, **keywords)
-
+    load = with_door(torch.load)
     recorder.replace(torch, "load", load)
     recorder.replace(torch.serialization, "load", load)
 

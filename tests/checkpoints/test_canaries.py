@@ -10,17 +10,19 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.canaries import KINDS, hostile
+from support.canaries import DISGUISED, KINDS, hostile
 from support.records import grounded_records, write_records
 from support.taught import write_lora
 from support.umed_runs import reward, train
 
 from umed_plugin import patching
+from umed_plugin.checkpoints import loading
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 from umed_plugin.patches import STACK, torch_load
+from umed_plugin.pseudo_boxes import tower
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def test_no_command_runs_code_in_a_checkpoint(command, kind, good, data, tmp_pat
         assert not (root / "llava-mistral-out").exists() or command == "upgrade"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *DISGUISED])
 def test_the_library_refuses_them_without_its_patches(kind, good, tmp_path):
     """`load_checkpoint` in a program that never called `prepare_llava`."""
     for place in ("weights", "tower"):
@@ -144,6 +146,27 @@ def test_the_library_refuses_them_without_its_patches(kind, good, tmp_path):
             patching.apply(STACK)
         assert not (tmp_path / place / "canary").exists()
     assert patching.is_applied(torch_load.PATCH)
+
+
+@pytest.mark.parametrize("place", ["weights", "tower"])
+def test_the_library_loads_behind_the_door_even_where_a_check_fails(place, good, tmp_path, monkeypatch):
+    """A second wall: what the check before it lets through is still loaded without running code."""
+    folder = planted(good, place, "reduce", tmp_path)
+    stock = patching.original(torch, "load")
+    for module in (loading, tower):
+        monkeypatch.setattr(module, "check_plain", lambda files: None)
+    monkeypatch.setattr(loading, "tower_tensors", lambda *words: {})
+    patching.undo_all()
+    try:
+        with pytest.raises((UmedError, OSError)):
+            load_checkpoint(folder / BASE, device="cpu")
+        if place == "tower":
+            with pytest.raises((UmedError, OSError)):
+                tower.PatchTower(folder / BASE / "vision_tower", "cpu")
+        assert torch.load is stock
+    finally:
+        patching.apply(STACK)
+    assert not (tmp_path / "canary").exists()
 
 
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")

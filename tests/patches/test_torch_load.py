@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.canaries import KINDS, hostile
+from support.canaries import DISGUISED, KINDS, hostile
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError
@@ -34,7 +34,7 @@ CALLERS = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *DISGUISED])
 def test_pickles_of_a_checkpoint_run_no_code(kind, tmp_path):
     """Also where the caller switches the check off, as DeepSpeed does."""
     patching.apply([torch_load.PATCH])

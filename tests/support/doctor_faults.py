@@ -258,6 +258,7 @@ def pickled(value: object, file: Path) -> None:
     file.write_bytes(pickle.dumps(value))
 
 
+EVERY_KIND = (*canaries.KINDS, *canaries.DISGUISED)
 FAULTS = (
     Fault("config-missing", lambda f: (f / "config.json").unlink()),
     Fault("config-unreadable", lambda f: (f / "config.json").write_text('{"model_type": ')),
@@ -279,10 +280,10 @@ FAULTS = (
     Fault("file-unreadable", lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes() + b"x"), said="1 bytes more"),
     Fault("pickle-runs-code", lambda f: as_pickle(f, harm=Harmful(mark_of(f))), said="mkdir"),
     Fault("pickle-runs-code", lambda f: as_pickle(f, False, harm=Harmful(mark_of(f))), said="mkdir"),
-    *(Fault("pickle-runs-code", lambda f, k=k: as_hostile(f, k)) for k in canaries.KINDS),
-    *(Fault("pickle-runs-code", lambda f, k=k: tower_as_hostile(f, k)) for k in canaries.KINDS),
-    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "optimizer.pt")) for k in canaries.KINDS),
-    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "checkpoint-4/rng_state.pth")) for k in canaries.KINDS),
+    *(Fault("pickle-runs-code", lambda f, k=k: as_hostile(f, k)) for k in EVERY_KIND),
+    *(Fault("pickle-runs-code", lambda f, k=k: tower_as_hostile(f, k)) for k in EVERY_KIND),
+    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "optimizer.pt")) for k in EVERY_KIND),
+    *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "checkpoint-4/rng_state.pth")) for k in EVERY_KIND),
     Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 8, e - 8)), said="overlaps another tensor"),
     Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 2**60, e - 2**60)), said="not a tensor's place"),
     Fault("file-truncated", lambda f: move(f, lambda s, e: (s, 2**62)), said="bytes fewer"),

@@ -29,7 +29,7 @@ from umed_plugin.checkpoints.folder import (
     refuse_transformers_adapter,
     weight_files,
 )
-from umed_plugin.checkpoints.safe_loading import check_plain
+from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
 from umed_plugin.terminal.progress import library_bars
@@ -91,7 +91,7 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
     check_plain([*weight_files(path), *_files_of_tower(own)])
     module, name = FAMILIES[own["model_type"]]
     model_class = getattr(importlib.import_module(module), name)
-    with _quiet():
+    with _quiet(), behind_the_door():
         model_config = model_class.config_class.from_pretrained(path, **changes)
         # In the requested dtype at once: 7 billion parameters in float32 are 28 GB. A tower inside the checkpoint is built, and
         # filled, while the model is: its weights need memory from the start.

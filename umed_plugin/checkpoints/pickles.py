@@ -11,16 +11,17 @@ PyTorch before 0.1.10, whose members are pickles of their own.
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import tarfile
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from umed_plugin.checkpoints.archives import PROGRAM, Entry, begin_of, is_archive, read_entries
 from umed_plugin.checkpoints.stored import BYTES, BadFile, StoredTensor, refuse_placeholder
 
 _STORAGES = {
@@ -33,7 +34,6 @@ _NO_TENSORS = (
     AttributeError, IndexError, KeyError, MemoryError, NotImplementedError, OSError, OverflowError, RecursionError, TypeError,
     ValueError, struct.error,
 )  # fmt: skip
-PROGRAM = "pickle-runs-code"  # code of the finding
 _MAGIC = 0x1950A86A20F9469CFC6C  # first value in the sequence of pickles
 
 
@@ -145,11 +145,11 @@ def read_pickle(file: Path) -> Pickled:
     """
     refuse_placeholder(file)
     with open(file, "rb") as stream:
-        zipped = stream.read(2) == b"PK"
+        zipped = is_archive(stream)
         try:
             refuse_program(stream)
             return _read_zip(file) if zipped else _read_sequence(file)
-        except (zipfile.BadZipFile, EOFError, pickle.UnpicklingError) as error:
+        except (EOFError, pickle.UnpicklingError) as error:
             code = "file-truncated" if zipped or isinstance(error, EOFError) else "file-unreadable"
             raise BadFile(code, f"cannot be read as a PyTorch file ({error})") from error
         except _NO_TENSORS as error:
@@ -165,26 +165,21 @@ def refuse_program(stream: IO[bytes]) -> None:
     Raises:
         BadFile: it is one of the two.
     """
-    stream.seek(0)
-    zipped = stream.read(2) == b"PK"
-    stream.seek(0)
     try:
-        if zipped:
+        if is_archive(stream):
             _refuse_torchscript(stream)
-        else:
-            _refuse_tar(stream)
+        # Of an archive too: its first bytes can be the name of a tar archive's first member.
+        stream.seek(0)
+        _refuse_tar(stream)
     finally:
         stream.seek(0)
 
 
 def _refuse_torchscript(stream: IO[bytes]) -> None:
-    # PyTorch compares names without their case, and calls an archive TorchScript if it has constants.pkl.
-    with zipfile.ZipFile(stream) as archive:
-        names = [name.lower() for name in archive.namelist()]
-    if any(name.rpartition("/")[2] == "constants.pkl" or "code" in name.split("/")[:-1] for name in names):
+    # PyTorch calls an archive TorchScript if it has constants.pkl.
+    names = list(read_entries(stream))
+    if any(name.rpartition(b"/")[2] == b"constants.pkl" or b"code" in name.split(b"/")[:-1] for name in names):
         raise BadFile(PROGRAM, "is a TorchScript archive, which contains code that runs when it is loaded")
-    if len(set(names)) < len(names):
-        raise BadFile("file-unreadable", "is a zip archive with two entries of one name")
 
 
 def _refuse_tar(stream: IO[bytes]) -> None:
@@ -199,29 +194,32 @@ def _refuse_tar(stream: IO[bytes]) -> None:
 
 
 def _read_zip(file: Path) -> Pickled:
-    with zipfile.ZipFile(file) as archive:
-        inner = [name for name in archive.namelist() if name.endswith("/data.pkl") or name == "data.pkl"]
-        # PyTorch stores every entry as it is: a compressed pickle may unpack to any size.
-        if len(inner) != 1 or archive.getinfo(inner[0]).compress_type != zipfile.ZIP_STORED:
+    with open(file, "rb") as stream:
+        entries = read_entries(stream)
+        # PyTorch takes the folder of the first entry.
+        folder, slash, _ = next(iter(entries)).partition(b"/")
+        folder += slash
+        inner = _as_stored(entries, folder + b"data.pkl") if slash else None
+        if inner is None:
             raise BadFile("file-unreadable", "is a zip archive that PyTorch did not write")
-        with archive.open(inner[0]) as stream:
-            reader = _Reader(stream)
-            content = reader.load()
-        folder = inner[0][: -len("data.pkl")]
-        entries = {name: archive.getinfo(name) for name in archive.namelist()}
+        stream.seek(begin_of(stream, inner))
+        reader = _Reader(io.BytesIO(stream.read(inner.size)))
+        content = reader.load()
 
     def offset_of(storage: _Storage) -> int:
-        return _begin(file, entries[f"{folder}data/{storage.key}"])
+        entry = _as_stored(entries, folder + f"data/{storage.key}".encode().lower())
+        if entry is None:
+            raise KeyError(storage.key)
+        with open(file, "rb") as stream:
+            return begin_of(stream, entry)
 
     return Pickled(_stored(file, content, offset_of), tuple(sorted(reader.foreign)))
 
 
-def _begin(file: Path, entry: zipfile.ZipInfo) -> int:
-    """Byte offset of an entry's data; the entry's local header states the lengths of its name and padding."""
-    with open(file, "rb") as stream:
-        stream.seek(entry.header_offset + 26)
-        name, padding = struct.unpack("<HH", stream.read(4))
-    return entry.header_offset + 30 + name + padding
+def _as_stored(entries: Mapping[bytes, Entry], name: bytes) -> Entry | None:
+    """The entry of that name; None if it is compressed, which PyTorch never does: it may unpack to any size."""
+    entry = entries.get(name)
+    return entry if entry is not None and entry.is_plain else None
 
 
 def _read_sequence(file: Path) -> Pickled:

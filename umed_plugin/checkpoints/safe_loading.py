@@ -9,7 +9,8 @@ A pickle calls whatever functions it names. The door does three things, with eve
    knows a short list of such classes, and nothing else.
 
 `load_pickle` is the door for this package. The patch `torch_load` puts it before `torch.load` for LLaVA and the libraries that it
-calls. `check_plain` is for files that another library will open: it refuses them before that library is called.
+calls. `check_plain` is for files that another library will open: it refuses them before that library is called. `behind_the_door`
+is a second wall around that call, for a program that applied no patch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +60,9 @@ _ADVICE = (
     "a Python without credentials or network, and save only its tensors."
 )
 _SHOWN = 5
+# Whose calls of `torch.load` go through the door: LLaVA's, and those of the libraries that it calls.
+CALLERS = ("llava", "transformers", "peft", "accelerate", "deepspeed", "umed_plugin")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def load_pickle(file: Path | str, map_location: Any = "cpu") -> Any:
@@ -78,6 +85,32 @@ def load_pickle(file: Path | str, map_location: Any = "cpu") -> Any:
     import torch
 
     return load_through(original(torch, "load"), Path(file), map_location=map_location)
+
+
+def with_door(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``stock``, which is `torch.load`, with the door before it for `CALLERS`. Other callers load as they please."""
+
+    def load(f: Any, *args: Any, **keywords: Any) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        return load_through(stock, f, *args, **keywords) if caller in CALLERS else stock(f, *args, **keywords)
+
+    return load
+
+
+@contextmanager
+def behind_the_door() -> Iterator[None]:
+    """Put the door before `torch.load` while another library opens weight files, whether or not the patch is applied."""
+    import torch
+
+    with _ONE_AT_A_TIME:
+        before, during = torch.load, with_door(original(torch, "load"))
+        torch.load = during
+        try:
+            yield
+        finally:
+            # LLaVA may be imported meanwhile, and the patch applied over this one.
+            if torch.load is during:
+                torch.load = before
 
 
 def load_through(stock: Callable[..., Any], f: Any, *args: Any, **keywords: Any) -> Any:

@@ -24,7 +24,7 @@ from umed_plugin.checkpoints.folder import (
 )
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
 from umed_plugin.checkpoints.precision import answering_device
-from umed_plugin.checkpoints.safe_loading import check_plain
+from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.data.images.drawing import square_of
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -61,7 +61,7 @@ class PatchTower:
         if Path(folder).is_dir():
             check_plain(weight_files(folder))
         try:
-            with library_bars():
+            with library_bars(), behind_the_door():
                 self._model = CLIPVisionModel.from_pretrained(folder)
             processor = CLIPImageProcessor.from_pretrained(folder)
         except (OSError, ValueError) as error:
