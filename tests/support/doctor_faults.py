@@ -284,6 +284,17 @@ FAULTS = (
     *(Fault("pickle-runs-code", lambda f, k=k: tower_as_hostile(f, k)) for k in EVERY_KIND),
     *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "optimizer.pt")) for k in EVERY_KIND),
     *(Fault("pickle-beside", lambda f, k=k: beside(f, k, "checkpoint-4/rng_state.pth")) for k in EVERY_KIND),
+    *(
+        Fault("pickle-beside", lambda f, n=name: beside(f, "reduce", n), also=also)
+        for name, also in (
+            ("mm_projector.bin", frozenset()),
+            ("non_lora_trainables.bin", frozenset()),
+            ("adapter_model.bin", frozenset()),
+            ("pytorch_model.bin", frozenset({"second-weights"})),
+            ("pytorch_model-00001-of-00002.bin", frozenset({"second-weights"})),
+            ("vision_tower/mm_projector.bin", frozenset()),
+        )
+    ),
     Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 8, e - 8)), said="overlaps another tensor"),
     Fault("file-unreadable", lambda f: move(f, lambda s, e: (s - 2**60, e - 2**60)), said="not a tensor's place"),
     Fault("file-truncated", lambda f: move(f, lambda s, e: (s, 2**62)), said="bytes fewer"),

@@ -82,9 +82,9 @@ FILES = (
         "tensors again: torch.save({{k: v for k, v in torch.load(F).items()}}, F).",
     ),
     Kind(
-        "pickle-beside", WARNING, "a pickle beside the weights names functions that no training run writes",
-        "Resuming training, or calling torch.load on it, runs them.",
-        "Delete it, unless you want to resume training from it: {file}.",
+        "pickle-beside", WARNING, "a pickle beside the loaded weights names functions that no training run writes",
+        "Resuming training, loading it as weights, or calling torch.load on it, runs them.",
+        "Delete it, unless you trust its source and want to resume training from it: {file}.",
     ),
     Kind(
         "code-inside", WARNING, "Python files, or auto_map in config.json or tokenizer_config.json",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,17 +32,7 @@ _SIZES = (
 )  # fmt: skip
 _TEXTS = ("model_type", "mm_vision_tower", "vision_tower", "mm_projector_type", "_name_or_path")
 _LISTS = ("architectures",)
-# Modules that pickles of transformers, PyTorch, DeepSpeed and LLaVA name; a pickle with other names has another origin.
-_TRAINING = re.compile(
-    r"(transformers|torch|accelerate|deepspeed|llava|numpy|collections|_codecs|datetime|pathlib|argparse|umed_plugin)\b"
-)
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_SETTINGS = ("config.json", "tokenizer_config.json")  # whose auto_map names Python in the checkpoint, or on the Hub
 _SHOWN = 5
-# Names that no trainer saves, in whichever library.
-_CALLS = re.compile(
-    r"(torch\.(hub|jit|load|package|classes|ops)|torch\.serialization\.load|numpy\.load|torch\.utils\.cpp_extension|numpy\.(f2py|distutils|testing)|.*\.(system|popen|exec|eval))\b"
-)
 
 
 @dataclass
@@ -59,6 +48,7 @@ class Contents:
         others: tensors of ``non_lora_trainables.bin`` or ``mm_projector.bin``, under the full model's names.
         base: the base of a LoRA folder or projector; None if it is not on this machine.
         findings: problems of the files.
+        read: weight files that were looked into, by their real paths.
     """
 
     path: Path
@@ -69,6 +59,7 @@ class Contents:
     others: dict[str, StoredTensor] = field(default_factory=dict)
     base: Contents | None = None
     findings: list[Finding] = field(default_factory=list)
+    read: set[Path] = field(default_factory=set)
 
     @property
     def config_file(self) -> Path:
@@ -103,6 +94,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def is_weight_file(file: Path) -> bool:
+    """Whether a file has the name of weights, which hold nothing but plain tensors."""
+    return file.name in (*WHOLE, *ADAPTER_WEIGHTS, NON_LORA, MM_PROJECTOR) or bool(_SHARD.fullmatch(file.name))
+
+
 def read_contents(path: Path, base: Path | None = None) -> Contents:
     """Read a checkpoint folder.
 
@@ -130,7 +126,6 @@ def read_contents(path: Path, base: Path | None = None) -> Contents:
         if named and Path(named).is_dir():
             contents.base = read_contents(Path(named).absolute())
             contents.findings += [fault for fault in contents.base.findings if fault.severity == ERROR]
-    contents.findings += _beside(path, contents.config)
     return contents
 
 
@@ -251,6 +246,7 @@ def _read_all(contents: Contents, files: list[Path]) -> tuple[dict[str, StoredTe
 
 def read_weights(contents: Contents, file: Path) -> dict[str, StoredTensor] | None:
     """The tensors of one weight file; None if it cannot be read, which is reported."""
+    contents.read.add(file.resolve())
     try:
         if file.suffix == ".safetensors":
             return read_safetensors(file)
@@ -284,35 +280,3 @@ def _read_trained_parts(contents: Contents) -> None:
         contents.others = {key.removeprefix("base_model.model."): tensor for key, tensor in trained.items()}
     else:
         contents.findings.append(finding("projector-not-saved", f"there is no {name}", str(path)))
-
-
-def _beside(path: Path, config: dict[str, Any]) -> Iterator[Finding]:
-    """Report Python code, and pickles that are not weights, in the folder and in those below it (towers, checkpoint-N)."""
-    scripts = sorted(str(file.relative_to(path)) for file in path.rglob("*.py"))
-    settings = [
-        name for name in _SETTINGS if "auto_map" in (config if name == "config.json" else read_object(path / name))
-    ]
-    if scripts or settings:
-        found = ", ".join([*scripts[:_SHOWN], *(f"auto_map in {name}" for name in settings)])
-        yield finding("code-inside", found, str(path))
-    weights = (*WHOLE, *ADAPTER_WEIGHTS, NON_LORA, MM_PROJECTOR)
-    for file in sorted(path.rglob("*")):
-        # Those of a tower are read by the checks of the tower.
-        read = file.parent == path or file.parent == path / "vision_tower"
-        is_weights = read and (file.name in weights or _SHARD.fullmatch(file.name))
-        if file.suffix not in _PICKLES or is_weights or not file.is_file():
-            continue
-        odd = _odd_names(file)
-        if odd:
-            yield finding("pickle-beside", f"it {odd}", str(file), file=file.relative_to(path))
-
-
-def _odd_names(file: Path) -> str | None:
-    """What a pickle holds that no trainer saves, in words; None if nothing."""
-    try:
-        foreign = read_pickle(file).foreign
-    except BadFile as error:
-        # Only a resumed training run reads it, and reports that it cannot be read.
-        return error.found if error.code == PROGRAM else None
-    odd = [name for name in foreign if not _TRAINING.match(name) or _CALLS.match(name)]
-    return f"names {', '.join(odd[:_SHOWN])}" if odd else None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.adapter import check_adapter
+from umed_plugin.commands.doctor.beside import check_beside
 from umed_plugin.commands.doctor.configuration import check_configuration
 from umed_plugin.commands.doctor.contents import read_contents
 from umed_plugin.commands.doctor.findings import ERROR, NOTE, SEVERITIES, WARNING, Finding
@@ -57,7 +58,13 @@ def examine(checkpoint: Path | str, base: Path | str | None = None) -> list[Find
 def examine_files(checkpoint: Path | str) -> list[Finding]:
     """The findings about a checkpoint's files, configuration, tokenizer and tower, without reading the values of its weights."""
     contents = read_contents(Path(checkpoint).absolute())
-    return [*contents.findings, *check_configuration(contents), *check_tokens(contents), *check_name(contents)]
+    return [
+        *contents.findings,
+        *check_configuration(contents),
+        *check_tokens(contents),
+        *check_beside(contents),
+        *check_name(contents),
+    ]
 
 
 def diagnose(
@@ -94,6 +101,7 @@ def diagnose(
         *check_configuration(contents),
         *check_tokens(contents),
         *check_tower(contents),
+        *check_beside(contents),  # after the check of the tower, which reads files too
         *check_values(contents, values),
         *check_adapter(contents),
         *check_name(contents),

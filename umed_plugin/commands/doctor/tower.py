@@ -38,12 +38,12 @@ def check_tower(contents: Contents) -> Iterator[Finding]:
     yield from _location(contents, name, folder, where)
     if folder is not None:
         yield from _sizes(contents, folder)
-    yield from _files(folder)
+    yield from _files(contents, folder)
     if folder != contents.path / "vision_tower":
-        yield from _files(contents.path / "vision_tower")
+        yield from _files(contents, contents.path / "vision_tower")
     of_base = None if contents.base is None else contents.base.config.get("mm_vision_tower")
     if contents.base is not None and isinstance(of_base, str) and of_base != name:
-        yield from _files(tower_folder(contents.base.path, of_base))
+        yield from _files(contents, tower_folder(contents.base.path, of_base))
     if contents.kind == FULL:
         yield from _inside(contents, name, folder)
 
@@ -113,7 +113,7 @@ def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
 
 
-def _files(folder: Path | None) -> Iterator[Finding]:
+def _files(contents: Contents, folder: Path | None) -> Iterator[Finding]:
     """Check every weight file of the tower: LLaVA loads one of them, and which one depends on its version of transformers."""
     if folder is None:
         return
@@ -126,6 +126,7 @@ def _files(folder: Path | None) -> Iterator[Finding]:
             read_weights(tower, folder / name)
         else:
             yield finding("shard-missing", f"{name} is missing", str(folder), file=name)
+    contents.read |= tower.read
     yield from tower.findings
 
 
