@@ -66,6 +66,7 @@ PROPERTIES = {
     "tied embeddings": ({"tie_word_embeddings": True}, without_output_layer),
     "bfloat16": ({"torch_dtype": "bfloat16"}, in_bfloat16),
     "larger rotary base": ({"rope_theta": 1000000.0}, dict),
+    "scaled positions": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, dict),
     "image marks": ({"mm_use_im_start_end": True, "vocab_size": 729}, two_more_rows),
     "patch token": ({"mm_use_im_patch_token": True, "vocab_size": 729}, two_more_rows),
 }

@@ -29,6 +29,7 @@ from umed_plugin.checkpoints.prompt_templates import conversation_template, warn
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
+from umed_plugin.commands.doctor.examination import examine
 from umed_plugin.commands.serve.dialogue import Dialogue
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.model.answerer import Answerer, AnswererSettings
@@ -226,6 +227,41 @@ def test_what_llavas_classes_cannot_express_is_refused(tiny_mistral, tmp_path):
         UmedError, match=r"text_config\.model_type is 'qwen2'; allowed: mistral, llama; vision_feature_layer"
     ):
         to_llava(there, tmp_path / "llava-back")
+
+
+SCALED = {
+    "old": {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "renamed": {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2}},
+    "both names": {"rope_theta": 300.0, "rope_scaling": {"factor": 2.0, "rope_type": "linear", "type": "linear"}},
+    "transformers 5": {
+        "rope_parameters": {"rope_theta": 300.0, "rope_type": "linear", "factor": 2.0, "type": "linear"}
+    },
+}
+
+
+@pytest.mark.parametrize("form", SCALED)
+def test_scaled_positions_come_back_in_the_form_that_llavas_pins_read(form, tiny_llama, tmp_path):
+    there, back = to_transformers(tiny_llama, tmp_path / "hf"), tmp_path / "llava-v1-back"
+    config = config_of(there)
+    for key in ("rope_theta", "rope_scaling", "rope_parameters"):
+        config["text_config"].pop(key, None)
+    config["text_config"].update(SCALED[form])
+    (there / "config.json").write_text(json.dumps(config))
+    new = config_of(to_llava(there, back))
+    assert (new["rope_theta"], new["rope_scaling"]) == (300.0, {"type": "linear", "factor": 2.0})
+    assert '"factor": 2.0' in (back / "config.json").read_text()
+    assert "rope-scaling" not in {found.code for found in examine(back)}
+    again = config_of(to_transformers(back, tmp_path / "again"))["text_config"]
+    assert (again["rope_theta"], again["rope_scaling"]) == (300.0, {"type": "linear", "factor": 2.0})
+
+
+def test_positions_that_llava_cannot_scale_are_refused(tiny_llama, tmp_path):
+    there = to_transformers(tiny_llama, tmp_path / "hf")
+    config = config_of(there)
+    config["text_config"]["rope_scaling"] = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    (there / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UmedError, match=r"rope_scaling is 'llama3'; allowed: default, linear, dynamic"):
+        to_llava(there, tmp_path / "llava-v1-back")
 
 
 def test_a_tower_of_a_whole_clip(tiny_mistral, tmp_path):

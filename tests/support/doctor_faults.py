@@ -258,6 +258,7 @@ def pickled(value: object, file: Path) -> None:
     file.write_bytes(pickle.dumps(value))
 
 
+TWICE_NAMED = {"factor": 2.0, "rope_type": "linear", "type": "linear"}  # as transformers 5 saves it
 EVERY_KIND = (*canaries.KINDS, *canaries.DISGUISED)
 FAULTS = (
     Fault("config-missing", lambda f: (f / "config.json").unlink()),
@@ -310,6 +311,10 @@ FAULTS = (
           also=frozenset({"name-of-other-class", "name-template"}), said="sliding_window"),
     Fault("mixed-config", put(architectures=["LlavaLlamaForCausalLM"])),
     Fault("config-of-transformers-5", five_keys),
+    Fault("rope-scaling", put(rope_scaling=TWICE_NAMED), family="llama", said="'rope_type': 'linear'"),
+    Fault("rope-scaling", put(rope_scaling={"type": "linear", "factor": 2}), family="llama", said="'factor': 2}"),
+    Fault("rope-scaling", put(rope_scaling={"rope_type": "default"})),
+    Fault("rope-scaling", put(rope_scaling={"rope_type": "yarn", "factor": 4.0}), said="yarn"),
     Fault("head-counts", put(num_key_value_heads=4), said="num_key_value_heads is 4"),
     Fault("head-counts", drop("num_key_value_heads"), family="llama", said="not set"),
     Fault("layers-dropped", put(num_hidden_layers=3), said="4 layers"),

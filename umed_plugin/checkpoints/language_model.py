@@ -25,7 +25,8 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.hf_processor import read_json
-from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE, old_rope
+from umed_plugin.checkpoints.rope import old_rope
+from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stored
 from umed_plugin.checkpoints.writing import LANGUAGE_MODEL_OF, writing_checkpoint
 from umed_plugin.errors import UmedError

@@ -16,13 +16,13 @@ from typing import Any
 
 from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, UNFREEZE, weight_files
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
+from umed_plugin.checkpoints.rope import LLAVA_KINDS, kind_of_scaling, old_rope
 from umed_plugin.checkpoints.to_transformers import (
     NAMES,
     OF_THE_FILE,
     ORIGINAL,
     PROJECTORS,
     bare_tower_name,
-    old_rope,
 )
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
@@ -118,6 +118,10 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
             ("default", "full"),
         ),
         "multimodal_projector_bias": (config.get("multimodal_projector_bias", True), (True,)),
+        "kind of text_config.rope_scaling": (
+            kind_of_scaling(old_rope(language).get("rope_scaling") or {}),
+            ("default", *LLAVA_KINDS),
+        ),
     }
     faults = [f"{k} is {v!r}; allowed: {', '.join(map(str, a))}" for k, (v, a) in values.items() if v not in a]
     layer = config.get("vision_feature_layer", -2)

@@ -34,6 +34,7 @@ from umed_plugin.checkpoints.folder import (
 )
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import tower_tensors
+from umed_plugin.checkpoints.rope import old_rope
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
@@ -191,17 +192,6 @@ def _transformers_config(
         "torch_dtype": config.get("torch_dtype", config.get("dtype", "float16")),
         ORIGINAL: {"config": original, "tokenizer_config": read_json(checkpoint / "tokenizer_config.json")},
     }
-
-
-def old_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings under the keys that all versions of transformers read; version 5 saves them as ``rope_parameters``."""
-    config = dict(config)
-    rope = config.pop("rope_parameters", None)
-    if rope:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return config
 
 
 def _tensors_of_tower(tower: str) -> dict[str, Any]:

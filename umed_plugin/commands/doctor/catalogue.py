@@ -130,6 +130,14 @@ CONFIG = (
         "writes rope_theta, rope_scaling and torch_dtype from the newer keys",
     ),
     Kind(
+        "rope-scaling", ERROR, "rope_scaling has other keys than type and factor, or other values than LLaVA knows",
+        "LLaVA with its pinned transformers refuses such a Llama checkpoint. It scales by linear or dynamic, with a factor above "
+        "1.0 that is written as a fraction. It does not read rope_scaling of a Mistral.",
+        "umed doctor {checkpoint} --fix writes the two keys, if the kind is linear or dynamic. Of another kind, serve the "
+        "checkpoint with transformers or vLLM.",
+        "writes type and factor of a linear or dynamic scaling, and removes one of the kind default",
+    ),
+    Kind(
         "head-counts", ERROR, "num_key_value_heads does not match the key and value weights",
         "Training and umed refuse the checkpoint (size mismatch). LLaVA fails at the first token.",
         "Set num_key_value_heads to {heads} in config.json.",

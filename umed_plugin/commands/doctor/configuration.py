@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer
+from umed_plugin.checkpoints.rope import LLAVA_KINDS, is_old, old_scaling
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.contents import FULL, Contents
@@ -39,6 +40,7 @@ def check_configuration(contents: Contents) -> Iterator[Finding]:
         return
     yield from _mixed(contents)
     yield from _newer_keys(contents)
+    yield from _scaling(contents)
     yield from _image_mode(contents)
     yield from _sampling(contents)
     if contents.kind == FULL and contents.weights:
@@ -98,15 +100,25 @@ def _newer_keys(contents: Contents) -> Iterator[Finding]:
         return
     kind = rope.get("rope_type", "default")
     older = {"rope_theta": rope.get("rope_theta")}
-    if kind in ("linear", "dynamic"):  # the types that LLaVA's transformers supports
-        older["rope_scaling"] = {"type": kind, "factor": rope.get("factor")}
+    if kind in LLAVA_KINDS:
+        older["rope_scaling"] = old_scaling(rope) if rope.get("factor") is not None else None
     if "dtype" in config and "torch_dtype" not in config:
         older["torch_dtype"] = config["dtype"]
-    known = kind in ("default", "linear", "dynamic") and None not in older.values()
+    known = kind in ("default", *LLAVA_KINDS) and None not in older.values()
     found = f"rope_parameters is {rope}, and rope_theta is not set"
     where = f"{contents.config_file}: rope_theta"
     change = contents.configures(**older) if known else None
     yield finding("config-of-transformers-5", found, where, change, checkpoint=contents.path)
+
+
+def _scaling(contents: Contents) -> Iterator[Finding]:
+    """LLaVA's transformers takes a scaling of two keys, with a fraction as its factor; newer versions write more."""
+    scaling, where = contents.config.get("rope_scaling"), f"{contents.config_file}: rope_scaling"
+    if scaling is None or is_old(scaling):
+        return
+    older = old_scaling(scaling)
+    change = contents.configures(rope_scaling=older) if older is None or is_old(older) else None
+    yield finding("rope-scaling", f"rope_scaling is {scaling!r}", where, change, checkpoint=contents.path)
 
 
 def _image_mode(contents: Contents) -> Iterator[Finding]:
