@@ -229,6 +229,25 @@ def test_what_llavas_classes_cannot_express_is_refused(tiny_mistral, tmp_path):
         to_llava(there, tmp_path / "llava-back")
 
 
+@pytest.mark.parametrize("lacks", ["the file", "its ends"])
+def test_where_answers_end_is_written_in_both_directions(lacks, tiny_llama, tmp_path):
+    """Without generation_config.json, LLaVA takes the tokens from config.json, and the class of that has defaults."""
+    checkpoint = variant(tiny_llama, tmp_path / "llava-v1", {"eos_token_id": 7}, dict)
+    (checkpoint / "generation_config.json").unlink()
+    if lacks == "its ends":
+        (checkpoint / "generation_config.json").write_text('{"eos_token_id": null, "max_length": 99}')
+    there = to_transformers(checkpoint, tmp_path / "hf")
+    generation = json.loads((there / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 7)
+    (there / "generation_config.json").unlink()
+    config = config_of(there)
+    del config["text_config"]["eos_token_id"]
+    (there / "config.json").write_text(json.dumps(config))
+    back = to_llava(there, tmp_path / "llava-v1-back")
+    generation = json.loads((back / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
+
+
 SCALED = {
     "old": {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "renamed": {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2}},

@@ -339,6 +339,7 @@ FAULTS = (
     Fault("image-patch-token", drop("mm_use_im_patch_token")),
     Fault("rows-without-tokens", lambda f: extra_rows(f, 2)),
     Fault("end-token", lambda f: edit(f, "generation_config.json", eos_token_id=7), said="eos_token_id is 7"),
+    Fault("end-token", lambda f: edit(f, "generation_config.json", ("eos_token_id",)), said="eos_token_id is not set"),
     Fault("padding-token", put(pad_token_id=5000)),
     Fault("tower-unset", drop("mm_vision_tower")),
     Fault("tower-unset", drop("mm_vision_select_layer")),

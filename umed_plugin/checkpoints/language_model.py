@@ -24,6 +24,7 @@ from umed_plugin.checkpoints.folder import (
     read_config,
     weight_files,
 )
+from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_json
 from umed_plugin.checkpoints.rope import old_rope
 from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE
@@ -81,8 +82,8 @@ def to_language_model(
             shutil.copy2(file, folder / file.name)
         new = _language_config(config, rows, checkpoint)
         write_json(folder / "config.json", new, indent=2)
-        ends = {key: new[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if new.get(key) is not None}
-        write_json(folder / "generation_config.json", ends, indent=2)
+        padding = {} if new.get("pad_token_id") is None else {"pad_token_id": new["pad_token_id"]}
+        write_json(folder / "generation_config.json", with_ends(padding, new), indent=2)
     return out
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, UNFREEZE, weight_files
+from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
 from umed_plugin.checkpoints.rope import LLAVA_KINDS, kind_of_scaling, old_rope
 from umed_plugin.checkpoints.to_transformers import (
@@ -100,7 +101,7 @@ def to_llava(
         new = _llava_config(config, original.get("config", {}), rows, kind, ratio, len(projector["linear_1.weight"][0]))
         write_json(folder / "config.json", {**new, "mm_vision_tower": str(out.resolve() / "vision_tower")}, indent=2)
         _write_tower(folder / "vision_tower", tower, config["vision_config"], processor)
-        generation = read_json(checkpoint / "generation_config.json")
+        generation = with_ends(read_json(checkpoint / "generation_config.json"), {**config, **config["text_config"]})
         generation.pop("suppress_tokens", None)
         write_json(folder / "generation_config.json", generation, indent=2)
     return out

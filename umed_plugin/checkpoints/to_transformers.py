@@ -32,6 +32,7 @@ from umed_plugin.checkpoints.folder import (
     read_config,
     weight_files,
 )
+from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import tower_tensors
 from umed_plugin.checkpoints.rope import old_rope
@@ -109,7 +110,7 @@ def to_transformers(
         write_image_processor(tower, config, folder, vision["patch_size"])
         new = _transformers_config(checkpoint, config, vision, vocabulary.image, vocabulary.pad)
         write_json(folder / "config.json", new, indent=2)
-        generation = read_json(checkpoint / "generation_config.json")
+        generation = with_ends(read_json(checkpoint / "generation_config.json"), config)
         generation.update(pad_token_id=vocabulary.pad, suppress_tokens=[vocabulary.image])
         write_json(folder / "generation_config.json", generation, indent=2)
         # Weights last: the tokenizer decides how many rows the embeddings have, and is checked against LLaVA's before that.

@@ -248,10 +248,11 @@ TOKENS = (
         "Compare added_tokens.json with the file of the checkpoint that this one was made from.",
     ),
     Kind(
-        "end-token", ERROR, "eos_token_id in config.json or generation_config.json is not the tokenizer's end token",
+        "end-token", ERROR,
+        "eos_token_id in config.json or generation_config.json is not the tokenizer's end token, or is not set in the latter",
         "Answers never end, or end too early.",
         "Set eos_token_id to {token} in {files}.",
-        "sets eos_token_id, if the tokenizer's end token is the `</s>` of LLaVA's templates",
+        "sets eos_token_id, if the tokenizer's end token is the `</s>` of LLaVA's templates, or config.json's",
     ),
     Kind(
         "questions-masked", NOTE, "a non-legacy tokenizer with Vicuna's templates",

@@ -99,10 +99,14 @@ def _end(contents: Contents, tokenizer: Any) -> Iterator[Finding]:
         contents.path / "generation_config.json": contents.generation_config,
     }
     for file, values in files.items():
-        value = values.get("eos_token_id", end)
+        # Without the key in config.json, its class has one; a generation_config.json without it ends no answer.
+        needed = file != contents.config_file and bool(values)
+        value = values.get("eos_token_id", None if needed else end)
         if value == end or (isinstance(value, list) and end in value):
             continue
         is_standard = tokenizer.convert_tokens_to_ids(_END_OF_ANSWER) == end
-        change = JsonChange(file, {"eos_token_id": end}) if is_standard else None
-        found = f"eos_token_id is {value}, but the tokenizer's end token is {end} ({tokenizer.eos_token!r})"
+        agreed = value is None and contents.config.get("eos_token_id") == end
+        change = JsonChange(file, {"eos_token_id": end}) if is_standard or agreed else None
+        told = "not set" if value is None else value
+        found = f"eos_token_id is {told}, but the tokenizer's end token is {end} ({tokenizer.eos_token!r})"
         yield finding("end-token", found, f"{file}: eos_token_id", change, token=end, files=file.name)
