@@ -20,7 +20,7 @@ from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.cli import main
-from umed_plugin.commands.doctor.examination import examine
+from umed_plugin.commands.doctor.examination import examine, examine_files
 from umed_plugin.errors import UmedError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -220,3 +220,36 @@ def test_few_tensors_are_in_memory_at_a_time(command, tiny_mistral, tmp_path, mo
     }[command]()
     whole = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(tiny_mistral).values())
     assert 0 < most[0] < whole / 2
+
+
+def projector_of(checkpoint: Path, folder: Path, change: float) -> Path:
+    """What ``--tune_mm_mlp_adapter True`` saves."""
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    tensors = {name: tensor + change for name, tensor in tensors_of(checkpoint).items() if "mm_projector" in name}
+    torch.save(tensors, folder / "mm_projector.bin")
+    return folder
+
+
+@pytest.mark.parametrize("with_tower", [True, False])
+def test_a_tower_inside_the_base_is_found_from_the_result(with_tower, tiny_mistral, tmp_path, monkeypatch):
+    """A relative name is the base's, which the result does not lie in."""
+    monkeypatch.chdir(tmp_path)
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    edit(base, mm_vision_tower="vision_tower")
+    out = tmp_path / "made" / "llava-mistral-out"
+    merge(projector_of(base, tmp_path / "projector", 1.0), base, out, with_tower=with_tower)
+    tower = (out if with_tower else base) / "vision_tower"
+    assert json.loads((out / "config.json").read_text())["mm_vision_tower"] == str(tower)
+    assert (tower / "config.json").is_file() and errors_of(out) == set()
+
+
+def test_a_tower_that_is_not_here_is_told(tiny_mistral, tmp_path, capsys):
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    edit(base, mm_vision_tower="../clip")
+    projector = projector_of(tiny_mistral, tmp_path / "projector", 1.0)
+    merge(projector, base, tmp_path / "llava-mistral-out", with_tower=True)
+    assert "--with-tower has no effect: mm_vision_tower is '../clip'" in capsys.readouterr().err
+    assert "tower-moved" in {found.code for found in examine_files(tmp_path / "llava-mistral-out")}
+    with pytest.raises(UmedError, match="mm_vision_tower is ../clip, which does not exist in the working folder"):
+        load_checkpoint(tmp_path / "llava-mistral-out", device="cpu")

@@ -344,6 +344,10 @@ FAULTS = (
     Fault("tower-unset", drop("mm_vision_tower")),
     Fault("tower-unset", drop("mm_vision_select_layer")),
     Fault("tower-moved", put(mm_vision_tower="/moved/away/vision_tower")),
+    *(
+        Fault("tower-moved", then(put(mm_vision_tower=name), lambda f: shutil.rmtree(f / "vision_tower")), said=repr(name))
+        for name in ("../clip", "./clip", "a/b/c", "C:\\clip")
+    ),
     Fault("tower-relative", put(mm_vision_tower="vision_tower")),
     Fault("tower-not-here", then(put(mm_vision_tower="openai/not-on-this-machine"),
                                  lambda f: shutil.rmtree(f / "vision_tower"))),

@@ -34,6 +34,7 @@ from umed_plugin.checkpoints.original_layout import (
     has_tower,
     name_dtype,
     name_tower,
+    name_tower_here,
     written,
 )
 from umed_plugin.checkpoints.tower_weights import tower_parts
@@ -80,6 +81,7 @@ def export(
             f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
         )
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
+    name_tower_here(config, like, checkpoint)
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}
     if trained_config.get("tie_word_embeddings") and EMBEDDING in trained:
         trained.setdefault(HEAD, trained[EMBEDDING])  # one tensor under two names, of which training saves the first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ FAMILIES = {
 # model_type -> prompt template: the plugin's, and the one that stock LLaVA uses.
 UMED_TEMPLATES = {"llava_mistral": "umed_mistral", "llava_llama": "umed_v1", "llava": "umed_v1"}
 STOCK_TEMPLATES = {"llava_mistral": "mistral_instruct", "llava_llama": "llava_v1", "llava": "llava_v1"}
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTER, NON_LORA = "adapter_config.json", "non_lora_trainables.bin"
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TOWER = "model.vision_tower."
+# LLaVA looks on the Hub for a tower whose name begins or reads so, and refuses every other name that is no path here.
+_HUB_TOWERS, _HUB_TOWER = ("openai", "laion"), "ShareGPT4V"
 UNFREEZE = (
     "unfreeze_mm_vision_tower"  # key of config.json: stock LLaVA then loads the tower weights inside the checkpoint
 )
@@ -118,6 +122,27 @@ def is_buffer(name: str) -> bool:
     return name.endswith(("rotary_emb.inv_freq", "position_ids"))
 
 
+def is_hub_tower(name: str) -> bool:
+    """Whether LLaVA looks on the Hub for a tower of this name.
+
+    Example:
+        >>> is_hub_tower("openai/clip-vit-large-patch14-336"), is_hub_tower("../clip")
+        (True, False)
+    """
+    return name.startswith(_HUB_TOWERS) or _HUB_TOWER in name
+
+
+def local_tower(name: str, *checkpoints: Path) -> Path | None:
+    """The folder of a tower that a checkpoint names, as an absolute path; None if it is not on this machine.
+
+    Args:
+        name: ``mm_vision_tower`` of config.json.
+        checkpoints: LLaVA resolves a relative name against the working folder; it is looked up in these too.
+    """
+    places = (Path(name), *(checkpoint / name for checkpoint in checkpoints))
+    return next((place.absolute() for place in places if (place / "config.json").is_file()), None)
+
+
 def left_out_own_tower(config: dict[str, Any]) -> bool:
     """Whether a training of an adapter or a projector used the original tower, not the different one inside its base."""
     return config.get(TOWER_WEIGHTS) == ORIGINAL_TOWER
@@ -160,6 +185,9 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
         UmedError: there are none, or a shard is missing.
     """
     from transformers.utils import cached_file
+
+    if not os.path.isdir(checkpoint) and not _HUB_NAME.fullmatch(str(checkpoint)):
+        raise UmedError(f"{checkpoint}: no such folder, and no name on the Hugging Face Hub.")
 
     def find(name: str) -> Path | None:
         file = cached_file(

@@ -22,6 +22,7 @@ from umed_plugin.checkpoints.folder import (
     adapter_tensors,
     find_base,
     is_buffer,
+    is_hub_tower,
     is_lora,
     left_out_own_tower,
     read_config,
@@ -156,10 +157,11 @@ def _check_tower(path: Path, config: dict[str, Any]) -> None:
         raise UmedError(
             f"{path}/config.json: has no mm_vision_tower, so this model cannot see images. Needed: a LLaVA checkpoint."
         )
-    if os.path.isabs(tower) and not os.path.isdir(tower):
+    if not os.path.isdir(tower) and not is_hub_tower(tower):
+        relative = "" if os.path.isabs(tower) else " in the working folder"
         raise UmedError(
-            f"{path}/config.json: mm_vision_tower is {tower}, which does not exist. If the tower was moved, set mm_vision_tower "
-            "to its new absolute path."
+            f"{path}/config.json: mm_vision_tower is {tower}, which does not exist{relative}. If the tower was moved, set "
+            "mm_vision_tower to its new absolute path."
         )
 
 

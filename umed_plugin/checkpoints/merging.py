@@ -40,6 +40,7 @@ from umed_plugin.checkpoints.original_layout import (
     has_tower,
     name_dtype,
     name_tower,
+    name_tower_here,
     written,
 )
 from umed_plugin.checkpoints.tower_weights import tower_parts, whole_tower
@@ -111,6 +112,7 @@ def merge(
     plain = base_config["model_type"] not in FAMILIES
     # Over a plain language model, all that concerns images comes from the training.
     config = {**base_config, **trained_config} if plain else _merged_config(base_config, trained_config)
+    name_tower_here(config, base, lora_dir)
     deltas, others = _trained_parts(lora_dir)
     sources = weight_files(base)
     holds_tower = any(has_tower(stored(file)) for file in sources)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
-from umed_plugin.checkpoints.folder import TOWER, UNFREEZE, read_object, weight_files
+from umed_plugin.checkpoints.folder import TOWER, UNFREEZE, local_tower, read_object, weight_files
 from umed_plugin.checkpoints.kept_share import KeptShare
 from umed_plugin.checkpoints.weight_shards import stored
+from umed_plugin.errors import warn
 
 _NOT_COPIED = (
     *("trainer_state.json", "training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "umed.json"),
@@ -31,12 +32,33 @@ def copy_small_files(source: Path, folder: Path) -> None:
             shutil.copy2(file, folder / file.name)
 
 
+def name_tower_here(config: dict[str, Any], *checkpoints: Path) -> None:
+    """Name a tower that config.json names by a relative path by its absolute one: the new checkpoint lies elsewhere.
+
+    Args:
+        config: of the new checkpoint.
+        checkpoints: in which the tower may lie.
+    """
+    name = config.get("mm_vision_tower")
+    tower = local_tower(name, *checkpoints) if isinstance(name, str) and not os.path.isabs(name) else None
+    if tower is not None:
+        config["mm_vision_tower"] = os.path.normpath(tower)
+
+
 def copy_tower(config: dict[str, Any], folder: Path, out: Path) -> None:
-    """Copy the tower, if it is a folder on this machine, into ``folder``; name it by its final path in ``out``."""
-    tower = config.get("mm_vision_tower", "")
-    if os.path.isdir(tower):
-        shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
-        config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
+    """Copy the tower, if it is a folder on this machine, into ``folder``; name it by its final path in ``out``.
+
+    Args:
+        config: of the new checkpoint, after `name_tower_here`.
+        folder: in which the new checkpoint is written.
+        out: where it will lie.
+    """
+    tower = config.get("mm_vision_tower")
+    if not isinstance(tower, str) or not os.path.isdir(tower):
+        warn(f"--with-tower has no effect: mm_vision_tower is {tower!r}, which is not a folder on this machine.")
+        return
+    shutil.copytree(tower, folder / "vision_tower", dirs_exist_ok=True)
+    config["mm_vision_tower"] = str(out.resolve() / "vision_tower")
 
 
 def has_tower(tensors: dict[str, Any]) -> bool:

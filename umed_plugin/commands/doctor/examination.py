@@ -62,6 +62,7 @@ def examine_files(checkpoint: Path | str) -> list[Finding]:
         *contents.findings,
         *check_configuration(contents),
         *check_tokens(contents),
+        *check_tower(contents, compares=False),
         *check_beside(contents),
         *check_name(contents),
     ]

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from umed_plugin.checkpoints.folder import FAMILIES, TOWER, UNFREEZE, is_buffer, is_plain_name
+from umed_plugin.checkpoints.folder import (
+    FAMILIES,
+    TOWER,
+    UNFREEZE,
+    is_buffer,
+    is_hub_tower,
+    is_plain_name,
+    local_tower,
+)
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name
@@ -17,11 +25,14 @@ from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
 
-_HUB = ("openai", "laion")
 
+def check_tower(contents: Contents, compares: bool = True) -> Iterator[Finding]:
+    """Check that LLaVA finds the tower, and that it loads the one that the model was trained with.
 
-def check_tower(contents: Contents) -> Iterator[Finding]:
-    """Check that LLaVA finds the tower, and that it loads the one that the model was trained with."""
+    Args:
+        contents: the checkpoint.
+        compares: read the values of a tower inside the checkpoint, and of the one that LLaVA loads.
+    """
     config = contents.config
     if contents.kind == NOTHING or is_transformers_form(config) or config.get("model_type") not in FAMILIES:
         return
@@ -45,7 +56,7 @@ def check_tower(contents: Contents) -> Iterator[Finding]:
     if contents.base is not None and isinstance(of_base, str) and of_base != name:
         yield from _files(contents, tower_folder(contents.base.path, of_base))
     if contents.kind == FULL:
-        yield from _inside(contents, name, folder)
+        yield from _inside(contents, name, folder, compares)
 
 
 def tower_folder(checkpoint: Path, name: str) -> Path | None:
@@ -55,24 +66,22 @@ def tower_folder(checkpoint: Path, name: str) -> Path | None:
         checkpoint: a relative name is also looked up here, and its ``vision_tower`` replaces a tower that has moved.
         name: mm_vision_tower of config.json: a path, or a name on the hub (looked up in the local cache only).
     """
-    candidates = [Path(name), checkpoint / name, *([] if _is_on_hub(name) else [checkpoint / "vision_tower"])]
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder.absolute()
-    if os.path.isabs(name):
-        return None
+    here = local_tower(name, checkpoint)
+    own = checkpoint / "vision_tower"
+    if here is None and not is_hub_tower(name) and (own / "config.json").is_file():
+        return own.absolute()
+    if here is not None or os.path.isabs(name):
+        return here
     from transformers.utils import cached_file
 
-    cached = cached_file(
-        name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    try:
+        cached = cached_file(
+            name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError):  # a name such as ../clip, which nothing on the hub can have
+        return None
     return None if cached is None else Path(cached).parent
-
-
-def _is_on_hub(name: str) -> bool:
-    """Whether LLaVA looks for this name on the hub."""
-    return name.startswith(_HUB) or "ShareGPT4V" in name
 
 
 def _location(contents: Contents, name: str, folder: Path | None, where: str) -> Iterator[Finding]:
@@ -86,7 +95,7 @@ def _location(contents: Contents, name: str, folder: Path | None, where: str) ->
     elif os.path.isdir(name):
         if not os.path.isabs(name):
             yield finding("tower-relative", f"mm_vision_tower is {name!r}", where)
-    elif not _is_on_hub(name):
+    elif not is_hub_tower(name):
         yield finding("tower-moved", f"mm_vision_tower is {name!r}", where, to_own)
     elif folder is None:
         yield finding("tower-not-here", f"mm_vision_tower is {name!r}", where, tower=name)
@@ -159,7 +168,7 @@ class Distance:
         )
 
 
-def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Finding]:
+def _inside(contents: Contents, name: str, folder: Path | None, compares: bool) -> Iterator[Finding]:
     own = _bare({n[len(TOWER) :]: t for n, t in contents.weights.items() if n.startswith(TOWER)})
     used, where = bool(contents.config.get(UNFREEZE)), f"{contents.config_file}: {UNFREEZE}"
     if not own:
@@ -178,7 +187,7 @@ def _inside(contents: Contents, name: str, folder: Path | None) -> Iterator[Find
         found = f"{len(odd)} tensors are missing, unknown or have another shape ({odd[0]}, ...)"
         yield finding("tower-misfit", found, str(contents.path))
         return
-    if used:
+    if used or not compares:
         return
     distance = compare(own, loaded)
     if distance.differing:
