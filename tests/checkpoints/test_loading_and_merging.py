@@ -164,7 +164,9 @@ def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
 
 
-@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A"])
+@pytest.mark.parametrize(
+    "name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A", "layers.0.self_attn.q_proj.lora_B.bias"]
+)
 def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
     other = shutil.copytree(lora, tmp_path / "llava-lora")
     (file,) = other.glob("adapter_model.*")  # newer versions of PEFT write safetensors
@@ -172,6 +174,18 @@ def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, floa
     file.unlink()
     torch.save({**adapter, f"base_model.model.model.{name}": torch.ones(4)}, other / "adapter_model.bin")
     with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
+        merge(other, float32_base, tmp_path / "llava-mistral-merged")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lora_bias", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora")]
+)
+def test_an_adapter_that_is_no_plain_change_of_its_base_is_refused(lora, float32_base, tmp_path, key, value):
+    """PiSSA and OLoRA take a part out of the base when training begins, so the adapter is a change of another base."""
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(UmedError, match=rf"peft_type 'LORA' with {key}.*Only plain LoRA"):
         merge(other, float32_base, tmp_path / "llava-mistral-merged")
 
 

@@ -48,6 +48,13 @@ from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
 
+# Keys of adapter_config.json that make more of an adapter than two matrices for each layer.
+_EXTENSIONS = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias")
+# Values of init_lora_weights with which training begins at the base itself.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Ends of the two matrices' names; with the adapter's name where it was saved by another library than peft.
+_A, _B = (tuple(f".lora_{side}{name}.weight" for name in ("", ".default")) for side in "AB")
+
 
 def merge(
     lora_dir: Path | str,
@@ -232,7 +239,10 @@ def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> di
 def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any, float, bool]]:
     """Name of a base tensor -> (A [r, in], B [out, r], scaling, whether the base holds it transposed)."""
     config = read_object(lora_dir / ADAPTER)
-    unsupported = [key for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora") if config.get(key)]
+    unsupported = [key for key in _EXTENSIONS if config.get(key)]
+    # Other starts change the base, and the adapter is the difference from that: peft makes the same change when it loads it.
+    if config.get("init_lora_weights") not in _STARTS:
+        unsupported.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if config.get("peft_type") != "LORA" or unsupported:
         raise UmedError(
             f"{lora_dir / ADAPTER}: peft_type {config.get('peft_type')!r} with {', '.join(unsupported) or 'no extensions'}. "
@@ -240,7 +250,7 @@ def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any
         )
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    others = [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]
+    others = [name for name in tensors if not name.endswith((*_A, *_B))]
     if others:
         raise UmedError(
             f"{lora_dir}: besides low-rank matrices its adapter contains {others[0]!r} ({len(others)} such in all), which "
@@ -248,7 +258,7 @@ def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any
         )
     deltas = {}
     for name, a in tensors.items():
-        if ".lora_A." not in name:
+        if not name.endswith(_A):
             continue
         target = name.removeprefix("base_model.model.").replace(".lora_A", "").replace(".default", "")
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
