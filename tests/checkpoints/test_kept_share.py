@@ -44,6 +44,15 @@ def test_frozen_weights_and_the_tower_do_not_count():
     assert kept.share == 0
 
 
+def test_tensors_that_the_base_lacks_are_no_training_without_effect(capsys):
+    """A projector over a plain language model: there is no change of the base to keep."""
+    kept = KeptShare(added=4)
+    kept.add("w", torch.ones(4), torch.ones(4), torch.ones(4))
+    kept.report()
+    printed = capsys.readouterr()
+    assert "changed no weight of the base, and added 4 tensors" in printed.out and "warning" not in printed.err
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["large", "small"])
 def test_merge_says_what_it_keeps_and_float32_keeps_all(scale, tiny_mistral, tmp_path, capsys):
     base = tmp_path / "base-llava-mistral"

@@ -103,7 +103,7 @@ def export(
                 writer.add(name, written(name, before, after, dtype, kept))
             if new_tower and file is list(old)[-1]:
                 tower = {name: tensor.read() for name, tensor in new_tower.items()}
-                add_tensors(writer, tower, dtype_of(old[file], dtype), folder / file.name)
+                add_tensors(writer, tower, dtype_of(old[file], dtype), folder / file.name, kept)
             writer.close()
         if rows is not None:
             _take_tokenizer(checkpoint, folder)

@@ -36,6 +36,7 @@ class KeptShare:
 
     learnt: float = 0.0
     lost: float = 0.0
+    added: int = 0  # tensors that the base lacks, so that there is no change of them to keep
 
     def add(self, name: str, base: Any, trained: Any, written: Any) -> None:
         """Add one tensor: of the base, as trained, and as it is written. The frozen vision tower is passed over."""
@@ -55,6 +56,9 @@ class KeptShare:
 
     def report(self) -> None:
         """Tell the user, with a warning below `LEAST_KEPT`."""
+        if self.share is None and self.added:
+            note(f"the training changed no weight of the base, and added {self.added} tensors.")
+            return
         if self.share is None:
             warn("the training changed no weight: the result answers as its base.")
             return

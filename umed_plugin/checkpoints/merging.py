@@ -140,7 +140,7 @@ def merge(
                 writer.add(name, written(name, old, trained, dtype, kept))
             if file is sources[-1]:
                 new = {**(_new_projector(others) if plain else {}), **new_tower}
-                add_tensors(writer, new, dtype_of(tensors, dtype), folder / file.name)
+                add_tensors(writer, new, dtype_of(tensors, dtype), folder / file.name, kept)
             writer.close()
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
         unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)

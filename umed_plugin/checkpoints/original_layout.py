@@ -93,10 +93,12 @@ def written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptSha
     return written
 
 
-def add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path) -> None:
+def add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path, kept: KeptShare | None) -> None:
     """Add tensors that the base lacks to its last weight file, in its dtype, and to the index."""
     for name, tensor in new.items():
         writer.add(name, tensor.to(dtype))
+    if kept is not None:
+        kept.added += len(new)
     for index in file.parent.glob(f"*{file.suffix}.index.json") if new else ():
         content = read_object(index)
         content["weight_map"].update(dict.fromkeys(new, file.name))
