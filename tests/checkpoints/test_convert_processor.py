@@ -248,6 +248,22 @@ def test_where_answers_end_is_written_in_both_directions(lacks, tiny_llama, tmp_
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, 2)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_short_text_config_is_completed(family, request, tmp_path):
+    """As under llava-hf: values that equal those of the class are absent."""
+    checkpoint = request.getfixturevalue(f"tiny_{family}")
+    there = to_transformers(checkpoint, tmp_path / "hf")
+    config = config_of(there)
+    for key in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
+        config["text_config"].pop(key, None)
+    (there / "config.json").write_text(json.dumps(config))
+    new = config_of(to_llava(there, tmp_path / f"llava-{family}-back"))
+    values = {"llama": (11008, 32, 32, 1e-6), "mistral": (14336, 32, 8, 1e-6)}
+    keys = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
+    assert tuple(new[key] for key in keys) == values[family]
+    assert new["hidden_size"] == config_of(checkpoint)["hidden_size"]
+
+
 SCALED = {
     "old": {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "renamed": {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2}},

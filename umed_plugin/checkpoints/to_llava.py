@@ -32,6 +32,10 @@ from umed_plugin.files import write_json
 
 _CLASSES = {"mistral": ("llava_mistral", "LlavaMistralForCausalLM"), "llama": ("llava_llama", "LlavaLlamaForCausalLM")}
 _PROJECTOR = "multi_modal_projector."
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "hidden_act",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
 
 
 def is_transformers_form(path: Path | str) -> bool:
@@ -168,7 +172,8 @@ def _llava_config(
     config: dict[str, Any], original: dict[str, Any], rows: int, kind: str, ratio: str, tower_width: int
 ) -> dict[str, Any]:
     """``config.json``: keys of the language model, and ``mm_*`` keys; those that transformers lacks are the original's."""
-    language = {key: value for key, value in old_rope(config["text_config"]).items() if key not in OF_THE_FILE}
+    language = old_rope({**_sizes(config["text_config"]), **config["text_config"]})
+    language = {key: value for key, value in language.items() if key not in OF_THE_FILE}
     model_type, class_name = _CLASSES[config["text_config"].get("model_type", "llama")]
     defaults = {
         "mm_patch_merge_type": "flat", "mm_use_im_start_end": False, "mm_use_im_patch_token": False, "use_mm_proj": True,
@@ -190,6 +195,19 @@ def _llava_config(
         "tie_word_embeddings": bool(config.get("tie_word_embeddings") or language.get("tie_word_embeddings")),
         "torch_dtype": config.get("torch_dtype") or config.get("dtype") or "float16",
     }
+
+
+def _sizes(language: dict[str, Any]) -> dict[str, Any]:
+    """What makes up the language model, where ``text_config`` leaves it to its class, as the models under llava-hf do.
+
+    LLaVA's classes have the same values, but other programs read ``config.json`` alone.
+    """
+    from transformers import LlamaConfig, MistralConfig
+
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig}
+    given = {key: value for key, value in language.items() if key in _SIZES}
+    whole = classes[language.get("model_type", "llama")](**given).to_dict()
+    return {key: whole[key] for key in _SIZES if key in whole}
 
 
 def _write_tower(folder: Path, tensors: dict[str, Any], vision: dict[str, Any], processor: dict[str, Any]) -> None:
