@@ -1,4 +1,5 @@
-"""Everything that umed-plugin changes in other libraries, one file per change. Nothing outside this folder changes a library.
+"""Everything that umed-plugin changes in other libraries, one file per change. Nothing outside this folder changes a library, but
+`safe_loading.behind_the_door` does what `torch_load` does for the time of one call.
 
 Each file says what it changes, why, which versions and sources it was written for, and when it can be deleted. ``umed patches``
 checks all of them against the installed libraries. ``umed-run`` installs `after_import` in every Python child (see
