@@ -68,7 +68,9 @@ def test_a_reply_that_breaks_off_is_a_lost_connection(times, head):
             with connection, connection.makefile("rb") as request:
                 # All of it: a connection that is closed before is reset, and does not end.
                 lines = iter(request.readline, b"\r\n")
-                request.read(next(int(line[15:]) for line in list(lines) if line.lower().startswith(b"content-length:")))
+                request.read(
+                    next(int(line[15:]) for line in list(lines) if line.lower().startswith(b"content-length:"))
+                )
                 if len(broken) < times:
                     broken.append(1)
                     body = b'{"choices": [' if b"Length" in head else b'1000\r\n{"choices": ['
