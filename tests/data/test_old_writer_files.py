@@ -40,6 +40,9 @@ def build(url: str, out: str, *more: str) -> int:
 
 
 def at_old_place(records: list[Record], folder: Path) -> list[Record]:
+    """As the old build wrote them: it did not say that a patient is only a file's name."""
+    for record in records:
+        assert record["provenance"].pop("patient") == "file name"
     return [{**record, "image": record["image"].replace(str(folder), "/data")} for record in records]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,18 @@ def write_png16(path: Path, values: np.ndarray, offset: int = 32768) -> Path:
     return path
 
 
+def new_uid() -> str:
+    """A DICOM UID that is always 26 characters long, so that files of the same pixels have the same size."""
+    return f"2.25.1{secrets.randbelow(10**20):020d}"
+
+
 def write_dicom(path: Path, stored: np.ndarray, *, orientation: Any = IDENTITY, **tags: Any) -> Path:
     """0-1 ``[rows, columns]`` or ``[frames, rows, columns]`` becomes -1000 to 1000 after slope 2 and intercept -1000."""
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, new_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     header = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     header.SOPClassUID, header.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
@@ -81,10 +87,10 @@ def write_dicom_as(path: Path, values: np.ndarray, syntax: str, **tags: Any) -> 
     """
     import pydicom
     from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+    from pydicom.uid import SecondaryCaptureImageStorage
 
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, new_uid()
     meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
     is_implicit, is_little = meta.TransferSyntaxUID.is_implicit_VR, meta.TransferSyntaxUID.is_little_endian
     header = FileDataset(str(path), {}, b"\0" * 128, meta, is_implicit, is_little)
