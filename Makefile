@@ -39,7 +39,7 @@ test: environment
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What differs on these pins: transformers 4.37 has sdpa attention, and torch 2.1.
-REPOSITORY_TESTS := tests/patches tests/model tests/training/test_trained_weights.py tests/training/test_accumulation.py
+REPOSITORY_TESTS := tests/patches tests/model tests/training/test_trained_weights.py tests/training/test_accumulation.py tests/commands/test_memory.py
 
 test-repository:
 	@bash constraints/environment.sh repository .venv-repository

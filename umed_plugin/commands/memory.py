@@ -143,6 +143,8 @@ class Work:
         logit_rows: rows of float32 logits at a time in stage 2, and in the KL of stage 1; 0: all.
         bits: of the frozen weights: 16 or 4.
         extras: further losses of stage 1.
+        fused_tower: as ``fused``, of the vision tower and its teacher.
+        older: the first form of sdpa in transformers: it repeats keys and values for grouped heads.
     """
 
     rank: int
@@ -158,6 +160,8 @@ class Work:
     sampled: int = 0
     ddp: bool = False
     extras: Extras = field(default_factory=Extras)
+    fused_tower: bool = True
+    older: bool = False
 
 
 def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
@@ -195,7 +199,7 @@ def stage_memory(size: ModelSize, work: Work) -> dict[str, float]:
         if not work.half and work.rank:  # the adapter is added to a second copy of the float32 weights
             others["weights with the adapter"] = float(size.language * width)
     if work.extras.encoder is not None:
-        need = memory_extras.encoder_pass(work.extras.encoder, work.rows, half=work.half, fused=work.fused)
+        need = memory_extras.encoder_pass(work.extras.encoder, work.rows, half=work.half, fused=work.fused_tower)
         others = {"pass of the tower's teacher": need}
     parts |= update if sum(update.values()) >= sum(others.values()) else others
     return {**parts, "reserve": RESERVE}
@@ -226,7 +230,7 @@ def _of_extras(size: ModelSize, work: Work) -> dict[str, float]:
         parts["KL"] = memory_extras.kl_bytes(work.rows * work.text, size.vocabulary, work.logit_rows)
     if extras.tower:
         parts["activations of the tower"] = memory_extras.tower_activations(
-            size.tower, work.rows, half=work.half, checkpointing=work.checkpointing, fused=work.fused
+            size.tower, work.rows, half=work.half, checkpointing=work.checkpointing, fused=work.fused_tower
         )
     if extras.encoder is not None:
         parts["loss of the tower's teacher"] = memory_extras.feature_loss(size.tower, work.rows, extras.encoder)
@@ -236,6 +240,9 @@ def _of_extras(size: ModelSize, work: Work) -> dict[str, float]:
 def activations(size: ModelSize, work: Work, length: int) -> float:
     """Bytes that autograd saves for rows of ``length`` tokens, logits apart."""
     saved = _SAVED[work.half, work.rank > 0, work.fused]
+    if work.fused and work.older:
+        # Counted too: each of a layer's two norms, and the last one, keeps a float32 tensor more.
+        saved = replace(saved, hidden=saved.hidden + 8 + saved.keys, keys=0, ends=saved.ends + 4)
     tokens, width = work.rows * length, 2 if work.half else 4
     layer = tokens * (
         saved.hidden * size.hidden + saved.ffn * size.ffn + saved.keys * size.keys + saved.rank * work.rank
@@ -257,9 +264,26 @@ def _logits(size: ModelSize, work: Work, length: int) -> float:
 
 def has_fused_attention(machine: Machine) -> bool:
     """Whether training there would use an attention that keeps no matrix of all pairs of tokens. flash-attn needs Ampere."""
+    flash = machine.bf16 and find_spec("flash_attn") is not None
+    return flash or _supports_sdpa("MistralForCausalLM")
+
+
+def has_fused_tower() -> bool:
+    """The same of the vision tower and of its teacher. transformers gave them sdpa after the language models."""
+    return _supports_sdpa("CLIPVisionModel")
+
+
+def has_older_sdpa() -> bool:
+    """Whether the installed transformers has the first form of sdpa, a class of attention for each kind of model."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        from transformers.models.mistral import modeling_mistral
+
+    return hasattr(modeling_mistral, "MistralSdpaAttention")
+
+
+def _supports_sdpa(model: str) -> bool:
     # Libraries print about missing GPUs while they are imported.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        from transformers import MistralForCausalLM
+        import transformers
 
-    flash = machine.bf16 and find_spec("flash_attn") is not None
-    return flash or bool(getattr(MistralForCausalLM, "_supports_sdpa", False))
+        return bool(getattr(getattr(transformers, model), "_supports_sdpa", False))

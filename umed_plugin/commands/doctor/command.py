@@ -98,13 +98,14 @@ def _memory(args: argparse.Namespace) -> list[str]:
     """The memory of the default plan, in lines."""
     from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
     from umed_plugin.commands.machine import this_machine
-    from umed_plugin.commands.memory import has_fused_attention
+    from umed_plugin.commands.memory import has_fused_attention, has_fused_tower, has_older_sdpa
     from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines
 
     full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
     machine = this_machine()
-    fused = has_fused_attention(machine)
-    works = {name: replace(work, fused=fused) for name, work in DEFAULT_PLAN.items()}
+    fused, tower = has_fused_attention(machine), has_fused_tower()
+    of_stack = {"fused": fused, "fused_tower": tower, "older": has_older_sdpa()}
+    works = {name: replace(work, **of_stack) for name, work in DEFAULT_PLAN.items()}
     return list(memory_lines(read_config(full), works, machine))
 
 

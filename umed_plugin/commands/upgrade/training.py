@@ -11,7 +11,7 @@ from typing import Any, Union
 from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES, read_config
 from umed_plugin.commands.machine import Machine
-from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention
+from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention, has_fused_tower, has_older_sdpa
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
@@ -186,6 +186,8 @@ def work_of(name: str, settings: Settings, machine: Machine) -> Work:
         half=settings.precision != "fp32",
         checkpointing=bool(settings.gradient_checkpointing),
         fused=has_fused_attention(machine),
+        fused_tower=has_fused_tower(),
+        older=has_older_sdpa(),
         ddp=settings.device == "cuda" and settings.deepspeed is None,
         rows=stage.batch_size,
         sampled=_sampled_together(stage) if rewarding else 0,
