@@ -103,9 +103,8 @@ def _memory(args: argparse.Namespace) -> list[str]:
 
     full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
     machine = this_machine()
-    fused, tower = has_fused_attention(machine), has_fused_tower()
-    of_stack = {"fused": fused, "fused_tower": tower, "older": has_older_sdpa()}
-    works = {name: replace(work, **of_stack) for name, work in DEFAULT_PLAN.items()}
+    fused, tower, older = has_fused_attention(machine), has_fused_tower(), has_older_sdpa()
+    works = {name: replace(work, fused=fused, fused_tower=tower, older=older) for name, work in DEFAULT_PLAN.items()}
     return list(memory_lines(read_config(full), works, machine))
 
 
