@@ -262,28 +262,30 @@ def _logits(size: ModelSize, work: Work, length: int) -> float:
     return 3.0 * 4 * rows * size.vocabulary
 
 
-def has_fused_attention(machine: Machine) -> bool:
-    """Whether training there would use an attention that keeps no matrix of all pairs of tokens. flash-attn needs Ampere."""
+def on_this_stack(work: Work, machine: Machine) -> Work:
+    """The work with the attention that the installed libraries would use on the machine. flash-attn needs Ampere."""
     flash = machine.bf16 and find_spec("flash_attn") is not None
-    return flash or _supports_sdpa("MistralForCausalLM")
+    fused = flash or _has("MistralForCausalLM._supports_sdpa")
+    return replace(work, fused=fused, fused_tower=has_fused_tower(), older=has_older_sdpa())
 
 
 def has_fused_tower() -> bool:
-    """The same of the vision tower and of its teacher. transformers gave them sdpa after the language models."""
-    return _supports_sdpa("CLIPVisionModel")
+    """Whether vision tower and its teacher have an attention without a matrix of all pairs: later than language models."""
+    return _has("CLIPVisionModel._supports_sdpa")
 
 
 def has_older_sdpa() -> bool:
     """Whether the installed transformers has the first form of sdpa, a class of attention for each kind of model."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        from transformers.models.mistral import modeling_mistral
-
-    return hasattr(modeling_mistral, "MistralSdpaAttention")
+    return _has("models.mistral.modeling_mistral.MistralSdpaAttention")
 
 
-def _supports_sdpa(model: str) -> bool:
+def _has(path: str) -> bool:
+    """Whether an attribute below transformers exists and is true."""
     # Libraries print about missing GPUs while they are imported.
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         import transformers
 
-        return bool(getattr(getattr(transformers, model), "_supports_sdpa", False))
+        found: Any = transformers
+        for name in path.split("."):
+            found = getattr(found, name, None)
+    return bool(found)

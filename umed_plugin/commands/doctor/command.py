@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,13 +97,12 @@ def _memory(args: argparse.Namespace) -> list[str]:
     """The memory of the default plan, in lines."""
     from umed_plugin.checkpoints.folder import find_base, is_lora, read_config
     from umed_plugin.commands.machine import this_machine
-    from umed_plugin.commands.memory import has_fused_attention, has_fused_tower, has_older_sdpa
+    from umed_plugin.commands.memory import on_this_stack
     from umed_plugin.commands.memory_advice import DEFAULT_PLAN, memory_lines
 
     full = find_base(args.checkpoint, args.base) if is_lora(args.checkpoint) else args.checkpoint
     machine = this_machine()
-    fused, tower, older = has_fused_attention(machine), has_fused_tower(), has_older_sdpa()
-    works = {name: replace(work, fused=fused, fused_tower=tower, older=older) for name, work in DEFAULT_PLAN.items()}
+    works = {name: on_this_stack(work, machine) for name, work in DEFAULT_PLAN.items()}
     return list(memory_lines(read_config(full), works, machine))
 
 

@@ -11,7 +11,7 @@ from typing import Any, Union
 from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.folder import UMED_TEMPLATES, read_config
 from umed_plugin.commands.machine import Machine
-from umed_plugin.commands.memory import ModelSize, Work, has_fused_attention, has_fused_tower, has_older_sdpa
+from umed_plugin.commands.memory import ModelSize, Work, on_this_stack
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
@@ -181,13 +181,11 @@ def work_of(name: str, settings: Settings, machine: Machine) -> Work:
     """What a process of a stage holds in memory at a time, on this machine."""
     stage = getattr(settings, name)
     rewarding = isinstance(stage, Rewarding)
-    return Work(
+    work = Work(
         rank=settings.lora.r if settings.method == "lora" else 0,
         half=settings.precision != "fp32",
         checkpointing=bool(settings.gradient_checkpointing),
-        fused=has_fused_attention(machine),
-        fused_tower=has_fused_tower(),
-        older=has_older_sdpa(),
+        fused=True,
         ddp=settings.device == "cuda" and settings.deepspeed is None,
         rows=stage.batch_size,
         sampled=_sampled_together(stage) if rewarding else 0,
@@ -197,6 +195,7 @@ def work_of(name: str, settings: Settings, machine: Machine) -> Work:
         logit_rows=int(stage.flags.get("umed_logit_rows", Work.logit_rows)),
         extras=_extras(stage) if name == TUNING else Extras(),
     )
+    return on_this_stack(work, machine)
 
 
 def _sampled_together(stage: Rewarding) -> int:
