@@ -89,6 +89,7 @@ def test_missing_images_are_the_reason_also_when_they_are_skipped(tmp_path):
         chosen_questions(BENCHMARKS["vqa_rad"], tmp_path, work=tmp_path, skip=True)
 
 
+@pytest.mark.llava  # DICOM files are read by MONAI
 def test_a_recipes_bad_and_missing_images_are_counted_as_skipped(tmp_path, capsys, short_bootstrap):
     """The recipe leaves them out while it is built, before there are questions."""
     make_studies(tmp_path / "studies", train=0, val=0, test=9)
