@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
+from umed_plugin.commands.doctor.examination import examine
 from umed_plugin.errors import UmedError
 from umed_plugin.files import replacing_folder
 
@@ -175,6 +177,24 @@ def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, floa
     torch.save({**adapter, f"base_model.model.model.{name}": torch.ones(4)}, other / "adapter_model.bin")
     with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
         merge(other, float32_base, tmp_path / "llava-mistral-merged")
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_an_adapter_that_lacks_half_a_change_is_refused(lora, float32_base, tmp_path, half):
+    """peft would leave the layer as it was, without a word."""
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    (file,) = other.glob("adapter_model.*")
+    adapter = read_tensors(file)
+    file.unlink()
+    gone = next(name for name in adapter if half in name)
+    torch.save({name: t for name, t in adapter.items() if name != gone}, other / "adapter_model.bin")
+    expected = rf"adapter_model.bin: lacks '{re.escape(gone)}' \(1 such in all\).*not whole"
+    with pytest.raises(UmedError, match=expected):
+        merge(other, float32_base, tmp_path / "llava-mistral-merged")
+    with pytest.raises(UmedError, match=expected):
+        load_checkpoint(other, float32_base, device="cpu")
+    (found,) = [finding for finding in examine(other, float32_base) if finding.code == "base-mismatch"]
+    assert found.found.startswith(f"1 tensors do not fit: the adapter lacks {gone}")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,11 @@ def refuse_transformers_adapter(lora_dir: Path) -> None:
 
 
 def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names)."""
+    """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names).
+
+    Raises:
+        UmedError: a file is missing, or a low-rank matrix lacks its other half: its layer would stay untrained.
+    """
     files = [lora_dir / name for name in _ADAPTER_FILES if (lora_dir / name).is_file()]
     if not files:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
@@ -322,4 +327,28 @@ def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "output folder of a finished run, not one of its checkpoint-N folders."
         )
     others = {name.removeprefix("base_model.model."): t for name, t in read_tensors(lora_dir / NON_LORA).items()}
-    return read_tensors(files[0]), others
+    adapter = read_tensors(files[0])
+    lacking = missing_halves(adapter)
+    if lacking:
+        raise UmedError(
+            f"{files[0]}: lacks {lacking[0]!r} ({len(lacking)} such in all), the other half of a low-rank change. The file is "
+            "not whole: copy it again from the training's output folder."
+        )
+    return adapter, others
+
+
+def missing_halves(adapter: Collection[str]) -> list[str]:
+    """Names that an adapter of such tensor names lacks: a change is the product of its lora_B and its lora_A.
+
+    Example:
+        >>> missing_halves(["q_proj.lora_A.weight", "q_proj.lora_B.weight", "v_proj.lora_A.weight"])
+        ['v_proj.lora_B.weight']
+    """
+    halves = ((".lora_A.", ".lora_B."), (".lora_B.", ".lora_A."))
+    wanted = [
+        name.replace(one, other)
+        for name in adapter
+        for one, other in halves
+        if one in name and name.endswith(".weight")
+    ]
+    return [name for name in wanted if name not in adapter]

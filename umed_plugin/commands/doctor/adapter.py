@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from umed_plugin.checkpoints.folder import ADAPTER
+from umed_plugin.checkpoints.folder import ADAPTER, missing_halves
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import MISTRAL, PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import LORA, Contents
@@ -54,7 +54,8 @@ def _base(contents: Contents) -> Iterator[Finding]:
 
 
 def _misfits(contents: Contents, base: Contents) -> Iterator[str]:
-    """Describe the low-rank matrices and other trained tensors that do not fit the base."""
+    """Describe the low-rank matrices and other trained tensors that do not fit the base, or lack their other half."""
+    yield from (f"the adapter lacks {name}" for name in missing_halves(contents.adapter))
     for name, tensor in contents.adapter.items():
         if ".lora_A." not in name and ".lora_B." not in name:
             continue
