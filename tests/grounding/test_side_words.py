@@ -16,7 +16,8 @@ from umed_plugin.grounding.side_words import mirrored_text, names_place, names_s
         ("upper_left and lower-right", "upper_right and lower-left"),
         ("It lies in the left centre at [0.10, 0.40, 0.30, 0.60].", "It lies in the right centre at [0.10, 0.40, 0.30, 0.60]."),
         ("Bright copyright, cleft lip; nothing leftover.", "Bright copyright, cleft lip; nothing leftover."),
-        ("All right, it is left. Right away the left one.", "All right, it is left. Right away the right one."),
+        ("All right. Right away the left one.", "All right. Right away the right one."),
+        ("On the right in front; to the left, below it.", "On the left in front; to the right, below it."),
         ("The stent was left in place on the left.", "The stent was left in place on the right."),
         ("The mass is left of the spine.", "The mass is right of the spine."),
         ("\u5de6\u80ba\u7ed3\u8282\uff0c\u53f3\u80ba\u6e05\u6670", "\u53f3\u80ba\u7ed3\u8282\uff0c\u5de6\u80ba\u6e05\u6670"),
@@ -35,7 +36,8 @@ def test_up_and_down() -> None:
     assert mirrored_text(text, ["left_right", "up_down"]) == (
         "Lower right, at the bottom; above the UPPER edge, lowermost."
     )
-    assert mirrored_text("The above-mentioned cyst.", ["up_down"]) == "The above-mentioned cyst."
+    for plain in ("The above-mentioned cyst.", "an area of lower density", "at the upper limits of normal"):
+        assert mirrored_text(plain, ["up_down"]) == plain
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,14 @@ def test_up_and_down() -> None:
         "OD",
         "linke Lunge",
         "what is left of the lung",
+        "The nodule is left.",
+        "The nodule is right.",
+        "The lesion was left, near the hilum",
+        "It is left",
+        "right next to the heart",
+        "a fracture right below the joint",
+        "mass in the RIF",
+        "stenosis of the LICA",
     ],
 )
 def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:
@@ -59,7 +69,18 @@ def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["the upper lobe", "superior to it", "the anterior wall", "both apices", "at 12 o'clock", "lower-limb oedema"],
+    [
+        *("the upper lobe", "superior to it", "the anterior wall", "both apices", "at 12 o'clock", "lower-limb oedema"),
+        *(
+            "superolateral to it",
+            "inferomedial",
+            "the topmost clip",
+            "the higher one",
+            "the highest dome",
+            "the lowest rib",
+        ),
+        *("nodules below 5 mm", "above the threshold", "on top of that", "its upper limit"),
+    ],
 )
 def test_anatomy_that_an_up_down_mirroring_would_make_false(text: str) -> None:
     assert mirrored_text(text, ["up_down"]) is None

@@ -47,21 +47,28 @@ _IDIOMS = {
     "left_right": re.compile(
         _words(
             *(r"all\s+right", r"right\s+(?:away|now|after|before|angles?)", r"right-angled", "\u5de6\u53f3"),
-            *(
-                r"left\s+(?:over|out|behind|alone|untreated|as\s+is|in\s+(?:place|situ))",
-                r"(?:is|are|was|were|be|been)\s+left(?=\s*[.,;]|$)",
-            ),
+            r"left\s+(?:over|out|behind|alone|untreated|as\s+is|in\s+(?:place|situ))",
         ),
         re.I,
     ),
-    "up_down": re.compile(_words(r"above\s+all", r"(?:the\s+)?above-?mentioned"), re.I),
+    "up_down": re.compile(
+        _words(
+            *(r"above\s+all", r"(?:the\s+)?above-?mentioned", r"(?:upper|lower)\s+limits?\s+of\s+normal"),
+            r"lower\s+(?:density|densities|attenuation|signal|intensity|echogenicity|uptake|grade|dose|resolution)",
+        ),
+        re.I,
+    ),
 }
 _CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
-# Sides in a form that is not turned: abbreviations, positions on a clock, other languages; and "left" that may be a verb.
+# Sides in a form that is not turned: abbreviations, positions on a clock, other languages; and words that may be no side: "left" as
+# a verb ("the stent was left."), "right" that stresses ("right next to it"), "below" a number.
 _UNSURE = {
     "left_right": (
         re.compile(
-            _words("L", "R", "[LlRr][Tt]", "[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ|V|A|VH|CC|MLO|IMA|CA)", "LAD", "O[DS]")
+            _words(
+                *("L", "R", "[LlRr][Tt]", "[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ|V|A|VH|CC|MLO|IMA|CA)", "LAD", "O[DS]"),
+                "[LR](?:IF|PA|ICA|ECA|CCA|MCA|ACA|PCA|IJV?|UE|LE)",
+            )
         ),
         re.compile(
             _words(
@@ -69,6 +76,8 @@ _UNSURE = {
                 *(r"(?:link|recht)e[rsnm]?", r"gauches?", r"droite?s?", r"izquierd[oa]s?", r"derech[oa]s?"),
                 *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
+                r"(?:is|are|was|were|be|been)\s+(?:left|right)(?=\s*(?:[.,;:!?)]|$))",
+                r"(?<!the\s)right\s+(?:next|below|above|behind|beneath|beside|under|at|in|on|here|there|where|through|into)",
             ),
             re.I,
         ),
@@ -97,6 +106,13 @@ _UNSURE = {
                     r"beneath",
                     r"upside",
                     r"upright",
+                    r"(?:supero|infero)\w+",
+                    r"(?:top|bottom)most",
+                    r"high(?:er|est)",
+                    r"lowest",
+                    r"on\s+top\s+of",
+                    r"(?:upper|lower)\s+limits?(?!\s+of\s+normal)",
+                    r"(?:above|below)\s+(?:\d+|normal|average|(?:the\s+)?(?:threshold|limits?|average))",
                     r"(?:supra|infra|sub)(?:hilar|carinal|phrenic|diaphragmatic|clavicular)",
                 ),
                 r"(?:upper|lower|middle|mid)[\s-]+(?:lobes?|lung|zones?|quadrants?|poles?|limbs?|extremit(?:y|ies)|jaw|lips?"
