@@ -67,7 +67,7 @@ def make_dataset(
         umed_run=SimpleNamespace(model_args=SimpleNamespace(version=version)),
     )
     training_args = SimpleNamespace(
-        umed=UmedFlags(umed_stage="instruction_tuning", **flags),
+        umed=UmedFlags(**{"umed_stage": "instruction_tuning", **flags}),
         output_dir=str(records.parent / "out"),
         seed=0,
         process_index=rank,

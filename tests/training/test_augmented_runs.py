@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.records import grounded_records, write_records
 from support.tuning import make_dataset, make_tokenizer
 from support.umed_runs import train_flags, umed_run, weights
@@ -23,6 +25,7 @@ from umed_plugin.training.attention_loss_data import LesionDataset
 from umed_plugin.training.query_reader import QueryReader
 from umed_plugin.training.sampler import EpochSampler, NumberedEpochs
 from umed_plugin.training.tuning_data import tokenize
+from umed_plugin.training.validation import chosen_indices
 
 RULE = {"flips": ["left_right"], "rotation": 5, "zoom": [0.9, 1.3], "share": 1}
 STAGES = {
@@ -205,6 +208,70 @@ def test_the_stages_divide_the_labelled_studies_by_patient(records: Path, tokeni
     others, told = own_share(whole, 0.3, "rewarding")
     rest = {record["id"] for record in others}
     assert not rest & names and rest | names == {item["id"] for item in items} and told.endswith("This is stage 2.")
+
+
+def test_probes_and_reports_are_no_labelled_studies(records: Path, tokenizer: Any, capsys: Any) -> None:
+    """Both stages say the same counts, and no study of stage 2 is asked about in stage 1."""
+    studies = json.loads(records.read_text())
+    probes = [{**item, "id": f"probe-{item['id']}", "answer_type": "probe"} for item in studies]
+    objects = {"ref": ["nodule"], "bbox": []}
+    reports = [{**item, "id": f"report-{item['id']}", "answer_type": "report", "objects": objects} for item in studies]
+    records.write_text(json.dumps(studies + probes + reports))
+    shares = {}
+    for stage in ("instruction_tuning", "rewarding"):
+        dataset = make_dataset(records, tokenizer, umed_label_share=0.5, umed_stage=stage)
+        shares[stage] = [str(record["id"]) for record in dataset.list_data_dict]
+    told = [line for line in capsys.readouterr().out.splitlines() if "--umed_label_share" in line]
+    assert len(told) == 2 and all("divides 8 labelled studies of 4 patients" in line for line in told)
+    names = {record["id"] for record in studies}
+    own = set(shares["rewarding"])
+    assert own < names and own
+    expected = {f"{kind}{name}" for name in names - own for kind in ("", "probe-")}
+    assert set(shares["instruction_tuning"]) == expected | {f"report-{name}" for name in names}
+    assert f"stage 1. {len(own)} probes about patients of stage 2 are left out." in told[0]
+
+    make_dataset(records, tokenizer, umed_augment=True)
+    assert "how 16 of 24 records are shown, with their boxes" in capsys.readouterr().out
+
+
+def test_held_out_probes_are_not_scored_as_diagnoses(records: Path, tokenizer: Any, capsys: Any) -> None:
+    studies = json.loads(records.read_text())
+    kinds = ("grounded", "probe")
+    held_out = [
+        {**item, "id": f"{kind}-{item['id']}", "answer_type": kind, "split": "val"}
+        for item in studies
+        for kind in kinds
+    ]
+    records.write_text(json.dumps(studies + held_out))
+    scored = make_dataset(records, tokenizer, split="val").list_data_dict
+    assert [record["answer_type"] for record in scored] == ["grounded"] * 8
+    assert "8 of 16 held-out records have no true boxes, or are probes: they are not scored." in capsys.readouterr().out
+
+
+def test_the_padding_of_a_plain_item_keeps_its_colour(tmp_path: Path, tokenizer: Any) -> None:
+    """It does not say how large its image is."""
+    file = write_records(tmp_path, count=1)
+    (item,) = json.loads(file.read_text())
+    Image.new("RGB", (200, 100), (40, 90, 160)).save(tmp_path / item["image"])
+    file.write_text(json.dumps([{**item, "augment": {"brightness": 0.3, "share": 1}}]))
+    dataset = make_dataset(file, tokenizer, umed_augment=True)
+    before, after = dataset.load_image(0), dataset[0]["image"]
+    rows = before.shape[-1] // 4
+    assert torch.equal(before[:, :rows], after[:, :rows]) and torch.equal(before[:, -rows:], after[:, -rows:])
+    assert not torch.allclose(before[:, rows + 2 : -rows - 2], after[:, rows + 2 : -rows - 2], atol=0.01)
+
+
+def test_a_record_of_a_file_whose_name_is_not_utf_8_is_shown(records: Path, tokenizer: Any) -> None:
+    studies = json.loads(records.read_text())
+    name = os.fsdecode(b"b-\xff")
+    (records.parent / studies[4]["image"]).rename(records.parent / f"{name}.png")
+    studies[4] |= {"id": name, "image": f"{name}.png", "patient": name}
+    records.write_text(json.dumps(studies))
+    flags = {"umed_augment": True, "umed_label_share": 0.9, "umed_image_cache": records.parent / "cache"}
+    dataset = make_dataset(records, tokenizer, umed_stock_template_share=0.5, **flags)
+    (index,) = [n for n, record in enumerate(dataset.list_data_dict) if record["id"] == name]
+    assert dataset[index]["image"].shape == (3, 64, 64)
+    assert index in chosen_indices([record["id"] for record in dataset.list_data_dict], 8)
 
 
 def test_a_share_that_leaves_a_stage_without_studies_is_refused(records: Path, tokenizer: Any) -> None:

@@ -23,9 +23,10 @@ from umed_plugin.data.items import ItemsCheck, as_meant
 from umed_plugin.data.json_list import Placed, items_of
 from umed_plugin.data.records import Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
-from umed_plugin.grounding.answer_types import PROBE
+from umed_plugin.files import text_bytes
+from umed_plugin.grounding.answer_types import PROBE, REPORT
 
-_FORMAT = "index-3"
+_FORMAT = "index-4"
 _COLUMNS = {
     "start": np.int64,
     "length": np.int64,
@@ -34,6 +35,7 @@ _COLUMNS = {
     "has_reading": np.bool_,
     "labelled": np.bool_,
     "probe": np.bool_,
+    "report": np.bool_,
     "patient": np.int64,
     "split": np.int32,
     "aspect": np.int32,
@@ -47,8 +49,8 @@ class Index:
     Attributes:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
-            have none); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``patient``, a hash of source and patient in 0
-            to 2^63 - 1; ``split`` and ``aspect``, as places in ``names``.
+            have none); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report`` (it has no boxes); ``patient``, a
+            hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -107,7 +109,7 @@ class RecordFile(Sequence[Record]):
         return self._file
 
     def column(self, name: str) -> np.ndarray:
-        """``words``, ``has_image``, ``has_reading``, ``labelled``, ``probe`` or ``patient`` of the records, [n]."""
+        """``words``, ``has_image``, ``has_reading``, ``labelled``, ``probe``, ``report`` or ``patient`` of the records, [n]."""
         return self._index.columns[name][self._chosen]
 
     def texts(self, name: str) -> np.ndarray:
@@ -236,8 +238,8 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     turns = (turn.get("value") for turn in item["conversations"] if isinstance(turn, dict))
     words = sum(len(text.split()) for text in turns if isinstance(text, str))
     codes = [names.setdefault(text, len(names)) for text in (split, aspect)]
-    probe = item.get("answer_type") == PROBE
-    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), probe, _patient_hash(item))
+    kinds = [item.get("answer_type") == kind for kind in (PROBE, REPORT)]
+    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), *kinds, _patient_hash(item))
     return (placed.start, placed.length, words, *about, *codes)
 
 
@@ -248,7 +250,7 @@ def _is_labelled(item: Record) -> bool:
 def _patient_hash(item: Record) -> int:
     """The same for all records of a patient; a record without a patient is one by itself."""
     whose = item.get("patient") or f"record {item.get('id')}"
-    digest = hashlib.sha256(f"{item.get('source', '')}\n{whose}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(text_bytes(f"{item.get('source', '')}\n{whose}")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -122,6 +122,18 @@ def append_json_lines(path: str | Path, values: Iterable[Any], *, durable: bool 
         raise
 
 
+def text_bytes(text: str) -> bytes:
+    r"""A text in UTF-8, also one with a file name that is not UTF-8, whose bytes Python keeps as half characters.
+
+    For digests, and as the seed of random numbers: `random.Random` takes other text alone.
+
+    Example:
+        >>> text_bytes("l\u00e4sion.png"), text_bytes("\udcff.png")
+        (b'l\xc3\xa4sion.png', b'\xed\xb3\xbf.png')
+    """
+    return text.encode("utf-8", "surrogatepass")
+
+
 def json_lines(values: Iterable[Any]) -> bytes:
     r"""Values as lines of JSON in UTF-8; letters that are not ASCII stay readable.
 

@@ -16,7 +16,8 @@ from umed_plugin.flags.rules import TUNING
 def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedRecords, str]:
     """The records that a stage trains on, and a sentence with the counts of both stages.
 
-    Items without true boxes are stage 1's, all of them.
+    Items without true boxes, such as reports, are stage 1's, all of them. Probes are trained on in stage 1 alone, and there only
+    those of its own patients.
 
     Args:
         records: of the split train.
@@ -26,7 +27,8 @@ def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedR
     Raises:
         UmedError: a stage would have no labelled study.
     """
-    labelled, patients = records.column("labelled"), records.column("patient")
+    patients, probes = records.column("patient"), records.column("probe")
+    labelled = records.column("labelled") & ~probes & ~records.column("report")
     tunes = patients < share * 2.0**63
     parts = {"stage 1": labelled & tunes, "stage 2": labelled & ~tunes}
     counts = {name: (int(part.sum()), len(np.unique(patients[part]))) for name, part in parts.items()}
@@ -39,7 +41,12 @@ def own_share(records: JoinedRecords, share: float, stage: str) -> tuple[JoinedR
             "and 'source' of a record say whose it is."
         )
     told = f"--umed_label_share {share:g} divides {whole} by patient: {divided}. This is stage {1 + (stage != TUNING)}."
-    return records.where(~labelled | tunes if stage == TUNING else labelled & ~tunes), told
+    if stage != TUNING:
+        return records.where(labelled & ~tunes), told
+    passed_over = int((probes & ~tunes).sum())
+    if passed_over:
+        told += f" {passed_over} probes about patients of stage 2 are left out."
+    return records.where(~(labelled | probes) | tunes), told
 
 
 def _studies(count: int) -> str:

@@ -74,8 +74,8 @@ def training_records(data_args: Any, training_args: Any, split: str = "train") -
 
 
 def _with_true_boxes(records: JoinedRecords, split: str, tells: bool) -> JoinedRecords:
-    """The held-out records that answers can be scored by. Stage 1 also trains on plain items, which have no true boxes."""
-    labelled = records.where(records.column("labelled"))
+    """The held-out records that answers can be scored by. Stage 1 also trains on probes, and on items without true boxes."""
+    labelled = records.where(records.column("labelled") & ~records.column("probe"))
     if not labelled:
         raise UmedError(
             f"--umed_val_every: none of the {len(records)} records of the split {split!r} has true boxes. Answers are scored by "
@@ -83,7 +83,8 @@ def _with_true_boxes(records: JoinedRecords, split: str, tells: bool) -> JoinedR
         )
     if len(labelled) < len(records) and tells:
         note(
-            f"{len(records) - len(labelled)} of {len(records)} held-out records have no true boxes and are not scored."
+            f"{len(records) - len(labelled)} of {len(records)} held-out records have no true boxes, or are probes: they are not "
+            "scored."
         )
     return labelled
 

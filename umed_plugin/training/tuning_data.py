@@ -34,6 +34,7 @@ from umed_plugin.data.images.cache import ImageCache
 from umed_plugin.data.record_file import JoinedRecords
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, note, warn
+from umed_plugin.files import text_bytes
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.replay import RECORDS
 from umed_plugin.training.similar_records import similar_records
@@ -92,10 +93,10 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self._reported: set[int] = set()
         self.augmenter: Augmenter | None = None
         if self.flags.umed_augment and split == "train":
-            self.augmenter = Augmenter(training_args.seed, data_args.image_processor)
+            self.augmenter = Augmenter(training_args.seed, data_args.image_processor, data_args.image_aspect_ratio)
             if training_args.process_index == 0:
-                labelled = int(self.list_data_dict.column("labelled").sum())
-                note(augmentation_in_words(labelled, len(self.list_data_dict)))
+                moved = self.list_data_dict.column("labelled") & ~self.list_data_dict.column("report")
+                note(augmentation_in_words(int(moved.sum()), len(self.list_data_dict)))
         self.image_cache: ImageCache | None = None
         if self.flags.umed_image_cache is not None:
             most_bytes = int(self.flags.umed_image_cache_gb * 1e9)
@@ -124,7 +125,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         if self.template not in TEMPLATES:
             return self.template
         name = str(self.list_data_dict[index].get("id", index))
-        fraction = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64  # uniform in 0..1
+        fraction = int.from_bytes(hashlib.sha256(text_bytes(name)).digest()[:8], "big") / 2**64  # uniform in 0..1
         return TEMPLATES[self.template].stock if fraction < self.flags.umed_stock_template_share else self.template
 
     def image_path(self, index: int) -> str | None:
@@ -162,7 +163,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         if path is not None and (self.image_cache is not None or study.changed):
             ids, labels = tokenize(self, study.record, self.template_of(index))
             image = self.load_image(index)
-            image = image if self.augmenter is None else self.augmenter.pixels(image, study)
+            image = image if self.augmenter is None else self.augmenter.pixels(image, study, path)
             return {"input_ids": ids, "labels": labels, "image": image}
         if path is not None:
             check_picture(Path(path))

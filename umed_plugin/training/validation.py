@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from umed_plugin.data.records import Record, record_geometry
+from umed_plugin.files import text_bytes
 from umed_plugin.flags.rules import REWARDING
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import AnswerScore, score_answer
@@ -121,7 +122,7 @@ class HeldOutValidation(TrainerCallback):
 
 def chosen_indices(ids: Sequence[str], limit: int) -> list[int]:
     """Indices of ``limit`` records, or of all if there are fewer: the same records in every run, whatever their order."""
-    by_hash = sorted(range(len(ids)), key=lambda index: hashlib.sha256(ids[index].encode()).digest())
+    by_hash = sorted(range(len(ids)), key=lambda index: hashlib.sha256(text_bytes(ids[index])).digest())
     return sorted(by_hash[:limit])
 
 
