@@ -149,7 +149,7 @@ def _unforeseen(error: Exception) -> int:
         fail(f"reading or writing: {os.strerror(int(found[1]))}.")
     elif reason := failed_write(error):
         fail(f"{one_line(reason)}.")
-    elif isinstance(error, UnicodeEncodeError):
+    elif isinstance(error, UnicodeEncodeError) and "utf" not in error.encoding.lower():
         fail(
             f"the locale of this process ({error.encoding}) has no character {error.object[error.start]!a}, which a file name "
             "needs. Set another locale: export PYTHONUTF8=1"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.annotation_files import (
     BOX,
     COCO,
@@ -27,8 +28,12 @@ from support.annotation_files import (
     two_regions,
     xml,
 )
+from support.drawn import write_recipe
 
+from umed_plugin.data.build import build_records
 from umed_plugin.data.preparation import missing_image
+from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.data.records import load_records, save_records
 
 
 def test_a_voc_file_name_without_its_ending(tmp_path: Path) -> None:
@@ -261,3 +266,20 @@ def test_links_among_the_images_of_a_folder(tmp_path: Path, reader: str) -> None
     (message,) = read(folder, (YOLO if reader == "yolo" else MASK) % "").faults.messages
     assert "leads to" in message
     assert "is not in the data root" in message
+
+
+def test_an_image_whose_name_is_not_utf_8_is_built(tmp_path: Path) -> None:
+    """Linux allows such names; seeds and digests are made of them."""
+    for number, stem in enumerate((b"a", b"b-\xff", b"c")):
+        name = os.fsdecode(stem)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 20), (number, 0, 0)).save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    split = "{by: patient, fractions: {train: 0.5, val: 0.25, test: 0.25}}"
+    annotations = "{reader: yolo, files: labels, image_root: images, names: [nod]}"
+    recipe = load_recipe(write_recipe(tmp_path, annotations, split))
+    records = build_records(recipe, out_dir=tmp_path / "out", data_root=tmp_path)
+    assert [os.fsencode(Path(record["image"]).name) for record in records] == [b"a.png", b"b-\xff.png", b"c.png"]
+    save_records(records, tmp_path / "out" / "records.json")
+    assert load_records(tmp_path / "out" / "records.json") == records

@@ -192,13 +192,13 @@ def test_shards_are_joined_to_what_one_process_builds(folder: Path, capsys: pyte
     recipe = str(recipe_of(folder).path)
 
     def run(out: str, *flags: str) -> int:
-        where = ("--out", str(folder / out / "t.json"), "--data-root", str(folder))
+        where = ("--out", str(folder / out / "t[1].json"), "--data-root", str(folder))
         return cli.main(["recipe", "build", recipe, *where, "--on-bad-image", "skip", "--quiet", *flags])
 
     assert run("one") == 0
     assert run("two", "--join") == 2 and "no shard has been read" in capsys.readouterr().err
     assert run("two", "--shard", "2/2") == 0
-    assert "Still to be read: 1/2" in capsys.readouterr().out and not (folder / "two" / "t.json").exists()
+    assert "Still to be read: 1/2" in capsys.readouterr().out and not (folder / "two" / "t[1].json").exists()
     assert run("two", "--join") == 2 and "shards 1/2 have not been read" in capsys.readouterr().err
     assert run("two", "--shard", "1/2") == 0, "the last one joins"
     assert content(folder / "two") == content(folder / "one")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 
 from umed_plugin.data.records import Record
+from umed_plugin.files import text_bytes
 
 _BARE = 0.25  # of these questions, the share that gives the bare name
 
@@ -35,7 +36,7 @@ def looks_question(record: Record, share: float, seed: int) -> str:
     """
     looks, classes = record.get("looks", {}), sorted(set(record["objects"]["ref"]))
     names = [record["terms"][ref][0] for ref in classes] or list(looks)
-    rng = random.Random(f"looks:{seed}:{record['id']}")
+    rng = random.Random(text_bytes(f"looks:{seed}:{record['id']}"))
     if len(classes) > 1 or not set(names) & set(looks) or rng.random() >= share:
         return ""
     name = rng.choice([name for name in names if name in looks])

@@ -16,6 +16,7 @@ from umed_plugin.data.recipes.recipe import Recipe
 from umed_plugin.data.records import FILE_NAME, PSEUDO, Record
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.data.volumes import shown_slices
+from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import GROUNDED, NEGATIVE, PHRASE, REPORT
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.terms import find_terms
@@ -55,7 +56,7 @@ def written_record(
     if looks:
         record["looks"] = looks
     # Seeded per record: a record's wording does not depend on which others are built.
-    rng = random.Random(f"{seed}:{record['id']}")
+    rng = random.Random(text_bytes(f"{seed}:{record['id']}"))
     if record["answer_type"] == PHRASE:
         record["conversations"] = phrase_writer.write_phrase_conversation(record, geometry, rng, decimals)
     elif record["answer_type"] == REPORT:

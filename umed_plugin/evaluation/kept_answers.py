@@ -10,6 +10,7 @@ the others, so answers also count when the number of processes changes.
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ class KeptAnswers:
         return self._joined.with_name(f"{self._joined.stem}.{shard.file_part}{self._joined.suffix}")
 
     def _shard_files(self) -> list[Path]:
-        return sorted(self._joined.parent.glob(f"{self._joined.stem}.shard-*{self._joined.suffix}"))
+        return sorted(self._joined.parent.glob(f"{glob.escape(self._joined.stem)}.shard-*{self._joined.suffix}"))
 
     def of_others(self) -> dict[str, dict[str, Any]]:
         """Lines of all other processes' files as they are now, and of the joined file, by the question's id."""

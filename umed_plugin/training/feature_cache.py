@@ -35,6 +35,7 @@ from torch import Tensor
 from umed_plugin import files
 from umed_plugin.data.images import file_states, reader_version
 from umed_plugin.errors import UmedError, warn
+from umed_plugin.files import text_bytes
 
 FORMAT = "umed-features-2"  # change it when the files change
 _OVERHEAD = 256  # bytes of a file beside the features: header and checksum
@@ -142,7 +143,7 @@ class FeatureCache:
             return None
         parts = [os.path.abspath(image), json.dumps(reading or {}, sort_keys=True), *map(repr, states)]
         stamp = "\n".join(parts + reader_version(image))
-        return hashlib.sha256(stamp.encode("utf-8", "surrogateescape")).hexdigest()
+        return hashlib.sha256(text_bytes(stamp)).hexdigest()
 
     def file_of(self, name: str) -> Path:
         """Path of the features called ``name``, whether or not they exist."""

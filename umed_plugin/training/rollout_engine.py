@@ -22,6 +22,7 @@ from typing import Any, Optional, Protocol
 from torch import Tensor
 
 from umed_plugin.errors import UmedError, note
+from umed_plugin.files import text_bytes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import Candidates, PromptBatch
 from umed_plugin.model.sampling import SamplingSettings, generate
@@ -183,7 +184,7 @@ def _folder_of(flags: UmedFlags, output_dir: Path) -> Path:
     """Where a run writes its adapters: below a folder that runs share, each has its own, which it tidies when it starts."""
     if flags.umed_rollout_adapters is None:
         return output_dir / ADAPTERS
-    run = hashlib.sha256(str(output_dir.resolve()).encode()).hexdigest()[:8]
+    run = hashlib.sha256(text_bytes(str(output_dir.resolve()))).hexdigest()[:8]
     return Path(flags.umed_rollout_adapters) / f"{_PREFIX}run-{run}"
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
+from umed_plugin.files import text_bytes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.flags.needs import rules_of
@@ -181,7 +182,7 @@ def _content(path: Path) -> str | None:
     else:
         return None
     for file in files:
-        digest.update(b"" if file == path else file.name.encode())
+        digest.update(b"" if file == path else text_bytes(file.name))
         for chunk in _chunks(file):
             digest.update(chunk)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +130,7 @@ def _mark(args: argparse.Namespace, shard: Shard) -> Path:
 def _marks(args: argparse.Namespace) -> dict[Path, Shard]:
     """The marks of shards that were read for the same records."""
     about, found = _about(args), {}
-    for file in args.out.parent.glob(f".{args.out.name}.shard-*-of-*"):
+    for file in args.out.parent.glob(f".{glob.escape(args.out.name)}.shard-*-of-*"):
         match = re.fullmatch(r"shard-(\d+)-of-(\d+)", file.name[len(args.out.name) + 2 :])
         try:
             if match is not None and parse_json(file.read_text(encoding="utf-8")) == about:
@@ -159,5 +160,5 @@ def _check_joinable(args: argparse.Namespace) -> None:
 
 def remove_marks(args: argparse.Namespace) -> None:
     """Remove the marks of shards whose records have been written."""
-    for file in args.out.parent.glob(f".{args.out.name}.shard-*-of-*"):
+    for file in args.out.parent.glob(f".{glob.escape(args.out.name)}.shard-*-of-*"):
         file.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.recipes.options import SplitRule
 from umed_plugin.data.splits import SPLITS
+from umed_plugin.files import text_bytes
 
 
 def deal_out(items: Sequence[Annotated], rule: SplitRule) -> None:
@@ -60,4 +61,4 @@ def picked_by_hash(items: Sequence[Annotated], count: int, seed: int) -> list[An
 
 def _hashed(seed: int, name: str) -> float:
     """A pseudo-random number in [0, 1) that is the same on every machine."""
-    return int(hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()[:13], 16) / 16**13
+    return int(hashlib.sha256(text_bytes(f"{seed}:{name}")).hexdigest()[:13], 16) / 16**13

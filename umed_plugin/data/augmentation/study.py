@@ -14,6 +14,7 @@ from typing import Any
 from umed_plugin.data.augment_rule import AugmentRule, augment_rule_of
 from umed_plugin.data.augmentation.texts import can_mirror, is_templated, moved_record
 from umed_plugin.data.records import Record, record_faults, record_geometry, true_boxes
+from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import asks_for_boxes
 from umed_plugin.grounding.square_move import SquareMove, kept_fraction
 
@@ -96,7 +97,7 @@ def augmented_study(record: Record, seed: int, epoch: int, name: str | None = No
         'Right: [0.70, 0.40, 0.90, 0.60].'
     """
     rule = augment_rule_of(record)
-    rng = random.Random(f"umed_augment:{seed}:{epoch}:{record.get('id', name)}")
+    rng = random.Random(text_bytes(f"umed_augment:{seed}:{epoch}:{record.get('id', name)}"))
     if rng.random() >= rule.share:
         return Study(record)
     grey = _draw_grey(rule, rng)

@@ -17,6 +17,7 @@ from typing import Any, Optional
 from umed_plugin.data.records import Record, record_geometry, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
+from umed_plugin.files import text_bytes
 from umed_plugin.grounding.boxes import Box, format_box, iou_matrix, is_degenerate, rewrite_boxes
 from umed_plugin.grounding.side_words import mirrored_text, names_place, names_side
 from umed_plugin.grounding.square_move import SquareMove, clipped
@@ -49,7 +50,7 @@ def is_templated(record: Record) -> bool:
 def _written(record: Record) -> Turns:
     """What `umed_plugin.data.build` writes for the record."""
     source = record["provenance"]
-    rng = random.Random(f"{source['seed']}:{record['id']}")
+    rng = random.Random(text_bytes(f"{source['seed']}:{record['id']}"))
     return write_conversation(record, record_geometry(record), rng, source["box_decimals"])
 
 

@@ -38,6 +38,7 @@ from umed_plugin import files
 from umed_plugin.data.images import file_states, open_image, reader_version
 from umed_plugin.data.images.stored import check_for_model
 from umed_plugin.errors import UmedError, warn
+from umed_plugin.files import text_bytes
 
 FORMAT = "umed-images-1"  # change it when the entries change
 WAYS = 4
@@ -116,7 +117,7 @@ class ImageCache:
         parts = [os.path.abspath(path), json.dumps(reading, sort_keys=True), self._made_by]
         for file in (path, *reading.get("beside", ())):
             parts += [repr(state) for state in file_states(file)] + reader_version(file)
-        return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).digest()
+        return hashlib.sha256(text_bytes("\n".join(parts))).digest()
 
     def _slots_of(self, name: bytes) -> list[Path]:
         """The files that may hold an entry."""

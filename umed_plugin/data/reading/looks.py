@@ -24,6 +24,7 @@ from umed_plugin.data.images import (
 from umed_plugin.data.images.stored import check_for_model, checked_index
 from umed_plugin.data.leaks import Pictures
 from umed_plugin.errors import UmedError
+from umed_plugin.files import text_bytes
 from umed_plugin.grounding.geometry import Orientation
 
 NO_PIXELS = np.zeros((0, 0, 3), np.uint8)
@@ -142,7 +143,7 @@ def state_of(path: str) -> Optional[str]:
         return None
     if any(time.time_ns() - modified < _SETTLED_NS for _, _, modified in states):
         return None
-    return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()[:16]
+    return hashlib.sha256(text_bytes(repr(states))).hexdigest()[:16]
 
 
 def state_of_all(request: Request) -> Optional[str]:
