@@ -60,8 +60,8 @@ _IDIOMS = {
     ),
 }
 _CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
-# Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left" as
-# a verb ("the stent was left."), "right" for emphasis ("right next to it"), "below" a number.
+# Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left"
+# as a verb ("the stent was left."), "right" for emphasis ("right next to it"), "below" a number.
 _UNSURE = {
     "left_right": (
         re.compile(
