@@ -17,7 +17,14 @@ from umed_plugin import cli
 from umed_plugin.commands import memory_extras
 from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.memory import ModelSize, Work, activations, has_fused_tower, has_older_sdpa, stage_memory
-from umed_plugin.commands.memory_advice import DEFAULT_PLAN, fits, memory_lines, remedies
+from umed_plugin.commands.memory_advice import (
+    DEFAULT_PLAN,
+    EVALUATED_ANSWER,
+    EVALUATED_TOGETHER,
+    fits,
+    memory_lines,
+    remedies,
+)
 from umed_plugin.commands.memory_extras import Extras, ImageEncoder, Tower
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
@@ -126,6 +133,8 @@ def test_the_default_plan_is_what_an_upgrade_starts(tiny_mistral: Path, tmp_path
     fused = {"fused": True, "fused_tower": True, "older": False}  # each stack has its own
     for name, work in DEFAULT_PLAN.items():
         assert {**vars(work_of(name, upgrade.settings, upgrade.machine)), **fused} == vars(work)
+    evaluation = upgrade.settings.evaluation
+    assert (evaluation.batch_size, evaluation.max_new_tokens) == (EVALUATED_TOGETHER, EVALUATED_ANSWER)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
@@ -315,6 +324,24 @@ def test_the_evaluations_of_a_plan_must_fit_too() -> None:
     }
     assert "a checkpoint answers with weights of 16 bits, also where bits: 4 trains" in lines[12]
     assert "Set evaluation.batch_size: 8." in lines[22] and "fits the GPU" in lines[80]
+    # 512 KiB a token: 16 answers of 4,096 tokens need 34 GB more than those of 128.
+    of_4096 = memory_lines(config, DEFAULT_PLAN, Machine(1, 48 * GB), evaluated_together=16, answer=4096)
+    assert "40.8 KV cache" in of_4096[-2] and "Set evaluation.batch_size: 8." in of_4096[-1]
+    assert "fits the GPU" in memory_lines(config, DEFAULT_PLAN, Machine(1, 48 * GB), evaluated_together=16)[-1]
+
+
+def test_the_length_of_evaluated_answers_is_the_settings(tiny_mistral: Path, tmp_path: Path) -> None:
+    from support.records import grounded_records
+
+    def evaluation_of(name: str, tokens: int) -> str:
+        changes = {"checkpoint": str(tiny_mistral), "recipe": records, "evaluation.max_new_tokens": tokens}
+        changes["evaluation.batch_size"] = 1000
+        upgrade = Upgrade(tmp_path / name, read_settings(None, changes), Console(quiet=True), machine=Machine())
+        return upgrade.memory()[-1]
+
+    records = str(grounded_records(tmp_path / "data"))
+    short, long = (evaluation_of(name, tokens) for name, tokens in (("short", 8), ("long", 100_000)))
+    assert short.startswith("evaluation: about ") and short != long
 
 
 def test_a_base_of_4_bits_needs_a_quarter_of_the_frozen_weights() -> None:

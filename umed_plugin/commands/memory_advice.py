@@ -27,11 +27,15 @@ DEFAULT_PLAN = {
     ),
 }
 EVALUATED_TOGETHER = 16  # studies of a batch of `umed evaluate` in that plan
-_ANSWER = 128  # tokens
+EVALUATED_ANSWER = 128  # tokens of an answer there
 
 
 def memory_lines(
-    config: Mapping[str, Any], works: Mapping[str, Work], machine: Machine, evaluated_together: int = EVALUATED_TOGETHER
+    config: Mapping[str, Any],
+    works: Mapping[str, Work],
+    machine: Machine,
+    evaluated_together: int = EVALUATED_TOGETHER,
+    answer: int = EVALUATED_ANSWER,
 ) -> list[str]:
     """For each stage, the memory that one GPU needs, whether it is there, and what to change where it is not.
 
@@ -40,6 +44,7 @@ def memory_lines(
         works: stage -> what one of its processes holds.
         machine: with the GPU; without one, the lines only name the need.
         evaluated_together: studies of a batch of the evaluations, which begin and end each stage.
+        answer: tokens of an answer there, at most.
     """
     file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
     size = ModelSize.of(config, read_object(file) if file.is_file() else None)
@@ -48,24 +53,31 @@ def memory_lines(
     for number, (name, work) in enumerate(works.items(), start=1):
         lines.append(f"stage {number}, {name.replace('_', ' ')}: {summary(stage_memory(size, work))}")
         lines += [f"  {_verdict(size, work, machine.gpu_bytes)}"] if machine.gpus else []
-    lines.append(f"evaluation: {summary(evaluation_memory(size, evaluated_together, text))}")
-    lines += [f"  {_verdict_of_evaluation(size, evaluated_together, text, machine.gpu_bytes)}"] if machine.gpus else []
+    length = size.patches + text + answer
+    lines.append(f"evaluation: {summary(evaluation_memory(size, evaluated_together, length))}")
+    if machine.gpus:
+        lines.append(f"  {_verdict_of_evaluation(size, evaluated_together, length, machine.gpu_bytes)}")
     return lines
 
 
-def evaluation_memory(size: ModelSize, rows: int, text: int) -> dict[str, float]:
-    """What `umed evaluate` needs on a GPU, where a checkpoint answers in float16, part -> bytes."""
-    cache = kv_cache(size, 2, rows, size.patches + text + _ANSWER)
-    return {"weights": 2.0 * size.weights, "KV cache": cache, "reserve": RESERVE}
+def evaluation_memory(size: ModelSize, rows: int, length: int) -> dict[str, float]:
+    """What `umed evaluate` needs on a GPU, where a checkpoint answers in float16, part -> bytes.
+
+    Args:
+        size: of the checkpoint.
+        rows: studies of a batch.
+        length: tokens of image, question and answer.
+    """
+    return {"weights": 2.0 * size.weights, "KV cache": kv_cache(size, 2, rows, length), "reserve": RESERVE}
 
 
-def _verdict_of_evaluation(size: ModelSize, rows: int, text: int, there: int) -> str:
-    if fits(evaluation_memory(size, rows, text), there):
+def _verdict_of_evaluation(size: ModelSize, rows: int, length: int, there: int) -> str:
+    if fits(evaluation_memory(size, rows, length), there):
         return f"fits the GPU's {there / GIGA:.1f} GB."
     fewer = rows
     while fewer > 1:
         fewer //= 2
-        if fits(evaluation_memory(size, fewer, text), there):
+        if fits(evaluation_memory(size, fewer, length), there):
             return f"does NOT fit the GPU's {there / GIGA:.1f} GB. Set evaluation.batch_size: {fewer}."
     return (
         f"does NOT fit the GPU's {there / GIGA:.1f} GB: a checkpoint answers with weights of 16 bits, also where bits: 4 trains. "

@@ -95,6 +95,7 @@ class Upgrade:
             {name: work_of(name, self.settings, self.machine) for name in self.settings.stages},
             self.machine,
             evaluated_together=self.settings.evaluation.batch_size,
+            answer=self.settings.evaluation.max_new_tokens,
         )
         less = "With DeepSpeed less: ZeRO-2 shares gradients and Adam among the GPUs, ZeRO-3 the weights too."
         return lines + ([less] if self.settings.deepspeed is not None else [])
