@@ -36,6 +36,14 @@ def evaluation(ious, wrong=0):
     return Evaluation("recipe", "c", "t", cases, measure(RECIPE.metrics(rows), rows))
 
 
+def gaps(*of_questions):
+    """A log in which the training studies are better by so much, over so many questions."""
+    return [
+        {**QUIET[0], "guard/iou_over_held_out": gap, "guard/questions_over_held_out": float(questions)}
+        for gap, questions in of_questions
+    ]
+
+
 LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + n % 3 / 20 for n in range(20)])
 
 
@@ -51,6 +59,13 @@ LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + 
         ([{**QUIET[0], "groups_without_signal": 1.0}], LOW, HIGH, False, "have equal rewards, and grpo learns nothing"),
         # What stage 1 has made counts, and not what the trial has learnt since.
         ([*QUIET, {"guard/iou_over_held_out": 0.6, "step": 2}], LOW, HIGH, True, "raised"),
+        # Over few questions chance alone crosses the limit, in either direction.
+        (gaps((0.6, 8), (0.3, 32), (0.1, 64), (0.4, 64)), LOW, HIGH, True, "raised"),
+        (gaps((0.1, 8), (0.1, 32), (0.3, 64), (0.1, 64)), LOW, HIGH, False, "knows the training studies by heart"),
+        # A trial that ends before the window is full, and one that began with an empty window when it was resumed.
+        (gaps((0.6, 8), (0.1, 16)), LOW, HIGH, True, "raised"),
+        (gaps((0.1, 8), (0.3, 16)), LOW, HIGH, False, "knows the training studies by heart"),
+        (gaps((0.1, 32), (0.6, 8), (0.1, 64)), LOW, HIGH, True, "raised"),
         ([], LOW, HIGH, True, "raised"),
     ],
 )

@@ -13,6 +13,7 @@ from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.rewards.guards import (
     GUARDS,
     HELD_OUT_GUARDS,
+    QUESTIONS_OVER_HELD_OUT,
     VISION_RELEVANCE_METRICS,
     WINDOW,
     Guards,
@@ -197,9 +198,17 @@ def test_training_studies_that_are_known_by_heart_are_warned_of(iou, accuracy, c
     metrics = guards.metrics()
     assert 0.75 < metrics["guard/iou_over_held_out"] + iou < 0.95
     assert metrics["guard/accuracy_over_held_out"] == pytest.approx(1 - accuracy)
+    assert metrics[QUESTIONS_OVER_HELD_OUT] == WINDOW
     said = guards.warnings(metrics)
     assert len(said) == crossed and all("knows the training studies by heart" in text for text in said)
     assert guards.warnings(metrics) == []
+
+
+def test_the_log_says_over_how_many_questions_a_comparison_with_held_out_studies_is():
+    guards, metrics = after(lambda record, honest: honest, questions=8)
+    assert QUESTIONS_OVER_HELD_OUT not in metrics
+    guards.held_out({"val/iou": 0.5})
+    assert guards.metrics()[QUESTIONS_OVER_HELD_OUT] == 8
 
 
 def test_a_phrase_has_no_diagnosis_that_could_be_known_by_heart():

@@ -104,7 +104,7 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     groups = [json.loads(line) for line in (with_curve / "candidates.jsonl").read_text().splitlines()[: first["step"]]]
     ious = [one["localization"] for group in groups if group["true"]["bbox"] for one in group["candidates"]]
     assert first["guard/iou_over_held_out"] == pytest.approx(sum(ious) / len(ious) - found[0]["val/iou"], abs=1e-6)
-    assert "guard/accuracy_over_held_out" in first
+    assert "guard/accuracy_over_held_out" in first and first["guard/questions_over_held_out"] == first["step"]
     assert found[0] != found[5], "five steps at a high rate change the answers, or the last value showed nothing"
 
 

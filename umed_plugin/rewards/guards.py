@@ -34,6 +34,7 @@ With ``--umed_val_every``, two more compare the answers sampled to training stud
   in the window, minus ``val/iou`` and ``val/accuracy`` of the last validation - high from the start: stage 1 knows the training
   studies by heart, so stage 2 has nothing to learn from them. Seen in this project: 0.95 against 0.15 after 40 epochs on 200
   studies, and stage 2 only lost. Sampled answers are worse than greedy ones, so the true gap is larger.
+- ``questions_over_held_out``: number of questions in the window that these two are taken over. Below `WINDOW`, they are noisy.
 
 Two more metrics tell what the vision relevance reward is worth, over the candidates of one step that name the lesion:
 
@@ -86,6 +87,9 @@ HELD_OUT_GUARDS = {
     "guard/iou_over_held_out": "val/iou",
     "guard/accuracy_over_held_out": "val/accuracy",
 }
+
+# The number of training questions that they are taken over, per process.
+QUESTIONS_OVER_HELD_OUT = "guard/questions_over_held_out"
 
 VISION_RELEVANCE_METRICS = ("vision_relevance/over_uniform", "vision_relevance/iou_correlation")
 
@@ -253,15 +257,16 @@ class Guards:
         return {**metrics, **self._over_held_out(answers)}
 
     def _over_held_out(self, answers: Sequence[_TextStats]) -> dict[str, float]:
-        """`HELD_OUT_GUARDS`, without those that the window or the validation cannot give."""
+        """`HELD_OUT_GUARDS`, without those that the window or the validation cannot give, and over how many questions."""
         ious = [answer.iou for answer in answers if answer.iou is not None]
         accuracies = [answer.accuracy for answer in answers if answer.accuracy is not None]
         values = {"val/iou": ious, "val/accuracy": accuracies}
-        return {
+        found = {
             guard: _mean(values[name]) - self._held_out[name]
             for guard, name in HELD_OUT_GUARDS.items()
             if values[name] and name in self._held_out
         }
+        return {**found, QUESTIONS_OVER_HELD_OUT: float(len(self._answers))} if found else {}
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
         """A sentence for each guard that crosses its limit for the first time; empty until the window is full."""

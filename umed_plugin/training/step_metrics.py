@@ -40,6 +40,7 @@ from umed_plugin.rewards import reward_metric_names
 from umed_plugin.rewards.guards import (
     GUARDS,
     HELD_OUT_GUARDS,
+    QUESTIONS_OVER_HELD_OUT,
     VISION_RELEVANCE_METRICS,
     Guards,
     unscored,
@@ -74,7 +75,7 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     names = [f"reward/{name}" for name in rewards]
     names += [weight_of(name) for name, weight in zip(rewards, flags.reward_schedule()) if weight.changes]
     names += [*reward_metric_names(rewards), *_ALWAYS, *GUARDS, *map(unscored, rewards), *VISION_RELEVANCE_METRICS]
-    names += HELD_OUT_GUARDS if flags.umed_val_every else ()
+    names += (*HELD_OUT_GUARDS, QUESTIONS_OVER_HELD_OUT) if flags.umed_val_every else ()
     names += ["feature_cache_hits"] if flags.umed_feature_cache is not None else []
     names += importance.METRICS if flags.umed_rollout_server is not None else ()
     names += dynamic_sampling.METRICS if flags.umed_dynamic_sampling else ()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from umed_plugin.commands.report.run_folder import Training
-from umed_plugin.rewards.guards import crossed_limits
+from umed_plugin.rewards.guards import QUESTIONS_OVER_HELD_OUT, crossed_limits
 
 # Title -> prefixes of metric names. The first group that matches takes the metric.
 GROUPS = {
@@ -65,7 +65,7 @@ _NORMS = {
     "zscore": "standardised over the question's answers",
     "none": "taken as they are",
 }
-_NOT_SHOWN = {"step", "epoch", "total_flos"}
+_NOT_SHOWN = {"step", "epoch", "total_flos", QUESTIONS_OVER_HELD_OUT}
 _OF_THE_END = "train_"  # what the trainer logs once, at the end
 _REFERENCE = "_reference"
 

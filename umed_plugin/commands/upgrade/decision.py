@@ -3,7 +3,8 @@
 Stage 2 is not started if one of these holds:
 
 - **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than the
-  limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from.
+  limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from. It is judged
+  once the guards' window is full.
 - **No signal**: nearly all questions' answers have equal rewards.
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
   interval below 0.
@@ -69,11 +70,19 @@ def _words(difference: Mapping[str, Any]) -> str:
 
 
 def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The first values count: those are of what stage 1 has made."""
-    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, crossed_limits
+    """The first values over a full window count: the policy is still all but what stage 1 has made.
 
-    first = {name: next((entry[name] for entry in log if name in entry), None) for name in HELD_OUT_GUARDS}
-    known = {name: value for name, value in first.items() if value is not None}
+    Those over fewer questions come earlier, but chance alone takes them over the limit.
+    """
+    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, QUESTIONS_OVER_HELD_OUT, WINDOW, crossed_limits
+
+    known = {}
+    for name in HELD_OUT_GUARDS:
+        entries = [entry for entry in log if name in entry]
+        if entries:
+            # The first of the largest: a short trial may never fill the window. Logs of earlier releases lack the number; their
+            # first entry counts, as it did.
+            known[name] = max(entries, key=lambda entry: entry.get(QUESTIONS_OVER_HELD_OUT, WINDOW))[name]
     return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
 
 
