@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 
 from umed_plugin import cli
+from umed_plugin.checkpoints.tower_config import tower_sizes
 from umed_plugin.commands import memory_extras
 from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.memory import ModelSize, Work, activations, has_fused_tower, has_older_sdpa, stage_memory
@@ -360,6 +362,26 @@ def test_the_setting_bits_is_counted_and_needs_an_adapter(tmp_path: Path) -> Non
     assert [work_of(name, settings, Machine()).bits for name in DEFAULT_PLAN] == [4, 4]
     with pytest.raises(UmedError, match="bits.*4 needs method: lora"):
         read_settings(None, {**changes, "method": "full"})
+
+
+def test_a_tower_whose_sizes_nothing_says_is_named_as_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from support.towers import cache_tower
+
+    config = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
+    config |= {"vocab_size": 32000}
+    known = partial(tower_sizes, cache_dir=str(tmp_path))
+    monkeypatch.setattr("umed_plugin.commands.memory_advice.tower_sizes", known)
+
+    def first_line(**tower: str) -> str:
+        return memory_lines({**config, **tower}, DEFAULT_PLAN, Machine())[0]
+
+    small = "openai/clip-vit-large-patch14"
+    for tower in ({"mm_vision_tower": small}, {"mm_vision_tower": "/moved/tower"}, {}):
+        assert "for 576 image tokens (assumed: CLIP ViT-L/14-336) and 192 tokens" in first_line(**tower)
+    assert "for 576 image tokens and 192 tokens" in first_line(mm_vision_tower=f"{small}-336"), "its name says it"
+    cache_tower(tmp_path, small)
+    assert "for 256 image tokens and 192 tokens" in first_line(mm_vision_tower=small)
+    assert "for 256 image tokens and 192 tokens" in first_line(vision_tower=small)
 
 
 def test_upgrade_and_doctor_print_the_need(

@@ -84,19 +84,18 @@ class ModelSize:
     tower: Tower = field(default_factory=Tower)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], tower: Mapping[str, Any] | None = None) -> ModelSize:
+    def of(cls, config: Mapping[str, Any], tower: Mapping[str, int] | None = None) -> ModelSize:
         """The sizes in ``config.json``.
 
         Args:
             config: of the LLaVA checkpoint.
-            tower: ``config.json`` of its vision tower; None: CLIP ViT-L/14-336.
+            tower: sizes of its vision tower (`umed_plugin.checkpoints.tower_config`); None: CLIP ViT-L/14-336.
         """
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         keys = hidden // heads * config.get("num_key_value_heads", heads)
         size = cls(hidden, config["num_hidden_layers"], heads, keys, config["intermediate_size"], config["vocab_size"])
         if tower is None:
             return size
-        tower = tower.get("vision_config", tower)
         layers, patches = tower["num_hidden_layers"], (tower["image_size"] // tower["patch_size"]) ** 2
         used = range(layers + 1)[config.get("mm_vision_select_layer", -2)]
         own = Tower(

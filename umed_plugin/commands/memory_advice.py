@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from umed_plugin.checkpoints.tower_config import tower_sizes
 from umed_plugin.commands.machine import Machine
 from umed_plugin.commands.memory import RESERVE, ModelSize, Work, kv_cache, stage_memory
-from umed_plugin.files import read_object
 from umed_plugin.flags.rules import REWARDING, TUNING
 
 GIGA = 1e9
@@ -26,6 +25,8 @@ DEFAULT_PLAN = {
         rank=128, half=True, checkpointing=True, fused=True, rows=4, candidates=8, answer=128, sampled=8, ddp=True
     ),
 }
+# The tower whose sizes are those of `Tower`, also where it is not on this machine.
+_USUAL_TOWER = "openai/clip-vit-large-patch14-336"
 EVALUATED_TOGETHER = 16  # studies of a batch of `umed evaluate` in that plan
 EVALUATED_ANSWER = 128  # tokens of an answer there
 
@@ -46,10 +47,9 @@ def memory_lines(
         evaluated_together: studies of a batch of the evaluations, which begin and end each stage.
         answer: tokens of an answer there, at most.
     """
-    file = Path(str(config.get("mm_vision_tower", ""))) / "config.json"
-    size = ModelSize.of(config, read_object(file) if file.is_file() else None)
+    size, assumed = _size_of(config)
     text = max(work.text for work in works.values())
-    lines = [f"memory a GPU, for {size.patches} image tokens and {text} tokens of text:"]
+    lines = [f"memory a GPU, for {size.patches} image tokens{assumed} and {text} tokens of text:"]
     for number, (name, work) in enumerate(works.items(), start=1):
         lines.append(f"stage {number}, {name.replace('_', ' ')}: {summary(stage_memory(size, work))}")
         lines += [f"  {_verdict(size, work, machine.gpu_bytes)}"] if machine.gpus else []
@@ -58,6 +58,14 @@ def memory_lines(
     if machine.gpus:
         lines.append(f"  {_verdict_of_evaluation(size, evaluated_together, length, machine.gpu_bytes)}")
     return lines
+
+
+def _size_of(config: Mapping[str, Any]) -> tuple[ModelSize, str]:
+    """The sizes of a checkpoint, and what is assumed of its tower, as brackets behind its image tokens."""
+    name = str(config.get("mm_vision_tower", config.get("vision_tower")) or "")
+    tower = tower_sizes(name)
+    assumed = "" if tower is not None or name == _USUAL_TOWER else " (assumed: CLIP ViT-L/14-336)"
+    return ModelSize.of(config, tower), assumed
 
 
 def evaluation_memory(size: ModelSize, rows: int, length: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from umed_plugin.checkpoints.folder import (
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.to_transformers import bare_tower_name
+from umed_plugin.checkpoints.tower_config import cached_tower
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
@@ -70,18 +71,7 @@ def tower_folder(checkpoint: Path, name: str) -> Path | None:
     own = checkpoint / "vision_tower"
     if here is None and not is_hub_tower(name) and (own / "config.json").is_file():
         return own.absolute()
-    if here is not None or os.path.isabs(name):
-        return here
-    from transformers.utils import cached_file
-
-    try:
-        cached = cached_file(
-            name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-    except (OSError, ValueError):  # a name such as ../clip, which nothing on the hub can have
-        return None
-    return None if cached is None else Path(cached).parent
+    return here if here is not None or os.path.isabs(name) else cached_tower(name)
 
 
 def _location(contents: Contents, name: str, folder: Path | None, where: str) -> Iterator[Finding]:
