@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.commands.upgrade.decision import decide
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
@@ -34,6 +35,17 @@ def evaluation(ious, wrong=0):
     ]
     rows = [case.row() for case in cases]
     return Evaluation("recipe", "c", "t", cases, measure(RECIPE.metrics(rows), rows))
+
+
+PSEUDO = """
+name: frames
+description: Frames in one folder for each class.
+terms: {licence: my own, url: "https://example.org"}
+annotations: {reader: folders, files: ., no_finding: [normal]}
+pseudo_boxes: {normal: negatives, shots: 16}
+classes: {polyps: {name: polyp}}
+split: {by: patient, seed: 0}
+"""
 
 
 def gaps(*of_questions):
@@ -126,6 +138,79 @@ def test_the_trial_comes_between_the_stages_and_held_out_records_are_answered_wh
         upgrade_of(tiny_mistral, without, tmp_path / "r", rewarding="auto")
     both = read_settings(None, {"checkpoint": "c", "recipe": "mau", "rewarding": "auto", "rewarding.trial_steps": 3})
     assert (both.rewarding.run, both.rewarding.trial_steps, both.rewarding.candidates) == ("auto", 3, 8)
+
+
+def benchmarks_of(upgrade):
+    """Evaluation -> what it asks, and its folder of data if it is given one."""
+    found = {}
+    for step in upgrade.steps:
+        if "evaluate" in step.command:
+            words = dict(zip(step.command, step.command[1:]))
+            found[step.name.removeprefix("evaluation_")] = (words["--benchmark"], words.get("--data-root"))
+    return found
+
+
+def without_a_persons_boxes(file: Path) -> Path:
+    records = json.loads(file.read_text())
+    for record in records:
+        record["provenance"]["boxes"] = "pseudo"
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.mark.llava
+def test_the_trial_is_judged_on_the_held_out_studies_of_the_training_records(tiny_mistral, tmp_path):
+    """evaluation.recipe names studies for the test; it need not have a val."""
+    trained_on = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    measured_on = records_with(tmp_path / "b", ["test"])
+    sets = {"rewarding": "auto", "evaluation.recipe": str(measured_on)}
+    upgrade = upgrade_of(tiny_mistral, trained_on, tmp_path / "run", **sets)
+    stages = dict.fromkeys(("base", "instruction_tuning", "rewarding"), (str(measured_on), None))
+    trial = dict.fromkeys(("trial_before", "trial_after"), (str(trained_on), None))
+    assert benchmarks_of(upgrade) == {**stages, **trial}
+    by_name = {step.name: step for step in upgrade.steps}
+    before = by_name["evaluation_trial_before"]
+    assert before.inputs["records"] == trained_on and "evaluation.recipe" not in before.settings
+    assert by_name["evaluation_base"].settings["evaluation.recipe"] == str(measured_on)
+    with pytest.raises(UmedError, match=r"b/records.json has none. Give the recipe a val split"):
+        upgrade_of(tiny_mistral, measured_on, tmp_path / "run", **{**sets, "evaluation.recipe": str(trained_on)})
+
+
+@pytest.mark.llava
+def test_where_no_person_drew_boxes_the_val_of_the_evaluations_recipe_judges(tiny_mistral, tmp_path):
+    """It is looked for before anything runs: the trial comes after all of stage 1."""
+    frames = tmp_path / "frames.yaml"
+    frames.write_text(PSEUDO)
+    for name, val in (("with", 4), ("without", 0)):
+        make_studies(tmp_path / name, train=4, val=val, test=4)
+    sets = {"rewarding": "auto", "evaluation.recipe": "demo_studies"}
+    root = str(tmp_path / "with")
+    upgrade = upgrade_of(tiny_mistral, frames, tmp_path / "run", **sets, **{"evaluation.data_root": root})
+    assert set(benchmarks_of(upgrade).values()) == {("demo_studies", root)} and len(benchmarks_of(upgrade)) == 5
+    refused = "demo_studies has no split val with true boxes. Give it one, or set rewarding.run to always"
+    lacking = {"evaluation.data_root": str(tmp_path / "without")}
+    with pytest.raises(UmedError, match=refused):
+        upgrade_of(tiny_mistral, frames, tmp_path / "run", **sets, **lacking)
+    upgrade_of(tiny_mistral, frames, tmp_path / "run", **{**sets, "rewarding": "always"}, **lacking)
+
+
+@pytest.mark.llava
+def test_records_with_pseudo_boxes_in_their_val_need_another_judge(tiny_mistral, tmp_path):
+    drawn_by_none = without_a_persons_boxes(records_with(tmp_path / "a", ["train", "val"]))
+    held_out, test = (
+        records_with(tmp_path / name, splits) for name, splits in (("b", ["val", "test"]), ("c", ["test"]))
+    )
+    pseudo = without_a_persons_boxes(records_with(tmp_path / "d", ["val", "test"]))
+
+    def judged(**sets):
+        return upgrade_of(tiny_mistral, drawn_by_none, tmp_path / "run", rewarding="auto", **sets)
+
+    assert benchmarks_of(judged(**{"evaluation.recipe": str(held_out)}))["trial_after"] == (str(held_out), None)
+    with pytest.raises(UmedError, match="no person drew the boxes of .*a/records.json .*it is not set"):
+        judged()
+    for file in (test, pseudo):
+        with pytest.raises(UmedError, match=f"{file} has no split val with true boxes"):
+            judged(**{"evaluation.recipe": str(file)})
 
 
 @pytest.mark.run

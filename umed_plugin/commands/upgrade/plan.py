@@ -13,7 +13,6 @@ they train, so it is not among a step's settings.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 from collections.abc import Mapping
@@ -21,13 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
 
+from umed_plugin.commands.upgrade.held_out import HeldOut
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags
-from umed_plugin.data.json_list import items_of
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
-from umed_plugin.data.record_file import kept_splits
 from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
 # Settings that both trainings depend on, besides those of their stage.
@@ -104,7 +102,7 @@ class Plan:
         self.start = self._in_runs("start") if origin.lora else origin.checkpoint
         self.tuned, self.result = self._in_runs("instruction_tuned"), folder / "checkpoint" / str(settings.name)
         self.tried = self._in_runs("tried")
-        self._held_out: tuple[list[int], bool] | None = None
+        self.held_out = HeldOut(settings, self.records)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -119,44 +117,36 @@ class Plan:
         """All steps in their order."""
         steps = [self._merged_start()] if self.origin.lora else []
         steps += [self._records()] if self.builds_records else []
-        steps.append(self._evaluation("base", self.start))
+        test = self.settings.evaluation.recipe
+        steps.append(self._evaluation("base", self.start, test))
         tuning = self._training(TUNING, self.settings.instruction_tuning, self.start)
         steps += [
             tuning,
             self._checkpoint(TUNING, tuning, self.start, self.tuned),
-            self._evaluation(TUNING, self.tuned),
+            self._evaluation(TUNING, self.tuned, test),
         ]
         steps += self.trial() if self.settings.rewarding.run == "auto" else []
         if self.pays is False or REWARDING not in self.settings.stages:
             return [*steps, self._checkpoint(REWARDING, tuning, self.start, self.result)]
         rewarding = self._training(REWARDING, self.settings.rewarding, self.tuned)
         result = self._checkpoint(REWARDING, rewarding, self.tuned, self.result)
-        return [*steps, rewarding, result, self._evaluation(REWARDING, self.result)]
+        return [*steps, rewarding, result, self._evaluation(REWARDING, self.result, test)]
 
     def trial(self) -> list[Step]:
-        """The steps of ``rewarding: auto``: a short stage 2, its checkpoint, evaluations of the split val before and after it."""
+        """The steps of ``rewarding: auto``: a short stage 2, its checkpoint, evaluations of the split val before and after it.
+
+        Which records' split val that is, `umed_plugin.commands.upgrade.held_out` says.
+        """
         stage = self.settings.rewarding
         flags = {"umed_log_candidates": 0, "umed_val_records": 256, **stage.flags, "umed_val_every": stage.trial_steps}
         short = stage.model_copy(update={"steps": stage.trial_steps, "epochs": None, "flags": flags})
         training = self._training(REWARDING, short, self.tuned, trial=True)
         checkpoint = self._checkpoint("trial", training, self.tuned, self.tried)
         before, after = (
-            self._evaluation(f"trial_{name}", path, "val")
+            self._evaluation(f"trial_{name}", path, self.held_out.recipe(), "val")
             for name, path in (("before", self.tuned), ("after", self.tried))
         )
         return [training, replace(checkpoint, goal=False), before, after]
-
-    def has_val(self) -> bool:
-        """Whether the records have a split val; False while they are not built."""
-        if not self.records.is_file():
-            return False
-        status = self.records.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        if self._held_out is None or self._held_out[0] != stamp:
-            # Where no training has kept an index of the records yet, they are read.
-            splits = kept_splits(self.records)
-            self._held_out = (stamp, _reads_val(self.records) if splits is None else "val" in splits)
-        return self._held_out[1]
 
     def _settings(self, *keys: str) -> dict[str, Any]:
         """Dotted key -> value of these keys and of all keys below them."""
@@ -200,12 +190,13 @@ class Plan:
             digests={f"recipe {recipe.name}": recipe.sha256},
         )
 
-    def _evaluation(self, name: str, checkpoint: Path, split: str | None = None) -> Step:
+    def _evaluation(self, name: str, checkpoint: Path, own: str | None, split: str | None = None) -> Step:
+        """The evaluation on ``own``, a recipe or records; None: on the records that are trained on."""
         # The report shows what is in evaluation/: the stages, on the test.
         settings, out = self.settings.evaluation, self.folder / ("evaluation" if split is None else "trial") / name
-        benchmark = settings.recipe or self.records
+        benchmark = own or self.records
         command: tuple[Any, ...] = (*umed(), "evaluate", checkpoint, "--benchmark", benchmark, "--out", out)
-        command += ("--data-root", settings.data_root) if settings.data_root else ()
+        command += ("--data-root", settings.data_root) if own and settings.data_root else ()
         command += ("--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens)
         command += ("--device", self.settings.device, *(("--limit", settings.limit) if settings.limit else ()))
         command += ("--split", split) if split is not None else ()
@@ -222,7 +213,7 @@ class Plan:
             settings={
                 key: value
                 for key, value in self._settings("evaluation", "device").items()
-                if value is not None or key not in ("evaluation.recipe", "evaluation.data_root")
+                if key not in ("evaluation.recipe", "evaluation.data_root") or (own and value is not None)
             },
             inputs={"checkpoint": checkpoint, **measured_on, **self._tower()},
             outputs=(out,),
@@ -240,7 +231,7 @@ class Plan:
             "output_dir": output,
         }
         flags = {**paths, **training_flags(name, stage, self.settings, self.origin)}
-        if self.has_val():
+        if self.held_out.has_val():
             flags.setdefault("umed_val_every", stage.save_steps)
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = 1 + STAGES.index(name)
@@ -278,14 +269,6 @@ class Plan:
             outputs=(result,),
             goal=True,
         )
-
-
-def _reads_val(records: Path) -> bool:
-    """Whether a file of records has one of the split val."""
-    with contextlib.suppress(ValueError, RecursionError):  # the steps that read them say what is wrong
-        items = (placed.item for placed in items_of(records, strict=True))
-        return any(isinstance(item, dict) and item.get("split") == "val" for item in items)
-    return False
 
 
 def umed() -> list[str]:

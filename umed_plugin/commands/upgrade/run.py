@@ -198,11 +198,8 @@ class Upgrade:
             UmedError: a trial is asked for, and the records have no held-out studies to judge it by.
         """
         auto = self.settings.rewarding.run == "auto"
-        if auto and self.plan.records.is_file() and not self.plan.has_val():
-            raise UmedError(
-                f"rewarding: auto decides by the studies of the split val, and {self.plan.records} has none. Give the recipe a "
-                "val split, or set rewarding.run to always."
-            )
+        if auto:
+            self.plan.held_out.check()
         before = self.plan.pays
         if auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal):
             self.decision = self._decide()
