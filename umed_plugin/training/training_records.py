@@ -5,7 +5,6 @@ Both stages use them: stage 1 through `umed_plugin.training.tuning_data`, stage 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -20,9 +19,10 @@ from umed_plugin.checkpoints.prompt_templates import separators
 from umed_plugin.data import record_writer
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.build import build_records
+from umed_plugin.data.data_stamp import data_stamp
 from umed_plugin.data.image_files import check_image_files
-from umed_plugin.data.images import READERS, file_states
-from umed_plugin.data.recipes.recipe import AnyRecipe, load_recipe
+from umed_plugin.data.images import READERS
+from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.record_file import JoinedRecords, RecordFile, make_index, open_records
 from umed_plugin.data.records import check_exists, not_records, save_records
 from umed_plugin.data.splits import SPLITS
@@ -211,7 +211,7 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
         "recipe_sha256": recipe.sha256,
         "writers": record_writer.WRITERS,
         "readers": READERS,
-        **_data_stamp(recipe, flags.umed_data_root),
+        **data_stamp(read_annotations(recipe, flags.umed_data_root)),
         **options,
     }
     if file.is_file() and _holds(stamp_file, stamp):
@@ -227,15 +227,6 @@ def _build_or_reuse(folder: Path, split: str, image_aspect_ratio: str, training_
     save_records(records, file)
     files.write_json(stamp_file, stamp)
     note(f"built {len(records)} records of {flags.umed_recipe} into {file}")
-
-
-def _data_stamp(recipe: AnyRecipe, data_root: str | None) -> dict[str, str]:
-    """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
-    annotations = read_annotations(recipe, data_root)
-    digest = hashlib.sha256(repr((annotations.faults.messages, annotations.missing)).encode())
-    for item in annotations.items:
-        digest.update(repr((item, file_states(item.image))).encode())
-    return {"data_root": str(annotations.root), "data_sha256": digest.hexdigest()}
 
 
 def _holds(file: Path, content: Any) -> bool:

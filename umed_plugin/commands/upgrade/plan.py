@@ -13,19 +13,23 @@ they train, so it is not among a step's settings.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Optional
 
+from umed_plugin import __version__
 from umed_plugin.commands.upgrade.held_out import HeldOut
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
 from umed_plugin.commands.upgrade.training import launcher, program, training_flags
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
+from umed_plugin.errors import UmedError
 from umed_plugin.flags.rules import REWARDING, STAGES, TUNING
 
 # Settings that both trainings depend on, besides those of their stage.
@@ -58,6 +62,8 @@ class Step:
         resumable: continue from what a killed attempt left behind; otherwise remove that first.
         goal: its outputs are wanted for themselves; other steps run only if a later step that has to run needs them.
         digests: further dependencies -> their hash.
+        stamps: gives those that may be missing, such as data on a disk that is not mounted -> their hash. It may take as long as
+            reading them, so it is called only when a step is compared or begins.
     """
 
     name: str
@@ -69,6 +75,7 @@ class Step:
     resumable: bool = False
     goal: bool = False
     digests: Mapping[str, str] = field(default_factory=dict)
+    stamps: Callable[[], Mapping[str, str]] = dict
 
     @property
     def trains(self) -> bool:
@@ -103,6 +110,7 @@ class Plan:
         self.tuned, self.result = self._in_runs("instruction_tuned"), folder / "checkpoint" / str(settings.name)
         self.tried = self._in_runs("tried")
         self.held_out = HeldOut(settings, self.records)
+        self._data_stamps = cache(partial(_stamps_of_data, settings.recipe, settings.data_root))
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -188,6 +196,7 @@ class Plan:
             inputs={"checkpoint": self.start, **self._tower()} if pseudo else {},
             outputs=(self.records,),
             digests={f"recipe {recipe.name}": recipe.sha256},
+            stamps=self._data_stamps,
         )
 
     def _evaluation(self, name: str, checkpoint: Path, own: str | None, split: str | None = None) -> Step:
@@ -269,6 +278,22 @@ class Plan:
             outputs=(result,),
             goal=True,
         )
+
+
+def _stamps_of_data(recipe: str, data_root: str | None) -> dict[str, str]:
+    """The data that records are built from, if they are on this machine -> their stamp.
+
+    Folder and release are in the name: a stamp holds paths, and another release may read the same data otherwise.
+    """
+    from umed_plugin.data.annotations import read_annotations
+    from umed_plugin.data.data_stamp import data_stamp
+
+    with contextlib.suppress(UmedError, OSError):
+        annotations = read_annotations(load_recipe(recipe), data_root)
+        if annotations.items:  # none: the folder is there, but the disk below it is not
+            stamp = data_stamp(annotations)
+            return {f"data in {stamp['data_root']}, read by umed-plugin {__version__}": stamp["data_sha256"]}
+    return {}
 
 
 def umed() -> list[str]:

@@ -2,6 +2,8 @@
 
 A step is done if its file in ``made/`` says so, settings and inputs are still the recorded ones, and its outputs are unchanged on
 disk. Every difference is named. Nothing that was made from other settings is silently reused or continued.
+Data from which records are built count by a stamp of their annotations and of size and time of their images. It is compared where
+both starts have one: the data may be gone by now, and earlier releases wrote none.
 Each file is hashed once. Its size and modification time are kept beside the hash; if they differ, the file is hashed again.
 """
 
@@ -99,7 +101,20 @@ class Provenance:
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
+        changed += self._stamp_differences(step, record)
         return changed + (self._input_differences(step, record) if inputs else [])
+
+    def _stamp_differences(self, step: Step, record: JsonObject) -> list[str]:
+        before = record.get("stamps", {})
+        # A step that has not ended begins anew, from the data as they are: the fault in them that ended it may be mended.
+        if not before or record["outputs"] is None:
+            return []
+        now = step.stamps()
+        return [
+            f"{what}: annotations or images have changed"
+            for what in before
+            if what in now and now[what] != before[what]
+        ]
 
     def _input_differences(self, step: Step, record: JsonObject) -> list[str]:
         before = {role: state["sha256"] for role, state in record["inputs"].items()}
@@ -131,11 +146,13 @@ class Provenance:
                 )
         elif not step.resumable:
             self.forget(step)
+        stamps = dict(step.stamps())
         record = {
             "step": step.title,
             "command": list(step.command),
             "settings": {**step.settings, **step.digests},
             "inputs": self._inputs(step),
+            **({"stamps": stamps} if stamps else {}),
             "versions": versions(),
             "outputs": None,
         }

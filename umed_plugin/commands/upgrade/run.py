@@ -315,8 +315,8 @@ class Upgrade:
         """Complete a swap that an earlier start began."""
         if any(self.provenance.differences(step, inputs=False) for step in self.steps):
             raise UmedError(
-                f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and the settings have changed since "
-                "it was made. Choose another --out."
+                f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and settings or data have changed "
+                "since it was made. Choose another --out."
             )
         if self.swap.done() and not self.swap.checkpoint.is_dir():
             raise UmedError(
