@@ -29,6 +29,7 @@ from umed_plugin.rewards import (
 from umed_plugin.rewards.contract import normalisation_of, register_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.terms.vision_relevance import even_share
+from umed_plugin.training.advantages import group_advantages, has_signal
 
 ROOT = Path(__file__).resolve().parents[2]
 GEOMETRY = ImageGeometry(100, 100, "pad", 336, 14)
@@ -196,6 +197,42 @@ def test_zscores_do_not_depend_on_the_size_of_the_values(scale):
     torch.testing.assert_close(terms, torch.tensor([[-(2**0.5), 2**0.5, 0.0, 0.0]]))
     equal = combine_rewards({"localization": [0.1 * scale] * 7}, 7, weights=WEIGHTS, norm="zscore")
     assert equal.eq(0).all()
+
+
+OPPOSED = {
+    "two answers": ([0.31, 0.87], [0.6, 0.2]),
+    "right or wrong": ([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.7, 0.7, 0.7, 0.7]),
+    "one is the rest of the other": ([0.9003, 0.9001, 0.9007, 0.9002], [0.0997, 0.0999, 0.0993, 0.0998]),
+}
+
+
+@pytest.mark.parametrize("attention", [None, 0.2])
+@pytest.mark.parametrize("case", OPPOSED)
+def test_rewards_that_cancel_leave_no_signal_and_no_advantage(case, attention):
+    first, second = OPPOSED[case]
+    values = {"relevance": first, "localization": second, "vision_relevance": [attention] * len(first)}
+    rewards = combine_rewards(values, len(first), weights=WEIGHTS, norm="zscore")
+    assert rewards.abs().max() < 1e-6 and not has_signal(rewards).any()
+    for spread in (None, 1.0, torch.tensor(0.0)):
+        assert group_advantages(rewards, spread=spread).eq(0).all()
+
+
+def test_sums_that_differ_by_rounding_around_another_value_leave_no_signal():
+    values = {"mine": [1000.1, 1000.2, 1000.3], "other": [-1000.0, -1000.1, -1000.2]}
+    weights = dict.fromkeys(values, 1.0)
+    rewards = combine_rewards(values, 3, weights=weights, norm="none")
+    torch.testing.assert_close(rewards, torch.full((1, 3), 0.1))
+    assert not has_signal(rewards).any() and group_advantages(rewards).eq(0).all()
+    # A difference that the values have stays, however small it is beside them.
+    rewards = combine_rewards({**values, "mine": [1000.1, 1000.2, 1000.31]}, 3, weights=weights, norm="none")
+    torch.testing.assert_close(rewards, torch.tensor([[0.1, 0.1, 0.11]]))
+
+
+def test_a_query_that_cancels_leaves_the_others_as_they_are():
+    values = {"relevance": [0.2, 0.8, 0.2, 0.8], "localization": [0.9, 0.4, 0.4, 0.9]}
+    rewards = combine_rewards(values, 2, weights=WEIGHTS, norm="zscore")
+    torch.testing.assert_close(rewards[1], torch.tensor([-2.0, 2.0]))
+    assert has_signal(rewards).tolist() == [[False], [True]]
 
 
 def trl_form(completions, **kwargs):

@@ -10,6 +10,7 @@ The maxima run over the K candidates of a query. Departures from the paper:
 - A single candidate is not normalised; it would always be 1.
 - Weights, and z-scores or raw values instead of the maximum, as options. Z-scores of each reward by itself are the first step of
   GDPO (arXiv 2601.05242). Its second, the deviation of the sum over the batch, is ``--umed_advantage_scale batch``.
+- Rewards that order the answers oppositely may cancel. The sums then differ by rounding alone, and all candidates get their mean.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
+
+# Sums that differ by less than this share of what is added up differ by rounding alone.
+_ROUNDING = 1e-6
 
 
 def combine_rewards(
@@ -82,24 +86,30 @@ def normalised_terms(
     least_maxima: Mapping[str, float] | None = None,
     scales: Mapping[str, float | Sequence[float]] | None = None,
 ) -> dict[str, Tensor]:
-    """Reward name -> its [Q, K] values as they are weighted and summed; arguments and errors as in `combine_rewards`."""
+    """Reward name -> its [Q, K] values as they are weighted and summed, float64; arguments and errors as in `combine_rewards`."""
     _check(values, num_candidates)
     terms = {}
     for name, column in values.items():
-        raw = torch.tensor([float("nan") if value is None else value for value in column]).view(-1, num_candidates)
+        # In float64: z-scores divide by differences, beside which the rounding of float32 can be large.
+        known = [float("nan") if value is None else value for value in column]
+        raw = torch.tensor(known, dtype=torch.float64).view(-1, num_candidates)
         least = _least_maxima(raw, floor, (least_maxima or {}).get(name, 0.0), (scales or {}).get(name, 1.0))
         terms[name] = _fill_missing(_normalise(raw, norm, name in max_normalised, least))
     return terms
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """[Q, K]: the sum over rewards of weight times `normalised_terms`."""
-    total = None
-    for name, term in terms.items():
-        total = weights[name] * term if total is None else total + weights[name] * term
-    if total is None:
+    """[Q, K] float32: the sum over rewards of weight times `normalised_terms`.
+
+    Where the sums of a query differ by rounding alone, each is their mean: the query has no signal. `has_signal` of
+    `umed_plugin.training.advantages` cannot tell this from the sums, since what cancelled is no longer in them.
+    """
+    if not terms:
         raise ValueError("no rewards to combine")
-    return total
+    weighted = torch.stack([weights[name] * term for name, term in terms.items()])
+    total, added_up = weighted.sum(dim=0), weighted.abs().sum(dim=0).amax(dim=1, keepdim=True)
+    spread = total.amax(dim=1, keepdim=True) - total.amin(dim=1, keepdim=True)
+    return torch.where(spread > _ROUNDING * added_up, total, total.mean(dim=1, keepdim=True)).float()
 
 
 def _least_maxima(raw: Tensor, floor: float, own: float, scale: float | Sequence[float]) -> Tensor:
