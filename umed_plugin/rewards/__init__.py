@@ -1,7 +1,8 @@
 """The rewards of Abnormal-Aware Rewarding, and how they are combined into one number per candidate.
 
-A reward has the signature of TRL's reward functions. It takes a batch and returns a list, with ``None`` for a candidate that it
-cannot score. ``None`` leaves the term out for that candidate (:mod:`umed_plugin.rewards.combine`); it never counts as 0.
+A reward has the signature of TRL's reward functions. It takes a batch and returns a list of finite numbers, with ``None`` for a
+candidate that it cannot score. A NumPy array or a tensor will do; anything else ends the run. ``None`` leaves the term out for
+that candidate (:mod:`umed_plugin.rewards.combine`); it never counts as 0.
 
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 

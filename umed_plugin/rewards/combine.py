@@ -15,13 +15,13 @@ The maxima run over the K candidates of a query. Departures from the paper:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
+from umed_plugin.rewards.values import numbers_of
 
 # Sums that differ by less than this share of what is added up differ by rounding alone.
 _ROUNDING = 1e-6
@@ -87,11 +87,11 @@ def normalised_terms(
     scales: Mapping[str, float | Sequence[float]] | None = None,
 ) -> dict[str, Tensor]:
     """Reward name -> its [Q, K] values as they are weighted and summed, float64; arguments and errors as in `combine_rewards`."""
-    _check(values, num_candidates)
+    _check_lengths(values, num_candidates)
     terms = {}
     for name, column in values.items():
         # In float64: z-scores divide by differences, beside which the rounding of float32 can be large.
-        known = [float("nan") if value is None else value for value in column]
+        known = [float("nan") if value is None else value for value in numbers_of(name, column)]
         raw = torch.tensor(known, dtype=torch.float64).view(-1, num_candidates)
         least = _least_maxima(raw, floor, (least_maxima or {}).get(name, 0.0), (scales or {}).get(name, 1.0))
         terms[name] = _fill_missing(_normalise(raw, norm, name in max_normalised, least))
@@ -118,19 +118,12 @@ def _least_maxima(raw: Tensor, floor: float, own: float, scale: float | Sequence
     return (floor * scales.amax(dim=1, keepdim=True)).clamp(min=max(own, torch.finfo(raw.dtype).tiny))
 
 
-def _check(values: Mapping[str, Sequence[float | None]], num_candidates: int) -> None:
-    """Refuse wrong values of a user's own reward, before they turn into a silent zero."""
+def _check_lengths(values: Mapping[str, Sequence[float | None]], num_candidates: int) -> None:
     lengths = {name: len(column) for name, column in values.items()}
     if len(set(lengths.values())) > 1 or any(length % num_candidates for length in lengths.values()):
         raise UmedError(
             f"rewards must return one value for each candidate ({num_candidates} per question), but returned {lengths}."
         )
-    for name, column in values.items():
-        bad = [value for value in column if value is not None and not math.isfinite(value)]
-        if bad:
-            raise UmedError(
-                f"reward {name!r} returned {bad[0]}. Allowed: finite numbers, or None for a candidate that it cannot score."
-            )
 
 
 def _fill_missing(term: Tensor) -> Tensor:

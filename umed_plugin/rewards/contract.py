@@ -111,13 +111,8 @@ def call_reward(
     """What a reward, or its ``start``, returns for a batch.
 
     As in TRL, everything is passed by keyword, so ``def f(completions, **kwargs)`` is a reward too. A function that gives its
-    first two parameters other names gets them by position. A value for a record to which the reward does not apply is None.
+    first two parameters other names gets them by position.
     """
     if is_called_by_position(reward, columns):
-        values = reward(prompts, completions, **columns)
-    else:
-        values = reward(prompts=prompts, completions=completions, **columns)
-    applies = getattr(reward, "applies_to", None)
-    if applies is None or values is None or "record" not in columns:
-        return values
-    return [value if applies(record) else None for value, record in zip(values, columns["record"])]
+        return reward(prompts, completions, **columns)
+    return reward(prompts=prompts, completions=completions, **columns)

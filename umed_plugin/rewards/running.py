@@ -18,6 +18,7 @@ from umed_plugin.grounding.answer_types import PHRASE, REPORT
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
+from umed_plugin.rewards.values import numbers_of, values_of
 
 # Of the records that `for_records` gets: enough to know the wording of a data set of any size.
 MOST_RECORDS = 2000
@@ -113,8 +114,25 @@ def start_rewards(
 def run_rewards(
     rewards: Mapping[str, Reward], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
 ) -> dict[str, list[float | None]]:
-    """The values of each reward by name, one for each of the N candidates."""
-    return {name: call_reward(reward, prompts, completions, columns) for name, reward in rewards.items()}
+    """The values of each reward by name, one for each of the N candidates; None for a record to which it does not apply.
+
+    Raises:
+        UmedError: a reward returned something else than N finite numbers or None.
+    """
+    return {name: _values_of(name, reward, prompts, completions, columns) for name, reward in rewards.items()}
+
+
+def _values_of(
+    name: str,
+    reward: Reward,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence[Any]],
+) -> list[float | None]:
+    values = values_of(name, call_reward(reward, prompts, completions, columns), len(completions))
+    if "record" in columns:
+        values = [value if _applies(reward, record) else None for value, record in zip(values, columns["record"])]
+    return numbers_of(name, values)
 
 
 def advance_rewards(rewards: Mapping[str, Reward], gather: Callable[[list[Any]], list[Any]]) -> None:
