@@ -115,3 +115,55 @@ def test_processes_of_which_one_measures_with_numpy_gather_the_same_kind_of_numb
     lesions = sum(bool(record["objects"]["bbox"]) for record in json.loads(records.read_text()))
     window = state["rewards"]["localization_curriculum"]["window"]
     assert window == [[0.0, 0.0]] * len(window) and 0 < len(window) <= min(2, lesions)
+
+
+WRONG = """
+import json, os
+
+class Wrong:
+    metric_names, calls = ("own/known",), 0
+    def __call__(self, prompts, completions, **columns):
+        self.calls += 1
+        self.bad = self.calls == 2 and os.environ.get("RANK", "0") == os.environ["BAD_RANK"]
+        values = [float(index) for index in range(len(completions))]
+        if self.bad and os.environ["FAULT"] == "nan":
+            values[0] = float("nan")
+        return values + [0.5] * (self.bad and os.environ["FAULT"] == "surplus")
+
+    def metrics(self):
+        return {"own/unknown" if self.bad and os.environ["FAULT"] == "metric" else "own/known": 1.0}
+
+    def scale(self, record, **columns):
+        return [1.0] * (len(record) + (self.bad and os.environ["FAULT"] == "scale"))
+"""
+FAULTS = {
+    "nan": "reward 'wrong:Wrong' returned nan.",
+    "surplus": "reward 'wrong:Wrong' returned 3 values for 2 answers.",
+    "metric": "reward 'wrong:Wrong': metrics() returned own/unknown",
+    "scale": "reward 'wrong:Wrong': scale returned 3 numbers for 2 answers.",
+}
+
+
+@pytest.mark.parametrize(("fault", "processes"), [("surplus", 1), ("metric", 1), ("scale", 1), ("nan", 2)])
+def test_what_is_wrong_of_a_reward_ends_all_processes_with_a_checkpoint(
+    fault, processes, tiny_llama, tmp_path, monkeypatch
+):
+    """In the second of three rollouts, on the last process; answers that are cut off are left out, here all of them."""
+    records = grounded_records(tmp_path / "data")
+    (tmp_path / "wrong.py").write_text(WRONG)
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setenv("BAD_RANK", str(processes - 1))
+    stage = shlex.split(
+        "--umed_stage rewarding --umed_num_candidates 2 --umed_max_new_tokens 4 --umed_cut_off mask --max_steps 3"
+        " --save_steps 100 --per_device_train_batch_size 1 --umed_rewards wrong:Wrong"
+    )
+    flags = train_flags(tiny_llama, records, tmp_path / "out", *stage)
+    command = ["python", "-m", "llava.train.train_mem"] if processes == 1 else TWO_PROCESSES
+    run = umed_run([*command, *flags], pythonpath=tmp_path)
+    assert run.returncode == 1, run.stderr[-3000:]
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    assert f"training stopped after step 1: {FAULTS[fault]}" in run.stderr
+    assert f"Saved: {checkpoint}" in run.stderr
+    assert (checkpoint / "trainer_state.json").is_file()
+    if processes == 2:
+        assert "a reward failed in another process; its message says why." in run.stderr

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rewards import combine_rewards, run_rewards
+from umed_plugin.rewards import advance_rewards, collect_metrics, combine_rewards, normalisation_of, run_rewards
 
 NODULE, NEGATIVE = {"objects": {"ref": ["nodule"]}}, {"objects": {"ref": []}}
 
@@ -67,3 +68,92 @@ def test_a_value_for_a_record_to_which_the_reward_does_not_apply_is_none_whateve
     assert run_rewards({"own": of_lesions}, ["?"] * 2, ["a", "b"], **columns) == {"own": [0.5, None]}
     with pytest.raises(UmedError, match="returned 2 values for 1 answers"):
         run_rewards({"own": of_lesions}, ["?"], ["a"], record=[NODULE])
+
+
+class Measures:
+    metric_names = ("own/one", "own/two")
+
+    def __init__(self, measured):
+        self.measured = measured
+
+    def metrics(self):
+        return self.measured
+
+
+def test_metrics_of_any_kind_of_number_are_taken():
+    found = collect_metrics({"own": Measures({"own/one": np.int64(2), "own/two": torch.tensor(0.5)})})
+    assert found == {"own/one": 2.0, "own/two": 0.5} and {type(value) for value in found.values()} == {float}
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (None, "returned None. Allowed: a dictionary of numbers"),
+        ({"own/one": None}, "returned None for own/one. Allowed: a number"),
+        ({"own/two": "many"}, "returned 'many' for own/two"),
+        ({3: 1.0}, "returned 3, which its attribute `metric_names` does not list"),
+    ],
+)
+def test_metrics_that_are_no_numbers_are_refused_with_the_rewards_name(measured, message):
+    with pytest.raises(UmedError, match=rf"reward 'own': metrics\(\) {message}"):
+        collect_metrics({"own": Measures(measured)})
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (-1, "its scale is -1.0. Allowed: finite numbers of 0 or more"),
+        ("large", "its scale is 'large'"),
+        (lambda **columns: None, "scale returned None. It must return a list"),
+        (lambda **columns: [0.1, None], "its scale is None"),
+        (lambda **columns: [0.1], "scale returned 1 numbers for 2 answers"),
+    ],
+)
+def test_a_scale_that_is_no_number_of_0_or_more_is_refused(scale, message):
+    def own(completions, **columns):
+        return [0.0] * len(completions)
+
+    own.scale = scale
+    with pytest.raises(UmedError, match=f"reward 'own': {message}"):
+        normalisation_of({"own": own}, {"record": [NODULE] * 2})
+
+
+class Changing:
+    """Fails where it is told to."""
+
+    def __init__(self, fails):
+        self.fails, self.seen = fails, None
+
+    def for_all_processes(self):
+        if self.fails == "before":
+            raise UmedError("before")
+        return [1]
+
+    def advance(self, values):
+        if self.fails == "after":
+            raise UmedError("after")
+        self.seen = values
+
+
+@pytest.mark.parametrize("fails", ["before", "after", None])
+def test_a_reward_that_changes_fails_in_all_processes_together(fails):
+    """No process waits in a gather that another has not reached: all know of the failure first."""
+    events = []
+
+    @contextmanager
+    def agreed():
+        events.append("begin")
+        try:
+            yield
+        finally:
+            events.append("end")
+
+    def gather(own):
+        events.append("gather")
+        return own * 2
+
+    reward = Changing(fails)
+    with pytest.raises(UmedError, match=fails) if fails else nullcontext():
+        advance_rewards({"fixed": print, "own": reward}, gather, agreed)
+    assert events == ["begin", "end"] if fails == "before" else ["begin", "end", "gather", "begin", "end"]
+    assert reward.seen == (None if fails else [1, 1])

@@ -5,11 +5,14 @@ The contract in words is in :mod:`umed_plugin.rewards`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Optional, TypeVar, Union
 
+from umed_plugin.errors import UmedError
 from umed_plugin.flags.rewards import is_called_by_position
 from umed_plugin.registry import Registry
+from umed_plugin.rewards.values import as_float, shown
 
 Reward = Callable[..., "list[Optional[float]]"]
 # The size of a reward's values: one number, or a function of the columns that gives N numbers.
@@ -90,19 +93,41 @@ def normalisation_of(
     Args:
         rewards: by name.
         columns: as the rewards get them, N entries each. The key ``scales`` is there if some reward has a ``scale``.
+
+    Raises:
+        UmedError: a ``scale`` is not a number of 0 or more, or gives another number of them than N.
     """
     normalisation: dict[str, Any] = {
         "max_normalised": [name for name, reward in rewards.items() if getattr(reward, "max_normalised", False)],
         "least_maxima": {name: getattr(reward, "least_maximum", 0.0) for name, reward in rewards.items()},
     }
-    scales = {name: _scale_of(reward, columns) for name, reward in rewards.items() if hasattr(reward, "scale")}
+    scales = {name: _scale_of(name, reward, columns) for name, reward in rewards.items() if hasattr(reward, "scale")}
     return {**normalisation, "scales": scales} if scales else normalisation
 
 
-def _scale_of(reward: Any, columns: Optional[Mapping[str, Sequence[Any]]]) -> Union[float, list[float]]:
-    if callable(reward.scale):
-        return [float(value) for value in reward.scale(**(columns or {}))]
-    return float(reward.scale)
+def _scale_of(name: str, reward: Any, columns: Optional[Mapping[str, Sequence[Any]]]) -> Union[float, list[float]]:
+    if not callable(reward.scale):
+        return _size_of(name, reward.scale)
+    given = columns or {}
+    sizes = reward.scale(**given)
+    if not isinstance(sizes, Iterable):
+        raise UmedError(
+            f"reward {name!r}: scale returned {shown(sizes)}. It must return a list of one number for each answer."
+        )
+    sizes = [_size_of(name, value) for value in sizes]
+    count = len(next(iter(given.values()), sizes))
+    if len(sizes) != count:
+        raise UmedError(
+            f"reward {name!r}: scale returned {len(sizes)} numbers for {count} answers. It must return one for each."
+        )
+    return sizes
+
+
+def _size_of(name: str, value: Any) -> float:
+    size = as_float(value)
+    if size is None or not 0 <= size < math.inf:
+        raise UmedError(f"reward {name!r}: its scale is {shown(value)}. Allowed: finite numbers of 0 or more.")
+    return size
 
 
 def call_reward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from umed_plugin.grounding.answer_types import PHRASE, REPORT
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
-from umed_plugin.rewards.values import numbers_of, values_of
+from umed_plugin.rewards.values import as_float, numbers_of, shown, values_of
 
 # Of the records that `for_records` gets: enough to know the wording of a data set of any size.
 MOST_RECORDS = 2000
@@ -135,17 +136,27 @@ def _values_of(
     return numbers_of(name, values)
 
 
-def advance_rewards(rewards: Mapping[str, Reward], gather: Callable[[list[Any]], list[Any]]) -> None:
+def advance_rewards(
+    rewards: Mapping[str, Reward],
+    gather: Callable[[list[Any]], list[Any]],
+    agreed: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
     """Let the rewards that change over a run take in the last call of all processes.
 
     Args:
         rewards: by name, the same in every process.
         gather: turns this process's list into one of all processes', the same in each. All processes must call.
+        agreed: makes a block in which a reward may fail in one process alone. All processes enter it.
     """
-    changing: list[Any] = list(rewards.values())
-    for reward in changing:
-        if hasattr(reward, "advance"):
-            reward.advance(gather(list(reward.for_all_processes())))
+    changing: dict[str, Any] = {name: reward for name, reward in rewards.items() if hasattr(reward, "advance")}
+    if not changing:
+        return
+    with agreed():
+        own = {name: list(reward.for_all_processes()) for name, reward in changing.items()}
+    of_all = {name: gather(values) for name, values in own.items()}
+    with agreed():
+        for name, reward in changing.items():
+            reward.advance(of_all[name])
 
 
 def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
@@ -182,18 +193,27 @@ def collect_metrics(rewards: Mapping[str, Reward]) -> dict[str, float]:
     """The rewards' metrics of their last call.
 
     Raises:
-        UmedError: a reward logs a metric that its ``metric_names`` does not list.
+        UmedError: a reward logs a metric that its ``metric_names`` does not list, or one that is no number.
     """
     values: dict[str, float] = {}
     for name, reward in rewards.items():
         metrics = _metrics_of(reward)
-        unknown = sorted(set(metrics) - set(_names_of(reward)))
+        if not isinstance(metrics, Mapping):
+            raise UmedError(f"reward {name!r}: metrics() returned {shown(metrics)}. Allowed: a dictionary of numbers.")
+        unknown = sorted(map(str, set(metrics) - set(_names_of(reward))))
         if unknown:
             raise UmedError(
                 f"reward {name!r}: metrics() returned {', '.join(unknown)}, which its attribute `metric_names` does not list. "
                 "Every process must know all names in advance: add them there."
             )
-        values.update(metrics)
+        for metric, value in metrics.items():
+            number = as_float(value)
+            if number is None:
+                raise UmedError(
+                    f"reward {name!r}: metrics() returned {shown(value)} for {metric}. Allowed: a number. Leave out a metric "
+                    "that the last call did not measure."
+                )
+            values[metric] = number
     return values
 
 
@@ -202,7 +222,7 @@ def _names_of(reward: Reward) -> Sequence[str]:
     return getattr(reward, "metric_names", getattr(reward, "measures", ()))
 
 
-def _metrics_of(reward: Reward) -> Mapping[str, float]:
+def _metrics_of(reward: Reward) -> Any:
     """``metrics()`` of a reward, or ``measured()``, the older name, where the reward announces its metrics by the older one.
 
     Empty for a reward that announces none. A method of such a name then serves another purpose and is not called.

@@ -27,9 +27,7 @@ def values_of(name: str, returned: Any, count: int) -> list[Any]:
     values = returned.tolist() if hasattr(returned, "tolist") else returned
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping, Set)):
         missing = ", as a function without `return` does" if values is None else ""
-        raise UmedError(
-            f"reward {name!r} returned {_shown(values)}{missing}. It must return a list: {_allowed(count)}."
-        )
+        raise UmedError(f"reward {name!r} returned {shown(values)}{missing}. It must return a list: {_allowed(count)}.")
     values = list(values)
     if len(values) != count:
         raise UmedError(
@@ -58,20 +56,21 @@ def as_float(value: Any) -> float | None:
         return float("inf")
 
 
+def shown(value: Any) -> str:
+    """A wrong value inside a message, on one line and not endless."""
+    number = as_float(value)
+    text = one_line(repr(value) if number is None else number)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 def _float_of(name: str, value: Any) -> float:
     number = as_float(value)
     if number is None or not abs(number) <= _LARGEST:
         raise UmedError(
-            f"reward {name!r} returned {_shown(value)}. Allowed: finite numbers, or None for a candidate that it cannot score."
+            f"reward {name!r} returned {shown(value)}. Allowed: finite numbers, or None for a candidate that it cannot score."
         )
     return number
 
 
 def _allowed(count: int) -> str:
     return f"one number for each of the {count} answers, or None for one that it cannot score"
-
-
-def _shown(value: Any) -> str:
-    number = as_float(value)
-    text = one_line(repr(value) if number is None else number)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -294,10 +294,13 @@ class ExperienceMaker:
         sizes: Sequence[int],
     ) -> tuple[Tensor | None, Tensor]:
         """Which answers are learnt from, as in `Samples`, and [Q, K] rewards; each term is logged separately."""
+        # All that comes from a user's own rewards is asked for here, where each process learns of another's failure.
         with self._rewards_agreed():
             terms = run_rewards(self.rewards, questions, texts, **columns)
-        self.metrics.add(collect_metrics(self.rewards))
-        advance_rewards(self.rewards, self.metrics.of_all_ranks)
+            own_metrics = collect_metrics(self.rewards)
+            normalisation = normalisation_of(self.rewards, columns)
+        self.metrics.add(own_metrics)
+        advance_rewards(self.rewards, self.metrics.of_all_ranks, self._rewards_agreed)
         has_ended = ended(candidates, self.tokenizer.eos_token_id)
         weights = self._weights()
         counted = self.cut_off.counted(has_ended)
@@ -306,7 +309,7 @@ class ExperienceMaker:
             self.flags.umed_num_candidates,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
-            **normalisation_of(self.rewards, columns),
+            **normalisation,
         )
         rewards = weighted_sum(normalised, weights)
         cut_off = replace(self.cut_off, penalty=sum(weights.values()))
