@@ -26,8 +26,8 @@ without arguments. Everything else is optional, as attributes:
   sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and
   reference policy, so a judge on a server can answer in the meantime.
 - ``metric_names: tuple[str, ...]`` and ``metrics() -> dict[str, float]``: metrics to log, and their values in the last call; a
-  value may be missing. The log shows the mean over steps and processes. The older names of the two, ``measures`` and
-  ``measured()``, still work.
+  value may be missing. The log shows the mean over calls and processes; ``--umed_dynamic_sampling`` makes several calls in a
+  step. The older names of the two, ``measures`` and ``measured()``, still work.
 - ``for_all_processes() -> list`` and ``advance(values)``, for a reward that changes over a run: after each rollout the lists of
   all processes, one object after the other from each, are given to ``advance``. It is the same list in every process, so the
   reward stays the same there.

@@ -115,7 +115,8 @@ class CandidateSampling:
         if self.feature_cache is None:
             # The tower's output has another memory layout than features read from a cache, and bf16 kernels round by layout.
             return encode_images(policy, inputs["images"]).contiguous()
-        self.metrics.add({"feature_cache_hits": sum(features is not None for features in cached) / len(cached)})
+        hits = sum(features is not None for features in cached) / len(cached)
+        self.metrics.add({"feature_cache_hits": hits}, len(cached))
         names = inputs["features_names"]
         return self.feature_cache.complete(cached, names, lambda: encode_images(policy, inputs["images"]))
 

@@ -11,7 +11,8 @@ rank could measure is left out.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
 
-``groups_without_signal`` and the other metrics of answers are of all that are sampled. With ``--umed_dynamic_sampling``, of each
+Shares and means of answers are of all that are sampled, on all ranks: an extra sampling of one question counts as one question.
+Other metrics, also those of a user's own rewards, are means over batches or calls. With ``--umed_dynamic_sampling``, of each
 rollout: ``groups_replaced``, the number of groups over all ranks, and ``extra_samplings``.
 
 With ``--umed_rollout_server``, of each batch's tokens: ``importance_ratio`` and ``importance_ratio_max``, the probability
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,13 +113,15 @@ class StepMetrics:
 
     def __init__(self, trainer: Any, flags: UmedFlags, names: Sequence[str]) -> None:
         self._trainer, self._flags, self._names = trainer, flags, names
-        self._values: dict[str, list[float]] = defaultdict(list)
+        # Metric -> sum of its values times what each counts, and the sum of these counts.
+        self._sums: dict[str, tuple[float, float]] = {}
         self._guards = Guards()
 
-    def add(self, metrics: Mapping[str, float]) -> None:
-        """Add the metrics of one batch."""
+    def add(self, metrics: Mapping[str, float], count: float = 1) -> None:
+        """Add metrics of one batch, or means over ``count`` answers or queries."""
         for name, value in metrics.items():
-            self._values[name].append(value)
+            total, counts = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = total + count * value, counts + count
 
     def add_rewards(
         self,
@@ -132,15 +134,16 @@ class StepMetrics:
         for name, column in terms.items():
             known = [value for value in column if value is not None]
             if known:
-                self.add({f"reward/{name}": sum(known) / len(known)})
+                self.add({f"reward/{name}": sum(known) / len(known)}, len(known))
         if rewards.shape[1] > 1:  # a single answer has no group
-            self.add({"groups_without_signal": 1 - has_signal(rewards).float().mean().item()})
+            self.add({"groups_without_signal": 1 - has_signal(rewards).float().mean().item()}, len(rewards))
         self.add(
             {
                 "reward/total": rewards.mean().item(),
                 "answer_tokens": candidates.mask.sum(dim=1).float().mean().item(),
                 "answers_cut_off": 1 - ended.float().mean().item(),
-            }
+            },
+            rewards.numel(),
         )
 
     def held_out(self, metrics: Mapping[str, float]) -> None:
@@ -164,7 +167,7 @@ class StepMetrics:
         if "vision_relevance" in self._flags.reward_names():
             covers = [geometry.patch_cover(true_boxes(record)).mean() for record, geometry in zip(records, geometries)]
             overlaps = [score.set_iou for score in scores]
-            self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps))
+            self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps), len(texts))
 
     def log_candidates(self, scored: ScoredCandidates, records: Sequence[Any], sizes: Sequence[int]) -> None:
         """Write the candidates of each batch's first query to the candidate log, every ``--umed_log_candidates`` steps.
@@ -192,11 +195,13 @@ class StepMetrics:
     def means(self) -> dict[str, float]:
         """Means since the last call over all ranks; then starts anew. All ranks must call."""
         self.add(self._guards.metrics())
-        # A metric that this rank did not measure is NaN here: all ranks gather equally many numbers, and nanmean skips it.
-        columns = [self._values.pop(name, [float("nan")]) for name in self._names]
-        means = [[sum(column) / len(column) for column in columns]]
-        overall = self._gather(means).nanmean(dim=0).tolist()
-        return {name: mean for name, mean in zip(self._names, overall) if mean == mean}
+        # A metric that this rank did not measure is 0 of 0 here: all ranks gather equally many numbers.
+        own = [self._sums.pop(name, (0.0, 0.0)) for name in self._names]
+        # So is one that came out as NaN, or the other ranks' would be lost too.
+        known = [(total, count) if total == total else (0.0, 0.0) for total, count in own]
+        totals, counts = self._gather([known]).sum(dim=0).unbind(dim=1)
+        means = zip(self._names, (totals / counts).tolist())
+        return {name: mean for name, mean in means if mean == mean}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
         """Warn about each guard whose limit the metrics cross for the first time; once, on the first rank."""
