@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,18 @@ import torch
 
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import Candidates
-from umed_plugin.training.step_metrics import StepMetrics
+from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics
 
 NAMES = ["reward/iou", "reward/total", "groups_without_signal", "answer_tokens", "answers_cut_off", "kl", "own/calls"]
+
+
+RECORD = {
+    "id": "1",
+    "image": "1.png",
+    "objects": {"ref": [], "bbox": []},
+    "provenance": {"image_aspect_ratio": "pad"},
+    "conversations": [{"value": "Where?"}],
+}
 
 
 def metrics_of(names=NAMES, others=None, **flags):
@@ -60,3 +70,40 @@ def test_ranks_count_by_what_they_measured_and_one_that_measured_nothing_or_nan_
     metrics.add({"reward/iou": 0.5}, 12)
     metrics.add({"own/calls": float("nan")})
     assert metrics.means() == pytest.approx({"reward/iou": (3 + 6) / 16, "own/calls": 0.5})
+
+
+def log_steps(folder, rollouts, steps_per_rollout=1, minibatches=1, every=10):
+    """The steps whose candidates a run writes that samples at these steps."""
+    flags = {"umed_updates_per_rollout": steps_per_rollout // minibatches, "umed_minibatches_per_rollout": minibatches}
+    metrics = metrics_of(umed_log_candidates=every, umed_num_candidates=2, **flags)
+    trainer = metrics._trainer
+    trainer.is_world_process_zero = lambda: True
+    trainer.callback_handler = SimpleNamespace(callbacks=[])
+    trainer.train_dataset = SimpleNamespace(data_args=SimpleNamespace(image_folder=str(folder)))
+    trainer.args.output_dir = str(folder)
+    scored = ScoredCandidates(["a", "b"], {"iou": [0.0, 1.0]}, {}, {}, torch.tensor([[0.0, 1.0]]))
+    for step in rollouts:
+        trainer.state = SimpleNamespace(global_step=step)
+        metrics.log_candidates(scored, [RECORD] * 2, [1])
+    file = folder / "candidates.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_candidates_are_written_every_so_many_steps(tmp_path):
+    assert log_steps(tmp_path, range(41)) == [0, 10, 20, 30, 40]
+
+
+def test_candidates_of_rollouts_that_feed_several_steps_are_written_as_often(tmp_path):
+    assert log_steps(tmp_path, range(0, 49, 4), 4, minibatches=2) == [0, 12, 20, 32, 40]
+
+
+def test_rollouts_longer_than_the_interval_are_all_written(tmp_path):
+    assert log_steps(tmp_path, range(0, 81, 16), 16) == [0, 16, 32, 48, 64, 80]
+
+
+def test_a_resumed_run_writes_the_candidates_that_the_whole_run_writes(tmp_path):
+    assert log_steps(tmp_path, range(24, 49, 4), 4) == [32, 40]
+
+
+def test_no_candidates_are_written_by_default(tmp_path):
+    assert log_steps(tmp_path, range(0, 9, 4), 4, every=0) == []

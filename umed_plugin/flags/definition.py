@@ -128,9 +128,13 @@ class UmedFlags(
             return self.umed_kl_coef
         return 0.1 if self.umed_algorithm == "ppo" else 0.04
 
+    def steps_per_rollout(self) -> int:
+        """Number of optimizer steps that a rollout feeds."""
+        return self.umed_updates_per_rollout * self.umed_minibatches_per_rollout
+
     def learnt_from_once(self) -> bool:
         """Whether a rollout feeds a single optimizer step: the policy that learns is then the one that sampled."""
-        return self.umed_updates_per_rollout * self.umed_minibatches_per_rollout == 1
+        return self.steps_per_rollout() == 1
 
     def rollout_is_any_step(self) -> bool:
         """Whether a rollout is what an optimizer step takes, even less at an epoch's end: GRPO compares within a query."""

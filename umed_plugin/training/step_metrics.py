@@ -172,14 +172,16 @@ class StepMetrics:
     def log_candidates(self, scored: ScoredCandidates, records: Sequence[Any], sizes: Sequence[int]) -> None:
         """Write the candidates of each batch's first query to the candidate log, every ``--umed_log_candidates`` steps.
 
+        If a rollout feeds several steps, it is written when such a step has passed since the rollout before.
+
         Args:
             scored: all candidates of the step.
             records: N, one for each candidate.
             sizes: queries of each batch; their sum is Q.
         """
-        trainer, every, k = self._trainer, self._flags.umed_log_candidates, self._flags.umed_num_candidates
+        trainer, k = self._trainer, self._flags.umed_num_candidates
         step = trainer.state.global_step
-        if not every or step % every or not trainer.is_world_process_zero():
+        if not self._is_logged(step) or not trainer.is_world_process_zero():
             return
         callbacks, out = trainer.callback_handler.callbacks, trainer.args.output_dir
         for first in itertools.accumulate([0, *sizes[:-1]]):
@@ -191,6 +193,11 @@ class StepMetrics:
             recipe = (normalised, dict(scored.weights))
             rewards = scored.rewards[first].tolist()
             log_candidates(step, record, scored.texts[group], rewards, shown, out, callbacks, image, recipe)
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether the candidates of a rollout at this step are written. It follows from the step alone, also in a resumed run."""
+        every = self._flags.umed_log_candidates
+        return every > 0 and step // every > (step - self._flags.steps_per_rollout()) // every
 
     def means(self) -> dict[str, float]:
         """Means since the last call over all ranks; then starts anew. All ranks must call."""

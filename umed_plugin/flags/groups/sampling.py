@@ -138,7 +138,7 @@ class SamplingFlags:
     umed_log_candidates: int = flag(
         0,
         "Write the sampled answers with their rewards to candidates.jsonl, and to TensorBoard or W&B under --report_to, every "
-        "this many steps; 0: never.",
+        "this many steps; 0: never. If a rollout feeds several steps, at the next rollout.",
         stage=REWARDING,
         least=0,
         on_resume=FREE,
