@@ -223,6 +223,36 @@ def test_a_weight_may_change_over_trls_run(examples):
         found("0..2", None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"weights": {"localisation": 5.0}},
+            "localisation.* unknown reward 'localisation'. Did you mean 'localization'",
+        ),
+        ({"weights": {"relevance": -1}}, r"CombinedReward\(weights={'relevance': -1}\): all must be 0 or more"),
+        ({"weights": {"relevance": float("nan")}}, "all must be 0 or more"),
+        ({"weights": {"relevance": 0, "localization": "0..1"}}, "At 0% of the run all are 0"),
+        ({"weights": {"relevance": "0..1@2"}}, "a share of the run"),
+        ({"weights": {"relevance": "much"}}, "must be numbers such as"),
+        ({"norm": "zscores"}, "unknown norm 'zscores'. Did you mean 'zscore'"),
+        ({"floor": -0.1}, r"CombinedReward\(floor=-0.1\): must be a number of 0 to 1"),
+    ],
+)
+def test_arguments_of_a_combined_reward_are_checked_as_the_flags_are(arguments, message):
+    rewards = {name: REWARDS.get(name) for name in ("relevance", "localization")}
+    with pytest.raises(UsageError, match=message):
+        CombinedReward(rewards, 2, **arguments)
+
+
+def test_a_reward_of_whole_numbers_is_combined_and_one_without_values_is_named(examples):
+    columns, keywords = columns_of(examples, 2), {"completion_ids": [[5]] * 6, "log_metric": print}
+    whole = CombinedReward({"mine": lambda completions, **columns: [0, 1] * 3}, 2, norm="none")
+    assert whole(completions=["text"] * 6, **keywords, **columns) == [0.0, 1.0] * 3
+    with pytest.raises(UmedError, match="reward 'mine' returned None, as a function without `return` does"):
+        CombinedReward({"mine": lambda completions, **columns: None}, 2)(completions=["t"] * 6, **keywords, **columns)
+
+
 def test_groups_that_are_cut_are_refused(examples):
     columns = columns_of(examples, 3)
     combined = CombinedReward({"localization": REWARDS.get("localization")}, 2)

@@ -13,6 +13,8 @@ SHIPPED_REWARDS = (
     *sorted({module.name for module in pkgutil.iter_modules([str(_REWARD_FILES)])} - set(PAPER_REWARDS)),
 )
 
+REWARD_NORMS = ("max", "none", "zscore")
+
 # The rewards that are 0 for an answer without a box.
 BOX_REWARDS = ("localization", "localization_diou", "localization_curriculum")
 # The one shipped reward that needs a file: symbolic:FILE.yaml.

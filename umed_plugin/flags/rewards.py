@@ -43,7 +43,7 @@ def find_reward_faults(flags: UmedFlags, *, imported: bool) -> list[str]:
         faults.append(
             f"--umed_reward_weights has {len(given)} numbers for the {len(names)} rewards {', '.join(names)}."
         )
-    faults += weights.faults(given, flags.umed_reward_weights)
+    faults += weights.faults(given, f"--umed_reward_weights {flags.umed_reward_weights}")
     if imported:
         faults += [fault for name in names if is_own_reward(name) and (fault := _own_reward_fault(name))]
     return faults

@@ -1,4 +1,7 @@
-"""The numbers of ``--umed_reward_weights``: fixed, or along a line over the run. Imports the standard library alone."""
+"""The weights of rewards: fixed, or along a line over the run. For ``--umed_reward_weights``, and for `CombinedReward` in TRL.
+
+Imports the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -51,16 +54,16 @@ class Weight:
         return self.first != self.last
 
 
-def faults(weights: Sequence[Weight], given: str | None) -> list[str]:
-    """What is wrong with the weights of a run, one sentence each; ``given`` is the flag's value."""
+def faults(weights: Sequence[Weight], given: str) -> list[str]:
+    """What is wrong with the weights of a run, one sentence each; ``given`` names the flag or argument, with its value."""
     values = [value for weight in weights for value in (weight.first, weight.last)]
     shares = [weight.share for weight in weights]
     if any(not math.isfinite(value) or value < 0 for value in values):
-        return [f"--umed_reward_weights {given}: all must be 0 or more, and at least one of them above 0."]
+        return [f"{given}: all must be 0 or more, and at least one of them above 0."]
     if any(not 0 < share <= 1 for share in shares):
-        return [f"--umed_reward_weights {given}: what follows @ is a share of the run, above 0 and at most 1."]
+        return [f"{given}: what follows @ is a share of the run, above 0 and at most 1."]
     for progress in sorted({0.0, *shares, 1.0}):
         if not any(weight.at(progress) for weight in weights):
             when = "" if not any(weight.changes for weight in weights) else f" At {progress:.0%} of the run all are 0."
-            return [f"--umed_reward_weights {given}: all must be 0 or more, and at least one of them above 0.{when}"]
+            return [f"{given}: all must be 0 or more, and at least one of them above 0.{when}"]
     return []

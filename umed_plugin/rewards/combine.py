@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from umed_plugin.errors import UmedError
+from umed_plugin.flags.names import REWARD_NORMS
 from umed_plugin.rewards.values import numbers_of
 
 # Sums that differ by less than this share of what is added up differ by rounding alone.
@@ -147,5 +148,5 @@ def _normalise(raw: Tensor, norm: str, by_maximum: bool, least_maxima: Tensor) -
             spread > rounding, centred / spread.clamp(min=smallest), torch.where(known, 0.0, float("nan"))
         )
     if norm != "max":
-        raise ValueError(f"unknown reward norm {norm!r}. Allowed: max, none, zscore.")
+        raise ValueError(f"unknown reward norm {norm!r}. Allowed: {', '.join(REWARD_NORMS)}.")
     return raw / raw.nan_to_num(0.0).amax(dim=1, keepdim=True).maximum(least_maxima) if by_maximum else raw

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from umed_plugin.data.images import open_image
 from umed_plugin.data.records import Record, record_geometry, true_boxes
-from umed_plugin.errors import UmedError, UsageError
-from umed_plugin.flags.weights import Weight
+from umed_plugin.errors import UmedError, UsageError, unknown_name
+from umed_plugin.flags.names import REWARD_NORMS
+from umed_plugin.flags.weights import FORMS, Weight, faults
 from umed_plugin.model.attention import AttentionSettings, attention_on_lesion
 from umed_plugin.model.forward import Candidates, PromptBatch, base_llava
 from umed_plugin.model.packing import packing_fault
@@ -229,7 +230,8 @@ class CombinedReward:
         records: of the training split, for rewards that learn from them, such as ``format``.
 
     Raises:
-        UsageError: ``vision_relevance`` without ``attention``, or a reward that changes over a run.
+        UsageError: ``vision_relevance`` without ``attention``, a reward that changes over a run, a weight of a reward that is
+            not there, or a weight, ``norm`` or ``floor`` that is not allowed.
     """
 
     __name__ = "umed"  # the name in TRL's log
@@ -257,7 +259,11 @@ class CombinedReward:
             )
         self._rewards = {name: reward_of_run(reward, records) for name, reward in rewards.items()}
         self._k, self._attention = num_generations, attention
-        self._schedule = {name: Weight.read(str((weights or {}).get(name, 1.0))) for name in rewards}
+        self._schedule = _schedule(list(rewards), weights or {})
+        if norm not in REWARD_NORMS:
+            raise UsageError(f"CombinedReward(norm=...): {unknown_name('norm', str(norm), REWARD_NORMS)}")
+        if not 0 <= floor <= 1:
+            raise UsageError(f"CombinedReward(floor={floor!r}): must be a number of 0 to 1.")
         self._norm, self._floor = norm, floor
 
     def __call__(
@@ -324,3 +330,18 @@ class CombinedReward:
                 "CombinedReward must equal that of GRPOConfig (and num_generations_eval), and per_device_train_batch_size * "
                 "steps_per_generation must be a multiple of it."
             )
+
+
+def _schedule(names: Sequence[str], given: Mapping[str, float | str]) -> dict[str, Weight]:
+    """The weight of each reward over a run, 1 where none is given; refuses what ``--umed_reward_weights`` refuses."""
+    argument = f"CombinedReward(weights={dict(given)})"
+    for name in given:
+        if name not in names:
+            raise UsageError(f"{argument}: {unknown_name('reward', str(name), names)}")
+    try:
+        schedule = {name: Weight.read(str(given.get(name, 1.0))) for name in names}
+    except ValueError:
+        raise UsageError(f"{argument}: must be {FORMS}.") from None
+    for fault in faults(list(schedule.values()), argument):
+        raise UsageError(fault)
+    return schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from umed_plugin.flags.names import PAPER_REWARDS, SHIPPED_REWARDS
+from umed_plugin.flags.names import PAPER_REWARDS, REWARD_NORMS, SHIPPED_REWARDS
 from umed_plugin.flags.needs import NORMALISED_REWARD, SEVERAL_CANDIDATES, flag
 from umed_plugin.flags.rules import FIXED, REWARDING, Needs
 
@@ -42,7 +42,7 @@ class RewardFlags:
         "to mean 0 and deviation 1, as GDPO does, arXiv 2601.05242; --umed_advantage_scale batch is its second step).",
         stage=REWARDING,
         needs=SEVERAL_CANDIDATES,
-        choices=("max", "none", "zscore"),
+        choices=REWARD_NORMS,
     )
     umed_reward_floor: float = flag(
         0.1,
