@@ -69,7 +69,9 @@ class HeldOutValidation(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         """Log every ``--umed_val_every`` steps, and after the last step."""
         if state.global_step % self.flags.umed_val_every == 0 or state.global_step == state.max_steps:
+            log_follows = control.should_log
             self._log()
+            control.should_log = log_follows  # transformers takes any log for the step's own, which would be left out
 
     def _log(self) -> None:
         measured = self.measure()
