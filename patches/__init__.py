@@ -31,6 +31,7 @@ from umed_plugin.patches import (
     resumed_order,
     sdpa_mask,
     shared_memory_build,
+    short_epochs,
     split_attention,
     torch_load,
     tower_layout,
@@ -83,6 +84,7 @@ TRAINING: tuple[Patch, ...] = tuple(
         lora_resume,
         finished_run,
         resumed_batches,
+        short_epochs,
         process_group,
     )
 )

@@ -8,7 +8,7 @@ Versions: LLaVA 1.2.x, transformers 4.36 and 4.37. In transformers 5 an epoch's 
 Delete when: LLaVA's pins are no longer used.
 
 Only with ``--umed_stage``: our samplers' order depends only on the seed and the epoch. Where an epoch has fewer batches than a
-step, transformers ends steps at two kinds of places; such a run is resumed as ever, and says so.
+step, `short_epochs` has made the step shorter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import note, warn
+from umed_plugin.errors import note
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRANSFORMERS_4
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -66,13 +66,6 @@ def _resumed(trainer: Any, loader: Any, steps: int, checkpoint: str) -> Any:
     args, length = trainer.args, len(loader)
     accumulation = args.gradient_accumulation_steps
     if length % accumulation == 0:
-        return loader
-    if length < accumulation:
-        if args.process_index == 0:
-            warn(
-                f"an epoch has {length} batches, fewer than --gradient_accumulation_steps {accumulation}. The resumed run may "
-                "take other batches than one that was not stopped. Lower --gradient_accumulation_steps in the next run."
-            )
         return loader
     epoch, batches = divmod(steps * accumulation, length)
     steps_an_epoch = length // accumulation
