@@ -225,6 +225,35 @@ def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sa
     assert "is a rollout of 4 queries with 4 candidates each, but this run has 2 with 4" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("begun", "changed"),
+    [
+        ("--umed_kl_coef 0.04 --umed_kl_target 6", "umed_kl_coef"),
+        ("--umed_kl_coef 0", "umed_kl_coef,umed_kl_target"),
+    ],
+    ids=["another", "from-0"],
+)
+def test_a_kl_weight_that_is_accepted_on_resume_is_where_adapting_begins(begun, changed, tiny_llama, tmp_path):
+    records, out = grounded_records(tmp_path / "data"), tmp_path / "out"
+    flags = ["--save_steps", "1", "--umed_rewards", "half:half", "--umed_reward_weights", "1"]
+    run = reward(tiny_llama, records, out, *flags, *begun.split(), "--max_steps", "1")
+    assert run.returncode == 0, run.stderr[-3000:]
+    later = shlex.split(f"--umed_kl_coef 0.2 --umed_kl_target 6 --umed_accept_changed {changed}")
+    run = reward(tiny_llama, records, out, *flags, *later, "--max_steps", "2")
+    assert run.returncode == 0, run.stderr[-3000:]
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    (second,) = [line for line in history if line.get("step") == 2 and "loss" in line]
+    assert second["kl_coef"] == pytest.approx(0.2)
+    # From here on it is the adapted one that a run goes on with.
+    adapted = json.loads((out / "checkpoint-2" / "rewarding_state.json").read_text())["kl_coef"]
+    assert adapted != pytest.approx(0.2, rel=1e-5) and adapted == pytest.approx(0.2, rel=0.01)
+    run = reward(tiny_llama, records, out, *flags, *later, "--max_steps", "3")
+    assert run.returncode == 0, run.stderr[-3000:]
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    (third,) = [line for line in history if line.get("step") == 3 and "loss" in line]
+    assert third["kl_coef"] == pytest.approx(adapted, rel=1e-6)  # logged as float32
+
+
 # Writes down which queries of its rollout each batch learns from.
 TAKEN = """
 import os

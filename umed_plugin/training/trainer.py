@@ -48,6 +48,7 @@ from umed_plugin.training.query_reader import as_indices
 from umed_plugin.training.rewarding_state import load_further, load_kl_coef, load_rewards, save_state
 from umed_plugin.training.rollouts import Rollouts
 from umed_plugin.training.run_precision import precision_of
+from umed_plugin.training.run_settings import stored_settings
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
@@ -269,7 +270,7 @@ class RewardingTrainer(LLaVATrainer):
         if checkpoint is None:
             return
         folder, kl_coef = Path(checkpoint), self.maker.kl_coef
-        adapted = kl_coef.target is not None
+        adapted = kl_coef.target is not None and not self._begins_with_another_kl_coef(folder)
         value = load_kl_coef(folder, self.flags.umed_algorithm, needed=adapted)
         lost = load_reward_states(self.maker.rewards, load_rewards(folder))
         if lost and self.args.process_index == 0:
@@ -282,6 +283,11 @@ class RewardingTrainer(LLaVATrainer):
         # The number of steps says where in a rollout the checkpoint lies.
         state = folder / TRAINER_STATE_NAME
         self.rollouts.resume(folder, TrainerState.load_from_json(str(state)).global_step if state.is_file() else None)
+
+    def _begins_with_another_kl_coef(self, folder: Path) -> bool:
+        """Whether a change of --umed_kl_coef was accepted: the KL's weight begins there, not where the stopped run left it."""
+        before = stored_settings(folder) or {}
+        return bool(before.get("umed_kl_coef", self.flags.umed_kl_coef) != self.flags.umed_kl_coef)
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the metrics' means since the last log, over all ranks, to the trainer's own metrics."""
