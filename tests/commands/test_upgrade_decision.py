@@ -69,6 +69,8 @@ LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + 
         (QUIET, LOW, evaluation([n / 40 + 0.4 for n in range(20)], wrong=6), False, "its accuracy fell"),
         ([{**QUIET[0], "guard/iou_over_held_out": 0.6}], LOW, HIGH, False, "knows the training studies by heart"),
         ([{**QUIET[0], "groups_without_signal": 1.0}], LOW, HIGH, False, "have equal rewards, and grpo learns nothing"),
+        # PPO learns from differences between questions too.
+        ([{**QUIET[0], "groups_without_signal": 1.0, "value_loss": 0.1}], LOW, HIGH, True, "raised"),
         # What stage 1 has made counts, and not what the trial has learnt since.
         ([*QUIET, {"guard/iou_over_held_out": 0.6, "step": 2}], LOW, HIGH, True, "raised"),
         # Over few questions chance alone crosses the limit, in either direction.

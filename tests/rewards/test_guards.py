@@ -238,3 +238,8 @@ def test_rewards_that_teach_nothing_and_answers_that_never_end_are_warned_of_onc
     assert guards.warnings(found) == [], "once"
     at_the_limit = metrics | {"answers_cut_off": 0.2, "groups_without_signal": 0.95, "guard/unscored/some": 0.99}
     assert crossed_limits(at_the_limit) == {}
+
+
+def test_equal_rewards_within_a_question_are_a_fault_under_grpo_alone():
+    assert "groups_without_signal" in crossed_limits({"groups_without_signal": 1.0})
+    assert crossed_limits({"groups_without_signal": 1.0, "value_loss": 0.2}) == {}, "PPO compares questions too"

@@ -46,8 +46,8 @@ Two more metrics tell what the vision relevance reward is worth, over the candid
 The first time a metric crosses its limit (`_LIMITS`) after the first `WINDOW` questions, the run prints a warning. No lesion that
 was measured comes near 0.8 of the image: the largest of 1,247 boxes of brain tumours, polyps, liver lesions and chest X-rays
 (NIH) covers 0.56. The share is of the visible image, not of the square, half of which may be padding. ``groups_without_signal``
-and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here too; they are means since the last log. The paper
-has no such metrics; metrics and limits are ours.
+and ``answers_cut_off`` of `umed_plugin.training.step_metrics` have limits here too; they are means since the last log. The first
+one's limit is for GRPO alone. The paper has no such metrics; metrics and limits are ours.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ _LIMITS: dict[str, tuple[Callable[[Mapping[str, float]], bool], str]] = {
         "answers that are only long; if answers do not end at all, --umed_cut_off penalise, the default, teaches them to",
     ),
     "groups_without_signal": (
-        lambda metrics: metrics["groups_without_signal"] > 0.95,
+        lambda metrics: metrics["groups_without_signal"] > 0.95 and learns_within_groups(metrics),
         "above 0.95: the answers to nearly every question have equal rewards, and grpo learns nothing from those. Look at the "
         "single rewards in the log; a higher --umed_temperature or --umed_num_candidates makes answers differ",
     ),
@@ -275,6 +275,11 @@ class Guards:
         crossed = {name: words for name, words in crossed_limits(metrics).items() if name not in self._warned}
         self._warned.update(crossed)
         return [f"{name} is {metrics[name]:.3g}, {words}." for name, words in crossed.items()]
+
+
+def learns_within_groups(metrics: Mapping[str, Any]) -> bool:
+    """Whether a line of the log is of GRPO. PPO, which alone has a value loss, learns from differences between questions too."""
+    return "value_loss" not in metrics
 
 
 def crossed_limits(metrics: Mapping[str, float]) -> dict[str, str]:

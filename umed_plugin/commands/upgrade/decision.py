@@ -5,7 +5,7 @@ Stage 2 is not started if one of these holds:
 - **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than the
   limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from. It is judged
   once the guards' window is full.
-- **No signal**: nearly all questions' answers have equal rewards.
+- **No signal**: nearly all questions' answers have equal rewards. (GRPO alone; PPO learns from other questions' rewards too.)
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
   interval below 0.
 
@@ -87,9 +87,9 @@ def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:
-    from umed_plugin.rewards.guards import crossed_limits
+    from umed_plugin.rewards.guards import crossed_limits, learns_within_groups
 
-    values = [entry[_SIGNAL] for entry in log if _SIGNAL in entry]
+    values = [entry[_SIGNAL] for entry in log if _SIGNAL in entry and learns_within_groups(entry)]
     known = {_SIGNAL: sum(values) / len(values)} if values else {}
     return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
 
