@@ -65,6 +65,18 @@ def test_every_record_is_read_from_its_place(
         records[10]
 
 
+def test_the_index_knows_which_records_have_boxes(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    """A labelled study without a lesion has none, and a plain item has no label."""
+    for item, boxes in zip(items, ([], [[1, 1, 9, 9]])):
+        item.update(objects={"ref": ["cyst"] * len(boxes), "bbox": boxes}, terms={}, provenance={}, image="a.png")
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(items))
+    for _ in range(2):
+        records = opened(file)
+        assert records.column("labelled").tolist()[:3] == [True, True, False]
+        assert records.column("has_boxes").tolist() == [False, True, *[False] * 8]
+
+
 def test_the_kept_index_answers_which_splits_there_are(tmp_path: Path, items: list[dict[str, Any]]) -> None:
     file = tmp_path / "train.json"
     file.write_text(json.dumps(items))

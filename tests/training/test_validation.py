@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support.records import grounded_records
@@ -21,6 +22,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import EvaluationSettings
 from umed_plugin.evaluation.evaluator import evaluate_questions
+from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer
 from umed_plugin.training import early_stopping
@@ -150,11 +152,21 @@ def test_a_checkpoint_that_writes_no_boxes_is_refused_before_the_first_step(tiny
 
 
 def test_studies_with_a_lesion_are_spread_over_the_data():
-    records = [{"objects": {"bbox": [[0, 0, 9, 9]] * (i % 2)}} for i in range(100)]
-    assert studies_with_lesion(records, 3) == [25, 33, 41]
-    assert studies_with_lesion(records[::2], 3) == studies_with_lesion([], 3) == []
-    assert studies_with_lesion(records[:4], 16) == [1, 3]
+    has_boxes = np.arange(100) % 2 == 1
+    assert studies_with_lesion(has_boxes, 3) == [1, 33, 67]
+    assert studies_with_lesion(has_boxes[::2], 3) == studies_with_lesion(has_boxes[:0], 3) == []
+    assert studies_with_lesion(has_boxes[:4], 16) == [1, 3]
+    assert studies_with_lesion(np.arange(10_000) == 7_777, 16) == [7_777], "a rare one is found"
     assert "'\\x1b[31m box'" in no_boxes(1, 2, 0, ["\x1b[31m box"], 8).replace("\\\\", "\\")
+
+
+def test_the_start_check_says_that_no_record_has_a_box(monkeypatch, capsys):
+    records = SimpleNamespace(column={"has_boxes": np.zeros(70, dtype=bool)}.__getitem__)
+    flags = UmedFlags(umed_stage="rewarding", umed_rewards="localization", umed_start_check=16)
+    trainer = SimpleNamespace(flags=flags, train_dataset=SimpleNamespace(list_data_dict=records))
+    args = SimpleNamespace(process_index=0, world_size=1)
+    StartCheck(trainer).on_train_begin(args, SimpleNamespace(global_step=0, max_steps=1), None)
+    assert "none of the 70 training records has a box" in capsys.readouterr().out
 
 
 def test_the_choice_of_records_does_not_depend_on_their_order():

@@ -34,6 +34,7 @@ _COLUMNS = {
     "has_image": np.bool_,
     "has_reading": np.bool_,
     "labelled": np.bool_,
+    "has_boxes": np.bool_,
     "probe": np.bool_,
     "report": np.bool_,
     "patient": np.int64,
@@ -49,8 +50,9 @@ class Index:
     Attributes:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
-            have none); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report`` (it has no boxes); ``patient``, a
-            hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as places in ``names``.
+            have none); ``has_boxes`` (it has true boxes); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report``
+            (its answer has no boxes); ``patient``, a hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as
+            places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -109,7 +111,7 @@ class RecordFile(Sequence[Record]):
         return self._file
 
     def column(self, name: str) -> np.ndarray:
-        """``words``, ``has_image``, ``has_reading``, ``labelled``, ``probe``, ``report`` or ``patient`` of the records, [n]."""
+        """A column of `Index.columns` that is a number or a bool, such as ``words`` or ``has_boxes``, [n]."""
         return self._index.columns[name][self._chosen]
 
     def texts(self, name: str) -> np.ndarray:
@@ -239,12 +241,17 @@ def _row(placed: Placed, item: Record, names: dict[str, int]) -> tuple[int, ...]
     words = sum(len(text.split()) for text in turns if isinstance(text, str))
     codes = [names.setdefault(text, len(names)) for text in (split, aspect)]
     kinds = [item.get("answer_type") == kind for kind in (PROBE, REPORT)]
-    about = ("image" in item, bool(item.get("reading")), _is_labelled(item), *kinds, _patient_hash(item))
+    known = (_is_labelled(item), _has_boxes(item), *kinds)
+    about = ("image" in item, bool(item.get("reading")), *known, _patient_hash(item))
     return (placed.start, placed.length, words, *about, *codes)
 
 
 def _is_labelled(item: Record) -> bool:
     return "image" in item and all(isinstance(item.get(name), dict) for name in ("objects", "terms", "provenance"))
+
+
+def _has_boxes(item: Record) -> bool:
+    return _is_labelled(item) and bool(item["objects"].get("bbox"))
 
 
 def _patient_hash(item: Record) -> int:

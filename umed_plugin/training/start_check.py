@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -55,11 +56,17 @@ class StartCheck(TrainerCallback):
             wanted = STUDIES if state.max_steps >= FEWEST_STEPS else 0
         if state.global_step or not wanted or not {*BOX_REWARDS} & {*flags.reward_names()}:
             return
-        indices = studies_with_lesion(self.trainer.train_dataset.list_data_dict, wanted)
+        has_boxes = self.trainer.train_dataset.list_data_dict.column("has_boxes")
+        indices = studies_with_lesion(has_boxes, wanted)
+        if not indices:
+            if args.process_index == 0:
+                note(
+                    f"none of the {len(has_boxes)} training records has a box (objects), so no answer was looked at before the "
+                    "first step."
+                )
+            return
         texts, counts = self._sample(indices[args.process_index :: args.world_size])
         answers, boxed, cut_off, iou = self._of_all_ranks(counts)
-        if not answers:
-            return
         if not boxed:
             raise UmedError(no_boxes(len(indices), int(answers), int(cut_off), texts[:1], flags.umed_max_new_tokens))
         if args.process_index == 0:
@@ -111,11 +118,16 @@ class StartCheck(TrainerCallback):
         return totals
 
 
-def studies_with_lesion(records: Sequence[Any], wanted: int) -> list[int]:
-    """Indices of up to ``wanted`` records with a true box, spread over the data; at most four times as many are looked at."""
-    count = min(len(records), 4 * wanted)
-    spread = (i * len(records) // count for i in range(count))
-    return [index for index in spread if records[index]["objects"]["bbox"]][:wanted]
+def studies_with_lesion(has_boxes: np.ndarray, wanted: int) -> list[int]:
+    """Indices of up to ``wanted`` records with a true box, spread over all of them.
+
+    Args:
+        has_boxes: bool [n], whether each record has one.
+        wanted: 1 or more.
+    """
+    boxed = np.flatnonzero(has_boxes)
+    count = min(len(boxed), wanted)
+    return [int(boxed[number * len(boxed) // count]) for number in range(count)]
 
 
 def no_boxes(studies: int, answers: int, cut_off: int, examples: Sequence[str], max_new_tokens: int) -> str:
