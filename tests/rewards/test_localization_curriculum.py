@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,7 @@ from umed_plugin.rewards import (
     reward_metric_names,
     reward_states,
 )
-from umed_plugin.rewards.terms.localization_curriculum import WINDOW, LocalizationCurriculum
+from umed_plugin.rewards.terms.localization_curriculum import _DEMANDS, MARGIN, WINDOW, LocalizationCurriculum
 
 SQUARE = ImageGeometry(100, 100)
 STUDY = {"objects": {"ref": ["cyst"], "bbox": [[0, 0, 50, 100]]}, "terms": {"cyst": ["cyst"]}}
@@ -67,6 +69,11 @@ def test_the_threshold_rises_with_the_model_and_ends_at_08():
         (0.6, [[0.9, 0.9]] * 23 + [[0.0, 0.9]] * 7, True),  # from 0.6 on the demands are lower
         (0.75, [[0.95, 0.95]] * 20 + [[0.7, 0.7]] * 10, False),  # standard deviation 0.47
         (0.75, [[0.95, 0.95]] * 26 + [[0.7, 0.7]] * 4, True),
+        # One answer a question, or answers that are all alike: the standard deviation decides.
+        (0.3, [[0.9]] * 29 + [[0.0]], True),
+        (0.45, [[0.9] * 4] * 28 + [[0.0] * 4] * 2, False),
+        (0.6, [[0.9]] * 26 + [[0.0]] * 4, True),
+        (0.7, [[1.0]] * 25 + [[0.0]] * 5, False),
         (0.8, [[1.0, 1.0]] * WINDOW, False),
     ],
 )
@@ -75,6 +82,16 @@ def test_when_the_threshold_rises(threshold, questions, rises):
     curriculum.threshold = threshold
     curriculum.advance(questions)
     assert (curriculum.threshold > threshold) is rises
+
+
+def test_the_docs_have_each_demand_on_the_thresholds_way():
+    """The way is that of the test above; each threshold is in the row of its demands."""
+    rows = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().splitlines()
+    for threshold in (0.3, 0.45, 0.6, 0.7):
+        least, largest = next(demand for start, *demand in _DEMANDS if threshold >= start)
+        (row,) = [line for line in rows if re.match(rf"  \| ([\d.]+, )?{threshold}(,| \|)", line)]
+        assert f"| {least:.0%} or more".replace("%", " %") in row and f"| {largest:.2f} or less" in row
+        assert f"threshold + {MARGIN}" in row
 
 
 def test_hits_are_counted_against_todays_threshold():
