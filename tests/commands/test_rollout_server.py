@@ -109,6 +109,32 @@ def test_what_would_fail_later_is_refused(arguments, words, served, monkeypatch,
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "flag", "remedy"),
+    [
+        (["--host", "0.0.0.0"], "--host", "Give --host before --vllm"),
+        (["--host=0.0.0.0"], "--host", "Give --host before --vllm"),
+        (["--hos", "0.0.0.0"], "--host", "Give --host before --vllm"),
+        (["--enforce-eager", "--port", "80"], "--port", "Give --port before --vllm"),
+        (["--model", "other"], "--model", "--language-model"),
+        (["--served_model_name=other"], "--served-model-name", "--language-model"),
+        (["--served", "other"], "--served-model-name", "--language-model"),
+    ],
+)
+def test_vllm_is_not_told_another_address_or_model(words, flag, remedy, served, monkeypatch, capsys):
+    """vLLM takes the last of two, which nothing has checked."""
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert main(["rollout-server", str(served), "--print", "--vllm", *words]) == 2
+    said = capsys.readouterr().err
+    assert f"this command sets vLLM's {flag} itself" in said and remedy in said
+
+
+def test_vllms_other_flags_go_to_it(served, capsys):
+    more = ["--hf-overrides", "{}", "--model-impl", "vllm", "--max-num-seqs", "8", "-O3"]
+    assert main(["rollout-server", str(served), "--print", "--vllm", *more]) == 0
+    assert words_of(capsys.readouterr().out)[1][-len(more) :] == more
+
+
 def test_another_host_needs_a_key(served, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_API_KEY", "a key")
     assert main(["rollout-server", str(served), "--host", "0.0.0.0", "--print"]) == 0

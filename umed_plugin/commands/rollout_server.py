@@ -21,6 +21,13 @@ from umed_plugin.errors import UmedError, UsageError, note, say
 from umed_plugin.terminal.progress import add_quiet_flag, progress
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
+# What vLLM would take from behind --vllm instead of what this command has checked, and the remedy.
+_OWN = {
+    "--host": "Give --host before --vllm",
+    "--port": "Give --port before --vllm",
+    "--model": "CKPT is served; --language-model, before --vllm, says where its language model lies",
+    "--served-model-name": "The name is that of the language model's folder, which --language-model sets",
+}
 # Run in vLLM's environment; importing vLLM itself would take ten seconds.
 _LOOK = """
 import importlib.metadata as m, importlib.util, json, pathlib, sys
@@ -121,11 +128,27 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--port {args.port}: must be from 1 to 65535.")
     if args.kv_cache_gb < 1:
         raise UsageError(f"--kv-cache-gb {args.kv_cache_gb}: must be 1 or more.")
+    for word in args.vllm:
+        _refuse_own(word)
     if not is_loopback(args.host) and not os.environ.get("VLLM_API_KEY"):
         raise UsageError(
             f"--host {args.host}: other machines could load files of this one as adapters. Keep 127.0.0.1 and use an ssh tunnel, "
             "or set the environment variable VLLM_API_KEY here and UMED_ROLLOUT_API_KEY, with the same key, where stage 2 runs."
         )
+
+
+def _refuse_own(word: str) -> None:
+    """Refuse a word for vLLM that says again what this command says: vLLM takes the last one.
+
+    vLLM also reads ``--host=ADDRESS``, underscores, and a beginning that no other of its flags has, such as ``--hos``.
+
+    Raises:
+        UsageError: naming the flag to use.
+    """
+    name = word.partition("=")[0].replace("_", "-")
+    for flag, remedy in _OWN.items():
+        if len(name) > len("--") and flag.startswith(name):
+            raise UsageError(f"--vllm ... {word}: this command sets vLLM's {flag} itself. {remedy}.")
 
 
 def _engine_of(python: str | None) -> Engine:
