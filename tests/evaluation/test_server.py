@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.records import evaluated_records
 from support.rollout_stand_in import sampling, stand_in
+from support.taught import write_lora
 
 from umed_plugin.cli import main
 from umed_plugin.commands.demo.tiny_checkpoint import make_checkpoint
+from umed_plugin.model.server_answering import ServerWriter
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +47,54 @@ def test_another_model_is_refused(tiny_mistral, records, tmp_path, capsys):
     assert "It holds another model or adapter" in capsys.readouterr().err
 
 
+def test_an_adapter_lies_where_the_server_can_read_it(tiny_mistral, records, tmp_path, capsys):
+    lora, shared = write_lora(tiny_mistral, tmp_path / "llava-mistral-lora"), tmp_path / "new" / "shared"
+    more = ["--base", str(tiny_mistral), "--server-adapters", str(shared)]
+    assert evaluated(lora, records, tmp_path / "own", *more[:2]) == 0
+    with stand_in(sampling(tiny_mistral)) as server:
+        assert evaluated(lora, records, tmp_path / "served", *more, "--server", server.url) == 0
+        (name,), (folder,) = server.adapters, server.adapters.values()
+        assert folder == str(shared / name) and shared.stat().st_mode & 0o055 == 0o055
+        assert all(file.stat().st_mode & 0o044 == 0o044 for file in (shared / name).iterdir())
+        own, served = (json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("own", "served"))
+        assert own["metrics"] == served["metrics"]
+
+        # What a server cannot load, or this process cannot write, is told by this command's own flag.
+        server.may_load = False
+        assert evaluated(lora, records, tmp_path / "refused", *more[:2], "--server", server.url) == 1
+        said = capsys.readouterr().err
+        assert "--server-adapters names another folder" in said and "--lora_r" not in said
+        (tmp_path / "file").write_text("")
+        more[3] = str(tmp_path / "file" / "shared")
+        assert evaluated(lora, records, tmp_path / "unwritten", *more, "--server", server.url) == 1
+        said = capsys.readouterr().err
+        assert "--server-adapters names another" in said and "--umed_rollout" not in said
+
+
+def test_the_adapter_is_removed_at_the_end_and_the_folder_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("umed_plugin.model.server_answering.write_adapter", lambda model, folder, flag: folder)
+    ends, forgotten = [], []
+    monkeypatch.setattr("atexit.register", lambda *call: ends.append(call))
+    server = SimpleNamespace(
+        base_model=lambda: "base", load_adapter=lambda *told: None, unload_adapter=forgotten.append, adapters_flag=""
+    )
+    for adapters in (None, tmp_path):
+        writer = ServerWriter(server, SimpleNamespace(peft_config={}), adapters)
+        forget, folder = ends.pop()
+        (tmp_path / writer._name).mkdir(exist_ok=True)
+        forget(folder)
+        assert not folder.exists() and forgotten[-1] == writer._name
+    assert tmp_path.is_dir() and [entry.name for entry in tmp_path.iterdir()] == forgotten[:1]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--server", "http://gpu-box:8000/v1"], "is another machine"),
         (["--server", "8000"], "must be an address"),
         (["--allow-remote"], "--allow-remote has no effect without --server"),
+        (["--server-adapters", "shared"], "--server-adapters has no effect without --server"),
+        (["--server", "http://127.0.0.1:9/v1", "--server-adapters", "shared"], "holds no adapter"),
     ],
 )
 def test_addresses_are_checked_first(more, words, tiny_mistral, records, tmp_path, capsys):

@@ -27,6 +27,7 @@ _SETTINGS = (
     "base", "template", "device", "dtype", "batch_size", "max_new_tokens", "image_cache", "image_cache_gb", "on_bad_image",
     "give_box",
     "pseudo_boxes",
+    "server_adapters",
 )  # fmt: skip
 
 
@@ -119,6 +120,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--allow-remote", action="store_true", help="--server may be another machine, which gets the embedded images"
+    )
+    parser.add_argument(
+        "--server-adapters",
+        metavar="DIR",
+        type=Path,
+        help="write the adapter of a LoRA folder here, where the server of --server can read it (default: a temporary folder, "
+        "which only a server of this user on this machine can read)",
     )
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="questions at a time (default: 16)")
     parser.add_argument(
@@ -215,16 +223,22 @@ def _checked(args: argparse.Namespace) -> BoxDialect:
 
 def _server_of(args: argparse.Namespace) -> RolloutServer | None:
     """The server of ``--server``."""
+    from umed_plugin.checkpoints.folder import is_lora
     from umed_plugin.remote.rollout_server import RolloutServer
     from umed_plugin.remote.settings import rollout_server_faults
 
     if args.server is None:
-        if args.allow_remote:
-            raise UsageError("--allow-remote has no effect without --server.")
+        for flag, value in (("--allow-remote", args.allow_remote), ("--server-adapters", args.server_adapters)):
+            if value:
+                raise UsageError(f"{flag} has no effect without --server.")
         return None
+    if args.server_adapters is not None and args.checkpoint.is_dir() and not is_lora(args.checkpoint):
+        raise UsageError(
+            f"--server-adapters {args.server_adapters} has no effect: {args.checkpoint} holds no adapter. Remove it."
+        )
     for fault in rollout_server_faults("--server", args.server, "--allow-remote", args.allow_remote):
         raise UsageError(fault)
-    return RolloutServer(args.server.rstrip("/"), timeout_flag=None)
+    return RolloutServer(args.server.rstrip("/"), timeout_flag=None, adapters_flag="--server-adapters")
 
 
 def _share_of(args: argparse.Namespace) -> tuple[Shard | None, bool]:

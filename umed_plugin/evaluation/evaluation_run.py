@@ -46,6 +46,7 @@ class EvaluationSettings:
         image_cache_gb: its maximum size, GB.
         on_bad_image: ``stop`` at missing images, or ``skip`` them; for recipes also at unreadable ones.
         server: rollout server that writes the answers; None: this process does.
+        server_adapters: folder where the server reads the adapter of a LoRA folder; None: a temporary one.
         give_box: of a recipe: give the true boxes in the question, and judge the diagnosis alone.
         pseudo_boxes: measure records against pseudo-boxes too, which no person drew.
         similar: what is said before each question of similar training studies; None: nothing.
@@ -64,6 +65,7 @@ class EvaluationSettings:
     image_cache_gb: float = 20.0
     on_bad_image: str = "stop"
     server: RolloutServer | None = None
+    server_adapters: Path | None = None
     give_box: bool = False
     pseudo_boxes: bool = False
     similar: SimilarCases | None = None
@@ -183,6 +185,7 @@ def _answerer(
         image_cache_gb=settings.image_cache_gb,
         max_new_tokens=settings.max_new_tokens or benchmark.max_new_tokens,
         server=settings.server,
+        server_adapters=settings.server_adapters,
     )
     return Answerer(checkpoint, answerer_settings)
 

@@ -80,6 +80,7 @@ class AnswererSettings:
         image_cache_gb: its maximum size in GB.
         max_new_tokens: longest answer.
         server: rollout server that writes the answers; None: this process does.
+        server_adapters: folder where the server reads the adapter of a LoRA folder; None: a temporary one.
     """
 
     base: Path | str | None = None
@@ -91,6 +92,7 @@ class AnswererSettings:
     image_cache_gb: float = 20.0
     max_new_tokens: int = 128
     server: RolloutServer | None = None
+    server_adapters: Path | None = None
 
 
 class Answerer:
@@ -118,7 +120,7 @@ class Answerer:
         self.template = settings.template or settings.templates[self.llava.config.model_type]
         self.max_new_tokens = settings.max_new_tokens
         self._hashes = checkpoint_hashes(checkpoint, settings.base)
-        self._writer = None if settings.server is None else _server_writer(settings.server, self.model)
+        self._writer = None if settings.server is None else _server_writer(settings, self.model)
         config, cache, cache_gb = self.llava.config, settings.image_cache, settings.image_cache_gb
         self.images = ModelImages(checkpoint, self.processor, config, cache, cache_gb)
 
@@ -238,10 +240,11 @@ class Answerer:
         return Continuation(image, ids, full)
 
 
-def _server_writer(server: RolloutServer, model: Any) -> Any:
+def _server_writer(settings: AnswererSettings, model: Any) -> Any:
     from umed_plugin.model.server_answering import ServerWriter
 
-    return ServerWriter(server, model)
+    assert settings.server is not None
+    return ServerWriter(settings.server, model, settings.server_adapters)
 
 
 def image_key(path: str, reading: Reading | None) -> tuple[str, str]:

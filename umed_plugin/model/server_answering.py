@@ -31,19 +31,22 @@ class ServerWriter:
     Args:
         server: where the checkpoint's language model is served.
         model: the checkpoint here; its adapter, if it has one, is loaded there until this process ends.
+        adapters: folder for the adapter, which the server must see too; None: a temporary one that this user alone can read.
 
     Raises:
         RolloutServerError: the server cannot be used.
+        UmedError: the adapter cannot be written.
     """
 
-    def __init__(self, server: RolloutServer, model: Any) -> None:
+    def __init__(self, server: RolloutServer, model: Any, adapters: Path | None = None) -> None:
         self._server, self._model, self._compared = server, model, False
         self._name = server.base_model()
         if hasattr(model, "peft_config"):
-            folder = Path(tempfile.mkdtemp(prefix="umed-evaluate-"))
             self._name = f"umed-evaluate-{secrets.token_hex(4)}"
-            atexit.register(self._forget, folder)
-            server.load_adapter(self._name, write_adapter(model, folder / self._name))
+            place = adapters or Path(tempfile.mkdtemp(prefix="umed-evaluate-"))
+            folder = place / self._name
+            atexit.register(self._forget, folder if adapters else place)
+            server.load_adapter(self._name, write_adapter(model, folder, server.adapters_flag))
 
     @torch.no_grad()
     def write(self, prompts: PromptBatch, max_new_tokens: int, eos_token_id: int) -> Candidates:

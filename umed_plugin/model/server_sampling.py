@@ -139,14 +139,15 @@ def difference_fault(difference: float, most: float, url: str) -> str | None:
     )
 
 
-def write_adapter(policy: Any, folder: Path) -> Path:
+def write_adapter(policy: Any, folder: Path, flag: str = "--umed_rollout_adapters") -> Path:
     """Write the policy's LoRA adapter of the language model as PEFT's two files, in the precision of the weights below it.
 
     The server would round it to that precision itself. What an adapter changes in the vision tower is in the features already.
 
     Args:
         policy: a PEFT model with one adapter, its parameters gathered.
-        folder: to create; its parent must exist.
+        folder: to create, with its parents.
+        flag: of the command, that names another place.
 
     Raises:
         UmedError: the folder cannot be written.
@@ -175,14 +176,16 @@ def write_adapter(policy: Any, folder: Path) -> Path:
         "inference_mode": True,
     }
     try:
-        folder.mkdir()
+        folder.mkdir(parents=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         files.write_json(folder / "adapter_config.json", settings)
+        # Safetensors lets this user alone read it, and the server may be another's: as the umask says, like the other file.
+        (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode & 0o777)
     except (OSError, SafetensorError) as error:
         # Half an adapter is of no use, and on a full disk its room may be enough for the checkpoint that follows.
         shutil.rmtree(folder, ignore_errors=True)
         raise UmedError(
             f"{folder}: the adapter for the rollout server cannot be written ({files.failed_write(error) or error}). Needed: a "
-            "folder with free space that the server can read; --umed_rollout_adapters names another."
+            f"folder with free space that the server can read; {flag} names another."
         ) from error
     return folder

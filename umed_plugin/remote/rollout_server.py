@@ -52,6 +52,7 @@ class RolloutServer:
         retries: further attempts after a lost connection or a busy server.
         pause: seconds before the first retry; each further pause is twice as long.
         timeout_flag: flag of the command that sets ``timeout``, for messages; None: the command has none.
+        adapters_flag: flag of the command that says where it writes adapters, for messages.
     """
 
     url: str
@@ -59,6 +60,7 @@ class RolloutServer:
     retries: int = 3
     pause: float = 1.0
     timeout_flag: str | None = "--umed_rollout_timeout"
+    adapters_flag: str = "--umed_rollout_adapters"
 
     def base_model(self) -> str:
         """The name under which the server holds the model without an adapter.
@@ -110,8 +112,8 @@ class RolloutServer:
         except _Refused as error:
             raise RolloutServerError(
                 f"{error} The adapter in {folder} could not be loaded. The server needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
-                "--enable-lora, a --max-lora-rank of at least --lora_r, and must see that folder. `umed rollout-server CKPT` "
-                "sets the first three."
+                "--enable-lora, a --max-lora-rank of at least the adapter's rank, and must see and read that folder. `umed "
+                f"rollout-server CKPT` sets the first three; {self.adapters_flag} names another folder."
             ) from None
 
     def unload_adapter(self, name: str) -> None:
