@@ -106,7 +106,9 @@ def test_the_curve_is_what_evaluate_says_of_the_same_weights(taught, with_curve)
     groups = [json.loads(line) for line in (with_curve / "candidates.jsonl").read_text().splitlines()[: first["step"]]]
     ious = [one["localization"] for group in groups if group["true"]["bbox"] for one in group["candidates"]]
     assert first["guard/iou_over_held_out"] == pytest.approx(sum(ious) / len(ious) - found[0]["val/iou"], abs=1e-6)
-    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5], "a validation takes no step's own log"
+    assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 5], (
+        "a validation takes no step's own log"
+    )
     assert "guard/accuracy_over_held_out" in first and first["guard/questions_over_held_out"] == first["step"]
     assert found[0] != found[5], "five steps at a high rate change the answers, or the last value showed nothing"
 
