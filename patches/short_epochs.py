@@ -43,9 +43,8 @@ def change(recorder: Recorder) -> None:
         try:
             return stock(self, *positional, **keywords)
         finally:
-            self.__dict__.pop(
-                "get_train_dataloader", None
-            )  # `resumed_batches`, further in, has taken it away where it acts
+            # Where `resumed_batches`, further in, acts, it has taken this away already.
+            self.__dict__.pop("get_train_dataloader", None)
             if self.args.gradient_accumulation_steps != given:
                 _accumulate(self, given)
 
@@ -91,9 +90,8 @@ def _accumulate(trainer: Any, steps: int) -> None:
     """Let a step take this many batches, in the loop, in accelerate and in DeepSpeed's settings."""
     args, accelerator = trainer.args, trainer.accelerator
     args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = steps
-    if (
-        args.deepspeed
-    ):  # accelerate corrects one of the two numbers alone, and DeepSpeed refuses what does not fit together
+    if args.deepspeed:
+        # accelerate corrects one of the two numbers alone, and DeepSpeed refuses what does not fit together.
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         settings["gradient_accumulation_steps"] = steps
         settings["train_batch_size"] = args.train_batch_size * args.world_size * steps
