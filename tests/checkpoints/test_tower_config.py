@@ -12,6 +12,7 @@ from umed_plugin.checkpoints.tower_config import CLIP_SIZES, tower_sizes
 NAME = "openai/clip-vit-large-patch14"
 
 
+@pytest.mark.llava
 def test_a_tower_is_found_in_a_folder_and_in_the_cache(tmp_path):
     assert tower_sizes(NAME, str(tmp_path)) is None
     file = cache_tower(tmp_path, NAME)
