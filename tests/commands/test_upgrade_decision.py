@@ -194,6 +194,8 @@ def test_where_no_person_drew_boxes_the_val_of_the_evaluations_recipe_judges(tin
     with pytest.raises(UmedError, match=refused):
         upgrade_of(tiny_mistral, frames, tmp_path / "run", **sets, **lacking)
     upgrade_of(tiny_mistral, frames, tmp_path / "run", **{**sets, "rewarding": "always"}, **lacking)
+    (tmp_path / "unmounted").mkdir()
+    upgrade_of(tiny_mistral, frames, tmp_path / "run", **sets, **{"evaluation.data_root": str(tmp_path / "unmounted")})
 
 
 @pytest.mark.llava

@@ -13,6 +13,7 @@ from umed_plugin import cli
 from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.augmentation.study import augmented_study
 from umed_plugin.data.build import build_records
+from umed_plugin.data.data_stamp import data_stamp
 from umed_plugin.data.images import open_image
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import is_diagnosed, load_records, record_faults, save_records
@@ -83,6 +84,15 @@ def test_a_montage_shows_all_images_of_a_study_side_by_side_at_the_lowest_height
     Image.new("L", (40, 40), 7).save(tmp_path / "images/s1/1.png")
     again = built(tmp_path, recipe)[0]
     assert set(np.asarray(Image.open(tmp_path / "out" / again["image"]))[:, 30:].ravel()) == {7}
+
+
+@pytest.mark.llava
+def test_the_stamp_of_the_data_changes_with_a_further_view(tmp_path):
+    recipe = load_recipe(write(tmp_path, ", views: montage"))
+    before = data_stamp(read_annotations(recipe, tmp_path))
+    view = tmp_path / "images/s1/1.png"
+    view.write_bytes(view.read_bytes() + b" ")
+    assert data_stamp(read_annotations(recipe, tmp_path)) != before
 
 
 @pytest.mark.llava

@@ -118,6 +118,17 @@ def test_a_scale_that_is_no_number_of_0_or_more_is_refused(scale, message):
         normalisation_of({"own": own}, {"record": [NODULE] * 2})
 
 
+def test_a_scale_may_come_with_columns_that_are_no_lists():
+    """TRL passes its trainer's state among them."""
+
+    def own(completions, **columns):
+        return [0.0] * len(completions)
+
+    own.scale = lambda record, **columns: [0.5] * len(record)
+    columns = {"trainer_state": object(), "record": [NODULE] * 2}
+    assert normalisation_of({"own": own}, columns)["scales"] == {"own": [0.5, 0.5]}
+
+
 class Changing:
     """Fails where it is told to."""
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.drawn import scene, write_dicom
 from support.records import grounded_records, write_records
 from support.tuning import make_dataset, make_tokenizer
 from support.umed_runs import train_flags, umed_run, weights
@@ -259,6 +260,11 @@ def test_the_padding_of_a_plain_item_keeps_its_colour(tmp_path: Path, tokenizer:
     rows = before.shape[-1] // 4
     assert torch.equal(before[:, :rows], after[:, :rows]) and torch.equal(before[:, -rows:], after[:, -rows:])
     assert not torch.allclose(before[:, rows + 2 : -rows - 2], after[:, rows + 2 : -rows - 2], atol=0.01)
+
+    write_dicom(tmp_path / "a.dcm", scene())  # only the cache reads it
+    file.write_text(json.dumps([{**item, "image": "a.dcm", "augment": {"brightness": 0.3, "share": 1}}]))
+    dataset = make_dataset(file, tokenizer, umed_augment=True, umed_image_cache=tmp_path / "cache")
+    assert dataset[0]["image"].shape == before.shape
 
 
 def test_a_record_of_a_file_whose_name_is_not_utf_8_is_shown(records: Path, tokenizer: Any) -> None:

@@ -339,7 +339,9 @@ def test_held_out_records_lie_beside_those_for_training_and_plain_items_are_not_
         assert [record["split"] for record in trained] == ["train"] * 9
         held_out = make_dataset(records, tokenizer, umed_recipe=str(recipe), split="val").list_data_dict
         assert [record["id"] for record in held_out] == ["x/c.png"]  # record-3 of the file is a plain item
-        assert "1 of 2 held-out records have no true boxes and are not scored." in "".join(capsys.readouterr())
+        assert "1 of 2 held-out records have no true boxes, or are probes: they are not scored." in "".join(
+            capsys.readouterr()
+        )
         assert held_out[0]["image"] == str(data / "c.png")
     make_dataset(records, tokenizer, umed_recipe=str(recipe), split="val", rank=1)
     assert "not scored" not in "".join(capsys.readouterr()), "the first rank has said so"

@@ -9,8 +9,8 @@ from umed_plugin.data.images import file_states
 
 
 def data_stamp(annotations: AnnotationSet) -> dict[str, str]:
-    """The data's folder and a digest of all that the annotations say and of size and time of every image they name."""
+    """The data's folder and a digest of all that the annotations say and of size and time of every picture they name."""
     digest = hashlib.sha256(repr((annotations.faults.messages, annotations.missing)).encode())
     for item in annotations.items:
-        digest.update(repr((item, file_states(item.image))).encode())
+        digest.update(repr((item, file_states(item.image), *map(file_states, item.views))).encode())
     return {"data_root": str(annotations.root), "data_sha256": digest.hexdigest()}

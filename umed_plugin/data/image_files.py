@@ -41,7 +41,7 @@ def check_image_files(
         if "image" in item:
             owners.setdefault(item["image"], item.get("id", f"[{index}]"))
     names = list(owners)
-    looked_for = _evenly(names, MOST_LOOKED_FOR)
+    looked_for = evenly(names, MOST_LOOKED_FOR)
     missing = [name for name in looked_for if not os.path.isfile(os.path.join(folder, name))]
     if missing:
         first = f"record {owners[missing[0]]}: cannot read the image {_short(os.path.join(folder, missing[0]))}"
@@ -54,7 +54,7 @@ def check_image_files(
             f"{where}: {counted}: {first}.{_hint(missing[0], folder)}", skip and len(missing) < len(looked_for)
         )
     absent = set(missing)
-    present = [name for name in _evenly(looked_for, MOST_OPENED) if name not in absent]
+    present = [name for name in evenly(looked_for, MOST_OPENED) if name not in absent]
     if opened_by_llava:
         _check_opened(present, owners, folder, where, skip)
 
@@ -76,7 +76,7 @@ def check_images_to_encode(
     """
     owners: dict[str, Any] = {}
     some_cached = False
-    for index in _evenly(range(len(items)), MOST_LOOKED_FOR):
+    for index in evenly(range(len(items)), MOST_LOOKED_FOR):
         item = items[index]
         if "image" not in item or not os.path.isfile(os.path.join(folder, item["image"])):
             continue
@@ -84,7 +84,7 @@ def check_images_to_encode(
             some_cached = True
         else:
             owners.setdefault(item["image"], item.get("id", f"[{index}]"))
-    _check_opened(_evenly(list(owners), MOST_OPENED), owners, folder, where, skip, others=some_cached)
+    _check_opened(evenly(list(owners), MOST_OPENED), owners, folder, where, skip, others=some_cached)
 
 
 def _check_opened(
@@ -121,9 +121,15 @@ def _refuse_or_warn(text: str, skip: bool) -> None:
     warn(f"{text} They are skipped when their turn comes: the next record takes the place.")
 
 
-def _evenly(names: Sequence[_T], most: int) -> list[_T]:
-    """At most so many, spread over the whole list."""
-    return list(names) if len(names) <= most else [names[i * len(names) // most] for i in range(most)]
+def evenly(all_of_them: Sequence[_T], most: int) -> list[_T]:
+    """At most so many, spread over the whole sequence, in its order.
+
+    Example:
+        >>> evenly(range(10), 4)
+        [0, 2, 5, 7]
+    """
+    count = min(len(all_of_them), most)
+    return [all_of_them[i * len(all_of_them) // count] for i in range(count)]
 
 
 def _of(some: Sequence[str], names: Collection[str]) -> str:

@@ -278,9 +278,15 @@ class SharedTerms:
         return record
 
 
+def are_pseudo(record: Record) -> bool:
+    """Whether no person drew the record's boxes."""
+    provenance = record.get("provenance")
+    return isinstance(provenance, dict) and provenance.get("boxes") == PSEUDO
+
+
 def with_pseudo_boxes(records: Iterable[Record]) -> list[Record]:
     """Those of the records whose boxes no person drew."""
-    return [record for record in records if record["provenance"].get("boxes") == PSEUDO]
+    return list(filter(are_pseudo, records))
 
 
 def save_records(records: Sequence[Record], path: str | Path) -> None:

@@ -122,6 +122,12 @@ def append_json_lines(path: str | Path, values: Iterable[Any], *, durable: bool 
         raise
 
 
+def file_stamp(file: Path) -> tuple[int, int]:
+    """(size in bytes, modification time in ns): what tells the file from one that is written over it."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def text_bytes(text: str) -> bytes:
     r"""A text in UTF-8, also one with a file name that is not UTF-8, whose bytes Python keeps as half characters.
 

@@ -115,7 +115,7 @@ def _scale_of(name: str, reward: Any, columns: Optional[Mapping[str, Sequence[An
             f"reward {name!r}: scale returned {shown(sizes)}. It must return a list of one number for each answer."
         )
     sizes = [_size_of(name, value) for value in sizes]
-    count = len(next(iter(given.values()), sizes))
+    count = len(given.get("record", sizes))  # TRL passes columns of other kinds too, such as its trainer's state
     if len(sizes) != count:
         raise UmedError(
             f"reward {name!r}: scale returned {len(sizes)} numbers for {count} answers. It must return one for each."

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.data.image_files import evenly
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
@@ -57,8 +58,7 @@ def reward_of_run(entry: Any, records: Sequence[Mapping[str, Any]] = ()) -> Rewa
     reward: Any = entry() if isinstance(entry, type) else entry
     if not len(records) or not hasattr(reward, "for_records"):
         return reward
-    count = min(len(records), MOST_RECORDS)
-    return reward.for_records([records[i * len(records) // count] for i in range(count)])
+    return reward.for_records(evenly(records, MOST_RECORDS))
 
 
 def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -71,15 +71,14 @@ def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[
     Raises:
         UmedError: no reward applies to a kind of record, so nothing could be learnt from these records.
     """
-    count = min(len(records), MOST_RECORDS)
-    looked_at = [records[i * len(records) // count] for i in range(count)]
+    looked_at = evenly(records, MOST_RECORDS)
     kinds = Counter(record.get("answer_type") for record in looked_at)
     sentences = []
     for kind in (PHRASE, REPORT):
         without = [name for name, reward in rewards.items() if not _applies(reward, {"answer_type": kind})]
         if not kinds[kind] or not without:
             continue
-        share = f"{kinds[kind]} of {count} training records looked at are {kind}s"
+        share = f"{kinds[kind]} of {len(looked_at)} training records looked at are {kind}s"
         if len(without) == len(rewards):
             raise UmedError(
                 f"{share}, and none of the rewards ({', '.join(rewards)}) applies to a {kind}: nothing would be learnt from "

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-from PIL import Image
 
 from umed_plugin.data.augmentation.pixels import augment_pixels
 from umed_plugin.data.augmentation.study import Study, augmented_study
+from umed_plugin.data.images import open_image
 from umed_plugin.data.records import Record, record_faults, record_geometry
 from umed_plugin.grounding.boxes import Box
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -45,8 +45,9 @@ class Augmenter:
         if not record_faults(study.record):
             geometry = record_geometry(study.record)
         elif self.mode == "pad":
-            with Image.open(path) as opened:  # a plain LLaVA item does not say how large its image is
-                geometry = ImageGeometry(*opened.size, "pad")
+            # A plain LLaVA item does not say how large its image is.
+            width, height = open_image(path, study.record.get("reading")).size
+            geometry = ImageGeometry(width, height, "pad")
         else:
             return None
         return geometry.to_square([(0, 0, geometry.width, geometry.height)])[0]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from umed_plugin.data.image_files import evenly
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.flags.names import BOX_REWARDS
 from umed_plugin.grounding.scoring import score_answer
@@ -125,9 +126,7 @@ def studies_with_lesion(has_boxes: np.ndarray, wanted: int) -> list[int]:
         has_boxes: bool [n], whether each record has one.
         wanted: 1 or more.
     """
-    boxed = np.flatnonzero(has_boxes)
-    count = min(len(boxed), wanted)
-    return [int(boxed[number * len(boxed) // count]) for number in range(count)]
+    return evenly(np.flatnonzero(has_boxes).tolist(), wanted)
 
 
 def no_boxes(studies: int, answers: int, cut_off: int, examples: Sequence[str], max_new_tokens: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template
+from umed_plugin.data.image_files import evenly
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.training.tuning_data import GroundedDataset, tokenize_record
 
@@ -39,8 +40,7 @@ def check_supervision(dataset: GroundedDataset, tokenizer: Any, samples: int) ->
         UmedError: anything other than the answers and their end tokens is supervised, or a record is masked whole. Or a record's
             whole answer is cut off, among all that could be too long.
     """
-    count = min(samples, len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
+    indices = evenly(range(len(dataset)), samples)
     spec = TEMPLATES.get(dataset.template)
     templates = (dataset.template, spec.stock) if spec else (dataset.template,)
     faults, masked, truncated, tokens = [], 0, 0, 0
@@ -78,7 +78,7 @@ def _tell_of_long_records(dataset: GroundedDataset, tokenizer: Any) -> None:
         UmedError: the whole answer of a record lies beyond it: nothing would be learned, and a batch of such has no loss.
     """
     long = [index for index in range(len(dataset)) if _could_be_too_long(dataset, index, tokenizer.model_max_length)]
-    looked_at = long if len(long) <= _MOST_LONG else [long[i * len(long) // _MOST_LONG] for i in range(_MOST_LONG)]
+    looked_at = evenly(long, _MOST_LONG)
     cut: list[int] = []
     lost: list[int] = []
     for index in looked_at:

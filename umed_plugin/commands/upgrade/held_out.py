@@ -18,8 +18,9 @@ from umed_plugin.data.json_list import items_of
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.record_file import kept_splits
-from umed_plugin.data.records import PSEUDO
+from umed_plugin.data.records import are_pseudo
 from umed_plugin.errors import UmedError
+from umed_plugin.files import file_stamp
 
 _ALWAYS = "or set rewarding.run to always"
 
@@ -37,7 +38,7 @@ class HeldOut:
 
     def has_val(self) -> bool:
         """Whether the records have a split val; False while they are not built."""
-        return self._records.is_file() and _has_val(self._records, _stamp(self._records))
+        return self._records.is_file() and _has_val(self._records, file_stamp(self._records))
 
     def recipe(self) -> str | None:
         """``evaluation.recipe``, if it has to judge the trial; None: the records that are trained on do."""
@@ -71,7 +72,7 @@ class HeldOut:
     def _boxes_are_pseudo(self) -> bool:
         if not self._settings.recipe.endswith(".json"):
             return has_pseudo_boxes(load_recipe(self._settings.recipe))
-        return self._records.is_file() and _has_pseudo_val(self._records, _stamp(self._records))
+        return self._records.is_file() and _has_pseudo_val(self._records, file_stamp(self._records))
 
 
 def _can_judge(recipe: str, data_root: str | None) -> bool:
@@ -82,21 +83,17 @@ def _can_judge(recipe: str, data_root: str | None) -> bool:
     if not recipe.endswith(".json"):
         return _recipe_has_val(recipe, data_root)
     file = Path(recipe)
-    return not file.is_file() or (_has_val(file, _stamp(file)) and not _has_pseudo_val(file, _stamp(file)))
+    return not file.is_file() or (_has_val(file, file_stamp(file)) and not _has_pseudo_val(file, file_stamp(file)))
 
 
 def _recipe_has_val(recipe: str, data_root: str | None) -> bool:
     from umed_plugin.data.annotations import read_annotations
 
     with contextlib.suppress(UmedError):
-        return any(item.split == "val" for item in read_annotations(load_recipe(recipe), data_root).items)
+        items = read_annotations(load_recipe(recipe), data_root).items
+        # None at all: the folder is there, and the disk below it is not.
+        return not items or any(item.split == "val" for item in items)
     return True
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    """What tells the file from one that is written over it."""
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 @functools.cache
@@ -108,8 +105,7 @@ def _has_val(file: Path, _stamp: tuple[int, int]) -> bool:
 
 @functools.cache
 def _has_pseudo_val(file: Path, _stamp: tuple[int, int]) -> bool:
-    origins = (item.get("provenance") for item in _val_items(file))
-    return any(isinstance(origin, dict) and origin.get("boxes") == PSEUDO for origin in origins)
+    return any(map(are_pseudo, _val_items(file)))
 
 
 def _val_items(records: Path) -> Iterator[dict[str, Any]]:

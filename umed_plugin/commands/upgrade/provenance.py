@@ -21,7 +21,7 @@ from typing import Any
 from umed_plugin import __version__
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.errors import UmedError
-from umed_plugin.files import read_object, write_json
+from umed_plugin.files import file_stamp, read_object, write_json
 
 # The manifest lists their versions.
 _LIBRARIES = (
@@ -67,8 +67,8 @@ class Provenance:
         return str(self._state(file)["sha256"]) if file.is_file() else None
 
     def _state(self, file: Path) -> JsonObject:
-        known, stamp = self._hashed.get(file), _stamp(file)
-        if known is None or [known["bytes"], known["changed_ns"]] != stamp:
+        known, stamp = self._hashed.get(file), file_stamp(file)
+        if known is None or (known["bytes"], known["changed_ns"]) != stamp:
             known = {"sha256": sha256(file), "bytes": stamp[0], "changed_ns": stamp[1]}
             self._hashed[file] = known
         return known
@@ -191,12 +191,6 @@ def files_of(path: Path) -> list[Path]:
     inside = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     excluded = ("checkpoint-", "tmp-checkpoint-", "best_weights", MANIFEST)
     return sorted(file for file in inside if not file.relative_to(path).parts[0].startswith(excluded))
-
-
-def _stamp(file: Path) -> list[int]:
-    """[size in bytes, modification time in ns]."""
-    status = file.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def sha256(file: Path) -> str:

@@ -197,11 +197,11 @@ class Upgrade:
         Raises:
             UmedError: a trial is asked for, and the records have no held-out studies to judge it by.
         """
-        auto = self.settings.rewarding.run == "auto"
-        if auto:
+        auto, before = self.settings.rewarding.run == "auto", self.plan.pays
+        tried = auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal)
+        if auto and not tried:
             self.plan.held_out.check()
-        before = self.plan.pays
-        if auto and all(self.provenance.is_done(step) for step in self.plan.trial() if step.goal):
+        if tried:
             self.decision = self._decide()
             self.plan.pays = self.decision.pays
             if told and before is None:
@@ -313,7 +313,9 @@ class Upgrade:
 
     def _finish_swap(self) -> dict[str, Any]:
         """Complete a swap that an earlier start began."""
-        if any(self.provenance.differences(step, inputs=False) for step in self.steps):
+        trial = {step.name for step in self.plan.trial()}  # once there is a result, nothing rests on it
+        steps = [step for step in self.steps if step.name not in trial]
+        if any(self.provenance.differences(step, inputs=False) for step in steps):
             raise UmedError(
                 f"{self.folder}: the result of this run has replaced {self.swap.checkpoint}, and settings or data have changed "
                 "since it was made. Choose another --out."
