@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import box_shapes
 import pytest
 import study
 import study_data
@@ -19,6 +20,7 @@ import yaml
 from study_plan import Cell
 from support import forked
 from support.llava_args import llava_args
+from support.records import grounded_records
 from support.umed_runs import ROOT, run_command
 
 from umed_plugin.commands import processes
@@ -213,6 +215,26 @@ def test_the_best_answer_has_the_true_classes_and_the_best_box():
 
 @pytest.mark.run
 @pytest.mark.llava
+def test_the_shapes_of_a_studys_boxes(tmp_path, capsys):
+    """Malformed boxes count and have no area. The constant box is the median of the training boxes."""
+    seed = tmp_path / "work" / "seed1"
+    evaluation = seed / "checkpoints" / "seed1-4-plain-stage_2" / "evaluation"
+    evaluation.mkdir(parents=True)
+    answers = ["At [0.0, 0.0, 0.5, 0.5].", "At [0.5, 0.5, 0.2, 0.9] and [0.0, 0.0, 0.5, 1.0].", "No finding.", "None."]
+    (evaluation / "predictions.jsonl").write_text("".join(json.dumps({"answer": text}) + "\n" for text in answers))
+    for name, box in (("data", [0, 0, 1, 1]), ("data-1", [0, 0, 32, 24])):
+        records = json.loads(grounded_records(seed / name).read_text())
+        for number, record in enumerate(records):
+            record["split"] = ("train", "test", "val")[number % 3]
+            record["objects"] |= {"ref": ["nodule"], "bbox": [box]}
+            record["answer_type"] = "grounded"
+        (seed / name / "records.json").write_text(json.dumps(records))
+    box_shapes.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "| 4-plain-stage_2 | 4 | 0.50 | 0.25 | 0.38 |" in printed
+    assert "one constant box: mean IoU 1.000 on 3 held-out studies" in printed
+
+
 def test_a_study_from_end_to_end(tmp_path, monkeypatch):
     """Stage 1 ends by validation, the others have the same time, and a second start trains nothing but what is missing."""
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=forked.popen, STDOUT=subprocess.STDOUT))

@@ -102,6 +102,9 @@ RUN_BY = {
     "python benchmarks/stock_template.py": "commands/test_demo.py::test_the_demo_runs_from_start_to_end",
     "python benchmarks/ablation.py": "benchmarks/test_ablation.py::"
     "test_rows_go_on_from_their_start_and_stage_1_continued_gets_the_same_wall_time",
+    "UMED_DATA_ROOT=/data/brain_tumor_coco python benchmarks/study.py": "benchmarks/test_study.py::"
+    "test_a_study_from_end_to_end",
+    "python benchmarks/box_shapes.py": "benchmarks/test_study.py::test_the_shapes_of_a_studys_boxes",
     "python benchmarks/study.py": "benchmarks/test_study.py::test_a_study_from_end_to_end",
     "python benchmarks/keeping.py": "benchmarks/test_keeping.py::test_a_tiny_run_prints_captions_boxes_and_cosine",
     "python benchmarks/rewarding_step.py": "benchmarks/test_rewarding_step.py::test_a_small_step_is_measured_on_both_sides",
