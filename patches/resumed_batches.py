@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import note
-from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRANSFORMERS_4
+from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAINING_LOOP_4
 from umed_plugin.patching import Patch, Recorder, Target
 
 
@@ -137,14 +137,7 @@ PATCH = Patch(
     name="resumed_batches",
     targets=(
         Target("llava.train.llava_trainer:LLaVATrainer", LLAVA, ()),
-        Target(
-            "transformers.trainer:Trainer._inner_training_loop",
-            TRANSFORMERS_4,
-            (
-                "000dd3ec22eb914329e49b64992a634fba491d70372e0b20482289a824289987",  # 4.36
-                "9caed1a498d1c257550f7507ec8b29ff4bab559583f3f439c663769dce1dbcf4",  # 4.37
-            ),
-        ),
+        TRAINING_LOOP_4,
     ),
     why="where an epoch does not divide into whole optimizer steps, transformers 4 resumes behind batches that were never "
     "learnt from",

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from umed_plugin.errors import note, warn
-from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRANSFORMERS_4
+from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAINING_LOOP_4
 from umed_plugin.patching import Patch, Recorder, Target
 
 
@@ -101,14 +101,7 @@ PATCH = Patch(
     name="short_epochs",
     targets=(
         Target("llava.train.llava_trainer:LLaVATrainer", LLAVA, ()),
-        Target(
-            "transformers.trainer:Trainer._inner_training_loop",
-            TRANSFORMERS_4,
-            (
-                "000dd3ec22eb914329e49b64992a634fba491d70372e0b20482289a824289987",  # 4.36
-                "9caed1a498d1c257550f7507ec8b29ff4bab559583f3f439c663769dce1dbcf4",  # 4.37
-            ),
-        ),
+        TRAINING_LOOP_4,
     ),
     why="where an epoch has fewer batches than a step, transformers 4 ends steps at two kinds of places, lets the processes' "
     "weights drift apart, and ends before the last epoch",

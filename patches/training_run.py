@@ -20,6 +20,16 @@ BEFORE_5, ON_5 = ("transformers", "<5"), ("transformers", ">=5")
 # It reads its globals when it runs, so they can be rebound. Each patch that does so relies on how it reads them.
 TRAIN = Target("llava.train.train:train", LLAVA, ("0ef232c0a416a4da43871d171405fcd795562314a31dbd988f4cb68d07d01dd7",))
 
+# The loop over epochs, for patches that transformers 5 needs no more.
+TRAINING_LOOP_4 = Target(
+    "transformers.trainer:Trainer._inner_training_loop",
+    TRANSFORMERS_4,
+    (
+        "000dd3ec22eb914329e49b64992a634fba491d70372e0b20482289a824289987",  # 4.36
+        "9caed1a498d1c257550f7507ec8b29ff4bab559583f3f439c663769dce1dbcf4",  # 4.37
+    ),
+)
+
 
 @dataclass
 class TrainingRun:

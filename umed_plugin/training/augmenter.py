@@ -12,7 +12,7 @@ import torch
 
 from umed_plugin.data.augmentation.pixels import augment_pixels
 from umed_plugin.data.augmentation.study import Study, augmented_study
-from umed_plugin.data.images import open_image
+from umed_plugin.data.images import shown_size
 from umed_plugin.data.records import Record, record_faults, record_geometry
 from umed_plugin.grounding.boxes import Box
 from umed_plugin.grounding.geometry import ImageGeometry
@@ -46,7 +46,7 @@ class Augmenter:
             geometry = record_geometry(study.record)
         elif self.mode == "pad":
             # A plain LLaVA item does not say how large its image is.
-            width, height = open_image(path, study.record.get("reading")).size
+            width, height = shown_size(path, study.record.get("reading"))
             geometry = ImageGeometry(width, height, "pad")
         else:
             return None

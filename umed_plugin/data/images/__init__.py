@@ -304,6 +304,21 @@ def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None)
     return Image.fromarray(load_image(path, **options)[0])
 
 
+def shown_size(path: Union[str, Path], reading: Optional[dict[str, Any]] = None) -> tuple[int, int]:
+    """(width, height) of what `open_image` gives; of PNG, JPEG and their like without decoding the pixels.
+
+    Raises:
+        UmedError: as `open_image`.
+    """
+    path = Path(path)
+    if reading or not path.name.lower().endswith(RASTER_ENDINGS):
+        width, height = open_image(path, reading).size
+    else:
+        with opened_raster(path) as image:
+            width, height = image.size
+    return width, height
+
+
 def read_stored(
     path: Path,
     *,
