@@ -9,8 +9,8 @@ another checkout. There a start checkpoint is trained again only if an unfinishe
 
 **Equal time is processor time**, user and system, of the training's process and all that it waited for, start included. Wall time
 would count what else the machine does. An arm with ``steps: equal`` takes as many steps of stage 1 as fit into the time that the
-arm ``budget`` has taken for the same seed and studies. How long a step takes is measured once on each machine. The table shows
-what each arm has really taken.
+arm ``budget`` has taken for the same seed and studies. How long a plain step takes is measured right after that arm, since other
+work on the machine lengthens processor time too. The table shows what each arm has really taken.
 
 Writes ``table.md`` and ``figure.png`` to OUT. ``--only`` an arm, ``--seeds``, ``--sizes`` and ``--variants`` choose cells;
 ``--table`` trains nothing.
@@ -76,7 +76,7 @@ def chosen_cells(study: Study, options: Any) -> list[Cell]:
     """The cells that the command line asks for, in the order of work.
 
     Raises:
-        UsageError: it names an arm or a variant that the study does not have.
+        UsageError: it names an arm, a variant or a size that the study does not have.
     """
     arms = options.only or list(study.arms)
     variants = options.variants.split(",") if options.variants else list(study.variants)
@@ -85,6 +85,9 @@ def chosen_cells(study: Study, options: Any) -> list[Cell]:
             if name not in known:
                 raise UsageError(unknown_name(kind, name, known))
     seeds, sizes = _numbers(options.seeds) or study.seeds, _numbers(options.sizes) or study.sizes
+    if unknown := set(sizes) - set(study.sizes):
+        listed = ", ".join(map(str, study.sizes))
+        raise UsageError(f"--sizes {min(unknown)}: {study.name} has {listed}. Its table would not show another size.")
     return [cell for cell in cells(study, seeds, sizes) if cell.arm in arms and cell.variant in variants]
 
 

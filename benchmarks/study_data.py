@@ -49,7 +49,7 @@ def _recipe(data: Data) -> Recipe:
 def in_folds(records: Sequence[Record], folds: int, fold: int) -> list[Record]:
     """The records with new splits: patients of fold ``fold`` are the test, those of the next one the validation.
 
-    A hash puts patients into folds, so that all slices of one patient are in one split. A record without patient stands alone.
+    A hash puts patients into folds, so that all slices of one patient are in one split. Without a patient it is the image's.
     """
     test, val = fold % folds, (fold + 1) % folds
     names = {test: "test", val: "val"}
@@ -57,7 +57,7 @@ def in_folds(records: Sequence[Record], folds: int, fold: int) -> list[Record]:
 
 
 def _fold_of(record: Record, folds: int) -> int:
-    patient = f"{record.get('source')}/{record.get('patient') or record['id']}"
+    patient = f"{record.get('source')}/{record.get('patient') or record.get('image') or record['id']}"
     return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") % folds
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from umed_plugin.data.texts import read_yaml
 from umed_plugin.errors import UmedError, unknown_name
@@ -36,13 +36,20 @@ class Data(StrictModel):
     )
     hold_out: Optional[dict[str, list[str]]] = Field(None, description="``classes`` or ``sources`` for the test alone.")
 
+    @model_validator(mode="after")
+    def _one_of_folds_and_hold_out(self) -> Data:
+        if self.folds is not None and self.hold_out is not None:
+            raise ValueError("folds deals all studies anew, those of hold_out too; give one of the two")
+        return self
+
 
 class Variant(StrictModel):
-    """Flags of all arms; ``arms``: those that it has."""
+    """Flags of all arms; ``arms``: those that it has; ``control``: the variant whose arms stand in for the others."""
 
     flags: Flags = {}
     data: dict[str, Any] = Field({}, description="Keys of ``data`` that differ.")
     arms: Optional[list[str]] = None
+    control: Optional[str] = Field(None, description="Default: the first variant.")
 
 
 class Arm(StrictModel):
@@ -77,7 +84,7 @@ class Study(StrictModel):
     budget: str = Field(description="The arm whose processor time ``steps: equal`` stands for.")
     variants: dict[str, Variant] = Field({"plain": Variant()}, min_length=1)
     arms: dict[str, Arm] = Field(min_length=1)
-    against: Optional[str] = Field(None, description="The arm to compare with; a variant without it: the first's.")
+    against: Optional[str] = Field(None, description="The arm to compare with; a variant without it: its control's.")
     figure: list[str] = Field([], description="Arms whose gain over ``against`` the figure shows.")
 
 
@@ -166,11 +173,23 @@ def _check_names(study: Study, faults: Faults) -> None:
     if study.tuning_seed in study.seeds:
         faults.add("tuning_seed", f"{study.tuning_seed} is among the reported seeds")
     for name, variant in study.variants.items():
+        _check_control(study, name, faults)
         validated(Data, {**study.data.model_dump(), **variant.data}, f"variants.{name}.data.", faults)
         for arm in variant.arms or []:
             start = arms[arm].start if arm in arms else BASE
             if start not in (BASE, *(variant.arms or [])):
                 faults.add(f"variants.{name}.arms", f"{arm!r} starts from {start!r}, which is not among them")
+
+
+def _check_control(study: Study, name: str, faults: Faults) -> None:
+    """The control of a variant has to have the arms that the variant lacks: all of them."""
+    control, where = study.variants[name].control, f"variants.{name}.control"
+    if control is None:
+        return
+    if control not in study.variants:
+        faults.add(where, unknown_name("variant", control, study.variants))
+    elif study.variants[control].arms is not None:
+        faults.add(where, f"{control!r} has not all arms; name a variant without the key arms")
 
 
 def data_of(study: Study, variant: str) -> Data:
@@ -223,13 +242,13 @@ def digest(study: Study, cell: Cell) -> str:
 
 
 def budget_of(study: Study, cell: Cell) -> Cell:
-    """The cell whose processor time ``steps: equal`` stands for; a variant without it takes the first variant's."""
+    """The cell whose processor time ``steps: equal`` stands for; a variant without it takes its control's."""
     return _in_variant(study, cell, study.budget)
 
 
 def _in_variant(study: Study, cell: Cell, arm: str) -> Cell:
-    has = study.variants[cell.variant].arms
-    variant = cell.variant if has is None or arm in has else next(iter(study.variants))
+    about = study.variants[cell.variant]
+    variant = cell.variant if about.arms is None or arm in about.arms else about.control or next(iter(study.variants))
     return Cell(cell.seed, cell.size, variant, arm)
 
 

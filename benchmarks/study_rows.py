@@ -1,4 +1,8 @@
-"""Finished results of a study: one small JSON a cell, with the scores of each question, so that pairs can be compared later."""
+"""Finished results of a study: one small JSON a cell, with the scores of each question, so that pairs can be compared later.
+
+What rows share, the questions, is a file beside them: ids, clusters and, where a class or a source was held out of training,
+the group of each question.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation
 from umed_plugin.training.run_settings import made_with
 
+GROUP = "training"  # of a question: whether what it shows was held out of training or seen there
 # Metric -> its unit in the file: whole numbers are short.
 UNITS = {"accuracy": 1, "mean_iou": 1000, "vision_relevance": 10000, "consistent_answers": 1}
 
@@ -23,12 +28,11 @@ class Rows:
 
     Args:
         study: as read.
-        out: where new rows are written.
-        committed: folder with rows of earlier starts, perhaps from another machine; they count like the own ones.
+        out: where they are, and where new ones are written.
     """
 
-    def __init__(self, study: Study, out: Path, committed: Optional[Path] = None) -> None:
-        self.study, self.out, self.committed = study, out, committed
+    def __init__(self, study: Study, out: Path) -> None:
+        self.study, self.out = study, out
         self._lock = threading.Lock()
 
     def digest(self, cell: Cell) -> str:
@@ -36,11 +40,8 @@ class Rows:
         return digest(self.study, cell)
 
     def _find(self, name: str) -> Optional[dict[str, Any]]:
-        for folder in (self.out, self.committed):
-            file = None if folder is None else folder / self.study.name / name
-            if file is not None and file.is_file():
-                return files.read_object(file)
-        return None
+        file = self.out / self.study.name / name
+        return files.read_object(file) if file.is_file() else None
 
     def read(self, cell: Cell) -> Optional[dict[str, Any]]:
         """The row of a cell; None if it is missing or was made under other settings."""
@@ -59,6 +60,8 @@ class Rows:
         """Write the row of a cell from its evaluation's folder."""
         rows = Evaluation.load(evaluation).rows()
         questions = {"ids": [row.id for row in rows], "clusters": [row.cluster for row in rows]}
+        if any(GROUP in row.groups for row in rows):
+            questions[GROUP] = [row.groups.get(GROUP, "") for row in rows]
         name = f"questions-{hashlib.sha256(repr(questions).encode()).hexdigest()[:10]}"
         scores = {metric: " ".join(_written(row, metric, unit) for row in rows) for metric, unit in UNITS.items()}
         entry = {"cell": vars(cell), **about, "questions": name, "scores": scores, "made_with": _made_with()}
@@ -76,9 +79,10 @@ class Rows:
         questions = self._find(f"{row['questions']}.json")
         assert questions is not None, f"{row['questions']}.json is missing beside {cell.name}.json"
         columns = {metric: text.split(" ") for metric, text in row["scores"].items()}
+        groups = [{GROUP: group} for group in questions.get(GROUP, [])] or [{}] * len(questions["ids"])
         return [
-            Row(name, cluster, {m: int(column[i]) / UNITS[m] for m, column in columns.items() if column[i] != "-"})
-            for i, (name, cluster) in enumerate(zip(questions["ids"], questions["clusters"]))
+            Row(name, cluster, {m: int(column[i]) / UNITS[m] for m, column in columns.items() if column[i] != "-"}, of)
+            for i, (name, cluster, of) in enumerate(zip(questions["ids"], questions["clusters"], groups))
         ]
 
 

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Optional
 
 from intervals import differences, mean_difference
-from study_plan import BASE, Cell, Study, compared_with
-from study_rows import Rows
+from study_plan import BASE, Cell, Study, cells, compared_with
+from study_rows import GROUP, Rows
 
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.tables import formatted
 
 SHOWN = {"accuracy": "accuracy", "mean IoU": "mean_iou", "vision relevance": "vision_relevance"}
 COMPARED = ("accuracy", "mean IoU")
+# Groups of the held-out studies, where a class or a source was held out of training, and what the table calls them.
+PARTS = {"held_out": "held out of training", "seen": "seen in training"}
+# Question -> its group: seed and id -> a key of PARTS.
+Groups = Mapping[tuple[int, str], str]
 
 
-def pooled(
-    rows: Rows, pairs: Sequence[tuple[Cell, Cell]], key: str
-) -> tuple[Optional[float], Optional[list[float]], int]:
-    """Mean of ``after - before`` over the questions of all pairs of cells, its interval, and the number of pairs with rows."""
-    found: list[Row] = []
-    counted = 0
-    for before, after in pairs:
-        scores = rows.scores(before), rows.scores(after)
-        if scores[0] is not None and scores[1] is not None:
-            counted += 1
-            found += differences(key, scores[0], scores[1], after.seed)
-    return (*mean_difference(found), counted) if found else (None, None, counted)
+class Scores:
+    """The scored questions of cells, of one part of the held-out studies.
+
+    Args:
+        rows: of the study.
+        groups: of the questions, from the variants that hold something out. They count in the other variants too.
+        part: a key of `PARTS`; None: all studies.
+    """
+
+    def __init__(self, rows: Rows, groups: Groups | None = None, part: Optional[str] = None) -> None:
+        self.rows, self.groups, self.part = rows, groups or {}, part
+
+    def of(self, cell: Cell) -> Optional[list[Row]]:
+        """Of a finished cell; None for others."""
+        found = self.rows.scores(cell)
+        if found is None or self.part is None:
+            return found
+        return [row for row in found if self.groups.get((cell.seed, row.id)) == self.part]
+
+    def pooled(
+        self, pairs: Sequence[tuple[Cell, Cell]], key: str
+    ) -> tuple[Optional[float], Optional[list[float]], int]:
+        """Mean of ``after - before`` over the questions of all pairs, its interval, and the number of pairs with rows."""
+        found: list[Row] = []
+        counted = 0
+        for before, after in pairs:
+            scores = self.of(before), self.of(after)
+            if scores[0] is not None and scores[1] is not None:
+                counted += 1
+                found += differences(key, scores[0], scores[1], after.seed)
+        return (*mean_difference(found), counted) if found else (None, None, counted)
+
+
+def groups_of(study: Study, rows: Rows, seeds: Sequence[int]) -> Groups:
+    """The groups of all questions that some finished cell names. Variants are asked the same questions."""
+    found: dict[tuple[int, str], str] = {}
+    for cell in cells(study, seeds, study.sizes):
+        found |= {(cell.seed, row.id): row.groups[GROUP] for row in rows.scores(cell) or [] if GROUP in row.groups}
+    return found
 
 
 def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
     """The tables, one for each number of labelled studies, and which cells are missing.
 
-    Each line has the means over the seeds that are finished. Differences are paired, with 95 % intervals over patients.
+    Each line has the means over the seeds that are finished. Differences are paired, with 95 % intervals over patients. Where a
+    variant holds something out of training, each arm has a line for the studies that show it, and one for the others.
     """
     parts, missing = [f"### {study.title}", "", study.question], []
+    groups = groups_of(study, rows, seeds)
     for size in sorted(study.sizes):
         lines = []
         for variant, about in study.variants.items():
@@ -45,8 +78,8 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
                 found = [Cell(seed, size, variant, arm) for seed in seeds]
                 missing += [cell for cell in found if not rows.has(cell)]
                 finished = [cell for cell in found if rows.has(cell)]
-                if finished:
-                    lines.append(_line(study, rows, variant, finished))
+                for part in (PARTS if groups else [None]) if finished else []:
+                    lines.append(_line(study, Scores(rows, groups, part), variant, finished))
         if lines:
             of = f"{COMPARED[0]} | {COMPARED[1]}"
             heads = [
@@ -60,15 +93,33 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
             head = " | ".join(heads)
             count = head.count("|") + 1
             parts += ["", f"**{size} labelled studies**", "", f"| {head} |", f"|{'---|' * count}", *lines]
+            parts += _between_variants(study, rows, seeds, size, groups)
     parts += ["", _missing(missing)]
     return "\n".join(parts)
 
 
-def _missing(cells: Sequence[Cell]) -> str:
-    if not cells:
+def _between_variants(study: Study, rows: Rows, seeds: Sequence[int], size: int, groups: Groups) -> list[str]:
+    """What holding out has cost: each arm of a variant minus the same arm of the first variant, by group."""
+    first, *others = study.variants
+    lines = []
+    for variant in others if groups else []:
+        for arm in study.variants[variant].arms or study.arms:
+            pairs = [(Cell(seed, size, first, arm), Cell(seed, size, variant, arm)) for seed in seeds]
+            for part, name in PARTS.items():
+                found = [Scores(rows, groups, part).pooled(pairs, SHOWN[metric]) for metric in COMPARED]
+                if found[0][2]:
+                    shown = " | ".join(formatted(value, interval, "+.3f") for value, interval, _ in found)
+                    lines.append(f"| {arm}, {variant} | {name} | {shown} |")
+    if not lines:
+        return []
+    return ["", f"| minus the same arm, {first} | studies | {' | '.join(COMPARED)} |", "|---|---|---|---|", *lines]
+
+
+def _missing(missing: Sequence[Cell]) -> str:
+    if not missing:
         return "All cells are finished."
     by_size: dict[int, list[str]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.size):
+    for cell in sorted(missing, key=lambda cell: cell.size):
         names = by_size.setdefault(cell.size, [])
         label = f"{_label(cell)} (seed {cell.seed})"
         names.append(label)
@@ -80,31 +131,32 @@ def _label(cell: Cell) -> str:
     return cell.arm if cell.variant == "plain" else f"{cell.arm}, {cell.variant}"
 
 
-def _line(study: Study, rows: Rows, variant: str, finished: Sequence[Cell]) -> str:
-    about = [rows.read(cell) or {} for cell in finished]
-    scores = [rows.scores(cell) or [] for cell in finished]
-    cells = [_label(finished[0]), ", ".join(str(cell.seed) for cell in finished)]
+def _line(study: Study, of: Scores, variant: str, finished: Sequence[Cell]) -> str:
+    about = [of.rows.read(cell) or {} for cell in finished]
+    scores = [of.of(cell) or [] for cell in finished]
+    label = _label(finished[0]) if of.part is None else f"{_label(finished[0])}: {PARTS[of.part]}"
+    columns = [label, ", ".join(str(cell.seed) for cell in finished)]
     for key in SHOWN.values():
         values = [row.values[key] for of_cell in scores for row in of_cell if key in row.values]
-        cells.append(f"{fmean(values):.3f}" if values else "-")
+        columns.append(f"{fmean(values):.3f}" if values else "-")
     arm = study.arms[finished[0].arm]
     starts = [(Cell(cell.seed, cell.size, variant, arm.start), cell) for cell in finished if arm.start != BASE]
     against = [(other, cell) for cell in finished if (other := compared_with(study, cell)) is not None]
     for pairs in (starts, against):
         for metric in COMPARED:
-            value, interval, _ = pooled(rows, pairs, SHOWN[metric])
-            cells.append(formatted(value, interval, "+.3f") if pairs else "")
-    cells.append(f"{fmean(row['processor_seconds'] for row in about):.0f}")
-    return f"| {' | '.join(cells)} |"
+            value, interval, _ = of.pooled(pairs, SHOWN[metric])
+            columns.append(formatted(value, interval, "+.3f") if pairs else "")
+    columns.append(f"{fmean(row['processor_seconds'] for row in about):.0f}")
+    return f"| {' | '.join(columns)} |"
 
 
 def points(study: Study, rows: Rows, seeds: Sequence[int], variant: str, arm: str, key: str) -> list[dict[str, Any]]:
     """For each size with finished pairs: the gain of the arm over ``against``, its interval, and the number of seeds."""
     found = []
     for size in sorted(study.sizes):
-        cells = [Cell(seed, size, variant, arm) for seed in seeds]
-        pairs = [(other, cell) for cell in cells if (other := compared_with(study, cell)) is not None]
-        value, interval, counted = pooled(rows, pairs, key)
+        found_cells = [Cell(seed, size, variant, arm) for seed in seeds]
+        pairs = [(other, cell) for cell in found_cells if (other := compared_with(study, cell)) is not None]
+        value, interval, counted = Scores(rows).pooled(pairs, key)
         if value is not None:
             found.append({"size": size, "gain": value, "ci95": interval, "seeds": counted})
     return found

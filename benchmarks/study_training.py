@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_data import GENERATED, labelled_file, make_data
+from study_data import labelled_file, make_data
 from study_plan import BASE, Cell, Data, Flags, Study, budget_of, data_of, flags_of
 from study_rows import Rows
 
@@ -30,7 +30,9 @@ from umed_plugin.terminal.progress import Steps
 CHECKPOINT = "llava-mistral"  # stock LLaVA chooses the class by the folder's name
 ANSWER_TOKENS = 104
 # Two lengths whose difference is that of the steps alone.
-SHORT, LONG = 10, 60
+SHORT, LONG = 5, 45
+# Flags on which the time of a step does not depend.
+UNTIMED = ("learning_rate", "lr_scheduler_type", "warmup_ratio")
 COMMON: Flags = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": -2,
@@ -54,7 +56,7 @@ CURVES = ("val/", "reward/", "localization_curriculum", "guard/iou_over", "guard
 def measured(command: Sequence[Any], log: Path, cwd: Path) -> float:
     """Run a command; returns the processor seconds, user and system, of it and of all processes that it waited for.
 
-    A busy machine lengthens the wall time of a training, and hardly its processor time.
+    A busy machine lengthens the wall time of a training, and its processor time too, by up to a fifth.
 
     Raises:
         UmedError: it failed; the message has the end of its log.
@@ -137,8 +139,8 @@ class Workshop:
     def records(self, seed: int, variant: str) -> Path:
         """``records.json`` of a variant's data."""
         data, demo = data_of(self.study, variant), self._demo(seed)
-        if data.recipe == GENERATED and data.hold_out is None:
-            folder = demo.data
+        if Data(**{**data.model_dump(), "box_noise": 0.0}) == self._generated():
+            folder = demo.data  # `base` has written it
         else:
             content = json.dumps({**data.model_dump(), "box_noise": 0}, sort_keys=True)
             folder = demo.out / f"data-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
@@ -183,7 +185,7 @@ class Workshop:
             "steps": state["global_step"],
             **({"kept_step": kept[-1]} if kept else {}),
             "processor_seconds": round(seconds + sampling, 1),
-            "reference_step": round(self.reference(cell), 4),
+            **(self._plain_pace(cell) if cell.arm == self.study.budget else {}),
             **({"of_sampling": round(sampling, 1)} if sampling else {}),
             "curves": _curves(state["log_history"]),
         }
@@ -238,40 +240,55 @@ class Workshop:
     def _equal_steps(self, cell: Cell, flags: Flags, spent: float) -> int:
         """How many steps of stage 1 take the budget's processor time, after ``spent`` seconds of it.
 
-        The budget may have been measured on another machine: a plain step of stage 1 there and here says how fast both are.
+        The budget's row says what plain steps took right after it, so other work on the machine, or another machine, cancels out.
         """
         of = budget_of(self.study, cell)
         about = self.rows.read(of) or self._checkpoint(of)
-        budget = about["processor_seconds"] * self.reference(cell) / about["reference_step"]
-        pace = self.pace(cell, flags)
-        return max(round((budget - spent - pace["start"]) / pace["step"]), 1)
+        step = about["reference_step"]
+        if (
+            "reference_start" not in about
+        ):  # a row of an earlier version: a start takes as many steps' time here as there
+            here = self._plain_pace(cell)
+            about = {**about, "reference_start": here["reference_start"] * step / here["reference_step"]}
+        left = about["processor_seconds"] - spent - about["reference_start"]
+        return max(round(left / (step * self._times_plain(cell, flags))), 1)
 
-    def reference(self, cell: Cell) -> float:
-        """Processor seconds of a step of stage 1 on this machine, under the study's own flags alone."""
-        return float(self.pace(cell, {**self.study.flags, **self.study.stages.get(1, {})})["step"])
+    def _plain_pace(self, cell: Cell) -> dict[str, float]:
+        """Processor seconds of a start and of a plain step of stage 1, measured now."""
+        pace = self._measure_pace(cell, self._plain())
+        return {"reference_start": round(pace["start"], 2), "reference_step": round(pace["step"], 4)}
 
-    def pace(self, cell: Cell, flags: Flags) -> dict[str, Any]:
-        """Processor seconds of a start and of a step of stage 1 under these flags on this machine, measured once.
+    def _plain(self) -> Flags:
+        """The flags of a plain step of stage 1: the study's own alone."""
+        return {**self.study.flags, **self.study.stages.get(1, {})}
+
+    def _times_plain(self, cell: Cell, flags: Flags) -> float:
+        """How many times a plain step's processor seconds a step of stage 1 under these flags takes, measured once, in turn.
 
         Validation is not in it: an arm of equal time is given its steps, and has none.
         """
-        counted = {flag: value for flag, value in flags.items() if flag not in ("learning_rate", "lr_scheduler_type")}
-        name = hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:8]
-        file = self.work / f"pace-{name}.json"
+        counted, plain = ({k: v for k, v in f.items() if k not in UNTIMED} for f in (flags, self._plain()))
+        if counted == plain:
+            return 1.0
+        name = hashlib.sha256(json.dumps([counted, plain], sort_keys=True).encode()).hexdigest()[:8]
+        file = self.work / f"times-{name}.json"
         with self._measuring:
             if not file.is_file():
-                files.write_json(file, {"flags": counted, **self._measure_pace(cell, flags)})
-            return files.read_object(file)
+                turns = [self._measure_pace(cell, of)["step"] for of in (self._plain(), flags, flags, self._plain())]
+                times = (turns[1] + turns[2]) / (turns[0] + turns[3])
+                files.write_json(file, {"flags": counted, "turns": turns, "times": times})
+            return float(files.read_object(file)["times"])
 
-    def _measure_pace(self, cell: Cell, flags: Flags) -> dict[str, Any]:
+    def _measure_pace(self, cell: Cell, flags: Flags) -> dict[str, float]:
+        """Processor seconds of a start and of a step of stage 1, from two lengths."""
         start, records = self.base(cell.seed), self._labelled(cell)
         seconds = {}
         for steps in (SHORT, LONG):
             output = self.work / "pace" / f"{steps}-{time.time_ns()}" / CHECKPOINT
             seconds[steps] = self._run(cell.seed, start, 1, records, output, flags, steps)
             shutil.rmtree(output.parent)
-        step = (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
-        return {"start": seconds[SHORT] - SHORT * step, "step": step}
+        step = max((seconds[LONG] - seconds[SHORT]) / (LONG - SHORT), 1e-3)
+        return {"start": max(seconds[SHORT] - SHORT * step, 0.0), "step": step}
 
     def _alone(self, path: Path) -> Any:
         """Only one thread makes a path."""

@@ -128,18 +128,18 @@ def test_a_row_counts_until_its_own_settings_change(tmp_path):
     ), "its time is that of stage 2"
 
 
-def prediction(number: int, values: dict) -> Prediction:
+def prediction(number: int, values: dict, **groups: str) -> Prediction:
     details = {"true_classes": [], "true_boxes": [], "boxes": [], "set_iou": 0.0, "modality": "", "reading": None}
     return Prediction(
         *(str(number), "a.png", "q", "a", "t", values, f"p{number // 2}"),
-        groups={"source": "s"},
+        groups={"source": "s", **groups},
         details={**details, "image_aspect_ratio": "pad"},
     )
 
 
-def with_scores(rows, cell, folder: Path, iou: float) -> None:
+def with_scores(rows, cell, folder: Path, iou: float, group=lambda number: {}) -> None:
     values = [{"accuracy": 1.0, "mean_iou": iou + n / 100, "vision_relevance": 0.0123} for n in range(11)]
-    predictions = [prediction(n, v) for n, v in enumerate([*values, {"accuracy": 0.0}])]
+    predictions = [prediction(n, v, **group(n)) for n, v in enumerate([*values, {"accuracy": 0.0}])]
     metrics = {"mean_iou": {"value": 0, "ci95": None, "n": 11}}
     Evaluation("recipe", "c", "t", predictions, metrics).save(folder)
     about = {"settings": rows.digest(cell), "steps": 1, "processor_seconds": 2.0}
@@ -152,7 +152,7 @@ def test_rows_hold_the_scores_of_each_question_and_the_table_pairs_them(tmp_path
     rows = study_rows.Rows(plan, tmp_path / "rows")
     for arm, iou in (("stage 1", 0.1), ("stage 2", 0.3), ("stage 1 continued", 0.2)):
         with_scores(rows, Cell(1, 4, "plain", arm), tmp_path / arm, iou)
-    read = study_rows.Rows(plan, tmp_path / "elsewhere", tmp_path / "rows").scores(Cell(1, 4, "plain", "stage 2"))
+    read = study_rows.Rows(plan, tmp_path / "rows").scores(Cell(1, 4, "plain", "stage 2"))
     assert read[3] == Row("3", "p1", {"accuracy": 1.0, "mean_iou": 0.33, "vision_relevance": 0.0123})
     assert read[11] == Row("11", "p5", {"accuracy": 0.0})
     table = study_table.markdown(plan, rows, [1, 2])
@@ -165,6 +165,89 @@ def test_rows_hold_the_scores_of_each_question_and_the_table_pairs_them(tmp_path
         study_table.draw(plan, rows, [1, 2], tmp_path / "figure.png")
         and (tmp_path / "figure.png").stat().st_size > 9000
     )
+
+
+@pytest.mark.llava
+def test_what_was_held_out_has_lines_of_its_own_in_each_variant(tmp_path):
+    """Only the variant that holds a class out names the groups. They count for the other variant too."""
+    held = {"plain": {}, "without": {"data": {"hold_out": {"classes": ["cyst"]}}}}
+    plan = loaded(tmp_path, changed(variants=held))
+    rows = study_rows.Rows(plan, tmp_path / "rows")
+    with_scores(rows, Cell(1, 4, "plain", "stage 1"), tmp_path / "plain", 0.5)
+    table = study_table.markdown(plan, rows, [1])
+    assert "| stage 1 | 1 |" in table and "held out" not in table
+    group = lambda number: {"training": "held_out" if number < 4 else "seen"}  # noqa: E731
+    with_scores(rows, Cell(1, 4, "without", "stage 1"), tmp_path / "without", 0.2, group)
+    assert rows.scores(Cell(1, 4, "without", "stage 1"))[4].groups == {"training": "seen"}
+    lines = study_table.markdown(plan, rows, [1]).splitlines()
+    for line in (
+        "| stage 1: held out of training | 1 | 1.000 | 0.515 |",
+        "| stage 1: seen in training | 1 | 0.875 | 0.570 |",
+        "| stage 1, without: held out of training | 1 | 1.000 | 0.215 |",
+        "| stage 1, without | held out of training | +0.000",
+    ):
+        assert [found for found in lines if found.startswith(line)], line
+    (cost,) = [line for line in lines if line.startswith("| stage 1, without | seen in training |")]
+    assert "| -0.300" in cost
+
+
+def test_a_variant_without_the_control_arm_names_whose_stands_in(tmp_path):
+    """Augmentation alone raises IoU, so an augmented stage 2 is compared with an augmented control."""
+    few = study_plan.load_study(ROOT / "benchmarks" / "studies" / "few_labels.yaml")
+    for variant, control in (("divided", "plain"), ("divided and augmented", "augmented"), ("augmented", "augmented")):
+        other = study_plan.compared_with(few, Cell(3, 200, variant, "stage 2"))
+        assert other == Cell(3, 200, control, "stage 1 continued")
+    of = {"plain": {}, "half": {"arms": ["stage 1"]}, "other": {"arms": ["stage 1"], "control": "half"}}
+    with pytest.raises(UmedError, match="'half' has not all arms"):
+        loaded(tmp_path, changed(variants=of))
+    with pytest.raises(UmedError, match="variants.other.control: unknown variant 'halv'"):
+        loaded(tmp_path, changed(variants={**of, "other": {"arms": ["stage 1"], "control": "halv"}}))
+
+
+def test_folds_and_a_held_out_class_exclude_each_other(tmp_path):
+    variants = {"plain": {}, "without": {"data": {"hold_out": {"classes": ["cyst"]}}}}
+    with pytest.raises(UmedError, match="folds deals all studies anew"):
+        loaded(tmp_path, changed(data={**TINY["data"], "folds": 5}, variants=variants))
+
+
+def test_a_size_that_no_table_shows_is_refused(tmp_path):
+    plan = loaded(tmp_path, TINY)
+    options = SimpleNamespace(only=None, variants=None, seeds=None, sizes="4,5")
+    with pytest.raises(UmedError, match="--sizes 5: tiny has 4"):
+        study.chosen_cells(plan, options)
+
+
+def test_every_key_of_a_variants_data_has_its_own_folder(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(study_training, "make_data", lambda folder, data, seed: made.append((folder.name, data)))
+    variants = {"plain": {}, "noisy": {"data": {"box_noise": 0.1}}, "fewer": {"data": {"train": 6}}}
+    variants["folds"] = {"data": {"folds": 3}}
+    plan = loaded(tmp_path, changed(variants=variants))
+    workshop = study_training.Workshop(tmp_path / "out", plan, study_rows.Rows(plan, tmp_path / "rows"))
+    for variant in variants:
+        workshop.records(1, variant)
+    names = dict(zip(variants, [name for name, _ in made]))
+    assert names["plain"] == names["noisy"] == "data", "noise comes with the labelled file"
+    assert len(set(names.values())) == 3 and made[2][1].train == 6 and made[3][1].folds == 3
+
+
+def test_equal_time_goes_by_what_steps_took_right_after_the_budget(tmp_path, monkeypatch):
+    """A slower hour of the machine lengthens both sides. A row of an earlier version has no start: it is measured."""
+    plan = loaded(tmp_path, TINY)
+    workshop = study_training.Workshop(tmp_path / "out", plan, study_rows.Rows(plan, tmp_path / "rows"))
+    control = Cell(1, 4, "plain", "stage 1 continued")
+    about = {"processor_seconds": 200.0, "reference_step": 0.5, "reference_start": 10.0}
+    monkeypatch.setattr(workshop.rows, "read", lambda cell: about)
+    paces = iter([1.0, 1.5, 1.7, 1.0] + [0.25])
+    monkeypatch.setattr(workshop, "_measure_pace", lambda *unused: {"start": 5.0, "step": next(paces)})
+    flags = study_plan.flags_of(plan, "plain", "stage 1 continued")
+    assert workshop._equal_steps(control, flags, 0.0) == 380 and workshop._equal_steps(control, flags, 40.0) == 300
+    slower = {**flags, "umed_attention_loss": 0.3}
+    workshop.work.mkdir(parents=True)
+    assert workshop._equal_steps(control, slower, 0.0) == round(190 / (0.5 * 1.6))
+    assert workshop._equal_steps(control, slower, 0.0) == round(190 / (0.5 * 1.6)), "measured once"
+    del about["reference_start"]
+    assert workshop._equal_steps(control, flags, 0.0) == 380, "5 s at half the time a step are 10 s there"
 
 
 def test_noise_moves_boxes_and_what_the_answer_says():
@@ -256,6 +339,7 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch):
     study.main([*arguments, "--only", "stage 1 continued"])
     row = json.loads((tmp_path / "rows" / "tiny" / "seed1-4-plain-stage_1_continued.json").read_text())
     assert row["steps"] == 2, "(4.4 - 3) / 0.7"
+    assert "reference_step" not in row, "only the budget needs it"
     assert row["scores"]["accuracy"].count(" ") == 3
     names = [Path(folder).parent.name for folder in trained if folder]
     assert len(names) == 3, "stage 1, stage 2 for its time, and the arm itself"
@@ -265,6 +349,8 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch):
     study.main(arguments)
     assert len(trained) == before
     assert "All cells are finished." in (tmp_path / "out" / "table.md").read_text()
+    budget = json.loads((tmp_path / "rows" / "tiny" / "seed1-4-plain-stage_2.json").read_text())
+    assert (budget["reference_start"], budget["reference_step"]) == (3.0, 0.7)
     # Another checkout has the rows alone: nothing is trained there.
     study.main([str(file), str(tmp_path / "other"), "--rows", str(tmp_path / "rows")])
     assert len(trained) == before
