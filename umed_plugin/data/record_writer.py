@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Optional
 
-from umed_plugin.data import phrase_writer, report_writer
+from umed_plugin.data import phrase_writer, report_writer, template_writer
 from umed_plugin.data.annotations import Annotated
 from umed_plugin.data.looks import looks_question
 from umed_plugin.data.prepared import Prepared, picture_name
@@ -23,8 +23,8 @@ from umed_plugin.grounding.terms import find_terms
 
 # answer_type -> name and version of what words its question and answer. Records are built anew when one changes.
 WRITERS = {
-    GROUNDED: "templates-1",
-    NEGATIVE: "templates-1",
+    GROUNDED: template_writer.WRITER,
+    NEGATIVE: template_writer.WRITER,
     PHRASE: phrase_writer.WRITER,
     REPORT: report_writer.WRITER,
 }

@@ -17,6 +17,8 @@ from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, format_box
 from umed_plugin.grounding.geometry import ImageGeometry
 
+WRITER = "templates-1"  # name and version; records are built anew when it changes
+
 # No template contains "lesion", "mass" or "tumor": in some sources these are class names or synonyms.
 QUESTIONS = (
     "Is there anything abnormal in this image? Mark it and say what it is.",

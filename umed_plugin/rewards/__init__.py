@@ -54,6 +54,7 @@ from umed_plugin.rewards.running import (
     reward_states,
     run_rewards,
     start_rewards,
+    what_is_guessed,
     what_is_unrewarded,
 )
 
@@ -74,6 +75,7 @@ __all__ = [
     "run_rewards",
     "start_rewards",
     "weighted_sum",
+    "what_is_guessed",
     "what_is_unrewarded",
 ]
 

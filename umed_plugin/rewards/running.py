@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.data import template_writer
 from umed_plugin.data.image_files import evenly
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.grounding.answer_types import PHRASE, REPORT
 from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
-from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
+from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES, lexical_relevance
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 from umed_plugin.rewards.values import as_float, numbers_of, shown, values_of
 
@@ -87,6 +88,25 @@ def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[
             )
         sentences.append(f"{share}; {', '.join(without)} {_verb(without)} not apply to them.")
     return sentences
+
+
+def what_is_guessed(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where relevance compares words with references that templates have worded at random; else nothing.
+
+    Args:
+        rewards: of the run, by name.
+        records: of the training split; `MOST_RECORDS` of them at most are looked at.
+    """
+    if rewards.get("relevance") is not lexical_relevance:
+        return []
+    looked_at = evenly(records, MOST_RECORDS)
+    worded = sum((record.get("provenance") or {}).get("writer") == template_writer.WRITER for record in looked_at)
+    if not worded:
+        return []
+    return [
+        f"{worded} of {len(looked_at)} training records looked at have references in random phrases, by the templates. "
+        "--umed_judge lexical also rewards guessing the phrase; --umed_judge classes compares the classes' names alone."
+    ]
 
 
 def _applies(reward: Any, record: Mapping[str, Any]) -> bool:

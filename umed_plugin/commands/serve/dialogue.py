@@ -3,14 +3,10 @@
 The image features of the latest pictures and the KV caches of the latest conversations are kept, so a follow-up question costs
 only its own tokens. The prompt is the one of training, stock LLaVA and `umed evaluate`; earlier questions and answers are added
 the way LLaVA adds them.
-
-The attention of each word on the image comes from a second forward pass over prompt and answer (`umed_plugin.model.attention`).
 """
 
 from __future__ import annotations
 
-import base64
-import re
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -26,18 +22,16 @@ from umed_plugin.checkpoints.folder import UMED_TEMPLATES
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.precision import answering_precision, torch_dtype
 from umed_plugin.checkpoints.prompt_templates import conversation_template, warn_of_other_family
-from umed_plugin.commands.serve.box_places import Place, box_places, boxes_on_picture
+from umed_plugin.commands.serve.answer import SINK_RATIO, Answer, attended_words
+from umed_plugin.commands.serve.box_places import box_places, boxes_on_picture
 from umed_plugin.data.leaks import thumbprint
 from umed_plugin.data.similar import Bank, Case, make_bank
 from umed_plugin.errors import UmedError
-from umed_plugin.grounding.boxes import Box, parse_boxes
+from umed_plugin.grounding.boxes import parse_boxes
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.grounding.terms import ClassNames, find_terms
 from umed_plugin.model.answerer import ModelImages, image_and
-from umed_plugin.model.attention import AttentionSettings, pass_with_attention
-from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, Candidates, base_llava, embed_prompts, encode_images, prefill
+from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, base_llava, embed_prompts, encode_images, prefill
 from umed_plugin.model.kv_cache import PreallocatedCache
-from umed_plugin.model.token_spans import decode_with_offsets, tokens_in_spans
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,36 +41,6 @@ Turn = tuple[str, str]
 MOST_PICTURES = 64  # with cached features: about 1 MB each for a 336-pixel tower
 MOST_CONVERSATIONS = 2  # with a KV cache: about 0.5 GB each for a 13B Llama
 ROOM_TO_GO_ON = 512  # free columns in a KV cache for follow-up questions
-SINK_RATIO = 20.0  # tau of arXiv 2503.03321
-_WORD = re.compile(r"[^\W\d_][\w'\u2019-]*")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer of the model, and what its attention maps are computed from.
-
-    Attributes:
-        text: the decoded answer, without special tokens and separator.
-        boxes: xyxy in pixels of the picture, in the order of the text, clipped to it; None for a box that is malformed, leaves
-            the square or lies in its padding.
-        places: where the boxes stand in the text, and what could not be read as one, such as a box that is cut off.
-        forgotten: number of earlier questions that did not fit into the context and were left out.
-        cut: the number of tokens after which ``--max-new-tokens`` cut the answer off; None if the model ended it.
-        prompt_ids: token ids [L] of the prompt, with the image token.
-        token_ids: the generated token ids, including EOS if it was generated.
-        features: image features [1, P, D].
-        geometry: maps between the picture and the model's square.
-    """
-
-    text: str
-    boxes: list[Optional[Box]]
-    places: list[Place]
-    forgotten: int
-    cut: Optional[int]
-    prompt_ids: Tensor
-    token_ids: list[int]
-    features: Tensor
-    geometry: ImageGeometry
 
 
 @dataclass
@@ -123,7 +87,6 @@ class Dialogue:
         conversation_template(self.template)  # raises for an unknown name
         warn_of_other_family(template, self.llava.config.model_type)
         self.most_tokens = most_tokens
-        self.terms = shipped_terms()
         self._similar: Optional[tuple[Bank, int]] = None
         self._said: OrderedDict[Hashable, str] = OrderedDict()
         self._features: OrderedDict[Hashable, Tensor] = OrderedDict()
@@ -197,42 +160,9 @@ class Dialogue:
             text, boxes, box_places(text), forgotten, self._cut(token_ids), ids, token_ids, features, geometry
         )
 
-    @torch.no_grad()
     def attention(self, answer: Answer, mask_sinks: bool = False) -> dict[str, Any]:
-        """The attention of each word of an answer on the image patches, averaged over layers and heads.
-
-        Args:
-            mask_sinks: leave out attention sinks, layer by layer (`umed_plugin.model.attention`, tau = 20).
-
-        Returns:
-            ``grid``: patches per side. ``place``: xyxy of the grid in pixels of the picture. ``sinks``: number of patches that
-            are left out in at least one layer; None if none are to be. ``words``: a list of
-
-            - ``text``: the word;
-            - ``is_name``: whether it names an abnormality that a shipped recipe knows; these words come first;
-            - ``map``: base64, one byte per patch, row by row, 255 for the largest;
-            - ``peak``: the largest patch's share of the attention on the image, 0-1.
-        """
-        geometry = answer.geometry
-        span = geometry.patch_span
-        attended: dict[str, Any] = {"grid": geometry.grid, "place": geometry.from_square([(0.0, 0.0, span, span)])[0]}
-        ids = [token for token in answer.token_ids if token != self.tokenizer.eos_token_id]
-        text, ends = decode_with_offsets(self.tokenizer, ids)
-        names = [(start, end) for start, end, _ in find_terms(text, self.terms)]
-        words = [match.span() for match in _WORD.finditer(text)]
-        spans = [*names, *(word for word in words if word not in names)]
-        maps, sinks = self._maps(answer, ids, SINK_RATIO if mask_sinks else 0.0) if spans else (None, 0)
-        attended["sinks"] = sinks if mask_sinks else None
-        attended["words"] = [
-            {
-                "text": text[slice(*span)],
-                "is_name": span in names,
-                **_encoded(maps[tokens_in_spans(ends, [span])].mean(0)),
-            }
-            for span in spans
-            if maps is not None
-        ]
-        return attended
+        """The attention of each word of an answer on the image patches (`attended_words`)."""
+        return attended_words(self.model, self.tokenizer, answer, SINK_RATIO if mask_sinks else 0.0)
 
     def forget(self, belongs: Callable[[Any], bool]) -> None:
         """Drop the features and KV caches of all keys for which ``belongs`` is true. One call at a time, like all methods."""
@@ -334,39 +264,6 @@ class Dialogue:
     def _shown(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True).strip()
 
-    def _maps(self, answer: Answer, ids: Sequence[int], sink_ratio: float) -> tuple[Tensor, int]:
-        """Attention [T, P] of each token on the image patches, averaged over layers and heads, and the number of masked patches.
-
-        Each row sums to 1.
-        """
-        prompts = embed_prompts(self.model, [answer.prompt_ids], answer.features)
-        tokens = torch.tensor([list(ids)], device=prompts.mask.device)
-        maps = torch.zeros(len(ids), prompts.n_patches, device=tokens.device)
-        masked = torch.zeros(prompts.n_patches, dtype=torch.bool, device=tokens.device)
-        layers = range(self.llava.config.num_hidden_layers)
-
-        def add(_owners: Tensor, _queries: Tensor, attention: Tensor) -> None:
-            maps.add_(attention.mean(dim=1))
-            if sink_ratio:  # what is masked gets nothing from any token and head of this layer
-                masked.logical_or_((attention == 0).all(dim=0).all(dim=0))
-
-        candidates = Candidates(tokens, torch.ones_like(tokens))
-        settings = AttentionSettings(layers, sink_ratio=sink_ratio)
-        pass_with_attention(self.model, prompts, candidates, [range(len(ids))], settings, add)
-        return maps / len(layers), int(masked.sum())
-
-
-def shipped_terms() -> ClassNames:
-    """Abnormality -> names, merged from all shipped recipes; used to highlight the names in an answer."""
-    from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
-
-    merged: dict[str, list[str]] = {}
-    for name in shipped_recipes():
-        for plain, words in load_recipe(name).names.items():
-            known = merged.setdefault(plain, [])
-            known += [word for word in words if word not in known]
-    return merged
-
 
 def _columns(ids: Tensor, features: int) -> list[int]:
     """What each column of an embedded prompt stands for: a token id, or the image token for each feature of the image."""
@@ -390,9 +287,3 @@ def _latest(kept: OrderedDict[Hashable, Any], key: Hashable, most: int) -> Any:
     while len(kept) > most:
         kept.popitem(last=False)
     return kept[key]
-
-
-def _encoded(attention: Tensor) -> dict[str, Any]:
-    peak = float(attention.max())
-    values = (attention / peak * 255).round().to(torch.uint8).cpu().numpy()
-    return {"map": base64.b64encode(values.tobytes()).decode(), "peak": round(peak, 6)}

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from umed_plugin.commands.serve.dialogue import Answer
+from umed_plugin.commands.serve.answer import Answer
 from umed_plugin.commands.serve.studies import MOST_MEGAPIXELS, Study, limits_of
 from umed_plugin.commands.serve.uploads import Uploads
 from umed_plugin.commands.serve.views import View
