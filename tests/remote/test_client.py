@@ -9,7 +9,8 @@ import time
 import pytest
 from support.umed_runs import TESTS, environment
 
-from umed_plugin.remote.client import ModelClient
+from umed_plugin.errors import UmedError
+from umed_plugin.remote.client import ModelClient, key_from_environment, short_message
 from umed_plugin.remote.settings import ServerSettings
 
 # Threads change over as often as possible, so that a second call meets a loop that is about to stop.
@@ -43,3 +44,15 @@ def test_a_request_after_the_end_is_dropped(monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.01)
     client.close()
     assert client.ask("k", [{"role": "user", "content": "?"}]).cancelled()
+
+
+def test_the_key_has_no_line_end_and_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx would refuse a header with a line end in a text that shows the key as Python writes it."""
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\r\n")
+    assert key_from_environment() == "sk-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\rsecret")
+    with pytest.raises(UmedError, match="OPENAI_API_KEY holds a key whose character 4") as failed:
+        key_from_environment()
+    assert "secret" not in str(failed.value)
+    quoted = repr(b"Bearer sk'\\x")
+    assert short_message("sk'\\x", f"Illegal header value {quoted}") == 'Illegal header value b"Bearer ***"'

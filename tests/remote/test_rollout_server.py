@@ -11,6 +11,8 @@ import pytest
 from support.judge_server import Answer
 from support.rollout_stand_in import reply, stand_in
 
+from umed_plugin.errors import UmedError
+from umed_plugin.remote.keys import without_key
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
 from umed_plugin.remote.settings import rollout_server_faults
 
@@ -169,6 +171,90 @@ def test_the_key_is_sent_and_never_shown(monkeypatch):
     assert "bad key ***" in str(failed.value)
 
 
+@pytest.mark.parametrize("key", ["secret-key\r", " secret-key\n", "\tsecret-key \r\n"])
+def test_a_key_is_sent_without_the_line_end_that_was_copied_with_it(key, monkeypatch):
+    monkeypatch.setenv("UMED_ROLLOUT_API_KEY", key)
+    with stand_in(good) as server:
+        asked(server.url).complete(BODY)
+        assert server.headers["Authorization"] == "Bearer secret-key"
+
+
+@pytest.mark.parametrize("key", ["secret\r-key", "secret-k\u00e9y", "secret-\x7fkey", "\ufeffsecret-key"])
+def test_a_key_that_no_header_holds_is_refused_and_not_shown(key, monkeypatch):
+    monkeypatch.setenv("UMED_ROLLOUT_API_KEY", key)
+    with stand_in(good) as server, pytest.raises(UmedError) as failed:
+        asked(server.url).complete(BODY)
+    assert "UMED_ROLLOUT_API_KEY" in str(failed.value) and "ecret" not in str(failed.value)
+    assert server.log == []
+    (fault,) = rollout_server_faults("--server", server.url, "--allow-remote", False)
+    assert "--server: the environment variable UMED_ROLLOUT_API_KEY" in fault and "ecret" not in fault
+
+
+@pytest.mark.parametrize("key", ["se\\cret'\"", "plain"])
+def test_a_key_is_hidden_however_it_is_quoted(key):
+    for text in (key, repr(key), json.dumps(key), repr(key.encode()), f"header {key!r}"):
+        assert "***" in without_key(key, text) and key[:2] not in without_key(key, text)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_key_is_named_with_its_variables(status, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with stand_in(good) as server:
+        server.answer = lambda path, body: Answer({"error": "Unauthorized"}, status)
+        for ask in (lambda: asked(server.url).complete(BODY), lambda: asked(server.url).load_adapter("a", tmp_path)):
+            with pytest.raises(RolloutServerError) as failed:
+                ask()
+            assert "UMED_ROLLOUT_API_KEY" in str(failed.value) and "VLLM_API_KEY" in str(failed.value)
+            assert "--enable-lora" not in str(failed.value)
+
+
+def test_an_address_without_v1_is_named():
+    with stand_in(good) as server:
+        server.models = lambda path: None if path == "/v1/models" else Answer({"detail": "Not Found"}, 404)
+        with pytest.raises(RolloutServerError, match=r"ends with /v1, http://127.0.0.1:\d+/v1\. "):
+            asked(server.url.removesuffix("/v1")).base_model()
+        with pytest.raises(RolloutServerError, match=r"ends with /v1\. Is it one"):
+            asked(server.url.replace("/v1", "/other/v1")).base_model()
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again_to_load_an_adapter(status, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with stand_in(good) as server:
+        load, busy = server.answer, [1, 1]
+        server.answer = lambda *asked: Answer("busy", status) if busy and busy.pop() else load(*asked)
+        asked(server.url).load_adapter("a", tmp_path)
+        assert list(server.adapters) == ["a"]
+        server.answer = lambda *asked: Answer("busy", status)
+        with pytest.raises(RolloutServerError, match=f"HTTP {status}: busy") as failed:
+            asked(server.url).load_adapter("b", tmp_path)
+        assert "--enable-lora" not in str(failed.value)
+
+
+def test_an_adapter_that_a_lost_attempt_has_loaded_is_loaded(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    loaded = Answer({"error": {"message": "The lora adapter 'a' has already been loaded."}}, 400)
+    with stand_in(good) as server:
+        answers = [Answer("a broken gateway", 502), loaded]
+        server.answer = lambda *asked: answers.pop(0)
+        asked(server.url).load_adapter("a", tmp_path)
+        assert answers == []
+        server.answer = lambda *asked: loaded
+        with pytest.raises(RolloutServerError, match="already been loaded"):
+            asked(server.url).load_adapter("a", tmp_path)
+
+
+def test_refused_connections_are_tried_again_to_load_an_adapter(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("umed_plugin.remote.rollout_server.time.sleep", pauses.append)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(RolloutServerError, match="cannot be reached"):
+        asked(url, retries=2, pause=1.0).load_adapter("a", tmp_path)
+    assert pauses == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000/v1", "http://[::1]:1/v1", "http://localhost:8000/v1"])
 def test_this_machine_is_allowed(url):
     assert rollout_server_faults("--server", url, "--allow-remote", False) == []
@@ -181,7 +267,13 @@ def test_another_machine_is_asked_about(url):
     assert rollout_server_faults("--server", url, "--allow-remote", True) == []
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1/v1", "http:///v1", "http://me:word@127.0.0.1/v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("127.0.0.1:8000", "ftp://127.0.0.1/v1", "http:///v1", "http://me:word@127.0.0.1/v1"),
+        *("http://127.0.0.1:99999/v1", "http://127.0.0.1:80a0/v1", "http://127.0.0.1/v1#x"),
+    ],
+)
 def test_what_is_no_address_is_refused(url):
     (fault,) = rollout_server_faults("--server", url, "--allow-remote", True)
     assert "must be an address" in fault or "UMED_ROLLOUT_API_KEY" in fault

@@ -63,12 +63,34 @@ def test_a_budget_is_spent_in_its_own_unit() -> None:
         ("http://host/v1?key=1", "sk-1", "must be an address"),
         ("http://me:pw@host/v1", "sk-1", "contains a user name or password"),
         ("http://[::1", "sk-1", "must be an address"),
+        ("http://me:pw@[::1", "sk-1", "contains a user name or password"),
+        ("http://host:99999/v1", "sk-1", "a number from 1 to 65535"),
+        ("http://host:80a0/v1", "", "a number from 1 to 65535"),
+        ("http://host:0/v1", "", "a number from 1 to 65535"),
+        ("http://host/v1#x", "", "a ? or #"),
+        ("http://host/v1?", "", "a ? or #"),
+        ("http://host/v1\r", "", "white space or a control character"),
+        ("http://host/v 1", "", "white space or a control character"),
+        (None, " sk-1\r\n", None),
+        (None, " \n", "OPENAI_API_KEY is not set"),
+        (None, "sk-\rsecret", "OPENAI_API_KEY holds a key whose character 4 of 10"),
+        ("http://localhost:8000/v1", "sk-s\u00e9cret", "OPENAI_API_KEY holds a key whose character 5 of 9"),
     ],
 )
 def test_the_address_and_the_key_of_a_server(url: str | None, key: str, fault: str | None) -> None:
     faults = settings.server_faults("--judge", "--url", url, {"OPENAI_API_KEY": key})
     assert len(faults) == (fault is not None)
     assert fault is None or fault in faults[0]
+    assert "ecret" not in str(faults) and "key=1" not in str(faults)
+
+
+@pytest.mark.parametrize("url", ["http://host:99999/v1", "host", "http://me:pw@host:80a0/v1"])
+def test_the_address_of_the_environment_is_checked_too(url: str) -> None:
+    given = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": url}
+    (fault,) = settings.server_faults("--judge", "--url", None, given)
+    assert "OPENAI_BASE_URL must be an address" in fault and "pw" not in fault
+    for fine in ("", "https://me:pw@host/v1 "):
+        assert settings.server_faults("--judge", "--url", None, {**given, "OPENAI_BASE_URL": fine}) == []
 
 
 def test_settings_have_defaults_and_stay_as_they_are() -> None:

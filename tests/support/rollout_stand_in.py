@@ -30,6 +30,7 @@ class StandIn(ThreadingHTTPServer):
         log: every request's path, with the adapter's name behind those about adapters.
         headers: those of the last request.
         may_load: whether adapters can be loaded.
+        models: another answer to a request for the list of models, by its path; None: the list.
     """
 
     daemon_threads = True
@@ -38,6 +39,7 @@ class StandIn(ThreadingHTTPServer):
     def __init__(self, complete: Complete) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.complete, self.may_load = complete, True
+        self.models: Callable[[str], Answer | None] = lambda path: None
         self.adapters: dict[str, str] = {}
         self.log: list[str] = []
         self.headers: dict[str, str] = {}
@@ -74,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.log.append(self.path)
-        self._send(Answer({"object": "list", "data": [{"id": "the-model", "object": "model", "parent": None}]}))
+        listed = {"object": "list", "data": [{"id": "the-model", "object": "model", "parent": None}]}
+        self._send(self.server.models(self.path) or Answer(listed))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -25,6 +25,7 @@ from typing import Any, cast
 import openai
 from openai.types.chat import ChatCompletion
 
+from umed_plugin.remote.keys import key_in, without_key
 from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
 from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings
 
@@ -156,8 +157,12 @@ class ModelClient:
 
 
 def key_from_environment() -> str:
-    """The API key, or a placeholder: the package needs a key even if the user's own server does not."""
-    return os.environ.get(KEY_VARIABLE) or _NO_KEY
+    """The API key, or a placeholder: the package needs a key even if the user's own server does not.
+
+    Raises:
+        UmedError: no header can hold the key.
+    """
+    return key_in(KEY_VARIABLE) or _NO_KEY
 
 
 def read_completion(completion: Any, key: str) -> RequestResult:
@@ -168,18 +173,18 @@ def read_completion(completion: Any, key: str) -> RequestResult:
     text = choices[0].message.content
     usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
     counted = {name: count for name, count in usage.items() if isinstance(count, int)}
-    finish, model = (without_key(key, str(value)) for value in (choices[0].finish_reason, completion.model))
-    return Reply(without_key(key, text) if isinstance(text, str) and text else None, counted, finish, model)
+    finish, model = (_without(key, str(value)) for value in (choices[0].finish_reason, completion.model))
+    return Reply(_without(key, text) if isinstance(text, str) and text else None, counted, finish, model)
 
 
 def short_message(key: str, reason: str) -> str:
     """A message of a server or the package on one line, cut to `_SHOWN` characters, without the key."""
-    return without_key(key, " ".join(reason.split()))[:_SHOWN]
+    return " ".join(_without(key, reason).split())[:_SHOWN]
 
 
-def without_key(key: str, text: str) -> str:
-    """``text`` with the key replaced by stars."""
-    return text if key == _NO_KEY else text.replace(key, "***")
+def _without(key: str, text: str) -> str:
+    """``text`` with the key replaced by stars; the placeholder is no secret, and is a word of many texts."""
+    return text if key == _NO_KEY else without_key(key, text)
 
 
 class _RateLimit:

@@ -4,14 +4,14 @@ Only the standard library is used, because LLaVA's pins cannot hold vLLM's clien
 redirect is not followed: embedded images go to the address that the user has named and nowhere else.
 
 A lost connection and the statuses 429 and 5xx are tried again, with growing pauses. A reply that does not come in time is
-not: the server would sample the same answers twice. Every other failure is a `RolloutServerError`, which says what to do.
+not: the server would sample the same answers twice. Nor is the unloading of an adapter, which may fail. Every other failure is a
+`RolloutServerError`, which says what to do.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from umed_plugin.errors import UmedError
+from umed_plugin.remote.keys import key_in, without_key
 from umed_plugin.remote.settings import ROLLOUT_KEY_VARIABLE
 
 _PIECE = 2**20
@@ -28,6 +29,8 @@ _MOST_BYTES = 2**30
 _SHOWN = 300  # characters of a server's words in a message
 _CHECK_SECONDS = 30.0  # for requests that sample nothing
 _TRIED_AGAIN = (429, 500, 502, 503, 504)
+_KEY_REFUSED = (401, 403)
+_KEY_REMEDY = f" Put the server's key (VLLM_API_KEY there) into the environment variable {ROLLOUT_KEY_VARIABLE} here."
 
 
 class RolloutServerError(UmedError):
@@ -35,11 +38,16 @@ class RolloutServerError(UmedError):
 
 
 class _Refused(RolloutServerError):
-    """The server answered with an error status."""
+    """The server answered with an error status.
+
+    Attributes:
+        status: of the answer.
+        tried_before: whether an earlier attempt of the same request has failed.
+    """
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
-        self.status = status
+        self.status, self.tried_before = status, False
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,15 @@ class RolloutServer:
         Raises:
             RolloutServerError: it does not answer, or holds no model.
         """
-        listed = self._ask("GET", "/models", None, min(self.timeout, _CHECK_SECONDS))
+        try:
+            listed = self._ask("GET", "/models", None, min(self.timeout, _CHECK_SECONDS))
+        except _Refused as error:
+            if error.status != 404:
+                raise
+            behind = "" if urlsplit(self.url).path.rstrip("/").endswith("/v1") else f", {self.url.rstrip('/')}/v1"
+            raise RolloutServerError(
+                f"{error} The address of a vLLM server ends with /v1{behind}. Is it one, as umed rollout-server CKPT starts it?"
+            ) from None
         models = listed.get("data") if isinstance(listed, dict) else None
         for model in models if isinstance(models, list) else ():
             if isinstance(model, dict) and isinstance(model.get("id"), str) and not model.get("parent"):
@@ -104,12 +120,16 @@ class RolloutServer:
         """Load a LoRA adapter at run time.
 
         Raises:
-            RolloutServerError: the server cannot, or does not allow it.
+            RolloutServerError: the server is gone, slow, busy, cannot, or does not allow it.
         """
         body = {"lora_name": name, "lora_path": str(folder.resolve())}
         try:
-            self._ask("POST", "/load_lora_adapter", body, self.timeout, times=0)
+            self._ask("POST", "/load_lora_adapter", body, self.timeout)
         except _Refused as error:
+            if error.tried_before and "already been loaded" in str(error):
+                return  # by an earlier attempt, whose reply was lost
+            if error.status in (*_TRIED_AGAIN, *_KEY_REFUSED) or error.status >= 500:
+                raise
             raise RolloutServerError(
                 f"{error} The adapter in {folder} could not be loaded. The server needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
                 "--enable-lora, a --max-lora-rank of at least the adapter's rank, and must see and read that folder. `umed "
@@ -130,11 +150,12 @@ class RolloutServer:
 
     def _ask(self, method: str, path: str, body: Any, timeout: float, times: int | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()
-        pause = self.pause
-        for left in range(self.retries if times is None else times, -1, -1):
+        pause, times = self.pause, self.retries if times is None else times
+        for left in range(times, -1, -1):
             try:
                 return self._once(method, path, content, timeout)
             except _Refused as error:
+                error.tried_before = left < times
                 if error.status not in _TRIED_AGAIN or not left:
                     raise
             except (TimeoutError, socket.timeout):  # in Python 3.9 two types
@@ -171,13 +192,14 @@ class RolloutServer:
         finally:
             connection.close()
         if response.status != 200:
-            raise _Refused(f"{self.url}{path}: HTTP {response.status}: {_words_of(read)}.", response.status)
+            said = f"{self.url}{path}: HTTP {response.status}: {_words_of(read)}."
+            raise _Refused(f"{said}{_KEY_REMEDY * (response.status in _KEY_REFUSED)}", response.status)
         if not path.endswith("adapter"):
             return _parsed(read, self.url)
         return None
 
     def _headers(self) -> dict[str, str]:
-        key = os.environ.get(ROLLOUT_KEY_VARIABLE)
+        key = key_in(ROLLOUT_KEY_VARIABLE)
         return {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
@@ -218,6 +240,5 @@ def _words_of(content: bytes) -> str:
 
 
 def _shown(text: Any) -> str:
-    key = os.environ.get(ROLLOUT_KEY_VARIABLE)
-    line = " ".join(str(text).split())
-    return (line.replace(key, "***") if key else line)[:_SHOWN]
+    """What a server or a library says, on one line, without the key."""
+    return " ".join(without_key(key_in(ROLLOUT_KEY_VARIABLE), str(text)).split())[:_SHOWN]

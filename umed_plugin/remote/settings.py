@@ -16,9 +16,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from umed_plugin.files import parse_json
+from umed_plugin.remote.keys import key_faults, key_in
+from umed_plugin.terminal.text import one_line
 
 UNITS = ("requests", "tokens", "usd")
 KEY_VARIABLE = "OPENAI_API_KEY"
+ADDRESS_VARIABLE = "OPENAI_BASE_URL"
 ROLLOUT_KEY_VARIABLE = "UMED_ROLLOUT_API_KEY"
 SET_BY_US = ("model", "messages", "stream", "n")
 
@@ -151,22 +154,61 @@ def server_faults(
         url: the address, or None.
         key_variable: the environment variable for the server's key.
     """
-    if url is None:
-        if environment.get(key_variable):
-            return []
+    bad_key = [f"{requester}: {fault}" for fault in key_faults(key_variable, environment)]
+    if bad_key:
+        return bad_key
+    if url is not None:
+        return _address_faults(flag, url, key_variable)
+    if key_in(key_variable, environment) is None:
         return [
             f"{requester}: the environment variable {key_variable} is not set. It is the only place for the API key. "
             f"If your own server needs no key, give its address with {flag}."
         ]
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
-        secret = parts.username is not None or parts.password is not None
-    except ValueError:
-        fits, secret = False, False
-    if secret:
+    return _address_faults_of_environment(environment)
+
+
+def _address_faults(flag: str, url: str, key_variable: str) -> list[str]:
+    if "@" in url:  # also in what is otherwise no address: it is shown below
         return [
             f"{flag} contains a user name or password, and flags are saved and logged. Put the key into the environment "
             f"variable {key_variable}, and only the address here."
         ]
-    return [] if fits else [f"{flag} {url}: must be an address such as http://localhost:8000/v1."]
+    reason = _no_address(url)
+    if reason is None:
+        return []
+    shown = one_line(url.partition("?")[0])  # a query may hold a key
+    return [f"{flag} {shown}: must be an address such as http://localhost:8000/v1; {reason}."]
+
+
+def _address_faults_of_environment(environment: Mapping[str, str]) -> list[str]:
+    """Faults of the address that the ``openai`` package takes from the environment; it may hold a password and is not shown."""
+    url = environment.get(ADDRESS_VARIABLE, "").strip()
+    reason = _no_address(url) if url else None
+    if reason is None:
+        return []
+    return [
+        f"the environment variable {ADDRESS_VARIABLE} must be an address such as http://localhost:8000/v1; {reason}. Correct it, "
+        "or remove it to ask OpenAI's server."
+    ]
+
+
+def _no_address(url: str) -> str | None:
+    """Why a text is no address that requests can go to, to follow a semicolon; None if it is one."""
+    if any(letter.isspace() or not letter.isprintable() for letter in url):
+        return "this one holds white space or a control character"
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return "this one's host cannot be read"
+    if parts.scheme not in ("http", "https"):
+        return "it begins with http:// or https://"
+    if not host:
+        return "this one has no host"
+    if "?" in url or "#" in url:
+        return "a ? or # and what follows it cannot be part of it"
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    return "its port must be a number from 1 to 65535" if port == 0 else None

@@ -112,7 +112,7 @@ class SamplingFlags:
     )
     umed_rollout_retries: int = flag(
         3,
-        "Retries after a lost connection to the rollout server; the pauses begin at 1 s and double.",
+        "Retries when the rollout server cannot be reached or is busy (429, 5xx); the pauses begin at 1 s and double.",
         stage=REWARDING,
         needs=ROLLOUT_SERVER,
         least=0,
