@@ -6,13 +6,15 @@ import json
 import os
 import shlex
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.umed_runs import environment, run_python
 
-from umed_plugin.cli import main
+from umed_plugin.cli import build_parser, main
+from umed_plugin.commands import rollout_server
 
 
 @pytest.fixture
@@ -75,7 +77,24 @@ def test_a_build_for_cpus_gets_its_settings(name, version, served, tmp_path, cap
 
 def test_the_command_is_printed_without_any_vllm(served, capsys):
     assert main(["rollout-server", str(served), "--print"]) == 0
-    assert words_of(capsys.readouterr().out)[1][0] == "python"
+    said = capsys.readouterr()
+    assert words_of(said.out)[1][0] == "python" and len(said.out.splitlines()) == 1
+    assert "build for GPUs" in said.err and "--python" in said.err
+
+
+def test_a_shell_runs_what_is_printed(served, tmp_path, capsys):
+    """Also where a value has a space: a quoted NAME=VALUE would be the name of a program."""
+    args = build_parser().parse_args(["rollout-server", str(served), "--print", "--python", "/bin/echo"])
+    printed = {"LD_PRELOAD": "/a b/lib.so"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            rollout_server, "_engine_of", lambda args: rollout_server.Engine("/bin/echo", True, "/a b/lib.so")
+        )
+        assert args.run(args) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert f"LD_PRELOAD={shlex.quote(printed['LD_PRELOAD'])} /bin/echo" in line
+    done = subprocess.run(["/bin/sh", "-c", line], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("-m vllm.entrypoints.openai.api_server")
 
 
 def test_the_command_becomes_the_server(served, tmp_path):
@@ -135,6 +154,29 @@ def test_vllms_other_flags_go_to_it(served, capsys):
     assert words_of(capsys.readouterr().out)[1][-len(more) :] == more
 
 
+@pytest.mark.parametrize(
+    ("version", "refused"), [("0.33.0", True), ("0.33.0+cpu", False), (None, True)], ids=["gpu", "cpu", "none"]
+)
+def test_a_kv_cache_that_no_build_reads_is_refused(version, refused, served, tmp_path, capsys):
+    python = [] if version is None else ["--python", environment_with(tmp_path, "vllm", version)]
+    assert main(["rollout-server", str(served), *python, "--print", "--kv-cache-gb", "4"]) == 2 * refused
+    assert ("--kv-cache-gb 4: has no effect" in capsys.readouterr().err) == refused
+
+
+def test_a_folder_for_a_language_model_that_is_one_is_refused(served, tmp_path, capsys):
+    assert main(["rollout-server", str(served), "--print", "--language-model", str(tmp_path / "x")]) == 2
+    assert f"has no effect, because {served} is a language model already" in capsys.readouterr().err
+
+
+def test_the_key_reaches_the_server_without_its_line_end(served, tmp_path):
+    python = environment_with(tmp_path, "vllm", "0.33.0")
+    arguments = ["-m", "umed_plugin.cli", "rollout-server", str(served), "--python", python]
+    done = run_python(arguments, env={**environment(), "VLLM_API_KEY": "a-key\r\n"}, fresh=True)
+    assert json.loads(done.stdout.split("SERVER ")[1])[1]["VLLM_API_KEY"] == "a-key"
+    done = run_python(arguments, env={**environment(), "VLLM_API_KEY": "a-\rkey"}, fresh=True)
+    assert done.returncode == 2 and "VLLM_API_KEY holds a key whose character 3" in done.stderr
+
+
 def test_another_host_needs_a_key(served, monkeypatch, capsys):
     monkeypatch.setenv("VLLM_API_KEY", "a key")
     assert main(["rollout-server", str(served), "--host", "0.0.0.0", "--print"]) == 0
@@ -144,11 +186,20 @@ def test_another_host_needs_a_key(served, monkeypatch, capsys):
 @pytest.mark.llava
 def test_a_checkpoints_language_model_is_written_once(tiny_mistral, tmp_path, capsys):
     folder = tmp_path / "language-model"
-    arguments = ["rollout-server", str(tiny_mistral), "--language-model", str(folder), "--print", "--quiet"]
-    assert main(arguments) == 0
+    arguments = ["rollout-server", str(tiny_mistral), "--language-model", str(folder), "--quiet"]
+    python = environment_with(tmp_path, "vllm", "0.33.0")
+    assert main([*arguments, "--print"]) == 0
+    said = capsys.readouterr()
+    assert not folder.exists(), "nothing is written where the command is only printed"
+    assert f"--model {folder}" in said.out
+    assert f"umed convert {tiny_mistral} --language-model-only --out {folder}" in said.err
+    arguments += ["--python", python]
+    run_python(["-m", "umed_plugin.cli", *arguments], env=environment(), fresh=True)
     written = os.stat(folder / "config.json").st_mtime_ns
+    arguments += ["--print"]
     assert main(arguments) == 0 and os.stat(folder / "config.json").st_mtime_ns == written
-    assert f"--model {folder}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"--model {folder}" in said.out and "not written" not in said.err
     config = json.loads((folder / "config.json").read_text())
     config["umed_language_model_of"]["weights"][0][1] += 1
     (folder / "config.json").write_text(json.dumps(config))

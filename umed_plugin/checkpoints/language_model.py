@@ -56,15 +56,7 @@ def to_language_model(
         UmedError: the checkpoint is a LoRA folder or has no tokenizer or embeddings, or ``out`` exists.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if is_lora(checkpoint):
-        raise UmedError(
-            f"{checkpoint}: is a LoRA folder. Take the checkpoint on which it was trained, and load the adapter at run time. Or "
-            f"merge it first: umed merge {shlex.quote(str(checkpoint))} --base CKPT --out DIR"
-        )
-    config = read_config(checkpoint)
-    tokenizer = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
-    if not tokenizer:
-        raise UmedError(f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER_FILES)}). Copy it there.")
+    config, tokenizer = check_source(checkpoint)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         rows = None
@@ -85,6 +77,24 @@ def to_language_model(
         padding = {} if new.get("pad_token_id") is None else {"pad_token_id": new["pad_token_id"]}
         write_json(folder / "generation_config.json", with_ends(padding, new), indent=2)
     return out
+
+
+def check_source(checkpoint: Path) -> tuple[dict[str, Any], list[Path]]:
+    """Configuration and tokenizer files of a checkpoint whose language model can be written.
+
+    Raises:
+        UmedError: the checkpoint is a LoRA folder, has no tokenizer, or is none.
+    """
+    if is_lora(checkpoint):
+        raise UmedError(
+            f"{checkpoint}: is a LoRA folder. Take the checkpoint on which it was trained, and load the adapter at run time. Or "
+            f"merge it first: umed merge {shlex.quote(str(checkpoint))} --base CKPT --out DIR"
+        )
+    config = read_config(checkpoint)
+    tokenizer = [checkpoint / name for name in TOKENIZER_FILES if (checkpoint / name).is_file()]
+    if not tokenizer:
+        raise UmedError(f"{checkpoint}: has no tokenizer ({', '.join(TOKENIZER_FILES)}). Copy it there.")
+    return config, tokenizer
 
 
 def _language_config(config: dict[str, Any], rows: int, checkpoint: Path) -> dict[str, Any]:
