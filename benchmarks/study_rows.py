@@ -16,7 +16,7 @@ from study_plan import Cell, Study, digest
 from umed_plugin import files
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation
-from umed_plugin.training.run_settings import made_with
+from umed_plugin.training.made_with import made_with
 
 GROUP = "training"  # of a question: whether what it shows was held out of training or seen there
 # Metric -> its unit in the file: whole numbers are short.

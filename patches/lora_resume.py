@@ -29,6 +29,7 @@ from umed_plugin.flags.checks import raise_faults
 from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 from umed_plugin.training import run_settings
+from umed_plugin.training.made_with import MADE_WITH, made_with
 from umed_plugin.training.run_settings import MARKER
 
 PROJECTOR = "mm_projector.bin"
@@ -140,7 +141,7 @@ def _mark(trainer: Any, folder: Path) -> None:
     """Record the stage, and what the run was started with, in a folder with its weights."""
     settings = getattr(trainer.args, "umed_settings", {})
     content = {"umed_stage": trainer.args.umed_stage, run_settings.SETTINGS: settings}
-    write_json(folder / MARKER, {**content, run_settings.MADE_WITH: run_settings.made_with()})
+    write_json(folder / MARKER, {**content, MADE_WITH: made_with()})
 
 
 def _save_beside(trainer: Any, folder: Path) -> None:

@@ -12,6 +12,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.rules import ACCEPTED, FIXED, RESTORED, SAID
 from umed_plugin.training.run_settings import (
     RECORDS,
+    SYMBOLS,
     WORLD_SIZE,
     find_changes,
     kind_of,
@@ -116,6 +117,28 @@ def test_between_updates_nothing_that_shapes_the_rollout_may_change():
     found = find_changes(before, now, between_updates=True)
     faults = refusals(found, "checkpoint-3", {"umed_num_candidates"}, between_updates=True)
     assert len(faults) == 3 and all("is in the middle of a rollout" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [
+        ("seed", 0, 1),
+        ("data_seed", None, 1),
+        ("data_path", "a.json", "b.json"),
+        (RECORDS, {"path": "9 records", "sha256": "a"}, {"path": "9 records", "sha256": "b"}),
+        (SYMBOLS, {"path": "a.yaml", "sha256": "a"}, {"path": "a.yaml", "sha256": "b"}),
+        ("umed_augment", False, True),
+        ("umed_vrr_heads", "8-31", "0-31"),
+    ],
+)
+def test_between_updates_the_queries_and_their_order_stay(name, before, now):
+    """The seed also says which answers of a rollout are in which minibatch: with another, some would be learnt from twice."""
+    before, now = {name: before, "lr_scheduler_type": "cosine"}, {name: now, "lr_scheduler_type": "linear"}
+    assert changes(before, now) == {name: ACCEPTED, "lr_scheduler_type": ACCEPTED}
+    assert changes(before, now, between_updates=True) == {name: FIXED, "lr_scheduler_type": ACCEPTED}
+    found = find_changes(before, now, between_updates=True)
+    (fault,) = refusals(found, "checkpoint-3", {name, "lr_scheduler_type"}, between_updates=True)
+    assert "is in the middle of a rollout that was made with it" in fault
 
 
 def test_files_and_checkpoints_count_by_content(tmp_path):

@@ -16,7 +16,6 @@ transformers. Files, and folders of checkpoints, count by their content: a copy 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import hashlib
@@ -38,13 +37,28 @@ from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, REWARDING, 
 
 MARKER = "umed.json"
 SETTINGS = "settings"
-MADE_WITH = "made_with"
-_LIBRARIES = ("llava-torch", "llava", "torch", "transformers", "peft", "accelerate", "deepspeed")
 WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
 SYMBOLS = "symbols"  # files of the reward symbolic
 OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS)  # what is compared besides flags
 
+# What shapes a rollout besides the flags of stage 2 alone: its records, their order, how they are shown, and the precision.
+_OF_A_ROLLOUT = (
+    *(
+        "seed",
+        "data_seed",
+        "data_path",
+        RECORDS,
+        SYMBOLS,
+        "version",
+        "image_aspect_ratio",
+        "model_max_length",
+        "bf16",
+        "fp16",
+    ),
+    *("umed_box_decimals", "umed_stock_template_share", "umed_on_bad_image", "umed_augment", "umed_label_share"),
+    *("umed_similar", "umed_max_new_tokens"),
+)
 _STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", WORLD_SIZE)
 _KINDS = {
     **dict.fromkeys(("learning_rate", "mm_projector_lr", "weight_decay"), RESTORED),
@@ -205,47 +219,6 @@ def _chunks(file: Path) -> Iterator[bytes]:
             yield opened.read(_CHUNK_BYTES)
 
 
-def made_with() -> dict[str, Any]:
-    """When, where and with which versions weights are written, for the reader of a report; nothing compares it."""
-    import platform
-    from datetime import datetime, timezone
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    from umed_plugin import __version__
-
-    versions = {"python": platform.python_version(), "umed-plugin": __version__}
-    for name in _LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    device = f"{len(gpus)} x {gpus[0]}" if gpus else f"{os.cpu_count()} CPU cores"
-    made = {
-        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": platform.node(),
-        "device": device,
-    }
-    return {**made, "commit": _commit(), "versions": versions}
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that the plugin runs from; None if it is installed."""
-    import subprocess
-
-    import umed_plugin
-
-    root = Path(umed_plugin.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        asked = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(asked, cwd=root, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
-
-
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The ``checkpoint-N`` that LLaVA would resume from."""
     found = (
@@ -326,10 +299,10 @@ def refusals(changes: list[Change], checkpoint: str, accepted: set[str], *, betw
 
 
 def _shapes_a_rollout(name: str) -> bool:
+    """Whether a rollout, its minibatches or what they learn depend on a setting that may be accepted elsewhere."""
     own = {flag.name: rules_of(flag) for flag in dataclasses.fields(UmedFlags)}
-    # Stage 1 takes them too: its attention loss, and its validation.
-    in_rewards = name.startswith("umed_vrr_") or name == "umed_max_new_tokens"
-    return name in own and (own[name].stage == REWARDING or in_rewards) and own[name].on_resume == ACCEPTED
+    rewarding = name in own and own[name].stage == REWARDING and own[name].on_resume == ACCEPTED
+    return rewarding or name in _OF_A_ROLLOUT or name.startswith("umed_vrr_")
 
 
 def _queries_of_a_step(settings: dict[str, Any]) -> int:
