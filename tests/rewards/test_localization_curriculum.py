@@ -20,7 +20,7 @@ from umed_plugin.rewards import (
     reward_metric_names,
     reward_states,
 )
-from umed_plugin.rewards.terms.localization_curriculum import _DEMANDS, MARGIN, WINDOW, LocalizationCurriculum
+from umed_plugin.rewards.terms.localization_curriculum import _DEMANDS, _STEPS, MARGIN, WINDOW, LocalizationCurriculum
 
 SQUARE = ImageGeometry(100, 100)
 STUDY = {"objects": {"ref": ["cyst"], "bbox": [[0, 0, 50, 100]]}, "terms": {"cyst": ["cyst"]}}
@@ -67,8 +67,8 @@ def test_the_threshold_rises_with_the_model_and_ends_at_08():
         (0.3, [[0.9, 0.9]] * 24 + [[0.0, 0.9]] * 6, True),  # 0.2 will do
         (0.6, [[0.9, 0.9, 0.9, 0.1]] * 10 + [[0.9] * 4] * 20, True),
         (0.6, [[0.9, 0.9]] * 23 + [[0.0, 0.9]] * 7, True),  # from 0.6 on the demands are lower
-        (0.75, [[0.95, 0.95]] * 20 + [[0.7, 0.7]] * 10, False),  # standard deviation 0.47
-        (0.75, [[0.95, 0.95]] * 26 + [[0.7, 0.7]] * 4, True),
+        (0.7, [[0.95, 0.95]] * 24 + [[0.65, 0.65]] * 6, False),  # standard deviation 0.4
+        (0.7, [[0.95, 0.95]] * 26 + [[0.65, 0.65]] * 4, True),
         # One answer a question, or answers that are all alike: the standard deviation decides.
         (0.3, [[0.9]] * 29 + [[0.0]], True),
         (0.45, [[0.9] * 4] * 28 + [[0.0] * 4] * 2, False),
@@ -84,10 +84,27 @@ def test_when_the_threshold_rises(threshold, questions, rises):
     assert (curriculum.threshold > threshold) is rises
 
 
+def thresholds_on_the_way() -> list[float]:
+    """The thresholds of a model that masters each, up to the last."""
+    curriculum, seen = LocalizationCurriculum(), []
+    while not seen or curriculum.threshold > seen[-1]:
+        seen.append(curriculum.threshold)
+        curriculum.advance([[1.0, 1.0]] * WINDOW)
+    return seen
+
+
+def test_every_row_of_the_tables_is_met_on_the_thresholds_way():
+    way = thresholds_on_the_way()
+    assert way == [0.3, 0.45, 0.6, 0.7, 0.8]
+    demands = {next(row for row in _DEMANDS if threshold >= row[0]) for threshold in way[:-1]}
+    steps = {next(row for row in _STEPS if threshold < row[0]) for threshold in way[:-1]}
+    assert demands == {*_DEMANDS} and steps == {*_STEPS}
+
+
 def test_the_docs_have_each_demand_on_the_thresholds_way():
-    """The way is that of the test above; each threshold is in the row of its demands."""
+    """Each threshold is in the row of its demands."""
     rows = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text().splitlines()
-    for threshold in (0.3, 0.45, 0.6, 0.7):
+    for threshold in thresholds_on_the_way()[:-1]:
         least, largest = next(demand for start, *demand in _DEMANDS if threshold >= start)
         (row,) = [line for line in rows if re.match(rf"  \| ([\d.]+, )?{threshold}(,| \|)", line)]
         assert f"| {least:.0%} or more".replace("%", " %") in row and f"| {largest:.2f} or less" in row

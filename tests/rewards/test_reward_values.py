@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rewards import advance_rewards, collect_metrics, combine_rewards, normalisation_of, run_rewards
+from umed_plugin.rewards import (
+    advance_rewards,
+    collect_metrics,
+    combine_rewards,
+    normalisation_of,
+    reward_states,
+    run_rewards,
+)
 
 NODULE, NEGATIVE = {"objects": {"ref": ["nodule"]}}, {"objects": {"ref": []}}
 
@@ -168,3 +175,30 @@ def test_a_reward_that_changes_fails_in_all_processes_together(fails):
         advance_rewards({"fixed": print, "own": reward}, gather, agreed)
     assert events == ["begin", "end"] if fails == "before" else ["begin", "end", "gather", "begin", "end"]
     assert reward.seen == (None if fails else [1, 1])
+
+
+class Remembers:
+    """Its `state` is the dictionary that it goes on with."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def state(self):
+        return self.kept
+
+
+def test_a_state_is_not_what_the_reward_goes_on_with():
+    """A step that fails must leave no trace in the checkpoint of the step before it."""
+    own = {"remembers": Remembers({"seen": [1], "best": None})}
+    before = reward_states(own)
+    own["remembers"].kept["seen"].append(2)
+    own["remembers"].kept["best"] = 0.5
+    assert before == {"remembers": {"seen": [1], "best": None}}
+
+
+@pytest.mark.parametrize("state", [{"seen": {1, 2}}, {"scale": np.float32(1)}, {(1, 2): 3}, torch.ones(2)])
+def test_a_state_that_no_json_holds_is_refused_with_the_rewards_name(state):
+    with pytest.raises(
+        UmedError, match=r"reward 'remembers': state\(\) returned what no JSON holds .*Allowed: dictionaries"
+    ):
+        reward_states({"remembers": Remembers(state)})

@@ -6,6 +6,7 @@ reward says to stop.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -179,8 +180,23 @@ def advance_rewards(
 
 
 def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
-    """What a resumed run needs of the rewards that have a `state`, by name; JSON."""
-    return {name: reward.state() for name, reward in rewards.items() if hasattr(reward, "state")}
+    """What a resumed run needs of the rewards that have a `state`, by name: as JSON gives it back, and not what they go on with.
+
+    Raises:
+        UmedError: a state is no JSON.
+    """
+    return {name: _state_of(name, reward) for name, reward in rewards.items() if hasattr(reward, "state")}
+
+
+def _state_of(name: str, reward: Any) -> Any:
+    state = reward.state()
+    try:
+        return json.loads(json.dumps(state))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise UmedError(
+            f"reward {name!r}: state() returned what no JSON holds ({error}): {shown(state)}. Allowed: dictionaries with "
+            "texts as keys, lists, texts, numbers, truth values and None."
+        ) from None
 
 
 def load_reward_states(rewards: Mapping[str, Reward], states: Mapping[str, Any]) -> list[str]:
@@ -189,7 +205,7 @@ def load_reward_states(rewards: Mapping[str, Reward], states: Mapping[str, Any])
     Raises:
         UmedError: a reward cannot read its state.
     """
-    names = list(reward_states(rewards))
+    names = [name for name, reward in rewards.items() if hasattr(reward, "state")]
     for name in names:
         if name not in states:
             continue
