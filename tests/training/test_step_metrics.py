@@ -10,6 +10,7 @@ import torch
 
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import Candidates
+from umed_plugin.training.schedule_check import ScheduleCheck
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics
 
 NAMES = ["reward/iou", "reward/total", "groups_without_signal", "answer_tokens", "answers_cut_off", "kl", "own/calls"]
@@ -107,3 +108,31 @@ def test_a_resumed_run_writes_the_candidates_that_the_whole_run_writes(tmp_path)
 
 def test_no_candidates_are_written_by_default(tmp_path):
     assert log_steps(tmp_path, range(0, 9, 4), 4, every=0) == []
+
+
+@pytest.mark.parametrize(
+    ("per_rollout", "max_steps", "starts", "expected"),
+    [
+        (1, 5, range(5), [0, 0.25, 0.5, 0.75, 1]),
+        (2, 6, range(0, 6, 2), [0, 0.5, 1]),
+        (2, 5, range(0, 5, 2), [0, 0.5, 1]),
+        (2, 6, [1, 3, 5], [0, 0.5, 1]),
+        (4, 4, [0], [0]),
+        (1, 1, [0], [0]),
+    ],
+    ids=["each step", "two steps", "a last rollout cut short", "lost and sampled anew", "one rollout", "one step"],
+)
+def test_the_first_rollout_begins_the_run_and_the_last_one_ends_it(per_rollout, max_steps, starts, expected):
+    metrics = metrics_of(umed_updates_per_rollout=per_rollout)
+    metrics._trainer.state = state = SimpleNamespace(max_steps=max_steps)
+    found = []
+    for state.global_step in starts:
+        found.append(metrics.progress())
+    assert found == expected
+
+
+@pytest.mark.parametrize(("max_steps", "weights", "said"), [(2, "0..1", True), (3, "0..1", False), (2, "2", False)])
+def test_a_run_of_one_rollout_says_that_its_weights_stay(max_steps, weights, said, capsys):
+    flags = UmedFlags(umed_rewards="localization", umed_reward_weights=weights, umed_updates_per_rollout=2)
+    ScheduleCheck(flags).on_train_begin(SimpleNamespace(process_index=0), SimpleNamespace(max_steps=max_steps), None)
+    assert ("each weight keeps its first value" in capsys.readouterr().err) == said

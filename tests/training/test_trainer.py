@@ -107,7 +107,7 @@ def test_rewarding_logs_every_term_and_resumes_to_the_same_weights(family, flags
     terms = {f"reward/{name}" for name in (*shipped, "half:half", "total")}
     assert terms <= {name for line in history for name in line}
     steps = steps_of_a_rollout(flags)
-    expected = [0.5 - 0.25 * (step // steps * steps) / 7 for step in range(8)]
+    expected = [0.5 - 0.25 * (step // steps) / (8 // steps - 1) for step in range(8)]
     found = {line["step"]: line["weight/half:half"] for line in history if "weight/half:half" in line}
     assert found == {step + 1: pytest.approx(expected[step]) for step in range(0, 8, steps)}
     assert all(line.get("localization_curriculum/threshold", 0.3) == pytest.approx(0.3) for line in history)

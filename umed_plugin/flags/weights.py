@@ -19,7 +19,7 @@ class Weight:
     """The weight of a reward over a run.
 
     Attributes:
-        first: at the first step, 0 or more.
+        first: at the first step, or rollout where one feeds several steps, 0 or more.
         last: from the share on, 0 or more.
         share: of the run, in 0-1, at which the weight has reached ``last``.
     """

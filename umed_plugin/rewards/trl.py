@@ -309,7 +309,10 @@ class CombinedReward:
         return combined.flatten().tolist()
 
     def _weights(self, state: Any, log_metric: Any) -> dict[str, float]:
-        """The weights at TRL's current step; those that change are logged."""
+        """The weights at TRL's current step; those that change are logged.
+
+        TRL does not tell rewards how many steps it takes on a batch, so here the steps count, and not the rollouts.
+        """
         changing = [name for name, weight in self._schedule.items() if weight.changes]
         if changing and state is None:
             raise UmedError(

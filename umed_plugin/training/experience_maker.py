@@ -321,7 +321,7 @@ class ExperienceMaker:
         return counted, rewards
 
     def _weights(self) -> dict[str, float]:
-        """The rewards' weights at this step; those that change are logged."""
+        """The rewards' weights in this rollout; those that change are logged."""
         progress = self.metrics.progress()
         changing = [name for name, weight in self.reward_schedule.items() if weight.changes]
         self.metrics.add({weight_of(name): self.reward_schedule[name].at(progress) for name in changing})

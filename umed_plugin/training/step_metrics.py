@@ -217,9 +217,14 @@ class StepMetrics:
                 warn(f"step {self._trainer.state.global_step}: {warning}")
 
     def progress(self) -> float:
-        """Share of the run that is done, 0-1: 0 at the first optimizer step and 1 at the last."""
-        state = self._trainer.state
-        return min(state.global_step / max(state.max_steps - 1, 1), 1.0)
+        """Share of the run's rollouts that are done, 0-1: 0 at the first rollout and 1 at the last; 0 if there is but one.
+
+        It follows from the number of steps, so that a resumed run has the same. A rollout that is sampled anew between its
+        updates, because a checkpoint has lost it, counts as itself.
+        """
+        state, steps = self._trainer.state, self._flags.steps_per_rollout()
+        last = -(-state.max_steps // steps) - 1
+        return min(state.global_step // steps / max(last, 1), 1.0)
 
     def mean_over_ranks(self, value: float) -> float:
         """The mean of a number that each rank has one of. All ranks must call."""

@@ -50,6 +50,7 @@ from umed_plugin.training.rollouts import Rollouts
 from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.run_settings import stored_settings
 from umed_plugin.training.sampler import EpochSampler
+from umed_plugin.training.schedule_check import ScheduleCheck
 from umed_plugin.training.start_check import StartCheck
 from umed_plugin.training.step_metrics import StepMetrics, metric_names
 from umed_plugin.training.stopping import RewardError, StopForReward
@@ -111,6 +112,7 @@ class RewardingTrainer(LLaVATrainer):
         self._before_step: tuple[int, Any] = (-1, None)
         self._stopped_at: Any = None
         self.add_callback(StartCheck(self))
+        self.add_callback(ScheduleCheck(flags))
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 
