@@ -351,8 +351,23 @@ def test_a_judge_that_never_answers_ends_the_run_and_says_why(tmp_path):
     with judge_server(lambda asked: Answer({"error": {"message": "no such model"}}, 404)) as server:
         judge = judge_of(server, tmp_path, umed_judge_patience=2)
         assert call(judge, "a") == [None]
+        judge.end_rollout()
+        assert call(judge, "b") == [None]
         with pytest.raises(UmedError, match="no score in 2 consecutive rollouts.*HTTP 404.*no such model"):
-            call(judge, "b")
+            judge.end_rollout()
+
+
+def test_patience_counts_rollouts_and_not_the_samplings_in_them(tmp_path):
+    """``--umed_dynamic_sampling`` samples further questions in a rollout, above all where no answer has a score."""
+    with judge_server(lambda asked: by_length(asked) if answer_in(asked) == "good" else Answer("", 404)) as server:
+        judge = judge_of(server, tmp_path, umed_judge_patience=2)
+        for answers in (["bad", "bad", "bad"], ["good", "bad"], ["bad", "bad", "good"], ["bad"]):
+            for answer in answers:
+                call(judge, answer)
+            judge.end_rollout()
+        call(judge, "bad")
+        with pytest.raises(UmedError, match="no score in 2 consecutive rollouts"):
+            judge.end_rollout()
 
 
 def test_one_score_is_enough_to_go_on(tmp_path):
@@ -360,6 +375,7 @@ def test_one_score_is_enough_to_go_on(tmp_path):
         judge = judge_of(server, tmp_path, umed_judge_patience=2)
         for answers in (["bad"], ["bad", "good"], ["bad"], ["good"], ["bad"]):
             call(judge, *answers)
+            judge.end_rollout()
 
 
 @pytest.mark.parametrize(
@@ -421,8 +437,10 @@ def test_the_key_is_in_no_message_and_no_file_even_when_the_server_sends_it_back
     with judge_server(telling) as server:
         judge = judge_of(server, tmp_path, umed_judge_patience=1)
         assert call(judge, "error", "other", "reply") == [None, None, 0.5]
+        judge.end_rollout()
+        call(judge, "error")
         with pytest.raises(UmedError, match=r"Incorrect API key provided: Bearer \*\*\*") as caught:
-            call(judge, "error")
+            judge.end_rollout()
     printed = capfd.readouterr()
     assert "Bearer ***" in printed.out
     for text in (printed.out, printed.err, str(caught.value), (tmp_path / "judge.jsonl").read_text()):

@@ -103,4 +103,9 @@ def test_states_of_other_runs_are_refused(tmp_path):
 def test_the_hardest_are_the_highest_and_ties_go_to_the_lower_index():
     nan = math.nan
     assert hardest(torch.tensor([1.0, nan, 3.0, 3.0, 0.5]), 4) == [2, 3, 0, 4]
+    with pytest.raises(UmedError, match=r"--umed_replay 0.09: is less than one of the 10 .* at least 0.1, or leave"):
+        Replay(10, 0.09)
+    with pytest.raises(UmedError, match=r"at least 0.142858, or"):
+        Replay(7, 0.1)
+    assert Replay(7, 0.142858).count == 1
     assert Replay(10, 0.3).count == 3 and Replay(10, 0.29).count == 2 and Replay(10, 1.0).count == 10

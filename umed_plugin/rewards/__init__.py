@@ -28,9 +28,10 @@ without arguments. Everything else is optional, as attributes:
 - ``metric_names: tuple[str, ...]`` and ``metrics() -> dict[str, float]``: metrics to log, and their values in the last call; a
   value may be missing. The log shows the mean over calls and processes; ``--umed_dynamic_sampling`` makes several calls in a
   step. The older names of the two, ``measures`` and ``measured()``, still work.
-- ``for_all_processes() -> list`` and ``advance(values)``, for a reward that changes over a run: after each rollout the lists of
-  all processes, one object after the other from each, are given to ``advance``. It is the same list in every process, so the
-  reward stays the same there.
+- ``for_all_processes() -> list`` and ``advance(values)``, for a reward that changes over a run: after each sampling the lists
+  of all processes, one object after the other from each, are given to ``advance``. It is the same list in every process, so the
+  reward stays the same there. ``--umed_dynamic_sampling`` makes several samplings in a rollout.
+- ``end_rollout()``: called after the last sampling of a rollout, before anything is learnt from it. It may refuse to go on.
 - ``state() -> dict`` and ``load_state(state)``: what a checkpoint keeps of the reward, as JSON. A resumed run loads it.
 - ``stop: str | None``: if it is a text after a step, in any process, the run saves a checkpoint and ends with the text as an
   error.
@@ -47,6 +48,7 @@ from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, regi
 from umed_plugin.rewards.running import (
     advance_rewards,
     collect_metrics,
+    end_rollout,
     load_reward_states,
     make_rewards,
     reward_metric_names,
@@ -64,6 +66,7 @@ __all__ = [
     "advance_rewards",
     "collect_metrics",
     "combine_rewards",
+    "end_rollout",
     "load_reward_states",
     "make_rewards",
     "normalisation_of",

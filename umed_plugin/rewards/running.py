@@ -179,6 +179,26 @@ def advance_rewards(
             reward.advance(of_all[name])
 
 
+def end_rollout(
+    rewards: Mapping[str, Reward], agreed: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """Tell the rewards that a rollout is sampled whole; a rollout may take several samplings.
+
+    Args:
+        rewards: by name, the same in every process.
+        agreed: as for `advance_rewards`.
+
+    Raises:
+        UmedError: a reward refuses to go on.
+    """
+    told: list[Any] = [reward for reward in rewards.values() if hasattr(reward, "end_rollout")]
+    if not told:
+        return
+    with agreed():
+        for reward in told:
+            reward.end_rollout()
+
+
 def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
     """What a resumed run needs of the rewards that have a `state`, by name: as JSON gives it back, and not what they go on with.
 

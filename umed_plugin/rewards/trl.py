@@ -36,6 +36,7 @@ from umed_plugin.model.token_spans import lesion_naming_tokens
 from umed_plugin.rewards import (
     collect_metrics,
     combine_rewards,
+    end_rollout,
     normalisation_of,
     reward_of_run,
     run_rewards,
@@ -292,6 +293,7 @@ class CombinedReward:
             attention = self._attention(prompts, completion_ids, record, geometry, self._k)
         shared["attention_on_lesion"] = attention
         values = run_rewards(self._rewards, questions, texts, **shared)
+        end_rollout(self._rewards)
         for name, column in values.items():
             known = [value for value in column if value is not None]
             if known:
@@ -309,10 +311,7 @@ class CombinedReward:
         return combined.flatten().tolist()
 
     def _weights(self, state: Any, log_metric: Any) -> dict[str, float]:
-        """The weights at TRL's current step; those that change are logged.
-
-        TRL does not tell rewards how many steps it takes on a batch, so here the steps count, and not the rollouts.
-        """
+        """The weights at TRL's current step, not rollout, which TRL does not tell; those that change are logged."""
         changing = [name for name, weight in self._schedule.items() if weight.changes]
         if changing and state is None:
             raise UmedError(

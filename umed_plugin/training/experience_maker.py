@@ -39,6 +39,7 @@ from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards import (
     advance_rewards,
     collect_metrics,
+    end_rollout,
     normalisation_of,
     normalised_terms,
     run_rewards,
@@ -177,6 +178,7 @@ class ExperienceMaker:
             samples = self.roll_out(policy, batches)
             if further is not None and self.flags.umed_dynamic_sampling:
                 samples = self._with_signal(policy, samples, further)
+        end_rollout(self.rewards, self._rewards_agreed)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
             experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples))

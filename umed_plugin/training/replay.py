@@ -34,6 +34,9 @@ class Replay:
         size: number of records.
         share: of them that comes twice, 0-1.
 
+    Raises:
+        UmedError: the share is less than one record.
+
     Attributes:
         epoch: the epoch that has begun, counted from 0; -1 before the first.
         steps: optimizer steps of it that are done.
@@ -43,6 +46,11 @@ class Replay:
 
     def __init__(self, size: int, share: float) -> None:
         self.count = math.floor(share * size + 1e-9)
+        if self.count == 0:
+            raise UmedError(
+                f"--umed_replay {share:g}: is less than one of the {size} training records, so none would come twice. Give at "
+                f"least {math.ceil(1e6 / size) / 1e6:g}, or leave the flag out."
+            )
         self.epoch, self.steps = -1, 0
         self.twice: list[int] = []
         self.losses = torch.full((size,), math.nan)

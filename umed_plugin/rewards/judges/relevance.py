@@ -39,7 +39,8 @@ class JudgedRelevance:
     Args:
         questionnaire: writes the questions and reads the replies.
         ledger: earlier replies, to which new ones are added.
-        patience: number of consecutive calls without any score after which the run ends. In stage 2 a call is a rollout.
+        patience: number of consecutive rollouts without any score after which the run ends. `end_rollout` ends each; under
+            ``--umed_dynamic_sampling`` it may have several calls.
         budget: amount and unit (``requests``, ``tokens``, ``usd``) that all replies in the ledger together may reach; in ``usd``
             those of the ledger's model.
         prices: US dollars per million input and output tokens.
@@ -64,6 +65,8 @@ class JudgedRelevance:
         self._texts: dict[str, Mapping[str, str]] = {}
         self._new: Counter[str] = Counter()
         self._metrics: dict[str, float] = {}
+        self._has_score_in_rollout = False
+        self._failures_in_rollout: list[str] = []
         self._rollouts_without_score = 0
         self._noted_reasons: set[str] = set()
         self.metric_names = tuple(
@@ -139,8 +142,8 @@ class JudgedRelevance:
         """Scores in 0..1, or ``None`` where there is none; waits for pending replies.
 
         Raises:
-            UmedError: no score in ``patience`` consecutive calls, or the replies cannot be stored or counted. Stage 2 saves what
-                it learnt before, see `umed_plugin.training.stopping`.
+            UmedError: the replies cannot be stored or counted. Stage 2 saves what it learnt before, see
+                `umed_plugin.training.stopping`.
         """
         self.start(prompts, completions, record=record)
         began = time.monotonic()
@@ -165,7 +168,8 @@ class JudgedRelevance:
         self._texts.clear()
         self._new.clear()
         self._note_new_reasons(failures, len(scores))
-        self._check_patience(scores, failures)
+        self._has_score_in_rollout |= len(failures) < len(scores)
+        self._failures_in_rollout += failures
         self._ledger.refresh()
         self.stop = self._spent()
         of_asked = iter(scores)
@@ -214,11 +218,16 @@ class JudgedRelevance:
                 self._noted_reasons.add(reason)
                 note(f"judge: {failures.count(reason)} of {n_scores} without a score: {reason}")
 
-    def _check_patience(self, scores: Sequence[float | None], failures: Sequence[str]) -> None:
-        """Raise an error after ``patience`` consecutive calls without a score."""
-        self._rollouts_without_score = (
-            self._rollouts_without_score + 1 if scores and len(failures) == len(scores) else 0
-        )
+    def end_rollout(self) -> None:
+        """Count a rollout in which there were answers to score, and none has a score.
+
+        Raises:
+            UmedError: it was the last of ``patience`` consecutive ones.
+        """
+        failures, has_score = self._failures_in_rollout, self._has_score_in_rollout
+        self._failures_in_rollout, self._has_score_in_rollout = [], False
+        without = bool(failures) and not has_score
+        self._rollouts_without_score = self._rollouts_without_score + 1 if without else 0
         if self._rollouts_without_score >= self._patience:
             count = self._rollouts_without_score
             rollouts = "a rollout" if count == 1 else f"{count} consecutive rollouts"
