@@ -6,11 +6,13 @@ import pytest
 import yaml
 from support.llava_args import llava_args
 
+from umed_plugin.data.image_files import evenly
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.checks import find_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.rewards import make_rewards
-from umed_plugin.rewards.symbols import find_symbol_faults
+from umed_plugin.rewards.running import MOST_RECORDS
+from umed_plugin.rewards.symbols import check_against, find_symbol_faults, read_symbols
 from umed_plugin.training.run_settings import find_changes
 
 FILE = {
@@ -83,7 +85,9 @@ def test_steps_that_the_reference_does_not_take_are_left_out(scored):
         ({"cases": [{"findin": "nodule"}]}, "cases[0]: unknown step 'findin'. Did you mean 'finding'"),
         ({"cases": [{"finding": "nodul"}]}, "cases[0].finding: unknown symbol 'nodul'. Did you mean 'nodule'"),
         ({"cases": [*FILE["cases"], FILE["cases"][1]]}, "cases[3]: equals cases[1]"),
-        ({"cases": [{"side": "any"}]}, "cases: allow every combination"),
+        ({"cases": [{"side": "any"}]}, "cases[0]: allows every combination"),
+        ({"cases": [*FILE["cases"], {"side": "any", "finding": "any"}]}, "cases[3]: allows every combination"),
+        ({"cases": [{}, *FILE["cases"]]}, "cases[0]: allows every combination"),
         ({"cases": []}, "cases: found list"),
         (
             {"steps": {**FILE["steps"], "side": {"left": ["left"], "right": ["Left", "right"]}}},
@@ -121,6 +125,23 @@ def test_a_step_that_no_reference_takes_is_named_with_examples(file):
     flags = UmedFlags(umed_stage="rewarding", umed_rewards=f"symbolic:{file}")
     with pytest.raises(UmedError, match=r"steps\.side: no reference of the 1 training records .*left, right.*healthy"):
         make_rewards(flags, ".", [record("Nodule or nothing abnormal: healthy, benign.")])
+
+
+def test_a_step_whose_words_are_rare_is_found_in_any_record(file):
+    """More records than a reward is shown by default, and the words in one that the even choice passes over."""
+    flags = UmedFlags(umed_stage="rewarding", umed_rewards=f"symbolic:{file}")
+    records = [record("Nothing abnormal; healthy.")] * (2 * MOST_RECORDS)
+    with pytest.raises(UmedError, match=f"no reference of the {2 * MOST_RECORDS} training records"):
+        make_rewards(flags, ".", records)
+    records[-1] = record(CANCER)
+    assert CANCER not in str(evenly(records, MOST_RECORDS))
+    assert list(make_rewards(flags, ".", records)) == [f"symbolic:{file}"]
+
+
+def test_records_are_read_until_each_step_is_found(file):
+    read = []
+    check_against(read_symbols(file), file, (read.append(one) or one for one in [record(CANCER)] * 50))
+    assert len(read) == 1
 
 
 def test_the_flag_needs_a_file_that_is_there(file):

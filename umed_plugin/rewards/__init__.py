@@ -21,6 +21,7 @@ without arguments. Everything else is optional, as attributes:
   Give one if the values are much smaller than 1, or the floor keeps them from being divided by their maximum.
 - ``for_records(records) -> reward``: called once before the first step, with at most 2,000 records spread over the training
   split, the same in every process. The run uses what it returns. `format` learns there how the references are worded.
+  ``most_records`` is another maximum; None: all records, as a sequence that reads each when it is asked for.
 - ``applies_to(record) -> bool``: whether the reward means something for a record. Its values for other records count as None.
 - ``start(prompts, completions, **columns)``: begins slow work and returns at once. It is called as soon as the answers are
   sampled, without ``attention_on_lesion``. The reward itself is called with the same lists after the forward passes of policy and

@@ -24,7 +24,7 @@ from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES, lexical_relevance
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 from umed_plugin.rewards.values import as_float, numbers_of, shown, values_of
 
-# Of the records that `for_records` gets: enough to know the wording of a data set of any size.
+# Of the records that `for_records` gets, unless the reward says otherwise: enough to know the wording of a data set of any size.
 MOST_RECORDS = 2000
 
 
@@ -36,7 +36,8 @@ def make_rewards(
     Args:
         flags: checked by :func:`umed_plugin.flags.checks.check`.
         output_dir: where a reward may keep files, such as a judge's ledger.
-        records: of the training split. Rewards that have `for_records` get `MOST_RECORDS` of them at most.
+        records: of the training split. Rewards that have `for_records` get `MOST_RECORDS` of them at most, or as many as
+            their `most_records` says.
     """
     rewards: dict[str, Reward] = {}
     for name in flags.reward_names():
@@ -60,7 +61,8 @@ def reward_of_run(entry: Any, records: Sequence[Mapping[str, Any]] = ()) -> Rewa
     reward: Any = entry() if isinstance(entry, type) else entry
     if not len(records) or not hasattr(reward, "for_records"):
         return reward
-    return reward.for_records(evenly(records, MOST_RECORDS))
+    most = getattr(reward, "most_records", MOST_RECORDS)
+    return reward.for_records(records if most is None else evenly(records, most))
 
 
 def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ cases:                            # a step that is left out, or is `any`, may be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -107,27 +107,37 @@ def _check_cases(file: SymbolFile, faults: Faults) -> None:
     for number, case in enumerate(full):
         if case in full[:number]:
             faults.add(f"cases[{number}]", f"equals cases[{full.index(case)}]. Remove one of them.")
-    if all(symbol == ANY for case in full for symbol in case.values()):
-        faults.add("cases", "allow every combination, so that nothing could disagree. Name symbols in them.")
+        if all(
+            symbol == ANY for symbol in file.cases[number].values()
+        ):  # as written: an unknown step has its own fault
+            faults.add(
+                f"cases[{number}]", "allows every combination, so that nothing could disagree. Name a symbol in it."
+            )
 
 
-def check_against(file: SymbolFile, path: object, records: Sequence[Mapping[str, Any]]) -> None:
+def check_against(file: SymbolFile, path: object, records: Iterable[Mapping[str, Any]]) -> None:
     """Refuse a file with a step that none of the records' references takes: it would score nothing.
+
+    It reads until each step is found. So all records are read only if one is missing, or is rare.
 
     Raises:
         UmedError: names each such step, with three references.
     """
-    texts = [str(record["conversations"][1]["value"]) for record in records]
+    missing, first, count = list(file.steps), [], 0
+    for count, record in enumerate(records, 1):
+        text = str(record["conversations"][1]["value"])
+        first += [text] if count <= _EXAMPLES else []
+        missing = [step for step in missing if not file.symbols(step, text)]
+        if not missing:
+            return
     faults = Faults()
-    for step in file.steps:
-        if not any(file.symbols(step, text) for text in texts):
-            words = [word for names in file.steps[step].values() for word in names]
-            shown = "; ".join(repr(one_line(text)[:160]) for text in texts[:_EXAMPLES])
-            faults.add(
-                f"steps.{step}",
-                f"no reference of the {len(texts)} training records that were looked at has one of its words "
-                f"({', '.join(words[:8])}). The first are: {shown}",
-            )
+    for step in missing:
+        words = [word for names in file.steps[step].values() for word in names]
+        shown = "; ".join(repr(one_line(text)[:160]) for text in first)
+        faults.add(
+            f"steps.{step}",
+            f"no reference of the {count} training records has one of its words ({', '.join(words[:8])}). The first are: {shown}",
+        )
     faults.raise_if_any(f"{one_line(path)} (--umed_rewards symbolic)")
 
 

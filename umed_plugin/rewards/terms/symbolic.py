@@ -35,6 +35,7 @@ class Symbolic:
     """
 
     __name__ = SYMBOLIC  # in TRL's log
+    most_records = None  # a step's words may be rare, and most files are known to fit after a few records
 
     def __init__(self, file: str | Path) -> None:
         self._path = Path(file)
