@@ -21,7 +21,7 @@ from umed_plugin.commands.report.curves import charts_of
 from umed_plugin.commands.report.gallery import candidate_cards, choose, looked_over_uniform, study_cards
 from umed_plugin.commands.report.page import write_report
 from umed_plugin.commands.report.pictures import as_augmented, see
-from umed_plugin.commands.report.run_folder import Training, read_run
+from umed_plugin.commands.report.run_folder import Training, read_candidates, read_run
 from umed_plugin.commands.report.runs_page import write_runs_page
 from umed_plugin.commands.report.table import Looked, metrics_table
 from umed_plugin.errors import UmedError
@@ -51,6 +51,23 @@ def data_of(page: str) -> dict:
 
 def case(name: str, iou: float, accuracy: float = 1.0) -> Case:
     return Case(name, "", "", "", ["cyst"], [[0, 0, 1, 1]], [], accuracy, iou, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, ""),
+        ({"extra_sampling": 2}, "extra sampling 2"),
+        ({"learnt_from": False}, "replaced by another question, not learnt from"),
+        ({"extra_sampling": 1, "learnt_from": False}, "extra sampling 1, not learnt from"),
+    ],
+)
+def test_a_card_says_what_dynamic_sampling_has_done_with_its_answers(fields, words, tmp_path):
+    row = {"text": "none", "reward": 0.0, "localization": 0.0}
+    line = {"step": 3, "id": "s", "true": {"ref": [], "bbox": []}, "candidates": [row], **fields}
+    (tmp_path / "candidates.jsonl").write_text(json.dumps(line) + "\n")
+    (card,) = candidate_cards(read_candidates(tmp_path / "candidates.jsonl"), tmp_path)
+    assert card["sampling"] == words
 
 
 def test_the_report_has_table_curves_studies_and_candidates(run):

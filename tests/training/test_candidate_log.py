@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.records import grounded_records
 from support.umed_runs import reward
 
-from umed_plugin.training.candidate_log import as_markdown, log_candidates
+from umed_plugin.training.candidate_log import CandidateLogStart, as_markdown, leave_out_from, log_candidates
 
 RECORD = {"id": "study 1", "objects": {"ref": ["cyst"], "bbox": [[1, 2, 3, 4]]}}
 
@@ -31,6 +32,45 @@ def test_the_line_and_the_table(tmp_path):
         "| a cyst \\| here | 1.500 | 0.500 |  |",
         "| none | 0.000 | 0.250 | 0.125 |",
     ]
+
+
+def test_a_run_that_goes_on_leaves_out_the_steps_that_it_takes_again(tmp_path):
+    file = tmp_path / "candidates.jsonl"
+    for step in (0, 4, 8):
+        log_candidates(step, RECORD, ["a\u2028b\n"], [1.5], {}, tmp_path, [])
+    before = file.read_bytes()
+    inode = file.stat().st_ino
+
+    def begin(step, first=True):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=first)
+        CandidateLogStart().on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+
+    begin(9)
+    begin(0, first=False)
+    assert file.read_bytes() == before and file.stat().st_ino == inode, "nothing to leave out"
+    begin(8)
+    assert file.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+    with open(file, "ab") as stream:
+        stream.write(b'{"step": 5, "id')  # as kill -9 leaves it
+    begin(6)
+    assert file.read_bytes() == b"".join(before.splitlines(keepends=True)[:2])
+    begin(0)
+    assert file.read_bytes() == b"" and [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_crash_leaves_the_old_log_or_the_new_one(tmp_path, monkeypatch):
+    for step in (0, 4):
+        log_candidates(step, RECORD, ["a"], [1.5], {}, tmp_path, [])
+    file = tmp_path / "candidates.jsonl"
+    before = file.read_bytes()
+
+    def full(*unused):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError):
+        leave_out_from(file, 4)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

@@ -45,8 +45,9 @@ def test_groups_without_signal_give_their_places_to_further_ones_with_signal():
         asked.append(count)
         return rounds[len(asked) - 1]
 
-    found, replaced, done = replace_without_signal(first, sample, lambda own: own, 5)
-    assert asked == [3, 2] and (replaced, done) == (3, 2)
+    found, origins, done = replace_without_signal(first, sample, lambda own: own, 5)
+    assert asked == [3, 2] and done == 2
+    assert origins == [(1, 1), (0, 1), (2, 0), (2, 1)]
     assert [ids.tolist() for ids in found.prompt_ids] == [[2, 1], [1, 1], [3, 0], [3, 1]]
     sources = [(rounds[0], 1), (first, 1), (rounds[1], 0), (rounds[1], 1)]
     for query, (source, place) in enumerate(sources):
@@ -69,23 +70,23 @@ def test_samplings_are_bounded_and_shared_by_all_ranks():
         calls.append(count)
         return samples([NONE] * count, tokens=4, seed=9)
 
-    found, replaced, done = replace_without_signal(first, nothing_new, lambda own: own, 2)
-    assert calls == [1, 1] and (replaced, done) == (0, 2)
+    found, origins, done = replace_without_signal(first, nothing_new, lambda own: own, 2)
+    assert calls == [1, 1] and origins == [(0, 0), (0, 1)] and done == 2
     assert torch.equal(found.rewards, first.rewards), "what no further query could replace stays"
     # Another rank still needs two: this one samples along, and changes nothing.
     needed = iter([2, 1, 0])
     calls.clear()
     whole = samples([SIGNAL, SIGNAL], tokens=4, seed=1)
-    found, replaced, done = replace_without_signal(whole, nothing_new, lambda own: next(needed), 9)
-    assert calls == [2, 1] and (replaced, done) == (0, 2) and found is whole
+    found, origins, done = replace_without_signal(whole, nothing_new, lambda own: next(needed), 9)
+    assert calls == [2, 1] and origins == [(0, 0), (0, 1)] and done == 2 and found is whole
 
 
 def test_answers_that_are_left_out_of_the_loss_make_no_signal():
     left_out = [[True, True, False], [True, True, True]]
     first = samples([[1.0, 1.0, 9.0], SIGNAL], tokens=4, seed=1, counted=left_out)
     more = samples([SIGNAL], tokens=4, seed=2, counted=[[True, True, False]])
-    found, replaced, _ = replace_without_signal(first, lambda count: more, lambda own: own, 1)
-    assert replaced == 1 and found.counted_by_query.tolist() == [[True, True, False], [True] * 3]
+    found, origins, _ = replace_without_signal(first, lambda count: more, lambda own: own, 1)
+    assert origins == [(1, 0), (0, 1)] and found.counted_by_query.tolist() == [[True, True, False], [True] * 3]
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -145,7 +146,7 @@ def run(checkpoint, records, out, monkeypatch, *flags, processes=1):
 @pytest.mark.parametrize(("flags", "steps", "at"), [([], 4, 2), (TWICE, 6, 3)], ids=["grpo", "two-updates"])
 def test_a_resumed_run_takes_the_same_further_queries(flags, steps, at, tiny_llama, tmp_path, monkeypatch):
     records = grounded_records(tmp_path / "data")
-    flags = [*flags, "--max_steps", str(steps), "--save_steps", str(at)]
+    flags = [*flags, "--max_steps", str(steps), "--save_steps", str(at), "--umed_log_candidates", "1"]
     (whole,), log = run(tiny_llama, records, tmp_path / "whole", monkeypatch, *flags)
     rollouts = steps if steps == 4 else steps // 2
     assert [len(ids) for ids in whole].count(3) >= rollouts
@@ -158,8 +159,20 @@ def test_a_resumed_run_takes_the_same_further_queries(flags, steps, at, tiny_lla
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{at}", resumed / f"checkpoint-{at}")
+    shutil.copy2(
+        tmp_path / "whole" / "candidates.jsonl", resumed
+    )  # with the steps behind the checkpoint, which are taken again
     (again,), _ = run(tiny_llama, records, resumed, monkeypatch, *flags)
     assert again == whole[-len(again) :] and len(again) < len(whole)
+    logged, logged_again = (out / "candidates.jsonl" for out in (tmp_path / "whole", resumed))
+    assert logged_again.read_text() == logged.read_text()
+    lines = [json.loads(line) for line in logged.read_text().splitlines()]
+    assert sum("extra_sampling" in line for line in lines) == len(whole) - rollouts
+    teaches = [int(str(line["id"]).split("-")[1]) % 3 == 1 for line in lines]
+    assert all(
+        told for told, line in zip(teaches, lines) if line.get("extra_sampling") and line.get("learnt_from", True)
+    )
+    assert all("learnt_from" not in line for told, line in zip(teaches, lines) if told and "extra_sampling" not in line)
     expected, found = weights(tmp_path / "whole"), weights(resumed)
     assert set(found) == set(expected)
     for name, tensor in expected.items():

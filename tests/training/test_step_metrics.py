@@ -73,21 +73,43 @@ def test_ranks_count_by_what_they_measured_and_one_that_measured_nothing_or_nan_
     assert metrics.means() == pytest.approx({"reward/iou": (3 + 6) / 16, "own/calls": 0.5})
 
 
-def log_steps(folder, rollouts, steps_per_rollout=1, minibatches=1, every=10):
-    """The steps whose candidates a run writes that samples at these steps."""
-    flags = {"umed_updates_per_rollout": steps_per_rollout // minibatches, "umed_minibatches_per_rollout": minibatches}
+def logging_metrics(folder, every, **flags):
+    """Metrics of a first rank that writes candidates into a folder."""
     metrics = metrics_of(umed_log_candidates=every, umed_num_candidates=2, **flags)
     trainer = metrics._trainer
     trainer.is_world_process_zero = lambda: True
     trainer.callback_handler = SimpleNamespace(callbacks=[])
     trainer.train_dataset = SimpleNamespace(data_args=SimpleNamespace(image_folder=str(folder)))
     trainer.args.output_dir = str(folder)
+    return metrics
+
+
+def log_steps(folder, rollouts, steps_per_rollout=1, minibatches=1, every=10):
+    """The steps whose candidates a run writes that samples at these steps."""
+    flags = {"umed_updates_per_rollout": steps_per_rollout // minibatches, "umed_minibatches_per_rollout": minibatches}
+    metrics = logging_metrics(folder, every, **flags)
     scored = ScoredCandidates(["a", "b"], {"iou": [0.0, 1.0]}, {}, {}, torch.tensor([[0.0, 1.0]]))
     for step in rollouts:
-        trainer.state = SimpleNamespace(global_step=step)
-        metrics.log_candidates(scored, [RECORD] * 2, [1])
+        metrics._trainer.state = SimpleNamespace(global_step=step)
+        metrics.hold_candidates(scored, [RECORD] * 2, [1])
+        metrics.write_candidates()
     file = folder / "candidates.jsonl"
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_extra_samplings_and_what_is_thrown_away_are_marked(tmp_path):
+    metrics = logging_metrics(tmp_path, 1)
+    metrics._trainer.state = SimpleNamespace(global_step=3)
+    scored = ScoredCandidates(["a", "b"] * 2, {"iou": [0.0, 1.0] * 2}, {}, {}, torch.tensor([[0.0, 1.0]] * 2))
+    for _ in range(3):
+        metrics.hold_candidates(scored, [RECORD] * 4, [1, 1])
+    assert not (tmp_path / "candidates.jsonl").exists(), "it is not known yet which are learnt from"
+    metrics.write_candidates([(1, 1), (0, 1), (2, 0)])
+    lines = [json.loads(line) for line in (tmp_path / "candidates.jsonl").read_text().splitlines()]
+    found = [(line.get("extra_sampling", 0), line.get("learnt_from", True)) for line in lines]
+    assert found == [(0, False), (0, True), (1, False), (1, True), (2, True), (2, False)]
+    metrics.write_candidates()
+    assert len((tmp_path / "candidates.jsonl").read_text().splitlines()) == 6
 
 
 def test_candidates_are_written_every_so_many_steps(tmp_path):

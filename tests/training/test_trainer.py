@@ -50,9 +50,11 @@ def steps_of_a_rollout(flags):
 
 
 def sampled(output: Path) -> dict[int, dict]:
-    """The candidates that a run has written, by step; of a step sampled twice, the later ones."""
-    lines = (output / "candidates.jsonl").read_text().splitlines()
-    return {group["step"]: group for group in map(json.loads, lines)}
+    """The candidates that a run has written, by step; a step is there once, also if it was sampled twice."""
+    groups = [json.loads(line) for line in (output / "candidates.jsonl").read_text().splitlines()]
+    found = {group["step"]: group for group in groups}
+    assert len(found) == len(groups)
+    return found
 
 
 def check_ppo(whole: Path, resumed: Path) -> None:

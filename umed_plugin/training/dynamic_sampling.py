@@ -21,12 +21,14 @@ from umed_plugin.training.experience import Samples
 from umed_plugin.training.sampler import EpochSampler
 
 METRICS = ("groups_replaced", "extra_samplings")
+# The sampling of a rollout from which a query comes, 0 for the first, and its number there.
+Source = tuple[int, int]
 _OWN_ORDER = 2**20  # far from the seeds of the epochs
 
 
 def replace_without_signal(
     samples: Samples, sample: Callable[[int], Samples], most_of_ranks: Callable[[int], int], rounds: int
-) -> tuple[Samples, int, int]:
+) -> tuple[Samples, list[Source], int]:
     """Replace groups without signal.
 
     Args:
@@ -36,19 +38,20 @@ def replace_without_signal(
         rounds: most calls of ``sample``.
 
     Returns:
-        Samples of Q queries, the number of replaced groups, and of calls of ``sample``, which is the same on all ranks.
+        Samples of Q queries, the source of each, and the number of calls of ``sample``, which is the same on all ranks.
     """
-    replaced = 0
+    sources = [(0, query) for query in range(len(samples.rewards))]
     for done in range(rounds):
         without = _queries(samples, signal=False)
         count = most_of_ranks(len(without))
         if count == 0:
-            return samples, replaced, done
+            return samples, sources, done
         more = sample(count)
         chosen = _queries(more, signal=True)[: len(without)]
         samples = _replaced(samples, without, more, chosen)
-        replaced += len(chosen)
-    return samples, replaced, rounds
+        for place, query in zip(without, chosen):
+            sources[place] = (done + 1, query)
+    return samples, sources, rounds
 
 
 def _queries(samples: Samples, *, signal: bool) -> list[int]:

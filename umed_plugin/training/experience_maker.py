@@ -50,7 +50,7 @@ from umed_plugin.training.advantages import KLCoefficient, centre_groups
 from umed_plugin.training.answer_passes import AnswerPasses, batches_of
 from umed_plugin.training.candidate_sampling import CandidateSampling, Lesions
 from umed_plugin.training.cut_off import CutOff, ended
-from umed_plugin.training.dynamic_sampling import replace_without_signal
+from umed_plugin.training.dynamic_sampling import Source, replace_without_signal
 from umed_plugin.training.experience import (
     Experience,
     Samples,
@@ -176,9 +176,11 @@ class ExperienceMaker:
         with gathered_parameters(policy):
             self.engine.prepare(policy, self.metrics.step)
             samples = self.roll_out(policy, batches)
+            sources: list[Source] | None = None
             if further is not None and self.flags.umed_dynamic_sampling:
-                samples = self._with_signal(policy, samples, further)
+                samples, sources = self._with_signal(policy, samples, further)
         end_rollout(self.rewards, self._rewards_agreed)
+        self.metrics.write_candidates(sources)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
             experience = grpo_experience(samples, kl_coef, flags.umed_reward_coef, self._common_spread(samples))
@@ -195,16 +197,19 @@ class ExperienceMaker:
             self.adapt_kl()
         return experience
 
-    def _with_signal(self, policy: Any, samples: Samples, further: Callable[[int], list[dict[str, Any]]]) -> Samples:
-        """The samples with groups of further queries in place of those without signal. All ranks must call."""
-        samples, replaced, rounds = replace_without_signal(
+    def _with_signal(
+        self, policy: Any, samples: Samples, further: Callable[[int], list[dict[str, Any]]]
+    ) -> tuple[Samples, list[Source]]:
+        """The samples with groups of further queries in place of those without signal, and their sources. All ranks must call."""
+        samples, sources, rounds = replace_without_signal(
             samples,
             lambda count: self.roll_out(policy, further(count)),
             lambda own: int(self.metrics.most_of_ranks(own)),
             self.flags.umed_dynamic_sampling,
         )
-        self.metrics.add({"groups_replaced": replaced * self.args.world_size, "extra_samplings": rounds})
-        return samples
+        replaced = sum(sampling > 0 for sampling, _ in sources) * self.args.world_size
+        self.metrics.add({"groups_replaced": replaced, "extra_samplings": rounds})
+        return samples, sources
 
     def measure_kl(self, samples: Samples, log_probs: Tensor) -> None:
         """Measure the KL of the policy that sampled, with its ``log_probs`` [N, T]; `adapt_kl` uses it."""
@@ -319,7 +324,7 @@ class ExperienceMaker:
         self.metrics.add_rewards(terms, rewards, candidates, has_ended)
         self.metrics.add_guards(texts, columns, terms)
         scored = ScoredCandidates(texts, terms, normalised, weights, rewards)
-        self.metrics.log_candidates(scored, columns["record"], sizes)
+        self.metrics.hold_candidates(scored, columns["record"], sizes)
         return counted, rewards
 
     def _weights(self) -> dict[str, float]:

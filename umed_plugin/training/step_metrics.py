@@ -116,6 +116,8 @@ class StepMetrics:
         # Metric -> sum of its values times what each counts, and the sum of these counts.
         self._sums: dict[str, tuple[float, float]] = {}
         self._guards = Guards()
+        # Of each sampling since the last rollout: query; its record, answers, rewards and terms; image and recipe.
+        self._held: list[list[tuple[int, tuple[Any, Any, Any, Any], str, Any]]] = []
 
     def add(self, metrics: Mapping[str, float], count: float = 1) -> None:
         """Add metrics of one batch, or means over ``count`` answers or queries."""
@@ -169,30 +171,49 @@ class StepMetrics:
             overlaps = [score.set_iou for score in scores]
             self.add(vision_relevance_metrics(columns["attention_on_lesion"], covers, overlaps), len(texts))
 
-    def log_candidates(self, scored: ScoredCandidates, records: Sequence[Any], sizes: Sequence[int]) -> None:
-        """Write the candidates of each batch's first query to the candidate log, every ``--umed_log_candidates`` steps.
-
-        If a rollout feeds several steps, it is written when such a step has passed since the rollout before.
+    def hold_candidates(self, scored: ScoredCandidates, records: Sequence[Any], sizes: Sequence[int]) -> None:
+        """Hold the candidates of each batch's first query of a sampling, until `write_candidates` ends the rollout.
 
         Args:
-            scored: all candidates of the step.
+            scored: all candidates of the sampling.
             records: N, one for each candidate.
             sizes: queries of each batch; their sum is Q.
         """
         trainer, k = self._trainer, self._flags.umed_num_candidates
-        step = trainer.state.global_step
-        if not self._is_logged(step) or not trainer.is_world_process_zero():
+        if not self._is_logged(trainer.state.global_step) or not trainer.is_world_process_zero():
             return
-        callbacks, out = trainer.callback_handler.callbacks, trainer.args.output_dir
+        shown = []
         for first in itertools.accumulate([0, *sizes[:-1]]):
             group = slice(first * k, (first + 1) * k)
             record = records[group.start]
+            columns = {name: column[group] for name, column in scored.terms.items()}
+            recipe = ({name: term[first].tolist() for name, term in scored.normalised.items()}, dict(scored.weights))
             image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
-            shown = {name: column[group] for name, column in scored.terms.items()}
-            normalised = {name: term[first].tolist() for name, term in scored.normalised.items()}
-            recipe = (normalised, dict(scored.weights))
-            rewards = scored.rewards[first].tolist()
-            log_candidates(step, record, scored.texts[group], rewards, shown, out, callbacks, image, recipe)
+            shown.append((first, (record, scored.texts[group], scored.rewards[first].tolist(), columns), image, recipe))
+        self._held.append(shown)
+
+    def write_candidates(self, sources: Sequence[tuple[int, int]] | None = None) -> None:
+        """Write the held candidates of a rollout to the candidate log, every ``--umed_log_candidates`` steps.
+
+        If a rollout feeds several steps, it is written when such a step has passed since the rollout before.
+
+        Args:
+            sources: (sampling, query) of each query that is learnt from; None: all are.
+        """
+        held, self._held = self._held, []
+        trainer, learnt_from = self._trainer, None if sources is None else {*sources}
+        for sampling, shown in enumerate(held):
+            for query, group, image, recipe in shown:
+                log_candidates(
+                    trainer.state.global_step,
+                    *group,
+                    trainer.args.output_dir,
+                    trainer.callback_handler.callbacks,
+                    image,
+                    recipe,
+                    extra_sampling=sampling,
+                    learnt_from=learnt_from is None or (sampling, query) in learnt_from,
+                )
 
     def _is_logged(self, step: int) -> bool:
         """Whether the candidates of a rollout at this step are written. It follows from the step alone, also in a resumed run."""

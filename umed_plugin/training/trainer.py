@@ -33,6 +33,7 @@ from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
 from umed_plugin.rewards import load_reward_states, make_rewards, reward_states, what_is_guessed, what_is_unrewarded
+from umed_plugin.training.candidate_log import CandidateLogStart
 from umed_plugin.training.experience import Experience
 from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.importance import importance_metrics, importance_weights
@@ -113,6 +114,7 @@ class RewardingTrainer(LLaVATrainer):
         self._stopped_at: Any = None
         self.add_callback(StartCheck(self))
         self.add_callback(ScheduleCheck(flags))
+        self.add_callback(CandidateLogStart())
         if val_dataset is not None:
             self.add_callback(HeldOutValidation(self, val_dataset))
 

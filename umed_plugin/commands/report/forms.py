@@ -120,6 +120,8 @@ class CandidatesForm(Form):
     candidates: list[_CandidateForm] = Field(min_length=1)
     weights: Optional[dict[str, Optional[float]]] = None
     normalised: Optional[dict[str, list[Optional[float]]]] = None
+    extra_sampling: Count = 0
+    learnt_from: bool = True
 
     @field_validator("candidates")
     @classmethod

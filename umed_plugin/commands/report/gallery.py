@@ -176,6 +176,7 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
     return {
         "id": line["id"],
         "step": line["step"],
+        "sampling": _sampling(line),
         "source": study.get("source") or "unknown",
         "modality": study.get("modality") or "",
         "question": study.get("question", ""),
@@ -188,6 +189,14 @@ def _candidate_card(line: Mapping[str, Any], run_folder: Path) -> Card:
         "weights": [line["weights"].get(name) for name in terms] if "weights" in line else None,
         "rows": [_candidate(row, terms, line.get("normalised"), place) for place, row in enumerate(rows)],
     }
+
+
+def _sampling(line: Mapping[str, Any]) -> str:
+    """What dynamic sampling has done with the answers; empty for those of a first sampling that are learnt from."""
+    extra = f"extra sampling {line['extra_sampling']}" if line.get("extra_sampling") else ""
+    if line.get("learnt_from", True):
+        return extra
+    return f"{extra}, not learnt from" if extra else "replaced by another question, not learnt from"
 
 
 def _candidate(

@@ -132,6 +132,7 @@ if (matchMedia("(max-width: 720px)").matches) {
 function facts(card) {
   const pairs = [["True", classesOf(card)], ["Source", card.source], ["Modality", card.modality], ["Question", card.question]];
   if (card.step !== undefined) pairs.push(["Step", String(card.step)]);
+  if (card.sampling) pairs.push(["Sampling", card.sampling]);
   const missing = card.picture ? card.true_count - card.true.length : 0;
   if (missing) pairs.push(["Note", missing + " true box(es) lie outside the part that the model sees."]);
   return el("dl", {className: "facts"}, ...pairs.filter(([, value]) => value)
@@ -228,7 +229,7 @@ function drawCandidates(card) {
     picture(card, "Question " + card.id + " at step " + card.step, boxLayer(others, "other"), boxLayer(card.true, "true"), boxLayer(best.boxes, "best")),
     el("span", {className: "name", textContent: classesOf(card)}),
     el("span", {className: "scores", textContent: "step " + card.step + ": mean reward " + number(meanOf(card)) + " of " + card.rows.length
-      + " answers, best " + number(bestOf(card))}),
+      + " answers, best " + number(bestOf(card)) + (card.sampling ? " (" + card.sampling + ")" : "")}),
     el("span", {className: "scores file", textContent: fileOf(card.id)}),
   ];
 }
