@@ -50,11 +50,10 @@ def steps_of_a_rollout(flags):
 
 
 def sampled(output: Path) -> dict[int, dict]:
-    """The candidates that a run has written, by step; a step is there once, also if it was sampled twice."""
+    """The last candidates that a run has written in each step; a question is there once, also if a step was sampled twice."""
     groups = [json.loads(line) for line in (output / "candidates.jsonl").read_text().splitlines()]
-    found = {group["step"]: group for group in groups}
-    assert len(found) == len(groups)
-    return found
+    assert len({(group["step"], group["id"]) for group in groups}) == len(groups)
+    return {group["step"]: group for group in groups}
 
 
 def check_ppo(whole: Path, resumed: Path) -> None:
