@@ -2,7 +2,8 @@
 
 Target: `TrainingArguments` in `llava.train.train`.
 Why: every script of LLaVA uses ``--evaluation_strategy`` and ``--warmup_ratio``, and LLaVA's trainer reads ``group_by_length``.
-transformers 5 refuses the flags and lacks the attribute.
+transformers 5 refuses the flags and lacks the attribute. LLaVA also lets the processes print and save whose ``local_rank`` is 0,
+which transformers 5 leaves at -1 in each.
 Versions: LLaVA 1.2.x, transformers 5.
 Delete when: LLaVA's scripts are written for transformers 5.
 """
@@ -67,6 +68,8 @@ def _translate(args: Any) -> None:
     if args.group_by_length:
         args.train_sampling_strategy = "group_by_length"
     args.use_cpu = args.use_cpu or args.no_cuda
+    if args.local_rank == -1:
+        args.local_rank = int(os.environ.get("LOCAL_RANK", "-1"))
     if args.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = args.logging_dir
     if not args.save_safetensors:
@@ -87,7 +90,7 @@ PATCH = Patch(
             ("f3f6772df914c89a7964a377591a379ee65e7bfdee82e6d5c4c6f3aaa40f3c3c",),
         ),
     ),
-    why="transformers 5 refuses flags that every script of LLaVA uses",
+    why="transformers 5 refuses flags that every script of LLaVA uses, and sets no local rank, by which LLaVA saves and prints",
     delete_when="LLaVA's scripts are written for transformers 5",
     change=change,
     needed=ON_5,

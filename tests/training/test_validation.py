@@ -264,6 +264,65 @@ def test_two_processes_stop_after_the_same_step(taught, tmp_path):
     assert all(torch.equal(kept[name], expected[name]) for name in expected if "vision_tower" not in name)
 
 
+# Each process says what it holds after the best weights were put back, and which files of the result it writes.
+WATCH = """
+import json, os
+import torch
+from umed_plugin.training.early_stopping import EarlyStopping
+FILE, save, restore = os.environ["WATCHED"] + os.environ["RANK"], torch.save, EarlyStopping.restore
+
+def say(**found):
+    with open(FILE, "a") as file:
+        file.write(json.dumps(found) + "\\n")
+
+def saved(content, target, *args, **keywords):
+    if "checkpoint-" not in str(target):
+        say(written=os.path.basename(str(target)))
+    return save(content, target, *args, **keywords)
+
+def restored(self):
+    restore(self)
+    policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
+    say(moved=sum(p.abs().sum().item() for name, p in policy.named_parameters() if "lora_B" in name))
+
+torch.save, EarlyStopping.restore = saved, restored
+
+def watch(prompts, completions, **columns):
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "written"),
+    [
+        (("--lora_enable", "True", "--lora_r", "4"), "non_lora_trainables.bin"),
+        (("--tune_mm_mlp_adapter", "True"), "mm_projector.bin"),
+    ],
+    ids=["lora", "projector"],
+)
+def test_both_processes_hold_the_best_weights_and_one_writes_them(taught, more, written, tmp_path, monkeypatch):
+    """LLaVA lets each process of local rank 0 or -1 write, and transformers 5 left it at -1 in all."""
+    checkpoint, file, _ = taught
+    (tmp_path / "watch.py").write_text(WATCH)
+    monkeypatch.setenv("WATCHED", str(tmp_path / "rank"))
+    rewards = ("--umed_rewards", "localization,watch:watch", "--umed_stop_after", "1")
+    flags = train_flags(checkpoint, file, tmp_path / "two", *FLAGS, *STOPS, *rewards, *more)
+    run = umed_run([*TWO_PROCESSES, *flags], pythonpath=tmp_path)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    ranks = [[json.loads(line) for line in (tmp_path / f"rank{rank}").read_text().splitlines()] for rank in "01"]
+    assert [line["moved"] for rank in ranks for line in rank if "moved" in line] == [0, 0], (
+        "the best are the untrained ones"
+    )
+    assert [line["written"] for line in ranks[0] if "written" in line][-1] == written
+    assert not [line for line in ranks[1] if "written" in line]
+    kept, base = torch.load(tmp_path / "two" / written, weights_only=True), weights(checkpoint)
+    projector = {
+        name[name.index("model.mm_projector") :]: tensor for name, tensor in kept.items() if "mm_projector" in name
+    }
+    assert projector and all(torch.equal(base[name], tensor) for name, tensor in projector.items())
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["model_type"] == "llava_mistral"
+
+
 def test_the_best_validation_is_the_first_with_the_highest_score():
     log = [{"loss": 1.0, "step": 1}, {"val/iou": 0.2, "val/accuracy": 0.4, "step": 2}, {"val/accuracy": 0.3, "step": 4}]
     validated = early_stopping.validations(log)

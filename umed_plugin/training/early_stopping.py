@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -27,6 +28,7 @@ from transformers import TrainerCallback
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import replacing
 from umed_plugin.flags.rules import TUNING
+from umed_plugin.training.first_process import first_process_does
 
 FOLDER = "best_weights"
 KEPT_STEP = "val/kept_step"
@@ -162,7 +164,10 @@ class EarlyStopping(TrainerCallback):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the best weights into the model of the process that saves it, after the run and before LLaVA does.
+        """Put the best weights into the model of every process, after the run and before LLaVA saves it.
+
+        In every process, because which of them write is LLaVA's and transformers' decision. Their weights are alike, so the file
+        of the first one serves all: on another machine it may be missing.
 
         Raises:
             UmedError: they do not fit the model.
@@ -170,16 +175,26 @@ class EarlyStopping(TrainerCallback):
         state, args, best = self.trainer.state, self.trainer.args, best_of(self.validated())
         if best is None:
             return
-        if best.step != state.global_step and args.should_save:
-            kept, file = load_file(self._file(best.step)), self._file(best.step)
-            parameters = dict(self._parameters())
-            if {name: tensor.shape for name, tensor in kept.items()} != {n: p.shape for n, p in parameters.items()}:
-                raise UmedError(f"{file}: holds other weights than this run trains. Remove the folder and train anew.")
-            for name, parameter in parameters.items():
-                parameter.data.copy_(kept[name])
+        if best.step != state.global_step:
+            first_process_does(lambda: self._load(self._file(best.step)), "read the best weights")
+            self._share()
         state.log_history.append({KEPT_STEP: best.step, "step": state.global_step})
         if args.process_index == 0:
             note(self._words(best))
+
+    def _load(self, file: Path) -> None:
+        """Put a file's weights into the model of this process."""
+        kept, parameters = load_file(file), dict(self._parameters())
+        if {name: tensor.shape for name, tensor in kept.items()} != {n: p.shape for n, p in parameters.items()}:
+            raise UmedError(f"{file}: holds other weights than this run trains. Remove the folder and train anew.")
+        for name, parameter in parameters.items():
+            parameter.data.copy_(kept[name])
+
+    def _share(self) -> None:
+        """Give all processes the trained weights of the first one."""
+        if dist.is_available() and dist.is_initialized():
+            for _, parameter in self._parameters():
+                dist.broadcast(parameter.data, 0)
 
     def _words(self, best: Validated) -> str:
         """What was kept, and why the run ended."""
