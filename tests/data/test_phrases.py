@@ -186,3 +186,19 @@ def test_an_image_of_which_one_phrase_is_held_out_is_in_the_test_alone(tmp_path)
         ("c.png", "test", True),
     ]
     assert found.left_out == {"held out of train: cardiomegaly": 1}
+
+
+def test_a_phrase_that_names_a_held_out_class_takes_its_image_out_of_training(tmp_path):
+    heart = [
+        ("a.png", "heart", [40, 40, 20, 20], "Large heart beside a pleural effusion"),
+        ("b.png", "heart", [0, 50, 20, 20], "Large heart"),
+    ]
+    write(tmp_path, "coco", heart)
+    (tmp_path / "a.json").rename(tmp_path / "train.json")
+    recipe = write(tmp_path, "coco", [("c.png", "effusion", [0, 50, 20, 20], "Small effusion")])
+    text = recipe.read_text().replace("files: a.json", "files: {train: train.json, test: a.json}")
+    text = text.replace("split: {by: patient, fractions: {train: 1}}", "split: {by: file}")
+    recipe.write_text(text + "\nhold_out: {classes: [pleural effusion]}\n")
+    found = read_annotations(load_recipe(recipe), tmp_path)
+    assert [(item.image.name, item.held_out) for item in found.items] == [("b.png", False), ("c.png", True)]
+    assert not found.faults.messages

@@ -259,3 +259,24 @@ def test_a_table_without_titles_loses_no_study(tmp_path):
         "Small effusion.",
         "The lungs are clear.",
     ]
+
+
+def test_a_report_that_names_a_held_out_class_is_left_out_of_training(tmp_path):
+    """It has no boxes and no labels: its words alone say what it shows."""
+    studies = {
+        "train": [
+            study("s1", "Small effusion.", ["s1/0.png"]),
+            study("s3", "No effusion. A nodule is seen.", ["s1/1.png"]),
+        ],
+        "test": [study("s2", "A pleural effusion is seen.", ["s2/0.png"])],
+    }
+    recipe = write(tmp_path, studies=studies)
+    recipe.write_text(recipe.read_text() + "hold_out: {classes: [pleural effusion]}\n")
+    found = read_annotations(load_recipe(recipe), tmp_path)
+    assert [(item.split, item.report, item.held_out) for item in found.items] == [
+        ("train", "No effusion. A nodule is seen.", False),
+        ("test", "A pleural effusion is seen.", True),
+    ]
+    assert not found.faults.messages and found.left_out == {"held out of train: pleural effusion": 1}
+    (remark,) = [line for line in found.faults.remarks if line.startswith("hold_out")]
+    assert "1 reports or phrases of train and val say that 'pleural effusion' is absent" in remark

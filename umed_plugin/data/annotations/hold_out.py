@@ -3,6 +3,8 @@
 An image that shows a held-out class, or is of a held-out source, is left out of train and val. In the test it stays, so results
 with and without the key are of the same studies. An image with another lesion beside it is left out too: to train on half of its
 lesions would teach that the other half is normal. So are all phrases of an image, and all slices of a volume that becomes one.
+A report, and a phrase about another class, shows what it names. One that only rules the class out ("no effusion") stays: nearly
+every report does so. A remark counts them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Optional
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
 from umed_plugin.data.annotations.finding import real_path
 from umed_plugin.data.recipes.options import HoldOut
+from umed_plugin.grounding.terms import find_terms, ruled_out_classes
 
 TEST = "test"
 Picture = tuple[str, Optional[int]]  # real path, and slice
@@ -50,6 +53,7 @@ def hold_out(annotations: AnnotationSet, rule: Optional[HoldOut], sources: Mappi
             kept.append(item)
         items[:] = kept
     _tell(annotations, rule, tested)
+    _tell_ruled_out(annotations, rule)
 
 
 def _picture(item: Annotated, folders: dict[str, str]) -> Picture:
@@ -58,9 +62,27 @@ def _picture(item: Annotated, folders: dict[str, str]) -> Picture:
 
 
 def _reasons(item: Annotated, rule: HoldOut, by_recipe: Mapping[str, str]) -> list[str]:
-    """The names in the rule that concern the image."""
+    """The names in the rule that concern the image, or what is said of it."""
     source = [by_recipe[item.recipe.name]] if item.recipe.name in by_recipe else []
-    return [*(name for name in rule.classes if name in item.classes), *source]
+    shown = {*item.classes, *(name for text in _texts(item) for _, _, name in find_terms(text, item.recipe.names))}
+    return [*(name for name in rule.classes if name in shown), *source]
+
+
+def _texts(item: Annotated) -> list[str]:
+    """The sentences of the annotations that training would show."""
+    return [text for text in (item.report, item.phrase) if text]
+
+
+def _tell_ruled_out(annotations: AnnotationSet, rule: HoldOut) -> None:
+    """Remark on the texts of train and val that name a held-out class to say that it is absent."""
+    trained = [item for item in annotations.items if item.split != TEST]
+    for name in rule.classes:
+        count = sum(name in ruled_out_classes(text, item.recipe.names) for item in trained for text in _texts(item))
+        if count:
+            annotations.faults.remark(
+                "hold_out.classes",
+                f"{count} reports or phrases of train and val say that {name!r} is absent. They stay, so training reads the name",
+            )
 
 
 def _tell(annotations: AnnotationSet, rule: HoldOut, tested: Counter[str]) -> None:
