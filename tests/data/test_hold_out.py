@@ -14,6 +14,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import GIVEN_BOX, RECIPE, record_questions
 from umed_plugin.evaluation.evaluation_run import predicted
 from umed_plugin.evaluation.metrics.metric import measure
+from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
@@ -126,6 +127,29 @@ def test_an_evaluation_says_what_training_could_not_see(studies, tmp_path):
     plain = [{key: value for key, value in record.items() if key != "held_out"} for record in records]
     _, without = evaluated(RECIPE, record_questions(plain), lambda q: q.truth)
     assert not {name for name in without if "held_out" in name or "seen" in name}
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("held_first", [True, False])
+def test_a_run_with_the_key_is_compared_with_one_without_it_in_both_groups(studies, tmp_path, held_first):
+    recipe = recipe_with(tmp_path, "{classes: [effusion]}")
+    held = build_records(recipe, out_dir=tmp_path, data_root=studies, split="test")
+    plain = [{key: value for key, value in record.items() if key != "held_out"} for record in held]
+
+    def evaluation(records, says):
+        questions = RECIPE.adapt(record_questions(records), Scorer())
+        answers = [predicted(RECIPE, q, ModelAnswer(says(q), []), Scorer()) for q in questions]
+        return Evaluation("recipe", "c", "t", answers, {})
+
+    names = {record["id"] for record in held if "held_out" in record}
+    # Without the key a model knows the class. With it, it takes all of these studies for nodules.
+    before = evaluation(plain, lambda q: q.truth)
+    after = evaluation(held, lambda q: "nodule" if q.id in names else q.truth)
+    found = compare(after, before) if held_first else compare(before, after)
+    assert found["held_out_accuracy"]["difference"] == (1 if held_first else -1)
+    assert found["held_out_accuracy"]["n"] == len(names) and found["seen_accuracy"]["n"] == len(held) - len(names)
+    assert found["seen_accuracy"]["difference"] == 0
+    assert not {name for name in compare(before, before) if "held_out" in name}
 
 
 @pytest.mark.llava

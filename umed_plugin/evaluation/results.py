@@ -30,7 +30,7 @@ from typing import Any
 
 from umed_plugin import files
 from umed_plugin.errors import UmedError
-from umed_plugin.evaluation.metrics.metric import RESAMPLES, Row, compare_rows, measure
+from umed_plugin.evaluation.metrics.metric import RESAMPLES, Row, compare_rows, measure, with_shared_groups
 
 SCHEMA = 2
 SUMMARY, PREDICTIONS = "evaluation.json", "predictions.jsonl"
@@ -270,7 +270,8 @@ def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> 
     """Paired differences ``after - before`` of every metric: ``{metric: {"difference", "ci95", "n", "units", "interval"}}``.
 
     Questions are paired by id, and must be the same in both. A recipe with its true boxes given (``--give-box``) is compared with
-    the same recipe without, over the questions and metrics that both have. Intervals resample as those of the metrics do, with
+    the same recipe without, over the questions and metrics that both have. Groups of studies, such as those of ``hold_out``, are
+    taken from the evaluation that has them. Intervals resample as those of the metrics do, with
     the same draws for both evaluations. ``interval`` says how ``ci95`` was computed from ``units`` clusters, or why it is None.
 
     Args:
@@ -305,7 +306,7 @@ def compare(before: Evaluation | Path | str, after: Evaluation | Path | str) -> 
         check_questions(
             *([asked_of(one) for one in evaluation.predictions] for evaluation in (before, after)), some=some
         )
-        earlier, later = before.rows(), after.rows()
+        earlier, later = with_shared_groups(before.rows(), after.rows())
         metrics = benchmark_of(after.benchmark).metrics(later)
         if some:
             shared = {row.id for row in earlier} & {row.id for row in later}

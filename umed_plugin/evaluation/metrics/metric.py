@@ -185,6 +185,20 @@ def _grouped_by_rows(metrics: Sequence[Metric], rows: Sequence[Row]) -> Iterable
         yield sharing, [index for index, is_taken in enumerate(taken) if is_taken]
 
 
+def with_shared_groups(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of two evaluations, each with the groups that the question has in the other one alone.
+
+    A group is of the question. One side lacks it if its recipe names no such group, such as what ``hold_out`` holds out. A row
+    that is of two different groups keeps its own on each side, and counts for neither.
+    """
+
+    def completed(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+        known = {row.id: row.groups for row in others}
+        return [replace(row, groups={**known.get(row.id, {}), **row.groups}) for row in rows]
+
+    return completed(before, after), completed(after, before)
+
+
 def compare_rows(metrics: Sequence[Metric], before: Sequence[Row], after: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Paired differences ``after - before``: ``{metric: {"difference", "ci95", "n", "units", "interval"}}``, as in `measure`.
 
