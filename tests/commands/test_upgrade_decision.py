@@ -10,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from umed_plugin.commands.demo.studies import make_studies
+from umed_plugin.commands.upgrade.checks import check_stages
 from umed_plugin.commands.upgrade.decision import decide
 from umed_plugin.commands.upgrade.run import Upgrade
 from umed_plugin.commands.upgrade.settings import read_settings
+from umed_plugin.commands.upgrade.summary import decision_of
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.recipe import RECIPE
 from umed_plugin.evaluation.benchmarks.recipe_scoring import case_values
@@ -89,6 +91,29 @@ def test_what_a_trial_must_show(log, before, after, pays, words):
     assert set(decided.as_json()["trial"]) == {"mean_iou", "accuracy"}
 
 
+BY_HEART, ALIKE = (
+    "known by heart: the trial's log has no guard/iou_over_held_out",
+    "differ in their rewards: the trial's log has",
+)
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize(
+    ("log", "lacking"),
+    [
+        (QUIET, []),
+        ([], [BY_HEART, ALIKE]),
+        ([{"groups_without_signal": 0.4}], [BY_HEART]),
+        ([{"guard/accuracy_over_held_out": 0.1}], [ALIKE]),
+        ([{"guard/accuracy_over_held_out": 0.1, "value_loss": 0.1}], []),
+    ],
+)
+def test_what_the_log_of_a_trial_cannot_tell_is_said(log, lacking):
+    for after in (HIGH, LOW):
+        told = [reason for reason in decide(log, LOW, after).reasons if reason.startswith("Not judged")]
+        assert len(told) == len(lacking) and all(words in reason for words, reason in zip(lacking, told))
+
+
 def upgrade_of(checkpoint, records, folder, **changes):
     settings = read_settings(None, {"checkpoint": str(checkpoint), "recipe": str(records), **changes})
     return Upgrade(folder, settings, Console(quiet=True))
@@ -140,6 +165,61 @@ def test_the_trial_comes_between_the_stages_and_held_out_records_are_answered_wh
         upgrade_of(tiny_mistral, without, tmp_path / "r", rewarding="auto")
     both = read_settings(None, {"checkpoint": "c", "recipe": "mau", "rewarding": "auto", "rewarding.trial_steps": 3})
     assert (both.rewarding.run, both.rewarding.trial_steps, both.rewarding.candidates) == ("auto", 3, 8)
+
+
+@pytest.mark.llava
+def test_the_trial_logs_each_step_whatever_stage_2_logs(tiny_mistral, tmp_path):
+    records = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    sets = {"rewarding": "auto", "rewarding.flags": {"logging_steps": 50, "logging_strategy": "no"}}
+    by_name = {
+        step.name: list(step.command) for step in upgrade_of(tiny_mistral, records, tmp_path / "r", **sets).steps
+    }
+    trial, stage = by_name["trial_of_rewarding"], by_name["stage_2_rewarding"]
+    for flag, of_trial, of_stage in (("--logging_steps", "1", "50"), ("--logging_strategy", "steps", "no")):
+        assert (trial[trial.index(flag) + 1], stage[stage.index(flag) + 1]) == (of_trial, of_stage)
+
+
+@pytest.mark.llava
+def test_flags_are_checked_as_they_will_be_given(tiny_mistral, tmp_path):
+    """The plan adds --umed_val_every where the records have a split val, and a training refuses it with --fsdp."""
+    stops, shards = ({"instruction_tuning.flags": flags} for flags in ({"umed_stop_after": 3}, {"fsdp": "full_shard"}))
+    with_val, without = (
+        records_with(tmp_path / n, s) for n, s in (("a", ["train", "val", "test"]), ("b", ["train", "test"]))
+    )
+    upgrade_of(tiny_mistral, with_val, tmp_path / "run", **stops)
+    words = r"instruction_tuning: --umed_stop_after.* without --umed_val_every.*The records have no split val"
+    with pytest.raises(UmedError, match=words):
+        upgrade_of(tiny_mistral, without, tmp_path / "run", **stops)
+    upgrade_of(tiny_mistral, without, tmp_path / "run", **shards)
+    with pytest.raises(UmedError, match="--umed_val_every does not work with --fsdp"):
+        upgrade_of(tiny_mistral, with_val, tmp_path / "run", **shards)
+    # Nobody knows before a recipe's records are built.
+    for flags in (stops, shards):
+        upgrade = upgrade_of(tiny_mistral, "demo_studies", tmp_path / "run", **flags)
+    check_stages(upgrade.settings, upgrade.origin, has_val=False)
+    with pytest.raises(UmedError, match="does not work with --fsdp"):
+        check_stages(upgrade.settings, upgrade.origin, has_val=True)
+
+
+@pytest.mark.llava
+def test_labels_that_no_stage_would_use_are_not_set_aside_in_silence(tiny_mistral, tmp_path, monkeypatch):
+    records = records_with(tmp_path / "a", ["train", "train", "val", "test"])
+    with pytest.raises(
+        UmedError, match="label_share: 0.4 keeps the other labelled studies for stage 2, and rewarding: never"
+    ):
+        upgrade_of(tiny_mistral, records, tmp_path / "run", rewarding="never", label_share=0.4)
+    # By the flag, it is asked for stage 1 alone.
+    by_hand = {"instruction_tuning.flags": {"umed_label_share": 0.4}}
+    upgrade_of(tiny_mistral, records, tmp_path / "run", rewarding="never", **by_hand)
+    plan = upgrade_of(tiny_mistral, records, tmp_path / "run", rewarding="auto", label_share=0.4).plan
+    training = plan.trial()[0]
+    monkeypatch.setattr(Evaluation, "load", lambda folder: LOW)
+    training.outputs[0].mkdir(parents=True)
+    (training.outputs[0] / "trainer_state.json").write_text(json.dumps({"log_history": QUIET}))
+    for _ in ("decided", "read again"):
+        found = decision_of(plan)
+        assert not found.pays and "nothing has trained on the others" in found.as_json()["because"][-1]
+        shutil.rmtree(training.outputs[0], ignore_errors=True)
 
 
 def benchmarks_of(upgrade):

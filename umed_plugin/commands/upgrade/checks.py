@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 from umed_plugin.checkpoints.added_tokens import flags_that_add
 from umed_plugin.checkpoints.writing import stock_name_fault
@@ -21,13 +21,14 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 
 
-def check_together(settings: Settings, origin: Origin, machine: Machine) -> None:
+def check_together(settings: Settings, origin: Origin, machine: Machine, has_val: Optional[bool] = None) -> None:
     """Refuse invalid settings, all faults at once.
 
     Args:
         settings: filled in.
         origin: the checkpoint to upgrade.
         machine: that the run is for.
+        has_val: whether the records have a split val; None: they are not built yet.
 
     Raises:
         UmedError: with one line per fault.
@@ -44,11 +45,47 @@ def check_together(settings: Settings, origin: Origin, machine: Machine) -> None
     if settings.method == "full" and settings.lora != type(settings.lora)():
         faults.append("lora: has no effect with method full.")
     faults += _lost_tokens(settings, origin)
-    for name in settings.stages:
-        flags = training_flags(name, getattr(settings, name), settings, origin)
-        faults += [f"{name}: {fault}" for fault in _flag_faults(flags)]
+    if settings.label_share is not None and settings.rewarding.run == "never":
+        faults.append(
+            f"label_share: {settings.label_share:g} keeps the other labelled studies for stage 2, and rewarding: never leaves it "
+            "out, so nothing would train on them. Set label_share to null, or run stage 2 (rewarding: always or auto)."
+        )
+    _refuse([*faults, *_stage_faults(settings, origin, has_val)])
+
+
+def check_stages(settings: Settings, origin: Origin, has_val: bool) -> None:
+    """Refuse flags that a training would refuse, once the records are built.
+
+    Args:
+        settings, origin, has_val: as for `check_together`.
+
+    Raises:
+        UmedError: with one line per fault.
+    """
+    _refuse(_stage_faults(settings, origin, has_val))
+
+
+def _refuse(faults: Sequence[str]) -> None:
     if faults:
         raise UmedError("invalid settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def _stage_faults(settings: Settings, origin: Origin, has_val: Optional[bool]) -> list[str]:
+    """What the trainings themselves would refuse in their flags, as they will be given.
+
+    The plan adds ``--umed_val_every`` where the records have a split val. While nobody knows whether they do, a fault is one that
+    both cases have.
+    """
+    faults = []
+    for name in settings.stages:
+        with_or_without = [
+            _flag_faults(training_flags(name, getattr(settings, name), settings, origin, validated=validated))
+            for validated in ((True, False) if has_val is None else (has_val,))
+        ]
+        shared = [fault for fault in with_or_without[0] if all(fault in others for others in with_or_without)]
+        hint = " The records have no split val, so this command does not set it." if has_val is False else ""
+        faults += [f"{name}: {fault}{hint if '--umed_val_every' in fault else ''}" for fault in shared]
+    return faults
 
 
 def _lost_tokens(settings: Settings, origin: Origin) -> list[str]:

@@ -9,13 +9,14 @@ Stage 2 is not started if one of these holds:
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
   interval below 0.
 
-The run then ends with stage 1's checkpoint as its result. A trial is short, so it can miss a gain that comes late.
+The run then ends with stage 1's checkpoint as its result. A trial is short, so it can miss a gain that comes late. The decision
+says which of the first two could not be judged, because the trial's log lacks its numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from umed_plugin.evaluation.results import Evaluation, compare
@@ -43,6 +44,10 @@ class Decision:
         """For ``summary.json``."""
         return {"stage_2": "started" if self.pays else "left out", "because": self.reasons, "trial": self.differences}
 
+    def with_reason(self, sentence: str) -> Decision:
+        """The same decision with a further sentence."""
+        return replace(self, reasons=[*self.reasons, sentence])
+
     @classmethod
     def of_json(cls, written: Mapping[str, Any]) -> Decision:
         """From what `as_json` gave."""
@@ -61,8 +66,17 @@ def decide(log: Sequence[Mapping[str, Any]], before: Evaluation, after: Evaluati
     shown = ", ".join(f"{_JUDGED[name]} {_words(difference)}" for name, difference in differences.items())
     against = [*_by_heart(log), *_no_signal(log), *_no_gain(differences, shown)]
     if against:
-        return Decision(False, against, differences)
-    return Decision(True, [f"the trial has raised what held-out studies score: {shown}."], differences)
+        return Decision(False, [*against, *_not_judged(log)], differences)
+    for_it = f"the trial has raised what held-out studies score: {shown}."
+    return Decision(True, [for_it, *_not_judged(log)], differences)
+
+
+def unused_labels(share: float) -> str:
+    """What a run that ends with stage 1 has to say of its ``label_share``."""
+    return (
+        f"label_share {share:g}: stage 1 has trained on this share of the labelled studies, and nothing has trained on the "
+        "others. A run with label_share null and rewarding: never trains stage 1 on all of them."
+    )
 
 
 def _words(difference: Mapping[str, Any]) -> str:
@@ -92,6 +106,20 @@ def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:
     values = [entry[_SIGNAL] for entry in log if _SIGNAL in entry and learns_within_groups(entry)]
     known = {_SIGNAL: sum(values) / len(values)} if values else {}
     return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
+
+
+def _not_judged(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences on the tests for which the trial's log has no numbers; PPO needs no signal within groups."""
+    from umed_plugin.rewards.guards import HELD_OUT_GUARDS, learns_within_groups
+
+    lacking = []
+    if not any(name in entry for entry in log for name in HELD_OUT_GUARDS):
+        lacking.append(("the training studies are known by heart", " or ".join(HELD_OUT_GUARDS)))
+    if not any(_SIGNAL in entry for entry in log if learns_within_groups(entry)) and all(
+        map(learns_within_groups, log)
+    ):
+        lacking.append(("the answers to a question differ in their rewards", _SIGNAL))
+    return [f"Not judged is whether {what}: the trial's log has no {names}." for what, names in lacking]
 
 
 def _no_gain(differences: Mapping[str, Any], shown: str) -> list[str]:

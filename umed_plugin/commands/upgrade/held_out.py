@@ -40,6 +40,10 @@ class HeldOut:
         """Whether the records have a split val; False while they are not built."""
         return self._records.is_file() and _has_val(self._records, file_stamp(self._records))
 
+    def has_val_if_built(self) -> bool | None:
+        """Whether the records have a split val; None while they are not built."""
+        return self.has_val() if self._records.is_file() else None
+
     def recipe(self) -> str | None:
         """``evaluation.recipe``, if it has to judge the trial; None: the records that are trained on do."""
         return self._settings.evaluation.recipe if self._boxes_are_pseudo() else None

@@ -26,7 +26,7 @@ from umed_plugin import __version__
 from umed_plugin.commands.upgrade.held_out import HeldOut
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
-from umed_plugin.commands.upgrade.training import launcher, program, training_flags
+from umed_plugin.commands.upgrade.training import launcher, program, training_flags, trial_flags
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
@@ -146,7 +146,8 @@ class Plan:
         Which records' split val that is, `umed_plugin.commands.upgrade.held_out` says.
         """
         stage = self.settings.rewarding
-        flags = {"umed_log_candidates": 0, "umed_val_records": 256, **stage.flags, "umed_val_every": stage.trial_steps}
+        # Logged at each step whatever stage 2 logs: two of the decision's three tests read the log.
+        flags = {"umed_log_candidates": 0, "umed_val_records": 256, **stage.flags, **trial_flags(stage)}
         short = stage.model_copy(update={"steps": stage.trial_steps, "epochs": None, "flags": flags})
         training = self._training(REWARDING, short, self.tuned, trial=True)
         checkpoint = self._checkpoint("trial", training, self.tuned, self.tried)
@@ -239,9 +240,7 @@ class Plan:
             "image_folder": self.records.parent,
             "output_dir": output,
         }
-        flags = {**paths, **training_flags(name, stage, self.settings, self.origin)}
-        if self.held_out.has_val():
-            flags.setdefault("umed_val_every", stage.save_steps)
+        flags = {**paths, **training_flags(name, stage, self.settings, self.origin, validated=self.held_out.has_val())}
         words = [word for flag, value in flags.items() for word in (f"--{flag}", value)]
         number = 1 + STAGES.index(name)
         inputs = {"checkpoint": source, "records": self.records, **self._tower()}

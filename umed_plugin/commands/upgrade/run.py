@@ -18,17 +18,16 @@ from umed_plugin.commands.memory_advice import memory_lines
 from umed_plugin.commands.processes import importable, marked_processes, run_logged
 from umed_plugin.commands.run_logs import read_from
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
-from umed_plugin.commands.upgrade.checks import check_together
-from umed_plugin.commands.upgrade.decision import Decision, decide
+from umed_plugin.commands.upgrade.checks import check_stages, check_together
+from umed_plugin.commands.upgrade.decision import Decision
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.resuming import what_is_kept
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
-from umed_plugin.commands.upgrade.summary import REPORT, SUMMARY, print_summary, summarise, write_manifest
+from umed_plugin.commands.upgrade.summary import REPORT, SUMMARY, decision_of, print_summary, summarise, write_manifest
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
-from umed_plugin.files import write_json
 from umed_plugin.files.locks import INSIDE, locked
 from umed_plugin.flags.rules import REWARDING
 from umed_plugin.terminal.progress import Steps
@@ -86,7 +85,7 @@ class Upgrade:
         self.plan = Plan(self.folder, self.settings, self.origin)
         self.decision: Decision | None = None
         self._plan_again(told=False)
-        check_together(self.settings, self.origin, self.machine)
+        check_together(self.settings, self.origin, self.machine, self.plan.held_out.has_val_if_built())
 
     def memory(self) -> list[str]:
         """Lines that say which memory each stage needs, and whether the GPU has it."""
@@ -184,6 +183,8 @@ class Upgrade:
         ran, number = False, 0
         while number < len(self.steps):
             ran |= self._run_step(self.steps[number], bars)
+            if self.steps[number].name == "records":  # they say whether there are held-out studies
+                check_stages(self.settings, self.origin, self.plan.held_out.has_val())
             number += 1
             self._plan_again(told=number < len(self.steps))
         return ran
@@ -202,24 +203,12 @@ class Upgrade:
         if auto and not tried:
             self.plan.held_out.check()
         if tried:
-            self.decision = self._decide()
+            self.decision = decision_of(self.plan)
             self.plan.pays = self.decision.pays
             if told and before is None:
                 verdict = "stage 2 follows" if self.plan.pays else "the run ends with stage 1"
                 self.console.print(f"rewarding: auto: {verdict}: {' '.join(self.decision.reasons)}", soft_wrap=True)
         self.steps = self.plan.steps()
-
-    def _decide(self) -> Decision:
-        from umed_plugin.evaluation.results import Evaluation
-
-        training, _, before, after = self.plan.trial()
-        state, kept = training.outputs[0] / "trainer_state.json", self.folder / "trial" / "decision.json"
-        if not state.is_file() and kept.is_file():  # the trial was removed to save space
-            return Decision.of_json(read_json(kept))
-        log = read_json(state)["log_history"]
-        decision = decide(log, *(Evaluation.load(step.outputs[0]) for step in (before, after)))
-        write_json(kept, decision.as_json())
-        return decision
 
     def _run_step(self, step: Step, bars: Steps) -> bool:
         """Run a step, unless it is done or no step that is left to run needs it; return whether it ran."""

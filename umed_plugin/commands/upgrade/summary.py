@@ -6,14 +6,30 @@ from collections.abc import Sequence
 from typing import Any
 
 from umed_plugin.commands.upgrade.checkpoint_swap import CheckpointSwap
-from umed_plugin.commands.upgrade.decision import Decision
+from umed_plugin.commands.upgrade.decision import Decision, decide, unused_labels
 from umed_plugin.commands.upgrade.plan import Plan, Step
-from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, versions
+from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.settings import RUN_FILE
 from umed_plugin.files import write_json
 from umed_plugin.terminal.text import one_line
 
 SUMMARY, REPORT = "summary.json", "report.html"
+
+
+def decision_of(plan: Plan) -> Decision:
+    """What the trial of ``rewarding: auto`` says, once it is evaluated. Kept, because a trial may be removed to save space."""
+    from umed_plugin.evaluation.results import Evaluation
+
+    training, _, before, after = plan.trial()
+    state, kept = training.outputs[0] / "trainer_state.json", plan.folder / "trial" / "decision.json"
+    if not state.is_file() and kept.is_file():
+        return Decision.of_json(read_json(kept))
+    log = read_json(state)["log_history"]
+    decision = decide(log, *(Evaluation.load(step.outputs[0]) for step in (before, after)))
+    if not decision.pays and plan.settings.label_share is not None:
+        decision = decision.with_reason(unused_labels(plan.settings.label_share))
+    write_json(kept, decision.as_json())
+    return decision
 
 
 def summarise(plan: Plan, decision: Decision | None) -> dict[str, Any]:

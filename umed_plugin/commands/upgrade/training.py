@@ -26,7 +26,9 @@ _DEFAULTS = {"lr_scheduler_type": "cosine", "weight_decay": 0.0, "logging_steps"
 _REWARDING_DEFAULTS = {"umed_log_candidates": 10}
 
 
-def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) -> dict[str, Any]:
+def training_flags(
+    name: str, stage: Stage, settings: Settings, origin: Origin, *, validated: bool = False
+) -> dict[str, Any]:
     """LLaVA's and the plugin's flags of a stage, except `PATH_FLAGS`.
 
     Args:
@@ -34,6 +36,7 @@ def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) 
         stage: its settings.
         settings: all settings, filled in.
         origin: the checkpoint to upgrade; training must agree with its configuration.
+        validated: whether held-out records are answered every ``save_steps`` steps, unless ``flags`` says otherwise.
 
     Raises:
         UmedError: ``flags`` sets a flag for which the settings have a key.
@@ -54,7 +57,13 @@ def training_flags(name: str, stage: Stage, settings: Settings, origin: Origin) 
             "Remove it."
         )
     defaults = {**_DEFAULTS, **(_REWARDING_DEFAULTS if isinstance(stage, Rewarding) else {})}
+    defaults |= {"umed_val_every": stage.save_steps} if validated else {}
     return {flag: value for flag, value in {**flags, **defaults, **stage.flags}.items() if value is not None}
+
+
+def trial_flags(stage: Rewarding) -> dict[str, Any]:
+    """What the trial of ``rewarding: auto`` sets whatever stage 2's ``flags`` say: it logs each step and answers at its end."""
+    return {"umed_val_every": stage.trial_steps, "logging_strategy": "steps", "logging_steps": 1}
 
 
 def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
