@@ -97,6 +97,49 @@ def test_the_report_has_table_curves_studies_and_candidates(run):
     assert f"<b>{summary['metrics']['mean_iou']['value']:.3f}</b>" in page
 
 
+def tried(run, stage_2: str):
+    """The run as `umed upgrade` with rewarding: auto leaves it."""
+    shutil.copytree(run / "runs" / "rewarded-llava-mistral", run / "runs" / "trial-llava-mistral")
+    (run / "run.yaml").write_text("rewarding: {run: auto}\n")
+    decided = {"stage_2": stage_2, "because": ["their <b>mean</b> has not risen."], "trial": {}}
+    if stage_2 == "left out":
+        shutil.rmtree(run / "runs" / "rewarded-llava-mistral")
+        shutil.rmtree(run / "evaluation" / "rewarding")
+    (run / "summary.json").write_text(json.dumps({"rewarding_auto": decided}))
+    return decided
+
+
+def test_a_trial_is_shown_as_one_with_what_it_decided(run):
+    tried(run, "left out")
+    page, found = write_report(run).read_text(), read_run(run)
+    assert "Trial of stage 2: trial-llava-mistral" in page and "Stage 2, rewarding" not in page
+    told = "stage 2 was left out: their &lt;b&gt;mean&lt;/b&gt; has not risen."
+    assert page.index(f"By its trial, {told}") < page.index('id="run"') and page.count(told) == 2
+    assert [(one.stage, one.trial) for one in found.trainings] == [("instruction_tuning", False), ("rewarding", True)]
+    assert "in the trial of stage 2, guard/box_area_ratio" in page and not data_of(page)["candidates"]
+    # The curves of several runs are those of what made their results.
+    other = shutil.copytree(run, run.with_name("other"))
+    index = write_runs_page([run, other], run.parent / "reports.html").read_text()
+    assert "guard/box_area_ratio" not in index and "reward/total" not in index and "loss" in index
+
+
+def test_the_trial_comes_before_the_stage_that_it_tried(run):
+    decided = tried(run, "started")
+    found = read_run(run)
+    assert [one.label for one in found.trainings] == ["stage 1", "trial of stage 2", "stage 2"]
+    assert len(found.candidates) == 8, "those of stage 2 alone"
+    assert dict(about_run(found))["rewarding: auto"].startswith("stage 2 was started: ")
+    # A run that has not come to its end has no summary yet.
+    (run / "summary.json").unlink()
+    assert "rewarding: auto" not in dict(about_run(read_run(run)))
+    (run / "trial").mkdir()
+    (run / "trial" / "decision.json").write_text(json.dumps(decided))
+    assert dict(about_run(read_run(run)))["rewarding: auto"].startswith("stage 2 was started: ")
+    # A training of that name elsewhere is no trial.
+    (run / "run.yaml").unlink()
+    assert not any(one.trial for one in read_run(run).trainings)
+
+
 @pytest.mark.parametrize("mode", ["pad", "square"])
 def test_boxes_lie_on_the_lesions_of_dicom_nifti_and_png_as_the_model_sees_them(tmp_path, mode):
     """Within each box, in the picture of the square, the pixels are brighter or darker than around it."""

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.commands.report.forms import ManifestForm, RunSummaryForm
+from umed_plugin.commands.report.forms import DecisionForm, ManifestForm, RunSummaryForm
 from umed_plugin.commands.report.run_folder import Run, Training, stage_label
 from umed_plugin.data.similar import WITHOUT_SIMILAR
 from umed_plugin.data.texts import read_yaml
@@ -67,6 +67,8 @@ def about_run(run: Run) -> Facts:
     facts += [("seed", str(seeds[0]))] if seeds else []
     evaluated = [name for name, evaluation in run.evaluations.items() if evaluation.checkpoint]
     facts += [(f"evaluated as {stage_label(name)}", _evaluated(name, run)) for name in evaluated]
+    decided = decision_words(run)
+    facts += [("rewarding: auto", decided)] if decided else []
     facts += [fact for training in run.trainings for fact in _times(training)]
     seconds = summary.get("seconds") or sum(training.seconds or 0 for training in run.trainings)
     facts += (
@@ -77,10 +79,19 @@ def about_run(run: Run) -> Facts:
     return [*facts, *_made_with(next((one.made_with for one in reversed(run.trainings) if one.made_with), manifest))]
 
 
+def decision_words(run: Run) -> str:
+    """What ``rewarding: auto`` has decided by its trial, and why; empty where it has not."""
+    kept = run.folder / "trial" / "decision.json"  # of a run that has not come to its end
+    decided = _run_summary(run).get("rewarding_auto")
+    if decided is None and kept.is_file() and any(training.trial for training in run.trainings):
+        decided = _checked(kept, DecisionForm)
+    return "" if decided is None else f"stage 2 was {decided['stage_2']}: {' '.join(decided['because'])}"
+
+
 def _evaluated(stage: str, run: Run) -> str:
     """The checkpoint that was evaluated, and the training that it was exported from."""
     checkpoint = run.evaluations[stage].checkpoint
-    trained = next((training.name for training in run.trainings if training.stage == stage), None)
+    trained = next((one.name for one in run.trainings if one.stage == stage and not one.trial), None)
     if trained is None or trained in Path(checkpoint).parts:
         return checkpoint
     return f"{checkpoint} (exported from {trained}, which {stage_label(stage)} trained)"
@@ -92,7 +103,7 @@ def _times(training: Training) -> Facts:
         ended = datetime.fromisoformat(str(training.made_with.get("at")))
     except ValueError:
         return []
-    label, form = stage_label(training.stage or training.name), "%Y-%m-%d %H:%M %Z"
+    label, form = training.label, "%Y-%m-%d %H:%M %Z"
     started = [ended - timedelta(seconds=training.seconds)] if training.seconds else []
     times = [f"{when:{form}}".strip() for when in (*started, ended)]
     return [(f"{label} last started, ended" if started else f"{label}: last weights written", ", ".join(times))]

@@ -50,10 +50,18 @@ class ManifestForm(Form):
     versions: Optional[dict[str, Any]] = None
 
 
+class DecisionForm(Form):
+    """What ``rewarding: auto`` has decided."""
+
+    stage_2: str
+    because: list[str]
+
+
 class RunSummaryForm(Form):
-    """``summary.json`` of a demo or an upgrade: what the report computes with."""
+    """``summary.json`` of a demo or an upgrade: what the report shows of it."""
 
     seconds: Optional[Annotated[FiniteFloat, Field(ge=0)]] = None
+    rewarding_auto: Optional[DecisionForm] = None
 
 
 class FlagsForm(Form):

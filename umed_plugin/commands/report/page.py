@@ -13,7 +13,7 @@ from typing import Any
 
 from umed_plugin import files
 from umed_plugin.commands.page_parts import GALLERY_SCRIPTS, GALLERY_STYLES, render_page
-from umed_plugin.commands.report.about import about_run, about_training, other_settings
+from umed_plugin.commands.report.about import about_run, about_training, decision_words, other_settings
 from umed_plugin.commands.report.curves import GRPO_LOSS, charts_of, rewards_note
 from umed_plugin.commands.report.gallery import candidate_cards, looked_over_uniform, study_cards
 from umed_plugin.commands.report.run_folder import Run, Training, read_run, stage_label
@@ -81,6 +81,7 @@ def render(run: Run, most_studies: int, progress: Callable[[str, int, int], None
         },
         name=run.folder.name,
         about=about_run(run),
+        decision=decision_words(run),
         version=__version__,
         notes=notes,
         table=table,
@@ -102,15 +103,18 @@ def _training(training: Training, progress: Callable[[int, int], None] | None) -
     groups = {title: [chart for chart in charts if not chart.is_zero] for title, charts in drawn.items()}
     if progress is not None:
         progress(1, 1)
+    warned = "in the trial of stage 2, " if training.trial else ""
     about = f"{steps}." if drawn else f"{steps}; nothing was logged (see --logging_steps)."
     is_grpo = training.stage == "rewarding" and training.settings.get("umed_algorithm", "grpo") == "grpo"
     return {
-        "title": f"{kinds[training.stage]}: {training.name}",
+        "title": f"{'Trial of stage 2' if training.trial else kinds[training.stage]}: {training.name}",
         "about": about,
         "groups": groups,
         "zero": {title: [chart.name for chart in charts if chart.is_zero] for title, charts in drawn.items()},
         "alarms": {title: sum(bool(chart.alarm) for chart in charts) for title, charts in groups.items()},
-        "warnings": [f"{chart.name}: {chart.alarm}." for charts in groups.values() for chart in charts if chart.alarm],
+        "warnings": [
+            f"{warned}{chart.name}: {chart.alarm}." for charts in groups.values() for chart in charts if chart.alarm
+        ],
         "notes": {
             **({"Loss": GRPO_LOSS} if is_grpo else {}),
             **({"Rewards": rewards_note(training.settings)} if training.stage == "rewarding" else {}),

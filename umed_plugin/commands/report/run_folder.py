@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from umed_plugin.files import parse_json, read_object
 # In the order in which a run goes through them; evaluations under other names come after these.
 STAGES = {"base": "base", "instruction_tuning": "stage 1", "rewarding": "stage 2"}
 
+_TRIAL, _OF_AN_UPGRADE = "trial-", "run.yaml"  # as `umed upgrade` names the folder of a trial, and its settings
 _LONGEST_COMMAND = 100_000  # characters of a log's first line
 _REMEDY = "remove it, or go on with the training"
 
@@ -39,6 +40,7 @@ class Training:
         settings: every flag that decides the result, as ``umed.json`` holds it. Of a training without the plugin, the flags that
             the first line of its log in ``logs/`` holds, as `umed demo` writes it; else empty.
         made_with: versions, commit, machine and time of the last write, likewise.
+        trial: whether it is the short stage 2 by which ``rewarding: auto`` decides. Its weights are no result.
     """
 
     name: str
@@ -48,6 +50,13 @@ class Training:
     of_steps: int
     settings: dict[str, Any] = field(default_factory=dict)
     made_with: dict[str, Any] = field(default_factory=dict)
+    trial: bool = False
+
+    @property
+    def label(self) -> str:
+        """What it trained, for readers."""
+        label = stage_label(self.stage or self.name)
+        return f"trial of {label}" if self.trial else label
 
     @property
     def seconds(self) -> float | None:
@@ -62,8 +71,8 @@ class Run:
 
     Attributes:
         evaluations: stage -> its evaluation, in the order of `STAGES`.
-        trainings: in the order of their stages.
-        candidates: lines of ``candidates.jsonl`` of all trainings (`umed_plugin.training.candidate_log`).
+        trainings: in the order of their stages, the trial before the stage that it tries.
+        candidates: lines of ``candidates.jsonl`` of all trainings but the trial (`umed_plugin.training.candidate_log`).
     """
 
     folder: Path
@@ -84,9 +93,12 @@ def read_run(folder: Path | str) -> Run:
     evaluated = [path.parent for path in (folder / "evaluation").glob(f"*/{SUMMARY}")]
     evaluations = {path.name: Evaluation.load(path) for path in sorted(evaluated, key=_stage_rank)}
     trained = [folder, *sorted(path for path in (folder / "runs").glob("*") if path.is_dir())]
-    trainings = [training for path in trained if (training := read_training(path)) is not None]
-    trainings.sort(key=lambda training: ("", *STAGES).index(training.stage or ""))
-    candidates = [line for path in trained for line in read_candidates(path / "candidates.jsonl")]
+    tried = {path for path in trained[1:] if path.name.startswith(_TRIAL) and (folder / _OF_AN_UPGRADE).is_file()}
+    trainings = [
+        replace(training, trial=path in tried) for path in trained if (training := read_training(path)) is not None
+    ]
+    trainings.sort(key=lambda training: (("", *STAGES).index(training.stage or ""), not training.trial))
+    candidates = [line for path in trained if path not in tried for line in read_candidates(path / "candidates.jsonl")]
     if not evaluations and not trainings and not candidates:
         raise UmedError(
             f"{folder}: holds nothing to report: neither evaluation/STAGE/evaluation.json, nor trainer_state.json (of a "

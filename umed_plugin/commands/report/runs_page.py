@@ -96,7 +96,8 @@ def _difference(run: Run) -> dict[str, str]:
 def _charts(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A chart for each metric that the last trainings of at least two runs have logged."""
     # By the run's place, which its row in the table has too.
-    trainings = {place: run.trainings[-1] for place, run in enumerate(runs[: len(_COLOURS)]) if run.trainings}
+    of_runs = [[one for one in run.trainings if not one.trial] for run in runs[: len(_COLOURS)]]
+    trainings = {place: those[-1] for place, those in enumerate(of_runs) if those}
     logged: dict[str, int] = {}
     for training in trainings.values():
         for metric in {name for row in training.log for name in row}:
