@@ -19,6 +19,7 @@ from support.tuning import make_dataset, make_tokenizer
 from support.umed_runs import train_flags, umed_run, weights
 from torch.utils.data import DataLoader
 
+from umed_plugin.data.record_file import _patient_hash
 from umed_plugin.data.records import record_geometry, true_boxes
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import parse_boxes
@@ -209,6 +210,20 @@ def test_the_stages_divide_the_labelled_studies_by_patient(records: Path, tokeni
     others, told = own_share(whole, 0.3, "rewarding")
     rest = {record["id"] for record in others}
     assert not rest & names and rest | names == {item["id"] for item in items} and told.endswith("This is stage 2.")
+
+
+def test_the_records_of_an_image_without_a_patient_are_of_one_stage(records: Path, tokenizer: Any) -> None:
+    """As an evaluation counts them. A record without patient and image is one by itself."""
+    studies = [{**item, "patient": ""} for item in json.loads(records.read_text())]
+    again = [
+        {**item, "id": f"again-{item['id']}", "source": "other", "image": f"./{item['image']}"} for item in studies
+    ]
+    records.write_text(json.dumps(studies + again))
+    whole = make_dataset(records, tokenizer, umed_label_share=0.5).list_data_dict
+    names = {record["id"] for record in whole}
+    assert names and names == {name[6:] if name.startswith("again-") else f"again-{name}" for name in names}
+    texts = [_patient_hash({"id": name, "source": "s"}) for name in ("a", "b")]
+    assert len({*texts, _patient_hash({"id": "a", "source": "s", "patient": "p"})}) == 3
 
 
 def test_probes_and_reports_are_no_labelled_studies(records: Path, tokenizer: Any, capsys: Any) -> None:

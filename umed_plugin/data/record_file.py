@@ -11,6 +11,7 @@ import hashlib
 import json
 import operator
 import os
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from umed_plugin.errors import UmedError, warn
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.answer_types import PROBE, REPORT
 
-_FORMAT = "index-4"
+_FORMAT = "index-5"
 _COLUMNS = {
     "start": np.int64,
     "length": np.int64,
@@ -51,8 +52,8 @@ class Index:
         columns: arrays [n]: ``start`` and ``length`` of its text in the file, in bytes; ``words`` of its turns; ``has_image``;
             ``has_reading`` (LLaVA does not read the image as it was annotated); ``labelled`` (it has true boxes, or is known to
             have none); ``has_boxes`` (it has true boxes); ``probe`` (stage 1's alone, see `umed_plugin.data.probes`); ``report``
-            (its answer has no boxes); ``patient``, a hash of source and patient in 0 to 2^63 - 1; ``split`` and ``aspect``, as
-            places in ``names``.
+            (its answer has no boxes); ``patient``, a hash of source and patient, or of the image, in 0 to 2^63 - 1; ``split`` and
+            ``aspect``, as places in ``names``.
         names: splits and values of image_aspect_ratio that occur; the empty text stands for none.
         warnings: of the check of all items, without the file's name.
     """
@@ -255,9 +256,16 @@ def _has_boxes(item: Record) -> bool:
 
 
 def _patient_hash(item: Record) -> int:
-    """The same for all records of a patient; a record without a patient is one by itself."""
-    whose = item.get("patient") or f"record {item.get('id')}"
-    digest = hashlib.sha256(text_bytes(f"{item.get('source', '')}\n{whose}")).digest()
+    """The same for all records of a patient. Without one, for all records of an image, of whatever source, as in an evaluation.
+
+    The image's path is taken as it is written, so that the number stays where the data are moved.
+    """
+    patient, image = item.get("patient"), item.get("image")
+    if patient or not (isinstance(image, str) and image):
+        whose = f"{item.get('source', '')}\n{patient or 'record ' + str(item.get('id'))}"
+    else:
+        whose = f"image\n{posixpath.normpath(image)}"
+    digest = hashlib.sha256(text_bytes(whose)).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -1,7 +1,8 @@
 """``--umed_label_share S``: stage 1 trains on a share S of the labelled studies, and stage 2 on the others.
 
 Stage 2 learns little from studies that stage 1 knows by heart: all answers to them are right. A hash of source and patient
-decides, so that no patient is in both stages, whatever the order of the records and the seed of the run.
+decides, so that no patient is in both stages, whatever the order of the records and the seed of the run. Where a record names no
+patient, the image does.
 """
 
 from __future__ import annotations
