@@ -42,12 +42,18 @@ _SWAPS = {
         ),
     ),
 }
+# What follows a verb, and no side: "has left the hilum", but "has left pleural effusion".
+_OBJECT = r"(?:an?|the|this|that|these|those|its|his|her|their|no|some|any|only|it|them|him|nothing|little|much|behind)"
+_HAS_LEFT = r"(?:has|have|had|having)(?:n['\u2019]t)?\s+(?:(?:not|never|already|also|since|now|just|only)\s+)?left"
+_BE = r"(?:is|are|was|were|be|been|being)"
 # "left" and "right" that are no sides.
 _IDIOMS = {
     "left_right": re.compile(
         _words(
             *(r"all\s+right", r"right\s+(?:away|now|after|before|angles?)", r"right-angled", "\u5de6\u53f3"),
             r"left\s+(?:over|out|behind|alone|untreated|as\s+is|in\s+(?:place|situ))",
+            rf"{_HAS_LEFT}\s+{_OBJECT}",
+            rf"{_BE}\s+left\s+(?:open|intact|empty|with(?:out)?|un\w+ed)",
         ),
         re.I,
     ),
@@ -59,9 +65,15 @@ _IDIOMS = {
         re.I,
     ),
 }
+# Words before a "left" that is a side. Those of `_HAS_LEFT` make it a verb for certain.
+_NO_VERB = (
+    r"(?:the|upper|lower|far|mid|middle|cent(?:re|er)|more|and|or|on|to|at|in|from|towards?|his|her|its|their|has|have|had|having|not|never"
+    r"|already|also|since|now|just|only)"
+)
 _CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
 # Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left"
-# as a verb ("the stent was left."), "right" for emphasis ("right next to it"), "below" a number.
+# as a verb ("the stent was left.", "surgery left a scar", but "on the left a scar"), "right" for emphasis ("right next to it"),
+# "lower" as a verb, "below" a number.
 _UNSURE = {
     "left_right": (
         re.compile(
@@ -76,7 +88,10 @@ _UNSURE = {
                 *(r"(?:link|recht)e[rsnm]?", r"gauches?", r"droite?s?", r"izquierd[oa]s?", r"derech[oa]s?"),
                 *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
-                r"(?:is|are|was|were|be|been)\s+(?:left|right)(?=\s*(?:[.,;:!?)]|$))",
+                r"(?:nothing|none|little|much|anything|something)\s+left",
+                rf"{_BE}\s+left\s+(?:in(?!\s+(?:place|situ))|on|to|for|by|there|inside|within)",
+                rf"(?!{_NO_VERB}\s)[a-z]+\s+left\s+(?:an?|the|its|no)",
+                rf"{_BE}\s+(?:left|right)(?=\s*(?:[.,;:!?)]|$))",
                 r"(?<!the\s)right\s+(?:next|below|above|behind|beneath|beside|under|at|in|on|here|there|where|through|into)",
             ),
             re.I,
@@ -112,6 +127,7 @@ _UNSURE = {
                     r"lowest",
                     r"on\s+top\s+of",
                     r"(?:upper|lower)\s+limits?(?!\s+of\s+normal)",
+                    rf"(?:to|will|may|can|could|would|should)\s+lower\s+{_OBJECT}",
                     r"(?:above|below)\s+(?:\d+|normal|average|(?:the\s+)?(?:threshold|limits?|average))",
                     r"(?:supra|infra|sub)(?:hilar|carinal|phrenic|diaphragmatic|clavicular)",
                 ),
