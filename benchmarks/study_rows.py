@@ -28,7 +28,7 @@ class Rows:
 
     Args:
         study: as read.
-        out: where they are, and where new ones are written.
+        out: where they are, a folder for each study, and where new ones are written.
     """
 
     def __init__(self, study: Study, out: Path) -> None:
@@ -39,14 +39,25 @@ class Rows:
         """Of the settings that the cell's result depends on."""
         return digest(self.study, cell)
 
-    def _find(self, name: str) -> Optional[dict[str, Any]]:
-        file = self.out / self.study.name / name
-        return files.read_object(file) if file.is_file() else None
+    def _folders(self) -> list[Path]:
+        """Where rows are: the study's own folder, then those of other studies, of which equal settings count too."""
+        own = self.out / self.study.name
+        others = sorted(folder for folder in self.out.glob("*") if folder.is_dir() and folder != own)
+        return [own, *others]
+
+    def _row(self, cell: Cell) -> Optional[tuple[dict[str, Any], Path]]:
+        """The row of a cell that its settings made, and its folder."""
+        for folder in self._folders():
+            file = folder / f"{cell.name}.json"
+            row = files.read_object(file) if file.is_file() else None
+            if row is not None and row["settings"] == self.digest(cell):
+                return row, folder
+        return None
 
     def read(self, cell: Cell) -> Optional[dict[str, Any]]:
         """The row of a cell; None if it is missing or was made under other settings."""
-        row = self._find(f"{cell.name}.json")
-        return row if row is not None and row["settings"] == self.digest(cell) else None
+        found = self._row(cell)
+        return None if found is None else found[0]
 
     def has(self, cell: Cell) -> bool:
         """Whether the cell is finished."""
@@ -54,7 +65,7 @@ class Rows:
 
     def outdated(self, cell: Cell) -> bool:
         """Whether there is a row of the cell that other settings made."""
-        return self.read(cell) is None and self._find(f"{cell.name}.json") is not None
+        return self.read(cell) is None and (self.out / self.study.name / f"{cell.name}.json").is_file()
 
     def add(self, cell: Cell, about: dict[str, Any], evaluation: Path) -> None:
         """Write the row of a cell from its evaluation's folder."""
@@ -67,17 +78,17 @@ class Rows:
         entry = {"cell": vars(cell), **about, "questions": name, "scores": scores, "made_with": _made_with()}
         with self._lock:
             folder = self.out / self.study.name
-            if self._find(f"{name}.json") is None:
+            if not (folder / f"{name}.json").is_file():
                 files.write_json(folder / f"{name}.json", questions, indent=None)
             files.write_json(folder / f"{cell.name}.json", entry)
 
     def scores(self, cell: Cell) -> Optional[list[Row]]:
         """The scored questions of a finished cell; None for others."""
-        row = self.read(cell)
-        if row is None:
+        found = self._row(cell)
+        if found is None:
             return None
-        questions = self._find(f"{row['questions']}.json")
-        assert questions is not None, f"{row['questions']}.json is missing beside {cell.name}.json"
+        row, folder = found
+        questions = files.read_object(folder / f"{row['questions']}.json")
         columns = {metric: text.split(" ") for metric, text in row["scores"].items()}
         groups = [{GROUP: group} for group in questions.get(GROUP, [])] or [{}] * len(questions["ids"])
         return [

@@ -168,6 +168,18 @@ def test_rows_hold_the_scores_of_each_question_and_the_table_pairs_them(tmp_path
 
 
 @pytest.mark.llava
+def test_a_row_of_another_study_counts_where_its_settings_are_equal(tmp_path):
+    rows = study_rows.Rows(loaded(tmp_path, TINY), tmp_path / "rows")
+    cell = Cell(1, 4, "plain", "stage 2")
+    with_scores(rows, cell, tmp_path / "stage 2", 0.3)
+    other = study_rows.Rows(loaded(tmp_path, changed(name="other")), tmp_path / "rows")
+    assert other.has(cell) and other.scores(cell) == rows.scores(cell) and not other.outdated(cell)
+    longer = {**TINY["arms"], "stage 2": {**TINY["arms"]["stage 2"], "steps": 2}}
+    third = study_rows.Rows(loaded(tmp_path, changed(name="third", arms=longer)), tmp_path / "rows")
+    assert not third.has(cell) and third.scores(cell) is None and not third.outdated(cell)
+
+
+@pytest.mark.llava
 def test_what_was_held_out_has_lines_of_its_own_in_each_variant(tmp_path):
     """Only the variant that holds a class out names the groups. They count for the other variant too."""
     held = {"plain": {}, "without": {"data": {"hold_out": {"classes": ["cyst"]}}}}
