@@ -71,6 +71,7 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
     """
     parts, missing = [f"### {study.title}", "", study.question], []
     groups = groups_of(study, rows, seeds)
+    grouped = {seed for seed, _ in groups}
     for size in sorted(study.sizes):
         lines = []
         for variant, about in study.variants.items():
@@ -78,8 +79,10 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
                 found = [Cell(seed, size, variant, arm) for seed in seeds]
                 missing += [cell for cell in found if not rows.has(cell)]
                 finished = [cell for cell in found if rows.has(cell)]
-                for part in (PARTS if groups else [None]) if finished else []:
-                    lines.append(_line(study, Scores(rows, groups, part), variant, finished))
+                for part in PARTS if groups else [None]:
+                    shown = [cell for cell in finished if part is None or cell.seed in grouped]
+                    if shown:
+                        lines.append(_line(study, Scores(rows, groups, part), variant, shown))
         if lines:
             of = f"{COMPARED[0]} | {COMPARED[1]}"
             heads = [

@@ -244,13 +244,16 @@ class Workshop:
         """
         of = budget_of(self.study, cell)
         about = self.rows.read(of) or self._checkpoint(of)
-        step = about["reference_step"]
-        if (
-            "reference_start" not in about
-        ):  # a row of an earlier version: a start takes as many steps' time here as there
+        if "reference_step" not in about:
+            raise UmedError(
+                f"{of.name}: its row lacks reference_step: it was no budget then. Remove the row, and try again."
+            )
+        step, start = about["reference_step"], about.get("reference_start")
+        if start is None or spent:  # measured here: `spent`, and the start of a row of an earlier version
             here = self._plain_pace(cell)
-            about = {**about, "reference_start": here["reference_start"] * step / here["reference_step"]}
-        left = about["processor_seconds"] - spent - about["reference_start"]
+            there = step / here["reference_step"]
+            start, spent = here["reference_start"] * there if start is None else start, spent * there
+        left = about["processor_seconds"] - spent - start
         return max(round(left / (step * self._times_plain(cell, flags))), 1)
 
     def _plain_pace(self, cell: Cell) -> dict[str, float]:

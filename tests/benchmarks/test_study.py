@@ -250,16 +250,20 @@ def test_equal_time_goes_by_what_steps_took_right_after_the_budget(tmp_path, mon
     control = Cell(1, 4, "plain", "stage 1 continued")
     about = {"processor_seconds": 200.0, "reference_step": 0.5, "reference_start": 10.0}
     monkeypatch.setattr(workshop.rows, "read", lambda cell: about)
-    paces = iter([1.0, 1.5, 1.7, 1.0] + [0.25])
+    paces = iter([1.0, 1.0, 1.5, 1.7, 1.0, 0.25])
     monkeypatch.setattr(workshop, "_measure_pace", lambda *unused: {"start": 5.0, "step": next(paces)})
     flags = study_plan.flags_of(plan, "plain", "stage 1 continued")
-    assert workshop._equal_steps(control, flags, 0.0) == 380 and workshop._equal_steps(control, flags, 40.0) == 300
+    assert workshop._equal_steps(control, flags, 0.0) == 380
+    assert workshop._equal_steps(control, flags, 80.0) == 300, "80 s at twice the time a step are 40 s there"
     slower = {**flags, "umed_attention_loss": 0.3}
     workshop.work.mkdir(parents=True)
     assert workshop._equal_steps(control, slower, 0.0) == round(190 / (0.5 * 1.6))
     assert workshop._equal_steps(control, slower, 0.0) == round(190 / (0.5 * 1.6)), "measured once"
     del about["reference_start"]
     assert workshop._equal_steps(control, flags, 0.0) == 380, "5 s at half the time a step are 10 s there"
+    del about["reference_step"]
+    with pytest.raises(UmedError, match="lacks reference_step"):
+        workshop._equal_steps(control, flags, 0.0)
 
 
 def test_noise_moves_boxes_and_what_the_answer_says():

@@ -197,6 +197,7 @@ def test_flags_are_checked_as_they_will_be_given(tiny_mistral, tmp_path):
     for flags in (stops, shards):
         upgrade = upgrade_of(tiny_mistral, "demo_studies", tmp_path / "run", **flags)
     check_stages(upgrade.settings, upgrade.origin, has_val=False)
+    check_stages(upgrade.settings, upgrade.origin, has_val=None)
     with pytest.raises(UmedError, match="does not work with --fsdp"):
         check_stages(upgrade.settings, upgrade.origin, has_val=True)
 

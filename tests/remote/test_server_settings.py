@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from umed_plugin.remote import settings
+from umed_plugin.remote.client import ModelClient
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,38 @@ def test_the_address_of_the_environment_is_checked_too(url: str) -> None:
     given = {"OPENAI_API_KEY": "sk-1", "OPENAI_BASE_URL": url}
     (fault,) = settings.server_faults("--judge", "--url", None, given)
     assert "OPENAI_BASE_URL must be an address" in fault and "pw" not in fault
-    for fine in ("", "https://me:pw@host/v1 "):
+    for fine in ("", " ", "https://me:pw@host/v1 ", "http://host/v1\n"):
         assert settings.server_faults("--judge", "--url", None, {**given, "OPENAI_BASE_URL": fine}) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "used"),
+    [
+        ("http://host:1/v1\n", "http://host:1/v1/"),
+        (" http://host:1/v1", "http://host:1/v1/"),
+        ("", "https://api.openai.com/v1/"),
+        (None, "https://api.openai.com/v1/"),
+    ],
+)
+def test_requests_go_to_the_address_that_was_checked(
+    written: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    if written is None:
+        monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    else:
+        monkeypatch.setenv("OPENAI_BASE_URL", written)
+    client = ModelClient(settings.ServerSettings("m"), lambda *unused: None)
+    try:
+        assert str(client._client.base_url) == used
+    finally:
+        client.close()
+
+
+def test_an_at_sign_in_a_path_is_no_password() -> None:
+    assert settings.server_faults("--judge", "--url", "http://gateway:8000/v1/@team") == []
+    (fault,) = settings.server_faults("--judge", "--url", "me:pw@host/v1")
+    assert "contains a user name or password" in fault
 
 
 def test_settings_have_defaults_and_stay_as_they_are() -> None:

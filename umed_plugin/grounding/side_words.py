@@ -45,6 +45,9 @@ _SWAPS = {
 # What follows a verb, and no side: "has left the hilum", but "has left pleural effusion".
 _OBJECT = r"(?:an?|the|this|that|these|those|its|his|her|their|no|some|any|only|it|them|him|nothing|little|much|behind)"
 _HAS_LEFT = r"(?:has|have|had|having)(?:n['\u2019]t)?\s+(?:(?:not|never|already|also|since|now|just|only)\s+)?left"
+_UNTOUCHED = (
+    r"un(?!(?:treated|disturbed|repaired|resected)\b)\w+ed"  # of "left unopacified lung", or of "left unchanged"
+)
 _BE = r"(?:is|are|was|were|be|been|being)"
 # "left" and "right" that are no sides.
 _IDIOMS = {
@@ -53,7 +56,7 @@ _IDIOMS = {
             *(r"all\s+right", r"right\s+(?:away|now|after|before|angles?)", r"right-angled", "\u5de6\u53f3"),
             r"left\s+(?:over|out|behind|alone|untreated|as\s+is|in\s+(?:place|situ))",
             rf"{_HAS_LEFT}\s+{_OBJECT}",
-            rf"{_BE}\s+left\s+(?:open|intact|empty|with(?:out)?|un\w+ed)",
+            rf"{_BE}\s+left\s+(?:open|intact|empty|un(?:treated|disturbed|repaired|resected))",
         ),
         re.I,
     ),
@@ -89,7 +92,7 @@ _UNSURE = {
                 *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
                 r"(?:nothing|none|little|much|anything|something)\s+left",
-                rf"{_BE}\s+left\s+(?:in(?!\s+(?:place|situ))|on|to|for|by|there|inside|within)",
+                rf"{_BE}\s+left\s+(?:in(?!\s+(?:place|situ))|on|to|for|by|there|inside|within|with|without|{_UNTOUCHED})",
                 rf"(?!{_NO_VERB}\s)[a-z]+\s+left\s+(?:an?|the|its|no)",
                 rf"{_BE}\s+(?:left|right)(?=\s*(?:[.,;:!?)]|$))",
                 r"(?<!the\s)right\s+(?:next|below|above|behind|beneath|beside|under|at|in|on|here|there|where|through|into)",

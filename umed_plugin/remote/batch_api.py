@@ -26,7 +26,7 @@ from umed_plugin.errors import UmedError, note
 from umed_plugin.files import append_json_lines, parse_json
 from umed_plugin.remote.client import key_from_environment, read_completion, short_message
 from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
-from umed_plugin.remote.settings import ServerSettings
+from umed_plugin.remote.settings import ServerSettings, address_from_environment
 
 POLL_SECONDS = 30.0
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000  # per file; OpenAI allows 50,000 and 200 MB
@@ -55,7 +55,10 @@ class BatchClient:
         self._on_result, self._on_wait = on_result, on_wait
         self._key = key_from_environment()
         self._client = openai.OpenAI(
-            api_key=self._key, base_url=server.base_url, timeout=server.timeout, max_retries=server.retries
+            api_key=self._key,
+            base_url=server.base_url or address_from_environment(),
+            timeout=server.timeout,
+            max_retries=server.retries,
         )
         self._asked = {"model": server.model, "base_url": _address(str(self._client.base_url))}
 

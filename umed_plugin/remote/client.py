@@ -27,7 +27,7 @@ from openai.types.chat import ChatCompletion
 
 from umed_plugin.remote.keys import key_in, without_key
 from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
-from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings
+from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings, address_from_environment
 
 _LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the next request finds out
 _NO_KEY = "none"
@@ -62,7 +62,7 @@ class ModelClient:
         self._rate_limit = _RateLimit()
         self._client = openai.AsyncOpenAI(
             api_key=self._key,
-            base_url=server.base_url,
+            base_url=server.base_url or address_from_environment(),
             timeout=server.timeout,
             max_retries=server.retries,
             http_client=openai.DefaultAsyncHttpxClient(

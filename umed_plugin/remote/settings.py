@@ -22,6 +22,7 @@ from umed_plugin.terminal.text import one_line
 UNITS = ("requests", "tokens", "usd")
 KEY_VARIABLE = "OPENAI_API_KEY"
 ADDRESS_VARIABLE = "OPENAI_BASE_URL"
+OPENAI_ADDRESS = "https://api.openai.com/v1"
 ROLLOUT_KEY_VARIABLE = "UMED_ROLLOUT_API_KEY"
 SET_BY_US = ("model", "messages", "stream", "n")
 
@@ -168,7 +169,7 @@ def server_faults(
 
 
 def _address_faults(flag: str, url: str, key_variable: str) -> list[str]:
-    if "@" in url:  # also in what is otherwise no address: it is shown below
+    if "@" in _host_part(url):  # also in what is otherwise no address: it is shown below
         return [
             f"{flag} contains a user name or password, and flags are saved and logged. Put the key into the environment "
             f"variable {key_variable}, and only the address here."
@@ -180,16 +181,30 @@ def _address_faults(flag: str, url: str, key_variable: str) -> list[str]:
     return [f"{flag} {shown}: must be an address such as http://localhost:8000/v1; {reason}."]
 
 
+def _host_part(url: str) -> str:
+    """What stands before the path, where a name and a password would be; all of a text without //."""
+    return url.partition("//")[2].partition("/")[0] if "//" in url else url
+
+
 def _address_faults_of_environment(environment: Mapping[str, str]) -> list[str]:
     """Faults of the address that the ``openai`` package takes from the environment; it may hold a password and is not shown."""
-    url = environment.get(ADDRESS_VARIABLE, "").strip()
-    reason = _no_address(url) if url else None
+    url = address_from_environment(environment)
+    reason = None if url is None else _no_address(url)
     if reason is None:
         return []
     return [
         f"the environment variable {ADDRESS_VARIABLE} must be an address such as http://localhost:8000/v1; {reason}. Correct it, "
         "or remove it to ask OpenAI's server."
     ]
+
+
+def address_from_environment(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What ``OPENAI_BASE_URL`` says, without white space around it; OpenAI's address if that is empty; None if it is not set.
+
+    The ``openai`` package would take the variable as it is written, a line's end or an empty text too.
+    """
+    written = environment.get(ADDRESS_VARIABLE)
+    return None if written is None else written.strip() or OPENAI_ADDRESS
 
 
 def _no_address(url: str) -> str | None:

@@ -53,8 +53,8 @@ def check_together(settings: Settings, origin: Origin, machine: Machine, has_val
     _refuse([*faults, *_stage_faults(settings, origin, has_val)])
 
 
-def check_stages(settings: Settings, origin: Origin, has_val: bool) -> None:
-    """Refuse flags that a training would refuse, once the records are built.
+def check_stages(settings: Settings, origin: Origin, has_val: Optional[bool]) -> None:
+    """Refuse flags that a training would refuse, once the records are built. In a finished run they may have been removed again.
 
     Args:
         settings, origin, has_val: as for `check_together`.

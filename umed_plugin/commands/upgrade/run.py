@@ -184,7 +184,7 @@ class Upgrade:
         while number < len(self.steps):
             ran |= self._run_step(self.steps[number], bars)
             if self.steps[number].name == "records":  # they say whether there are held-out studies
-                check_stages(self.settings, self.origin, self.plan.held_out.has_val())
+                check_stages(self.settings, self.origin, self.plan.held_out.has_val_if_built())
             number += 1
             self._plan_again(told=number < len(self.steps))
         return ran
