@@ -153,7 +153,7 @@ def test_replay_is_the_same_however_a_step_is_split(tiny_mistral, tmp_path):
 
 
 def test_the_flags_of_the_page_train(tiny_mistral, tmp_path):
-    records = write_records(tmp_path / "data", count=4)
+    records = write_records(tmp_path / "data", count=6)
     teacher = write_sam_file(tmp_path / "vit.pth", "model.")
     examples = [yaml.safe_load(block) for block in blocks(DOCS / "training.md", "yaml")]
     given = [block["instruction_tuning"]["flags"] for block in examples if "instruction_tuning" in block]
