@@ -44,18 +44,8 @@ OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS)  # what is compared besides flags
 
 # What shapes a rollout besides the flags of stage 2 alone: its records, their order, how they are shown, and the precision.
 _OF_A_ROLLOUT = (
-    *(
-        "seed",
-        "data_seed",
-        "data_path",
-        RECORDS,
-        SYMBOLS,
-        "version",
-        "image_aspect_ratio",
-        "model_max_length",
-        "bf16",
-        "fp16",
-    ),
+    *("seed", "data_seed", "data_path", RECORDS, SYMBOLS),
+    *("version", "image_aspect_ratio", "model_max_length", "bf16", "fp16"),
     *("umed_box_decimals", "umed_stock_template_share", "umed_on_bad_image", "umed_augment", "umed_label_share"),
     *("umed_similar", "umed_max_new_tokens"),
 )

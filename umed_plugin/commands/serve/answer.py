@@ -94,7 +94,7 @@ def attended_words(model: Any, tokenizer: Any, answer: Answer, sink_ratio: float
     }
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def shipped_terms() -> ClassNames:
     """Abnormality -> names, merged from all shipped recipes; used to highlight the names in an answer."""
     from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
