@@ -22,9 +22,10 @@ here over that on the server before truncation, its mean and its maximum; ``impo
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +117,8 @@ class StepMetrics:
         # Metric -> sum of its values times what each counts, and the sum of these counts.
         self._sums: dict[str, tuple[float, float]] = {}
         self._guards = Guards()
-        # Of each sampling since the last rollout: query; its record, answers, rewards and terms; image and recipe.
-        self._held: list[list[tuple[int, tuple[Any, Any, Any, Any], str, Any]]] = []
+        # Of each sampling since the last rollout: queries, each with what writes its candidates.
+        self._held: list[list[tuple[int, Callable[..., None]]]] = []
 
     def add(self, metrics: Mapping[str, float], count: float = 1) -> None:
         """Add metrics of one batch, or means over ``count`` answers or queries."""
@@ -180,17 +181,20 @@ class StepMetrics:
             sizes: queries of each batch; their sum is Q.
         """
         trainer, k = self._trainer, self._flags.umed_num_candidates
-        if not self._is_logged(trainer.state.global_step) or not trainer.is_world_process_zero():
+        step = trainer.state.global_step
+        if not self._is_logged(step) or not trainer.is_world_process_zero():
             return
-        shown = []
+        callbacks, out = trainer.callback_handler.callbacks, trainer.args.output_dir
+        held: list[tuple[int, Callable[..., None]]] = []
         for first in itertools.accumulate([0, *sizes[:-1]]):
             group = slice(first * k, (first + 1) * k)
             record = records[group.start]
             columns = {name: column[group] for name, column in scored.terms.items()}
             recipe = ({name: term[first].tolist() for name, term in scored.normalised.items()}, dict(scored.weights))
             image = os.path.join(trainer.train_dataset.data_args.image_folder, record["image"])
-            shown.append((first, (record, scored.texts[group], scored.rewards[first].tolist(), columns), image, recipe))
-        self._held.append(shown)
+            shown = (record, scored.texts[group], scored.rewards[first].tolist(), columns)
+            held.append((first, functools.partial(log_candidates, step, *shown, out, callbacks, image, recipe)))
+        self._held.append(held)
 
     def write_candidates(self, sources: Sequence[tuple[int, int]] | None = None) -> None:
         """Write the held candidates of a rollout to the candidate log, every ``--umed_log_candidates`` steps.
@@ -201,16 +205,10 @@ class StepMetrics:
             sources: (sampling, query) of each query that is learnt from; None: all are.
         """
         held, self._held = self._held, []
-        trainer, learnt_from = self._trainer, None if sources is None else {*sources}
-        for sampling, shown in enumerate(held):
-            for query, group, image, recipe in shown:
-                log_candidates(
-                    trainer.state.global_step,
-                    *group,
-                    trainer.args.output_dir,
-                    trainer.callback_handler.callbacks,
-                    image,
-                    recipe,
+        learnt_from = None if sources is None else {*sources}
+        for sampling, queries in enumerate(held):
+            for query, write in queries:
+                write(
                     extra_sampling=sampling,
                     learnt_from=learnt_from is None or (sampling, query) in learnt_from,
                 )
