@@ -8,6 +8,7 @@ import pytest
 from support.drawn import write_noise_recipe
 from support.probing import studies
 
+from umed_plugin.data.annotations import read_annotations
 from umed_plugin.data.augmentation.texts import is_templated
 from umed_plugin.data.build import build_records
 from umed_plugin.data.looks import find_question, looks_question
@@ -64,6 +65,14 @@ def test_training_is_never_asked_for_a_class_that_is_held_out(tmp_path):
     assert not any("nodule" in turn["value"] for record in training for turn in record["conversations"])
     assert not any("looks" in record for record in training), "augmentation and the writer have it from there"
     assert all(record["looks"] for record in built if record["split"] == "test"), "the benchmark asks for it"
+
+
+@pytest.mark.parametrize(("share", "told"), [("looks_share: 1", True), ("", False)])
+def test_what_a_class_looks_like_may_name_a_held_out_class(tmp_path, share, told):
+    held = recipe(tmp_path, f"{share}\nhold_out: {{classes: [cyst]}}", looks="looks: a bright disc beside a cyst.")
+    remarks = " ".join(read_annotations(held).faults.remarks)
+    assert ("classes.nodule.looks: is 'a bright disc beside a cyst'. With looks_share" in remarks) == told
+    assert "so the name of the held-out cyst" in remarks or not told
 
 
 @pytest.mark.llava

@@ -7,7 +7,7 @@ import pytest
 from umed_plugin.data import template_writer
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.geometry import ImageGeometry
-from umed_plugin.rewards import REWARDS, run_rewards, what_is_guessed, what_is_unrewarded
+from umed_plugin.rewards import REWARDS, remarks_on_records, run_rewards
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES
 
 PHRASE = {
@@ -58,13 +58,13 @@ def test_a_report_is_rewarded_for_its_text():
 def test_records_without_any_reward_are_refused_and_others_said():
     localization = {"localization": REWARDS.get("localization")}
     both = {**localization, "relevance": REWARDS.get("relevance")}
-    assert what_is_unrewarded(both, [GROUNDED] * 3) == []
-    (told,) = what_is_unrewarded(both, [GROUNDED, PHRASE])
+    assert remarks_on_records(both, [GROUNDED] * 3) == []
+    (told,) = remarks_on_records(both, [GROUNDED, PHRASE])
     assert told == "1 of 2 training records looked at are phrases; relevance does not apply to them."
     with pytest.raises(
         UmedError, match="1 of 2 .* reports, and none of the rewards .localization. applies to a report"
     ):
-        what_is_unrewarded(localization, [GROUNDED, REPORT])
+        remarks_on_records(localization, [GROUNDED, REPORT])
 
 
 @pytest.mark.llava
@@ -72,8 +72,8 @@ def test_words_that_templates_drew_at_random_are_said():
     of_template = {**GROUNDED, "provenance": {"writer": template_writer.WRITER}}
     of_model = {**GROUNDED, "provenance": {"writer": "openai"}}
     lexical = {"relevance": LOCAL_JUDGES["lexical"]}
-    (told,) = what_is_guessed(lexical, [of_template, of_template, of_model, {**GROUNDED, "provenance": None}])
+    (told,) = remarks_on_records(lexical, [of_template, of_template, of_model, {**GROUNDED, "provenance": None}])
     assert told.startswith("2 of 4 training records looked at") and "--umed_judge classes" in told
-    assert what_is_guessed(lexical, [of_model]) == []
-    assert what_is_guessed({"relevance": LOCAL_JUDGES["classes"]}, [of_template]) == []
-    assert what_is_guessed({"localization": REWARDS.get("localization")}, [of_template]) == []
+    assert remarks_on_records(lexical, [of_model]) == []
+    assert remarks_on_records({"relevance": LOCAL_JUDGES["classes"]}, [of_template]) == []
+    assert remarks_on_records({"localization": REWARDS.get("localization")}, [of_template]) == []

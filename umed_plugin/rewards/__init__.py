@@ -52,13 +52,12 @@ from umed_plugin.rewards.running import (
     end_rollout,
     load_reward_states,
     make_rewards,
+    remarks_on_records,
     reward_metric_names,
     reward_of_run,
     reward_states,
     run_rewards,
     start_rewards,
-    what_is_guessed,
-    what_is_unrewarded,
 )
 
 __all__ = [
@@ -73,14 +72,13 @@ __all__ = [
     "normalisation_of",
     "normalised_terms",
     "register_reward",
+    "remarks_on_records",
     "reward_metric_names",
     "reward_of_run",
     "reward_states",
     "run_rewards",
     "start_rewards",
     "weighted_sum",
-    "what_is_guessed",
-    "what_is_unrewarded",
 ]
 
 

@@ -65,8 +65,8 @@ def reward_of_run(entry: Any, records: Sequence[Mapping[str, Any]] = ()) -> Rewa
     return reward.for_records(records if most is None else evenly(records, most))
 
 
-def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each kind of record that some reward does not apply to, a sentence that says so.
+def remarks_on_records(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about records from which the rewards teach nothing, or something else than they seem to.
 
     Args:
         rewards: of the run, by name.
@@ -75,7 +75,12 @@ def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[
     Raises:
         UmedError: no reward applies to a kind of record, so nothing could be learnt from these records.
     """
-    looked_at = evenly(records, MOST_RECORDS)
+    looked_at = list(evenly(records, MOST_RECORDS))
+    return [*_what_is_unrewarded(rewards, looked_at), *_what_is_guessed(rewards, looked_at)]
+
+
+def _what_is_unrewarded(rewards: Mapping[str, Reward], looked_at: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each kind of record that some reward does not apply to, a sentence that says so."""
     kinds = Counter(record.get("answer_type") for record in looked_at)
     sentences = []
     for kind in (PHRASE, REPORT):
@@ -93,16 +98,10 @@ def what_is_unrewarded(rewards: Mapping[str, Reward], records: Sequence[Mapping[
     return sentences
 
 
-def what_is_guessed(rewards: Mapping[str, Reward], records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence where relevance compares words with references that templates have worded at random; else nothing.
-
-    Args:
-        rewards: of the run, by name.
-        records: of the training split; `MOST_RECORDS` of them at most are looked at.
-    """
+def _what_is_guessed(rewards: Mapping[str, Reward], looked_at: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence where relevance compares words with references that templates have worded at random; else nothing."""
     if rewards.get("relevance") is not lexical_relevance:
         return []
-    looked_at = evenly(records, MOST_RECORDS)
     worded = sum((record.get("provenance") or {}).get("writer") == template_writer.WRITER for record in looked_at)
     if not worded:
         return []

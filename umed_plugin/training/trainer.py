@@ -32,7 +32,7 @@ from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
-from umed_plugin.rewards import load_reward_states, make_rewards, reward_states, what_is_guessed, what_is_unrewarded
+from umed_plugin.rewards import load_reward_states, make_rewards, remarks_on_records, reward_states
 from umed_plugin.training.candidate_log import CandidateLogStart
 from umed_plugin.training.experience import Experience
 from umed_plugin.training.experience_maker import ExperienceMaker
@@ -86,7 +86,7 @@ class RewardingTrainer(LLaVATrainer):
         llava = base_llava(model)
         records = self.train_dataset.list_data_dict
         rewards = make_rewards(flags, args.output_dir, records)
-        for sentence in (*what_is_unrewarded(rewards, records), *what_is_guessed(rewards, records)):
+        for sentence in remarks_on_records(rewards, records):
             if args.process_index == 0:
                 note(sentence)
         self.metrics = StepMetrics(self, flags, metric_names(flags, rewards))

@@ -54,6 +54,7 @@ def hold_out(annotations: AnnotationSet, rule: Optional[HoldOut], sources: Mappi
         items[:] = kept
     _tell(annotations, rule, tested)
     _tell_ruled_out(annotations, rule)
+    _tell_described(annotations, rule)
 
 
 def _picture(item: Annotated, folders: dict[str, str]) -> Picture:
@@ -83,6 +84,19 @@ def _tell_ruled_out(annotations: AnnotationSet, rule: HoldOut) -> None:
                 "hold_out.classes",
                 f"{count} reports or phrases of train and val say that {name!r} is absent. They stay, so training reads the name",
             )
+
+
+def _tell_described(annotations: AnnotationSet, rule: HoldOut) -> None:
+    """Remark on what the recipe says of other classes, where that names a held-out class and training questions say it."""
+    recipes = {id(item.recipe): item.recipe for item in annotations.items}.values()
+    for recipe in (one for one in recipes if one.looks_share):
+        for name, looks in recipe.looks.items():
+            named = {term for _, _, term in find_terms(looks, recipe.names)} & set(rule.classes)
+            if name not in rule.classes and named:
+                annotations.faults.remark(
+                    f"classes.{name}.looks",
+                    f"is {looks!r}. With looks_share, training reads it, so the name of the held-out {', '.join(sorted(named))}",
+                )
 
 
 def _tell(annotations: AnnotationSet, rule: HoldOut, tested: Counter[str]) -> None:
