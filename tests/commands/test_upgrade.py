@@ -164,7 +164,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number(tiny_mistral, tmp_path):
     file.write_text(f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\ninstruction_tuning: {{flags: {flags}}}\n")
     read = read_settings(file, {})
     assert read.instruction_tuning.flags == {"umed_tower_lr": 2e-6, "run_name": "e6", "umed_reward_weights": "4,2,1"}
-    assert "the vision tower is trained at 2e-06" in what_is_trained(read, read.instruction_tuning)
+    assert "the vision tower is trained at 2e-06" in what_is_trained("instruction_tuning", read)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, 20261129101112])
@@ -187,7 +187,11 @@ def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mis
     )
     call = ["upgrade", "--config", "my.yaml", "--dry-run"]
     assert cli.main(call) == 0
-    assert "--umed_num_candidates 5 " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--umed_num_candidates 5 " in out and "--umed_val_every" not in out.partition("# The records")[0]
+    added = "--umed_val_every 50 to instruction tuning and --umed_val_every 20 to rewarding"
+    assert f"# The records are not built yet. If they have a split val, the run adds {added}.\n" in out
+    assert "# rewarding trains a LoRA adapter of rank 128, alpha 256, dropout 0 on" in out
     more = ["--candidates", "6", "--set", "rewarding.learning_rate=1e-3", "--rewards", "relevance,localization"]
     assert cli.main([*call, *more, "--method", "full"]) == 0
     out = capsys.readouterr().out

@@ -80,6 +80,14 @@ def test_every_room_is_in_the_tree_and_its_layers_are_the_contracts() -> None:
     assert contract and layers.split("\n") == [line.strip() for line in contract[1].split("\n")]
 
 
+def test_every_benchmark_is_in_the_layout() -> None:
+    text = (DOCS / "project-layout.md").read_text().partition("## Benchmarks")[2]
+    named = set(re.findall(r"`(\w+\.py)`", text))
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
+    parts_of_a_study = {name for name in scripts if name.startswith("study_")}
+    assert named == scripts - parts_of_a_study
+
+
 def test_every_page_is_in_the_site_and_in_the_readme() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
     names = {page.name for page in pages()} - {"README.md"}

@@ -97,8 +97,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_commands(upgrade.steps)
         for name in upgrade.settings.stages:
-            trained = what_is_trained(upgrade.settings, getattr(upgrade.settings, name))
+            trained = what_is_trained(name, upgrade.settings)
             say(f"# {name.replace('_', ' ')} {trained}.")
+        if (more := upgrade.plan.flags_if_val()) is not None:
+            say(f"# The records are not built yet. If they have a split val, the run adds {more}.")
         for line in upgrade.memory():
             say(f"# {line}")
         return 0

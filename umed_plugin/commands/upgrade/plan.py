@@ -232,6 +232,18 @@ class Plan:
             digests=digests,
         )
 
+    def flags_if_val(self) -> Optional[str]:
+        """What the trainings add if the records have a split val, for a dry run; None once they are built, and that is known."""
+        if self.held_out.has_val_if_built() is not None:
+            return None
+        stages = {name: getattr(self.settings, name) for name in self.settings.stages}
+        added = [
+            f"--umed_val_every {stage.save_steps} to {name.replace('_', ' ')}"
+            for name, stage in stages.items()
+            if "umed_val_every" not in stage.flags
+        ]
+        return " and ".join(added) or None
+
     def _training(self, name: str, stage: Stage, source: Path, *, trial: bool = False) -> Step:
         output = self._in_runs("trial" if trial else name)
         paths = {

@@ -122,9 +122,7 @@ def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
     if settings.method == "full":
         return {"lora_enable": False}
     lora = settings.lora
-    # Stage 2 turns dropout off whatever the flag says.
-    dropout = lora.dropout if name == TUNING else 0.0
-    flags = {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": dropout}
+    flags = {"lora_enable": True, "lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": _dropout(name, settings)}
     return {
         **flags,
         "umed_lora_targets": ",".join(lora.targets) if lora.targets else None,
@@ -132,8 +130,14 @@ def _method_flags(name: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-def what_is_trained(settings: Settings, stage: Stage) -> str:
+def _dropout(name: str, settings: Settings) -> float:
+    """Of the adapter. Stage 2 turns it off whatever the flag says."""
+    return settings.lora.dropout if name == TUNING else 0.0
+
+
+def what_is_trained(name: str, settings: Settings) -> str:
     """A sentence on the weights that a stage trains, for a dry run."""
+    stage: Stage = getattr(settings, name)
     projector = "the projector is frozen" if stage.flags.get("freeze_mm_mlp_adapter") else "with the projector"
     rate = stage.flags.get("umed_tower_lr")
     tower = "the vision tower is frozen" if rate is None else f"the vision tower is trained at {rate:g}"
@@ -143,7 +147,7 @@ def what_is_trained(settings: Settings, stage: Stage) -> str:
         return f"trains {part} of the language model, {projector}; {tower}"
     lora = settings.lora
     layers = " and ".join(lora.targets) if lora.targets else "all linear layers"
-    adapter = f"a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {lora.dropout:g}"
+    adapter = f"a LoRA adapter of rank {lora.r}, alpha {lora.alpha}, dropout {_dropout(name, settings):g}"
     return f"trains {adapter} on {layers}, {projector}; {tower}"
 
 

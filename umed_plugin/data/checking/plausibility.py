@@ -97,7 +97,8 @@ def suggestions(check: RecipeCheck) -> list[str]:
     if best[2] and min(best[3]) - min(best[2]) >= _WORTH_A_DECIMAL:
         found.append(
             f"three decimals: with two, the best possible IoU of a box is as low as {min(best[2]):.2f}, with three "
-            f"{min(best[3]):.2f}. Build with --box-decimals 3."
+            f"{min(best[3]):.2f}. Build with --box-decimals 3. Other commands: --umed_box_decimals 3 beside --umed_recipe, "
+            "--set box_decimals=3 for umed upgrade."
         )
     images, patients = sum(check.images.values()), len(check.patient_images)
     if images >= _ENOUGH_IMAGES and patients == images:

@@ -171,7 +171,10 @@ def classes_table(check: RecipeCheck) -> CheckTable:
 
 
 _BOX_TITLES = ("median px", "lost / cut", *(f"IoU {decimals} dec." for decimals in DECIMALS))
-_ABOUT_BOXES = "cut: by LLaVA's centre crop (square). IoU: the best that the decimals allow (pad), mean / worst."
+_ABOUT_BOXES = (
+    "lost / cut: boxes wholly / partly outside of LLaVA's centre crop (square). IoU: the best that the decimals allow (pad), "
+    "mean / worst."
+)
 
 
 def _about_boxes(counts: ClassCheck) -> list[str]:
