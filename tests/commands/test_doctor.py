@@ -443,3 +443,22 @@ def test_another_llava_is_named(files, code, tmp_path):
     report = json.loads(done.stdout)
     assert code in [finding["code"] for finding in report["findings"]]
     assert str(tmp_path) in report["environment"]["llava"]
+
+
+def test_llava_meds_own_package_is_named_and_not_its_misfits(tmp_path):
+    """It has LLaVA's layout without training code, so importing it applies patches, and none fits."""
+    for name in ("__init__", "model/__init__", "model/language_model/__init__", "model/multimodal_encoder/__init__"):
+        (tmp_path / "llava" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "llava" / f"{name}.py").write_text("")
+    for name in ("language_model/llava_mistral", "language_model/llava_llama", "multimodal_encoder/clip_encoder"):
+        (tmp_path / "llava" / "model" / f"{name}.py").write_text("class CLIPVisionTower: pass\n")
+
+    def run(*words):
+        command = [sys.executable, "-m", "umed_plugin.cli", *words]
+        return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+
+    report = json.loads(run("doctor", "--json").stdout)
+    assert "looks like LLaVA-Med" in str(next(one for one in report["findings"] if one["code"] == "llava-other"))
+    told = run("patches")
+    assert told.returncode == 1 and "looks like LLaVA-Med 1.5" in told.stderr and "does not fit" not in told.stderr
+    assert "Use an environment with llava-torch" in told.stderr

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.errors import UmedError
 from umed_plugin.terminal.console import console as make_console
 
 if TYPE_CHECKING:
@@ -27,9 +28,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what does not fit, and one line on all of them; return 1 if a patch does not fit."""
-    from umed_plugin.patches import ALL
+    """Print what does not fit, and one line on all of them; return 1 if a patch does not fit.
 
+    Raises:
+        UmedError: the importable ``llava`` is of another project.
+    """
+    from umed_plugin.patches import ALL
+    from umed_plugin.patching.other_projects import other_project
+
+    if (other := other_project()) is not None:
+        raise UmedError(str(other))
     here: dict[str, str] = {}
     misfits = []
     for patch in ALL:

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from umed_plugin.errors import UmedError
+from umed_plugin.patching.other_projects import other_project
 
 # Import name -> possible distributions: LLaVA's forks share the import name `llava`.
 DISTRIBUTIONS = {"llava": ("llava-torch", "llava", "llava-med", "llava_med", "llava-next")}
@@ -269,7 +270,7 @@ def _target_misfit(target: Target) -> str | None:
     try:
         owner, name = resolve(target.path)
         target_object = original(owner, name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, KeyError) as error:  # KeyError: importing its package ended early
         return f"the target is missing ({error})."
     except PatchMisfit as error:
         return f"importing it applies another patch, and {error}"
@@ -300,7 +301,8 @@ def apply(patches: Sequence[Patch]) -> None:
         pending.append((patch, module))
     misfits = [message for message in (misfit(patch) for patch, _ in pending) if message]
     if misfits:
-        raise PatchMisfit("\n".join(misfits))
+        other = other_project() if any(patch.trigger.startswith("llava") for patch, _ in pending) else None
+        raise PatchMisfit("\n".join(misfits) if other is None else str(other))
     for patch, module in pending:
         recorder = Recorder()
         _applied[patch.name] = (patch, recorder, module)

@@ -12,12 +12,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.doctor.findings import ERROR, NOTE, WARNING, Finding, Kind
 from umed_plugin.commands.machine import compute_bf16
-from umed_plugin.patching import DISTRIBUTIONS, Patch, installed, misfit
+from umed_plugin.patching import DISTRIBUTIONS, Patch, PatchMisfit, installed, misfit
+from umed_plugin.patching.other_projects import WANTED, folder_of_llava, other_project
 
 ENVIRONMENT = (
     Kind(
@@ -33,7 +33,7 @@ ENVIRONMENT = (
     Kind(
         "llava-other", WARNING, "the imported llava belongs to another project",
         "LLaVA-Med, LLaVA-NeXT and LLaVA-RLHF share the import name, and the patches are written for LLaVA 1.2.",
-        "Use an environment with llava-torch 1.2.2.post1, and a working directory without another llava folder.",
+        WANTED,
     ),
     Kind(
         "pins", WARNING, "library versions that differ from LLaVA's pins, and patches that do not fit them",
@@ -62,12 +62,6 @@ ENVIRONMENT = (
     ),
 )  # fmt: skip
 _KINDS = {kind.code: kind for kind in ENVIRONMENT}
-# A module that only one project has -> the project.
-_PROJECTS = {
-    "model.language_model.llava_qwen": "LLaVA-NeXT",
-    "model.llava": "LLaVA(-Med) 1.0",
-    "alignment": "LLaVA-RLHF",
-}
 _SHOWN = ("torch", "transformers", "peft", "accelerate", "deepspeed", "trl", "monai")
 
 
@@ -97,23 +91,22 @@ def examine_environment(patches: Sequence[Patch], prepare: Callable[[], None]) -
 
 
 def _llava(facts: dict[str, Any], prepare: Callable[[], None]) -> Iterator[Finding]:
-    spec = importlib.util.find_spec("llava")
-    if spec is None:
+    folder = folder_of_llava()
+    if folder is None:
         facts["llava"] = "not installed"
         yield _finding("llava-missing", "import llava finds no module", os.pathsep.join(sys.path))
         return
-    folder = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or [""])))
     distribution, version = installed("llava")
     facts["llava"] = f"{distribution} {version} ({folder})"
-    other = [name for module, name in _PROJECTS.items() if (folder / f"{module.replace('.', '/')}.py").is_file()]
-    if not other and not (folder / "train" / "train.py").is_file():
-        other = ["LLaVA-Med 1.5, or a copy without training code"]
-    if other:
-        yield _finding("llava-other", f"it looks like {other[0]}", str(folder))
-    prepare()
+    other = other_project()
+    if other is not None:
+        yield _finding("llava-other", f"it looks like {other.name}", str(folder))
     try:
+        prepare()
         importlib.import_module("llava.model.language_model.llava_llama")
         importlib.import_module("llava.model.language_model.llava_mistral")
+    except PatchMisfit as error:
+        yield _finding("patch-misfit", str(error).splitlines()[0], str(folder))
     except (ImportError, AttributeError, RuntimeError) as error:
         yield _finding("llava-broken", f"{type(error).__name__}: {error}", str(folder))
 
