@@ -101,6 +101,26 @@ def test_consensus_and_negatives_by_the_same_rule(tmp_path: Path) -> None:
     assert "both" not in boxes(far)
 
 
+def test_readers_who_write_two_names_of_one_class_agree(tmp_path: Path) -> None:
+    rows = "one,nod,8,R1,10,10,30,30\none,mass,8,R2,12,10,32,30\none,No finding,14,R3,,,,\none,No finding,14,R4,,,,\n"
+    (tmp_path / "one.png").touch()
+    (tmp_path / "a.csv").write_text(HEAD + rows)
+    path = write_recipe(tmp_path, CSV % (READER, ", readers: {consensus: wbf}"), "{by: patient, fractions: {train: 1}}")
+    path.write_text(path.read_text().replace("  nod:", "  mass: {name: nodule}\n  nod:"))
+    found = read_annotations(load_recipe(path))
+    assert boxes(found) == {"one": [(11.0, 10.0, 31.0, 30.0)]} and found.items[0].classes == ["nodule"]
+    told = " ".join(found.told())
+    assert "2 of 2 boxes are marked by another reader too" in told
+    assert "classes: no annotation names 'cy' (1 of 3)" in told
+
+
+def test_a_name_that_only_one_reader_writes_is_known_too(tmp_path: Path) -> None:
+    rows = "one,nod,8,R1,10,10,30,30\none,nodd,8,R2,10,10,30,30\none,No finding,14,R3,,,,\none,No finding,14,R4,,,,\n"
+    (message,) = vindr(tmp_path, ", readers: {consensus: wbf}", rows).faults.messages
+    assert "class 'nodd' (1 boxes) is not in the recipe. Did you mean 'nod'?" in message
+    assert vindr(tmp_path, ", readers: {use: R1}", rows).faults.messages == []
+
+
 def test_the_order_of_rows_and_the_names_change_nothing(tmp_path: Path) -> None:
     rule = ", readers: {consensus: wbf}"
     first = vindr(tmp_path, rule)

@@ -34,6 +34,7 @@ from umed_plugin.data.annotations.units import check_stated_sizes, check_units
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, register_reader
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.errors import did_you_mean
+from umed_plugin.faults import Faults
 
 __all__ = ["Annotated", "AnnotationSet", "ReaderOptions", "read_annotations", "register_reader"]
 
@@ -72,9 +73,11 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
     leave_out_without_phrase(annotated, recipe, faults)
     name_whole_files(annotated, recipe)
+    # Of all readers: the next step keeps the boxes of one, or those that several agree on.
+    met = Counter(name for item in annotated for name in item.classes)
+    _check_names(annotated, recipe, faults)
     annotated = one_reading(annotated, recipe, faults)
     annotated = without_repeated_images(annotated, recipe, faults)
-    met = Counter(name for item in annotated for name in item.classes)
     if any(item.report for item in annotated):
         met.update(recipe.classes)  # what reports name is searched for when their records are written
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
@@ -126,10 +129,29 @@ def _without_left_out(items: list[Annotated], annotations: AnnotationSet) -> lis
     return [item for item in items if not item.left_out]
 
 
-def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet) -> list[Annotated]:
+def _check_names(items: list[Annotated], recipe: Recipe, faults: Faults) -> None:
+    """A fault for each class that the recipe does not name, also where only one of several readers has it."""
     unknown: Counter[str] = Counter()
     first: dict[str, str] = {}
     what: dict[str, str] = {}
+    wanted = recipe.annotations.readers and recipe.annotations.readers.use
+    for item in items:
+        if item.left_out or (wanted and item.reader not in ("", wanted)):
+            continue
+        for name in item.classes:
+            if name not in recipe.classes and name not in recipe.ignore_classes:
+                unknown[name] += 1
+                what[name] = "boxes" if item.boxes else "images"
+                first.setdefault(name, item.where)
+    for name, count in unknown.items():
+        faults.add(
+            first[name],
+            f"class {name!r} ({count} {what[name]}) is not in the recipe.{did_you_mean(name, recipe.classes)} "
+            f"Allowed: {', '.join(recipe.classes)}. Add it to classes or ignore_classes of {recipe.path}",
+        )
+
+
+def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: AnnotationSet) -> list[Annotated]:
     kept: list[Annotated] = []
     folders: dict[str, str] = {}
     ignored = {
@@ -139,11 +161,6 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
     }
     annotations.left_out["holds an ignored class"] += len(ignored)
     for item in items:
-        for name in item.classes:
-            if name not in recipe.classes and name not in recipe.ignore_classes:
-                unknown[name] += 1
-                what[name] = "boxes" if item.boxes else "images"
-                first.setdefault(name, item.where)
         if ignored and (real_path(str(item.image), folders), item.slice) in ignored:
             continue  # an image has one item for each of its phrases
         if item.report:
@@ -157,10 +174,4 @@ def _with_plain_names(items: list[Annotated], recipe: Recipe, annotations: Annot
             # Two names of one class on an image without boxes are one label.
             item.classes = names if item.boxes else list(dict.fromkeys(names))
             kept.append(item)
-    for name, count in unknown.items():
-        annotations.faults.add(
-            first[name],
-            f"class {name!r} ({count} {what[name]}) is not in the recipe.{did_you_mean(name, recipe.classes)} "
-            f"Allowed: {', '.join(recipe.classes)}. Add it to classes or ignore_classes of {recipe.path}",
-        )
     return kept

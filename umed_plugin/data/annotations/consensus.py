@@ -95,6 +95,7 @@ def one_reading(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> l
         if rule is not None and items:
             faults.no_effect("annotations.readers", "has no effect, since the annotations name no reader")
         return list(items)
+    _name_alike(items, recipe)
     images = _by_image(items)
     readings = [group for group in images if len({item.reader for item in group}) > 1]
     if readings:
@@ -114,6 +115,14 @@ def one_reading(items: Sequence[Annotated], recipe: Recipe, faults: Faults) -> l
             return [group[0] for group in images]
         return [item for group in images for item in _of_one(group, rule.use, faults)]
     return [item for group in images for item in _consensus(group, rule, recipe, faults)]
+
+
+def _name_alike(items: Sequence[Annotated], recipe: Recipe) -> None:
+    """Give all names of a class in the annotations the first of them: two readers who write two of them mean one class."""
+    first: dict[str, str] = {}
+    alike = {written: first.setdefault(lesion.name, written) for written, lesion in recipe.classes.items()}
+    for item in items:
+        item.classes = [alike.get(name, name) for name in item.classes]
 
 
 def _by_image(items: Sequence[Annotated]) -> list[list[Annotated]]:
