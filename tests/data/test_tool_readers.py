@@ -245,6 +245,34 @@ def test_keypoints_do_not_become_a_negative(tmp_path: Path) -> None:
     assert found.left_out == {"all of its boxes are left out": 1}
 
 
+@pytest.mark.parametrize("form", ["json", "min"])
+def test_a_region_of_an_unread_kind_is_counted_and_makes_no_negative(tmp_path: Path, form: str) -> None:
+    bitmask = region({"imageDataURL": "data:image/png;base64,AAAA"}, "bitmasklabels")
+    if form == "json":
+        content = [task("a.png", annotation(rectangle(10, 20, 20, 30), bitmask)), task("b.png", annotation(bitmask))]
+    else:
+        of_region, of_mask = (
+            {**one["value"], "original_width": 200, "original_height": 100}
+            for one in (rectangle(10, 20, 20, 30), bitmask)
+        )
+        entry = {"id": 7, "annotator": 1, "annotation_id": 70, "mask": [of_mask]}
+        content = [{**entry, "image": "a.png", "label": [of_region]}, {**entry, "image": "b.png"}]
+    found = studio(tmp_path, content, images=("a.png", "b.png"))
+    assert boxes(found) == {"a.png": [(0.1, 0.2, 0.3, 0.5)]}
+    assert found.left_out == {"all of its boxes are left out": 1}
+    assert found.faults.left_out == {("boxes", "bitmasklabels, whose shape is not read"): 2}
+
+
+def test_a_text_of_json_min_may_be_a_choice(tmp_path: Path) -> None:
+    entry = {"id": 1, "annotator": 1, "annotation_id": 3, "mask": []}
+    content = [{**entry, "image": "a.png", "kind": "Tumor"}, {**entry, "image": "b.png", "second": "b2.png"}]
+    found = studio(tmp_path, content, images=("a.png", "b.png"))
+    assert boxes(found) == {"b.png": []}
+    assert found.left_out == {
+        "has no region, and 'kind' may be a choice; annotations.no_finding, or the export JSON": 1
+    }
+
+
 # labelme
 
 

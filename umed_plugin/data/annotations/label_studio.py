@@ -15,7 +15,14 @@ from umed_plugin.data.annotations.brush import decode_brush
 from umed_plugin.data.annotations.cells import name_of
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
-from umed_plugin.data.annotations.studio_images import Group, ImageTags, image_names, region_kind
+from umed_plugin.data.annotations.studio_images import (
+    Group,
+    ImageTags,
+    image_names,
+    images_of,
+    region_kind,
+    unread_type,
+)
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
@@ -26,7 +33,8 @@ _OF_ENTRY = ("id", "annotator", "annotation_id", "created_at", "updated_at", "le
 
 class LabelStudioOptions(ReaderOptions):
     """Label Studio's JSON or JSON-MIN. Rectangles, polygons, ellipses and brush regions become boxes. Predictions, drafts and
-    cancelled annotations are not read; a submitted annotation without a region marks a negative image.
+    cancelled annotations are not read; a submitted annotation without a region marks a negative image. Regions of other kinds,
+    such as bitmasks, are left out and counted.
     """
 
     yaml_example_ = """
@@ -57,7 +65,8 @@ annotations:
         [],
         description="Choices that say that the image has no lesion. An annotation that has other choices or texts, and no "
         "region, leaves its image out. Where the key is given, so does one that has neither a region nor one of these choices. A "
-        "field of JSON-MIN that holds one of them in any entry is a choice in all entries.",
+        "field of JSON-MIN that holds one of them in any entry is a choice in all entries. Without the key, any text of an entry "
+        "of JSON-MIN may be a choice.",
     )
     brush: Literal["region", "parts"] = Field(
         "region", description="``region``: a brush region is one lesion. ``parts``: each of its connected parts is one."
@@ -66,12 +75,16 @@ annotations:
 
 @dataclass
 class _Task:
-    """One annotation of a task: by whom, and the values of each of its regions, with what stands beside them."""
+    """One annotation of a task: by whom, and the values of each of its regions, with what stands beside them.
+
+    ``unclear`` names a field of JSON-MIN that may be a choice, or belong to the task's data.
+    """
 
     where: str
     data: dict[str, Any]
     annotator: str
     results: list[Group]
+    unclear: str = ""
 
 
 @register_reader("label_studio", LabelStudioOptions)
@@ -177,18 +190,27 @@ class _Export:
             return
         results: list[Group] = []
         drawn: list[str] = []
+        unclear = ""
+        images = images_of(entry)
         for key, value in entry.items():
             if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
                 continue
-            if isinstance(value, list) and any(region_kind(region) for region in value if isinstance(region, dict)):
-                results += [[{"value": region, **region}] for region in value if isinstance(region, dict)]
+            regions_here = (
+                [{"value": region, **region} for region in value if isinstance(region, dict)]
+                if isinstance(value, list)
+                else []
+            )
+            if any(region_kind(region) or unread_type(region) for region in regions_here):
+                results += [[region] for region in regions_here]
                 drawn.append(key)
             elif isinstance(value, dict) and "choices" in value:
                 results.append([{"value": value}])
             elif isinstance(value, str) and value and key in self.choice_fields:
                 results.append([{"value": {"choices": [value]}}])
+            elif isinstance(value, (str, list)) and value and key not in images:
+                unclear = unclear or key
         if self.tags.one_of_min(drawn, entry, where):
-            yield _Task(where, entry, _annotator(entry.get("annotator")), results)
+            yield _Task(where, entry, _annotator(entry.get("annotator")), results, unclear)
 
     def item(self, task: _Task) -> Optional[Annotated]:
         """The image as one annotator read it; None after a fault."""
@@ -206,6 +228,10 @@ class _Export:
             item.left_out = "has choices or texts, but no region; annotations.no_finding"
         elif self.options.no_finding and not (others or item.boxes or item.dropped_boxes):
             item.left_out = "has no region, and none of annotations.no_finding"
+        elif task.unclear and not (self.options.no_finding or item.boxes or item.dropped_boxes):
+            item.left_out = (
+                f"has no region, and {task.unclear!r} may be a choice; annotations.no_finding, or the export JSON"
+            )
         if len(results) < len(task.results) and not item.boxes:
             item.left_out = "has regions on other images of its task alone; annotations.to_name"
         return item
@@ -235,7 +261,11 @@ class _Export:
         values = [result["value"] for result in group if isinstance(result.get("value"), dict)]
         kinds = [region_kind(value) for value in values]
         if not any(kinds):
-            others.update(_said(values))
+            unread = next(filter(None, map(unread_type, group)), "")
+            if unread:
+                drop_box(item, f"{unread}, whose shape is not read", self.faults)
+            else:
+                others.update(_said(values))
             return
         index = next(index for index, kind in enumerate(kinds) if kind)
         kind, value = kinds[index], values[index]

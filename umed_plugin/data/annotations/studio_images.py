@@ -95,7 +95,9 @@ class ImageTags:
 
 def _name_of(group: Group) -> Optional[str]:
     """The image tag that a region is drawn on, empty if none is named; None if the group is no region."""
-    drawn = [one for one in group if isinstance(one.get("value"), dict) and region_kind(one["value"])]
+    drawn = [
+        one for one in group if isinstance(one.get("value"), dict) and (region_kind(one["value"]) or unread_type(one))
+    ]
     return str(drawn[0].get("to_name") or "") if drawn else None
 
 
@@ -107,6 +109,21 @@ def region_kind(value: Mapping[str, Any]) -> str:
     if "x" not in value:
         return ""
     return "rectangle" if "height" in value else "keypoint"
+
+
+def unread_type(result: Mapping[str, Any]) -> str:
+    """Type of a region whose shape is not known here, such as a bitmask; empty for any other result.
+
+    Args:
+        result: as in the export JSON, or a region of JSON-MIN under ``value``, which has no type.
+    """
+    value = result.get("value")
+    if not isinstance(value, Mapping) or region_kind(value) or "choices" in value or "start" in value:
+        return ""  # what has a start is a part of a text, a sound or a series
+    names = [str(key) for key in value if str(key).endswith("labels")]
+    kind = str(result.get("type") or (names[0] if names else "region"))
+    is_drawn = "original_width" in result and ("type" not in result or kind.endswith("labels"))
+    return kind if names or is_drawn or "imageDataURL" in value else ""
 
 
 def images_of(data: Mapping[str, Any]) -> list[str]:
