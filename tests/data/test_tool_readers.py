@@ -449,6 +449,15 @@ def test_mistakes_in_cvats_files(tmp_path: Path, images: list[str], text: Option
     assert words in fault(cvat(tmp_path, *images, text=text))
 
 
+def test_what_is_called_normal_has_no_box(tmp_path: Path) -> None:
+    words, more = "(annotations.no_finding), but has a box. Remove one of the two", ", no_finding: [normal]"
+    said = {"id": "x", "type": "choices", "value": {"choices": ["normal"]}}
+    assert words in fault(studio(tmp_path, [task("a.png", annotation(rectangle(10, 20, 20, 30), said))], more))
+    assert words in fault(cvat(tmp_path, image('<tag label="normal"/>', cvat_box(10, 20, 30, 40)), more=more))
+    drawn = [shape("rectangle", [[10, 20], [30, 40]])]
+    assert words in fault(labelme(tmp_path, drawn, more=more, flags={"normal": True}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, 10**400, "x", "", None, True, [], "1e999"])
 def test_what_is_no_coordinate(value: Any) -> None:
     assert number(value) is None

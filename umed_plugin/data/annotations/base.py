@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -161,6 +161,18 @@ def drop_box(item: Annotated, reason: str, faults: Faults) -> None:
     """Count a box that is not used. An image of which no box is left is left out: it must not become a negative."""
     item.dropped_boxes += 1
     faults.left_out["boxes", reason] += 1
+
+
+def check_normal(item: Annotated, said: Iterable[str], no_finding: Sequence[str], faults: Faults) -> None:
+    """Add a fault for an image with a box that is called normal as well.
+
+    Args:
+        said: tags, flags or choices of the image.
+        no_finding: those that say that it has no lesion.
+    """
+    normal = [name for name in said if name in no_finding]
+    if normal and item.boxes:
+        faults.add(item.where, f"says {normal[0]!r} (annotations.no_finding), but has a box. Remove one of the two")
 
 
 def by_reader(item: Annotated, readers: Sequence[str]) -> list[Annotated]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
+from umed_plugin.data.annotations.base import Annotated, check_normal, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, turned_about_centre
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -104,6 +104,7 @@ def _item(
             _add(item, shape, f"{where} {shape.tag} {number}", faults)
         else:
             faults.add(where, f"has a <{shape.tag}>. Allowed: tag, {', '.join((*_SHAPES, *_WITHOUT_BOX))}")
+    check_normal(item, sorted(tags), options.no_finding, faults)
     if not item.boxes and not tags <= set(options.no_finding):
         item.left_out = "has a tag, but no box; annotations.no_finding"
     elif options.no_finding and not (tags or item.boxes or item.dropped_boxes):

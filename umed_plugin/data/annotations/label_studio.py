@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional
 
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, drop_box
+from umed_plugin.data.annotations.base import Annotated, check_normal, drop_box
 from umed_plugin.data.annotations.brush import decode_brush
 from umed_plugin.data.annotations.cells import name_of
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
@@ -223,6 +223,7 @@ class _Export:
         others: Counter[str] = Counter()
         for group in results:
             self._add(item, group, others)
+        check_normal(item, others, self.options.no_finding, self.faults)
         said = [name for name in others if name not in self.options.no_finding]
         if said and not item.boxes:
             item.left_out = "has choices or texts, but no region; annotations.no_finding"

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from pydantic import Field
 
-from umed_plugin.data.annotations.base import Annotated, drop_box, is_pixels, stated_size
+from umed_plugin.data.annotations.base import Annotated, check_normal, drop_box, is_pixels, stated_size
 from umed_plugin.data.annotations.finding import ImageFolders, matching_files
 from umed_plugin.data.annotations.shapes import Point, extent, points_of
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -86,6 +86,7 @@ def _item(
         if len(boxes) > 1:
             faults.left_out["shapes", "parts of one lesion by their group_id, joined into one box"] += len(boxes) - 1
     flags = _flags(path, content, faults)
+    check_normal(item, sorted(flags), options.no_finding, faults)
     if not item.boxes and not flags <= set(options.no_finding):
         item.left_out = "has a flag, but no shape; annotations.no_finding"
     elif options.no_finding and not (flags or item.boxes or item.dropped_boxes):
