@@ -109,6 +109,17 @@ def test_links_to_folders_are_followed_and_files_that_a_pattern_misses_are_told(
     )
 
 
+@pytest.mark.parametrize("pattern", ["xml/**/*.xml", "xml/a*.xml", "xml/?_1.xml", "**/*.xml", "*/a*.xml"])
+def test_every_pattern_tells_the_files_that_it_misses(tmp_path: Path, pattern: str) -> None:
+    for name in ("a_1.xml", "a_2.XML", "b_3.XML", "s/a_1.xml"):
+        put(tmp_path / "xml" / name, xml("a.png"))
+    remarks = " ".join(read(tmp_path, (VOC % "").replace("xml/*.xml", pattern)).faults.remarks)
+    missed = {"xml/a*.xml": 1, "*/a*.xml": 1, "xml/?_1.xml": 0}.get(pattern, 2)
+    assert ("differ from the pattern only in case" in remarks) == bool(missed)
+    assert not missed or f"{missed} further files are not read, since they differ" in remarks
+    assert ("1 further files are not read, since they are in sub folders" in remarks) == ("**" not in pattern)
+
+
 @pytest.mark.parametrize("pattern", ["xml/*.xml", "xml/**/*.xml"])
 def test_a_link_that_leads_nowhere_is_a_record_that_would_be_lost(tmp_path: Path, pattern: str) -> None:
     for name in "abc":

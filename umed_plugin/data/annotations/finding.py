@@ -18,6 +18,7 @@ from umed_plugin.faults import Faults
 
 # Of images in general: letters first, so that the last component of a UID is not one.
 _ENDING = re.compile(r"\.(?:nii\.gz|[A-Za-z][A-Za-z0-9]{0,4})$", re.IGNORECASE)
+_WILDCARDS = "*?["
 _NUMBERS = re.compile(r"\d+")
 # Names of a folder that are compared with one that is missing. Comparing with 100,000 takes a second each.
 _MOST_COMPARED = 5000
@@ -156,7 +157,7 @@ def _step(folder: Path, part: str) -> Iterator[Path]:
     if part == "**":
         yield from folders_below(folder)
     # A name such as `set [1]` stands for itself where it exists, and else for `set 1`.
-    elif not any(sign in part for sign in "*?[") or ("[" in part and os.path.lexists(folder / part)):
+    elif not _has_wildcard(part) or ("[" in part and os.path.lexists(folder / part)):
         if os.path.lexists(folder / part):
             yield folder / part
     elif folder.is_dir():
@@ -184,20 +185,25 @@ def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
     if not add_not_fetched(matching, faults) and not found:
         faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
     folder, last = os.path.split(pattern)
-    if last.startswith("*.") and "**" not in pattern:
-        known = set(found)
+    known = set(found)
+    if _has_wildcard(last):
         nearby = set(matches(root, os.path.join(folder, "*"))) - known
-        other_case = [path for path in nearby if fnmatch.fnmatchcase(path.name.lower(), last.lower())]
+        other_case = [path for path in nearby if _fits_but_for_case(path.name, last)]
         _tell_missed(root / pattern, other_case, "differ from the pattern only in case", faults)
-        if folder:
-            below = set(matches(root, os.path.join(folder, "**", last))) - known
-            _tell_missed(
-                root / pattern,
-                below,
-                f"are in sub folders; {os.path.join(folder, '**', last)} reads them",
-                faults,
-            )
+    if _has_wildcard(pattern) and "**" not in pattern:
+        below = os.path.join(folder, "**", last)
+        _tell_missed(
+            root / pattern, set(matches(root, below)) - known, f"are in sub folders; {below} reads them", faults
+        )
     return found
+
+
+def _has_wildcard(pattern: str) -> bool:
+    return any(sign in pattern for sign in _WILDCARDS)
+
+
+def _fits_but_for_case(name: str, part: str) -> bool:
+    return fnmatch.fnmatchcase(name.lower(), part.lower()) and not fnmatch.fnmatchcase(name, part)
 
 
 def _tell_missed(where: Path, paths: Iterable[Path], why: str, faults: Faults) -> None:
