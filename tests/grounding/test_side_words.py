@@ -30,6 +30,8 @@ from umed_plugin.grounding.side_words import mirrored_text, names_place, names_s
         ("The mass is left of the spine.", "The mass is right of the spine."),
         ("\u5de6\u80ba\u7ed3\u8282\uff0c\u53f3\u80ba\u6e05\u6670", "\u53f3\u80ba\u7ed3\u8282\uff0c\u5de6\u80ba\u6e05\u6670"),
         ("L4 and T12 are intact.", "L4 and T12 are intact."),
+        ("LI-RADS 5, LN, LGG, LDH, RBC; \u03b2 of 1:2.", "LI-RADS 5, LN, LGG, LDH, RBC; \u03b2 of 1:2."),
+        ("Re-demonstrated left RSV pneumonia.", "Re-demonstrated right RSV pneumonia."),
     ],
 )  # fmt: skip
 def test_left_and_right(text: str, mirrored: str) -> None:
@@ -75,6 +77,22 @@ def test_up_and_down() -> None:
         "a fracture right below the joint",
         "mass in the RIF",
         "stenosis of the LICA",
+        *("at nine o'clock", "the 9-o'clock position", "the 9:00 position", "a lesion at 10 H", "turned clockwise"),
+        *("LMB", "LAA", "LCx", "LPO view", "RAO view", "Lft lung", "rll opacity", "LLD", "RHA", "LSPV", "LUOQ", "RVOT"),
+        *(
+            "lobo sup. izq.",
+            "hemit\u00f3rax dcho",
+            "li. Lunge",
+            "re. Lunge",
+            "Linksherz",
+            "polmone dx",
+            "h\u00f6ger lunga",
+        ),
+        *(
+            "\u043b\u0435\u0432\u043e\u0433\u043e \u043b\u0435\u0433\u043a\u043e\u0433\u043e",
+            "\uc67c\ucabd \ud3d0",
+            "3\u70b9\u949f",
+        ),
     ],
 )
 def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:
@@ -113,5 +131,6 @@ def test_which_texts_name_a_side_or_a_place() -> None:
     assert (
         names_place("in the centre")
         and names_place("Top: clear")
+        and names_place("\u0441\u043b\u0435\u0432\u0430")
         and not names_place("A cyst at [0.1, 0.2, 0.3, 0.4].")
     )

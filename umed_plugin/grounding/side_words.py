@@ -2,7 +2,7 @@
 
 In an image that is mirrored left-right, the patient's right lung looks like a left lung. So words for the patient's side change
 as those for the image's do. A text that holds a side in a form that cannot be turned with certainty ("RML", "at 3 o'clock") has
-no mirrored form: such a study must not be mirrored.
+no mirrored form: such a study must not be mirrored. Nor may one with words in a script whose words of side are not known here.
 """
 
 from __future__ import annotations
@@ -73,7 +73,13 @@ _NO_VERB = (
     r"(?:the|upper|lower|far|mid|middle|cent(?:re|er)|more|and|or|on|to|at|in|from|towards?|his|her|its|their|has|have|had|having|not|never"
     r"|already|also|since|now|just|only)"
 )
-_CLOCK = r"\d{1,2}(?::\d\d)?\s*o\s?['\u2019]?\s?clock"
+# "3 o'clock", "nine-o'clock", "oclock", "clockwise"; "9:00 position", "at 10 H".
+_CLOCK = r"(?:o|counter|anti)?clock\w*|\d{1,2}:\d\d|(?:at|\u00e0|a)\s+\d{1,2}\s?h"
+# Not between borders of words: Chinese and Japanese have none. And scripts whose words of side are not known here.
+_OTHER_SCRIPT = re.compile(
+    "[\u70b9\u9ede][\u949f\u9418]|[\u65f6\u6642](?:\u65b9\u5411|\u4f4d)"
+    "|[\u0370-\u1dff\ua000-\ud7ff\ufb1d-\ufdff\ufe70-\ufefc]{2}"
+)
 # Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left"
 # as a verb ("the stent was left.", "surgery left a scar", but "on the left a scar"), "right" for emphasis ("right next to it"),
 # "lower" as a verb, "below" a number.
@@ -81,15 +87,22 @@ _UNSURE = {
     "left_right": (
         re.compile(
             _words(
-                *("L", "R", "[LlRr][Tt]", "[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ|V|A|VH|CC|MLO|IMA|CA)", "LAD", "O[DS]"),
-                "[LR](?:IF|PA|ICA|ECA|CCA|MCA|ACA|PCA|IJV?|UE|LE)",
+                *("L", "R", "[LlRr][Tt]", "[LlRr]g?h?t", "[Ll]ft", "O[DS]", "LC[Xx]", "LMS", "li", "[ds]x"),
+                *("(?i:[lr](?:ul|ll|ml|uq|lq|uz|lz|mz))", "[LR][UL][OI]Q", "[LR](?:IF|HS|UE|LE|K|LD)"),
+                # Views, the heart, vessels, airways.
+                *("[LR](?:CC|MLO|[AP]O)", "[LR]A[ADEP]?", "[LR]V(?:A|H|OT|EF|SP|EDD|ESD|AD)?", "[LR]BBB"),
+                "[LR](?:IMA|CA|PA|ICA|ECA|CCA|MCA|ACA|PCA|SCA|CFA|SFA|CIA|EIA|IIA|HA|GA|RA|IJV?|RV|HV|[SILU]?PV|HD|MS?B)",
             )
         ),
         re.compile(
             _words(
-                *(_CLOCK, r"dextro\w*", r"levo\w*", r"sinist(?:er|r[aoe])", r"situs", r"links?", r"rechts?"),
-                *(r"(?:link|recht)e[rsnm]?", r"gauches?", r"droite?s?", r"izquierd[oa]s?", r"derech[oa]s?"),
-                *(r"destr[oa]", r"esquerd[oa]s?", r"direit[oa]s?"),
+                *(_CLOCK, r"dext(?:er|r\w*)", r"levo\w*", r"sinist\w*", r"situs"),
+                # German and Dutch, French, Spanish, Italian, Portuguese, Polish, Scandinavian.
+                *(r"link", r"(?:links|rechts|linker|rechter)\w*", r"(?:link|recht)e[snm]?", r"(?:li|re)\.", "lks"),
+                *(r"gauches?", r"droite?s?", r"gche", r"drte", r"izq\w*", r"izd[oa]s?", r"derech[oa]s?", r"dch[oa]s?"),
+                *(r"der\.", r"destr[oaei]", r"esq(?:uerd\w*)?", r"direit[oa]s?", r"dir\."),
+                *(r"lew(?:y|[ae]\w*)", r"praw(?:y|[ae]\w*)", r"v[\u00e4a]nst(?:er|ra)\w*", r"h[\u00f6o]g(?:er|ra)\w*"),
+                *(r"venstre\w*", r"h[\u00f8o][jy]re\w*"),
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
                 r"(?:nothing|none|little|much|anything|something)\s+left",
                 rf"{_BE}\s+left\s+(?:in(?!\s+(?:place|situ))|on|to|for|by|there|inside|within|with|without|{_UNTOUCHED})",
@@ -99,6 +112,7 @@ _UNSURE = {
             ),
             re.I,
         ),
+        _OTHER_SCRIPT,
     ),
     "up_down": (
         re.compile(_words("[LR](?:UL|LL|ML|UQ|LQ|UZ|LZ|MZ)")),
@@ -132,6 +146,10 @@ _UNSURE = {
                     r"(?:upper|lower)\s+limits?(?!\s+of\s+normal)",
                     rf"(?:to|will|may|can|could|would|should)\s+lower\s+{_OBJECT}",
                     r"(?:above|below)\s+(?:\d+|normal|average|(?:the\s+)?(?:threshold|limits?|average))",
+                    # Other languages.
+                    r"(?:obe|unte)(?:n|re[nrsm]?)",
+                    r"arriba|abajo|(?:superior|inferior)(?:es|e)?",
+                    r"(?:sup|inf)[e\u00e9]rieure?s?|haute?s?|bas(?:se)?s?",
                     r"(?:supra|infra|sub)(?:hilar|carinal|phrenic|diaphragmatic|clavicular)",
                 ),
                 r"(?:upper|lower|middle|mid)[\s-]+(?:lobes?|lung|zones?|quadrants?|poles?|limbs?|extremit(?:y|ies)|jaw|lips?"
@@ -139,6 +157,7 @@ _UNSURE = {
             ),
             re.I,
         ),
+        _OTHER_SCRIPT,
     ),
 }
 _ANY_SIDE = re.compile(
@@ -175,8 +194,8 @@ def names_side(text: str, flip: str) -> bool:
 
 
 def names_place(text: str) -> bool:
-    """Whether the text says where in the image something lies, in words."""
-    return _ANY_SIDE.search(text) is not None
+    """Whether the text says where in the image something lies, in words, or may do so in a script that is not known here."""
+    return _ANY_SIDE.search(text) is not None or _OTHER_SCRIPT.search(text) is not None
 
 
 def _swapped(text: str, flip: str) -> str:

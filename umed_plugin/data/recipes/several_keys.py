@@ -78,7 +78,7 @@ def check_together(recipe: Recipe, faults: Faults) -> None:
         if sided:
             faults.add(
                 "augment.flips",
-                f"{flip} would make the class name {sided[0]!r} false, because it holds a side. Remove it",
+                f"{flip} would make the class name {sided[0]!r} false: it holds a side, or what may be one. Remove it",
             )
 
 
