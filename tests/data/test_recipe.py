@@ -199,6 +199,19 @@ def test_a_word_for_two_classes_is_a_mistake(tmp_path: Path, second: str, word: 
     assert f"classes: {word!r} stands for 'nodule' and for {owner!r}" in line
 
 
+def test_names_that_leave_no_template_are_a_mistake(tmp_path: Path) -> None:
+    general = "synonyms: [finding, area, region, abnormality]}"
+    path = write_recipe(tmp_path, CSV)
+    path.write_text(path.read_text().replace("{name: cyst}", "{name: abnormal, " + general))
+    (_, line) = faults_of(path)
+    assert "classes: no answer could be written: each of umed's templates contains one of the names" in line
+    path.write_text(path.read_text().replace(", region, abnormality", ""))
+    load_recipe(path)
+    reports = write_recipe(tmp_path, "{reader: reports, files: a.json}")
+    reports.write_text(reports.read_text().replace("{name: cyst}", "{name: abnormal, " + general))
+    load_recipe(reports)
+
+
 def test_unknown_recipe() -> None:
     with pytest.raises(UsageError, match=r"Did you mean 'brain_tumor_coco'\?.*Or the path of a YAML file"):
         load_recipe("brain_tumour_coco")

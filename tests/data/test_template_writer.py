@@ -10,7 +10,8 @@ import pytest
 
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, conversation_template, question_prompt
 from umed_plugin.data.records import true_boxes
-from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS, QUESTIONS, write_conversation
+from umed_plugin.data.template_writer import write_conversation
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS, QUESTIONS
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.grounding.boxes import parse_boxes, round_box
 from umed_plugin.grounding.geometry import ImageGeometry

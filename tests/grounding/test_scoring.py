@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.regex_steps import CountingPattern
 
-from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS
 from umed_plugin.grounding import terms
 from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.grounding.scoring import score_answer

@@ -10,7 +10,7 @@ import pytest
 
 from umed_plugin.data import template_writer
 from umed_plugin.data.recipes.recipe import load_recipe, shipped_recipes
-from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.consistency import checks
 from umed_plugin.grounding.geometry import ImageGeometry

@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS, write_conversation
+from umed_plugin.data.template_writer import write_conversation
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.grounding.claims import number_said, says_normal, sides_said
 from umed_plugin.grounding.geometry import ImageGeometry

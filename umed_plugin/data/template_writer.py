@@ -8,86 +8,15 @@ once, by its plain name, after its box. A negative answer contains no class name
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from umed_plugin.data.records import Record, true_boxes
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS, QUESTIONS, whole_text, without_names
 from umed_plugin.errors import UmedError
 from umed_plugin.grounding.boxes import Box, format_box
 from umed_plugin.grounding.geometry import ImageGeometry
 
 WRITER = "templates-1"  # name and version; records are built anew when it changes
-
-# No template contains "lesion", "mass" or "tumor": in some sources these are class names or synonyms.
-QUESTIONS = (
-    "Is there anything abnormal in this image? Mark it and say what it is.",
-    "Please examine this scan, locate every abnormal area and name it.",
-    "What abnormality can be seen here, and where does it lie?",
-    "Describe the abnormal findings with their location and diagnosis.",
-    "Look for abnormal regions. Give each one's box, then your diagnosis.",
-    "Which findings do you see? Locate them first, then identify them.",
-    "Read this study: detect, localise and recognise what is not normal.",
-    "Does this image look normal? If not, show where and tell what it is.",
-)
-
-
-@dataclass(frozen=True)
-class Phrasing:
-    """Templates of one way to write an answer.
-
-    Attributes:
-        single, several: detection, for one lesion and for more (``{count}`` in words).
-        only, each: localisation and recognition, of a single lesion and of each of several (``{ordinal}``). ``{box}`` comes
-            before ``{name}``; ``{region}`` is "upper left", "centre", ...
-    """
-
-    single: str
-    several: str
-    only: str
-    each: str
-
-
-PHRASINGS = (
-    Phrasing(
-        "Yes, one abnormal area is visible.",
-        "Yes, {count} abnormal areas are visible.",
-        "It lies in the {region} of the image at {box} and is consistent with {name}.",
-        "The {ordinal} lies in the {region} at {box} and is consistent with {name}.",
-    ),
-    Phrasing(
-        "The image is not normal: there is a single finding.",
-        "The image is not normal: there are {count} findings.",
-        "The finding is located at {box}, in the {region}. Its appearance suggests {name}.",
-        "The {ordinal} is located at {box}, in the {region}. Its appearance suggests {name}.",
-    ),
-    Phrasing(
-        "There is one region that looks abnormal.",
-        "There are {count} regions that look abnormal.",
-        "It can be marked in the {region} with the box {box}. The diagnosis is {name}.",
-        "The {ordinal} can be marked in the {region} with the box {box}; the diagnosis is {name}.",
-    ),
-    Phrasing(
-        "An abnormality is present.",
-        "In total {count} abnormalities are present.",
-        "It occupies {box} in the {region} of this image, and I identify it as {name}.",
-        "The {ordinal} occupies {box} in the {region}, and I identify it as {name}.",
-    ),
-    Phrasing(
-        "I detect one area of concern.",
-        "I detect {count} areas of concern.",
-        "Its position is the {region}, within {box}. Most likely this is {name}.",
-        "The position of the {ordinal} is the {region}, within {box}; most likely this is {name}.",
-    ),
-)
-
-NEGATIVES = (
-    "No, nothing abnormal is visible in this image.",
-    "The image looks normal: there is no finding to mark.",
-    "I see no area of concern, so there is nothing to locate or name.",
-    "There is no sign of an abnormality. The study appears normal.",
-    "No abnormal region is present here.",
-)
 
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ORDINALS = ("zeroth", "first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -132,8 +61,8 @@ def _grounded_answer(
     decimals: int,
     record: Record,
 ) -> str:
-    usable = _without([" ".join(vars(phrasing).values()) for phrasing in PHRASINGS], terms, record)
-    phrasing = rng.choice([candidate for candidate in PHRASINGS if " ".join(vars(candidate).values()) in usable])
+    usable = _without([whole_text(phrasing) for phrasing in PHRASINGS], terms, record)
+    phrasing = rng.choice([candidate for candidate in PHRASINGS if whole_text(candidate) in usable])
     if len(names) == 1:
         box = boxes01[0]
         finding = phrasing.only.format(box=format_box(box, decimals), region=region_of(box), name=names[0])
@@ -167,10 +96,8 @@ def region_of(box01: Sequence[float]) -> str:
 
 
 def _without(templates: Iterable[str], terms: Sequence[str], record: Record) -> list[str]:
-    """The templates that contain none of the terms: scoring would count such a term as a class that the answer names."""
-    # The same pattern as `terms.find_terms` uses for a name.
-    named = re.compile("|".join(rf"(?<!\w){re.escape(term)}(?:s|es)?(?!\w)" for term in terms) or "(?!)", re.IGNORECASE)
-    free = [template for template in templates if not named.search(template)]
+    """The templates that contain none of the terms."""
+    free = without_names(templates, terms)
     if not free:
         raise UmedError(
             f"record {record.get('id')!r}: every template of the writer contains one of the source's names or synonyms "

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from umed_plugin.checkpoints.prompt_templates import SYSTEM
 from umed_plugin.commands.demo.studies import LESIONS
 from umed_plugin.data.records import Record, record_geometry
-from umed_plugin.data.template_writer import NEGATIVES, PHRASINGS, QUESTIONS, write_conversation
+from umed_plugin.data.template_writer import write_conversation
+from umed_plugin.data.templates import NEGATIVES, PHRASINGS, QUESTIONS
 from umed_plugin.grounding.geometry import ImageGeometry
 
 CAPTION_QUESTIONS = (

@@ -135,7 +135,7 @@ def names_of(checkpoints: Sequence[Path]) -> list[str]:
 
 def _serve(args: argparse.Namespace, dialogues: Any, names: Sequence[str], shelf: Any) -> None:
     from umed_plugin.commands.serve.server import ChatServer
-    from umed_plugin.data.template_writer import QUESTIONS
+    from umed_plugin.data.templates import QUESTIONS
     from umed_plugin.errors import UmedError, warn
     from umed_plugin.remote.settings import is_loopback
 

@@ -46,6 +46,8 @@ annotations:
   views: montage
 """
 
+    reports_only_ = True
+
     views: Literal["first", "montage"] = Field(
         "first",
         description="What is shown of a study with several images. ``first``: its first image. ``montage``: all of them side by "

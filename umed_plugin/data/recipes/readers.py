@@ -47,6 +47,8 @@ class ReaderOptions(StrictModel):
     stored_frame_: ClassVar[bool] = False
     # True if the format states boxes in percent of the image alone, so that no key says so.
     in_percent_: ClassVar[bool] = False
+    # True if every record is a report, and none an answer of the template writer.
+    reports_only_: ClassVar[bool] = False
     yaml_example_: ClassVar[str] = ""  # with an underscore at its end, so that a reader may take a key ``example``
 
     reader: str = Field(description="Format of the annotations: name of a reader, or ``my_module:my_reader``.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Optional
 from umed_plugin.data.recipes.image_options import preset_misfit
 from umed_plugin.data.recipes.options import HoldOut
 from umed_plugin.data.recipes.readers import FreeOptions
+from umed_plugin.data.templates import without_a_template
 from umed_plugin.errors import unknown_name
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.side_words import names_side
@@ -73,6 +74,15 @@ def check_together(recipe: Recipe, faults: Faults) -> None:
             owner = owners.setdefault(" ".join(word.lower().split()), name)
             if owner != name:
                 faults.add("classes", f"{word!r} stands for {owner!r} and for {name!r}; an answer must tell them apart")
+    if recipe.phrase is None and not options.reports_only_ and type(options) is not FreeOptions:
+        words = [word for words in recipe.names.values() for word in words]
+        unwritten = without_a_template(words, negatives=recipe.negatives.use != "drop")
+        if unwritten:
+            faults.add(
+                "classes",
+                f"no {unwritten} could be written: each of umed's templates contains one of the names and synonyms "
+                f"({', '.join(words)}). Remove the most general of them",
+            )
     for flip in recipe.augment.flips if recipe.augment is not None else []:
         sided = [word for words in recipe.names.values() for word in words if names_side(word, flip)]
         if sided:
