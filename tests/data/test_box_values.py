@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import pytest
 from support.annotation_files import (
     BOX,
@@ -24,6 +25,10 @@ from support.annotation_files import (
     read,
     xml,
 )
+from support.drawn import write_recipe
+
+from umed_plugin.data.checking.check import check_recipe
+from umed_plugin.data.recipes.recipe import load_recipe
 
 
 def test_a_voc_box_without_area_stays_without(tmp_path: Path) -> None:
@@ -148,6 +153,28 @@ def test_units(tmp_path: Path, form: str, box: tuple[float, ...], unit: str, exp
         assert expected in message
     else:
         assert boxes(found) == {"a.png": [pytest.approx(expected)]}
+
+
+@pytest.mark.parametrize(
+    ("form", "side", "told"), [("csv", 500, 1), ("json", 500, 1), ("coco", 500, 1), ("csv", 300, 0)]
+)
+def test_percent_read_as_pixels_is_told_whoever_knows_the_size(tmp_path: Path, form: str, side: int, told: int) -> None:
+    put(tmp_path / "a.png", np.zeros((side, side), np.uint8))
+    corners = [(10 + i, 20, 30 + i, 40 + i) for i in range(25)]
+    if form == "csv":
+        put(tmp_path / "a.csv", HEAD + "".join(f"a.png,{','.join(map(str, box))},nod\n" for box in corners))
+    elif form == "json":
+        put(tmp_path / "a.json", json.dumps({"a.png": {"b": [{"at": box} for box in corners]}}))
+    else:
+        sized = [(1, [x1, y1, x2 - x1, y2 - y1], {}) for x1, y1, x2, y2 in corners]
+        coco(tmp_path, [(1, "a.png")], sized)
+        content = json.loads((tmp_path / "a.json").read_text())
+        content["images"][0] |= {"width": side, "height": side}
+        put(tmp_path / "a.json", json.dumps(content))
+    annotations = {"csv": CSV, "json": JSON, "coco": COCO}[form] % ""
+    recipe = load_recipe(write_recipe(tmp_path, annotations, "{by: patient, fractions: {train: 1}}"))
+    remarks = [line for line in check_recipe(recipe).annotations.told() if "Are these percent?" in line]
+    assert len(remarks) == told
 
 
 @pytest.mark.parametrize("convention", ["one_based", "inclusive", "half_open"])

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet
 from umed_plugin.data.annotations.finding import did_you_mean_file
+from umed_plugin.data.annotations.units import check_percent
 from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
 from umed_plugin.data.images.options import UsedOptions
 from umed_plugin.data.images.windows import plain_window
@@ -54,6 +56,8 @@ def prepare(
         look: gives what is seen of each image; None: reads them here, with their pixels.
     """
     used, whole = UsedOptions(), len(items) == len(annotations.items)
+    # Of images whose size no annotation states. Recipe and split -> boxes with their item and the size of its file.
+    unsized: dict[tuple[str, str], list[tuple[Box, Annotated, tuple[int, int]]]] = defaultdict(list)
     items = choose_slices(items, bad_images, annotations.left_out)
     with contextlib.closing((look or _read_here)(items)) as looks:
         # The looks come first: at their end they tidy up.
@@ -64,10 +68,15 @@ def prepare(
                 continue
             prepared = _fit_to_image(item, seen, pixels, annotations)
             if prepared is not None:
+                if item.size is None and not item.normalised:
+                    boxes = [(box, item, prepared.file_size) for box in item.boxes]
+                    unsized[item.recipe.name, item.split] += boxes
                 used.add(item.recipe, item.image, is_grey_levels=prepared.is_grey_levels, exif=prepared.exif)
                 yield prepared
     if whole and not bad_images:
         annotations.unused_options += used.unused()
+    for found in unsized.values():
+        check_percent(found, annotations.faults)
 
 
 def _read_here(items: Sequence[Annotated]) -> Looks:
@@ -171,6 +180,7 @@ def _fit_to_image(item: Annotated, seen: Seen, pixels: np.ndarray, annotations: 
         rendered=seen.rendered,
         burned_in=seen.burned_in,
         labels=list(item.labels),
+        file_size=frame.size,
     )
 
 

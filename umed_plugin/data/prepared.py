@@ -32,6 +32,7 @@ class Prepared:
         evaluated: True if the image is also in an evaluation set.
         rendered: path of the PNG under ``out_dir`` that shows it; empty if there is none.
         burned_in: what its DICOM header says about text in the pixels, or None.
+        file_size: width and height of the picture in its file, in pixels.
         box_score: how far the anomaly map stands out where it drew the image's pseudo-box, 0-1; None for annotated boxes.
     """
 
@@ -48,6 +49,7 @@ class Prepared:
     rendered: str = ""
     burned_in: Optional[str] = None
     labels: list[str] = field(default_factory=list)
+    file_size: tuple[int, int] = (0, 0)
     box_score: Optional[float] = None
 
 

@@ -1,4 +1,4 @@
-"""Whether boxes can be in the unit that the recipe states. All of this is known before an image is downloaded."""
+"""Whether boxes can be in the unit that the recipe states. What needs no image is said before one is downloaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_units(items: Sequence[Annotated], faults: Faults) -> None:
     for split in dict.fromkeys(item.split for item in items):
         boxes = [(box, item) for item in items if item.split == split for box in item.boxes]
         _check_fractions([pair for pair in boxes if not pair[1].normalised], faults)
-        _check_percent([pair for pair in boxes if not pair[1].normalised], faults)
+        check_percent([(box, item, item.size) for box, item in boxes if item.size and not item.normalised], faults)
         _check_pixels([pair for pair in boxes if pair[1].normalised], faults)
         _check_read_as_percent(
             [pair for pair in boxes if pair[1].normalised and _in_percent(pair[1].recipe.annotations)], faults
@@ -76,8 +76,13 @@ def _tell_small(
         faults.remark(item.where, message)
 
 
-def _check_percent(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
-    large = [(box, item) for box, item in boxes if item.size is not None and min(item.size) >= _SIDE_FOR_PERCENT]
+def check_percent(boxes: Sequence[tuple[Box, Annotated, tuple[int, int]]], faults: Faults) -> None:
+    """Remark on boxes in pixels that are probably in percent, of one split.
+
+    Args:
+        boxes: each with its item, and with width and height of its image in pixels.
+    """
+    large = [(box, item) for box, item, size in boxes if min(size) >= _SIDE_FOR_PERCENT]
     if len(large) < _ENOUGH_FOR_PERCENT or any(not -1 <= value <= 101 for box, _ in large for value in box):
         return
     if any(value > 1.01 for box, _ in large for value in box):
