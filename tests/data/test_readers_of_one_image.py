@@ -121,6 +121,17 @@ def test_a_name_that_only_one_reader_writes_is_known_too(tmp_path: Path) -> None
     assert vindr(tmp_path, ", readers: {use: R1}", rows).faults.messages == []
 
 
+@pytest.mark.parametrize("keys", ["readers: {use: R2}, columns: {reader: r, ", "phrase: r, columns: {"])
+def test_an_image_that_is_left_out_is_so_for_all_readers_and_phrases(tmp_path: Path, keys: str) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "a.csv").write_text("f,x,y,u,v,c,r,q\na.png,10,10,30,30,nod,R1,bad\na.png,11,10,31,30,nod,R2,ok\n")
+    found = read(
+        tmp_path,
+        f"{{reader: csv, files: a.csv, leave_out_images: {{q: [bad]}}, {keys}file: f, box: [x, y, u, v], lesion: c}}}}",
+    )
+    assert boxes(found) == {} and set(found.left_out) == {"q is bad"}
+
+
 def test_the_order_of_rows_and_the_names_change_nothing(tmp_path: Path) -> None:
     rule = ", readers: {consensus: wbf}"
     first = vindr(tmp_path, rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Optional
 
@@ -104,6 +105,7 @@ class _Table:
                 first.left_out = first.left_out or item.left_out
                 first.boxes += item.boxes
                 first.classes += item.classes
+        _leave_out_whole(merged.values())
         self.names.tell(self.path, self.faults)
         return list(merged.values())
 
@@ -297,6 +299,16 @@ class _Table:
             self.faults.add(where, f'window is {text!r}; needed: "low, high", two numbers of which the first is less')
             return None
         return low, high
+
+
+def _leave_out_whole(items: Collection[Annotated]) -> None:
+    """Leave out every item of an image (or slice) of which a row says so: those of all readers and phrases."""
+    reasons: dict[tuple[Path, Optional[int]], str] = {}
+    for item in items:
+        if item.left_out:
+            reasons.setdefault((item.image, item.slice), item.left_out)
+    for item in items:
+        item.left_out = reasons.get((item.image, item.slice), "")
 
 
 def checked_split(text: str, values: dict[str, Split], where: str, faults: Faults) -> str:
