@@ -56,6 +56,25 @@ def test_split_lists_in_the_forms_that_there_are(tmp_path: Path) -> None:
     assert found.faults.left_out == {("names in train.txt", "no XML has this name"): 1}
 
 
+def test_a_split_list_means_one_of_several_xml_files_of_a_name(tmp_path: Path) -> None:
+    for folder in "pq":
+        put(tmp_path / folder / "1.png")
+        put(tmp_path / "xml" / folder / "1.xml", xml(f"{folder}/1.png", an_object()))
+    annotations = "{reader: voc, files: 'xml/**/*.xml', split_lists: {train: train.txt, val: val.txt}}"
+    put(tmp_path / "train.txt", "images/p/1.png\n")
+    put(tmp_path / "val.txt", "")
+    found = read(tmp_path, annotations, "{by: file}")
+    assert boxes(found) == {"p/1.png": [BOX]} and found.left_out == {"its XML is in none of split_lists": 1}
+    put(tmp_path / "val.txt", "q/1\n")
+    assert {item.image.parent.name: item.split for item in read(tmp_path, annotations, "{by: file}").items} == {
+        "p": "train",
+        "q": "val",
+    }
+    put(tmp_path / "val.txt", "1\n")
+    (message,) = read(tmp_path, annotations, "{by: file}").faults.messages
+    assert "'1' may be" in message and "p/1.xml or" in message and "q/1.xml, like 1 names" in message
+
+
 @pytest.mark.parametrize(
     "written", [r"sub\A.png", "sub/%41.png", "sub/a.PNG", "SUB/A.png", "sub/A.jpg", "sub/B_lesoin.png"]
 )

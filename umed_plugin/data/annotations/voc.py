@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Optional
 
@@ -48,7 +51,9 @@ annotations:
         "the image if no other box is left.",
     )
     split_lists: dict[Split, str] = Field(
-        {}, description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``)."
+        {},
+        description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``). Where several "
+        "XML files have one stem, write their folders before it.",
     )
 
 
@@ -56,7 +61,7 @@ annotations:
 def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read all XML files of each pattern; ``split_lists`` say which split a file belongs to, others are left out."""
     paths = {split: matching_files(root, pattern, faults) for split, pattern in options.files.items()}
-    splits = _listed_splits(options, root, {path.stem for found in paths.values() for path in found}, faults)
+    splits = _listed_splits(options, root, {path for found in paths.values() for path in found}, faults)
     difficult: Counter[str] = Counter()
     items: list[Annotated] = []
     for split, found in paths.items():
@@ -65,8 +70,8 @@ def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]
             item = _item(path, folders, options, faults, difficult)
             if item is None:
                 continue
-            item.split = split if splits is None else splits.get(path.stem, "")
-            if splits is not None and path.stem not in splits:
+            item.split = split if splits is None else splits.get(path, "")
+            if splits is not None and path not in splits:
                 item.left_out = "its XML is in none of split_lists"
             items.append(item)
     if difficult["keep"]:
@@ -77,30 +82,43 @@ def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]
     return items
 
 
-def _listed_splits(options: VocOptions, root: Path, stems: set[str], faults: Faults) -> Optional[dict[str, str]]:
-    """Stem -> split, by the lists; None without lists."""
+def _listed_splits(options: VocOptions, root: Path, paths: set[Path], faults: Faults) -> Optional[dict[Path, str]]:
+    """XML -> split, by the lists; None without lists."""
     if not options.split_lists:
         return None
-    splits: dict[str, str] = {}
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(paths):
+        by_stem[path.stem].append(path)
+    splits: dict[Path, str] = {}
     for split, name in options.split_lists.items():
         path = root / name
         if not path.is_file():
             faults.add(path, "no such split list")
             continue
-        lost = []
-        for written in _written_names(faults.read(read_text, path) or "", stems):
-            stem = _stem_of(written, stems)
-            if stem is None:
+        lost: list[str] = []
+        unclear: list[tuple[str, list[Path]]] = []
+        for written in _written_names(faults.read(read_text, path) or "", by_stem):
+            fitting = _fitting(written, by_stem)
+            if not fitting:
                 lost.append(written)
-            elif splits.setdefault(stem, split) != split:
-                faults.add(path, f"{stem!r} is in {splits[stem]} already")
+            elif len({os.path.realpath(one) for one in fitting}) > 1:
+                unclear.append((written, fitting))
+            elif any(splits.setdefault(one, split) != split for one in fitting):
+                faults.add(path, f"{written!r} is in {splits[fitting[0]]} already")
         if lost:
             faults.left_out[f"names in {name}", "no XML has this name"] += len(lost)
             faults.remark(path, f"{len(lost)} names have no XML. The first: {lost[0]!r}")
+        if unclear:
+            written, (one, other, *_) = unclear[0]
+            faults.add(
+                path,
+                f"{written!r} may be {one} or {other}, like {len(unclear)} names that fit several XML files. Write the folder "
+                f"before each name, such as {one.parent.name}/{one.stem}",
+            )
     return splits
 
 
-def _written_names(text: str, stems: set[str]) -> list[str]:
+def _written_names(text: str, stems: Collection[str]) -> list[str]:
     """One name per line, as Pascal VOC has it, or several; ``name -1`` and ``name 1`` in the lists of one class."""
     names: list[str] = []
     for line in filter(None, (line.strip() for line in text.splitlines())):
@@ -114,7 +132,20 @@ def _written_names(text: str, stems: set[str]) -> list[str]:
     return names
 
 
-def _stem_of(written: str, stems: set[str]) -> Optional[str]:
+def _fitting(written: str, by_stem: dict[str, list[Path]]) -> list[Path]:
+    """The XML files that a list may mean by a name: of those with its stem, the ones that share most folders before it."""
+    paths = by_stem.get(_stem_of(written, by_stem) or "", [])
+    folders = written.replace("\\", "/").split("/")[-2::-1]
+    shared = [_equal_at_start(folders, path.parts[-2::-1]) for path in paths]
+    return [path for path, count in zip(paths, shared) if count == max(shared)]
+
+
+def _equal_at_start(first: Sequence[str], second: Sequence[str]) -> int:
+    """Number of equal parts before the first that differ."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
+
+
+def _stem_of(written: str, stems: Collection[str]) -> Optional[str]:
     """The XML's stem for a name that may have folders before it and an ending: ``JPEGImages/a.png`` is ``a``."""
     last = written.replace("\\", "/").rsplit("/", 1)[-1]
     return next((name for name in (written, last, without_ending(last)) if name in stems), None)
