@@ -238,10 +238,11 @@ def test_crowds_are_left_out_and_counted(tmp_path: Path, more: str, expected: li
     assert found.faults.left_out == ({} if more else {("boxes", "iscrowd or ignore; annotations.crowd"): 2})
 
 
+@pytest.mark.parametrize("written", ["1", "true", "True"])
 @pytest.mark.parametrize(("more", "count"), [("", 2), (", difficult: drop", 1)])
-def test_difficult_objects(tmp_path: Path, more: str, count: int) -> None:
+def test_difficult_objects(tmp_path: Path, more: str, count: int, written: str) -> None:
     put(tmp_path / "img" / "a.png")
-    difficult = an_object((51, 51, 70, 70), "<difficult>1</difficult>")
+    difficult = an_object((51, 51, 70, 70), f"<difficult>{written}</difficult>")
     put(tmp_path / "xml" / "a.xml", xml("a.png", an_object(), difficult))
     found = read(tmp_path, VOC % more)
     assert len(boxes(found)["img/a.png"]) == count

@@ -169,7 +169,7 @@ def _item(
         box = _box(entry, options.convention, f"{path} object {place}", faults)
         if box is None:
             continue
-        if (entry.findtext("difficult") or "").strip() == "1":
+        if (entry.findtext("difficult") or "").strip().lower() in ("1", "true"):
             difficult[options.difficult] += 1
             if options.difficult == "drop":
                 drop_box(item, "difficult; annotations.difficult", faults)
