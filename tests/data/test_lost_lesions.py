@@ -218,6 +218,12 @@ def test_yolo_labels_in_sub_folders_and_of_another_case(tmp_path: Path) -> None:
     assert "s2/lost.TXT: there is no image s2/lost.*" in message
 
 
+def test_rows_are_named_by_their_line(tmp_path: Path) -> None:
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.csv", HEAD + '"a.png",10,20,30,40,"nod\n"\n\na.png\n')
+    assert any("a.csv:5: has 1 cells" in message for message in read(tmp_path, CSV % "").faults.messages)
+
+
 def test_a_row_that_ends_early_is_no_negative(tmp_path: Path) -> None:
     put(tmp_path / "a.png")
     put(tmp_path / "a.csv", HEAD + "a.png\n")

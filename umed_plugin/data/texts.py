@@ -152,7 +152,12 @@ def _xml_text(path: Path) -> str:
 
 
 def read_rows(path: Path, delimiter: str = ",") -> list[list[str]]:
-    """The rows of a CSV file, the header among them.
+    """The rows of a CSV file, the header among them; errors as of `read_numbered_rows`."""
+    return [row for _, row in read_numbered_rows(path, delimiter)]
+
+
+def read_numbered_rows(path: Path, delimiter: str = ",") -> list[tuple[int, list[str]]]:
+    """The rows of a CSV file, the header among them, each with the number of its first line: a cell may have several lines.
 
     Raises:
         UmedError: the file cannot be read, a quote is never closed, or a cell is longer than 10 million characters.
@@ -162,8 +167,13 @@ def read_rows(path: Path, delimiter: str = ",") -> list[list[str]]:
         raise UmedError(f'{path}: a quote (") is opened and never closed, so that all rows after it would be one cell')
     before = csv.field_size_limit(_MOST_IN_A_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows: list[tuple[int, list[str]]] = []
+    last = 0
     try:
-        return list(reader)
+        for row in reader:
+            rows.append((last + 1, row))
+            last = reader.line_num
+        return rows
     except csv.Error as error:
         raise UmedError(f"{path}:{reader.line_num}: not CSV: {error}") from error
     finally:

@@ -14,12 +14,13 @@ from umed_plugin.faults import Faults
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def titled(rows: list[list[str]], has_header: bool) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def titled(rows: list[tuple[int, list[str]]], has_header: bool) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The titles of the columns, and the other rows with the numbers of their lines; without a header, titles are 0, 1, 2, ..."""
     if not rows:
         return [], []
-    titles = [title.strip() for title in rows[0]] if has_header else [str(column) for column in range(len(rows[0]))]
-    return titles, list(enumerate(rows, start=1))[has_header:]
+    first = rows[0][1]
+    titles = [title.strip() for title in first] if has_header else [str(column) for column in range(len(first))]
+    return titles, rows[has_header:]
 
 
 def columns_exist(wanted: list[tuple[str, Column]], header: list[str], path: Path, faults: Faults) -> bool:

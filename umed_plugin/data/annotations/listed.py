@@ -8,7 +8,7 @@ from typing import Optional
 from umed_plugin.data.annotations.cells import cell_of, columns_exist, titled
 from umed_plugin.data.annotations.finding import annotation_file
 from umed_plugin.data.recipes.options import ImageList
-from umed_plugin.data.texts import read_rows
+from umed_plugin.data.texts import read_numbered_rows
 from umed_plugin.faults import Faults
 
 
@@ -25,7 +25,7 @@ class ListedImages:
         if rule is None:
             return
         path = annotation_file(root, rule.files, faults)
-        rows = faults.read(read_rows, path, rule.delimiter) if path is not None else None
+        rows = faults.read(read_numbered_rows, path, rule.delimiter) if path is not None else None
         if path is None or not rows:
             return
         header, data = titled(rows, rule.header)

@@ -19,7 +19,7 @@ from umed_plugin.data.annotations.table import checked_split
 from umed_plugin.data.recipes.options import Column, NegativeList
 from umed_plugin.data.recipes.readers import ReaderOptions
 from umed_plugin.data.recipes.recipe import Recipe
-from umed_plugin.data.texts import read_rows
+from umed_plugin.data.texts import read_numbered_rows
 from umed_plugin.faults import Faults
 
 
@@ -73,7 +73,7 @@ def _read_list(listed: NegativeList, recipe: Recipe, annotations: AnnotationSet)
     """
     faults, root, options = annotations.faults, annotations.root, recipe.annotations
     path = annotation_file(root, listed.files, faults)
-    rows = faults.read(read_rows, path, listed.delimiter) if path is not None else None
+    rows = faults.read(read_numbered_rows, path, listed.delimiter) if path is not None else None
     if path is None or not rows:
         return []
     header, data = titled(rows, listed.header)

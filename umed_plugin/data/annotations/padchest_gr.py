@@ -11,7 +11,7 @@ from umed_plugin.data.annotations.base import Annotated, four_numbers
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file, json_files
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import SPLIT_NAMES
-from umed_plugin.data.texts import read_rows
+from umed_plugin.data.texts import read_numbered_rows
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
 
@@ -64,8 +64,8 @@ def _table(options: PadchestGrOptions, root: Path, faults: Faults) -> Optional[d
     if options.table is None:
         return None
     path = annotation_file(root, options.table, faults)
-    rows = faults.read(read_rows, path) if path is not None else None
-    header = [title.strip() for title in rows[0]] if rows else []
+    rows = faults.read(read_numbered_rows, path) if path is not None else None
+    header = [title.strip() for title in rows[0][1]] if rows else []
     missing = [title for title in ("StudyID", "PatientID", "split") if title not in header]
     if rows and missing:
         faults.add(path, f"has no column {', '.join(missing)}. It has: {', '.join(header)}")
@@ -73,7 +73,7 @@ def _table(options: PadchestGrOptions, root: Path, faults: Faults) -> Optional[d
         return {}
     study, patient, split = (header.index(title) for title in ("StudyID", "PatientID", "split"))
     found: dict[str, tuple[str, str]] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in rows[1:]:
         if len(row) <= max(study, patient, split):
             faults.add(
                 f"{path}:{number}", f"has {len(row)} cells, and the header has {len(header)}. Is the file whole?"

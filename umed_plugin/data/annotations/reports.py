@@ -16,7 +16,7 @@ from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.options import Column, HasHeader
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import SPLIT_NAMES
-from umed_plugin.data.texts import read_json, read_rows
+from umed_plugin.data.texts import read_json, read_numbered_rows
 from umed_plugin.faults import Faults, StrictModel
 
 # What stands where words were taken out so that nobody can be known by them: XXXX in IU X-ray, ___ in MIMIC-CXR.
@@ -170,7 +170,7 @@ def _holds_studies(value: Any) -> bool:
 
 def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_Study]:
     columns: ReportColumns = options.columns
-    rows: list[list[str]] = faults.read(read_rows, path) or []
+    rows: list[tuple[int, list[str]]] = faults.read(read_numbered_rows, path) or []
     header, data = titled(rows, options.header)
     wanted = [(f"annotations.columns.{role}", column) for role, column in columns if column is not None]
     if not header or not columns_exist(wanted, header, path, faults):

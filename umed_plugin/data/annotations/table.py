@@ -19,7 +19,7 @@ from umed_plugin.data.annotations.table_options import CsvOptions
 from umed_plugin.data.recipes.options import Column
 from umed_plugin.data.recipes.readers import register_reader
 from umed_plugin.data.splits import SPLITS, Split
-from umed_plugin.data.texts import read_rows
+from umed_plugin.data.texts import read_numbered_rows
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
@@ -33,7 +33,7 @@ def read_csv(options: CsvOptions, root: Path, faults: Faults) -> list[Annotated]
     listed = ListedImages(options.leave_out_listed, root, faults)
     for split, name in options.files.items():
         path = annotation_file(root, name, faults)
-        rows = faults.read(read_rows, path, options.delimiter) if path is not None else None
+        rows = faults.read(read_numbered_rows, path, options.delimiter) if path is not None else None
         if path is None or rows is None:
             continue
         header, data = titled(rows, options.header)

@@ -142,17 +142,17 @@ def read_scores(file: Path, ids: Sequence[str]) -> dict[str, dict[str, float]]:
     Raises:
         UmedError: the file cannot be read, a cell is no number, or an id is missing or comes twice. All are named.
     """
-    from umed_plugin.data.texts import read_rows
+    from umed_plugin.data.texts import read_numbered_rows
     from umed_plugin.faults import Faults
 
-    rows, faults = read_rows(file), Faults()
-    header = [title.strip() for title in rows[0]] if rows else []
+    rows, faults = read_numbered_rows(file), Faults()
+    header = [title.strip() for title in rows[0][1]] if rows else []
     if "id" not in header or len(header) < 2:
         raise UmedError(
             f"{file}: its columns are {', '.join(header) or 'none'}; needed: id (as in predictions.jsonl) and one for each score."
         )
     found: dict[str, dict[str, float]] = {}
-    for number, row in enumerate(rows[1:], start=2):
+    for number, row in rows[1:]:
         cells = dict(zip(header, (cell.strip() for cell in row)))
         identity = cells.pop("id", "")
         values = {f"{_OF_FILE}{name}": _number(text) for name, text in cells.items()}
