@@ -53,6 +53,14 @@ def test_masks_below_the_threshold(tmp_path: Path, values: np.ndarray, more: str
         assert boxes(found) == {"i/a.png": [(10, 10, 30, 30), (50, 50, 70, 70)]}
 
 
+def test_a_second_mask_of_an_image_is_counted(tmp_path: Path) -> None:
+    for name in ("a (1)", "a (1)_mask", "a (1)_mask_1", "a (1)_mask_2"):
+        put(tmp_path / "b" / f"{name}.png", two_regions(255, 255))
+    found = read(tmp_path, "{reader: mask, files: 'b/*).png', masks: 'b/{stem}_mask.png', only_class: nod}")
+    assert list(boxes(found)) == ["b/a (1).png"]
+    assert found.faults.left_out == {("masks", "a further one of its image, with a number behind the name"): 2}
+
+
 def floats(first: float, second: float = 0) -> np.ndarray:
     values = np.zeros((80, 100), np.float32)
     values[10:30, 10:30], values[50:70, 50:70] = first, second

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +19,7 @@ from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import Faults
 
+_NUMBERED = re.compile(r"(.+?)[ _-]?\(?\d+\)?(\.\w+)")
 _MOST_WHOLE = 2.0**53  # floats above it are no labels
 # Black of a mask that was saved as JPEG, in grey levels.
 _JPEG_NOISE = 32
@@ -95,6 +98,7 @@ def read_mask(options: MaskOptions, root: Path, faults: Faults) -> list[Annotate
     if options.values and "threshold" in options.model_fields_set:
         faults.no_effect("annotations.threshold", "has no effect together with annotations.values")
     _tell_unused_masks(options, root, set(owners), faults)
+    _tell_further_masks(owners, faults)
     return items
 
 
@@ -112,6 +116,25 @@ def _tell_unused_masks(options: MaskOptions, root: Path, used: set[Path], faults
         if unused:
             faults.left_out["masks", "no image of annotations.files has this name"] += len(unused)
             faults.remark(root / written, f"{len(unused)} masks belong to no image. The first: {unused[0].name}")
+
+
+def _tell_further_masks(owners: dict[Path, Path], faults: Faults) -> None:
+    """Masks with a number behind the name of one that is read, such as ``a_mask_1.png``: further lesions of that image."""
+    images = set(owners.values())
+    further = []
+    for folder in sorted({mask.parent for mask in owners if mask.parent.is_dir()}):
+        for name in sorted(os.listdir(folder)):
+            found = _NUMBERED.fullmatch(name)
+            one = folder / name
+            if found and folder / f"{found[1]}{found[2]}" in owners and one not in owners and one not in images:
+                further.append(one)
+    if further:
+        faults.left_out["masks", "a further one of its image, with a number behind the name"] += len(further)
+        faults.remark(
+            further[0],
+            f"{len(further)} masks have a number behind the name of one that is read, and are not read: their lesions are "
+            "unmarked. Join the masks of an image into one",
+        )
 
 
 def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
