@@ -313,3 +313,16 @@ def test_an_image_whose_name_is_not_utf_8_is_built(tmp_path: Path) -> None:
     assert [os.fsencode(Path(record["image"]).name) for record in records] == [b"a.png", b"b-\xff.png", b"c.png"]
     save_records(records, tmp_path / "out" / "records.json")
     assert load_records(tmp_path / "out" / "records.json") == records
+
+
+def test_images_that_no_entry_names_are_counted(tmp_path: Path) -> None:
+    """Most tables of boxes have no row for a normal image."""
+    for name in ("a.png", "b.png", "normal1.PNG", "normal2.png", "notes.txt", ".hidden.png"):
+        put(tmp_path / "img" / name)
+    for name in "ab":
+        put(tmp_path / "xml" / f"{name}.xml", xml(f"{name}.png", an_object()))
+    told = " ".join(read(tmp_path, VOC % "").told())
+    assert f"{tmp_path}/img: 2 of 4 image files are named by no entry that is read. The first: normal1.PNG" in told
+    put(tmp_path / "xml" / "normal1.xml", xml("normal1.PNG"))
+    put(tmp_path / "xml" / "normal2.xml", xml("normal2.png"))
+    assert "named by no entry" not in " ".join(read(tmp_path, VOC % "").told())

@@ -38,6 +38,7 @@ def test_one_row_for_each_kind(tmp_path: Path) -> None:
     assert found["splits that are asked for and empty"] == (1, None, ["test"])
     assert found["patients in more than one split"] == (1, 1, ["drawn p1"])
     assert found["images left out: negative"] == (1, None, [])
+    assert found["images in train, all with a lesion: a model may learn to see one in every image"] == (1, None, [])
     assert found["boxes left out: the same box of the same class twice"] == (1, None, [])
     count, _, (unused, *_) = found["rules or options without effect"]
     assert count == 2
@@ -51,7 +52,7 @@ def test_one_row_for_each_kind(tmp_path: Path) -> None:
 
 @pytest.mark.llava
 def test_without_a_finding_only_what_was_looked_at_is_said(tmp_path: Path) -> None:
-    rows = "1.png,10,20,30,40,nod,p1,train\n22.png,10,20,30,40,cy,p2,val\n"
+    rows = "1.png,10,20,30,40,nod,p1,train\n22.png,10,20,30,40,cy,p2,val\n333.png,,,,,,p3,train\n"
     check = check_recipe(load_recipe(recipe_file(tmp_path, rows)))
     check.split_leaks = []
     assert plausibility(check) == []

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 import pytest
-from support.drawn import bright_box, write_recipe
+from support.drawn import bright_box, write_png, write_recipe
 
 from umed_plugin.data.annotations import AnnotationSet, read_annotations
 from umed_plugin.data.recipes.recipe import load_recipe
@@ -121,6 +121,20 @@ def test_label_volumes_that_are_missing_damaged_or_of_no_image(tmp_path: Path) -
     assert "a.nii.gz: cannot be read as NIfTI" in fault(read(tmp_path, LABELS % VALUES))
     (tmp_path / "labels" / "a.nii.gz").unlink()
     assert "no such label volume (annotations.labels)" in fault(read(tmp_path, LABELS % VALUES))
+
+
+def test_a_dicom_series_with_nifti_labels_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "ct" / "case00").mkdir(parents=True)
+    (tmp_path / "ct" / "case00" / "1.dcm").write_bytes(b"dicom")
+    put_volume(tmp_path / "labels" / "1.nii.gz", drawn())
+    of_folders = fault(read(tmp_path, LABELS.replace("images/*.nii.gz", "ct/*") % VALUES))
+    assert "no file matches; case00 is a folder" in of_folders
+    of_files = fault(read(tmp_path, LABELS.replace("images/*.nii.gz", "ct/case00/*.dcm") % VALUES))
+    assert "1.dcm: is no NIfTI file" in of_files and "dcm2niix" in of_files
+    write_png(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    put_volume(tmp_path / "a.nii.gz", drawn())
+    mask = "{reader: mask, files: '*.png', masks: '{stem}.nii.gz', only_class: nod}"
+    assert "nifti_labels reads label volumes" in fault(read(tmp_path, mask))
 
 
 def test_names_of_a_case(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from umed_plugin.data.annotations.patients import (
 from umed_plugin.data.annotations.phrases import leave_out_without_phrase
 from umed_plugin.data.annotations.splits import deal_out, without_copies_held_out
 from umed_plugin.data.annotations.units import check_stated_sizes, check_units
+from umed_plugin.data.annotations.unlisted import tell_unlisted
 from umed_plugin.data.recipes.readers import READERS, ReaderOptions, register_reader
 from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, Recipe
 from umed_plugin.errors import did_you_mean
@@ -71,6 +72,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
     faults = annotations.faults
     reader = READERS.get(recipe.annotations.reader)
     annotated = with_possible_paths(reader(recipe.annotations, root, faults), faults)
+    named = list(annotated)
     leave_out_without_phrase(annotated, recipe, faults)
     name_whole_files(annotated, recipe)
     # Of all readers: the next step keeps the boxes of one, or those that several agree on.
@@ -82,6 +84,8 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
         met.update(recipe.classes)  # what reports name is searched for when their records are written
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
+    if recipe.annotations.names_images_:
+        tell_unlisted([*named, *items], faults)
     note_unread(items, annotated, recipe)
     check_labels(items, recipe, faults)
     tell_unused_rules(recipe, met, sum(item.is_negative for item in items), faults)

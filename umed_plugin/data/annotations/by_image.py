@@ -23,6 +23,7 @@ from umed_plugin.grounding.boxes import Box
 class JsonOptions(ReaderOptions):
     """JSON with one entry per image: an object of image name and entry, or a list of entries."""
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: json

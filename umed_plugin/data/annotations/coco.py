@@ -29,6 +29,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 class CocoOptions(ReaderOptions):
     """COCO JSON: ``images``, ``annotations`` with ``bbox`` [x, y, width, height], ``categories``."""
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: coco

@@ -25,6 +25,7 @@ _WITHOUT_BOX = ("polyline", "points", "cuboid", "skeleton")
 class CvatOptions(ReaderOptions):
     """CVAT for images 1.1 (``annotations.xml``). Boxes (turned ones too), polygons, ellipses and masks become their boxes."""
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: cvat

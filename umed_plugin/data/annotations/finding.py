@@ -183,7 +183,8 @@ def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
     matching = matches(root, pattern)
     found = [path for path in matching if path.is_file()]
     if not add_not_fetched(matching, faults) and not found:
-        faults.add(root / pattern, "no file matches. Check annotations.files and the data root")
+        folder_matches = f"; {matching[0].name} is a folder" if matching else ""
+        faults.add(root / pattern, f"no file matches{folder_matches}. Check annotations.files and the data root")
     folder, last = os.path.split(pattern)
     known = set(found)
     if _has_wildcard(last):

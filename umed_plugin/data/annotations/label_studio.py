@@ -37,6 +37,7 @@ class LabelStudioOptions(ReaderOptions):
     such as bitmasks, are left out and counted.
     """
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: label_studio

@@ -25,6 +25,7 @@ class LabelmeOptions(ReaderOptions):
     boxes; shapes of one label and ``group_id`` are one lesion.
     """
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: labelme

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files
+from umed_plugin.data.endings import NIFTI_ENDINGS
 from umed_plugin.data.images.raster import DEEP_MODES, opened_raster
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -143,6 +144,11 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
         faults.add(
             mask,
             f"no such mask (annotations.masks).{did_you_mean_file(mask, root)} An image without a lesion needs an empty mask",
+        )
+        return None
+    if mask.name.lower().endswith(NIFTI_ENDINGS):
+        faults.add(
+            mask, "is a NIfTI file; the reader mask takes pictures. nifti_labels reads label volumes of NIfTI images"
         )
         return None
     try:

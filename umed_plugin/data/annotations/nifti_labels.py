@@ -14,6 +14,7 @@ from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files, without_ending
 from umed_plugin.data.annotations.shapes import regions
+from umed_plugin.data.endings import NIFTI_ENDINGS
 from umed_plugin.data.recipes.options import checked_template, compiled
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
@@ -169,6 +170,11 @@ def _read(image: Path, labels: Path) -> np.ndarray:
 
     opened: list[Any] = []
     for path in (image, labels):
+        if not path.name.lower().endswith(NIFTI_ENDINGS):
+            raise UmedError(
+                f"{path}: is no NIfTI file; allowed: {', '.join(NIFTI_ENDINGS)}. nifti_labels takes image and labels as NIfTI "
+                "on one grid. Convert a DICOM series first, with dcm2niix"
+            )
         try:
             opened.append(nibabel.load(path))
         # nibabel raises errors of many kinds for damaged files.

@@ -24,6 +24,7 @@ class PadchestGrOptions(ReaderOptions):
     findings are all normal is negative. Of the two readers, ``boxes`` is used, unless ``readers`` says otherwise.
     """
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: padchest_gr

@@ -56,6 +56,7 @@ class CsvColumns(StrictModel):
 class CsvOptions(ReaderOptions):
     """CSV, with a header line unless ``header: false``. Rows of the same image (and slice) belong together."""
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: csv

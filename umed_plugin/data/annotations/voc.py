@@ -32,6 +32,7 @@ _SHIFTS = {"one_based": (-1, -1, 0, 0), "inclusive": (0, 0, 1, 1), "half_open": 
 class VocOptions(ReaderOptions):
     """Pascal VOC XML: one file per image. ``files`` is a pattern of XML files."""
 
+    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: voc

@@ -22,6 +22,7 @@ LOOKED_AT = (
     "windows that leave black and white alone",
     "empty splits",
     "a small test split",
+    "training images without a lesion",
     "patients with most of the data",
     "patients and pictures in two splits",
     "rules without effect",
@@ -72,6 +73,7 @@ def plausibility(check: RecipeCheck) -> list[Finding]:
             check.windowed,
         ),
         _of("splits that are asked for and empty", _empty_splits(check)),
+        *_no_negatives(check),
         *_small_test_split(check),
         *_largest_patients(check.patient_images, images),
         _of("patients in more than one split", shared, len(check.patient_images)),
@@ -134,6 +136,14 @@ def _empty_splits(check: RecipeCheck) -> list[str]:
         values = getattr(options, "split_values", {}).values()
         asked = {*options.files, *getattr(options, "split_lists", {}), *values}
     return [split for split in SPLITS if split in asked and check.images and not check.images[split]]
+
+
+def _no_negatives(check: RecipeCheck) -> list[Finding]:
+    """A training split of images with a lesion alone. Phrases and reports are asked for what the image shows."""
+    trained = [item for item in check.annotations.items if item.split == "train"]
+    if not trained or check.negatives["train"] or any(item.phrase or item.report for item in trained):
+        return []
+    return [Finding("images in train, all with a lesion: a model may learn to see one in every image", len(trained))]
 
 
 def _small_test_split(check: RecipeCheck) -> list[Finding]:

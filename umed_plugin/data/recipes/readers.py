@@ -49,6 +49,8 @@ class ReaderOptions(StrictModel):
     in_percent_: ClassVar[bool] = False
     # True if every record is a report, and none an answer of the template writer.
     reports_only_: ClassVar[bool] = False
+    # True if the annotations name each image: a file beside them that none names may be a normal image that is lost.
+    names_images_: ClassVar[bool] = False
     yaml_example_: ClassVar[str] = ""  # with an underscore at its end, so that a reader may take a key ``example``
 
     reader: str = Field(description="Format of the annotations: name of a reader, or ``my_module:my_reader``.")
