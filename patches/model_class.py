@@ -15,7 +15,8 @@ from typing import Any
 
 from umed_plugin.checkpoints.folder import ADAPTER
 from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
-from umed_plugin.errors import warn
+from umed_plugin.checkpoints.missing_tensors import refuse_missing
+from umed_plugin.errors import UmedError, warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
@@ -81,18 +82,32 @@ def find_faults(run: TrainingRun) -> list[str]:
             f"--model_name_or_path {name}: LLaVA treats any path with 'mpt' in it as an MPT model. "
             "Rename the folder, or pass a symbolic link to it."
         )
-    return [*faults, *find_contradictions(config, run.model_args)]
+    return [*faults, *_missing_tensors(run, config), *find_contradictions(config, run.model_args)]
+
+
+def _missing_tensors(run: TrainingRun, config: dict[str, Any]) -> list[str]:
+    """Why a checkpoint on this machine has not every weight. transformers warns in a long log, and trains random values."""
+    name = run.model_args.model_name_or_path
+    if not _has_weights(Path(name)):
+        return []
+    try:
+        refuse_missing(name, config, projector=run.model_args.pretrain_mm_mlp_adapter is None)
+    except UmedError as error:
+        return [f"--model_name_or_path {error}"]
+    return []
 
 
 def _part_of_a_checkpoint(folder: Path) -> str | None:
     """Why a folder holds only what a training adds to a checkpoint: LLaVA would load the base without the trained projector."""
     if (folder / ADAPTER).is_file():
         return "is a LoRA adapter, not a checkpoint. Merge it first (`umed merge`), and train the merged checkpoint."
-    if (folder / "mm_projector.bin").is_file() and not any(
-        (*folder.glob("*.safetensors*"), *folder.glob("pytorch_model*"))
-    ):
+    if (folder / "mm_projector.bin").is_file() and not _has_weights(folder):
         return "holds a trained projector alone. Start from its base with --pretrain_mm_mlp_adapter FOLDER/mm_projector.bin."
     return None
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((*folder.glob("*.safetensors*"), *folder.glob("pytorch_model*")))
 
 
 def warn_of_departures(run: TrainingRun) -> None:

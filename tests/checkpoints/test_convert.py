@@ -22,7 +22,8 @@ from support.conversion import (
 )
 
 from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
-from umed_plugin.checkpoints.to_transformers import bare_tower_name, to_transformers
+from umed_plugin.checkpoints.to_transformers import to_transformers
+from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.cli import main
 from umed_plugin.errors import UmedError
 

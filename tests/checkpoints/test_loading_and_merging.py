@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.taught import write_lora
 
 from umed_plugin.checkpoints.exporting import export
 from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
+from umed_plugin.checkpoints.to_llava import to_llava
+from umed_plugin.checkpoints.to_transformers import to_transformers
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
 from umed_plugin.commands.doctor.examination import examine
@@ -38,6 +41,16 @@ def logits(checkpoint: Path, base: Path | None = None) -> torch.Tensor:
     image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     with torch.no_grad():
         return model(input_ids=ids, images=image).logits
+
+
+def holed(source: Path, folder: Path, lost: str) -> Path:
+    """A checkpoint or a tower without one of its weights."""
+    if folder != source:
+        shutil.copytree(source, folder)
+    tensors = tensors_of(folder)
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +123,6 @@ def test_tower_weights_inside_a_checkpoint_are_used_and_stay_inside(float32_base
     name = TOWER + "vision_tower.vision_model.embeddings.class_embedding"
     assert name in tensors, "a full checkpoint that was saved with its tower holds the tower's tensors"
     tensors[name] = tensors[name] + 1.0
-    from safetensors.torch import save_file
-
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     _, model, _ = load_checkpoint(base, device="cpu")
     found = model.get_vision_tower().vision_tower.vision_model.embeddings.class_embedding
@@ -210,14 +221,84 @@ def test_an_adapter_that_is_no_plain_change_of_its_base_is_refused(lora, float32
 
 
 def test_tower_weights_that_do_not_fit_are_refused(float32_base, tmp_path):
-    from safetensors.torch import save_file
-
     base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
     tensors = tensors_of(base)
     gone = next(name for name in tensors if name.startswith(TOWER) and "position_ids" not in name)
     tensors[TOWER + "unknown"] = tensors.pop(gone)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UmedError, match="1 tensors are missing, 1 are unknown, 0 have another shape"):
+        load_checkpoint(base, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.layers.2.mlp.down_proj.weight", "model.mm_projector.2.weight", "model.norm.weight"]
+)
+def test_a_checkpoint_that_lacks_a_weight_is_neither_loaded_nor_written_anew(lost, float32_base, lora, tmp_path):
+    """transformers would give it random values, other ones at each load."""
+    base = holed(float32_base, tmp_path / "holed-llava-mistral", lost)
+    said = rf"holed-llava-mistral: its weight files, or their index, lack '{lost}' \(1 such in all\)"
+    for do in (
+        lambda: load_checkpoint(base, device="cpu"),
+        lambda: load_checkpoint(lora, base, device="cpu"),
+        lambda: merge(lora, base, tmp_path / "out"),
+        lambda: export(base, tmp_path / "out", like=base),
+        lambda: to_transformers(base, tmp_path / "out"),
+    ):
+        with pytest.raises(UmedError, match=said):
+            do()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "language_model.model.norm.weight",
+        "multi_modal_projector.linear_2.bias",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+    ],
+)
+def test_transformers_form_that_lacks_a_weight_is_not_converted(lost, tiny_mistral, tmp_path):
+    there = to_transformers(tiny_mistral, tmp_path / "there")
+    with pytest.raises(
+        UmedError, match=rf"lack '.*{re.escape(lost.partition('layers')[2] or lost.partition('.')[2])}'"
+    ):
+        to_llava(holed(there, there, lost), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_lacks_a_weight_is_not_loaded(tiny_mistral, tmp_path):
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(base / "vision_tower")}))
+    load_checkpoint(base, device="cpu")
+    lost = next(name for name in tensors_of(base / "vision_tower") if "layers.0.mlp.fc1.weight" in name)
+    holed(base / "vision_tower", base / "vision_tower", lost)
+    for do in (lambda: load_checkpoint(base, device="cpu"), lambda: to_transformers(base, tmp_path / "out")):
+        with pytest.raises(
+            UmedError, match=r"vision_tower: its weight files, or their index, lack '.*layers.0.mlp.fc1.weight'"
+        ):
+            do()
+
+
+def test_a_weight_that_the_index_does_not_name_is_missing(tiny_mistral, tmp_path):
+    """transformers does not read it."""
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    (base / "model.safetensors").rename(base / "model-00001.safetensors")
+    places = dict.fromkeys(tensors_of(tiny_mistral), "model-00001.safetensors")
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    load_checkpoint(base, device="cpu")
+    del places["model.norm.weight"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(UmedError, match=r"lack 'model.norm.weight' \(1 such in all\)"):
+        load_checkpoint(base, device="cpu")
+
+
+def test_a_tower_that_is_promised_inside_and_is_not_is_refused(tiny_mistral, tmp_path):
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "unfreeze_mm_vision_tower": True}))
+    with pytest.raises(UmedError, match="sets unfreeze_mm_vision_tower, but its weight files hold no vision tower"):
         load_checkpoint(base, device="cpu")
 
 

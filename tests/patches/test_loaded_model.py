@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from umed_plugin import patching
 from umed_plugin.flags.definition import UmedFlags
@@ -42,6 +43,20 @@ def test_what_is_no_llava_checkpoint_is_named(tmp_path_factory, config, path, wo
     faults = model_class.find_faults(run)
     assert len(faults) == (words is not None)
     assert words is None or words in faults[0]
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_not_trained(tiny_mistral, tmp_path):
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    tensors = load_file(tiny_mistral / "model.safetensors")
+    del tensors["model.mm_projector.2.weight"], tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    given = SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter=None)
+    run, config = SimpleNamespace(model_args=given), json.loads((tmp_path / "config.json").read_text())
+    fault = model_class._missing_tensors(run, config)
+    assert "lack 'model.norm.weight' (2 such in all)" in fault[0]
+    given.pretrain_mm_mlp_adapter = "mm_projector.bin"
+    fault = model_class._missing_tensors(run, config)
+    assert "lack 'model.norm.weight' (1 such in all)" in fault[0]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.kept_share import KeptShare
+from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.original_layout import (
     add_tensors,
     copy_small_files,
@@ -80,6 +81,7 @@ def export(
         raise UmedError(
             f"{checkpoint}: is {trained_config['model_type']}, but {like} is {config['model_type']}. Check --base."
         )
+    refuse_missing(like, config)
     config.update({key: trained_config[key] for key in READ_WHEN_ANSWERING if key in trained_config})
     name_tower_here(config, like, checkpoint)
     trained = {name: tensor for file in weight_files(checkpoint) for name, tensor in stored(file).items()}

@@ -207,8 +207,7 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
         if file is not None and not name.endswith(".json"):
             return [file]
         if file is not None:
-            weight_map = _weight_map(file)
-            shards = sorted({shard for tensor, shard in weight_map.items() if tensor.startswith(prefix)})
+            shards = sorted({shard for tensor, shard in weight_map(file).items() if tensor.startswith(prefix)})
             paths = {shard: find(shard) for shard in shards}
             missing = [shard for shard, path in paths.items() if path is None]
             if missing:
@@ -221,15 +220,15 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard of an index.
 
     Raises:
         UmedError: the index cannot be read, or names files outside its folder.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        outside = sorted(shard for shard in set(weight_map.values()) if not is_plain_name(shard))
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = sorted(shard for shard in set(places.values()) if not is_plain_name(shard))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise UmedError(f"{index}: is not an index of weight files ({error!r}). Copy or download it again.") from error
     if outside:
@@ -237,7 +236,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             f"{index}: names {printable(outside[0])!r}, which is not a file of its folder ({len(outside)} such in all). Allowed: "
             "names of files beside the index. Download the checkpoint again."
         )
-    return weight_map
+    return places
 
 
 def is_plain_name(name: Any) -> bool:

@@ -26,6 +26,7 @@ from umed_plugin.checkpoints.folder import (
 )
 from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_json
+from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.rope import old_rope
 from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stored
@@ -57,6 +58,7 @@ def to_language_model(
     """
     checkpoint, out = Path(checkpoint), Path(out)
     config, tokenizer = check_source(checkpoint)
+    refuse_missing(checkpoint, config, projector=False)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         rows = None

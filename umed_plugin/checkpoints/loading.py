@@ -30,6 +30,7 @@ from umed_plugin.checkpoints.folder import (
     refuse_transformers_adapter,
     weight_files,
 )
+from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
 from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
@@ -90,6 +91,7 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
     changes = {key: config[key] for key in READ_WHEN_ANSWERING if key in config} if config else {}
     _check_tower(path, own)
     check_plain([*weight_files(path), *_files_of_tower(own)])
+    refuse_missing(path, own)
     module, name = FAMILIES[own["model_type"]]
     model_class = getattr(importlib.import_module(module), name)
     with _quiet(), behind_the_door():
@@ -107,7 +109,9 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
             tower.load_model()
     _add_image_tokens(tokenizer, model)
     inside = {} if original else tower_tensors(path)
-    if inside:
+    if not inside:
+        refuse_missing_of_tower(tower.vision_tower_name)
+    else:
         misfit = tower_misfit(tower.state_dict(), inside)
         if misfit:
             raise UmedError(
@@ -200,7 +204,10 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' warning that tower weights are unused: `_load_full` uses them right afterwards. And its bars."""
+    """Suppress transformers' warnings, and its bars.
+
+    It warns of tower weights, which `_load_full` uses right afterwards, and of missing ones, which `refuse_missing` has refused.
+    """
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

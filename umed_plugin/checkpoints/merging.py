@@ -32,6 +32,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.kept_share import KeptShare
+from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.original_layout import (
     add_tensors,
     copy_small_files,
@@ -115,6 +116,7 @@ def merge(
     trained_config = read_config(lora_dir)
     base = _find_base(lora_dir, base)
     base_config = read_language_config(base)
+    refuse_missing(base, base_config)
     _refuse_unsaved_tokens(lora_dir, trained_config, base)
     plain = base_config["model_type"] not in FAMILIES
     # Over a plain language model, all that concerns images comes from the training.

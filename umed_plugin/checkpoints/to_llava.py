@@ -17,14 +17,15 @@ from typing import Any
 from umed_plugin.checkpoints.folder import EMBEDDING, HEAD, UNFREEZE, weight_files
 from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_image_processor, read_json, write_llava_tokenizer
+from umed_plugin.checkpoints.missing_tensors import missing_language, missing_of_tower, names_in, refuse
 from umed_plugin.checkpoints.rope import LLAVA_KINDS, kind_of_scaling, old_rope
 from umed_plugin.checkpoints.to_transformers import (
     NAMES,
     OF_THE_FILE,
     ORIGINAL,
     PROJECTORS,
-    bare_tower_name,
 )
+from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
@@ -77,6 +78,7 @@ def to_llava(
     checkpoint, out = Path(checkpoint), Path(out)
     config = read_json(checkpoint / "config.json")
     _check_expressible(checkpoint, config)
+    _refuse_missing(checkpoint, config)
     original = config.get(ORIGINAL, {})
     tower, projector = {}, {}
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
@@ -136,6 +138,21 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
         raise UmedError(
             f"{checkpoint / 'config.json'}: LLaVA's classes cannot express this model: {'; '.join(faults)}."
         )
+
+
+def _refuse_missing(checkpoint: Path, config: dict[str, Any]) -> None:
+    """Refuse transformers' form if its weight files lack tensors of the model."""
+    from transformers import CLIPVisionConfig
+
+    names = {_old_name(name, checkpoint) for name in names_in(checkpoint)}
+    tied = {"tie_word_embeddings": bool(config.get("tie_word_embeddings"))}
+    language = {_llava_name(name) for name in names if name.startswith("language_model.")}
+    missing = missing_language(language, {**tied, **config["text_config"]})
+    needed = [f"{_PROJECTOR}linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")]
+    missing += [name for name in needed if name not in names]
+    tower = [name for name in names if name.startswith("vision_tower.")]
+    missing += missing_of_tower(tower, CLIPVisionConfig(**config.get("vision_config", {})))
+    refuse(missing, checkpoint)
 
 
 def _old_name(name: str, checkpoint: Path) -> str:

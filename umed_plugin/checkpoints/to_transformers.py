@@ -35,7 +35,9 @@ from umed_plugin.checkpoints.folder import (
 from umed_plugin.checkpoints.generation import with_ends
 from umed_plugin.checkpoints.hf_processor import read_json, write_image_processor, write_tokenizer
 from umed_plugin.checkpoints.loading import tower_tensors
+from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
 from umed_plugin.checkpoints.rope import old_rope
+from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
@@ -102,8 +104,11 @@ def to_transformers(
         )
     config = read_config(checkpoint)
     _check_expressible(checkpoint, config)
+    refuse_missing(checkpoint, config)
     tower, inside = str(_tower_of(config)), tower_tensors(checkpoint)
     vision = _vision_config(tower, checkpoint)
+    if not inside:
+        refuse_missing_of_tower(tower)
     with writing_checkpoint(out, overwrite=overwrite, inputs=(checkpoint,)) as folder:
         name = template or STOCK_TEMPLATES[config["model_type"]]
         vocabulary = write_tokenizer(checkpoint, config, folder, name)
@@ -219,11 +224,6 @@ def _write_tower(writer: ShardWriter, tensors: dict[str, Any], vision: dict[str,
         )
     for name, tensor in tensors.items():
         writer.add(f"vision_tower.vision_model.{name}", tensor)
-
-
-def bare_tower_name(name: str) -> str:
-    """A tower tensor's name without any prefix, ``embeddings...``: transformers 5 saves a tower without ``vision_model``."""
-    return re.sub(r"^(vision_tower\.)*(vision_model\.)?", "", name)
 
 
 def _language_tensors(checkpoint: Path) -> Iterator[tuple[str, Any]]:

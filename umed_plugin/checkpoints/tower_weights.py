@@ -6,6 +6,7 @@ tensor of the tower.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from umed_plugin.checkpoints.folder import TOWER, is_buffer, weight_files
@@ -46,3 +47,8 @@ def whole_tower(trained: dict[str, Any], config: dict[str, Any], where: Any) -> 
 def tower_parts(tensors: dict[str, Any]) -> dict[str, Any]:
     """Those of a checkpoint's tensors that belong to its vision tower; a buffer is no weight."""
     return {name: t for name, t in tensors.items() if name.startswith(TOWER) and not is_buffer(name)}
+
+
+def bare_tower_name(name: str) -> str:
+    """A tower tensor's name without any prefix, ``embeddings...``: transformers 5 saves a tower without ``vision_model``."""
+    return re.sub(r"^(vision_tower\.)*(vision_model\.)?", "", name)

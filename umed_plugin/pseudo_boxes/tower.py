@@ -23,6 +23,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.loading import tower_misfit, tower_tensors
+from umed_plugin.checkpoints.missing_tensors import refuse_missing_of_tower
 from umed_plugin.checkpoints.precision import answering_device
 from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.data.images.drawing import square_of
@@ -60,6 +61,8 @@ class PatchTower:
         folder, inside = _tower_of(Path(path))
         if Path(folder).is_dir():
             check_plain(weight_files(folder))
+            if not inside:
+                refuse_missing_of_tower(folder)
         try:
             with library_bars(), behind_the_door():
                 self._model = CLIPVisionModel.from_pretrained(folder)

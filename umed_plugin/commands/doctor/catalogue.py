@@ -150,7 +150,7 @@ CONFIG = (
     ),
     Kind(
         "tensors-missing", ERROR, "tensors that the model needs are missing",
-        "LLaVA initializes them randomly and only prints a warning.",
+        "Training and umed refuse the checkpoint. LLaVA's loader initializes them randomly and only prints a warning.",
         "Get the checkpoint again, or export it again from its training run.",
     ),
     Kind(

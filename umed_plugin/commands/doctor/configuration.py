@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer
+from umed_plugin.checkpoints.missing_tensors import language_shapes
 from umed_plugin.checkpoints.rope import LLAVA_KINDS, is_old, old_scaling
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
@@ -149,35 +150,6 @@ def _sampling(contents: Contents) -> Iterator[Finding]:
         yield finding("generation-config", found, str(file), JsonChange(file, {"do_sample": True}))
 
 
-def expected_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the language model's tensors according to config.json.
-
-    Args:
-        config: of config.json.
-        layers: number of decoder layers.
-    """
-    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or max(width // heads, 1)
-    keys = (config.get("num_key_value_heads") or heads) * head
-    layer = {
-        "self_attn.q_proj.weight": (heads * head, width),
-        "self_attn.k_proj.weight": (keys, width),
-        "self_attn.v_proj.weight": (keys, width),
-        "self_attn.o_proj.weight": (width, heads * head),
-        "mlp.gate_proj.weight": (inner, width),
-        "mlp.up_proj.weight": (inner, width),
-        "mlp.down_proj.weight": (width, inner),
-        "input_layernorm.weight": (width,),
-        "post_attention_layernorm.weight": (width,),
-    }
-    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-    shapes.update({EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)})
-    if not config.get("tie_word_embeddings"):
-        shapes[HEAD] = (vocabulary, width)
-    return shapes
-
-
 def _language_model(contents: Contents) -> Iterator[Finding]:
     config, weights = contents.config, contents.weights
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -194,7 +166,7 @@ def _language_model(contents: Contents) -> Iterator[Finding]:
     if stored > layers:
         found = f"num_hidden_layers is {layers}, but the weights contain {stored} layers"
         yield finding("layers-dropped", found, f"{contents.config_file}: num_hidden_layers")
-    expected = expected_shapes(config, layers)
+    expected = language_shapes(config, layers)
     missing = sorted(name for name in expected if name not in weights)
     # Tensors of unreadable files have a finding of their own.
     unread = any(f.code.startswith(("file-", "shard-", "pickle-")) for f in contents.findings)

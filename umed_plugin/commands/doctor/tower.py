@@ -19,8 +19,8 @@ from umed_plugin.checkpoints.folder import (
 )
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
-from umed_plugin.checkpoints.to_transformers import bare_tower_name
 from umed_plugin.checkpoints.tower_config import cached_tower
+from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights

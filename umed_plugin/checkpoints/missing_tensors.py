@@ -1,0 +1,161 @@
+"""Whether weight files hold every tensor of their model: transformers gives random values to those that they lack.
+
+Names are compared, which are in the files' headers. So no weight is read, and the model is not built.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from umed_plugin.checkpoints.folder import (
+    EMBEDDING,
+    FAMILIES,
+    HEAD,
+    TOWER,
+    UNFREEZE,
+    is_buffer,
+    weight_files,
+    weight_map,
+)
+from umed_plugin.checkpoints.tower_weights import bare_tower_name
+from umed_plugin.checkpoints.weight_shards import stored
+from umed_plugin.errors import UmedError
+
+_PROJECTOR = "model.mm_projector."
+# Keys of config.json that decide shapes and not names.
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+def refuse_missing(checkpoint: Path | str, config: dict[str, Any], *, projector: bool = True) -> None:
+    """Refuse a checkpoint whose weight files lack tensors of its model.
+
+    Args:
+        checkpoint: a full one, or a plain language model.
+        config: its ``config.json``.
+        projector: whether a LLaVA checkpoint needs the projector's tensors.
+
+    Raises:
+        UmedError: it lacks some, or a weight file is missing or cannot be read.
+    """
+    names = names_in(checkpoint)
+    missing = missing_language(names, config)
+    if projector and config.get("model_type") in FAMILIES:
+        missing += missing_projector(names, config)
+    refuse(missing, checkpoint)
+    if config.get(UNFREEZE) and not any(name.startswith(TOWER) for name in names):
+        raise UmedError(
+            f"{checkpoint}/config.json: sets {UNFREEZE}, but its weight files hold no vision tower. Remove the setting to use "
+            "the tower that mm_vision_tower names, or use a checkpoint that contains the tower."
+        )
+
+
+def refuse_missing_of_tower(tower: Path | str) -> None:
+    """Refuse a vision tower's folder whose weight files lack tensors of it.
+
+    Raises:
+        UmedError: they lack some, or cannot be read.
+    """
+    from transformers import CLIPVisionConfig
+
+    if os.path.isdir(tower):  # files from the Hub are whole, or their download fails
+        refuse(missing_of_tower(names_in(tower), CLIPVisionConfig.from_pretrained(tower)), tower)
+
+
+def names_in(folder: Path | str) -> set[str]:
+    """Names of the tensors in a folder's weight files that transformers reads: of shards, those that their index names too."""
+    paths = weight_files(folder)
+    names = {name for path in paths for name in stored(path)}
+    whole = "model.safetensors" if paths[0].suffix == ".safetensors" else "pytorch_model.bin"
+    return names if paths[0].name == whole else names & {*weight_map(paths[0].parent / f"{whole}.index.json")}
+
+
+def refuse(missing: list[str], folder: Path | str) -> None:
+    """Raise `UmedError` if any tensor of a folder's model is missing."""
+    if missing:
+        raise UmedError(
+            f"{folder}: its weight files, or their index, lack {missing[0]!r} ({len(missing)} such in all). Its model would get "
+            "random values for them. Copy or download the folder again; umed doctor can rewrite an index."
+        )
+
+
+def missing_language(names: Collection[str], config: dict[str, Any]) -> list[str]:
+    """Tensors of the language model, sorted, that are not among a checkpoint's names.
+
+    Example:
+        >>> missing_language(["model.embed_tokens.weight", "lm_head.weight"], {"num_hidden_layers": 0})
+        ['model.norm.weight']
+    """
+    layers = config.get("num_hidden_layers", 32)  # Llama's and Mistral's default
+    if "quantization_config" in config or not isinstance(layers, int):
+        return []  # quantized weights have other names; without a number of layers no model can be built
+    shapes = language_shapes({**dict.fromkeys(_SIZES, 1), "num_key_value_heads": 1, "head_dim": 1, **config}, layers)
+    missing = {*shapes} - {*names}
+    if config.get("tie_word_embeddings") and HEAD in names:
+        missing.discard(EMBEDDING)  # one tensor under two names
+    return sorted(missing)
+
+
+def language_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the language model's tensors according to config.json.
+
+    Args:
+        config: of config.json.
+        layers: number of decoder layers.
+    """
+    width, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or max(width // heads, 1)
+    keys = (config.get("num_key_value_heads") or heads) * head
+    layer = {
+        "self_attn.q_proj.weight": (heads * head, width),
+        "self_attn.k_proj.weight": (keys, width),
+        "self_attn.v_proj.weight": (keys, width),
+        "self_attn.o_proj.weight": (width, heads * head),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+        "post_attention_layernorm.weight": (width,),
+    }
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
+    shapes.update({EMBEDDING: (vocabulary, width), "model.norm.weight": (width,)})
+    if not config.get("tie_word_embeddings"):
+        shapes[HEAD] = (vocabulary, width)
+    return shapes
+
+
+def missing_projector(names: Collection[str], config: dict[str, Any]) -> list[str]:
+    """Tensors of LLaVA's projector that are not among a checkpoint's names.
+
+    Example:
+        >>> missing_projector(["model.mm_projector.0.weight", "model.mm_projector.0.bias"], {"mm_projector_type": "mlp1x_gelu"})
+        []
+        >>> missing_projector(["model.mm_projector.weight"], {"mm_projector_type": "linear"})
+        ['model.mm_projector.bias']
+    """
+    kind = str(config.get("mm_projector_type", "linear"))
+    layers = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    places = [""] if kind == "linear" else [f"{2 * i}." for i in range(int(layers[1]))] if layers else []
+    needed = [f"{_PROJECTOR}{place}{part}" for place in places for part in ("weight", "bias")]
+    if "unpad" in str(config.get("mm_patch_merge_type", "flat")):
+        needed.append("model.image_newline")
+    return [name for name in needed if name not in names]
+
+
+def missing_of_tower(names: Collection[str], config: Any) -> list[str]:
+    """Tensors of a CLIP tower, without a prefix, that are not among the names.
+
+    Args:
+        names: with any of the prefixes that `bare_tower_name` takes away.
+        config: a ``CLIPVisionConfig``.
+    """
+    import torch
+    from transformers import CLIPVisionModel
+
+    with torch.device("meta"):
+        needed = {bare_tower_name(name) for name in CLIPVisionModel(config).state_dict() if not is_buffer(name)}
+    return sorted(needed - {bare_tower_name(name) for name in names})
