@@ -15,6 +15,7 @@ from support.taught import write_lora
 
 from umed_plugin.checkpoints.exporting import export
 from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
+from umed_plugin.checkpoints.language_model import to_language_model
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.to_llava import to_llava
@@ -278,6 +279,48 @@ def test_a_tower_that_lacks_a_weight_is_not_loaded(tiny_mistral, tmp_path):
             UmedError, match=r"vision_tower: its weight files, or their index, lack '.*layers.0.mlp.fc1.weight'"
         ):
             do()
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (
+            float("nan"),
+            None,
+            "llava-lora: 512 of .* values of model.layers.0.self_attn.q_proj.weight are NaN.*diverged",
+        ),
+        (1e6, "float16", "llava-lora, written as float16: .* are NaN or infinite. Write it with --dtype bfloat16"),
+    ],
+)
+def test_weights_that_are_not_finite_are_not_merged(value, dtype, said, lora, float32_base, tmp_path, capsys):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    adapter = read_tensors(other / "adapter_model.safetensors")
+    name = next(name for name in adapter if name.endswith("layers.0.self_attn.q_proj.lora_B.weight"))
+    adapter[name][:4] = value
+    save_file(adapter, other / "adapter_model.safetensors")
+    more = [] if dtype is None else ["--dtype", dtype]
+    out = tmp_path / "llava-mistral-out"
+    assert main(["merge", str(other), "--base", str(float32_base), "--out", str(out), *more]) == 1
+    assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+    assert not out.exists()
+
+
+def test_weights_that_are_not_finite_are_neither_exported_nor_converted(tiny_mistral, tmp_path):
+    trained = shutil.copytree(tiny_mistral, tmp_path / "trained-llava-mistral")
+    there = to_transformers(tiny_mistral, tmp_path / "there")
+    for folder in (trained, there):
+        tensors = tensors_of(folder)
+        next(tensor for name, tensor in tensors.items() if name.endswith("model.norm.weight"))[0] = float("inf")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for do in (
+        lambda: export(trained, tmp_path / "out", like=tiny_mistral),
+        lambda: to_transformers(trained, tmp_path / "out"),
+        lambda: to_language_model(trained, tmp_path / "out"),
+        lambda: to_llava(there, tmp_path / "out"),
+    ):
+        with pytest.raises(UmedError, match=r"1 of 128 values of .*model.norm.weight are NaN or infinite"):
+            do()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_weight_that_the_index_does_not_name_is_missing(tiny_mistral, tmp_path):

@@ -102,10 +102,10 @@ def export(
                 before = tensor.read()
                 # Training changes no buffer, and newer transformers do not save it.
                 after = before if is_buffer(name) else trained[name].read()
-                writer.add(name, written(name, before, after, dtype, kept))
+                writer.add(name, written(name, before, after, dtype, kept, checkpoint))
             if new_tower and file is list(old)[-1]:
                 tower = {name: tensor.read() for name, tensor in new_tower.items()}
-                add_tensors(writer, tower, dtype_of(old[file], dtype), folder / file.name, kept)
+                add_tensors(writer, tower, dtype_of(old[file], dtype), folder / file.name, kept, checkpoint)
             writer.close()
         if rows is not None:
             _take_tokenizer(checkpoint, folder)

@@ -29,7 +29,7 @@ from umed_plugin.checkpoints.hf_processor import read_json
 from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.checkpoints.rope import old_rope
 from umed_plugin.checkpoints.to_transformers import LLAVA_KEYS, OF_THE_FILE
-from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stored
+from umed_plugin.checkpoints.weight_shards import ShardWriter, of_all_bytes, stream
 from umed_plugin.checkpoints.writing import LANGUAGE_MODEL_OF, writing_checkpoint
 from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
@@ -63,12 +63,12 @@ def to_language_model(
         writer = ShardWriter(folder, of_all_bytes(weight_files(checkpoint), progress))
         rows = None
         for file in weight_files(checkpoint):
-            for name, tensor in stored(file).items():
+            for name, tensor in stream(file):
                 if not _LANGUAGE.fullmatch(name) or is_buffer(name):
                     continue
                 rows = tensor.shape[0] if name == EMBEDDING else rows
                 if name != HEAD or not config.get("tie_word_embeddings"):
-                    writer.add(name, tensor.read())
+                    writer.add(name, tensor)
         if rows is None:
             raise UmedError(f"{checkpoint}: its weights hold no {EMBEDDING}. Copy or download it again.")
         writer.finish()

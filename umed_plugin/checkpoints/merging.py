@@ -139,10 +139,10 @@ def merge(
             for name, tensor in tensors.items():
                 old = tensor.read()
                 trained = _merged(name, old, deltas, others, lora_dir)
-                writer.add(name, written(name, old, trained, dtype, kept))
+                writer.add(name, written(name, old, trained, dtype, kept, lora_dir))
             if file is sources[-1]:
                 new = {**(_new_projector(others) if plain else {}), **new_tower}
-                add_tensors(writer, new, dtype_of(tensors, dtype), folder / file.name, kept)
+                add_tensors(writer, new, dtype_of(tensors, dtype), folder / file.name, kept, lora_dir)
             writer.close()
         # What is left was not used. An adapter that is all zero, such as one on the tower, changes nothing.
         unused = [name for name, (_, b, *_) in deltas.items() if b.any()] + list(others)

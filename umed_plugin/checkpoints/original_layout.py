@@ -14,7 +14,7 @@ from typing import Any
 from umed_plugin import files
 from umed_plugin.checkpoints.folder import TOWER, UNFREEZE, local_tower, read_object, weight_files
 from umed_plugin.checkpoints.kept_share import KeptShare
-from umed_plugin.checkpoints.weight_shards import stored
+from umed_plugin.checkpoints.weight_shards import refuse_not_finite, stored
 from umed_plugin.errors import warn
 
 _NOT_COPIED = (
@@ -82,21 +82,38 @@ def dtype_of(tensors: dict[str, Any], dtype: str | None) -> Any:
     return getattr(torch, dtype) if dtype else next(iter(tensors.values())).torch_dtype()
 
 
-def written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptShare | None) -> Any:
-    """A trained tensor as it is written: in the base's dtype, or, if it holds fractions, in the requested one."""
+def written(name: str, base: Any, trained: Any, dtype: str | None, kept: KeptShare | None, where: Path) -> Any:
+    """A trained tensor as it is written: in the base's dtype, or, if it holds fractions, in the requested one.
+
+    Raises:
+        UmedError: values are NaN or infinite, as trained or as they would be written. ``where`` is the folder of the training.
+    """
     import torch
 
     wanted = base.dtype if dtype is None or not base.is_floating_point() else getattr(torch, dtype)
-    written = trained.to(wanted).contiguous()
+    written = finite(name, trained, wanted, where).contiguous()
     if kept is not None and base.shape == trained.shape:  # with added tokens there is nothing to compare all rows with
         kept.add(name, base, trained, written)
     return written
 
 
-def add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path, kept: KeptShare | None) -> None:
-    """Add tensors that the base lacks to its last weight file, in its dtype, and to the index."""
+def finite(name: str, trained: Any, dtype: Any, where: Path) -> Any:
+    """A trained tensor in another dtype; refused if values are NaN or infinite before or after. See `written`."""
+    diverged = (
+        "The training diverged, or its base or its files are damaged. Train again with a lower --learning_rate, and with --bf16 "
+        "True where it was --fp16."
+    )
+    refuse_not_finite(name, trained, where, diverged)
+    cast = trained.to(dtype)
+    narrow = str(dtype).removeprefix("torch.")
+    refuse_not_finite(name, cast, f"{where}, written as {narrow}", "Write it with --dtype bfloat16 or --dtype float32.")
+    return cast
+
+
+def add_tensors(writer: Any, new: dict[str, Any], dtype: Any, file: Path, kept: KeptShare | None, where: Path) -> None:
+    """Add tensors that the base lacks to its last weight file, in its dtype, and to the index. See `written`."""
     for name, tensor in new.items():
-        writer.add(name, tensor.to(dtype))
+        writer.add(name, finite(name, tensor, dtype, where))
     if kept is not None:
         kept.added += len(new)
     for index in file.parent.glob(f"*{file.suffix}.index.json") if new else ():

@@ -10,6 +10,7 @@ from typing import Any
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.safe_loading import check_plain
 from umed_plugin.checkpoints.stored import TORCH_NAMES, StoredTensor, read_safetensors
+from umed_plugin.errors import UmedError
 from umed_plugin.files import write_json
 
 # Size of a safetensors header with its length, which is written last. A tensor needs its name, and less than the second number.
@@ -18,9 +19,33 @@ _SHARD_BYTES = 2_000_000_000
 
 
 def stream(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) of one weight file, of which one tensor at a time is read."""
+    """Yield (name, tensor) of one weight file, of which one tensor at a time is read.
+
+    Raises:
+        UmedError: a value is NaN or infinite.
+    """
     for name, tensor in stored(file).items():
-        yield name, tensor.read()
+        value = tensor.read()
+        refuse_not_finite(
+            name, value, file, "No model can answer with them. Copy or download it again, or train it again."
+        )
+        yield name, value
+
+
+def refuse_not_finite(name: str, tensor: Any, where: Path | str, advice: str) -> None:
+    """Refuse a tensor of weights in which values are NaN or infinite.
+
+    Args:
+        name, tensor: the tensor.
+        where: the file or folder that it is of, and what it is there.
+        advice: what to do, for the message.
+
+    Raises:
+        UmedError: it holds such values.
+    """
+    lost = tensor.numel() - int(tensor.isfinite().sum())
+    if lost:
+        raise UmedError(f"{where}: {lost} of {tensor.numel()} values of {name} are NaN or infinite. {advice}")
 
 
 def of_all_bytes(files: Sequence[Path], progress: Callable[[int, int], None] | None) -> Callable[[int], None] | None:
