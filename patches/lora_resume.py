@@ -23,6 +23,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.added_tokens import flags_that_add, tokenizer_files, why_lost
 from umed_plugin.checkpoints.folder import NON_LORA, read_tensors
+from umed_plugin.checkpoints.trained_on import MARKER
 from umed_plugin.errors import UmedError, did_you_mean, warn
 from umed_plugin.files import read_object, write_json
 from umed_plugin.flags.checks import raise_faults
@@ -30,7 +31,6 @@ from umed_plugin.patches.training_run import LLAVA, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 from umed_plugin.training import run_settings
 from umed_plugin.training.made_with import MADE_WITH, made_with
-from umed_plugin.training.run_settings import MARKER
 
 PROJECTOR = "mm_projector.bin"
 

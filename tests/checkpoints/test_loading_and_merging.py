@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from support.taught import write_lora
 
 from umed_plugin.checkpoints.exporting import export
-from umed_plugin.checkpoints.folder import TOWER, read_tensors, weight_files
+from umed_plugin.checkpoints.folder import TOWER, find_base, read_tensors, weight_files
 from umed_plugin.checkpoints.language_model import to_language_model
 from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
@@ -25,6 +26,7 @@ from umed_plugin.cli import main
 from umed_plugin.commands.doctor.examination import examine
 from umed_plugin.errors import UmedError
 from umed_plugin.files import replacing_folder
+from umed_plugin.training.run_settings import settings_of
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -42,6 +44,11 @@ def logits(checkpoint: Path, base: Path | None = None) -> torch.Tensor:
     image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
     with torch.no_grad():
         return model(input_ids=ids, images=image).logits
+
+
+@dataclasses.dataclass
+class BeganWith:
+    model_name_or_path: str
 
 
 def holed(source: Path, folder: Path, lost: str) -> Path:
@@ -142,6 +149,42 @@ def test_an_export_holds_what_the_original_held(tiny_mistral, float32_base, tmp_
     original.pop("mm_vision_tower")
     assert config == original
     assert (out / "vision_tower" / "preprocessor_config.json").is_file()
+
+
+def test_an_adapter_is_used_over_the_weights_of_its_training_alone(lora, float32_base, tmp_path, capsys):
+    """Another base of the same shapes fits, and answers differently. A copy with another config.json is the same one."""
+    copy, other = (
+        shutil.copytree(float32_base, tmp_path / name) for name in ("copy-llava-mistral", "other-llava-mistral")
+    )
+    tensors = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in tensors_of(other).items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "transformers_version": "another"}))
+    trained = shutil.copytree(lora, tmp_path / "llava-lora")
+    assert find_base(trained, copy) == copy, "a copy of the base that it names"
+    assert "warning" not in capsys.readouterr().err
+    assert find_base(trained, other) == other, "nothing says for certain that it is another one"
+    assert f"names {float32_base} as its base, and is used over {other}" in capsys.readouterr().err
+
+    began = settings_of(BeganWith(str(float32_base)))
+    (trained / "umed.json").write_text(json.dumps({"settings": began}))
+    assert find_base(trained, copy) == copy
+    said = f"{other} has other weights than {float32_base}, on which {trained} was trained"
+    for do in (
+        lambda: load_checkpoint(trained, other, device="cpu"),
+        lambda: merge(trained, other, tmp_path / "out"),
+    ):
+        with pytest.raises(UmedError, match=re.escape(said)):
+            do()
+    assert [each.found for each in examine(trained, other) if each.code == "base-mismatch"] == [said]
+    assert "base-mismatch" not in {each.code for each in examine(trained, copy)}
+
+    del began["model_name_or_path"]["weights_sha256"]  # as earlier versions wrote it
+    (trained / "umed.json").write_text(json.dumps({"settings": began}))
+    capsys.readouterr()
+    for base in (float32_base, other):
+        find_base(trained, base)
+        assert ("If only config.json was changed, this is no fault." in capsys.readouterr().err) == (base == other)
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(lora, float32_base, tmp_path):

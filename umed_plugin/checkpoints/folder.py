@@ -275,8 +275,10 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
     """The base of a LoRA folder: ``base`` if given, else the one that its adapter names.
 
     Raises:
-        UmedError: it is not on this machine, or it is a LoRA folder itself.
+        UmedError: it is not on this machine, is a LoRA folder itself, or has not the weights on which the adapter was trained.
     """
+    from umed_plugin.checkpoints.trained_on import check_trained_on
+
     folder = base or named_base(lora_dir, read_object(lora_dir / ADAPTER).get("base_model_name_or_path"))
     if not folder or not Path(folder).is_dir():
         raise UmedError(
@@ -288,6 +290,7 @@ def find_base(lora_dir: Path, base: Path | str | None) -> Path:
             f"--base {folder}: is a LoRA folder itself. Merge it first: umed merge {shlex.quote(str(folder))} --base CKPT "
             "--out DIR"
         )
+    check_trained_on(lora_dir, Path(folder))
     return Path(folder)
 
 

@@ -45,6 +45,7 @@ from umed_plugin.checkpoints.original_layout import (
     written,
 )
 from umed_plugin.checkpoints.tower_weights import tower_parts, whole_tower
+from umed_plugin.checkpoints.trained_on import check_trained_on
 from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
@@ -181,6 +182,7 @@ def _find_base(trained: Path, base: Path | str | None) -> Path:
         return find_base(trained, base)
     if base is None:
         raise UmedError(f"{trained}: holds a projector. Pass the checkpoint on which it was trained with --base.")
+    check_trained_on(trained, Path(base))
     return Path(base)
 
 

@@ -22,20 +22,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from umed_plugin import files
+from umed_plugin.checkpoints.trained_on import CONTENT, MARKER, WEIGHTS, content_digest, weights_digest
 from umed_plugin.errors import UmedError
-from umed_plugin.files import text_bytes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, REWARDING, SAID
 
-MARKER = "umed.json"
 SETTINGS = "settings"
 WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
@@ -87,8 +85,6 @@ _FREE_BEGINNINGS = (
         "dataloader_multi",
     ),
 )
-_WHOLE_FILE_BYTES = 2**30
-_CHUNK_BYTES, _CHUNKS = 2**14, 32
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,8 @@ def kind_of(name: str) -> str:
 def settings_of(*arguments: Any) -> dict[str, Any]:
     """All that a resumed run must agree on: the fields of LLaVA's three dataclasses that are not `FREE`, as JSON.
 
-    A path to a file, or to a folder with a ``config.json``, becomes ``{"path": ..., "sha256": ...}``.
+    A path to a file, or to a folder with a ``config.json``, becomes ``{"path": ..., "sha256": ...}``; a folder
+    with weights also has ``weights_sha256``, of these alone.
     """
     fields = ((flag.name, getattr(part, flag.name)) for part in arguments for flag in dataclasses.fields(part))
     found = {name: _as_json(value) for name, value in fields if kind_of(name) != FREE}
@@ -146,7 +143,7 @@ def _symbols(found: dict[str, Any]) -> dict[str, Any]:
     if not paths:
         return {}
     plain = [SYMBOLIC if name.startswith(f"{SYMBOLIC}:") else name for name in names]
-    digest = hashlib.sha256(b"".join((_content(path) or "").encode() for path in paths)).hexdigest()
+    digest = hashlib.sha256(b"".join((content_digest(path) or "").encode() for path in paths)).hexdigest()
     return {"umed_rewards": ",".join(plain), SYMBOLS: {"path": ", ".join(map(str, paths)), "sha256": digest}}
 
 
@@ -166,47 +163,16 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, str) and value and os.path.exists(value):
-        digest = _content(Path(value))
-        return value if digest is None else {"path": value, "sha256": digest}
+        digest, weights = content_digest(Path(value)), None
+        if digest is not None and os.path.isdir(value):
+            weights = weights_digest(Path(value))  # by which an adapter's base is known again
+        found = {CONTENT: digest, **({} if weights is None else {WEIGHTS: weights})}
+        return value if digest is None else {"path": value, **found}
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
         return {str(key): _as_json(item) for key, item in value.items()}
     return value if value is None or isinstance(value, (bool, int, float, str)) else repr(type(value).__name__)
-
-
-def _content(path: Path) -> str | None:
-    """The digest of a file, or of a checkpoint's configuration and weights; None for any other folder."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        files = [path]
-    elif (path / "config.json").is_file():
-        weights = (".safetensors", ".bin")
-        files = sorted(file for file in path.iterdir() if file.suffix in weights or file.name == "config.json")
-    else:
-        return None
-    for file in files:
-        digest.update(b"" if file == path else text_bytes(file.name))
-        for chunk in _chunks(file):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    """A file whole, or of weights and of very large files the size and evenly spread parts: 14 GB would take a minute."""
-    size = file.stat().st_size
-    whole = size <= _CHUNK_BYTES * _CHUNKS or (
-        size <= _WHOLE_FILE_BYTES and file.suffix not in (".safetensors", ".bin")
-    )
-    yield str(size).encode()
-    with open(file, "rb") as opened:
-        if whole:
-            while chunk := opened.read(2**20):
-                yield chunk
-            return
-        for number in range(_CHUNKS):
-            opened.seek((size - _CHUNK_BYTES) * number // (_CHUNKS - 1))
-            yield opened.read(_CHUNK_BYTES)
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.folder import ADAPTER, missing_halves
+from umed_plugin.checkpoints.trained_on import MARKER, other_base
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import MISTRAL, PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import LORA, Contents
@@ -51,6 +52,8 @@ def _base(contents: Contents) -> Iterator[Finding]:
     if misfits:
         text = f"{len(misfits)} tensors do not fit: {misfits[0]} ({base.path})"
         yield finding("base-mismatch", text, str(contents.path))
+    elif other := other_base(contents.path, base.path):
+        yield finding("base-mismatch", other, str(contents.path / MARKER))
 
 
 def _misfits(contents: Contents, base: Contents) -> Iterator[str]:
