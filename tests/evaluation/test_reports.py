@@ -202,6 +202,15 @@ def test_scores_of_a_file_are_averaged_with_the_others(tmp_path):
     assert "s.csv:2: needs a finite number in each column; bertscore is 'high'" in text
     assert "s.csv:4: has the id 'r4' a second time" in text
     assert "has no row for 1 of 3 reports, such as 'r5'" in text
+    scores.write_text("id,bertscore\nr3,0,85\nr4\n")
+    with pytest.raises(UmedError) as caught:
+        read_scores(scores, [])
+    assert "s.csv:2: has 3 cells, and the header has 2. Write 0.85 and not 0,85" in str(caught.value)
+    assert "s.csv:3: has 1 cells" in str(caught.value)
+    for header in ("id,bertscore,bertscore", "id,bertscore,"):
+        scores.write_text(f"{header}\nr3,0,85\n")
+        with pytest.raises(UmedError, match="each needs a name of its own"):
+            read_scores(scores, [])
     scores.write_text("name,bertscore\n")
     with pytest.raises(UmedError, match="needed: id"):
         read_scores(scores, [])

@@ -140,7 +140,8 @@ def read_scores(file: Path, ids: Sequence[str]) -> dict[str, dict[str, float]]:
     """The numbers of a CSV with a column ``id`` and one for each score, by id; their names begin with ``file/``.
 
     Raises:
-        UmedError: the file cannot be read, a cell is no number, or an id is missing or comes twice. All are named.
+        UmedError: the file cannot be read, a column has no name or that of another one, a row has more or fewer cells than the
+            header, a cell is no number, or an id is missing or comes twice. All rows are named.
     """
     from umed_plugin.data.texts import read_numbered_rows
     from umed_plugin.faults import Faults
@@ -151,15 +152,23 @@ def read_scores(file: Path, ids: Sequence[str]) -> dict[str, dict[str, float]]:
         raise UmedError(
             f"{file}: its columns are {', '.join(header) or 'none'}; needed: id (as in predictions.jsonl) and one for each score."
         )
+    if "" in header or len({*header}) < len(header):
+        raise UmedError(f"{file}: its columns are {', '.join(map(repr, header))}; each needs a name of its own.")
     found: dict[str, dict[str, float]] = {}
     for number, row in rows[1:]:
+        if not row:  # a blank line
+            continue
+        if len(row) != len(header):
+            counts = f"has {len(row)} cells, and the header has {len(header)}"
+            faults.add(f"{file}:{number}", f"{counts}. Write 0.85 and not 0,85, and put text with a comma into quotes")
+            continue
         cells = dict(zip(header, (cell.strip() for cell in row)))
         identity = cells.pop("id", "")
         values = {f"{_OF_FILE}{name}": _number(text) for name, text in cells.items()}
         wrong = [name for name, value in values.items() if value is None]
-        if len(cells) < len(header) - 1 or wrong:
-            of = f"; {wrong[0].removeprefix(_OF_FILE)} is {cells[wrong[0].removeprefix(_OF_FILE)]!r}" if wrong else ""
-            faults.add(f"{file}:{number}", f"needs a finite number in each column{of}")
+        if wrong:
+            name = wrong[0].removeprefix(_OF_FILE)
+            faults.add(f"{file}:{number}", f"needs a finite number in each column; {name} is {cells[name]!r}")
         elif identity in found:
             faults.add(f"{file}:{number}", f"has the id {identity!r} a second time")
         found[identity] = {name: value for name, value in values.items() if value is not None}
