@@ -244,6 +244,14 @@ def test_a_file_of_a_later_version_and_a_damaged_line_are_named(tmp_path):
     with pytest.raises(UmedError, match=r"evaluation.json: schema 3; this version of umed-plugin reads up to 2"):
         Evaluation.load(folder)
     (folder / "evaluation.json").write_text(json.dumps(summary))
+    first, *rest = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "predictions.jsonl").write_text(first)
+    with pytest.raises(UmedError, match=f"holds 1 answers, and evaluation.json is of {summary['n']}"):
+        Evaluation.load(folder)
+    (folder / "predictions.jsonl").write_text(first * (1 + len(rest)))
+    with pytest.raises(UmedError, match=r"predictions.jsonl:2: has the id '.*' a second time"):
+        Evaluation.load(folder)
+    (folder / "evaluation.json").write_text(json.dumps({**summary, "n": 1}))
     (folder / "predictions.jsonl").write_text('{"id": "0"}\n')
     with pytest.raises(UmedError, match=r"predictions.jsonl:1: has no answer, cluster, image"):
         Evaluation.load(folder)

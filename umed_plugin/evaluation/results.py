@@ -158,6 +158,7 @@ class Evaluation:
                 "umed-plugin, or evaluate again."
             )
         lines = _read_lines(folder / PREDICTIONS)
+        _check_whole(summary, lines, folder)
         if "metrics" in summary or ("figures" in summary and "accuracy_ci95" not in summary):
             return _of_lines(summary, lines, folder)
         return _of_old_recipe(summary, lines, folder)
@@ -247,6 +248,22 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
             raise UmedError(f"{file}:{number}: holds a {type(line).__name__}; expected an object. Evaluate again.")
         lines.append(line)
     return lines
+
+
+def _check_whole(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Refuse answers that are not those of the summary: a file that was cut, or to which lines were added."""
+    wanted = summary.get("n")
+    if isinstance(wanted, int) and wanted != len(lines):
+        raise UmedError(
+            f"{folder / PREDICTIONS}: holds {len(lines)} answers, and {SUMMARY} is of {wanted}. The file is not whole, or not of "
+            "this evaluation. Copy both again, or evaluate again."
+        )
+    seen: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        identity = str(line.get("id", number))
+        if identity in seen:
+            raise UmedError(f"{folder / PREDICTIONS}:{number}: has the id {identity!r} a second time. Evaluate again.")
+        seen.add(identity)
 
 
 def _check_keys(lines: Sequence[Mapping[str, Any]], needed: Sequence[str], folder: Path) -> None:
