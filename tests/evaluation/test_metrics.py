@@ -127,6 +127,20 @@ def test_clusters_whose_denominator_is_0_do_not_count():
     assert found["ci95"] == pytest.approx([0, 1 - 0.025 ** (1 / 6)])
 
 
+def test_a_ratio_that_few_clusters_say_anything_about_has_no_interval():
+    metric = Metric("r", ratio("hit", "of"), ("hit", "of"), limits=(0, 1))
+    rows = [Row(str(i), str(i), {"hit": float(i < 2), "of": float(i < 4)}) for i in range(40)]
+    found = measure([metric], rows)["r"]
+    assert (found["value"], found["units"], found["interval"], found["n"]) == (0.5, 4, "too few", 40)
+    others = [Row(str(i), str(i), {"hit": float(i == 3), "of": float(i < 20)}) for i in range(40)]
+    found = compare_rows([metric], rows, others)["r"]
+    assert (found["units"], found["interval"]) == (4, "too few"), "those that both are defined in"
+    found = measure([metric], others)["r"]
+    assert (found["units"], found["interval"]) == (20, "bootstrap")
+    (note,) = interval_notes({"r": found}, "patient")
+    assert note.startswith("Few patients (fewer than 30): r (20).")
+
+
 def test_every_cluster_is_looked_at_once_for_an_exact_interval():
     """4,000 studies without a hit: a search of all rows for each took 25 seconds."""
     seen = []
@@ -149,6 +163,11 @@ def test_the_words_below_a_table():
     assert interval_notes(measure(means("x"), few[:3]), "image") == [
         "Too few images for an interval (fewer than 5): x (3)."
     ]
+    nothing = measure([Metric("r", ratio("x", "x"), ("x",), limits=(0, 1))], [row(str(i), 0) for i in range(9)])
+    assert interval_notes(nothing) == ["Undefined here, as a ratio over 0 is: r."]
+    rare = [row(str(i), i in (0, 1)) for i in range(40)]
+    (note,) = interval_notes(measure([Metric("r", ratio("x", "x"), ("x",))], rare))
+    assert note.startswith("No interval, since ") and note.endswith(": r.")
     (note,) = interval_notes(measure(means("x"), [row(str(i), 1) for i in range(40)]))
     assert note.startswith("Exact intervals (Clopper-Pearson)")
     (iou,), (false_boxes,) = means("iou"), [replace(metric, lower_is_better=True) for metric in means("false")]

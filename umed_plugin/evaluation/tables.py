@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from umed_plugin.evaluation.metrics.metric import BOOTSTRAP, EXACT, FEW, FEWEST, TOO_FEW
+from umed_plugin.evaluation.metrics.metric import BOOTSTRAP, EXACT, FEW, FEWEST, MAX_UNDEFINED, TOO_FEW, UNDEFINED
 from umed_plugin.grounding.dialects import BoxDialect
 from umed_plugin.terminal.text import one_line
 
@@ -54,7 +54,7 @@ def metrics_table(
 
 
 def interval_notes(metrics: Mapping[str, Mapping[str, Any]], unit: str = "image") -> list[str]:
-    """Sentences on intervals that are missing, exact, or from few clusters; under every table of metrics.
+    """Sentences on values and intervals that are missing, exact, or from few clusters; under every table of metrics.
 
     Args:
         metrics: name -> what `umed_plugin.evaluation.metrics.metric.measure` or ``compare_rows`` gives. Files of earlier versions
@@ -65,6 +65,11 @@ def interval_notes(metrics: Mapping[str, Mapping[str, Any]], unit: str = "image"
     exact = [name for name, interval, _ in said if interval == EXACT]
     too_few = [f"{name} ({units})" for name, interval, units in said if interval == TOO_FEW]
     few = [f"{name} ({units})" for name, interval, units in said if interval == BOOTSTRAP and units < FEW]
+    undefined = {
+        name: entry for name, entry in metrics.items() if entry.get("interval") == UNDEFINED and entry.get("n")
+    }
+    no_value = [name for name, entry in undefined.items() if entry.get("value", entry.get("difference")) is None]
+    no_interval = [name for name in undefined if name not in no_value]
     plural = "images or patients" if "," in unit else f"{unit}s"
     notes = []
     if too_few:
@@ -75,6 +80,13 @@ def interval_notes(metrics: Mapping[str, Mapping[str, Any]], unit: str = "image"
         )
     if exact:
         notes.append(f"Exact intervals (Clopper-Pearson), since all {plural} score alike: {_some(exact)}.")
+    if no_value:
+        notes.append(f"Undefined here, as a ratio over 0 is: {_some(no_value)}.")
+    if no_interval:
+        notes.append(
+            f"No interval, since more than {MAX_UNDEFINED:.0%} of the draws are undefined, or all draws are the same: "
+            f"{_some(no_interval)}."
+        )
     return notes
 
 

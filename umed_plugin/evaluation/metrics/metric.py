@@ -132,9 +132,9 @@ def by_group(metric: Metric, group: str, rows: Iterable[Row]) -> list[Metric]:
 def measure(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """``{metric: {"value", "ci95": [low, high], "n", "units", "interval"}}``.
 
-    ``n`` rows count, of ``units`` clusters. ``interval`` is ``bootstrap`` or ``exact``; or the reason why ``ci95`` is None:
-    ``too few`` clusters, or ``undefined``, where too many draws have no value or all have the same. ``value`` is None without any
-    row. A metric of which less is better has ``lower_is_better``.
+    ``n`` rows count, of ``units`` clusters; in a ratio, of those whose denominator is not 0. ``interval`` is ``bootstrap`` or
+    ``exact``; or the reason why ``ci95`` is None: ``too few`` clusters, or ``undefined``, where too many draws have no value or
+    all have the same. ``value`` is None without any row. A metric of which less is better has ``lower_is_better``.
 
     Example:
         >>> rows = [Row(str(i), f"scan{i}", {"accuracy": 1.0}) for i in range(8)]
@@ -151,9 +151,9 @@ def measure(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, dict[st
             for metric, own, values in zip(sharing, columns, resampled):
                 values.append(metric.statistic(_take(own, draw)))
         for metric, own, values in zip(sharing, columns, resampled):
-            value = _number(metric.statistic(own))
-            found = _interval(value, values, metric, own, clusters, metric.limits)
-            results[metric.name] = _result(metric, "value", value, *found, len(indices), len(set(clusters)))
+            value, units = _number(metric.statistic(own)), _defined_clusters(metric, [own], clusters)
+            found = _interval(value, values, units, metric.limits)
+            results[metric.name] = _result(metric, "value", value, *found, len(indices), units)
     return results
 
 
@@ -236,8 +236,9 @@ def _compared(sharing: Sequence[Metric], pairs: Sequence[tuple[Row, Row]]) -> di
     for metric, (old, new), values in zip(sharing, columns, resampled):
         difference = _number(metric.statistic(new) - metric.statistic(old))
         span = None if metric.limits is None else metric.limits[1] - metric.limits[0]
-        found = _interval(difference, values, metric, new, clusters, None if span is None else (-span, span))
-        results[metric.name] = _result(metric, "difference", difference, *found, len(pairs), len(set(clusters)))
+        units = _defined_clusters(metric, [old, new], clusters)
+        found = _interval(difference, values, units, None if span is None else (-span, span))
+        results[metric.name] = _result(metric, "difference", difference, *found, len(pairs), units)
     return results
 
 
@@ -282,14 +283,9 @@ def _rows_of_clusters(clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _interval(
-    value: float | None,
-    resampled: Sequence[float],
-    metric: Metric,
-    columns: Columns,
-    clusters: Sequence[str],
-    limits: tuple[float, float] | None,
+    value: float | None, resampled: Sequence[float], units: int, limits: tuple[float, float] | None
 ) -> tuple[list[float] | None, str]:
-    """The 95 % interval, and how it was computed or why there is none."""
+    """The 95 % interval of a number from so many clusters, and how it was computed or why there is none."""
     import numpy as np
 
     values = np.asarray(resampled, dtype=float)
@@ -298,8 +294,8 @@ def _interval(
     # Equal up to rounding of the sums.
     without_width = float(np.nanmax(values) - np.nanmin(values)) < 1e-9
     if without_width and limits is not None and min(abs(value - mark) for mark in (*limits, 0.0)) < 1e-9:
-        return _exact(value, limits, _defined_clusters(metric, columns, clusters)), EXACT
-    if len(set(clusters)) < FEWEST:
+        return _exact(value, limits, max(units, 1)), EXACT
+    if units < FEWEST:
         return None, TOO_FEW
     if without_width:
         return None, UNDEFINED
@@ -317,13 +313,18 @@ def _exact(value: float, limits: tuple[float, float], units: int) -> list[float]
     return [max(low, limits[0]), min(high, limits[1])]
 
 
-def _defined_clusters(metric: Metric, columns: Columns, clusters: Sequence[str]) -> int:
-    """Number of clusters that say something about the metric: in a ratio, those whose denominator is not 0."""
+def _defined_clusters(metric: Metric, sides: Sequence[Columns], clusters: Sequence[str]) -> int:
+    """Number of clusters that say something about the metric on every side: in a ratio, those whose denominator is not 0.
+
+    Only of means and ratios, which have limits, a cluster alone can be asked. An AUC needs several.
+    """
     import numpy as np
 
     order, starts, _ = _rows_of_clusters(clusters)
-    alone = (metric.statistic(_take(columns, rows)) for rows in np.split(order, starts[1:]))
-    return max(sum(value == value for value in alone), 1)
+    if metric.limits is None:
+        return len(starts)
+    rows_of = np.split(order, starts[1:])
+    return sum(all(_number(metric.statistic(_take(side, rows))) is not None for side in sides) for rows in rows_of)
 
 
 def _number(value: float) -> float | None:
