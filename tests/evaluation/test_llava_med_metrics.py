@@ -146,6 +146,7 @@ NEITHER = [
         "I do not know whether there is no fracture",
         "It cannot be determined; there is no lateral view.",
     ),
+    *("The answer is not yes.", "It is not no", "It isn't yes.", "not a yes"),
     *("yes/no", "No / yes.", "**Yes**|**No**"),
     *("yes or no", "It is neither yes nor no", "Yesterday", "Nor", "eyes", "N/A", "I'm not sure if yes"),
 ]

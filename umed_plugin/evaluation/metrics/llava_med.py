@@ -124,6 +124,10 @@ _UNDECIDED = re.compile(
 )
 
 
+# A verdict that is ruled out: "The answer is not yes."
+_DENIED = re.compile(r"\b(?:not|isnt|never) (?:a |an |simply |just )?(?:yes\b|no$)")
+
+
 def closed_accuracy(answer: str, truth: str) -> float:
     """1.0 for a closed question that is answered right, else 0.0; every question counts.
 
@@ -131,8 +135,9 @@ def closed_accuracy(answer: str, truth: str) -> float:
     normalisation. What stands in answer tags or behind the last "answer is" counts alone.
 
     If the truth is "yes" or "no", the answer's first word decides if it is one of the two, else the one that it contains as a
-    whole word. An answer that contains neither, or both behind another first word, is wrong, and so is one that says that it
-    cannot tell. With any other truth, an answer is right if it contains the truth's words, whole and in a row.
+    whole word. An answer that contains neither, or both behind another first word, is wrong. So is one that says that it cannot
+    tell, or only what the answer is not ("not yes"). With any other truth, an answer is right if it contains the truth's words,
+    whole and in a row.
     """
     text = in_tags(answer)
     expected = words(truth)
@@ -148,6 +153,8 @@ def _verdict(text: str) -> str | None:
     said = words(text)
     if said[:1] in (["yes"], ["no"]) and not _UNDECIDED.match(" ".join(said)):
         return said[0]
+    if _DENIED.search(" ".join(said)):
+        return None  # "not yes" need not mean no
     verdicts = {word for word in said if word in ("yes", "no")}
     return verdicts.pop() if len(verdicts) == 1 and not _UNDECIDED.search(" ".join(said)) else None
 
