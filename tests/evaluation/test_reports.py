@@ -66,7 +66,9 @@ def test_bleu_rouge_and_cider_are_those_of_the_coco_tools():
 
 
 def test_cider_of_a_single_reference_is_0_and_of_an_empty_answer_too():
-    assert DocumentFrequencies([["no", "effusion"]]).cider_d(["no", "effusion"], ["no", "effusion"]) == 0
+    alone = DocumentFrequencies([["no", "effusion"]])
+    assert alone.cider_d(["no", "effusion"], ["no", "effusion"]) == 0 and not alone.weighs(["no", "effusion"])
+    assert DocumentFrequencies([["no", "effusion"], ["clear"]]).weighs(["no", "effusion"])
     assert DocumentFrequencies([["a", "b"], ["c"]]).cider_d([], ["a", "b"]) == 0
 
 

@@ -2,6 +2,7 @@
 
 - ``bleu_1`` to ``bleu_4`` (of the set), ``meteor``, ``rouge_l``: `umed_plugin.evaluation.metrics.captions`.
 - ``cider_d``, 0-10: `umed_plugin.evaluation.metrics.cider`, with document frequencies of all references that are asked.
+  A reference whose every n-gram is in all of them has none.
 - ``findings_precision``, ``findings_recall``, ``findings_f1``: findings that the answer names and does not rule out, against
   those of the reference, summed over all reports (`umed_plugin.grounding.terms`).
 - ``file/NAME``: each column of ``--scores FILE.csv``, such as BERTScore, CheXbert or RadGraph F1 that another program computed
@@ -115,6 +116,12 @@ class ReportSet:
         from umed_plugin.evaluation.benchmarks.recipe import check_aspect_ratio
 
         self._frequencies = DocumentFrequencies(self._reference(question.truth) for question in questions)
+        alike = sum(not self._frequencies.weighs(self._reference(question.truth)) for question in questions)
+        if alike:
+            note(
+                f"{alike} of {len(questions)} references hold nothing that tells them from the others. They have no cider_d, "
+                "which would be 0 for any answer."
+            )
         if self._scores_file is not None:
             self._scores = read_scores(self._scores_file, [question.id for question in questions])
         return check_aspect_ratio(questions, scorer)
@@ -127,7 +134,7 @@ class ReportSet:
             **bleu_counts(said, wanted),
             "meteor": meteor(said, wanted),
             "rouge_l": rouge_l(said, wanted),
-            "cider_d": self._frequencies.cider_d(said, wanted),
+            **({"cider_d": self._frequencies.cider_d(said, wanted)} if self._frequencies.weighs(wanted) else {}),
             **finding_values(answer.text, question.about["record"]),
             **self._scores.get(question.id, {}),
         }

@@ -39,6 +39,10 @@ class DocumentFrequencies:
             self._documents.update({ngram for grams in _counts(reference).values() for ngram in grams})
         self._log_count = math.log(count) if count else 0.0
 
+    def weighs(self, reference: Sequence[str]) -> bool:
+        """Whether any n-gram of a reference has a weight. If all references hold them all, every answer scores 0."""
+        return any(_norm(self._vector(counts)) for counts in _counts(reference).values())
+
     def cider_d(self, answer: Sequence[str], reference: Sequence[str]) -> float:
         """CIDEr-D of one answer, 0..10; both as their words."""
         said, wanted = _counts(answer), _counts(reference)
