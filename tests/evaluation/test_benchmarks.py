@@ -255,6 +255,8 @@ def test_two_checkpoints_are_compared_pair_by_pair(tiny_mistral, tiny_llama, tmp
     for name, one in found.items():
         if one["difference"] is not None and name != "closed_llava_med":
             assert one["difference"] == pytest.approx(second[name]["value"] - first[name]["value"])
+    assert main(command(tiny_llama, "vqa_rad", root, tmp_path / "b")) == 0
+    assert not (tmp_path / "b/comparison.json").exists(), "what an earlier command compared"
     assert main(command(tiny_llama, "slake", root, tmp_path / "c", "--compare", tmp_path / "a")) == 1
     assert "evaluation of vqa_rad, not of slake" in capsys.readouterr().err
 

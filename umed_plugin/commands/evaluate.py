@@ -326,6 +326,8 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, before: Evaluation |
         if differences is not None:
             comparison = {"before": str(args.compare), "after": str(args.out), "differences": differences}
             files.write_json(args.out / "comparison.json", comparison)
+        else:
+            (args.out / "comparison.json").unlink(missing_ok=True)  # of an earlier scoring of this folder
         console.print(f"written: {args.out / 'evaluation.json'}, {args.out / 'predictions.jsonl'}", soft_wrap=True)
     if refused is not None:
         raise refused
