@@ -85,6 +85,14 @@ def test_the_run_file_says_all_settings_and_is_read_back_the_same(tiny_mistral, 
 
 
 @pytest.mark.llava
+def test_bad_images_are_left_out_of_the_evaluations_too(tiny_mistral, tmp_path):
+    for on_bad_image in ("stop", "skip"):
+        steps = upgrade_of(tiny_mistral, tmp_path / "run", on_bad_image=on_bad_image).steps
+        commands = [" ".join(step.command) for step in steps if step.name.startswith("evaluation_")]
+        assert commands and all(("--on-bad-image skip" in each) == (on_bad_image == "skip") for each in commands)
+
+
+@pytest.mark.llava
 def test_both_stages_augment_and_take_complementary_shares_of_the_labels(tiny_mistral, tmp_path):
     plain = {step.name: step for step in upgrade_of(tiny_mistral, tmp_path / "run").steps}
     changed = {

@@ -210,6 +210,7 @@ class Plan:
         command += ("--batch-size", settings.batch_size, "--max-new-tokens", settings.max_new_tokens)
         command += ("--device", self.settings.device, *(("--limit", settings.limit) if settings.limit else ()))
         command += ("--split", split) if split is not None else ()
+        command += ("--on-bad-image", "skip") if self.settings.on_bad_image == "skip" else ()
         measured_on: dict[str, Path] = {"records": Path(benchmark)}
         digests: dict[str, str] = {}
         if not str(benchmark).endswith(".json"):
