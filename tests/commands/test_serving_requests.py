@@ -104,6 +104,11 @@ def test_uploads_are_bounded_and_need_a_length(dialogue: Dialogue, tmp_path: Pat
         assert b" 411 " in spoken(server, raw.encode())
         raw = f"PUT /studies/{study}/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n"
         assert b" 411 " in spoken(server, raw.encode())
+        follows = "GET /page.css HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for header in ("Transfer-Encoding: chunked", "Content-Length: 5x", "Content-Length: 2\r\nContent-Length: 0"):
+            heard = spoken(server, f"POST /studies HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n{follows}".encode())
+            assert heard.count(b"HTTP/1.1 ") == 1 and b" 411 " in heard, "its body is not the next request"
+        assert spoken(server, follows.encode() * 2).count(b" 200 ") == 2
         assert client.open(study)[0] == 422
         assert client.ask("PUT", "/studies/guessed/files", b"x")[0] == 404
 

@@ -136,7 +136,12 @@ class Handler(BaseHTTPRequestHandler):
     def _handle(self, route: Callable[[str, list[str], dict[str, str]], None]) -> None:
         """Check the headers, call the route, and turn errors into responses."""
         self._replied = False
-        self._unread = _whole_number(self.headers.get("Content-Length"))
+        lengths = self.headers.get_all("Content-Length", [])
+        self._unread = (
+            _whole_number(lengths[0]) if len(lengths) == 1 and "Transfer-Encoding" not in self.headers else None
+        )
+        # Where the body ends is not known then, so that what follows cannot be told from the next request.
+        self._unreadable = self._unread is None and (lengths != [] or "Transfer-Encoding" in self.headers)
         host, origin, site = (self.headers.get(name) for name in ("Host", "Origin", "Sec-Fetch-Site"))
         try:
             reason = refusal(host, origin, site, self.server.own_name)
@@ -318,7 +323,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _begin(self, status: HTTPStatus, kind: str, length: Optional[int], cookie: Optional[str] = None) -> None:
-        """Send status and headers. Without a length, or with an unread request body, the connection closes after the response."""
+        """Send status and headers. Without a length, or behind a request body that is unread, the connection closes."""
         self._replied = True
         self.send_response(status)
         for name, value in _HEADERS.items():
@@ -329,7 +334,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Set-Cookie", cookie)
         if length is not None:
             self.send_header("Content-Length", str(length))
-        if length is None or (self._unread or 0) > 0:
+        if length is None or self._unreadable or (self._unread or 0) > 0:
             self.send_header("Connection", "close")
             self.close_connection = True
         self.end_headers()
