@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -18,11 +19,14 @@ from umed_plugin.rewards import (
     REWARDS,
     collect_metrics,
     combine_rewards,
+    filled_over_queries,
     localization,
     localization_diou,
+    normalised_terms,
     relevance,
     reward_metric_names,
     run_rewards,
+    scored_answers,
     start_rewards,
     vision_relevance,
 )
@@ -296,6 +300,18 @@ def test_none_is_the_mean_of_the_others_and_not_the_worst(norm):
     known = combine_rewards({"localization": [0.8, 0.4, 0.6]}, 3, weights=WEIGHTS, norm=norm)
     torch.testing.assert_close(mixed[:, [0, 2, 3]], known)
     torch.testing.assert_close(mixed[0, 1], known.mean())
+
+
+def test_ppo_gives_a_question_without_a_value_the_mean_of_all_ranks_and_not_0():
+    values = {"relevance": [0.9, None, None, None], "mine": [None, 1.0, None, None]}
+    terms = normalised_terms(values, 2, missing=math.nan)
+    both = filled_over_queries(terms, lambda *own: [(number + other) / 2 for number, other in zip(own, (0.6, 2, 0, 0))])
+    torch.testing.assert_close(both["relevance"], torch.tensor([[0.9, 0.9], [0.6, 0.6]], dtype=torch.float64))
+    assert both["mine"].eq(1).all()
+    nowhere = filled_over_queries({"mine": torch.full((2, 1), math.nan)}, lambda *own: list(own))
+    assert nowhere["mine"].eq(0).all()
+    assert scored_answers(values, {"relevance": 1.0, "mine": 0.0}).tolist() == [True, False, False, False]
+    assert scored_answers(values, {"relevance": 0.0, "mine": 0.0}).all()
 
 
 def test_zscore_and_none():

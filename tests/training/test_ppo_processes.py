@@ -71,3 +71,24 @@ def test_two_processes_teach_one_value_network_what_one_process_would(tiny_llama
     steered = [[line["kl_coef"] for line in lines[name] if "kl_coef" in line] for name in ("two", "one")]
     assert steered[0][0] > steered[0][1]
     torch.testing.assert_close(*map(torch.tensor, steered))
+
+
+FAILS = """
+import os
+
+def in_one_process(prompts, completions, **columns):
+    return [None if os.environ["RANK"] == "1" else 1.0] * len(completions)
+"""
+
+
+def test_answers_without_a_reward_are_left_out_and_count_as_the_mean_of_both_processes(tiny_llama, tmp_path):
+    records = grounded_records(tmp_path / "data")
+    (records.parent / "judge.py").write_text(FAILS)
+    flags = [*FLAGS, "--umed_rewards", "judge:in_one_process", "--max_steps", "2", "--umed_cut_off", "keep"]
+    run = umed_run(
+        [*TWO_PROCESSES, *train_flags(tiny_llama, records, tmp_path / "out", *flags)], pythonpath=records.parent
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    (line,) = [line for line in history if "answers_unrewarded" in line]
+    assert (line["answers_unrewarded"], line["reward/total"]) == (0.5, 1.0)

@@ -2,7 +2,8 @@
 
 A reward has the signature of TRL's reward functions. It takes a batch and returns a list of finite numbers, with ``None`` for a
 candidate that it cannot score. A NumPy array or a tensor will do; anything else ends the run. ``None`` leaves the term out for
-that candidate (:mod:`umed_plugin.rewards.combine`); it never counts as 0.
+that candidate (:mod:`umed_plugin.rewards.combine`); it never counts as 0. The candidate gets the mean of the question's others,
+and under PPO, where these have none either, that of the batch. PPO does not learn from a candidate without any reward.
 
     def my_reward(prompts: list[str], completions: list[str], **columns) -> list[float | None]
 
@@ -44,7 +45,13 @@ error, in all processes. Nothing is learnt from the rollout. The same happens if
 from typing import Any
 
 from umed_plugin.rewards import terms as _terms  # noqa: F401  (registers the shipped rewards)
-from umed_plugin.rewards.combine import combine_rewards, normalised_terms, weighted_sum
+from umed_plugin.rewards.combine import (
+    combine_rewards,
+    filled_over_queries,
+    normalised_terms,
+    scored_answers,
+    weighted_sum,
+)
 from umed_plugin.rewards.contract import REWARDS, Reward, normalisation_of, register_reward
 from umed_plugin.rewards.running import (
     advance_rewards,
@@ -67,6 +74,7 @@ __all__ = [
     "collect_metrics",
     "combine_rewards",
     "end_rollout",
+    "filled_over_queries",
     "load_reward_states",
     "make_rewards",
     "normalisation_of",
@@ -77,6 +85,7 @@ __all__ = [
     "reward_of_run",
     "reward_states",
     "run_rewards",
+    "scored_answers",
     "start_rewards",
     "weighted_sum",
 ]

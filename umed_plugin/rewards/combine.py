@@ -15,7 +15,7 @@ The maxima run over the K candidates of a query. Departures from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def combine_rewards(
 
     Args:
         values: reward name -> N = Q*K values, query-major. ``None`` leaves the term out for that candidate: it takes the mean of
-            the query's other candidates, which changes no advantage. A query without any value gets 0 from that term.
+            the query's other candidates, which changes no advantage. A query without any value gets 0 from that term, which
+            changes no advantage of GRPO; for PPO, see `filled_over_queries`.
         num_candidates: K; N must be a multiple of it.
         weights: reward name -> factor after normalisation.
         norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
@@ -86,8 +87,12 @@ def normalised_terms(
     floor: float = 0.1,
     least_maxima: Mapping[str, float] | None = None,
     scales: Mapping[str, float | Sequence[float]] | None = None,
+    missing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Reward name -> its [Q, K] values as they are weighted and summed, float64; arguments and errors as in `combine_rewards`."""
+    """Reward name -> its [Q, K] values as they are weighted and summed, float64; arguments and errors as in `combine_rewards`.
+
+    ``missing`` is what the candidates of a query without any value get.
+    """
     _check_lengths(values, num_candidates)
     terms = {}
     for name, column in values.items():
@@ -95,8 +100,35 @@ def normalised_terms(
         known = [float("nan") if value is None else value for value in numbers_of(name, column)]
         raw = torch.tensor(known, dtype=torch.float64).view(-1, num_candidates)
         least = _least_maxima(raw, floor, (least_maxima or {}).get(name, 0.0), (scales or {}).get(name, 1.0))
-        terms[name] = _fill_missing(_normalise(raw, norm, name in max_normalised, least))
+        terms[name] = _fill_missing(_normalise(raw, norm, name in max_normalised, least), missing)
     return terms
+
+
+def filled_over_queries(
+    terms: Mapping[str, Tensor], mean_over_ranks: Callable[..., Sequence[float]]
+) -> dict[str, Tensor]:
+    """The terms of `normalised_terms`, whose ``missing`` was NaN, with the term's mean over all ranks in place of each NaN.
+
+    PPO compares answers to different questions: a 0 would punish an answer whose reward is not known. A term without any value
+    is 0 everywhere, which compares nothing.
+
+    Args:
+        terms: reward name -> [Q, K]; the same names on all ranks.
+        mean_over_ranks: turns numbers of this rank into their means over the ranks. All ranks must call.
+    """
+    known = {name: term[~term.isnan()] for name, term in terms.items()}
+    own = [number for values in known.values() for number in (values.sum().item(), float(len(values)))]
+    of_all = mean_over_ranks(*own)
+    means = {name: total / max(count, 1e-9) for name, total, count in zip(terms, of_all[::2], of_all[1::2])}
+    return {name: term.nan_to_num(means[name]) for name, term in terms.items()}
+
+
+def scored_answers(values: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> Tensor:
+    """bool [N]: whether a reward of a weight above 0 has a value for an answer; all of them, if no weight is above 0."""
+    weighing = [column for name, column in values.items() if weights[name]]
+    if not weighing:
+        return torch.ones(len(next(iter(values.values()))), dtype=torch.bool)
+    return torch.tensor([any(value is not None for value in row) for row in zip(*weighing)], dtype=torch.bool)
 
 
 def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -127,9 +159,10 @@ def _check_lengths(values: Mapping[str, Sequence[float | None]], num_candidates:
         )
 
 
-def _fill_missing(term: Tensor) -> Tensor:
-    """Replace each NaN of [Q, K] by the mean of its query, or by 0 in a query of NaN only."""
-    return torch.where(term.isnan(), term.nanmean(dim=1, keepdim=True).nan_to_num(0.0), term)
+def _fill_missing(term: Tensor, missing: float) -> Tensor:
+    """Replace each NaN of [Q, K] by the mean of its query, or by ``missing`` in a query of NaN only."""
+    filled = torch.where(term.isnan(), term.nanmean(dim=1, keepdim=True), term)
+    return torch.where(filled.isnan(), missing, filled)
 
 
 def _normalise(raw: Tensor, norm: str, by_maximum: bool, least_maxima: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ gathered once. The passes of 3 and 4 go batch by batch: their logits need as muc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -40,9 +41,11 @@ from umed_plugin.rewards import (
     advance_rewards,
     collect_metrics,
     end_rollout,
+    filled_over_queries,
     normalisation_of,
     normalised_terms,
     run_rewards,
+    scored_answers,
     start_rewards,
     weighted_sum,
 )
@@ -311,20 +314,28 @@ class ExperienceMaker:
         has_ended = ended(candidates, self.tokenizer.eos_token_id)
         weights = self._weights()
         counted = self.cut_off.counted(has_ended)
+        ppo = self.value_head is not None
+        if ppo:  # which compares questions too
+            scored = scored_answers(terms, weights).to(has_ended.device)
+            self.metrics.add({"answers_unrewarded": 1 - scored.float().mean().item()}, len(scored))
+            counted = scored if counted is None else counted & scored
         normalised = normalised_terms(
             {name: _left_out(column, counted) for name, column in terms.items()},
             self.flags.umed_num_candidates,
             norm=self.flags.umed_reward_norm,
             floor=self.flags.umed_reward_floor,
+            missing=math.nan if ppo else 0.0,
             **normalisation,
         )
+        if ppo:
+            normalised = filled_over_queries(normalised, self.metrics.means_over_ranks)
         rewards = weighted_sum(normalised, weights)
         cut_off = replace(self.cut_off, penalty=sum(weights.values()))
         rewards = cut_off.rewards(rewards, has_ended.to(rewards.device))
         self.metrics.add_rewards(terms, rewards, candidates, has_ended)
         self.metrics.add_guards(texts, columns, terms)
-        scored = ScoredCandidates(texts, terms, normalised, weights, rewards)
-        self.metrics.hold_candidates(scored, columns["record"], sizes)
+        candidates_of_log = ScoredCandidates(texts, terms, normalised, weights, rewards)
+        self.metrics.hold_candidates(candidates_of_log, columns["record"], sizes)
         return counted, rewards
 
     def _weights(self) -> dict[str, float]:

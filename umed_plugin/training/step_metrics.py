@@ -10,6 +10,7 @@ rank could measure is left out.
   logged for a single candidate per query.
 - ``answer_tokens``: mean length of the candidates.
 - ``answers_cut_off``: share of candidates that ``--umed_max_new_tokens`` ended, 0-1.
+- ``answers_unrewarded`` (ppo): share of candidates for which all rewards were None, 0-1; they are not learnt from.
 
 Shares and means of answers are of all that are sampled, on all ranks: an extra sampling of one question counts as one question.
 Other metrics, also those of a user's own rewards, are means over batches or calls. With ``--umed_dynamic_sampling``, of each
@@ -63,7 +64,14 @@ _ALWAYS = (
     "answer_tokens",
     "answers_cut_off",
 )
-_PPO = ("value_loss", "value_clip_fraction", "returns_mean", "advantage_std", "explained_variance")
+_PPO = (
+    "value_loss",
+    "value_clip_fraction",
+    "returns_mean",
+    "advantage_std",
+    "explained_variance",
+    "answers_unrewarded",
+)
 
 
 def weight_of(reward: str) -> str:
