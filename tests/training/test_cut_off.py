@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from umed_plugin.rewards import combine_rewards
 from umed_plugin.training.advantages import group_advantages
 from umed_plugin.training.cut_off import CutOff, ended
 from umed_plugin.training.experience import Samples, grpo_experience, ppo_experience
+from umed_plugin.training.experience_maker import ExperienceMaker
 from umed_plugin.training.objective import (
     ObjectiveSettings,
     PolicyTensors,
@@ -20,6 +22,7 @@ from umed_plugin.training.objective import (
     grpo_objective,
     ppo_objective,
 )
+from umed_plugin.training.value_head import ValueHead
 
 EOS, Q, K, T = 2, 6, 4, 5
 
@@ -151,3 +154,14 @@ def test_micro_batches_and_ranks_add_up_to_the_mean_over_the_whole_step(kind):
         PolicyTensors(*[values] * 2, None, values), values, mask * 0, ObjectiveSettings(0.2), 0.0, StepSize(0, 0)
     )[0]
     assert empty == 0, "all answers of a step are left out"
+
+
+def test_a_new_value_network_begins_at_the_mean_of_the_answers_that_count_on_all_ranks():
+    samples, counted = rollout(0)
+    flags = SimpleNamespace(umed_reward_coef=2.0)
+    ranks = SimpleNamespace(means_over_ranks=lambda total, answers: [(total + 3.0) / 2, (answers + 1) / 2])
+    head = ValueHead(4)
+    left = dataclasses.replace(samples, counted=counted)
+    values = ExperienceMaker._begin_values(SimpleNamespace(flags=flags, metrics=ranks), left, head).values
+    known = samples.rewards.flatten()[counted]
+    torch.testing.assert_close(values, torch.full_like(values, 2 * (known.sum().item() + 3) / (len(known) + 1)))

@@ -229,8 +229,11 @@ class ExperienceMaker:
             self.kl_coef.update(kl, len(own) * self.args.world_size)
 
     def _begin_values(self, samples: Samples, value_head: ValueHead) -> Samples:
-        """Let a new value network predict the mean reward of all ranks, also in these samples."""
-        mean = self.flags.umed_reward_coef * self.metrics.mean_over_ranks(samples.rewards.mean().item())
+        """Let a new value network predict the mean reward of all ranks' counted answers, also in these samples."""
+        by_query = samples.counted_by_query
+        counted = samples.rewards if by_query is None else samples.rewards[by_query]
+        total, answers = self.metrics.means_over_ranks(counted.sum().item(), float(counted.numel()))
+        mean = self.flags.umed_reward_coef * total / max(answers, 1e-6)
         value_head.begin_at(mean)
         return replace(samples, values=torch.full(samples.mask.shape, mean, device=samples.mask.device))
 
