@@ -109,6 +109,14 @@ def test_an_image_and_its_prefix_are_computed_once(answerer, images, monkeypatch
     assert seen == [3] and prefilled == [3], "nine questions about three images"
 
 
+@pytest.mark.parametrize("question", [{"text": "CT?"}, {"text": "CT?", "write": False, "options": ("yes", "no")}])
+def test_a_checkpoint_that_computes_no_numbers_is_named(question, tiny_mistral, images):
+    broken = Answerer(tiny_mistral, AnswererSettings(device="cpu", max_new_tokens=2))
+    broken.llava.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(UmedError, match=f"{tiny_mistral}: .* NaN.*umed doctor"):
+        broken.answer([ImageQuestion(images[0], **question)])
+
+
 def test_prompts_without_one_image_or_a_question_are_refused():
     with pytest.raises(UmedError, match="0 image tokens"):
         split_at_image([torch.tensor([1, 2, 3])])

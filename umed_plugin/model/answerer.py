@@ -109,7 +109,7 @@ class Answerer:
         from umed_plugin.checkpoints.prompt_templates import check_template
         from umed_plugin.model.forward import base_llava
 
-        settings = settings or AnswererSettings()
+        settings, self._checkpoint = settings or AnswererSettings(), checkpoint
         check_template(settings.template)
         self.device = answering_device(settings.device)
         self.dtype = answering_precision(checkpoint, settings.base, self.device, settings.dtype)
@@ -157,7 +157,21 @@ class Answerer:
         Args:
             questions: at least one.
             examine: a further pass over the written answers; what it returns becomes `ModelAnswer.examined`.
+
+        Raises:
+            UmedError: the model computes no finite numbers.
         """
+        from umed_plugin.model.sampling import NotFiniteError
+
+        try:
+            return self._answer(questions, examine)
+        except NotFiniteError as error:
+            raise UmedError(
+                f"{self._checkpoint}: {error}. Either its weights are too (umed doctor finds them), or {self.dtype} is too "
+                "narrow for it: use --dtype bfloat16 or float32."
+            ) from None
+
+    def _answer(self, questions: Sequence[ImageQuestion], examine: Examine | None) -> list[ModelAnswer]:
         import torch
 
         from umed_plugin.model.forward import decode_answers, embed_prompts

@@ -13,6 +13,7 @@ an artificial BOS as first token, which shifts every log-probability by one. Sha
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from umed_plugin.errors import UmedError
 from umed_plugin.model.forward import Candidates, PromptBatch, prefill, unwrapped
 from umed_plugin.model.kv_cache import FinishedCache, PreallocatedCache
 from umed_plugin.model.packing import PADDING, Columns, block_mask, sliding_window
 
 _CHECK_EVERY = 16
+NOT_FINITE = "the logits of an answer's first token are NaN or infinite"
+
+
+class NotFiniteError(UmedError):
+    """The model computes no finite numbers, so that nothing can be drawn, and the likeliest token would be any."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,11 @@ def continue_prompts(
 
     Returns:
         Candidates as in `generate`.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinite.
     """
+    check_finite(logits)
     llava, packed = unwrapped(model), settings.packed
     device = prompt_mask.device
     check_every = settings.check_every or (1 if device.type == "cpu" else _CHECK_EVERY)
@@ -245,6 +256,16 @@ def continue_prompts(
     slots.finish(cache)
     longest = int(mask.sum(dim=1).max())
     return Candidates(token_ids[:, :longest], mask[:, :longest])
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse the logits of an answer's first token if one is NaN or infinite; minus infinity forbids a token.
+
+    Raises:
+        NotFiniteError: one is.
+    """
+    if not (logits < math.inf).all():
+        raise NotFiniteError(NOT_FINITE)
 
 
 class _Slots:

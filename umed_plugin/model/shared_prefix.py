@@ -9,6 +9,7 @@ Shapes as in `umed_plugin.model.forward`; B images, Q questions about them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from umed_plugin.model.forward import (
     unwrapped,
 )
 from umed_plugin.model.kv_cache import PreallocatedCache
-from umed_plugin.model.sampling import SamplingSettings, continue_prompts
+from umed_plugin.model.sampling import NotFiniteError, SamplingSettings, continue_prompts
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def continuation_losses(model: Any, features: Tensor, continuations: Sequence[Co
         model: in evaluation mode.
         features: [B, patches, D] from `umed_plugin.model.forward.encode_images`.
         continuations: their prompts have the same tokens before the image.
+
+    Raises:
+        NotFiniteError: one is NaN.
     """
     prefix, suffixes = split_at_image([continuation.full_ids for continuation in continuations])
     # The prefix up to the image is the prompt; question and text behind it are scored as its answer. Each image gets the same
@@ -122,6 +126,8 @@ def continuation_losses(model: Any, features: Tensor, continuations: Sequence[Co
     for index, continuation in enumerate(continuations):
         end = len(suffixes[index])
         losses.append(float(-log_probs[row_of[index], end - continuation.text_tokens : end].mean()))
+    if any(map(math.isnan, losses)):  # a loss may be infinite
+        raise NotFiniteError("the likelihood of an option is NaN")
     return losses
 
 

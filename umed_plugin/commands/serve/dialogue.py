@@ -32,6 +32,7 @@ from umed_plugin.grounding.geometry import ImageGeometry
 from umed_plugin.model.answerer import ModelImages, image_and
 from umed_plugin.model.forward import IMAGE_TOKEN_INDEX, base_llava, embed_prompts, encode_images, prefill
 from umed_plugin.model.kv_cache import PreallocatedCache
+from umed_plugin.model.sampling import check_finite
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -210,6 +211,7 @@ class Dialogue:
         # The cache already holds the prefix shared with the previous prompt; prefill computes only the rest.
         held = self._cache_for(key, ids, features.shape[1])
         logits = prefill(self.model, prompts, held.cache).logits
+        check_finite(logits[:, -1])
         held.columns = _columns(ids, features.shape[1])
         token_ids: list[int] = []
         while True:
