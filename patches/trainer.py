@@ -106,7 +106,13 @@ def _keep_masters(model: Any, args: Any) -> None:
 
 
 def _watch_weights(trainer: Any) -> None:
-    """Say after the first steps which share of the weights moved, where a process has whole weights in the trained dtype."""
+    """End the run if weights are no longer finite, and say after the first steps which share of them moved.
+
+    The share is said where a process has whole weights in the trained dtype.
+    """
+    from umed_plugin.training.finite_weights import FiniteWeights
+
+    trainer.add_callback(FiniteWeights(trainer))
     if trainer.args.deepspeed or trainer.args.fsdp:
         return
     from umed_plugin.training.trained_weights import MovedShare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 from support.records import grounded_records
 from support.umed_runs import reward, train, weights
 from torch import nn
+from transformers import TrainerControl, TrainerState
 
-from umed_plugin.training.trained_weights import keep_in_float32, say_moved
+from umed_plugin.errors import UmedError
+from umed_plugin.training.finite_weights import FiniteWeights
+from umed_plugin.training.trained_weights import MovedShare, keep_in_float32, say_moved
 
 # The default learning rate of the projector in `umed upgrade`, and in LLaVA's LoRA scripts.
 TWENTY = shlex.split("--bf16 True --max_steps 20 --lr_scheduler_type constant --mm_projector_lr 2e-5 --save_steps 10")
@@ -86,3 +90,54 @@ def test_the_run_warns_if_little_moved(capsys):
     say_moved(900, 1000, 1)
     printed = capsys.readouterr()
     assert "90.0% of the trained entries moved in the first step" in printed.out and not printed.err
+
+
+def test_nan_has_not_moved(capsys):
+    model = nn.Linear(2, 2)
+    model.get_input_embeddings = nn.Module
+    moved, state = MovedShare(), TrainerState(max_steps=1)
+    moved.on_train_begin(None, state, None, model=model)
+    model.weight.data.fill_(float("nan"))
+    state.global_step = 1
+    moved.on_step_end(None, state, None)
+    assert "0.0% of the trained entries moved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("broken", ["nan", "inf"])
+def test_weights_that_are_not_finite_end_the_run_before_a_log_a_save_and_the_end(broken, tmp_path):
+    model, head = nn.Linear(2, 2), nn.Linear(2, 1)
+    (tmp_path / "checkpoint-2").mkdir()
+    args = SimpleNamespace(output_dir=str(tmp_path), learning_rate=0.5, device=torch.device("cpu"))
+    gathers = SimpleNamespace(gather=lambda own: torch.cat([torch.zeros(1), own]))  # another rank finds nothing
+    state = TrainerState(global_step=3)
+    watch = FiniteWeights(SimpleNamespace(args=args, state=state, model=model, value_head=head, accelerator=gathers))
+    asked = [
+        TrainerControl(should_log=True),
+        TrainerControl(should_save=True),
+        TrainerControl(should_training_stop=True),
+    ]
+    for control in asked:
+        watch.on_step_end(args, state, control)
+    head.weight.data[0, 1] = float(broken)
+    watch.on_step_end(args, state, TrainerControl())
+    for control in asked:
+        with pytest.raises(UmedError, match=r"after step 3: .*checkpoint-2; .*--learning_rate is too high \(0.5\)"):
+            watch.on_step_end(args, state, control)
+    with pytest.raises(UmedError, match="checkpoint-2 has NaN"):
+        watch.on_train_begin(args, state, TrainerControl())
+    head.weight.requires_grad_(False)
+    watch.on_epoch_end(args, state, TrainerControl(should_save=True))
+
+
+@pytest.mark.parametrize("stage", ["tuning", "rewarding"])
+def test_a_run_that_turns_to_nan_says_so_and_saves_nothing_of_it(stage, tiny_llama, tmp_path):
+    records, out = grounded_records(tmp_path / "data"), tmp_path / "out"
+    flags = shlex.split("--learning_rate 1e20 --max_steps 4 --logging_steps 500 --save_steps 100 --umed_stage ")
+    if stage == "tuning":
+        run = train(tiny_llama, records, out, *flags, "instruction_tuning")
+        assert "after step 4: trained weights are NaN or infinite" in run.stderr
+    else:
+        run = reward(tiny_llama, records, out, *flags, "rewarding")
+        assert re.search("after step [1-3]: the logits of an answer's first token are NaN or infinite", run.stderr)
+    assert run.returncode == 1 and "No checkpoint was saved before" in run.stderr and "(1e+20)" in run.stderr
+    assert "100.0% of the trained" not in run.stdout and not list(out.glob("*.safetensors"))

@@ -394,7 +394,7 @@ def test_the_check_before_the_first_step_samples_in_the_precision_of_the_run(mon
     trainer = SimpleNamespace(
         args=args,
         model=torch.nn.Linear(2, 2),
-        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model, gather=lambda own: own),
         compute_loss_context_manager=nullcontext,
         train_dataset=[{"record": {}}],
         maker=SimpleNamespace(geometry=lambda record: None),

@@ -14,7 +14,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Protocol
@@ -28,6 +28,7 @@ from umed_plugin.model.forward import Candidates, PromptBatch
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.server_sampling import sample_on_server, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
+from umed_plugin.training.finite_weights import raised_by_all
 from umed_plugin.training.stopping import raised_together
 
 ADAPTERS = "rollout_adapters"
@@ -57,29 +58,9 @@ class RolloutEngine(Protocol):
         """Free what the engine holds outside this process."""
 
 
-@dataclass
-class OwnRollouts:
-    """This process samples, with the weights that learn."""
-
-    settings: SamplingSettings
-    in_process: bool = True
-
-    def prepare(self, policy: Any, step: int) -> None:
-        """Nothing to do."""
-
-    def agreed(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def sample(self, policy: Any, prompts: PromptBatch) -> tuple[Candidates, Optional[Tensor]]:
-        return generate(policy, prompts, self.settings), None
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
 @dataclass(frozen=True)
 class Ranks:
-    """What `ServerRollouts` needs of the other processes; every rank calls each function.
+    """What an engine needs of the other processes; every rank calls each function.
 
     Attributes:
         is_first: whether this is the first rank.
@@ -90,6 +71,37 @@ class Ranks:
     is_first: bool
     on_any: Callable[[bool], bool]
     of_first: Callable[[float], float]
+
+
+@dataclass
+class OwnRollouts:
+    """This process samples, with the weights that learn.
+
+    Attributes:
+        settings: of sampling.
+        ranks: the other processes.
+    """
+
+    settings: SamplingSettings
+    ranks: Ranks
+    in_process: bool = True
+
+    def prepare(self, policy: Any, step: int) -> None:
+        """Nothing to do."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Let all ranks raise if the policy of one of them computes no finite numbers.
+
+        Raises:
+            NotFiniteError: on all ranks.
+        """
+        return raised_by_all(self.ranks.on_any)
+
+    def sample(self, policy: Any, prompts: PromptBatch) -> tuple[Candidates, Optional[Tensor]]:
+        return generate(policy, prompts, self.settings), None
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class ServerRollouts:
@@ -173,7 +185,7 @@ def rollout_engine(
 ) -> OwnRollouts | ServerRollouts:
     """The engine that the flags name."""
     if flags.umed_rollout_server is None:
-        return OwnRollouts(settings)
+        return OwnRollouts(settings, ranks)
     server = RolloutServer(
         flags.umed_rollout_server.rstrip("/"), flags.umed_rollout_timeout, flags.umed_rollout_retries
     )

@@ -26,6 +26,7 @@ from umed_plugin.model.forward import decode_answers, embed_prompts, encode_imag
 from umed_plugin.model.sampling import generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.terminal.text import one_line
+from umed_plugin.training.finite_weights import answering
 from umed_plugin.training.rewarding_data import collate_queries
 from umed_plugin.training.run_precision import precision_of
 
@@ -87,7 +88,13 @@ class StartCheck(TrainerCallback):
         counts = [0.0] * 4
         gpus = [device] if device.type == "cuda" else []
         own = trainer.compute_loss_context_manager()
-        with torch.random.fork_rng(gpus), gathered_parameters(policy), own, precision_of(trainer.args):
+        with (
+            answering(trainer),
+            torch.random.fork_rng(gpus),
+            gathered_parameters(policy),
+            own,
+            precision_of(trainer.args),
+        ):
             for index in indices:
                 query = trainer.train_dataset[index]
                 new, ended = self._answers(policy, query)

@@ -84,7 +84,7 @@ class MovedShare(TrainerCallback):
             return
         total = sum(parameter.numel() for parameter, _ in self._first)
         moved = sum(
-            (_some_entries(parameter) != first).float().mean().item() * parameter.numel()
+            _has_moved(_some_entries(parameter), first).float().mean().item() * parameter.numel()
             for parameter, first in self._first
         )
         self._first = []
@@ -101,6 +101,11 @@ def say_moved(moved: float, total: int, steps: int) -> None:
             f"only {share:.1%} of the trained entries moved in {first}. The others had no gradient (do the rewards differ "
             "between candidates?), or --learning_rate or --mm_projector_lr is too small for their number format."
         )
+
+
+def _has_moved(now: Tensor, first: Tensor) -> Tensor:
+    """Which entries have another value; NaN and infinity are none."""
+    return (now != first) & now.isfinite()
 
 
 def _some_entries(parameter: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from transformers.trainer_callback import TrainerState
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import failed_write
 from umed_plugin.model.forward import answer_pass, base_llava, embed_prompts
+from umed_plugin.model.sampling import NotFiniteError
 from umed_plugin.model.server_sampling import difference_fault
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.remote.rollout_server import RolloutServerError
@@ -36,6 +37,7 @@ from umed_plugin.rewards import load_reward_states, make_rewards, remarks_on_rec
 from umed_plugin.training.candidate_log import CandidateLogStart
 from umed_plugin.training.experience import Experience
 from umed_plugin.training.experience_maker import ExperienceMaker
+from umed_plugin.training.finite_weights import broken_run, has_broken_weights
 from umed_plugin.training.importance import importance_metrics, importance_weights
 from umed_plugin.training.objective import (
     ObjectiveSettings,
@@ -152,6 +154,8 @@ class RewardingTrainer(LLaVATrainer):
             raise UmedError(
                 f"training stopped after step {self.state.global_step}: {error} {self._save_stopped()}"
             ) from None
+        except NotFiniteError as error:
+            raise UmedError(broken_run(self, str(error))) from None
         finally:
             self.maker.engine.close()
         self.rollouts.reader.close()
@@ -164,6 +168,8 @@ class RewardingTrainer(LLaVATrainer):
         step = self.state.global_step
         if step == 0:
             return "Nothing was learnt yet."
+        if has_broken_weights(self):
+            return "No checkpoint was saved: the trained weights are NaN or infinite. Lower --learning_rate."
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not (folder / TRAINER_STATE_NAME).is_file():
             self._stopped_at = self._before_step[1]

@@ -38,6 +38,7 @@ from umed_plugin.model.forward import base_llava, decode_answers, embed_prompts,
 from umed_plugin.model.sampling import SamplingSettings, generate
 from umed_plugin.model.sharding import gathered_parameters
 from umed_plugin.rewards.guards import box_area_ratio
+from umed_plugin.training.finite_weights import answering
 from umed_plugin.training.rewarding_data import collate_queries
 from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.validation_pictures import PictureLog, Shown, chosen_for_pictures, is_shown_by
@@ -95,7 +96,8 @@ class HeldOutValidation(TrainerCallback):
         policy.eval()
         scores: list[AnswerScore] = []
         pictured, shown = self._chosen_for_pictures(share), list[Shown]()
-        with gathered_parameters(policy), trainer.compute_loss_context_manager(), precision_of(args):
+        own = trainer.compute_loss_context_manager()
+        with answering(trainer), gathered_parameters(policy), own, precision_of(args):
             for start in range(0, len(share), args.per_device_eval_batch_size):
                 batch = share[start : start + args.per_device_eval_batch_size]
                 queries = [self.dataset[index] for index in batch]
