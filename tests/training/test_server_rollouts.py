@@ -20,6 +20,7 @@ from support.umed_runs import OWN_REWARD, TWO_PROCESSES, reward, train_flags, um
 
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.remote.rollout_server import RolloutServerError
+from umed_plugin.training import finite_weights
 from umed_plugin.training.importance import importance_metrics, importance_weights
 from umed_plugin.training.rollout_engine import Ranks, ServerRollouts
 
@@ -125,9 +126,10 @@ def test_what_a_failing_step_has_moved_is_not_in_the_checkpoint(monkeypatch, tmp
     trainer, reward_of_ones_own = RewardingTrainer.__new__(RewardingTrainer), Moving()
     trainer.state, trainer.args = (
         SimpleNamespace(global_step=2),
-        SimpleNamespace(output_dir=str(tmp_path), should_save=True),
+        SimpleNamespace(output_dir=str(tmp_path), should_save=True, device=torch.device("cpu")),
     )
     trainer.flags, trainer.value_head, trainer.model_wrapped = UmedFlags(), None, None
+    trainer.model = torch.nn.Linear(1, 1)
     trainer.maker = SimpleNamespace(kl_coef=SimpleNamespace(value=0.5), rewards={"own": reward_of_ones_own})
     trainer.rollouts = SimpleNamespace(further=SimpleNamespace(taken=8), save=lambda folder: None)
     trainer._before_step, trainer._stopped_at = (1, None), None
@@ -137,8 +139,9 @@ def test_what_a_failing_step_has_moved_is_not_in_the_checkpoint(monkeypatch, tmp
         raise RolloutServerError("gone")
 
     monkeypatch.setattr(LLaVATrainer, "training_step", fails)
-    monkeypatch.setattr(LLaVATrainer, "_save_rng_state", lambda *_: None)
-    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *_: trainer._save_rng_state(str(tmp_path)))
+    monkeypatch.setattr(LLaVATrainer, "save_model", lambda *_: None)
+    monkeypatch.setattr(finite_weights, "on_any_rank", lambda trainer, condition: condition)
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda *_: trainer.save_model(str(tmp_path), _internal_call=True))
     with pytest.raises(RolloutServerError):
         trainer.training_step(None, {})
     assert trainer._save_stopped().startswith(f"Saved: {tmp_path / 'checkpoint-2'}.")
@@ -239,7 +242,7 @@ def test_two_processes_end_together_when_one_of_them_is_refused(tiny_mistral, re
         done = umed_run(command, pythonpath=records.parent)
     assert done.returncode == 1 and "no more" in done.stderr
     assert len(adapters(server, "load")) == 2, "the first process publishes, once a step"
-    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file()
+    assert (tmp_path / "out" / "checkpoint-1" / "trainer_state.json").is_file(), done.stderr
 
 
 def test_weights_are_ratios_up_to_the_cap():

@@ -210,6 +210,13 @@ def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sa
     assert run.stderr.count("not each of the 1 processes finds its rollout_N.pt") == 1
     assert set(sampled(lost)) == {1}
 
+    # Without optimizer and random state, value network and rollout are there all the same.
+    alone = tmp_path / "alone"
+    for steps in ("1", "2"):
+        run = reward(tiny_llama, records, alone, *flags, "--max_steps", steps, "--save_only_model", "True")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert (alone / "checkpoint-1" / "rewarding_state.json").is_file() and "rollout_N.pt" not in run.stderr
+
     # Between the updates of a rollout nothing may change that shapes it, even if the change is accepted.
     between = tmp_path / "between"
     shutil.copytree(tmp_path / "out" / "checkpoint-1", between / "checkpoint-1")

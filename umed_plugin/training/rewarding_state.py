@@ -93,7 +93,7 @@ def load_kl_coef(folder: Path, algorithm: str, *, needed: bool) -> float | None:
         )
     if needed and "kl_coef" not in state:
         raise UmedError(
-            f"{folder}: has no {STATE}, so the KL weight that --umed_kl_target had reached is lost. Resume without "
-            "--umed_kl_target, or choose another --output_dir."
+            f"{folder}: has no {STATE}, so the KL weight that --umed_kl_target had reached is lost. It was written by an earlier "
+            "release, or with --save_only_model by one. Resume without --umed_kl_target, or choose another --output_dir."
         )
     return state.get("kl_coef")

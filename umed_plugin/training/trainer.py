@@ -260,10 +260,13 @@ class RewardingTrainer(LLaVATrainer):
             raise RolloutServerError(fault or "the rollout server's model differs from another process's policy.")
         return experience.advantages * importance_weights(own, sampled, flags.umed_importance_cap)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save what else a resumed run needs; every rank calls this at each checkpoint, for its random state."""
-        super()._save_rng_state(output_dir)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; in a checkpoint, for which every rank calls this, also what else a resumed run needs."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir is None:  # the result of the run
+            return
         folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)  # the first rank may not have come to it yet
         if self.args.should_save:
             kl_coef, states, further = self._stopped_at or self._moved_by_steps()
             save_state(folder, self.flags.umed_algorithm, kl_coef, states, further)
@@ -276,7 +279,7 @@ class RewardingTrainer(LLaVATrainer):
         return self.maker.kl_coef.value, reward_states(self.maker.rewards), self.rollouts.further.taken
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load optimizer and schedule, and what `_save_rng_state` wrote; every resumed run calls this, also under DeepSpeed."""
+        """Load optimizer and schedule, and what `save_model` wrote; every resumed run calls this, also under DeepSpeed."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return

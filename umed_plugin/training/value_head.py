@@ -63,8 +63,8 @@ class ValueHead(nn.Module):
         file = folder / VALUE_HEAD
         if not file.is_file():
             raise UmedError(
-                f"{folder}: has no {VALUE_HEAD}, so it was not written by --umed_algorithm ppo. Resume with the algorithm that "
-                "the run was started with, or choose another --output_dir."
+                f"{folder}: has no {VALUE_HEAD}. It was written by another --umed_algorithm than ppo, or with --save_only_model "
+                "by an earlier release. Resume with the algorithm that the run was started with, or choose another --output_dir."
             )
         weights, own = load_file(file), self.state_dict()
         shapes, own_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (weights, own))
