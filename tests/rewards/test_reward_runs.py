@@ -125,6 +125,8 @@ class Wrong:
     def __call__(self, prompts, completions, **columns):
         self.calls += 1
         self.bad = self.calls == 2 and os.environ.get("RANK", "0") == os.environ["BAD_RANK"]
+        if self.bad and os.environ["FAULT"] == "raise":
+            {}["box"]
         values = [float(index) for index in range(len(completions))]
         if self.bad and os.environ["FAULT"] == "nan":
             values[0] = float("nan")
@@ -137,6 +139,7 @@ class Wrong:
         return [1.0] * (len(record) + (self.bad and os.environ["FAULT"] == "scale"))
 """
 FAULTS = {
+    "raise": "reward 'wrong:Wrong' raised KeyError: 'box' (",
     "nan": "reward 'wrong:Wrong' returned nan.",
     "surplus": "reward 'wrong:Wrong' returned 3 values for 2 answers.",
     "metric": "reward 'wrong:Wrong': metrics() returned own/unknown",
@@ -144,7 +147,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("fault", "processes"), [("surplus", 1), ("metric", 1), ("scale", 1), ("nan", 2)])
+@pytest.mark.parametrize(
+    ("fault", "processes"), [("surplus", 1), ("metric", 1), ("scale", 1), ("nan", 1), ("raise", 2)]
+)
 def test_what_is_wrong_of_a_reward_ends_all_processes_with_a_checkpoint(
     fault, processes, tiny_llama, tmp_path, monkeypatch
 ):

@@ -14,9 +14,11 @@ from umed_plugin.rewards import (
     advance_rewards,
     collect_metrics,
     combine_rewards,
+    end_rollout,
     normalisation_of,
     reward_states,
     run_rewards,
+    start_rewards,
 )
 
 NODULE, NEGATIVE = {"objects": {"ref": ["nodule"]}}, {"objects": {"ref": []}}
@@ -175,6 +177,54 @@ def test_a_reward_that_changes_fails_in_all_processes_together(fails):
         advance_rewards({"fixed": print, "own": reward}, gather, agreed)
     assert events == ["begin", "end"] if fails == "before" else ["begin", "end", "gather", "begin", "end"]
     assert reward.seen == (None if fails else [1, 1])
+
+
+def raising(name):
+    def method(self, *positional, **keywords):
+        if self.name == name:
+            raise ValueError(f"in {name}")
+        return {}
+
+    return method
+
+
+class Raises:
+    """Raises in the function of this name."""
+
+    metric_names = ("own/x",)
+    start, metrics, scale, advance = raising("start"), raising("metrics"), raising("scale"), raising("advance")
+    for_all_processes, end_rollout = raising("for_all_processes"), raising("end_rollout")
+    applies_to, state = raising("applies_to"), raising("state")
+
+    def __init__(self, name):
+        self.name = name
+
+    def __call__(self, prompts, completions, **columns):
+        return [0.0 / (self.name != "__call__")]
+
+
+CALLS = {
+    "start": lambda rewards, columns: start_rewards(rewards, ["?"], ["!"], **columns),
+    "__call__": lambda rewards, columns: run_rewards(rewards, ["?"], ["!"], **columns),
+    "applies_to": lambda rewards, columns: run_rewards(rewards, ["?"], ["!"], **columns),
+    "metrics": lambda rewards, columns: collect_metrics(rewards),
+    "scale": normalisation_of,
+    "for_all_processes": lambda rewards, columns: advance_rewards(rewards, list),
+    "advance": lambda rewards, columns: advance_rewards(rewards, list),
+    "end_rollout": lambda rewards, columns: end_rollout(rewards),
+    "state": lambda rewards, columns: reward_states(rewards),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_any_exception_of_a_reward_is_an_error_that_names_it_with_file_and_line(name):
+    with pytest.raises(UmedError) as raised:
+        CALLS[name]({"mine:own": Raises(name)}, {"record": [{"id": "scan 7"}]})
+    kind = "ZeroDivisionError" if name == "__call__" else "ValueError"
+    assert str(raised.value).startswith(f"reward 'mine:own' raised {kind}: ") and f"({__file__}, line " in str(
+        raised.value
+    )
+    assert ("scan 7" in str(raised.value)) == (name in ("start", "__call__", "applies_to", "scale"))
 
 
 class Remembers:

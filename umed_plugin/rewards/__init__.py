@@ -39,7 +39,8 @@ without arguments. Everything else is optional, as attributes:
   error.
 
 A reward that cannot go on raises `umed_plugin.UmedError`. The run then saves what it learnt before this rollout and ends with the
-error, in all processes. Nothing is learnt from the rollout. The same happens if values, metrics or scale are not as they must be.
+error, in all processes. Nothing is learnt from the rollout. The same happens if values, metrics or scale are not as they must be,
+and if a reward raises any other exception.
 """
 
 from typing import Any

@@ -6,13 +6,17 @@ The contract in words is in :mod:`umed_plugin.rewards`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional, TypeVar, Union
 
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.rewards import is_called_by_position
 from umed_plugin.registry import Registry
 from umed_plugin.rewards.values import as_float, shown
+from umed_plugin.terminal.text import one_line
 
 Reward = Callable[..., "list[Optional[float]]"]
 # The size of a reward's values: one number, or a function of the columns that gives N numbers.
@@ -109,7 +113,8 @@ def _scale_of(name: str, reward: Any, columns: Optional[Mapping[str, Sequence[An
     if not callable(reward.scale):
         return _size_of(name, reward.scale)
     given = columns or {}
-    sizes = reward.scale(**given)
+    with failing_as(name, reward, given.get("record", ())):
+        sizes = reward.scale(**given)
     if not isinstance(sizes, Iterable):
         raise UmedError(
             f"reward {name!r}: scale returned {shown(sizes)}. It must return a list of one number for each answer."
@@ -141,3 +146,39 @@ def call_reward(
     if is_called_by_position(reward, columns):
         return reward(prompts, completions, **columns)
     return reward(prompts=prompts, completions=completions, **columns)
+
+
+@contextmanager
+def failing_as(name: str, reward: Any, records: Iterable[Any] = ()) -> Iterator[None]:
+    """A block that calls something of a reward: what it raises becomes an error for which a run saves what it has learnt.
+
+    Args:
+        name: of the reward.
+        reward: whose own file the message names.
+        records: that the reward is called with, one for each answer.
+
+    Raises:
+        UmedError: names the reward, the error, its file and line, and up to three of the records.
+    """
+    try:
+        yield
+    except UmedError:
+        raise
+    except Exception as error:
+        ids = list(dict.fromkeys(str(r["id"]) for r in records if isinstance(r, Mapping) and "id" in r))
+        asked = (
+            f" It was asked about {len(ids)} records: {', '.join(ids[:3])}{', ...' * (len(ids) > 3)}." if ids else ""
+        )
+        raise UmedError(
+            f"reward {name!r} raised {type(error).__name__}: {one_line(str(error))} ({_place_of(error, reward)}).{asked} Mend it "
+            "there, or let it return None for an answer that it cannot score."
+        ) from error
+
+
+def _place_of(error: Exception, reward: Any) -> str:
+    """File and line of the reward's own code that an error came through; without any, where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    module = sys.modules.get(getattr(reward, "__module__", None) or type(reward).__module__)
+    own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
+    place = (own or frames)[-1]
+    return f"{place.filename}, line {place.lineno}"

@@ -19,7 +19,7 @@ from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.grounding.answer_types import PHRASE, REPORT
-from umed_plugin.rewards.contract import REWARDS, Reward, call_reward
+from umed_plugin.rewards.contract import REWARDS, Reward, call_reward, failing_as
 from umed_plugin.rewards.judges.lexical import LOCAL_JUDGES, lexical_relevance
 from umed_plugin.rewards.judges.relevance import JudgedRelevance
 from umed_plugin.rewards.values import as_float, numbers_of, shown, values_of
@@ -128,9 +128,10 @@ def start_rewards(
     rewards: Mapping[str, Reward], prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
 ) -> None:
     """Start the rewards that work in the background."""
-    for reward in rewards.values():
+    for name, reward in rewards.items():
         if hasattr(reward, "start"):
-            call_reward(reward.start, prompts, completions, columns)
+            with failing_as(name, reward, columns.get("record", ())):
+                call_reward(reward.start, prompts, completions, columns)
 
 
 def run_rewards(
@@ -151,9 +152,10 @@ def _values_of(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> list[float | None]:
-    values = values_of(name, call_reward(reward, prompts, completions, columns), len(completions))
-    if "record" in columns:
-        values = [value if _applies(reward, record) else None for value, record in zip(values, columns["record"])]
+    with failing_as(name, reward, columns.get("record", ())):
+        values = values_of(name, call_reward(reward, prompts, completions, columns), len(completions))
+        if "record" in columns:
+            values = [value if _applies(reward, record) else None for value, record in zip(values, columns["record"])]
     return numbers_of(name, values)
 
 
@@ -173,11 +175,15 @@ def advance_rewards(
     if not changing:
         return
     with agreed():
-        own = {name: list(reward.for_all_processes()) for name, reward in changing.items()}
+        own: dict[str, list[Any]] = {}
+        for name, reward in changing.items():
+            with failing_as(name, reward):
+                own[name] = list(reward.for_all_processes())
     of_all = {name: gather(values) for name, values in own.items()}
     with agreed():
         for name, reward in changing.items():
-            reward.advance(of_all[name])
+            with failing_as(name, reward):
+                reward.advance(of_all[name])
 
 
 def end_rollout(
@@ -192,12 +198,13 @@ def end_rollout(
     Raises:
         UmedError: a reward refuses to go on.
     """
-    told: list[Any] = [reward for reward in rewards.values() if hasattr(reward, "end_rollout")]
+    told: dict[str, Any] = {name: reward for name, reward in rewards.items() if hasattr(reward, "end_rollout")}
     if not told:
         return
     with agreed():
-        for reward in told:
-            reward.end_rollout()
+        for name, reward in told.items():
+            with failing_as(name, reward):
+                reward.end_rollout()
 
 
 def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
@@ -210,7 +217,8 @@ def reward_states(rewards: Mapping[str, Reward]) -> dict[str, Any]:
 
 
 def _state_of(name: str, reward: Any) -> Any:
-    state = reward.state()
+    with failing_as(name, reward):
+        state = reward.state()
     try:
         return json.loads(json.dumps(state))
     except (RecursionError, TypeError, ValueError) as error:
@@ -253,7 +261,8 @@ def collect_metrics(rewards: Mapping[str, Reward]) -> dict[str, float]:
     """
     values: dict[str, float] = {}
     for name, reward in rewards.items():
-        metrics = _metrics_of(reward)
+        with failing_as(name, reward):
+            metrics = _metrics_of(reward)
         if not isinstance(metrics, Mapping):
             raise UmedError(f"reward {name!r}: metrics() returned {shown(metrics)}. Allowed: a dictionary of numbers.")
         unknown = sorted(map(str, set(metrics) - set(_names_of(reward))))
