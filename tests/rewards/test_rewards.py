@@ -279,6 +279,13 @@ def test_group_of_zeros_stays_zero():
     assert combine_rewards({"localization": [0.0] * 4}, 4, weights=WEIGHTS).eq(0).all()
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_negative_rewards_are_divided_by_the_largest_absolute_value(floor):
+    for values, expected in (([-0.5, -0.25], [-1.0, -0.5]), ([-4.0, 1.0], [-1.0, 0.25])):
+        found = combine_rewards({"localization": values}, 2, weights=WEIGHTS, floor=floor)
+        torch.testing.assert_close(found, torch.tensor([expected]))
+
+
 def test_one_candidate_is_not_normalised():
     torch.testing.assert_close(
         combine_rewards({"localization": [0.3, 0.6]}, 1, weights=WEIGHTS), torch.tensor([[0.3], [0.6]])

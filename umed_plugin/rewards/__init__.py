@@ -16,8 +16,8 @@ As in TRL, all are passed by keyword: ``def my_reward(completions, **columns)`` 
 own file on ``PYTHONPATH``. Your own may be a function, a callable object, or a class: each process creates one object of it,
 without arguments. Everything else is optional, as attributes:
 
-- ``max_normalised = True``: ``--umed_reward_norm max`` divides the reward by its maximum over the candidates of a question.
-  The maximum counts as at least ``--umed_reward_floor`` times ``scale`` or, if higher, ``least_maximum``.
+- ``max_normalised = True``: ``--umed_reward_norm max`` divides the reward by its largest absolute value among a question's
+  candidates. It counts as at least ``--umed_reward_floor`` times ``scale`` or, if higher, ``least_maximum``.
 - ``scale``: how large the reward's values are: a number, or a function of the columns that gives one per candidate; default 1.
   Give one if the values are much smaller than 1, or the floor keeps them from being divided by their maximum.
 - ``for_records(records) -> reward``: called once before the first step, with at most 2,000 records spread over the training

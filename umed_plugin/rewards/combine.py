@@ -6,7 +6,8 @@ The maxima run over the K candidates of a query. Departures from the paper:
   0.1 times the lesion's share of the patches for vision relevance, whose values are about that share.
 - Vision relevance is 0 for an answer that does not name the lesion. If one candidate alone names it, the division gives that one
   up to 1 for the naming, however much it looks at the lesion. A floor of 1 asks for the even share before it gives 1.
-- A group in which all rewards are 0 stays 0.
+- A group in which all rewards are 0 stays 0, also with a floor of 0.
+- The maximum is that of the absolute values, so that a user's reward may be negative.
 - A single candidate is not normalised; it would always be 1.
 - Weights, and z-scores or raw values instead of the maximum, as options. Z-scores of each reward by itself are the first step of
   GDPO (arXiv 2601.05242). Its second, the deviation of the sum over the batch, is ``--umed_advantage_scale batch``.
@@ -47,8 +48,9 @@ def combine_rewards(
             changes no advantage of GRPO; for PPO, see `filled_over_queries`.
         num_candidates: K; N must be a multiple of it.
         weights: reward name -> factor after normalisation.
-        norm: ``max`` divides the rewards in ``max_normalised`` by their maximum over the query's candidates; ``zscore``
-            standardises every reward over them; ``none`` sums raw values.
+        norm: ``max`` divides the rewards in ``max_normalised`` by their largest absolute value over the query's candidates, which
+            for rewards of 0 and more is the paper's maximum; ``zscore`` standardises every reward over them; ``none`` sums raw
+            values.
         max_normalised: names of the rewards that ``max`` applies to.
         floor: lower bound of every maximum, as a multiple of the reward's scale.
         least_maxima: reward name -> a lower bound of its own in the reward's unit, used where it is above that.
@@ -182,4 +184,5 @@ def _normalise(raw: Tensor, norm: str, by_maximum: bool, least_maxima: Tensor) -
         )
     if norm != "max":
         raise ValueError(f"unknown reward norm {norm!r}. Allowed: {', '.join(REWARD_NORMS)}.")
-    return raw / raw.nan_to_num(0.0).amax(dim=1, keepdim=True).maximum(least_maxima) if by_maximum else raw
+    # Of absolute values: a largest one below 0 would turn or blow up the order of a reward that also punishes.
+    return raw / raw.nan_to_num(0.0).abs().amax(dim=1, keepdim=True).maximum(least_maxima) if by_maximum else raw
