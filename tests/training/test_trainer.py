@@ -198,6 +198,7 @@ def test_the_value_networks_gradient_is_clipped_and_a_rollout_that_is_lost_is_sa
     flags = [*PPO, "--save_steps", "1", "--umed_log_candidates", "1"]
     run = reward(tiny_llama, records, tmp_path / "out", *flags, "--max_steps", "2", "--max_grad_norm", "1e-12")
     assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("each epoch leaves out 1 of 9 records, others each time: a rollout takes 4") == 1
     # A gradient of this norm vanishes beside Adam's epsilon of 1e-8; without the bound each step is the learning rate of 1e-2.
     assert 0 < load_file(tmp_path / "out" / "value_head.safetensors")["linear.weight"].abs().max() < 1e-5
 

@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from umed_plugin.errors import UmedError, warn
+from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.training.dynamic_sampling import Dealing, FurtherQueries
 from umed_plugin.training.experience import Experience, Samples, minibatch_order
 from umed_plugin.training.objective import StepSize
@@ -40,6 +40,7 @@ class Rollouts:
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._args, self._flags = trainer, trainer.args, trainer.flags
         self._experience: Experience | None = None
+        self._said_left_out = False
         self._batches_seen = 0  # of this rank since the run began, also before it was resumed
         self._step_begun, self._batches_in_step = -1, 0
         self._sampled_ahead: deque[tuple[list[int], Experience]] = deque()
@@ -83,8 +84,18 @@ class Rollouts:
                 "accumulation steps x --umed_minibatches_per_rollout), which --umed_algorithm ppo and several updates need. "
                 "Lower --per_device_train_batch_size, --gradient_accumulation_steps or --umed_minibatches_per_rollout."
             )
+        self._say_left_out(queries, rollout)
         self._sampler = EpochSampler(queries, seed, rollout, flags.umed_updates_per_rollout)
         return self._sampler
+
+    def _say_left_out(self, queries: int, rollout: int) -> None:
+        """Say once how many records an epoch leaves out, because they do not fill a rollout of this many."""
+        if queries % rollout and not self._said_left_out and self._args.process_index == 0:
+            note(
+                f"each epoch leaves out {queries % rollout} of {queries} records, others each time: a rollout takes {rollout} "
+                "(batch size x processes x accumulation steps x --umed_minibatches_per_rollout)."
+            )
+        self._said_left_out = True
 
     def _batches_of_epoch(self, epoch: int) -> list[list[int]]:
         """All batches that this rank reads in an epoch over the data."""
