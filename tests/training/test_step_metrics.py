@@ -11,7 +11,7 @@ import torch
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import Candidates
 from umed_plugin.training.schedule_check import ScheduleCheck
-from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics
+from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, takes_metrics
 
 NAMES = ["reward/iou", "reward/total", "groups_without_signal", "answer_tokens", "answers_cut_off", "kl", "own/calls"]
 
@@ -158,3 +158,11 @@ def test_a_run_of_one_rollout_says_that_its_weights_stay(max_steps, weights, sai
     flags = UmedFlags(umed_rewards="localization", umed_reward_weights=weights, umed_updates_per_rollout=2)
     ScheduleCheck(flags).on_train_begin(SimpleNamespace(process_index=0), SimpleNamespace(max_steps=max_steps), None)
     assert ("each weight keeps its first value" in capsys.readouterr().err) == said
+
+
+def test_the_last_line_of_a_run_takes_what_no_line_of_a_step_has():
+    state = SimpleNamespace(log_history=[{"loss": 1.0, "step": 4}, {"val/iou": 0.5, "step": 5}], global_step=5)
+    assert takes_metrics({"loss": 1.0}, state) and takes_metrics({"train_loss": 1.0}, state)
+    assert not takes_metrics({"val/iou": 0.5}, state)
+    state.log_history.append({"loss": 1.0, "step": 5})
+    assert not takes_metrics({"train_loss": 1.0}, state)

@@ -92,6 +92,17 @@ def metric_names(flags: UmedFlags, rewards: Mapping[str, Any]) -> list[str]:
     return names
 
 
+def takes_metrics(logs: Mapping[str, float], state: Any) -> bool:
+    """Whether a line of the log takes the metrics since the last one: that of a step, or of the end behind steps without a line.
+
+    Args:
+        logs: of the line; ``train_loss`` is in the last one of a run.
+        state: of the trainer.
+    """
+    logged = max((line["step"] for line in state.log_history if "loss" in line), default=0)
+    return "loss" in logs or ("train_loss" in logs and logged < state.global_step)
+
+
 @dataclass(frozen=True)
 class ScoredCandidates:
     """The N = Q*K candidates of a step, and what their rewards are made of.

@@ -55,7 +55,7 @@ from umed_plugin.training.run_settings import stored_settings
 from umed_plugin.training.sampler import EpochSampler
 from umed_plugin.training.schedule_check import ScheduleCheck
 from umed_plugin.training.start_check import StartCheck
-from umed_plugin.training.step_metrics import StepMetrics, metric_names
+from umed_plugin.training.step_metrics import StepMetrics, metric_names, takes_metrics
 from umed_plugin.training.stopping import RewardError, StopForReward
 from umed_plugin.training.validation import HeldOutValidation
 from umed_plugin.training.value_head import ValueHead
@@ -305,7 +305,7 @@ class RewardingTrainer(LLaVATrainer):
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the metrics' means since the last log, over all ranks, to the trainer's own metrics."""
-        if "loss" in logs:
+        if takes_metrics(logs, self.state):
             logs.update(self.metrics.means())
             self.metrics.warn(logs)
         super().log(logs, *rest)

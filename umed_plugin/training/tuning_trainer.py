@@ -31,6 +31,7 @@ from umed_plugin.training.keeping import keeping_loss
 from umed_plugin.training.replay import RECORDS, Replay, ReplayedEpochs, ReplayedLoader
 from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.sampler import sampler_in
+from umed_plugin.training.step_metrics import takes_metrics
 from umed_plugin.training.tower_teaching import tower_teaching_loss
 from umed_plugin.training.trained_tower import give_own_rate
 
@@ -93,7 +94,7 @@ class TuningTrainer(LLaVATrainer):
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add what was measured since the last log, over all processes."""
-        if "loss" in logs:
+        if takes_metrics(logs, self.state):
             for extra in self._extra:
                 logs.update(extra.metrics(self._gathered))
         super().log(logs, *rest)
