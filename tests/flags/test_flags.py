@@ -192,6 +192,9 @@ def with_labels(completions, labels, **kwargs):
 async def waiting(completions, **kwargs):
     return [0.0] * len(completions)
 
+class Normalised(Made):
+    max_normalised = True
+
 an_object, weighted, narrow = Made(), Weighted(2), Narrow()
 """
 
@@ -218,6 +221,17 @@ def test_a_reward_of_ones_own_is_a_function_an_object_or_a_class_that_takes_colu
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
     faults = find_faults(UmedFlags(umed_stage="rewarding", umed_rewards=f"own_rewards:{name}"), *llava_args())
     assert [fault in found for found in faults] == ([True] if fault else []), faults
+
+
+@pytest.mark.parametrize(("name", "fault"), [("Made", True), ("with_columns", True), ("Normalised", False)])
+def test_a_floor_needs_a_reward_of_ones_own_that_is_normalised(name, fault, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+    flags = UmedFlags(umed_stage="rewarding", umed_rewards=f"own_rewards:{name}", umed_reward_floor=0.2)
+    found = find_faults(flags, *llava_args())
+    assert ["--umed_reward_floor 0.2 has no effect" in each for each in found] == [True] * fault
+    assert find_faults(dataclasses.replace(flags, umed_rewards=f"localization,own_rewards:{name}"), *llava_args()) == []
 
 
 def test_the_key_of_the_judge_is_in_the_environment_or_the_server_is_ones_own(monkeypatch):
@@ -413,6 +427,9 @@ def test_lists_are_parsed():
     assert UmedFlags().vrr_layer_indices(2) == [0, 1]
     with pytest.raises(UsageError, match="4 layers"):
         UmedFlags(umed_vrr_layers="4").vrr_layer_indices(4)
+    assert UmedFlags(umed_vrr_mask_sinks=64.0).vrr_sink_ratio(4096) == 64
+    with pytest.raises(UsageError, match="--umed_vrr_mask_sinks 65 has no effect: .* 4096 values.* to 64.0"):
+        UmedFlags(umed_vrr_mask_sinks=65.0).vrr_sink_ratio(4096)
 
 
 def test_importing_flags_patching_and_patches_imports_no_heavy_library():

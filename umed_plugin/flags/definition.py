@@ -175,3 +175,17 @@ class UmedFlags(
                 f"Allowed: 0 to {num_heads - 1}, or all."
             )
         return sorted(set(indices))
+
+    def vrr_sink_ratio(self, width: int) -> float:
+        """``--umed_vrr_mask_sinks`` for hidden states of this width.
+
+        Raises:
+            UsageError: no patch could be above it, so the flag would have no effect.
+        """
+        most = width**0.5
+        if self.umed_vrr_mask_sinks > most:
+            raise UsageError(
+                f"--umed_vrr_mask_sinks {self.umed_vrr_mask_sinks:g} has no effect: a hidden state of this model has {width} "
+                f"values, none of which is above {most:.1f} times their root mean square. Allowed: above 1 to {most:.1f}, or 0."
+            )
+        return self.umed_vrr_mask_sinks

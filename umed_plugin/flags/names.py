@@ -26,5 +26,7 @@ def is_own_reward(name: str) -> bool:
     return ":" in name and not name.startswith(f"{SYMBOLIC}:")
 
 
+# Shipped rewards that `--umed_reward_norm max` divides; a user's own says so by its attribute `max_normalised`.
+MAX_NORMALISED = ("localization", "localization_diou", "vision_relevance")
 LOCAL_JUDGE_NAMES = ("lexical", "classes")
 OPENAI, REPLAY = "openai", "replay"

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
-from umed_plugin.flags.names import LOCAL_JUDGE_NAMES, OPENAI, is_own_reward
+from umed_plugin.flags.names import LOCAL_JUDGE_NAMES, MAX_NORMALISED, OPENAI, is_own_reward
 from umed_plugin.flags.rules import TUNING, Needs, Rules
 
 PPO = Needs("--umed_algorithm ppo", lambda flags: flags.umed_algorithm == "ppo")
@@ -18,13 +18,10 @@ SEVERAL_UPDATES = Needs(
 )
 # A single answer has no group to be normalised over.
 SEVERAL_CANDIDATES = Needs("--umed_num_candidates above 1", lambda flags: flags.umed_num_candidates > 1)
-# An own reward (module:name) may ask for it too; that is known only when it is imported.
+# An own reward (module:name) may ask for it too: `umed_plugin.flags.rewards` imports it and looks.
 NORMALISED_REWARD = Needs(
     "a reward that max normalises in --umed_rewards: localization, localization_diou, vision_relevance or your own",
-    lambda flags: any(
-        name in ("localization", "localization_diou", "vision_relevance") or is_own_reward(name)
-        for name in flags.reward_names()
-    ),
+    lambda flags: any(name in MAX_NORMALISED or is_own_reward(name) for name in flags.reward_names()),
 )
 RECIPE = Needs("--umed_recipe", lambda flags: flags.umed_recipe is not None)
 RELEVANCE = Needs("relevance in --umed_rewards", lambda flags: "relevance" in flags.reward_names())

@@ -14,7 +14,7 @@ from typing import Any
 from umed_plugin.errors import UsageError, unknown_name
 from umed_plugin.flags import weights
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.flags.names import OPENAI, REPLAY, SHIPPED_REWARDS, SYMBOLIC, is_own_reward
+from umed_plugin.flags.names import MAX_NORMALISED, OPENAI, REPLAY, SHIPPED_REWARDS, SYMBOLIC, is_own_reward
 from umed_plugin.flags.rules import parse_judge_options
 from umed_plugin.registry import Registry
 from umed_plugin.remote import settings
@@ -45,8 +45,27 @@ def find_reward_faults(flags: UmedFlags, *, imported: bool) -> list[str]:
         )
     faults += weights.faults(given, f"--umed_reward_weights {flags.umed_reward_weights}")
     if imported:
-        faults += [fault for name in names if is_own_reward(name) and (fault := _own_reward_fault(name))]
+        own = [name for name in names if is_own_reward(name)]
+        of_own = [fault for name in own if (fault := _own_reward_fault(name))]
+        faults += of_own or _floor_faults(flags, own)
     return faults
+
+
+def _floor_faults(flags: UmedFlags, own: list[str]) -> list[str]:
+    """``--umed_reward_floor`` where only rewards of the user could be normalised, and none asks for it.
+
+    What `for_records` returns may ask for it later, so a reward that has it is believed.
+    """
+    unset = flags.umed_reward_floor == UmedFlags().umed_reward_floor
+    if unset or not own or {*MAX_NORMALISED} & {*flags.reward_names()}:
+        return []
+    rewards = [_OWN_REWARDS.get(name) for name in own]
+    if any(getattr(reward, "max_normalised", False) or hasattr(reward, "for_records") for reward in rewards):
+        return []
+    return [
+        f"--umed_reward_floor {flags.umed_reward_floor:g} has no effect: none of {', '.join(own)} has the attribute "
+        "max_normalised = True, so no maximum is divided by. Set it there, or remove the flag."
+    ]
 
 
 def _symbolic_fault(name: str) -> str | None:

@@ -54,7 +54,7 @@ class AttendingLoss(PlainLoss):
         settings = AttentionSettings(
             flags.vrr_layer_indices(config.num_hidden_layers),
             flags.vrr_head_indices(config.num_attention_heads),
-            flags.umed_vrr_mask_sinks,
+            flags.vrr_sink_ratio(config.hidden_size),
         )
         self._config = config
         self._attention_loss = AttentionLoss(llava, settings, flags.umed_attention_loss)

@@ -55,7 +55,7 @@ class Lesions:
         self.settings = AttentionSettings(
             flags.vrr_layer_indices(llava.config.num_hidden_layers),
             flags.vrr_head_indices(llava.config.num_attention_heads),
-            flags.umed_vrr_mask_sinks,
+            flags.vrr_sink_ratio(llava.config.hidden_size),
         )
         if "vision_relevance" in flags.reward_names():
             rope_inverse_frequencies(
