@@ -312,6 +312,8 @@ def test_evaluations_without_an_evaluation_set_are_refused(stage, instead):
     assert find_faults(UmedFlags(umed_stage=stage), *llava_args(evaluation_strategy=IntervalStrategy.NO)) == []
     (fault,) = find_faults(UmedFlags(umed_stage=stage), *llava_args(eval_on_start=True))
     assert "--eval_on_start True" in fault and instead in fault
+    (fault,) = find_faults(UmedFlags(umed_stage=stage), *llava_args(save_strategy="best"))
+    assert fault.startswith("--save_strategy best: saves after an evaluation") and "--umed_stop_after" in fault
 
 
 def test_all_faults_come_at_once():

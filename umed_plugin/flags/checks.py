@@ -333,10 +333,16 @@ def _is_zero_3(deepspeed: Any) -> bool:
 def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:
     """LLaVA's `train()` has no evaluation set, so its trainer would stop at the first evaluation, hours into the run."""
     strategy = training_args.evaluation_strategy  # an enum of strings, or a string
+    saves = getattr(training_args, "save_strategy", "steps")
     if strategy != "no":
         flag, off = f"--evaluation_strategy {getattr(strategy, 'value', strategy)}", "no"
     elif getattr(training_args, "eval_on_start", False):  # of transformers 5
         flag, off = "--eval_on_start True", "False"
+    elif getattr(saves, "value", saves) == "best":  # of transformers 5: without an evaluation there is no checkpoint
+        return [
+            "--save_strategy best: saves after an evaluation, and LLaVA's training script has no evaluation set. Use steps or "
+            "epoch; --umed_stop_after N keeps the best weights by --umed_val_every."
+        ]
     else:
         return []
     instead = "--umed_val_every N evaluates on held-out records every N steps."
