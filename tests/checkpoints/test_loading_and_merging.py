@@ -21,6 +21,7 @@ from umed_plugin.checkpoints.loading import load_checkpoint
 from umed_plugin.checkpoints.merging import merge
 from umed_plugin.checkpoints.to_llava import to_llava
 from umed_plugin.checkpoints.to_transformers import to_transformers
+from umed_plugin.checkpoints.trained_on import weights_digest
 from umed_plugin.checkpoints.writing import stock_name_fault
 from umed_plugin.cli import main
 from umed_plugin.commands.doctor.examination import examine
@@ -185,6 +186,18 @@ def test_an_adapter_is_used_over_the_weights_of_its_training_alone(lora, float32
     for base in (float32_base, other):
         find_base(trained, base)
         assert ("If only config.json was changed, this is no fault." in capsys.readouterr().err) == (base == other)
+
+
+def test_a_large_file_that_differs_in_a_projector_has_another_digest(tmp_path):
+    """A projector of 7 billion parameters is about 40 MB, in a shard of 5 GB of which parts are read."""
+    for name, at in (("a", None), ("b", 101 * 2**20)):
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "model.safetensors", "wb") as file:
+            file.truncate(400 * 2**20)
+            if at is not None:
+                file.seek(at)
+                file.write(bytes([1]) * (16 * 2**20))
+    assert weights_digest(tmp_path / "a") != weights_digest(tmp_path / "b")
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(lora, float32_base, tmp_path):

@@ -134,7 +134,10 @@ def test_a_ratio_that_few_clusters_say_anything_about_has_no_interval():
     assert (found["value"], found["units"], found["interval"], found["n"]) == (0.5, 4, "too few", 40)
     others = [Row(str(i), str(i), {"hit": float(i == 3), "of": float(i < 20)}) for i in range(40)]
     found = compare_rows([metric], rows, others)["r"]
-    assert (found["units"], found["interval"]) == (4, "too few"), "those that both are defined in"
+    assert (found["units"], found["interval"]) == (4, "too few"), "those of the side with fewer"
+    late = [Row(str(i), str(i), {"hit": float(i % 2), "of": float(i >= 20)}) for i in range(40)]
+    found = compare_rows([metric], others, late)["r"]
+    assert (found["units"], found["interval"]) == (20, "bootstrap"), "20 each, and none in which both are defined"
     found = measure([metric], others)["r"]
     assert (found["units"], found["interval"]) == (20, "bootstrap")
     (note,) = interval_notes({"r": found}, "patient")

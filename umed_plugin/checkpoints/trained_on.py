@@ -19,6 +19,7 @@ MARKER = "umed.json"
 CONTENT, WEIGHTS = "sha256", "weights_sha256"
 _WHOLE_FILE_BYTES = 2**30
 _CHUNK_BYTES, _CHUNKS = 2**14, 32
+_WEIGHTS_APART = 2**23  # bytes between two parts that are read of the weights: less than a projector of 7B has
 _warned: set[str] = set()  # a command looks for a base several times
 
 
@@ -100,23 +101,27 @@ def weights_digest(checkpoint: Path) -> str | None:
     ``config.json`` does not count: a tower that was moved is named anew there.
     """
     try:
-        return _digest(weight_files(checkpoint), checkpoint)
+        return _digest(weight_files(checkpoint), checkpoint, _WEIGHTS_APART)
     except UmedError:
         return None
 
 
-def _digest(files: list[Path], of: Path) -> str:
+def _digest(files: list[Path], of: Path, apart: int | None = None) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(b"" if file == of else text_bytes(file.name))
-        for chunk in _chunks(file):
+        for chunk in _chunks(file, apart):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _chunks(file: Path) -> Iterator[bytes]:
-    """A file whole, or of weights and of very large files the size and evenly spread parts: 14 GB would take a minute."""
+def _chunks(file: Path, apart: int | None) -> Iterator[bytes]:
+    """A file whole, or of weights and of very large files the size and evenly spread parts: 14 GB would take a minute.
+
+    The parts are `_CHUNKS`, or one for each ``apart`` bytes if these are more.
+    """
     size = file.stat().st_size
+    count = _CHUNKS if apart is None else max(_CHUNKS, size // apart)
     whole = size <= _CHUNK_BYTES * _CHUNKS or (
         size <= _WHOLE_FILE_BYTES and file.suffix not in (".safetensors", ".bin")
     )
@@ -126,6 +131,6 @@ def _chunks(file: Path) -> Iterator[bytes]:
             while chunk := opened.read(2**20):
                 yield chunk
             return
-        for number in range(_CHUNKS):
-            opened.seek((size - _CHUNK_BYTES) * number // (_CHUNKS - 1))
+        for number in range(count):
+            opened.seek((size - _CHUNK_BYTES) * number // (count - 1))
             yield opened.read(_CHUNK_BYTES)

@@ -84,7 +84,7 @@ def _read(recipe: Recipe, root: Path) -> AnnotationSet:
         met.update(recipe.classes)  # what reports name is searched for when their records are written
     items = _with_plain_names(_without_left_out(annotated, annotations), recipe, annotations)
     items += listed_negatives(annotated, recipe, annotations)
-    if recipe.annotations.names_images_:
+    if recipe.annotations.names_images_ and recipe.phrase is None:
         tell_unlisted([*named, *items], faults)
     note_unread(items, annotated, recipe)
     check_labels(items, recipe, faults)

@@ -190,11 +190,14 @@ def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
     if _has_wildcard(last):
         nearby = set(matches(root, os.path.join(folder, "*"))) - known
         other_case = [path for path in nearby if _fits_but_for_case(path.name, last)]
-        _tell_missed(root / pattern, other_case, "differ from the pattern only in case", faults)
+        _tell_missed(root / pattern, other_case, "differ from it in case alone", faults)
     if _has_wildcard(pattern) and "**" not in pattern:
         below = os.path.join(folder, "**", last)
         _tell_missed(
-            root / pattern, set(matches(root, below)) - known, f"are in sub folders; {below} reads them", faults
+            root / pattern,
+            set(matches(root, below)) - known,
+            f"are in sub folders. If no other pattern reads them, {below} does",
+            faults,
         )
     return found
 
@@ -211,7 +214,9 @@ def _tell_missed(where: Path, paths: Iterable[Path], why: str, faults: Faults) -
     """A remark on the files among the paths. Folders are none, and links that lead nowhere are a fault of their own."""
     missed = sorted(path for path in paths if path.is_file())
     if missed:
-        faults.remark(where, f"{len(missed)} further files are not read, since they {why}. The first: {missed[0]}")
+        faults.remark(
+            where, f"{len(missed)} further files do not fit the pattern, since they {why}. The first: {missed[0]}"
+        )
 
 
 def annotation_file(root: Path, name: str, faults: Faults) -> Optional[Path]:

@@ -38,7 +38,6 @@ class ReportsOptions(ReaderOptions):
     ``test``, or a CSV (``.csv``).
     """
 
-    names_images_ = True
     yaml_example_ = """
 annotations:
   reader: reports

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated
+from umed_plugin.data.annotations.finding import without_ending
 from umed_plugin.data.endings import IMAGE_ENDINGS
 from umed_plugin.faults import Faults
+
+_BEHIND_A_STEM = "_-. ("
 
 
 def tell_unlisted(named: Iterable[Annotated], faults: Faults) -> None:
@@ -25,25 +28,32 @@ def tell_unlisted(named: Iterable[Annotated], faults: Faults) -> None:
     for item in named:
         for picture in (item.image, *item.views):
             beside[picture.parent].add(picture.name)
-    count, total, first = 0, 0, None
+    unlisted, total = [], 0
     for folder, names in sorted(beside.items()):
-        found = sorted(name for name in _image_files(folder) if name not in names)
-        count, total = count + len(found), total + len(found) + len(names)
-        first = first or (folder / found[0] if found else None)
-    if first is not None:
+        there = _image_files(folder)
+        stems = {without_ending(name) for name in names}
+        total += len(there)
+        unlisted += [folder / name for name in there if name not in names and not _belongs_to_one(name, stems)]
+    if unlisted:
         faults.remark(
-            first.parent,
-            f"{count} of {total} image files are named by no entry that is read. The first: {first.name}. A normal image needs "
-            "an entry without a box, or negatives.listed",
+            unlisted[0].parent,
+            f"{len(unlisted)} of {total} image files are named by no entry that is read. The first: {unlisted[0].name}. If they "
+            "are normal images, give them an entry without a box, or negatives.listed",
         )
 
 
 def _image_files(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return [
+        return sorted(
             entry.name
             for entry in entries
             if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith(".") and entry.is_file()
-        ]
+        )
+
+
+def _belongs_to_one(name: str, stems: set[str]) -> bool:
+    """Whether a file is named after a named image, as ``a_mask.png`` is after ``a.png``."""
+    return any(name[:at] in stems for at, sign in enumerate(name) if sign in _BEHIND_A_STEM)

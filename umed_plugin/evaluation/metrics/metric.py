@@ -151,7 +151,7 @@ def measure(metrics: Sequence[Metric], rows: Sequence[Row]) -> dict[str, dict[st
             for metric, own, values in zip(sharing, columns, resampled):
                 values.append(metric.statistic(_take(own, draw)))
         for metric, own, values in zip(sharing, columns, resampled):
-            value, units = _number(metric.statistic(own)), _defined_clusters(metric, [own], clusters)
+            value, units = _number(metric.statistic(own)), _defined_clusters(metric, own, clusters)
             found = _interval(value, values, units, metric.limits)
             results[metric.name] = _result(metric, "value", value, *found, len(indices), units)
     return results
@@ -236,7 +236,7 @@ def _compared(sharing: Sequence[Metric], pairs: Sequence[tuple[Row, Row]]) -> di
     for metric, (old, new), values in zip(sharing, columns, resampled):
         difference = _number(metric.statistic(new) - metric.statistic(old))
         span = None if metric.limits is None else metric.limits[1] - metric.limits[0]
-        units = _defined_clusters(metric, [old, new], clusters)
+        units = min(_defined_clusters(metric, side, clusters) for side in (old, new))
         found = _interval(difference, values, units, None if span is None else (-span, span))
         results[metric.name] = _result(metric, "difference", difference, *found, len(pairs), units)
     return results
@@ -313,9 +313,10 @@ def _exact(value: float, limits: tuple[float, float], units: int) -> list[float]
     return [max(low, limits[0]), min(high, limits[1])]
 
 
-def _defined_clusters(metric: Metric, sides: Sequence[Columns], clusters: Sequence[str]) -> int:
-    """Number of clusters that say something about the metric on every side: in a ratio, those whose denominator is not 0.
+def _defined_clusters(metric: Metric, columns: Columns, clusters: Sequence[str]) -> int:
+    """Number of clusters that say something about the metric: in a ratio, those whose denominator is not 0.
 
+    A difference of two ratios has as many units as the one with fewer, also where these are other clusters than the other's.
     Only of means and ratios, which have limits, a cluster alone can be asked. An AUC needs several.
     """
     import numpy as np
@@ -324,7 +325,7 @@ def _defined_clusters(metric: Metric, sides: Sequence[Columns], clusters: Sequen
     if metric.limits is None:
         return len(starts)
     rows_of = np.split(order, starts[1:])
-    return sum(all(_number(metric.statistic(_take(side, rows))) is not None for side in sides) for rows in rows_of)
+    return sum(_number(metric.statistic(_take(columns, rows))) is not None for rows in rows_of)
 
 
 def _number(value: float) -> float | None:
