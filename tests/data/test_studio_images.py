@@ -63,11 +63,27 @@ def test_regions_of_the_other_image_are_counted(tmp_path: Path, more: str, expec
 def test_an_image_without_a_region_is_no_negative_where_its_neighbour_has_one(tmp_path: Path) -> None:
     found = studio(tmp_path, [BOTH, task(region(2, 60), number="2")], ", to_name: img1")
     assert boxes(found) == {"front.png": FRONT}
-    assert found.left_out == {"has regions on other images of its task alone; annotations.to_name": 1}
+    assert found.left_out == {"has regions or choices on other images of its task alone; annotations.to_name": 1}
     assert boxes(studio(tmp_path, [BOTH, task(number="2")], ", to_name: img1")) == {
         "front.png": FRONT,
         "front2.png": [],
     }
+
+
+def test_a_choice_about_the_other_image_says_nothing_of_this_one(tmp_path: Path) -> None:
+    def normal(number: int) -> dict[str, Any]:
+        value = {"choices": ["Normal"]}
+        return {"id": f"c{number}", "from_name": "c", "to_name": f"img{number}", "type": "choices", "value": value}
+
+    more = ", to_name: img1, no_finding: [Normal]"
+    both_normal = task(normal(1), normal(2), number="2")
+    found = studio(tmp_path, [task(region(1, 10), normal(2)), both_normal], more)
+    assert boxes(found) == {"front.png": FRONT, "front2.png": []}
+    assert found.faults.left_out == {("choices or texts", "of another image of their task; annotations.to_name"): 2}
+    # Nothing is said of the image itself, so it is no negative.
+    found = studio(tmp_path, [BOTH, task(normal(2), number="2")], more)
+    assert boxes(found) == {"front.png": FRONT}
+    assert found.left_out == {"has regions or choices on other images of its task alone; annotations.to_name": 1}
 
 
 def test_an_image_tag_that_no_region_has(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ annotations:
     to_name: Optional[str] = Field(
         None,
         description="Where a task shows several images: the image tag of the labelling interface whose regions are read. "
-        "Regions of the other images are left out. Name the file of the same image by ``image``.",
+        "Regions, choices and texts of the others are left out. Name the file of the same image by ``image``.",
     )
     patient: Optional[str] = Field(None, description="Field of a task's data that names the patient.")
     no_finding: list[str] = Field(
@@ -234,8 +234,8 @@ class _Export:
             item.left_out = (
                 f"has no region, and {task.unclear!r} may be a choice; annotations.no_finding, or the export JSON"
             )
-        if len(results) < len(task.results) and not item.boxes:
-            item.left_out = "has regions on other images of its task alone; annotations.to_name"
+        if len(results) < len(task.results) and not (item.boxes or others):
+            item.left_out = "has regions or choices on other images of its task alone; annotations.to_name"
         return item
 
     def _image(self, task: _Task) -> Optional[Path]:

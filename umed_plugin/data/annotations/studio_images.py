@@ -27,7 +27,7 @@ class ImageTags:
         self._side_by_side = self._told = False
 
     def on_image(self, groups: Sequence[Group], data: Mapping[str, Any], where: str) -> Optional[list[Group]]:
-        """The groups without regions of other images, which are counted; None after a fault.
+        """The groups without those of other images, which are counted; None after a fault.
 
         Args:
             groups: of one annotation, or of one entry of JSON-MIN.
@@ -51,10 +51,13 @@ class ImageTags:
         if "" in names:
             self._faults.add(where, "has a region without to_name, so annotations.to_name cannot tell whose it is")
             return None
-        kept = [group for group, name in zip(groups, names) if name in (None, self._wanted)]
-        if len(kept) < len(groups):
-            reason = "of another image of their task; annotations.to_name"
-            self._faults.left_out["regions", reason] += len(groups) - len(kept)
+        kept: list[Group] = []
+        for group, drawn_on in zip(groups, names):
+            if (drawn_on or _said_of(group)) in ("", self._wanted):
+                kept.append(group)
+            else:
+                kind = "choices or texts" if drawn_on is None else "regions"
+                self._faults.left_out[kind, "of another image of their task; annotations.to_name"] += 1
         return kept
 
     def one_of_min(self, tags: Sequence[str], data: Mapping[str, Any], where: str) -> bool:
@@ -99,6 +102,11 @@ def _name_of(group: Group) -> Optional[str]:
         one for one in group if isinstance(one.get("value"), dict) and (region_kind(one["value"]) or unread_type(one))
     ]
     return str(drawn[0].get("to_name") or "") if drawn else None
+
+
+def _said_of(group: Group) -> str:
+    """The tag that a choice or text is about, empty if none is named, as of a relation."""
+    return next((str(one["to_name"]) for one in group if one.get("to_name")), "")
 
 
 def region_kind(value: Mapping[str, Any]) -> str:
