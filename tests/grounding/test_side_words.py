@@ -40,6 +40,34 @@ def test_left_and_right(text: str, mirrored: str) -> None:
     assert mirrored_text(text, []) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "Seen at 2:30 p.m.",
+            "Ratio 1:10",
+            "A 24 h follow-up",
+            "in 3 positions",
+            "um 9 Uhr",
+            "14:10 Uhr",
+            "KL 3",
+            "kl. 10.30",
+        ),
+        *(
+            "Dementia with Lewy bodies",
+            "Lewy body disease",
+            "LMS",
+            "LMS of the uterus",
+            "The dx is glioma",
+            "a dx of glioma",
+        ),
+        *("\u540c\u65f6\u4f4d\u4e8e\u80ba", "\u4e0b\u53483\u70b9", "3\u6642\u9593\u5f8c", "\u4ee5\u4e0b3\u70b9\uff1a"),
+    ],
+)
+def test_times_ratios_and_names_are_no_sides(text: str) -> None:
+    assert mirrored_text(text, ["left_right"]) == text and not names_side(text, "left_right")
+
+
 def test_up_and_down() -> None:
     text = "Upper left, at the top; below the LOWER edge, uppermost."
     assert mirrored_text(text, ["up_down"]) == "Lower left, at the bottom; above the UPPER edge, lowermost."
@@ -93,6 +121,18 @@ def test_up_and_down() -> None:
             "\uc67c\ucabd \ud3d0",
             "3\u70b9\u949f",
         ),
+        *("3\u70b9\u65b9\u5411", "3\u70b9\u4f4d", "9\u70b9\u5904", "9\u70b9\u3002", "3\u6642\u306e\u4f4d\u7f6e"),
+        *(
+            "bei 9 Uhr",
+            "9-Uhr-Position",
+            "op 3 uur",
+            "\u00e0 9 heures",
+            "alle ore 3",
+            "a las 3",
+            "\u00e0s 3 horas",
+            "kl. 3",
+        ),
+        *("9h position", "at the 3 position", "the 10:30 direction", "position 3:00", "LMS stenosis", "p\u0142at lewy"),
     ],
 )
 def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:

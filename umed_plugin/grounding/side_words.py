@@ -73,11 +73,28 @@ _NO_VERB = (
     r"(?:the|upper|lower|far|mid|middle|cent(?:re|er)|more|and|or|on|to|at|in|from|towards?|his|her|its|their|has|have|had|having|not|never"
     r"|already|also|since|now|just|only)"
 )
-# "3 o'clock", "nine-o'clock", "oclock", "clockwise"; "9:00 position", "at 10 H".
-_CLOCK = r"(?:o|counter|anti)?clock\w*|\d{1,2}:\d\d|(?:at|\u00e0|a)\s+\d{1,2}\s?h"
-# Not between borders of words: Chinese and Japanese have none. And scripts whose words of side are not known here.
+# "3 o'clock", "nine-o'clock", "oclock", "clockwise". A time of day or a ratio ("2:30 p.m.", "1:10", "24 h") is no position.
+_HOUR = r"(?<![:.])(?:1[0-2]|[1-9])(?![:.]\d)"
+_CLOCK = (
+    r"(?:o|counter|anti)?clock\w*"
+    r"|(?:1[0-2]|[1-9])(?::\d\d|\s?h|\s?hours?)[\s-]+(?:position|direction)"
+    r"|(?:position|direction)\s+(?:at\s+|of\s+)?(?:1[0-2]|[1-9])(?::\d\d(?!\s*[ap]\.?m)|\s?h)"
+    rf"|(?:the|at)\s+{_HOUR}[\s-]+(?:position|direction)"
+    # With "at" before "10 h" it may be a position: better a study too few than a false side.
+    rf"|(?:at|\u00e0)\s+{_HOUR}\s?h"
+    # German, Dutch, French, Italian, Spanish, Portuguese, Scandinavian. "KL 3" is a grade.
+    rf"|(?<!\bum\s){_HOUR}[\s-]?Uhr|op\s+{_HOUR}\s?uur|{_HOUR}[\s-]?uurs?[\s-]?(?:positie|richting)"
+    rf"|[\u00e0a]\s+{_HOUR}\s?heures?|rayon\s+(?:de\s+)?{_HOUR}\s?h(?:eures?)?|ore\s+{_HOUR}|a\s+las?\s+{_HOUR}"
+    rf"|[\u00e0a]s\s+{_HOUR}\s?h(?:oras?)?|kl\.\s?{_HOUR}"
+)
+# Not between borders of words: Chinese and Japanese have none. And scripts whose words of side are not known here. A number and
+# the sign of a clock are a position, unless a word of time or a colon is beside them ("9:30", "before 9", "these 3 points:").
+_NUMERAL = "0-9\uff10-\uff19\u4e00\u4e8c\u4e09\u56db\u4e94\u516d\u4e03\u516b\u4e5d\u5341"
 _OTHER_SCRIPT = re.compile(
-    "[\u70b9\u9ede][\u949f\u9418]|[\u65f6\u6642](?:\u65b9\u5411|\u4f4d)"
+    "[\u70b9\u9ede][\u949f\u9418]"
+    f"|[{_NUMERAL}][\u70b9\u9ede\u65f6\u6642]\u534a?\u306e?(?:\u65b9\u5411|\u4f4d|\u5904|\u8655)"
+    "|(?<![0-9.:\u5348\u65e5\u665a\u6668])(?:1[0-2]|[1-9])[\u70b9\u9ede\u65f6\u6642]"
+    "(?![0-9:\uff1a\u4ee5\u524d\u540e\u5f8c\u95f4\u9593\u534a\u5206\u523b\u9803\u671f\u591a]|\u5de6\u53f3)"
     "|[\u0370-\u1dff\ua000-\ud7ff\ufb1d-\ufdff\ufe70-\ufefc]{2}"
 )
 # Sides in a form that is not turned: abbreviations, positions on a clock, other languages. And words that may be no side: "left"
@@ -87,7 +104,10 @@ _UNSURE = {
     "left_right": (
         re.compile(
             _words(
-                *("L", "R", "[LlRr][Tt]", "[LlRr]g?h?t", "[Ll]ft", "O[DS]", "LC[Xx]", "LMS", "li", "[ds]x"),
+                *("L", "R", "[LlRr][Tt]", "[LlRr]g?h?t", "[Ll]ft", "O[DS]", "LC[Xx]", "li"),
+                # Not alone: "LMS" is a sarcoma too, and "dx" a diagnosis.
+                *(r"LMS\s+(?:stenosis|occlusion|bronchus|coronary|ostium)", r"a\s+[ds]x(?!\s+(?:of|is|was|for))"),
+                r"(?:\w+(?:[aio]|[clnrt]e)|(?:sup|inf|med|ant|post|lat)\.)\s+[ds]x",
                 *("(?i:[lr](?:ul|ll|ml|uq|lq|uz|lz|mz))", "[LR][UL][OI]Q", "[LR](?:IF|HS|UE|LE|K|LD)"),
                 # Views, the heart, vessels, airways.
                 *("[LR](?:CC|MLO|[AP]O)", "[LR]A[ADEP]?", "[LR]V(?:A|H|OT|EF|SP|EDD|ESD|AD)?", "[LR]BBB"),
@@ -101,7 +121,13 @@ _UNSURE = {
                 *(r"link", r"(?:links|rechts|linker|rechter)\w*", r"(?:link|recht)e[snm]?", r"(?:li|re)\.", "lks"),
                 *(r"gauches?", r"droite?s?", r"gche", r"drte", r"izq\w*", r"izd[oa]s?", r"derech[oa]s?", r"dch[oa]s?"),
                 *(r"der\.", r"destr[oaei]", r"esq(?:uerd\w*)?", r"direit[oa]s?", r"dir\."),
-                *(r"lew(?:y|[ae]\w*)", r"praw(?:y|[ae]\w*)", r"v[\u00e4a]nst(?:er|ra)\w*", r"h[\u00f6o]g(?:er|ra)\w*"),
+                *(
+                    r"lew[ae]\w*",
+                    r"lewy(?!\s+(?:bod(?:y|ies)|disease|dementia|neurites?))",
+                    r"praw(?:y|[ae]\w*)",
+                    r"v[\u00e4a]nst(?:er|ra)\w*",
+                    r"h[\u00f6o]g(?:er|ra)\w*",
+                ),
                 *(r"venstre\w*", r"h[\u00f8o][jy]re\w*"),
                 *(r"(?:patients?|he|she|they|who)\s+(?:ha[sd]\s+)?left", r"what\s+(?:is|was|remains)\s+left"),
                 r"(?:nothing|none|little|much|anything|something)\s+left",
