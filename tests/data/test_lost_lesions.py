@@ -61,6 +61,16 @@ def test_a_second_mask_of_an_image_is_counted(tmp_path: Path) -> None:
     assert found.faults.left_out == {("masks", "a further one of its image, with a number behind the name"): 2}
 
 
+def test_a_mask_whose_name_is_a_number_is_no_further_one(tmp_path: Path) -> None:
+    for folder, name in (("i", "1"), ("m", "1"), ("m", "10"), ("m", "12"), ("m", "1 (2)")):
+        put(tmp_path / folder / f"{name}.png", two_regions(255, 255))
+    found = read(tmp_path, "{reader: mask, files: i/*.png, masks: 'm/{stem}.png', only_class: nod}")
+    assert found.faults.left_out == {
+        ("masks", "no image of annotations.files has this name"): 3,
+        ("masks", "a further one of its image, with a number behind the name"): 1,
+    }
+
+
 def floats(first: float, second: float = 0) -> np.ndarray:
     values = np.zeros((80, 100), np.float32)
     values[10:30, 10:30], values[50:70, 50:70] = first, second

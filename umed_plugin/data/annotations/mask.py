@@ -20,7 +20,8 @@ from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
 from umed_plugin.faults import Faults
 
-_NUMBERED = re.compile(r"(.+?)[ _-]?\(?\d+\)?(\.\w+)")
+# A number that is set off. In "1.png" and "10.png" it is the name itself.
+_NUMBERED = re.compile(r"(.+?)(?:[ _-]\d+|[ _-]?\(\d+\))(\.\w+)")
 _MOST_WHOLE = 2.0**53  # floats above it are no labels
 # Black of a mask that was saved as JPEG, in grey levels.
 _JPEG_NOISE = 32
