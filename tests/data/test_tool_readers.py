@@ -273,6 +273,18 @@ def test_a_text_of_json_min_may_be_a_choice(tmp_path: Path) -> None:
     }
 
 
+def test_a_field_of_json_min_beside_regions_is_no_choice(tmp_path: Path) -> None:
+    entry = {"id": 1, "annotator": 1, "annotation_id": 3, "site": "hospital A"}
+    drawn = {**rectangle(10, 20, 20, 30)["value"], "original_width": 200, "original_height": 100}
+    content = [{**entry, "image": "a.png", "label": [drawn]}, {**entry, "image": "b.png"}]
+    content.append({**entry, "image": "c.png", "kind": "Tumor"})
+    found = studio(tmp_path, content, images=("a.png", "b.png", "c.png"))
+    assert boxes(found) == {"a.png": [(0.1, 0.2, 0.3, 0.5)], "b.png": []}
+    assert list(found.left_out) == [
+        "has no region, and 'kind' may be a choice; annotations.no_finding, or the export JSON"
+    ]
+
+
 # labelme
 
 

@@ -66,8 +66,8 @@ annotations:
         [],
         description="Choices that say that the image has no lesion. An annotation that has other choices or texts, and no "
         "region, leaves its image out. Where the key is given, so does one that has neither a region nor one of these choices. A "
-        "field of JSON-MIN that holds one of them in any entry is a choice in all entries. Without the key, any text of an entry "
-        "of JSON-MIN may be a choice.",
+        "field of JSON-MIN that holds one of them in any entry is a choice in all entries. Without the key, a text of an entry "
+        "of JSON-MIN may be a choice if no entry with a region has its field.",
     )
     brush: Literal["region", "parts"] = Field(
         "region", description="``region``: a brush region is one lesion. ``parts``: each of its connected parts is one."
@@ -78,7 +78,7 @@ annotations:
 class _Task:
     """One annotation of a task: by whom, and the values of each of its regions, with what stands beside them.
 
-    ``unclear`` names a field of JSON-MIN that may be a choice, or belong to the task's data.
+    ``unclear`` names a field of JSON-MIN that may be a choice: no entry with a region has it.
     """
 
     where: str
@@ -100,6 +100,7 @@ def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -
             continue
         export = _Export(options, path, ImageFolders(options, root, split, path.parent, faults), faults)
         export.choice_fields = _choice_fields(content, options.no_finding)
+        export.data_fields = _fields_beside_regions(content)
         for number, entry in enumerate(content):
             for task in export.annotations(entry, f"{path} task {_id_of(entry, number)}"):
                 item = export.item(task)
@@ -117,13 +118,28 @@ def _id_of(entry: Any, number: int) -> Any:
 
 def _choice_fields(entries: list[Any], no_finding: list[str]) -> set[str]:
     """Fields of JSON-MIN that are choices: a single choice is a plain text there, as any field of the task's data may be."""
-    plain = [entry for entry in entries if isinstance(entry, dict) and "annotation_id" in entry]
     return {
         key
-        for entry in plain
+        for entry in _entries_of_min(entries)
         for key, value in entry.items()
         if key not in _OF_ENTRY and isinstance(value, str) and value in no_finding
     }
+
+
+def _fields_beside_regions(entries: list[Any]) -> set[str]:
+    """Fields of JSON-MIN that an entry with a region has too: they describe the task, and say no more where no region is."""
+    drawn = [entry for entry in _entries_of_min(entries) if any(_regions_of_min(value) for value in entry.values())]
+    return {key for entry in drawn for key, value in entry.items() if value}
+
+
+def _entries_of_min(entries: list[Any]) -> list[dict[str, Any]]:
+    return [entry for entry in entries if isinstance(entry, dict) and "annotation_id" in entry]
+
+
+def _regions_of_min(value: Any) -> list[dict[str, Any]]:
+    """What one field of an entry holds, in the form of the export JSON, if a region is among it; else empty."""
+    found = [{"value": one, **one} for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return found if any(region_kind(one) or unread_type(one) for one in found) else []
 
 
 class _Export:
@@ -134,6 +150,7 @@ class _Export:
         self.names = Renamed(options.rename)
         self.tags = ImageTags(options.to_name, path, faults)
         self.choice_fields: set[str] = set()
+        self.data_fields: set[str] = set()
         self.written: dict[Path, str] = {}
         self.parted: list[str] = []
 
@@ -196,19 +213,15 @@ class _Export:
         for key, value in entry.items():
             if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
                 continue
-            regions_here = (
-                [{"value": region, **region} for region in value if isinstance(region, dict)]
-                if isinstance(value, list)
-                else []
-            )
-            if any(region_kind(region) or unread_type(region) for region in regions_here):
+            regions_here = _regions_of_min(value)
+            if regions_here:
                 results += [[region] for region in regions_here]
                 drawn.append(key)
             elif isinstance(value, dict) and "choices" in value:
                 results.append([{"value": value}])
             elif isinstance(value, str) and value and key in self.choice_fields:
                 results.append([{"value": {"choices": [value]}}])
-            elif isinstance(value, (str, list)) and value and key not in images:
+            elif isinstance(value, (str, list)) and value and key not in images and key not in self.data_fields:
                 unclear = unclear or key
         if self.tags.one_of_min(drawn, entry, where):
             yield _Task(where, entry, _annotator(entry.get("annotator")), results, unclear)
