@@ -75,6 +75,22 @@ def test_a_split_list_means_one_of_several_xml_files_of_a_name(tmp_path: Path) -
     assert "'1' may be" in message and "p/1.xml or" in message and "q/1.xml, like 1 names" in message
 
 
+def test_a_split_list_with_the_folders_of_the_images(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        put(tmp_path / split / "JPEGImages" / "1.png")
+        put(tmp_path / split / "Annotations" / "1.xml", xml("1.png", an_object()))
+        put(tmp_path / f"{split}.txt", f"{split}/JPEGImages/1.png\n")
+    annotations = (
+        "{reader: voc, files: {train: train/Annotations/*.xml, val: val/Annotations/*.xml}, image_root: {train: "
+        "train/JPEGImages, val: val/JPEGImages}, split_lists: {train: train.txt, val: val.txt}}"
+    )
+    found = read(tmp_path, annotations, "{by: file}")
+    assert {item.image.parts[-3]: item.split for item in found.items} == {"train": "train", "val": "val"}
+    put(tmp_path / "train.txt", "Annotations/1\n")
+    (message,) = read(tmp_path, annotations, "{by: file}").faults.messages
+    assert "before each name, such as train/Annotations/1" in message
+
+
 @pytest.mark.parametrize(
     "written", [r"sub\A.png", "sub/%41.png", "sub/a.PNG", "SUB/A.png", "sub/A.jpg", "sub/B_lesoin.png"]
 )

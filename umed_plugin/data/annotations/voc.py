@@ -54,7 +54,7 @@ annotations:
     split_lists: dict[Split, str] = Field(
         {},
         description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``). Where several "
-        "XML files have one stem, write their folders before it.",
+        "XML files have one stem, write their folders before it, or those of their images.",
     )
 
 
@@ -114,7 +114,7 @@ def _listed_splits(options: VocOptions, root: Path, paths: set[Path], faults: Fa
             faults.add(
                 path,
                 f"{written!r} may be {one} or {other}, like {len(unclear)} names that fit several XML files. Write the folder "
-                f"before each name, such as {one.parent.name}/{one.stem}",
+                f"before each name, such as {_told_apart(one, other)}",
             )
     return splits
 
@@ -134,11 +134,34 @@ def _written_names(text: str, stems: Collection[str]) -> list[str]:
 
 
 def _fitting(written: str, by_stem: dict[str, list[Path]]) -> list[Path]:
-    """The XML files that a list may mean by a name: of those with its stem, the ones that share most folders before it."""
+    """The XML files that a list may mean by a name: of those with its stem, the ones that share most folders before it.
+
+    Where images and XML files lie in different folders, such as ``train/JPEGImages`` and ``train/Annotations``, the folders
+    count that both have in the same order.
+    """
     paths = by_stem.get(_stem_of(written, by_stem) or "", [])
     folders = written.replace("\\", "/").split("/")[-2::-1]
-    shared = [_equal_at_start(folders, path.parts[-2::-1]) for path in paths]
+    common = len(Path(os.path.commonpath(paths)).parts) if len(paths) > 1 else 0
+    shared = [
+        (_equal_at_start(folders, path.parts[-2::-1]), _found_in_order(folders, path.parts[common:-1][::-1]))
+        for path in paths
+    ]
     return [path for path, count in zip(paths, shared) if count == max(shared)]
+
+
+def _told_apart(one: Path, other: Path) -> str:
+    """The first file's stem, with as many folders before it as tell it from the other."""
+    count = _equal_at_start(one.parts[-2::-1], other.parts[-2::-1]) + 1
+    return "/".join([*one.parts[:-1][-count:], one.stem])
+
+
+def _found_in_order(wanted: Sequence[str], given: Sequence[str]) -> int:
+    """Number of the wanted parts that the given ones have, each behind the one before."""
+    rest, found = list(given), 0
+    for part in wanted:
+        if part in rest:
+            rest, found = rest[rest.index(part) + 1 :], found + 1
+    return found
 
 
 def _equal_at_start(first: Sequence[str], second: Sequence[str]) -> int:
