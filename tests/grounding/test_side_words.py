@@ -132,7 +132,16 @@ def test_up_and_down() -> None:
             "\u00e0s 3 horas",
             "kl. 3",
         ),
-        *("9h position", "at the 3 position", "the 10:30 direction", "position 3:00", "LMS stenosis", "p\u0142at lewy"),
+        *(
+            "9h position",
+            "at the 3 position",
+            "the 10:30 direction",
+            "position 3:00",
+            "LMS stenosis",
+            "lobo sup dx",
+            "rene (sx)",
+            "p\u0142at lewy",
+        ),
     ],
 )
 def test_sides_that_cannot_be_turned_with_certainty(text: str) -> None:

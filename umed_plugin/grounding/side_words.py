@@ -107,7 +107,8 @@ _UNSURE = {
                 *("L", "R", "[LlRr][Tt]", "[LlRr]g?h?t", "[Ll]ft", "O[DS]", "LC[Xx]", "li"),
                 # Not alone: "LMS" is a sarcoma too, and "dx" a diagnosis.
                 *(r"LMS\s+(?:stenosis|occlusion|bronchus|coronary|ostium)", r"a\s+[ds]x(?!\s+(?:of|is|was|for))"),
-                r"(?:\w+(?:[aio]|[clnrt]e)|(?:sup|inf|med|ant|post|lat)\.)\s+[ds]x",
+                r"(?:\w+(?:[aio]|[clnrt]e)|(?:sup|inf|med|ant|post|lat)\.?)\s+[ds]x",
+                r"\([ds]x\)",
                 *("(?i:[lr](?:ul|ll|ml|uq|lq|uz|lz|mz))", "[LR][UL][OI]Q", "[LR](?:IF|HS|UE|LE|K|LD)"),
                 # Views, the heart, vessels, airways.
                 *("[LR](?:CC|MLO|[AP]O)", "[LR]A[ADEP]?", "[LR]V(?:A|H|OT|EF|SP|EDD|ESD|AD)?", "[LR]BBB"),
