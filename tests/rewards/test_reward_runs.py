@@ -137,18 +137,33 @@ class Wrong:
 
     def scale(self, record, **columns):
         return [1.0] * (len(record) + (self.bad and os.environ["FAULT"] == "scale"))
+
+    def fails_behind_a_step(self, fault):
+        if os.environ["FAULT"] == fault and self.calls == 1 and os.environ.get("RANK", "0") == os.environ["BAD_RANK"]:
+            {}[fault]
+
+    @property
+    def stop(self):
+        self.fails_behind_a_step("stop")
+
+    def state(self):
+        self.fails_behind_a_step("state")
+        return {"calls": self.calls}
 """
 FAULTS = {
     "raise": "reward 'wrong:Wrong' raised KeyError: 'box' (",
     "nan": "reward 'wrong:Wrong' returned nan.",
     "surplus": "reward 'wrong:Wrong' returned 3 values for 2 answers.",
     "metric": "reward 'wrong:Wrong': metrics() returned own/unknown",
+    "stop": "reward 'wrong:Wrong' raised KeyError: 'stop' (",
+    "state": "reward 'wrong:Wrong' raised KeyError: 'state' (",
     "scale": "reward 'wrong:Wrong': scale returned 3 numbers for 2 answers.",
 }
 
 
 @pytest.mark.parametrize(
-    ("fault", "processes"), [("surplus", 1), ("metric", 1), ("scale", 1), ("nan", 1), ("raise", 2)]
+    ("fault", "processes"),
+    [("surplus", 1), ("metric", 1), ("scale", 1), ("nan", 1), ("raise", 2), ("stop", 2), ("state", 2)],
 )
 def test_what_is_wrong_of_a_reward_ends_all_processes_with_a_checkpoint(
     fault, processes, tiny_llama, tmp_path, monkeypatch

@@ -6,7 +6,7 @@ import errno
 import json
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +130,8 @@ def test_what_a_failing_step_has_moved_is_not_in_the_checkpoint(monkeypatch, tmp
     )
     trainer.flags, trainer.value_head, trainer.model_wrapped = UmedFlags(), None, None
     trainer.model = torch.nn.Linear(1, 1)
-    trainer.maker = SimpleNamespace(kl_coef=SimpleNamespace(value=0.5), rewards={"own": reward_of_ones_own})
+    rewards = {"own": reward_of_ones_own}
+    trainer.maker = SimpleNamespace(kl_coef=SimpleNamespace(value=0.5), rewards=rewards, rewards_agreed=nullcontext)
     trainer.rollouts = SimpleNamespace(further=SimpleNamespace(taken=8), save=lambda folder: None)
     trainer._before_step, trainer._stopped_at = (1, None), None
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 from umed_plugin.errors import UmedError
-from umed_plugin.training.finite_weights import FiniteWeights
+from umed_plugin.training.finite_weights import FiniteWeights, has_broken_weights
 from umed_plugin.training.trained_weights import MovedShare, keep_in_float32, say_moved
 
 # The default learning rate of the projector in `umed upgrade`, and in LLaVA's LoRA scripts.
@@ -127,6 +127,22 @@ def test_weights_that_are_not_finite_end_the_run_before_a_log_a_save_and_the_end
         watch.on_train_begin(args, state, TrainerControl())
     head.weight.requires_grad_(False)
     watch.on_epoch_end(args, state, TrainerControl(should_save=True))
+
+
+def test_the_padding_of_a_part_under_zero_3_is_not_looked_at(monkeypatch):
+    """DeepSpeed cuts a weight into equal parts. What is behind its end in the last one was never written."""
+    parameter = nn.Parameter(torch.zeros(0))
+    parameter.ds_numel, parameter.ds_tensor = 10, torch.zeros(4)
+    parameter.ds_tensor[2:] = float("nan")
+    trainer = SimpleNamespace(
+        model=nn.ParameterList([parameter]),
+        args=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(gather=lambda own: own),
+    )
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 2)
+    assert not has_broken_weights(trainer)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 1)
+    assert has_broken_weights(trainer)
 
 
 @pytest.mark.parametrize("stage", ["tuning", "rewarding"])

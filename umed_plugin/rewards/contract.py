@@ -169,10 +169,9 @@ def failing_as(name: str, reward: Any, records: Iterable[Any] = ()) -> Iterator[
         asked = (
             f" It was asked about {len(ids)} records: {', '.join(ids[:3])}{', ...' * (len(ids) > 3)}." if ids else ""
         )
-        raise UmedError(
-            f"reward {name!r} raised {type(error).__name__}: {one_line(str(error))} ({_place_of(error, reward)}).{asked} Mend it "
-            "there, or let it return None for an answer that it cannot score."
-        ) from error
+        remedy = "Mend it there" + (", or let it return None for an answer that it cannot score" if ids else "")
+        found = f"{type(error).__name__}: {one_line(str(error))} ({_place_of(error, reward)})"
+        raise UmedError(f"reward {name!r} raised {found}.{asked} {remedy}.") from error
 
 
 def _place_of(error: Exception, reward: Any) -> str:

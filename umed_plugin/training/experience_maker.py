@@ -182,7 +182,7 @@ class ExperienceMaker:
             sources: list[Source] | None = None
             if further is not None and self.flags.umed_dynamic_sampling:
                 samples, sources = self._with_signal(policy, samples, further)
-        end_rollout(self.rewards, self._rewards_agreed)
+        end_rollout(self.rewards, self.rewards_agreed)
         self.metrics.write_candidates(sources)
         flags, kl_coef = self.flags, self.kl_coef.value
         if self.value_head is None:
@@ -259,7 +259,7 @@ class ExperienceMaker:
 
         # Slow rewards (a judge behind a network) run from here on, while policy and reference make their passes.
         questions, texts, columns = self._reward_inputs(candidates, queries.records)
-        with self._rewards_agreed():
+        with self.rewards_agreed():
             start_rewards(self.rewards, questions, texts, **columns)
         sizes = [len(batch["prompt_ids"]) for batch in batches]
         parts = [self.passes.scores(policy, *part, was_training) for part in batches_of(queries, candidates, sizes)]
@@ -284,7 +284,7 @@ class ExperienceMaker:
             sampled_log_probs,
         )
 
-    def _rewards_agreed(self) -> AbstractContextManager[None]:
+    def rewards_agreed(self) -> AbstractContextManager[None]:
         """A block in which a reward may fail, such as a judge that never answers. All ranks enter it."""
         elsewhere = "a reward failed in another process; its message says why."
         return raised_together(self.metrics.on_any_rank, RewardError, elsewhere)
@@ -308,12 +308,12 @@ class ExperienceMaker:
     ) -> tuple[Tensor | None, Tensor]:
         """Which answers are learnt from, as in `Samples`, and [Q, K] rewards; each term is logged separately."""
         # All that comes from a user's own rewards is asked for here, where each process learns of another's failure.
-        with self._rewards_agreed():
+        with self.rewards_agreed():
             terms = run_rewards(self.rewards, questions, texts, **columns)
             own_metrics = collect_metrics(self.rewards)
             normalisation = normalisation_of(self.rewards, columns)
         self.metrics.add(own_metrics)
-        advance_rewards(self.rewards, self.metrics.of_all_ranks, self._rewards_agreed)
+        advance_rewards(self.rewards, self.metrics.of_all_ranks, self.rewards_agreed)
         has_ended = ended(candidates, self.tokenizer.eos_token_id)
         weights = self._weights()
         counted = self.cut_off.counted(has_ended)

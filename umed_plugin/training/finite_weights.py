@@ -86,18 +86,23 @@ def broken_run(trainer: Any, found: str) -> str:
         )
     folder = last_checkpoint(Path(args.output_dir))
     earlier = folder is not None and int(re.sub(r".*-", "", folder.name)) <= step
+    narrow = " Or an input is too large for --fp16: use --bf16." if getattr(args, "fp16", False) else ""
     last = f"The last checkpoint before is {folder}" if earlier else "No checkpoint was saved before"
     return (
         f"training stopped after step {step}: {found}. {last}; this step was not saved. Most often --learning_rate is too high "
-        f"({args.learning_rate:g}). Train anew with a lower one and another --output_dir. If this happens in the first steps at "
-        "any rate, umed doctor looks for NaN in the checkpoint."
+        f"({args.learning_rate:g}). Train anew with a lower one and another --output_dir.{narrow} If this happens in the first "
+        "steps at any rate, umed doctor looks for NaN in the checkpoint."
     )
 
 
 def _own_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a weight: ZeRO-3 has its parts outside of the parameter."""
-    part: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return part.detach()
+    """What this process holds of a weight. ZeRO-3 has its parts outside of the parameter, the last one padded with anything."""
+    part: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach()
+    rank = torch.distributed.get_rank(group=getattr(parameter, "ds_process_group", None))
+    left = max(0, parameter.ds_numel - rank * part.numel())
+    return part.detach().flatten()[:left]
 
 
 def on_any_rank(trainer: Any, condition: bool) -> bool:

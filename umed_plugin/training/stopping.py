@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
-from umed_plugin.rewards.contract import Reward
+from umed_plugin.rewards.contract import Reward, failing_as
 
 
 class RewardError(UmedError):
@@ -52,13 +52,25 @@ class StopForReward(TrainerCallback):
     """
 
     def __init__(self, rewards: Mapping[str, Reward], on_any_rank: Callable[[bool], bool]) -> None:
-        self._rewards = [reward for reward in rewards.values() if hasattr(reward, "stop")]
+        self._rewards: dict[str, Any] = {name: reward for name, reward in rewards.items() if hasattr(reward, "stop")}
         self._on_any_rank = on_any_rank
         self._stopped = False
+        self._reason: str | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> Any:
-        """Request a checkpoint and the end of training, unless this is the last step anyway."""
-        if self._rewards and self._on_any_rank(self._reason() is not None) and state.global_step < state.max_steps:
+        """Request a checkpoint and the end of training, unless this is the last step anyway.
+
+        Raises:
+            RewardError: a reward's ``stop`` raised an exception; on all ranks.
+        """
+        if not self._rewards:
+            return control
+        # Read once a step: what a user's reward computes may fail, on one rank alone.
+        with raised_together(
+            self._on_any_rank, RewardError, "a reward failed in another process; its message says why."
+        ):
+            self._reason = self._read()
+        if self._on_any_rank(self._reason is not None) and state.global_step < state.max_steps:
             self._stopped = control.should_save = control.should_training_stop = True
         return control
 
@@ -69,9 +81,13 @@ class StopForReward(TrainerCallback):
             UmedError: names the checkpoint to resume from.
         """
         if self._stopped:
-            reason = self._reason() or "a reward on another rank asked to stop; its message says why."
+            reason = self._reason or "a reward on another rank asked to stop; its message says why."
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             raise UmedError(f"training stopped after step {state.global_step}: {reason} Saved: {checkpoint}")
 
-    def _reason(self) -> str | None:
-        return next((reward.stop for reward in self._rewards if reward.stop), None)
+    def _read(self) -> str | None:
+        for name, reward in self._rewards.items():
+            with failing_as(name, reward):
+                if reason := reward.stop:
+                    return str(reason)
+        return None

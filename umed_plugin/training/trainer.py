@@ -15,6 +15,7 @@ Run it with ``umed-run ... --umed_stage rewarding``. Departures from the paper a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,7 @@ class RewardingTrainer(LLaVATrainer):
             return "No checkpoint was saved: the trained weights are NaN or infinite. Lower --learning_rate."
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not (folder / TRAINER_STATE_NAME).is_file():
-            self._stopped_at = self._before_step[1]
+            self._stopped_at = self._moved_until(step)
             try:
                 self._save_checkpoint(self.model_wrapped, None)
             except Exception as error:  # the full disk, of several libraries, that may have stopped the run
@@ -267,16 +268,32 @@ class RewardingTrainer(LLaVATrainer):
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)  # the first rank may not have come to it yet
+        kl_coef, states, further = self._stopped_at or self._moved_by_steps()
         if self.args.should_save:
-            kl_coef, states, further = self._stopped_at or self._moved_by_steps()
             save_state(folder, self.flags.umed_algorithm, kl_coef, states, further)
             if self.value_head is not None:
                 self.value_head.save(folder)
         self.rollouts.save(folder)
 
     def _moved_by_steps(self) -> tuple[float, dict[str, Any], int]:
-        """What a step changes beside the weights: the KL's weight, the rewards' states, the number of further queries taken."""
-        return self.maker.kl_coef.value, reward_states(self.maker.rewards), self.rollouts.further.taken
+        """What a step changes beside the weights: the KL's weight, the rewards' states, the number of further queries taken.
+
+        Raises:
+            RewardError: a reward cannot say its state. All ranks call, and all raise.
+        """
+        states = {}
+        if any(hasattr(reward, "state") for reward in self.maker.rewards.values()):
+            with self.maker.rewards_agreed():
+                states = reward_states(self.maker.rewards)
+        return self.maker.kl_coef.value, states, self.rollouts.further.taken
+
+    def _moved_until(self, step: int) -> tuple[float, dict[str, Any], int]:
+        """`_moved_by_steps` for a checkpoint of a step behind which the run failed; as it was before, where a state fails."""
+        before, moved = self._before_step
+        if before != step:
+            with suppress(RewardError):
+                return self._moved_by_steps()
+        return moved
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, and what `save_model` wrote; every resumed run calls this, also under DeepSpeed."""
