@@ -283,6 +283,8 @@ def test_a_field_of_json_min_beside_regions_is_no_choice(tmp_path: Path) -> None
     assert list(found.left_out) == [
         "has no region, and 'kind' may be a choice; annotations.no_finding, or the export JSON"
     ]
+    told = "1 entries without a region are normal images, since their fields site also stand beside regions."
+    assert any(told in remark for remark in found.faults.remarks)
 
 
 # labelme

@@ -151,6 +151,7 @@ class _Export:
         self.tags = ImageTags(options.to_name, path, faults)
         self.choice_fields: set[str] = set()
         self.data_fields: set[str] = set()
+        self.by_data: Counter[str] = Counter()  # such fields of entries without a region
         self.written: dict[Path, str] = {}
         self.parted: list[str] = []
 
@@ -158,6 +159,12 @@ class _Export:
         """Say what may be read otherwise than it was meant."""
         self.names.tell(self.path, self.faults)
         self.tags.tell()
+        if self.by_data:
+            self.faults.remark(
+                self.path,
+                f"{max(self.by_data.values())} entries without a region are normal images, since their fields "
+                f"{', '.join(self.by_data)} also stand beside regions. If one says what the image shows, give no_finding",
+            )
         if self.parted:
             self.faults.remark(
                 self.parted[0],
@@ -208,7 +215,7 @@ class _Export:
             return
         results: list[Group] = []
         drawn: list[str] = []
-        unclear = ""
+        unclear, of_task = "", []
         images = images_of(entry)
         for key, value in entry.items():
             if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
@@ -221,8 +228,13 @@ class _Export:
                 results.append([{"value": value}])
             elif isinstance(value, str) and value and key in self.choice_fields:
                 results.append([{"value": {"choices": [value]}}])
-            elif isinstance(value, (str, list)) and value and key not in images and key not in self.data_fields:
-                unclear = unclear or key
+            elif isinstance(value, (str, list)) and value and key not in images:
+                if key in self.data_fields:
+                    of_task.append(key)
+                else:
+                    unclear = unclear or key
+        if not (drawn or unclear or self.options.no_finding):
+            self.by_data.update(of_task)
         if self.tags.one_of_min(drawn, entry, where):
             yield _Task(where, entry, _annotator(entry.get("annotator")), results, unclear)
 
