@@ -97,8 +97,8 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _SPACE = re.compile(r"\s+")
 
 _BY_HEART = (
-    "above 0.2: the policy knows the training studies by heart, and stage 2 can learn little from them. Divide the labelled "
-    "studies between the stages (--umed_label_share), augment them (--umed_augment), or end stage 1 earlier"
+    "above 0.2: the policy knows the training studies by heart, and stage 2 can learn little from them. Augment them "
+    "(--umed_augment), or train stage 1 longer instead. --umed_label_share keeps some for stage 2, and stage 1 has fewer then"
 )
 
 # Metric -> (whether the limit is crossed, given all metrics; the limit in words and what it may mean).
