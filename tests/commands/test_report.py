@@ -280,7 +280,7 @@ def test_stages_of_other_numbers_of_studies_say_each_number(run):
     file = run / PREDICTIONS
     file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[:5]))
     summary = json.loads((file.parent / "evaluation.json").read_text())
-    summary["metrics"]["accuracy"]["n"] = 5
+    summary["n"] = summary["metrics"]["accuracy"]["n"] = 5
     (file.parent / "evaluation.json").write_text(json.dumps(summary))
     table, _ = metrics_table(read_run(run).evaluations)
     accuracy, iou = (

@@ -97,15 +97,15 @@ def test_the_trainer_is_chosen_by_the_stage_and_trains_float32_without_deepspeed
     trainer.PATCH.apply(recorder)
     try:
         assert made(bf16=True) == (AnyTrainer, torch.bfloat16, 0)
-        assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 1)
-        assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 1)
-        assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 1)
+        assert made(umed_stage="instruction_tuning") == (AnyTrainer, torch.bfloat16, 2)
+        assert made(umed_stage="rewarding", bf16=True) == (ours, torch.float32, 2)
+        assert made(umed_stage="instruction_tuning", fp16=True) == (AnyTrainer, torch.float32, 2)
         assert made(umed_stage="instruction_tuning", umed_attention_loss=0.03)[0] is tuning
         assert made(umed_stage="instruction_tuning", umed_keep="0.1")[0] is tuning
         assert made(umed_stage="instruction_tuning", umed_replay=0.2)[0] is tuning
-        assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 0)
+        assert made(umed_stage="rewarding", bf16=True, deepspeed="zero2.json") == (ours, torch.bfloat16, 1)
         assert not capsys.readouterr().err
-        assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 0)
+        assert made(umed_stage="instruction_tuning", bf16=True, fsdp=["full_shard"]) == (AnyTrainer, torch.bfloat16, 1)
         assert "--fsdp trains weights of 16 bits" in capsys.readouterr().err
     finally:
         recorder.undo()

@@ -158,10 +158,10 @@ class Evaluation:
                 "umed-plugin, or evaluate again."
             )
         lines = _read_lines(folder / PREDICTIONS)
+        of_today = "metrics" in summary or ("figures" in summary and "accuracy_ci95" not in summary)
+        evaluation = (_of_lines if of_today else _of_old_recipe)(summary, lines, folder)
         _check_whole(summary, lines, folder)
-        if "metrics" in summary or ("figures" in summary and "accuracy_ci95" not in summary):
-            return _of_lines(summary, lines, folder)
-        return _of_old_recipe(summary, lines, folder)
+        return evaluation
 
 
 def _of_lines(summary: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], folder: Path) -> Evaluation:
