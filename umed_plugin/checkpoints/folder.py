@@ -185,12 +185,15 @@ def weight_files(checkpoint: Path | str, prefix: str = "", cache_dir: str | None
     Raises:
         UmedError: there are none, or a shard is missing.
     """
-    from transformers.utils import cached_file
-
     if not os.path.isdir(checkpoint) and not _HUB_NAME.fullmatch(str(checkpoint)):
         raise UmedError(f"{checkpoint}: no such folder, and no name on the Hugging Face Hub.")
 
     def find(name: str) -> Path | None:
+        if os.path.isdir(checkpoint):
+            inside = Path(checkpoint) / name
+            return inside if inside.is_file() else None
+        from transformers.utils import cached_file
+
         file = cached_file(
             str(checkpoint), name, cache_dir=cache_dir, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
