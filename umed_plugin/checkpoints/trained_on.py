@@ -5,6 +5,7 @@ On another base of the same shapes an adapter loads, merges and answers, and its
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,9 +102,15 @@ def weights_digest(checkpoint: Path) -> str | None:
     ``config.json`` does not count: a tower that was moved is named anew there.
     """
     try:
-        return _digest(weight_files(checkpoint), checkpoint, _WEIGHTS_APART)
+        found = weight_files(checkpoint)
     except UmedError:
         return None
+    return _digest_of_weights(checkpoint, tuple((file, files.file_stamp(file)) for file in found))
+
+
+@functools.cache  # a command looks for a base several times
+def _digest_of_weights(checkpoint: Path, found: tuple[tuple[Path, tuple[int, int]], ...]) -> str:
+    return _digest([file for file, _ in found], checkpoint, _WEIGHTS_APART)
 
 
 def _digest(files: list[Path], of: Path, apart: int | None = None) -> str:
