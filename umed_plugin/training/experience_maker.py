@@ -66,7 +66,7 @@ from umed_plugin.training.reference import ReferencePolicy
 from umed_plugin.training.rollout_engine import Ranks, rollout_engine
 from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.step_metrics import ScoredCandidates, StepMetrics, weight_of
-from umed_plugin.training.stopping import RewardError, raised_together
+from umed_plugin.training.stopping import rewards_agreed
 from umed_plugin.training.value_head import ValueHead
 
 
@@ -286,8 +286,7 @@ class ExperienceMaker:
 
     def rewards_agreed(self) -> AbstractContextManager[None]:
         """A block in which a reward may fail, such as a judge that never answers. All ranks enter it."""
-        elsewhere = "a reward failed in another process; its message says why."
-        return raised_together(self.metrics.on_any_rank, RewardError, elsewhere)
+        return rewards_agreed(self.metrics.on_any_rank)
 
     def _reward_inputs(
         self, candidates: Candidates, records: list[Any]

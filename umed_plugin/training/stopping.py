@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def raised_together(
         raise kind(fault or elsewhere)
 
 
+def rewards_agreed(on_any_rank: Callable[[bool], bool]) -> AbstractContextManager[None]:
+    """A block in which a reward may fail, such as a judge that never answers: a `RewardError` on all ranks. All enter it."""
+    return raised_together(on_any_rank, RewardError, "a reward failed in another process; its message says why.")
+
+
 class StopForReward(TrainerCallback):
     """Stops a run in which a reward asks for it: after the step, with a checkpoint, on all ranks, as an error.
 
@@ -66,9 +71,7 @@ class StopForReward(TrainerCallback):
         if not self._rewards:
             return control
         # Read once a step: what a user's reward computes may fail, on one rank alone.
-        with raised_together(
-            self._on_any_rank, RewardError, "a reward failed in another process; its message says why."
-        ):
+        with rewards_agreed(self._on_any_rank):
             self._reason = self._read()
         if self._on_any_rank(self._reason is not None) and state.global_step < state.max_steps:
             self._stopped = control.should_save = control.should_training_stop = True
