@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from umed_plugin.errors import UmedError
 from umed_plugin.model.sampling import NOT_FINITE, NotFiniteError
 from umed_plugin.training.run_settings import last_checkpoint
-from umed_plugin.training.stopping import raised_together
+from umed_plugin.training.stopping import on_any_rank, raised_together
 
 
 class FiniteWeights(TrainerCallback):
@@ -103,12 +103,6 @@ def _own_part(parameter: Tensor) -> Tensor:
     rank = torch.distributed.get_rank(group=getattr(parameter, "ds_process_group", None))
     left = max(0, parameter.ds_numel - rank * part.numel())
     return part.detach().flatten()[:left]
-
-
-def on_any_rank(trainer: Any, condition: bool) -> bool:
-    """Whether the condition is true on at least one rank. All ranks must call."""
-    own = torch.tensor([float(condition)], device=trainer.args.device)
-    return bool(trainer.accelerator.gather(own).max())
 
 
 def raised_by_all(on_any: Callable[[bool], bool]) -> AbstractContextManager[None]:

@@ -51,6 +51,7 @@ from umed_plugin.rewards.guards import (
 from umed_plugin.training import dynamic_sampling, importance
 from umed_plugin.training.advantages import has_signal
 from umed_plugin.training.candidate_log import log_candidates
+from umed_plugin.training.stopping import on_any_rank
 
 _ALWAYS = (
     "reward/total",
@@ -298,7 +299,7 @@ class StepMetrics:
 
     def on_any_rank(self, condition: bool) -> bool:
         """Whether the condition is true on at least one rank. All ranks must call."""
-        return bool(self._gather([float(condition)]).max())
+        return on_any_rank(self._trainer, condition)
 
     def _gather(self, rows: list[Any]) -> Tensor:
         # torch makes float64 of a row that contains a NumPy number, and ranks with different dtypes cannot gather.

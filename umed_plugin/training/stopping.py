@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from umed_plugin.errors import UmedError
@@ -15,6 +16,12 @@ from umed_plugin.rewards.contract import Reward, failing_as
 
 class RewardError(UmedError):
     """A reward cannot go on, such as a judge that never answers."""
+
+
+def on_any_rank(trainer: Any, condition: bool) -> bool:
+    """Whether the condition is true on at least one rank. All ranks must call."""
+    own = torch.tensor([float(condition)], device=trainer.args.device)
+    return bool(trainer.accelerator.gather(own).max())
 
 
 @contextmanager
