@@ -116,7 +116,15 @@ def _in_words(mistake: Any, model: type[BaseModel]) -> str:
     close = did_you_mean(str(value), allowed) if mistake["type"] == "literal_error" else ""
     shown = type(value).__name__ if isinstance(value, (dict, list)) else repr(value)
     message = mistake["msg"].replace("'', ", "")  # "" is how one file for all splits is kept
-    return f"found {shown}. {message}.{close}"
+    return f"found {shown}. {message}.{close}{_quotes(mistake)}"
+
+
+def _quotes(mistake: Any) -> str:
+    """What to do about a word that YAML took for something else: no, yes, on and off are booleans without quotes."""
+    if mistake["type"] != "string_type" or isinstance(mistake["input"], (dict, list, type(None))):
+        return ""
+    words = " YAML reads no, off, yes and on as false or true." if isinstance(mistake["input"], bool) else ""
+    return f"{words} Put it into quotes."
 
 
 def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:

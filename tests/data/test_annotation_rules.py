@@ -185,3 +185,33 @@ def test_a_patient_in_two_splits_is_told_when_it_is_read(tmp_path: Path) -> None
         line for line in read(tmp_path, WITH_PATIENT, BY_COLUMN).faults.remarks if "more than one split" in line
     ]
     assert remark.startswith("split: 1 patient is in more than one split (P1): results on test")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("x,b.png", "n.csv:3: has 2 cells, and the header has 3"),
+        ("x,b.png,no,effusion", "n.csv:3: has 4 cells, and the header has 3. Put text that holds ',' into quotes"),
+        ("x,no,a.png,", ""),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("key", ["negatives", "leave_out_listed"])
+def test_rows_of_lists_are_whole(key: str, row: str, words: str, tmp_path: Path) -> None:
+    """The twin of the rule for the annotations' own rows: an unquoted comma moves the cells behind it."""
+    for name in ("a.png", "b.png"):
+        put(tmp_path / name)
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
+    put(tmp_path / "n.csv", f"text,what,f\nx,no,b.png\n{row}\n")
+    files = "{files: n.csv, file: %s%s}"
+    listed = files % ("f", ", only_rows: {what: ['no']}") if key == "negatives" else files % ("f", "")
+    rule = "" if key == "negatives" else f", {key}: {listed}"
+    found = read(tmp_path, CSV % rule, extra=f"negatives: {{listed: {listed}}}\n" if key == "negatives" else "")
+    assert [words in message for message in found.faults.messages] == ([True] if words else [])
+
+
+@pytest.mark.parametrize(("value", "words"), [("no", "found False"), ("2", "found 2"), ("1.50", "found 1.5")])
+def test_a_value_that_yaml_takes_for_something_else_wants_quotes(value: str, words: str, tmp_path: Path) -> None:
+    put(tmp_path / "a.csv", HEAD)
+    with pytest.raises(UmedError, match=f"annotations.only_rows.c.0: {words}.*Put it into quotes"):
+        read(tmp_path, CSV % f", only_rows: {{c: [{value}]}}")

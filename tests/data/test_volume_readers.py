@@ -258,7 +258,7 @@ def test_two_readers_of_padchest_gr(tmp_path: Path) -> None:
 
 def test_the_table_of_padchest_gr(tmp_path: Path) -> None:
     rows = "StudyID,ImageID,label,split,PatientID\ns0,a.png,nod,validation,p1\ns0,a.png,cy,validation,p1\ns1,b.png,,test,p2\n"
-    (tmp_path / "t.csv").write_text(rows)
+    (tmp_path / "t.csv").write_text(rows + "\n")
     studies = {"a.png": [finding([FIRST])], "b.png": [NORMAL]}
     found = padchest(tmp_path, studies, ", table: t.csv", "{by: column}")
     assert [(item.patient, item.split) for item in found.items] == [("p1", "val"), ("p2", "test")]
@@ -270,6 +270,7 @@ def test_the_table_of_padchest_gr(tmp_path: Path) -> None:
         (rows.replace("PatientID", "Person"), "has no column PatientID"),
         (rows + "s0,a.png,cy,test,p1\n", "gives study s0 another patient or split"),
         (rows + "s0,a.png\n", "has 2 cells, and the header has 5"),
+        (rows + "s0,a.png,nod, small,validation,p1\n", "has 6 cells, and the header has 5. Put text that holds ','"),
     ):
         (tmp_path / "t.csv").write_text(wrong)
         assert words in padchest(tmp_path, studies, ", table: t.csv", "{by: column}").faults.messages[0]

@@ -56,6 +56,36 @@ def _is_data(cell: str, role: str, column: int) -> bool:
     return is_number and cell != str(column) and role.endswith((".box", ".slice", ".window"))
 
 
+def last_column(wanted: list[tuple[str, Column]], header: list[str]) -> int:
+    """Index of the last of the columns that a recipe names, which all exist; -1 if it names none."""
+    return max((header.index(column) if isinstance(column, str) else column for _, column in wanted), default=-1)
+
+
+def row_is_whole(
+    row: list[str], header: list[str], last_needed: int, where: str, faults: Faults, *, delimiter: str, key: str
+) -> bool:
+    """False, with a fault, for a row that ends before a needed column, or that has text behind the header's last column.
+
+    In a row that ends early, a missing box would say that the image has no lesion. In one that is too long, an unquoted
+    delimiter has moved the cells behind it.
+
+    Args:
+        row, header: cells of the row, titles of the columns.
+        last_needed: index of the last column that is read; see `last_column`.
+        where: file and line.
+        delimiter: of the file.
+        key: of the recipe, under which the delimiter is named; empty for a reader whose delimiter is fixed.
+    """
+    counts = f"has {len(row)} cells, and the header has {len(header)}"
+    if len(row) <= last_needed:
+        faults.add(where, f"{counts}. Is the file whole{f', and is {key}.delimiter right' if key else ''}?")
+        return False
+    if any(cell.strip() for cell in row[len(header) :]):
+        faults.add(where, f"{counts}. Put text that holds {delimiter!r} into quotes")
+        return False
+    return True
+
+
 def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:
     """Text of a cell; empty where the recipe names no column or the row is too short."""
     if column is None or (isinstance(column, str) and column not in header):

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, four_numbers
+from umed_plugin.data.annotations.cells import row_is_whole
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file, json_files
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import SPLIT_NAMES
@@ -74,11 +75,10 @@ def _table(options: PadchestGrOptions, root: Path, faults: Faults) -> Optional[d
         return {}
     study, patient, split = (header.index(title) for title in ("StudyID", "PatientID", "split"))
     found: dict[str, tuple[str, str]] = {}
+    last = max(study, patient, split)
     for number, row in rows[1:]:
-        if len(row) <= max(study, patient, split):
-            faults.add(
-                f"{path}:{number}", f"has {len(row)} cells, and the header has {len(header)}. Is the file whole?"
-            )
+        blank = not any(cell.strip() for cell in row)
+        if blank or not row_is_whole(row, header, last, f"{path}:{number}", faults, delimiter=",", key=""):
             continue
         named = (row[patient].strip(), row[split].strip())
         if named[1] not in SPLIT_NAMES:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated, as_xyxy, in_unit
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, parts_of, titled
+from umed_plugin.data.annotations.cells import (
+    cell_of,
+    columns_exist,
+    last_column,
+    parts_of,
+    row_is_whole,
+    titled,
+)
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.annotations.labels import labels_of, split_label
@@ -86,9 +93,8 @@ class _Table:
         self.options, self.header, self.path = options, header, path
         self.folders, self.split, self.faults, self.applied = folders, split, faults, applied
         self.names = Renamed(options.rename)
-        needed = [column for _, column in _wanted_columns(options)]
         self.listed = ListedImages(None, path.parent, faults)
-        self.last_needed = max(header.index(column) if isinstance(column, str) else column for column in needed)
+        self.last_needed = last_column(_wanted_columns(options), header)
 
     def items(self, rows: list[tuple[int, list[str]]]) -> list[Annotated]:
         merged: dict[tuple[object, ...], Annotated] = {}
@@ -110,22 +116,10 @@ class _Table:
         return list(merged.values())
 
     def _is_whole(self, row: list[str], number: int) -> bool:
-        """False after a fault: in a row that ends early, a missing box would say that the image has no lesion."""
-        if len(row) <= self.last_needed:
-            self.faults.add(
-                f"{self.path}:{number}",
-                f"has {len(row)} cells, and the header has {len(self.header)}. Is the file whole, and is "
-                "annotations.delimiter right?",
-            )
-            return False
-        if any(cell.strip() for cell in row[len(self.header) :]):
-            self.faults.add(
-                f"{self.path}:{number}",
-                f"has {len(row)} cells, and the header has {len(self.header)}. Put text that holds {self.options.delimiter!r} "
-                "into quotes",
-            )
-            return False
-        return True
+        where, delimiter = f"{self.path}:{number}", self.options.delimiter
+        return row_is_whole(
+            row, self.header, self.last_needed, where, self.faults, delimiter=delimiter, key="annotations"
+        )
 
     def _check_agree(self, first: Annotated, item: Annotated) -> None:
         """Note what a later row of an image says against its first row."""
