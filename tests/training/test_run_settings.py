@@ -40,6 +40,7 @@ class Arguments:
     seed: int = 0
     lora_r: int = 4
     umed_top_p: float = 1.0
+    umed_judge_base_url: str | None = None
 
 
 def changes(before, now, **keywords):
@@ -57,6 +58,7 @@ def changes(before, now, **keywords):
         ({"deepspeed": "zero2.json"}, FIXED),
         ({"max_steps": 8}, SAID),
         ({"umed_top_p": 0.9}, SAID),
+        ({"umed_judge_base_url": "http://localhost:8000/v1"}, ACCEPTED),  # another judge, as far as anyone knows
         ({"logging_steps": 5}, None),
         ({BATCH: 4}, ACCEPTED),
     ],
@@ -71,6 +73,15 @@ def test_other_held_out_records_count_where_scores_are_compared(stop_after, foun
     flags = UmedFlags(umed_stage="rewarding", umed_val_every=5, umed_stop_after=stop_after)
     before, now = settings_of(flags), settings_of(dataclasses.replace(flags, umed_val_records=8))
     assert changes(before, now) == found
+
+
+def test_a_judge_that_has_moved_can_be_accepted_in_the_middle_of_a_rollout():
+    before, now = (settings_of(Arguments(umed_judge_base_url=f"http://{host}/v1")) for host in ("a", "b"))
+    found = find_changes(before, now, between_updates=True)
+    assert [change.kind for change in found] == [ACCEPTED]
+    (fault,) = refusals(found, "checkpoint-3", set(), between_updates=True)
+    assert fault.endswith("accept the change: --umed_accept_changed umed_judge_base_url.")
+    assert refusals(found, "checkpoint-3", {"umed_judge_base_url"}, between_updates=True) == []
 
 
 def test_the_projector_that_the_reference_begins_with_is_compared(tmp_path):

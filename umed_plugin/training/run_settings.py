@@ -38,6 +38,7 @@ SETTINGS = "settings"
 WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
 SYMBOLS = "symbols"  # files of the reward symbolic
+JUDGE_ADDRESS = "umed_judge_base_url"
 OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS)  # what is compared besides flags
 
 # What shapes a rollout besides the flags of stage 2 alone: its records, their order, how they are shown, and the precision.
@@ -258,6 +259,8 @@ def _shapes_a_rollout(name: str) -> bool:
     """Whether a rollout, its minibatches or what they learn depend on a setting that may be accepted elsewhere."""
     own = {flag.name: rules_of(flag) for flag in dataclasses.fields(UmedFlags)}
     rewarding = name in own and own[name].stage == REWARDING and own[name].on_resume == ACCEPTED
+    if name == JUDGE_ADDRESS:
+        return False  # a rollout keeps its scores, and a server may have moved
     return rewarding or name in _OF_A_ROLLOUT or name.startswith("umed_vrr_")
 
 

@@ -7,7 +7,7 @@ from typing import Optional
 
 from umed_plugin.flags.names import LOCAL_JUDGE_NAMES, OPENAI, REPLAY
 from umed_plugin.flags.needs import MODEL_JUDGE, RELEVANCE, SERVER_JUDGE, flag
-from umed_plugin.flags.rules import DEFAULT_JUDGE_OPTIONS, FREE, REWARDING, SAID, parse_judge_options
+from umed_plugin.flags.rules import DEFAULT_JUDGE_OPTIONS, FREE, REWARDING, parse_judge_options
 from umed_plugin.remote import settings
 
 
@@ -29,7 +29,6 @@ class JudgeFlags:
         "Address of the judge's server, such as http://localhost:8000/v1. Default: OpenAI's.",
         stage=REWARDING,
         needs=SERVER_JUDGE,
-        on_resume=SAID,
     )
     umed_judge_prompt: Optional[str] = flag(
         None,
