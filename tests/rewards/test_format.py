@@ -80,6 +80,8 @@ def test_every_phrasing_of_our_writer_scores_1(of_run):
         ("The image is normal at [0.10, 0.20, 0.30, 0.40].", 0.5),
         ("The weather is fine.", 0.5),
         ("Tumor, tumor, tumor.", 1 / 6),  # nothing but repeated, and no box
+        ("A tumor lies here. A tumor lies here.", 0.25),  # clean, and half of it repeated
+        ("Zorp wombat tumor plim gorf.", 0.5),  # invented words are only found beside the references of a run
         ("tumor. tumor. tumor.", 0.0),  # and no sentence begins in small letters
         ("[0.10, 0.20, 0.30, 0.40]", 0.0),
         ("", 0.0),

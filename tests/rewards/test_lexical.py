@@ -1,4 +1,4 @@
-"""The default relevance: a bag of names and words, of which garbled text earns nothing, and clean text what it did before."""
+"""The default relevance: a bag of names and words. Broken forms earn nothing, and clean text earns what it did before."""
 
 from __future__ import annotations
 
@@ -59,6 +59,16 @@ def test_clean_answers_keep_their_scores_to_the_bit():
     answers = [*by_hand, *(record["conversations"][1]["value"] for record in STUDIES[:20])]
     assert all(scored(text, record) == bag(text, record) for text in answers for record in STUDIES)
     assert {scored(record["conversations"][1]["value"], record) for record in STUDIES} == {1.0}
+
+
+def test_words_in_another_order_and_invented_ones_are_no_faults_of_form():
+    """docs/rewards.md says so. `format` finds them by the references of the run."""
+    reference = "One abnormal area is visible. It lies at [0.10, 0.20, 0.30, 0.40]. It is a cyst."
+    record = {**STUDIES[2], "conversations": [{"value": "Where?"}, {"value": reference}]}
+    record["objects"] = {"ref": ["cyst"], "bbox": [[10, 20, 30, 40]]}
+    assert scored("cyst a is it lies at it is visible area abnormal one", record) == 1
+    invented = "zorp wombat cyst plim gorf"
+    assert scored(invented, record) == bag(invented, record) > 0.5
 
 
 def test_the_score_falls_with_the_share_of_faulty_words():

@@ -3,8 +3,8 @@
 ``lexical`` is ``language * (CLASS_WEIGHT * class F1 + (1 - CLASS_WEIGHT) * word F1)``, in 0..1. Class F1 asks whether the right
 abnormalities are named. Word F1 (the F1 of SQuAD, Rajpurkar et al. 2016) compares the words of the two texts as multisets. It
 ignores numbers, so that boxes are not judged twice. Both see a bag of words, and a garbled answer may hold the right ones. So
-``language``, in 0..1, says how much the answer reads like language beside its reference (`wording.language_beside`). Without
-faults it is exactly 1.
+``language``, in 0..1, says how much the answer has the form of language beside its reference (`wording.language_beside`). Without
+faults of form it is exactly 1, also for right words in a wrong order and for invented words that look like words.
 
 ``classes`` is the class F1 alone. Where references word the same finding in random phrases, as a template writer does, word F1
 mostly tells which phrase was guessed, and learning it draws all answers to one wording.
