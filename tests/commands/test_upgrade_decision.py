@@ -58,6 +58,13 @@ def gaps(*of_questions):
     ]
 
 
+BOXLESS = {
+    **QUIET[0],
+    "reward/localization": 0.0,
+    "guard/missing_boxes": 1.0,
+    "guard/distinct_coordinates": 0,
+    "guard/distinct_coordinates_reference": 8,
+}
 LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + n % 3 / 20 for n in range(20)])
 
 
@@ -83,6 +90,11 @@ LOW, HIGH = evaluation([n / 40 for n in range(20)]), evaluation([n / 40 + 0.1 + 
         (gaps((0.1, 8), (0.3, 16)), LOW, HIGH, False, "knows the training studies by heart"),
         (gaps((0.1, 32), (0.6, 8), (0.1, 64)), LOW, HIGH, True, "raised"),
         ([], LOW, HIGH, True, "raised"),
+        # Whatever names alone have gained: rewards for boxes need a box in one of the windows.
+        ([BOXLESS, BOXLESS], LOW, HIGH, False, "no answer that the trial has sampled has a box"),
+        ([BOXLESS, {**BOXLESS, "guard/distinct_coordinates": 4}], LOW, HIGH, True, "raised"),
+        ([{**BOXLESS, "guard/missing_boxes": 0.0}], LOW, HIGH, True, "raised"),  # no study had a lesion
+        ([{name: value for name, value in BOXLESS.items() if "reward" not in name}], LOW, HIGH, True, "raised"),
     ],
 )
 def test_what_a_trial_must_show(log, before, after, pays, words):
@@ -152,6 +164,10 @@ def test_the_trial_comes_between_the_stages_and_held_out_records_are_answered_wh
     every = {name: w[w.index("--umed_val_every") + 1] for name, w in words.items()}
     assert every == {"stage_1_instruction_tuning": "50", "stage_2_rewarding": "20", trial[0]: "40"}
     assert words[trial[0]][words[trial[0]].index("--max_steps") + 1] == "40"
+    # The trial decides about a checkpoint without boxes. So it is not refused, and neither is the stage 2 that it asks for.
+    looks = {step.name for step in auto.steps if "--umed_start_check 0" in step.line()}
+    assert looks == {trial[0], "stage_2_rewarding"}
+    assert not any("--umed_start_check" in step.command for step in plain.steps)
     auto.plan.pays = False
     assert [step.name for step in auto.plan.steps()] == [*expected[:place], *trial, "checkpoint_rewarding"]
     last = auto.plan.steps()[-1]
@@ -301,11 +317,12 @@ def test_records_with_pseudo_boxes_in_their_val_need_another_judge(tiny_mistral,
 @pytest.mark.run
 @pytest.mark.llava
 def test_a_run_whose_trial_does_not_pay_ends_after_stage_1(tiny_mistral, tmp_path):
-    """Random weights answer nothing that could be rewarded."""
+    """Random weights write no boxes. A run of 20 steps would be refused for that, and a trial decides."""
     from support.umed_runs import environment, run_python
 
     records = records_with(tmp_path / "data", ["train", "train", "val", "test"])
     sizes = {"instruction_tuning.steps": 1, "rewarding.trial_steps": 1, "rewarding.max_new_tokens": 4}
+    sizes |= {"rewarding.flags": "{umed_start_check: 16}"}  # as a trial of 20 steps or more has by itself
     sizes |= {"evaluation.max_new_tokens": 4, "rewarding.candidates": 2, "instruction_tuning.batch_size": 2}
     sets = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
     command = [
@@ -320,7 +337,7 @@ def test_a_run_whose_trial_does_not_pay_ends_after_stage_1(tiny_mistral, tmp_pat
     ]
     done = run_python([*command, "--set", "rewarding=auto", *sets], env=environment(), forks_too=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert "rewarding: auto: the run ends with stage 1: " in done.stdout
+    assert "rewarding: auto: the run ends with stage 1: no answer that the trial has sampled has a box" in done.stdout
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["rewarding_auto"]["stage_2"] == "left out" and "rewarding" not in summary
     result = tmp_path / "out" / "checkpoint" / f"{tiny_mistral.name}-umed"

@@ -150,6 +150,10 @@ def test_a_checkpoint_that_writes_no_boxes_is_refused_before_the_first_step(tiny
     assert run.returncode == 1
     assert "umed: error: none of the 12 answers sampled to 6 training studies with a lesion has a box." in run.stderr
     assert "12 answers are cut off at --umed_max_new_tokens 6" in run.stderr and "--umed_start_check 0" in run.stderr
+    assert (
+        "In run.yaml of umed upgrade these are instruction_tuning.epochs or steps, rewarding.max_new_tokens"
+        in run.stderr
+    )
     assert not (tmp_path / "out" / "candidates.jsonl").exists() and not list((tmp_path / "out").glob("checkpoint-*"))
 
 

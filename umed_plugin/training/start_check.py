@@ -143,5 +143,7 @@ def no_boxes(studies: int, answers: int, cut_off: int, examples: Sequence[str], 
         f"none of the {answers} answers sampled to {studies} training studies with a lesion has a box. Rewards for boxes would "
         f"be 0 for all of them and teach nothing.{example} {cut_off} answers are cut off at --umed_max_new_tokens "
         f"{max_new_tokens}. Train stage 1 until its answers have boxes (umed evaluate shows them), start from its result "
-        "(--model_name_or_path), and use its --version. To start all the same: --umed_start_check 0."
+        "(--model_name_or_path), and use its --version. To start all the same: --umed_start_check 0. "
+        "In run.yaml of umed upgrade these are instruction_tuning.epochs or steps, rewarding.max_new_tokens, and "
+        "rewarding.flags: {umed_start_check: 0}."
     )

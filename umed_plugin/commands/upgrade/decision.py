@@ -5,12 +5,13 @@ Stage 2 is not started if one of these holds:
 - **By heart**: answers sampled to the trial's training studies are better than greedy ones to held-out studies, by more than the
   limit of the guards (`umed_plugin.rewards.guards`). All of them are right then, and there is nothing to learn from. It is judged
   once the guards' window is full.
+- **No boxes**: the run has a reward for boxes, and no answer that the trial has sampled has a box.
 - **No signal**: nearly all questions' answers have equal rewards. (GRPO alone; PPO learns from other questions' rewards too.)
 - **No gain**: the trial has not raised the mean of IoU and accuracy of the held-out studies, or has lowered one of the two by an
   interval below 0.
 
 The run then ends with stage 1's checkpoint as its result. A trial is short, so it can miss a gain that comes late. The decision
-says which of the first two could not be judged, because the trial's log lacks its numbers.
+says whether the first or the third could not be judged, because the trial's log lacks its numbers.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any
 
 from umed_plugin.evaluation.results import Evaluation, compare
 from umed_plugin.evaluation.tables import formatted
+from umed_plugin.flags.names import BOX_REWARDS
 
 _JUDGED = {"mean_iou": "IoU", "accuracy": "accuracy"}
 _SIGNAL = "groups_without_signal"
+_MISSING = "guard/missing_boxes"  # whose limit is that there is no box at all
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def decide(log: Sequence[Mapping[str, Any]], before: Evaluation, after: Evaluati
     compared = compare(before, after)
     differences = {name: compared[name] for name in _JUDGED if compared.get(name, {}).get("difference") is not None}
     shown = ", ".join(f"{_JUDGED[name]} {_words(difference)}" for name, difference in differences.items())
-    against = [*_by_heart(log), *_no_signal(log), *_no_gain(differences, shown)]
+    against = [*_by_heart(log), *_no_boxes(log), *_no_signal(log), *_no_gain(differences, shown)]
     if against:
         return Decision(False, [*against, *_not_judged(log)], differences)
     for_it = f"the trial has raised what held-out studies score: {shown}."
@@ -98,6 +101,20 @@ def _by_heart(log: Sequence[Mapping[str, Any]]) -> list[str]:
             # first entry counts, as it did.
             known[name] = max(entries, key=lambda entry: entry.get(QUESTIONS_OVER_HELD_OUT, WINDOW))[name]
     return [f"{name} is {known[name]:.3f}, {words}." for name, words in crossed_limits(known).items()]
+
+
+def _no_boxes(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Whether no window of the guards has a box. What names alone may gain is not what rewards for boxes are for."""
+    from umed_plugin.rewards.guards import crossed_limits
+
+    rewarded = any(f"reward/{name}" in entry for entry in log for name in BOX_REWARDS)
+    windows = [entry for entry in log if _MISSING in entry]
+    if not (rewarded and windows and all(_MISSING in crossed_limits(entry) for entry in windows)):
+        return []
+    return [
+        "no answer that the trial has sampled has a box that can be read, so rewards for boxes have nothing to reinforce. Train "
+        "stage 1 longer (instruction_tuning.epochs or steps), or raise rewarding.max_new_tokens if answers end before their box."
+    ]
 
 
 def _no_signal(log: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ from umed_plugin import __version__
 from umed_plugin.commands.upgrade.held_out import HeldOut
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Settings, Stage
-from umed_plugin.commands.upgrade.training import launcher, program, training_flags, trial_flags
+from umed_plugin.commands.upgrade.training import launcher, program, training_flags, trial_flags, unchecked_start
 from umed_plugin.data.prepared import has_pseudo_boxes
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.errors import UmedError
@@ -136,7 +136,10 @@ class Plan:
         steps += self.trial() if self.settings.rewarding.run == "auto" else []
         if self.pays is False or REWARDING not in self.settings.stages:
             return [*steps, self._checkpoint(REWARDING, tuning, self.start, self.result)]
-        rewarding = self._training(REWARDING, self.settings.rewarding, self.tuned)
+        stage = self.settings.rewarding
+        flags = unchecked_start(stage) if stage.run == "auto" else {}  # the trial has decided
+        stage = stage.model_copy(update={"flags": {**flags, **stage.flags}})
+        rewarding = self._training(REWARDING, stage, self.tuned)
         result = self._checkpoint(REWARDING, rewarding, self.tuned, self.result)
         return [*steps, rewarding, result, self._evaluation(REWARDING, self.result, test)]
 

@@ -16,6 +16,7 @@ from umed_plugin.commands.memory_extras import Extras, ImageEncoder
 from umed_plugin.commands.upgrade.origin import Origin
 from umed_plugin.commands.upgrade.settings import Rewarding, Settings, Stage
 from umed_plugin.errors import UmedError
+from umed_plugin.flags.names import BOX_REWARDS
 from umed_plugin.flags.rules import TUNING, parse_keep
 
 # Paths that differ from run to run; `flags` of the settings must not set them either.
@@ -62,8 +63,17 @@ def training_flags(
 
 
 def trial_flags(stage: Rewarding) -> dict[str, Any]:
-    """What the trial of ``rewarding: auto`` sets whatever stage 2's ``flags`` say: it logs each step and answers at its end."""
-    return {"umed_val_every": stage.trial_steps, "logging_strategy": "steps", "logging_steps": 1}
+    """What the trial of ``rewarding: auto`` sets whatever stage 2's ``flags`` say: it logs each step and answers at its end.
+
+    It begins unchecked: a refusal would end the run before the decision.
+    """
+    each_step = {"logging_strategy": "steps", "logging_steps": 1}
+    return {"umed_val_every": stage.trial_steps, **each_step, **unchecked_start(stage)}
+
+
+def unchecked_start(stage: Rewarding) -> dict[str, Any]:
+    """No look for boxes before the first step: the trial of ``rewarding: auto`` decides by its own answers."""
+    return {"umed_start_check": 0} if {*BOX_REWARDS} & {*stage.rewards} else {}
 
 
 def _model_flags(settings: Settings, origin: Origin) -> dict[str, Any]:
