@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.drawn import scene, write_nifti
 
 from umed_plugin.data.annotations import Annotated, read_annotations
@@ -14,6 +16,7 @@ from umed_plugin.data.annotations.phrases import NO_PHRASE
 from umed_plugin.data.build import build_records
 from umed_plugin.data.recipes.recipe import load_recipe
 from umed_plugin.data.records import Record
+from umed_plugin.data.volumes import choose_slices
 from umed_plugin.errors import UmedError
 
 pytestmark = pytest.mark.one_stack
@@ -141,3 +144,36 @@ def test_a_montage_is_of_one_split(tmp_path):
     with pytest.raises(UmedError, match=r"a\.csv:3: puts a slice of a\.nii in test, and .*a\.csv:2 puts one in train"):
         built(tmp_path, rows, MONTAGE)
     assert {record["split"] for record in built(tmp_path, rows, LARGEST)} == {"train", "test"}
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("how", [MONTAGE, LARGEST])
+@pytest.mark.parametrize("kind", ["volume", "pages"])
+def test_a_lesion_on_no_slice_is_refused(how, kind, tmp_path):
+    """Without a number it would be drawn on the first slice."""
+    name = {"volume": "a.nii", "pages": "a.tif"}[kind]
+    recipe = write(tmp_path, [f"a.nii,,{BOX},cyst,train", f"a.nii,3,{BOX},cyst,train"], how)
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("a.nii", name))
+    pages = [Image.fromarray((scene() * 255).astype(np.uint8))] * 9
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(UmedError, match=rf"a\.csv:2: .*{name} has 9 slices and none is chosen.* columns\.slice"):
+        build_records(load_recipe(recipe), out_dir=tmp_path / "out", data_root=tmp_path)
+
+
+def test_a_montage_is_shown_in_the_window_of_its_lesions(tmp_path):
+    """The first row is mostly of a slice without a lesion, and has none."""
+    recipe = write(tmp_path, [OTHER], MONTAGE.replace("full", "column"))
+    recipe.write_text(recipe.read_text().replace("split: split}", "split: split, window: window}"))
+
+    def chosen(*rows: str) -> tuple[list[Annotated], list[UmedError]]:
+        (tmp_path / "a.csv").write_text("\n".join(["file,slice,box,lesion,split,window", *rows]) + "\n")
+        faults: list[UmedError] = []
+        return choose_slices(read_annotations(load_recipe(recipe), tmp_path).items, faults, Counter()), faults
+
+    normal, *lesions = "b.nii,0,,,train,", f'b.nii,3,{BOX},cyst,train,"0, 900"', f'b.nii,5,{BOX},cyst,train,"0, 900"'
+    (image,), faults = chosen(normal, *lesions)
+    assert image.window == (0, 900) and not faults
+    images, (fault,) = chosen(normal, lesions[0], f'b.nii,5,{BOX},cyst,train,"0, 90"')
+    assert not images and "a.csv:4: window of slice 5" in str(fault) and "(0.0, 900.0) of slice 3 in" in str(fault)
+    (image,), faults = chosen('b.nii,0,,,train,"0, 7"')
+    assert image.window == (0, 7) and not faults

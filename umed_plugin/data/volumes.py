@@ -69,6 +69,8 @@ def _one_image(slices: list[Annotated]) -> Annotated:
     options = slices[0].recipe.image
     count = slice_count(slices[0].image, options.slice_axis)
     lesions = [item for item in slices if item.boxes]
+    for item in lesions:
+        _check_slice(item, count)
     if options.slices == "largest_lesion":
         if lesions:
             return max(lesions, key=_largest_area)
@@ -78,18 +80,33 @@ def _one_image(slices: list[Annotated]) -> Annotated:
     return _montage(slices, lesions, count, options.tiles)
 
 
-def _montage(slices: list[Annotated], lesions: list[Annotated], count: int, most: int) -> MontageItem:
-    wrong = [item for item in lesions if not 0 <= (item.slice or 0) < count]
-    if wrong:
+def _check_slice(lesion: Annotated, count: int) -> None:
+    """Refuse a lesion on no slice of its volume, or on a slice that nobody knows."""
+    if lesion.slice is None and count > 1:
         raise UmedError(
-            f"{wrong[0].where}: slice {wrong[0].slice} of {wrong[0].image} does not exist. Allowed: 0 to {count - 1}."
+            f"{lesion.where}: {lesion.image} has {count} slices and none is chosen. Choose one: columns.slice"
         )
+    if not 0 <= (lesion.slice or 0) < count:
+        raise UmedError(
+            f"{lesion.where}: slice {lesion.slice} of {lesion.image} does not exist. Allowed: 0 to {count - 1}."
+        )
+
+
+def _montage(slices: list[Annotated], lesions: list[Annotated], count: int, most: int) -> MontageItem:
+    """A montage of slices. Only a file of one slice may leave out its number, which is 0."""
     by_size = sorted(lesions, key=_largest_area, reverse=True)
     tiles = montage_slices(count, most, [item.slice or 0 for item in by_size])
-    shown = [item for item in lesions if (item.slice or 0) in tiles]
-    boxes = [(box, name, tiles.index(item.slice or 0)) for item in shown for box, name in zip(item.boxes, item.classes)]
+    shown = [item for item in slices if item.slice is None or item.slice in tiles]
+    boxes = [
+        (box, name, tiles.index(item.slice or 0))
+        for item in shown
+        if item.boxes
+        for box, name in zip(item.boxes, item.classes)
+    ]
     first = slices[0]
     same = {name: value for name, value in vars(first).items() if name not in ("slice", "boxes", "classes")}
+    if first.recipe.image.window == "column":
+        same["window"] = _window(shown) or _window(slices)
     return MontageItem(
         **same,
         boxes=[box for box, _, _ in boxes],
@@ -97,6 +114,23 @@ def _montage(slices: list[Annotated], lesions: list[Annotated], count: int, most
         tiles=tiles,
         tile_of_box=tuple(tile for _, _, tile in boxes),
     )
+
+
+def _window(slices: list[Annotated]) -> Optional[tuple[float, float]]:
+    """The window that annotations state for slices of one montage; None if they state none.
+
+    Raises:
+        UmedError: they state several.
+    """
+    stated = [item for item in slices if item.window is not None]
+    for item in stated:
+        if item.window != stated[0].window:
+            raise UmedError(
+                f"{item.where}: window of slice {item.slice} of {item.image} is {item.window}, but {stated[0].window} of slice "
+                f"{stated[0].slice} in {stated[0].where}. A montage is shown in one window: give all its rows the same, or "
+                "choose image.slices: annotated or largest_lesion"
+            )
+    return stated[0].window if stated else None
 
 
 def _largest_area(item: Annotated) -> float:
