@@ -90,6 +90,21 @@ def test_voi_tables(tmp_path: Path, syntax: str, bits: int, first: int) -> None:
         assert np.abs(grey(path) - theirs / (2**bits - 1) * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize(("slope", "intercept"), [(1, -1024), (-1, 3071)])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+def test_a_voi_table_begins_below_0_where_the_rescale_gives_such_values(
+    tmp_path: Path, syntax: str, slope: int, intercept: int
+) -> None:
+    """Of pixels without a sign, as in most CT: in implicit VR its first value reads as 64512."""
+    entries = np.linspace(0, 65535, 4096).astype(int)
+    table = item(LUTDescriptor=[4096, -1024, 16], LUTData=[int(entry) for entry in entries])
+    table["LUTDescriptor"].VR, table["LUTData"].VR = "SS", "US"
+    stored = ((RAMP.astype(int) - intercept) * slope).astype(np.uint16)
+    tags = {"RescaleSlope": slope, "RescaleIntercept": intercept, "VOILUTSequence": Sequence([table])}
+    path = write_dicom_as(tmp_path / "a.dcm", stored, syntax, **tags)
+    assert np.abs(grey(path).ravel() - entries / 65535 * 255).max() <= 0.51
+
+
 def test_modality_tables_come_before_the_window(tmp_path: Path) -> None:
     stored = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     entries = [int(value) for value in np.linspace(3000, 0, 4096)]

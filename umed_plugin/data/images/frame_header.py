@@ -93,11 +93,9 @@ def in_its_unit(values: np.ndarray, header: FrameHeader, path: Path) -> np.ndarr
     part = header.part_with("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
     tables = getattr(part, "ModalityLUTSequence", None)
     if tables:
-        first, entries, _ = _table(tables[0], header)
+        first, entries, _ = _table(tables[0], header, is_signed=_has_signed_pixels(header))
         return look_up(values, first, entries)
-    slope = _first(getattr(part, "RescaleSlope", None))
-    intercept = _first(getattr(part, "RescaleIntercept", None))
-    slope, intercept = 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+    slope, intercept = _rescale(part)
     if not (np.isfinite(slope) and np.isfinite(intercept) and slope):
         raise UmedError(
             f"{path}: rescale slope is {slope:g} and intercept {intercept:g}. Needed: numbers, slope not 0."
@@ -109,13 +107,30 @@ def in_its_unit(values: np.ndarray, header: FrameHeader, path: Path) -> np.ndarr
     return values
 
 
+def _rescale(part: Any) -> tuple[float, float]:
+    """Slope and intercept; 1 and 0 where the header states none."""
+    slope, intercept = (_first(getattr(part, name, None)) for name in ("RescaleSlope", "RescaleIntercept"))
+    return 1.0 if slope is None else slope, 0.0 if intercept is None else intercept
+
+
+def _has_signed_pixels(header: Any) -> bool:
+    return bool(int(getattr(header, "PixelRepresentation", 0)))
+
+
+def _may_be_negative(header: FrameHeader) -> bool:
+    """Whether values in their unit, on which a VOI table works (PS3.3 C.11.2.1.1), can be below 0."""
+    part = header.part_with("ModalityLUTSequence", "RescaleSlope", "RescaleIntercept")
+    rescaled = not getattr(part, "ModalityLUTSequence", None) and min(_rescale(part)) < 0
+    return rescaled or _has_signed_pixels(header)
+
+
 def own_view(header: FrameHeader, path: Path) -> Optional[View]:
     """The first VOI table or, without one, the first window: the default if a file has several. None if it has none."""
     with unreadable(path):
         part = header.part_with("VOILUTSequence", "WindowCenter", "WindowWidth")
         tables = getattr(part, "VOILUTSequence", None)
         if tables:
-            return TableView(*_table(tables[0], header))
+            return TableView(*_table(tables[0], header, is_signed=_may_be_negative(header)))
         centre, width = (_first(getattr(part, name, None)) for name in ("WindowCenter", "WindowWidth"))
         if not np.isfinite([centre or 0, width or 0]).all():
             raise UmedError(
@@ -154,14 +169,18 @@ def _identity(header: Any) -> Optional[View]:
     return LinearView(0, 255)
 
 
-def _table(item: Any, header: Any) -> tuple[int, np.ndarray, int]:
-    """First value, entries as float32, and the largest possible entry of a modality or VOI table."""
+def _table(item: Any, header: Any, is_signed: bool) -> tuple[int, np.ndarray, int]:
+    """First value, entries as float32, and the largest possible entry of a modality or VOI table.
+
+    Args:
+        is_signed: the values that are looked up may be negative, and so may the first one of the table.
+    """
     count, first, bits = (int(value) for value in item.LUTDescriptor)
     count = count or 2**16
     if not 1 <= bits <= 16:
         raise ValueError(f"a table of {bits} bits per entry")
-    # In implicit VR the first value is read as unsigned, but it has the sign of the pixels.
-    if first >= 2**15 and int(getattr(header, "PixelRepresentation", 0)):
+    # In implicit VR the first value is read as unsigned.
+    if first >= 2**15 and is_signed:
         first -= 2**16
     data = item.LUTData
     if isinstance(data, bytes):

@@ -28,7 +28,7 @@ _SQUARE, _MAX_PIXEL_RATIO = 0.01, 100
 # CLIPImageProcessor takes an axis of 1 or 3 for the colours, and resizes the shorter side of a strip to 336 pixels.
 _LEAST_SIDE, _MAX_STRIP = 4, 200
 # Changes whenever a file becomes other pixels than before: caches and built records of another one are not used.
-READERS = "readers-2"
+READERS = "readers-3"
 
 
 @dataclass(frozen=True)
