@@ -12,8 +12,10 @@ from PIL import Image
 from support.drawn import write_recipe
 from support.umed_runs import environment
 
+from umed_plugin.data.images import check_picture, open_image, shown_size
 from umed_plugin.data.images.raster import DEEP_MODES, read_raster
 from umed_plugin.errors import UmedError
+from umed_plugin.grounding.geometry import exif_orientation
 
 HEAVY = ("torch", "monai", "transformers", "bitsandbytes", "peft", "llava")
 # Mode -> endings of files that hold it.
@@ -64,6 +66,33 @@ def test_values_are_those_of_monais_reader_bit_for_bit(mode: str, ending: str, t
     assert deep == (mode in ("I;16", "I", "F"))
     assert found.values.dtype == (np.float32 if deep else np.uint8)
     assert np.array_equal(found.values, expected.astype(np.float32) if deep else expected)
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_tiff_is_right_or_refused(orientation: int, mode: str, compression: str, tmp_path: Path) -> None:
+    """Some versions of Pillow mix up rows and columns of a file that they map into memory, and LLaVA would train on it."""
+    path, stored = tmp_path / "a.tif", np.asarray(drawn(mode))
+    drawn(mode).save(path, tiffinfo={274: orientation}, compression=compression)
+    right = exif_orientation(orientation, 37, 23).apply_array(stored)
+    if mode == "L":
+        right = np.repeat(right[:, :, None], 3, axis=2)
+    size = (right.shape[1], right.shape[0])
+    try:
+        read = read_raster(path, offset=0)
+    except UmedError as error:
+        assert compression == "raw" and orientation >= 5 and "Save it compressed or without the tag" in str(error)
+        for reading in (open_image, shown_size) if mode == "I;16" else (open_image, shown_size, check_picture):
+            with pytest.raises(UmedError, match="Save it compressed"):
+                reading(path)
+        return
+    np.testing.assert_array_equal(read.values, right)
+    assert shown_size(path) == size == open_image(path).size
+    if mode != "I;16":
+        np.testing.assert_array_equal(np.asarray(open_image(path)), right)
+        check_picture(path)
 
 
 @pytest.mark.llava

@@ -14,7 +14,7 @@ from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import did_you_mean_file, matches, matching_files
 from umed_plugin.data.endings import NIFTI_ENDINGS
-from umed_plugin.data.images.raster import DEEP_MODES, opened_raster
+from umed_plugin.data.images.raster import DEEP_MODES, load_pixels, opened_raster
 from umed_plugin.data.recipes.options import checked_template
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
@@ -160,6 +160,7 @@ def _values(mask: Path, root: Path, faults: Faults) -> Optional[np.ndarray]:
                     mask, f"has {pages} pages, and a mask is one picture. Write each page into a file of its own"
                 )
                 return None
+            load_pixels(image, mask)
             if image.mode in ("LA", "RGBA", "PA"):
                 return _of_transparent(image, mask, faults)
             # The indices of a palette are the labels. Converting its colours would give shades of grey.

@@ -23,10 +23,12 @@ from umed_plugin.data.images.dicom import frame_count, open_header, read_dicom
 from umed_plugin.data.images.nifti import read_nifti, volume_shape
 from umed_plugin.data.images.raster import (
     DEEP_MODES,
+    load_pixels,
     opened_raster,
     raster_pages,
     read_by_llava,
     read_raster,
+    swaps_sides,
 )
 from umed_plugin.data.images.series import burned_in_flag, series_files, series_flags, series_stack
 from umed_plugin.data.images.series_folder import file_states
@@ -253,11 +255,11 @@ def slice_count(path: Path, slice_axis: int = 2) -> int:
 
 
 def check_picture(path: Path) -> None:
-    """Check a file that LLaVA itself will open, before its pixels are decoded.
+    """Check a file that LLaVA itself will open; only a TIFF that is turned is decoded for it.
 
     Raises:
         UmedError: the file is missing, damaged or too large, or has a size that LLaVA's image processor cannot take. Or it has
-            more than 8 bits, which LLaVA would clip.
+            more than 8 bits, which LLaVA would clip. Or it is a TIFF that LLaVA would show scrambled.
     """
     with opened_raster(path) as image:
         check_for_model(path, *image.size)
@@ -267,6 +269,8 @@ def check_picture(path: Path) -> None:
                 "evaluate` does not. `umed recipe build` renders such images. Or save it with 8 bits, or train with "
                 "--umed_image_cache."
             )
+        if swaps_sides(image):
+            load_pixels(image, path)
 
 
 def reader_version(path: Union[str, Path]) -> list[str]:
@@ -295,6 +299,7 @@ def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None)
     if not reading and path.name.lower().endswith(RASTER_ENDINGS):
         with opened_raster(path) as image:
             if image.mode not in DEEP_MODES:
+                load_pixels(image, path)
                 shown = image.convert("RGB")
                 # Other libraries would turn the picture by an EXIF orientation that it still carries, and its boxes not.
                 shown.info = {}
@@ -305,7 +310,7 @@ def open_image(path: Union[str, Path], reading: Optional[dict[str, Any]] = None)
 
 
 def shown_size(path: Union[str, Path], reading: Optional[dict[str, Any]] = None) -> tuple[int, int]:
-    """(width, height) of what `open_image` gives; of PNG, JPEG and their like without decoding the pixels.
+    """(width, height) of what `open_image` gives; of PNG, JPEG and their like, but TIFF, without decoding the pixels.
 
     Raises:
         UmedError: as `open_image`.
@@ -315,6 +320,9 @@ def shown_size(path: Union[str, Path], reading: Optional[dict[str, Any]] = None)
         width, height = open_image(path, reading).size
     else:
         with opened_raster(path) as image:
+            # Some versions of Pillow state the sides of a TIFF before they turn it.
+            if image.format == "TIFF":
+                load_pixels(image, path)
             width, height = image.size
     return width, height
 

@@ -24,7 +24,8 @@ DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 # Pillow goes by the content and would start other programs for some formats (EPS), whatever the file is called.
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "JPEG2000", "PPM")
 _MANY_PAGES = ("TIFF", "GIF", "WEBP", "PNG")
-_PHOTOMETRIC, _SUBFILE, _TIFF_ORIENTATION = 262, 254, 274
+_WIDTH, _HEIGHT, _PHOTOMETRIC, _SUBFILE, _TIFF_ORIENTATION = 256, 257, 262, 254, 274
+_TRANSPOSED = (5, 6, 7, 8)  # orientations that swap the sides
 _EXIF_ORIENTATION = 0x0112
 
 
@@ -44,8 +45,8 @@ def read_raster(path: Path, offset: float, page: Optional[int] = None) -> Stored
             image.seek(index)
             check_raster(image, path)
         # Pillow takes the tag out while it turns a TIFF.
-        turned = image.tag_v2.get(_TIFF_ORIENTATION, 1) if image.format == "TIFF" else 1
-        image.load()
+        turned = _tiff_orientation(image)
+        load_pixels(image, path)
         deep = image.mode in DEEP_MODES
         # Palette, alpha and CMYK images would become indices or wrong channels. LLaVA converts in the same way.
         values = np.asarray(image if deep else image.convert("RGB"))
@@ -74,6 +75,31 @@ def opened_raster(path: Path) -> Iterator[Any]:
         with Image.open(path, formats=_FORMATS) as image:
             check_raster(image, path)
             yield image
+
+
+def load_pixels(image: Any, path: Path) -> None:
+    """Decode the pixels of an opened image, as LLaVA does.
+
+    Raises:
+        UmedError: a TIFF is shown scrambled. Pillow maps one without compression into memory, and some of its versions then take
+            the sides as they are after it is turned.
+    """
+    size = (image.tag_v2[_HEIGHT], image.tag_v2[_WIDTH]) if swaps_sides(image) else None
+    image.load()
+    if size not in (None, image.size):
+        raise UmedError(
+            f"{path}: is a TIFF with an orientation and without compression, and this Pillow, so LLaVA too, shows it scrambled. "
+            "Save it compressed or without the tag, in the orientation in which the boxes were drawn"
+        )
+
+
+def swaps_sides(image: Any) -> bool:
+    """Whether Pillow swaps width and height of an opened TIFF when it decodes it."""
+    return _tiff_orientation(image) in _TRANSPOSED
+
+
+def _tiff_orientation(image: Any) -> Any:
+    return image.tag_v2.get(_TIFF_ORIENTATION, 1) if image.format == "TIFF" else 1
 
 
 def check_raster(image: Any, path: Path) -> None:

@@ -23,7 +23,7 @@ from umed_plugin.grounding.geometry import Orientation
 
 NAME = ".umed_checked"
 # Raise it whenever other images are refused, or a PNG is written differently; READERS changes with the pixels.
-_FORMAT = "looks-1"
+_FORMAT = "looks-2"
 
 
 class KeptLooks:
