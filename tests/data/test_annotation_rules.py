@@ -38,8 +38,8 @@ from umed_plugin.errors import UmedError
         (
             "",
             ALL_IN_TRAIN,
-            "image: {slices: montage}",
-            "image.slices: has no effect, since it concerns DICOM and NIfTI",
+            "image: {orientation: as_stored}",
+            "image.orientation: has no effect, since it concerns DICOM and NIfTI",
         ),
         (", image_root: nowhere", ALL_IN_TRAIN, "", "annotations.image_root: there is no folder"),
         (

@@ -21,6 +21,7 @@ from support.drawn import (
     scene,
     write_dicom,
     write_nifti,
+    write_png,
     write_png16,
     write_recipe,
 )
@@ -280,6 +281,11 @@ def test_a_resolution_that_llava_ignores_is_said(tmp_path: Path) -> None:
         ("a.png", {"orientation": "as_stored"}, "orientation"),
         ("a.png", {"pixels": "as_stored"}, "pixels"),
         ("a.png", {"slices": "montage"}, "slices"),
+        ("a.png", {"box_frame": "displayed"}, "box_frame"),
+        ("pages.tif", {"slices": "largest_lesion"}, None),
+        ("pages.tif", {"slices": "montage", "tiles": 2}, None),
+        ("pages.tif", {"slices": "largest_lesion", "tiles": 2}, "tiles"),
+        ("turned.jpg", {"box_frame": "exif"}, None),
         ("c.dcm", {"slice_axis": 0}, "slice_axis"),
         ("c.dcm", {"offset": 5}, "offset"),
         ("c.dcm", {"volume": 1}, "volume"),
@@ -293,7 +299,11 @@ def test_options_that_change_nothing_are_said(
     write_dicom(tmp_path / "c.dcm", scene())
     write_png16(tmp_path / "b.png", scene())
     write_exif(tmp_path / "a.png", scene(), 1)
-    said = said_by_check(recipe_of(tmp_path, name, BOX, (WIDTH, HEIGHT), **options))
+    write_exif(tmp_path / "turned.jpg", scene(), 3)
+    page = write_png(tmp_path / "page.png", scene())
+    Image.open(page).save(tmp_path / "pages.tif", save_all=True, append_images=[Image.open(page)] * 2)
+    index = 1 if name == "pages.tif" else None
+    said = said_by_check(recipe_of(tmp_path, name, BOX, (WIDTH, HEIGHT), slice=index, **options))
     assert ("has no effect" in said) == (unused is not None)
     if unused:
         assert f"image.{unused} of drawn has no effect" in said

@@ -15,13 +15,11 @@ from umed_plugin.faults import Faults
 
 _SHOWN = 5
 # Option of `image` -> the kinds of files that it concerns, and what they are called. PNG and TIFF may have more than 8 bits.
-_VOLUMES = ({"nifti", "dicom"}, "DICOM and NIfTI files")
+# Whether a picture has pages or an EXIF orientation is known once it is read: `images.options`.
 _CONCERN = {
     "window": ({"nifti", "dicom", "deep"}, "images of more than 8 bits"),
     "offset": ({"deep"}, "PNG and TIFF files"),
-    "orientation": _VOLUMES,
-    "box_frame": _VOLUMES,
-    "slices": _VOLUMES,
+    "orientation": ({"nifti", "dicom"}, "DICOM and NIfTI files"),
     "slice_axis": ({"nifti"}, "NIfTI volumes"),
     "volume": ({"nifti"}, "NIfTI volumes"),
 }

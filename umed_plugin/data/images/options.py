@@ -47,7 +47,8 @@ class UsedOptions:
         used |= {"offset"} if is_raster and not is_grey_levels else set()
         used |= set() if is_raster else {"orientation", "pixels"}
         used |= {"slice_axis", "volume"} if is_nifti else set()
-        used |= {"box_frame"} if recipe.image.box_frame != "exif" or exif != 1 else set()
+        frame = recipe.image.box_frame
+        used |= {"box_frame"} if (exif != 1 if frame == "exif" else not is_raster) else set()
         if "slices" not in used and recipe.image.slices != "annotated":
             used |= {"slices", "tiles"} if slice_count(image, recipe.image.slice_axis) > 1 else set()
 
@@ -55,12 +56,16 @@ class UsedOptions:
         """A line for every option that is given, differs from its default, and acts on none of the images."""
         lines = []
         for name, recipe in self._recipes.items():
-            fields = type(recipe.image).model_fields
-            for option, acts_on in _ACTS_ON.items():
-                value = getattr(recipe.image, option)
-                if option in self._used[name] or value == fields[option].default:
+            options, fields = recipe.image, type(recipe.image).model_fields
+            for option in _ACTS_ON:
+                if getattr(options, option) == fields[option].default:
                     continue
-                lines.append(
-                    f"image.{option} of {name} has no effect: none of its {self._images[name]} images are {acts_on}"
-                )
+                if option == "tiles" and options.slices != "montage":
+                    lines.append(f"image.tiles of {name} has no effect, since image.slices is not montage")
+                elif option not in self._used[name]:
+                    what = "orientation" if option == "box_frame" and options.box_frame == "displayed" else option
+                    lines.append(
+                        f"image.{option} of {name} has no effect: none of its {self._images[name]} images are "
+                        f"{_ACTS_ON[what]}"
+                    )
         return lines
