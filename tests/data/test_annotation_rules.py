@@ -83,6 +83,12 @@ def test_rename_holds_for_listed_negatives_and_a_row_with_a_finding_counts(tmp_p
             "annotations.split_values: the key '1' is there as number and as text",
         ),
         ((MASK % "").replace("{stem}", "{name}"), ALL_IN_TRAIN, "", "unknown name in braces 'name'"),
+        (
+            MASK % "",
+            ALL_IN_TRAIN,
+            "image: {box_axes: yx}\n",
+            "image.box_axes: must be left out: the reader mask computes",
+        ),
         (JSON.replace("{key}", "{key") % "", ALL_IN_TRAIN, "", "annotations.image: expected '}'"),
         (
             (CSV % "").replace("c}", "c, split: s}"),

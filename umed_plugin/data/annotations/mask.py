@@ -30,6 +30,7 @@ _JPEG_NOISE = 32
 class MaskOptions(ReaderOptions):
     """Mask images. ``files`` is a pattern of the images; each connected region of an image's mask is a lesion."""
 
+    from_masks_ = True
     yaml_example_ = """
 annotations:
   reader: mask

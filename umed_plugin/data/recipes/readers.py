@@ -45,6 +45,8 @@ class ReaderOptions(StrictModel):
 
     # True if boxes are computed from arrays as they are stored, so that `image.box_frame` and `box_axes` cannot be others.
     stored_frame_: ClassVar[bool] = False
+    # True if boxes are computed from pictures of the lesions, as x and y, so that `image.box_axes` cannot be another.
+    from_masks_: ClassVar[bool] = False
     # True if the format states boxes in percent of the image alone, so that no key says so.
     in_percent_: ClassVar[bool] = False
     # True if every record is a report, and none an answer of the template writer.

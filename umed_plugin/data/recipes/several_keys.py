@@ -48,6 +48,8 @@ def check_together(recipe: Recipe, faults: Faults) -> None:
         faults.add(
             "image.box_frame", f"and box_axes must be left out: the reader {options.reader} computes boxes as stored"
         )
+    if options.from_masks_ and recipe.image.box_axes != "xy":
+        faults.add("image.box_axes", f"must be left out: the reader {options.reader} computes boxes, as x and y")
     slice_axis = getattr(options, "slice_axis", recipe.image.slice_axis)
     if slice_axis != recipe.image.slice_axis:
         faults.add(
