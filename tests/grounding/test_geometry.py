@@ -13,6 +13,7 @@ from PIL import Image
 
 from umed_plugin.errors import UsageError
 from umed_plugin.grounding.geometry import ImageGeometry, Orientation
+from umed_plugin.grounding.processor import processor_fault
 
 SIZES = [(97, 61), (61, 97), (512, 512), (400, 301), (301, 400), (1000, 337), (640, 200), (45, 44)]
 
@@ -152,3 +153,26 @@ def test_boxes_move_along_with_pixels(transpose: bool, flip_x: bool, flip_y: boo
     ((x1, y1, x2, y2),) = turned.apply_boxes([(11, 7, 42, 19)])
     assert image[y1:y2, x1:x2].all()
     assert image.sum() == (x2 - x1) * (y2 - y1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "fault"),
+    [
+        ("pad", {"size": 64, "crop_size": 64}, None),
+        ("square", {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}, None),
+        ("pad", {"size": {"shortest_edge": 73}, "crop_size": 64}, "size is 73 x 73, and crop_size 64 x 64"),
+        ("pad", {"crop_size": 64}, "size is 224 x 224, and crop_size 64 x 64"),
+        ("pad", {"size": {"height": 64, "width": 64}, "crop_size": 64}, None),
+        (
+            "square",
+            {"size": {"height": 64, "width": 64}, "crop_size": 64},
+            "size is 64 x 64 and not a shortest_edge, which",
+        ),
+        ("pad", {"size": 64, "crop_size": 64, "do_resize": False}, "do_resize is false"),
+        ("pad", {"size": 64, "do_center_crop": False}, None),
+        ("square", {"size": 64, "do_center_crop": False}, "do_center_crop is false"),
+    ],
+)
+def test_an_image_processor_that_shows_another_square_is_found(mode: str, values: dict, fault: str | None) -> None:
+    found = processor_fault(values, mode)
+    assert found is None if fault is None else found is not None and found.startswith(fault)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.kept_answers import KeptAnswers
-from umed_plugin.model.answerer import Answerer, AnswererSettings, ImageQuestion
+from umed_plugin.model.answerer import Answerer, AnswererSettings, ImageQuestion, ModelImages
 from umed_plugin.model.forward import AnswerPass, Candidates, answer_log_probs, answer_pass, embed_prompts
 from umed_plugin.model.shared_prefix import split_at_image
 
@@ -115,6 +117,13 @@ def test_a_checkpoint_that_computes_no_numbers_is_named(question, tiny_mistral, 
     broken.llava.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(UmedError, match=f"{tiny_mistral}: .* NaN.*umed doctor"):
         broken.answer([ImageQuestion(images[0], **question)])
+
+
+@pytest.mark.parametrize("edge", [64, 73])
+def test_an_image_processor_that_moves_boxes_is_said(edge, tmp_path, capsys):
+    processor = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": 64, "width": 64})
+    ModelImages(tmp_path, processor, SimpleNamespace(image_aspect_ratio="pad"), None, 0)
+    assert ("boxes are off" in capsys.readouterr().err) == (edge == 73)
 
 
 def test_prompts_without_one_image_or_a_question_are_refused():

@@ -41,6 +41,22 @@ def test_exactly_the_answers_and_their_ends_are_supervised(records, tokenizer, t
     )
 
 
+@pytest.mark.parametrize("changed", [{"size": {"shortest_edge": 73}}, {"do_resize": False}])
+def test_an_image_processor_that_moves_boxes_is_refused(records, tokenizer, changed):
+    """Of 73 pixels it cuts a border off, and umed's boxes are of the whole image."""
+
+    def made(tokenizer, data_args, training_args, split):
+        data_args.image_processor = type(data_args.image_processor)(
+            **{**data_args.image_processor.to_dict(), **changed}
+        )
+        return GroundedDataset(tokenizer, data_args, training_args, split)
+
+    with pytest.raises(
+        UmedError, match="all boxes would be off.* (size is 73 x 73, and crop_size 64 x 64|do_resize is false)"
+    ):
+        make_dataset(records, tokenizer, kind=made)
+
+
 def test_templates_of_llama_with_and_without_legacy(records, tmp_path):
     dataset = make_dataset(records, make_tokenizer(tmp_path, legacy=False))
     report = check_supervision(dataset, dataset.tokenizer, 4)

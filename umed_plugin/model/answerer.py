@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from umed_plugin.checkpoints.folder import STOCK_TEMPLATES
 from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
 from umed_plugin.checkpoints.state import checkpoint_hashes
-from umed_plugin.errors import UmedError
+from umed_plugin.errors import UmedError, warn
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
+from umed_plugin.grounding.processor import processor_fault
 from umed_plugin.grounding.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -312,6 +313,10 @@ class ModelImages:
                 "Only checkpoints that see one square per image ('pad' or 'square') can be evaluated."
             )
         self.mode = mode
+        if (fault := processor_fault(processor.to_dict(), mode)) is not None:
+            warn(
+                f"{checkpoint}: boxes are off, since the image processor of its vision tower differs from LLaVA's: {fault}."
+            )
         self.cache = None if folder is None else ImageCache(folder, processor, mode, int(most_gb * 1e9))
 
     def pixels(self, paths: Sequence[str], readings: Sequence[Reading | None]) -> Any:

@@ -35,6 +35,7 @@ from umed_plugin.data.record_file import JoinedRecords
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import text_bytes
+from umed_plugin.grounding.processor import processor_fault
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.replay import RECORDS
 from umed_plugin.training.similar_records import similar_records
@@ -68,6 +69,17 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
         llava_conversation.default_conversation = before
 
 
+def _check_processor(processor: Any, image_aspect_ratio: str) -> None:
+    """Refuse to train with boxes that are elsewhere in the image than their numbers say."""
+    fault = None if processor is None else processor_fault(processor.to_dict(), image_aspect_ratio)
+    if fault is not None:
+        raise UmedError(
+            f"--vision_tower: all boxes would be off, since its image processor differs from LLaVA's: {fault}. Give size "
+            "(shortest_edge) and crop_size in its preprocessor_config.json the tower's image_size, and do_resize and "
+            "do_center_crop true."
+        )
+
+
 class GroundedDataset(llava_train.LazySupervisedDataset):
     """LLaVA's dataset over grounded records. An item is LLaVA's: ``input_ids`` [L], ``labels`` [L], ``image`` [3, S, S].
 
@@ -88,6 +100,7 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.data_args = data_args
         self.flags = training_args.umed
         self.template = data_args.umed_run.model_args.version
+        _check_processor(getattr(data_args, "image_processor", None), data_args.image_aspect_ratio)
         self.list_data_dict: JoinedRecords = training_records(data_args, training_args, split)
         self.names_records = split == "train" and self.flags.umed_replay > 0
         self._reported: set[int] = set()

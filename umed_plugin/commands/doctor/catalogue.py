@@ -329,8 +329,9 @@ TOWER = (
     ),
     Kind(
         "tower-image-size", ERROR, "the tower's image processor and the tower disagree about the image size",
-        "LLaVA fails at the first image.",
-        "Set crop_size and size in the tower's preprocessor_config.json to {size}.",
+        "LLaVA fails at the first image if crop_size is another. Else it shows another part of each image, and boxes are off.",
+        "Set crop_size and size (shortest_edge) in the tower's preprocessor_config.json to {size}, and do_resize and "
+        "do_center_crop to true.",
     ),
 )  # fmt: skip
 

@@ -1,0 +1,49 @@
+"""Whether an image processor makes the square that `geometry` computes; if not, every box is off.
+
+A CLIPImageProcessor may resize to one size and cut another out of it: size 256 and crop_size 224 hide a border of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_DEFAULT = 224  # of CLIPImageProcessor, for a size that is not stated
+
+
+def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -> str | None:
+    """Why boxes would be off in a processor's images, as text; None if they would not.
+
+    Args:
+        values: of its preprocessor_config.json.
+        image_aspect_ratio: ``pad`` gives it square images, all others images as they are.
+
+    Example:
+        >>> from umed_plugin.grounding.processor import processor_fault
+        >>> processor_fault({"size": {"shortest_edge": 256}, "crop_size": 224}, "pad")
+        'size is 256 x 256, and crop_size 224 x 224'
+        >>> processor_fault({"size": 224, "crop_size": {"height": 224, "width": 224}}, "square")
+    """
+    size, pads = values.get("size", _DEFAULT), image_aspect_ratio == "pad"
+    resized, cropped = _sides(size), _sides(values.get("crop_size", _DEFAULT))
+    if not values.get("do_resize", True):
+        return "do_resize is false"
+    if not values.get("do_center_crop", True):
+        return None if pads else "do_center_crop is false"
+    if resized != cropped:
+        return f"size is {_in_words(resized)}, and crop_size {_in_words(cropped)}"
+    if not pads and isinstance(size, Mapping) and size.get("shortest_edge") is None:
+        return f"size is {_in_words(resized)} and not a shortest_edge, which squeezes images that are not square"
+    return None
+
+
+def _sides(value: Any) -> tuple[Any, Any]:
+    """Height and width of a square image after it is resized, or cropped, to this size."""
+    if not isinstance(value, Mapping):
+        return value, value
+    edge = value.get("shortest_edge")
+    return (value.get("height"), value.get("width")) if edge is None else (edge, edge)
+
+
+def _in_words(sides: tuple[Any, Any]) -> str:
+    return f"{sides[0]} x {sides[1]}"
