@@ -286,6 +286,9 @@ def test_several_processes_are_started_by_torchrun_with_a_configuration_of_deeps
     assert "--rdzv_endpoint localhost:29511 " in chosen.line()
     assert f"--deepspeed {config}" in deep.line()
     assert config in deep.inputs.values(), "another configuration is another training"
+    config.write_text('{"optimizer": {"type": "AdamW"}}')
+    with pytest.raises(UmedError, match="--mm_projector_lr .* has no effect"):
+        upgrade_of(tiny_llama, tmp_path / "run", method="lora", deepspeed=str(config))
 
 
 def test_gpus_before_ampere_train_in_fp16(tiny_llama, tmp_path, monkeypatch):

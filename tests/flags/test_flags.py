@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import os
@@ -293,6 +294,29 @@ def test_what_asks_for_the_output_layer_outside_the_pass_is_refused_with_zero_3(
         file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         faults = find_faults(flags, *llava_args(deepspeed=str(file)))
         assert [f"--{name} does not work with ZeRO-3" in fault for fault in faults] == [True] * (stage == 3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("as_text", [False, True], ids=["file", "base64"])
+def test_a_learning_rate_of_its_own_is_refused_where_deepspeeds_file_undoes_it(stage, as_text, tmp_path):
+    """DeepSpeed's own optimizer has all weights in one group, and its WarmupLR gives all groups one rate."""
+
+    def refused(config):
+        file = tmp_path / "zero2.json"
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **config}))
+        given = base64.urlsafe_b64encode(file.read_bytes()).decode() if as_text else str(file)
+        tower = {"umed_tower_lr": 1e-6} if stage == "instruction_tuning" else {}
+        args = llava_args(deepspeed=given, learning_rate=2e-4, mm_projector_lr=2e-5)
+        faults = find_faults(UmedFlags(umed_stage=stage, **tower), *args)
+        assert all("Remove optimizer and scheduler from the file" in fault for fault in faults)
+        return [fault.split()[0] for fault in faults]
+
+    both = ["--umed_tower_lr", "--mm_projector_lr"][stage == "rewarding" :]
+    assert refused({"optimizer": {"type": "AdamW"}}) == refused({"scheduler": {"type": "WarmupLR"}}) == both
+    assert refused({}) == refused({"scheduler": {"type": "WarmupCosineLR"}}) == []
+    (tmp_path / "zero2.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+    alike = llava_args(deepspeed=str(tmp_path / "zero2.json"), learning_rate=2e-4, mm_projector_lr=2e-4)
+    assert find_faults(UmedFlags(umed_stage=stage), *alike) == []
 
 
 def test_labels_cannot_be_smoothed_in_stage_1():

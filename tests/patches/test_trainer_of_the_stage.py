@@ -10,6 +10,7 @@ import torch
 from support.llava_args import parse
 
 from umed_plugin import patching
+from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.patches import ALL
 
@@ -124,3 +125,18 @@ def test_a_model_that_deepspeed_will_move_is_on_its_device_before_a_trainer_is_m
 
     assert device_of("zero2.json") == "meta"
     assert device_of(None) == device_of("zero2.json", bits=4) == device_of("zero3.json", in_parts=True) == "cpu"
+
+
+def test_a_tower_whose_rate_deepspeeds_own_optimizer_undoes_is_not_trained():
+    """The flags are checked for that; this is the door behind."""
+    from accelerate.utils import DummyOptim
+
+    patching.apply(ALL)
+    from umed_plugin.training.tuning_trainer import TuningTrainer
+
+    trainer = TuningTrainer.__new__(TuningTrainer)
+    trainer.args = SimpleNamespace(umed_tower_lr=1e-6)
+    trainer.model = torch.nn.Linear(1, 1)
+    trainer.optimizer = DummyOptim(trainer.model.parameters())
+    with pytest.raises(UmedError, match="Remove optimizer and scheduler"):
+        trainer.create_optimizer()

@@ -11,11 +11,11 @@ import os
 from typing import Any
 
 from umed_plugin.errors import UsageError
-from umed_plugin.files import parse_json
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES, TUNING
+from umed_plugin.flags.sharding import find_rate_faults, is_zero_3
 from umed_plugin.remote.settings import rollout_server_faults
 
 
@@ -149,6 +149,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
     faults += _faults_of_bits(training_args)
     faults += _faults_of_validation(flags, training_args)
     faults += _faults_of_several_gpus(flags, training_args)
+    faults += find_rate_faults(flags, training_args)
     if getattr(training_args, "lora_enable", False) and getattr(model_args, "tune_mm_mlp_adapter", False):
         faults.append(
             "--lora_enable True does not work with --tune_mm_mlp_adapter True: LLaVA then trains the projector alone, and the "
@@ -181,7 +182,7 @@ def _faults_of_validation(flags: UmedFlags, training_args: Any) -> list[str]:
         faults.append(
             "--umed_val_every does not work with --fsdp: answers need the full weights on every rank. Remove one."
         )
-    if flags.umed_stop_after and training_args.deepspeed and _is_zero_3(training_args.deepspeed):
+    if flags.umed_stop_after and is_zero_3(training_args.deepspeed):
         faults.append(
             f"--umed_stop_after does not work with ZeRO-3 ({training_args.deepspeed}): no process has all weights to keep. Use "
             "ZeRO-2, or set --umed_stop_after 0 and choose the number of steps by the curve of --umed_val_every."
@@ -228,7 +229,7 @@ def _faults_of_rollouts(training_args: Any) -> list[str]:
 def _faults_of_tuning(flags: UmedFlags, model_args: Any, training_args: Any) -> list[str]:
     """What the losses and the order of stage 1 do not go with."""
     faults = []
-    zero_3 = bool(training_args.deepspeed) and _is_zero_3(training_args.deepspeed)
+    zero_3 = is_zero_3(training_args.deepspeed)
     outside = {
         "umed_keep": (flags.keeps(), "the KL needs"),
         "umed_replay": (flags.umed_replay > 0, "each record's loss needs"),
@@ -292,7 +293,7 @@ def _faults_of_bits(training_args: Any) -> list[str]:
         )
     if training_args.fsdp:
         faults.append("--bits 4 does not work with --fsdp, which shards weights of one dtype only. Remove --fsdp.")
-    if training_args.deepspeed and _is_zero_3(training_args.deepspeed):
+    if is_zero_3(training_args.deepspeed):
         faults.append(f"--bits 4 does not work with ZeRO-3 ({training_args.deepspeed}). Use ZeRO-2, or --bits 16.")
     return faults
 
@@ -315,19 +316,6 @@ def _faults_of_rollout_server(flags: UmedFlags, training_args: Any) -> list[str]
             "more, which is another policy than the one that learns. Use --bits 16, or sample here."
         )
     return faults
-
-
-def _is_zero_3(deepspeed: Any) -> bool:
-    """Whether a DeepSpeed configuration, a file or its content, asks for ZeRO-3. DeepSpeed reports one that it cannot read."""
-    content = deepspeed
-    if isinstance(deepspeed, str):
-        try:
-            with open(deepspeed, encoding="utf-8") as file:
-                content = parse_json(file.read())
-        except (OSError, ValueError):
-            return False
-    zero = content.get("zero_optimization") if isinstance(content, dict) else None
-    return isinstance(zero, dict) and zero.get("stage") == 3
 
 
 def _evaluation_faults(flags: UmedFlags, training_args: Any) -> list[str]:

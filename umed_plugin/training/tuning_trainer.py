@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DummyOptim
 from llava.train.llava_trainer import LLaVATrainer, get_modality_length_grouped_indices
 from torch import Tensor
 from transformers import TrainerCallback
 
-from umed_plugin.errors import note
+from umed_plugin.errors import UmedError, note
 from umed_plugin.model.distillation import AnswerStates, answer_states, head_of, record_losses
 from umed_plugin.model.forward import base_llava
 from umed_plugin.training.attending import AttendingLoss
@@ -105,9 +106,18 @@ class TuningTrainer(LLaVATrainer):
         return total
 
     def create_optimizer(self, *args: Any) -> Any:
-        """LLaVA's optimizer, with the tower in groups of its own."""
+        """LLaVA's optimizer, with the tower in groups of its own.
+
+        Raises:
+            UmedError: DeepSpeed makes an optimizer of its own, with one rate for all weights.
+        """
         new = self.optimizer is None
         optimizer = super().create_optimizer(*args)
+        if self.args.umed_tower_lr is not None and isinstance(optimizer, DummyOptim):
+            raise UmedError(
+                f"--umed_tower_lr {self.args.umed_tower_lr:g} has no effect: DeepSpeed's configuration has an optimizer, which "
+                "trains all weights at one rate. Remove optimizer and scheduler from it."
+            )
         if new and self.args.umed_tower_lr is not None:
             give_own_rate(optimizer, base_llava(self.model).get_vision_tower(), self.args.umed_tower_lr)
         return optimizer

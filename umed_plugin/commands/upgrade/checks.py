@@ -138,6 +138,8 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
         SimpleNamespace(
             fsdp=flags.get("fsdp"),
             deepspeed=flags.get("deepspeed"),
+            learning_rate=flags.get("learning_rate"),
+            mm_projector_lr=flags.get("mm_projector_lr"),
             evaluation_strategy=flags.get("evaluation_strategy", "no"),
             bits=flags.get("bits", 16),
             lora_enable=flags["lora_enable"],

@@ -1,0 +1,88 @@
+"""What the file of ``--deepspeed`` decides, which the flags must agree with.
+
+Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from umed_plugin.files import parse_json
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """What matters here of a DeepSpeed configuration.
+
+    Attributes:
+        zero_stage: 0 without ZeRO.
+        optimizer, scheduler: their types, such as ``AdamW``; ``none`` where transformers makes them by its flags.
+    """
+
+    zero_stage: Any
+    optimizer: str
+    scheduler: str
+
+
+def read_deepspeed(deepspeed: Any) -> Optional[DeepSpeedFile]:
+    """Read the value of ``--deepspeed``: a file, or its content, also as text or in base64.
+
+    Returns:
+        None without a configuration, or for one that cannot be read. DeepSpeed reports that.
+    """
+    content = deepspeed
+    if isinstance(deepspeed, str):
+        try:
+            content = parse_json(_text_of(deepspeed))
+        except (OSError, ValueError):
+            return None
+    if not content or not isinstance(content, dict):
+        return None
+    zero = content.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    return DeepSpeedFile(stage, *(_type_of(content.get(part)) for part in ("optimizer", "scheduler")))
+
+
+def _text_of(deepspeed: str) -> str:
+    if os.path.exists(deepspeed):
+        with open(deepspeed, encoding="utf-8") as file:
+            return file.read()
+    return deepspeed if deepspeed.lstrip().startswith("{") else base64.urlsafe_b64decode(deepspeed).decode()
+
+
+def _type_of(part: Any) -> str:
+    if part is None:
+        return NONE
+    return str(part.get("type", "unnamed")) if isinstance(part, dict) else str(part)
+
+
+def is_zero_3(deepspeed: Any) -> bool:
+    """Whether the value of ``--deepspeed`` asks for ZeRO-3."""
+    file = read_deepspeed(deepspeed)
+    return file is not None and file.zero_stage == 3
+
+
+def find_rate_faults(flags: Any, training_args: Any) -> list[str]:
+    """Learning rates that a DeepSpeed file undoes: its own optimizer has one group, and most of its schedules one rate."""
+    file = read_deepspeed(training_args.deepspeed)
+    if file is None:
+        return []
+    # WarmupCosineLR scales the rate of each group. The others set all groups to one.
+    found = {"optimizer": file.optimizer != NONE, "scheduler": file.scheduler not in (NONE, "WarmupCosineLR")}
+    parts = " and ".join(part for part, own in found.items() if own)
+    rate, projector = (getattr(training_args, name, None) for name in ("learning_rate", "mm_projector_lr"))
+    given = {
+        "umed_tower_lr": flags.umed_tower_lr,
+        "mm_projector_lr": None if projector == rate else projector,
+    }
+    return [
+        f"--{name} {value:g} has no effect with {training_args.deepspeed}: its {parts} trains all weights at one rate. Remove "
+        "optimizer and scheduler from the file; the Trainer then makes them by its flags."
+        for name, value in given.items()
+        if value is not None and parts
+    ]
