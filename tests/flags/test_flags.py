@@ -319,6 +319,17 @@ def test_a_learning_rate_of_its_own_is_refused_where_deepspeeds_file_undoes_it(s
     assert find_faults(UmedFlags(umed_stage=stage), *alike) == []
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_accelerate_launch_switches_on_behind_the_flags_is_refused(stage, monkeypatch):
+    flags = UmedFlags(umed_stage=stage)
+    (fault,) = find_faults(flags, *llava_args(deepspeed_plugin=object()))
+    assert "Give its file with --deepspeed, and start the script with torchrun or deepspeed" in fault
+    assert find_faults(flags, *llava_args(deepspeed_plugin=object(), deepspeed="zero2.json")) == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    (fault,) = find_faults(flags, *llava_args())
+    assert "has switched FSDP on" in fault and "--deepspeed with ZeRO-3" in fault
+
+
 def test_labels_cannot_be_smoothed_in_stage_1():
     (fault,) = find_faults(UmedFlags(umed_stage="instruction_tuning"), *llava_args(label_smoothing_factor=0.1))
     assert fault.startswith("--label_smoothing_factor does not work with LLaVA")

@@ -353,6 +353,15 @@ def stopping_at(
     return stopping
 
 
+def test_weights_in_parts_are_not_kept_as_the_best(tmp_path):
+    """Under ZeRO-3 a process would write tensors without entries."""
+    stopping = stopping_at(tmp_path, [], 0, 0.5)
+    stopping.trainer.model.weight.ds_id = 0
+    with pytest.raises(UmedError, match="does not work with ZeRO-3"):
+        validate(stopping, 1, 0.5)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def validate(stopping: early_stopping.EarlyStopping, step: int, score: float) -> None:
     """A step after which the weight is the step's number, and its validation and checkpoint."""
     trainer = stopping.trainer

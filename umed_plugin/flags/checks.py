@@ -15,7 +15,7 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES, TUNING
-from umed_plugin.flags.sharding import find_rate_faults, is_zero_3
+from umed_plugin.flags.sharding import find_launcher_faults, find_rate_faults, is_zero_3
 from umed_plugin.remote.settings import rollout_server_faults
 
 
@@ -149,6 +149,7 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
     faults += _faults_of_bits(training_args)
     faults += _faults_of_validation(flags, training_args)
     faults += _faults_of_several_gpus(flags, training_args)
+    faults += find_launcher_faults(training_args)
     faults += find_rate_faults(flags, training_args)
     if getattr(training_args, "lora_enable", False) and getattr(model_args, "tune_mm_mlp_adapter", False):
         faults.append(

@@ -1,4 +1,4 @@
-"""What the file of ``--deepspeed`` decides, which the flags must agree with.
+"""DeepSpeed and FSDP: what their files and their launchers decide, which the flags must agree with.
 
 Imports the standard library alone.
 """
@@ -65,6 +65,22 @@ def is_zero_3(deepspeed: Any) -> bool:
     """Whether the value of ``--deepspeed`` asks for ZeRO-3."""
     file = read_deepspeed(deepspeed)
     return file is not None and file.zero_stage == 3
+
+
+def find_launcher_faults(training_args: Any) -> list[str]:
+    """What ``accelerate launch`` has switched on behind the flags, by which a stage would not know of it."""
+    faults = []
+    if getattr(training_args, "deepspeed_plugin", None) is not None and not training_args.deepspeed:
+        faults.append(
+            "accelerate launch has switched DeepSpeed on, and no --deepspeed was given. Give its file with --deepspeed, and "
+            "start the script with torchrun or deepspeed."
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and not training_args.fsdp:
+        faults.append(
+            "accelerate launch has switched FSDP on, and no --fsdp was given. Start the script with torchrun or deepspeed; "
+            "--deepspeed with ZeRO-3 also shards the weights."
+        )
+    return faults
 
 
 def find_rate_faults(flags: Any, training_args: Any) -> list[str]:

@@ -158,6 +158,12 @@ class EarlyStopping(TrainerCallback):
     def _parameters(self) -> list[tuple[str, Tensor]]:
         policy = self.trainer.accelerator.unwrap_model(self.trainer.model)
         found = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        if any(hasattr(parameter, "ds_id") for _, parameter in found):
+            # The flags are checked for that; this door holds whatever has switched ZeRO-3 on.
+            raise UmedError(
+                "--umed_stop_after does not work with ZeRO-3: no process has all weights to keep. Use ZeRO-2, or set "
+                "--umed_stop_after 0."
+            )
         head = getattr(self.trainer, "value_head", None)
         own = [] if head is None else [(_VALUE_HEAD + name, parameter) for name, parameter in head.named_parameters()]
         return found + own
