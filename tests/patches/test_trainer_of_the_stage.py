@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.llava_args import parse
+from support.llava_models import load
 
 from umed_plugin import patching
 from umed_plugin.errors import UmedError
@@ -125,6 +126,17 @@ def test_a_model_that_deepspeed_will_move_is_on_its_device_before_a_trainer_is_m
 
     assert device_of("zero2.json") == "meta"
     assert device_of(None) == device_of("zero2.json", bits=4) == device_of("zero3.json", in_parts=True) == "cpu"
+
+
+def test_the_entries_of_a_tower_in_parts_are_all_counted(tiny_mistral):
+    """Under ZeRO-3 a parameter is empty, and says how many entries it has in all."""
+    from umed_plugin.training.trained_tower import unfreeze_tower
+
+    model = load(tiny_mistral)[1]
+    entries = unfreeze_tower(model)
+    for parameter in model.get_vision_tower().parameters():
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert unfreeze_tower(model) == entries > 0
 
 
 def test_a_tower_whose_rate_deepspeeds_own_optimizer_undoes_is_not_trained():

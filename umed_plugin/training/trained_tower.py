@@ -35,7 +35,8 @@ def unfreeze_tower(model: nn.Module) -> int:
     trained += [parameter for layer in vision.encoder.layers[:used] for parameter in layer.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    return sum(parameter.numel() for parameter in trained)
+    # Under ZeRO-3 a parameter itself has no entries.
+    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in trained)
 
 
 def give_own_rate(optimizer: Any, tower: nn.Module, learning_rate: float) -> None:
