@@ -128,6 +128,38 @@ def test_a_model_that_deepspeed_will_move_is_on_its_device_before_a_trainer_is_m
     assert device_of(None) == device_of("zero2.json", bits=4) == device_of("zero3.json", in_parts=True) == "cpu"
 
 
+@pytest.mark.parametrize("tower", [False, True], ids=["projector", "tower"])
+def test_each_weight_keeps_its_rate_where_deepspeed_drops_empty_groups(tower, flags, tiny_mistral):
+    """As under LoRA, no weight but the projector's and the tower's is without decay. transformers 4 makes the schedule first."""
+    model = load(tiny_mistral)[1]
+    patching.apply(ALL)
+    from llava.train.llava_trainer import LLaVATrainer
+
+    from umed_plugin.training.tuning_trainer import TuningTrainer
+
+    def rate_of(name: str) -> float:
+        return 2e-6 if "vision_tower" in name else 2e-5 if "mm_projector" in name else 2e-4
+
+    trained = ("model.layers.0.self_attn.q_proj", "mm_projector", *(("vision_tower",) if tower else ()))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in trained))
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    rates = ["--learning_rate", "2e-4", "--mm_projector_lr", "2e-5"]
+    _, _, args = parse([*flags, *rates, "--umed_stage", "instruction_tuning"])
+    args.umed_tower_lr = 2e-6 if tower else None
+    for deepspeed in ("zero2.json", None):
+        trainer = (TuningTrainer if tower else LLaVATrainer).__new__(TuningTrainer if tower else LLaVATrainer)
+        trainer.model, trainer.args, trainer.optimizer = model, args, None
+        args.deepspeed = deepspeed
+        optimizer = trainer.create_optimizer()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        groups = [group for group in optimizer.param_groups if group["params"]]  # as DeepSpeed's engine does
+        assert (len(groups) < len(optimizer.param_groups)) == (deepspeed is None), "a resumed run needs as many groups"
+        if deepspeed is not None:
+            found = {names[id(p)]: rate for group, rate in zip(groups, schedule.base_lrs) for p in group["params"]}
+            assert found == {name: rate_of(name) for name in names.values()}
+
+
 def test_the_entries_of_a_tower_in_parts_are_all_counted(tiny_mistral):
     """Under ZeRO-3 a parameter is empty, and says how many entries it has in all."""
     from umed_plugin.training.trained_tower import unfreeze_tower

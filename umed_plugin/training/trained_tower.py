@@ -63,3 +63,20 @@ def give_own_rate(optimizer: Any, tower: nn.Module, learning_rate: float) -> Non
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
         settings = {key: copy.copy(value) for key, value in group.items() if key != "params"}
         optimizer.add_param_group({**settings, "params": of_tower, "lr": learning_rate})
+
+
+def drop_empty_groups(optimizer: Any) -> None:
+    """Drop the groups without parameters, which DeepSpeed drops too, but after a schedule was made over all of them.
+
+    Args:
+        optimizer: torch's, before a scheduler is made for it.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([{"params": []}, {"params": [weight], "lr": 0.5}], lr=1.0)
+        >>> drop_empty_groups(optimizer)
+        >>> [group["lr"] for group in optimizer.param_groups]
+        [0.5]
+    """
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

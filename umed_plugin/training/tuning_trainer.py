@@ -34,7 +34,7 @@ from umed_plugin.training.run_precision import precision_of
 from umed_plugin.training.sampler import sampler_in
 from umed_plugin.training.step_metrics import takes_metrics
 from umed_plugin.training.tower_teaching import tower_teaching_loss
-from umed_plugin.training.trained_tower import give_own_rate
+from umed_plugin.training.trained_tower import drop_empty_groups, give_own_rate
 
 
 class TuningTrainer(LLaVATrainer):
@@ -120,6 +120,8 @@ class TuningTrainer(LLaVATrainer):
             )
         if new and self.args.umed_tower_lr is not None:
             give_own_rate(optimizer, base_llava(self.model).get_vision_tower(), self.args.umed_tower_lr)
+            if self.args.deepspeed:
+                drop_empty_groups(optimizer)  # as `umed_plugin.patches.empty_groups` before
         return optimizer
 
     # The order with --umed_replay
