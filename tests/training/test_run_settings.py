@@ -109,6 +109,30 @@ def test_the_same_records_a_step_dealt_otherwise_go_on(monkeypatch):
     assert changes(before, now) == {BATCH: SAID, WORLD_SIZE: FIXED}
 
 
+def test_another_zero_stage_or_optimizer_in_deepspeeds_file_is_refused(tmp_path):
+    """DeepSpeed lays out the files of a checkpoint by them, and asserts without a word."""
+
+    def under(**config):
+        file = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+        file.write_text(json.dumps(config))
+        return settings_of(Arguments(deepspeed=str(file)))
+
+    zero = {stage: {"zero_optimization": {"stage": stage}} for stage in (2, 3)}
+    before = under(**zero[2])
+    assert changes(before, under(**zero[2], gradient_clipping=1.0)) == {"deepspeed": SAID}
+    assert changes(before, under(**zero[3])) == {"deepspeed": SAID, "zero_stage": FIXED}
+    own = under(**zero[2], optimizer={"type": "AdamW"}, scheduler={"type": "WarmupLR"})
+    found = find_changes(before, own)
+    faults = refusals(found, "checkpoint-3", {"zero_stage"})
+    assert [fault.partition(":")[0] for fault in faults] == [
+        "optimizer in the file of --deepspeed AdamW",
+        "scheduler in the file of --deepspeed WarmupLR",
+    ]
+    assert all("was trained with none, which its weights or its optimizer need." in fault for fault in faults)
+    earlier = {name: value for name, value in before.items() if name != "zero_stage"}
+    assert changes(earlier, under(**zero[3])) == {"deepspeed": SAID}, "an earlier release did not store it"
+
+
 def test_between_updates_nothing_that_shapes_the_rollout_may_change():
     before, now = UmedFlags(umed_stage="rewarding"), UmedFlags(umed_stage="rewarding", umed_num_candidates=4)
     now.umed_log_candidates, now.umed_packed = 3, False

@@ -33,13 +33,15 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rules import ACCEPTED, FIXED, FREE, RESTORED, REWARDING, SAID
+from umed_plugin.flags.sharding import read_deepspeed
 
 SETTINGS = "settings"
 WORLD_SIZE = "world_size"
 RECORDS = "records"  # of a recipe, as they were built
 SYMBOLS = "symbols"  # files of the reward symbolic
 JUDGE_ADDRESS = "umed_judge_base_url"
-OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS)  # what is compared besides flags
+ZERO_STAGE, OPTIMIZER, SCHEDULER = "zero_stage", "deepspeed_optimizer", "deepspeed_scheduler"
+OTHER_NAMES = (WORLD_SIZE, RECORDS, SYMBOLS, ZERO_STAGE, OPTIMIZER, SCHEDULER)  # what is compared besides flags
 
 # What shapes a rollout besides the flags of stage 2 alone: its records, their order, how they are shown, and the precision.
 _OF_A_ROLLOUT = (
@@ -60,6 +62,7 @@ _KINDS = {
         ("freeze_backbone", "freeze_mm_mlp_adapter", "tune_mm_mlp_adapter", "adafactor", "optim_args"), FIXED
     ),
     **dict.fromkeys(("lora_enable", "lora_r", "lora_alpha", "lora_bias"), FIXED),
+    **dict.fromkeys((ZERO_STAGE, OPTIMIZER, SCHEDULER), FIXED),  # by which DeepSpeed lays out its files
     **dict.fromkeys(("max_steps", "num_train_epochs", "image_folder", "deepspeed"), SAID),
     **dict.fromkeys(("gradient_checkpointing", "gradient_checkpointing_kwargs", "tf32"), SAID),
     **dict.fromkeys(("attn_implementation", "mpt_attn_impl", "lazy_preprocess", "is_multimodal", "cache_dir"), FREE),
@@ -110,6 +113,9 @@ class Change:
             WORLD_SIZE: "the number of processes",
             RECORDS: "the records of --umed_recipe",
             SYMBOLS: "the file of --umed_rewards symbolic",
+            ZERO_STAGE: "zero_optimization.stage in the file of --deepspeed",
+            OPTIMIZER: "optimizer in the file of --deepspeed",
+            SCHEDULER: "scheduler in the file of --deepspeed",
         }
         return names.get(self.name, f"--{self.name}")
 
@@ -134,7 +140,14 @@ def settings_of(*arguments: Any) -> dict[str, Any]:
     fields = ((flag.name, getattr(part, flag.name)) for part in arguments for flag in dataclasses.fields(part))
     found = {name: _as_json(value) for name, value in fields if kind_of(name) != FREE}
     found[WORLD_SIZE] = int(os.environ.get("WORLD_SIZE", "1"))
-    return found | _symbols(found)
+    return found | _symbols(found) | _of_deepspeed(arguments)
+
+
+def _of_deepspeed(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """What the file of ``--deepspeed`` says of the files in a checkpoint; nothing without one."""
+    given = (getattr(part, "deepspeed", None) for part in arguments)
+    file = next((read for read in map(read_deepspeed, given) if read is not None), None)
+    return {} if file is None else {ZERO_STAGE: file.zero_stage, OPTIMIZER: file.optimizer, SCHEDULER: file.scheduler}
 
 
 def _symbols(found: dict[str, Any]) -> dict[str, Any]:
