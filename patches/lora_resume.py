@@ -248,6 +248,11 @@ def _changed_settings(run: TrainingRun) -> list[str]:
             f"--output_dir {args.output_dir}: {checkpoint.name} has no trainer_state.json, so no run can be resumed from it "
             "(stock LLaVA writes such with --tune_mm_mlp_adapter). Remove it, or choose another --output_dir."
         ]
+    if args.deepspeed and not any(checkpoint.glob("global_step*")):
+        return [
+            f"--deepspeed {args.deepspeed}: {checkpoint} has no global_step* folder, so DeepSpeed cannot resume from it. It was "
+            "saved with --save_only_model, or trained without DeepSpeed. Remove it, or choose another --output_dir."
+        ]
     if not args.deepspeed and not (checkpoint / "optimizer.pt").is_file() and args.process_index == 0:
         warn(
             f"{checkpoint} holds no optimizer (--save_only_model). Adam's averages start at 0 and the learning rate at its "

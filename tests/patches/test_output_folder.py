@@ -13,6 +13,7 @@ from umed_plugin import patching
 from umed_plugin.errors import UmedError, UsageError
 from umed_plugin.files.locks import INSIDE
 from umed_plugin.patches import ALL, lora_resume
+from umed_plugin.patches.training_run import TrainingRun
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -49,6 +50,21 @@ def test_a_checkpoint_without_state_or_optimizer_is_not_resumed_in_silence(flags
     (checkpoint / "optimizer.pt").write_bytes(b"")
     parse([*flags, "--umed_stage", "instruction_tuning"])
     assert "holds no optimizer" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_deepspeeds_files_is_not_resumed_with_deepspeed(flags, tmp_path):
+    """--save_only_model leaves them out, and DeepSpeed then finds no checkpoint at all."""
+    patching.apply(ALL)
+    model_args, data_args, args = parse([*flags, "--umed_stage", "instruction_tuning"])
+    checkpoint = tmp_path / "out" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    args.deepspeed = "zero2.json"
+    run = TrainingRun(model_args, data_args, args)
+    (fault,) = lora_resume.find_faults(run)
+    assert "checkpoint-5 has no global_step* folder" in fault and "saved with --save_only_model" in fault
+    (checkpoint / "global_step5").mkdir()
+    assert lora_resume.find_faults(run) == []
 
 
 def test_the_finished_other_stage_in_the_output_folder_is_refused(flags, tmp_path):
