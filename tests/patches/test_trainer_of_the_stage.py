@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -158,6 +159,33 @@ def test_each_weight_keeps_its_rate_where_deepspeed_drops_empty_groups(tower, fl
         if deepspeed is not None:
             found = {names[id(p)]: rate for group, rate in zip(groups, schedule.base_lrs) for p in group["params"]}
             assert found == {name: rate_of(name) for name in names.values()}
+
+
+def test_a_schedule_that_had_a_rate_for_the_empty_group_goes_on_with_the_right_rates(tmp_path, capsys):
+    """Such are the checkpoints of earlier releases under DeepSpeed and transformers 4. A torch schedule takes no other number."""
+    patching.apply(ALL)
+    from llava.train.llava_trainer import LLaVATrainer
+
+    def schedule_over(*groups):
+        optimizer = torch.optim.SGD([{"params": params, "lr": rate} for params, rate in groups], lr=1.0)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, partial(lambda step, last: 1 - step / last, last=10))
+
+    def weight():
+        return [torch.nn.Parameter(torch.zeros(1))]
+
+    groups = [(weight(), 2e-4), ([], 2e-4), (weight(), 2e-5)]
+    before, now = schedule_over(*groups), schedule_over(groups[0], groups[2])
+    before.optimizer.step()
+    before.step()
+    trainer = LLaVATrainer.__new__(LLaVATrainer)
+    trainer.args = SimpleNamespace(umed_stage="rewarding", deepspeed="zero2.json", process_index=0)
+    trainer.is_deepspeed_enabled, trainer.lr_scheduler = True, now
+    for state in (before, now):
+        torch.save(state.state_dict(), tmp_path / "scheduler.pt")
+        trainer._load_optimizer_and_scheduler(str(tmp_path))
+        assert ("learned at the rate of another group" in capsys.readouterr().err) == (state is before)
+        assert now.last_epoch == 1 and now.base_lrs == [2e-4, 2e-5]
+        assert [group["lr"] for group in now.optimizer.param_groups] == now.get_last_lr() == [1.8e-4, 1.8e-5]
 
 
 def test_the_entries_of_a_tower_in_parts_are_all_counted(tiny_mistral):
