@@ -11,7 +11,9 @@ Delete when: LLaVA's ``train.py`` calls `llava.train.train.train` if it is the m
 
 from __future__ import annotations
 
+import io
 import sys
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import TracebackType
 
@@ -47,14 +49,14 @@ def report_errors_plainly() -> None:
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failed = failed_write(error)
-        if isinstance(error, UmedError):
-            say(f"umed: error: {error}", stderr=True)
-        elif failed is not None:
-            remedy = "Make room, and give the same command again: a training goes on from its last checkpoint."
-            say(f"umed: error: {failed}. {remedy}", stderr=True)
-        else:
+        if not isinstance(error, UmedError) and failed is None:
             stock(kind, error, trace)
             return
+        remedy = "Make room, and give the same command again: a training goes on from its last checkpoint."
+        said = str(error) if isinstance(error, UmedError) else f"{failed}. {remedy}"
+        # In one of several processes, torch calls this hook with a buffer as stderr, which the SystemExit below would lose.
+        with redirect_stderr(sys.__stderr__ if isinstance(sys.stderr, io.StringIO) else sys.stderr):
+            say(f"umed: error: {said}", stderr=True)
         # Python exits with the status of a SystemExit that the hook raises.
         raise SystemExit(2 if isinstance(error, UsageError) else 1)
 

@@ -59,3 +59,17 @@ def test_a_process_ends_although_a_thread_still_holds_a_tensor(tmp_path):
     finally:
         for process in processes:
             process.kill()
+
+
+def test_a_process_of_several_says_why_it_ends(tmp_path):
+    """torch's own hook of a process group collects what ours prints, and would lose it with the exit status."""
+    script = f"""
+import torch.distributed as dist
+from umed_plugin.errors import UsageError
+from umed_plugin.patches.main_script import report_errors_plainly
+report_errors_plainly()
+dist.init_process_group("gloo", init_method="file://{tmp_path}/met", rank=0, world_size=1)
+raise UsageError("--no_such_flag")
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("umed: error: --no_such_flag")) == (2, 1), run.stderr
