@@ -266,15 +266,89 @@ def test_an_adapter_that_lacks_half_a_change_is_refused(lora, float32_base, tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("lora_bias", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora")]
+    ("key", "value"),
+    [
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("megatron_config", {"hidden_size": 1}),
+    ],
 )
 def test_an_adapter_that_is_no_plain_change_of_its_base_is_refused(lora, float32_base, tmp_path, key, value):
     """PiSSA and OLoRA take a part out of the base when training begins, so the adapter is a change of another base."""
     other = shutil.copytree(lora, tmp_path / "llava-lora")
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(UmedError, match=rf"peft_type 'LORA' with {key}.*Only plain LoRA"):
-        merge(other, float32_base, tmp_path / "llava-mistral-merged")
+    refused_everywhere(other, float32_base, rf"peft_type 'LORA' with {key}.*Only plain LoRA", "adapter-not-plain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3", "feedforward_modules": []}, "peft_type 'IA3'"),
+        # PEFT would load a tokenizer from the path.
+        ({"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "/there"}, "PROMPT"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"target_modules": None}, "target_modules is None"),
+        ({"target_modules": "("}, r"target_modules is '\('"),
+    ],
+)
+def test_settings_of_another_adapter_are_refused_before_peft_reads_them(lora, float32_base, tmp_path, changes, said):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    refused_everywhere(other, float32_base, f"adapter_config.json: .*{said}", "adapter-not-plain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target_modules": ["q_proj"]}, r"contains '.*down_proj.*no layer of the target_modules"),
+        ({"r": 2}, r"has shape \(4, .*but r is 2"),
+    ],
+)
+def test_tensors_that_the_settings_do_not_name_are_refused(lora, float32_base, tmp_path, changes, said):
+    """PEFT would leave them out without a word, and merging would not."""
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    refused_everywhere(other, float32_base, said, "adapter-tensors")
+
+
+@pytest.mark.parametrize("fault", ["one more prefix", "a layer less"])
+def test_an_adapter_that_would_leave_layers_untrained_is_refused(lora, float32_base, tmp_path, fault):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    (file,) = other.glob("adapter_model.*")
+    adapter = read_tensors(file)
+    file.unlink()
+    if fault == "a layer less":
+        adapter = {name: tensor for name, tensor in adapter.items() if "layers.1.self_attn.q_proj" not in name}
+    else:
+        adapter = {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}
+    torch.save(adapter, other / "adapter_model.bin")
+    for do in (load_checkpoint, lambda *paths: merge(*paths, tmp_path / "merged")):
+        with pytest.raises(UmedError, match="which the base does not have|lacks the matrices of 'model.layers"):
+            do(other, float32_base)
+
+
+def test_an_adapter_that_was_saved_under_its_name_in_peft_is_loaded_too(lora, float32_base, tmp_path):
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    (file,) = other.glob("adapter_model.*")
+    adapter = read_tensors(file)
+    file.unlink()
+    torch.save(
+        {name.replace(".weight", ".default.weight"): t for name, t in adapter.items()}, other / "adapter_model.bin"
+    )
+    assert torch.equal(logits(other, float32_base), logits(lora, float32_base))
+
+
+def refused_everywhere(lora: Path, base: Path, said: str, code: str) -> None:
+    """Loading and merging refuse an adapter in the same words, and the doctor finds it."""
+    for do in (load_checkpoint, lambda *paths: merge(*paths, lora / "merged")):
+        with pytest.raises(UmedError, match=said):
+            do(lora, base)
+    assert code in {finding.code for finding in examine(lora, base)}
 
 
 def test_tower_weights_that_do_not_fit_are_refused(float32_base, tmp_path):

@@ -96,7 +96,7 @@ def test_a_fault_is_named_and_nothing_else(fault: Fault, good, tmp_path):
 
 def test_every_kind_is_made_by_a_fault_or_a_family():
     elsewhere = {
-        "transformers-form", "adapter-of-transformers", "adapter-missing",
+        "transformers-form", "adapter-of-transformers", "adapter-missing", "adapter-not-plain", "adapter-tensors",
         "projector-not-saved", "base-missing", "base-mismatch", "adapter-of-mistral", "adapter-not-merged",
         "adapter-model-type", "adapter-fields", "adapter-fields-needed", "questions-masked",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.pickles import printable, read_pickle
+from umed_plugin.checkpoints.plain_lora import settings_fault, tensors_fault
 from umed_plugin.checkpoints.safe_loading import check_plain, load_pickle
 from umed_plugin.checkpoints.stored import read_safetensors
 from umed_plugin.errors import UmedError, UsageError, unknown_name
@@ -317,12 +318,27 @@ def refuse_transformers_adapter(lora_dir: Path) -> None:
             )
 
 
+def adapter_settings(lora_dir: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of a LoRA folder. PEFT must not read one that this refuses: some kinds open files that they name.
+
+    Raises:
+        UmedError: it is not that of plain LoRA.
+    """
+    config = read_object(lora_dir / ADAPTER)
+    fault = settings_fault(config)
+    if fault is not None:
+        raise UmedError(f"{lora_dir / ADAPTER}: {fault}")
+    return config
+
+
 def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names).
 
     Raises:
-        UmedError: a file is missing, or a low-rank matrix lacks its other half: its layer would stay untrained.
+        UmedError: a file is missing, it is not plain LoRA, its tensors are not those of its settings, or a low-rank matrix lacks
+            its other half: its layer would stay untrained.
     """
+    config = adapter_settings(lora_dir)
     files = [lora_dir / name for name in _ADAPTER_FILES if (lora_dir / name).is_file()]
     if not files:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
@@ -332,14 +348,22 @@ def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             "output folder of a finished run, not one of its checkpoint-N folders."
         )
     others = {name.removeprefix("base_model.model."): t for name, t in read_tensors(lora_dir / NON_LORA).items()}
-    adapter = read_tensors(files[0])
+    # Another library than PEFT saves the adapter's name too, which PEFT would add once more.
+    adapter = {_plain_name(name): tensor for name, tensor in read_tensors(files[0]).items()}
     lacking = missing_halves(adapter)
     if lacking:
         raise UmedError(
             f"{files[0]}: lacks {lacking[0]!r} ({len(lacking)} such in all), the other half of a low-rank change. The file is "
             "not whole: copy it again from the training's output folder."
         )
+    fault = tensors_fault(config, {name: tuple(tensor.shape) for name, tensor in adapter.items()})
+    if fault is not None:
+        raise UmedError(f"{files[0]}: {fault}")
     return adapter, others
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", name)
 
 
 def missing_halves(adapter: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from umed_plugin.checkpoints.folder import (
     READ_WHEN_ANSWERING,
     TOWER,
     UNFREEZE,
+    adapter_settings,
     adapter_tensors,
     find_base,
     is_buffer,
@@ -31,6 +32,7 @@ from umed_plugin.checkpoints.folder import (
     weight_files,
 )
 from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
+from umed_plugin.checkpoints.plain_lora import layer_of, untrained_fault
 from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
 from umed_plugin.errors import UmedError
@@ -75,6 +77,7 @@ def load_checkpoint(
         tokenizer, model = _load_full(path, dtype)
     else:
         refuse_transformers_adapter(path)
+        adapter_settings(path)
         config = read_config(path)
         tokenizer, model = _load_full(find_base(path, base), dtype, config)
         model = _wrap_adapter(model, path)
@@ -198,8 +201,27 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     config = LoraConfig.from_pretrained(lora_dir)
     with torch.no_grad():
         model = get_peft_model(model, config)
+        _refuse_misplaced(model, adapter, lora_dir)
         set_peft_model_state_dict(model, adapter)
     return model
+
+
+def _refuse_misplaced(model: Any, adapter: dict[str, Any], lora_dir: Path) -> None:
+    """Refuse an adapter whose tensors are not the low-rank matrices of the model: PEFT says nothing of those that it leaves out.
+
+    Raises:
+        UmedError: one of either has no place in the other. The tower may have matrices that the training left at zero.
+    """
+    own = {name.replace(".default", "").replace(".base_layer", "") for name in model.state_dict()}
+    unknown = [name for name in adapter if name.replace(".base_layer", "") not in own]
+    if unknown:
+        raise UmedError(
+            f"{lora_dir}: its adapter contains {unknown[0]!r} ({len(unknown)} such in all), which the base does not have. Check "
+            "--base."
+        )
+    untrained = sorted(n for n in own if ".lora_" in n and ".vision_tower." not in n and n not in adapter)
+    if untrained:
+        raise UmedError(untrained_fault(lora_dir, [layer_of(name) for name in untrained]))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ How to run: ``umed merge TRAINED --base CKPT --out DIR``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from umed_plugin import files
 from umed_plugin.checkpoints.added_tokens import flags_that_add, why_lost
 from umed_plugin.checkpoints.folder import (
     ADAPTER,
+    EMBEDDING,
     FAMILIES,
     PROJECTOR,
     READ_WHEN_ANSWERING,
+    TOWER,
+    adapter_settings,
     adapter_tensors,
     find_base,
     is_lora,
     left_out_own_tower,
     read_config,
     read_language_config,
-    read_object,
     read_tensors,
     refuse_transformers_adapter,
     weight_files,
@@ -44,18 +46,16 @@ from umed_plugin.checkpoints.original_layout import (
     name_tower_here,
     written,
 )
+from umed_plugin.checkpoints.plain_lora import layer_of, untrained_fault, untrained_layers
+from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.checkpoints.tower_weights import tower_parts, whole_tower
 from umed_plugin.checkpoints.trained_on import check_trained_on
 from umed_plugin.checkpoints.weight_shards import stored, told, weight_writer
 from umed_plugin.checkpoints.writing import writing_checkpoint
 from umed_plugin.errors import UmedError
 
-# Keys of adapter_config.json that make more of an adapter than two matrices for each layer.
-_EXTENSIONS = ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias")
-# Values of init_lora_weights with which training begins at the base itself.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Ends of the two matrices' names; with the adapter's name where it was saved by another library than peft.
-_A, _B = (tuple(f".lora_{side}{name}.weight" for name in ("", ".default")) for side in "AB")
+# Ends of the two matrices' names.
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def merge(
@@ -97,7 +97,7 @@ def merge(
         >>> lora = base.with_name("stage1-lora")
         >>> lora.mkdir()
         >>> config = shutil.copy(base / "config.json", lora)
-        >>> adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+        >>> adapter = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["layers.0.self_attn.q_proj"]}
         >>> size = (lora / "adapter_config.json").write_text(json.dumps(adapter))
         >>> layer = "base_model.model.model.layers.0.self_attn.q_proj"
         >>> matrices = {f"{layer}.lora_A.weight": torch.ones(1, 128), f"{layer}.lora_B.weight": torch.ones(128, 1)}
@@ -114,6 +114,7 @@ def merge(
         )
     if is_lora(lora_dir):
         refuse_transformers_adapter(lora_dir)
+        adapter_settings(lora_dir)
     trained_config = read_config(lora_dir)
     base = _find_base(lora_dir, base)
     base_config = read_language_config(base)
@@ -125,6 +126,8 @@ def merge(
     name_tower_here(config, base, lora_dir)
     deltas, others = _trained_parts(lora_dir)
     sources = weight_files(base)
+    if is_lora(lora_dir):
+        _refuse_untrained(lora_dir, deltas, [tensor for file in sources for tensor in stored(file).values()])
     holds_tower = any(has_tower(stored(file)) for file in sources)
     if holds_tower and left_out_own_tower(trained_config):
         others = {**_original_tower(others, config, sources, lora_dir), **others}
@@ -201,6 +204,18 @@ def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {name.removeprefix("base_model.model."): t for name, t in read_tensors(trained / PROJECTOR).items()}
 
 
+def _refuse_untrained(trained: Path, deltas: Collection[str], base: list[StoredTensor]) -> None:
+    """Refuse an adapter that lacks a layer of its settings, as loading does: its file is not whole."""
+    layers = [
+        tensor.name.removesuffix(".weight")
+        for tensor in base
+        if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not tensor.name.startswith((TOWER, EMBEDDING))
+    ]
+    untrained = untrained_layers(adapter_settings(trained), [name.removesuffix(".weight") for name in deltas], layers)
+    if untrained:
+        raise UmedError(untrained_fault(trained, untrained))
+
+
 def _original_tower(others: dict[str, Any], config: dict[str, Any], sources: list[Path], where: Path) -> dict[str, Any]:
     """The tower with which the training saw, by the names of the one inside the base, which it left out.
 
@@ -242,19 +257,10 @@ def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> di
 
 def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any, float, bool]]:
     """Name of a base tensor -> (A [r, in], B [out, r], scaling, whether the base holds it transposed)."""
-    config = read_object(lora_dir / ADAPTER)
-    unsupported = [key for key in _EXTENSIONS if config.get(key)]
-    # Other starts change the base, and the adapter is the difference from that: peft makes the same change when it loads it.
-    if config.get("init_lora_weights") not in _STARTS:
-        unsupported.append(f"init_lora_weights {config['init_lora_weights']!r}")
-    if config.get("peft_type") != "LORA" or unsupported:
-        raise UmedError(
-            f"{lora_dir / ADAPTER}: peft_type {config.get('peft_type')!r} with {', '.join(unsupported) or 'no extensions'}. "
-            "Only plain LoRA, as LLaVA's --lora_enable writes it, can be merged."
-        )
+    config = adapter_settings(lora_dir)
     rank = config["r"]
     scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    others = [name for name in tensors if not name.endswith((*_A, *_B))]
+    others = [name for name in tensors if not name.endswith((_A, _B))]
     if others:
         raise UmedError(
             f"{lora_dir}: besides low-rank matrices its adapter contains {others[0]!r} ({len(others)} such in all), which "
@@ -264,7 +270,7 @@ def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any
     for name, a in tensors.items():
         if not name.endswith(_A):
             continue
-        target = name.removeprefix("base_model.model.").replace(".lora_A", "").replace(".default", "")
+        target = f"{layer_of(name)}.weight"
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
         deltas[target] = (a, b, scaling, bool(config.get("fan_in_fan_out")))
     return deltas

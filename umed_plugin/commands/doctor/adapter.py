@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.folder import ADAPTER, missing_halves
+from umed_plugin.checkpoints.plain_lora import settings_fault, tensors_fault
 from umed_plugin.checkpoints.trained_on import MARKER, other_base
 from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import MISTRAL, PROJECTOR, is_transformers_form
@@ -34,8 +35,22 @@ def check_adapter(contents: Contents) -> Iterator[Finding]:
         change = contents.configures(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"])
         yield finding("adapter-model-type", "model_type is 'llava'", where, change)
     if contents.kind == LORA:
+        yield from _settings(contents)
         yield from _fields(contents)
     yield from _base(contents)
+
+
+def _settings(contents: Contents) -> Iterator[Finding]:
+    """Find an adapter that is not plain LoRA, or whose tensors are not those of its settings."""
+    file = contents.path / ADAPTER
+    config = contents.adapter_config
+    fault = settings_fault(config) if config else None  # one that is no JSON object is reported already
+    if fault is not None:
+        yield finding("adapter-not-plain", fault, str(file))
+    elif config:
+        fault = tensors_fault(config, {name: tensor.shape for name, tensor in contents.adapter.items()})
+        if fault is not None:
+            yield finding("adapter-tensors", f"the adapter {fault}", str(contents.path))
 
 
 def _base(contents: Contents) -> Iterator[Finding]:

@@ -372,6 +372,16 @@ ADAPTER = (
         "Copy adapter_model.safetensors or adapter_model.bin from the run folder.",
     ),
     Kind(
+        "adapter-not-plain", ERROR, "an adapter that is not plain LoRA",
+        "PEFT makes another model of it, and each version of PEFT a different one. The plugin refuses it.",
+        "Merge it with the program and the peft that trained it, and use the merged checkpoint.",
+    ),
+    Kind(
+        "adapter-tensors", ERROR, "an adapter whose tensors are not those of its adapter_config.json",
+        "PEFT drops what does not fit, without an error.",
+        "Copy both files again from the same training's output folder.",
+    ),
+    Kind(
         "projector-not-saved", ERROR, "a LoRA folder without non_lora_trainables.bin",
         "The trained projector is missing: LLaVA writes it only at the end of training (LLaVA #729, #1200), and then "
         "looks for it on the hub.",
