@@ -380,6 +380,26 @@ def test_a_checkpoint_that_lacks_a_weight_is_neither_loaded_nor_written_anew(los
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 10**9, "quantization_config": {}},
+        {"mm_projector_type": f"mlp{10**9}x_gelu"},
+        {"mm_projector_type": f"mlp{'9' * 5000}x_gelu"},
+    ],
+)
+def test_more_layers_than_any_model_has_are_refused_at_once(changes, float32_base, tmp_path):
+    base = shutil.copytree(float32_base, tmp_path / "base-llava-mistral")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+    for do in (lambda: load_checkpoint(base, device="cpu"), lambda: to_transformers(base, tmp_path / "out")):
+        with pytest.raises(UmedError, match="its weight files, or their index, lack|cannot express this model"):
+            do()
+    assert [finding for finding in examine(base) if finding.severity != "note"]
+
+
 @pytest.mark.parametrize(
     "lost",
     [

@@ -26,6 +26,8 @@ from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
 
 _PROJECTOR = "model.mm_projector."
+LAYER, _PROJECTOR_LAYER = re.compile(r"model\.layers\.(\d+)\."), re.compile(r"model\.mm_projector\.(\d+)\.")
+_MOST_MISSING = 1000  # layers of which every tensor is counted in a message
 # Keys of config.json that decide shapes and not names.
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -90,13 +92,33 @@ def missing_language(names: Collection[str], config: dict[str, Any]) -> list[str
         ['model.norm.weight']
     """
     layers = config.get("num_hidden_layers", 32)  # Llama's and Mistral's default
-    if "quantization_config" in config or not isinstance(layers, int):
-        return []  # quantized weights have other names; without a number of layers no model can be built
-    shapes = language_shapes({**dict.fromkeys(_SIZES, 1), "num_key_value_heads": 1, "head_dim": 1, **config}, layers)
+    if not isinstance(layers, int):
+        return []  # without a number of layers no model can be built
+    looked_for = layers_to_look_for(layers, names, LAYER)
+    if "quantization_config" in config:  # quantized weights have other names
+        return [f"model.layers.{looked_for}"] if looked_for < layers else []
+    shapes = language_shapes(
+        {**dict.fromkeys(_SIZES, 1), "num_key_value_heads": 1, "head_dim": 1, **config}, looked_for
+    )
     missing = {*shapes} - {*names}
     if config.get("tie_word_embeddings") and HEAD in names:
         missing.discard(EMBEDDING)  # one tensor under two names
     return sorted(missing)
+
+
+def layers_to_look_for(layers: int, names: Collection[str], pattern: re.Pattern[str]) -> int:
+    """``layers`` of a config.json, or fewer where so many more than the files hold are missing that the rest need no names.
+
+    Args:
+        layers: any number that somebody wrote.
+        names: of the tensors.
+        pattern: begins a layer's names; its first group is the layer's number.
+
+    Example:
+        >>> layers_to_look_for(10**9, ["model.layers.0.input_layernorm.weight"], LAYER)
+        1001
+    """
+    return min(layers, len({match[1] for match in map(pattern.match, names) if match}) + _MOST_MISSING)
 
 
 def language_shapes(config: dict[str, Any], layers: int) -> dict[str, tuple[int, ...]]:
@@ -139,7 +161,10 @@ def missing_projector(names: Collection[str], config: dict[str, Any]) -> list[st
     """
     kind = str(config.get("mm_projector_type", "linear"))
     layers = re.fullmatch(r"mlp(\d+)x_gelu", kind)
-    places = [""] if kind == "linear" else [f"{2 * i}." for i in range(int(layers[1]))] if layers else []
+    count = (
+        layers_to_look_for(int(layers[1]) if len(layers[1]) < 10 else 10**9, names, _PROJECTOR_LAYER) if layers else 0
+    )
+    places = [""] if kind == "linear" else [f"{2 * i}." for i in range(count)]
     needed = [f"{_PROJECTOR}{place}{part}" for place in places for part in ("weight", "bias")]
     if "unpad" in str(config.get("mm_patch_merge_type", "flat")):
         needed.append("model.image_newline")

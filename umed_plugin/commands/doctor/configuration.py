@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from umed_plugin.checkpoints.folder import FAMILIES, TOWER, is_buffer
-from umed_plugin.checkpoints.missing_tensors import language_shapes
+from umed_plugin.checkpoints.missing_tensors import LAYER, language_shapes, layers_to_look_for
 from umed_plugin.checkpoints.rope import LLAVA_KINDS, is_old, old_scaling
 from umed_plugin.checkpoints.stored import StoredTensor
 from umed_plugin.commands.doctor.catalogue import finding
@@ -166,7 +166,7 @@ def _language_model(contents: Contents) -> Iterator[Finding]:
     if stored > layers:
         found = f"num_hidden_layers is {layers}, but the weights contain {stored} layers"
         yield finding("layers-dropped", found, f"{contents.config_file}: num_hidden_layers")
-    expected = language_shapes(config, layers)
+    expected = language_shapes(config, layers_to_look_for(layers, weights, LAYER))
     missing = sorted(name for name in expected if name not in weights)
     # Tensors of unreadable files have a finding of their own.
     unread = any(f.code.startswith(("file-", "shard-", "pickle-")) for f in contents.findings)
