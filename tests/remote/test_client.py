@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import subprocess
 import sys
 import time
 
 import pytest
+from support.judge_server import Answer, completion, judge_server
 from support.umed_runs import TESTS, environment
 
 from umed_plugin.errors import UmedError
+from umed_plugin.remote.bounded import MOST_BYTES, BoundedClient
 from umed_plugin.remote.client import ModelClient, key_from_environment, short_message
+from umed_plugin.remote.replies import Failure, Reply, RequestResult, Unreadable
 from umed_plugin.remote.settings import ServerSettings
 
 # Threads change over as often as possible, so that a second call meets a loop that is about to stop.
@@ -44,6 +49,58 @@ def test_a_request_after_the_end_is_dropped(monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.01)
     client.close()
     assert client.ask("k", [{"role": "user", "content": "?"}]).cancelled()
+
+
+def asked(answer: Answer) -> RequestResult:
+    with judge_server(lambda request: answer) as server:
+        client = ModelClient(ServerSettings("m", server.url, retries=0), lambda key, reply: None)
+        result = client.ask("k", [{"role": "user", "content": "a patient's report"}]).result(60)
+        client.close()
+    return result
+
+
+def test_a_request_stays_with_the_address_that_was_given() -> None:
+    with judge_server(lambda request: Answer(completion("stolen"))) as other:
+        result = asked(Answer("", 307, {"Location": f"{other.url}/chat/completions"}))
+        assert other.asked == []
+    assert isinstance(result, Failure) and result.status == 307
+    assert f"sends the request on to 127.0.0.1:{other.server_port}" in result.reason
+
+
+def test_a_reply_that_was_packed_unasked_is_read() -> None:
+    packed = gzip.compress(json.dumps(completion("yes")).encode())
+    result = asked(Answer(packed, headers={"Content-Encoding": "gzip"}))
+    assert isinstance(result, Reply) and result.text == "yes"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_reply_without_end_is_read_to_a_limit(packed: bool) -> None:
+    """Packed, 64 MiB of spaces are 64 kB."""
+    body = gzip.compress(b" " * 2**26) if packed else b" " * 2**26
+    result = asked(Answer(body, headers={"Content-Encoding": "gzip"} if packed else {}))
+    assert isinstance(result, Unreadable) and f"a reply of more than {MOST_BYTES} bytes" in result.reason
+
+
+def test_a_batchs_file_without_end_is_an_error() -> None:
+    """Its lines would be skipped as no results, and the batch noted as collected."""
+    with judge_server(lambda request: Answer(b"x" * 1001)) as server, BoundedClient() as client:
+        statuses = []
+        for client.most_bytes in (1000, 1001):
+            statuses.append(client.post(f"{server.url}/files/f/content", json={}).status_code)
+    assert statuses == [413, 200]
+
+
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_reply_that_is_nested_too_deeply_is_unreadable(body: str) -> None:
+    assert isinstance(asked(Answer(body)), Unreadable)
+
+
+@pytest.mark.parametrize("count", [-1, 2**53 + 1, 10**400], ids=["negative", "above 2 to the 53", "huge"])
+def test_numbers_of_tokens_that_cannot_be_count_as_not_reported(count: int) -> None:
+    body = completion("yes")
+    body["usage"]["completion_tokens"] = count
+    result = asked(Answer(body))
+    assert isinstance(result, Reply) and result.usage == {"prompt_tokens": 100}
 
 
 def test_the_key_has_no_line_end_and_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:

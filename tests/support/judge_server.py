@@ -28,7 +28,7 @@ asyncio.wait = _said
 
 @dataclass
 class Answer:
-    """What the server says to one request: ``body`` is sent as it is when it is text, else as JSON."""
+    """What the server says to one request: ``body`` is sent as it is when it is text or bytes, else as JSON."""
 
     body: Any
     status: int = 200
@@ -121,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.changed.notify_all()
         try:
             answer = self.server.answer(asked)
-            data = (answer.body if isinstance(answer.body, str) else json.dumps(answer.body)).encode()
+            text = answer.body if isinstance(answer.body, (bytes, str)) else json.dumps(answer.body)
+            data = text if isinstance(text, bytes) else text.encode()
             self.send_response(answer.status)
             headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), **answer.headers}
             for name, value in headers.items():

@@ -24,12 +24,15 @@ from openai.types.chat import ChatCompletion
 
 from umed_plugin.errors import UmedError, note
 from umed_plugin.files import append_json_lines, parse_json
-from umed_plugin.remote.client import key_from_environment, read_completion, short_message
+from umed_plugin.remote.bounded import MOST_BYTES as MOST_BYTES_OF_A_REPLY
+from umed_plugin.remote.bounded import BoundedClient
+from umed_plugin.remote.client import key_from_environment, read_completion, refused, short_message
 from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
 from umed_plugin.remote.settings import ServerSettings, address_from_environment
 
 POLL_SECONDS = 30.0
 MAX_REQUESTS, MAX_BYTES = 50_000, 150_000_000  # per file; OpenAI allows 50,000 and 200 MB
+_LONGEST_LINE = 64 * 1024  # bytes that a batch's files may hold for each request, on average
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _ENDPOINT: Final = "/v1/chat/completions"
 
@@ -54,11 +57,13 @@ class BatchClient:
         self._server, self._notes = server, notes
         self._on_result, self._on_wait = on_result, on_wait
         self._key = key_from_environment()
+        self._http = BoundedClient()
         self._client = openai.OpenAI(
             api_key=self._key,
             base_url=server.base_url or address_from_environment(),
             timeout=server.timeout,
             max_retries=server.retries,
+            http_client=self._http,
         )
         self._asked = {"model": server.model, "base_url": _address(str(self._client.base_url))}
 
@@ -151,6 +156,8 @@ class BatchClient:
             if batch.status in _ENDED:
                 break
             time.sleep(POLL_SECONDS)
+        asked = counts.total if counts and isinstance(counts.total, int) else MAX_REQUESTS
+        self._http.most_bytes = MOST_BYTES_OF_A_REPLY + min(asked, MAX_REQUESTS) * _LONGEST_LINE
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
                 with self._readable_errors(name):
@@ -197,7 +204,9 @@ class BatchClient:
                 f"replies ({reason}). If another --base-url or API key made it, use that one. If the server has deleted it, "
                 f"delete the lines with {batch} from the file: its requests are sent, and paid for, again."
             ) from None
-        except openai.OpenAIError as error:
+        except openai.APIStatusError as error:
+            raise UmedError(_unusable(short_message(self._key, refused(error)))) from None
+        except (openai.OpenAIError, RecursionError, ValueError) as error:
             raise UmedError(_unusable(short_message(self._key, str(error)))) from None
 
     def _read_notes(self) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]], set[str]]:
@@ -205,7 +214,7 @@ class BatchClient:
         files: dict[str, dict[str, str]] = {}
         batches: dict[str, dict[str, str]] = {}
         ended: set[str] = set()
-        lines = self._notes.read_text(encoding="utf-8").split("\n") if self._notes.is_file() else []
+        lines = self._notes.read_bytes().split(b"\n") if self._notes.is_file() else []
         for line in lines:
             try:
                 noted = parse_json(line)

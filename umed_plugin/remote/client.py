@@ -21,13 +21,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
 
+from umed_plugin.remote.bounded import BoundedAsyncClient
 from umed_plugin.remote.keys import key_in, without_key
 from umed_plugin.remote.replies import Failure, Message, Reply, RequestResult, Unreadable
-from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings, address_from_environment
+from umed_plugin.remote.settings import KEY_VARIABLE, ServerSettings, address_from_environment, is_count
 
 _LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the next request finds out
 _NO_KEY = "none"
@@ -65,8 +67,8 @@ class ModelClient:
             base_url=server.base_url or address_from_environment(),
             timeout=server.timeout,
             max_retries=server.retries,
-            http_client=openai.DefaultAsyncHttpxClient(
-                event_hooks={"request": [self._rate_limit.wait], "response": [self._rate_limit.learn]}
+            http_client=BoundedAsyncClient(
+                event_hooks={"request": [self._rate_limit.wait], "response": [self._rate_limit.learn]},
             ),
         )
         self._sent: set[asyncio.Task[Any]] = set()
@@ -139,11 +141,11 @@ class ModelClient:
         except asyncio.TimeoutError:
             return Failure(f"no reply within {self._deadline:g} s, retries included")
         except openai.APIStatusError as error:
-            return Failure(short_message(self._key, f"HTTP {error.status_code}: {error.message}"), error.status_code)
+            return Failure(short_message(self._key, refused(error)), error.status_code)
         except openai.OpenAIError as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             return Failure(short_message(self._key, f"{error}{cause}"))
-        except ValueError as error:
+        except (RecursionError, ValueError) as error:
             return Unreadable(short_message(self._key, f"the server's reply is not JSON: {error}"))
 
     async def _finish(self) -> None:
@@ -172,9 +174,24 @@ def read_completion(completion: Any, key: str) -> RequestResult:
         return Unreadable(short_message(key, f"the server's reply is not a chat completion: {completion!r}"))
     text = choices[0].message.content
     usage = {name: getattr(completion.usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-    counted = {name: count for name, count in usage.items() if isinstance(count, int)}
+    counted = {name: count for name, count in usage.items() if isinstance(count, int) and is_count(count)}
     finish, model = (_without(key, str(value)) for value in (choices[0].finish_reason, completion.model))
     return Reply(_without(key, text) if isinstance(text, str) and text else None, counted, finish, model)
+
+
+def refused(error: openai.APIStatusError) -> str:
+    """What a server says in place of a reply. One that sends requests on to another address is not obeyed."""
+    if not 300 <= error.status_code < 400:
+        return f"HTTP {error.status_code}: {error.message}"
+    location = error.response.headers.get("location", "")
+    try:
+        host = urlsplit(location).netloc.rpartition("@")[2] or "another path of its own"
+    except ValueError:
+        host = "an address that cannot be read"
+    return (
+        f"HTTP {error.status_code}: the server sends the request on to {host}. Requests go to the given address alone. If that "
+        "is the right server, give its address instead"
+    )
 
 
 def short_message(key: str, reason: str) -> str:

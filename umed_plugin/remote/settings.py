@@ -26,6 +26,7 @@ OPENAI_ADDRESS = "https://api.openai.com/v1"
 ROLLOUT_KEY_VARIABLE = "UMED_ROLLOUT_API_KEY"
 SET_BY_US = ("model", "messages", "stream", "n")
 
+_MOST_TOKENS = 2**53  # above it, a sum of floats is no longer exact
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)")
 
 
@@ -88,6 +89,11 @@ def parse_options(text: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise ValueError("not an object")
     return options
+
+
+def is_count(value: Any) -> bool:
+    """Whether what a server or a ledger gives as a number of tokens can be one; anything else counts as not given."""
+    return type(value) is int and 0 <= value <= _MOST_TOKENS
 
 
 def cost(tokens: Mapping[str, float], prices: tuple[float, float]) -> float:
