@@ -103,6 +103,14 @@ def test_lines_that_are_no_replies_are_left_alone(tmp_path: Path) -> None:
     assert ledger.get("k").reply == "r" and ledger.counts["requests"] == 1
 
 
+@pytest.mark.parametrize("count", ["-1000000000", "1" + "0" * 400, "true", "1.5"])
+def test_numbers_of_tokens_that_cannot_be_are_not_counted(tmp_path: Path, count: str) -> None:
+    file = tmp_path / "ledger.jsonl"
+    line = '{"key": "k", "model": "m", "reply": "r", "prompt_tokens": 5, "completion_tokens": COUNT}\n'
+    file.write_text(line.replace("COUNT", count))
+    assert Ledger(file, "m").counts == {"requests": 1, "prompt_tokens": 5}
+
+
 WRITER = """
 import sys
 from umed_plugin.remote.ledger import Ledger

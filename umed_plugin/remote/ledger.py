@@ -20,6 +20,7 @@ from typing import Any
 
 from umed_plugin.errors import UmedError
 from umed_plugin.files import json_lines, parse_json
+from umed_plugin.remote.settings import is_count
 
 _PIECE = 2**20  # bytes read at a time
 _COUNTS = ("prompt_tokens", "completion_tokens")
@@ -194,7 +195,7 @@ class Ledger:
             self._places.setdefault(entry.model, {}).setdefault(entry.line["key"], (start, len(line)))
         for counts in (self.counts, self._counts_of.setdefault(entry.model, Counter())):
             counts["requests"] += 1
-            counts.update({name: entry.line[name] for name in _COUNTS if isinstance(entry.line.get(name), int)})
+            counts.update({name: entry.line[name] for name in _COUNTS if is_count(entry.line.get(name))})
 
 
 def _entry_of(line: bytes) -> Entry | None:

@@ -31,7 +31,7 @@ class TokenEstimate:
     def __init__(self, entries: Iterable[Entry] = ()) -> None:
         self._sums: dict[str, Counter[str]] = {}
         for entry in entries:
-            usage = {name: entry.line[name] for name in _COUNTED if isinstance(entry.line.get(name), int)}
+            usage = {name: entry.line[name] for name in _COUNTED if settings.is_count(entry.line.get(name))}
             self.learn(str(entry.line.get("stage")), usage)
 
     def learn(self, stage: str, usage: Mapping[str, int]) -> None:
