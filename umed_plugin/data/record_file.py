@@ -25,6 +25,7 @@ from umed_plugin.data.json_list import Placed, items_of
 from umed_plugin.data.records import Record, RecordsCheck
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.files import text_bytes
+from umed_plugin.files.kept_arrays import kept_arrays
 from umed_plugin.grounding.answer_types import PROBE, REPORT
 
 _FORMAT = "index-5"
@@ -209,7 +210,7 @@ def make_index(
 def kept_splits(path: Path) -> Optional[set[str]]:
     """The splits of a file's records, from the index that a start has kept of it; None if there is none of the file as it is."""
     try:
-        with np.load(_index_path(path), allow_pickle=False) as kept:
+        with kept_arrays(_index_path(path)) as kept:
             about = json.loads(str(kept["about"]))
             asked, places = about["asked"], np.unique(kept["split"])
         if (asked["format"], asked["state"]) != (_FORMAT, _state(path)):
@@ -307,7 +308,7 @@ def _index_path(path: Path) -> Path:
 def _kept_index(path: Path, asked: dict[str, Any]) -> Optional[Index]:
     """The index of an earlier start; None if there is none, or it is damaged or of another file or check."""
     try:
-        with np.load(_index_path(path), allow_pickle=False) as kept:
+        with kept_arrays(_index_path(path)) as kept:
             about = json.loads(str(kept["about"]))
             columns = {name: kept[name] for name in _COLUMNS}
         if about.pop("asked") != asked or {len(column) for column in columns.values()} != {about.pop("count")}:

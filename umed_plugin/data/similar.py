@@ -27,6 +27,7 @@ from umed_plugin.data.images import file_states, open_image
 from umed_plugin.data.leaks import SAME, likeness, thumbprint
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, warn
+from umed_plugin.files.kept_arrays import kept_arrays
 from umed_plugin.grounding.answer_types import PROBE, asks_for_names
 from umed_plugin.terminal.progress import tracked
 
@@ -226,7 +227,7 @@ def _key(cases: Sequence[Case], tower: str) -> str:
 
 def _kept(file: Path, key: str) -> Optional[tuple[np.ndarray, np.ndarray]]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with kept_arrays(file) as arrays:
             if str(arrays["key"]) == key:
                 return arrays["features"], arrays["prints"]
     except Exception:  # noqa: BLE001  a damaged archive raises whatever zip, zlib and NumPy do; it is made anew
