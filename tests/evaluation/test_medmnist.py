@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from support.benchmark_files import mnist, questions_of
 from support.benchmark_runs import metrics_of
 
 from umed_plugin.errors import UmedError
+from umed_plugin.evaluation.benchmarks.medmnist import write_images
 
 pytestmark = pytest.mark.one_stack
 
@@ -31,6 +34,21 @@ def test_medmnist_by_hand(tmp_path):
     found = metrics_of("medmnist", mine, [("", pair) for pair in losses])
     assert found["auc/pneumoniamnist"] == pytest.approx(6 / 9)
     assert found["acc/pneumoniamnist"] == pytest.approx(3 / 6)
+
+
+def test_pictures_are_those_of_the_data_file_as_it_is_also_of_an_older_one(tmp_path):
+    root = mnist(tmp_path / "mnist")
+    question = next(q for q in questions_of("medmnist", root) if q.groups["part"] == "pneumoniamnist")
+    file = root / "pneumoniamnist.npz"
+    with np.load(file) as arrays:
+        np.savez(file, **{**arrays, "test_images": 255 - arrays["test_images"]})
+    os.utime(file, ns=(1_000_000_000, 1_000_000_000))
+    before = np.asarray(Image.open(question.image))
+    write_images([question])
+    assert np.array_equal(np.asarray(Image.open(question.image)), 255 - before)
+    written = os.stat(question.image).st_ino
+    write_images([question])
+    assert os.stat(question.image).st_ino == written, "it is up to date"
 
 
 def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path, short_bootstrap):

@@ -12,6 +12,7 @@ losslessly, and go through the loader that training uses.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,11 @@ def _checked_labels(labels: Any, where: str, classes: int) -> list[int]:
 
 
 def write_images(asked: Sequence[BenchmarkQuestion]) -> None:
-    """Write the images of these questions as PNG, unless an up-to-date file exists."""
+    """Write the images of these questions as PNG, but for those that exist already.
+
+    A picture has its data file's time of change. So another data file is noticed, be it newer or older, and processes that
+    write side by side need no file in which they note what was written.
+    """
     import numpy as np
     from PIL import Image
 
@@ -102,13 +107,15 @@ def write_images(asked: Sequence[BenchmarkQuestion]) -> None:
         about = question.about
         by_array.setdefault((about["file"], about["split"]), {})[question.image] = about["index"]
     for (file, split), places in by_array.items():
+        changed = Path(file).stat().st_mtime_ns
         with np.load(file) as arrays:
             images = arrays[f"{split}_images"]
         for path, index in places.items():
             target = Path(path)
-            if not target.exists() or target.stat().st_mtime < Path(file).stat().st_mtime:
+            if not target.exists() or target.stat().st_mtime_ns != changed:
                 with files.replacing(target, durable=False) as partial:
                     Image.fromarray(images[index]).save(partial, format="PNG")
+                    os.utime(partial, ns=(changed, changed))
 
 
 def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
