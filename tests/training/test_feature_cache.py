@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support.records import grounded_records
 from support.tuning import make_tokenizer
 from support.umed_runs import INTERRUPT, ROOT, TWO_PROCESSES, environment, run_command, train_flags, umed_run, weights
@@ -177,6 +178,10 @@ DAMAGE = {
     "flipped bit": flip_a_bit,
     "of another shape": lambda file: FeatureCache(file.parents[1], FeatureShape(1, 3, torch.bfloat16)).write(
         file.stem, features(1)[:1]
+    ),
+    "two checksums": lambda file: save_file({"features": features(1), "crc32": torch.tensor([1, 2])}, file),
+    "a checksum that is no number": lambda file: save_file(
+        {"features": features(1), "crc32": torch.tensor(float("nan"))}, file
     ),
     "no file": lambda file: (file.unlink(), file.mkdir()),
 }

@@ -189,7 +189,10 @@ class FeatureCache:
         tensors = safetensors.torch.load(content)
         if set(tensors) != {"features", "crc32"} or not self.shape.fits(tensors["features"]):
             raise _Damaged(f"it holds { ({name: tuple(tensor.shape) for name, tensor in tensors.items()}) }")
-        if zlib.crc32(_bytes_of(tensors["features"])) != tensors["crc32"].item():
+        checksum = tensors["crc32"]
+        if checksum.dtype != torch.int64 or checksum.shape != ():
+            raise _Damaged(f"its checksum is {tuple(checksum.shape)} of {checksum.dtype}")
+        if zlib.crc32(_bytes_of(tensors["features"])) != checksum.item():
             raise _Damaged("its checksum is wrong")
         return tensors["features"]
 
