@@ -89,10 +89,10 @@ class Exactness:
         from umed_plugin.model.forward import answer_pass
         from umed_plugin.model.output_layer import Scoring
         from umed_plugin.model.sampling import generate
-        from umed_plugin.model.server_sampling import sample_on_server
+        from umed_plugin.model.server_sampling import sample_on_server, vocabulary_of
 
         ours = generate(model, self.prompts, self._settings(0.0, 1)).answers()
-        theirs = sample_on_server(self.client, name, self.prompts, self._settings(0.0, 1))
+        theirs = sample_on_server(self.client, name, self.prompts, self._settings(0.0, 1), vocabulary_of(model))
         with torch.no_grad():
             own = answer_pass(model, self.prompts, theirs.candidates, scoring=Scoring()).scores.log_probs
         equal = sum(a == b for a, b in zip(ours, theirs.candidates.answers()))
@@ -120,13 +120,14 @@ class Exactness:
 
     def prefill(self) -> dict[str, Any]:
         """Prompt tokens that K answers to each of the questions asked for, and how many of them were computed already."""
-        from umed_plugin.model.server_sampling import sample_on_server
+        from umed_plugin.model.server_sampling import sample_on_server, vocabulary_of
 
         fresh = type(self.prompts)(self.prompts.embeds * 1.001, self.prompts.mask, self.prompts.image_start, 64)
         names = ("prefix_cache_queries", "prefix_cache_hits")
         before = [self.server.counter(name) for name in names]
         began = time.monotonic()
-        sample_on_server(self.client, self.client.base_model(), fresh, self._settings(1.0, K))
+        size = vocabulary_of(self.answerer.model)
+        sample_on_server(self.client, self.client.base_model(), fresh, self._settings(1.0, K), size)
         asked, hits = (self.server.counter(name) - old for name, old in zip(names, before))
         lengths = self.prompts.mask.sum(dim=1).tolist()
         blocks = (K - 1) * sum((length - 1) // 32 * 32 for length in lengths)

@@ -23,7 +23,7 @@ from umed_plugin.model.answerer import prompt_ids
 from umed_plugin.model.forward import answer_pass, embed_prompts, encode_images
 from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.sampling import SamplingSettings, generate
-from umed_plugin.model.server_sampling import mean_difference, sample_on_server, write_adapter
+from umed_plugin.model.server_sampling import mean_difference, sample_on_server, vocabulary_of, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
 
 PYTHON = os.environ.get("UMED_ENGINE_PYTHON")
@@ -77,7 +77,7 @@ def own_log_probs(model, prompts, candidates, temperature: float = 1.0):
 def compare_greedy(client, name, tokenizer, model, prompts) -> None:
     """The same greedy answers, and log-probabilities within 1e-5."""
     ours = generate(model, prompts, settings_of(tokenizer, 0.0))
-    theirs = sample_on_server(client, name, prompts, settings_of(tokenizer, 0.0))
+    theirs = sample_on_server(client, name, prompts, settings_of(tokenizer, 0.0), vocabulary_of(model))
     assert theirs.candidates.answers() == ours.answers()
     difference = (own_log_probs(model, prompts, theirs.candidates) - theirs.log_probs).abs().max().item()
     assert difference < 1e-5
@@ -99,19 +99,21 @@ def test_an_adapter_that_is_loaded_at_run_time_answers_as_ours(client, tiny_mist
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    before = sample_on_server(client, client.base_model(), prompts, settings_of(tokenizer, 0.0))
+    before = sample_on_server(client, client.base_model(), prompts, settings_of(tokenizer, 0.0), vocabulary_of(policy))
     client.load_adapter("random", write_adapter(policy, tmp_path / "random"))
     compare_greedy(client, "random", tokenizer, policy, prompts)
     after = own_log_probs(policy, prompts, before.candidates)
     assert mean_difference(after, before.log_probs, before.candidates.mask) > 0.01, "the adapter changes something"
     client.unload_adapter("random")
     with pytest.raises(RolloutServerError, match="'random' is not loaded there"):
-        sample_on_server(client, "random", prompts, settings_of(tokenizer, 0.0))
+        sample_on_server(client, "random", prompts, settings_of(tokenizer, 0.0), vocabulary_of(policy))
 
 
 def test_sampled_answers_carry_the_probabilities_of_their_temperature(client, loaded, prompts):
     tokenizer, model, _ = loaded
-    answers = sample_on_server(client, client.base_model(), prompts, settings_of(tokenizer, 0.5, k=4))
+    answers = sample_on_server(
+        client, client.base_model(), prompts, settings_of(tokenizer, 0.5, k=4), vocabulary_of(model)
+    )
     assert answers.candidates.mask.shape[0] == 4 * QUESTIONS
     assert len({tuple(ids) for ids in answers.candidates.answers()}) > QUESTIONS
     own = own_log_probs(model, prompts, answers.candidates, temperature=0.5)
@@ -123,10 +125,10 @@ def test_the_answers_to_a_question_share_its_prefill(client, running, loaded, pr
 
     The question before may have computed the block of the template's words already: that is one hit more for each.
     """
-    tokenizer, _, _ = loaded
+    tokenizer, model, _ = loaded
     fresh = type(prompts)(prompts.embeds * 1.01, prompts.mask, prompts.image_start, prompts.n_patches)
     before = [running.counter(f"prefix_cache_{name}") for name in ("queries", "hits")]
-    sample_on_server(client, client.base_model(), fresh, settings_of(tokenizer, 1.0, k=8))
+    sample_on_server(client, client.base_model(), fresh, settings_of(tokenizer, 1.0, k=8), vocabulary_of(model))
     asked, hits = (running.counter(f"prefix_cache_{n}") - b for n, b in zip(("queries", "hits"), before))
     lengths = prompts.mask.sum(dim=1).tolist()
     assert asked == 8 * sum(lengths)

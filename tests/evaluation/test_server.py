@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from support.records import evaluated_records
-from support.rollout_stand_in import sampling, stand_in
+from support.rollout_stand_in import reply, sampling, stand_in
 from support.taught import write_lora
 
 from umed_plugin.cli import main
@@ -45,6 +45,18 @@ def test_another_model_is_refused(tiny_mistral, records, tmp_path, capsys):
     with stand_in(sampling(other)) as server:
         assert evaluated(tiny_mistral, records, tmp_path / "out", "--server", server.url) == 1
     assert "It holds another model or adapter" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [10**6, -1, 10**30, float("inf")])
+def test_tokens_that_the_model_does_not_have_are_refused(wrong, tiny_mistral, records, tmp_path, capsys):
+    def complete(body, adapter):
+        count = len(body["prompt_embeds"])
+        return reply(body, [[wrong, *body["stop_token_ids"]]] * count, [[-1.0, -1.0]] * count)
+
+    with stand_in(complete) as server:
+        assert evaluated(tiny_mistral, records, tmp_path / "out", "--server", server.url) == 1
+    said = capsys.readouterr().err
+    assert "Does the server hold another model?" in said or "a completion lacks token_ids" in said
 
 
 def test_an_adapter_lies_where_the_server_can_read_it(tiny_mistral, records, tmp_path, capsys):

@@ -19,7 +19,13 @@ import torch
 from umed_plugin.model.forward import Candidates, PromptBatch, answer_pass
 from umed_plugin.model.output_layer import Scoring
 from umed_plugin.model.sampling import SamplingSettings
-from umed_plugin.model.server_sampling import difference_fault, mean_difference, sample_on_server, write_adapter
+from umed_plugin.model.server_sampling import (
+    difference_fault,
+    mean_difference,
+    sample_on_server,
+    vocabulary_of,
+    write_adapter,
+)
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
 
 MAX_DIFFERENCE = 0.1  # nats a token; see --umed_rollout_max_difference
@@ -56,7 +62,7 @@ class ServerWriter:
             RolloutServerError: the server fails, or holds another model.
         """
         settings = SamplingSettings(max_new_tokens=max_new_tokens, temperature=0.0, eos_token_id=eos_token_id)
-        answers = sample_on_server(self._server, self._name, prompts, settings)
+        answers = sample_on_server(self._server, self._name, prompts, settings, vocabulary_of(self._model))
         if not self._compared:
             scores = answer_pass(self._model, prompts, answers.candidates, scoring=Scoring()).scores
             assert scores is not None

@@ -43,7 +43,7 @@ class ServerAnswers:
 
 
 def sample_on_server(
-    server: RolloutServer, model: str, prompts: PromptBatch, settings: SamplingSettings
+    server: RolloutServer, model: str, prompts: PromptBatch, settings: SamplingSettings, vocabulary: int
 ) -> ServerAnswers:
     """Sample K answers to each of Q prompts; the server computes each prompt once.
 
@@ -52,6 +52,7 @@ def sample_on_server(
         model: name of the served model, or of an adapter that is loaded there.
         prompts: Q embedded prompts.
         settings: K, temperature and length.
+        vocabulary: number of tokens that the model here embeds.
 
     Raises:
         RolloutServerError: the server is gone, slow, refuses, or returns something else.
@@ -73,7 +74,13 @@ def sample_on_server(
         "skip_special_tokens": False,
     }
     choices = server.complete(body)
-    return _answers(choices, len(prompts.mask) * settings.num_candidates, settings, prompts.mask.device, server.url)
+    count = len(prompts.mask) * settings.num_candidates
+    return _answers(choices, count, settings, vocabulary, prompts.mask.device, server.url)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Number of tokens that a model embeds."""
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _encoded(embeds: Tensor) -> str:
@@ -84,14 +91,14 @@ def _encoded(embeds: Tensor) -> str:
 
 
 def _answers(
-    choices: list[Any], count: int, settings: SamplingSettings, device: torch.device, url: str
+    choices: list[Any], count: int, settings: SamplingSettings, vocabulary: int, device: torch.device, url: str
 ) -> ServerAnswers:
     """The reply as tensors; its choices come in the order of the prompts, K for each."""
     try:
         ordered = sorted(choices, key=lambda choice: int(choice["index"]))
         tokens = [[int(token) for token in choice["token_ids"]] for choice in ordered]
         log_probs = [[float(value) for value in choice["logprobs"]["token_logprobs"]] for choice in ordered]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise RolloutServerError(
             f"{url}: a completion lacks token_ids or logprobs. Needed: vLLM 0.32 or newer, asked at its own address."
         ) from None
@@ -102,13 +109,15 @@ def _answers(
         if not ids
         or len(ids) != len(values)
         or len(ids) > longest
+        or not all(0 <= token < vocabulary for token in ids)
         or eos in ids[:-1]
         or (ids[-1] != eos and len(ids) < longest)
     ]
     if len(tokens) != count or faults:
         raise RolloutServerError(
             f"{url}: {len(tokens)} answers of {count} came, {len(faults)} of them not as asked: one log-probability a token, at "
-            f"most {longest} tokens, ended by token {eos} or by that length. Does the server hold another model?"
+            f"most {longest} tokens from 0 to {vocabulary - 1}, ended by token {eos} or by that length. Does the server hold "
+            "another model?"
         )
     width = max(map(len, tokens))
     token_ids = torch.tensor([ids + [eos] * (width - len(ids)) for ids in tokens], device=device)

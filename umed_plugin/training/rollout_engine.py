@@ -26,7 +26,7 @@ from umed_plugin.files import text_bytes
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.model.forward import Candidates, PromptBatch
 from umed_plugin.model.sampling import SamplingSettings, generate
-from umed_plugin.model.server_sampling import sample_on_server, write_adapter
+from umed_plugin.model.server_sampling import sample_on_server, vocabulary_of, write_adapter
 from umed_plugin.remote.rollout_server import RolloutServer, RolloutServerError
 from umed_plugin.training.finite_weights import raised_by_all
 from umed_plugin.training.stopping import raised_together
@@ -153,7 +153,7 @@ class ServerRollouts:
 
     def sample(self, policy: Any, prompts: PromptBatch) -> tuple[Candidates, Optional[Tensor]]:
         assert self._published is not None, "`prepare` comes first"
-        answers = sample_on_server(self._server, self._published[0], prompts, self._settings)
+        answers = sample_on_server(self._server, self._published[0], prompts, self._settings, vocabulary_of(policy))
         return answers.candidates, answers.log_probs
 
     def close(self) -> None:
