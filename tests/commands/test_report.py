@@ -188,8 +188,10 @@ def test_a_run_that_is_not_finished_shows_what_there_is(run):
     (run / "evaluation" / "rewarding").mkdir()
     (run / "evaluation" / "rewarding" / "predictions.jsonl").write_text('{"id": "begun"')
     rewarded = run / "runs" / "rewarded-llava-mistral"
-    with open(rewarded / "candidates.jsonl", "a") as stream:
-        stream.write('{"step": 90, "id"')
+    with open(rewarded / "candidates.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"step": 90, "id": "\xe4')
+    with open(rewarded / "candidates.jsonl", "r+b") as stream:
+        stream.truncate((rewarded / "candidates.jsonl").stat().st_size - 1)  # inside a letter of two bytes
     state = json.loads((rewarded / "trainer_state.json").read_text())
     (rewarded / "trainer_state.json").unlink()
     for step in (20, 100):
@@ -361,6 +363,7 @@ def test_a_run_without_a_training_takes_no_other_runs_colour(run, finished, tmp_
         (lambda run: (run / PREDICTIONS).unlink(), "no finished evaluation"),
         (lambda run: (run / "runs/tuned-llava-mistral/trainer_state.json").write_text("[]"), "holds a list"),
         (lambda run: (run / CANDIDATES).write_text("{\n{}\n"), "candidates.jsonl:1: is not JSON"),
+        (lambda run: (run / CANDIDATES).write_bytes(b'{"id": "\xff"}\n'), "candidates.jsonl:1: .*can't decode byte 0xff"),
         (lambda run: (run / CANDIDATES).write_text("[" * 100_000 + "\n"), r"candidates.jsonl:1: .*nested too deeply"),
         (lambda run: (run / PREDICTIONS).write_text("[" * 100_000 + "\n"), r"predictions.jsonl:1: .*nested too deeply"),
         (lambda run: (run / "summary.json").write_text('{"seconds": "x"}'), "summary.json: seconds: found 'x'"),

@@ -258,6 +258,9 @@ def test_a_file_of_a_later_version_and_a_damaged_line_are_named(tmp_path):
     (folder / "predictions.jsonl").write_text("[]\n")
     with pytest.raises(UmedError, match=r"predictions.jsonl:1: holds a list; expected an object"):
         Evaluation.load(folder)
+    (folder / "predictions.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(UmedError, match=r"predictions.jsonl:1: not JSON \(.*byte 0xff"):
+        Evaluation.load(folder)
 
 
 def test_a_benchmark_is_one_file_that_is_found_by_itself():

@@ -238,8 +238,8 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     if not file.stat().st_size:
         raise UmedError(f"{file}: holds no answers beside {SUMMARY}. Evaluate again.")
     lines = []
-    # Not splitlines(): an answer may hold U+2028 and its like, which JSON leaves as they are.
-    for number, text in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+    # As bytes, and line by line: one line may be no UTF-8, and its number is told.
+    for number, text in enumerate(file.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
         try:
             line = files.parse_json(text)
         except ValueError as error:

@@ -199,12 +199,13 @@ def read_candidates(file: Path) -> list[dict[str, Any]]:
 
 
 def _lines(file: Path) -> Iterator[Any]:
-    """What the lines of a JSONL file hold."""
+    """What the lines of a JSONL file hold, but for what stands behind the last line's end."""
     if not file.is_file():
         return
-    with open(file, encoding="utf-8") as stream:
+    # As bytes: the last line may end inside a letter.
+    with open(file, "rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
             try:
                 yield parse_json(line)

@@ -9,6 +9,7 @@ a ``test.json`` beside it. A row whose answer is empty is left out and named. Sc
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -81,12 +82,12 @@ def _of_file(file: Path, root: Path) -> list[BenchmarkQuestion]:
 def _lines(file: Path) -> list[Any]:
     check_whole(file)
     rows = []
-    for line in file.read_text(encoding="utf-8-sig").split("\n"):
+    for line in file.read_bytes().removeprefix(BOM_UTF8).split(b"\n"):
         if line.strip():
             try:
                 rows.append(parse_json(line))
             except ValueError:
-                rows.append(line)  # told with the other odd rows
+                rows.append(line.decode("utf-8", "replace"))  # told with the other odd rows
     return rows
 
 
