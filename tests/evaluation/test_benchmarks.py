@@ -121,7 +121,7 @@ def test_llava_med_s_own_question_files_are_a_benchmark(tmp_path):
     asked = [{"question_id": n, "image": "a.png", "text": "Is it normal?\n<image>"} for n in (1, 2)]
     own = {"question_id": 3, "image": "a.png", "text": "Lesion?", "gpt4_answer": "yes"}
     lines = [*map(json.dumps, [*asked, own]), "not JSON"]
-    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "questions.jsonl").write_bytes("\n".join(lines).encode() + b'\n{"text": "\xff"}\n')
     for name, kinds in (("questions.jsonl", "COC"), ("test.json", "CO")):
         file = str(tmp_path / name)
         assert is_question_file(file)
