@@ -1,8 +1,8 @@
 """The ``umed`` command: ``umed COMMAND ...``, or ``python -m umed_plugin.cli COMMAND ...``.
 
-Exit status: 0 done, 1 failed (the message says what to fix), 2 wrong usage, 130 interrupted, 128 + N ended by signal N. An error
-that the user can fix is printed as one message. Any other exception is a bug: it is printed as one line, and with its traceback
-if the environment has UMED_TRACEBACK=1.
+Exit status: 0 done, 1 failed (the message says what to fix), 2 wrong usage, 130 interrupted, 141 nobody reads the output, 128 + N
+ended by signal N. An error that the user can fix is printed as one message. Any other exception is a bug: it is printed
+as one line, and with its traceback if the environment has UMED_TRACEBACK=1.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(_unknown_arguments(unknown, self._option_string_actions))
         return found, unknown
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help at once: where nobody reads it, `main` learns that here, and not Python as it ends."""
+        print(message, end="", file=file or sys.stderr, flush=True)
 
     def _misspelled(self) -> list[str]:
         """A sentence for each flag that was given and is not known."""
@@ -118,7 +122,9 @@ def _run(argv: Sequence[str] | None) -> int:
             parser.print_help()
             return DONE
         be_quiet(getattr(args, "quiet", False))
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()  # as for help
+        return status
     except UsageError as error:
         fail(str(error))
         return WRONG_USAGE

@@ -30,6 +30,11 @@ def console(*, stderr: bool = False, wide_in_pipes: bool = False, **options: Any
     from rich.segment import Segment
 
     class SafeConsole(Console):
+        def on_broken_pipe(self) -> None:
+            # rich would end the process with status 1, as if the command had failed.
+            self.quiet = True
+            raise BrokenPipeError
+
         def render_str(self, text: str, **how: Any) -> Any:
             # Before it is measured: a table's columns are as wide as what is shown.
             return super().render_str(printable(text), **how)
