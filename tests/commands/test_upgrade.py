@@ -369,6 +369,43 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_mistral, tmp_path):
 
 
 @pytest.mark.llava
+def test_a_run_inside_its_checkpoint_is_refused_before_it_writes(tiny_mistral, tmp_path, monkeypatch, capsys):
+    """All files of the checkpoint count as input: those of the run would change it with each step, and no start would go on."""
+    checkpoint = shutil.copytree(tiny_mistral, tmp_path / "llava-mistral-own")
+    monkeypatch.chdir(checkpoint)
+    before = sorted(checkpoint.rglob("*"))
+    for more in ([], ["--dry-run"], ["--out", "."]):
+        assert cli.main(["upgrade", ".", "--recipe", "demo_studies", *more]) == cli.WRONG_USAGE
+        said = capsys.readouterr().err
+        assert f"the checkpoint {checkpoint}, which the run reads" in said and "another --out" in said
+    assert sorted(checkpoint.rglob("*")) == before
+    assert cli.main(["upgrade", ".", "--recipe", "demo_studies", "--out", "../run", "--dry-run"]) == 0
+
+
+@pytest.mark.llava
+def test_a_checkpoint_that_the_run_would_replace_is_refused(tiny_mistral, tmp_path):
+    """As the result of an earlier run there: --redo-changed would remove it."""
+    checkpoint = shutil.copytree(tiny_mistral, tmp_path / "run" / "checkpoint" / "llava-mistral-own")
+    (tmp_path / "run" / "run.yaml").touch()
+    with pytest.raises(UsageError, match="reads it as its checkpoint, and would replace it"):
+        upgrade_of(checkpoint, tmp_path / "run", redo=True, name=checkpoint.name).check()
+
+
+@pytest.mark.llava
+def test_a_dry_run_refuses_what_the_run_refuses(tiny_mistral, tmp_path, capsys):
+    checkpoint = shutil.copytree(tiny_mistral, tmp_path / "llava-mistral-own")
+    call = ["upgrade", str(checkpoint), "--recipe", "demo_studies", "--dry-run"]
+    (tmp_path / "file").touch()
+    assert cli.main([*call, "--out", str(tmp_path)]) == 1
+    assert "contains files but no run.yaml" in capsys.readouterr().err
+    assert cli.main([*call, "--out", str(tmp_path / "file")]) == cli.WRONG_USAGE
+    assert "file: is a file, where a folder is needed. Choose another --out." in capsys.readouterr().err
+    (tmp_path / "llava-mistral-own.before-umed").mkdir()
+    assert cli.main([*call, "--out", str(tmp_path / "run"), "--in-place"]) == 1
+    assert "before-umed exists, perhaps from an earlier upgrade" in capsys.readouterr().err
+
+
+@pytest.mark.llava
 def test_a_start_that_was_killed_before_it_wrote_its_settings_is_gone_on_with(tiny_mistral, tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "run.yaml.partial"):

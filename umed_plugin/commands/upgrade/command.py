@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from umed_plugin.commands.numbers import seed
+from umed_plugin.commands.outputs import check_folder
 from umed_plugin.commands.signals import Ended
 from umed_plugin.errors import UsageError, say, warn
 from umed_plugin.terminal.console import console
@@ -92,9 +93,11 @@ def run(args: argparse.Namespace) -> int:
     # User-defined rewards are found in the working folder, here as in the training processes.
     sys.path.append(os.getcwd())
     folder, file = _run_folder(args, RUN_FILE)
+    check_folder("--out", folder)
     settings = read_settings(file, _changes(args), args.preset)
     upgrade = Upgrade(folder, settings, console(wide_in_pipes=True), args.redo_changed)
     if args.dry_run:
+        upgrade.check()
         _print_commands(upgrade.steps)
         for name in upgrade.settings.stages:
             trained = what_is_trained(name, upgrade.settings)

@@ -24,11 +24,12 @@ from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
 from umed_plugin.commands.upgrade.resuming import what_is_kept
+from umed_plugin.commands.upgrade.run_folder import check_folder
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.commands.upgrade.summary import REPORT, SUMMARY, decision_of, print_summary, summarise, write_manifest
 from umed_plugin.commands.upgrade.training import work_of
 from umed_plugin.errors import UmedError
-from umed_plugin.files.locks import INSIDE, locked
+from umed_plugin.files.locks import locked
 from umed_plugin.flags.rules import REWARDING
 from umed_plugin.terminal.progress import Steps
 from umed_plugin.terminal.text import one_line
@@ -99,15 +100,23 @@ class Upgrade:
         less = "With DeepSpeed less: ZeRO-2 shares gradients and Adam among the GPUs, ZeRO-3 the weights too."
         return lines + ([less] if self.settings.deepspeed is not None else [])
 
+    def check(self) -> None:
+        """Refuse a folder in which the run cannot be, and a swap that could not be done at its end. Nothing is written.
+
+        Raises:
+            UmedError: what is in the way.
+        """
+        check_folder(self.folder, self.steps, self.origin)
+        if self.settings.in_place and not self.swap.begun():
+            self.swap.check()
+
     def run(self) -> dict[str, Any]:
         """Run the steps that are left; return the content of ``summary.json``."""
-        self._refuse_foreign_folder()
+        self.check()
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked():
             if self.swap.begun():
                 return self._finish_swap()
-            if self.settings.in_place:
-                self.swap.check()
             # All settings are compared before anything runs; the inputs of a step when its turn comes.
             self._handle_changes([(step, self.provenance.differences(step, inputs=False)) for step in self.steps])
             write_settings(self.settings, self.folder / RUN_FILE)
@@ -120,15 +129,6 @@ class Upgrade:
                 self.swap.finish(self.plan.result)
             print_summary(summary, self.plan, self.swap, self.console)
         return summary
-
-    def _refuse_foreign_folder(self) -> None:
-        # Lock and partial settings are left by a start that was killed before it had written its settings.
-        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        foreign = {name for name in names if name != INSIDE and not name.startswith(RUN_FILE)}
-        if RUN_FILE not in names and foreign:
-            raise UmedError(
-                f"{self.folder}: contains files but no {RUN_FILE}, so it is not the folder of an upgrade. Choose another --out."
-            )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
