@@ -208,6 +208,12 @@ def test_a_full_disk_names_the_file(tmp_path):
     assert failed.value.filename == str(target) and list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_in_the_place_of_the_file_is_named_and_not_the_partial_file(tmp_path):
+    with pytest.raises(OSError) as failed:
+        files.write_text(tmp_path, "x")
+    assert failed.value.filename == str(tmp_path) and "partial" not in str(failed.value)
+
+
 def test_lines_of_json_hold_every_name_and_follow_a_line_that_was_cut_off(tmp_path: Path) -> None:
     target, odd = tmp_path / "answers.jsonl", os.fsdecode(b"caf\xe9.png")
     files.append_json_lines(target, [{"image": odd}, {"answer": "größe"}])

@@ -93,6 +93,38 @@ def test_a_number_of_studies_is_named_by_its_flag(given, capsys):
     assert f"--studies {given!r}: must be a whole number of at least 1" in said and "_positive" not in said
 
 
+@pytest.mark.parametrize("of", ["build r.yaml --out o.json", "review t.json"])
+@pytest.mark.parametrize("given", ["-3", "1.5", "x"])
+def test_a_seed_that_no_generator_takes_is_named_by_its_flag(of, given, capsys):
+    assert main(["recipe", *of.split(), f"--seed={given}"]) == 2
+    assert f"--seed {given!r}: must be a whole number from 0 to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "example"),
+    [
+        ("recipe build demo_studies", "--out", "records.json"),
+        ("recipe build demo_studies --out o.json --writer openai", "--ledger", "ledger.jsonl"),
+        ("recipe review no.json", "--out", "review.html"),
+        ("report no", "--index", "reports.html"),
+        ("report no", "--picture", "before_after.png"),
+    ],
+)
+def test_where_a_file_cannot_be_is_said_before_the_work(command, flag, example, tmp_path, capsys):
+    """Nothing that the command reads is there: that would be said first."""
+    assert main([*command.split(), flag, str(tmp_path)]) == 2
+    assert f"{flag} {tmp_path}: is a folder. Give a file, such as {tmp_path / example}" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([*command.split(), flag, str(tmp_path / "file" / "a")]) == 2
+    assert f"file is a file, and no folder. Choose another {flag}." in capsys.readouterr().err
+
+
+def test_a_file_where_a_report_is_to_be_is_said_before_the_data_is_read(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["recipe", "check", "no-recipe", "--report", str(tmp_path / "file")]) == 2
+    assert "file: is a file, where a folder is needed. Choose another --report." in capsys.readouterr().err
+
+
 def test_commands_that_are_printed_can_be_pasted(tmp_path):
     """A folder may have spaces."""
     from umed_plugin.checkpoints.folder import find_base

@@ -66,8 +66,9 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             _flush(target.parent)
             _remove_stale(target)
     except OSError as error:
-        if error.filename is None and error.errno in _DISK_IS_FULL:
-            error.filename = str(target)  # a write fails without saying in which file
+        unnamed = error.filename is None and error.errno in _DISK_IS_FULL  # a write fails without saying in which file
+        if unnamed or str(error.filename) == str(partial):  # a name that nobody has given
+            error.filename, error.filename2 = str(target), None
         raise
     finally:
         partial.unlink(missing_ok=True)

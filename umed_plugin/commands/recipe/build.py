@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.commands.numbers import seed
+from umed_plugin.commands.outputs import check_file
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.commands.recipe.sharing import add_sharing_flags, is_whole, joining, remove_marks
 from umed_plugin.commands.recipe.writer_flags import add_writer_flags, read_writer_flags
@@ -48,7 +50,7 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         "--box-decimals", default=2, type=int, choices=(2, 3), help="decimals of box coordinates in text (default: 2)"
     )
     parser.add_argument("--split", choices=("train", "val", "test"), help="only this split (default: all)")
-    parser.add_argument("--seed", default=0, type=int, help="seed for the choice of wordings (default: 0)")
+    parser.add_argument("--seed", default=0, type=seed, help="seed for the choice of wordings (default: 0)")
     parser.add_argument(
         "--on-bad-image",
         default="stop",
@@ -80,6 +82,8 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build the records; exit status 1 if images are still without a diagnosis."""
     # Everything that may be wrong with the command line is reported before the first image is read.
+    check_file("--out", args.out, "records.json")
+    check_file("--ledger", args.ledger, "ledger.jsonl")
     writer = read_writer_flags(args)
     decisions = _decisions(args)
     _check_replaced(args.out, args.recipe)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from umed_plugin.commands.outputs import check_folder
 from umed_plugin.commands.recipe.arguments import add_against, add_recipe_and_root
 from umed_plugin.errors import UmedError, UsageError, note
 from umed_plugin.terminal.console import console as make_console
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from umed_plugin.data.checking.report import print_check
     from umed_plugin.data.recipes.recipe import load_recipe
 
+    check_folder("--report", args.report)
     try:
         recipe = load_recipe(args.recipe)
     except UsageError:

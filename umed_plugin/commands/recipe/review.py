@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from umed_plugin.commands.numbers import seed
+from umed_plugin.commands.outputs import check_file
 from umed_plugin.errors import UmedError, UsageError, note
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def add_parser(actions: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         help="number of random records to review besides those set aside (default: all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the sample (default: 0)")
     parser.add_argument(
         "--disagreements",
         nargs="+",
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--sample {args.sample}: must be 0 or more.")
     if args.sample is not None and args.disagreements:
         raise UsageError("--sample: no effect with --disagreements, which chooses the records.")
+    check_file("--out", args.out, "review.html")
     records = load_records(args.file)
     set_aside = args.file.with_name(f"{args.file.stem}.aside.json")
     if set_aside.is_file():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umed_plugin.commands.numbers import at_least_one
+from umed_plugin.commands.outputs import check_file
 from umed_plugin.errors import UsageError, say
 from umed_plugin.terminal.progress import Steps, add_quiet_flag
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.picture and len(args.run_dir) > 1:
         raise UsageError("--picture is of one run. Give one RUN_DIR with it.")
+    check_file("--index", args.index, FILE)
+    check_file("--picture", args.picture, "before_after.png")
     with Steps(transient=True) as steps:
         shown: list[str] = []
 
