@@ -154,3 +154,12 @@ def test_the_review_that_a_build_advises_can_be_pasted(tmp_path, monkeypatch, ca
     build.with_decisions([], [{"id": "a"}], [], out)
     line = next(line for line in capsys.readouterr().out.splitlines() if "umed recipe review" in line)
     assert shlex.split(line)[-1] == str(out)
+
+
+def test_the_flags_that_a_build_advises_can_be_pasted(tmp_path, capsys):
+    from umed_plugin.commands.recipe import build
+
+    out = tmp_path / "bu ilt" / "train.json"
+    build._tell_result(SimpleNamespace(out=out, tower=None, image_aspect_ratio="pad"), [])
+    words = shlex.split(capsys.readouterr().out.partition("train with: ")[2])
+    assert words == ["--data_path", str(out), "--image_folder", str(out.parent), "--image_aspect_ratio", "pad"]

@@ -261,7 +261,12 @@ def _tell_result(args: argparse.Namespace, records: list[Record]) -> None:
         note(
             f"{pseudo} of the records have pseudo-boxes, which no person drew. Look at {_sheet(args)} before you train."
         )
-    note(
-        f"train with: --data_path {args.out} --image_folder {args.out.parent} "
-        f"--image_aspect_ratio {args.image_aspect_ratio}"
+    flags = (
+        "--data_path",
+        args.out,
+        "--image_folder",
+        args.out.parent,
+        "--image_aspect_ratio",
+        args.image_aspect_ratio,
     )
+    note(f"train with: {shlex.join(map(str, flags))}")
