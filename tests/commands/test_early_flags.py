@@ -127,20 +127,24 @@ def test_a_file_where_a_report_is_to_be_is_said_before_the_data_is_read(tmp_path
 
 def test_commands_that_are_printed_can_be_pasted(tmp_path):
     """A folder may have spaces."""
-    from umed_plugin.checkpoints.folder import find_base
+    from umed_plugin.checkpoints.folder import find_base, read_config
     from umed_plugin.commands.doctor.catalogue import finding
     from umed_plugin.data.records import load_records
 
     folder = tmp_path / "my runs"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {}}))
+    with pytest.raises(UmedError) as other_form:
+        read_config(folder)
     with pytest.raises(UmedError) as lora:
         find_base(folder, folder)
     with pytest.raises(UmedError) as records:
         load_records(folder / "train.json")
-    told = [str(lora.value), str(records.value), finding("adapter-not-merged", "", "", checkpoint=folder).remedy]
+    unmerged = finding("adapter-not-merged", "", "", checkpoint=folder).remedy
+    told = [str(lora.value), str(records.value), str(other_form.value), unmerged]
     for text in told:
-        words = shlex.split(re.search(r"umed (merge|recipe|doctor) .*", text)[0])
+        words = shlex.split(re.search(r"umed (convert|merge|recipe|doctor) .*", text)[0])
         assert any(word.startswith(str(folder)) for word in words), text
 
 

@@ -86,7 +86,8 @@ def read_config(path: Path | str) -> dict[str, Any]:
     if kind == "llava" and "text_config" in config:
         raise UmedError(
             f"{file}: this is the transformers form of LLaVA (it has text_config), which LLaVA's own code cannot load. Needed: "
-            "the original form, as in liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b on the Hub."
+            "the original form, as in liuhaotian/ or microsoft/llava-med-v1.5-mistral-7b on the Hub. Convert it: umed convert "
+            f"{shlex.quote(str(path))} --out DIR"
         )
     if kind not in FAMILIES:
         raise UmedError(f"{file}: not a LLaVA checkpoint: {unknown_name('model_type', str(kind), FAMILIES)}")
