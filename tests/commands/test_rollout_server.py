@@ -118,7 +118,8 @@ def test_the_command_becomes_the_server(served, tmp_path):
         (["--port", "0"], "must be from 1 to 65535"),
         (["--kv-cache-gb", "0"], "must be 1 or more"),
         (["--python", "/no/such/python"], "cannot be run"),
-        (["--python", sys.executable], "has no vLLM"),
+        (["--python", sys.executable], "has no vLLM. It is the Python of"),
+        (["--python", sys.executable], "LLaVA's pins cannot hold it. Make another one (python -m venv ENV"),
         ([], "vLLM is not installed in this environment"),
     ],
 )
@@ -126,6 +127,23 @@ def test_what_would_fail_later_is_refused(arguments, words, served, monkeypatch,
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     assert main(["rollout-server", str(served), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_vllm_is_installed_into_an_environment_without_llava_alone(served, tmp_path, capsys):
+    plain = tmp_path / "plain" / "bin" / "python"
+    plain.parent.mkdir(parents=True)
+    plain.symlink_to(os.path.realpath(sys.executable))
+    (tmp_path / "plain" / "pyvenv.cfg").write_text(f"home = {Path(os.path.realpath(sys.executable)).parent}\n")
+    call = ["rollout-server", str(served), "--python", str(plain)]
+    assert main(call) == 2
+    assert f"has no vLLM. Install it there: {plain} -m pip install vllm" in capsys.readouterr().err
+    packages = Path(
+        subprocess.check_output([plain, "-c", "import site; print(site.getsitepackages()[0])"], text=True).strip()
+    )
+    (packages / "llava-1.2.2.dist-info").mkdir(parents=True)
+    (packages / "llava-1.2.2.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: llava\nVersion: 1.2.2\n")
+    assert main(call) == 2
+    assert "has no vLLM. It is the Python of LLaVA's environment" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

