@@ -81,7 +81,9 @@ def test_a_training_that_went_on_behind_its_end_is_not_done(tmp_path: Path, caps
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(tmp_path)]) == 1 and "holds no run" in capsys.readouterr().err
+    assert main(["status", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "holds no run" in said.err and said.out == ""
     assert main(["status", str(tmp_path / "nowhere")]) == 1 and "no such folder" in capsys.readouterr().err
 
 

@@ -42,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
             f"{folder}: there is no such folder. Give the --out of an upgrade or demo, or a training's --output_dir."
         )
     busy, ended = holder(folder), has_ended(folder)
+    shown = _of_logs(folder, busy is not None, ended) or _of_checkpoints(folder)
+    if not shown and not busy:
+        raise UmedError(f"{folder}: holds no run: neither logs/, nor trainer_state.json, nor a process that writes it.")
     state = (
         f"running ({busy})" if busy else "done" if ended else "stopped before its end; the same command continues it"
     )
     say(f"{one_line(folder)}: {state}")
-    shown = _of_logs(folder, busy is not None, ended) or _of_checkpoints(folder)
-    if not shown and not busy:
-        raise UmedError(f"{folder}: holds no run: neither logs/, nor trainer_state.json, nor a process that writes it.")
     for line in shown:
         say(f"  {line}")
     return 0 if busy or ended else 1
