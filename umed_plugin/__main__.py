@@ -1,0 +1,7 @@
+"""``python -m umed_plugin COMMAND ...`` is ``umed COMMAND ...``."""
+
+import sys
+
+from umed_plugin.cli import main
+
+sys.exit(main())
