@@ -32,6 +32,12 @@ _REQUIRED = "the following arguments are required"  # how argparse's message beg
 # What a training command begins with.
 _TRAINING_COMMANDS = ("python", "python3", "bash", "sh", "torchrun", "deepspeed", "accelerate")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+# Logger -> its words that nobody can act on. "" is the root logger.
+_NOT_TOLD = {
+    "": "xformers not found",  # LLaVA: it is optional
+    "transformers.configuration_utils": "to instantiate a model of type ``",  # it does not know LLaVA's model types
+    "transformers.utils.import_utils": "requires torchvision (not installed)",  # the other reader is as good
+}
 _LONGEST = 300  # characters of an unforeseen error's message
 
 
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    _silence_imports()
+    _silence_libraries()
     try:
         parser = build_parser()
         args = parser.parse_args(argv)
@@ -173,16 +179,17 @@ def _unforeseen(error: Exception) -> int:
     return FAILED
 
 
-def _silence_imports() -> None:
-    """Hide what libraries say while they are imported about hardware and packages that the command does not use."""
+def _silence_libraries() -> None:
+    """Hide what libraries say about hardware and packages that the command does not use, and about what is so in every LLaVA."""
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
-    # LLaVA reports through the root logger that the optional xformers is missing.
-    logging.getLogger().addFilter(_is_not_about_xformers)
+        warnings.filterwarnings("ignore", message="`rope_scaling` is deprecated", category=FutureWarning)
+    for logger in _NOT_TOLD:
+        logging.getLogger(logger).addFilter(_is_to_be_told)
 
 
-def _is_not_about_xformers(record: logging.LogRecord) -> bool:
-    return "xformers not found" not in str(record.msg)
+def _is_to_be_told(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in _NOT_TOLD.values())
 
 
 if __name__ == "__main__":

@@ -416,6 +416,13 @@ def test_nothing_but_the_object_is_printed_for_programs():
     assert json.loads(done.stdout)["environment"]["python"]
 
 
+def test_the_words_of_transformers_about_every_llava_are_held_back(tiny_mistral):
+    """It knows no llava_mistral, and calls rope_scaling old."""
+    command = [sys.executable, "-m", "umed_plugin", "doctor", str(tiny_mistral), "--quiet"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+
+
 @pytest.mark.parametrize(
     ("files", "code"),
     [
