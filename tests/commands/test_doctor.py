@@ -423,6 +423,15 @@ def test_the_words_of_transformers_about_every_llava_are_held_back(tiny_mistral)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
+@pytest.mark.parametrize("content", [None, "[1]", "{}"])
+def test_records_that_cannot_be_read_are_refused_as_a_recipe_is(content, tiny_mistral, tmp_path, capsys):
+    file = tmp_path / "records.json"
+    if content is not None:
+        file.write_text(content)
+    assert main(["doctor", str(tiny_mistral), "--recipe", str(file)]) == 1
+    assert f"umed: {file}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("files", "code"),
     [

@@ -88,8 +88,11 @@ def run(args: argparse.Namespace) -> int:
 def _check_recipe(recipe: str) -> None:
     """Refuse one that cannot be read, before a checkpoint's weights are."""
     from umed_plugin.data.recipes.recipe import load_recipe
+    from umed_plugin.data.records import load_records
 
-    if not recipe.endswith(".json"):
+    if recipe.endswith(".json"):
+        load_records(recipe)
+    else:
         load_recipe(recipe)
 
 
