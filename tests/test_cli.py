@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,22 @@ def test_libraries_are_imported_in_silence() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 or "No module named 'bitsandbytes'" in done.stderr
     assert done.returncode or (done.stdout, done.stderr) == ("", "")
+
+
+def test_what_a_library_logs_at_its_import_is_not_shown(tmp_path: Path) -> None:
+    """On some processors bitsandbytes asks for a further package. Its later words are shown."""
+    (tmp_path / "bitsandbytes.py").write_text(
+        "import logging\nlogger = logging.getLogger('bitsandbytes.cpu')\nlogger.warning('at import')\n"
+    )
+    code = (
+        "from umed_plugin.terminal.silent_imports import silent_imports\n"
+        "with silent_imports():\n    import bitsandbytes\n"
+        "bitsandbytes.logger.warning('later')"
+    )
+    places = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()])])
+    environment = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "later\n")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.abc
 import io
+import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -43,9 +44,22 @@ class _SilentLoader(importlib.abc.Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _unheard(module.__name__):
             warnings.simplefilter("ignore")
             self._loader.exec_module(module)
+
+
+@contextlib.contextmanager
+def _unheard(name: str) -> Iterator[None]:
+    """Drop what the logger of a library, and those below it, say inside the ``with`` block."""
+    logger, handler = logging.getLogger(name), logging.NullHandler()
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 class SilentImports(importlib.abc.MetaPathFinder):
