@@ -304,7 +304,7 @@ def test_settings_of_another_adapter_are_refused_before_peft_reads_them(lora, fl
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"target_modules": ["q_proj"]}, r"contains '.*down_proj.*no layer of the target_modules"),
+        ({"target_modules": ["q_proj"]}, r"contains '.*_proj.*no layer of the target_modules"),
         ({"r": 2}, r"has shape \(4, .*but r is 2"),
     ],
 )
