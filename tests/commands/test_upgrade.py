@@ -193,7 +193,7 @@ def test_the_command_line_is_written_into_the_run_file_and_wins_over_it(tiny_mis
     (tmp_path / "my.yaml").write_text(
         f"checkpoint: {tiny_mistral}\nrecipe: demo_studies\nrewarding: {{candidates: 5}}\n"
     )
-    call = ["upgrade", "--config", "my.yaml", "--dry-run"]
+    call = ["upgrade", "--config", "my.yaml", "--out", "run", "--dry-run"]
     assert cli.main(call) == 0
     out = capsys.readouterr().out
     assert "--umed_num_candidates 5 " in out and "--umed_val_every" not in out.partition("# The records")[0]

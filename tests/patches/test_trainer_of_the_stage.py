@@ -161,9 +161,13 @@ def test_each_weight_keeps_its_rate_where_deepspeed_drops_empty_groups(tower, fl
             assert found == {name: rate_of(name) for name in names.values()}
 
 
-def test_a_schedule_that_had_a_rate_for_the_empty_group_goes_on_with_the_right_rates(tmp_path, capsys):
+def test_a_schedule_that_had_a_rate_for_the_empty_group_goes_on_with_the_right_rates(tmp_path, capsys, monkeypatch):
     """Such are the checkpoints of earlier releases under DeepSpeed and transformers 4. A torch schedule takes no other number."""
     patching.apply(ALL)
+    from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+
+    # transformers imports it where DeepSpeed is installed.
+    monkeypatch.setattr("transformers.trainer.DeepSpeedSchedulerWrapper", DeepSpeedSchedulerWrapper, raising=False)
     from llava.train.llava_trainer import LLaVATrainer
 
     def schedule_over(*groups):
@@ -201,7 +205,7 @@ def test_the_entries_of_a_tower_in_parts_are_all_counted(tiny_mistral):
 
 def test_a_tower_whose_rate_deepspeeds_own_optimizer_undoes_is_not_trained():
     """The flags are checked for that; this is the door behind."""
-    from accelerate.utils import DummyOptim
+    from accelerate.utils.deepspeed import DummyOptim
 
     patching.apply(ALL)
     from umed_plugin.training.tuning_trainer import TuningTrainer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from llava.train.llava_trainer import LLaVATrainer, get_modality_length_grouped_indices
 from torch import Tensor
 from transformers import TrainerCallback
