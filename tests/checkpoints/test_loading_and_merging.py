@@ -7,12 +7,15 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from support.taught import write_lora
+from support.umed_runs import TESTS, environment
 
 from umed_plugin.checkpoints.exporting import export
 from umed_plugin.checkpoints.folder import TOWER, find_base, read_tensors, weight_files
@@ -341,6 +344,39 @@ def test_an_adapter_that_was_saved_under_its_name_in_peft_is_loaded_too(lora, fl
         {name.replace(".weight", ".default.weight"): t for name, t in adapter.items()}, other / "adapter_model.bin"
     )
     assert torch.equal(logits(other, float32_base), logits(lora, float32_base))
+
+
+PLAIN_SCRIPT = """
+import sys, torch
+from umed_plugin import load_checkpoint
+
+tokenizer, model, _ = load_checkpoint(sys.argv[1], sys.argv[2], device="cpu")
+prompt = tokenizer("[INST] Where is it?").input_ids
+ids = torch.tensor([prompt[:1] + [-200] + prompt[1:]])
+image = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+with torch.no_grad():
+    torch.save(model(input_ids=ids, images=image).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_plain_script_loads_an_adapter_on_the_tower_too(lora, float32_base, tmp_path, trained):
+    """Without the patches that commands apply, transformers 5 builds a tower of other names than checkpoints have."""
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    (file,) = other.glob("adapter_model.*")
+    adapter = read_tensors(file)
+    file.unlink()
+    on_tower = [name for name in adapter if ".vision_tower." in name and ".lora_B." in name]
+    assert on_tower
+    for name in on_tower:
+        adapter[name] = adapter[name] + (0.1 if trained else 0)
+    torch.save(adapter, other / "adapter_model.bin")
+    here = logits(other, float32_base)
+    assert torch.equal(here, logits(lora, float32_base)) != trained
+    command = [sys.executable, "-c", PLAIN_SCRIPT, str(other), str(float32_base), str(tmp_path / "logits.bin")]
+    done = subprocess.run(command, env=environment(TESTS), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    torch.testing.assert_close(torch.load(tmp_path / "logits.bin"), here, atol=1e-4, rtol=1e-4)
 
 
 def refused_everywhere(lora: Path, base: Path, said: str, code: str) -> None:

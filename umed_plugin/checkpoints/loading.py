@@ -35,6 +35,7 @@ from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missi
 from umed_plugin.checkpoints.plain_lora import layer_of, untrained_fault
 from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
+from umed_plugin.checkpoints.tower_weights import as_in
 from umed_plugin.errors import UmedError
 from umed_plugin.terminal.progress import library_bars
 
@@ -115,6 +116,7 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
     if not inside:
         refuse_missing_of_tower(tower.vision_tower_name)
     else:
+        inside = as_in(tower.state_dict(), inside)
         misfit = tower_misfit(tower.state_dict(), inside)
         if misfit:
             raise UmedError(
@@ -195,12 +197,13 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     adapter, others = adapter_tensors(lora_dir)
-    unknown = model.load_state_dict(others, strict=False).unexpected_keys
+    unknown = model.load_state_dict(as_in(model.state_dict(), others), strict=False).unexpected_keys
     if unknown:
         raise UmedError(f"{lora_dir / NON_LORA}: contains {unknown[0]!r}, which the base does not have. Check --base.")
     config = LoraConfig.from_pretrained(lora_dir)
     with torch.no_grad():
         model = get_peft_model(model, config)
+        adapter = as_in([name.replace(".default", "") for name in model.state_dict()], adapter)
         _refuse_misplaced(model, adapter, lora_dir)
         set_peft_model_state_dict(model, adapter)
     return model

@@ -7,6 +7,7 @@ tensor of the tower.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from umed_plugin.checkpoints.folder import TOWER, is_buffer, weight_files
@@ -52,3 +53,26 @@ def tower_parts(tensors: dict[str, Any]) -> dict[str, Any]:
 def bare_tower_name(name: str) -> str:
     """A tower tensor's name without any prefix, ``embeddings...``: transformers 5 saves a tower without ``vision_model``."""
     return re.sub(r"^(vision_tower\.)*(vision_model\.)?", "", name)
+
+
+def as_in(own: Iterable[str], tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors by the names that a model, or LLaVA's tower alone, has for them.
+
+    Without LLaVA's patches, as in a plain script, transformers 5 builds a tower without the level ``vision_model``.
+
+    Args:
+        own: names of the model's tensors.
+        tensors: by the names of LLaVA's checkpoints; a name that the model has not stays as it is.
+
+    Example:
+        >>> as_in(["model.vision_tower.vision_tower.post.bias"], {"model.vision_tower.vision_tower.vision_model.post.bias": 1})
+        {'model.vision_tower.vision_tower.post.bias': 1}
+    """
+    known = {_without_levels(name): name for name in own}
+    return {known.get(_without_levels(name), name): tensor for name, tensor in tensors.items()}
+
+
+def _without_levels(name: str) -> str:
+    """A tensor's name with what comes before the tower, and what is inside it, but not the levels between."""
+    before, tower, inside = f".{name}".partition(f".{_INSIDE}")
+    return f"{before}{tower}{bare_tower_name(inside)}"
