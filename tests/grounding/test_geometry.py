@@ -171,6 +171,13 @@ def test_boxes_move_along_with_pixels(transpose: bool, flip_x: bool, flip_y: boo
         ("pad", {"size": 64, "crop_size": 64, "do_resize": False}, "do_resize is false"),
         ("pad", {"size": 64, "do_center_crop": False}, None),
         ("square", {"size": 64, "do_center_crop": False}, "do_center_crop is false"),
+        ("square", {"size": 64, "crop_size": 64, "do_center_crop": None}, "do_center_crop is false"),
+        ("square", {"size": None, "crop_size": {"height": 224, "width": 224}}, None),
+        ("square", {"size": {"shortest_edge": 224}, "crop_size": None}, None),
+        ("square", {"size": None, "crop_size": 64}, "size is 224 x 224, and crop_size 64 x 64"),
+        ("pad", {"size": [64, 64], "crop_size": [64, 64]}, None),
+        ("pad", {"size": 64, "crop_size": (64, 48)}, "size is 64 x 64, and crop_size 64 x 48"),
+        ("square", {"size": [64, 64], "crop_size": 64}, "size is 64 x 64 and not a shortest_edge, which"),
     ],
 )
 def test_an_image_processor_that_shows_another_square_is_found(mode: str, values: dict, fault: str | None) -> None:

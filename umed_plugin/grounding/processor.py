@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_DEFAULT = 224  # of CLIPImageProcessor, for a size that is not stated
+_DEFAULT = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIPImageProcessor
 
 
 def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -> str | None:
@@ -24,8 +24,10 @@ def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -
         'size is 256 x 256, and crop_size 224 x 224'
         >>> processor_fault({"size": 224, "crop_size": {"height": 224, "width": 224}}, "square")
     """
-    size, pads = values.get("size", _DEFAULT), image_aspect_ratio == "pad"
-    resized, cropped = _sides(size), _sides(values.get("crop_size", _DEFAULT))
+    pads = image_aspect_ratio == "pad"
+    size, crop = (_stated(values.get(key), default) for key, default in _DEFAULT.items())
+    resized, cropped = _sides(size), _sides(crop)
+    # Null is not the default here: the processor takes it for false.
     if not values.get("do_resize", True):
         return "do_resize is false"
     if not values.get("do_center_crop", True):
@@ -35,6 +37,13 @@ def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -
     if not pads and isinstance(size, Mapping) and size.get("shortest_edge") is None:
         return f"size is {_in_words(resized)} and not a shortest_edge, which squeezes images that are not square"
     return None
+
+
+def _stated(size: Any, default: dict[str, int]) -> Any:
+    """A size as CLIPImageProcessor reads it: null stands for the default, a list for height and width."""
+    if isinstance(size, (list, tuple)) and len(size) == 2:
+        return {"height": size[0], "width": size[1]}
+    return default if size is None else size
 
 
 def _sides(value: Any) -> tuple[Any, Any]:
