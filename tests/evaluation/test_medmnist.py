@@ -51,6 +51,24 @@ def test_pictures_are_those_of_the_data_file_as_it_is_also_of_an_older_one(tmp_p
     assert os.stat(question.image).st_ino == written, "it is up to date"
 
 
+@pytest.mark.parametrize(
+    ("later", "writable", "kept"),
+    [(-1, True, True), (2, True, True), (-3, True, False), (3, True, False), (3, False, True), (-3, False, False)],
+)
+def test_a_picture_whose_time_was_lost_is_taken_where_nothing_can_be_written(
+    tmp_path, monkeypatch, later, writable, kept
+):
+    """A disk may keep whole seconds; a copy made by ``cp -r`` is newer, and its folder may be read-only."""
+    root = mnist(tmp_path / "mnist")
+    question = next(q for q in questions_of("medmnist", root) if q.groups["part"] == "pneumoniamnist")
+    changed = os.stat(root / "pneumoniamnist.npz").st_mtime_ns + later * 10**9
+    os.utime(question.image, ns=(changed, changed))
+    monkeypatch.setattr(os, "access", lambda folder, mode: writable)  # root may write into any folder
+    before = os.stat(question.image).st_ino
+    write_images([question])
+    assert (os.stat(question.image).st_ino == before) == kept
+
+
 def test_several_labels_are_asked_one_by_one_about_one_image(tmp_path, short_bootstrap):
     questions = [q for q in questions_of("medmnist", mnist(tmp_path / "mnist")) if q.groups["part"] == "chestmnist"]
     assert len({question.image for question in questions}) == 6 and not any(question.write for question in questions)

@@ -26,6 +26,8 @@ from umed_plugin.evaluation.metrics.metric import RATE, Columns, Metric, Row, St
 from umed_plugin.grounding.scoring import Scorer
 from umed_plugin.model.answerer import ModelAnswer
 
+_COARSEST = 2 * 10**9  # nanoseconds: FAT keeps even seconds
+
 
 def questions(root: Path, split: str, work: Path) -> list[BenchmarkQuestion]:
     """One question per image, or per image and label, of every set whose file is there."""
@@ -97,7 +99,8 @@ def write_images(asked: Sequence[BenchmarkQuestion]) -> None:
     """Write the images of these questions as PNG, but for those that exist already.
 
     A picture has its data file's time of change. So another data file is noticed, be it newer or older, and processes that
-    write side by side need no file in which they note what was written.
+    write side by side need no file in which they note what was written. Where nothing can be written, a newer one is taken too:
+    a copy of the folder may have lost its times.
     """
     import numpy as np
     from PIL import Image
@@ -112,10 +115,18 @@ def write_images(asked: Sequence[BenchmarkQuestion]) -> None:
             images = arrays[f"{split}_images"]
         for path, index in places.items():
             target = Path(path)
-            if not target.exists() or target.stat().st_mtime_ns != changed:
+            if not _is_written(target, changed):
                 with files.replacing(target, durable=False) as partial:
                     Image.fromarray(images[index]).save(partial, format="PNG")
                     os.utime(partial, ns=(changed, changed))
+
+
+def _is_written(picture: Path, changed: int) -> bool:
+    """Whether a picture is there and made from a data file of this time of change, as far as the disk tells."""
+    if not picture.exists():
+        return False
+    later = picture.stat().st_mtime_ns - changed
+    return abs(later) <= _COARSEST or (later > 0 and not os.access(picture.parent, os.W_OK))
 
 
 def score(question: BenchmarkQuestion, answer: ModelAnswer, scorer: Scorer) -> dict[str, float]:
