@@ -7,9 +7,10 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
-from support.judge_server import Answer, completion, judge_server
+from support.judge_server import Answer, Asked, completion, judge_server
 from support.umed_runs import TESTS, environment
 
 from umed_plugin.errors import UmedError
@@ -64,13 +65,72 @@ def test_a_request_stays_with_the_address_that_was_given() -> None:
         result = asked(Answer("", 307, {"Location": f"{other.url}/chat/completions"}))
         assert other.asked == []
     assert isinstance(result, Failure) and result.status == 307
-    assert f"sends the request on to 127.0.0.1:{other.server_port}" in result.reason
+    assert f"give its address: --base-url {other.url} " in result.reason
+
+
+@pytest.mark.parametrize("location", ["http://me:secret@host:81/api/v1/chat/completions", "//me:secret@host:81/api/v1"])
+def test_the_advice_names_the_address_to_give(location: str) -> None:
+    result = asked(Answer("", 301, {"Location": location}))
+    assert isinstance(result, Failure) and "--base-url http://host:81/api/v1 " in result.reason
+    assert "secret" not in result.reason
+
+
+@pytest.mark.parametrize("whole_address", [False, True])
+@pytest.mark.parametrize("status", [307, 308])
+def test_another_path_of_the_same_server_is_followed(status: int, whole_address: bool) -> None:
+    """As proxies and web frameworks ask for, such as a slash at the end."""
+
+    def answer(request: Asked) -> Answer:
+        if request.path.endswith("/"):
+            return Answer(completion(request.text))
+        here = server.url.removesuffix("/v1") if whole_address else ""
+        return Answer("", status, {"Location": f"{here}{request.path}/"})
+
+    with judge_server(answer) as server:
+        client = ModelClient(ServerSettings("m", server.url, retries=0), lambda key, reply: None)
+        result = client.ask("k", [{"role": "user", "content": "a report"}]).result(60)
+        client.close()
+        assert isinstance(result, Reply) and result.text == "a report"
+        assert server.asked[0].authorization == server.asked[1].authorization
+        with BoundedClient() as batches:
+            assert batches.post(f"{server.url}/files", json={"messages": [{"content": "?"}]}).status_code == 200
+
+
+def test_a_server_that_sends_on_for_ever_is_left() -> None:
+    result = asked(Answer("", 307, {"Location": "/v1/chat/completions"}))
+    assert isinstance(result, Failure) and result.status == 307
 
 
 def test_a_reply_that_was_packed_unasked_is_read() -> None:
     packed = gzip.compress(json.dumps(completion("yes")).encode())
     result = asked(Answer(packed, headers={"Content-Encoding": "gzip"}))
     assert isinstance(result, Reply) and result.text == "yes"
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "none", "", "Identity", "UTF-8, identity"])
+def test_a_reply_that_was_not_packed_is_read_whatever_its_header_says(coding: str) -> None:
+    result = asked(Answer(completion("yes"), headers={"Content-Encoding": coding}))
+    assert isinstance(result, Reply) and result.text == "yes"
+
+
+@pytest.mark.parametrize("coding", ["X-Gzip", "deflate", "deflate, gzip", "utf-8, gzip"])
+def test_every_way_to_pack_that_python_knows_is_unpacked(coding: str) -> None:
+    body = json.dumps(completion("yes")).encode()
+    for way in coding.split(", "):
+        body = {"deflate": zlib.compress, "utf-8": bytes}.get(way, gzip.compress)(body)
+    result = asked(Answer(body, headers={"Content-Encoding": coding}))
+    assert isinstance(result, Reply) and result.text == "yes"
+
+
+@pytest.mark.parametrize(
+    ("coding", "body"), [("br", b"x"), ("zstd", b"x"), ("gzip", b"x"), ("gzip", gzip.compress(b"x" * 99)[:20])]
+)
+def test_a_packed_reply_that_cannot_be_unpacked_is_no_batchs_file(coding: str, body: bytes) -> None:
+    """A single request may be paid for, so it is not sent again; a batch would be noted as collected."""
+    answer = Answer(body, headers={"Content-Encoding": coding})
+    assert isinstance(asked(answer), Unreadable)
+    with judge_server(lambda request: answer) as server, BoundedClient() as client:
+        assert client.post(f"{server.url}/files/f/content", json={}).status_code == 415
 
 
 @pytest.mark.parametrize("packed", [False, True])

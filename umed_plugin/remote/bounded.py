@@ -13,11 +13,15 @@ from typing import Any
 import openai
 
 MOST_BYTES = 8 * 2**20  # of a reply to one request
+TOO_LONG, PACKED = 413, 415  # statuses of replies that cannot be read, where they are errors
 _UNPACKED = ("content-encoding", "content-length", "transfer-encoding")
+_MOST_HOPS = 3  # of a request that its server sends on
+# Ways to pack a reply. Other values of the header, such as utf-8 or none, say nothing about the content.
+_ZLIB, _OTHERS = ("gzip", "x-gzip", "deflate"), ("br", "zstd", "compress", "x-compress")
 
 
 class BoundedAsyncClient(openai.DefaultAsyncHttpxClient):
-    """In place of a reply that is too long, a text that says so is returned, with the reply's own status.
+    """In place of a reply that cannot be read, a text that says so is returned, with the reply's own status.
 
     The request may be paid for, so it is not sent again, as it would be after an error.
     """
@@ -29,6 +33,12 @@ class BoundedAsyncClient(openai.DefaultAsyncHttpxClient):
         """The reply to a request, read as a whole unless ``stream``."""
         request.headers["Accept-Encoding"] = "identity"
         response = await super().send(request, stream=True, **options)
+        for _ in range(_MOST_HOPS):
+            following = _on_same_server(response)
+            if following is None:
+                break
+            await response.aclose()
+            response = await super().send(following, stream=True, **options)
         if stream:
             return response
         content = bytearray()
@@ -39,13 +49,11 @@ class BoundedAsyncClient(openai.DefaultAsyncHttpxClient):
                     break
         finally:
             await response.aclose()
-        return _whole(
-            response, request, _unpacked(response, bytes(content), MOST_BYTES), MOST_BYTES, response.status_code
-        )
+        return _whole(response, bytes(content), MOST_BYTES, errors=False)
 
 
 class BoundedClient(openai.DefaultHttpxClient):
-    """A reply that is too long is given the status 413, which the package raises as an error.
+    """A reply that cannot be read is given the status `TOO_LONG` or `PACKED`, which the package raises as an error.
 
     Attributes:
         most_bytes: of a reply; a batch's files are longer than other replies.
@@ -59,6 +67,12 @@ class BoundedClient(openai.DefaultHttpxClient):
         """The reply to a request, read as a whole unless ``stream``."""
         request.headers["Accept-Encoding"] = "identity"
         response = super().send(request, stream=True, **options)
+        for _ in range(_MOST_HOPS):
+            following = _on_same_server(response)
+            if following is None:
+                break
+            response.close()
+            response = super().send(following, stream=True, **options)
         if stream:
             return response
         content = bytearray()
@@ -69,26 +83,61 @@ class BoundedClient(openai.DefaultHttpxClient):
                     break
         finally:
             response.close()
-        return _whole(response, request, _unpacked(response, bytes(content), self.most_bytes), self.most_bytes, 413)
+        return _whole(response, bytes(content), self.most_bytes, errors=True)
+
+
+def _on_same_server(response: Any) -> Any:
+    """The request that a 307 or 308 asks for, if it goes to the same scheme, host and port; else None."""
+    following = response.next_request if response.status_code in (307, 308) else None
+    if following is None:
+        return None
+    old, new = response.request.url, following.url
+    return following if (new.scheme, new.host, new.port) == (old.scheme, old.host, old.port) else None
+
+
+def _whole(response: Any, content: bytes, most: int, errors: bool) -> Any:
+    """The response with its content unpacked, or with a text why it cannot be read, and then an error's status if ``errors``."""
+    status, fault = response.status_code, None
+    try:
+        content = _unpacked(response, content, most)
+    except (zlib.error, ValueError):
+        packed = response.headers["content-encoding"]
+        status, fault = PACKED, f"a reply packed as {packed!r} that cannot be unpacked; nothing packed was asked for"
+    if len(content) > most:
+        status, fault = TOO_LONG, f"a reply of more than {most} bytes"
+    if fault is not None:
+        content = json.dumps(fault).encode()
+    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _UNPACKED]
+    return type(response)(
+        status if errors else response.status_code, headers=headers, content=content, request=response.request
+    )
 
 
 def _unpacked(response: Any, content: bytes, most: int) -> bytes:
-    """The content, unpacked where a server has packed it unasked.
+    """The content, unpacked where a server has packed it unasked; one that is longer than ``most`` may end behind it.
 
-    It ends one byte behind ``most``, which tells that it is longer.
+    Raises:
+        ValueError: it is packed in a way that cannot be unpacked here.
+        zlib.error: it is not what its header says, or not whole.
     """
-    if response.headers.get("content-encoding", "identity") == "identity":
-        return content
+    codings = [coding.strip().lower() for coding in response.headers.get("content-encoding", "").split(",")]
+    for coding in reversed(codings):
+        if not content or len(content) > most:
+            break
+        if coding in _OTHERS:
+            raise ValueError(coding)
+        if coding in _ZLIB:
+            content = _inflated(content, most)
+    return content
+
+
+def _inflated(content: bytes, most: int) -> bytes:
     try:
-        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(content, most + 1)
-    except zlib.error:
-        return json.dumps("a reply that is packed in a way that was not asked for").encode()
-
-
-def _whole(response: Any, request: Any, content: bytes, most: int, too_long: int) -> Any:
-    """The response with its content; of one that is too long, the status ``too_long`` and a text that says so."""
-    status = response.status_code
-    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _UNPACKED]
-    if len(content) > most:
-        status, content = too_long, json.dumps(f"a reply of more than {most} bytes").encode()
-    return type(response)(status, headers=headers, content=content, request=request)
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        unpacked = unpacker.decompress(content, most + 1)
+    except zlib.error:  # some servers leave out the header of deflate
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        unpacked = unpacker.decompress(content, most + 1)
+    if not unpacker.eof and len(unpacked) <= most:
+        raise zlib.error("it ends too early")
+    return unpacked

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import openai
 from openai.types.chat import ChatCompletion
@@ -35,6 +35,7 @@ _LONGEST_PAUSE = 60.0  # seconds; if the server asks for a longer pause, the nex
 _NO_KEY = "none"
 _SHOWN = 300  # characters of an error in a message
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_ENDPOINTS = re.compile(r"/(chat/completions|files|batches)(/.*)?$")  # behind a server's address
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
 
@@ -180,17 +181,17 @@ def read_completion(completion: Any, key: str) -> RequestResult:
 
 
 def refused(error: openai.APIStatusError) -> str:
-    """What a server says in place of a reply. One that sends requests on to another address is not obeyed."""
+    """What a server says in place of a reply. One that sends requests on to another server is not obeyed."""
     if not 300 <= error.status_code < 400:
         return f"HTTP {error.status_code}: {error.message}"
-    location = error.response.headers.get("location", "")
     try:
-        host = urlsplit(location).netloc.rpartition("@")[2] or "another path of its own"
-    except ValueError:
-        host = "an address that cannot be read"
+        parts = urlsplit(urljoin(str(error.request.url), error.response.headers["location"]))
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{_ENDPOINTS.sub('', parts.path)}"
+    except (KeyError, ValueError):
+        return f"HTTP {error.status_code}: the server sends the request on to an address that cannot be read"
     return (
-        f"HTTP {error.status_code}: the server sends the request on to {host}. Requests go to the given address alone. If that "
-        "is the right server, give its address instead"
+        f"HTTP {error.status_code}: the server sends the request on to {address}. Requests go to the given server alone. If "
+        f"that is the right one, give its address: --base-url {address} (in training --umed_judge_base_url)"
     )
 
 
