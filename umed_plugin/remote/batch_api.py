@@ -25,7 +25,7 @@ from openai.types.chat import ChatCompletion
 from umed_plugin.errors import UmedError, note
 from umed_plugin.files import append_json_lines, parse_json
 from umed_plugin.remote.bounded import MOST_BYTES as MOST_BYTES_OF_A_REPLY
-from umed_plugin.remote.bounded import BoundedClient
+from umed_plugin.remote.bounded import TOO_LONG, BoundedClient
 from umed_plugin.remote.client import key_from_environment, read_completion, refused, short_message
 from umed_plugin.remote.replies import Failure, Message, RequestResult, Unreadable
 from umed_plugin.remote.settings import ServerSettings, address_from_environment
@@ -121,7 +121,7 @@ class BatchClient:
                     return total
                 total += count
                 batch = self._begin(Path(file.name))
-            self._collect(batch)
+            self._collect(batch, count)
 
     def _write(self, file: Any, requests: Iterable[tuple[str, Sequence[Message]]]) -> int:
         """Write requests until the file is full; returns their number."""
@@ -145,8 +145,8 @@ class BatchClient:
         self._note(batch=batch, file=uploaded, **self._asked)
         return batch
 
-    def _collect(self, name: str) -> None:
-        """Wait until a batch has ended, and pass every result in it on."""
+    def _collect(self, name: str, sent: int = 0) -> None:
+        """Wait until a batch has ended, and pass every result in it on; this run has ``sent`` so many requests in it."""
         while True:
             with self._readable_errors(name):
                 batch = self._client.batches.retrieve(name)
@@ -156,8 +156,10 @@ class BatchClient:
             if batch.status in _ENDED:
                 break
             time.sleep(POLL_SECONDS)
-        asked = counts.total if counts and isinstance(counts.total, int) else MAX_REQUESTS
-        self._http.most_bytes = MOST_BYTES_OF_A_REPLY + min(asked, MAX_REQUESTS) * _LONGEST_LINE
+        # Some servers count nothing.
+        counted = counts is not None and isinstance(counts.total, int) and counts.total > 0
+        asked = min(max(counts.total, sent), MAX_REQUESTS) if counts and counted else MAX_REQUESTS
+        self._http.most_bytes = MOST_BYTES_OF_A_REPLY + asked * _LONGEST_LINE
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
                 with self._readable_errors(name):
@@ -205,6 +207,12 @@ class BatchClient:
                 f"delete the lines with {batch} from the file: its requests are sent, and paid for, again."
             ) from None
         except openai.APIStatusError as error:
+            if batch is not None and error.status_code == TOO_LONG:
+                raise UmedError(
+                    f"{self._notes}: lists batch {batch}, of which the server at {self._asked['base_url']} sends a file of more "
+                    f"than {self._http.most_bytes} bytes, the most that is read. If that cannot be mended there, delete the "
+                    f"lines with {batch} from the file: its requests are sent, and paid for, again."
+                ) from None
             raise UmedError(_unusable(short_message(self._key, refused(error)))) from None
         except (openai.OpenAIError, RecursionError, ValueError) as error:
             raise UmedError(_unusable(short_message(self._key, str(error)))) from None
