@@ -346,6 +346,34 @@ def test_an_adapter_that_was_saved_under_its_name_in_peft_is_loaded_too(lora, fl
     assert torch.equal(logits(other, float32_base), logits(lora, float32_base))
 
 
+def retargeted(lora: Path, folder: Path, targets: list[str] | str, layer: str) -> Path:
+    """A copy of an adapter with other ``target_modules``, and the matrices of layers with ``layer`` in their names alone."""
+    shutil.copytree(lora, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": targets}))
+    (file,) = folder.glob("adapter_model.*")
+    kept = {name: tensor for name, tensor in read_tensors(file).items() if layer in name}
+    file.unlink()
+    if targets == "all-linear":  # it names the projector too
+        for name, weight in read_tensors(folder / "non_lora_trainables.bin").items():
+            if name.endswith(".weight"):
+                half = name.replace(".weight", ".lora_{}.weight").format
+                kept |= {half("A"): torch.ones(4, weight.shape[1]), half("B"): torch.ones(weight.shape[0], 4) / 100}
+    torch.save(kept, folder / "adapter_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(("targets", "layer"), [(["attn.q_proj"], ".q_proj."), ("all-linear", "")])
+def test_target_modules_are_read_as_every_peft_reads_them(lora, float32_base, tmp_path, targets, layer):
+    """PEFT of LLaVA's pins takes the end of a name, and has no all-linear. Today's leaves lm_head out of all-linear."""
+    other = retargeted(lora, tmp_path / "llava-lora", targets, layer)
+    merged = logits(merge(other, float32_base, tmp_path / "llava-mistral-merged"))
+    try:
+        torch.testing.assert_close(merged, logits(other, float32_base), atol=1e-4, rtol=1e-4)
+    except UmedError as refused:
+        assert re.search("adapter_config.json: PEFT .* cannot use its settings", str(refused))
+
+
 PLAIN_SCRIPT = """
 import sys, torch
 from umed_plugin import load_checkpoint

@@ -10,10 +10,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from umed_plugin.checkpoints.folder import (
+    ADAPTER,
     FAMILIES,
     NON_LORA,
     READ_WHEN_ANSWERING,
@@ -202,7 +204,13 @@ def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
         raise UmedError(f"{lora_dir / NON_LORA}: contains {unknown[0]!r}, which the base does not have. Check --base.")
     config = LoraConfig.from_pretrained(lora_dir)
     with torch.no_grad():
-        model = get_peft_model(model, config)
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:
+            raise UmedError(
+                f"{lora_dir / ADAPTER}: PEFT {version('peft')} cannot use its settings: {error}. Its target_modules must name "
+                "layers of the base as this PEFT reads them. Check --base, or merge the adapter into it with umed merge."
+            ) from None
         adapter = as_in([name.replace(".default", "") for name in model.state_dict()], adapter)
         _refuse_misplaced(model, adapter, lora_dir)
         set_peft_model_state_dict(model, adapter)

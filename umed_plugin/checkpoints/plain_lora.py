@@ -31,6 +31,7 @@ _EXTENSIONS = (
 )
 # Values of init_lora_weights with which training begins at the base itself. Others change the base.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_HEAD = "lm_head"  # PEFT leaves it out of "all-linear"
 # Keys that leave some of the named layers out.
 _NARROWED = ("layers_to_transform", "exclude_modules")
 
@@ -88,7 +89,7 @@ def tensors_fault(config: dict[str, Any], shapes: dict[str, Collection[int]]) ->
         shapes: of its tensors, by name.
     """
     sides = {name: int(".lora_B." in name) for name in shapes if name.endswith((".lora_A.weight", ".lora_B.weight"))}
-    outside = [name for name in sides if not _is_target(layer_of(name), config)]
+    outside = [name for name in sides if not _may_be_target(layer_of(name), config)]
     if outside:
         return (
             f"contains {outside[0]!r} ({len(outside)} such in all), which is no layer of the target_modules of its "
@@ -125,9 +126,17 @@ def untrained_fault(lora_dir: Path, layers: list[str]) -> str:
     )
 
 
+def _may_be_target(layer: str, config: dict[str, Any]) -> bool:
+    """Whether some PEFT gives a layer its matrices: up to 0.4, ``attn.q_proj`` names the end of ``self_attn.q_proj`` too."""
+    targets = config["target_modules"]
+    return _is_target(layer, config) or (not isinstance(targets, str) and layer.endswith(tuple(targets)))
+
+
 def _is_target(layer: str, config: dict[str, Any]) -> bool:
     """Whether PEFT gives a layer its matrices, as far as ``target_modules`` decides."""
     targets = config["target_modules"]
+    if targets == "all-linear":
+        return layer != _HEAD
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, layer) is not None
+        return re.fullmatch(targets, layer) is not None
     return any(layer == target or layer.endswith(f".{target}") for target in targets)
