@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from umed_plugin.errors import UsageError, did_you_mean, warn
@@ -35,6 +36,7 @@ from umed_plugin.patches import (
 )
 from umed_plugin.patches.training_run import BEFORE_5, LLAVA, TRAIN, TRANSFORMERS, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target, version_fits
+from umed_plugin.training.run_settings import last_checkpoint
 
 # What transformers says about flags that it does not know, and about precisions that this machine lacks.
 _UNUSED = re.compile(r"not used by the HfArgumentParser: (\[.*\])", re.DOTALL)
@@ -120,10 +122,11 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     from transformers import set_seed
 
     run = TrainingRun(model_args, data_args, training_args)
+    goes_on = run.active and last_checkpoint(Path(training_args.output_dir)) is not None
     model_args.umed_run = data_args.umed_run = run
     raise_faults(
         [
-            *find_faults(run.flags, model_args, data_args, training_args),
+            *find_faults(run.flags, model_args, data_args, training_args, goes_on=goes_on),
             *_find_symbol_faults(run.flags),
             *_find_teacher_faults(run),
             *conversation_templates.find_faults(run),
@@ -135,7 +138,7 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
         ]
     )
     model_class.warn_of_departures(run)
-    _warn_of_remarks(run)
+    _warn_of_remarks(run, goes_on)
     vision_tower.choose_lora_targets(run)
     vision_tower.expect_tower_tensors(run)
     if run.active and training_args.ddp_find_unused_parameters is None:
@@ -153,10 +156,10 @@ def start_run(model_args: Any, data_args: Any, training_args: Any) -> TrainingRu
     return run
 
 
-def _warn_of_remarks(run: TrainingRun) -> None:
+def _warn_of_remarks(run: TrainingRun, goes_on: bool) -> None:
     """Say, once per run, which flags do less than one may expect."""
     if run.active and run.training_args.process_index == 0:
-        for remark in find_remarks(run.flags, run.training_args):
+        for remark in find_remarks(run.flags, run.training_args, goes_on=goes_on):
             warn(remark)
 
 

@@ -26,6 +26,7 @@ from umed_plugin.commands.upgrade.run import MARK, Upgrade, end_left_running
 from umed_plugin.commands.upgrade.settings import Settings, as_yaml, read_settings, write_settings
 from umed_plugin.commands.upgrade.training import what_is_trained
 from umed_plugin.errors import UmedError, UsageError
+from umed_plugin.files import write_json
 
 
 def settings_of(checkpoint: Path, **changes: object) -> Settings:
@@ -287,8 +288,30 @@ def test_several_processes_are_started_by_torchrun_with_a_configuration_of_deeps
     assert f"--deepspeed {config}" in deep.line()
     assert config in deep.inputs.values(), "another configuration is another training"
     config.write_text('{"optimizer": {"type": "AdamW"}}')
-    with pytest.raises(UmedError, match="--mm_projector_lr .* has no effect"):
-        upgrade_of(tiny_llama, tmp_path / "run", method="lora", deepspeed=str(config))
+
+
+@pytest.mark.llava
+def test_deepspeeds_own_optimizer_is_refused_until_a_training_has_begun(tiny_llama, tmp_path):
+    """The default rate of the projector has no effect under it. A run that began so before that was refused goes on."""
+    config = tmp_path / "zero3.json"
+    config.write_text('{"optimizer": {"type": "AdamW"}}')
+    given = {"method": "lora", "deepspeed": str(config)}
+    stages = ("instruction_tuning", "rewarding")
+    without = dict.fromkeys((f"{stage}.projector_learning_rate" for stage in stages), None)
+    plan = {step.name: step for step in upgrade_of(tiny_llama, tmp_path / "run", **given, **without).steps}
+    begun = [plan["stage_1_instruction_tuning"], plan["stage_2_rewarding"]]
+    for number, step in enumerate(begun):
+        with pytest.raises(UmedError, match="--mm_projector_lr .* has no effect") as caught:
+            upgrade_of(tiny_llama, tmp_path / "run", **given)
+        hints = [f"Here: --set {stage}.projector_learning_rate=null." in str(caught.value) for stage in stages]
+        assert hints == [number == 0, True]
+        (step.outputs[0] / "checkpoint-2").mkdir(parents=True)
+    upgrade_of(tiny_llama, tmp_path / "run", **given)
+    (tmp_path / "run" / "made").mkdir()
+    for step in begun:  # a finished run whose trainings were removed to save space
+        shutil.rmtree(step.outputs[0])
+        write_json(tmp_path / "run" / "made" / f"{step.name}.json", {"outputs": {}})
+    upgrade_of(tiny_llama, tmp_path / "run", **given)
 
 
 def test_gpus_before_ampere_train_in_fp16(tiny_llama, tmp_path, monkeypatch):

@@ -320,6 +320,19 @@ def test_a_learning_rate_of_its_own_is_refused_where_deepspeeds_file_undoes_it(s
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_rate_that_deepspeed_undoes_is_only_said_of_a_run_that_goes_on(stage, tmp_path):
+    """Its optimizer fits no other file and no other rate, so a refusal would leave no way on."""
+    (tmp_path / "zero3.json").write_text('{"optimizer": {"type": "AdamW"}}')
+    args = llava_args(deepspeed=str(tmp_path / "zero3.json"), learning_rate=2e-4, mm_projector_lr=2e-5)
+    (fault,) = find_faults(UmedFlags(umed_stage=stage), *args)
+    assert "give --mm_projector_lr the value of --learning_rate, or leave it out" in fault
+    assert find_remarks(UmedFlags(umed_stage=stage), args[2]) == []
+    assert find_faults(UmedFlags(umed_stage=stage), *args, goes_on=True) == []
+    (remark,) = find_remarks(UmedFlags(umed_stage=stage), args[2], goes_on=True)
+    assert remark.startswith("--mm_projector_lr 2e-05 has no effect") and "The run goes on as it began" in remark
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_what_accelerate_launch_switches_on_behind_the_flags_is_refused(stage, monkeypatch):
     flags = UmedFlags(umed_stage=stage)
     (fault,) = find_faults(flags, *llava_args(deepspeed_plugin=object()))

@@ -12,7 +12,7 @@ from support.llava_args import parse
 from umed_plugin import patching
 from umed_plugin.errors import UsageError
 from umed_plugin.flags.definition import UmedFlags
-from umed_plugin.patches import ALL
+from umed_plugin.patches import ALL, train_arguments
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -138,6 +138,20 @@ def test_what_a_stage_leaves_out_is_said_before_it_is_loaded(flags, capsys):
     for stage in ("instruction_tuning", "rewarding"):
         parse([*flags, "--umed_stage", stage, *more])
         assert "umed: warning: --umed_val_pictures has no effect without --report_to" in capsys.readouterr().err
+
+
+def test_a_rate_that_deepspeed_undoes_is_refused_only_until_there_is_a_checkpoint(flags, tmp_path):
+    patching.apply(ALL)
+    (tmp_path / "zero2.json").write_text('{"optimizer": {"type": "AdamW"}}')
+    given = parse([*flags, "--learning_rate", "2e-4", "--mm_projector_lr", "2e-5", "--umed_stage", "rewarding"])
+    given[2].deepspeed = str(tmp_path / "zero2.json")
+    given[2].umed_top_p = 2.0  # a fault ends it before DeepSpeed starts
+    with pytest.raises(UsageError, match="(?s)umed_top_p.*--mm_projector_lr 2e-05 has no effect"):
+        train_arguments.start_run(*given)
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(UsageError, match="umed_top_p") as caught:
+        train_arguments.start_run(*given)
+    assert "has no effect" not in str(caught.value)
 
 
 IN_PART = (("--lora_enable", "True"), ("--tune_mm_mlp_adapter", "True"))

@@ -15,12 +15,12 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.needs import rules_of
 from umed_plugin.flags.rewards import find_judge_faults, find_reward_faults
 from umed_plugin.flags.rules import CREATED, EXISTING, REWARDING, STAGES, TUNING
-from umed_plugin.flags.sharding import find_launcher_faults, find_rate_faults, is_zero_3
+from umed_plugin.flags.sharding import find_launcher_faults, find_rate_faults, find_rate_remarks, is_zero_3
 from umed_plugin.remote.settings import rollout_server_faults
 
 
 def find_faults(
-    flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any, *, files: bool = True
+    flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any, *, files: bool = True, goes_on: bool = False
 ) -> list[str]:
     """All faults of the flags, one sentence each; empty when the flags are valid together.
 
@@ -28,6 +28,7 @@ def find_faults(
         flags: the plugin's.
         model_args, data_args, training_args: LLaVA's.
         files: whether the files and folders that the flags name must exist.
+        goes_on: whether the run goes on from a checkpoint of its own. What it began with is a remark then; see `find_remarks`.
     """
     values = _value_faults(flags)
     if flags.umed_stage not in (None, *STAGES):
@@ -40,6 +41,7 @@ def find_faults(
         *(find_judge_faults(flags) if flags.umed_stage == REWARDING else []),
         *(_file_faults(flags, data_args) if flags.umed_stage and files else []),
         *(_conflicts_with_llava(flags, model_args, data_args, training_args) if flags.umed_stage else []),
+        *(find_rate_faults(flags, training_args) if flags.umed_stage and not goes_on else []),
     ]
 
 
@@ -52,9 +54,16 @@ def check(flags: UmedFlags, model_args: Any, data_args: Any, training_args: Any)
     raise_faults(find_faults(flags, model_args, data_args, training_args))
 
 
-def find_remarks(flags: UmedFlags, training_args: Any) -> list[str]:
-    """What a stage does under valid flags and a user may not expect, one sentence each; the run says it and goes on."""
+def find_remarks(flags: UmedFlags, training_args: Any, *, goes_on: bool = False) -> list[str]:
+    """What a stage does under valid flags and a user may not expect, one sentence each; the run says it and goes on.
+
+    Args:
+        flags: the plugin's.
+        training_args: LLaVA's.
+        goes_on: as for `find_faults`.
+    """
     remarks = _remarks_of_rewarding(training_args) if flags.umed_stage == REWARDING else []
+    remarks += find_rate_remarks(flags, training_args) if goes_on else []
     takes_pictures = {"tensorboard", "wandb"} & {*(getattr(training_args, "report_to", None) or [])}
     if flags.umed_val_pictures != UmedFlags().umed_val_pictures and not takes_pictures:
         remarks.append("--umed_val_pictures has no effect without --report_to tensorboard or wandb.")
@@ -150,7 +159,6 @@ def _conflicts_with_llava(flags: UmedFlags, model_args: Any, data_args: Any, tra
     faults += _faults_of_validation(flags, training_args)
     faults += _faults_of_several_gpus(flags, training_args)
     faults += find_launcher_faults(training_args)
-    faults += find_rate_faults(flags, training_args)
     if getattr(training_args, "lora_enable", False) and getattr(model_args, "tune_mm_mlp_adapter", False):
         faults.append(
             "--lora_enable True does not work with --tune_mm_mlp_adapter True: LLaVA then trains the projector alone, and the "

@@ -84,10 +84,31 @@ def find_launcher_faults(training_args: Any) -> list[str]:
 
 
 def find_rate_faults(flags: Any, training_args: Any) -> list[str]:
-    """Learning rates that a DeepSpeed file undoes: its own optimizer has one group, and most of its schedules one rate."""
+    """Learning rates that a DeepSpeed file undoes, for a run that begins."""
+    instead = {
+        "umed_tower_lr": "or leave it out, which freezes the tower",
+        "mm_projector_lr": "or give --mm_projector_lr the value of --learning_rate, or leave it out",
+    }
+    return [
+        f"{undone}. Remove optimizer and scheduler from the file: the Trainer then makes them by its flags; {instead[name]}."
+        for name, undone in _undone_rates(flags, training_args).items()
+    ]
+
+
+def find_rate_remarks(flags: Any, training_args: Any) -> list[str]:
+    """The same for a run that goes on: its checkpoint's optimizer fits no other file, and no other rate."""
+    return [
+        f"{undone}. The run goes on as it began. To train at that rate, remove optimizer and scheduler from the file and choose "
+        "another --output_dir."
+        for undone in _undone_rates(flags, training_args).values()
+    ]
+
+
+def _undone_rates(flags: Any, training_args: Any) -> dict[str, str]:
+    """Flag -> why its rate has no effect: DeepSpeed's own optimizer has one group, and most of its schedules one rate."""
     file = read_deepspeed(training_args.deepspeed)
     if file is None:
-        return []
+        return {}
     # WarmupCosineLR scales the rate of each group. The others set all groups to one.
     found = {"optimizer": file.optimizer != NONE, "scheduler": file.scheduler not in (NONE, "WarmupCosineLR")}
     parts = " and ".join(part for part, own in found.items() if own)
@@ -96,9 +117,8 @@ def find_rate_faults(flags: Any, training_args: Any) -> list[str]:
         "umed_tower_lr": flags.umed_tower_lr,
         "mm_projector_lr": None if projector == rate else projector,
     }
-    return [
-        f"--{name} {value:g} has no effect with {training_args.deepspeed}: its {parts} trains all weights at one rate. Remove "
-        "optimizer and scheduler from the file; the Trainer then makes them by its flags."
+    return {
+        name: f"--{name} {value:g} has no effect with {training_args.deepspeed}: its {parts} trains all weights at one rate"
         for name, value in given.items()
         if value is not None and parts
-    ]
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -21,7 +21,13 @@ from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
 
 
-def check_together(settings: Settings, origin: Origin, machine: Machine, has_val: Optional[bool] = None) -> None:
+def check_together(
+    settings: Settings,
+    origin: Origin,
+    machine: Machine,
+    has_val: Optional[bool] = None,
+    going_on: Collection[str] = (),
+) -> None:
     """Refuse invalid settings, all faults at once.
 
     Args:
@@ -29,6 +35,7 @@ def check_together(settings: Settings, origin: Origin, machine: Machine, has_val
         origin: the checkpoint to upgrade.
         machine: that the run is for.
         has_val: whether the records have a split val; None: they are not built yet.
+        going_on: stages whose training has begun; see `umed_plugin.commands.upgrade.resuming.stages_going_on`.
 
     Raises:
         UmedError: with one line per fault.
@@ -50,19 +57,19 @@ def check_together(settings: Settings, origin: Origin, machine: Machine, has_val
             f"label_share: {settings.label_share:g} keeps the other labelled studies for stage 2, and rewarding: never leaves it "
             "out, so nothing would train on them. Set label_share to null, or run stage 2 (rewarding: always or auto)."
         )
-    _refuse([*faults, *_stage_faults(settings, origin, has_val)])
+    _refuse([*faults, *_stage_faults(settings, origin, has_val, going_on)])
 
 
-def check_stages(settings: Settings, origin: Origin, has_val: Optional[bool]) -> None:
+def check_stages(settings: Settings, origin: Origin, has_val: Optional[bool], going_on: Collection[str] = ()) -> None:
     """Refuse flags that a training would refuse, once the records are built. In a finished run they may have been removed again.
 
     Args:
-        settings, origin, has_val: as for `check_together`.
+        settings, origin, has_val, going_on: as for `check_together`.
 
     Raises:
         UmedError: with one line per fault.
     """
-    _refuse(_stage_faults(settings, origin, has_val))
+    _refuse(_stage_faults(settings, origin, has_val, going_on))
 
 
 def _refuse(faults: Sequence[str]) -> None:
@@ -70,7 +77,7 @@ def _refuse(faults: Sequence[str]) -> None:
         raise UmedError("invalid settings:\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def _stage_faults(settings: Settings, origin: Origin, has_val: Optional[bool]) -> list[str]:
+def _stage_faults(settings: Settings, origin: Origin, has_val: Optional[bool], going_on: Collection[str]) -> list[str]:
     """What the trainings themselves would refuse in their flags, as they will be given.
 
     The plan adds ``--umed_val_every`` where the records have a split val. While nobody knows whether they do, a fault is one that
@@ -79,12 +86,17 @@ def _stage_faults(settings: Settings, origin: Origin, has_val: Optional[bool]) -
     faults = []
     for name in settings.stages:
         with_or_without = [
-            _flag_faults(training_flags(name, getattr(settings, name), settings, origin, validated=validated))
+            _flag_faults(
+                training_flags(name, getattr(settings, name), settings, origin, validated=validated), name in going_on
+            )
             for validated in ((True, False) if has_val is None else (has_val,))
         ]
         shared = [fault for fault in with_or_without[0] if all(fault in others for others in with_or_without)]
-        hint = " The records have no split val, so this command does not set it." if has_val is False else ""
-        faults += [f"{name}: {fault}{hint if '--umed_val_every' in fault else ''}" for fault in shared]
+        hints = {"--mm_projector_lr": f" Here: --set {name}.projector_learning_rate=null."}
+        if has_val is False:
+            hints["--umed_val_every"] = " The records have no split val, so this command does not set it."
+        for fault in shared:
+            faults.append(f"{name}: {fault}" + "".join(hint for flag, hint in hints.items() if flag in fault))
     return faults
 
 
@@ -111,7 +123,7 @@ def _machine_faults(settings: Settings, machine: Machine) -> list[str]:
     return []
 
 
-def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
+def _flag_faults(flags: Mapping[str, Any], goes_on: bool) -> list[str]:
     """Flags that the training itself would refuse, except for files that do not exist yet."""
     known = {flag.name: str(flag.type) for flag in dataclasses.fields(UmedFlags)}
     own = {flag: value for flag, value in flags.items() if flag.startswith("umed_")}
@@ -147,4 +159,5 @@ def _flag_faults(flags: Mapping[str, Any]) -> list[str]:
             neftune_noise_alpha=flags.get("neftune_noise_alpha"),
         ),
         files=False,
+        goes_on=goes_on,
     )

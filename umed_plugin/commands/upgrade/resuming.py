@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from umed_plugin.commands.upgrade.plan import Step
 from umed_plugin.commands.upgrade.provenance import Provenance
+from umed_plugin.flags.rules import STAGES
 from umed_plugin.training.run_settings import last_checkpoint
 
 
@@ -33,3 +34,18 @@ def what_is_kept(steps: Sequence[Step], provenance: Provenance, is_left: Callabl
         place += ", which had begun" + (": what is answered is not asked again" if following.resumable else "")
     titles = ", ".join(step.title for step in kept) or "nothing"
     return f"kept from the earlier start: {titles} ({len(kept)} of {len(steps)} steps). {place}."
+
+
+def stages_going_on(steps: Sequence[Step], provenance: Provenance) -> set[str]:
+    """Stages that begin no training: it has ended, has a checkpoint to go on from, or is not in the plan."""
+    beginning = set()
+    for name in STAGES:
+        for step in steps:
+            ended = (provenance.read(step) or {}).get("outputs") is not None
+            if _trains_stage(step, name) and not ended and last_checkpoint(step.outputs[0]) is None:
+                beginning.add(name)
+    return {*STAGES} - beginning
+
+
+def _trains_stage(step: Step, name: str) -> bool:
+    return step.trains and step.name.startswith("stage_") and step.name.endswith(name)

@@ -23,7 +23,7 @@ from umed_plugin.commands.upgrade.decision import Decision
 from umed_plugin.commands.upgrade.origin import find_origin, result_name
 from umed_plugin.commands.upgrade.plan import Plan, Step
 from umed_plugin.commands.upgrade.provenance import MANIFEST, Provenance, read_json, versions
-from umed_plugin.commands.upgrade.resuming import what_is_kept
+from umed_plugin.commands.upgrade.resuming import stages_going_on, what_is_kept
 from umed_plugin.commands.upgrade.run_folder import check_folder
 from umed_plugin.commands.upgrade.settings import RUN_FILE, Settings, filled_in, write_settings
 from umed_plugin.commands.upgrade.summary import REPORT, SUMMARY, decision_of, print_summary, summarise, write_manifest
@@ -86,7 +86,8 @@ class Upgrade:
         self.plan = Plan(self.folder, self.settings, self.origin)
         self.decision: Decision | None = None
         self._plan_again(told=False)
-        check_together(self.settings, self.origin, self.machine, self.plan.held_out.has_val_if_built())
+        has_val, going_on = self.plan.held_out.has_val_if_built(), stages_going_on(self.steps, self.provenance)
+        check_together(self.settings, self.origin, self.machine, has_val, going_on)
 
     def memory(self) -> list[str]:
         """Lines that say which memory each stage needs, and whether the GPU has it."""
@@ -184,7 +185,8 @@ class Upgrade:
         while number < len(self.steps):
             ran |= self._run_step(self.steps[number], bars)
             if self.steps[number].name == "records":  # they say whether there are held-out studies
-                check_stages(self.settings, self.origin, self.plan.held_out.has_val_if_built())
+                going_on = stages_going_on(self.steps, self.provenance)
+                check_stages(self.settings, self.origin, self.plan.held_out.has_val_if_built(), going_on)
             number += 1
             self._plan_again(told=number < len(self.steps))
         return ran
