@@ -564,6 +564,19 @@ def test_the_doctor_stops_an_upgrade_that_would_go_wrong_and_says_the_remedy(tin
 
 
 @pytest.mark.llava
+def test_nothing_is_offered_to_be_accepted_that_training_refuses(tiny_mistral, tmp_path):
+    sick = shutil.copytree(tiny_mistral, tmp_path / "sick-llava-mistral")
+    config = json.loads((sick / "config.json").read_text())
+    tower = shutil.copytree(config["mm_vision_tower"], tmp_path / "tower", dirs_exist_ok=True)
+    write_json(sick / "config.json", {**config, "mm_vision_tower": str(tower)})
+    processor = json.loads((tower / "preprocessor_config.json").read_text())
+    write_json(tower / "preprocessor_config.json", {**processor, "do_resize": False})
+    with pytest.raises(UmedError, match="(?s)cannot be upgraded.*tower-image-size: do_resize is false") as caught:
+        upgrade_of(sick, tmp_path / "run").run()
+    assert "accept_findings" not in str(caught.value)
+
+
+@pytest.mark.llava
 def test_what_only_stock_loading_stumbles_over_does_not_stop_an_upgrade(tiny_mistral, tmp_path):
     named = shutil.copytree(tiny_mistral, tmp_path / "medical-model")
     run = upgrade_of(named, tmp_path / "run")

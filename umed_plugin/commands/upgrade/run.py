@@ -48,6 +48,8 @@ _STOCK_LOADING_ERRORS = (
     "adapter-model-type",
     "tower-ignored",
 )
+# Doctor errors that stage 1 refuses too where records have boxes, so that accept_findings is not offered.
+_REFUSED_WITH_BOXES = ("tower-image-size",)
 
 
 class Upgrade:
@@ -156,11 +158,13 @@ class Upgrade:
         errors = [finding for finding in findings if finding.severity == ERROR and finding.code not in accepted]
         if errors:
             lines = [f"  {error.code}: {error.found} ({error.where})\n    {error.remedy}" for error in errors]
+            codes = [error.code for error in errors]
+            anyway = f" To upgrade anyway: --set accept_findings=[{','.join(codes)}]"
             raise UmedError(
                 f"{self.origin.checkpoint}: cannot be upgraded as it is:\n"
                 + "\n".join(lines)
-                + f"\nDetails: `umed doctor {shlex.quote(str(self.origin.checkpoint))}`; with --fix it fixes what is safe. "
-                f"To upgrade anyway: --set accept_findings=[{','.join(error.code for error in errors)}]"
+                + f"\nDetails: `umed doctor {shlex.quote(str(self.origin.checkpoint))}`; with --fix it fixes what is safe."
+                + ("" if {*codes} & {*_REFUSED_WITH_BOXES} else anyway)
             )
 
     def _handle_changes(self, changes: Sequence[tuple[Step, list[str]]]) -> None:
