@@ -42,7 +42,7 @@ def test_exactly_the_answers_and_their_ends_are_supervised(records, tokenizer, t
 
 
 @pytest.mark.parametrize("changed", [{"size": {"shortest_edge": 73}}, {"do_resize": False}])
-def test_an_image_processor_that_moves_boxes_is_refused(records, tokenizer, changed):
+def test_an_image_processor_that_moves_boxes_is_refused(records, tokenizer, changed, capsys):
     """Of 73 pixels it cuts a border off, and umed's boxes are of the whole image."""
 
     def made(tokenizer, data_args, training_args, split):
@@ -55,6 +55,10 @@ def test_an_image_processor_that_moves_boxes_is_refused(records, tokenizer, chan
         UmedError, match="all boxes would be off.* (size is 73 x 73, and crop_size 64 x 64|do_resize is false)"
     ):
         make_dataset(records, tokenizer, kind=made)
+    records.write_text(records.read_text().replace("at [0.1", "at about [0.1").replace(", 0.20, 0.35, 0.40]", "]"))
+    capsys.readouterr()
+    make_dataset(records, tokenizer, kind=made)
+    assert "umed: warning: --vision_tower: all boxes would be off" in capsys.readouterr().err
 
 
 def test_templates_of_llama_with_and_without_legacy(records, tmp_path):

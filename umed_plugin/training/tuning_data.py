@@ -35,6 +35,7 @@ from umed_plugin.data.record_file import JoinedRecords
 from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import text_bytes
+from umed_plugin.grounding.box_text import scan
 from umed_plugin.grounding.processor import processor_fault
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.replay import RECORDS
@@ -69,15 +70,25 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
         llava_conversation.default_conversation = before
 
 
-def _check_processor(processor: Any, image_aspect_ratio: str) -> None:
-    """Refuse to train with boxes that are elsewhere in the image than their numbers say."""
+def _check_processor(processor: Any, image_aspect_ratio: str, records: JoinedRecords, *, tells: bool) -> None:
+    """Refuse to train with boxes that are elsewhere in the image than their numbers say; warn where no record has any."""
     fault = None if processor is None else processor_fault(processor.to_dict(), image_aspect_ratio)
-    if fault is not None:
-        raise UmedError(
-            f"--vision_tower: all boxes would be off, since its image processor differs from LLaVA's: {fault}. Give size "
-            "(shortest_edge) and crop_size in its preprocessor_config.json the tower's image_size, and do_resize and "
-            "do_center_crop true."
-        )
+    if fault is None:
+        return
+    found = (
+        f"--vision_tower: all boxes would be off, since its image processor differs from LLaVA's: {fault}. Give size "
+        "(shortest_edge) and crop_size in its preprocessor_config.json the tower's image_size, and do_resize and "
+        "do_center_crop true."
+    )
+    # Plain items of LLaVA have boxes in their text alone. All are read only here, where there is a fault.
+    if records.column("has_boxes").any() or any(map(_writes_a_box, records)):
+        raise UmedError(found)
+    if tells:
+        warn(f"{found} No record has a box, so the training goes on.")
+
+
+def _writes_a_box(record: Record) -> bool:
+    return any(found.is_box() for turn in record["conversations"] for found in scan(str(turn.get("value"))))
 
 
 class GroundedDataset(llava_train.LazySupervisedDataset):
@@ -100,8 +111,9 @@ class GroundedDataset(llava_train.LazySupervisedDataset):
         self.data_args = data_args
         self.flags = training_args.umed
         self.template = data_args.umed_run.model_args.version
-        _check_processor(getattr(data_args, "image_processor", None), data_args.image_aspect_ratio)
         self.list_data_dict: JoinedRecords = training_records(data_args, training_args, split)
+        processor, tells = getattr(data_args, "image_processor", None), training_args.process_index == 0
+        _check_processor(processor, data_args.image_aspect_ratio, self.list_data_dict, tells=tells and split == "train")
         self.names_records = split == "train" and self.flags.umed_replay > 0
         self._reported: set[int] = set()
         self.augmenter: Augmenter | None = None
