@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,3 +234,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(typed: str) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=buffered, timeout=120)
     os.close(write)
     assert (done.returncode, done.stderr) == (cli.READER_GONE, b"")
+
+
+@pytest.mark.parametrize(
+    ("typed", "status"), [("--help >&-", 0), ("recipe list >&-", 0), ("recipe list >&- 2>&-", 0), ("recpe 2>&-", 2)]
+)
+def test_a_stream_that_the_shell_has_closed_is_no_error(typed: str, status: int) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m umed_plugin.cli {typed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (status, b"", b"")

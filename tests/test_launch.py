@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -74,6 +75,11 @@ def test_flags_behind_a_script_that_takes_none_are_not_lost_in_silence(text, los
         run = umed_run([*start, str(script), "--umed_stage", "rewarding"])
         assert (run.returncode == 2 and 'it holds no "$@"), so --umed_stage would be lost' in run.stderr) == lost
         assert 'it holds no "$@"' not in umed_run([*start, str(script), "--max_steps", "1"]).stderr
+
+
+def test_a_stream_that_the_shell_has_closed_is_no_error():
+    words = shlex.join([sys.executable, "-m", "umed_plugin.launch", sys.executable, "-c", "raise SystemExit(3)"])
+    assert subprocess.run(["sh", "-c", f"exec {words} >&-"], env=environment()).returncode == 3
 
 
 def test_the_exit_status_is_the_commands():

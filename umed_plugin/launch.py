@@ -82,8 +82,9 @@ def _run(command: list[str]) -> NoReturn:
     if (lost := _lost_in_a_script(command, program)) is not None:
         say(f"umed-run: error: {lost}", stderr=True)
         raise SystemExit(2)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # the shell has closed it: `>&-`
+            stream.flush()
     try:
         os.execve(program, command, child_environment(os.environ))
     except OSError as error:

@@ -6,6 +6,7 @@ Markup such as ``[red]`` is off: a file name may hold it. Style is given by ``st
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -72,13 +73,21 @@ class _Guarded:
 
 @contextlib.contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Guard standard output and error, and let them show characters that their encoding lacks as escapes."""
+    """Guard standard output and error, and let them show characters that their encoding lacks as escapes.
+
+    Python has None for one that the shell has closed (``>&-``). What is written there is lost, as is meant.
+    """
     before = sys.stdout, sys.stderr
-    for stream in before:
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.stdout, sys.stderr = _Guarded(before[0]), _Guarded(before[1])
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with contextlib.ExitStack() as opened:
+        streams = [
+            opened.enter_context(open(os.devnull, "w", encoding="utf-8")) if stream is None else stream
+            for stream in before
+        ]
+        for stream in streams:
+            with contextlib.suppress(AttributeError, ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = _Guarded(streams[0]), _Guarded(streams[1])
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
