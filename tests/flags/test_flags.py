@@ -336,11 +336,13 @@ def test_a_rate_that_deepspeed_undoes_is_only_said_of_a_run_that_goes_on(stage, 
 def test_what_accelerate_launch_switches_on_behind_the_flags_is_refused(stage, monkeypatch):
     flags = UmedFlags(umed_stage=stage)
     (fault,) = find_faults(flags, *llava_args(deepspeed_plugin=object()))
-    assert "Give its file with --deepspeed, and start the script with torchrun or deepspeed" in fault
+    assert "give its file with --deepspeed, and start the script with torchrun or deepspeed" in fault
+    assert "an earlier training in this process" in fault and "unset ACCELERATE_USE_DEEPSPEED" in fault
     assert find_faults(flags, *llava_args(deepspeed_plugin=object(), deepspeed="zero2.json")) == []
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     (fault,) = find_faults(flags, *llava_args())
-    assert "has switched FSDP on" in fault and "--deepspeed with ZeRO-3" in fault
+    assert fault.startswith("ACCELERATE_USE_FSDP is true") and "--deepspeed with ZeRO-3" in fault
+    assert "an earlier training in this process" in fault and "unset ACCELERATE_USE_FSDP" in fault
 
 
 def test_labels_cannot_be_smoothed_in_stage_1():

@@ -72,15 +72,24 @@ def find_launcher_faults(training_args: Any) -> list[str]:
     faults = []
     if getattr(training_args, "deepspeed_plugin", None) is not None and not training_args.deepspeed:
         faults.append(
-            "accelerate launch has switched DeepSpeed on, and no --deepspeed was given. Give its file with --deepspeed, and "
-            "start the script with torchrun or deepspeed."
+            f"{_switched_on('DEEPSPEED')}, and no --deepspeed was given. To train with DeepSpeed, give its file with "
+            f"--deepspeed, and start the script with torchrun or deepspeed. {_without('DEEPSPEED')}"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and not training_args.fsdp:
         faults.append(
-            "accelerate launch has switched FSDP on, and no --fsdp was given. Start the script with torchrun or deepspeed; "
-            "--deepspeed with ZeRO-3 also shards the weights."
+            f"{_switched_on('FSDP')}, and no --fsdp was given. To shard the weights, give --deepspeed with ZeRO-3, and start the "
+            f"script with torchrun or deepspeed. {_without('FSDP')}"
         )
     return faults
+
+
+def _switched_on(name: str) -> str:
+    # transformers 4 sets the variable where it parses the flag, and never unsets it.
+    return f"ACCELERATE_USE_{name} is true (by accelerate launch, or an earlier training in this process)"
+
+
+def _without(name: str) -> str:
+    return f"To train without it, start the training in a process of its own, or unset ACCELERATE_USE_{name}."
 
 
 def find_rate_faults(flags: Any, training_args: Any) -> list[str]:
