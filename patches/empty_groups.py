@@ -64,7 +64,7 @@ def _loads_all_but_rates(trainer: Any, checkpoint: Path) -> bool:
     schedule.load_state_dict({**state, **kept})
     for group, rate in zip(schedule.optimizer.param_groups, own):
         group["lr"] = rate
-    if trainer.args.process_index == 0:
+    if trainer.args.process_index == 0 and len({*state["base_lrs"]}) > 1:  # else all groups learned at one rate
         warn(
             f"{checkpoint} was trained by an earlier release, under which projector and tower learned at the rate of another "
             "group of weights. From here on each learns at its own. To train all steps so, choose another --output_dir."
