@@ -196,8 +196,9 @@ def test_a_patient_in_two_splits_is_told_when_it_is_read(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("x,b.png", "n.csv:3: has 2 cells, and the header has 3"),
-        ("x,b.png,no,effusion", "n.csv:3: has 4 cells, and the header has 3. Put text that holds ',' into quotes"),
+        ("x,no", "n.csv:3: has 2 cells, and the header has 3"),  # a file that was cut off
+        ("x,no\n", ""),  # Excel leaves out empty cells
+        ("x,b.png,no,effusion\n", "n.csv:3: has 4 cells, and the header has 3. Put text that holds ',' into quotes"),
         ("x,no,a.png,", ""),
         ("", ""),
     ],
@@ -208,12 +209,41 @@ def test_rows_of_lists_are_whole(key: str, row: str, words: str, tmp_path: Path)
     for name in ("a.png", "b.png"):
         put(tmp_path / name)
     put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
-    put(tmp_path / "n.csv", f"text,what,f\nx,no,b.png\n{row}\n")
+    put(tmp_path / "n.csv", f"text,what,f\nx,no,b.png\n{row}")
     files = "{files: n.csv, file: %s%s}"
     listed = files % ("f", ", only_rows: {what: ['no']}") if key == "negatives" else files % ("f", "")
     rule = "" if key == "negatives" else f", {key}: {listed}"
     found = read(tmp_path, CSV % rule, extra=f"negatives: {{listed: {listed}}}\n" if key == "negatives" else "")
     assert [words in message for message in found.faults.messages] == ([True] if words else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "header", "words"),
+    [
+        ("b.png\nc.png,x\n", "false", "n.csv:2: has 2 cells, and the first line has 1."),
+        (
+            "f,w\n1,b.png,x\n2,c.png,x\n",
+            "true",
+            "n.csv: all rows have 3 cells, and the header has 2. If the first column",
+        ),
+        ("f,w\nb.png,x,y\nc.png,x\n", "true", "n.csv:2: has 3 cells, and the header has 2. Put text that holds"),
+        ("w,f\nb.png\nc.png\n", "true", "n.csv:2: has 1 cells, and the header has 2. Is the file whole"),
+    ],
+    ids=["no header", "R's", "too long", "all short"],
+)
+def test_rows_of_another_length_are_told_by_what_the_file_has(
+    text: str, header: str, words: str, tmp_path: Path
+) -> None:
+    put(tmp_path / "a.png")
+    put(tmp_path / "a.csv", HEAD + "a.png,10,20,30,40,nod\n")
+    put(tmp_path / "n.csv", text)
+    column = "0" if header == "false" else "f"
+    listed = f"negatives: {{listed: {{files: n.csv, file: {column}, header: {header}}}}}\n"
+    assert read(tmp_path, CSV % "", extra=listed).faults.messages[0].split("/")[-1].startswith(words)
+    if "all rows" in words:
+        put(tmp_path / "a.csv", HEAD + "1,a.png,10,20,30,40,nod\n")
+        (fault,) = read(tmp_path, CSV % "").faults.messages
+        assert "a.csv: all rows have 7 cells, and the header has 6. If the first column has no title" in fault
 
 
 @pytest.mark.parametrize(("value", "words"), [("no", "found False"), ("2", "found 2"), ("1.50", "found 1.5")])

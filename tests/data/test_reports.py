@@ -127,9 +127,13 @@ def test_a_csv_has_views_by_study(tmp_path):
         UmedError, match=r"(?s)t.csv:3: gives study '1' another report.*t.csv:4: column 'image' is empty"
     ):
         built(tmp_path, recipe)
-    (tmp_path / "t.csv").write_text("study,image,report,who\n1,s1/0.png,A nodule, small.,p\n2,s2/0.png\n")
-    with pytest.raises(UmedError, match=r"(?s)t.csv:2: has 5 cells.*Put text that holds ','.*t.csv:3: has 2 cells"):
+    (tmp_path / "t.csv").write_text(
+        "study,image,report,who\n1,s1/0.png,A nodule, small.,p\n2,s2/0.png,None.,p\n3,s2/0.png"
+    )
+    with pytest.raises(UmedError, match=r"(?s)t.csv:2: has 5 cells.*Put text that holds ','.*t.csv:4: has 2 cells"):
         built(tmp_path, recipe)
+    (tmp_path / "t.csv").write_text("study,image,report,who\n1,s1/0.png,A nodule.,p\n2,s2/0.png,None.\n3,s2/0.png\n")
+    assert next(each["patient"] for each in built(tmp_path, recipe)) == "p", "Excel leaves out empty cells"
 
 
 @pytest.mark.llava

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
 from umed_plugin.data.endings import IMAGE_ENDINGS
 from umed_plugin.data.recipes.options import Column
+from umed_plugin.data.texts import read_text
 from umed_plugin.errors import did_you_mean
 from umed_plugin.faults import Faults
 
@@ -61,8 +63,59 @@ def last_column(wanted: list[tuple[str, Column]], header: list[str]) -> int:
     return max((header.index(column) if isinstance(column, str) else column for _, column in wanted), default=-1)
 
 
+def filled_rows(
+    rows: list[tuple[int, list[str]]],
+    header: list[str],
+    last_needed: int,
+    path: Path,
+    faults: Faults,
+    *,
+    delimiter: str,
+    key: str,
+    has_header: bool,
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows that are not blank and have no fault, of a file in which a missing cell can be read as an empty one.
+
+    Excel leaves out the empty cells at the end of a row. Where the last row ends early and no line break follows, the file is
+    not whole. Where all rows end early, the delimiter is another. The other arguments are those of `row_is_whole`.
+    """
+    rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
+    if has_header and first_is_untitled(rows, header, path, faults, delimiter=delimiter):
+        return
+    short = [len(row) <= last_needed for _, row in rows]
+    is_cut = not read_text(path).endswith(("\n", "\r"))
+    for place, (number, row) in enumerate(rows):
+        is_meant = short[place] and not all(short) and not (is_cut and place == len(rows) - 1)
+        where, form = f"{path}:{number}", {"delimiter": delimiter, "key": key}
+        if is_meant or row_is_whole(row, header, last_needed, where, faults, has_header=has_header, **form):
+            yield number, row
+
+
+def first_is_untitled(
+    rows: list[tuple[int, list[str]]], header: list[str], path: Path, faults: Faults, *, delimiter: str
+) -> bool:
+    """True, with a fault, if each row has one cell more than the header, as in the tables that R writes."""
+    filled = [row for _, row in rows if any(cell.strip() for cell in row)]
+    if not filled or any(len(row) != len(header) + 1 for row in filled) or not any(row[-1].strip() for row in filled):
+        return False
+    faults.add(
+        path,
+        f"all rows have {len(header) + 1} cells, and the header has {len(header)}. If the first column has no title, as in R's "
+        f"tables, give it one. Else put text that holds {delimiter!r} into quotes",
+    )
+    return True
+
+
 def row_is_whole(
-    row: list[str], header: list[str], last_needed: int, where: str, faults: Faults, *, delimiter: str, key: str
+    row: list[str],
+    header: list[str],
+    last_needed: int,
+    where: str,
+    faults: Faults,
+    *,
+    delimiter: str,
+    key: str,
+    has_header: bool = True,
 ) -> bool:
     """False, with a fault, for a row that ends before a needed column, or that has text behind the header's last column.
 
@@ -75,8 +128,9 @@ def row_is_whole(
         where: file and line.
         delimiter: of the file.
         key: of the recipe, under which the delimiter is named; empty for a reader whose delimiter is fixed.
+        has_header: False where the titles are only the numbers of the first line's cells.
     """
-    counts = f"has {len(row)} cells, and the header has {len(header)}"
+    counts = f"has {len(row)} cells, and the {'header' if has_header else 'first line'} has {len(header)}"
     if len(row) <= last_needed:
         faults.add(where, f"{counts}. Is the file whole{f', and is {key}.delimiter right' if key else ''}?")
         return False

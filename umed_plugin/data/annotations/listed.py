@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, last_column, row_is_whole, titled
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, filled_rows, last_column, titled
 from umed_plugin.data.annotations.finding import annotation_file
 from umed_plugin.data.recipes.options import ImageList
 from umed_plugin.data.texts import read_numbered_rows
@@ -32,12 +32,9 @@ class ListedImages:
         wanted = [("annotations.leave_out_listed.file", rule.file)]
         if not columns_exist(wanted, header, path, faults):
             return
-        last, key = last_column(wanted, header), "annotations.leave_out_listed"
-        for number, row in data:
-            blank = not any(cell.strip() for cell in row)
-            where, name = f"{path}:{number}", _name(cell_of(row, header, rule.file))
-            if not blank and row_is_whole(row, header, last, where, faults, delimiter=rule.delimiter, key=key) and name:
-                self._names.add(name)
+        last, form = last_column(wanted, header), {"delimiter": rule.delimiter, "key": "annotations.leave_out_listed"}
+        whole = filled_rows(data, header, last, path, faults, has_header=rule.header, **form)
+        self._names = {_name(cell_of(row, header, rule.file)) for _, row in whole} - {""}
 
     def reason(self, file: str) -> str:
         """Why an image is left out; empty for one that is not listed."""

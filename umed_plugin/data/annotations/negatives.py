@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, last_column, row_is_whole, titled
+from umed_plugin.data.annotations.cells import cell_of, columns_exist, filled_rows, last_column, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
@@ -85,10 +85,8 @@ def _read_list(listed: NegativeList, recipe: Recipe, annotations: AnnotationSet)
     items: dict[str, Annotated] = {}
     others: set[str] = set()
     last, form = last_column(_columns(listed), header), {"delimiter": listed.delimiter, "key": "negatives.listed"}
-    for number, row in data:
+    for number, row in filled_rows(data, header, last, path, faults, has_header=listed.header, **form):
         where, file = f"{path}:{number}", cell_of(row, header, listed.file)
-        if not any(cell.strip() for cell in row) or not row_is_whole(row, header, last, where, faults, **form):
-            continue
         for title in listed.only_rows:
             applied.meet(f"negatives.listed.only_rows.{title}", cell_of(row, header, title))
         if not file:

@@ -12,6 +12,7 @@ from umed_plugin.data.annotations.base import Annotated, as_xyxy, in_unit
 from umed_plugin.data.annotations.cells import (
     cell_of,
     columns_exist,
+    first_is_untitled,
     last_column,
     parts_of,
     row_is_whole,
@@ -98,6 +99,9 @@ class _Table:
 
     def items(self, rows: list[tuple[int, list[str]]]) -> list[Annotated]:
         merged: dict[tuple[object, ...], Annotated] = {}
+        form = {"delimiter": self.options.delimiter}
+        if self.options.header and first_is_untitled(rows, self.header, self.path, self.faults, **form):
+            return []
         for number, row in rows:
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
@@ -117,9 +121,9 @@ class _Table:
 
     def _is_whole(self, row: list[str], number: int) -> bool:
         where, delimiter = f"{self.path}:{number}", self.options.delimiter
-        return row_is_whole(
-            row, self.header, self.last_needed, where, self.faults, delimiter=delimiter, key="annotations"
-        )
+        form = {"delimiter": delimiter, "key": "annotations"}
+        has_header = self.options.header
+        return row_is_whole(row, self.header, self.last_needed, where, self.faults, has_header=has_header, **form)
 
     def _check_agree(self, first: Annotated, item: Annotated) -> None:
         """Note what a later row of an image says against its first row."""
