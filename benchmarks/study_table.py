@@ -102,20 +102,22 @@ def markdown(study: Study, rows: Rows, seeds: Sequence[int]) -> str:
 
 
 def _between_variants(study: Study, rows: Rows, seeds: Sequence[int], size: int, groups: Groups) -> list[str]:
-    """What holding out has cost: each arm of a variant minus the same arm of the first variant, by group."""
+    """What a variant has changed: each of its arms minus the same arm of the first variant; by group where one is held out."""
     first, *others = study.variants
     lines = []
-    for variant in others if groups else []:
+    for variant in others:
         for arm in study.variants[variant].arms or study.arms:
             pairs = [(Cell(seed, size, first, arm), Cell(seed, size, variant, arm)) for seed in seeds]
-            for part, name in PARTS.items():
+            for part in PARTS if groups else [None]:
                 found = [Scores(rows, groups, part).pooled(pairs, SHOWN[metric]) for metric in COMPARED]
                 if found[0][2]:
                     shown = " | ".join(formatted(value, interval, "+.3f") for value, interval, _ in found)
-                    lines.append(f"| {arm}, {variant} | {name} | {shown} |")
+                    studies = "all" if part is None else PARTS[part]
+                    lines.append(f"| {arm}, {variant} | {studies} | {found[0][2]} | {shown} |")
     if not lines:
         return []
-    return ["", f"| minus the same arm, {first} | studies | {' | '.join(COMPARED)} |", "|---|---|---|---|", *lines]
+    head = ["", f"| minus the same arm, {first} | studies | seeds | {' | '.join(COMPARED)} |", "|---|---|---|---|---|"]
+    return [*head, *lines]
 
 
 def _missing(missing: Sequence[Cell]) -> str:

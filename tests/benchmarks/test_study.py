@@ -196,7 +196,7 @@ def test_what_was_held_out_has_lines_of_its_own_in_each_variant(tmp_path):
         "| stage 1: held out of training | 1 | 1.000 | 0.515 |",
         "| stage 1: seen in training | 1 | 0.875 | 0.570 |",
         "| stage 1, without: held out of training | 1 | 1.000 | 0.215 |",
-        "| stage 1, without | held out of training | +0.000",
+        "| stage 1, without | held out of training | 1 | +0.000",
     ):
         assert [found for found in lines if found.startswith(line)], line
     (cost,) = [line for line in lines if line.startswith("| stage 1, without | seen in training |")]
