@@ -106,8 +106,8 @@ def test_a_seed_that_no_generator_takes_is_named_by_its_flag(of, given, capsys):
         ("recipe build demo_studies", "--out", "records.json"),
         ("recipe build demo_studies --out o.json --writer openai", "--ledger", "ledger.jsonl"),
         ("recipe review no.json", "--out", "review.html"),
-        ("report no", "--index", "reports.html"),
-        ("report no", "--picture", "before_after.png"),
+        pytest.param("report no", "--index", "reports.html", marks=pytest.mark.llava),
+        pytest.param("report no", "--picture", "before_after.png", marks=pytest.mark.llava),
     ],
 )
 def test_where_a_file_cannot_be_is_said_before_the_work(command, flag, example, tmp_path, capsys):

@@ -160,6 +160,7 @@ def test_a_lesion_on_no_slice_is_refused(how, kind, tmp_path):
         build_records(load_recipe(recipe), out_dir=tmp_path / "out", data_root=tmp_path)
 
 
+@pytest.mark.llava
 def test_a_montage_is_shown_in_the_window_of_its_lesions(tmp_path):
     """The first row is mostly of a slice without a lesion, and has none."""
     recipe = write(tmp_path, [OTHER], MONTAGE.replace("full", "column"))
