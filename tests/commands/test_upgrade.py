@@ -306,12 +306,15 @@ def test_deepspeeds_own_optimizer_is_refused_until_a_training_has_begun(tiny_lla
         hints = [f"Here: --set {stage}.projector_learning_rate=null." in str(caught.value) for stage in stages]
         assert hints == [number == 0, True]
         (step.outputs[0] / "checkpoint-2").mkdir(parents=True)
-    upgrade_of(tiny_llama, tmp_path / "run", **given)
+    plan = {step.name: step for step in upgrade_of(tiny_llama, tmp_path / "run", **given).steps}
     (tmp_path / "run" / "made").mkdir()
-    for step in begun:  # a finished run whose trainings were removed to save space
+    for step in (plan[step.name] for step in begun):  # a finished run whose trainings were removed to save space
         shutil.rmtree(step.outputs[0])
-        write_json(tmp_path / "run" / "made" / f"{step.name}.json", {"outputs": {}})
+        about = {"outputs": {}, "settings": {**step.settings, **step.digests}}
+        write_json(tmp_path / "run" / "made" / f"{step.name}.json", about)
     upgrade_of(tiny_llama, tmp_path / "run", **given)
+    with pytest.raises(UmedError, match="(?s)instruction_tuning: --mm_projector_lr.*rewarding: --mm_projector_lr"):
+        upgrade_of(tiny_llama, tmp_path / "run", **given, **{"instruction_tuning.steps": 7})
 
 
 def test_gpus_before_ampere_train_in_fp16(tiny_llama, tmp_path, monkeypatch):

@@ -227,9 +227,10 @@ def test_rows_of_lists_are_whole(key: str, row: str, words: str, tmp_path: Path)
             "n.csv: all rows have 3 cells, and the header has 2. If the first column",
         ),
         ("f,w\nb.png,x,y\nc.png,x\n", "true", "n.csv:2: has 3 cells, and the header has 2. Put text that holds"),
+        ("f,w\nb.png,x,\nc.png,x,y\n", "true", "n.csv:3: has 3 cells, and the header has 2. Put text that holds"),
         ("w,f\nb.png\nc.png\n", "true", "n.csv:2: has 1 cells, and the header has 2. Is the file whole"),
     ],
-    ids=["no header", "R's", "too long", "all short"],
+    ids=["no header", "R's", "too long", "one too long", "all short"],
 )
 def test_rows_of_another_length_are_told_by_what_the_file_has(
     text: str, header: str, words: str, tmp_path: Path

@@ -190,8 +190,8 @@ def refused(error: openai.APIStatusError) -> str:
     except (KeyError, ValueError):
         return f"HTTP {error.status_code}: the server sends the request on to an address that cannot be read"
     return (
-        f"HTTP {error.status_code}: the server sends the request on to {address}. Requests go to the given server alone. If "
-        f"that is the right one, give its address: --base-url {address} (in training --umed_judge_base_url)"
+        f"HTTP {error.status_code}: the server sends the request on to another one, which is not followed. If that is the right "
+        f"one, give its address, in training by --umed_judge_base_url: --base-url {address}"
     )
 
 

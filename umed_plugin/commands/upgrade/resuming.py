@@ -37,13 +37,18 @@ def what_is_kept(steps: Sequence[Step], provenance: Provenance, is_left: Callabl
 
 
 def stages_going_on(steps: Sequence[Step], provenance: Provenance) -> set[str]:
-    """Stages that begin no training: it has ended, has a checkpoint to go on from, or is not in the plan."""
-    beginning = set()
-    for name in STAGES:
-        for step in steps:
+    """Stages that begin no training: it has ended, has a checkpoint to go on from, or is not in the plan.
+
+    A training whose settings have changed begins anew, and so does each one behind a training that begins.
+    """
+    beginning: set[str] = set()
+    begins = False
+    for step in steps:
+        if step.trains:
             ended = (provenance.read(step) or {}).get("outputs") is not None
-            if _trains_stage(step, name) and not ended and last_checkpoint(step.outputs[0]) is None:
-                beginning.add(name)
+            has_begun = ended or last_checkpoint(step.outputs[0]) is not None
+            begins = begins or not has_begun or bool(provenance.differences(step, inputs=False))
+            beginning |= {name for name in STAGES if begins and _trains_stage(step, name)}
     return {*STAGES} - beginning
 
 

@@ -96,7 +96,7 @@ def first_is_untitled(
 ) -> bool:
     """True, with a fault, if each row has one cell more than the header, as in the tables that R writes."""
     filled = [row for _, row in rows if any(cell.strip() for cell in row)]
-    if not filled or any(len(row) != len(header) + 1 for row in filled) or not any(row[-1].strip() for row in filled):
+    if not filled or any(len(row) != len(header) + 1 for row in filled) or not all(row[-1].strip() for row in filled):
         return False
     faults.add(
         path,
