@@ -237,14 +237,28 @@ def test_what_was_there_comes_back_when_the_result_cannot_take_its_place(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llava-mistral-merged"]
 
 
-@pytest.mark.parametrize(
-    "name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A", "layers.0.self_attn.q_proj.lora_B.bias"]
-)
-def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
+def without_its_tensors(lora, tmp_path):
+    """(a copy of a LoRA folder without the adapter's tensors, these); a test saves what it has made of them."""
     other = shutil.copytree(lora, tmp_path / "llava-lora")
     (file,) = other.glob("adapter_model.*")  # newer versions of PEFT write safetensors
     adapter = read_tensors(file)
     file.unlink()
+    return other, adapter
+
+
+def with_other_settings(lora, tmp_path, changes):
+    """A copy of a LoRA folder whose ``adapter_config.json`` has other values."""
+    other = shutil.copytree(lora, tmp_path / "llava-lora")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return other
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.0.self_attn.q_proj.bias", "embed_tokens.lora_embedding_A", "layers.0.self_attn.q_proj.lora_B.bias"]
+)
+def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, float32_base, tmp_path, name):
+    other, adapter = without_its_tensors(lora, tmp_path)
     torch.save({**adapter, f"base_model.model.model.{name}": torch.ones(4)}, other / "adapter_model.bin")
     with pytest.raises(UmedError, match=rf"{name}.*--lora_bias none"):
         merge(other, float32_base, tmp_path / "llava-mistral-merged")
@@ -253,10 +267,7 @@ def test_an_adapter_that_holds_more_than_low_rank_matrices_is_refused(lora, floa
 @pytest.mark.parametrize("half", ["lora_A", "lora_B"])
 def test_an_adapter_that_lacks_half_a_change_is_refused(lora, float32_base, tmp_path, half):
     """peft would leave the layer as it was, without a word."""
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    (file,) = other.glob("adapter_model.*")
-    adapter = read_tensors(file)
-    file.unlink()
+    other, adapter = without_its_tensors(lora, tmp_path)
     gone = next(name for name in adapter if half in name)
     torch.save({name: t for name, t in adapter.items() if name != gone}, other / "adapter_model.bin")
     expected = rf"adapter_model.bin: lacks '{re.escape(gone)}' \(1 such in all\).*not whole"
@@ -279,9 +290,7 @@ def test_an_adapter_that_lacks_half_a_change_is_refused(lora, float32_base, tmp_
 )
 def test_an_adapter_that_is_no_plain_change_of_its_base_is_refused(lora, float32_base, tmp_path, key, value):
     """PiSSA and OLoRA take a part out of the base when training begins, so the adapter is a change of another base."""
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+    other = with_other_settings(lora, tmp_path, {key: value})
     refused_everywhere(other, float32_base, rf"peft_type 'LORA' with {key}.*Only plain LoRA", "adapter-not-plain")
 
 
@@ -298,9 +307,7 @@ def test_an_adapter_that_is_no_plain_change_of_its_base_is_refused(lora, float32
     ],
 )
 def test_settings_of_another_adapter_are_refused_before_peft_reads_them(lora, float32_base, tmp_path, changes, said):
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    other = with_other_settings(lora, tmp_path, changes)
     refused_everywhere(other, float32_base, f"adapter_config.json: .*{said}", "adapter-not-plain")
 
 
@@ -313,18 +320,13 @@ def test_settings_of_another_adapter_are_refused_before_peft_reads_them(lora, fl
 )
 def test_tensors_that_the_settings_do_not_name_are_refused(lora, float32_base, tmp_path, changes, said):
     """PEFT would leave them out without a word, and merging would not."""
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    other = with_other_settings(lora, tmp_path, changes)
     refused_everywhere(other, float32_base, said, "adapter-tensors")
 
 
 @pytest.mark.parametrize("fault", ["one more prefix", "a layer less"])
 def test_an_adapter_that_would_leave_layers_untrained_is_refused(lora, float32_base, tmp_path, fault):
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    (file,) = other.glob("adapter_model.*")
-    adapter = read_tensors(file)
-    file.unlink()
+    other, adapter = without_its_tensors(lora, tmp_path)
     if fault == "a layer less":
         adapter = {name: tensor for name, tensor in adapter.items() if "layers.1.self_attn.q_proj" not in name}
     else:
@@ -336,10 +338,7 @@ def test_an_adapter_that_would_leave_layers_untrained_is_refused(lora, float32_b
 
 
 def test_an_adapter_that_was_saved_under_its_name_in_peft_is_loaded_too(lora, float32_base, tmp_path):
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    (file,) = other.glob("adapter_model.*")
-    adapter = read_tensors(file)
-    file.unlink()
+    other, adapter = without_its_tensors(lora, tmp_path)
     torch.save(
         {name.replace(".weight", ".default.weight"): t for name, t in adapter.items()}, other / "adapter_model.bin"
     )
@@ -390,10 +389,7 @@ with torch.no_grad():
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_plain_script_loads_an_adapter_on_the_tower_too(lora, float32_base, tmp_path, trained):
     """Without the patches that commands apply, transformers 5 builds a tower of other names than checkpoints have."""
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    (file,) = other.glob("adapter_model.*")
-    adapter = read_tensors(file)
-    file.unlink()
+    other, adapter = without_its_tensors(lora, tmp_path)
     on_tower = [name for name in adapter if ".vision_tower." in name and ".lora_B." in name]
     assert on_tower
     for name in on_tower:
@@ -507,10 +503,7 @@ def test_a_tower_that_lacks_a_weight_is_not_loaded(tiny_mistral, tmp_path):
     ],
 )
 def test_weights_that_are_not_finite_are_not_merged(value, dtype, said, lora, float32_base, tmp_path, capsys):
-    other = shutil.copytree(lora, tmp_path / "llava-lora")
-    (file,) = other.glob("adapter_model.*")
-    adapter = read_tensors(file)
-    file.unlink()
+    other, adapter = without_its_tensors(lora, tmp_path)
     name = next(name for name in adapter if name.endswith("layers.0.self_attn.q_proj.lora_B.weight"))
     adapter[name][:4] = value
     torch.save(adapter, other / "adapter_model.bin")

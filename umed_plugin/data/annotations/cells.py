@@ -83,7 +83,7 @@ def filled_rows(
     if has_header and first_is_untitled(rows, header, path, faults, delimiter=delimiter):
         return
     short = [len(row) <= last_needed for _, row in rows]
-    is_cut = not read_text(path).endswith(("\n", "\r"))
+    is_cut = short[-1:] == [True] and not read_text(path).endswith(("\n", "\r"))
     for place, (number, row) in enumerate(rows):
         is_meant = short[place] and not all(short) and not (is_cut and place == len(rows) - 1)
         where, form = f"{path}:{number}", {"delimiter": delimiter, "key": key}
