@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
@@ -63,81 +64,77 @@ def last_column(wanted: list[tuple[str, Column]], header: list[str]) -> int:
     return max((header.index(column) if isinstance(column, str) else column for _, column in wanted), default=-1)
 
 
-def filled_rows(
-    rows: list[tuple[int, list[str]]],
-    header: list[str],
-    last_needed: int,
-    path: Path,
-    faults: Faults,
-    *,
-    delimiter: str,
-    key: str,
-    has_header: bool,
-) -> Iterator[tuple[int, list[str]]]:
-    """The rows that are not blank and have no fault, of a file in which a missing cell can be read as an empty one.
+@dataclass(frozen=True)
+class RowCheck:
+    """Looks whether the rows of a CSV file have as many cells as they need.
 
-    Excel leaves out the empty cells at the end of a row. Where the last row ends early and no line break follows, the file is
-    not whole. Where all rows end early, the delimiter is another. The other arguments are those of `row_is_whole`.
-    """
-    rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
-    if has_header and first_is_untitled(rows, header, path, faults, delimiter=delimiter):
-        return
-    short = [len(row) <= last_needed for _, row in rows]
-    is_cut = short[-1:] == [True] and not read_text(path).endswith(("\n", "\r"))
-    for place, (number, row) in enumerate(rows):
-        is_meant = short[place] and not all(short) and not (is_cut and place == len(rows) - 1)
-        where, form = f"{path}:{number}", {"delimiter": delimiter, "key": key}
-        if is_meant or row_is_whole(row, header, last_needed, where, faults, has_header=has_header, **form):
-            yield number, row
-
-
-def first_is_untitled(
-    rows: list[tuple[int, list[str]]], header: list[str], path: Path, faults: Faults, *, delimiter: str
-) -> bool:
-    """True, with a fault, if each row has one cell more than the header, as in the tables that R writes."""
-    filled = [row for _, row in rows if any(cell.strip() for cell in row)]
-    if not filled or any(len(row) != len(header) + 1 for row in filled) or not all(row[-1].strip() for row in filled):
-        return False
-    faults.add(
-        path,
-        f"all rows have {len(header) + 1} cells, and the header has {len(header)}. If the first column has no title, as in R's "
-        f"tables, give it one. Else put text that holds {delimiter!r} into quotes",
-    )
-    return True
-
-
-def row_is_whole(
-    row: list[str],
-    header: list[str],
-    last_needed: int,
-    where: str,
-    faults: Faults,
-    *,
-    delimiter: str,
-    key: str,
-    has_header: bool = True,
-) -> bool:
-    """False, with a fault, for a row that ends before a needed column, or that has text behind the header's last column.
-
-    In a row that ends early, a missing box would say that the image has no lesion. In one that is too long, an unquoted
-    delimiter has moved the cells behind it.
-
-    Args:
-        row, header: cells of the row, titles of the columns.
+    Attributes:
+        path: of the file.
+        header: titles of the columns.
         last_needed: index of the last column that is read; see `last_column`.
-        where: file and line.
+        faults: to which what is wrong is added.
         delimiter: of the file.
         key: of the recipe, under which the delimiter is named; empty for a reader whose delimiter is fixed.
         has_header: False where the titles are only the numbers of the first line's cells.
     """
-    counts = f"has {len(row)} cells, and the {'header' if has_header else 'first line'} has {len(header)}"
-    if len(row) <= last_needed:
-        faults.add(where, f"{counts}. Is the file whole{f', and is {key}.delimiter right' if key else ''}?")
-        return False
-    if any(cell.strip() for cell in row[len(header) :]):
-        faults.add(where, f"{counts}. Put text that holds {delimiter!r} into quotes")
-        return False
-    return True
+
+    path: Path
+    header: list[str]
+    last_needed: int
+    faults: Faults
+    delimiter: str = ","
+    key: str = ""
+    has_header: bool = True
+
+    def filled_rows(self, rows: list[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+        """The rows that are not blank and have no fault, of a file in which a missing cell can be read as an empty one.
+
+        Excel leaves out the empty cells at the end of a row. Where the last row ends early and no line break follows, the file
+        is not whole. Where all rows end early, the delimiter is another.
+        """
+        rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
+        if self.first_is_untitled(rows):
+            return
+        short = [len(row) <= self.last_needed for _, row in rows]
+        is_cut = short[-1:] == [True] and not read_text(self.path).endswith(("\n", "\r"))
+        may_be_short = len(rows) - is_cut if not all(short) else 0
+        for place, (number, row) in enumerate(rows):
+            if (short[place] and place < may_be_short) or self.is_whole(number, row):
+                yield number, row
+
+    def first_is_untitled(self, rows: list[tuple[int, list[str]]]) -> bool:
+        """True, with a fault, if each row has one cell more than the header, as in the tables that R writes."""
+        filled = [row for _, row in rows if any(cell.strip() for cell in row)]
+        wanted = len(self.header) + 1
+        if not self.has_header or not filled or not all(len(row) == wanted and row[-1].strip() for row in filled):
+            return False
+        self.faults.add(
+            self.path,
+            f"all rows have {wanted} cells, and the header has {len(self.header)}. If the first column has no title, as in "
+            f"R's tables, give it one. Else put text that holds {self.delimiter!r} into quotes",
+        )
+        return True
+
+    def is_whole(self, number: int, row: list[str]) -> bool:
+        """False, with a fault, for a row that ends before a needed column, or that has text behind the header's last column.
+
+        In a row that ends early, a missing box would say that the image has no lesion. In one that is too long, an unquoted
+        delimiter has moved the cells behind it.
+
+        Args:
+            number: of the row's first line.
+            row: its cells.
+        """
+        titles = "header" if self.has_header else "first line"
+        counts = f"has {len(row)} cells, and the {titles} has {len(self.header)}"
+        if len(row) <= self.last_needed:
+            right = f", and is {self.key}.delimiter right" if self.key else ""
+            self.faults.add(f"{self.path}:{number}", f"{counts}. Is the file whole{right}?")
+            return False
+        if any(cell.strip() for cell in row[len(self.header) :]):
+            self.faults.add(f"{self.path}:{number}", f"{counts}. Put text that holds {self.delimiter!r} into quotes")
+            return False
+        return True
 
 
 def cell_of(row: list[str], header: list[str], column: Optional[Column]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Optional
 
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, filled_rows, last_column, titled
+from umed_plugin.data.annotations.cells import RowCheck, cell_of, columns_exist, last_column, titled
 from umed_plugin.data.annotations.finding import annotation_file
 from umed_plugin.data.recipes.options import ImageList
 from umed_plugin.data.texts import read_numbered_rows
@@ -32,9 +32,9 @@ class ListedImages:
         wanted = [("annotations.leave_out_listed.file", rule.file)]
         if not columns_exist(wanted, header, path, faults):
             return
-        last, form = last_column(wanted, header), {"delimiter": rule.delimiter, "key": "annotations.leave_out_listed"}
-        whole = filled_rows(data, header, last, path, faults, has_header=rule.header, **form)
-        self._names = {_name(cell_of(row, header, rule.file)) for _, row in whole} - {""}
+        last, key = last_column(wanted, header), "annotations.leave_out_listed"
+        check = RowCheck(path, header, last, faults, rule.delimiter, key, rule.header)
+        self._names = {_name(cell_of(row, header, rule.file)) for _, row in check.filled_rows(data)} - {""}
 
     def reason(self, file: str) -> str:
         """Why an image is left out; empty for one that is not listed."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from umed_plugin.data.annotations.base import Annotated, AnnotationSet
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, filled_rows, last_column, titled
+from umed_plugin.data.annotations.cells import RowCheck, cell_of, columns_exist, last_column, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file, real_path
 from umed_plugin.data.annotations.inside import with_possible_paths
@@ -84,8 +84,9 @@ def _read_list(listed: NegativeList, recipe: Recipe, annotations: AnnotationSet)
     applied = Applied({f"negatives.listed.only_rows.{title}": values for title, values in listed.only_rows.items()})
     items: dict[str, Annotated] = {}
     others: set[str] = set()
-    last, form = last_column(_columns(listed), header), {"delimiter": listed.delimiter, "key": "negatives.listed"}
-    for number, row in filled_rows(data, header, last, path, faults, has_header=listed.header, **form):
+    last = last_column(_columns(listed), header)
+    check = RowCheck(path, header, last, faults, listed.delimiter, "negatives.listed", listed.header)
+    for number, row in check.filled_rows(data):
         where, file = f"{path}:{number}", cell_of(row, header, listed.file)
         for title in listed.only_rows:
             applied.meet(f"negatives.listed.only_rows.{title}", cell_of(row, header, title))

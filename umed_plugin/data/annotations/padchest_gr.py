@@ -8,7 +8,7 @@ from typing import Any, Optional
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated, four_numbers
-from umed_plugin.data.annotations.cells import row_is_whole
+from umed_plugin.data.annotations.cells import RowCheck
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file, json_files
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.splits import SPLIT_NAMES
@@ -71,14 +71,14 @@ def _table(options: PadchestGrOptions, root: Path, faults: Faults) -> Optional[d
     missing = [title for title in ("StudyID", "PatientID", "split") if title not in header]
     if rows and missing:
         faults.add(path, f"has no column {', '.join(missing)}. It has: {', '.join(header)}")
-    if not rows or missing:
+    if path is None or not rows or missing:
         return {}
     study, patient, split = (header.index(title) for title in ("StudyID", "PatientID", "split"))
     found: dict[str, tuple[str, str]] = {}
-    last = max(study, patient, split)
+    check = RowCheck(path, header, max(study, patient, split), faults)
     for number, row in rows[1:]:
         blank = not any(cell.strip() for cell in row)
-        if blank or not row_is_whole(row, header, last, f"{path}:{number}", faults, delimiter=",", key=""):
+        if blank or not check.is_whole(number, row):
             continue
         named = (row[patient].strip(), row[split].strip())
         if named[1] not in SPLIT_NAMES:

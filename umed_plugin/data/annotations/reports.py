@@ -11,7 +11,7 @@ from typing import Any, Literal, Optional
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated
-from umed_plugin.data.annotations.cells import cell_of, columns_exist, filled_rows, last_column, name_of, titled
+from umed_plugin.data.annotations.cells import RowCheck, cell_of, columns_exist, last_column, name_of, titled
 from umed_plugin.data.annotations.finding import ImageFolders, annotation_file
 from umed_plugin.data.recipes.options import Column, HasHeader
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
@@ -176,8 +176,8 @@ def _of_table(path: Path, options: ReportsOptions, faults: Faults) -> Iterator[_
     if not header or not columns_exist(wanted, header, path, faults):
         return
     studies: dict[str, tuple[str, list[str], list[str]]] = {}
-    last, has_header = last_column(wanted, header), options.header
-    for number, row in filled_rows(data, header, last, path, faults, delimiter=",", key="", has_header=has_header):
+    check = RowCheck(path, header, last_column(wanted, header), faults, has_header=options.header)
+    for number, row in check.filled_rows(data):
         where = f"{path}:{number}"
         image, report = (cell_of(row, header, column) for column in (columns.file, columns.report))
         if not image:

@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Optional
 
 from umed_plugin.data.annotations.base import Annotated, as_xyxy, in_unit
-from umed_plugin.data.annotations.cells import (
-    cell_of,
-    columns_exist,
-    first_is_untitled,
-    last_column,
-    parts_of,
-    row_is_whole,
-    titled,
-)
+from umed_plugin.data.annotations.cells import RowCheck, cell_of, columns_exist, last_column, parts_of, titled
 from umed_plugin.data.annotations.effects import Applied
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, annotation_file
 from umed_plugin.data.annotations.labels import labels_of, split_label
@@ -95,17 +87,17 @@ class _Table:
         self.folders, self.split, self.faults, self.applied = folders, split, faults, applied
         self.names = Renamed(options.rename)
         self.listed = ListedImages(None, path.parent, faults)
-        self.last_needed = last_column(_wanted_columns(options), header)
+        last = last_column(_wanted_columns(options), header)
+        self.check = RowCheck(path, header, last, faults, options.delimiter, "annotations", options.header)
 
     def items(self, rows: list[tuple[int, list[str]]]) -> list[Annotated]:
         merged: dict[tuple[object, ...], Annotated] = {}
-        form = {"delimiter": self.options.delimiter}
-        if self.options.header and first_is_untitled(rows, self.header, self.path, self.faults, **form):
+        if self.check.first_is_untitled(rows):
             return []
         for number, row in rows:
             if not any(cell.strip() for cell in row) or not self._wanted(row):
                 continue
-            item = self._item(row, f"{self.path}:{number}") if self._is_whole(row, number) else None
+            item = self._item(row, f"{self.path}:{number}") if self.check.is_whole(number, row) else None
             if item is None:
                 continue
             first = merged.setdefault((item.image, item.slice, item.reader, item.phrase), item)
@@ -118,12 +110,6 @@ class _Table:
         _leave_out_whole(merged.values())
         self.names.tell(self.path, self.faults)
         return list(merged.values())
-
-    def _is_whole(self, row: list[str], number: int) -> bool:
-        where, delimiter = f"{self.path}:{number}", self.options.delimiter
-        form = {"delimiter": delimiter, "key": "annotations"}
-        has_header = self.options.header
-        return row_is_whole(row, self.header, self.last_needed, where, self.faults, has_header=has_header, **form)
 
     def _check_agree(self, first: Annotated, item: Annotated) -> None:
         """Note what a later row of an image says against its first row."""
