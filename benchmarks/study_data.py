@@ -13,37 +13,46 @@ from study_plan import Data
 
 from umed_plugin.commands.demo.studies import make_studies
 from umed_plugin.data.build import build_records
-from umed_plugin.data.recipes.recipe import Recipe, load_recipe
+from umed_plugin.data.recipes.options import HoldOut
+from umed_plugin.data.recipes.recipe import AnyRecipe, Mixture, load_recipe
 from umed_plugin.data.records import Record, load_records, record_geometry, save_records, true_boxes
 from umed_plugin.data.template_writer import write_conversation
 from umed_plugin.errors import UmedError
 
 GENERATED = "demo_studies"
+STUDIES = Path(__file__).parent / "studies"
 
 
 def make_data(folder: Path, data: Data, seed: int) -> Path:
     """Write ``records.json`` of all splits under ``folder``, once; returns its path."""
     file = folder / "records.json"
     if not file.is_file():
-        root = folder / "studies" if data.recipe == GENERATED else None
+        root = folder / "studies" if data.recipe == GENERATED or data.generated else None
         if root is not None:
             make_studies(root, seed=seed, train=data.train, val=data.val, test=data.test)
         elif data.data_root is not None:
             root = Path(os.path.expandvars(data.data_root))
-        records = build_records(
-            _recipe(data), out_dir=folder, image_aspect_ratio="pad", seed=seed, data_root=root, workers=1
-        )
+        recipe = _recipe(data)
+        records = build_records(recipe, out_dir=folder, image_aspect_ratio="pad", seed=seed, data_root=root, workers=1)
+        if isinstance(recipe, Mixture):
+            records.sort(key=_place)
         if data.folds is not None:
             records = in_folds(records, data.folds, seed)
         save_records(records, file)
     return file
 
 
-def _recipe(data: Data) -> Recipe:
-    recipe = load_recipe(data.recipe)
+def _recipe(data: Data) -> AnyRecipe:
+    beside = STUDIES / data.recipe
+    recipe = load_recipe(beside if beside.is_file() else data.recipe)
     if data.hold_out is None:
         return recipe
-    return Recipe(**{**recipe.model_dump(), "annotations": recipe.annotations, "hold_out": data.hold_out})
+    return recipe.model_copy(update={"hold_out": HoldOut(**data.hold_out)})
+
+
+def _place(record: Record) -> bytes:
+    """Where a record stands among those of all sources, so that the first N are of each of them."""
+    return hashlib.sha256(record["id"].encode()).digest()
 
 
 def in_folds(records: Sequence[Record], folds: int, fold: int) -> list[Record]:

@@ -23,7 +23,10 @@ Flags = dict[str, FlagValue]
 class Data(StrictModel):
     """Where the studies come from. The seed of a cell draws the demo's studies; of a data set on disk it is the fold."""
 
-    recipe: str = Field("demo_studies", description="The demo's generated studies, or a recipe's name or YAML.")
+    recipe: str = Field(
+        "demo_studies", description="The demo's generated studies, a recipe's name, or a YAML in this folder or below."
+    )
+    generated: Optional[Literal[True]] = Field(None, description="Another recipe that reads the demo's studies.")
     data_root: Optional[str] = Field(None, description="Folder of the recipe's data; ``${VARIABLE}`` is expanded.")
     train: int = Field(1600, ge=1, description="Generated training studies; the base's captions are of all of them.")
     val: int = Field(64, ge=1, description="Generated held-out studies that decide when stage 1 ends.")

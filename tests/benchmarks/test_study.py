@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from support.records import grounded_records
 from support.umed_runs import ROOT, run_command
 
 from umed_plugin.commands import processes
+from umed_plugin.data.records import load_records
 from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.metrics.metric import Row
 from umed_plugin.evaluation.results import Evaluation, Prediction
@@ -220,6 +222,25 @@ def test_folds_and_a_held_out_class_exclude_each_other(tmp_path):
     variants = {"plain": {}, "without": {"data": {"hold_out": {"classes": ["cyst"]}}}}
     with pytest.raises(UmedError, match="folds deals all studies anew"):
         loaded(tmp_path, changed(data={**TINY["data"], "folds": 5}, variants=variants))
+
+
+@pytest.mark.llava
+def test_the_labelled_studies_of_a_mixture_are_of_each_source_and_the_held_out_one_is_in_the_test_alone(tmp_path):
+    recipe = {"recipe": "sources/by_modality.yaml", "generated": True, "train": 16, "val": 4, "test": 8}
+    counts = {}
+    for name, rule in (("all", None), ("without", {"sources": ["mr.yaml"]})):
+        data = study_plan.Data(**recipe, hold_out=rule)
+        records = load_records(study_data.make_data(tmp_path / name, data, seed=1))
+        counts[name] = {
+            split: Counter(record["source"] for record in records if record["split"] == split)
+            for split in ("train", "val", "test")
+        }
+        first = [record["source"] for record in records if record["split"] == "train"][:8]
+        assert len(set(first)) == (3 if rule is None else 2), "the first are not of one source alone"
+    assert counts["all"]["train"] == {"demo_ct": 8, "demo_mr": 4, "demo_xray": 4}
+    assert counts["without"]["train"] == {"demo_ct": 8, "demo_xray": 4}
+    assert counts["without"]["val"] == {"demo_ct": 2, "demo_xray": 1}
+    assert counts["without"]["test"] == counts["all"]["test"] == {"demo_ct": 4, "demo_mr": 2, "demo_xray": 2}
 
 
 def test_a_size_that_no_table_shows_is_refused(tmp_path):
