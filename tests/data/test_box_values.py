@@ -10,6 +10,7 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 from support.annotation_files import (
+    ALL_IN_TRAIN,
     BOX,
     COCO,
     CSV,
@@ -175,6 +176,48 @@ def test_percent_read_as_pixels_is_told_whoever_knows_the_size(tmp_path: Path, f
     recipe = load_recipe(write_recipe(tmp_path, annotations, "{by: patient, fractions: {train: 1}}"))
     remarks = [line for line in check_recipe(recipe).annotations.told() if "Are these percent?" in line]
     assert len(remarks) == told
+
+
+SQUARES, OBLONGS = [(1300, 1300), (1400, 1400)], [(1300, 1600), (1500, 1250)]
+
+
+@pytest.mark.parametrize("form", ["csv", "coco"])
+@pytest.mark.parametrize(
+    ("sizes", "furthest", "told"),
+    [
+        (SQUARES, 995, True),
+        (OBLONGS, 995, True),
+        (OBLONGS, 940, False),
+        (OBLONGS, 1100, False),
+        (SQUARES, 1100, False),
+        ([(1300, 1600)] * 2, 995, False),
+        ([(1300, 1100), (1100, 1300)], 995, False),
+    ],
+)
+def test_thousandths_read_as_pixels(
+    tmp_path: Path, form: str, sizes: list[tuple[int, int]], furthest: int, told: bool
+) -> None:
+    """Told where images of several sizes reach well beyond 1000 and no box does, whoever knows the size."""
+    names, corners = ["a.png", "b.png"], [(10 + 9 * i, 20, 30 + 9 * i, 40 + i) for i in range(12)]
+    corners[3] = (500, 600, 700, furthest)
+    for name, (width, height) in zip(names, sizes):
+        put(tmp_path / name, np.zeros((height, width), np.uint8))
+    if form == "csv":
+        rows = [f"{name},{','.join(map(str, box))},nod\n" for name in names for box in corners]
+        put(tmp_path / "a.csv", HEAD + "".join(rows))
+    else:
+        sized = [(i, [x1, y1, x2 - x1, y2 - y1], {}) for i in (1, 2) for x1, y1, x2, y2 in corners]
+        coco(tmp_path, list(enumerate(names, start=1)), sized)
+        content = json.loads((tmp_path / "a.json").read_text())
+        for image, (width, height) in zip(content["images"], sizes):
+            image |= {"width": width, "height": height}
+        put(tmp_path / "a.json", json.dumps(content))
+    recipe = load_recipe(write_recipe(tmp_path, {"csv": CSV, "coco": COCO}[form] % "", ALL_IN_TRAIN))
+    annotations = check_recipe(recipe).annotations
+    assert annotations.faults.messages == []
+    remarks = [line for line in annotations.told() if "Are these thousandths" in line]
+    assert len(remarks) == told
+    assert all("Then divide them by 1000, and write normalised: true" in line for line in remarks)
 
 
 @pytest.mark.parametrize("convention", ["one_based", "inclusive", "half_open"])

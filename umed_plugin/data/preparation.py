@@ -19,7 +19,7 @@ import numpy as np
 
 from umed_plugin.data.annotations import Annotated, AnnotationSet
 from umed_plugin.data.annotations.finding import did_you_mean_file
-from umed_plugin.data.annotations.units import check_percent
+from umed_plugin.data.annotations.units import check_by_size
 from umed_plugin.data.images.frames import BoxFrame, frame_remarks, size_fault
 from umed_plugin.data.images.options import UsedOptions
 from umed_plugin.data.images.windows import plain_window
@@ -76,7 +76,7 @@ def prepare(
     if whole and not bad_images:
         annotations.unused_options += used.unused()
     for found in unsized.values():
-        check_percent(found, annotations.faults)
+        check_by_size(found, annotations.faults)
 
 
 def _read_here(items: Sequence[Annotated]) -> Looks:

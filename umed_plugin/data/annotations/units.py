@@ -13,6 +13,11 @@ from umed_plugin.grounding.boxes import Box
 # From so many boxes on, it is no chance that all lie in the first 100 pixels of images that are more than four times as large.
 _ENOUGH_FOR_PERCENT = 20
 _SIDE_FOR_PERCENT = 400
+# Nor that all end near 1000 in images of several sizes, of which a fifth and more lies beyond.
+_ENOUGH_FOR_THOUSANDTHS = 20
+_SIDE_FOR_THOUSANDTHS = 1250
+_NEAR_THOUSAND = 950
+_Sized = Sequence[tuple[Box, Annotated, tuple[int, int]]]
 
 
 def check_units(items: Sequence[Annotated], faults: Faults) -> None:
@@ -23,7 +28,7 @@ def check_units(items: Sequence[Annotated], faults: Faults) -> None:
     for split in dict.fromkeys(item.split for item in items):
         boxes = [(box, item) for item in items if item.split == split for box in item.boxes]
         _check_fractions([pair for pair in boxes if not pair[1].normalised], faults)
-        check_percent([(box, item, item.size) for box, item in boxes if item.size and not item.normalised], faults)
+        check_by_size([(box, item, item.size) for box, item in boxes if item.size and not item.normalised], faults)
         _check_pixels([pair for pair in boxes if pair[1].normalised], faults)
         _check_read_as_percent(
             [pair for pair in boxes if pair[1].normalised and _in_percent(pair[1].recipe.annotations)], faults
@@ -76,12 +81,23 @@ def _tell_small(
         faults.remark(item.where, message)
 
 
-def check_percent(boxes: Sequence[tuple[Box, Annotated, tuple[int, int]]], faults: Faults) -> None:
-    """Remark on boxes in pixels that are probably in percent, of one split.
+def check_by_size(boxes: _Sized, faults: Faults) -> None:
+    """Remark on boxes in pixels that are probably in percent or in thousandths, of one split.
 
     Args:
         boxes: each with its item, and with width and height of its image in pixels.
     """
+    # What a reader computes from masks is in pixels.
+    written = [one for one in boxes if not _is_computed(one[1].recipe.annotations)]
+    _check_percent(written, faults)
+    _check_thousandths(written, faults)
+
+
+def _is_computed(options: ReaderOptions) -> bool:
+    return options.from_masks_ or options.stored_frame_
+
+
+def _check_percent(boxes: _Sized, faults: Faults) -> None:
     large = [(box, item) for box, item, size in boxes if min(size) >= _SIDE_FOR_PERCENT]
     if len(large) < _ENOUGH_FOR_PERCENT or any(not -1 <= value <= 101 for box, _ in large for value in box):
         return
@@ -91,6 +107,27 @@ def check_percent(boxes: Sequence[tuple[Box, Annotated, tuple[int, int]]], fault
             f"all {len(large)} boxes lie in 0-100, and their images have {_SIDE_FOR_PERCENT} pixels or more on a side. Are these "
             f"percent?{_advice(large[0][1].recipe.annotations, 'percent')}",
         )
+
+
+def _check_thousandths(boxes: _Sized, faults: Faults) -> None:
+    """A grid of 1000 by 1000 on images of every size, as vision models write boxes. In smaller images it would leave them."""
+    large = [(box, item, size) for box, item, size in boxes if min(size) >= _SIDE_FOR_THOUSANDTHS]
+    if len(large) < _ENOUGH_FOR_THOUSANDTHS or len({size for _, _, size in large}) == 1:
+        return
+    furthest = max(value for box, _, _ in large for value in box)
+    # VOC's conventions shift by one.
+    if furthest <= _NEAR_THOUSAND or any(not -1 <= value <= 1001 for box, _, _ in boxes for value in box):
+        return
+    item = large[0][1]
+    takes_fractions = "normalised" in type(item.recipe.annotations).model_fields
+    divide = "divide them by 1000, and write normalised: true (annotations.normalised)"
+    multiply = "multiply x by width / 1000, and y by height / 1000"
+    faults.remark(
+        item.where,
+        f"all {len(boxes)} boxes lie in 0-1000, up to {furthest:g}, and {len(large)} of them are of images with "
+        f"{_SIDE_FOR_THOUSANDTHS} pixels or more on a side. Are these thousandths, as Qwen-VL and Gemini write them? "
+        f"Then {divide if takes_fractions else multiply}. Gemini writes y before x (image.box_axes: yx)",
+    )
 
 
 def _check_pixels(boxes: list[tuple[Box, Annotated]], faults: Faults) -> None:
