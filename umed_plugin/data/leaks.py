@@ -22,6 +22,7 @@ from umed_plugin.data.annotations.finding import matches
 from umed_plugin.data.endings import IMAGE_ENDINGS, NIFTI_ENDINGS
 from umed_plugin.data.images import has_dicom_magic, load_image, slice_count
 from umed_plugin.data.images.stored import unreadable
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.data.places import check_fetched
 from umed_plugin.errors import UmedError, warn
 
@@ -126,7 +127,8 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
         # Links to folders are followed: evaluation sets often lie on another disk.
         others: Counter[str] = Counter()
         files = []
-        for file in (file for file in matches(path, "**/*") if not file.is_dir()):
+        own = OwnFiles(path)
+        for file in (file for file in own.without(matches(path, "**/*")) if not file.is_dir()):
             if _may_be_image(file):
                 files.append(file)
             else:
@@ -140,6 +142,9 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
                 _add_slices(file, pictures, axes)
             except UmedError as error:
                 warn(f"not compared with the training data: {error}")
+        if own.count:
+            first = next(iter(own.left_out))
+            warn(f"{path}: {own.count} files that umed has written itself are not compared, such as those in {first}")
         if others:
             counted = ", ".join(f"{ending} ({count})" for ending, count in others.most_common())
             warn(f"{path}: files that are no images by their names are not compared with the training data: {counted}")

@@ -12,9 +12,16 @@ from pydantic import Field, field_validator
 
 from umed_plugin.data.annotations.base import Annotated, drop_box
 from umed_plugin.data.annotations.effects import Applied
-from umed_plugin.data.annotations.finding import ImageFolders, add_not_fetched, matches, matching_files
+from umed_plugin.data.annotations.finding import (
+    ImageFolders,
+    add_not_fetched,
+    matches,
+    matching_files,
+    tell_own_files,
+)
 from umed_plugin.data.annotations.shapes import regions
 from umed_plugin.data.images.stored import unreadable
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.data.recipes.options import with_text_keys
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.errors import UmedError
@@ -121,7 +128,11 @@ def _sources(folders: Sequence[Path], faults: Faults) -> list[_Source]:
     tags = ["SOPInstanceUID", "SOPClassUID", "SeriesInstanceUID", "Rows", "Columns", "NumberOfFrames"]
     tags += ["ImagePositionPatient", "ImageOrientationPatient"]
     found = []
-    paths = [path for folder in folders for path in matches(folder, "**/*")]
+    paths = []
+    for folder in folders:
+        own = OwnFiles(folder)
+        paths += own.without(matches(folder, "**/*"))
+        tell_own_files(own, folder, faults)
     # A slice that is not there would be missed as a negative image, or by its UID.
     add_not_fetched(paths, faults)
     for path in (path for path in paths if path.is_file()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import os
 import re
 import unicodedata
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 from urllib.parse import unquote
 
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.data.places import folders_below, not_fetched
 from umed_plugin.data.texts import read_json
 from umed_plugin.faults import Faults
@@ -137,7 +139,9 @@ def matching_folders(root: Path, pattern: str) -> list[Path]:
     """The folders that match; the pattern itself if none does, so that a message can name it."""
     if "*" not in pattern:
         return [root / pattern]
-    return [path for path in matches(root, pattern) if path.is_dir()] or [root / pattern]
+    own = OwnFiles(named_part(root, pattern))
+    found = [path for path in matches(root, pattern) if path.is_dir() and own.run_of(path) is None]
+    return found or [root / pattern]
 
 
 def matches(root: Path, pattern: str) -> list[Path]:
@@ -151,6 +155,18 @@ def matches(root: Path, pattern: str) -> list[Path]:
     for part in parts:
         found = [path for folder in found for path in _step(folder, part)]
     return sorted(set(found)) if parts else []
+
+
+def named_part(root: Path, pattern: str) -> Path:
+    """The folder that a pattern names before its first wildcard."""
+    parts = itertools.takewhile(lambda part: not _has_wildcard(part), Path(pattern).parts)
+    return root.joinpath(*parts)
+
+
+def tell_own_files(own: OwnFiles, root: Path, faults: Faults) -> None:
+    """Count what is left out because umed has written it."""
+    for folder, count in own.left_out.items():
+        faults.left_out["files", f"written by umed itself, in {os.path.relpath(folder, root)}"] += count
 
 
 def _step(folder: Path, part: str) -> Iterator[Path]:
@@ -180,22 +196,25 @@ def matching_files(root: Path, pattern: str, faults: Faults) -> list[Path]:
 
     Files that the pattern misses by their case or by a folder in between are counted: their images would be lost without a word.
     """
-    matching = matches(root, pattern)
+    own = OwnFiles(named_part(root, pattern))
+    matching = own.without(matches(root, pattern))
+    tell_own_files(own, root, faults)
     found = [path for path in matching if path.is_file()]
     if not add_not_fetched(matching, faults) and not found:
-        folder_matches = f"; {matching[0].name} is a folder" if matching else ""
-        faults.add(root / pattern, f"no file matches{folder_matches}. Check annotations.files and the data root")
+        but = f"; {matching[0].name} is a folder" if matching else ""
+        but += f" but {own.count} that umed has written itself" if own.count else ""
+        faults.add(root / pattern, f"no file matches{but}. Check annotations.files and the data root")
     folder, last = os.path.split(pattern)
     known = set(found)
     if _has_wildcard(last):
-        nearby = set(matches(root, os.path.join(folder, "*"))) - known
+        nearby = set(own.without(matches(root, os.path.join(folder, "*")))) - known
         other_case = [path for path in nearby if _fits_but_for_case(path.name, last)]
         _tell_missed(root / pattern, other_case, "differ from it in case alone", faults)
     if _has_wildcard(pattern) and "**" not in pattern:
         below = os.path.join(folder, "**", last)
         _tell_missed(
             root / pattern,
-            set(matches(root, below)) - known,
+            set(own.without(matches(root, below))) - known,
             f"are in sub folders. If no other pattern reads them, {below} does",
             faults,
         )

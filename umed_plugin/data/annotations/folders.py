@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.effects import Applied
-from umed_plugin.data.annotations.finding import matches
+from umed_plugin.data.annotations.finding import matches, tell_own_files
 from umed_plugin.data.annotations.labels import labels_of
 from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.data.places import folders_below
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
@@ -71,39 +72,45 @@ def _images_below(
     folder: Path, split: str, options: FoldersOptions, applied: Applied, faults: Faults
 ) -> list[Annotated]:
     items: list[Annotated] = []
+    own = OwnFiles(folder)
     endings = tuple(ending.lower() for ending in options.endings)
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    beside = [name for name in names if not (folder / name).is_dir() and name.lower().endswith(endings)]
+    pictures = [folder / name for name in names if not (folder / name).is_dir() and name.lower().endswith(endings)]
+    beside = own.without(pictures)
     if beside:
         faults.add(
             folder,
-            f"{len(beside)} images lie beside the class folders and have no label, the first: {beside[0]}. Move them into the "
-            "folder of their class",
+            f"{len(beside)} images lie beside the class folders and have no label, the first: {beside[0].name}. Move them into "
+            "the folder of their class",
         )
     classes = [name for name in names if (folder / name).is_dir()]
     if not classes:
         faults.add(folder, "holds no folder. Needed: one folder per class, with its images")
     others: Counter[str] = Counter()
     for name in classes:
-        images = _files_of(folder / name, endings, others)
+        before = own.count
+        images = _files_of(folder / name, endings, others, own)
+        if not images and own.count > before:
+            continue  # a folder that umed has made
         if not images:
             faults.remark(folder / name, "holds no image, so its class has none")
         applied.meet("annotations.no_finding", name)
         labels = labels_of([name], options.no_finding, str(folder / name), faults)
         items += [Annotated(image, [], list(labels or []), str(image), split=split) for image in images]
+    tell_own_files(own, folder, faults)
     for ending, count in others.items():
         faults.left_out["files", f"{ending or 'no ending'}, which is not one of annotations.endings"] += count
     return items
 
 
-def _files_of(folder: Path, endings: tuple[str, ...], others: Counter[str]) -> list[Path]:
+def _files_of(folder: Path, endings: tuple[str, ...], others: Counter[str], own: OwnFiles) -> list[Path]:
     """The images of a class folder and of the folders below it, sorted; other files are counted by their ending.
 
     Links to folders are followed, as by the patterns of the other readers.
     """
     images: list[Path] = []
     paths = [path for place in folders_below(folder) for path in place.iterdir() if not path.name.startswith(".")]
-    for path in (path for path in paths if not path.is_dir()):
+    for path in own.without(path for path in paths if not path.is_dir()):
         if path.name.lower().endswith(endings):
             images.append(path)
         else:

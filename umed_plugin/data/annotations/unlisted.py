@@ -10,6 +10,7 @@ from pathlib import Path
 from umed_plugin.data.annotations.base import Annotated
 from umed_plugin.data.annotations.finding import without_ending
 from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.faults import Faults
 
 _BEHIND_A_STEM = "_-. ("
@@ -43,15 +44,16 @@ def tell_unlisted(named: Iterable[Annotated], faults: Faults) -> None:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """Names of the image files in a folder, sorted."""
+    """Names of the image files in a folder, sorted, without those that umed has written itself."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(
+        names = sorted(
             entry.name
             for entry in entries
             if entry.name.lower().endswith(IMAGE_ENDINGS) and not entry.name.startswith(".") and entry.is_file()
         )
+    return [path.name for path in OwnFiles(folder).without(folder / name for name in names)]
 
 
 def _belongs_to_one(name: str, stems: set[str]) -> bool:

@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple, Optional, Union
 from pydantic import Field
 
 from umed_plugin.data.annotations.base import Annotated
-from umed_plugin.data.annotations.finding import ImageFolders, did_you_mean_file, matches
+from umed_plugin.data.annotations.finding import ImageFolders, did_you_mean_file, matches, tell_own_files
 from umed_plugin.data.endings import IMAGE_ENDINGS
+from umed_plugin.data.own_files import OwnFiles
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.data.texts import read_text, read_yaml
 from umed_plugin.faults import Faults
@@ -103,12 +104,14 @@ def _is_number(word: str) -> bool:
 
 def _pairs(label_folder: Path, folders: ImageFolders, faults: Faults) -> list[tuple[Path, Optional[Path]]]:
     """Every image with its label file, or None. A label file without an image, or with several, is a fault."""
-    labels = _by_place(label_folder, matches(label_folder, "**/*"), _LABELS)
+    labels = _by_place(label_folder, OwnFiles(label_folder).without(matches(label_folder, "**/*")), _LABELS)
     below = {os.path.dirname(place) for place in labels}
     images: dict[str, list[Path]] = {}
     passed_over: list[Path] = []
     for folder in folders.folders:
-        files = matches(folder, "**/*")
+        own = OwnFiles(folder)
+        files = own.without(matches(folder, "**/*"))
+        tell_own_files(own, folder, faults)
         for place, paths in _by_place(folder, files, IMAGE_ENDINGS).items():
             # Other sub folders may hold anything: masks, plots, or the images of another split.
             if not os.path.dirname(place) or os.path.dirname(place) in below:

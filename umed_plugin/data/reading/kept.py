@@ -15,13 +15,13 @@ from typing import Any, Optional
 
 from umed_plugin import files
 from umed_plugin.data.images import READERS, Remark
+from umed_plugin.data.own_files import CHECKED
 from umed_plugin.data.reading.looks import Dated, Request, Seen, rendered_state, state_of_all
 from umed_plugin.data.shards import Shard
 from umed_plugin.errors import warn
 from umed_plugin.files import parse_json
 from umed_plugin.grounding.geometry import Orientation
 
-NAME = ".umed_checked"
 # Raise it whenever other images are refused, or a PNG is written differently; READERS changes with the pixels.
 _FORMAT = "looks-2"
 
@@ -37,13 +37,13 @@ class KeptLooks:
 
     def __init__(self, folder: Path, evaluated: str, shard: Optional[Shard] = None) -> None:
         self._folder, self._evaluated = folder, evaluated
-        self.path = folder / f"{NAME}{f'.{shard.file_part}' if shard else ''}.jsonl"
-        self._main = folder / f"{NAME}.jsonl"
+        self.path = folder / f"{CHECKED}{f'.{shard.file_part}' if shard else ''}.jsonl"
+        self._main = folder / f"{CHECKED}.jsonl"
         self._lines: dict[str, bytes] = {}
         self._written: Any = None
         self._cannot_write = False
         self._superseded = 0
-        self._files = sorted(folder.glob(f"{NAME}*.jsonl")) if folder.is_dir() else []
+        self._files = sorted(folder.glob(f"{CHECKED}*.jsonl")) if folder.is_dir() else []
         for file in self._files:
             self._read(file)
 
@@ -153,6 +153,7 @@ def _key_of(line: bytes) -> Optional[str]:
 
 
 def _plain(seen: Seen) -> list[Any]:
+    # `rendered` stays the last: `umed_plugin.data.own_files` finds it there.
     turned = seen.orientation
     return [
         seen.by_llava,
