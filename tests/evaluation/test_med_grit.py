@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 from support.benchmark_files import grit, questions_of
 from support.benchmark_runs import metrics_of
 
+from umed_plugin.errors import UmedError
 from umed_plugin.evaluation.benchmarks.catalogue import BENCHMARKS
 from umed_plugin.grounding.dialects import find_dialect
 from umed_plugin.grounding.scoring import Scorer
@@ -23,6 +25,25 @@ def test_a_grounding_row_without_a_box_is_left_out_and_named(tmp_path, capsys):
     assert sum(question.groups["part"] == "VG" for question in questions_of("med_grit", root)) == len(rows)
     told = capsys.readouterr().err
     assert "med_grit/VG: 1 of 3 rows are left out" in told and "'It is not there.' has no box" in told
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"], ids=["empty", "text", "cut"]
+)
+def test_an_image_that_cannot_be_read_is_named(tmp_path, content):
+    root = grit(tmp_path / "grit")
+    (root / "images" / "ct_1.png").write_bytes(content)
+    with pytest.raises(UmedError, match="ct_1.png: cannot be read as an image"):
+        BENCHMARKS["med_grit"].adapt(questions_of("med_grit", root), Scorer())
+
+
+def test_a_turned_tiff_has_the_size_that_the_model_sees(tmp_path):
+    """Med-GRIT names every image as PNG; some versions of Pillow state a TIFF's sides before they turn it."""
+    root, turned = grit(tmp_path / "grit"), Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (200, 100)).save(root / "images" / "ct_1.png", "TIFF", exif=turned, compression="tiff_lzw")
+    (asked, *_) = BENCHMARKS["med_grit"].adapt(questions_of("med_grit", root), Scorer())
+    assert asked.about["size"] == [100, 200]
 
 
 def test_med_grit_by_hand(tmp_path):

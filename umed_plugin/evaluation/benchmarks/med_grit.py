@@ -92,7 +92,11 @@ def _question(record: dict[str, Any], task: str, where: str, folders: Sequence[P
 
 
 def in_the_models_form(asked: Sequence[BenchmarkQuestion], scorer: Scorer) -> list[BenchmarkQuestion]:
-    """The questions without tags, and with boxes in 0-1 of the square that the model sees."""
+    """The questions without tags, and with boxes in 0-1 of the square that the model sees.
+
+    Raises:
+        UmedError: an image cannot be read.
+    """
     from dataclasses import replace
 
     adapted = []
@@ -110,10 +114,9 @@ def in_the_models_form(asked: Sequence[BenchmarkQuestion], scorer: Scorer) -> li
 
 
 def _seen(question: BenchmarkQuestion, scorer: Scorer) -> tuple[Any, tuple[int, int]]:
-    from PIL import Image
+    from umed_plugin.data.images import shown_size
 
-    with Image.open(question.image) as image:
-        size = image.size
+    size = shown_size(question.image)
     return scorer.geometry(size), size
 
 
