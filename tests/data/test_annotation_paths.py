@@ -73,22 +73,23 @@ def test_a_split_list_means_one_of_several_xml_files_of_a_name(tmp_path: Path) -
     put(tmp_path / "val.txt", "1\n")
     (message,) = read(tmp_path, annotations, "{by: file}").faults.messages
     assert "'1' may be" in message and "p/1.xml or" in message and "q/1.xml, like 1 names" in message
+    assert "before each name, such as p/1, or give each split the pattern" in message
 
 
-def test_a_split_list_with_the_folders_of_the_images(tmp_path: Path) -> None:
+def test_a_split_list_where_each_split_has_a_tree_of_the_same_names(tmp_path: Path) -> None:
+    """With the folders of the images, of the XML files, or none: `files` says whose they are."""
     for split in ("train", "val"):
         put(tmp_path / split / "JPEGImages" / "1.png")
         put(tmp_path / split / "Annotations" / "1.xml", xml("1.png", an_object()))
-        put(tmp_path / f"{split}.txt", f"{split}/JPEGImages/1.png\n")
     annotations = (
         "{reader: voc, files: {train: train/Annotations/*.xml, val: val/Annotations/*.xml}, image_root: {train: "
         "train/JPEGImages, val: val/JPEGImages}, split_lists: {train: train.txt, val: val.txt}}"
     )
-    found = read(tmp_path, annotations, "{by: file}")
-    assert {item.image.parts[-3]: item.split for item in found.items} == {"train": "train", "val": "val"}
-    put(tmp_path / "train.txt", "Annotations/1\n")
-    (message,) = read(tmp_path, annotations, "{by: file}").faults.messages
-    assert "before each name, such as train/Annotations/1" in message
+    for written in ("%s/JPEGImages/1.png", "Annotations/1", "1"):
+        for split in ("train", "val"):
+            put(tmp_path / f"{split}.txt", written.replace("%s", split))
+        found = read(tmp_path, annotations, "{by: file}")
+        assert {item.image.parts[-3]: item.split for item in found.items} == {"train": "train", "val": "val"}
 
 
 @pytest.mark.parametrize(

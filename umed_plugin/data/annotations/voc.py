@@ -6,9 +6,9 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from pydantic import Field
 
@@ -54,7 +54,7 @@ annotations:
     split_lists: dict[Split, str] = Field(
         {},
         description="For each split, a text file that lists file stems (``ImageSets/Main/train.txt``). Where several "
-        "XML files have one stem, write their folders before it, or those of their images.",
+        "XML files have one stem, write their folders before it, or those of their images, or give ``files`` for each split.",
     )
 
 
@@ -62,7 +62,7 @@ annotations:
 def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read all XML files of each pattern; ``split_lists`` say which split a file belongs to, others are left out."""
     paths = {split: matching_files(root, pattern, faults) for split, pattern in options.files.items()}
-    splits = _listed_splits(options, root, {path for found in paths.values() for path in found}, faults)
+    splits = _listed_splits(options, root, paths, faults)
     difficult: Counter[str] = Counter()
     items: list[Annotated] = []
     for split, found in paths.items():
@@ -83,12 +83,14 @@ def read_voc(options: VocOptions, root: Path, faults: Faults) -> list[Annotated]
     return items
 
 
-def _listed_splits(options: VocOptions, root: Path, paths: set[Path], faults: Faults) -> Optional[dict[Path, str]]:
-    """XML -> split, by the lists; None without lists."""
+def _listed_splits(
+    options: VocOptions, root: Path, paths: Mapping[Any, Sequence[Path]], faults: Faults
+) -> Optional[dict[Path, str]]:
+    """XML -> split, by the lists; None without lists. ``paths`` are those of each pattern of ``files``."""
     if not options.split_lists:
         return None
     by_stem: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(paths):
+    for path in sorted({path for found in paths.values() for path in found}):
         by_stem[path.stem].append(path)
     splits: dict[Path, str] = {}
     for split, name in options.split_lists.items():
@@ -100,6 +102,9 @@ def _listed_splits(options: VocOptions, root: Path, paths: set[Path], faults: Fa
         unclear: list[tuple[str, list[Path]]] = []
         for written in _written_names(faults.read(read_text, path) or "", by_stem):
             fitting = _fitting(written, by_stem)
+            if len(fitting) > 1:
+                # Of two trees with the same names, a split's list means the one that `files` gives to the split.
+                fitting = [one for one in fitting if one in paths.get(split, ())] or fitting
             if not fitting:
                 lost.append(written)
             elif len({os.path.realpath(one) for one in fitting}) > 1:
@@ -114,7 +119,8 @@ def _listed_splits(options: VocOptions, root: Path, paths: set[Path], faults: Fa
             faults.add(
                 path,
                 f"{written!r} may be {one} or {other}, like {len(unclear)} names that fit several XML files. Write the folder "
-                f"before each name, such as {_told_apart(one, other)}",
+                f"before each name, such as {_told_apart(one, other)}, or give each split the pattern of its own XML files in "
+                "annotations.files",
             )
     return splits
 
