@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -15,20 +13,11 @@ from umed_plugin.data.annotations.brush import decode_brush
 from umed_plugin.data.annotations.cells import name_of
 from umed_plugin.data.annotations.finding import ImageFolders, Renamed, json_files
 from umed_plugin.data.annotations.shapes import ellipse, extent, numbers, points_of, regions, turned_rectangle
-from umed_plugin.data.annotations.studio_images import (
-    Group,
-    ImageTags,
-    image_names,
-    images_of,
-    region_kind,
-    unread_type,
-)
+from umed_plugin.data.annotations.studio_images import Group, ImageTags, image_names, region_kind, unread_type
+from umed_plugin.data.annotations.studio_tasks import StudioTask, StudioTasks
 from umed_plugin.data.recipes.readers import ReaderOptions, register_reader
 from umed_plugin.faults import Faults
 from umed_plugin.grounding.boxes import Box
-
-# Fields of a JSON-MIN entry that are no control tags of the labelling interface.
-_OF_ENTRY = ("id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time", "agreement")
 
 
 class LabelStudioOptions(ReaderOptions):
@@ -74,20 +63,6 @@ annotations:
     )
 
 
-@dataclass
-class _Task:
-    """One annotation of a task: by whom, and the values of each of its regions, with what stands beside them.
-
-    ``unclear`` names a field of JSON-MIN that may be a choice: no entry with a region has it.
-    """
-
-    where: str
-    data: dict[str, Any]
-    annotator: str
-    results: list[Group]
-    unclear: str = ""
-
-
 @register_reader("label_studio", LabelStudioOptions)
 def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -> list[Annotated]:
     """Read one export per split; each annotator of a task is a reader of its image."""
@@ -98,60 +73,27 @@ def read_label_studio(options: LabelStudioOptions, root: Path, faults: Faults) -
                 path, f"holds a {type(content).__name__}; needed: a list of tasks, as the exports JSON and JSON-MIN are"
             )
             continue
-        export = _Export(options, path, ImageFolders(options, root, split, path.parent, faults), faults)
-        export.choice_fields = _choice_fields(content, options.no_finding)
-        export.data_fields = _fields_beside_regions(content)
-        for number, entry in enumerate(content):
-            for task in export.annotations(entry, f"{path} task {_id_of(entry, number)}"):
-                item = export.item(task)
-                if item is not None:
-                    item.split = split
-                    items.append(item)
+        tags = ImageTags(options.to_name, path, faults)
+        tasks = StudioTasks(content, path, (options.image, options.patient), options.no_finding, tags, faults)
+        export = _Export(options, path, ImageFolders(options, root, split, path.parent, faults), tags, faults)
+        for task in tasks.annotations():
+            item = export.item(task)
+            if item is not None:
+                item.split = split
+                items.append(item)
         export.tell()
+        tasks.tell()
     return items
 
 
-def _id_of(entry: Any, number: int) -> Any:
-    found = entry.get("id") if isinstance(entry, dict) else None
-    return found if isinstance(found, (int, str)) else f"[{number}]"
-
-
-def _choice_fields(entries: list[Any], no_finding: list[str]) -> set[str]:
-    """Fields of JSON-MIN that are choices: a single choice is a plain text there, as any field of the task's data may be."""
-    return {
-        key
-        for entry in _entries_of_min(entries)
-        for key, value in entry.items()
-        if key not in _OF_ENTRY and isinstance(value, str) and value in no_finding
-    }
-
-
-def _fields_beside_regions(entries: list[Any]) -> set[str]:
-    """Fields of JSON-MIN that an entry with a region has too: they describe the task, and say no more where no region is."""
-    drawn = [entry for entry in _entries_of_min(entries) if any(_regions_of_min(value) for value in entry.values())]
-    return {key for entry in drawn for key, value in entry.items() if value}
-
-
-def _entries_of_min(entries: list[Any]) -> list[dict[str, Any]]:
-    return [entry for entry in entries if isinstance(entry, dict) and "annotation_id" in entry]
-
-
-def _regions_of_min(value: Any) -> list[dict[str, Any]]:
-    """What one field of an entry holds, in the form of the export JSON, if a region is among it; else empty."""
-    found = [{"value": one, **one} for one in value if isinstance(one, dict)] if isinstance(value, list) else []
-    return found if any(region_kind(one) or unread_type(one) for one in found) else []
-
-
 class _Export:
-    """One file, read task by task."""
+    """The images of one file, with the boxes of their regions."""
 
-    def __init__(self, options: LabelStudioOptions, path: Path, folders: ImageFolders, faults: Faults) -> None:
-        self.options, self.path, self.folders, self.faults = options, path, folders, faults
+    def __init__(
+        self, options: LabelStudioOptions, path: Path, folders: ImageFolders, tags: ImageTags, faults: Faults
+    ) -> None:
+        self.options, self.path, self.folders, self.tags, self.faults = options, path, folders, tags, faults
         self.names = Renamed(options.rename)
-        self.tags = ImageTags(options.to_name, path, faults)
-        self.choice_fields: set[str] = set()
-        self.data_fields: set[str] = set()
-        self.by_data: Counter[str] = Counter()  # such fields of entries without a region
         self.written: dict[Path, str] = {}
         self.parted: list[str] = []
 
@@ -159,86 +101,13 @@ class _Export:
         """Say what may be read otherwise than it was meant."""
         self.names.tell(self.path, self.faults)
         self.tags.tell()
-        if self.by_data:
-            self.faults.remark(
-                self.path,
-                f"{max(self.by_data.values())} entries without a region are normal images, since their fields "
-                f"{', '.join(self.by_data)} also stand beside regions. If one says what the image shows, give no_finding",
-            )
         if self.parted:
             self.faults.remark(
                 self.parted[0],
                 f"{len(self.parted)} brush regions have several parts, and are read as one lesion each; annotations.brush: parts",
             )
 
-    def annotations(self, entry: Any, where: str) -> Iterator[_Task]:
-        """The submitted annotations of a task, in either form; what is passed over is counted."""
-        if not isinstance(entry, dict):
-            self.faults.add(
-                where, f"is a {type(entry).__name__}; needed: an object, as in the exports JSON and JSON-MIN"
-            )
-            return
-        listed = entry.get("annotations", entry.get("completions"))
-        if listed is None and "data" not in entry:
-            yield from self._of_min(entry, where)
-            return
-        data = entry.get("data")
-        listed = [] if listed is None else listed
-        if (
-            not isinstance(data, dict)
-            or not isinstance(listed, list)
-            or not all(isinstance(one, dict) for one in listed)
-        ):
-            self.faults.add(
-                where, "needs an object 'data' and a list of objects 'annotations'. Is it Label Studio's JSON?"
-            )
-            return
-        for key, why in (("predictions", "of a model, no annotations"), ("drafts", "not submitted")):
-            if isinstance(entry.get(key), list) and entry[key]:
-                self.faults.left_out[key, why] += len(entry[key])
-        submitted = [one for one in listed if not one.get("was_cancelled")]
-        if len(submitted) < len(listed):
-            self.faults.left_out["annotations", "was_cancelled"] += len(listed) - len(submitted)
-        if not submitted:
-            self.faults.left_out["tasks", "without a submitted annotation"] += 1
-        for number, one in enumerate(submitted):
-            results = one.get("result")
-            here = f"{where} annotation {one.get('id', number)}"
-            if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
-                self.faults.add(here, "has no list of objects 'result'")
-            else:
-                yield _Task(here, data, _annotator(one.get("completed_by")), _grouped(results))
-
-    def _of_min(self, entry: dict[str, Any], where: str) -> Iterator[_Task]:
-        if "annotation_id" not in entry:
-            self.faults.left_out["tasks", "without a submitted annotation"] += 1
-            return
-        results: list[Group] = []
-        drawn: list[str] = []
-        unclear, of_task = "", []
-        images = images_of(entry)
-        for key, value in entry.items():
-            if key in _OF_ENTRY or key in (self.options.image, self.options.patient):
-                continue
-            regions_here = _regions_of_min(value)
-            if regions_here:
-                results += [[region] for region in regions_here]
-                drawn.append(key)
-            elif isinstance(value, dict) and "choices" in value:
-                results.append([{"value": value}])
-            elif isinstance(value, str) and value and key in self.choice_fields:
-                results.append([{"value": {"choices": [value]}}])
-            elif isinstance(value, (str, list)) and value and key not in images:
-                if key in self.data_fields:
-                    of_task.append(key)
-                else:
-                    unclear = unclear or key
-        if not (drawn or unclear or self.options.no_finding):
-            self.by_data.update(of_task)
-        if self.tags.one_of_min(drawn, entry, where):
-            yield _Task(where, entry, _annotator(entry.get("annotator")), results, unclear)
-
-    def item(self, task: _Task) -> Optional[Annotated]:
+    def item(self, task: StudioTask) -> Optional[Annotated]:
         """The image as one annotator read it; None after a fault."""
         results = self.tags.on_image(task.results, task.data, task.where)
         image = self._image(task)
@@ -263,7 +132,7 @@ class _Export:
             item.left_out = "has regions or choices on other images of its task alone; annotations.to_name"
         return item
 
-    def _image(self, task: _Task) -> Optional[Path]:
+    def _image(self, task: StudioTask) -> Optional[Path]:
         written = task.data.get(self.options.image)
         if not isinstance(written, str) or not written.strip() or written.startswith("data:"):
             shown = "an image inside the JSON" if str(written).startswith("data:") else repr(written)
@@ -365,19 +234,3 @@ def _said(values: list[dict[str, Any]]) -> list[str]:
     """What choices and texts without a region say."""
     found = [part for value in values for part in value.values()]
     return [str(one)[:80] for part in found for one in (part if isinstance(part, list) else [part])]
-
-
-def _grouped(results: list[dict[str, Any]]) -> list[Group]:
-    """Results of one region have the same id: its shape, its label, and texts about it."""
-    groups: dict[Any, Group] = {}
-    for number, result in enumerate(results):
-        key = result.get("id")
-        groups.setdefault(key if isinstance(key, (str, int)) else ("", number), []).append(result)
-    return list(groups.values())
-
-
-def _annotator(written: Any) -> str:
-    """An annotator's name: the number of the account, or its e-mail."""
-    if isinstance(written, dict):
-        written = written.get("email") or written.get("id")
-    return "" if written is None else str(written)
