@@ -98,6 +98,16 @@ def test_an_upgrade_inside_the_data_root(tmp_path: Path, annotations: str, extra
     assert sum(count for (_, why), count in found.faults.left_out.items() if why.startswith(WRITTEN)) >= 1
 
 
+def test_a_demo_inside_the_data_root(tmp_path: Path) -> None:
+    for name in ("nod/a.png", "demo/data/studies/b.png", "demo/before_after.png"):
+        put(tmp_path / name, PIXELS)
+    for name in ("runs", "logs"):
+        (tmp_path / "demo" / name).mkdir()
+    found = read(tmp_path, FOLDERS, extra=PSEUDO)
+    assert [item.image.name for item in found.items] == ["a.png"] and found.faults.messages == []
+    assert found.faults.left_out["files", WRITTEN + "demo"] == 2
+
+
 def test_what_a_recipe_names_inside_a_run_is_read(tmp_path: Path) -> None:
     put(tmp_path / "m" / "a.png", LESION)
     write_run(tmp_path / "run")
