@@ -47,6 +47,8 @@ def test_pictures_that_a_build_has_rendered(tmp_path: Path) -> None:
     found = read(tmp_path, annotations)
     assert boxes(found) == {"images/a.png": [BOX]}
     assert found.faults.left_out["files", WRITTEN + "."] == 1
+    rendered = read(tmp_path, annotations.replace("images/**/*.png", "images/drawn/images/*.png"))
+    assert "m/a.png.png: no such mask" in rendered.faults.messages[0], "what is named by its folder is read"
     put(tmp_path / "images" / "drawn" / "b.png", PIXELS)
     assert "m/b.png: no such mask" in read(tmp_path, annotations).faults.messages[0]
 
@@ -126,4 +128,16 @@ def test_pictures_of_a_run_are_not_compared_with_as_an_evaluation_set(
         evaluation_pictures([tmp_path])
     put(tmp_path / "b.png", PIXELS)
     assert evaluation_pictures([tmp_path]).names == [str(tmp_path / "b.png")]
-    assert "3 files that umed has written itself are not compared" in capsys.readouterr().err
+    assert "1 images that umed has written itself are not compared" in capsys.readouterr().err
+
+
+def test_a_built_evaluation_set_is_compared_with(tmp_path: Path) -> None:
+    """Its rendered pictures are all there is, so they are meant."""
+    data, built = tmp_path / "data", tmp_path / "built"
+    put(data / "m" / "a.png", LESION)
+    (data / "i").mkdir()
+    write_png16(data / "i" / "a.png", scene())
+    os.utime(data / "i" / "a.png", (1e9, 1e9))
+    build_records(load_recipe(write_recipe(data, MASK % "", ALL_IN_TRAIN)), out_dir=built)
+    for folder in (built, built / "images"):
+        assert evaluation_pictures([folder]).names == [str(built / "images" / "drawn" / "i" / "a.png.png")]

@@ -126,13 +126,16 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
     for path in map(Path, paths):
         # Links to folders are followed: evaluation sets often lie on another disk.
         others: Counter[str] = Counter()
-        files = []
-        own = OwnFiles(path)
-        for file in (file for file in own.without(matches(path, "**/*")) if not file.is_dir()):
+        images = []
+        for file in (file for file in matches(path, "**/*") if not file.is_dir()):
             if _may_be_image(file):
-                files.append(file)
+                images.append(file)
             else:
                 others[file.suffix.lower() or "no ending"] += 1
+        own = OwnFiles(path)
+        files = own.without(images)
+        if not files and not any(own.run_of(file.parent) for file in images):
+            files, own.left_out = images, Counter()  # the set itself was built by umed: its pictures are meant
         if not files:
             raise UmedError(
                 f"{path}: not a folder with images in it or below. Give the folder of an evaluation set's images"
@@ -144,7 +147,7 @@ def evaluation_pictures(paths: Iterable[Union[str, Path]], slice_axes: Iterable[
                 warn(f"not compared with the training data: {error}")
         if own.count:
             first = next(iter(own.left_out))
-            warn(f"{path}: {own.count} files that umed has written itself are not compared, such as those in {first}")
+            warn(f"{path}: {own.count} images that umed has written itself are not compared, such as those in {first}")
         if others:
             counted = ", ".join(f"{ending} ({count})" for ending, count in others.most_common())
             warn(f"{path}: files that are no images by their names are not compared with the training data: {counted}")

@@ -25,7 +25,8 @@ class OwnFiles:
     """Tells the files that umed wrote below a folder, and counts those that are left out.
 
     Args:
-        start: what a recipe names. If it is in the folder of a run, that run's files are meant, such as the demo's studies.
+        start: what a recipe names. If it is in the folder of a run, that run's files are meant, such as the demo's studies. If it
+            is below the folder of rendered pictures, these are meant: somebody may have annotated them.
 
     Attributes:
         left_out: folder in which umed wrote -> number of files.
@@ -66,7 +67,10 @@ class OwnFiles:
             return folder
         if path.name.startswith(_CHECK_SHEETS) and (folder / _CHECK_PAGE).is_file():
             return folder
-        return next((built for built in _may_have_rendered(path) if self._has_rendered(built, path)), None)
+        for built in (above.parent for above in path.parents if above.name == _RENDERED_INTO):
+            if built / _RENDERED_INTO not in self._start.parents and self._has_rendered(built, path):
+                return built
+        return None
 
     def run_of(self, folder: Path) -> Optional[Path]:
         """The folder of an upgrade or a demo that this folder is or lies in, if that is below the start."""
@@ -95,10 +99,6 @@ def _is_run(folder: Path) -> bool:
     except OSError:
         pass
     return all((folder / name).is_dir() for name in _DEMO_FOLDERS)
-
-
-def _may_have_rendered(path: Path) -> list[Path]:
-    return [folder.parent for folder in path.parents if folder.name == _RENDERED_INTO]
 
 
 def _rendered_in(folder: Path) -> frozenset[str]:
