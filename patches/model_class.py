@@ -18,6 +18,8 @@ from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
 from umed_plugin.checkpoints.missing_tensors import refuse_missing
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
+from umed_plugin.flags.rules import TUNING
+from umed_plugin.flags.sharding import fsdp_fault
 from umed_plugin.patches.training_run import LLAVA, TRAIN, TrainingRun
 from umed_plugin.patching import Patch, Recorder, Target
 
@@ -82,7 +84,18 @@ def find_faults(run: TrainingRun) -> list[str]:
             f"--model_name_or_path {name}: LLaVA treats any path with 'mpt' in it as an MPT model. "
             "Rename the folder, or pass a symbolic link to it."
         )
-    return [*faults, *_missing_tensors(run, config), *find_contradictions(config, run.model_args)]
+    return [
+        *faults,
+        *_fsdp_faults(run, config),
+        *_missing_tensors(run, config),
+        *find_contradictions(config, run.model_args),
+    ]
+
+
+def _fsdp_faults(run: TrainingRun, config: dict[str, Any]) -> list[str]:
+    """Why a checkpoint cannot be trained under FSDP; the flags' own check refuses it in stage 2."""
+    fault = fsdp_fault(run.training_args.fsdp, config)
+    return [fault] if fault is not None and run.flags.umed_stage == TUNING else []
 
 
 def _missing_tensors(run: TrainingRun, config: dict[str, Any]) -> list[str]:

@@ -197,7 +197,7 @@ def test_the_trial_logs_each_step_whatever_stage_2_logs(tiny_mistral, tmp_path):
 
 @pytest.mark.llava
 def test_flags_are_checked_as_they_will_be_given(tiny_mistral, tmp_path):
-    """The plan adds --umed_val_every where the records have a split val, and a training refuses it with --fsdp."""
+    """The plan adds --umed_val_every where the records have a split val, without which --umed_stop_after is refused."""
     stops, shards = ({"instruction_tuning.flags": flags} for flags in ({"umed_stop_after": 3}, {"fsdp": "full_shard"}))
     with_val, without = (
         records_with(tmp_path / n, s) for n, s in (("a", ["train", "val", "test"]), ("b", ["train", "test"]))
@@ -206,16 +206,14 @@ def test_flags_are_checked_as_they_will_be_given(tiny_mistral, tmp_path):
     words = r"instruction_tuning: --umed_stop_after.* without --umed_val_every.*The records have no split val"
     with pytest.raises(UmedError, match=words):
         upgrade_of(tiny_mistral, without, tmp_path / "run", **stops)
-    upgrade_of(tiny_mistral, without, tmp_path / "run", **shards)
-    with pytest.raises(UmedError, match="--umed_val_every does not work with --fsdp"):
-        upgrade_of(tiny_mistral, with_val, tmp_path / "run", **shards)
+    with pytest.raises(UmedError, match="instruction_tuning: --fsdp: LLaVA cannot start under FSDP"):
+        upgrade_of(tiny_mistral, without, tmp_path / "run", **shards)
     # Nobody knows before a recipe's records are built.
-    for flags in (stops, shards):
-        upgrade = upgrade_of(tiny_mistral, "demo_studies", tmp_path / "run", **flags)
-    check_stages(upgrade.settings, upgrade.origin, has_val=False)
+    upgrade = upgrade_of(tiny_mistral, "demo_studies", tmp_path / "run", **stops)
+    check_stages(upgrade.settings, upgrade.origin, has_val=True)
     check_stages(upgrade.settings, upgrade.origin, has_val=None)
-    with pytest.raises(UmedError, match="does not work with --fsdp"):
-        check_stages(upgrade.settings, upgrade.origin, has_val=True)
+    with pytest.raises(UmedError, match="--umed_stop_after"):
+        check_stages(upgrade.settings, upgrade.origin, has_val=False)
 
 
 @pytest.mark.llava

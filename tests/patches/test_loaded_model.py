@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from umed_plugin import patching
 from umed_plugin.flags.definition import UmedFlags
+from umed_plugin.flags.rules import TUNING
 from umed_plugin.patches import ALL, attention_implementation, model_class, old_flags, train_arguments
 from umed_plugin.patches.attention_implementation import requested_attention
 from umed_plugin.patches.training_run import TrainingRun
@@ -38,11 +39,37 @@ def test_what_is_no_llava_checkpoint_is_named(tmp_path_factory, config, path, wo
     run = SimpleNamespace(
         active=True,
         model_args=SimpleNamespace(model_name_or_path=str(folder), pretrain_mm_mlp_adapter=None),
-        training_args=SimpleNamespace(cache_dir=None),
+        training_args=SimpleNamespace(cache_dir=None, fsdp=[]),
+        flags=SimpleNamespace(umed_stage=TUNING),
     )
     faults = model_class.find_faults(run)
     assert len(faults) == (words is not None)
     assert words is None or words in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "fsdp", "words"),
+    [
+        ("llava_mistral", "full_shard auto_wrap", "from a checkpoint with a vision tower"),
+        ("mistral", True, "as the installed transformers passes it on"),
+        ("mistral", "full_shard", None),
+    ],
+)
+def test_fsdp_is_refused_where_llava_cannot_start_under_it(base, fsdp, words, tiny_mistral, tmp_path):
+    """The flag as transformers reads it, but for True, which only transformers 5 makes of each value."""
+    config = json.loads((tiny_mistral / "config.json").read_text())
+    if base == "mistral":
+        config = {name: value for name, value in config.items() if not name.startswith("mm_")}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": base}))
+    run = SimpleNamespace(
+        active=True,
+        model_args=SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter="mm_projector.bin"),
+        training_args=SimpleNamespace(cache_dir=None, fsdp=fsdp),
+        flags=SimpleNamespace(umed_stage=TUNING),
+    )
+    faults = [fault for fault in model_class.find_faults(run) if fault.startswith("--fsdp")]
+    assert len(faults) == (words is not None)
+    assert words is None or (words in faults[0] and "--deepspeed with ZeRO-3" in faults[0])
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_not_trained(tiny_mistral, tmp_path):

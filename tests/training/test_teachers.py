@@ -53,6 +53,7 @@ def test_a_tower_that_takes_other_pixels_is_refused(tiny_mistral, tmp_path):
         ({"umed_tower_teacher": "vit.pth"}, {}, "no effect without --umed_tower_lr, which trains the vision tower"),
         ({"umed_tower_lr": 1e-5}, {"tune_mm_mlp_adapter": True}, "LLaVA then saves the projector alone"),
         ({"umed_tower_lr": 1e-5}, {"fsdp": ["full_shard"]}, "does not work with --fsdp"),
+        ({"umed_val_every": 5}, {"fsdp": ["full_shard"]}, "answers need the full weights on every rank"),
         ({"umed_replay": 0.1}, {"group_by_length": True}, "--group_by_modality_length works with it"),
         ({"umed_keep": "0.1"}, {"deepspeed": {"zero_optimization": {"stage": 3}}}, "does not work with ZeRO-3"),
         ({"umed_logit_rows": 8}, {}, "no effect without stage 2 or --umed_keep"),

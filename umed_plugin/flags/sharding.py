@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -65,6 +66,26 @@ def is_zero_3(deepspeed: Any) -> bool:
     """Whether the value of ``--deepspeed`` asks for ZeRO-3."""
     file = read_deepspeed(deepspeed)
     return file is not None and file.zero_stage == 3
+
+
+def fsdp_fault(fsdp: Any, config: Mapping[str, Any]) -> Optional[str]:
+    """Why LLaVA cannot start stage 1 under FSDP, or None.
+
+    It takes the tower out of a list that it has made itself, and counts the options. transformers 5 keeps True in place of them.
+
+    Args:
+        fsdp: value of ``--fsdp``, as given or as transformers has read it.
+        config: ``config.json`` of the checkpoint to train.
+    """
+    if not fsdp:
+        return None
+    if "mm_vision_tower" in config:
+        found = "LLaVA cannot start under FSDP from a checkpoint with a vision tower (mm_vision_tower in config.json)"
+    elif fsdp is True:
+        found = "LLaVA cannot read this flag as the installed transformers passes it on"
+    else:
+        return None
+    return f"--fsdp: {found}. Remove --fsdp, or use --deepspeed with ZeRO-3, which also shards the weights."
 
 
 def find_launcher_faults(training_args: Any) -> list[str]:

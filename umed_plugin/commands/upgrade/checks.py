@@ -19,6 +19,8 @@ from umed_plugin.errors import UmedError, unknown_name
 from umed_plugin.flags.checks import find_faults
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.flags.names import SYMBOLIC
+from umed_plugin.flags.rules import TUNING
+from umed_plugin.flags.sharding import fsdp_fault
 
 
 def check_together(
@@ -85,6 +87,8 @@ def _stage_faults(settings: Settings, origin: Origin, has_val: Optional[bool], g
     """
     faults = []
     for name in settings.stages:
+        fsdp = fsdp_fault(getattr(settings, name).flags.get("fsdp"), origin.config) if name == TUNING else None
+        faults += [f"{name}: {fsdp}"] if fsdp else []
         with_or_without = [
             _flag_faults(
                 training_flags(name, getattr(settings, name), settings, origin, validated=validated), name in going_on
