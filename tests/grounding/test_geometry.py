@@ -13,7 +13,7 @@ from PIL import Image
 
 from umed_plugin.errors import UsageError
 from umed_plugin.grounding.geometry import ImageGeometry, Orientation
-from umed_plugin.grounding.processor import processor_fault
+from umed_plugin.grounding.processor import missing_size, processor_fault
 
 SIZES = [(97, 61), (61, 97), (512, 512), (400, 301), (301, 400), (1000, 337), (640, 200), (45, 44)]
 
@@ -183,3 +183,31 @@ def test_boxes_move_along_with_pixels(transpose: bool, flip_x: bool, flip_y: boo
 def test_an_image_processor_that_shows_another_square_is_found(mode: str, values: dict, fault: str | None) -> None:
     found = processor_fault(values, mode)
     assert found is None if fault is None else found is not None and found.startswith(fault)
+
+
+@pytest.mark.llava
+@pytest.mark.parametrize(
+    ("values", "missing"),
+    [
+        ({"size": None, "crop_size": 64}, "size is null"),
+        ({"size": 64, "crop_size": None}, "crop_size is null"),
+        ({"size": None, "crop_size": None}, "size and crop_size are null"),
+        ({"size": None, "crop_size": 64, "do_resize": False}, None),
+        ({"size": 64, "crop_size": 64}, None),
+        ({}, None),
+    ],
+)
+def test_a_missing_size_is_found_where_the_processor_prepares_no_image(values: dict, missing: str | None) -> None:
+    """The installed transformers either fills the size in, or fails at the image. The file itself is told in both cases."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
+
+    assert missing_size(values) == missing
+    processor = CLIPImageProcessor(**values)
+    found = missing_size(processor.to_dict())
+    assert found in (None, missing)
+    try:
+        processor(Image.new("RGB", (64, 64)), return_tensors="np")
+    except ValueError:
+        assert found is not None
+    else:
+        assert found is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,6 +125,15 @@ def test_an_image_processor_that_moves_boxes_is_said(edge, tmp_path, capsys):
     processor = CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": 64, "width": 64})
     ModelImages(tmp_path, processor, SimpleNamespace(image_aspect_ratio="pad"), None, 0)
     assert ("boxes are off" in capsys.readouterr().err) == (edge == 73)
+
+
+def test_an_image_processor_without_a_size_is_refused_where_it_prepares_no_image(tmp_path):
+    """transformers 5 keeps null; older ones have a default."""
+    processor = CLIPImageProcessor(size=None, crop_size={"height": 224, "width": 224})
+    keeps_null = processor.to_dict()["size"] is None
+    expected = pytest.raises(UmedError, match="can prepare no image: size is null. Give size and crop_size")
+    with expected if keeps_null else nullcontext():
+        ModelImages(tmp_path, processor, SimpleNamespace(image_aspect_ratio="pad"), None, 0)
 
 
 def test_prompts_without_one_image_or_a_question_are_refused():

@@ -364,6 +364,7 @@ FAULTS = (
           said="size is 73 x 73, and crop_size 64 x 64"),
     Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", do_resize=False),
           said="do_resize is false"),
+    Fault("tower-image-size", lambda f: edit(f / "vision_tower", "preprocessor_config.json", size=None), said="size is null"),
     Fault("not-finite", lambda f: set_value(f, float("nan")), said=KEY),
     Fault("not-finite", lambda f: set_value(f, float("inf")), said="1 values"),
     Fault("half-overflow", lambda f: set_value(f, 1e5, torch.bfloat16), said="9.98e+04"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,14 @@ from llava import conversation as llava_conversation
 from PIL import Image
 from support.records import write_records
 from support.tuning import make_dataset, make_tokenizer
+from transformers import CLIPImageProcessor
 
 from umed_plugin.checkpoints.prompt_templates import TEMPLATES, question_prompt
 from umed_plugin.data import record_writer
 from umed_plugin.errors import UmedError
 from umed_plugin.flags.definition import UmedFlags
 from umed_plugin.training.supervision_check import check_supervision
-from umed_plugin.training.tuning_data import GroundedDataset, tokenize_record, using_template
+from umed_plugin.training.tuning_data import GroundedDataset, _check_processor, tokenize_record, using_template
 
 ANSWERS = ("There is one abnormal area at [0.10, 0.20, 0.35, 0.40]. It is a nodule.", "At the top left.")
 
@@ -59,6 +61,15 @@ def test_an_image_processor_that_moves_boxes_is_refused(records, tokenizer, chan
     capsys.readouterr()
     make_dataset(records, tokenizer, kind=made)
     assert "umed: warning: --vision_tower: all boxes would be off" in capsys.readouterr().err
+
+
+def test_an_image_processor_without_a_size_is_refused_where_it_prepares_no_image():
+    """transformers 5 keeps null; older ones have a default."""
+    processor = CLIPImageProcessor(size=None)
+    keeps_null = processor.to_dict()["size"] is None
+    expected = pytest.raises(UmedError, match="--vision_tower: .* can prepare no image: size is null. Give size")
+    with expected if keeps_null else nullcontext():
+        _check_processor(processor, "pad", [], tells=False)
 
 
 def test_templates_of_llama_with_and_without_legacy(records, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _DEFAULT = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}  # of CLIPImageProcessor
+GIVE_SIZES = "Give size and crop_size in its preprocessor_config.json the tower's image_size, such as 336."
 
 
 def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -> str | None:
@@ -37,6 +38,25 @@ def processor_fault(values: Mapping[str, Any], image_aspect_ratio: str | None) -
     if not pads and isinstance(size, Mapping) and size.get("shortest_edge") is None:
         return f"size is {_in_words(resized)} and not a shortest_edge, which squeezes images that are not square"
     return None
+
+
+def missing_size(values: Mapping[str, Any]) -> str | None:
+    """The size with which transformers 5 can prepare no image, as text; None if none is missing.
+
+    Older ones take null for their default of 224, and say so: a processor that they have made has no null left.
+
+    Args:
+        values: of its preprocessor_config.json.
+
+    Example:
+        >>> from umed_plugin.grounding.processor import missing_size
+        >>> missing_size({"size": None, "crop_size": 224})
+        'size is null'
+        >>> missing_size({"size": None, "crop_size": 224, "do_resize": False})
+    """
+    used = {"size": "do_resize", "crop_size": "do_center_crop"}
+    missing = [key for key, step in used.items() if values.get(key, key) is None and values.get(step, True)]
+    return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} null" if missing else None
 
 
 def _stated(size: Any, default: dict[str, int]) -> Any:

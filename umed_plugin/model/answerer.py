@@ -17,7 +17,7 @@ from umed_plugin.checkpoints.prompt_templates import warn_of_other_family
 from umed_plugin.checkpoints.state import checkpoint_hashes
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.grounding.dialects import LLAVA, BoxDialect
-from umed_plugin.grounding.processor import processor_fault
+from umed_plugin.grounding.processor import GIVE_SIZES, missing_size, processor_fault
 from umed_plugin.grounding.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -313,6 +313,8 @@ class ModelImages:
                 "Only checkpoints that see one square per image ('pad' or 'square') can be evaluated."
             )
         self.mode = mode
+        if (missing := missing_size(processor.to_dict())) is not None:
+            raise UmedError(f"{checkpoint}: its tower's image processor can prepare no image: {missing}. {GIVE_SIZES}")
         if (fault := processor_fault(processor.to_dict(), mode)) is not None:
             warn(
                 f"{checkpoint}: boxes are off, since the image processor of its vision tower differs from LLaVA's: {fault}."

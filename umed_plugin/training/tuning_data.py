@@ -36,7 +36,7 @@ from umed_plugin.data.records import Record
 from umed_plugin.errors import UmedError, note, warn
 from umed_plugin.files import text_bytes
 from umed_plugin.grounding.box_text import scan
-from umed_plugin.grounding.processor import processor_fault
+from umed_plugin.grounding.processor import GIVE_SIZES, missing_size, processor_fault
 from umed_plugin.training.augmenter import Augmenter, augmentation_in_words
 from umed_plugin.training.replay import RECORDS
 from umed_plugin.training.similar_records import similar_records
@@ -72,7 +72,10 @@ def using_template(name: str) -> Iterator[llava_conversation.Conversation]:
 
 def _check_processor(processor: Any, image_aspect_ratio: str, records: JoinedRecords, *, tells: bool) -> None:
     """Refuse to train with boxes that are elsewhere in the image than their numbers say; warn where no record has any."""
-    fault = None if processor is None else processor_fault(processor.to_dict(), image_aspect_ratio)
+    values = {} if processor is None else processor.to_dict()
+    if (missing := missing_size(values)) is not None:
+        raise UmedError(f"--vision_tower: its image processor can prepare no image: {missing}. {GIVE_SIZES}")
+    fault = processor_fault(values, image_aspect_ratio) if values else None
     if fault is None:
         return
     found = (

@@ -25,7 +25,7 @@ from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
-from umed_plugin.grounding.processor import processor_fault
+from umed_plugin.grounding.processor import missing_size, processor_fault
 
 
 def check_tower(contents: Contents, compares: bool = True) -> Iterator[Finding]:
@@ -111,6 +111,9 @@ def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
     if made is not None and size is not None and made != size:
         found = f"crop_size is {made}, but the tower expects images of size {size}"
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size)
+    elif (missing := missing_size(processor)) is not None:
+        found = f"{missing}, with which transformers 5 can prepare no image"
+        yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size or made)
     elif processor and (fault := processor_fault(processor, contents.config.get("image_aspect_ratio"))):
         found = f"{fault}, so boxes are elsewhere in the image than umed computes"
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size or made)
