@@ -546,6 +546,21 @@ def test_a_weight_that_the_index_does_not_name_is_missing(tiny_mistral, tmp_path
         load_checkpoint(base, device="cpu")
 
 
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_embeddings_are_loaded_by_either_name(kept, tiny_mistral, tmp_path):
+    base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = tensors_of(tiny_mistral)
+    head, embedding = tensors.pop("lm_head.weight"), tensors.pop("model.embed_tokens.weight")
+    tensors[kept] = head
+    assert not torch.equal(head, embedding)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    _, model, _ = load_checkpoint(base, device="cpu")
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert torch.equal(layer.weight, head.float())
+
+
 def test_a_tower_that_is_promised_inside_and_is_not_is_refused(tiny_mistral, tmp_path):
     base = shutil.copytree(tiny_mistral, tmp_path / "base-llava-mistral")
     config = json.loads((base / "config.json").read_text())

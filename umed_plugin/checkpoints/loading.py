@@ -16,6 +16,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.folder import (
     ADAPTER,
+    EMBEDDING,
     FAMILIES,
     NON_LORA,
     READ_WHEN_ANSWERING,
@@ -33,7 +34,7 @@ from umed_plugin.checkpoints.folder import (
     refuse_transformers_adapter,
     weight_files,
 )
-from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
+from umed_plugin.checkpoints.missing_tensors import names_in, refuse_missing, refuse_missing_of_tower
 from umed_plugin.checkpoints.plain_lora import layer_of, untrained_fault
 from umed_plugin.checkpoints.safe_loading import behind_the_door, check_plain
 from umed_plugin.checkpoints.tokenizers import load_tokenizer
@@ -104,7 +105,8 @@ def _load_full(path: Path, dtype: Any, config: dict[str, Any] | None = None) -> 
         model_config = model_class.config_class.from_pretrained(path, **changes)
         # In the requested dtype at once: 7 billion parameters in float32 are 28 GB. A tower inside the checkpoint is built, and
         # filled, while the model is: its weights need memory from the start.
-        lean = not own.get(UNFREEZE)
+        # transformers 4 fills no embeddings of that kind where the files hold a tied tensor by its second name alone.
+        lean = not own.get(UNFREEZE) and EMBEDDING in names_in(path)
         model = model_class.from_pretrained(path, config=model_config, torch_dtype=dtype, low_cpu_mem_usage=lean)
         tokenizer = load_tokenizer(path)
         tower = model.get_vision_tower()
