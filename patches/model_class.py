@@ -15,7 +15,7 @@ from typing import Any
 
 from umed_plugin.checkpoints.folder import ADAPTER
 from umed_plugin.checkpoints.folder import FAMILIES as LLAVA_FAMILIES
-from umed_plugin.checkpoints.missing_tensors import refuse_missing
+from umed_plugin.checkpoints.missing_tensors import refuse_missing, refuse_missing_of_tower
 from umed_plugin.errors import UmedError, warn
 from umed_plugin.flags.checkpoint_settings import find_contradictions, find_departures
 from umed_plugin.flags.rules import TUNING
@@ -99,15 +99,19 @@ def _fsdp_faults(run: TrainingRun, config: dict[str, Any]) -> list[str]:
 
 
 def _missing_tensors(run: TrainingRun, config: dict[str, Any]) -> list[str]:
-    """Why a checkpoint on this machine has not every weight. transformers warns in a long log, and trains random values."""
-    name = run.model_args.model_name_or_path
-    if not _has_weights(Path(name)):
-        return []
-    try:
-        refuse_missing(name, config, projector=run.model_args.pretrain_mm_mlp_adapter is None)
-    except UmedError as error:
-        return [f"--model_name_or_path {error}"]
-    return []
+    """Why a checkpoint or tower on this machine lacks weights: transformers warns in a long log, and trains random ones."""
+    name, tower, faults = run.model_args.model_name_or_path, run.model_args.vision_tower, []
+    if _has_weights(Path(name)):
+        try:
+            refuse_missing(name, config, projector=run.model_args.pretrain_mm_mlp_adapter is None)
+        except UmedError as error:
+            faults.append(f"--model_name_or_path {error}")
+    if tower is not None:
+        try:
+            refuse_missing_of_tower(tower)
+        except UmedError as error:
+            faults.append(f"--vision_tower {error}")
+    return faults
 
 
 def _part_of_a_checkpoint(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ def test_what_is_no_llava_checkpoint_is_named(tmp_path_factory, config, path, wo
     (folder / "config.json").write_text(json.dumps(config))
     run = SimpleNamespace(
         active=True,
-        model_args=SimpleNamespace(model_name_or_path=str(folder), pretrain_mm_mlp_adapter=None),
+        model_args=SimpleNamespace(model_name_or_path=str(folder), pretrain_mm_mlp_adapter=None, vision_tower=None),
         training_args=SimpleNamespace(cache_dir=None, fsdp=[]),
         flags=SimpleNamespace(umed_stage=TUNING),
     )
@@ -63,7 +64,7 @@ def test_fsdp_is_refused_where_llava_cannot_start_under_it(base, fsdp, words, ti
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": base}))
     run = SimpleNamespace(
         active=True,
-        model_args=SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter="mm_projector.bin"),
+        model_args=SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter="m.bin", vision_tower=None),
         training_args=SimpleNamespace(cache_dir=None, fsdp=fsdp),
         flags=SimpleNamespace(umed_stage=TUNING),
     )
@@ -77,13 +78,30 @@ def test_a_checkpoint_that_lacks_a_weight_is_not_trained(tiny_mistral, tmp_path)
     tensors = load_file(tiny_mistral / "model.safetensors")
     del tensors["model.mm_projector.2.weight"], tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    given = SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter=None)
+    given = SimpleNamespace(model_name_or_path=str(tmp_path), pretrain_mm_mlp_adapter=None, vision_tower=None)
     run, config = SimpleNamespace(model_args=given), json.loads((tmp_path / "config.json").read_text())
     fault = model_class._missing_tensors(run, config)
     assert "lack 'model.norm.weight' (2 such in all)" in fault[0]
     given.pretrain_mm_mlp_adapter = "mm_projector.bin"
     fault = model_class._missing_tensors(run, config)
     assert "lack 'model.norm.weight' (1 such in all)" in fault[0]
+
+
+def test_nothing_is_trained_with_a_tower_that_lacks_a_weight(tiny_mistral, tmp_path):
+    tower = shutil.copytree(tiny_mistral / "vision_tower", tmp_path / "vision_tower")
+    given = SimpleNamespace(model_name_or_path=str(tiny_mistral), pretrain_mm_mlp_adapter=None, vision_tower=str(tower))
+    run, config = SimpleNamespace(model_args=given), json.loads((tiny_mistral / "config.json").read_text())
+    assert model_class._missing_tensors(run, config) == []
+    tensors = load_file(tower / "model.safetensors")
+    del tensors[min(tensors)]
+    save_file(tensors, tower / "model.safetensors")
+    (fault,) = model_class._missing_tensors(run, config)
+    assert fault.startswith(
+        f"--vision_tower {tower}: its weight files, or their index, lack 'embeddings.class_embedding'"
+    )
+    (tower / "model.safetensors").unlink()
+    (fault,) = model_class._missing_tensors(run, config)
+    assert fault.startswith(f"--vision_tower {tower}: contains no weights")
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,24 @@ def change_tower(folder: Path, by: float, name: str = "pre_layrnorm.weight") -> 
     save_file(tower, file, metadata={"format": "pt"})
 
 
+def lose_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def forget_one(folder: Path) -> None:
+    """Take the first tensor out of the index."""
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"].pop(min(index["weight_map"]))
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def as_text_model(folder: Path) -> None:
+    """Leave of a tower what a text model of CLIP has: other names."""
+    save(
+        folder, {f"text_model.{name.removeprefix('vision_model.')}": tensor for name, tensor in tensors(folder).items()}
+    )
+
+
 def extra_rows(folder: Path, count: int) -> None:
     def grow(content: dict[str, torch.Tensor]) -> None:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -264,7 +282,7 @@ FAULTS = (
     Fault("config-missing", lambda f: (f / "config.json").unlink()),
     Fault("config-unreadable", lambda f: (f / "config.json").write_text('{"model_type": ')),
     Fault("weights-missing", lambda f: (f / WEIGHTS).unlink()),
-    Fault("shard-missing", then(split, lambda f: (f / "model-00002-of-00002.safetensors").unlink()), said="model-00002"),
+    Fault("shard-missing", then(split, lose_shard), said="model-00002"),
     Fault("index-missing", then(split, lambda f: (f / INDEX).unlink())),
     Fault("index-missing", then(split, lambda f: (f / INDEX).write_text("{")), said="that names them"),
     Fault("index-wrong", then(split, forget), said=KEY),
@@ -351,6 +369,17 @@ FAULTS = (
     Fault("tower-relative", put(mm_vision_tower="vision_tower")),
     Fault("tower-not-here", then(put(mm_vision_tower="openai/not-on-this-machine"),
                                  lambda f: shutil.rmtree(f / "vision_tower"))),
+    *(
+        Fault("tower-incomplete", make, said=said)
+        for make, said in (
+            (lambda f: (f / "vision_tower" / WEIGHTS).unlink(), "contains no weights"),
+            (lambda f: lose("vision_model.pre_layrnorm.bias")(f / "vision_tower"), "1 tensors are missing (pre_layrnorm"),
+            (lambda f: then(split, forget_one)(f / "vision_tower"), "1 tensors are missing ("),
+            (lambda f: then(split, lambda t: (t / INDEX).unlink())(f / "vision_tower"), "contains no weights"),
+            (lambda f: as_text_model(f / "vision_tower"), "39 tensors are missing (embeddings.class_embedding"),
+        )
+    ),
+    Fault("shard-missing", lambda f: then(split, lose_shard)(f / "vision_tower"), said="model-00002"),
     Fault("tower-ignored", lambda f: with_tower(f, 0.5), said="1 of 39 tensors differ, by 0.5 at most"),
     Fault("tower-copy", lambda f: with_tower(f, 0.0), said="39 tensors equal"),
     Fault("tower-not-compared", then(lambda f: with_tower(f, 0.5), put(mm_vision_tower="openai/not-on-this-machine"),

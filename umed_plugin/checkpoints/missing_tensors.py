@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from umed_plugin.checkpoints.folder import (
     HEAD,
     TOWER,
     UNFREEZE,
-    is_buffer,
+    read_object,
     weight_files,
     weight_map,
 )
+from umed_plugin.checkpoints.tower_config import CLIP_SIZES
 from umed_plugin.checkpoints.tower_weights import bare_tower_name
 from umed_plugin.checkpoints.weight_shards import stored
 from umed_plugin.errors import UmedError
@@ -28,6 +29,15 @@ from umed_plugin.errors import UmedError
 _PROJECTOR = "model.mm_projector."
 LAYER, _PROJECTOR_LAYER = re.compile(r"model\.layers\.(\d+)\."), re.compile(r"model\.mm_projector\.(\d+)\.")
 _MOST_MISSING = 1000  # layers of which every tensor is counted in a message
+# Of a CLIP tower: each part of a layer has a weight and a bias, and so have the two normalisations around the layers.
+_TOWER_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
+_TOWER_LAYER_PARTS = (
+    *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+)
+_TOWER_EMBEDDINGS = [
+    f"embeddings.{part}" for part in ("class_embedding", "patch_embedding.weight", "position_embedding.weight")
+]
 # Keys of config.json that decide shapes and not names.
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
@@ -61,10 +71,20 @@ def refuse_missing_of_tower(tower: Path | str) -> None:
     Raises:
         UmedError: they lack some, or cannot be read.
     """
-    from transformers import CLIPVisionConfig
-
     if os.path.isdir(tower):  # files from the Hub are whole, or their download fails
-        refuse(missing_of_tower(names_in(tower), CLIPVisionConfig.from_pretrained(tower)), tower)
+        refuse(lacking_in_tower(Path(tower)), tower)
+
+
+def lacking_in_tower(folder: Path) -> list[str]:
+    """Tensors that the weight files of a vision tower's folder lack.
+
+    Raises:
+        UmedError: it has no config.json or no weight files, or one of them cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        raise UmedError(f"{folder}: has no config.json. Copy or download the vision tower's folder again.")
+    config = read_object(folder / "config.json")
+    return missing_of_tower(names_in(folder), config.get("vision_config", config))
 
 
 def names_in(folder: Path | str) -> set[str]:
@@ -176,11 +196,21 @@ def missing_of_tower(names: Collection[str], config: Any) -> list[str]:
 
     Args:
         names: with any of the prefixes that `bare_tower_name` takes away.
-        config: a ``CLIPVisionConfig``.
-    """
-    import torch
-    from transformers import CLIPVisionModel
+        config: of the tower, from a ``config.json``.
 
-    with torch.device("meta"):
-        needed = {bare_tower_name(name) for name in CLIPVisionModel(config).state_dict() if not is_buffer(name)}
-    return sorted(needed - {bare_tower_name(name) for name in names})
+    Example:
+        >>> missing_of_tower(["vision_model.embeddings.class_embedding"], {"num_hidden_layers": 0})[0]
+        'embeddings.patch_embedding.weight'
+    """
+    usual = CLIP_SIZES["num_hidden_layers"]
+    layers = config.get("num_hidden_layers", usual) if isinstance(config, Mapping) else usual
+    if not isinstance(layers, int):
+        return []  # without a number of layers no tower can be built
+    held = {bare_tower_name(name) for name in names}
+    parts = [
+        f"encoder.layers.{layer}.{part}"
+        for layer in range(layers_to_look_for(layers, held, _TOWER_LAYER))
+        for part in _TOWER_LAYER_PARTS
+    ]
+    weights = [f"{part}.{kind}" for part in ("pre_layrnorm", "post_layernorm", *parts) for kind in ("weight", "bias")]
+    return sorted({*_TOWER_EMBEDDINGS, *weights} - held)

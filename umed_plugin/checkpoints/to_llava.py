@@ -142,8 +142,6 @@ def _check_expressible(checkpoint: Path, config: dict[str, Any]) -> None:
 
 def _refuse_missing(checkpoint: Path, config: dict[str, Any]) -> None:
     """Refuse transformers' form if its weight files lack tensors of the model."""
-    from transformers import CLIPVisionConfig
-
     names = {_old_name(name, checkpoint) for name in names_in(checkpoint)}
     tied = {"tie_word_embeddings": bool(config.get("tie_word_embeddings"))}
     language = {_llava_name(name) for name in names if name.startswith("language_model.")}
@@ -151,7 +149,7 @@ def _refuse_missing(checkpoint: Path, config: dict[str, Any]) -> None:
     needed = [f"{_PROJECTOR}linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")]
     missing += [name for name in needed if name not in names]
     tower = [name for name in names if name.startswith("vision_tower.")]
-    missing += missing_of_tower(tower, CLIPVisionConfig(**config.get("vision_config", {})))
+    missing += missing_of_tower(tower, config.get("vision_config", {}))
     refuse(missing, checkpoint)
 
 

@@ -292,6 +292,11 @@ TOWER = (
         "huggingface-cli download {tower}",
     ),
     Kind(
+        "tower-incomplete", ERROR, "the weight files of the tower, or their index, lack tensors of a CLIP vision model",
+        "LLaVA gives random values to what is missing: the model sees noise. umed and its training refuse the tower.",
+        "Copy or download the tower's folder again, with all of its weight files. A text model of CLIP alone is no tower.",
+    ),
+    Kind(
         "tower-ignored", ERROR, "tower weights in the checkpoint differ from the tower that LLaVA loads",
         "LLaVA drops them and answers with a tower that was not trained with this model (LLaVA-Med #86, #105, #109).",
         "Set unfreeze_mm_vision_tower to true in config.json: LLaVA then loads them. umed always uses them.",

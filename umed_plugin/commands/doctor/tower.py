@@ -17,6 +17,7 @@ from umed_plugin.checkpoints.folder import (
     is_plain_name,
     local_tower,
 )
+from umed_plugin.checkpoints.missing_tensors import lacking_in_tower
 from umed_plugin.checkpoints.pickles import read_pickle
 from umed_plugin.checkpoints.stored import BadFile, StoredTensor, read_safetensors
 from umed_plugin.checkpoints.tower_config import cached_tower
@@ -25,6 +26,7 @@ from umed_plugin.commands.doctor.catalogue import finding
 from umed_plugin.commands.doctor.configuration import PROJECTOR, is_transformers_form
 from umed_plugin.commands.doctor.contents import FULL, NOTHING, WHOLE, Contents, read_object, read_weights
 from umed_plugin.commands.doctor.findings import Finding, JsonChange
+from umed_plugin.errors import UmedError
 from umed_plugin.grounding.processor import missing_size, processor_fault
 
 
@@ -51,13 +53,14 @@ def check_tower(contents: Contents, compares: bool = True) -> Iterator[Finding]:
     yield from _location(contents, name, folder, where)
     if folder is not None:
         yield from _sizes(contents, folder)
-    yield from _files(contents, folder)
+    faults = _loaded(contents, contents.path, name)
+    yield from faults
     if folder != contents.path / "vision_tower":
         yield from _files(contents, contents.path / "vision_tower")
     of_base = None if contents.base is None else contents.base.config.get("mm_vision_tower")
     if contents.base is not None and isinstance(of_base, str) and of_base != name:
-        yield from _files(contents, tower_folder(contents.base.path, of_base))
-    if contents.kind == FULL:
+        yield from _loaded(contents, contents.base.path, of_base)
+    if contents.kind == FULL and not any(fault.code == "tower-incomplete" for fault in faults):
         yield from _inside(contents, name, folder, compares)
 
 
@@ -88,7 +91,7 @@ def _location(contents: Contents, name: str, folder: Path | None, where: str) ->
             yield finding("tower-relative", f"mm_vision_tower is {name!r}", where)
     elif not is_hub_tower(name):
         yield finding("tower-moved", f"mm_vision_tower is {name!r}", where, to_own)
-    elif folder is None:
+    elif folder is None or not any((folder / weights).is_file() for weights in WHOLE):
         yield finding("tower-not-here", f"mm_vision_tower is {name!r}", where, tower=name)
 
 
@@ -117,6 +120,23 @@ def _sizes(contents: Contents, folder: Path) -> Iterator[Finding]:
     elif processor and (fault := processor_fault(processor, contents.config.get("image_aspect_ratio"))):
         found = f"{fault}, so boxes are elsewhere in the image than umed computes"
         yield finding("tower-image-size", found, str(folder / "preprocessor_config.json"), size=size or made)
+
+
+def _loaded(contents: Contents, checkpoint: Path, name: str) -> list[Finding]:
+    """Check the weight files of the tower that a checkpoint names, and that they lack no tensor of it."""
+    folder = tower_folder(checkpoint, name)
+    faults = list(_files(contents, folder))
+    # What the cache of the Hub lacks is downloaded.
+    cached = local_tower(name, checkpoint) is None and folder != (checkpoint / "vision_tower").absolute()
+    if folder is None or cached or faults:
+        return faults
+    try:
+        missing = lacking_in_tower(folder)
+    except UmedError as error:
+        found = str(error).removeprefix(f"{folder}: ").rstrip(".")
+    else:
+        found = f"{len(missing)} tensors are missing ({missing[0]}, ...)" if missing else ""
+    return [finding("tower-incomplete", found, str(folder))] if found else []
 
 
 def _files(contents: Contents, folder: Path | None) -> Iterator[Finding]:
