@@ -332,14 +332,17 @@ def adapter_settings(lora_dir: Path) -> dict[str, Any]:
     return config
 
 
-def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def adapter_tensors(lora_dir: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a LoRA folder: (the adapter's tensors under PEFT's names, the other trained tensors under the base's names).
 
+    Args:
+        lora_dir: the folder.
+        settings: its `adapter_settings`.
+
     Raises:
-        UmedError: a file is missing, it is not plain LoRA, its tensors are not those of its settings, or a low-rank matrix lacks
-            its other half: its layer would stay untrained.
+        UmedError: a file is missing, its tensors are not those of its settings, or a low-rank matrix lacks its other half: its
+            layer would stay untrained.
     """
-    config = adapter_settings(lora_dir)
     files = [lora_dir / name for name in _ADAPTER_FILES if (lora_dir / name).is_file()]
     if not files:
         raise UmedError(f"{lora_dir}: has {ADAPTER} but neither adapter_model.safetensors nor adapter_model.bin.")
@@ -357,7 +360,7 @@ def adapter_tensors(lora_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{files[0]}: lacks {lacking[0]!r} ({len(lacking)} such in all), the other half of a low-rank change. The file is "
             "not whole: copy it again from the training's output folder."
         )
-    fault = tensors_fault(config, {name: tuple(tensor.shape) for name, tensor in adapter.items()})
+    fault = tensors_fault(settings, {name: tuple(tensor.shape) for name, tensor in adapter.items()})
     if fault is not None:
         raise UmedError(f"{files[0]}: {fault}")
     return adapter, others

@@ -81,10 +81,9 @@ def load_checkpoint(
         tokenizer, model = _load_full(path, dtype)
     else:
         refuse_transformers_adapter(path)
-        adapter_settings(path)
-        config = read_config(path)
+        settings, config = adapter_settings(path), read_config(path)
         tokenizer, model = _load_full(find_base(path, base), dtype, config)
-        model = _wrap_adapter(model, path)
+        model = _wrap_adapter(model, path, settings)
     model = model.to(device=device, dtype=dtype).eval()
     tower = model.get_vision_tower() if not is_lora(path) else model.get_base_model().get_vision_tower()
     return tokenizer, model, tower.image_processor
@@ -196,11 +195,11 @@ def _add_image_tokens(tokenizer: Any, model: Any) -> None:
         model.resize_token_embeddings(len(tokenizer))
 
 
-def _wrap_adapter(model: Any, lora_dir: Path) -> Any:
+def _wrap_adapter(model: Any, lora_dir: Path, settings: dict[str, Any]) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-    adapter, others = adapter_tensors(lora_dir)
+    adapter, others = adapter_tensors(lora_dir, settings)
     unknown = model.load_state_dict(as_in(model.state_dict(), others), strict=False).unexpected_keys
     if unknown:
         raise UmedError(f"{lora_dir / NON_LORA}: contains {unknown[0]!r}, which the base does not have. Check --base.")

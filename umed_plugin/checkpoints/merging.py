@@ -112,9 +112,10 @@ def merge(
             f"{lora_dir}: is not a LoRA folder: it has no {ADAPTER}, and no {PROJECTOR}. Needed: the output folder of a training "
             "run with --lora_enable True or --tune_mm_mlp_adapter True."
         )
+    settings = None  # a projector has none
     if is_lora(lora_dir):
         refuse_transformers_adapter(lora_dir)
-        adapter_settings(lora_dir)
+        settings = adapter_settings(lora_dir)
     trained_config = read_config(lora_dir)
     base = _find_base(lora_dir, base)
     base_config = read_language_config(base)
@@ -124,10 +125,10 @@ def merge(
     # Over a plain language model, all that concerns images comes from the training.
     config = {**base_config, **trained_config} if plain else _merged_config(base_config, trained_config)
     name_tower_here(config, base, lora_dir)
-    deltas, others = _trained_parts(lora_dir)
+    deltas, others = _trained_parts(lora_dir, settings)
     sources = weight_files(base)
-    if is_lora(lora_dir):
-        _refuse_untrained(lora_dir, deltas, [tensor for file in sources for tensor in stored(file).values()])
+    if settings is not None:
+        _refuse_untrained(lora_dir, settings, deltas, [tensor for file in sources for tensor in stored(file).values()])
     holds_tower = any(has_tower(stored(file)) for file in sources)
     if holds_tower and left_out_own_tower(trained_config):
         others = {**_original_tower(others, config, sources, lora_dir), **others}
@@ -196,22 +197,24 @@ def _refuse_unsaved_tokens(trained: Path, config: dict[str, Any], base: Path) ->
         raise UmedError(f"{trained}: was trained with --{lost[0]} True, which added {why_lost(lost[0], base)}")
 
 
-def _trained_parts(trained: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Deltas of an adapter, and the other trained tensors, by the base's names."""
-    if is_lora(trained):
-        adapter, others = adapter_tensors(trained)
-        return _lora_deltas(trained, adapter), others
+def _trained_parts(trained: Path, settings: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Deltas of an adapter, and the other trained tensors, by the base's names; ``settings`` are the adapter's, if it is one."""
+    if settings is not None:
+        adapter, others = adapter_tensors(trained, settings)
+        return _lora_deltas(trained, settings, adapter), others
     return {}, {name.removeprefix("base_model.model."): t for name, t in read_tensors(trained / PROJECTOR).items()}
 
 
-def _refuse_untrained(trained: Path, deltas: Collection[str], base: list[StoredTensor]) -> None:
+def _refuse_untrained(
+    trained: Path, settings: dict[str, Any], deltas: Collection[str], base: list[StoredTensor]
+) -> None:
     """Refuse an adapter that lacks a layer of its settings, as loading does: its file is not whole."""
     layers = [
         tensor.name.removesuffix(".weight")
         for tensor in base
         if tensor.name.endswith(".weight") and len(tensor.shape) == 2 and not tensor.name.startswith((TOWER, EMBEDDING))
     ]
-    untrained = untrained_layers(adapter_settings(trained), [name.removesuffix(".weight") for name in deltas], layers)
+    untrained = untrained_layers(settings, [name.removesuffix(".weight") for name in deltas], layers)
     if untrained:
         raise UmedError(untrained_fault(trained, untrained))
 
@@ -255,11 +258,12 @@ def _merged_config(config: dict[str, Any], trained_config: dict[str, Any]) -> di
     return config
 
 
-def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any, float, bool]]:
+def _lora_deltas(
+    lora_dir: Path, settings: dict[str, Any], tensors: dict[str, Any]
+) -> dict[str, tuple[Any, Any, float, bool]]:
     """Name of a base tensor -> (A [r, in], B [out, r], scaling, whether the base holds it transposed)."""
-    config = adapter_settings(lora_dir)
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    rank = settings["r"]
+    scaling = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
     others = [name for name in tensors if not name.endswith((_A, _B))]
     if others:
         raise UmedError(
@@ -272,7 +276,7 @@ def _lora_deltas(lora_dir: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any
             continue
         target = f"{layer_of(name)}.weight"
         b = tensors[name.replace(".lora_A.", ".lora_B.")]
-        deltas[target] = (a, b, scaling, bool(config.get("fan_in_fan_out")))
+        deltas[target] = (a, b, scaling, bool(settings.get("fan_in_fan_out")))
     return deltas
 
 
